@@ -1,0 +1,82 @@
+# make install | demo | test | lint | clean
+#
+# PYTHON=python3.12 chooses another interpreter, TORCH=torch==2.9.1 another torch. PyPI's torch serves NVIDIA GPUs as
+# well as CPUs; where only the CPU build is wanted (it is much smaller), TORCH may carry pip's options for getting it.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+VENV := .venv
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help install test lint demo clean FORCE
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(VENV)/bin/python -m pip install -qq
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+help:
+	@echo "make install   .venv with torch, the package and its compiled ops"
+	@echo "make demo      fine-tune a real model on 4 processes and compare its replies; no GPU needed"
+	@echo "make test      the whole CPU test suite; PYTEST_ARGS='-k packing' for a part of it"
+	@echo "make lint      ruff"
+	@echo "make clean     remove what was built; the environment and the demo's model stay"
+
+# ---- install: two stamps inside .venv, so that a repeated call does nothing ----
+
+TORCH_STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
+PACKAGE_STAMP := $(VENV)/.installed-megalora
+# The compiled ops lie in the source tree; where they were cleaned away they are built again.
+OPS := $(if $(filter 0,$(MEGALORA_BUILD_EXTENSION)),,$(if $(wildcard megalora/_C*.so),,FORCE))
+
+install: $(PACKAGE_STAMP)
+
+# One clear line where the machine lacks what an installation needs.
+define CHECK_MACHINE
+fail() { echo "make install: $$1" >&2; exit 1; }; \
+command -v '$(PYTHON)' >/dev/null || fail 'no $(PYTHON) here: install Python 3.10 or newer'; \
+'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	|| fail "$$('$(PYTHON)' --version 2>&1) is too old: make PYTHON=... with Python 3.10 or newer"; \
+'$(PYTHON)' -c 'import venv, ensurepip' 2>/dev/null \
+	|| fail 'this Python cannot make environments: install its venv module (Debian: python3-venv)'; \
+if [ '$(MEGALORA_BUILD_EXTENSION)' != 0 ]; then \
+	command -v "$${CXX:-c++}" >/dev/null \
+		|| fail "no C++ compiler ($${CXX:-c++}): install one (Debian: g++), or set CXX"; \
+	'$(PYTHON)' -c 'import os, sysconfig as s; os.stat(os.path.join(s.get_path("include"), "Python.h"))' 2>/dev/null \
+		|| fail 'the C headers of this Python are missing: install them (Debian: python3-dev)'; \
+fi
+endef
+
+$(TORCH_STAMP):
+	@$(CHECK_MACHINE)
+	@echo "== environment in $(VENV), $(TORCH) (the one large download)"
+	@'$(PYTHON)' -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(PACKAGE_STAMP): $(TORCH_STAMP) setup.py pyproject.toml $(wildcard csrc/*) $(OPS)
+	@$(CHECK_MACHINE)
+	@echo "== megalora, its requirements and its compiled ops"
+	@$(PIP) 'setuptools>=68' wheel pybind11 ninja
+	@$(RUN) $(PIP) --no-build-isolation --editable '.[demo,test]'
+	@touch $@
+	@$(VENV)/bin/python -c 'import megalora, torch; \
+		print(f"== installed: megalora {megalora.__version__}, torch {torch.__version__}, GPUs: {torch.cuda.device_count()}")'
+
+# ---- use ----
+
+demo: install
+	@$(RUN) examples/demo.sh
+
+test: install
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist worksteal -q $(PYTEST_ARGS)
+
+lint: install
+	@$(RUN) ruff check .
+
+clean:
+	rm -rf build dist *.egg-info megalora/_C*.so .pytest_cache .ruff_cache .hypothesis
+	find megalora tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

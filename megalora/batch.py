@@ -1,0 +1,30 @@
+"""One microbatch as the model sees it: rows of packed documents, flattened to one axis of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`rows` packed rows of `seq_length` tokens, flattened: T = rows * seq_length.
+
+    input_ids     [T] int64
+    labels        [T] int64, already shifted: labels[t] is the token to predict at position t, -100 where there is none
+    position_ids  [T] int64, restart at 0 in each document
+    cu_seqlens    [documents + 1] int32, bounds of the documents in T; each row boundary is a bound, and the padding
+                  tail of a row is a document of its own
+    token_index   [T] int64, row_in_step * seq_length + offset: the token's place in the global batch of the step,
+                  the same on every layout (dropout draws from it)
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    token_index: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})

@@ -1,0 +1,33 @@
+"""What every test gets: one thread, the shared data folder where there is one, and skips that say why."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Several processes run at a time (xdist, spawn), and sums over more threads differ in the last bit.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="GPU test: no CUDA device here"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # quick ones first
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of shared real input: MEGALORA_SHARED, or `shared` beside the repository, or a skip."""
+    folder = Path(os.environ.get("MEGALORA_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no shared data: {folder} is not a folder (MEGALORA_SHARED names another)")
+    return folder
