@@ -1,0 +1,48 @@
+"""Loads the compiled ops (`csrc/`, module `megalora._C`), or says that the torch references stand in."""
+
+import functools
+import importlib
+import logging
+import os
+import re
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+REMEDY = "run `make install` (or `pip install --no-build-isolation -e .`) to build it"
+
+
+@functools.cache
+def load() -> bool:
+    """True if the compiled ops are there. If not, warns once, on rank 0, and says what to do."""
+    return bool(_devices())
+
+
+@torch.compiler.assume_constant_result
+def has_kernels(device_type: str) -> bool:
+    """True if the compiled ops run on `device_type` ("cpu", "cuda"): decided when the library is loaded."""
+    return device_type in _devices()
+
+
+@functools.cache
+def _devices() -> frozenset[str]:
+    try:
+        library = importlib.import_module("megalora._C")
+    except ModuleNotFoundError as error:
+        if error.name != "megalora._C":
+            raise
+        return _absent("are not installed")
+    except ImportError as error:  # the usual sign of another torch: an undefined symbol
+        return _absent(f"do not load under torch {torch.__version__} ({str(error).splitlines()[0]})")
+    info = library.build_info()
+    # No binary interface holds across versions of torch, whether or not its symbols are found.
+    if info["torch"] != re.match(r"[\d.]*\d", torch.__version__)[0]:
+        return _absent(f"were built for torch {info['torch']} and this is {torch.__version__}")
+    return frozenset(info["devices"])
+
+
+def _absent(why: str) -> frozenset[str]:
+    if os.environ.get("RANK", "0") == "0":  # set by torchrun; the process group need not exist yet
+        logger.warning("megalora's compiled ops %s: the slower torch references stand in; %s", why, REMEDY)
+    return frozenset()
