@@ -1,0 +1,125 @@
+"""The collectives that the layers use. All act on dimension 0 (tokens) and are the identity on an axis of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megalora.errors import UserError
+from megalora.parallel.mesh import Axis
+
+T = TypeVar("T")
+
+
+class Pending:
+    """A collective under way: `wait()` gives its result."""
+
+    def __init__(self, tensor: torch.Tensor, work: dist.Work | None, axis: Axis):
+        self._tensor, self._work, self._axis = tensor, work, axis
+
+    def wait(self) -> torch.Tensor:
+        if self._work is not None:
+            with self._axis.timed():
+                self._work.wait()
+            self._work = None
+        return self._tensor
+
+
+def all_reduce_async(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """Starts the reduction of x over the axis, in place: compute that does not need it may run until `wait()`."""
+    if axis.size == 1:
+        return Pending(x, None, axis)
+    return Pending(x, dist.all_reduce(x, op=op, group=axis.group, async_op=True), axis)
+
+
+def all_reduce(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """x reduced over the axis, in place, on every rank."""
+    return all_reduce_async(x, axis, op).wait()
+
+
+def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[T, ...] of each rank -> [size * T, ...], in rank order. Its opposite is `reduce_scatter`."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    with axis.timed():
+        dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def reduce_scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[size * T, ...] on each rank -> this rank's [T, ...] of the sum. Its opposite is `all_gather`."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    with axis.timed():
+        dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def local_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """This rank's [T / size, ...] of x [T, ...], which every rank holds whole; a view."""
+    part = x.shape[0] // axis.size
+    return x[axis.rank * part : (axis.rank + 1) * part]
+
+
+def broadcast_object(value: object, axis: Axis, source: int = 0) -> object:
+    """`value` of the rank at position `source` of the axis, on every rank of it (any picklable object)."""
+    if axis.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=axis.ranks[source], group=axis.group)
+    return box[0]
+
+
+def gather_objects(value: object, axis: Axis) -> list:
+    """The `value` of every rank of the axis, in rank order, on every rank (any picklable object)."""
+    if axis.size == 1:
+        return [value]
+    values: list = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def agree(error: UserError | None, axis: Axis) -> None:
+    """Raises on every rank of the axis when any rank brings an error, so that no rank waits for one that left.
+
+    The message is that of the lowest rank that has one, with its rank named unless all have the same.
+    """
+    errors = gather_objects(None if error is None else str(error), axis)
+    failed = [rank for rank, message in enumerate(errors) if message is not None]
+    if failed:
+        message = errors[failed[0]]
+        same = len(failed) == axis.size and len(set(errors)) == 1
+        raise UserError(message if same or failed[0] == 0 else f"{message} (on rank {axis.ranks[failed[0]]})")
+
+
+def on_first(work: Callable[[], T], axis: Axis) -> T:
+    """What `work` gives on the first rank of the axis, on every rank of it; its UserError too."""
+    value, error = None, None
+    if axis.is_first:
+        try:
+            value = work()
+        except UserError as raised:
+            error = str(raised)
+    value, error = broadcast_object((value, error), axis)
+    if error is not None:
+        raise UserError(error)
+    return value
+
+
+class together:
+    """`with together(axis):` a phase in which a UserError of one rank stops them all (see `agree`)."""
+
+    def __init__(self, axis: Axis):
+        self._axis = axis
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, value: BaseException | None, traceback: object) -> None:
+        if value is None or isinstance(value, UserError):
+            agree(value, self._axis)

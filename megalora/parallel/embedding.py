@@ -1,0 +1,58 @@
+"""The embedding and the head, cut over tp on the vocabulary; a vocabulary that tp does not divide is cut unevenly."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megalora.parallel.collectives import all_gather, all_reduce, local_tokens
+from megalora.parallel.linear import Placement
+from megalora.parallel.split import Split, even_part, shard_range
+
+
+class _VocabParallel(nn.Module):
+    """A frozen matrix [vocab_size / tp, hidden_size]: rows [start, stop) of the whole."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, place: Placement):
+        super().__init__()
+        self.place = place
+        self.vocab_size = vocab_size
+        part = even_part(vocab_size, place.tp)
+        self.start, self.stop = part.start, part.stop
+        self._split = part.split((vocab_size, hidden_size), 0)
+        weight = torch.empty(self._split.local_shape, dtype=place.dtype, device=place.device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def shard_dims(self) -> dict[str, Split]:
+        return {"weight": self._split}
+
+
+class VocabParallelEmbedding(_VocabParallel):
+    """Each rank looks up the ids it owns; the sum over tp is the whole (exact: all other terms are zero)."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [F] -> [T, hidden_size]: this rank's tokens under sequence parallelism, else all."""
+        tp = self.place.tp
+        if tp.size == 1:
+            return nn.functional.embedding(input_ids, self.weight)
+        mine = (input_ids >= self.start) & (input_ids < self.stop)
+        rows = nn.functional.embedding((input_ids - self.start) * mine, self.weight)
+        hidden = all_reduce(rows.mul_(mine.unsqueeze(-1)), tp)
+        return local_tokens(hidden, tp).contiguous() if self.place.sequence_parallel else hidden
+
+
+class VocabParallelHead(_VocabParallel):
+    """lm_head. Training reads its weight through `parallel.loss`; `forward` gives logits, for generation."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, hidden_size], whole on each rank -> logits [N, vocab_size], whole on each rank."""
+        logits = hidden @ self.weight.t()
+        tp = self.place.tp
+        if tp.size == 1:
+            return logits
+        widest = -(-self.vocab_size // tp.size)  # parts may differ by one row: gather them padded
+        padded = logits.new_zeros(widest, logits.shape[0])
+        padded[: logits.shape[1]] = logits.t()
+        parts = all_gather(padded, tp).view(tp.size, widest, -1)
+        ranges = (shard_range(self.vocab_size, rank, tp.size) for rank in range(tp.size))
+        return torch.cat([part[: b - a] for part, (a, b) in zip(parts, ranges, strict=True)]).t()

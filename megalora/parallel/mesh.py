@@ -1,0 +1,100 @@
+"""The process mesh: which ranks share tensors (tp), rows (dp) and layers (pp) with this one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from megalora.errors import UserError
+
+Clock = Callable[[str], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the mesh as this rank sees it.
+
+    rank   position of this rank on the axis, 0 .. size-1
+    ranks  the global ranks on the axis, in order
+    group  their process group; None where the axis has one rank (or no processes exist, as on the meta device)
+    clock  `clock("communication")` is a context manager that times a phase; None: not timed
+    """
+
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+    clock: Clock | None = field(default=None, compare=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+    def timed(self) -> contextlib.AbstractContextManager:
+        """Times what runs inside as communication, where the run asked for it."""
+        return contextlib.nullcontext() if self.clock is None else self.clock("communication")
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """pp x dp x tp ranks; tp is innermost, so that it stays inside a node: rank = (pp * DP + dp) * TP + tp."""
+
+    pp: Axis = Axis()
+    dp: Axis = Axis()
+    tp: Axis = Axis()
+    world: Axis = Axis()
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.world.size
+
+
+def layout(world_size: int, tp: int, pp: int) -> dict[str, list[tuple[int, ...]]]:
+    """The rank tuples of every axis group of a mesh, by axis name.
+
+    Raises UserError where tp * pp does not divide the world size.
+    """
+    if world_size % (tp * pp):
+        raise UserError(
+            f"World size ({world_size}) is not a multiple of tensor_parallel_size ({tp}) * pipeline_parallel_size "
+            f"({pp}) = {tp * pp}: start a multiple of {tp * pp} processes or change the two sizes"
+        )
+    dp = world_size // (tp * pp)
+
+    def rank(p: int, d: int, t: int) -> int:
+        return (p * dp + d) * tp + t
+
+    return {
+        "tp": [tuple(rank(p, d, t) for t in range(tp)) for p in range(pp) for d in range(dp)],
+        "dp": [tuple(rank(p, d, t) for d in range(dp)) for p in range(pp) for t in range(tp)],
+        "pp": [tuple(rank(p, d, t) for p in range(pp)) for d in range(dp) for t in range(tp)],
+    }
+
+
+def build_mesh(rank: int, world_size: int, tp: int = 1, pp: int = 1, clock: Clock | None = None) -> ParallelMesh:
+    """The mesh of this rank. Collective: every rank of the world calls it, after init_process_group.
+
+    With one process no process group is needed. Raises UserError where the sizes do not fit.
+    """
+    axes = {}
+    for name, groups in layout(world_size, tp, pp).items():
+        for ranks in groups:  # every rank creates every group, in one order: torch.distributed asks for it
+            group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+            if rank in ranks:
+                axes[name] = Axis(ranks.index(rank), ranks, group, clock)
+    world_group = dist.group.WORLD if world_size > 1 else None
+    return ParallelMesh(**axes, world=Axis(rank, tuple(range(world_size)), world_group, clock))
