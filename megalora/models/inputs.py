@@ -1,0 +1,60 @@
+"""What the layers of a stage read besides the hidden states: the same for every layer of one microbatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megalora.batch import Batch
+from megalora.models.config import ModelConfig
+from megalora.parallel.collectives import local_tokens
+from megalora.parallel.linear import Placement, Tokens
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens (generation)."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+        """Keeps k, v [F, K, D] of the new tokens of `layer`; attention of q [F, H, D] over all tokens kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One microbatch as the layers see it.
+
+    input_ids  [F] int64
+    labels     [F] int64, shifted, or None where no loss is asked for
+    bounds     cumulative document bounds in F, as ints
+    cos, sin   [F, head_dim / 2] in the compute dtype
+    tokens     places of the tokens and what dropout is drawn from
+    cache      earlier keys and values, or None (training)
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor | None
+    bounds: tuple[int, ...]
+    cos: torch.Tensor
+    sin: torch.Tensor
+    tokens: Tokens
+    cache: Cache | None = None
+
+
+def rope_tables(config: ModelConfig, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """(cos, sin) [F, head_dim / 2] of positions [F]; angles in float32, as HF computes them."""
+    frequencies = torch.tensor(config.rope_inverse_frequencies, dtype=torch.float32, device=position_ids.device)
+    angles = position_ids.to(torch.float32).unsqueeze(-1) * frequencies
+    factor = config.rope_attention_factor
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def training_inputs(batch: Batch, config: ModelConfig, place: Placement, *, seed: int | None, step: int) -> Inputs:
+    """The Inputs of a microbatch; seed None switches dropout off (evaluation)."""
+    bounds = tuple(batch.cu_seqlens.tolist())  # before the copy to the device: reading it there would wait for it
+    batch = batch.to(place.device)
+    cos, sin = rope_tables(config, batch.position_ids, place.dtype)
+    index = batch.token_index
+    local = local_tokens(index, place.tp) if place.sequence_parallel else index
+    return Inputs(batch.input_ids, batch.labels, bounds, cos, sin, Tokens(index, local, seed, step))

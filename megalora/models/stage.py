@@ -1,0 +1,115 @@
+"""A causal language model, or the part of it that one pipeline stage holds: parts of other stages are None.
+
+Parameter names are those of the HF file, with global layer indices on every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megalora.lora import LoraConfig, ResolvedLora
+from megalora.models.config import ModelConfig
+from megalora.models.inputs import Inputs
+from megalora.models.layer import DecoderLayer
+from megalora.models.norm import RMSNorm
+from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
+from megalora.parallel.linear import ParallelLinear, Placement
+from megalora.parallel.loss import cross_entropy_sum
+from megalora.parallel.mesh import Axis
+from megalora.parallel.split import named_splits
+
+RECOMPUTE = ("none", "selective", "full")
+NO_LORA = ResolvedLora(LoraConfig(), {})
+
+
+class Decoder(nn.Module):
+    """The parts below the prefix `model.`."""
+
+    def __init__(self, embed_tokens: nn.Module | None, layers: dict[str, nn.Module], norm: nn.Module | None):
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.layers = nn.ModuleDict(layers)
+        self.norm = norm
+
+
+class Stage(nn.Module):
+    """Layers `layers` of the model; with `first` the embedding, with `last` the final norm and the head.
+
+    recompute  "none"; "selective": rotation and attention run again in backward; "full": whole layers do
+    Parameters are uninitialised: `checkpoint` fills the base, `reset_adapters` the adapters.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Iterable[int],
+        place: Placement,
+        lora: ResolvedLora = NO_LORA,
+        *,
+        first: bool = True,
+        last: bool = True,
+        recompute: str = "none",
+    ):
+        super().__init__()
+        assert recompute in RECOMPUTE, recompute
+        self.config, self.place, self.lora = config, place, lora
+        self.recompute_layers = recompute == "full"
+        embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place) if first else None
+        blocks = {str(i): DecoderLayer(config, i, place, lora, recompute == "selective") for i in layers}
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps, place) if last else None
+        self.model = Decoder(embed, blocks, norm)
+        self.lm_head = VocabParallelHead(config.vocab_size, config.hidden_size, place) if last else None
+        if config.tie_word_embeddings and first and last:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, hidden: torch.Tensor | None, inputs: Inputs) -> torch.Tensor:
+        """hidden [T, hidden_size] from the stage before; None on the first, which looks input_ids up.
+
+        Returns what the next stage reads, [T, hidden_size]; on the last stage the sum of the token losses (a scalar)
+        where inputs has labels, else the final hidden states, normed.
+        """
+        if self.model.embed_tokens is not None:
+            hidden = self.model.embed_tokens(inputs.input_ids)
+        for layer in self.model.layers.values():
+            if self.recompute_layers and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, inputs)
+        if self.model.norm is not None:
+            hidden = self.model.norm(hidden)
+            if inputs.labels is not None:
+                return cross_entropy_sum(hidden, self.lm_head, inputs.labels)
+        return hidden
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The adapters (and trained biases) of this stage, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def reset_adapters(self, seed: int) -> None:
+        """Initial adapters, the same on every layout."""
+        for module in self.modules():
+            if isinstance(module, ParallelLinear):
+                module.reset_adapter(seed, self.lora.config.init_lora_weights)
+
+
+def whole_on_meta(config: ModelConfig) -> Stage:
+    """The whole base model without storage: its names and shapes are those of the HF file."""
+    place = Placement(Axis(), False, torch.float32, "meta")
+    return Stage(config, range(config.num_hidden_layers), place)
+
+
+def expected_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the HF file of this model, with its shape; without lm_head.weight where it is tied."""
+    shapes = {name: split.global_shape for name, split in named_splits(whole_on_meta(config)).items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def adaptable_linears(config: ModelConfig) -> list[str]:
+    """Full names of the linears that can carry an adapter: all but the head."""
+    return [module.name for module in whole_on_meta(config).modules() if isinstance(module, ParallelLinear)]
