@@ -1,0 +1,76 @@
+"""Which layers stand on which pipeline stage: pure functions of counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megalora.errors import UserError
+
+METHODS = ("uniform", "uniform_floor", "parameters", "custom")
+
+
+def partition(
+    method: str,
+    layer_costs: Sequence[int],
+    stages: int,
+    *,
+    first_cost: int = 0,
+    last_cost: int = 0,
+    custom: Sequence[int] | None = None,
+) -> list[range]:
+    """The layers of each stage, in order: contiguous, none empty.
+
+    method       uniform: stage s of p has layers [n s // p, n (s + 1) // p)
+                 uniform_floor: n // p each, and the remainder one each to the stages between first and last, which
+                 have no embedding and no head to hold, before these two
+                 parameters: the largest stage, embedding and head counted, is as small as can be
+                 custom: as many as `custom` says
+    layer_costs  parameters of each layer; first_cost, last_cost those of the embedding and of the head
+    Raises UserError where there are fewer layers than stages, or custom does not add up.
+    """
+    n = len(layer_costs)
+    if n < stages:
+        raise UserError(f"pipeline_parallel_size ({stages}) is more than num_hidden_layers ({n}): choose at most {n}")
+    if method == "uniform":
+        counts = [n * (s + 1) // stages - n * s // stages for s in range(stages)]
+    elif method == "uniform_floor":
+        counts = [n // stages] * stages
+        inner_first = [*range(1, stages - 1), 0, stages - 1]
+        for stage in inner_first[: n % stages]:
+            counts[stage] += 1
+    elif method == "parameters":
+        counts = _balanced(layer_costs, stages, first_cost, last_cost)
+    elif method == "custom":
+        counts = list(custom or [])
+        if len(counts) != stages or sum(counts) != n or min(counts, default=0) < 1:
+            raise UserError(
+                f"custom_partition {' '.join(map(str, counts)) or '(not given)'}: give {stages} positive numbers of "
+                f"layers, one a stage, that add up to num_hidden_layers ({n}), not {sum(counts)}"
+            )
+    else:
+        raise UserError(f"partition_method = {method!r}: choose among {', '.join(METHODS)}")
+    bounds = [sum(counts[:s]) for s in range(stages + 1)]
+    return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _balanced(costs: Sequence[int], stages: int, first_cost: int, last_cost: int) -> list[int]:
+    """Counts that minimise the dearest stage (then the earliest cuts), by dynamic programming over prefixes."""
+    n = len(costs)
+    prefix = [0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+
+    def cost(stage: int, a: int, b: int) -> int:
+        extra = (first_cost if stage == 0 else 0) + (last_cost if stage == stages - 1 else 0)
+        return prefix[b] - prefix[a] + extra
+
+    # best[b]: (dearest stage, cuts) for the first `stage + 1` stages over layers [0, b)
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+    for stage in range(stages):
+        longer = {}
+        for b in range(stage + 1, n - (stages - 1 - stage) + 1):
+            options = [(max(top, cost(stage, a, b)), (*cuts, b)) for a, (top, cuts) in best.items() if a < b]
+            longer[b] = min(options)
+        best = longer
+    cuts = (0, *best[n][1])
+    return [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
