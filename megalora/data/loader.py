@@ -1,0 +1,93 @@
+"""Loader: packed rows -> the batches of a step, for one dp rank.
+
+Every rank holds all rows, so the counts over the whole global batch need no communication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from ..batch import Batch
+from .packing import PackedRows, build_rows
+from .sampler import permutation, rows_in_microbatch, steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. `microbatches` are this dp rank's; the counts are over the whole global batch.
+
+    label_count: labels that are not -100, which the summed loss is divided by
+    token_count: tokens that are not padding
+    """
+
+    microbatches: list[Batch]
+    label_count: int
+    token_count: int
+
+
+class Loader:
+    """`step(n)` gives step n of an endless run over `rows`; each epoch has every row exactly once.
+
+    num_microbatches is per dp rank. With shuffle=False each epoch has the rows in order (an eval set is read
+    for one epoch).
+    """
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        *,
+        micro_batch_rows: int,
+        num_microbatches: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        shuffle: bool = True,
+    ):
+        assert micro_batch_rows > 0 and num_microbatches > 0 and 0 <= dp_rank < dp_size
+        self.rows = rows
+        self.micro_batch_rows = micro_batch_rows
+        self.num_microbatches = num_microbatches
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.global_batch_rows = micro_batch_rows * num_microbatches * dp_size
+        self.steps_per_epoch = steps_per_epoch(rows.rows, self.global_batch_rows)
+        self._empty = build_rows([], [[]], rows.seq_length, rows.pad_token_id)
+        self._order: tuple[int, list[int]] = (0, self._epoch_order(0))  # a cache: (epoch, its order)
+
+    def step(self, step: int) -> Step:
+        """Step `step`, counted from 0 over all epochs; depends on the constructor's arguments alone."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, self._epoch_order(epoch))
+        first = number * self.global_batch_rows
+        chosen = self._order[1][first : first + self.global_batch_rows]
+        microbatches = [
+            self._batch(chosen, rows_in_microbatch(m, self.micro_batch_rows, self.dp_rank, self.dp_size))
+            for m in range(self.num_microbatches)
+        ]
+        return Step(
+            microbatches,
+            label_count=sum(self.rows.row_labels[row] for row in chosen),
+            token_count=sum(self.rows.row_tokens[row] for row in chosen),
+        )
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        return permutation(self.rows.rows, self.seed, epoch) if self.shuffle else list(range(self.rows.rows))
+
+    def _batch(self, chosen: list[int], places: range) -> Batch:
+        """The rows at `places` of the step, whose rows are `chosen`; places beyond those are empty rows."""
+        sources = [(self.rows, chosen[r]) if r < len(chosen) else (self._empty, 0) for r in places]
+        lengths = [length for source, row in sources for length in source.document_lengths[row]]
+        seq_length = self.rows.seq_length
+        return Batch(
+            input_ids=torch.cat([source.input_ids[row] for source, row in sources]).long(),
+            labels=torch.cat([source.labels[row] for source, row in sources]).long(),
+            position_ids=torch.cat([source.position_ids[row] for source, row in sources]).long(),
+            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            token_index=torch.arange(places.start * seq_length, places.stop * seq_length),
+        )

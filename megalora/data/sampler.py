@@ -1,0 +1,35 @@
+"""Sampler: which row goes where in which step, as pure functions of (seed, epoch, step).
+
+A step takes global_batch_rows = micro_batch_rows * num_microbatches * dp_size rows. Row r of the step belongs
+to microbatch m of dp rank d at position i, where r = (m * dp_size + d) * micro_batch_rows + i. With 2 rows a
+microbatch, 2 microbatches and dp 2:
+
+    r           0 1 | 2 3 | 4 5 | 6 7
+    microbatch    0 |   0 |   1 |   1
+    dp rank       0 |   1 |   0 |   1
+
+So the rows of a step, and their numbers in it, do not depend on dp_size where the global batch is the same.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+PACKING_EPOCH = -1  # the order in which documents are packed, before any epoch
+
+
+def permutation(rows: int, seed: int, epoch: int) -> list[int]:
+    """An order of range(rows). Sorted by hash: the same with every version of Python, numpy and torch."""
+    key = f"{seed}/{epoch}/".encode()
+    return sorted(range(rows), key=lambda row: blake2b(key + str(row).encode(), digest_size=16).digest())
+
+
+def steps_per_epoch(rows: int, global_batch_rows: int) -> int:
+    """The last step of an epoch may be short of rows; it is filled up with empty ones."""
+    return -(-rows // global_batch_rows)
+
+
+def rows_in_microbatch(microbatch: int, micro_batch_rows: int, dp_rank: int, dp_size: int) -> range:
+    """Numbers within the step of the rows of one microbatch on one dp rank."""
+    first = (microbatch * dp_size + dp_rank) * micro_batch_rows
+    return range(first, first + micro_batch_rows)

@@ -1,0 +1,97 @@
+"""From a file to rows: bad rows are named or skipped, and the fingerprint is the data's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalora.data import ChatTemplate, load_dataset, read_rows
+from megalora.errors import UserError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "data" / "self_cognition.json"
+GOOD = {"instruction": "hello", "output": "I am Mega."}
+LONG = {"instruction": "hello " * 200, "output": "I am Mega."}
+
+
+@pytest.fixture(scope="module")
+def template(chatml):
+    return ChatTemplate(chatml)
+
+
+def load(path, template, seq_length=128, packing=True, on_bad_row="error", seed=1):
+    return load_dataset(path, template, seq_length, packing=packing, on_bad_row=on_bad_row, seed=seed)
+
+
+def test_bundled_rows(template):
+    rows = load(EXAMPLE, template, 512)
+    assert rows.documents == len(read_rows(EXAMPLE)) and rows.skipped == ()
+    assert 0 < rows.labelled_tokens < rows.tokens <= rows.rows * 512
+    one_each = load(EXAMPLE, template, 512, packing=False)
+    assert one_each.rows == rows.documents > rows.rows
+    assert (one_each.tokens, one_each.labelled_tokens) == (rows.tokens, rows.labelled_tokens)
+
+
+def test_labels_are_shifted_once(template, chatml, write_json):
+    rows = load(write_json([GOOD]), template)
+    document = template.encode([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am Mega."}])
+    n = len(document.input_ids)
+    assert rows.input_ids[0, :n].tolist() == document.input_ids.tolist()
+    assert rows.labels[0, : n - 1].tolist() == document.labels[1:].tolist() and rows.labels[0, n - 1] == -100
+    assert chatml.decode([label for label in rows.labels[0].tolist() if label != -100]) == "I am Mega.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        (LONG, r"row 1: too long, \d+ tokens for --seq_length 128; raise --seq_length to at least \d+"),
+        ({"text": "a"}, "row 1: the row has no known shape"),
+        ({"instruction": "a", "output": ""}, "row 1: .* is empty"),
+        ("a", "row 1: a row must be an object"),
+    ],
+)
+def test_bad_rows_are_named_or_skipped(template, write_json, row, told):
+    path = write_json([GOOD, row, GOOD])
+    with pytest.raises(UserError, match=rf"data.json {told}.*--on_bad_row skip"):
+        load(path, template)
+    rows = load(path, template, on_bad_row="skip")
+    assert rows.documents == 2 and len(rows.skipped) == 1 and "data.json row 1: " in rows.skipped[0]
+
+
+def test_no_row_left(template, write_json):
+    with pytest.raises(UserError, match="none of the 2 rows can be used; the first: .*row 0: too long"):
+        load(write_json([LONG, LONG]), template, on_bad_row="skip")
+
+
+def test_a_row_just_as_long_as_seq_length_is_taken(template, write_json):
+    path = write_json([GOOD])
+    length = load(path, template).tokens
+    assert load(path, template, length).document_lengths == ((length,),)
+    with pytest.raises(UserError, match="too long"):
+        load(path, template, length - 1)
+
+
+def test_fingerprint_is_of_the_data_and_not_of_the_seed(template, write_json):
+    path, other = write_json([GOOD, GOOD]), write_json([GOOD], "other.json")
+    prints = [
+        load(path, template).fingerprint,
+        load(path, template, seq_length=64).fingerprint,
+        load(path, template, packing=False).fingerprint,
+        load(other, template).fingerprint,
+    ]
+    assert len(set(prints)) == 4
+    assert load(path, template, seed=2).fingerprint == prints[0]
+
+
+def test_real_files(shared_dir, r1):
+    template = ChatTemplate(r1)
+    flat, nested, processed = (
+        load(shared_dir / "data" / name, template, 4096)
+        for name in (
+            "self_cognition_EmoLLM.json",
+            "self_cognition_EmoLLM_nested.json",
+            "processed_self_cognition_EmoLLM.json",
+        )
+    )
+    assert (flat.documents, nested.documents, processed.documents) == (85, 1, 85)
+    assert flat.labelled_tokens == nested.labelled_tokens == processed.labelled_tokens

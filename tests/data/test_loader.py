@@ -1,0 +1,120 @@
+"""Steps: every row once an epoch on any split, and the same global batch whatever the number of dp ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalora.data import Loader, Sample, build_rows
+
+SEQ = 8
+PAD = 0
+
+
+def packed(rows: int):
+    """Rows of two documents each, every token of which is unlike any other."""
+    documents = []
+    for number in range(2 * rows):
+        ids = np.arange(1, 2 + number % 4, dtype=np.int32) + 10 * number
+        documents.append(Sample(ids, ids))
+    return build_rows(documents, [[2 * i, 2 * i + 1] for i in range(rows)], SEQ, PAD)
+
+
+def loaders(rows, micro, accumulation, dp, seed=3, shuffle=True):
+    layout = {"micro_batch_rows": micro, "num_microbatches": accumulation, "dp_size": dp}
+    return [Loader(rows, **layout, dp_rank=rank, seed=seed, shuffle=shuffle) for rank in range(dp)]
+
+
+def global_batch(steps):
+    """What a step holds, by token_index: (id, label, position); positions restart at each bound."""
+    tokens = {}
+    for step in steps:
+        for batch in step.microbatches:
+            bounds = batch.cu_seqlens.tolist()
+            starts = [start for start, stop in zip(bounds, bounds[1:], strict=False) for _ in range(start, stop)]
+            place = torch.arange(len(starts)) - torch.tensor(starts)
+            values = zip(batch.input_ids.tolist(), batch.labels.tolist(), batch.position_ids.tolist(), strict=True)
+            for index, value, inner in zip(batch.token_index.tolist(), values, place.tolist(), strict=True):
+                assert index not in tokens and value[2] == inner
+                tokens[index] = value
+    return tokens
+
+
+sizes = st.sampled_from([1, 2, 3, 4])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), sizes, sizes, sizes, st.integers(0, 2**40), st.booleans())
+def test_every_row_exactly_once_an_epoch(count, micro, accumulation, dp, seed, shuffle):
+    rows = packed(count)
+    ranks = loaders(rows, micro, accumulation, dp, seed, shuffle)
+    steps_per_epoch = ranks[0].steps_per_epoch
+    assert steps_per_epoch == -(-count // (micro * accumulation * dp))
+    for epoch in range(2):
+        seen, labels, tokens = [], 0, 0
+        for number in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            steps = [rank.step(number) for rank in ranks]
+            assert len({(step.label_count, step.token_count) for step in steps}) == 1
+            batch = global_batch(steps)
+            assert sorted(batch) == list(range(micro * accumulation * dp * SEQ))
+            assert steps[0].label_count == sum(label != -100 for _, label, _ in batch.values())
+            assert steps[0].token_count == sum(value[0] != PAD for value in batch.values())
+            labels, tokens = labels + steps[0].label_count, tokens + steps[0].token_count
+            ids = torch.tensor([batch[index][0] for index in range(len(batch))]).view(-1, SEQ)
+            seen += [tuple(row) for row in ids.tolist() if any(row)]
+        everything = [tuple(row) for row in rows.input_ids.tolist()]
+        assert sorted(seen) == sorted(everything) and (shuffle or seen == everything)
+        assert (labels, tokens) == (rows.labelled_tokens, rows.tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.sampled_from([(8, [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2), (1, 2, 4)])]),
+)
+def test_dp_size_changes_nothing(count, case):
+    rows, (total, layouts) = packed(count), case
+    for number in range(3):
+        batches = []
+        for micro, accumulation, dp in layouts:
+            assert micro * accumulation * dp == total
+            steps = [rank.step(number) for rank in loaders(rows, micro, accumulation, dp)]
+            batches.append((global_batch(steps), steps[0].label_count, steps[0].token_count))
+        assert all(batch == batches[0] for batch in batches)
+
+
+def test_rows_of_a_step_lie_as_the_sampler_says():
+    rows = packed(8)
+    ranks = loaders(rows, 2, 2, 2, shuffle=False)
+    for r in range(8):
+        microbatch, rank, place = r // 4, r // 2 % 2, r % 2
+        batch = ranks[rank].step(0).microbatches[microbatch]
+        here = slice(place * SEQ, (place + 1) * SEQ)
+        assert batch.input_ids[here].tolist() == rows.input_ids[r].tolist()
+        assert batch.token_index[here].tolist() == list(range(r * SEQ, (r + 1) * SEQ))
+
+
+def test_shapes_and_dtypes_are_those_of_a_batch():
+    batch = loaders(packed(3), 2, 1, 1)[0].step(1).microbatches[0]
+    for tensor in (batch.input_ids, batch.labels, batch.position_ids, batch.token_index):
+        assert tensor.dtype == torch.int64 and tensor.shape == (2 * SEQ,)
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens[-1] == 2 * SEQ
+    assert {SEQ} <= set(batch.cu_seqlens.tolist())
+    assert (batch.labels[SEQ:] == -100).all() and batch.input_ids[SEQ:].tolist() == [PAD] * SEQ
+
+
+def test_a_step_does_not_depend_on_the_steps_before_it():
+    rows = packed(9)
+    walked, fresh = loaders(rows, 2, 1, 1)[0], loaders(rows, 2, 1, 1)[0]
+    steps = [walked.step(number) for number in range(12)]
+    for number in (11, 3, 7):
+        assert torch.equal(fresh.step(number).microbatches[0].input_ids, steps[number].microbatches[0].input_ids)
+
+
+def test_epochs_and_seeds_differ():
+    rows = packed(30)
+    one, other = loaders(rows, 30, 1, 1)[0], loaders(rows, 30, 1, 1, seed=4)[0]
+    batches = [one.step(0), one.step(1), other.step(0)]
+    assert len({tuple(step.microbatches[0].input_ids.tolist()) for step in batches}) == 3

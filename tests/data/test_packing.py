@@ -1,0 +1,86 @@
+"""Packing loses no document, over-fills no row, and lays rows out as the drawing in packing.py says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalora.data import Sample, build_rows, pack
+
+
+def next_fit(lengths, seq_length):
+    rows, space = 0, 0
+    for length in lengths:
+        if length > space:
+            rows, space = rows + 1, seq_length
+        space -= length
+    return rows
+
+
+def sample(ids, trained):
+    """A document whose last `trained` tokens are the reply."""
+    ids = np.asarray(ids, dtype=np.int32)
+    labels = ids.copy()
+    labels[: len(ids) - trained] = -100
+    return Sample(ids, labels)
+
+
+documents_of = st.lists(st.integers(1, 16).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))
+def test_each_document_once_no_row_over_no_more_rows_than_next_fit(lengths, seq_length):
+    bins = pack(lengths, seq_length)
+    assert sorted(index for row in bins for index in row) == list(range(len(lengths)))
+    assert all(row and sum(lengths[index] for index in row) <= seq_length for row in bins)
+    assert len(bins) <= next_fit(lengths, seq_length)
+    assert bins == pack(lengths, seq_length)
+    assert pack(lengths, seq_length, packing=False) == [[index] for index in range(len(lengths))]
+
+
+def test_next_fit_where_it_is_better():
+    assert len(pack([6, 3, 3, 4, 4, 4], 12)) == 2
+
+
+def test_too_long_a_document_is_our_bug():
+    with pytest.raises(AssertionError):
+        pack([5], 4)
+
+
+def test_the_drawing():
+    documents = [sample([11, 12, 13, 14], 2), sample([21, 22, 23], 2), sample([31, 32], 1)]
+    rows = build_rows(documents, [[0, 1], [2]], 8, 0)
+    none = -100
+    assert rows.input_ids.tolist() == [[11, 12, 13, 14, 21, 22, 23, 0], [31, 32, 0, 0, 0, 0, 0, 0]]
+    assert rows.labels.tolist() == [
+        [none, 13, 14, none, 22, 23, none, none],
+        [32, none, none, none, none, none, none, none],
+    ]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]]
+    assert rows.document_lengths == ((4, 3, 1), (2, 6))
+    assert (rows.row_tokens, rows.row_labels) == ((7, 2), (4, 1))
+    assert (rows.documents, rows.rows, rows.tokens, rows.labelled_tokens) == (3, 2, 9, 5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents_of, st.booleans())
+def test_unpacking_gives_the_documents_back(shapes, packing):
+    documents = [sample(np.arange(n) + 100 * i + 1, trained) for i, (n, trained) in enumerate(shapes)]
+    bins = pack([n for n, _ in shapes], 16, packing)
+    rows = build_rows(documents, bins, 16, 0)
+    for row, members in enumerate(bins):
+        assert sum(rows.document_lengths[row]) == 16
+        at = 0
+        for number, index in enumerate(members):
+            document, n = documents[index], len(documents[index].input_ids)
+            assert rows.document_lengths[row][number] == n
+            assert rows.input_ids[row, at : at + n].tolist() == document.input_ids.tolist()
+            assert rows.labels[row, at : at + n].tolist() == [*document.labels[1:].tolist(), -100]
+            assert rows.position_ids[row, at : at + n].tolist() == list(range(n))
+            at += n
+        assert rows.row_tokens[row] == at and (rows.labels[row, at:] == -100).all()
+        assert rows.position_ids[row, at:].tolist() == list(range(16 - at))
+    assert rows.labelled_tokens == sum(int((d.labels[1:] != -100).sum()) for d in documents)
