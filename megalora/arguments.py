@@ -1,0 +1,773 @@
+"""Command line and YAML to frozen dataclasses.
+
+The fields of the section dataclasses below are the one table of flags: the parser, the YAML reader, `--help`,
+the value checks and the README's table (`flags_table`) all read it. A section is handed to the part that
+needs it, never the whole. Everything a user can get wrong raises UserError; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megalora.errors import UserError
+
+REQUIRED = MISSING
+"""Default of a flag that must be given."""
+
+
+def flag(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field that is also a flag.
+
+    `help` is one line, with the unit. `limits` are any of `choices` (tuple), `at_least`, `above`, `at_most`,
+    `below` (numbers; `above` and `below` exclude the bound), `unset` (what a default of None comes to),
+    `empty` (a text may be empty) and `training_only` (of a section that generation shares, but without effect
+    there).
+    """
+    return field(default=default, metadata={"help": help, **limits})
+
+
+class Section:
+    """Base of the sections: a value from Python is held to the same limits as one from the command line."""
+
+    def __post_init__(self) -> None:
+        for entry in flags_of(type(self)):
+            entry.check(getattr(self, entry.name), entry.name)
+
+
+# --------------------------------------------------------------------------------------- the table of flags
+
+
+@dataclass(frozen=True)
+class ModelArguments(Section):
+    """Which model, from which weights, in which precision."""
+
+    model_path: str = flag(REQUIRED, "Hugging Face folder of the model: config.json, tokenizer, weights")
+    resume_from_checkpoint: str | None = flag(
+        None, "folder of the base weights: Hugging Face safetensors or megalora shards", unset="model_path"
+    )
+    resume_peft_from_checkpoint: str | None = flag(
+        None,
+        "adapter to load: a run's output_dir, megalora shards or a PEFT folder",
+        unset="a new adapter, in generation none",
+    )
+    lora_config: str | None = flag(
+        None, "path of lora_config.json, for a new adapter", unset="by model_type", training_only=True
+    )
+    dtype: str = flag(
+        "auto",
+        "compute precision; auto is bfloat16 on GPUs and float32 on CPUs",
+        choices=("auto", "bfloat16", "float16", "float32", "float64"),
+    )
+
+
+@dataclass(frozen=True)
+class ParallelArguments(Section):
+    """How the model lies over the processes. Data parallel size = world size / (tensor * pipeline)."""
+
+    tensor_parallel_size: int = flag(1, "processes that share each layer", at_least=1)
+    pipeline_parallel_size: int = flag(1, "pipeline stages the layers are cut into", at_least=1)
+    sequence_parallel: bool = flag(
+        False,
+        "split the activations between layers along the tokens, over tensor parallel",
+        training_only=True,
+    )
+    partition_method: str = flag(
+        "uniform",
+        "how layers are dealt to stages",
+        choices=("uniform", "uniform_floor", "parameters", "custom"),
+    )
+    custom_partition: tuple[int, ...] | None = flag(
+        None, "layers of each stage, first to last, for partition_method custom", at_least=1, unset="none"
+    )
+    uneven_heads: bool = flag(
+        False, "allow a tensor_parallel_size that does not divide the attention heads: slower, but it runs"
+    )
+    schedule: str = flag(
+        "1f1b", "order of the microbatches in the pipeline", choices=("gpipe", "1f1b"), training_only=True
+    )
+    recompute: str = flag(
+        "none",
+        "activations computed again in backward: none, attention only, or whole layers",
+        choices=("none", "selective", "full"),
+        training_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.partition_method == "custom" and self.custom_partition is None:
+            raise UserError(
+                "partition_method custom needs custom_partition: the layers of each of the "
+                f"{self.pipeline_parallel_size} stages, such as --custom_partition "
+                f"{' '.join(['8'] * self.pipeline_parallel_size)}"
+            )
+        if self.custom_partition is not None and self.partition_method != "custom":
+            raise UserError(_no_effect("custom_partition", self.custom_partition, vars(self)))
+        if self.custom_partition is not None and len(self.custom_partition) != self.pipeline_parallel_size:
+            raise UserError(
+                f"custom_partition {_show(self.custom_partition)} names "
+                f"{len(self.custom_partition)} stages, but "
+                f"pipeline_parallel_size is {self.pipeline_parallel_size}: give one number of layers a stage"
+            )
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise UserError(_no_effect("sequence_parallel", True, vars(self)))
+
+
+@dataclass(frozen=True)
+class DataArguments(Section):
+    """Rows to train on, and how they become tokens."""
+
+    data_path: str = flag(REQUIRED, "JSON or JSON lines file of the training rows")
+    eval_data_path: str | None = flag(None, "file of the evaluation rows, same formats", unset="no evaluation")
+    seq_length: int = flag(1024, "tokens of one row of a microbatch; a longer document is a bad row", at_least=2)
+    packing: bool = flag(True, "put several whole documents in one row; attention never crosses them")
+    template: str | None = flag(None, "name of the chat template", unset="the tokenizer's own")
+    on_bad_row: str = flag(
+        "error", "stop at a row that cannot be used, or count it and go on", choices=("error", "skip")
+    )
+
+
+@dataclass(frozen=True)
+class TrainArguments(Section):
+    """The run: optimizer, length, what is written and when. A step is one optimizer step."""
+
+    output_dir: str = flag(REQUIRED, "folder of the run: checkpoints, metrics.jsonl, TensorBoard")
+    overwrite_output_dir: bool = flag(False, "start afresh even where output_dir holds checkpoints")
+    per_device_train_batch_size: int = flag(1, "rows of one microbatch of one data-parallel rank", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "microbatches of one step of one data-parallel rank", at_least=1)
+    num_train_epochs: float | None = flag(
+        None,
+        "passes over the data; with max_steps, whichever ends first",
+        above=0,
+        unset="3.0, or none with max_steps",
+    )
+    max_steps: int | None = flag(None, "steps of the run", at_least=1, unset="by num_train_epochs")
+    learning_rate: float = flag(2e-4, "peak learning rate", at_least=0)
+    lr_scheduler_type: str = flag(
+        "linear", "shape of the learning rate after warmup", choices=("linear", "cosine", "constant")
+    )
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", at_least=0)
+    weight_decay: float = flag(0.0, "AdamW weight decay", at_least=0)
+    adam_beta1: float = flag(0.9, "AdamW beta1", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW beta2", at_least=0, below=1)
+    adam_epsilon: float = flag(1e-8, "AdamW epsilon", above=0)
+    optimizer: str = flag(
+        "adamw", "adamw is torch's fused AdamW, apex is NVIDIA apex's FusedAdam", choices=("adamw", "apex")
+    )
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm; 0 is no clipping", at_least=0)
+    seed: int = flag(42, "seed of adapters, dropout and the order of the rows", at_least=0, at_most=2**63 - 1)
+    eval_steps: int | None = flag(None, "steps from one evaluation to the next", at_least=1, unset="at the end only")
+    save: bool = flag(True, "write checkpoints")
+    save_steps: int = flag(500, "steps from one checkpoint to the next; the last step always has one", at_least=1)
+    save_total_limit: int | None = flag(None, "newest checkpoints that are kept", at_least=1, unset="all")
+    logging_steps: int = flag(1, "steps from one line of the log to the next", at_least=1)
+    wall_clock_breakdown: bool = flag(False, "log seconds by phase: forward, backward, communication, ...")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps is not None:
+            self._check_warmup(self.max_steps)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run, given those of one pass over the data (at least 1).
+
+        The run ends at max_steps or after num_train_epochs (rounded up to a whole step), whichever is first;
+        neither given is 3 epochs. UserError where the run would end inside its warmup.
+        """
+        assert steps_per_epoch >= 1, steps_per_epoch
+        if self.num_train_epochs is None:
+            steps = self.max_steps or 3 * steps_per_epoch
+        else:
+            steps = math.ceil(self.num_train_epochs * steps_per_epoch)
+            steps = min(steps, self.max_steps or steps)
+        self._check_warmup(steps)
+        return steps
+
+    def _check_warmup(self, steps: int) -> None:
+        if self.warmup_steps and self.warmup_steps >= steps:
+            raise UserError(
+                f"warmup_steps ({self.warmup_steps}) is not less than the steps of the run ({steps}): the "
+                "learning rate would never reach learning_rate; give fewer warmup_steps or a longer run"
+            )
+
+
+@dataclass(frozen=True)
+class GenerationArguments(Section):
+    """Prompts and decoding. Without prompt and prompts_file it is a dialogue at the terminal."""
+
+    prompt: str | None = flag(None, "one prompt", unset="a dialogue")
+    prompts_file: str | None = flag(
+        None, "file of prompts: one a line, or JSON rows as for training", unset="a dialogue"
+    )
+    output_file: str | None = flag(None, "file for the replies, JSON lines", unset="the terminal")
+    system: str | None = flag(None, "system message put before each prompt", unset="the template's", empty=True)
+    max_new_tokens: int = flag(256, "longest reply, tokens", at_least=1)
+    temperature: float = flag(0.0, "softmax temperature; 0 is greedy", at_least=0)
+    top_k: int | None = flag(None, "sample among this many likeliest tokens", at_least=1, unset="all")
+    top_p: float | None = flag(
+        None, "sample among the likeliest tokens that hold this probability", above=0, at_most=1, unset="all"
+    )
+    seed: int = flag(42, "seed of the sampling", at_least=0, at_most=2**63 - 1)
+    template: str | None = flag(None, "name of the chat template", unset="the tokenizer's own")
+    seq_length: int | None = flag(
+        None,
+        "longest prompt and reply together, tokens",
+        at_least=2,
+        unset="the model's max_position_embeddings",
+    )
+    disable_adapter: bool = flag(False, "reply from the base model, without resume_peft_from_checkpoint")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.prompts_file is not None:
+            raise UserError("prompt and prompts_file are both given: give one of them")
+
+
+@dataclass(frozen=True)
+class CompatibilityArguments(Section):
+    """Flags of the reference launch that state what always holds here, or spell a flag above in another way.
+
+    They end in the other sections (fp16 and bf16 in `dtype`) or in an error; no part of the package sees
+    them.
+    """
+
+    fp16: bool | None = flag(None, "true is dtype float16", unset="by dtype")
+    bf16: bool | None = flag(None, "true is dtype bfloat16; false keeps dtype auto from choosing it", unset="by dtype")
+    split_method: str = flag("layer_split", "only layer_split: stages are cut between layers")
+    input_names: tuple[str, ...] = flag(
+        ("input_ids", "attention_mask"),
+        "inputs of the model, input_ids among them",
+        choices=("input_ids", "attention_mask", "labels", "position_ids"),
+    )
+    no_tie_modules: bool = flag(True, "only true: a frozen tied head is a copy on the last stage, no tie is kept up")
+    return_logits: bool | None = flag(
+        None, "generation only, and only true: the last stage gives logits", unset="by command"
+    )
+    text_generation: bool | None = flag(
+        None, "generation only, and only true: the logits become text", unset="by command"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp16 and self.bf16:
+            raise UserError("fp16 and bf16 are both true: give one of them")
+        if self.split_method != "layer_split":
+            raise UserError(
+                f"split_method {self.split_method} is not supported: stages are cut between layers, from the "
+                "model's config, and no graph is traced; give layer_split and choose the cuts by "
+                "partition_method"
+            )
+        if "input_ids" not in self.input_names:
+            raise UserError(f"input_names {_show(self.input_names)} lacks input_ids: the models here read token ids")
+        if not self.no_tie_modules:
+            raise UserError(
+                "no_tie_modules false is not supported: the base is frozen, so a tied head is "
+                "copied to the last "
+                "stage and nothing needs to be kept tied; give true or leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class FinetuneArguments:
+    """What `megalora finetune` runs on."""
+
+    model: ModelArguments
+    parallel: ParallelArguments
+    data: DataArguments
+    train: TrainArguments
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """What `megalora generate` runs on. `not_applied`: training flags that were given and do not apply."""
+
+    model: ModelArguments
+    parallel: ParallelArguments
+    generation: GenerationArguments
+    not_applied: tuple[str, ...] = ()
+
+
+FINETUNE_SECTIONS = (ModelArguments, ParallelArguments, DataArguments, TrainArguments, CompatibilityArguments)
+GENERATE_SECTIONS = (ModelArguments, ParallelArguments, GenerationArguments, CompatibilityArguments)
+
+
+@dataclass(frozen=True)
+class _Idle:
+    """`flag` has no effect because of the value of `because`, when `when(values of all flags)`."""
+
+    flag: str
+    because: str
+    when: Callable[[Mapping[str, Any]], bool]
+    remedy: str
+
+
+_CUSTOM = _Idle(
+    "custom_partition",
+    "partition_method",
+    lambda v: v["partition_method"] != "custom",
+    "give --partition_method custom",
+)
+FINETUNE_IDLE = (
+    _CUSTOM,
+    _Idle(
+        "sequence_parallel",
+        "tensor_parallel_size",
+        lambda v: v["sequence_parallel"] and v["tensor_parallel_size"] == 1,
+        "give --tensor_parallel_size 2 or more",
+    ),
+    _Idle("save_steps", "save", lambda v: not v["save"], "give --save true"),
+    _Idle("save_total_limit", "save", lambda v: not v["save"], "give --save true"),
+    _Idle("eval_steps", "eval_data_path", lambda v: v["eval_data_path"] is None, "give --eval_data_path"),
+)
+GENERATE_IDLE = (
+    _CUSTOM,
+    _Idle("top_k", "temperature", lambda v: v["temperature"] == 0, "give a --temperature above 0"),
+    _Idle("top_p", "temperature", lambda v: v["temperature"] == 0, "give a --temperature above 0"),
+    _Idle(
+        "output_file",
+        "prompt",
+        lambda v: v["prompt"] is None and v["prompts_file"] is None,
+        "give --prompt or --prompts_file",
+    ),
+    _Idle(
+        "disable_adapter",
+        "resume_peft_from_checkpoint",
+        lambda v: v["disable_adapter"] and v["resume_peft_from_checkpoint"] is None,
+        "give --resume_peft_from_checkpoint",
+    ),
+)
+
+
+def _no_effect(name: str, value: Any, values: Mapping[str, Any], label: str | None = None) -> str:
+    rule = next(rule for rule in (*FINETUNE_IDLE, *GENERATE_IDLE) if rule.flag == name)
+    reason = values[rule.because]
+    cause = f"without {rule.because}" if reason is None else f"with {rule.because} {_show(reason)}"
+    return f"{label or name} {_show(value)} has no effect {cause}: {rule.remedy}, or leave it out"
+
+
+# --------------------------------------------------------------------------------------------- entry points
+
+
+def parse_finetune(argv: Sequence[str]) -> FinetuneArguments:
+    """Flags of `megalora finetune`. UserError for what is wrong, missing, unknown or without effect."""
+    table = _table(FINETUNE_SECTIONS)
+    elsewhere = {name: "tools/generate.py" for name in _table(GENERATE_SECTIONS) if name not in table}
+    given = _read(argv, table, elsewhere)
+    for name in ("return_logits", "text_generation"):
+        if name in given and given[name].value:
+            raise UserError(
+                f"{given[name].label} true belongs to generation: run tools/generate.py with these flags, or "
+                "leave it out to train"
+            )
+    given = _without_idle(given, table, FINETUNE_IDLE)
+    _require(given, table)
+    model, parallel, data, train = _sections(given, FINETUNE_SECTIONS)
+    return FinetuneArguments(model, parallel, data, train)
+
+
+def parse_generate(argv: Sequence[str]) -> GenerateArguments:
+    """Flags of `megalora generate`. Training flags are checked like others, then named in `not_applied`."""
+    applying = {
+        name: entry for name, entry in _table(GENERATE_SECTIONS).items() if not entry.limits.get("training_only")
+    }
+    given = _read(argv, {**_table(FINETUNE_SECTIONS), **applying}, {})
+    for name in ("return_logits", "text_generation"):
+        if name in given and not given[name].value:
+            raise UserError(
+                f"{given[name].label} false is not supported: generation turns the last stage's logits into "
+                "text; give true or leave it out"
+            )
+    not_applied = [name for name in given if name not in applying]
+    given = {name: one for name, one in given.items() if name in applying}
+    given = _without_idle(given, applying, GENERATE_IDLE)
+    _require(given, applying)
+    model, parallel, generation = _sections(given, GENERATE_SECTIONS)
+    if "seed" in given and generation.temperature == 0:
+        not_applied.append("seed")
+    return GenerateArguments(model, parallel, generation, tuple(not_applied))
+
+
+def validate_world(parallel: ParallelArguments, world_size: int) -> int:
+    """Data-parallel size: world_size / (tensor * pipeline). UserError where that is not whole."""
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    model = tensor * pipeline
+    if world_size % model == 0 and world_size > 0:
+        return world_size // model
+    below = world_size // model * model
+    counts = f"{below} or {below + model}" if below else str(model)
+    raise UserError(
+        f"World size ({world_size}) is not a multiple of tensor_parallel_size ({tensor}) * "
+        f"pipeline_parallel_size ({pipeline}) = {model}: start {counts} processes, or choose sizes whose "
+        f"product divides {world_size}"
+    )
+
+
+def help_text(command: str) -> str:
+    """What `megalora finetune --help` or `megalora generate --help` prints."""
+    sections = {"finetune": FINETUNE_SECTIONS, "generate": GENERATE_SECTIONS}[command]
+    lines = [
+        f"usage: megalora {command} [RUN.yaml] --FLAG VALUE ...",
+        "",
+        "Flags may be written with _ or -. A boolean is true or false; the bare flag is true.",
+        "RUN.yaml (or --config RUN.yaml) holds the same names, one `name: value` a line; a flag on the",
+        "command line goes before it.",
+    ]
+    for section in sections:
+        lines += ["", *textwrap.wrap(f"{_title(section)}: {_first_paragraph(section)}", 110)]
+        for entry in flags_of(section):
+            if command == "generate" and entry.limits.get("training_only"):
+                continue
+            lines.append(f"  --{entry.name} {entry.values()}")
+            lines += textwrap.wrap(
+                f"{entry.help} ({entry.default_text()})",
+                110,
+                initial_indent=" " * 6,
+                subsequent_indent=" " * 6,
+            )
+    if command == "generate":
+        lines += [
+            "",
+            "The other flags of megalora finetune are accepted, and named on one line as not applied.",
+        ]
+    return "\n".join(lines)
+
+
+def flags_table() -> str:
+    """All flags as markdown tables, one a section, for the README."""
+    lines = []
+    for section in (*FINETUNE_SECTIONS[:-1], GenerationArguments, CompatibilityArguments):
+        lines += ["", f"**{_title(section)}**: {_first_paragraph(section)}", ""]
+        lines += ["| flag | values | default | what it does |", "|---|---|---|---|"]
+        for entry in flags_of(section):
+            default = "required" if entry.required else entry.default_text().removeprefix("default: ")
+            values = entry.values().replace("|", "\\|")
+            lines.append(f"| `{entry.name}` | {values} | {default} | {entry.help} |")
+    return "\n".join(lines[1:])
+
+
+# --------------------------------------------------------------------------------- one flag, and its values
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One row of the table, from a dataclass field. `type` is bool, int, float or str (of each item)."""
+
+    name: str
+    type: type
+    many: bool
+    optional: bool
+    default: Any
+    help: str
+    limits: Mapping[str, Any]
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def values(self) -> str:
+        """What to write after the flag: true|false, a|b, N, X or TEXT, and ... where it takes several."""
+        plain = {bool: "true|false", int: "N", float: "X", str: "TEXT"}[self.type]
+        return ("|".join(self.limits.get("choices", ())) or plain) + (" ..." if self.many else "")
+
+    def default_text(self) -> str:
+        if self.required:
+            return "required"
+        return f"default: {self.limits['unset'] if self.default is None else _show(self.default)}"
+
+    def from_text(self, texts: Sequence[str], label: str) -> Any:
+        """Value of the words after a flag; `label` names the flag in an error."""
+        if self.many:
+            words = [word for text in texts for word in re.split(r"[,\s]+", text) if word]
+            if not words:
+                raise UserError(f"{label} needs one or more values: {self._kind()}")
+            value: Any = tuple(self._scalar(word, label) for word in words)
+        else:
+            (text,) = texts
+            value = self._scalar(text, label)
+        self.check(value, label)
+        return value
+
+    def from_yaml(self, value: Any, label: str) -> Any:
+        """Value of a YAML node. A text is read as on the command line (YAML takes 2e-4 for a text)."""
+        items = value if isinstance(value, list) and self.many else [value]
+        if all(isinstance(item, str) for item in items):
+            return self.from_text(items, label)
+        fits = {
+            bool: lambda item: isinstance(item, bool) or item in (0, 1),
+            int: lambda item: isinstance(item, int) and not isinstance(item, bool),
+            float: lambda item: isinstance(item, (int, float)) and not isinstance(item, bool) and abs(item) < 1e300,
+            str: lambda item: isinstance(item, str),
+        }[self.type]
+        for item in items:
+            if isinstance(item, (list, dict)) or not fits(item):
+                quotes = ", in quotes" if self.type is str else ""
+                raise UserError(f"{label}: {_show(item)} is not {self._kind()}{quotes}")
+        read = tuple(self.type(item) for item in items)
+        result = read if self.many else read[0]
+        self.check(result, label)
+        return result
+
+    def check(self, value: Any, label: str) -> None:
+        """UserError where the value is outside the limits."""
+        if value is None and self.optional:
+            return
+        for item in value if self.many else (value,):
+            problem = self._problem(item)
+            if problem:
+                raise UserError(f"{label} {_show(value)}: {problem}")
+
+    def _problem(self, item: Any) -> str | None:
+        accepted = {bool: bool, int: int, float: (int, float), str: object}[self.type]
+        if not isinstance(item, accepted) or (self.type is not bool and isinstance(item, bool)):
+            return f"must be {self._kind()}"
+        limits = self.limits
+        if "choices" in limits and item not in limits["choices"]:
+            return f"must be one of {', '.join(limits['choices'])}"
+        if self.type is str and not str(item).strip() and "choices" not in limits and not limits.get("empty"):
+            return "is empty; give a value or leave the flag out"
+        if self.type is float and not math.isfinite(item):
+            return "must be finite"
+        if "at_least" in limits and item < limits["at_least"]:
+            return f"must be at least {limits['at_least']}"
+        if "above" in limits and item <= limits["above"]:
+            return f"must be above {limits['above']}"
+        if "at_most" in limits and item > limits["at_most"]:
+            return f"must be at most {limits['at_most']}"
+        if "below" in limits and item >= limits["below"]:
+            return f"must be below {limits['below']}"
+        return None
+
+    def _scalar(self, text: str, label: str) -> Any:
+        word = text.strip()
+        if self.type is bool and word.lower() in _BOOLEANS:
+            return _BOOLEANS[word.lower()]
+        if self.type is int and re.fullmatch(r"[+-]?[0-9]{1,40}", word):
+            return int(word)
+        if self.type is float and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", word):
+            return float(word)
+        if self.type is str:
+            return text
+        raise UserError(f"{label} {text!r}: must be {self._kind()}")
+
+    def _kind(self) -> str:
+        return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.type]
+
+
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@functools.cache
+def flags_of(section: type) -> tuple[Flag, ...]:
+    """The flags of one section dataclass, in the order of its fields."""
+    hints = typing.get_type_hints(section)
+    return tuple(_flag_of(one, hints[one.name]) for one in fields(section))
+
+
+def _flag_of(one: Any, hint: Any) -> Flag:
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        (hint,) = (arm for arm in typing.get_args(hint) if arm is not type(None))
+    many = typing.get_origin(hint) is tuple
+    limits = dict(one.metadata)
+    return Flag(
+        one.name,
+        typing.get_args(hint)[0] if many else hint,
+        many,
+        optional,
+        one.default,
+        limits.pop("help"),
+        limits,
+    )
+
+
+def _table(sections: Sequence[type]) -> dict[str, Flag]:
+    return {entry.name: entry for section in sections for entry in flags_of(section)}
+
+
+def _title(section: type) -> str:
+    return section.__name__.removesuffix("Arguments")
+
+
+def _first_paragraph(section: type) -> str:
+    return " ".join((section.__doc__ or "").split("\n\n")[0].split())
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return " ".join(_show(item) for item in value)
+    return repr(value) if value is None or value == "" else str(value)
+
+
+# -------------------------------------------------------------------------- reading flags and the YAML file
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value that was given, and how to name it in an error: `--seed`, or `seed in run.yaml`."""
+
+    value: Any
+    label: str
+    from_file: bool = False
+
+
+def _read(argv: Sequence[str], table: Mapping[str, Flag], elsewhere: Mapping[str, str]) -> dict[str, _Given]:
+    """All values that were given, the command line's before the YAML file's."""
+    config, flags = _read_command_line(argv, table, elsewhere)
+    if config is None:
+        return flags
+    from_file = _read_yaml(config, table, elsewhere)
+    precision = {"dtype", "fp16", "bf16"}
+    if precision & flags.keys():  # three names of one choice: the command line's is the one that holds
+        from_file = {name: one for name, one in from_file.items() if name not in precision}
+    return {**from_file, **flags}
+
+
+def _read_command_line(
+    argv: Sequence[str], table: Mapping[str, Flag], elsewhere: Mapping[str, str]
+) -> tuple[str | None, dict[str, _Given]]:
+    """(path of the YAML file or None, values by name)."""
+    words = list(argv)
+    config = words.pop(0) if words and words[0].endswith((".yaml", ".yml")) and words[0][0] != "-" else None
+    given: dict[str, _Given] = {}
+    while words:
+        word = words.pop(0)
+        if not re.match(r"--?[A-Za-z]", word):
+            raise UserError(f"unexpected argument {word!r}: flags start with -- and a value with blanks needs quotes")
+        spelling, equals, attached = word.partition("=")
+        name = spelling.lstrip("-").replace("-", "_")
+        values = [attached] if equals else []
+        entry = table.get(name)
+        takes = len(words) if entry is not None and entry.many else 1
+        while not equals and words and not words[0].startswith("--") and len(values) < takes:
+            values.append(words.pop(0))
+        label = f"--{name}"
+        if name == "config":
+            if config is not None or len(values) != 1:
+                raise UserError("--config takes one YAML file, given once")
+            config = values[0]
+            continue
+        if entry is None or not spelling.startswith("--"):
+            raise UserError(_unknown(f"flag {spelling}", name, [*table, "config"], elsewhere))
+        if not values and entry.type is bool:
+            values = ["true"]
+        if not values:
+            raise UserError(f"{label} needs a value, {entry._kind()} (one that starts with -- as {label}=VALUE)")
+        value = entry.from_text(values, label)
+        if name in given and given[name].value != value:
+            raise UserError(f"{label} is given twice, {_show(given[name].value)} and {_show(value)}: keep one")
+        given[name] = _Given(value, label)
+    return config, given
+
+
+def _read_yaml(path: str, table: Mapping[str, Flag], elsewhere: Mapping[str, str]) -> dict[str, _Given]:
+    given: dict[str, _Given] = {}
+    for name, value in _load_yaml(path):
+        if name not in table:
+            raise UserError(f"{path}: {_unknown(f'key {name}', str(name), table, elsewhere)}")
+        if name in given:
+            raise UserError(f"{path}: the key {name} is there twice: keep one")
+        label = f"{name} in {path}"
+        if value is None and not table[name].optional:
+            raise UserError(f"{label} has no value: give {table[name]._kind()}, or take the key out")
+        read = None if value is None else table[name].from_yaml(value, label)
+        given[name] = _Given(read, label, from_file=True)
+    return {name: one for name, one in given.items() if one.value is not None}
+
+
+def _load_yaml(path: str) -> list[tuple[Any, Any]]:
+    """(key, value) pairs of the file's top level, doubles included: a dict would lose them."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read ({error.strerror}): give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a YAML file: byte {error.start} is not UTF-8; save it as UTF-8") from error
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        pairs = [tuple(loader.construct_object(one, deep=True) for one in pair) for pair in pairs]
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UserError(f"{path}{where}: not valid YAML ({problem}); write one `name: value` a line") from error
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path} holds a {node.id}, not flags: write one `name: value` a line")
+    return pairs
+
+
+def _unknown(what: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str]) -> str:
+    if name in elsewhere:
+        return f"{what} belongs to {elsewhere[name]}: leave it out here"
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    return f"unknown {what}: the nearest known one is {nearest} (--help lists all)"
+
+
+# ---------------------------------------------------------------------------------- from values to sections
+
+
+def _without_idle(given: Mapping[str, _Given], table: Mapping[str, Flag], rules: Sequence[_Idle]) -> dict[str, _Given]:
+    """UserError for a flag that was given and has no effect.
+
+    But a flag on the command line may switch off what depends on it in the file (`run.yaml --save false`):
+    that is then left out.
+    """
+    values = {name: given[name].value if name in given else entry.default for name, entry in table.items()}
+    kept = dict(given)
+    for rule in rules:
+        if rule.flag not in given or not rule.when(values):
+            continue
+        one, because = given[rule.flag], given.get(rule.because)
+        if one.from_file and because is not None and not because.from_file:
+            del kept[rule.flag]
+        elif one.value is not False:
+            raise UserError(_no_effect(rule.flag, one.value, values, one.label))
+    return kept
+
+
+def _require(given: Mapping[str, _Given], table: Mapping[str, Flag]) -> None:
+    missing = [entry for entry in table.values() if entry.required and entry.name not in given]
+    if missing:
+        names = " and ".join(f"--{entry.name}" for entry in missing)
+        raise UserError(f"{names} must be given: " + "; ".join(f"{one.name}, {one.help}" for one in missing))
+
+
+def _sections(given: Mapping[str, _Given], sections: Sequence[type]) -> list[Any]:
+    """The sections, without that of compatibility, which is checked and folded into `dtype`."""
+    values = {name: one.value for name, one in given.items()}
+    made = {
+        section: {entry.name: values[entry.name] for entry in flags_of(section) if entry.name in values}
+        for section in sections
+    }
+    compatibility = CompatibilityArguments(**made.pop(CompatibilityArguments))
+    made[ModelArguments]["dtype"] = _dtype(values.get("dtype"), compatibility)
+    return [section(**arguments) for section, arguments in made.items()]
+
+
+def _dtype(dtype: str | None, compatibility: CompatibilityArguments) -> str:
+    """One dtype from dtype (None: not given), fp16 and bf16. UserError where they contradict each other."""
+    for name, is_dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+        said = getattr(compatibility, name)
+        if said is not None and dtype is not None and (dtype != is_dtype if said else dtype == is_dtype):
+            raise UserError(f"{name} {_show(said)} and dtype {dtype} contradict each other: leave out one of them")
+    if compatibility.fp16:
+        return "float16"
+    if compatibility.bf16:
+        return "bfloat16"
+    if compatibility.bf16 is False and dtype in (None, "auto"):
+        return "float32"
+    return dtype or "auto"

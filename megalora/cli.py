@@ -1,0 +1,110 @@
+"""`megalora finetune|generate FLAGS`: arguments in, exit status out.
+
+The scripts in tools/ are this with the command filled in. Torch is only imported once the arguments are
+sound, so that `--help` and errors come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from megalora import __version__
+from megalora.arguments import help_text, parse_finetune, parse_generate, validate_world
+from megalora.errors import UserError
+
+USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+"""Exit statuses; 0 is success."""
+
+_GRACE_SECONDS = 3.0
+
+_USAGE = f"""\
+megalora {__version__}: LoRA fine-tuning with tensor, pipeline and data parallelism
+
+usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
+       torchrun --nproc_per_node N -m megalora COMMAND ...    on N processes
+
+  finetune   train an adapter
+  generate   reply to prompts, with or without an adapter
+  COMMAND --help lists the flags; --version prints the version"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: that of the process) and gives the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run(lambda: _command(words))
+
+
+def run(command: Callable[[], None]) -> int:
+    """Calls `command` and gives the exit status of this process.
+
+    UserError: rank 0 prints its line, every rank gives 2. Ctrl-C: 130. Anything else is our bug: the
+    traceback, each line marked with the rank, and 1, at which torchrun ends the other ranks.
+    """
+    rank = _rank()
+    try:
+        command()
+    except UserError as error:
+        if rank != 0:
+            # torchrun ends all ranks when the first one leaves: rank 0 goes first, it has the line to print.
+            time.sleep(_GRACE_SECONDS)
+            return USER_ERROR
+        print(f"megalora: error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        lines = traceback.format_exc().splitlines()
+        print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr, flush=True)
+        return BUG
+    return 0
+
+
+def _command(words: list[str]) -> None:
+    if words[:1] in (["--version"], ["-V"]):
+        _say(f"megalora {__version__}")
+    elif not words or words[0] in ("--help", "-h"):
+        _say(_USAGE)
+    elif words[0] not in ("finetune", "generate"):
+        raise UserError(f"unknown command {words[0]}: give finetune or generate (megalora --help)")
+    elif "--help" in words or "-h" in words:
+        _say(help_text(words[0]))
+    elif words[0] == "finetune":
+        _finetune(words[1:])
+    else:
+        _generate(words[1:])
+
+
+def _finetune(argv: Sequence[str]) -> None:
+    arguments = parse_finetune(argv)
+    validate_world(arguments.parallel, _world_size())
+    from megalora.finetune import finetune
+
+    finetune(arguments)
+
+
+def _generate(argv: Sequence[str]) -> None:
+    arguments = parse_generate(argv)
+    validate_world(arguments.parallel, _world_size())
+    if arguments.not_applied:
+        # On standard error: standard output is for the replies.
+        _say(f"megalora: not applied in generation: {', '.join(arguments.not_applied)}", sys.stderr)
+    from megalora.generate import generate
+
+    generate(arguments)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _say(text: str, file: object = None) -> None:
+    if _rank() == 0:
+        print(text, file=file or sys.stdout, flush=True)

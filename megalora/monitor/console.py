@@ -1,0 +1,128 @@
+"""The run at the terminal: start-up table, progress bar or plain log lines, notes.
+
+On a terminal a bar with loss, tokens/s and time left; elsewhere (a log file, CI) one plain line a logged
+step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_LOG_WIDTH = 120  # columns of the table where there is no terminal to ask
+
+
+class Console:
+    """total_steps: last step of the run. resumed_step: steps done before it. file: default stdout."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        resumed_step: int = 0,
+        file: IO[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        # Asked of the file and not of rich, which FORCE_COLOR (set by CI) leads to draw a bar in a log.
+        self._terminal = (file or sys.stdout).isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._rich = RichConsole(
+            file=file,
+            highlight=False,
+            force_terminal=self._terminal,
+            width=None if self._terminal else _LOG_WIDTH,
+        )
+        self._total, self._resumed = total_steps, resumed_step
+        self._clock, self._start = clock, clock()
+        self._bar: Progress | None = None
+
+    def summary(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
+        """{section: {name: value}} as one table; values are shown by str()."""
+        table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for section, rows in sections.items():
+            for number, (name, value) in enumerate(rows.items()):
+                table.add_row(Text("" if number else section), Text(name), Text(str(value)))
+            table.add_section()
+        self._rich.print(table)
+        self._start = self._clock()  # time left is reckoned from here: loading comes before the table
+
+    def progress(self, step: int, text: str | None = None) -> None:
+        """`step` steps are done; `text` replaces what the bar says beside the count."""
+        if not self._terminal:
+            return
+        if self._bar is None:  # here and not in __init__: loading comes first, and would count as slow steps
+            self._bar = Progress(
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}", markup=False),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self._rich,
+                speed_estimate_period=600,
+            )
+            self._bar.start()
+            self._bar.add_task("", total=self._total, completed=self._resumed)
+        task = self._bar.task_ids[0]
+        self._bar.update(task, completed=step)
+        if text is not None:
+            self._bar.update(task, description=text)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One logged step: moves the bar or prints a line; "phases" is one more line."""
+        step, loss, speed = (
+            record["step"],
+            _number(record.get("loss"), ".4f"),
+            record.get("tokens_per_second"),
+        )
+        rate = f"{_number(speed, ',.0f')} tokens/s"
+        if self._terminal:
+            self.progress(step, f"loss {loss}  {rate}")
+        else:
+            parts = [
+                f"step {step}/{self._total}",
+                f"loss {loss}",
+                f"lr {_number(record.get('learning_rate'), '.3e')}",
+                f"grad norm {_number(record.get('grad_norm'), '.4f')}",
+                rate,
+            ]
+            if record.get("tflops") is not None:
+                parts.append(f"{_number(record['tflops'], '.1f')} TFLOP/s")
+            parts.append(f"{self._time_left(step)} left")
+            self.note("  ".join(parts))
+        phases = record.get("phases")
+        if phases:
+            seconds = "  ".join(f"{phase} {_number(value, '.3f')}s" for phase, value in phases.items())
+            self.note(f"step {step} by phase: {seconds}")
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One evaluation: step, loss, perplexity."""
+        loss, perplexity = _number(record.get("loss"), ".4f"), _number(record.get("perplexity"), ".4g")
+        self.note(f"step {record['step']}: evaluation loss {loss}, perplexity {perplexity}")
+
+    def note(self, text: str) -> None:
+        """One line, above the bar where there is one."""
+        self._rich.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _time_left(self, step: int) -> str:
+        done = max(step - self._resumed, 1)
+        seconds = round((self._clock() - self._start) / done * (self._total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,30 @@
+"""The LoRA FLOP count against a count of the products themselves."""
+
+import pytest
+
+from megalora.monitor import causal_context, lora_flops_per_token
+
+
+def test_products_of_a_tiny_model():
+    """One linear [6, 4] with LoRA r=2, one head of 3 over a document of 5 tokens; each product is 2*m*n*k."""
+    tokens = 5
+    linear = 2 * (2 * tokens * 6 * 4)  # forward, gradient of the input
+    lora = 3 * (2 * tokens * 2 * (4 + 6))  # those, and gradient of the weight
+    pairs = tokens * (tokens + 1) // 2
+    attention = 2 * (2 * pairs * 3) + 5 * (2 * pairs * 3)  # QK, PV; five products in backward
+    per_token = lora_flops_per_token(
+        frozen_matmul_parameters=24,
+        lora_parameters=20,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=3,
+        context=causal_context([tokens]),
+    )
+    assert per_token * tokens == pytest.approx(linear + lora + attention)
+
+
+def test_context():
+    assert causal_context([7]) == 4
+    assert causal_context([1, 1, 1]) == 1
+    assert causal_context([2, 4]) == (3 + 10) / 6
+    assert causal_context([]) == 0

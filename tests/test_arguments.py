@@ -1,0 +1,452 @@
+"""Flags, YAML and their errors: what is accepted, where it goes, and what each mistake says."""
+
+import dataclasses
+import re
+import shlex
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalora.arguments import (
+    FINETUNE_SECTIONS,
+    GENERATE_SECTIONS,
+    CompatibilityArguments,
+    DataArguments,
+    ModelArguments,
+    ParallelArguments,
+    TrainArguments,
+    flags_of,
+    flags_table,
+    help_text,
+    parse_finetune,
+    parse_generate,
+    validate_world,
+)
+from megalora.errors import UserError
+
+REFERENCE = """--output_dir ./output/medi --per_device_train_batch_size 1 --gradient_accumulation_steps 1
+--wall_clock_breakdown True --logging_steps 1 --partition_method 'uniform_floor' --num_train_epochs 100
+--no_tie_modules true --input_names 'input_ids' 'attention_mask' --split_method 'layer_split' --fp16 false
+--save true --save_steps 10 --seq_length 2048 --lora_config './lora_config.json' --model_path DIR
+--resume_from_checkpoint DIR --resume_peft_from_checkpoint './lora_checkpoint'"""
+
+BASE = "--model_path m --data_path d.json --output_dir o"
+
+
+def finetune(text: str):
+    return parse_finetune(shlex.split(text))
+
+
+def generate(text: str):
+    return parse_generate(shlex.split(text))
+
+
+def tune(more: str):
+    return finetune(f"{BASE} {more}")
+
+
+def message(parse, text: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_reference_launch():
+    arguments = finetune(REFERENCE + " --data_path rows.json")
+    assert arguments.model == ModelArguments(
+        model_path="DIR",
+        resume_from_checkpoint="DIR",
+        resume_peft_from_checkpoint="./lora_checkpoint",
+        lora_config="./lora_config.json",
+        dtype="auto",
+    )
+    assert arguments.parallel == ParallelArguments(partition_method="uniform_floor")
+    assert arguments.data == DataArguments("rows.json", seq_length=2048)
+    assert arguments.train == TrainArguments(
+        "./output/medi", num_train_epochs=100.0, wall_clock_breakdown=True, save_steps=10
+    )
+
+
+def test_reference_launch_says_what_it_lacks():
+    assert message(finetune, REFERENCE).startswith("--data_path must be given")
+
+
+def test_reference_generation():
+    arguments = generate(REFERENCE + " --return_logits true --text_generation true")
+    assert arguments.model.resume_peft_from_checkpoint == "./lora_checkpoint"
+    assert arguments.generation.seq_length == 2048
+    assert set(arguments.not_applied) == {
+        "output_dir",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "wall_clock_breakdown",
+        "logging_steps",
+        "num_train_epochs",
+        "save",
+        "save_steps",
+        "lora_config",
+    }
+
+
+# One value for each flag that differs from the default, and what it must become.
+SAMPLES = {bool: ("true", True), int: ("3", 3), float: ("0.5", 0.5), str: ("some text", "some text")}
+NEEDS = {  # flags that have an effect only with others
+    "custom_partition": "--partition_method custom",
+    "sequence_parallel": "--tensor_parallel_size 2",
+    "eval_steps": "--eval_data_path e.json",
+    "warmup_steps": "--max_steps 9",
+    "top_k": "--temperature 0.7",
+    "top_p": "--temperature 0.7",
+    "output_file": "--prompt hello",
+    "disable_adapter": "--resume_peft_from_checkpoint a",
+}
+
+
+def sample(flag):
+    text, value = SAMPLES[flag.type]
+    if flag.type is bool and flag.default is True:
+        text, value = "false", False
+    if "choices" in flag.limits:
+        text = value = next(one for one in flag.limits["choices"] if one not in (flag.default, "custom"))
+    return (text, (value,)) if flag.many else (text, value)
+
+
+@pytest.mark.parametrize(
+    ("command", "section", "flag"),
+    [
+        pytest.param(command, section, flag, id=f"{command.__name__}-{flag.name}")
+        for command, sections in ((finetune, FINETUNE_SECTIONS), (generate, GENERATE_SECTIONS))
+        for section in sections
+        if section is not CompatibilityArguments
+        for flag in flags_of(section)
+    ],
+)
+def test_every_flag_reaches_its_field(command, section, flag):
+    text, value = sample(flag)
+    needs = f"{BASE if command is finetune else '--model_path m'} {NEEDS.get(flag.name, '')}"
+    needs = re.sub(rf"--{flag.name} \S+", "", needs)
+    arguments = command(f"{needs} --{flag.name} '{text}'")
+    if command is generate and flag.limits.get("training_only"):
+        assert arguments.not_applied == (flag.name,)
+        return
+    parts = [getattr(arguments, one.name) for one in dataclasses.fields(arguments)]
+    (part,) = (one for one in parts if type(one) is section)
+    assert getattr(part, flag.name) == value != flag.default
+
+
+@pytest.mark.parametrize("name", [flag.name for flag in flags_of(CompatibilityArguments)])
+def test_every_compatibility_flag_is_covered(name):
+    covered = {
+        "fp16",
+        "bf16",
+        "split_method",
+        "input_names",
+        "no_tie_modules",
+        "return_logits",
+        "text_generation",
+    }
+    assert name in covered
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("", "auto"),
+        ("--fp16 true", "float16"),
+        ("--fp16", "float16"),
+        ("--bf16 1", "bfloat16"),
+        ("--fp16 no --bf16 yes", "bfloat16"),
+        ("--fp16 false", "auto"),
+        ("--bf16 false", "float32"),
+        ("--fp16 false --dtype float64", "float64"),
+        ("--fp16 true --dtype float16", "float16"),
+    ],
+)
+def test_dtype(flags, dtype):
+    assert tune(flags).model.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--fp16 true --bf16 true",
+        "--fp16 true --dtype bfloat16",
+        "--fp16 true --dtype auto",
+        "--fp16 false --dtype float16",
+        "--bf16 false --dtype bfloat16",
+    ],
+)
+def test_contradicting_dtypes(flags):
+    assert "leave out one" in message(tune, flags) or "give one" in message(tune, flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--split_method nearest", ["split_method nearest", "layer_split", "partition_method"]),
+        ("--input_names attention_mask", ["lacks input_ids"]),
+        ("--input_names input_ids pixels", ["--input_names", "pixels", "position_ids"]),
+        ("--no_tie_modules false", ["no_tie_modules false", "frozen"]),
+        ("--return_logits true", ["--return_logits", "tools/generate.py"]),
+        ("--text_generation", ["--text_generation", "tools/generate.py"]),
+        ("--temperature 1", ["--temperature", "tools/generate.py"]),
+        ("--learning_rat 1", ["unknown flag --learning_rat", "learning_rate"]),
+        ("--tensor 2", ["unknown flag --tensor"]),
+        ("--xyzzy", ["unknown flag --xyzzy", "nearest known one is"]),
+        ("-seed 1", ["unknown flag -seed", "is seed"]),
+        ("--seed 1 2", ["unexpected argument '2'"]),
+        ("--seed", ["--seed needs a value", "whole number"]),
+        ("--template --seed 1", ["--template needs a value", "--template=VALUE"]),
+        ("--seed 1 --seed 2", ["--seed is given twice, 1 and 2"]),
+        ("--seed 1.5", ["--seed '1.5'", "whole number"]),
+        ("--seed -1", ["--seed -1", "at least 0"]),
+        ("--packing maybe", ["--packing 'maybe'", "true or false"]),
+        ("--learning_rate fast", ["--learning_rate 'fast'", "number"]),
+        ("--learning_rate nan", ["--learning_rate 'nan'", "number"]),
+        ("--learning_rate 1e999", ["--learning_rate inf", "finite"]),
+        ("--adam_beta1 1", ["--adam_beta1 1.0", "below 1"]),
+        ("--tensor_parallel_size 0", ["--tensor_parallel_size 0", "at least 1"]),
+        ("--schedule zigzag", ["--schedule zigzag", "gpipe, 1f1b"]),
+        ("--lora_config ''", ["--lora_config ''", "is empty"]),
+        ("--partition_method custom", ["needs custom_partition"]),
+        ("--partition_method custom --custom_partition 4 4", ["4 4 names 2 stages", "is 1"]),
+        ("--warmup_steps 10 --max_steps 10", ["warmup_steps (10)", "steps of the run (10)"]),
+        ("--config a.yaml --config b.yaml", ["--config takes one"]),
+        ("--config nowhere.yaml", ["nowhere.yaml cannot be read"]),
+    ],
+)
+def test_mistakes(flags, words):
+    said = message(tune, flags)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("parse", "flags", "name", "because"),
+    [
+        (tune, "--save_steps 5 --save false", "--save_steps 5", "save false"),
+        (tune, "--save_total_limit 5 --save false", "--save_total_limit 5", "save false"),
+        (tune, "--eval_steps 5", "--eval_steps 5", "without eval_data_path"),
+        (tune, "--sequence_parallel", "--sequence_parallel true", "tensor_parallel_size 1"),
+        (tune, "--custom_partition 4", "--custom_partition 4", "partition_method uniform"),
+        (generate, "--model_path m --top_p 0.9", "--top_p 0.9", "temperature 0.0"),
+        (generate, "--model_path m --top_k 9", "--top_k 9", "temperature 0.0"),
+        (generate, "--model_path m --output_file f", "--output_file f", "without prompt"),
+        (
+            generate,
+            "--model_path m --disable_adapter",
+            "--disable_adapter true",
+            "resume_peft_from_checkpoint",
+        ),
+    ],
+)
+def test_a_flag_without_effect_is_an_error(parse, flags, name, because):
+    said = message(parse, flags)
+    assert said.startswith(f"{name} has no effect") and because in said
+
+
+def test_defaults_and_off_states_are_no_error():
+    assert tune("--save false").train.save_steps == 500
+    assert not tune("--sequence_parallel false").parallel.sequence_parallel
+    assert not tune("--return_logits false --text_generation false").parallel.sequence_parallel
+
+
+def test_values_from_python_are_checked_too():
+    with pytest.raises(UserError, match="tensor_parallel_size 0: must be at least 1"):
+        ParallelArguments(tensor_parallel_size=0)
+    with pytest.raises(UserError, match="sequence_parallel true has no effect"):
+        ParallelArguments(sequence_parallel=True)
+    with pytest.raises(UserError, match="custom_partition"):
+        ParallelArguments(partition_method="custom", custom_partition=())
+    with pytest.raises(UserError, match="max_steps"):
+        TrainArguments("o", max_steps=True)
+
+
+def test_spellings():
+    for flags in ("--output-dir o", "--output_dir=o", "--output-dir=o"):
+        assert finetune(f"--model_path m --data_path d {flags}").train.output_dir == "o"
+    assert tune("--template=--odd").data.template == "--odd"
+    custom = "--partition_method custom --pipeline_parallel_size 3 --custom_partition"
+    assert tune(f"{custom} 4,5 6").parallel.custom_partition == (4, 5, 6)
+    assert tune("--packing --seed 1").data.packing is True
+
+
+def test_all_missing_flags_are_named():
+    said = message(finetune, "")
+    assert all(f"--{name}" in said for name in ("model_path", "data_path", "output_dir"))
+    assert "--model_path must be given" in message(generate, "")
+
+
+def test_generation():
+    arguments = generate("--model_path m --prompt hi --system '' --temperature 0.7 --top_p 0.9 --seed 1")
+    assert arguments.generation.system == "" and arguments.not_applied == ()
+    assert generate("--model_path m --seed 1").not_applied == ("seed",)  # greedy draws nothing
+    assert "prompts_file" in message(generate, "--model_path m --prompt a --prompts_file b")
+    for name in ("return_logits", "text_generation"):
+        assert "false is not supported" in message(generate, f"--model_path m --{name} false")
+    assert "--save_steps 0" in message(generate, "--model_path m --save_steps 0")  # still checked
+
+
+@pytest.mark.parametrize(
+    ("more", "per_epoch", "steps"),
+    [
+        ("", 10, 30),
+        ("--num_train_epochs 2", 10, 20),
+        ("--num_train_epochs 0.25", 10, 3),
+        ("--max_steps 50", 10, 50),
+        ("--max_steps 5 --num_train_epochs 100", 10, 5),
+        ("--max_steps 500 --num_train_epochs 2", 10, 20),
+    ],
+)
+def test_total_steps(more, per_epoch, steps):
+    assert tune(more).train.total_steps(per_epoch) == steps
+
+
+def test_a_run_that_ends_inside_its_warmup():
+    with pytest.raises(UserError, match=r"warmup_steps \(30\)"):
+        tune("--warmup_steps 30").train.total_steps(10)
+
+
+# ------------------------------------------------------------------------------------------------------ YAML
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text: str, name: str = "run.yaml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+GOOD = "model_path: m\ndata_path: d\noutput_dir: o\n"
+
+
+def test_yaml_stands_for_flags(yaml):
+    text = GOOD + "learning_rate: 2e-4\nseed: 7\npacking: no\ninput_names: [input_ids, labels]\neval_steps: null\n"
+    text += "partition_method: custom\npipeline_parallel_size: 2\ncustom_partition: [3, 4]\nmax_grad_norm: 2\n"
+    for words in ([yaml(text)], ["--config", yaml(text, "run.yml")], [f"--config={yaml(text)}"]):
+        arguments = parse_finetune(words)
+        assert arguments.train.learning_rate == 2e-4 and arguments.train.seed == 7
+        assert arguments.train.max_grad_norm == 2.0 and isinstance(arguments.train.max_grad_norm, float)
+        assert arguments.data.packing is False
+        assert arguments.parallel.custom_partition == (3, 4)
+
+
+def test_flags_go_before_the_file(yaml):
+    path = yaml(GOOD + "seed: 7\nsave_steps: 9\nfp16: true\nsequence_parallel: true\ntensor_parallel_size: 2\n")
+    arguments = parse_finetune([path, "--seed", "8", "--dtype", "float32"])
+    assert arguments.train.seed == 8 and arguments.model.dtype == "float32"
+    # A flag may switch off what depends on it in the file.
+    arguments = parse_finetune([path, "--save", "false", "--tensor_parallel_size", "1"])
+    assert not arguments.train.save and not arguments.parallel.sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learnin_rate: 1\n", ["unknown key learnin_rate", "learning_rate"]),
+        ("config: other.yaml\n", ["unknown key config"]),
+        ("1: 2\n", ["unknown key 1"]),
+        ("seed: 1\nseed: 2\n", ["key seed", "twice"]),
+        ("seed: true\n", ["seed in", "true is not a whole number"]),
+        ("seed: 1.5\n", ["seed in", "1.5 is not a whole number"]),
+        ("seed: [1]\n", ["seed in", "not a whole number"]),
+        ("seed: ten\n", ["seed in", "'ten'", "whole number"]),
+        ("seed: -1\n", ["seed in", "at least 0"]),
+        ("seed:\n", ["seed in", "no value"]),
+        ("packing: 2\n", ["packing in", "2 is not true or false"]),
+        ("learning_rate: .nan\n", ["learning_rate in", "not a number"]),
+        ("template: 12\n", ["template in", "12 is not a text, in quotes"]),
+        ("template: {a: b}\n", ["template in", "not a text"]),
+        ("template: 2024-13-45\n", ["not valid YAML"]),
+        ("save_steps: 4\nsave: false\n", ["save_steps in", "has no effect with save false"]),
+        ("temperature: 1\n", ["temperature", "tools/generate.py"]),
+        ("a: b: c\n", ["line 4", "not valid YAML"]),
+        ("a: [1\n", ["not valid YAML"]),
+        ("<<: {seed: 1}\n", ["not valid YAML"]),
+    ],
+)
+def test_yaml_mistakes(yaml, text, words):
+    path = yaml(GOOD + text)
+    with pytest.raises(UserError) as caught:
+        parse_finetune([path])
+    said = str(caught.value)
+    assert path in said and "\n" not in said and all(word in said for word in words), said
+
+
+def test_yaml_that_is_not_a_mapping(yaml):
+    for text, words in (("- a\n- b\n", "sequence"), (b"\xff\xfe\x00", "UTF-8"), ("{", "not valid YAML")):
+        with pytest.raises(UserError, match=words):
+            parse_finetune([yaml(text)])
+    with pytest.raises(UserError, match="must be given"):
+        parse_finetune([yaml("# nothing\n")])
+
+
+# ------------------------------------------------------------------------------------------------ properties
+
+
+@given(st.integers(min_value=0, max_value=2**63 - 1))
+def test_whole_numbers(number):
+    assert tune(f"--seed {number}").train.seed == number
+
+
+@given(st.floats(min_value=0, allow_nan=False, allow_infinity=False))
+def test_numbers(number):
+    assert tune(f"--weight_decay {number!r}").train.weight_decay == number
+
+
+@given(st.sampled_from(["true", "false", "1", "0", "yes", "no"]), st.lists(st.booleans(), min_size=5, max_size=5))
+def test_booleans_in_any_case(word, upper):
+    spelled = "".join(c.upper() if up else c for c, up in zip(word, upper + [False], strict=False))
+    assert tune(f"--packing {spelled}").data.packing == (word in ("true", "1", "yes"))
+
+
+@given(st.lists(st.text(max_size=12), max_size=6))
+def test_anything_is_sections_or_one_line(words):
+    try:
+        parse_finetune([*shlex.split(BASE), *words])
+    except UserError as error:
+        assert "\n" not in str(error) and str(error)
+
+
+@given(
+    st.sampled_from([flag for section in FINETUNE_SECTIONS for flag in flags_of(section)]),
+    st.text(max_size=8),
+)
+def test_any_value_is_taken_or_one_line(flag, text):
+    try:
+        parse_finetune([f"--{flag.name}={text}"])
+    except UserError as error:
+        assert "\n" not in str(error) and str(error)
+
+
+# ----------------------------------------------------------------------------------------- world, help, table
+
+
+def test_world():
+    parallel = ParallelArguments(tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert validate_world(parallel, 8) == 2
+    with pytest.raises(UserError) as caught:
+        validate_world(parallel, 6)
+    assert str(caught.value).startswith(
+        "World size (6) is not a multiple of tensor_parallel_size (2) * pipeline_parallel_size (2) = 4: "
+        "start 4 or 8 processes, or"
+    )
+    with pytest.raises(UserError, match="start 4 processes"):
+        validate_world(parallel, 1)
+
+
+def test_help_and_table_name_every_flag():
+    table = flags_table()
+    for command, sections in (("finetune", FINETUNE_SECTIONS), ("generate", GENERATE_SECTIONS)):
+        text = help_text(command)
+        for flag in (flag for section in sections for flag in flags_of(section)):
+            assert f"| `{flag.name}` |" in table
+            shown = command == "finetune" or not flag.limits.get("training_only")
+            assert (f"  --{flag.name} " in text) == shown
+    assert max(map(len, text.splitlines())) <= 120
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)

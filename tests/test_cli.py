@@ -1,0 +1,123 @@
+"""Exit statuses, what is printed by which rank, and that errors come before torch is imported."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from megalora import __version__, cli
+from megalora.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ["--model_path", "m", "--data_path", "d.json", "--output_dir", "o"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(cli, "_GRACE_SECONDS", 0.0)
+
+
+def fake(monkeypatch, name: str) -> list:
+    """megalora.<name> replaced by a module whose function keeps its arguments."""
+    seen: list = []
+    module = types.ModuleType(f"megalora.{name}")
+    setattr(module, name, seen.append)
+    monkeypatch.setitem(sys.modules, f"megalora.{name}", module)
+    return seen
+
+
+def raises(error):
+    def command():
+        raise error
+
+    return command
+
+
+def test_success():
+    assert cli.run(lambda: None) == 0
+
+
+def test_user_error_is_one_line_on_rank_0(monkeypatch, capsys):
+    assert cli.run(raises(UserError("a thing is wrong"))) == 2
+    assert capsys.readouterr().err == "megalora: error: a thing is wrong\n"
+    monkeypatch.setenv("RANK", "3")
+    assert cli.run(raises(UserError("a thing is wrong"))) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_interrupt():
+    assert cli.run(raises(KeyboardInterrupt())) == 130
+
+
+def test_a_bug_shows_its_traceback_with_the_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert cli.run(raises(RuntimeError("oops\nand more"))) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("[rank 3] ") for line in lines)
+    assert "[rank 3] RuntimeError: oops" in lines
+
+
+def test_version_and_help(monkeypatch, capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megalora {__version__}\n"
+    for words in ([], ["--help"], ["-h"]):
+        assert cli.main(words) == 0
+        out = capsys.readouterr().out
+        assert "finetune" in out and "generate" in out
+    assert cli.main(["finetune", "--help"]) == 0
+    assert "--learning_rate X" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["generate", "--help"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["train"]) == 2
+    assert "unknown command train: give finetune or generate" in capsys.readouterr().err
+
+
+def test_finetune_is_handed_its_arguments(monkeypatch):
+    seen = fake(monkeypatch, "finetune")
+    assert cli.main(["finetune", *BASE]) == 0
+    assert seen[0].train.output_dir == "o"
+
+
+def test_generate_names_what_does_not_apply(monkeypatch, capsys):
+    seen = fake(monkeypatch, "generate")
+    assert cli.main(["generate", *BASE]) == 0
+    assert seen[0].model.model_path == "m"
+    assert capsys.readouterr() == ("", "megalora: not applied in generation: data_path, output_dir\n")
+
+
+def test_world_size_is_checked_before_the_run(monkeypatch, capsys):
+    seen = fake(monkeypatch, "finetune")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert cli.main(["finetune", *BASE, "--tensor_parallel_size", "2", "--pipeline_parallel_size", "2"]) == 2
+    assert "World size (6)" in capsys.readouterr().err and not seen
+
+
+def process(*words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=60, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize("words", [["finetune", "--help"], ["generate", "--tmperature", "1"], ["finetune"]])
+def test_nothing_heavy_is_imported_before_the_arguments_are_sound(words):
+    heavy = "{'torch', 'transformers', 'numpy', 'rich'}"
+    code = f"from megalora.cli import main; main({words}); "
+    code += f"import sys; print('loaded:', {heavy} & set(sys.modules))"
+    assert process("-c", code).stdout.endswith("loaded: set()\n")
+
+
+@pytest.mark.parametrize("words", [["tools/finetune.py"], ["tools/generate.py"], ["-m", "megalora", "finetune"]])
+def test_the_scripts(words):
+    done = process(*words, "--xyzzy", "1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("megalora: error: unknown flag --xyzzy") and done.stderr.count("\n") == 1
