@@ -64,6 +64,7 @@ _IGNORED = {
     "megatron_core",
     "runtime_config",
     "layers_pattern",
+    "qalora_group_size",
 }
 # Fields that would change the numbers, with the values at which they do not.
 _NEUTRAL: Mapping[str, tuple] = {

@@ -1,0 +1,38 @@
+"""An adapter from wherever it lies: a run, one of its checkpoints, shards, or a PEFT folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megalora.checkpoint import peft
+from megalora.checkpoint.shards import AdapterCheckpoint, has_shards, read_adapter
+from megalora.checkpoint.state import MANIFEST, is_iteration, newest_sound, verified
+from megalora.errors import UserError
+
+
+def open_adapter(path: str | Path) -> AdapterCheckpoint:
+    """The whole adapter in `path`: of a run the newest sound checkpoint, with `notes` on those passed over.
+
+    What the folder holds decides, not its name.
+    Raises UserError where there is none, or where it is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"adapter {path}: is not a folder: name a run, its checkpoint, shards or a PEFT folder")
+    if (path / peft.CONFIG_FILE).exists():
+        return peft.read_peft(path)
+    if has_shards(path):
+        if is_iteration(path) or (path / MANIFEST).exists():
+            verified(path)
+        return read_adapter(path)
+    run = path.parent if path.name == "checkpoints" else path
+    saved, complaints = newest_sound(run)
+    if saved is not None:
+        return replace(read_adapter(saved.folder), notes=tuple(complaints))
+    if complaints:
+        raise UserError(f"adapter {path}: no checkpoint of this run is sound: {'; '.join(complaints)}")
+    raise UserError(
+        f"adapter {path}: holds neither {peft.CONFIG_FILE} (PEFT), mp_rank_XX_pp_rank_YYY (shards) nor "
+        "checkpoints/iter_* (a run): name one of these"
+    )

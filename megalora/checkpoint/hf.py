@@ -1,0 +1,178 @@
+"""Base weights as Hugging Face writes them: safetensors, one file or several with an index, read by slice.
+
+The safetensors library checks a file's header; the bytes are then read with plain reads, a block of rows at a
+time. The pages of a mapped file would count in the resident memory of every rank, and an error of the disk
+under a mapping kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megalora.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BLOCK_BYTES = 16 << 20
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a safetensors file: its dtype as the header spells it, and its first byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Every tensor of a safetensors file. Raises UserError where it is missing or damaged."""
+    try:
+        with safe_open(file, framework="pt"):  # checks sizes, offsets and that the file is whole
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise UserError(f"{file}: does not exist: download the model again") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}): check the file") from None
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{file}: is damaged or not safetensors ({error}): download it again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(value["dtype"], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
+        for name, value in header.items()
+    }
+
+
+class HfWeights:
+    """The tensors of an HF folder. `shapes` has every one of them, whole; `copy` reads a slice of one.
+
+    Raises UserError for a folder that is missing or holds no safetensors, an index that is broken or names a
+    file outside the folder, and a file that is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        # One buffer for all tensors: one for each would leave holes in the heap, which count in the peak.
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        files, self._files = _files_of(self.folder)
+        self._entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in read_header(file).items():
+                if self._files.setdefault(name, file) == file:  # where two files hold it, the index decides
+                    self._entries[name] = entry
+        for name, file in self._files.items():
+            if name not in self._entries:
+                raise UserError(f"{file}: lacks {name}, which {INDEX} says it holds: download the model again")
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+
+    def where(self, name: str) -> str:
+        """The file that holds tensor `name`, for messages."""
+        return str(self._files[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of tensor `name` in the file. Raises UserError for one that is not floating point."""
+        dtype = self._entries[name].dtype
+        if dtype not in DTYPES:
+            raise UserError(f"{self.where(name)}: {name} has dtype {dtype}: use a model in {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+
+    def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        """Copies `tensor[index]` into `out` (its shape; any dtype and device), one block of rows at a time.
+
+        Whole rows are read even where `index` cuts them: a cut along dim 1 takes bytes from the whole tensor.
+        """
+        entry, dtype = self._entries[name], self.dtype(name)
+        rows, columns = index[0], index[1:]
+        row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
+        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        count = min(step, rows.stop - rows.start)
+        if count * row_bytes > self._buffer.numel():
+            self._buffer = torch.empty(max(BLOCK_BYTES, row_bytes), dtype=torch.uint8)
+        block = self._buffer[: count * row_bytes].view(dtype).view(count, *entry.shape[1:])
+        block_bytes = memoryview(self._buffer.numpy())
+        try:
+            with open(self._files[name], "rb", buffering=0) as stream:
+                for start in range(rows.start, rows.stop, step):
+                    count = min(step, rows.stop - start)
+                    stream.seek(entry.offset + start * row_bytes)
+                    _read_exactly(stream, block_bytes[: count * row_bytes])
+                    place = start - rows.start
+                    out[place : place + count].copy_(block[(slice(count), *columns)])
+        except OSError as error:
+            raise UserError(
+                f"{self.where(name)}: {name} cannot be read ({error.strerror or error}): check the file"
+            ) from None
+
+
+def _read_exactly(stream, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        count = stream.readinto(buffer[done:])
+        if not count:
+            raise OSError("it ends too early")
+        done += count
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether the folder looks like one of HF weights, sound or not."""
+    return any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))
+
+
+def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files of the weights, and the file of each tensor by the index (empty where there is none)."""
+    if not folder.is_dir():
+        raise UserError(f"base weights {folder}: is not a folder: name a Hugging Face folder or one of shards")
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE], {}
+    if (folder / INDEX).exists():
+        index = _read_index(folder)
+        return sorted(set(index.values())), index
+    if any(folder.glob("pytorch_model*.bin*")):
+        raise UserError(
+            f"base weights {folder}: holds pytorch_model.bin only, which is a pickle: convert it to "
+            "safetensors with transformers (load the model, then save_pretrained)"
+        )
+    if any(folder.glob("model*.safetensors")):
+        raise UserError(f"base weights {folder}: lacks {INDEX}, which says what its files hold: download it too")
+    raise UserError(f"base weights {folder}: holds neither {SINGLE} nor {INDEX}: name a Hugging Face folder")
+
+
+def _read_index(folder: Path) -> dict[str, Path]:
+    index = folder / INDEX
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except OSError as error:
+        raise UserError(f"{index}: cannot be read ({error.strerror}): check the file") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: is not an index of safetensors ({error!r}): download it again") from None
+    good = isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
+    if not good:
+        raise UserError(f"{index}: weight_map must map tensor names to file names: download it again")
+    return {name: _inside(folder, file, index) for name, file in weight_map.items()}
+
+
+def _inside(folder: Path, name: str, index: Path) -> Path:
+    """The file of the folder with that plain name; a link may lead only into the hub's own cache of blobs."""
+    if name in ("", ".", "..") or "\0" in name or os.path.basename(name) != name or "\\" in name:
+        raise UserError(f"{index}: names {name!r}, which is no file of the folder: download the model again")
+    file = folder / name
+    try:
+        home, target = folder.resolve(), file.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise UserError(f"{file}: does not exist, but {index.name} names it: download the model again") from None
+    # The hub's cache keeps snapshots/<revision>/<file> as a link to blobs/<hash>.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if target.parent not in (home, blobs):
+        raise UserError(f"{file}: is a link out of the folder, to {target}: put the file itself there")
+    return file

@@ -1,0 +1,133 @@
+"""Adapters as the peft library keeps them: adapter_config.json and adapter_model.safetensors.
+
+A key of PEFT is `base_model.model.` + our name, but for one kind: the trained bias of an adapted linear,
+which peft has wrapped, is `q_proj.base_layer.bias` there. That of any other linear is `o_proj.bias`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from megalora.checkpoint.files import unpickled, write_file
+from megalora.checkpoint.shards import AdapterCheckpoint, read_json
+from megalora.errors import UserError
+from megalora.lora import LoraConfig
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+def read_peft(folder: str | Path) -> AdapterCheckpoint:
+    """The adapter in a PEFT folder; tensors have the dtype of the file.
+
+    Raises UserError for a file that is missing or damaged, a field of the config that would change the
+    numbers and is not supported, and a tensor that is no part of a LoRA on a linear.
+    """
+    folder = Path(folder)
+    config = folder / CONFIG_FILE
+    fields = read_json(config)
+    if not fields.get("use_qalora"):
+        fields.pop("qalora_group_size", None)  # peft writes it always
+    # peft saves true in every folder and, when it loads one, goes by its own argument instead.
+    fields["inference_mode"] = False
+    lora_config = LoraConfig.from_dict(fields, str(config)).to_dict()
+    file, raw = _read_tensors(folder)
+    tensors = {_our_name(key, file): tensor for key, tensor in raw.items()}
+    adapted = _adapted(tensors)
+    for linear in sorted(adapted):
+        factors = [tensors.get(linear + suffix) for suffix in _FACTORS]
+        for suffix, factor in zip(_FACTORS, factors, strict=True):
+            if factor is None:
+                raise UserError(f"{file}: has no {PREFIX}{linear}{suffix}: save the adapter again")
+        a, b = factors
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise UserError(
+                f"{file}: {PREFIX}{linear} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
+                "which are not [r, in] and [out, r]: save the adapter again"
+            )
+    if not adapted:
+        raise UserError(f"{file}: holds no lora_A: name the folder of a trained adapter")
+    return AdapterCheckpoint(lora_config, tensors, where=str(folder))
+
+
+def write_peft(
+    folder: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    lora_config: Mapping[str, Any],
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Writes an adapter that `peft.PeftModel.from_pretrained` reads; the tensors keep dtype and bits.
+
+    tensors      whole tensors by our names
+    lora_config  fields of LoraConfig.to_dict()
+    Raises UserError where the folder cannot be written.
+    """
+    folder = Path(folder)
+    adapted = _adapted(tensors)
+    fields = dict(lora_config) | {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model_name_or_path,
+        "inference_mode": True,
+    }
+    fields |= _explicit_targets(fields, adapted)
+    keys = {_peft_key(name, adapted): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / WEIGHTS_FILE, save(keys, metadata={"format": "pt"}))
+        write_file(folder / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): free space, or name another folder") from None
+
+
+def _explicit_targets(fields: Mapping[str, Any], adapted: set[str]) -> dict[str, Any]:
+    """The targets as peft takes them: it has other defaults, and refuses layers beside a pattern."""
+    if isinstance(fields.get("target_modules"), str) and fields.get("layers_to_transform") is not None:
+        return {"target_modules": sorted(adapted), "layers_to_transform": None}
+    if fields.get("target_modules") is None:
+        return {"target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
+    return {}
+
+
+def _adapted(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of the linears that have a factor among the tensors."""
+    return {name.removesuffix(suffix) for name in tensors for suffix in _FACTORS if name.endswith(suffix)}
+
+
+def _peft_key(name: str, adapted: set[str]) -> str:
+    linear = name.removesuffix(".bias")
+    return PREFIX + (f"{linear}.base_layer.bias" if name.endswith(".bias") and linear in adapted else name)
+
+
+def _our_name(key: str, file: Path) -> str:
+    name = key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
+    if not key.startswith(PREFIX) or not name.endswith((*_FACTORS, ".bias")):
+        raise UserError(f"{file}: {key} is no lora_A, lora_B or bias of a linear: use an adapter of linears only")
+    return name
+
+
+def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    file = folder / WEIGHTS_FILE
+    if file.exists():
+        try:
+            return file, load_file(file)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{file}: is damaged or not safetensors ({error}): copy or download it again") from None
+    file = folder / PICKLE_FILE
+    if not file.exists():
+        raise UserError(f"{folder}: holds neither {WEIGHTS_FILE} nor {PICKLE_FILE}: name a PEFT folder")
+    state = unpickled(file)
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
+        raise UserError(f"{file}: is not a dict of tensors by name: save the adapter again")
+    return file, state
