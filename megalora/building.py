@@ -1,0 +1,134 @@
+"""From a config and a mesh to this rank's stage: what training and generation share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megalora.checkpoint.weights import load_base
+from megalora.errors import UserError
+from megalora.lora import LoraConfig, ResolvedLora
+from megalora.models.config import ModelConfig, check_layout
+from megalora.models.stage import Stage, adaptable_linears, expected_weights, whole_on_meta
+from megalora.parallel.collectives import gather_objects
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.split import named_splits
+from megalora.pipeline.partition import partition
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return DTYPES[name]
+
+
+def resolve_lora(lora_config: LoraConfig, config: ModelConfig) -> ResolvedLora:
+    """The adapters of the model's linears. Raises UserError where the two do not fit."""
+    return lora_config.resolve(config.model_type, adaptable_linears(config))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the model is cut into stages: their layers, and the first that has something to train."""
+
+    layers: tuple[range, ...]
+    floor: int
+
+
+def build_stage(
+    config: ModelConfig,
+    mesh: ParallelMesh,
+    lora: ResolvedLora,
+    place: Placement,
+    *,
+    partition_method: str = "uniform",
+    custom_partition: tuple[int, ...] | None = None,
+    uneven_heads: bool = False,
+    recompute: str = "none",
+) -> tuple[Stage, Cut]:
+    """This rank's stage, its parameters not filled yet. Collective over the pp axis.
+
+    Raises UserError where the model cannot be cut so.
+    """
+    check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
+    whole = whole_on_meta(config)
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in whole.model.layers.items()}
+    layers = partition(
+        partition_method,
+        [count[str(i)] for i in range(config.num_hidden_layers)],
+        mesh.pp.size,
+        first_cost=whole.model.embed_tokens.weight.numel(),
+        last_cost=whole.lm_head.weight.numel(),
+        custom=custom_partition,
+    )
+    stage = Stage(
+        config,
+        layers[mesh.pp.rank],
+        place,
+        lora,
+        first=mesh.pp.is_first,
+        last=mesh.pp.is_last,
+        recompute=recompute,
+    )
+    trains = gather_objects(bool(stage.trainable()), mesh.pp)
+    return stage, Cut(tuple(layers), trains.index(True) if True in trains else len(trains))
+
+
+def load_base_weights(stage: Stage, folder: str | Path) -> None:
+    """Fills the frozen weights of the stage, by slice. Raises UserError as `checkpoint.load_base`."""
+    config = stage.config
+    load_base(
+        stage,
+        folder,
+        splits=named_splits(stage),
+        expected=expected_weights(config),
+        tied=config.tie_word_embeddings,
+    )
+
+
+def trained_names(lora: ResolvedLora, config: ModelConfig) -> set[str]:
+    """Names of all trainable parameters of the whole model."""
+    names = {f"{name}.{part}.weight" for name in lora.adapters for part in ("lora_A", "lora_B")}
+    for name, _ in whole_on_meta(config).named_parameters():
+        linear, _, leaf = name.rpartition(".")
+        if leaf == "bias" and lora.trains_bias(linear):
+            names.add(name)
+    return names
+
+
+@torch.no_grad()
+def load_adapter(stage: Stage, tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
+    """Fills the adapters of the stage with their slices of the whole `tensors`.
+
+    Raises UserError, the same on every rank, where names or shapes are not those of this model.
+    """
+    expected = trained_names(stage.lora, stage.config)
+    missing, left_over = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    if missing or left_over:
+        name = (missing or left_over)[0]
+        what = "lacks" if missing else "has, but the model does not,"
+        raise UserError(
+            f"adapter {where}: {what} {name} ({len(missing)} missing, {len(left_over)} left over): it was trained on "
+            f"another model or with another lora_config; name the right one"
+        )
+    splits = named_splits(stage)
+    for name, parameter in stage.trainable().items():
+        whole, shape = tensors[name], splits[name].global_shape
+        if tuple(whole.shape) != shape:
+            raise UserError(
+                f"adapter {where}: {name} has shape {list(whole.shape)}, this model needs {list(shape)}: it was "
+                f"trained on another model; name the right one"
+            )
+        parameter.copy_(splits[name].slice(whole))

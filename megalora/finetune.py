@@ -1,0 +1,498 @@
+"""The training run, top to bottom: model, adapter, data, steps, checkpoints.
+
+    torchrun --nproc_per_node 4 tools/finetune.py --model_path DIR --data_path rows.json --output_dir out \
+        --tensor_parallel_size 2 --pipeline_parallel_size 2
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalora.arguments import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
+from megalora.building import (
+    build_stage,
+    load_adapter,
+    load_base_weights,
+    resolve_dtype,
+    resolve_lora,
+    trained_names,
+)
+from megalora.checkpoint.adapter import open_adapter
+from megalora.checkpoint.peft import write_peft
+from megalora.checkpoint.shards import AdapterCheckpoint, Layout, read_adapter, save_adapter
+from megalora.checkpoint.state import CheckpointWriter, identity_difference, newest_sound, remove_run
+from megalora.checkpoint.weights import model_fingerprint
+from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer
+from megalora.errors import UserError
+from megalora.lora import LoraConfig, ResolvedLora
+from megalora.models.config import ModelConfig, check_layout, read_config
+from megalora.models.stage import Stage, expected_weights, whole_on_meta
+from megalora.monitor import Monitor, Timers, causal_context, lora_flops_per_token
+from megalora.ops import extension
+from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
+from megalora.parallel.collectives import gather_objects, on_first, together
+from megalora.parallel.grads import FlatGradients
+from megalora.parallel.launch import choose_device, distributed
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.split import Split, named_splits
+from megalora.pipeline.runner import PipelineRunner
+from megalora.pipeline.schedule import SCHEDULES
+from megalora.training import StepResult, Trainer
+
+
+def finetune(arguments: FinetuneArguments) -> None:
+    """Runs `arguments` on this process of the mesh. Raises UserError, on every rank, for what the user can mend."""
+    model, parallel, data, train = arguments.model, arguments.parallel, arguments.data, arguments.train
+    device, remark = choose_device()
+    timers = Timers(train.wall_clock_breakdown, device)
+    with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, timers) as mesh:
+        dtype = resolve_dtype(model.dtype, device)
+        notes = [remark] if remark else []
+
+        # What is trained: the model's shape, the adapter to start from, the rows.
+        with together(mesh.world):
+            config = read_config(model.model_path)
+            check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
+            _check_length(config, data, train, parallel.sequence_parallel, mesh)
+        start = _find_start(model, train, mesh)
+        with together(mesh.world):
+            lora = resolve_lora(_lora_config(model, start), config)
+            _check_same_adapter(lora, start, config)
+            template = ChatTemplate(load_tokenizer(model.model_path), data.template)
+            rows = _load_rows(data.data_path, template, data, train)
+            eval_rows = _load_rows(data.eval_data_path, template, data, train) if data.eval_data_path else None
+        loader = _loader(rows, train, mesh)
+        weights = model.resume_from_checkpoint or model.model_path
+        identity = _identity(config, weights, lora, rows, loader, train, mesh)
+        with together(mesh.world):
+            first_step, start_note = _first_step(start, identity)
+            total_steps = train.total_steps(loader.steps_per_epoch)
+            if start is not None:
+                notes += [*start.checkpoint.notes, start_note]
+
+        # This rank's part of it.
+        with together(mesh.world):
+            place = Placement(mesh.tp, parallel.sequence_parallel, dtype, device)
+            stage, cut = build_stage(
+                config,
+                mesh,
+                lora,
+                place,
+                partition_method=parallel.partition_method,
+                custom_partition=parallel.custom_partition,
+                uneven_heads=parallel.uneven_heads,
+                recompute=parallel.recompute,
+            )
+        with together(mesh.world):
+            load_base_weights(stage, weights)
+            if start is None:
+                stage.reset_adapters(train.seed)
+            else:
+                load_adapter(stage, start.checkpoint.tensors, start.checkpoint.where)
+        parameters, splits = stage.trainable(), named_splits(stage)
+        tokens_here = train.per_device_train_batch_size * data.seq_length
+        tokens_here //= mesh.tp.size if parallel.sequence_parallel else 1
+        runner = PipelineRunner(
+            stage,
+            mesh.pp,
+            SCHEDULES[parallel.schedule],
+            cut.floor,
+            (tokens_here, config.hidden_size),
+            dtype,
+            device,
+            timers,
+        )
+        with together(mesh.world):
+            optimizer = AdapterOptimizer(
+                parameters,
+                kind=train.optimizer,
+                betas=(train.adam_beta1, train.adam_beta2),
+                eps=train.adam_epsilon,
+                weight_decay=train.weight_decay,
+            )
+        trainer = Trainer(
+            stage,
+            mesh,
+            runner,
+            FlatGradients(parameters, splits, mesh),
+            optimizer,
+            learning_rate=lambda step: (
+                train.learning_rate
+                * learning_rate_factor(train.lr_scheduler_type, step, total_steps, train.warmup_steps)
+            ),
+            max_grad_norm=train.max_grad_norm,
+            seed=train.seed,
+            loss_scale=LossScale(dtype == torch.float16),
+            clock=timers,
+        )
+        if first_step:
+            _restore(trainer, start.checkpoint, splits)
+        writer = CheckpointWriter(
+            train.output_dir,
+            writes=mesh.dp.is_first,
+            is_main=mesh.world.is_first,
+            gather=lambda value: gather_objects(value, mesh.world),
+            save_total_limit=train.save_total_limit,
+        )
+
+        def save(step: int) -> Path:
+            with timers("checkpoint"):
+                return writer.save(step, lambda folder: _write_shard(folder, step), identity)
+
+        def _write_shard(folder: Path, step: int) -> Path:
+            layout = Layout(mesh.tp.size, mesh.pp.size, mesh.tp.rank, mesh.pp.rank)
+            state = _trainer_state(trainer, step, identity)
+            return save_adapter(folder, parameters, splits, layout, lora.config.to_dict(), optimizer.state(), state)
+
+        # The steps.
+        with together(mesh.world):
+            monitor = Monitor(train.output_dir, mesh.rank, total_steps, first_step)
+        with monitor:
+            summary = _summary(arguments, config, lora, stage, cut.layers, rows, loader, mesh, device, dtype)
+            monitor.summary(summary)
+            for note in [*notes, *rows.skipped[:5], *_more_skipped(rows)]:
+                monitor.note(note)
+            meter = _Meter(_flops_per_token(config, lora, rows), mesh.world_size)
+            evaluated = saved = None
+            for number in range(first_step, total_steps):
+                with timers("data"):
+                    batch = loader.step(number)
+                result = trainer.step(number, batch)
+                step = number + 1
+                meter.count(result.tokens)
+                if result.skipped:
+                    monitor.note(f"step {step} skipped: {result.skipped}")
+                if step % train.logging_steps == 0 or step == total_steps:
+                    monitor.step(meter.record(step, result, timers))
+                else:
+                    monitor.progress(step)
+                if eval_rows is not None and train.eval_steps and step % train.eval_steps == 0:
+                    evaluated = step
+                    _evaluate(trainer, eval_rows, step, monitor, train, mesh)
+                    meter.restart()
+                if train.save and (step % train.save_steps == 0 or step == total_steps):
+                    saved = save(step)
+            if first_step >= total_steps:
+                monitor.note(f"nothing to do: the run is complete at step {first_step} of {total_steps}")
+            elif eval_rows is not None and evaluated != total_steps:
+                _evaluate(trainer, eval_rows, total_steps, monitor, train, mesh)
+            if saved is not None:
+                exported = on_first(lambda: _export(saved, train.output_dir, model.model_path), mesh.world)
+                monitor.note(f"adapter: {saved}, and for peft: {exported}")
+
+
+# ---- what the run starts from ----
+
+
+@dataclass(frozen=True)
+class _Start:
+    """An adapter to go on from. own: it is a checkpoint of this output_dir, so the run must be the same."""
+
+    checkpoint: AdapterCheckpoint
+    own: bool
+
+
+def _find_start(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh) -> _Start | None:
+    """The newest sound checkpoint in output_dir, else the adapter named by the user, else None. Collective."""
+
+    def find() -> _Start | None:
+        if not train.overwrite_output_dir:
+            saved, complaints = newest_sound(train.output_dir)
+            if saved is not None:
+                return _Start(replace(read_adapter(saved.folder), notes=tuple(complaints)), own=True)
+            if complaints:
+                raise UserError(
+                    f"output_dir {train.output_dir}: no checkpoint in it is sound: {'; '.join(complaints)}; give "
+                    f"--overwrite_output_dir true to start afresh"
+                )
+        named = model.resume_peft_from_checkpoint
+        start = None if named is None else _Start(open_adapter(named), own=False)
+        if train.overwrite_output_dir:  # after the adapter is in memory: it may be one of this very folder
+            remove_run(train.output_dir)
+        return start
+
+    return on_first(find, mesh.world)
+
+
+def _lora_config(model: ModelArguments, start: _Start | None) -> LoraConfig:
+    """From --lora_config, else the adapter that the run starts from, else the defaults of the model_type."""
+    if model.lora_config is not None:
+        lora_config = LoraConfig.from_json(model.lora_config)
+        if lora_config.inference_mode:
+            raise UserError(
+                f"lora_config {model.lora_config}: inference_mode = true trains nothing: set it to false, or run "
+                f"tools/generate.py"
+            )
+        return lora_config
+    if start is not None:
+        found = LoraConfig.from_dict(start.checkpoint.lora_config, start.checkpoint.where)
+        return replace(found, inference_mode=False)
+    return LoraConfig()
+
+
+def _check_same_adapter(lora: ResolvedLora, start: _Start | None, config: ModelConfig) -> None:
+    """Raises UserError where --lora_config means another adapter than the one to start from."""
+    if start is None:
+        return
+    theirs = resolve_lora(LoraConfig.from_dict(start.checkpoint.lora_config, start.checkpoint.where), config)
+    ours = {name: (adapter.r, adapter.scaling) for name, adapter in lora.adapters.items()}
+    other = {name: (adapter.r, adapter.scaling) for name, adapter in theirs.adapters.items()}
+    for name in sorted(ours.keys() | other.keys()):
+        if ours.get(name) != other.get(name):
+            raise UserError(
+                f"adapter {start.checkpoint.where}: {name} has (r, scaling) = {other.get(name)}, but --lora_config "
+                f"means {ours.get(name)}: leave --lora_config out, or name the one that the adapter was made with"
+            )
+    if trained_names(lora, config) != trained_names(theirs, config):
+        raise UserError(
+            f"adapter {start.checkpoint.where}: bias = {theirs.config.bias!r}, but --lora_config says "
+            f"{lora.config.bias!r}: leave --lora_config out, or name the one that the adapter was made with"
+        )
+
+
+def _identity(
+    config: ModelConfig,
+    weights: str,
+    lora: ResolvedLora,
+    rows: PackedRows,
+    loader: Loader,
+    train: TrainArguments,
+    mesh: ParallelMesh,
+) -> dict[str, str]:
+    """What must not change between the parts of one run; the layout may. Collective."""
+    expected, tied = expected_weights(config), config.tie_word_embeddings
+    fields = {
+        f"lora_config.{name}": str(value)
+        for name, value in lora.config.to_dict().items()
+        if name not in ("peft_type", "task_type", "inference_mode")
+    }
+    return {
+        "model": on_first(lambda: model_fingerprint(weights, expected, tied), mesh.world)[:16],
+        "data": rows.fingerprint[:16],
+        "rows of a step": str(loader.global_batch_rows),
+        "seed": str(train.seed),
+        **fields,
+    }
+
+
+def _first_step(start: _Start | None, identity: Mapping[str, str]) -> tuple[int, str]:
+    """(steps already done, a line that says so). Raises UserError where output_dir holds another run."""
+    if start is None:
+        return 0, ""
+    trainer, where = start.checkpoint.trainer, start.checkpoint.where
+    if trainer is None:
+        return 0, f"starting from the adapter {where}"
+    values = identity_difference(trainer["identity"], identity)
+    if not values:
+        return int(trainer["step"]), f"continuing after step {trainer['step']} of {where}"
+    if start.own:
+        raise UserError(
+            f"output_dir holds {where}, a checkpoint of another run ({values}): name another output_dir, or give "
+            f"--overwrite_output_dir true"
+        )
+    return 0, f"starting from the adapter {where} at step 0, because its run was another ({values})"
+
+
+def _restore(trainer: Trainer, checkpoint: AdapterCheckpoint, splits: Mapping[str, Split]) -> None:
+    """Optimizer moments, loss scale and the count of bad steps, as they were."""
+    state = checkpoint.trainer
+    moments = {
+        name: {key: splits[name].slice(whole) for key, whole in parts.items()}
+        for name, parts in (checkpoint.optimizer or {}).items()
+        if name in splits
+    }
+    trainer.optimizer.load_state(moments, int(state["optimizer_steps"]))
+    trainer.loss_scale.value, trainer.loss_scale.good_steps = state["loss_scale"], int(state["good_steps"])
+    trainer.bad_steps = int(state["bad_steps"])
+
+
+def _trainer_state(trainer: Trainer, step: int, identity: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "step": step,
+        "optimizer_steps": trainer.optimizer.steps,
+        "loss_scale": trainer.loss_scale.value,
+        "good_steps": trainer.loss_scale.good_steps,
+        "bad_steps": trainer.bad_steps,
+        "identity": dict(identity),
+    }
+
+
+def _export(checkpoint: Path, output_dir: str, model_path: str) -> Path:
+    """The adapter of a checkpoint as a PEFT folder beside the checkpoints."""
+    folder = Path(output_dir) / "peft"
+    adapter = read_adapter(checkpoint)
+    write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
+    return folder
+
+
+# ---- rows ----
+
+
+def _check_length(
+    config: ModelConfig,
+    data: DataArguments,
+    train: TrainArguments,
+    sequence_parallel: bool,
+    mesh: ParallelMesh,
+) -> None:
+    if data.seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"seq_length ({data.seq_length}) is more than the model's max_position_embeddings "
+            f"({config.max_position_embeddings}): choose at most that"
+        )
+    tokens = train.per_device_train_batch_size * data.seq_length
+    if sequence_parallel and tokens % mesh.tp.size:
+        raise UserError(
+            f"per_device_train_batch_size ({train.per_device_train_batch_size}) * seq_length ({data.seq_length}) = "
+            f"{tokens} tokens are not a multiple of tensor_parallel_size ({mesh.tp.size}), as --sequence_parallel "
+            f"needs: change seq_length"
+        )
+
+
+def _load_rows(path: str, template: ChatTemplate, data: DataArguments, train: TrainArguments) -> PackedRows:
+    return load_dataset(
+        path, template, data.seq_length, packing=data.packing, on_bad_row=data.on_bad_row, seed=train.seed
+    )
+
+
+def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle: bool = True) -> Loader:
+    return Loader(
+        rows,
+        micro_batch_rows=train.per_device_train_batch_size,
+        num_microbatches=train.gradient_accumulation_steps,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        seed=train.seed,
+        shuffle=shuffle,
+    )
+
+
+def _more_skipped(rows: PackedRows) -> list[str]:
+    return [f"{len(rows.skipped)} rows of the data were skipped"] if rows.skipped else []
+
+
+def _evaluate(
+    trainer: Trainer, rows: PackedRows, step: int, monitor: Monitor, train: TrainArguments, mesh: ParallelMesh
+) -> None:
+    loader = _loader(rows, train, mesh, shuffle=False)
+    loss = trainer.evaluate([loader.step(i) for i in range(loader.steps_per_epoch)])
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    monitor.evaluation({"step": step, "loss": loss, "perplexity": perplexity})
+
+
+# ---- what the run shows ----
+
+
+class _Meter:
+    """Tokens and seconds since the last logged step."""
+
+    def __init__(self, flops_per_token: float, devices: int):
+        self._flops_per_token, self._devices = flops_per_token, devices
+        self.restart()
+
+    def restart(self) -> None:
+        self._tokens, self._start = 0, time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def record(self, step: int, result: StepResult, timers: Timers) -> dict[str, Any]:
+        """The record of a logged step; tokens counts all of them since the last record."""
+        speed = self._tokens / max(1e-9, time.perf_counter() - self._start)
+        record = {
+            "step": step,
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens": self._tokens,
+            "tokens_per_second": speed,
+            "tflops": speed * self._flops_per_token / self._devices / 1e12,
+        }
+        if timers.enabled:
+            record["phases"] = timers.collect()
+        self.restart()
+        return record
+
+
+def _flops_per_token(config: ModelConfig, lora: ResolvedLora, rows: PackedRows) -> float:
+    whole = {name: p.numel() for name, p in whole_on_meta(config).named_parameters(remove_duplicate=False)}
+    frozen = sum(n for name, n in whole.items() if "_proj.weight" in name or name == "lm_head.weight")
+    documents = []
+    for lengths, tokens in zip(rows.document_lengths, rows.row_tokens, strict=True):
+        documents += lengths if sum(lengths) == tokens else lengths[:-1]  # the last is the padding tail
+    return lora_flops_per_token(
+        frozen_matmul_parameters=frozen,
+        lora_parameters=_lora_parameters(config, lora),
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        context=causal_context(documents),
+    )
+
+
+def _lora_parameters(config: ModelConfig, lora: ResolvedLora) -> int:
+    shapes = expected_weights(config)
+    return sum(adapter.r * sum(shapes[f"{name}.weight"]) for name, adapter in lora.adapters.items())
+
+
+def _summary(
+    arguments: FinetuneArguments,
+    config: ModelConfig,
+    lora: ResolvedLora,
+    stage: Stage,
+    layers: tuple[range, ...],
+    rows: PackedRows,
+    loader: Loader,
+    mesh: ParallelMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, dict[str, Any]]:
+    """The start-up table. Collective: memory is that of the fullest rank."""
+    parallel, train = arguments.parallel, arguments.train
+    shapes = expected_weights(config)
+    frozen = sum(math.prod(shape) for shape in shapes.values())
+    trainable = _lora_parameters(config, lora)
+    trainable += sum(math.prod(shapes[n]) for n in trained_names(lora, config) if n.endswith(".bias"))
+    stored = sum(p.numel() * p.element_size() for p in stage.parameters())
+    trained = sum(p.numel() * p.element_size() for p in stage.trainable().values())
+    memory = max(gather_objects(stored + 3 * trained, mesh.world))  # gradient and two moments beside the masters
+    stages = {
+        f"stage {s}": f"layers {part[0]} to {part[-1]}"
+        + (", embedding" if s == 0 else "")
+        + (", head" if s == len(layers) - 1 else "")
+        for s, part in enumerate(layers)
+    }
+    targets = sorted({name.rsplit(".", 1)[-1] for name in lora.adapters})
+    recompute = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
+    sequence = ", sequence parallel" if parallel.sequence_parallel else ""
+    return {
+        "model": {
+            "path": arguments.model.model_path,
+            "type": f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}",
+            "parameters": f"{frozen:,} frozen, {trainable:,} trained ({100 * trainable / frozen:.3f}%)",
+            "adapters": f"{len(lora.adapters)} linears ({', '.join(targets)}), r {lora.config.r}, "
+            f"alpha {lora.config.lora_alpha:g}, dropout {lora.config.lora_dropout:g}",
+        },
+        "layout": {
+            "processes": f"{mesh.world_size} = tensor {mesh.tp.size} x pipeline {mesh.pp.size} x data "
+            f"{mesh.dp.size}{sequence}",
+            **stages,
+            "schedule": f"{parallel.schedule}, {train.gradient_accumulation_steps} microbatches{recompute}",
+            "device": f"{device.type}, {str(dtype).removeprefix('torch.')}, "
+            f"{'compiled' if extension.has_kernels(device.type) else 'plain torch'} ops",
+            "memory": f"{memory / 2**30:.2f} GiB of weights and optimizer on the fullest rank",
+        },
+        "data": {
+            "rows": f"{rows.documents:,} documents in {rows.rows:,} rows of {rows.seq_length} tokens",
+            "tokens": f"{rows.tokens:,}, {rows.labelled_tokens:,} of them labelled",
+            "step": f"{loader.global_batch_rows} rows, {loader.steps_per_epoch} steps an epoch",
+        },
+    }

@@ -1,0 +1,135 @@
+"""AdamW on the adapters' masters, the learning-rate schedules, and the loss scale of float16."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from megalora.errors import UserError
+
+
+def learning_rate_factor(kind: str, step: int, total_steps: int, warmup_steps: int) -> float:
+    """What the peak rate is multiplied by at `step`, counted from 0: a pure function, so resuming needs no state.
+
+    kind  "linear" falls to 0 at total_steps, "cosine" along half a cosine, "constant" stays. Before, the rate rises
+          over warmup_steps, from 1 / (warmup_steps + 1), so that no step has rate 0.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return max(0.0, 1.0 - done)
+    if kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    assert kind == "constant", kind
+    return 1.0
+
+
+class AdapterOptimizer:
+    """AdamW over named parameters; a stage may have none.
+
+    kind  "adamw": torch's fused one; "apex": NVIDIA apex's FusedAdam, an error where it cannot be imported
+    Biases are not decayed (as HF's Trainer).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        kind: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        self._parameters = dict(parameters)
+        self._steps = 0
+        self._optimizer: torch.optim.Optimizer | None = None
+        build = _apex_adam() if kind == "apex" else torch.optim.AdamW
+        if not parameters:
+            return
+        groups = [
+            {
+                "params": [p for n, p in parameters.items() if n.endswith(".bias") == bias],
+                "weight_decay": decay,
+            }
+            for bias, decay in ((False, weight_decay), (True, 0.0))
+        ]
+        options = {} if kind == "apex" else {"fused": True}
+        self._optimizer = build([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, **options)
+
+    def step(self, learning_rate: float) -> None:
+        """One update with the gradients that the parameters hold."""
+        self._steps += 1
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+
+    @property
+    def steps(self) -> int:
+        """Updates made so far, those before a resume included."""
+        return self._steps
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The two moments of each parameter, by name; {} before the first step."""
+        if self._optimizer is None or not self._steps:
+            return {}
+        return {
+            name: {key: self._optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+            for name, p in self._parameters.items()
+        }
+
+    def load_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], steps: int) -> None:
+        """Goes on from moments as `state` gives them, after `steps` updates."""
+        self._steps = steps
+        if self._optimizer is None or not steps:
+            return
+        for name, p in self._parameters.items():
+            moments = {key: state[name][key].to(p.device, p.dtype).clone() for key in ("exp_avg", "exp_avg_sq")}
+            if isinstance(self._optimizer, torch.optim.AdamW):
+                moments["step"] = torch.tensor(float(steps), dtype=torch.float32, device=p.device)
+            self._optimizer.state[p] = moments
+        for group in self._optimizer.param_groups:
+            if "step" in group or not isinstance(self._optimizer, torch.optim.AdamW):
+                group["step"] = steps  # apex counts in the group
+
+
+def _apex_adam() -> type[torch.optim.Optimizer]:
+    try:
+        from apex.optimizers import FusedAdam  # the unrelated PyPI package of this name has no such module
+    except ImportError:
+        raise UserError(
+            "optimizer = apex: NVIDIA's apex cannot be imported (the PyPI package of that name is another): build it "
+            "from NVIDIA's repository, or use --optimizer adamw"
+        ) from None
+    return FusedAdam
+
+
+class LossScale:
+    """What float16 losses are multiplied by, so that small gradients do not vanish; 1 in other dtypes.
+
+    As torch.amp.GradScaler: halved when a gradient overflows, doubled after `growth_interval` good steps. All ranks see
+    the same gradient norm, so they agree without another message.
+    """
+
+    def __init__(self, enabled: bool, initial: float = 2.0**16, growth_interval: int = 2000):
+        self.enabled = enabled
+        self.value = initial if enabled else 1.0
+        self.good_steps = 0
+        self._growth_interval = growth_interval
+
+    def update(self, overflowed: bool) -> bool:
+        """Adapts to a step; returns whether an overflow is only the scale looking for its place."""
+        if not self.enabled:
+            return False
+        if overflowed:
+            searching = self.value > 1.0
+            self.value, self.good_steps = max(1.0, self.value / 2), 0
+            return searching
+        self.good_steps += 1
+        if self.good_steps >= self._growth_interval:
+            self.value, self.good_steps = self.value * 2, 0
+        return False

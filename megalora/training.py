@@ -1,0 +1,142 @@
+"""One optimizer step, and one pass over an evaluation set, on any mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megalora.batch import Batch
+from megalora.errors import UserError
+from megalora.models.inputs import training_inputs
+from megalora.models.stage import Stage
+from megalora.optimizer import AdapterOptimizer, LossScale
+from megalora.parallel.collectives import all_reduce
+from megalora.parallel.grads import FlatGradients
+from megalora.parallel.mesh import Clock, ParallelMesh
+from megalora.pipeline.runner import PipelineRunner
+
+MOST_BAD_STEPS = 3  # in a row, before the run stops
+
+
+class StepData(Protocol):
+    """This rank's microbatches of a step, with counts over the whole global batch."""
+
+    microbatches: list[Batch]
+    label_count: int
+    token_count: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells: the same on every rank.
+
+    loss       mean over the labelled tokens of the global batch
+    grad_norm  global, before clipping
+    skipped    why no update was made, or None
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    skipped: str | None = None
+
+
+class Trainer:
+    """Steps of a run on this rank.
+
+    learning_rate  a function of the step, counted from 0
+    seed           of the dropout masks
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        mesh: ParallelMesh,
+        runner: PipelineRunner,
+        gradients: FlatGradients,
+        optimizer: AdapterOptimizer,
+        *,
+        learning_rate: Callable[[int], float],
+        max_grad_norm: float,
+        seed: int,
+        loss_scale: LossScale,
+        clock: Clock,
+    ):
+        self._stage, self._mesh, self._runner, self._gradients = stage, mesh, runner, gradients
+        self._learning_rate, self._max_grad_norm, self._seed, self._clock = (
+            learning_rate,
+            max_grad_norm,
+            seed,
+            clock,
+        )
+        self.optimizer, self.loss_scale = optimizer, loss_scale
+        self.bad_steps = 0
+
+    def step(self, number: int, data: StepData) -> StepResult:
+        """Forward and backward of the step's microbatches, one reduction, one update.
+
+        Raises UserError on every rank after MOST_BAD_STEPS steps in a row whose loss or gradient is not finite.
+        """
+        self._gradients.zero()
+        inputs = self._inputs(data, self._seed, number)
+        scale = self.loss_scale.value / max(1, data.label_count)
+        loss_sum = self._runner.train(len(data.microbatches), inputs, scale)
+        self._gradients.reduce()
+        loss_sum, square = self._over_world(loss_sum, self._gradients.square_sum())
+        loss = loss_sum / max(1, data.label_count)
+        norm = math.sqrt(square) / self.loss_scale.value if math.isfinite(square) else square
+        rate = self._learning_rate(number)
+        with self._clock("optimizer"):
+            skipped = self._update(loss, norm, rate, number)
+        return StepResult(loss, norm, rate, data.token_count, skipped)
+
+    def _update(self, loss: float, norm: float, rate: float, number: int) -> str | None:
+        unscale = 1.0 / self.loss_scale.value
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        searching = self.loss_scale.update(overflowed=not finite)
+        if not finite:
+            what = f"loss {loss}, gradient norm {norm}"
+            if searching and math.isfinite(loss):
+                return f"{what}: loss scale halved to {self.loss_scale.value:g}"
+            self.bad_steps += 1
+            if self.bad_steps == MOST_BAD_STEPS:
+                raise UserError(
+                    f"step {number + 1}: {what}, the {MOST_BAD_STEPS}rd step in a row that is not finite: lower "
+                    f"--learning_rate, look at the rows of these steps, or use --dtype bfloat16"
+                )
+            return what
+        self.bad_steps = 0
+        if 0 < self._max_grad_norm < norm:
+            unscale *= self._max_grad_norm / norm
+        if unscale != 1.0:
+            self._gradients.buffer.mul_(unscale)
+        self.optimizer.step(rate)
+        return None
+
+    def evaluate(self, steps: list[StepData]) -> float:
+        """The mean loss over the labelled tokens of `steps`, without dropout."""
+        total, labels = 0.0, 0
+        for data in steps:
+            loss_sum = self._runner.evaluate(len(data.microbatches), self._inputs(data, None, 0))
+            total += self._over_world(loss_sum, torch.zeros_like(loss_sum))[0]
+            labels += data.label_count
+        return total / max(1, labels)
+
+    def _inputs(self, data: StepData, seed: int | None, step: int) -> Callable[[int], object]:
+        def inputs(m: int) -> object:
+            with self._clock("data"):
+                batch = data.microbatches[m]
+                return training_inputs(batch, self._stage.config, self._stage.place, seed=seed, step=step)
+
+        return inputs
+
+    def _over_world(self, loss_sum: torch.Tensor, square: torch.Tensor) -> tuple[float, float]:
+        """(loss sum of the global batch, squared gradient norm), in one reduction over all ranks."""
+        # Every tp rank of the last stage has the loss of its dp rank; other stages have 0.
+        both = torch.stack([loss_sum / self._mesh.tp.size, square])
+        return tuple(all_reduce(both, self._mesh.world).tolist())

@@ -1,0 +1,238 @@
+"""Training runs of tiny random models on any mesh: what the layout tests compare.
+
+A run here goes through the same Stage, PipelineRunner, FlatGradients and Trainer as `megalora finetune`; only
+weights and rows are made up, from names and seeds, the same on every layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megalora.data import Loader, build_rows, pack
+from megalora.data.template import Sample
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.models.stage import Stage, adaptable_linears
+from megalora.optimizer import AdapterOptimizer, LossScale
+from megalora.parallel.grads import FlatGradients
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import build_mesh
+from megalora.parallel.split import named_splits
+from megalora.pipeline.partition import partition
+from megalora.pipeline.runner import PipelineRunner
+from megalora.pipeline.schedule import SCHEDULES
+from megalora.training import Trainer
+
+TINY = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 131,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+FAMILIES = {
+    "llama": {
+        "model_type": "llama",
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 5, "head_dim": 10},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {
+        "model_type": "qwen3", "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}  # fmt: skip
+for _family in FAMILIES.values():
+    # transformers imports a family when it is first asked for, which takes a second or more. The ranks
+    # of `spawn` are forked from a process that has imported this module: they find it done.
+    config_from_dict(TINY | _family)
+ALL_LINEAR = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. rows is the global batch, whatever the layout: dp ranks and microbatches divide it."""
+
+    family: str = "llama"
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    schedule: str = "1f1b"
+    partition_method: str = "uniform"
+    custom_partition: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float64
+    lora: dict = field(default_factory=lambda: dict(ALL_LINEAR))
+    model: dict = field(default_factory=dict)
+    steps: int = 3
+    rows: int = 4
+    micro_batch_rows: int = 1
+    seq_length: int = 24
+    seed: int = 7
+    # Adam divides each gradient by its size: where that is near zero, rounding grows to a share of this rate.
+    learning_rate: float = 1e-2
+
+    def on(self, **layout) -> Run:
+        return replace(self, **layout)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw.
+
+    losses, norms, skipped  of each step
+    evaluation              the loss of the first step's rows after the last step, without dropout
+    moved                   by how much each adapter moved at most from where it began
+    adapters, gradients     of this rank after the last step, each with its place in the whole
+    """
+
+    losses: list[float]
+    norms: list[float]
+    evaluation: float
+    skipped: list[str | None]
+    moved: dict[str, float]
+    adapters: dict[str, tuple[tuple, torch.Tensor]]
+    gradients: dict[str, tuple[tuple, torch.Tensor]]
+
+
+def whole_tensor(name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
+    """A random float64 tensor that depends on its name alone."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
+    values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+    return values + 1.0 if name.endswith("norm.weight") else values
+
+
+def fill(stage: Stage) -> None:
+    """Random base weights, initial adapters, and a B that is not zero."""
+    stage.reset_adapters(seed=11)
+    with torch.no_grad():
+        parameters = dict(stage.named_parameters(remove_duplicate=False))
+        for name, split in named_splits(stage).items():
+            if name.endswith("lora_A.weight"):
+                continue
+            tied = stage.config.tie_word_embeddings and name == "lm_head.weight"
+            source = "model.embed_tokens.weight" if tied else name
+            parameters[name].copy_(split.slice(whole_tensor(source, split.global_shape, 0.15)))
+
+
+def rows_of(run: Run, vocab_size: int):
+    """Packed rows of random documents, about two steps' worth of them."""
+    generator = torch.Generator().manual_seed(run.seed)
+    documents = []
+    for _ in range(5 * run.rows):
+        length = int(torch.randint(3, run.seq_length, (), generator=generator))
+        ids = torch.randint(0, vocab_size, (length,), generator=generator)
+        labels = torch.where(torch.arange(length) >= length // 3, ids, -100)
+        documents.append(Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32")))
+    bins = pack([len(d.input_ids) for d in documents], run.seq_length)
+    return build_rows(documents, bins, run.seq_length, 0)
+
+
+def train(rank: int, world_size: int, run: Run) -> Outcome:
+    """Runs `run` on this rank of `world_size`."""
+    mesh = build_mesh(rank, world_size, run.tp, run.pp)
+    config = config_from_dict(TINY | FAMILIES[run.family] | run.model)
+    lora = LoraConfig.from_dict(run.lora).resolve(config.model_type, adaptable_linears(config))
+    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, "cpu")
+    parts = partition(
+        run.partition_method, [1] * config.num_hidden_layers, run.pp, last_cost=1, custom=run.custom_partition
+    )
+    stages = [
+        Stage(config, parts[s], place, lora, first=s == 0, last=s == run.pp - 1, recompute=run.recompute)
+        for s in range(run.pp)
+    ]
+    stage = stages[mesh.pp.rank]
+    floor = next(s for s, candidate in enumerate(stages) if candidate.trainable())
+    fill(stage)
+    parameters, splits = stage.trainable(), named_splits(stage)
+    gradients = FlatGradients(parameters, splits, mesh)
+    microbatches = run.rows // (mesh.dp.size * run.micro_batch_rows)
+    loader = Loader(
+        rows_of(run, config.vocab_size), micro_batch_rows=run.micro_batch_rows, num_microbatches=microbatches,
+        dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, seed=run.seed,
+    )  # fmt: skip
+    tokens = run.micro_batch_rows * run.seq_length // (run.tp if run.sequence_parallel else 1)
+    runner = PipelineRunner(
+        stage, mesh.pp, SCHEDULES[run.schedule], floor, (tokens, config.hidden_size), run.dtype, "cpu"
+    )
+    trainer = Trainer(
+        stage, mesh, runner, gradients, AdapterOptimizer(parameters),
+        learning_rate=lambda step: run.learning_rate, max_grad_norm=1.0, seed=run.seed,
+        loss_scale=LossScale(run.dtype == torch.float16), clock=_no_clock,
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    results = [trainer.step(step, loader.step(step)) for step in range(run.steps)]
+    return Outcome(
+        [r.loss for r in results],
+        [r.grad_norm for r in results],
+        trainer.evaluate([loader.step(0)]),
+        [r.skipped for r in results],
+        {name: (p.detach() - before[name]).abs().max().item() for name, p in parameters.items()},
+        {name: (_place(splits[name]), p.detach().clone()) for name, p in parameters.items()},
+        {name: (_place(splits[name]), p.grad.clone()) for name, p in parameters.items()},
+    )
+
+
+def _place(split) -> tuple:
+    return tuple((s.start, s.stop) for s in split.index)
+
+
+def _no_clock(phase: str):
+    return contextlib.nullcontext()
+
+
+def reference(run: Run) -> Outcome:
+    """`run` on one process without any of the means of a layout: what every layout of it must give.
+
+    Asserts that it is worth comparing with: finite, no step skipped, every adapter with a gradient and moved.
+    """
+    plain = run.on(
+        tp=1, pp=1, sequence_parallel=False, recompute="none", schedule="1f1b", partition_method="uniform",
+        custom_partition=None, micro_batch_rows=1,
+    )  # fmt: skip
+    outcome = _references.get(repr(plain))
+    if outcome is None:
+        outcome = _references[repr(plain)] = train(0, 1, plain)
+    assert outcome.skipped == [None] * run.steps, outcome.skipped
+    assert all(map(math.isfinite, [*outcome.losses, *outcome.norms, outcome.evaluation]))
+    assert all(gradient.abs().max() > 1e-9 for _, gradient in outcome.gradients.values())
+    assert all(moved > 0.1 * run.learning_rate for moved in outcome.moved.values()), outcome.moved
+    return outcome
+
+
+_references: dict[str, Outcome] = {}
+
+
+def largest_difference(reference: Outcome, outcomes: list[Outcome]) -> float:
+    """Largest absolute difference between one process and any rank of a layout, over all of an Outcome.
+
+    Not a number counts as infinite. Asserts that every adapter element of the reference is held by some rank.
+    """
+    differences = []
+    covered = {name: torch.zeros_like(whole) for name, (_, whole) in reference.adapters.items()}
+    for outcome in outcomes:
+        assert outcome.skipped == reference.skipped, outcome.skipped
+        ours = [*outcome.losses, *outcome.norms, outcome.evaluation]
+        theirs = [*reference.losses, *reference.norms, reference.evaluation]
+        differences += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        for ours, theirs in (
+            (outcome.adapters, reference.adapters),
+            (outcome.gradients, reference.gradients),
+        ):
+            for name, (place, part) in ours.items():
+                index = tuple(slice(a, b) for a, b in place)
+                differences.append((part - theirs[name][1][index]).abs().max().item())
+                covered[name][index] = 1
+    assert all(c.all() for c in covered.values()), "a part of an adapter is on no rank"
+    return max(d if math.isfinite(d) else math.inf for d in differences)

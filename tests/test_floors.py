@@ -1,0 +1,135 @@
+"""The floors of the house (DESIGN §2): a module imports only its own package and the floors below it.
+
+Read from the source with ast: imports in functions and under TYPE_CHECKING count, relative ones are resolved.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+EDGES = {"errors", "batch"}  # plain types that every floor may use
+GROUND = EDGES | {"lora", "parallel.mesh", "ops"}
+LOWER = GROUND | {"parallel"}
+# These are handed an nn.Module or plain values, and know neither the models nor one another.
+SERVICES = {"pipeline", "data", "checkpoint", "monitor"}
+# What the commands are put together from.
+PARTS = {"optimizer", "building", "training"}
+TOP = {"arguments", "finetune", "generate", "cli", "convert", "__main__"}
+
+# What each part of the package may import of the package, besides itself.
+MAY_IMPORT = {
+    "": set(),  # megalora/__init__.py: importing any part runs it, so it imports none
+    "errors": set(),
+    "batch": set(),
+    "lora": EDGES,
+    "parallel.mesh": EDGES,
+    "ops": EDGES,
+    "parallel": GROUND,
+    "models": LOWER,
+    **{service: LOWER for service in SERVICES},
+    **{module: LOWER | {"models"} | SERVICES | PARTS for module in PARTS},
+    **{module: LOWER | {"models"} | SERVICES | PARTS | TOP for module in TOP},
+}
+TORCH_ONLY = {"lora", "parallel.mesh", "ops"}  # the third-party packages of these
+
+
+def module_name(file: Path, root: Path = ROOT) -> str:
+    parts = file.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in sorted((ROOT / "megalora").rglob("*.py"))}
+
+
+def part_of(module: str) -> str:
+    """The key of MAY_IMPORT that a module of the package falls under: the longest that leads to it."""
+    name = module.partition(".")[2]
+    while name and name not in MAY_IMPORT:
+        name = name.rpartition(".")[0]
+    if not name and module != "megalora":
+        raise AssertionError(f"{module} has no floor yet: give it one in MAY_IMPORT (and in DESIGN §2)")
+    return name
+
+
+def imports(source: str, module: str, is_package: bool) -> list[tuple[int, str]]:
+    """(line, absolute name) of each import; `from a import b` is a.b where that is a module of ours."""
+    found = []
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                start = package.split(".")
+                start = start[: len(start) - node.level + 1]
+                base = ".".join(start + ([node.module] if node.module else []))
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                found.append((node.lineno, inner if inner in MODULES else base))
+    return found
+
+
+def violations(source: str, module: str, is_package: bool) -> list[str]:
+    part = part_of(module)
+    bad = []
+    for line, name in imports(source, module, is_package):
+        root = name.partition(".")[0]
+        if root == "tools":
+            bad.append(f"{module}:{line} imports {name}: tools are command lines over the package")
+        elif root != "megalora":
+            if part in TORCH_ONLY and root != "torch" and root not in sys.stdlib_module_names:
+                bad.append(f"{module}:{line} imports {name}: {part} may use torch only")
+        elif name != "megalora" and part_of(name) not in MAY_IMPORT[part] | {part}:
+            allowed = ", ".join(sorted(MAY_IMPORT[part])) or "nothing of ours"
+            bad.append(f"{module}:{line} imports {name}: it may import {allowed}")
+    return bad
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_lower_floors(module):
+    file = MODULES[module]
+    assert not violations(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("megalora.ops.dropout", "from megalora.parallel.mesh import Axis"),
+        ("megalora.ops.dropout", "import numpy"),
+        ("megalora.parallel.mesh", "from . import collectives"),
+        ("megalora.parallel.linear", "def f():\n    from megalora.models import stage"),
+        ("megalora.data.packing", "import typing as t\nif t.TYPE_CHECKING:\n    from .. import models"),
+        ("megalora.data.packing", "from ..checkpoint import hf"),
+        ("megalora.models.stage", "import megalora.finetune"),
+        ("megalora.training", "from megalora.arguments import TrainArguments"),
+        ("megalora.cli", "from tools import finetune"),
+    ],
+)
+def test_the_check_catches(module, source, monkeypatch):
+    monkeypatch.setitem(MODULES, "megalora.parallel.collectives", ROOT)  # as if they were written
+    monkeypatch.setitem(MODULES, "megalora.models", ROOT)
+    assert len(violations(source, module, is_package=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("megalora.ops.dropout", "import math, torch\nfrom . import rope\nfrom ..errors import UserError"),
+        ("megalora.parallel.linear", "from megalora.ops.dropout import dropout\nfrom .mesh import Axis"),
+        ("megalora.models.stage", "from megalora import __version__\nfrom ..parallel import split"),
+        ("megalora.data.packing", "import numpy\nfrom megalora.batch import Batch"),
+        ("megalora.cli", "from megalora import arguments, finetune"),
+    ],
+)
+def test_the_check_lets_pass(module, source):
+    assert not violations(source, module, is_package=False)
+
+
+def test_a_new_package_needs_a_floor():
+    with pytest.raises(AssertionError, match="no floor"):
+        part_of("megalora.attic.old")
