@@ -1,0 +1,1 @@
+"""Generation: prompts -> token ids -> replies, with a key/value cache, on the meshes of training."""

@@ -1,0 +1,128 @@
+"""What is asked, as text: from the command line or a file to messages, and on to token ids.
+
+All of this runs on rank 0 alone; the other ranks are sent token ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalora.data import ChatTemplate, read_rows, to_messages
+from megalora.data.formats import Message
+from megalora.errors import UserError
+
+ROWS = (".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation whose last message is the user's. where: its name in an error."""
+
+    messages: tuple[Message, ...]
+    where: str
+
+    @property
+    def text(self) -> str:
+        """The last thing that the user says."""
+        return self.messages[-1]["content"]
+
+
+def ask(text: str, system: str | None, where: str) -> Question:
+    """The question of one text, behind the system message where there is one. UserError for an empty text."""
+    if not text.strip():
+        raise UserError(f"{where} is empty: give a text")
+    for part in (text, system or ""):
+        try:
+            part.encode("utf-8")
+        except UnicodeEncodeError:  # bytes of the command line or terminal that Python could not decode
+            raise UserError(f"{where} or its system message is not UTF-8: set the terminal to UTF-8") from None
+    return Question((*_system_message(system), {"role": "user", "content": text}), where)
+
+
+def read_questions(path: str | Path, system: str | None) -> list[Question]:
+    """The questions of a file, in order.
+
+    .json, .jsonl: rows as for training; the question is the conversation up to its last reply. Any other file: one a
+    line, blank lines left out. Raises UserError (file, row or line) for what cannot be read or holds no question.
+    """
+    path = Path(path)
+    if path.suffix.lower() in ROWS:
+        return [_of_row(row, system, f"{path} row {number}") for number, row in enumerate(read_rows(path))]
+    lines = _text(path).splitlines()
+    questions = [
+        ask(line.strip(), system, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not questions:
+        raise UserError(f"prompts_file {path} holds no prompts: write one a line")
+    return questions
+
+
+def encode(template: ChatTemplate, question: Question, context: int) -> list[int]:
+    """The tokens that the reply starts from. Raises UserError where they leave no room for one in the context."""
+    try:
+        ids = template.prompt(question.messages)
+    except UserError as error:
+        raise UserError(f"{question.where}: {error}") from None
+    if len(ids) >= context:
+        raise UserError(
+            f"{question.where}: {len(ids)} tokens leave no room for a reply in a context of {context}: shorten it, or "
+            f"raise --seq_length where it is given"
+        )
+    return ids
+
+
+def decode(template: ChatTemplate, token_ids: Sequence[int]) -> str:
+    """A reply as text, without special tokens."""
+    tokenizer = template.tokenizer
+    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def stop_token_ids(folder: str | Path, template: ChatTemplate) -> tuple[int, ...]:
+    """Where a reply ends: the template's end token, and the eos of generation_config.json, else of config.json, else of
+    the tokenizer. Raises UserError for a file that is not what it should be."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(folder) / name
+        if file.is_file() and (found := _eos(file)):
+            return tuple(sorted({template.end_token_id, *found}))
+    return tuple(sorted(set(template.stop_token_ids)))
+
+
+def _eos(file: Path) -> list[int]:
+    """The eos_token_id of a JSON file: one, several or none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        value = value.get("eos_token_id")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): check the file") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: is no JSON object ({error}): download it again") from None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UserError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
+    return ids
+
+
+def _of_row(row: object, system: str | None, where: str) -> Question:
+    messages = to_messages(row, where)[:-1]
+    if system is not None and messages[0]["role"] == "system":
+        raise UserError(f"{where}: has a system message of its own: leave --system out, or take it out of the row")
+    return Question((*_system_message(system), *messages), where)
+
+
+def _system_message(system: str | None) -> Sequence[Message]:
+    return () if system is None else ({"role": "system", "content": system},)
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"prompts_file {path}: cannot be read ({error.strerror or error}): check the path") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None

@@ -1,0 +1,60 @@
+"""From logits to the next token, so that a seed gives the same text on every layout and device.
+
+The one random number of a token comes from (seed, prompt, place in the reply) alone, not from a generator's state. It
+picks from the cumulative probabilities in the order of the ids, so that a difference of rounding between two layouts
+matters only where the number falls within that rounding of the border between two tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+NOT_FINITE = -1
+"""In place of a token id, where the logits are not finite."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k and top_p narrow the choice, in this order, as in transformers."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+def draw(seed: int, prompt: int, place: int) -> float:
+    """A uniform number in (0, 1) for token `place` of the reply to prompt number `prompt`."""
+    digest = hashlib.sha256(f"{seed}:{prompt}:{place}".encode()).digest()
+    return (int.from_bytes(digest[:6], "little") + 0.5) / 2**48
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[float]) -> torch.Tensor:
+    """The next token of each row of logits [n, vocab_size]: [n] int64, NOT_FINITE where a logit is not.
+
+    draws  one number in (0, 1) a row, not read when greedy. The lowest id wins a greedy tie.
+    """
+    best, ids = logits.max(dim=-1)  # of equal ones the first; NaN where any is
+    if sampling.temperature > 0:
+        ids = _sample(logits, sampling, logits.new_tensor(draws, dtype=torch.float64))
+    return torch.where(best.isfinite(), ids, NOT_FINITE)
+
+
+def _sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor) -> torch.Tensor:
+    scaled = logits.double() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
+        least = scaled.topk(sampling.top_k).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    probabilities = scaled.softmax(dim=-1)
+    if sampling.top_p is not None:
+        ranked = probabilities.sort(dim=-1, descending=True).values
+        before = ranked.cumsum(dim=-1) - ranked
+        least = ranked.where(before < sampling.top_p, torch.inf).amin(dim=-1, keepdim=True)
+        probabilities = probabilities.where(probabilities >= least, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    target = draws.unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)

@@ -1,0 +1,55 @@
+"""Attention in steps over the cache is attention over the whole."""
+
+import random
+
+import pytest
+import torch
+
+from megalora.generation.cache import CachedStep, KVCache, Span
+from megalora.ops.attention import attention
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_steps_of_several_sequences(seed):
+    """Any lengths, window and slots; the sequences go on by any number of tokens at a step, or rest."""
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 4))]
+    window = rng.choice([None, rng.randint(1, 6)])
+    generator = torch.Generator().manual_seed(0)
+    heads = {"q": 4, "k": 2, "v": 2}
+    whole = {n: torch.randn(sum(lengths), h, 8, generator=generator).double() for n, h in heads.items()}
+    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    expected = attention(whole["q"], whole["k"], whole["v"], bounds, window)
+
+    cache = KVCache(len(lengths), max(lengths))
+    slots = rng.sample(range(len(lengths)), len(lengths))
+    kept = [0] * len(lengths)
+    found = torch.full_like(expected, torch.nan)
+    while any(done < length for done, length in zip(kept, lengths, strict=True)):
+        spans, rows = [], []
+        for i, length in enumerate(lengths):
+            new = rng.randint(0, length - kept[i])
+            if new:
+                spans.append(Span(slots[i], kept[i], kept[i] + new))
+                rows += range(bounds[i] + kept[i], bounds[i] + kept[i] + new)
+                kept[i] += new
+        if spans:
+            q, k, v = (whole[name][rows] for name in "qkv")
+            found[rows] = CachedStep(cache, spans).attend(3, q, k, v, window)
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_keep_apart():
+    cache, x = KVCache(1, 2), torch.ones(1, 2, 4)
+    step = CachedStep(cache, [Span(0, 0, 1)])
+    step.attend(0, x, x, x, None)
+    out = step.attend(1, x, x, 5 * x, None)
+    assert torch.equal(out, 5 * x)
+    assert cache.layer(0, x)[1].shape == (1, 2, 2, 4)
+    assert cache.layer(0, x)[1][0, 0].tolist() == x[0].tolist()
+
+
+def test_more_than_it_holds_is_a_bug():
+    x = torch.ones(3, 2, 4)
+    with pytest.raises(RuntimeError):
+        CachedStep(KVCache(1, 2), [Span(0, 0, 3)]).attend(0, x, x, x, None)

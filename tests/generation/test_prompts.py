@@ -1,0 +1,114 @@
+"""Questions from files, and where replies end."""
+
+import json
+
+import pytest
+
+from megalora.errors import UserError
+from megalora.generation.prompts import ask, encode, read_questions, stop_token_ids
+
+
+class Template:
+    """Stands in for ChatTemplate: a token a character."""
+
+    end_token_id = 9
+    stop_token_ids = (9, 3)
+
+    def prompt(self, messages):
+        if messages[-1]["content"] == "refused":
+            raise UserError("the template refuses")
+        return [ord(character) for message in messages for character in message["content"]]
+
+
+def messages(questions):
+    return [[(m["role"], m["content"]) for m in question.messages] for question in questions]
+
+
+def test_a_text_file_has_one_a_line(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffhello\r\n\n  你是谁？ \n[not json".encode())
+    questions = read_questions(file, None)
+    assert [q.text for q in questions] == ["hello", "你是谁？", "[not json"]
+    assert [q.where for q in questions] == [f"{file} line {n}" for n in (1, 3, 4)]
+    assert messages(read_questions(file, "be brief"))[0] == [("system", "be brief"), ("user", "hello")]
+
+
+ROWS = [
+    {"instruction": "add", "input": "1 2", "output": "3"},
+    {"conversation": [{"system": "s", "input": "a", "output": "b"}, {"input": "c", "output": "d"}]},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+]
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_rows_end_before_their_last_reply(tmp_path, name):
+    file = tmp_path / name
+    file.write_text(json.dumps(ROWS) if name == "p.json" else "\n".join(map(json.dumps, ROWS)))
+    questions = read_questions(file, None)
+    assert messages(questions) == [
+        [("user", "add\n1 2")],
+        [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")],
+        [("user", "q")],
+    ]
+    assert [q.text for q in questions] == ["add\n1 2", "c", "q"]
+    with pytest.raises(UserError, match="row 1: has a system message of its own"):
+        read_questions(file, "be brief")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b" \n\n", r"p\.txt holds no prompts"),
+        ("p.txt", b"one\ntwo \xff\n", r"p\.txt line 2: byte 8 is not UTF-8"),
+        ("p.txt", None, r"p\.txt: cannot be read \(No such file"),
+        ("p.json", b"[]", r"p\.json holds no rows"),
+        ("p.jsonl", b'{"text": 1}', r"p\.jsonl row 0: .* no known shape"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as raised:
+        read_questions(tmp_path / name, None)
+    assert "\n" not in str(raised.value)
+
+
+def test_bad_texts():
+    with pytest.raises(UserError, match="prompt is empty"):
+        ask(" ", None, "prompt")
+    with pytest.raises(UserError, match="not UTF-8"):
+        ask("caf\udce9", None, "prompt")  # what Python makes of a Latin-1 byte on the command line
+
+
+def test_a_prompt_needs_room_for_a_reply():
+    question = ask("12345", None, "prompt")
+    assert len(encode(Template(), question, 6)) == 5
+    with pytest.raises(UserError, match="prompt: 5 tokens leave no room for a reply in a context of 5"):
+        encode(Template(), question, 5)
+    with pytest.raises(UserError, match="^prompt: the template refuses"):
+        encode(Template(), ask("refused", None, "prompt"), 50)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [4, 5]}, {"eos_token_id": 6}, (4, 5, 9)),
+        ({"eos_token_id": 0}, {"eos_token_id": 6}, (0, 9)),
+        ({"eos_token_id": None}, {"eos_token_id": 6}, (6, 9)),
+        ({}, {}, (3, 9)),
+        (None, {"eos_token_id": [9]}, (9,)),
+        (None, None, (3, 9)),
+    ],
+)
+def test_stops(tmp_path, generation, config, expected):
+    for name, fields in (("generation_config.json", generation), ("config.json", config)):
+        if fields is not None:
+            (tmp_path / name).write_text(json.dumps(fields))
+    assert stop_token_ids(tmp_path, Template()) == expected
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}'])
+def test_a_bad_generation_config(tmp_path, text):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match="generation_config.json"):
+        stop_token_ids(tmp_path, Template())
