@@ -13,6 +13,10 @@ from megalora.parallel.mesh import Axis
 
 T = TypeVar("T")
 
+# torch 2.13 gave them new names, and warns of the old ones, which are all that torch before it has.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Pending:
     """A collective under way: `wait()` gives its result."""
@@ -46,7 +50,7 @@ def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
         return x
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     with axis.timed():
-        dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+        _all_gather_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -56,7 +60,7 @@ def reduce_scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
         return x
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     with axis.timed():
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+        _reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 
 
