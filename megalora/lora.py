@@ -63,7 +63,6 @@ _IGNORED = {
     "peft_version",
     "megatron_core",
     "runtime_config",
-    "layers_pattern",
     "qalora_group_size",
 }
 # Fields that would change the numbers, with the values at which they do not.
@@ -85,6 +84,7 @@ _NEUTRAL: Mapping[str, tuple] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "ensure_weight_tying": (False,),
+    "layers_pattern": (None, [], "layers", ["layers"]),
 }
 _TASK_TYPES = ("CAUSAL_LM",)
 
@@ -254,6 +254,12 @@ class LoraConfig:
         if isinstance(targets, str):
             pattern = None if targets == "all-linear" else _compiled(targets, "lora_config: target_modules")
             matched = [n for n in linears if pattern is None or pattern.fullmatch(n)]
+            for name in ("lm_head", "model.embed_tokens"):
+                if pattern is not None and pattern.fullmatch(name):
+                    raise UserError(
+                        f"lora_config: target_modules {targets!r} matches {name}, which cannot carry an adapter: "
+                        f"leave it out of the expression"
+                    )
         else:
             matched = [n for n in linears if any(n == t or n.endswith("." + t) for t in targets)]
             for target in targets:
@@ -276,6 +282,12 @@ class LoraConfig:
                 f"lora_config: target_modules {self.target_modules!r} matches no linear of this model: "
                 f"choose among {', '.join(short)}"
             )
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, field_name):
+                if not any(_matches(pattern, name) for name in matched):
+                    raise UserError(
+                        f"lora_config: {field_name} names {pattern!r}, which matches no adapted linear: correct it"
+                    )
         return ResolvedLora(self, {name: self._adapter(name) for name in matched})
 
     def _adapter(self, name: str) -> Adapter:
@@ -307,11 +319,13 @@ def _compiled(pattern: str, where: str) -> re.Pattern:
 
 
 def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """PEFT's rule: the first key that is the whole name, or its end after a dot, as a regular expression."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if _matches(pattern, name)), default)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """PEFT's rule: a regular expression for the whole name, or for its end after a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _layer_index(name: str) -> int | None:

@@ -29,7 +29,16 @@ _HARMLESS = frozenset(
     torch_dtype torchscript transformers_version transformers.js_config typical_p unsloth_fixed unsloth_version
     use_bfloat16 use_cache""".split()
 )
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Rope types, with the fields that each reads besides rope_type and rope_theta.
+_ROPE_FIELDS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
+        "truncate".split()
+    ),
+}
 # Fields with the one value at which they do not change the numbers.
 _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
@@ -199,10 +208,15 @@ def _rope_fields(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields["rope_type"] = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)
     fields.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    if fields["rope_type"] not in _ROPE_TYPES:
-        raise UserError(
-            f"{where}: rope_type = {fields['rope_type']!r} is not implemented: megalora knows {', '.join(_ROPE_TYPES)}"
-        )
+    kind = fields["rope_type"]
+    if kind not in _ROPE_FIELDS:
+        raise UserError(f"{where}: rope_type = {kind!r} is not implemented: megalora knows {', '.join(_ROPE_FIELDS)}")
+    for name, value in fields.items():
+        if value is not None and name not in _ROPE_FIELDS[kind] | {"rope_type", "rope_theta"}:
+            raise UserError(
+                f"{where}: rope field {name!r} = {value!r} is not known for rope_type {kind!r} and may change the "
+                f"numbers: remove it if it does not"
+            )
     return fields
 
 
@@ -221,7 +235,7 @@ def _rope_frequencies(hf: Any, rope: Mapping, head_dim: int, where: str) -> tupl
 
 
 def _refuse_unknown(raw: Mapping[str, Any], hf: Any, where: str) -> None:
-    known = set(type(hf)().to_dict()) | _HARMLESS | {"rope_theta", "rope_scaling", "rope_parameters"}
+    known = set(type(hf)().to_dict()) | _HARMLESS | {"rope_theta", "rope_scaling", "rope_parameters", "head_dim"}
     for name, value in raw.items():
         if name in _FIXED and value is not None and value != _FIXED[name]:
             raise UserError(f"{where}: {name} = {value!r} is not implemented: only {_FIXED[name]!r} is")

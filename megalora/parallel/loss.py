@@ -35,7 +35,8 @@ class _CrossEntropySum(torch.autograd.Function):
         dhidden = torch.zeros_like(full) if ctx.needs_input_grad[0] else None
         precise = torch.promote_types(full.dtype, torch.float32)
         loss = torch.zeros((), dtype=precise, device=full.device)
-        chunk = max(1, CHUNK_LOGITS // head.weight.shape[0])
+        widest = -(-head.vocab_size // tp.size)  # of all ranks: they must make the same chunks
+        chunk = max(1, CHUNK_LOGITS // widest)
         for rows in labelled.split(chunk):
             h = full.index_select(0, rows)
             logits = (h @ head.weight.t()).to(precise)

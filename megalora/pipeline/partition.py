@@ -54,7 +54,7 @@ def partition(
 
 
 def _balanced(costs: Sequence[int], stages: int, first_cost: int, last_cost: int) -> list[int]:
-    """Counts that minimise the dearest stage (then the earliest cuts), by dynamic programming over prefixes."""
+    """Counts that minimise the dearest stage, then the sum of squares; dynamic programming over prefixes."""
     n = len(costs)
     prefix = [0]
     for cost in costs:
@@ -64,13 +64,17 @@ def _balanced(costs: Sequence[int], stages: int, first_cost: int, last_cost: int
         extra = (first_cost if stage == 0 else 0) + (last_cost if stage == stages - 1 else 0)
         return prefix[b] - prefix[a] + extra
 
-    # best[b]: (dearest stage, cuts) for the first `stage + 1` stages over layers [0, b)
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+    # best[b]: (dearest stage, squares, cuts) for the first `stage + 1` stages over layers [0, b)
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
     for stage in range(stages):
         longer = {}
         for b in range(stage + 1, n - (stages - 1 - stage) + 1):
-            options = [(max(top, cost(stage, a, b)), (*cuts, b)) for a, (top, cuts) in best.items() if a < b]
+            options = [
+                (max(top, cost(stage, a, b)), squares + cost(stage, a, b) ** 2, (*cuts, b))
+                for a, (top, squares, cuts) in best.items()
+                if a < b
+            ]
             longer[b] = min(options)
         best = longer
-    cuts = (0, *best[n][1])
+    cuts = (0, *best[n][2])
     return [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]

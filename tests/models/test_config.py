@@ -1,0 +1,348 @@
+"""config.json: both forms read alike, and nothing that would change the numbers passes in silence."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from megalora.errors import UserError
+from megalora.models.config import check_layout, config_from_dict, cut_heads, known_families, read_config
+from megalora.parallel.mesh import Axis
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+QWEN2 = LLAMA | {"model_type": "qwen2"}
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 16}
+MISTRAL = LLAMA | {"model_type": "mistral"}
+
+
+def without(raw: dict, *names: str) -> dict:
+    return {name: value for name, value in raw.items() if name not in names}
+
+
+# ---- what is read
+
+
+def test_the_families():
+    assert set(known_families()) == {"llama", "mistral", "qwen2", "qwen3"}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_saved_config_says_is_read_back(model_type, tmp_path):
+    """config.json as the installed transformers writes it, against the attributes of its own config object."""
+    theirs = transformers.CONFIG_MAPPING[model_type](**without(LLAMA, "model_type"), tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    ours = read_config(tmp_path)
+    assert ours == read_config(tmp_path / "config.json")
+    for name in without(LLAMA, "rope_theta"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
+        ({}, {"rope_type": "default"}),
+        (
+            {"rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e4},
+        ),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 5e5,
+            },
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4},
+        ),
+    ],
+    ids=["theta", "nothing", "linear", "llama3", "yarn"],
+)
+@pytest.mark.parametrize("base", [LLAMA, MISTRAL, QWEN2, QWEN3], ids=lambda raw: raw["model_type"])
+def test_old_and_new_form_are_one_config(base, old, new):
+    base = without(base, "rope_theta")
+    a = config_from_dict(base | old | {"torch_dtype": "bfloat16"})
+    b = config_from_dict(base | {"rope_parameters": new, "dtype": "bfloat16"})
+    assert a == b
+    assert a.dtype == "bfloat16"
+    assert len(a.rope_inverse_frequencies) == a.head_dim // 2
+
+
+def test_theta_and_scaling_change_the_frequencies():
+    found = {
+        config_from_dict(LLAMA | change).rope_inverse_frequencies
+        for change in (
+            {},
+            {"rope_theta": 1e6},
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}},
+        )
+    }
+    assert len(found) == 4
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert config_from_dict(LLAMA | {"rope_scaling": yarn}).rope_attention_factor > 1.1
+    exact = [10000.0 ** -(i / 4) for i in range(4)]
+    assert torch.allclose(
+        torch.tensor(config_from_dict(LLAMA).rope_inverse_frequencies, dtype=torch.float64),
+        torch.tensor(exact, dtype=torch.float64),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    "raw, windows",
+    [
+        (MISTRAL | {"sliding_window": 16}, (16,) * 4),
+        (MISTRAL | {"sliding_window": None}, (None,) * 4),
+        (LLAMA, (None,) * 4),
+        (QWEN2 | {"sliding_window": 16, "use_sliding_window": False}, (None,) * 4),
+        (
+            QWEN2 | {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3},
+            (None, None, None, 16),
+        ),
+        (
+            QWEN3
+            | {
+                "sliding_window": 16,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (16, None, 16, None),
+        ),
+    ],
+)
+def test_sliding_windows(raw, windows):
+    assert config_from_dict(raw).sliding_windows == windows
+
+
+def test_what_sets_the_families_apart():
+    llama, mistral, qwen2, qwen3 = (config_from_dict(raw) for raw in (LLAMA, MISTRAL, QWEN2, QWEN3))
+    assert [c.qkv_bias for c in (llama, mistral, qwen2, qwen3)] == [False, False, True, False]
+    assert [c.qk_norm for c in (llama, mistral, qwen2, qwen3)] == [False, False, False, True]
+    assert not any(c.output_bias or c.mlp_bias for c in (llama, mistral, qwen2, qwen3))
+    biased = config_from_dict(LLAMA | {"attention_bias": True})
+    assert (biased.qkv_bias, biased.output_bias, biased.mlp_bias) == (True, True, False)
+    assert config_from_dict(LLAMA | {"mlp_bias": True}).mlp_bias
+    assert config_from_dict(QWEN3 | {"attention_bias": True}).output_bias
+
+
+def test_defaults_of_left_out_fields():
+    raw = without(LLAMA, "num_key_value_heads", "rope_theta", "rms_norm_eps")
+    config = config_from_dict(raw)
+    assert config.num_key_value_heads == 8
+    assert config.rms_norm_eps == transformers.LlamaConfig().rms_norm_eps
+    assert config.rope_inverse_frequencies == config_from_dict(LLAMA).rope_inverse_frequencies
+    assert config.tie_word_embeddings is False
+    assert config.head_dim == 8 and config_from_dict(QWEN3).head_dim == 16
+    assert config.dtype is None
+
+
+def test_fields_that_say_nothing_are_passed_over():
+    smollm2 = {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.041666666666666664,
+        "is_llama_config": True,
+        "pad_token_id": 2,
+        "pretraining_tp": 1,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "transformers_version": "4.42.3",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+    }
+    assert config_from_dict(LLAMA | smollm2).tie_word_embeddings
+
+
+# ---- what is refused, with the field's name
+
+
+def named(name: str) -> str:
+    return rf"(?s)^my\.json: .*\b{name}\b"
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"sliding_window": 5}, "sliding_window"),
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"logit_scale": 2.0}, "logit_scale"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"qkv_bias": True}, "qkv_bias"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1]}}, "longrope"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "su"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_parameters": ["linear"]}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"vocab_size": 1.5}, "vocab_size"),
+        ({"num_attention_heads": None}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"model_type": "gemma"}, "gemma"),
+        ({"model_type": "llama4"}, "llama4"),
+        ({"model_type": None}, "model_type"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_field_that_would_change_the_numbers_is_refused(change, name):
+    with pytest.raises(UserError, match=named(name)) as error:
+        config_from_dict(LLAMA | change, "my.json")
+    assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize("missing", ["model_type", "hidden_size", "vocab_size", "num_hidden_layers"])
+def test_a_missing_field_is_named(missing):
+    with pytest.raises(UserError, match=named(missing)):
+        config_from_dict(without(LLAMA, missing), "my.json")
+
+
+def test_layer_types_must_be_as_many_as_layers():
+    window = {"use_sliding_window": True, "sliding_window": 4}
+    with pytest.raises(UserError, match="layer_types"):
+        config_from_dict(QWEN2 | window | {"layer_types": ["full_attention"] * 3}, "my.json")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+        {"rope_type": "linear", "factor": 2.0, "high_freq_facto": 4.0},
+    ],
+    ids=["part of a head", "part of a head, default", "misspelt"],
+)
+def test_an_unknown_rope_field_is_refused(rope):
+    with pytest.raises(UserError, match="|".join(set(rope) - {"rope_type", "factor"})):
+        config_from_dict(LLAMA | {"rope_parameters": rope}, "my.json")
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"model_type": "llama",}', "not json", "\xff"])
+def test_a_broken_file_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json: is not JSON"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[], "llama", 3, None])
+def test_a_file_that_holds_no_object_is_named(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"config\.json: holds a .*, not an object"):
+        read_config(tmp_path)
+
+
+def test_a_missing_folder_or_file_is_named(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match=rf"model_path {path}.*cannot be read") as error:
+            read_config(path)
+        assert "\n" not in str(error.value)
+
+
+# ---- check_layout
+
+
+def test_layouts_that_fit():
+    config = config_from_dict(LLAMA | {"intermediate_size": 98})
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 4):
+            check_layout(config, tp, pp)
+    for tp in (3, 5, 6, 7):
+        check_layout(config, tp, 1, uneven_heads=True)
+
+
+@pytest.mark.parametrize(
+    "change, tp, pp, uneven, what",
+    [
+        (
+            {},
+            3,
+            1,
+            False,
+            r"tensor_parallel_size \(3\) does not divide num_attention_heads \(8\): choose among 1, 2, 4, 8, "
+            r"or give --uneven_heads true: the busiest rank then has 3 of 8 heads",
+        ),
+        ({}, 16, 1, False, r"tensor_parallel_size \(16\) does not divide num_attention_heads \(8\).* 8$"),
+        ({}, 16, 1, True, r"tensor_parallel_size \(16\) does not divide num_attention_heads \(8\).* 8$"),
+        ({}, 4, 1, True, r"uneven_heads has no effect: tensor_parallel_size \(4\) divides"),
+        (
+            {"intermediate_size": 3},
+            4,
+            1,
+            False,
+            r"tensor_parallel_size \(4\) is more than intermediate_size \(3\)",
+        ),
+        ({}, 1, 5, False, r"pipeline_parallel_size \(5\) is more than num_hidden_layers \(4\): choose at most 4"),
+    ],
+)
+def test_layouts_that_do_not_fit_say_why(change, tp, pp, uneven, what):
+    with pytest.raises(UserError, match=what):
+        check_layout(config_from_dict(LLAMA | change), tp, pp, uneven)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(8, 2), (9, 3), (12, 2), (6, 6), (14, 2), (7, 1), (12, 4)])
+def test_heads_are_cut_so_that_each_rank_has_what_it_reads(heads, kv_heads):
+    raw = LLAMA | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * heads}
+    config = config_from_dict(raw)
+    for tp in range(1, heads + 1):
+        cuts = [cut_heads(config, Axis(rank, tuple(range(tp)))) for rank in range(tp)]
+        assert [h for cut in cuts for h in range(cut.query.start, cut.query.stop)] == list(range(heads))
+        sizes = [cut.query.stop - cut.query.start for cut in cuts]
+        assert max(sizes) - min(sizes) <= 1
+        for cut in cuts:
+            read = {h // (heads // kv_heads) for h in range(cut.query.start, cut.query.stop)}
+            assert read == set(range(cut.kv.start, cut.kv.stop)), "no KV head too many or too few"
+        counted = [h for cut in cuts for h in range(cut.kv.own_start, cut.kv.own_stop)]
+        assert counted == list(range(kv_heads)), "each KV head is counted by one rank"
+        held = sum(cut.kv.stop - cut.kv.start for cut in cuts)
+        assert {cut.kv.shared for cut in cuts} == {held > kv_heads}

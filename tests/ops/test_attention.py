@@ -1,0 +1,81 @@
+"""Attention within documents against a softmax over an explicit mask."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalora.ops.attention import attention, cached_attention
+
+
+def explicit(q, k, v, bounds, window):
+    """Every pair of tokens scored, then masked: same document, not ahead, within the window."""
+    tokens, heads = q.shape[:2]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[2])
+    place = torch.arange(tokens)
+    document = torch.bucketize(place, torch.tensor(bounds[1:]), right=True)
+    behind = place[:, None] - place
+    seen = (document[:, None] == document) & (behind >= 0) & (behind < (window or tokens))
+    return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+
+
+def random_qkv(tokens, heads=4, kv_heads=2, dim=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, dim)]
+    return [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+
+
+def agree(q, k, v, bounds, window):
+    dy = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    ours, theirs = attention(q, k, v, bounds, window), explicit(q, k, v, bounds, window)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(theirs, (q, k, v), dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    window=st.one_of(st.none(), st.integers(1, 10)),
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (4, 4), (6, 3)]),
+)
+def test_documents_windows_and_heads(lengths, window, heads):
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    agree(*random_qkv(bounds[-1], *heads), bounds, window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 5, 16, 17])
+@pytest.mark.parametrize("bounds", [[0, 16], [0, 4, 8, 12, 16], [0, 4, 8, 11, 15, 16], [0, 1, 2, 3, 16]])
+def test_runs_of_equal_documents(bounds, window):
+    agree(*random_qkv(16), bounds, window)
+
+
+def test_a_document_does_not_hear_another():
+    q, k, v = random_qkv(12)
+    before = attention(q, k, v, [0, 5, 12])[5:]
+    changed = [torch.cat((torch.full_like(x[:5], 9.0), x[5:])) for x in (q, k, v)]
+    assert attention(*changed, [0, 5, 12])[5:].equal(before)
+
+
+def test_a_window_of_one_gives_the_token_its_own_value():
+    q, k, v = random_qkv(7, heads=2, kv_heads=2)
+    torch.testing.assert_close(attention(q, k, v, [0, 7], window=1), v)
+
+
+def test_inputs_that_are_views_of_one_tensor():
+    packed = torch.randn(10, 8, 6, dtype=torch.float64)
+    q, k, v = packed[:, :4], packed[:, 4:6], packed[:, 6:]
+    torch.testing.assert_close(attention(q, k, v, [0, 10]), explicit(q, k, v, [0, 10], None))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize("new", [1, 2, 5, 11])
+def test_cached_attention_is_the_end_of_the_whole(new, window):
+    q, k, v = random_qkv(11)
+    whole = attention(q, k, v, [0, 11], window)
+    torch.testing.assert_close(cached_attention(q[-new:], k, v, window), whole[-new:], rtol=1e-12, atol=1e-12)

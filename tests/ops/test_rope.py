@@ -1,0 +1,55 @@
+"""The rotation against transformers' apply_rotary_pos_emb, and what makes it a rotation."""
+
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from megalora.ops.rope import rope
+
+
+def tables(tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    frequencies = 100.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def test_value_and_gradient_are_those_of_transformers():
+    x = torch.randn(7, 3, 10, dtype=torch.float64, requires_grad=True)
+    cos, sin = tables(7, 10)
+    ours = rope(x, cos, sin)
+    wide = [torch.cat((t, t), -1) for t in (cos, sin)]
+    theirs, _ = apply_rotary_pos_emb(x, x, *wide, unsqueeze_dim=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+    dy = torch.randn_like(x)
+    (a,), (b,) = torch.autograd.grad(ours, x, dy), torch.autograd.grad(theirs, x, dy)
+    torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+
+
+def test_gradcheck_with_a_factor_on_the_tables():
+    """yarn multiplies cos and sin: the map is then no rotation, but its adjoint is what backward gives all the same."""
+    cos, sin = (1.3 * t for t in tables(4, 6))
+    x = torch.randn(4, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin), (x,))
+
+
+def test_scores_depend_on_distance_alone():
+    cos, sin = tables(20, 8)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    q, k = (rope(x.expand(20, 1, 8), cos, sin)[:, 0] for x in (q, k))
+    scores = q @ k.t()
+    for distance in range(-5, 6):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-12, atol=1e-12)
+    assert scores[0, 3] != scores[0, 4]
+
+
+def test_position_zero_is_left_alone_and_the_input_too():
+    cos, sin = tables(3, 8)
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    before = x.clone()
+    assert rope(x, cos, sin)[0].equal(x[0]) and x.equal(before)
+
+
+def test_an_input_that_is_a_view():
+    cos, sin = tables(5, 8)
+    wide = torch.randn(5, 3, 16, dtype=torch.float64)
+    assert rope(wide[..., 4:12], cos, sin).equal(rope(wide[..., 4:12].contiguous(), cos, sin))

@@ -1,0 +1,78 @@
+"""Split: where one rank's part of a parameter lies, and which of it the rank counts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from megalora.parallel.mesh import Axis
+from megalora.parallel.split import Split, even_part, named_splits, shard_range, whole_split
+
+
+def axis(rank: int, size: int) -> Axis:
+    return Axis(rank, tuple(range(size)))
+
+
+@given(size=st.integers(0, 200), parts=st.integers(1, 17))
+def test_ranges_are_contiguous_and_as_even_as_possible(size, parts):
+    ranges = [shard_range(size, part, parts) for part in range(parts)]
+    assert [i for a, b in ranges for i in range(a, b)] == list(range(size))
+    lengths = [b - a for a, b in ranges]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(size=st.integers(1, 30), tp=st.integers(1, 9), dim=st.integers(0, 1), times=st.integers(1, 4))
+def test_the_parts_of_all_ranks_make_the_whole(size, tp, dim, times):
+    shape = (size * times, 7) if dim == 0 else (7, size * times)
+    whole = torch.arange(size * times * 7).view(shape)
+    rebuilt = torch.full(shape, -1)
+    for rank in range(tp):
+        split = even_part(size, axis(rank, tp)).times(times).split(shape, dim)
+        part = split.slice(whole)
+        assert tuple(part.shape) == split.local_shape
+        assert part.data_ptr() == whole[split.index].data_ptr(), "a view, not a copy"
+        assert split.owned(part).equal(part) and not split.partial_grad
+        rebuilt[split.index] = part
+    assert rebuilt.equal(whole)
+
+
+def test_a_whole_parameter_is_counted_by_the_first_rank():
+    whole = torch.arange(12.0).view(4, 3)
+    splits = [whole_split((4, 3), axis(rank, 3), partial_grad=True) for rank in range(3)]
+    assert all(split.slice(whole).equal(whole) and split.partial_grad for split in splits)
+    assert [split.owned(whole).numel() for split in splits] == [12, 0, 0]
+    alone = whole_split((4, 3), axis(0, 1), partial_grad=True)
+    assert not alone.partial_grad, "one rank has the whole gradient"
+
+
+def test_a_shared_part_is_counted_where_it_is_owned():
+    split = Split((10, 2), 0, start=4, stop=8, own=(6, 8), partial_grad=True)
+    part = torch.arange(8.0).view(4, 2)
+    assert split.owned(part).tolist() == [[4.0, 5.0], [6.0, 7.0]]
+    row = Split((2, 10), 1, start=4, stop=8, own=(4, 5))
+    assert row.owned(part.t()).tolist() == [[0.0], [1.0]]
+
+
+def test_a_tensor_of_another_shape_is_our_own_bug():
+    with pytest.raises(AssertionError):
+        Split((4, 4), 0, 0, 2).slice(torch.zeros(4, 5))
+
+
+class Cut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+
+    def shard_dims(self) -> dict[str, Split]:
+        return {"weight": Split((4, 3), 0, 2, 4)}
+
+
+def test_every_parameter_below_a_module_has_a_split():
+    module = nn.ModuleDict({"a": Cut(), "b": nn.ModuleList([nn.Linear(3, 5), Cut()])})
+    module["c"] = nn.Linear(3, 5, bias=False)
+    module["c"].weight = module["b"][0].weight  # tied: both names have one
+    splits = named_splits(module)
+    assert set(splits) == {"a.weight", "b.0.weight", "b.0.bias", "b.1.weight", "c.weight"}
+    assert splits["a.weight"] == splits["b.1.weight"] == Split((4, 3), 0, 2, 4)
+    assert splits["b.0.bias"] == Split((5,)) and splits["c.weight"].local_shape == (5, 3)

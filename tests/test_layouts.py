@@ -1,0 +1,198 @@
+"""The oracle (DESIGN §7): every layout gives the losses, norms, gradients and adapters of one process.
+
+Three steps with dropout 0.1, packed rows, B not zero and clipped gradients, in float64 within 1e-12.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from oracle import ALL_LINEAR, FAMILIES, Run, largest_difference, reference, train
+from spawn import spawn
+
+SIZES = (1, 2, 4)
+LAYOUTS = [layout for layout in itertools.product(SIZES, repeat=3) if 1 < math.prod(layout) <= 8]
+RECOMPUTE = ("none", "selective", "full")
+
+
+def title(run: Run, dp: int) -> str:
+    sequence_parallel = "-sp" if run.sequence_parallel else ""
+    return f"{run.family}-tp{run.tp}-pp{run.pp}-dp{dp}{sequence_parallel}-{run.recompute}"
+
+
+def cases() -> list[tuple[Run, int]]:
+    """(run, dp): every layout with each recompute; those of up to 4 processes with and without sequence
+    parallelism, those of 8 (which are slow) with the two in turn. The families take turns too."""
+    found = []
+    for number, (tp, pp, dp) in enumerate(LAYOUTS):
+        options = list(itertools.product((False, True) if tp > 1 else (False,), RECOMPUTE))
+        if tp > 1 and tp * pp * dp == 8:
+            options = [option for i, option in enumerate(options) if i % 2 == number % 2]
+        for turn, (sequence_parallel, recompute) in enumerate(options):
+            family = list(FAMILIES)[(number + turn) % len(FAMILIES)]
+            run = Run(family, tp, pp, sequence_parallel, recompute)
+            # Fewer microbatches are fewer collectives, and those are what takes the time.
+            found.append((run.on(micro_batch_rows=2) if dp == 1 and pp <= 2 else run, dp))
+    return found
+
+
+CASES = cases()
+
+
+def check(run: Run, dp: int, tolerance: float = 1e-12) -> None:
+    world_size = run.tp * run.pp * dp
+    outcomes = [train(0, 1, run)] if world_size == 1 else spawn(train, world_size, run)
+    assert largest_difference(reference(run), outcomes) <= tolerance
+
+
+@pytest.mark.parametrize("run, dp", CASES, ids=[title(*case) for case in CASES])
+def test_every_layout_gives_the_numbers_of_one_process(run, dp):
+    check(run, dp)
+
+
+def test_the_cases_cover_what_they_promise():
+    seen = defaultdict(set)
+    for run, dp in CASES:
+        seen["layout"].add((run.tp, run.pp, dp, run.recompute))
+        if run.tp > 1:
+            seen["tp"].add((run.tp, run.sequence_parallel, run.recompute))
+            seen["tp layout"].add((run.tp, run.pp, dp, run.sequence_parallel))
+        for axis, size in (("tp", run.tp), ("pp", run.pp), ("dp", dp)):
+            seen["family"].add((run.family, axis, size))
+        seen["family"].add((run.family, "sp", run.sequence_parallel))
+        seen["family"].add((run.family, "recompute", run.recompute))
+    assert len(LAYOUTS) == 16
+    assert seen["layout"] == {(*layout, recompute) for layout in LAYOUTS for recompute in RECOMPUTE}
+    assert seen["tp"] == set(itertools.product((2, 4), (False, True), RECOMPUTE))
+    assert seen["tp layout"] == {(*layout, sp) for layout in LAYOUTS if layout[0] > 1 for sp in (False, True)}
+    values = {"tp": SIZES, "pp": SIZES, "dp": SIZES, "sp": (False, True), "recompute": RECOMPUTE}
+    assert seen["family"] == {(name, what, v) for name in FAMILIES for what in values for v in values[what]}
+    assert FAMILIES["qwen2"]["num_key_value_heads"] < 4, "one family has fewer KV heads than tp4 has ranks"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_nothing_on_one_process(family, recompute):
+    check(Run(family, recompute=recompute), dp=1)
+
+
+def lora(**fields) -> dict:
+    return {"lora": ALL_LINEAR | fields}
+
+
+TP4 = {"tp": 4, "micro_batch_rows": 2}
+TP2_SP = {"tp": 2, "sequence_parallel": True}
+SIX_LAYERS = {"model": {"num_hidden_layers": 6}}
+# The gradient of a k bias is near zero: it moves all scores of a query alike, but for the rotation.
+BIASED_LLAMA = {"model": {"attention_bias": True, "mlp_bias": True}, "learning_rate": 1e-3}
+PATTERNS = lora(
+    use_rslora=True,
+    rank_pattern={"q_proj": 5, r"layers\.[02]\.mlp\.down_proj": 2},
+    alpha_pattern={"v_proj": 11, "o_proj": 3},
+)
+# As SmolLM2-135M: tp divides neither the heads nor, here, intermediate_size; some KV heads are on two ranks.
+NINE_HEADS = {
+    "model": {
+        "hidden_size": 54,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 81,
+    }
+}
+UPPER_WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+OPTIONS = {  # name: (run, dp)
+    "gpipe pp4, m > p": (Run("llama", pp=4, schedule="gpipe", rows=6, recompute="full"), 1),
+    "gpipe tp2 pp2": (Run("qwen3", **TP2_SP, pp=2, schedule="gpipe"), 1),
+    "1f1b pp2, m > p": (Run("mistral", pp=2, rows=8), 1),
+    "1f1b pp4, m > p": (Run("qwen2", pp=4, rows=9), 1),
+    "1f1b pp4, m < p": (Run("llama", pp=4, rows=2), 1),
+    "1f1b pp4, one microbatch": (Run("qwen3", pp=4, rows=2, micro_batch_rows=2), 1),
+    "two rows a microbatch, sp": (Run("llama", **TP2_SP, pp=2, micro_batch_rows=2), 1),
+    "two rows a microbatch, dp": (Run("mistral", pp=2, micro_batch_rows=2), 2),
+    "all rows in one microbatch": (Run("qwen2", **TP2_SP, micro_batch_rows=4), 1),
+    "uniform 6 / 4": (Run("llama", pp=4, **SIX_LAYERS), 1),
+    "uniform_floor 6 / 4": (Run("qwen2", pp=4, partition_method="uniform_floor", **SIX_LAYERS), 1),
+    "parameters 6 / 4": (Run("mistral", pp=4, partition_method="parameters", **SIX_LAYERS), 1),
+    "custom 3 1 2": (
+        Run("qwen3", pp=3, partition_method="custom", custom_partition=(3, 1, 2), **SIX_LAYERS),
+        1,
+    ),
+    "bias all": (Run("qwen2", **TP4, **lora(bias="all")), 1),
+    "bias all, sp": (Run("qwen2", **TP4, sequence_parallel=True, **lora(bias="all")), 1),
+    "bias all, q adapted": (Run("qwen2", tp=2, pp=2, **lora(bias="all", target_modules=["q_proj"])), 1),
+    "bias lora_only": (
+        Run("qwen2", **TP4, **lora(bias="lora_only", target_modules=["k_proj", "o_proj"])),
+        1,
+    ),
+    "bias of row linears": (Run("llama", tp=2, **lora(bias="all"), **BIASED_LLAMA), 1),
+    "bias of row linears, sp": (Run("llama", **TP2_SP, **lora(bias="all"), **BIASED_LLAMA), 2),
+    "bias frozen": (Run("llama", **TP2_SP, **BIASED_LLAMA), 1),
+    "patterns, rslora": (Run("qwen3", **TP2_SP, pp=2, **PATTERNS), 1),
+    "patterns, rslora, tp4": (Run("llama", **TP4, **PATTERNS), 1),
+    "upper layers": (Run("llama", pp=4, **lora(layers_to_transform=[2, 3])), 1),
+    "upper layers, gpipe": (Run("mistral", pp=4, schedule="gpipe", **lora(layers_to_transform=[2, 3])), 1),
+    "last layer, full recompute": (
+        Run("qwen2", **TP2_SP, pp=2, recompute="full", rows=6, **lora(layers_to_transform=[3])),
+        1,
+    ),
+    "last layer, dp": (Run("llama", pp=2, **lora(layers_to_transform=[3])), 2),
+    "first layer": (Run("llama", pp=4, recompute="selective", **lora(layers_to_transform=[0])), 1),
+    "a layer between": (Run("qwen3", pp=4, rows=6, **lora(layers_to_transform=[1])), 1),
+    "q and v": (Run("qwen2", **TP4, sequence_parallel=True, **lora(target_modules=["q_proj", "v_proj"])), 1),
+    "q and v, pp": (Run("llama", tp=2, pp=2, **lora(target_modules=["q_proj", "v_proj"])), 1),
+    "k, replicated": (Run("qwen2", **TP4, **lora(target_modules=["k_proj"])), 1),
+    "o": (Run("llama", **TP2_SP, **lora(target_modules=["o_proj"])), 1),
+    "down": (Run("mistral", **TP4, recompute="full", **lora(target_modules=["down_proj"])), 1),
+    "one KV head": (Run("qwen3", **TP4, sequence_parallel=True, model={"num_key_value_heads": 1}), 1),
+    "one KV head, tp2": (Run("llama", tp=2, model={"num_key_value_heads": 1}), 1),
+    "9 heads, tp2": (Run("llama", tp=2, recompute="selective", **NINE_HEADS), 1),
+    "9 heads, tp2 sp": (Run("qwen2", **TP2_SP, pp=2, **NINE_HEADS), 1),
+    "9 heads, tp4 sp": (Run("qwen3", **TP4, sequence_parallel=True, **NINE_HEADS), 1),
+    "9 heads, tp4, bias": (Run("qwen2", **TP4, recompute="full", **NINE_HEADS, **lora(bias="all")), 1),
+    "9 heads, tp2 dp2": (Run("mistral", tp=2, **NINE_HEADS, **lora(target_modules=["k_proj", "v_proj"])), 2),
+    "no dropout": (Run("llama", **TP2_SP, pp=2, **lora(lora_dropout=0.0)), 1),
+    "much dropout": (Run("qwen2", **TP4, sequence_parallel=True, **lora(lora_dropout=0.7)), 1),
+    "no window": (Run("mistral", tp=2, model={"sliding_window": None}), 1),
+    "window in the upper layers": (Run("qwen3", pp=2, model=UPPER_WINDOW), 1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_gives_the_numbers_of_one_process(name):
+    check(*OPTIONS[name])
+
+
+@pytest.mark.parametrize(
+    "run, dp",
+    [
+        (Run("llama", tp=2, pp=2, sequence_parallel=True), 1),
+        (Run("mistral", tp=2, pp=1), 2),
+        (Run("qwen2", tp=4, micro_batch_rows=2, sequence_parallel=True, recompute="full"), 1),
+        (Run("qwen3", pp=4), 1),
+    ],
+    ids=lambda value: value.family if isinstance(value, Run) else f"dp{value}",
+)
+def test_float32_within_1e_5(run, dp):
+    check(run.on(dtype=torch.float32, learning_rate=1e-3), dp, tolerance=1e-5)
+
+
+# ---- the reference: if these did not hold, agreeing with it would prove less
+
+
+def test_dropout_seed_and_microbatch_size():
+    base = reference(Run())
+    assert largest_difference(base, [train(0, 1, Run())]) == 0, "a run repeats bit for bit"
+    assert largest_difference(base, [train(0, 1, Run(**lora(lora_dropout=0.0)))]) > 1e-3
+    assert largest_difference(base, [train(0, 1, Run(seed=8))]) > 1e-3
+    assert 0 < largest_difference(base, [train(0, 1, Run(micro_batch_rows=4))]) < 1e-12
+
+
+def test_norms_are_clipped_and_evaluation_has_no_dropout():
+    outcome = reference(Run())
+    clipped = sum(gradient.square().sum() for _, gradient in outcome.gradients.values()).sqrt()
+    assert min(outcome.norms) > 1.0 and abs(clipped - 1.0) < 1e-12
+    frozen = reference(Run(steps=1)).evaluation
+    again = train(0, 1, Run(steps=1, **lora(lora_dropout=0.0)))
+    assert frozen != again.evaluation, "one step with dropout leads elsewhere than one without"

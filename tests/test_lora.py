@@ -1,0 +1,283 @@
+"""lora_config.json: every field is honoured or refused by name. (What peft selects: test_field_parity.py.)"""
+
+import json
+import math
+
+import peft
+import pytest
+
+from megalora.errors import UserError
+from megalora.lora import DEFAULT_TARGET_MODULES, Adapter, LoraConfig, initial_factor
+
+LINEARS = [
+    f"model.layers.{layer}.{part}"
+    for layer in range(4)
+    for part in (
+        *(f"self_attn.{x}_proj" for x in "qkvo"),
+        *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    )
+]
+REFERENCE = {  # the lora_config.json that the reference's documentation prints
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": False,
+    "init_lora_weights": True,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 64,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL LM",
+}
+
+
+def resolved(model_type: str = "llama", **fields) -> dict[str, Adapter]:
+    return dict(LoraConfig.from_dict(fields).resolve(model_type, LINEARS).adapters)
+
+
+# ---- honoured
+
+
+def test_the_reference_config():
+    config = LoraConfig.from_dict(REFERENCE)
+    assert config.task_type == "CAUSAL_LM"
+    adapters = config.resolve("qwen2", LINEARS).adapters
+    assert set(adapters) == {n for n in LINEARS if n.endswith(("q_proj", "v_proj"))}
+    assert set(adapters.values()) == {Adapter(64, 0.25, 0.05)}
+
+
+def test_defaults_are_pefts():
+    ours, theirs = LoraConfig.from_dict({}), peft.LoraConfig()
+    assert (ours.r, ours.lora_alpha, ours.lora_dropout) == (theirs.r, theirs.lora_alpha, theirs.lora_dropout)
+    assert (ours.bias, ours.use_rslora, ours.init_lora_weights) == ("none", False, True)
+    assert ours.bias == theirs.bias and ours.use_rslora == theirs.use_rslora
+    assert ours.target_modules is None and ours.layers_to_transform is None
+
+
+@pytest.mark.parametrize(
+    "fields, adapter",
+    [
+        ({"r": 4, "lora_alpha": 6}, Adapter(4, 1.5, 0.0)),
+        ({"r": 4, "lora_alpha": 6, "use_rslora": True}, Adapter(4, 3.0, 0.0)),
+        ({"r": 4, "lora_alpha": 6, "lora_dropout": 0.25}, Adapter(4, 1.5, 0.25)),
+        ({"rank_pattern": {"q_proj": 2}, "lora_alpha": 6}, Adapter(2, 3.0, 0.0)),
+        ({"r": 4, "alpha_pattern": {"q_proj": 2}}, Adapter(4, 0.5, 0.0)),
+        ({"r": 4, "alpha_pattern": {"q_proj": 2}, "rank_pattern": {r"layers\.0\..*": 1}}, Adapter(1, 2.0, 0.0)),
+        ({"rank_pattern": {"v_proj": 2}}, Adapter(8, 1.0, 0.0)),
+    ],
+)
+def test_rank_and_scale(fields, adapter):
+    assert resolved(**fields)["model.layers.0.self_attn.q_proj"] == adapter
+
+
+@pytest.mark.parametrize(
+    "bias, adapted, other", [("none", False, False), ("all", True, True), ("lora_only", True, False)]
+)
+def test_which_biases_are_trained(bias, adapted, other):
+    config = LoraConfig.from_dict({"bias": bias, "target_modules": ["q_proj"]}).resolve("qwen2", LINEARS)
+    assert config.trains_bias("model.layers.1.self_attn.q_proj") is adapted
+    assert config.trains_bias("model.layers.1.self_attn.k_proj") is other
+
+
+def test_layers_to_transform():
+    assert {n.split(".")[2] for n in resolved(layers_to_transform=[1, 3])} == {"1", "3"}
+    assert resolved(layers_to_transform=2) == resolved(layers_to_transform=[2, 2])
+    assert {n.split(".")[2] for n in resolved(layers_to_transform=0)} == {"0"}
+
+
+def test_an_adapter_name_is_matched_at_dots_only():
+    with pytest.raises(UserError, match="'proj', which is no linear"):
+        resolved(target_modules=["proj"])
+    with pytest.raises(UserError, match="matches no linear"):
+        resolved(target_modules="q_proj")  # an expression is of the whole name
+    assert len(resolved(target_modules=r".*\.q_proj")) == 4
+
+
+# ---- the defaults by model_type
+
+
+def test_the_32_model_types_of_the_reference():
+    names = """t5 mt5 bart gpt2 bloom blip-2 opt gptj gpt_neox gpt_neo bert roberta xlm-roberta electra deberta-v2
+    deberta layoutlm llama chatglm gpt_bigcode mpt RefinedWebModel RefinedWeb falcon btlm codegen mistral mixtral
+    stablelm phi gemma qwen2""".split()
+    assert len(names) == 32
+    for name in names:
+        wanted = DEFAULT_TARGET_MODULES[name]
+        config = LoraConfig.from_dict({})
+        found = config.resolve(name, [f"model.layers.0.{target}" for target in (*wanted, "other")])
+        assert set(found.adapters) == {f"model.layers.0.{target}" for target in wanted}
+
+
+def test_a_model_type_without_default_asks_for_names():
+    with pytest.raises(UserError, match="no default target_modules for model_type 'gpt5': name them"):
+        resolved("gpt5")
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 0}, {"r": -1}, {"r": 1.5}, {"r": "8"}, {"r": True}, {"r": None},
+        {"lora_alpha": 0}, {"lora_alpha": "16"}, {"lora_alpha": None},
+        {"lora_dropout": 1}, {"lora_dropout": -0.1}, {"lora_dropout": "0.1"}, {"lora_dropout": True},
+        {"target_modules": []}, {"target_modules": [1]}, {"target_modules": 3}, {"target_modules": "(q_proj"},
+        {"bias": "some"}, {"bias": True}, {"bias": None},
+        {"use_rslora": "yes"}, {"use_rslora": 1}, {"inference_mode": "no"},
+        {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "eva"}, {"init_lora_weights": None},
+        {"rank_pattern": {"q_proj": 0}}, {"rank_pattern": {"q_proj": 1.5}}, {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"(": 4}}, {"alpha_pattern": {"q_proj": -1}}, {"alpha_pattern": {"q_proj": "1"}},
+        {"layers_to_transform": []}, {"layers_to_transform": [-1]}, {"layers_to_transform": ["0"]},
+        {"layers_to_transform": [True]}, {"layers_to_transform": "all"},
+        {"task_type": "SEQ_CLS"}, {"task_type": "CAUSALLM"},
+        {"peft_type": "IA3"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_by_name(fields):
+    (name,) = fields
+    with pytest.raises(UserError, match=rf"^my\.json: .*{name}") as error:
+        LoraConfig.from_dict(fields, "my.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True}, {"fan_in_fan_out": True}, {"modules_to_save": ["lm_head"]}, {"exclude_modules": ["q_proj"]},
+        {"layer_replication": [[0, 4]]}, {"lora_bias": True}, {"megatron_config": {"a": 1}},
+        {"trainable_token_indices": [1]}, {"target_parameters": ["w"]}, {"loftq_config": {"bits": 4}},
+        {"eva_config": {"rho": 2}}, {"corda_config": {}}, {"use_qalora": True}, {"arrow_config": {"a": 1}},
+        {"alora_invocation_tokens": [1]}, {"lora_aplha": 16}, {"dropout": 0.1}, {"velora_config": {"a": 1}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_that_is_not_honoured_is_refused_by_name(fields):
+    (name,) = fields
+    with pytest.raises(UserError, match=rf"^my\.json: .*{name}"):
+        LoraConfig.from_dict(fields, "my.json")
+
+
+def test_layers_pattern_is_honoured_or_refused():
+    with pytest.raises(UserError, match="layers_pattern"):
+        LoraConfig.from_dict({"layers_pattern": "blocks", "layers_to_transform": [0]}).resolve("llama", LINEARS)
+
+
+def test_what_peft_itself_writes_is_read(tmp_path):
+    theirs = peft.LoraConfig(
+        r=5, lora_alpha=10, target_modules=["q_proj", "o_proj"], rank_pattern={"o_proj": 2}, lora_dropout=0.1,
+        layers_to_transform=[0, 2], task_type="CAUSAL_LM", use_rslora=True, bias="lora_only",
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    config = LoraConfig.from_json(tmp_path / "adapter_config.json")
+    assert set(config.target_modules) == theirs.target_modules
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (5, 10, 0.1, "lora_only")
+    assert (config.use_rslora, config.rank_pattern, config.layers_to_transform) == (True, {"o_proj": 2}, (0, 2))
+    assert config.inference_mode == theirs.inference_mode
+
+
+# ---- what does not fit the model
+
+
+def test_names_that_match_nothing():
+    with pytest.raises(UserError, match="target_modules names 'query', .* choose among down_proj, gate_proj"):
+        resolved(target_modules=["q_proj", "query"])
+    with pytest.raises(UserError, match="matches no linear"):
+        resolved(target_modules=r".*\.query")
+    with pytest.raises(UserError, match="layers_to_transform names layer 4, but the model has layers 0 to 3"):
+        resolved(layers_to_transform=[0, 4])
+    with pytest.raises(UserError, match="lm_head"):
+        resolved(target_modules=["q_proj", "lm_head"])
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing_is_refused(name):
+    with pytest.raises(UserError, match=f"{name} names 'proj'"):
+        resolved(**{name: {"proj": 2}})
+
+
+def test_an_expression_that_matches_the_head_is_refused():
+    """peft adapts lm_head for it: ours leaves it out."""
+    with pytest.raises(UserError, match="lm_head"):
+        resolved(target_modules=r".*\.q_proj|lm_head")
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"r": 8,}', "r: 8", "\xff"])
+def test_a_broken_file_is_named(tmp_path, text):
+    file = tmp_path / "lora_config.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"lora_config .*lora_config\.json: is not JSON"):
+        LoraConfig.from_json(file)
+
+
+def test_a_file_without_an_object_and_a_missing_one(tmp_path):
+    file = tmp_path / "lora_config.json"
+    with pytest.raises(UserError, match="cannot be read"):
+        LoraConfig.from_json(file)
+    file.write_text("[1]")
+    with pytest.raises(UserError, match="holds a list, not an object"):
+        LoraConfig.from_json(file)
+
+
+FULL = {
+    "r": 4,
+    "lora_alpha": 7.5,
+    "lora_dropout": 0.1,
+    "target_modules": ["q_proj", "v_proj"],
+    "bias": "all",
+    "use_rslora": True,
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"v_proj": 3.0},
+    "layers_to_transform": [0, 2],
+    "init_lora_weights": "gaussian",
+    "inference_mode": True,
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        FULL,
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*q_proj"},
+        {"init_lora_weights": False},
+        REFERENCE,
+    ],
+)
+def test_to_dict_reads_back_as_the_same_config(fields, tmp_path):
+    config = LoraConfig.from_dict(fields)
+    assert LoraConfig.from_dict(config.to_dict()) == config
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config.to_dict()))
+    assert LoraConfig.from_json(tmp_path / "adapter_config.json") == config
+    theirs = peft.LoraConfig.from_pretrained(tmp_path)
+    assert theirs.peft_type == "LORA" and theirs.task_type == "CAUSAL_LM"
+    for name in FULL:
+        ours = getattr(config, name)
+        if isinstance(ours, tuple):
+            assert sorted(getattr(theirs, name)) == sorted(ours)
+        else:
+            assert getattr(theirs, name) == ours, name
+
+
+# ---- how an adapter begins
+
+
+def test_an_initial_adapter_depends_on_seed_and_name_alone():
+    a = initial_factor("x.lora_A.weight", (4, 100), 1, True, 4)
+    assert a.equal(initial_factor("x.lora_A.weight", (4, 100), 1, True, 4))
+    others = [
+        initial_factor("y.lora_A.weight", (4, 100), 1, True, 4),
+        initial_factor("x.lora_A.weight", (4, 100), 2, True, 4),
+        initial_factor("x.lora_A.weight", (4, 100), 1, "gaussian", 4),
+    ]
+    assert not any(a.equal(other) for other in others)
+    assert a.abs().max() <= 1 / math.sqrt(100)
+    assert a.abs().max() > 0.95 / math.sqrt(100), "the global fan-in bounds it, not that of a slice"
