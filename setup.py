@@ -2,6 +2,10 @@
 
 pip install --no-build-isolation -e .                              needs torch and a C++ compiler
 MEGALORA_BUILD_EXTENSION=0 pip install --no-build-isolation -e .   needs neither; the torch references serve
+MEGALORA_BUILD_EXTENSION=cpu pip install --no-build-isolation -e . no CUDA kernels
+
+CUDA kernels are built where torch is a CUDA build and a CUDA toolkit is there: for sm_80 and sm_90, with PTX for later
+GPUs.
 """
 
 import os
@@ -21,6 +25,12 @@ COMPILE_FLAGS = [
     "-g0",
     "-Wall",
 ]
+CUDA_FLAGS = [
+    "-O3",
+    "--extended-lambda",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+]
 
 
 def version() -> str:
@@ -28,18 +38,31 @@ def version() -> str:
 
 
 def compiled_ops() -> dict:
-    """The `setup` arguments that build every csrc/*.cpp into one module, or none if that is switched off."""
-    if os.environ.get("MEGALORA_BUILD_EXTENSION", "1") == "0":
+    """The `setup` arguments that build csrc/ into one module, or none if that is switched off."""
+    wanted = os.environ.get("MEGALORA_BUILD_EXTENSION", "1")
+    if wanted not in ("0", "1", "cpu"):
+        sys.exit(f"MEGALORA_BUILD_EXTENSION is {wanted!r}: give 0 (no compiled ops), cpu (no CUDA kernels) or 1")
+    if wanted == "0":
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ModuleNotFoundError:
         sys.exit(
             "megalora builds its ops against an installed torch, and there is none: pip install torch, then "
             "pip install --no-build-isolation . (MEGALORA_BUILD_EXTENSION=0 skips the build)"
         )
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
-    extension = CppExtension("megalora._C", sources, extra_compile_args=COMPILE_FLAGS, extra_link_args=["-fopenmp"])
+    cuda = wanted == "1" and torch.version.cuda is not None and CUDA_HOME is not None
+    endings = ("*.cpp", "*.cu") if cuda else ("*.cpp",)
+    sources = sorted(str(path.relative_to(ROOT)) for ending in endings for path in (ROOT / "csrc").glob(ending))
+    flags = {"cxx": COMPILE_FLAGS + ["-DMEGALORA_CUDA"] * cuda, "nvcc": CUDA_FLAGS}
+    kind = CUDAExtension if cuda else CppExtension
+    extension = kind(
+        "megalora._C",
+        sources,
+        extra_compile_args=flags if cuda else COMPILE_FLAGS,
+        extra_link_args=["-fopenmp"],
+    )
     extension.depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h"))
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
@@ -57,6 +80,8 @@ setup(
         "sentencepiece",
         "protobuf",
         "tensorboard",
+        "jinja2",
+        "numpy",
         "rich",
         "pyyaml",
     ],

@@ -88,7 +88,7 @@ def ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict, data: Step,
     parameters = stage.trainable()
     for name, parameter in stage.named_parameters():
         if not parameter.requires_grad:
-            parameter.data = weights[name]  # the peer's own tensors: both fit into memory together
+            parameter.data.copy_(weights[name])
     load_adapter(stage, {name: weights[name] for name in parameters}, "of the benchmark")
     shape = (data.token_count, config.hidden_size)
     trainer = Trainer(

@@ -23,7 +23,11 @@ std::string instruction_set() {
 
 pybind11::dict build_info() {
   pybind11::dict info;
+#if defined(MEGALORA_CUDA)
+  info["devices"] = std::vector<std::string>{"cpu", "cuda"};
+#else
   info["devices"] = std::vector<std::string>{"cpu"};
+#endif
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
 #if defined(_OPENMP)

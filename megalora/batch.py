@@ -15,7 +15,7 @@ class Batch:
     labels        [T] int64, already shifted: labels[t] is the token to predict at position t, -100 where there is none
     position_ids  [T] int64, restart at 0 in each document
     cu_seqlens    [documents + 1] int32, bounds of the documents in T; each row boundary is a bound, and the padding
-                  tail of a row is a document of its own
+                  tail of a row stands apart, in short documents
     token_index   [T] int64, row_in_step * seq_length + offset: the token's place in the global batch of the step,
                   the same on every layout (dropout draws from it)
     """

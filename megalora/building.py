@@ -10,10 +10,9 @@ import torch
 
 from megalora.checkpoint.weights import load_base
 from megalora.errors import UserError
-from megalora.lora import LoraConfig, ResolvedLora
+from megalora.lora import LoraConfig, ResolvedLora, layer_index
 from megalora.models.config import ModelConfig, check_layout
 from megalora.models.stage import Stage, adaptable_linears, expected_weights, whole_on_meta
-from megalora.parallel.collectives import gather_objects
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.split import named_splits
@@ -58,10 +57,7 @@ def build_stage(
     uneven_heads: bool = False,
     recompute: str = "none",
 ) -> tuple[Stage, Cut]:
-    """This rank's stage, its parameters not filled yet. Collective over the pp axis.
-
-    Raises UserError where the model cannot be cut so.
-    """
+    """This rank's stage, its parameters not filled yet. Raises UserError where the model cannot be cut so."""
     check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
     whole = whole_on_meta(config)
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in whole.model.layers.items()}
@@ -82,8 +78,18 @@ def build_stage(
         last=mesh.pp.is_last,
         recompute=recompute,
     )
-    trains = gather_objects(bool(stage.trainable()), mesh.pp)
-    return stage, Cut(tuple(layers), trains.index(True) if True in trains else len(trains))
+    lowest = min((layer_index(name) for name in trained_names(lora, config)), default=config.num_hidden_layers)
+    floor = next((s for s, part in enumerate(layers) if lowest < part.stop), len(layers))
+    return stage, Cut(tuple(layers), floor)
+
+
+def check_vocabulary(largest: int, config: ModelConfig, model_path: str) -> None:
+    """Raises UserError where the tokenizer gives an id that the model has no embedding for."""
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"model_path {model_path}: its tokenizer gives token id {largest}, but the model's vocab_size "
+            f"({config.vocab_size}) ends before: take tokenizer and model from one folder, or resize the embedding"
+        )
 
 
 def load_base_weights(stage: Stage, folder: str | Path) -> None:

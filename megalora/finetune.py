@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from megalora.arguments import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
 from megalora.building import (
     build_stage,
+    check_vocabulary,
     load_adapter,
     load_base_weights,
     resolve_dtype,
@@ -69,6 +71,9 @@ def finetune(arguments: FinetuneArguments) -> None:
             template = ChatTemplate(load_tokenizer(model.model_path), data.template)
             rows = _load_rows(data.data_path, template, data, train)
             eval_rows = _load_rows(data.eval_data_path, template, data, train) if data.eval_data_path else None
+            for loaded in (rows, eval_rows):
+                if loaded is not None:
+                    check_vocabulary(int(loaded.input_ids.max()), config, model.model_path)
         loader = _loader(rows, train, mesh)
         weights = model.resume_from_checkpoint or model.model_path
         identity = _identity(config, weights, lora, rows, loader, train, mesh)
@@ -176,12 +181,14 @@ def finetune(arguments: FinetuneArguments) -> None:
                     monitor.progress(step)
                 if eval_rows is not None and train.eval_steps and step % train.eval_steps == 0:
                     evaluated = step
-                    _evaluate(trainer, eval_rows, step, monitor, train, mesh)
-                    meter.restart()
+                    with meter.apart(timers):
+                        _evaluate(trainer, eval_rows, step, monitor, train, mesh)
                 if train.save and (step % train.save_steps == 0 or step == total_steps):
                     saved = save(step)
             if first_step >= total_steps:
                 monitor.note(f"nothing to do: the run is complete at step {first_step} of {total_steps}")
+                if start.own and not (Path(train.output_dir) / "peft").exists():  # killed before it was written
+                    saved = Path(start.checkpoint.where)
             elif eval_rows is not None and evaluated != total_steps:
                 _evaluate(trainer, eval_rows, total_steps, monitor, train, mesh)
             if saved is not None:
@@ -249,13 +256,18 @@ def _check_same_adapter(lora: ResolvedLora, start: _Start | None, config: ModelC
         if ours.get(name) != other.get(name):
             raise UserError(
                 f"adapter {start.checkpoint.where}: {name} has (r, scaling) = {other.get(name)}, but --lora_config "
-                f"means {ours.get(name)}: leave --lora_config out, or name the one that the adapter was made with"
+                f"means {ours.get(name)}: {_other_adapter(start)}"
             )
     if trained_names(lora, config) != trained_names(theirs, config):
         raise UserError(
             f"adapter {start.checkpoint.where}: bias = {theirs.config.bias!r}, but --lora_config says "
-            f"{lora.config.bias!r}: leave --lora_config out, or name the one that the adapter was made with"
+            f"{lora.config.bias!r}: {_other_adapter(start)}"
         )
+
+
+def _other_adapter(start: _Start) -> str:
+    remedy = "leave --lora_config out, or name the one that the adapter was made with"
+    return f"{remedy}; or name another output_dir, or give --overwrite_output_dir true" if start.own else remedy
 
 
 def _identity(
@@ -396,10 +408,24 @@ class _Meter:
 
     def __init__(self, flops_per_token: float, devices: int):
         self._flops_per_token, self._devices = flops_per_token, devices
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
+    def _restart(self) -> None:
         self._tokens, self._start = 0, time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def apart(self, timers: Timers) -> Iterator[None]:
+        """What runs inside belongs to no step: its time and its phases are left out."""
+        self._collect(timers)
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+        timers.collect()
+
+    def _collect(self, timers: Timers) -> None:
+        for phase, seconds in timers.collect().items():
+            self._phases[phase] = self._phases.get(phase, 0.0) + seconds
 
     def count(self, tokens: int) -> None:
         self._tokens += tokens
@@ -417,8 +443,9 @@ class _Meter:
             "tflops": speed * self._flops_per_token / self._devices / 1e12,
         }
         if timers.enabled:
-            record["phases"] = timers.collect()
-        self.restart()
+            self._collect(timers)
+            record["phases"] = self._phases
+        self._restart()
         return record
 
 

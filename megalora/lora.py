@@ -133,7 +133,7 @@ class LoraConfig:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"lora_config {path}: cannot be read ({error.strerror}): name an existing file") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"lora_config {path}: is not JSON ({error}): mend the file") from None
         if not isinstance(data, dict):
             raise UserError(f"lora_config {path}: holds a {type(data).__name__}, not an object: mend the file")
@@ -172,7 +172,7 @@ class LoraConfig:
 
         v = values.get
         need("r", positive_int(v("r")), "a positive integer")
-        need("lora_alpha", number(v("lora_alpha")) and v("lora_alpha") > 0, "a positive number")
+        need("lora_alpha", number(v("lora_alpha")) and 0 < v("lora_alpha") < math.inf, "a positive number")
         need("lora_dropout", number(v("lora_dropout")) and 0 <= v("lora_dropout") < 1, "a number in [0, 1)")
         need("bias", v("bias") in ("none", "all", "lora_only"), "none, all or lora_only")
         need(
@@ -269,14 +269,14 @@ class LoraConfig:
                         f"choose among {', '.join(short)}"
                     )
         if self.layers_to_transform is not None:
-            layers = {_layer_index(n) for n in linears}
+            layers = {layer_index(n) for n in linears}
             missing = [i for i in self.layers_to_transform if i not in layers]
             if missing:
                 raise UserError(
                     f"lora_config: layers_to_transform names layer {missing[0]}, but the model has layers "
                     f"0 to {max(i for i in layers if i is not None)}: correct the index"
                 )
-            matched = [n for n in matched if _layer_index(n) in self.layers_to_transform]
+            matched = [n for n in matched if layer_index(n) in self.layers_to_transform]
         if not matched:
             raise UserError(
                 f"lora_config: target_modules {self.target_modules!r} matches no linear of this model: "
@@ -328,7 +328,8 @@ def _matches(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _layer_index(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
+    """7 of model.layers.7.self_attn.q_proj; None where the name is of no layer."""
     found = re.search(r"\.layers\.(\d+)\.", name)
     return int(found.group(1)) if found else None
 

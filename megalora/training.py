@@ -82,6 +82,7 @@ class Trainer:
 
         Raises UserError on every rank after MOST_BAD_STEPS steps in a row whose loss or gradient is not finite.
         """
+        self._stage.refresh_adapters()
         self._gradients.zero()
         inputs = self._inputs(data, self._seed, number)
         scale = self.loss_scale.value / max(1, data.label_count)
@@ -120,6 +121,7 @@ class Trainer:
 
     def evaluate(self, steps: list[StepData]) -> float:
         """The mean loss over the labelled tokens of `steps`, without dropout."""
+        self._stage.refresh_adapters()
         total, labels = 0.0, 0
         for data in steps:
             loss_sum = self._runner.evaluate(len(data.microbatches), self._inputs(data, None, 0))

@@ -73,6 +73,7 @@ class Run:
     partition_method: str = "uniform"
     custom_partition: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
     lora: dict = field(default_factory=lambda: dict(ALL_LINEAR))
     model: dict = field(default_factory=dict)
     steps: int = 3
@@ -144,7 +145,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     mesh = build_mesh(rank, world_size, run.tp, run.pp)
     config = config_from_dict(TINY | FAMILIES[run.family] | run.model)
     lora = LoraConfig.from_dict(run.lora).resolve(config.model_type, adaptable_linears(config))
-    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, "cpu")
+    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device)
     parts = partition(
         run.partition_method, [1] * config.num_hidden_layers, run.pp, last_cost=1, custom=run.custom_partition
     )
@@ -164,7 +165,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     )  # fmt: skip
     tokens = run.micro_batch_rows * run.seq_length // (run.tp if run.sequence_parallel else 1)
     runner = PipelineRunner(
-        stage, mesh.pp, SCHEDULES[run.schedule], floor, (tokens, config.hidden_size), run.dtype, "cpu"
+        stage, mesh.pp, SCHEDULES[run.schedule], floor, (tokens, config.hidden_size), run.dtype, run.device
     )
     trainer = Trainer(
         stage, mesh, runner, gradients, AdapterOptimizer(parameters),

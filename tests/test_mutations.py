@@ -29,7 +29,7 @@ import megalora.training
 from megalora.data.loader import Loader
 from megalora.parallel.collectives import Pending
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear, Tokens
+from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, ParallelLinear, RowParallelLinear, Tokens
 from megalora.parallel.mesh import Axis
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import RECV_BACKWARD
@@ -240,7 +240,7 @@ def _():
     wrap(
         megalora.parallel.linear,
         "lora_down_weight_grad",
-        lambda grad, dz, x, A, token_index, draw: grad(dz, x, A, token_index, None),
+        lambda grad, dz, x, token_index, draw: grad(dz, x, token_index, None),
     )
 
 
@@ -266,8 +266,8 @@ def _():
         expected["mean"] = data.label_count / len(data.microbatches)
         return data
 
-    def change(loss, hidden, head, labels):
-        return loss(hidden, head, labels) / (labels != -100).sum().clamp(min=1) * expected["mean"]
+    def change(loss, hidden, head, labels, labelled):
+        return loss(hidden, head, labels, labelled) / max(1, len(labelled)) * expected["mean"]
 
     wrap(Loader, "step", remember)
     wrap(megalora.models.stage, "cross_entropy_sum", change)
@@ -350,6 +350,16 @@ def _():
         return train(self, microbatches, lambda m: inputs((m + shift) % microbatches), scale)
 
     wrap(PipelineRunner, "train", change)
+
+
+@mutation("a branch is that of the first step", Run())
+@mutation("a branch is that of the first step, pp", PP2)
+def _():
+    def change(refresh, self):
+        if not self._ready:
+            refresh(self)
+
+    wrap(LinearGroup, "refresh", change)
 
 
 # ---- where things begin

@@ -14,6 +14,8 @@ from ..batch import Batch
 from .packing import PackedRows, build_rows
 from .sampler import permutation, rows_in_microbatch, steps_per_epoch
 
+PADDING_PIECE = 32
+
 
 @dataclass(frozen=True)
 class Step:
@@ -82,7 +84,7 @@ class Loader:
     def _batch(self, chosen: list[int], places: range) -> Batch:
         """The rows at `places` of the step, whose rows are `chosen`; places beyond those are empty rows."""
         sources = [(self.rows, chosen[r]) if r < len(chosen) else (self._empty, 0) for r in places]
-        lengths = [length for source, row in sources for length in source.document_lengths[row]]
+        lengths = [length for source, row in sources for length in _attended(source, row)]
         seq_length = self.rows.seq_length
         return Batch(
             input_ids=torch.cat([source.input_ids[row] for source, row in sources]).long(),
@@ -91,3 +93,13 @@ class Loader:
             cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             token_index=torch.arange(places.start * seq_length, places.stop * seq_length),
         )
+
+
+def _attended(rows: PackedRows, row: int) -> list[int]:
+    """The row's documents for attention: its padding tail in short pieces, since attention costs length squared."""
+    lengths, padding = list(rows.document_lengths[row]), rows.seq_length - rows.row_tokens[row]
+    if padding:
+        tail = lengths.pop()
+        lengths += [PADDING_PIECE] * (tail // PADDING_PIECE)
+        lengths += [tail % PADDING_PIECE] if tail % PADDING_PIECE else []
+    return lengths

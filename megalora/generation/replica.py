@@ -63,6 +63,7 @@ class Replica:
     def __init__(
         self, stage: Stage, pp: Axis, tp: Axis, context: int, sampling: Sampling, stop_token_ids: Collection[int]
     ):
+        stage.refresh_adapters()
         self._stage, self._pp, self._tp = stage, pp, tp
         self._context, self._sampling, self._stop = context, sampling, frozenset(stop_token_ids)
 
@@ -71,10 +72,16 @@ class Replica:
         """The reply to each prompt, in order. Collective over the replica, with the same prompts on every rank.
 
         Prompts run together as far as there is room; one that ends makes place for the next.
-        Raises UserError, on every rank, where the logits are not finite.
+        Raises UserError, on every rank, where a token has no embedding or the logits are not finite.
         """
         if not prompts:
             return []
+        largest, words = max(max(p.token_ids) for p in prompts), self._stage.config.vocab_size
+        if largest >= words:
+            raise UserError(
+                f"the tokenizer gives token id {largest}, but the model's vocab_size ({words}) ends before: take "
+                f"tokenizer and model from one folder"
+            )
         capacity = min(self._context, max(len(p.token_ids) for p in prompts) + max_new_tokens)
         slots = min(len(prompts), MAX_RUNNING, max(1, CACHE_TOKENS // capacity))
         cache = KVCache(slots, capacity)
@@ -146,7 +153,7 @@ class Replica:
         input_ids = torch.tensor(ids, device=device)
         step = CachedStep(cache, spans)
         ends = torch.tensor(bounds[1:], device=device) - 1
-        return Inputs(input_ids, None, tuple(bounds), cos, sin, tokens, step), ends
+        return Inputs(input_ids, None, None, tuple(bounds), cos, sin, tokens, step), ends
 
     def _received(self, tokens: int) -> torch.Tensor | None:
         """The hidden states [tokens, hidden_size] of the stage before; None on the first."""

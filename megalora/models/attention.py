@@ -14,8 +14,9 @@ from megalora.models.config import ModelConfig, cut_heads
 from megalora.models.inputs import Inputs
 from megalora.models.norm import RMSNorm
 from megalora.ops.attention import attention
-from megalora.ops.rope import rope
-from megalora.parallel.linear import ColumnParallelLinear, Placement, RowParallelLinear, column_linear
+from megalora.ops.lora_linear import with_room
+from megalora.ops.rope import rope, split_rope
+from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, RowParallelLinear
 from megalora.parallel.split import Part
 
 
@@ -44,7 +45,7 @@ class SelfAttention(nn.Module):
             name = f"{prefix}.{short}"
             return ColumnParallelLinear(
                 name, size, heads * dim, part.times(dim), bias=config.qkv_bias, adapter=lora.adapter(name),
-                trains_bias=lora.trains_bias(name), site=sites[0], place=place,
+                trains_bias=lora.trains_bias(name), place=place,
             )  # fmt: skip
 
         self.q_proj = column("q_proj", heads, cut.query)
@@ -53,30 +54,35 @@ class SelfAttention(nn.Module):
         name = f"{prefix}.o_proj"
         self.o_proj = RowParallelLinear(
             name, heads * dim, size, cut.query.times(dim), bias=config.output_bias, adapter=lora.adapter(name),
-            trains_bias=lora.trains_bias(name), site=sites[1], place=place,
+            trains_bias=lora.trains_bias(name), place=place,
         )  # fmt: skip
+        self.qkv = LinearGroup((self.q_proj, self.k_proj, self.v_proj), sites[0], place)
+        self.output = LinearGroup((self.o_proj,), sites[1], place)
+        self.heads, self.kv_heads = cut.query.stop - cut.query.start, cut.kv.stop - cut.kv.start
         # Which of this rank's KV heads each of its query heads reads; None where all are read equally often, in order.
         reads = [h * kv_heads // heads - cut.kv.start for h in range(cut.query.start, cut.query.stop)]
-        each = len(reads) // (cut.kv.stop - cut.kv.start)
+        each = self.heads // self.kv_heads
         self.reads = None if reads == [h // each for h in range(len(reads))] else reads
         self.q_norm = RMSNorm(dim, config.rms_norm_eps, place) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.rms_norm_eps, place) if config.qk_norm else None
 
-    def forward(self, hidden: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """hidden [T, hidden_size] -> [T, hidden_size]."""
-        q, k, v = column_linear(hidden, (self.q_proj, self.k_proj, self.v_proj), inputs.tokens)
+    def forward(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """X [T, hidden_size + qkv.room] -> [T, hidden_size]."""
+        qkv = self.qkv(X, inputs.tokens)
         if self.recompute and torch.is_grad_enabled():
-            context = checkpoint(self._core, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+            context = checkpoint(self._core, qkv, inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            context = self._core(q, k, v, inputs)
-        return self.o_proj(context, inputs.tokens)
+            context = self._core(qkv, inputs)
+        return self.output(with_room(context, self.output.room), inputs.tokens)
 
-    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """q [F, H * D], k, v [F, K * D] -> [F, H * D]."""
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, inputs.cos, inputs.sin), rope(k, inputs.cos, inputs.sin)
+    def _core(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """qkv [F, (H + 2 K) D] -> [F, H D]."""
+        if self.q_norm is None:
+            q, k, v = split_rope(qkv, inputs.cos, inputs.sin, self.heads, self.kv_heads)
+        else:
+            cut = [self.heads, self.kv_heads, self.kv_heads]
+            q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(cut, dim=1)
+            q, k = rope(self.q_norm(q), inputs.cos, inputs.sin), rope(self.k_norm(k), inputs.cos, inputs.sin)
         if self.reads is not None:
             k, v = k[:, self.reads], v[:, self.reads]
         if inputs.cache is not None:

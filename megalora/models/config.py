@@ -114,13 +114,15 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"model_path {path}: does not exist: name a Hugging Face folder")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"model_path {path}: {file.name} cannot be read ({error.strerror}): name an HF folder"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not JSON ({error}): download it again") from None
     if not isinstance(raw, dict):
         raise UserError(f"{file}: holds a {type(raw).__name__}, not an object: download it again")
@@ -130,7 +132,7 @@ def read_config(path: str | Path) -> ModelConfig:
 def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The ModelConfig of the fields of a config.json, in its old or new form. Raises UserError as `read_config`."""
     kinds = known_families()
-    family = kinds.get(raw.get("model_type", ""))
+    family = kinds.get(str(raw.get("model_type")))
     if family is None:
         raise UserError(
             f"{where}: model_type = {raw.get('model_type')!r} is not implemented: megalora trains {', '.join(kinds)}"
@@ -208,6 +210,9 @@ def _rope_fields(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields["rope_type"] = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)
     fields.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    theta = fields["rope_theta"]
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
+        raise UserError(f"{where}: rope_theta = {theta!r}: must be a positive number")
     kind = fields["rope_type"]
     if kind not in _ROPE_FIELDS:
         raise UserError(f"{where}: rope_type = {kind!r} is not implemented: megalora knows {', '.join(_ROPE_FIELDS)}")
@@ -244,8 +249,9 @@ def _refuse_unknown(raw: Mapping[str, Any], hf: Any, where: str) -> None:
                 f"{where}: field {name!r} = {value!r} is unknown for model_type {hf.model_type!r} and may change the "
                 f"numbers: remove it if it does not"
             )
-    for name in raw.get("architectures") or []:
-        if not name.endswith("ForCausalLM"):
+    architectures = raw.get("architectures") or []
+    for name in architectures if isinstance(architectures, list) else [architectures]:
+        if not str(name).endswith("ForCausalLM"):
             raise UserError(f"{where}: architectures names {name}: only a causal language model can be trained")
 
 

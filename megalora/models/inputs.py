@@ -27,6 +27,7 @@ class Inputs:
 
     input_ids  [F] int64
     labels     [F] int64, shifted, or None where no loss is asked for
+    labelled   [L] int64, the places where labels is not -100, or None as labels
     bounds     cumulative document bounds in F, as ints
     cos, sin   [F, head_dim / 2] in the compute dtype
     tokens     places of the tokens and what dropout is drawn from
@@ -35,6 +36,7 @@ class Inputs:
 
     input_ids: torch.Tensor
     labels: torch.Tensor | None
+    labelled: torch.Tensor | None
     bounds: tuple[int, ...]
     cos: torch.Tensor
     sin: torch.Tensor
@@ -52,9 +54,11 @@ def rope_tables(config: ModelConfig, position_ids: torch.Tensor, dtype: torch.dt
 
 def training_inputs(batch: Batch, config: ModelConfig, place: Placement, *, seed: int | None, step: int) -> Inputs:
     """The Inputs of a microbatch; seed None switches dropout off (evaluation)."""
-    bounds = tuple(batch.cu_seqlens.tolist())  # before the copy to the device: reading it there would wait for it
+    # Before the copy to the device: reading these there would wait for it.
+    bounds = tuple(batch.cu_seqlens.tolist())
+    labelled = (batch.labels != -100).nonzero().squeeze(-1).to(place.device, non_blocking=True)
     batch = batch.to(place.device)
     cos, sin = rope_tables(config, batch.position_ids, place.dtype)
     index = batch.token_index
     local = local_tokens(index, place.tp) if place.sequence_parallel else index
-    return Inputs(batch.input_ids, batch.labels, bounds, cos, sin, Tokens(index, local, seed, step))
+    return Inputs(batch.input_ids, batch.labels, labelled, bounds, cos, sin, Tokens(index, local, seed, step))

@@ -9,7 +9,7 @@ from megalora.lora import ResolvedLora
 from megalora.models.config import ModelConfig
 from megalora.models.inputs import Inputs
 from megalora.ops.swiglu import swiglu
-from megalora.parallel.linear import ColumnParallelLinear, Placement, RowParallelLinear, column_linear
+from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, RowParallelLinear
 from megalora.parallel.split import even_part
 
 
@@ -17,24 +17,26 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, place: Placement, lora: ResolvedLora, sites: tuple[int, int]):
         super().__init__()
 
-        def options(short: str, site: int) -> dict:
+        def options(short: str) -> dict:
             name = f"model.layers.{layer}.mlp.{short}"
             return {
                 "name": name,
                 "bias": config.mlp_bias,
                 "adapter": lora.adapter(name),
                 "trains_bias": lora.trains_bias(name),
-                "site": site,
                 "place": place,
                 "part": even_part(config.intermediate_size, place.tp),
             }
 
         size, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = ColumnParallelLinear(in_features=size, out_features=inner, **options("gate_proj", sites[0]))
-        self.up_proj = ColumnParallelLinear(in_features=size, out_features=inner, **options("up_proj", sites[0]))
-        self.down_proj = RowParallelLinear(in_features=inner, out_features=size, **options("down_proj", sites[1]))
+        self.gate_proj = ColumnParallelLinear(in_features=size, out_features=inner, **options("gate_proj"))
+        self.up_proj = ColumnParallelLinear(in_features=size, out_features=inner, **options("up_proj"))
+        self.down_proj = RowParallelLinear(in_features=inner, out_features=size, **options("down_proj"))
 
-    def forward(self, hidden: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """hidden [T, hidden_size] -> [T, hidden_size]."""
-        gate, up = column_linear(hidden, (self.gate_proj, self.up_proj), inputs.tokens)
-        return self.down_proj(swiglu(gate, up), inputs.tokens)
+        self.gate_up = LinearGroup((self.gate_proj, self.up_proj), sites[0], place)
+        self.down = LinearGroup((self.down_proj,), sites[1], place)
+
+    def forward(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """X [T, hidden_size + gate_up.room] -> [T, hidden_size]."""
+        gate_up = self.gate_up(X, inputs.tokens)
+        return self.down(swiglu(gate_up, self.down.room), inputs.tokens)

@@ -74,20 +74,30 @@ class Stage(nn.Module):
         """
         if self.model.embed_tokens is not None:
             hidden = self.model.embed_tokens(inputs.input_ids)
+        delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
         for layer in self.model.layers.values():
             if self.recompute_layers and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, inputs, use_reentrant=False, preserve_rng_state=False)
+                hidden, delta = checkpoint(
+                    layer, hidden, delta, inputs, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                hidden = layer(hidden, inputs)
-        if self.model.norm is not None:
-            hidden = self.model.norm(hidden)
-            if inputs.labels is not None:
-                return cross_entropy_sum(hidden, self.lm_head, inputs.labels)
+                hidden, delta = layer(hidden, delta, inputs)
+        if self.model.norm is None:
+            return hidden if delta is None else hidden + delta
+        _, hidden = self.model.norm.after(hidden, delta)
+        if inputs.labels is not None:
+            return cross_entropy_sum(hidden, self.lm_head, inputs.labels, inputs.labelled)
         return hidden
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapters (and trained biases) of this stage, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def refresh_adapters(self) -> None:
+        """To be called after every change of the adapters, before the stage is used (see LinearGroup.refresh)."""
+        for layer in self.model.layers.values():
+            for group in layer.groups():
+                group.refresh()
 
     def reset_adapters(self, seed: int) -> None:
         """Initial adapters, the same on every layout."""

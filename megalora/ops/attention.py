@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+# On Hopper cuDNN's kernels are well ahead of FlashAttention-2; torch takes the first that can run.
+_GPU_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def attention(
@@ -50,6 +59,13 @@ def _runs(bounds: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
     """q [B, H, N, D], k, v [B, K, S, D] -> [B, H, N, D]; query n stands at position S - N + n."""
+    if q.device.type == "cuda":
+        with sdpa_kernel(_GPU_BACKENDS, set_priority=True):
+            return _attend(q, k, v, window)
+    return _attend(q, k, v, window)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
     queries, keys = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     if queries == keys and (window is None or keys <= window):

@@ -1,31 +1,113 @@
-"""RMSNorm with a frozen weight (Zhang and Sennrich 2019), as HF's LlamaRMSNorm computes it."""
+"""RMSNorm with a frozen weight (Zhang and Sennrich 2019), as HF computes it, alone or with the residual sum before it.
+
+Only the normed input and one number a row are kept for backward. `room` columns are left behind the result for whoever
+reads it, undefined there (see megalora.ops.lora_linear).
+"""
 
 from __future__ import annotations
 
 import torch
 
+from megalora.ops import extension
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in at least float32.
 
-    x [..., D]; weight [D], frozen: it gets no gradient. Only x and one number a row are kept for backward.
+    x [..., D]; weight [D], frozen: it gets no gradient. Returns [..., D + room].
     """
-    return _RmsNorm.apply(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps, room)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + delta [N, D], rms_norm(x + delta) [N, D + room]), in one pass where compiled; x, delta [N, D]."""
+    return _AddRmsNorm.apply(x, delta, weight, eps, room)
+
+
+def _forward(x, delta, weight, eps, room):
+    """(sum, y with room, inverse [..., 1]); sum is x where delta is None."""
+    size = x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], size + room)
+    if _compiled(x, size, room):
+        rows = x.numel() // size
+        inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
+        total = x if delta is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ops.megalora.rms_norm_(
+            _rows(x),
+            None if delta is None else _rows(delta).contiguous(),
+            weight,
+            eps,
+            None if delta is None else _rows(total),
+            _rows(y)[:, :size],
+            inverse,
+        )
+        return total, y, inverse
+    total = x if delta is None else x + delta
+    precise = total.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.linalg.vecdot(precise, precise).div_(size).add_(eps).rsqrt_().unsqueeze(-1)
+    torch.mul(weight, (precise * inverse).to(x.dtype), out=y[..., :size])
+    return total, y, inverse
+
+
+def _backward(dy, x, weight, inverse, residual):
+    """d(x), plus `residual` where there is one. With n = x r and dn = dy w: dx = r (dn - n mean(dn n))."""
+    size = x.shape[-1]
+    room = dy.shape[-1] - size
+    if _compiled(x, size, room) and dy.stride(-1) == 1:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        before = None if residual is None else _rows(residual).contiguous()
+        torch.ops.megalora.rms_norm_backward_(_rows(dy)[:, :size], _rows(x), weight, inverse, before, _rows(dx))
+        return dx
+    inverse = inverse.view(*x.shape[:-1], 1)
+    normed = x.to(inverse.dtype) * inverse
+    dn = (dy[..., :size] * weight).to(inverse.dtype)
+    mean = torch.linalg.vecdot(dn, normed).div_(size).unsqueeze(-1)
+    dx = dn.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype)
+    return dx if residual is None else dx.add_(residual)
+
+
+def _compiled(x: torch.Tensor, size: int, room: int) -> bool:
+    """Whether the kernel takes x: on a GPU, not in float64, rows on 16 bytes."""
+    return (
+        x.device.type == "cuda"
+        and extension.has_kernels("cuda")
+        and x.dtype != torch.float64
+        and x.is_contiguous()
+        and size % 8 == room % 8 == 0
+        and size <= 16384
+    )
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.linalg.vecdot(precise, precise).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    def forward(ctx, x, weight, eps, room):
+        x = x.contiguous() if x.device.type == "cuda" else x
+        _, y, inverse = _forward(x, None, weight, eps, room)
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (precise * inverse).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, inverse = ctx.saved_tensors
-        # n = x r, dn = dy w:  dx = r (dn - n mean(dn n))
-        normed = x.to(inverse.dtype) * inverse
-        dn = (dy * weight).to(inverse.dtype)
-        mean = torch.linalg.vecdot(dn, normed).div_(x.shape[-1]).unsqueeze(-1)
-        return dn.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype), None, None
+        return _backward(dy, x, weight, inverse, None), None, None, None
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, delta, weight, eps, room):
+        total, y, inverse = _forward(x, delta, weight, eps, room)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.set_materialize_grads(False)
+        return total, y
+
+    @staticmethod
+    def backward(ctx, dtotal, dy):
+        x, weight, inverse = ctx.saved_tensors
+        dx = dtotal if dy is None else _backward(dy, x, weight, inverse, dtotal)
+        return dx, dx, None, None, None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from megalora.ops import extension
+
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (x[j], x[j + D/2]) of each head by the angle of the token's position.
@@ -13,10 +15,10 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return _Rope.apply(x, cos, sin)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     left, right = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=right).addcmul_(first, sin)
@@ -33,3 +35,52 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
         return _rotate(dy, cos, -sin), None, None
+
+
+def split_rope(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cuts qkv into heads and rotates those of q and k.
+
+    qkv [T, (H + 2 K) D], the query heads, then the key heads, then the value heads; cos, sin [T, D / 2]
+    Returns q [T, H, D], k [T, K, D], v [T, K, D].
+    """
+    return _SplitRope.apply(qkv, cos, sin, heads, kv_heads)
+
+
+def _compiled(qkv: torch.Tensor, head_dim: int) -> bool:
+    """Whether the kernels take it: on a GPU, not in float64, half heads on 16 bytes."""
+    return (
+        qkv.device.type == "cuda"
+        and extension.has_kernels("cuda")
+        and qkv.dtype != torch.float64
+        and qkv.is_contiguous()
+        and head_dim % 16 == 0
+    )
+
+
+class _SplitRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, heads, kv_heads):
+        ctx.save_for_backward(cos, sin)
+        ctx.cut = [heads, kv_heads, kv_heads]
+        parts = qkv.unflatten(-1, (sum(ctx.cut), -1))
+        if _compiled(qkv, parts.shape[2]):
+            q, k, v = (parts.new_empty(parts.shape[0], count, parts.shape[2]) for count in ctx.cut)
+            torch.ops.megalora.split_rope_(qkv, cos, sin, q, k, v)
+            return q, k, v
+        q, k, v = parts.split(ctx.cut, dim=1)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v.contiguous()
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        cos, sin = ctx.saved_tensors
+        grad = dq.new_empty(dq.shape[0], sum(ctx.cut), dq.shape[2])
+        if _compiled(grad.flatten(1), dq.shape[2]):
+            dq, dk, dv = (x if x.stride(2) == 1 else x.contiguous() for x in (dq, dk, dv))
+            torch.ops.megalora.split_rope_backward_(dq, dk, dv, cos, sin, grad.flatten(1))
+        else:
+            for out, grad_out in zip(grad.split(ctx.cut, dim=1)[:2], (dq, dk), strict=True):
+                _rotate(grad_out, cos, -sin, out)
+            grad[:, ctx.cut[0] + ctx.cut[1] :] = dv
+        return grad.flatten(1), None, None, None, None

@@ -1,11 +1,11 @@
-"""Column- and row-parallel linears that carry their LoRA branch (DESIGN section 3).
+"""Column- and row-parallel linears that carry their LoRA branches (DESIGN section 3).
 
-Column-parallel linears that read one input (q k v; gate up) run as one group: one dropout mask, one down-projection
-for all their branches, one collective. A row-parallel linear (o, down) adds its branch before its one reduction. Either
-way the branch adds no activation-sized communication.
+Linears that read one input form a group: q k v, gate up (column-parallel), o, down (row-parallel, alone). It is one
+matrix P = [W | s B] (see megalora.ops.lora_linear), one dropout mask and one down-projection, one collective. A
+row-parallel group adds its branch before its one reduction. Either way the branch adds no activation-sized message.
 
 Legend: T tokens on this rank, F tokens of the full microbatch (F = T * tp under sequence parallelism, else T = F),
-I in_features, O out_features of this rank, R rank of the branches.
+I in_features, O out_features of the group on this rank, R rank of its branches together, C columns of room for z.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import nn
 from megalora.lora import Adapter, initial_factor
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import (
-    lora_down,
+    lora_down_,
     lora_down_input_grad_,
     lora_down_weight_grad,
-    lora_up_,
-    lora_up_backward,
+    lora_up_weight_grad,
+    room_for,
 )
 from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, reduce_scatter
 from megalora.parallel.mesh import Axis
@@ -50,15 +50,6 @@ class Tokens:
         return Dropout(p=p, seed=self.seed, site=site, step=self.step, feature_offset=feature_offset)
 
 
-class LoraFactor(nn.Module):
-    """One factor of a branch: `weight`, a trainable master in float32 (float64 in a float64 model)."""
-
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str):
-        super().__init__()
-        master = torch.promote_types(dtype, torch.float32)
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=master, device=device))
-
-
 @dataclass(frozen=True)
 class Placement:
     """Where a layer's parameters live: tp axis, sequence parallelism, compute dtype, device."""
@@ -68,12 +59,25 @@ class Placement:
     dtype: torch.dtype
     device: torch.device | str
 
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of what is trained: float32, or float64 in a float64 model."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+class LoraFactor(nn.Module):
+    """One factor of a branch: `weight`, a trainable master."""
+
+    def __init__(self, shape: tuple[int, ...], place: Placement):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=place.master_dtype, device=place.device))
+
 
 class ParallelLinear(nn.Module):
-    """A frozen linear of this rank with an optional LoRA branch; subclasses say how it is cut.
+    """The parameters of one frozen linear on this rank, by their HF names, with its adapter; a LinearGroup applies it.
 
-    name      full name in the model: the initial adapter is drawn from it
-    site      number of the layer input that it reads: linears that share an input share its dropout mask
+    weight  [O_i, I]: a view of its group's matrix, given by the group
+    name    full name in the model: the initial adapter is drawn from it
     """
 
     def __init__(
@@ -81,35 +85,35 @@ class ParallelLinear(nn.Module):
         name: str,
         weight_split: Split,
         bias_split: Split | None,
-        factor_splits: tuple[Split, Split] | None,
+        factor_splits: tuple[Split, Split],
         adapter: Adapter | None,
         trains_bias: bool,
-        site: int,
         place: Placement,
     ):
         super().__init__()
-        self.name, self.site, self.place, self.adapter = name, site, place, adapter
+        self.name, self.adapter = name, adapter
         self._splits = {"weight": weight_split}
-        empty = {"dtype": place.dtype, "device": place.device}
-        self.weight = nn.Parameter(torch.empty(weight_split.local_shape, **empty), requires_grad=False)
-        self.bias: nn.Parameter | None = None
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
         if bias_split is not None:
             self._splits["bias"] = bias_split
-            bias = torch.empty(bias_split.local_shape, **empty)
-            if trains_bias:
-                bias = bias.to(torch.promote_types(place.dtype, torch.float32))
+            dtype = place.master_dtype if trains_bias else place.dtype
+            bias = torch.empty(bias_split.local_shape, dtype=dtype, device=place.device)
             self.bias = nn.Parameter(bias, requires_grad=trains_bias)
         self.lora_A: LoraFactor | None = None
         self.lora_B: LoraFactor | None = None
         if adapter is not None:
-            assert factor_splits is not None
             self._splits["lora_A.weight"], self._splits["lora_B.weight"] = factor_splits
-            self.lora_A = LoraFactor(*factor_splits[0].local_shape, place.dtype, place.device)
-            self.lora_B = LoraFactor(*factor_splits[1].local_shape, place.dtype, place.device)
+            self.lora_A = LoraFactor(factor_splits[0].local_shape, place)
+            self.lora_B = LoraFactor(factor_splits[1].local_shape, place)
 
     def shard_dims(self) -> dict[str, Split]:
         """How each parameter is cut: the one place that loading, saving and gradient reduction read."""
         return self._splits
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.adapter is None else self.adapter.r
 
     @torch.no_grad()
     def reset_adapter(self, seed: int, init_lora_weights: bool | str) -> None:
@@ -121,18 +125,11 @@ class ParallelLinear(nn.Module):
             whole = initial_factor(f"{self.name}.{key}", split.global_shape, seed, init_lora_weights, self.adapter.r)
             factor.weight.copy_(split.slice(whole))
 
-    def trainables(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(A, B, bias), None where absent; the bias also where it is frozen."""
-        A = None if self.lora_A is None else self.lora_A.weight
-        B = None if self.lora_B is None else self.lora_B.weight
-        return A, B, self.bias
-
 
 class ColumnParallelLinear(ParallelLinear):
     """y_i = x W_i^T + b_i + s (dropout(x) A^T) B_i^T: W, b, B cut on out_features, A whole.
 
     part  this rank's out_features; ranks may share some (KV heads that the query heads of several ranks read)
-    Called through `column_linear`, with the other linears that read the same input.
     """
 
     def __init__(
@@ -145,22 +142,17 @@ class ColumnParallelLinear(ParallelLinear):
         bias: bool,
         adapter: Adapter | None,
         trains_bias: bool,
-        site: int,
         place: Placement,
     ):
-        factors = None
-        if adapter is not None:
-            # dz_i = s dy_i B_i, so dA_i is one term of the sum over tp.
-            whole = whole_split((adapter.r, in_features), place.tp, partial_grad=True)
-            factors = (whole, part.split((out_features, adapter.r), 0))
+        r = 0 if adapter is None else adapter.r
         super().__init__(
             name,
             part.split((out_features, in_features), 0),
             part.split((out_features,), 0) if bias else None,
-            factors,
+            # dz_i = s dy_i B_i, so dA_i is one term of the sum over tp.
+            (whole_split((r, in_features), place.tp, partial_grad=True), part.split((out_features, r), 0)),
             adapter,
             trains_bias,
-            site,
             place,
         )
 
@@ -181,147 +173,162 @@ class RowParallelLinear(ParallelLinear):
         bias: bool,
         adapter: Adapter | None,
         trains_bias: bool,
-        site: int,
         place: Placement,
     ):
         assert not part.shared, name
-        factors = None
-        if adapter is not None:
-            # z_i is one term of a sum, and so is dB_i = s dy^T z_i.
-            whole = whole_split((out_features, adapter.r), place.tp, partial_grad=True)
-            factors = (part.split((adapter.r, in_features), 1), whole)
+        r = 0 if adapter is None else adapter.r
         super().__init__(
             name,
             part.split((out_features, in_features), 1),
             whole_split((out_features,), place.tp) if bias else None,
-            factors,
+            # z_i is one term of a sum, and so is dB_i = s dy^T z_i.
+            (part.split((r, in_features), 1), whole_split((out_features, r), place.tp, partial_grad=True)),
             adapter,
             trains_bias,
-            site,
             place,
         )
         self.feature_offset = part.start
 
-    def forward(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """x [F, I / tp] -> [T, O], reduced over tp."""
-        p = 0.0 if self.adapter is None else self.adapter.dropout
-        draw = tokens.draw(p, self.site, self.feature_offset)
-        return _RowLinear.apply(x, self, draw, tokens.index, *self.trainables())
+
+class LinearGroup:
+    """Linears that read one input, as one matrix. Owns their weights; the parameters stay theirs.
+
+    site  number of the input: it fixes the dropout mask, which all branches share
+    The group is row-parallel where its one linear is, else column-parallel.
+    """
+
+    def __init__(self, linears: Sequence[ParallelLinear], site: int, place: Placement):
+        self.linears, self.site, self.place = tuple(linears), site, place
+        self.row_parallel = isinstance(linears[0], RowParallelLinear)
+        assert not (self.row_parallel and len(linears) > 1)
+        self.in_features = linears[0].shard_dims()["weight"].local_shape[1]
+        self.sizes = [linear.shard_dims()["weight"].local_shape[0] for linear in linears]
+        self.ranks = [linear.rank for linear in linears]
+        self.room = room_for(sum(self.ranks), torch.device(place.device).type)
+        self.dropout = max((linear.adapter.dropout for linear in linears if linear.adapter is not None), default=0.0)
+        rows, columns = sum(self.sizes), self.in_features + self.room
+        self.matrix = torch.empty(rows, columns, dtype=place.dtype, device=place.device)
+        self._ready = self.room == 0  # whether s B stands beside W
+        row, column = 0, self.in_features
+        self._tails: list[torch.Tensor] = []  # where s B of each linear stands
+        self.spans: list[tuple[slice, slice]] = []  # its rows, and its columns of z
+        for linear, size, rank in zip(self.linears, self.sizes, self.ranks, strict=True):
+            rows_here, columns_here = slice(row, row + size), slice(column, column + rank)
+            linear.weight = nn.Parameter(self.matrix[rows_here, : self.in_features], requires_grad=False)
+            self.spans.append((rows_here, columns_here))
+            self._tails.append(self.matrix[rows_here, columns_here])
+            row, column = row + size, column + rank
+
+    @property
+    def gathers(self) -> bool:
+        """Whether activations outside the group are cut over the tokens."""
+        return self.place.sequence_parallel and self.place.tp.size > 1
+
+    def __call__(self, X: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """X [T or F, I + C], x with room behind it (its tail is overwritten) -> y [F or T, O].
+
+        Column-parallel: X has this rank's T tokens, y all F. Row-parallel: X has all F, y is reduced to this rank's T.
+        """
+        assert self._ready, "refresh() comes before the first use"
+        assert X.shape[1] == self.in_features + self.room, (X.shape, self.in_features, self.room)
+        offset = self.linears[0].feature_offset if self.row_parallel else 0
+        index = tokens.index if self.row_parallel else tokens.local
+        trainables = []
+        for linear in self.linears:
+            A = None if linear.lora_A is None else linear.lora_A.weight
+            B = None if linear.lora_B is None else linear.lora_B.weight
+            trainables += [A, B, linear.bias]
+        return _GroupedLinear.apply(X, self, tokens.draw(self.dropout, self.site, offset), index, *trainables)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Puts s B beside W. To be called after every change of an adapter: nothing here can notice one, since fused
+        optimizers do not count as changes for autograd."""
+        if not self._ready:
+            self.matrix[:, self.in_features :].zero_()
+            self._ready = True
+        for linear, tail in zip(self.linears, self._tails, strict=True):
+            if linear.lora_B is not None:
+                tail.copy_(linear.lora_B.weight * linear.adapter.scaling)
+
+    def down(self) -> torch.Tensor | None:
+        """A of all branches [R, I] in the compute dtype, or None."""
+        parts = [linear.lora_A.weight for linear in self.linears if linear.lora_A is not None]
+        if not parts:
+            return None
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach().to(self.place.dtype)
+
+    def biases(self) -> torch.Tensor | None:
+        """The biases of all linears [O] in the compute dtype, or None (a group has all or none)."""
+        if self.linears[0].bias is None:
+            return None
+        parts = [linear.bias.detach().to(self.place.dtype) for linear in self.linears]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def column_linear(x: torch.Tensor, linears: Sequence[ColumnParallelLinear], tokens: Tokens) -> tuple[torch.Tensor, ...]:
-    """The outputs [F, O_i] of `linears`, which all read x [T, I]: gathered first under sequence parallelism."""
-    p = max((linear.adapter.dropout for linear in linears if linear.adapter is not None), default=0.0)
-    draw = tokens.draw(p, linears[0].site)
-    trainables = [t for linear in linears for t in linear.trainables()]
-    return _ColumnLinear.apply(x, tuple(linears), draw, tokens.local, *trainables)
-
-
-class _ColumnLinear(torch.autograd.Function):
-    """Forward: gather (or copy) x. Backward: reduce-scatter (or all-reduce) dx. Nothing is kept for a frozen weight."""
-
-    @staticmethod
-    def forward(ctx, x, linears, draw, token_index, *trainables):
-        place = linears[0].place
-        gathers = place.sequence_parallel and place.tp.size > 1
-        As, Bs, biases = trainables[0::3], trainables[1::3], trainables[2::3]
-        adapted = [i for i, A in enumerate(As) if A is not None]
-        A_cat = _concatenate([As[i] for i in adapted])
-        z = None if A_cat is None else lora_down(x, A_cat, token_index, draw)
-        x_full = x
-        if gathers:  # one collective for x and z
-            whole = all_gather(x if z is None else torch.cat([x, z], dim=1), place.tp)
-            x_full, z = whole[:, : x.shape[1]], None if z is None else whole[:, x.shape[1] :]
-        ranks = [As[i].shape[0] for i in adapted]
-        zs = dict(zip(adapted, [] if z is None else z.split(ranks, dim=1), strict=True))
-        outputs = []
-        for i, linear in enumerate(linears):
-            bias = None if biases[i] is None else biases[i].to(x.dtype)
-            y = torch.nn.functional.linear(x_full, linear.weight, bias)
-            if i in zs:
-                lora_up_(y, zs[i], Bs[i], linear.adapter.scaling)
-            outputs.append(y)
-        ctx.linears, ctx.draw, ctx.adapted, ctx.gathers, ctx.ranks = linears, draw, adapted, gathers, ranks
-        needs_a = any(ctx.needs_input_grad[4 + 3 * i] for i in adapted)
-        ctx.save_for_backward(x if needs_a else None, z, A_cat, token_index, *Bs)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx, *dys):
-        x, z, A_cat, token_index, *Bs = ctx.saved_tensors
-        linears, adapted, tp = ctx.linears, ctx.adapted, ctx.linears[0].place.tp
-        needs_dx = ctx.needs_input_grad[0]
-        grads = [None] * (3 * len(linears))
-        zs = dict(zip(adapted, [] if z is None else z.split(ctx.ranks, dim=1), strict=True))
-        dx, dzs = None, []
-        for i, linear in enumerate(linears):
-            dy = dys[i]
-            if i in zs:
-                dz, dB = lora_up_backward(dy, zs[i], Bs[i], linear.adapter.scaling)
-                dzs.append(dz)
-                grads[3 * i + 1] = dB
-            if ctx.needs_input_grad[4 + 3 * i + 2]:
-                grads[3 * i + 2] = dy.sum(0, dtype=linear.bias.dtype)
-            if needs_dx:
-                dx = dy @ linear.weight if dx is None else dx.addmm_(dy, linear.weight)
-        dz = _concatenate(dzs, dim=1)
-        pending = None
-        if ctx.gathers and (needs_dx or dz is not None):  # one collective for dx and dz
-            parts = [part for part in (dx, dz) if part is not None]
-            local = reduce_scatter(_concatenate(parts, dim=1), tp)
-            dx = local[:, : linears[0].weight.shape[1]].contiguous() if needs_dx else None
-            dz = None if dz is None else local[:, local.shape[1] - dz.shape[1] :]
-        if needs_dx and dz is not None:
-            lora_down_input_grad_(dx, dz, A_cat, token_index, ctx.draw)
-        if needs_dx and not ctx.gathers:
-            pending = all_reduce_async(dx, tp)
-        if x is not None and dz is not None:  # runs while dx is reduced
-            dA = lora_down_weight_grad(dz, x, A_cat, token_index, ctx.draw)
-            for i, part in zip(adapted, dA.split(ctx.ranks, dim=0), strict=True):
-                grads[3 * i] = part
-        if pending is not None:
-            dx = pending.wait()
-        return dx, None, None, None, *grads
-
-
-class _RowLinear(torch.autograd.Function):
-    """Forward: reduce-scatter (or all-reduce) y. Backward: gather (or copy) dy."""
+class _GroupedLinear(torch.autograd.Function):
+    """Column-parallel: forward gathers (or copies) X, backward reduce-scatters (or all-reduces) dX.
+    Row-parallel: forward reduce-scatters (or all-reduces) y, backward gathers (or copies) dy.
+    Nothing is kept for a frozen weight."""
 
     @staticmethod
-    def forward(ctx, x, linear, draw, token_index, A, B, bias):
-        tp = linear.place.tp
-        ctx.gathers = linear.place.sequence_parallel and tp.size > 1
-        y = x @ linear.weight.t()
-        z = None
+    def forward(ctx, X, group, draw, token_index, *trainables):
+        tp, columns = group.place.tp, group.in_features
+        A = group.down()
         if A is not None:
-            z = lora_down(x, A, token_index, draw)
-            lora_up_(y, z, B, linear.adapter.scaling)
-        y = reduce_scatter(y, tp) if ctx.gathers else all_reduce(y, tp)
-        if bias is not None:
-            y = y.add_(bias.to(y.dtype))
-        ctx.linear, ctx.draw = linear, draw
-        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, z, A, B, token_index)
+            lora_down_(X, A, token_index, draw)
+        full = all_gather(X, tp) if group.gathers and not group.row_parallel else X
+        bias = group.biases()
+        if group.row_parallel:
+            y = full @ group.matrix.t()
+            y = reduce_scatter(y, tp) if group.gathers else all_reduce(y, tp)
+            y = y if bias is None else y.add_(bias)
+        else:
+            y = nn.functional.linear(full, group.matrix, bias)
+        ctx.group, ctx.draw = group, draw
+        needs_a = any(ctx.needs_input_grad[4::3])
+        # z is kept apart where X is not kept, or is not all of it; without gradients nothing is kept.
+        apart = any(ctx.needs_input_grad) and (full is not X or not needs_a)
+        z = full[:, columns:].clone() if A is not None and apart else None
+        ctx.save_for_backward(X if needs_a else None, z, A, token_index)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, z, A, B, token_index = ctx.saved_tensors
-        linear = ctx.linear
-        dy = all_gather(dy, linear.place.tp) if ctx.gathers else dy
-        dx = dy @ linear.weight if ctx.needs_input_grad[0] else None
-        dA = dB = dbias = None
-        if A is not None:
-            dz, dB = lora_up_backward(dy, z, B, linear.adapter.scaling)
-            if dx is not None:
-                lora_down_input_grad_(dx, dz, A, token_index, ctx.draw)
-            if x is not None:
-                dA = lora_down_weight_grad(dz, x, A, token_index, ctx.draw)
-        if ctx.needs_input_grad[6]:
-            dbias = dy.sum(0, dtype=linear.bias.dtype)
-        return dx, None, None, None, dA, dB, dbias
-
-
-def _concatenate(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+        X, z, A, token_index = ctx.saved_tensors
+        group, draw = ctx.group, ctx.draw
+        tp, columns, rank = group.place.tp, group.in_features, sum(group.ranks)
+        if group.row_parallel and group.gathers:
+            dy = all_gather(dy, tp)
+        grads = [None] * (3 * len(group.linears))
+        if A is not None and z is None:
+            z = X[:, columns:]
+        for i, (linear, (rows, place)) in enumerate(zip(group.linears, group.spans, strict=True)):
+            if linear.lora_B is not None:
+                z_here = z[:, place.start - columns : place.stop - columns]
+                dB = lora_up_weight_grad(dy[:, rows], z_here, linear.adapter.scaling)
+                grads[3 * i + 1] = dB.to(linear.lora_B.weight.dtype)
+            if ctx.needs_input_grad[4 + 3 * i + 2]:
+                grads[3 * i + 2] = dy[:, rows].sum(0, dtype=linear.bias.dtype)
+        needs_dx = ctx.needs_input_grad[0]
+        if not needs_dx and A is None:
+            return None, None, None, None, *grads
+        dX = dy @ (group.matrix if needs_dx else group.matrix[:, columns:])
+        if group.gathers and not group.row_parallel:
+            dX = reduce_scatter(dX, tp)
+        dz = dX[:, dX.shape[1] - group.room :][:, :rank] if A is not None else None
+        pending = None
+        if needs_dx:
+            if dz is not None:
+                lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw)
+            if not group.row_parallel and not group.gathers and tp.size > 1:
+                dz = None if dz is None else dz.clone()  # this rank's term, before the sum over it
+                pending = all_reduce_async(dX, tp)
+        if X is not None:  # runs while dX is reduced
+            dA = lora_down_weight_grad(dz, X[:, :columns], token_index, draw)
+            adapted = [i for i, linear in enumerate(group.linears) if linear.lora_A is not None]
+            for i, part in zip(adapted, dA.split([r for r in group.ranks if r]), strict=True):
+                grads[3 * i] = part.to(group.linears[i].lora_A.weight.dtype)
+        if pending is not None:
+            dX = pending.wait()
+        return dX if needs_dx else None, None, None, None, *grads

@@ -9,49 +9,59 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megalora.ops.cross_entropy import gradient_, statistics
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.embedding import VocabParallelHead
 
-CHUNK_LOGITS = 1 << 23  # logits of one chunk on this rank: 32 MiB in float32
+# Logits of one chunk on this rank: enough rows for an efficient GEMM on a GPU, 32 MiB in float32 elsewhere.
+CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
 
 
-def cross_entropy_sum(hidden: torch.Tensor, head: VocabParallelHead, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy_sum(
+    hidden: torch.Tensor, head: VocabParallelHead, labels: torch.Tensor, labelled: torch.Tensor
+) -> torch.Tensor:
     """Sum over the labelled tokens of -log softmax(hidden W^T)[label], as a float32 (or float64) scalar.
 
-    hidden  [T, hidden_size]: this rank's tokens under sequence parallelism, else all F of them
-    labels  [F] int64, already shifted; -100 where there is nothing to predict
+    hidden    [T, hidden_size]: this rank's tokens under sequence parallelism, else all F of them
+    labels    [F] int64, already shifted; -100 where there is nothing to predict
+    labelled  [L] int64, where labels is not -100
     The scalar is the same on every rank of the tp axis. Only hidden gets a gradient.
     """
-    return _CrossEntropySum.apply(hidden, head, labels)
+    return _CrossEntropySum.apply(hidden, head, labels, labelled)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels):
+    def forward(ctx, hidden, head, labels, labelled):
         tp = head.place.tp
         gathers = head.place.sequence_parallel and tp.size > 1
         full = all_gather(hidden, tp) if gathers else hidden
-        labelled = (labels != -100).nonzero().squeeze(-1)
-        dhidden = torch.zeros_like(full) if ctx.needs_input_grad[0] else None
-        precise = torch.promote_types(full.dtype, torch.float32)
-        loss = torch.zeros((), dtype=precise, device=full.device)
+        everything = labelled.shape[0] == full.shape[0]
+        needs_grad = ctx.needs_input_grad[0]
+        dhidden = None
+        if needs_grad:
+            dhidden = torch.empty_like(full) if everything else torch.zeros_like(full)
+        loss = torch.zeros((), dtype=torch.promote_types(full.dtype, torch.float32), device=full.device)
         widest = -(-head.vocab_size // tp.size)  # of all ranks: they must make the same chunks
-        chunk = max(1, CHUNK_LOGITS // widest)
-        for rows in labelled.split(chunk):
-            h = full.index_select(0, rows)
-            logits = (h @ head.weight.t()).to(precise)
-            local = labels[rows] - head.start
-            mine = (local >= 0) & (local < head.weight.shape[0])
-            place = (local * mine).unsqueeze(-1)
-            peak = all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX)
-            logits.sub_(peak.unsqueeze(-1))
-            target = logits.gather(-1, place).squeeze(-1) * mine
-            total, target = all_reduce(torch.stack([logits.exp_().sum(-1), target]), tp)
-            loss += (total.log() - target).sum()
-            if dhidden is not None:  # softmax - onehot
-                probabilities = logits.div_(total.unsqueeze(-1))
-                probabilities.scatter_add_(-1, place, -mine.unsqueeze(-1).to(precise))
-                dhidden.index_copy_(0, rows, probabilities.to(h.dtype) @ head.weight)
+        chunk = max(1, CHUNK_LOGITS.get(full.device.type, CHUNK_LOGITS["cpu"]) // widest)
+        for start in range(0, labelled.shape[0], chunk):
+            part = slice(start, start + chunk)
+            rows = labelled[part]
+            h = full[part] if everything else full.index_select(0, rows)
+            logits = h @ head.weight.t()
+            label = labels[rows] - head.start
+            maximum, total, target = statistics(logits, label)
+            if tp.size > 1:  # sums relative to the maximum of the whole vocabulary
+                local = maximum.clone()
+                maximum = all_reduce(maximum, tp, dist.ReduceOp.MAX)
+                total, target = all_reduce(torch.stack([total * (local - maximum).exp(), target]), tp)
+            loss += (total.log() + maximum - target).sum()
+            if needs_grad:  # softmax - onehot
+                d = gradient_(logits, label, maximum, total)
+                if everything:
+                    torch.mm(d, head.weight, out=dhidden[part])
+                else:
+                    dhidden.index_copy_(0, rows, d @ head.weight)
         ctx.tp, ctx.gathers = tp, gathers
         ctx.save_for_backward(dhidden)
         return loss
@@ -62,4 +72,4 @@ class _CrossEntropySum(torch.autograd.Function):
         # Each rank's dhidden is the term of its part of the vocabulary.
         dhidden = dhidden * dloss.to(dhidden.dtype)
         reduced = reduce_scatter(dhidden, ctx.tp) if ctx.gathers else all_reduce(dhidden, ctx.tp)
-        return reduced, None, None
+        return reduced, None, None, None

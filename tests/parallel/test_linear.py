@@ -15,8 +15,10 @@ from torch.nn.functional import linear as affine
 
 from megalora.lora import Adapter
 from megalora.ops.dropout import dropout
+from megalora.ops.lora_linear import with_room
+from megalora.parallel import collectives
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import ColumnParallelLinear, Placement, RowParallelLinear, Tokens, column_linear
+from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, RowParallelLinear, Tokens
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
 from megalora.parallel.split import even_part, named_splits
 
@@ -66,38 +68,56 @@ def fill(module: torch.nn.Module) -> None:
             module.get_parameter(name).copy_(split.slice(tensor(i, *split.global_shape)))
 
 
-def columns(case: Case, place: Placement) -> torch.nn.ModuleList:
+def columns(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, LinearGroup]:
     module = torch.nn.ModuleList(
         ColumnParallelLinear(
             f"m{i}", IN, out, even_part(out, place.tp), bias=case.bias, adapter=case.adapters[i],
-            trains_bias=case.trains_bias, site=7, place=place,
+            trains_bias=case.trains_bias, place=place,
         )
         for i, out in enumerate(OUTS)
     )  # fmt: skip
+    group = LinearGroup(list(module), SITES[columns], place)
     fill(module)
-    return module
+    return module, group
 
 
-def row(case: Case, place: Placement) -> RowParallelLinear:
-    module = RowParallelLinear(
+def row(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, LinearGroup]:
+    linear = RowParallelLinear(
         "m", IN, OUTS[0], even_part(IN, place.tp), bias=case.bias, adapter=case.adapters[0],
-        trains_bias=case.trains_bias, site=8, place=place,
+        trains_bias=case.trains_bias, place=place,
     )  # fmt: skip
+    group, module = LinearGroup([linear], SITES[row], place), torch.nn.ModuleList([linear])
     fill(module)
-    return module
+    return module, group
+
+
+SITES = {columns: 7, row: 8}
+BOTH = pytest.mark.parametrize("make", [columns, row])
+
+
+def apply(group: LinearGroup, x: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, ...]:
+    """The output of each linear of the group."""
+    group.refresh()
+    y = group(with_room(x, group.room), tokens)
+    assert y.shape[1] == sum(group.sizes)
+    return y.split(group.sizes, -1)
 
 
 ALONE = Placement(Axis(), False, torch.float64, "cpu")
 
 
-def formula(x: torch.Tensor, module: torch.nn.Module, case: Case) -> torch.Tensor:
-    """y = x W^T + b + s dropout(x) A^T B^T, with the mask as a factor that autograd sees."""
-    y = affine(x, module.weight, module.bias)
-    if module.adapter is None:
-        return y
-    draw = case.tokens.draw(case.p, module.site)
+def formula(x: torch.Tensor, module: torch.nn.ModuleList, case: Case, site: int) -> list[torch.Tensor]:
+    """y = x W^T + b + s dropout(x) A^T B^T of each linear, with the mask as a factor that autograd sees."""
+    draw = case.tokens.draw(case.p, site)
     mask = torch.ones_like(x) if draw is None else dropout(torch.ones_like(x), case.tokens.index, draw)
-    return y + module.adapter.scaling * (x * mask) @ module.lora_A.weight.t() @ module.lora_B.weight.t()
+    ys = []
+    for linear in module:
+        y = affine(x, linear.weight, linear.bias)
+        if linear.adapter is not None:
+            A, B = linear.lora_A.weight, linear.lora_B.weight
+            y = y + linear.adapter.scaling * (x * mask) @ A.t() @ B.t()
+        ys.append(y)
+    return ys
 
 
 def gradients(outputs, module, x, seed=50):
@@ -116,88 +136,145 @@ def equal(ours: dict, theirs: dict) -> None:
 # ---- one rank, against autograd
 
 
+@BOTH
 @pytest.mark.parametrize("name", CASES)
-def test_columns_equal_autograd(name):
+def test_equal_to_autograd(name, make):
     case, x = CASES[name], tensor(99, T, IN).requires_grad_()
-    module = columns(case, ALONE)
-    ours = column_linear(x, list(module), case.tokens)
-    theirs = [formula(x, m, case) for m in module]
+    module, group = make(case, ALONE)
+    ours, theirs = apply(group, x, case.tokens), formula(x, module, case, SITES[make])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     equal(gradients(ours, module, x), gradients(theirs, module, x))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_row_equals_autograd(name):
-    case, x = CASES[name], tensor(99, T, IN).requires_grad_()
-    module = row(case, ALONE)
-    ours, theirs = module(x, case.tokens), formula(x, module, case)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    equal(gradients([ours], module, x), gradients([theirs], module, x))
-
-
-def test_gradcheck_of_both():
-    case = Case(adapted=(True, True, True), trains_bias=True)
+@BOTH
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradcheck_of_both(make, p):
+    case = Case(p=p, adapted=(True, True, True), trains_bias=True)
     x = tensor(99, 4, IN).requires_grad_()
     tokens = replace(TOKENS, index=TOKENS.index[:4], local=TOKENS.local[:4])
-    group, single = columns(case, ALONE), row(case, ALONE)
-    trained = [p for m in (group, single) for p in m.parameters() if p.requires_grad]
-    assert torch.autograd.gradcheck(lambda x, *_: column_linear(x, list(group), tokens), (x, *trained[:9]))
-    assert torch.autograd.gradcheck(lambda x, *_: single(x, tokens), (x, *trained[9:]))
+    module, group = make(case, ALONE)
+    trained = [p for p in module.parameters() if p.requires_grad]
+
+    assert torch.autograd.gradcheck(lambda x, *_: apply(group, x, tokens), (x, *trained))
 
 
-@pytest.mark.parametrize("make", [columns, row])
+@BOTH
 def test_an_input_without_gradient_still_gives_the_adapters_theirs(make):
     """The first layer reads a frozen embedding."""
     case, x = Case(), tensor(99, T, IN)
-    module = make(case, ALONE)
-
-    def outputs(x):
-        return column_linear(x, list(module), case.tokens) if make is columns else [module(x, case.tokens)]
-
+    module, group = make(case, ALONE)
     found = [p for p in module.parameters() if p.requires_grad]
-    without = torch.autograd.grad(sum(y.square().sum() for y in outputs(x)), found)
-    with_ = torch.autograd.grad(sum(y.square().sum() for y in outputs(x.clone().requires_grad_())), found)
-    assert all(a.equal(b) and a.any() for a, b in zip(without, with_, strict=True))
+
+    def grads(x):
+        return torch.autograd.grad(sum(y.square().sum() for y in apply(group, x, case.tokens)), found)
+
+    for a, b in zip(grads(x), grads(x.clone().requires_grad_()), strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_linears_of_one_input_share_its_mask_and_sites_differ():
     case = Case(p=0.5, adapted=(True, False, True), bias=False)
     x = torch.ones(T, IN, dtype=torch.float64, requires_grad=True)
-    group, single = columns(case, ALONE), row(case, ALONE)
     masks = []
-    for module, run in ((group[0], None), (group[2], None), (single, single)):
+    for make, which in ((columns, 0), (columns, 2), (row, 0)):
+        module, group = make(case, ALONE)
         with torch.no_grad():
-            module.weight.zero_()
-            module.lora_A.weight.zero_()
-            module.lora_A.weight[0] = 1
-            module.lora_B.weight.zero_()
-            module.lora_B.weight[0, 0] = 1
-        y = run(x, case.tokens) if run else column_linear(x, [module], case.tokens)[0]
-        (dx,) = torch.autograd.grad(y[:, 0].sum(), x)
+            for parameter in module.parameters():
+                parameter.zero_()
+            module[which].lora_A.weight[0] = 1
+            module[which].lora_B.weight[0, 0] = 1
+        (dx,) = torch.autograd.grad(apply(group, x, case.tokens)[which][:, 0].sum(), x)
         masks.append(dx != 0)
     assert masks[0].equal(masks[1])
+    assert 0.3 < masks[0].double().mean() < 0.7
     assert 0.3 < (masks[0] == masks[2]).double().mean() < 0.7
 
 
-@pytest.mark.parametrize("make", [columns, row])
+@BOTH
 def test_nothing_is_kept_for_the_frozen_weight(make):
     def kept(case: Case) -> list[tuple[int, ...]]:
-        module, x, shapes = make(case, ALONE), tensor(99, T, IN).requires_grad_(), []
+        (_, group), x, shapes = make(case, ALONE), tensor(99, T, IN).requires_grad_(), []
 
         def pack(saved: torch.Tensor) -> torch.Tensor:
             shapes.append(tuple(saved.shape))
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            column_linear(x, list(module), case.tokens) if make is columns else module(x, case.tokens)
-        return shapes
+            apply(group, x, case.tokens)
+        return sorted(shapes)
 
-    assert (T, IN) not in kept(Case(adapted=(False, False, False)))
-    adapted = kept(Case(adapted=(True, True, True)))
-    assert adapted.count((T, IN)) == 1, "one input for all branches, and no mask"
-    assert not any(shape in adapted for shape in ((T, out) for out in OUTS))
-    assert not any(shape in adapted for shape in ((out, IN) for out in OUTS))
+    assert kept(Case(adapted=(False, False, False))) == [(T,)]
+    case = Case(adapted=(True, True, True))
+    _, group = make(case, ALONE)
+    # One input for all branches, with z behind it; A; the places of the tokens; and no mask.
+    assert kept(case) == sorted([(T, IN + group.room), (sum(group.ranks), IN), (T,)])
+
+
+@BOTH
+def test_weights_stand_in_the_matrix_of_the_group(make):
+    """Filling a weight, after the group was built, fills the matrix; the room is of the adapted linears alone."""
+    module, group = make(Case(), ALONE)
+    assert group.ranks == ([2, 0, 4] if make is columns else [2])
+    assert group.matrix.shape == (sum(group.sizes), IN + group.room) and group.room >= sum(group.ranks)
+    for linear, (rows, _) in zip(module, group.spans, strict=True):
+        assert linear.weight.data_ptr() == group.matrix[rows].data_ptr()
+        assert linear.weight.equal(group.matrix[rows, :IN]) and not linear.weight.requires_grad
+    _, plain = make(Case(adapted=(False, False, False)), ALONE)
+    assert plain.room == 0
+
+
+@BOTH
+def test_use_before_the_first_refresh_is_noticed(make):
+    """The room of the matrix is uninitialised until then. Without a branch there is none."""
+    _, group = make(Case(), ALONE)
+    with pytest.raises(AssertionError, match="refresh"):
+        group(with_room(tensor(99, T, IN), group.room), TOKENS)
+    _, plain = make(Case(adapted=(False, False, False)), ALONE)
+    plain(tensor(99, T, IN), TOKENS)
+
+
+@BOTH
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_of_the_adapter_is_seen(make, fused):
+    case, x = Case(), tensor(99, T, IN)
+    module, group = make(case, ALONE)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    for _ in range(3):
+        ys, wanted = apply(group, x, case.tokens), formula(x, module, case, SITES[make])
+        for y, whole in zip(ys, wanted, strict=True):
+            torch.testing.assert_close(y, whole, rtol=1e-12, atol=1e-12)
+        sum(y.square().sum() for y in ys).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@BOTH
+def test_what_stands_in_the_room_does_not_matter(make):
+    """An op that leaves room leaves it undefined."""
+    case, x = Case(), tensor(99, T, IN)
+    module, group = make(case, ALONE)
+    group.refresh()
+    found = []
+    for rubbish in (0.0, 7.0, float("nan")):
+        X = torch.full((T, IN + group.room), rubbish, dtype=torch.float64)
+        X[:, :IN] = x
+        y = group(X.requires_grad_(), case.tokens)
+        dX, *grads = torch.autograd.grad(y.square().sum(), [X, *(p for p in module.parameters() if p.requires_grad)])
+        found.append((y, dX[:, :IN], *grads))
+    for other in found[1:]:
+        assert all(a.equal(b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_evaluation_gives_the_values_of_training():
+    for make in (columns, row):
+        case, x = CASES["evaluating"], tensor(99, T, IN)
+        _, group = make(case, ALONE)
+        with torch.no_grad():
+            quiet = apply(group, x, case.tokens)
+        for a, b in zip(quiet, apply(group, x, case.tokens), strict=True):
+            assert a.equal(b) and not a.requires_grad and b.requires_grad
 
 
 # ---- every cut, against the whole
@@ -211,17 +288,17 @@ def cut(rank: int, world_size: int, name: str, sequence_parallel: bool):
     tokens = replace(case.tokens, local=case.tokens.index[mine])
     found = []
     for make in (columns, row):
-        module = make(case, place)
+        module, group = make(case, place)
         splits = named_splits(module)
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         flat = FlatGradients(trained, splits, mesh)
         if make is columns:
             x = tensor(99, T, IN)[mine].clone().requires_grad_()
-            outputs = column_linear(x, list(module), tokens)
             indices = [(slice(None), splits[f"{i}.weight"].index[0]) for i in range(len(OUTS))]
         else:
-            x = tensor(99, T, IN)[:, splits["weight"].index[1]].clone().requires_grad_()
-            outputs, indices = [module(x, tokens)], [(mine,)]
+            x = tensor(99, T, IN)[:, splits["0.weight"].index[1]].clone().requires_grad_()
+            indices = [(mine,)]
+        outputs = apply(group, x, tokens)
         total = sum(
             (y * tensor(50 + i, T, OUTS[i])[index]).sum()
             for i, (y, index) in enumerate(zip(outputs, indices, strict=True))
@@ -231,7 +308,7 @@ def cut(rank: int, world_size: int, name: str, sequence_parallel: bool):
         found.append(
             (
                 [(index, y.detach()) for index, y in zip(indices, outputs, strict=True)],
-                (mine, slice(None)) if make is columns else (slice(None), splits["weight"].index[1]),
+                (mine, slice(None)) if make is columns else (slice(None), splits["0.weight"].index[1]),
                 x.grad,
                 {n: (splits[n].index, p.grad.clone()) for n, p in trained.items()},
             )
@@ -245,8 +322,8 @@ def test_every_cut_equals_the_whole(tp, sequence_parallel, name):
     case = CASES[name]
     ranks = spawn(cut, tp, name, sequence_parallel)
     for which, make in enumerate((columns, row)):
-        module, x = make(case, ALONE), tensor(99, T, IN).requires_grad_()
-        outputs = [formula(x, m, case) for m in module] if make is columns else [formula(x, module, case)]
+        (module, _), x = make(case, ALONE), tensor(99, T, IN).requires_grad_()
+        outputs = formula(x, module, case, SITES[make])
         wanted = gradients(outputs, module, x)
         for rank in ranks:
             ys, x_index, dx, grads = rank[which]
@@ -258,65 +335,76 @@ def test_every_cut_equals_the_whole(tp, sequence_parallel, name):
                 torch.testing.assert_close(grad, wanted[n][index], rtol=1e-12, atol=1e-12)
 
 
-# ---- what the branch adds to the communication: no call, and r columns at most
+# ---- what the branch adds to the communication: no call, and the room for z at most
 
 
 def counted(rank: int, world_size: int, adapted: bool, sequence_parallel: bool) -> list[tuple[str, int]]:
     """(collective, elements that it takes in) of forward and backward of the columns and the row."""
     calls = []
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
-        original = getattr(dist, name)
+    for holder, name, taken in (
+        (dist, "all_reduce", 0),
+        (collectives, "_all_gather_single", 1),
+        (collectives, "_reduce_scatter_single", 1),
+    ):
+        original = getattr(holder, name)
 
-        def count(*args, original=original, name=name, **kwargs):
-            calls.append((name, args[0 if name == "all_reduce" else 1].numel()))
+        def count(*args, original=original, name=name, taken=taken, **kwargs):
+            calls.append((name, args[taken].numel()))
             return original(*args, **kwargs)
 
-        setattr(dist, name, count)
+        setattr(holder, name, count)
     case = Case(adapted=(adapted,) * 3)
     place = Placement(build_mesh(rank, world_size, tp=2).tp, sequence_parallel, torch.float64, "cpu")
     x = tensor(1, T // (2 if sequence_parallel else 1), IN).requires_grad_()
     tokens = replace(TOKENS, local=TOKENS.index[: len(x)])
-    sum(y.sum() for y in column_linear(x, list(columns(case, place)), tokens)).backward()
+    sum(y.sum() for y in apply(columns(case, place)[1], x, tokens)).backward()
     x = tensor(1, T, IN // 2).requires_grad_()
-    row(case, place)(x, tokens).sum().backward()
+    apply(row(case, place)[1], x, tokens)[0].sum().backward()
     return calls
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_the_branch_adds_no_collective(sequence_parallel):
     plain, adapted = (spawn(counted, 2, on, sequence_parallel)[0] for on in (False, True))
+    _, group = columns(Case(adapted=(True,) * 3), ALONE)
+    room = group.room
+    assert sum(group.ranks) == 9 and room == 16
+    extra = [after - before for (_, after), (_, before) in zip(adapted, plain, strict=True)]
     assert [name for name, _ in adapted] == [name for name, _ in plain]
-    ranks = sum(adapter.r for adapter in Case(adapted=(True,) * 3).adapters)
     if sequence_parallel:
-        assert [name for name, _ in plain] == ["all_gather_into_tensor", "reduce_scatter_tensor"] + [
-            "reduce_scatter_tensor",
-            "all_gather_into_tensor",
+        assert plain == [
+            ("_all_gather_single", T // 2 * IN),
+            ("_reduce_scatter_single", T * IN),
+            ("_reduce_scatter_single", T * OUTS[0]),
+            ("_all_gather_single", T // 2 * OUTS[0]),
         ]
-        extra = [after - before for (_, after), (_, before) in zip(adapted, plain, strict=True)]
-        assert extra == [T // 2 * ranks, T * ranks, 0, 0]
+        assert extra == [T // 2 * room, T * room, 0, 0]
     else:
-        assert adapted == plain == [("all_reduce", T * IN), ("all_reduce", T * OUTS[0])]
+        assert plain == [("all_reduce", T * IN), ("all_reduce", T * OUTS[0])]
+        assert extra == [T * room, 0]
 
 
-def test_masters_are_float32_and_their_gradients_too():
-    place = replace(ALONE, dtype=torch.bfloat16)
-    module = columns(Case(trains_bias=True), place)
+@BOTH
+def test_masters_are_float32_and_their_gradients_too(make):
+    module, group = make(Case(trains_bias=True), replace(ALONE, dtype=torch.bfloat16))
     x = tensor(99, T, IN).to(torch.bfloat16).requires_grad_()
-    ys = column_linear(x, list(module), TOKENS)
+    ys = apply(group, x, TOKENS)
     sum(y.float().square().sum() for y in ys).backward()
-    assert {y.dtype for y in ys} == {x.grad.dtype} == {torch.bfloat16}
+    assert {y.dtype for y in ys} == {x.grad.dtype} == {group.matrix.dtype} == {torch.bfloat16}
     for name, p in module.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
         assert (p.grad is None) == (not p.requires_grad)
+        assert p.grad is None or p.grad.dtype == torch.float32
 
 
-def test_gradients_of_microbatches_add_up():
+@BOTH
+def test_gradients_of_microbatches_add_up(make):
     case = Case(trains_bias=True)
-    module = columns(case, ALONE)
+    module, group = make(case, ALONE)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     flat = FlatGradients(trained, named_splits(module), ParallelMesh())
     once = []
     for _ in range(2):
-        sum(y.square().sum() for y in column_linear(tensor(99, T, IN), list(module), case.tokens)).backward()
+        sum(y.square().sum() for y in apply(group, tensor(99, T, IN), case.tokens)).backward()
         once.append(flat.buffer.clone())
     torch.testing.assert_close(once[1], 2 * once[0])

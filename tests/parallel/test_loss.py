@@ -26,6 +26,10 @@ def tensor(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def loss_of(hidden: torch.Tensor, head: VocabParallelHead, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy_sum(hidden, head, labels, (labels != -100).nonzero().squeeze(-1))
+
+
 def head_of(vocab_size: int, place: Placement) -> VocabParallelHead:
     head = VocabParallelHead(vocab_size, H, place)
     with torch.no_grad():
@@ -42,7 +46,7 @@ def expected(labels: torch.Tensor, vocab_size: int = 13, scale: float = 1.0) -> 
 
 def ours(labels: torch.Tensor, place: Placement, vocab_size: int = 13, scale: float = 1.0, mine=slice(None)):
     hidden = (tensor(1, T, H) * scale)[mine].clone().requires_grad_()
-    total = cross_entropy_sum(hidden, head_of(vocab_size, place), labels)
+    total = loss_of(hidden, head_of(vocab_size, place), labels)
     (1.7 * total).backward()
     return total.detach(), hidden.grad
 
@@ -59,7 +63,7 @@ ALONE = Placement(Axis(), False, torch.float64, "cpu")
 @pytest.mark.parametrize("name", LABELS)
 def test_any_chunk_gives_the_loss_of_the_whole(name, chunk, monkeypatch):
     """A chunk smaller than one row of logits is one row; the last chunk is short or exactly full."""
-    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", chunk)
     labels = torch.tensor(LABELS[name])
     equal(ours(labels, ALONE), expected(labels))
 
@@ -71,7 +75,7 @@ def test_no_label_gives_nothing():
 
 def test_gradcheck():
     head, labels = head_of(13, ALONE), torch.tensor(LABELS["most"])[:6]
-    assert torch.autograd.gradcheck(lambda h: cross_entropy_sum(h, head, labels), (tensor(1, 6, H).requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda h: loss_of(h, head, labels), (tensor(1, 6, H).requires_grad_(),))
 
 
 def test_only_labelled_tokens_get_a_gradient():
@@ -90,7 +94,7 @@ def test_large_logits_do_not_overflow():
 def test_without_gradient_as_in_evaluation():
     labels = torch.tensor(LABELS["most"])
     with torch.no_grad():
-        total = cross_entropy_sum(tensor(1, T, H), head_of(13, ALONE), labels)
+        total = loss_of(tensor(1, T, H), head_of(13, ALONE), labels)
     torch.testing.assert_close(total, expected(labels)[0], rtol=1e-12, atol=1e-12)
     assert not total.requires_grad
 
@@ -100,7 +104,7 @@ def test_low_precision_sums_in_float32():
     place = Placement(Axis(), False, torch.bfloat16, "cpu")
     hidden = tensor(1, T, H).to(torch.bfloat16).requires_grad_()
     head = head_of(13, place)
-    total = cross_entropy_sum(hidden, head, labels)
+    total = loss_of(hidden, head, labels)
     total.backward()
     assert total.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
     logits = (hidden @ head.weight.t()).float()  # what bfloat16 rounds, both sides round
@@ -109,7 +113,7 @@ def test_low_precision_sums_in_float32():
 
 def test_the_head_is_frozen():
     head, hidden = head_of(13, ALONE), tensor(1, T, H).requires_grad_()
-    cross_entropy_sum(hidden, head, torch.tensor(LABELS["all"])).backward()
+    loss_of(hidden, head, torch.tensor(LABELS["all"])).backward()
     assert head.weight.grad is None
 
 
@@ -117,7 +121,7 @@ def test_the_head_is_frozen():
 
 
 def cut(rank: int, world_size: int, vocab_size: int, sequence_parallel: bool, chunk: int):
-    module.CHUNK_LOGITS = chunk
+    module.CHUNK_LOGITS["cpu"] = chunk
     place = Placement(build_mesh(rank, world_size, tp=world_size).tp, sequence_parallel, torch.float64, "cpu")
     mine = slice(rank * T // world_size, (rank + 1) * T // world_size) if sequence_parallel else slice(None)
     found = {}

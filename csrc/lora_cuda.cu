@@ -1,0 +1,991 @@
+// The skinny products of a LoRA linear on tensor cores, each bound by one pass over the activations:
+//
+//   z   = dropout(x) A^T            down_kernel
+//   dA  = dz^T dropout(x)           weight_grad_kernel    (and dB^T = z^T dy, without a mask)
+//   dx += mask * scale * (dz A)     input_grad_kernel
+//
+// The mask is drawn in registers: one Philox call gives the eight 16-bit lanes of eight consecutive features of one
+// token, which is one 16-byte load. The operands of mma.m16n8k16 are laid out so that each thread owns such octets: the
+// places of features in a product's inner dimension (or in its columns) are permuted, alike in both operands, which
+// changes no sum but its order. So no element's mask is drawn twice and none passes between threads.
+//
+// Results repeat bit for bit: sums run in a fixed order, those that are split over blocks meet in a thread block
+// cluster's shared memory (sm_90 on; before that a sum is not split). The scale of kept values is applied once, to the
+// float32 sum.
+#include "lora_cuda.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "philox.h"
+
+namespace megalora {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kLargestCluster = 8;  // the portable limit
+
+// ---- words of two 16-bit floats
+
+template <bool bfloat16>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (bfloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+template <bool bfloat16>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  if constexpr (bfloat16) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000)};
+  } else {
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  }
+}
+
+__device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
+// d [16, 8] += a [16, 16] b [16, 8]. Thread 4g + t holds rows g, g + 8 and columns 2t, 2t + 1 of d in d[0..1], d[2..3];
+// the pairs {2t, 2t + 1}, {2t + 8, 2t + 9} of the inner dimension in a0 (row g), a1 (row g + 8), a2 (g), a3 (g + 8) and,
+// for column g, in b0, b1.
+template <bool bfloat16>
+__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+  if constexpr (bfloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// ---- shared memory: copies into it, transposed reads
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes in the background, or writes zeros where there is nothing to copy.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_transposed(const void* row) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared_address(row))
+               : "memory");
+  return v;
+}
+
+// Tiles of 64 columns lie in shared memory as rows of eight octets. They are copied a row at a time by eight neighbouring
+// threads, which is one full line of device memory, and read crosswise: the octets of each row are permuted so that
+// neither meets a bank twice.
+__device__ __forceinline__ int octet_place(int row, int octet) { return 8 * row + (octet ^ (row & 6) ^ (row & 1) * 4); }
+
+// Which of the stages in shared memory a step uses.
+template <int stages>
+struct Turn {
+  int stage;
+  __device__ __forceinline__ void next() { stage = stage == stages - 1 ? 0 : stage + 1; }
+};
+
+// ---- thread block clusters along gridDim.y
+
+__device__ __forceinline__ void cluster_barrier(int blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// The sum, in order, of four floats at the same place in the shared memory of each block of the cluster.
+__device__ __forceinline__ float4 cluster_sum(const float* place, int blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) {
+    float4 sum = {0, 0, 0, 0};
+    for (int block = 0; block < blocks; ++block) {
+      uint32_t address;
+      float4 v;
+      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(block));
+      asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                   : "r"(address)
+                   : "memory");
+      sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
+    }
+    return sum;
+  }
+#endif
+  return *reinterpret_cast<const float4*>(place);
+}
+
+// ---- the mask
+
+// What of the generator is alike for all threads, worked out on the host.
+struct Draw {
+  const int64_t* token;
+  uint32_t k0[10], k1[10];        // the key words of each round
+  uint32_t after_step0, after_step1;  // the product of the counter's third word (step), the first with k0[0] in it
+  uint32_t first_block;
+  uint32_t threshold_low;   // both halves: the threshold's low 15 bits
+  uint32_t threshold_high;  // all ones if its highest bit is clear
+  float scale;
+  bool on;
+};
+
+constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
+
+Draw make_draw(const LoraMask& mask) {
+  Draw draw{};
+  draw.token = mask.token;
+  for (uint32_t round = 0; round < 10; ++round) {
+    draw.k0[round] = mask.key + round * 0x9E3779B9;
+    draw.k1[round] = mask.site + round * 0xBB67AE85;
+  }
+  const uint64_t product = uint64_t{kMultiplier1} * mask.step;
+  draw.after_step0 = static_cast<uint32_t>(product >> 32) ^ draw.k0[0];
+  draw.after_step1 = static_cast<uint32_t>(product);
+  draw.first_block = mask.first_block;
+  draw.threshold_low = (mask.threshold & 0x7FFF) * 0x10001;
+  draw.threshold_high = mask.threshold & 0x8000 ? 0 : 0xFFFFFFFF;
+  draw.scale = static_cast<float>(65536.0 / (65536 - mask.threshold));
+  draw.on = mask.threshold != 0;
+  return draw;
+}
+
+// All ones in each half of `lanes` that is at least the threshold: kept. Per half, with b the threshold:
+// a >= b is the top bit of majority(a, (a | top) - (b & ~top), ~b).
+__device__ __forceinline__ uint32_t keep(uint32_t lanes, const Draw& draw) {
+  const uint32_t difference = (lanes | 0x80008000) - draw.threshold_low;
+  const uint32_t other = draw.threshold_high;
+  const uint32_t decided = (lanes & difference) | (other & (lanes | difference));
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, %1, 0xBB99;" : "=r"(mask) : "r"(decided));  // spreads the sign of bytes 1 and 3
+  return mask;
+}
+
+// One token's masks. philox4x32 (philox.h) with all that does not depend on the feature worked out once: of the first
+// three rounds' six products only two are left for each block.
+struct TokenDraw {
+  uint32_t round1, round2a, round2b, round2c;
+
+  __device__ __forceinline__ void init(const Draw& draw, int64_t token) {
+    const uint64_t product0 = uint64_t{kMultiplier0} * static_cast<uint32_t>(token);
+    const uint32_t c2 = static_cast<uint32_t>(product0 >> 32) ^ static_cast<uint32_t>(token >> 32) ^ draw.k1[0];
+    const uint64_t product1 = uint64_t{kMultiplier1} * c2;
+    const uint32_t c0 = static_cast<uint32_t>(product1 >> 32) ^ draw.after_step1 ^ draw.k0[1];
+    const uint64_t product2 = uint64_t{kMultiplier0} * c0;
+    round1 = static_cast<uint32_t>(product0) ^ draw.k1[1];
+    round2a = static_cast<uint32_t>(product1) ^ draw.k0[2];
+    round2b = static_cast<uint32_t>(product2 >> 32) ^ draw.k1[2];
+    round2c = static_cast<uint32_t>(product2);
+  }
+
+  // The keep masks of features 8·block .. + 7 of the whole input.
+  __device__ __forceinline__ uint4 keep_block(const Draw& draw, uint32_t block) const {
+    const uint64_t first = uint64_t{kMultiplier0} * (draw.after_step0 ^ block);
+    const uint64_t second = uint64_t{kMultiplier1} * (static_cast<uint32_t>(first >> 32) ^ round1);
+    PhiloxWords c = {static_cast<uint32_t>(second >> 32) ^ round2a, static_cast<uint32_t>(second),
+                     static_cast<uint32_t>(first) ^ round2b, round2c};
+#pragma unroll
+    for (int round = 3; round < 10; ++round) {
+      const uint64_t product0 = uint64_t{kMultiplier0} * c.w0;
+      const uint64_t product2 = uint64_t{kMultiplier1} * c.w2;
+      c = {static_cast<uint32_t>(product2 >> 32) ^ c.w1 ^ draw.k0[round], static_cast<uint32_t>(product2),
+           static_cast<uint32_t>(product0 >> 32) ^ c.w3 ^ draw.k1[round], static_cast<uint32_t>(product0)};
+    }
+    return {keep(c.w0, draw), keep(c.w1, draw), keep(c.w2, draw), keep(c.w3, draw)};
+  }
+};
+
+__device__ __forceinline__ uint4 operator&(uint4 a, uint4 b) { return {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w}; }
+
+__device__ __forceinline__ uint32_t word(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+struct Matrix {  // rows of 16-bit floats
+  uint16_t* data;
+  int64_t stride;
+};
+
+// ---- z = dropout(x) A^T
+
+struct DownArguments {
+  Matrix z, x;
+  const uint16_t* A;
+  Draw draw;
+  int tokens, features, rank, z_columns;
+  int features_per_block;  // of the sum over features, that the blocks of a cluster share; a multiple of 64
+};
+
+// A block has 16·row_tiles·row_warps tokens and all ranks (in 8·rank_tiles columns). Stages of 64·feature_warps features
+// pass through shared memory: x by a tile a warp, A by a tile for all warps of the same features. The feature_warps sums
+// are added at the end, in order.
+//
+// In a block of 32 features, thread (g, t) owns features 8t .. 8t + 7 of its rows: words 0, 1 of these are its pairs of
+// the first mma's inner dimension, words 2, 3 of the second's.
+template <int rank_tiles_, int row_tiles_, int row_warps_, int feature_warps_, int stages_>
+struct DownShape {
+  static constexpr int rank_tiles = rank_tiles_, row_tiles = row_tiles_, row_warps = row_warps_, stages = stages_;
+  static constexpr int feature_warps = feature_warps_, stage_features = 64 * feature_warps;
+  static constexpr int threads = kLanes * row_warps * feature_warps, rows = 16 * row_tiles * row_warps;
+  static constexpr int x_octets = 4 * row_tiles * threads, A_octets = feature_warps * 8 * 8 * rank_tiles;
+  static constexpr int stage_octets = x_octets + A_octets;
+  static constexpr int pitch = 8 * rank_tiles + 8;  // of the float32 sums, skewed over the banks
+  static constexpr int shared_bytes = std::max(stages * stage_octets * 16, rows * pitch * 4);
+};
+
+template <bool bfloat16, bool dropout, typename Shape>
+__global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_constant__ DownArguments arguments) {
+  constexpr int rank_tiles = Shape::rank_tiles, row_tiles = Shape::row_tiles, stages = Shape::stages;
+  constexpr int threads = Shape::threads, A_copies = (Shape::A_octets + threads - 1) / threads;
+  extern __shared__ __align__(16) uint4 shared[];
+  const Draw& draw = arguments.draw;
+  const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
+  const int row_warp = warp % Shape::row_warps, feature_warp = warp / Shape::row_warps;
+  const int first_row = blockIdx.x * Shape::rows, warp_row = first_row + row_warp * 16 * row_tiles;
+  const int first_feature = blockIdx.y * arguments.features_per_block;
+  const int last_feature = min(arguments.features, first_feature + arguments.features_per_block);
+  const int span = max(0, last_feature - first_feature);
+  const int steps = (span + Shape::stage_features - 1) / Shape::stage_features;
+
+  // Where the next stage comes from: pointers that move on, and up to which feature (from first_feature) they may.
+  const int copy_row = lane / 8, copy_octet = lane % 8;
+  const int copy_place[2] = {octet_place(copy_row, copy_octet), octet_place(4 + copy_row, copy_octet) - 32};
+  const int x_limit = span - 64 * feature_warp - 8 * copy_octet, x_rows = arguments.tokens - warp_row - copy_row;
+  const uint16_t* x_from = arguments.x.data + (warp_row + copy_row) * arguments.x.stride + first_feature +
+                           64 * feature_warp + 8 * copy_octet;
+  const uint32_t x_to = shared_address(shared + warp * 16 * row_tiles * 8);
+  const uint16_t* A_from[A_copies];
+  int A_limit[A_copies], ahead = 0;
+  uint32_t A_to[A_copies];
+#pragma unroll
+  for (int i = 0; i < A_copies; ++i) {
+    const int row = thread / 8 + i * (threads / 8), rank = row % (8 * rank_tiles);
+    const int column = row / (8 * rank_tiles) * 64 + 8 * copy_octet;
+    A_from[i] = arguments.A + int64_t{rank} * arguments.features + first_feature + column;
+    A_limit[i] = rank < arguments.rank ? span - column : 0;
+    A_to[i] = shared_address(shared + Shape::x_octets + octet_place(row, copy_octet));
+  }
+
+  auto copy_stage = [&](int stage) {
+    const uint32_t to = stage * (Shape::stage_octets * 16);
+#pragma unroll
+    for (int i = 0; i < 4 * row_tiles; ++i) {
+      copy_async(x_to + to + (32 * i + copy_place[i % 2]) * 16, x_from + 4 * i * arguments.x.stride,
+                 ahead < x_limit && 4 * i < x_rows);
+    }
+    x_from += Shape::stage_features;
+#pragma unroll
+    for (int i = 0; i < A_copies; ++i) {
+      if (Shape::A_octets % threads == 0 || i * threads + thread < Shape::A_octets) {
+        copy_async(A_to[i] + to, A_from[i], ahead < A_limit[i]);
+      }
+      A_from[i] += Shape::stage_features;
+    }
+    ahead += Shape::stage_features;
+  };
+
+#pragma unroll
+  for (int step = 0; step < stages - 1; ++step) {
+    if (step < steps) copy_stage(step);
+    commit_copies();
+  }
+  TokenDraw token[2 * row_tiles];
+  if constexpr (dropout) {
+#pragma unroll
+    for (int i = 0; i < 2 * row_tiles; ++i) {
+      token[i].init(draw, __ldg(draw.token + min(warp_row + 8 * i + g, arguments.tokens - 1)));
+    }
+  }
+  uint32_t block = draw.first_block + (first_feature + 64 * feature_warp) / 8 + t;
+  const int place[2] = {octet_place(g, t), octet_place(g, 4 + t)};  // in rows 8·i + g, of each half
+  float sum[row_tiles][rank_tiles][4] = {};
+  Turn<stages> reading{0}, writing{stages - 1};
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<stages - 2>();
+    __syncthreads();
+    if (step + stages - 1 < steps) copy_stage(writing.stage);
+    commit_copies();
+    const uint4* x = shared + reading.stage * Shape::stage_octets + warp * 16 * row_tiles * 8;
+    const uint4* A = shared + reading.stage * Shape::stage_octets + Shape::x_octets + feature_warp * 64 * rank_tiles;
+    reading.next(), writing.next();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 v[2 * row_tiles];
+#pragma unroll
+      for (int i = 0; i < 2 * row_tiles; ++i) {
+        v[i] = x[64 * i + place[half]];
+        if constexpr (dropout) v[i] = v[i] & token[i].keep_block(draw, block + 4 * half);
+      }
+#pragma unroll
+      for (int j = 0; j < rank_tiles; ++j) {
+        const uint4 b = A[64 * j + place[half]];
+#pragma unroll
+        for (int i = 0; i < row_tiles; ++i) {
+          mma<bfloat16>(sum[i][j], v[2 * i].x, v[2 * i + 1].x, v[2 * i].y, v[2 * i + 1].y, b.x, b.y);
+        }
+#pragma unroll
+        for (int i = 0; i < row_tiles; ++i) {
+          mma<bfloat16>(sum[i][j], v[2 * i].z, v[2 * i + 1].z, v[2 * i].w, v[2 * i + 1].w, b.z, b.w);
+        }
+      }
+    }
+    block += Shape::stage_features / 8;
+  }
+
+  wait_copies<0>();
+  float* sums = reinterpret_cast<float*>(shared);  // [rows, ranks]
+#pragma unroll 1
+  for (int turn = 0; turn < Shape::feature_warps; ++turn) {
+    __syncthreads();
+    if (turn != feature_warp) continue;
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < rank_tiles; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; c += 2) {
+          float* place = sums + ((row_warp * row_tiles + i) * 16 + g + 4 * c) * Shape::pitch + 8 * j + 2 * t;
+          float2 v = {sum[i][j][c], sum[i][j][c + 1]};
+          if (turn > 0) {
+            const float2 before = *reinterpret_cast<const float2*>(place);
+            v = {before.x + v.x, before.y + v.y};
+          }
+          *reinterpret_cast<float2*>(place) = v;
+        }
+      }
+    }
+  }
+  const int blocks = gridDim.y;
+  cluster_barrier(blocks);
+  const int quads = arguments.z_columns / 4;
+  for (int i = blockIdx.y * threads + thread; i < Shape::rows * quads; i += blocks * threads) {
+    const int row = i / quads, column = 4 * (i % quads);
+    if (first_row + row >= arguments.tokens) break;
+    float4 v = {0, 0, 0, 0};
+    if (column < arguments.rank) v = cluster_sum(sums + row * Shape::pitch + column, blocks);
+    const uint2 words = {pack<bfloat16>(v.x * draw.scale, v.y * draw.scale),
+                         pack<bfloat16>(v.z * draw.scale, v.w * draw.scale)};
+    *reinterpret_cast<uint2*>(arguments.z.data + (first_row + row) * arguments.z.stride + column) = words;
+  }
+  if (blocks > 1) cluster_barrier(blocks);  // a block's shared memory must outlast the others' reads
+}
+
+// ---- dA = dz^T dropout(x)
+
+struct WeightGradArguments {
+  float* out;
+  bool transposed;
+  float scaling;
+  Matrix dz, x;
+  Draw draw;
+  int tokens, features, rank;
+  int tokens_per_block;  // of the sum over tokens, that the blocks of a cluster share
+};
+
+// A block has 64·feature_warps features and all ranks, in rank_warps groups of 16·rank_tiles. Stages of 16·token_warps
+// tokens pass through shared memory; each warp has 16 tokens of each stage, and the token_warps sums are added at the
+// end, in order. All threads share the copying and masking of x: a thread has the same tokens in each feature tile.
+//
+// In a tile of 16 tokens and 64 features, thread (g, t) owns features 8g .. 8g + 7 of tokens 2t, 2t + 1, 2t + 8, 2t + 9:
+// its pairs of tokens in the inner dimension, and column g of eight mma, the j-th of which has feature 8g + j there.
+template <int rank_tiles_, int rank_warps_, int feature_warps_, int token_warps_, int stages_>
+struct WeightGradShape {
+  static constexpr int rank_tiles = rank_tiles_, rank_warps = rank_warps_, feature_warps = feature_warps_;
+  static constexpr int token_warps = token_warps_, stages = stages_;
+  static constexpr int threads = kLanes * rank_warps * feature_warps * token_warps;
+  static constexpr int features = 64 * feature_warps, tokens = 16 * token_warps;  // of a stage
+  static constexpr int ranks = 16 * rank_tiles * rank_warps;
+  static constexpr int x_octets = tokens * features / 8;
+  static constexpr int dz_pitch = ranks / 8 + 1;  // octets, skewed over the banks
+  static constexpr int dz_octets = tokens * dz_pitch, stage_octets = x_octets + dz_octets;
+  static constexpr int pitch = features + 4;  // of the float32 sums
+  static constexpr int shared_bytes = std::max(stages * stage_octets * 16, ranks * pitch * 4);
+
+  // x is copied, and masked, by eight threads a row of a tile.
+  static constexpr int copy_rows = std::min(threads / 8, tokens);       // of the rows of a stage, at a time
+  static constexpr int copy_groups = threads / 8 / copy_rows;           // that share the tiles of a row
+  static constexpr int tokens_per_thread = tokens / copy_rows, tiles_per_thread = feature_warps / copy_groups;
+  static_assert(tokens % copy_rows == 0 && feature_warps % copy_groups == 0 && threads / 8 % copy_rows == 0);
+};
+
+template <bool bfloat16, typename Shape>
+__global__ void __launch_bounds__(Shape::threads, 1)
+    weight_grad_kernel(const __grid_constant__ WeightGradArguments arguments) {
+  constexpr int rank_tiles = Shape::rank_tiles, rank_warps = Shape::rank_warps, stages = Shape::stages;
+  constexpr int threads = Shape::threads, row_octets = Shape::ranks / 8, octets = Shape::tokens * row_octets;
+  constexpr int dz_copies = (octets + threads - 1) / threads;
+  extern __shared__ __align__(16) uint4 shared[];
+  const Draw& draw = arguments.draw;
+  const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
+  const int rank_warp = warp % rank_warps, tile = warp / rank_warps;
+  const int feature_warp = tile % Shape::feature_warps, token_warp = tile / Shape::feature_warps;
+  const int first_token = blockIdx.y * arguments.tokens_per_block;
+  const int span = max(0, min(arguments.tokens, first_token + arguments.tokens_per_block) - first_token);
+  const int steps = (span + Shape::tokens - 1) / Shape::tokens;
+
+  // Where the next stage comes from: pointers that move on, and up to which token (from first_token) they may.
+  constexpr int copy_rows = Shape::copy_rows, tokens_per_thread = Shape::tokens_per_thread;
+  constexpr int tiles_per_thread = Shape::tiles_per_thread;
+  const int copy_row = thread / 8 % copy_rows, copy_octet = thread % 8;
+  const int first_tile = thread / 8 / copy_rows * tiles_per_thread;
+  const int copy_feature = blockIdx.x * Shape::features + 64 * first_tile + 8 * copy_octet;
+  const int x_features = arguments.features - copy_feature, x_limit = span - copy_row;
+  const uint16_t* x_from = arguments.x.data + (first_token + copy_row) * arguments.x.stride + copy_feature;
+  // Tiles of 16 tokens and 64 features follow one another by tokens, then by features.
+  auto tile_place = [&](int i, int f) {
+    const int row = i * copy_rows + copy_row;
+    return (row / 16 * Shape::feature_warps + first_tile + f) * 128 + octet_place(row % 16, copy_octet);
+  };
+  const uint16_t* dz_from[dz_copies];
+  int dz_limit[dz_copies], ahead = 0;
+  uint32_t dz_to[dz_copies];
+#pragma unroll
+  for (int i = 0; i < dz_copies; ++i) {
+    const int row = (i * threads + thread) / row_octets, column = (i * threads + thread) % row_octets;
+    dz_from[i] = arguments.dz.data + (first_token + row) * arguments.dz.stride + 8 * column;
+    dz_limit[i] = 8 * column < arguments.rank ? span - row : 0;
+    dz_to[i] = shared_address(shared + Shape::x_octets + row * Shape::dz_pitch + column);
+  }
+  const uint32_t x_to = shared_address(shared);
+
+  auto copy_stage = [&](int stage) {
+    const uint32_t to = stage * (Shape::stage_octets * 16);
+#pragma unroll
+    for (int i = 0; i < tokens_per_thread; ++i) {
+#pragma unroll
+      for (int f = 0; f < tiles_per_thread; ++f) {
+        copy_async(x_to + to + tile_place(i, f) * 16, x_from + i * copy_rows * arguments.x.stride + 64 * f,
+                   ahead + i * copy_rows < x_limit && 64 * f < x_features);
+      }
+    }
+    x_from += Shape::tokens * arguments.x.stride;
+#pragma unroll
+    for (int i = 0; i < dz_copies; ++i) {
+      if (octets % threads == 0 || i * threads + thread < octets) {
+        copy_async(dz_to[i] + to, dz_from[i], ahead < dz_limit[i]);
+      }
+      dz_from[i] += Shape::tokens * arguments.dz.stride;
+    }
+    ahead += Shape::tokens;
+  };
+
+  int64_t next_token[tokens_per_thread];
+  auto read_tokens = [&](int step) {
+#pragma unroll
+    for (int i = 0; i < tokens_per_thread; ++i) {
+      const int token = first_token + step * Shape::tokens + i * copy_rows + copy_row;
+      if (draw.on) next_token[i] = __ldg(draw.token + min(token, arguments.tokens - 1));
+    }
+  };
+
+#pragma unroll
+  for (int step = 0; step < stages - 1; ++step) {
+    if (step < steps) copy_stage(step);
+    commit_copies();
+  }
+  read_tokens(0);
+  const uint32_t block = draw.first_block + copy_feature / 8;
+  const int place[2] = {octet_place(2 * t, g), octet_place(2 * t + 1, g)};
+  float sum[rank_tiles][8][4] = {};
+  Turn<stages> reading{0}, writing{stages - 1};
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    uint4* x = shared + reading.stage * Shape::stage_octets;
+    const uint4* dz = x + Shape::x_octets;
+    wait_copies<stages - 2>();
+    if (draw.on) {  // each thread masks, in place, what it copied itself
+#pragma unroll
+      for (int i = 0; i < tokens_per_thread; ++i) {
+        TokenDraw token;
+        token.init(draw, next_token[i]);
+#pragma unroll
+        for (int f = 0; f < tiles_per_thread; ++f) {
+          uint4& octet = x[tile_place(i, f)];
+          octet = octet & token.keep_block(draw, block + 8 * f);
+        }
+      }
+      read_tokens(step + 1);
+    }
+    __syncthreads();
+    if (step + stages - 1 < steps) copy_stage(writing.stage);
+    commit_copies();
+    reading.next(), writing.next();
+    uint4 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = x[128 * tile + 64 * (i >> 1) + place[i & 1]];
+    uint4 a[rank_tiles];
+#pragma unroll
+    for (int m = 0; m < rank_tiles; ++m) {
+      const int row = 16 * token_warp + lane % 8 + lane / 16 * 8;
+      a[m] = load_transposed(dz + row * Shape::dz_pitch + (rank_warp * rank_tiles + m) * 2 + lane / 8 % 2);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      auto pair = [&](int i) {
+        const uint32_t even = word(v[i], j / 2), odd = word(v[i + 1], j / 2);
+        return j % 2 ? high_halves(even, odd) : low_halves(even, odd);
+      };
+      const uint32_t b0 = pair(0), b1 = pair(2);
+#pragma unroll
+      for (int m = 0; m < rank_tiles; ++m) mma<bfloat16>(sum[m][j], a[m].x, a[m].y, a[m].z, a[m].w, b0, b1);
+    }
+  }
+
+  wait_copies<0>();
+  float* sums = reinterpret_cast<float*>(shared);  // [ranks, features]
+#pragma unroll 1
+  for (int turn = 0; turn < Shape::token_warps; ++turn) {
+    __syncthreads();
+    if (turn != token_warp) continue;
+#pragma unroll
+    for (int m = 0; m < rank_tiles; ++m) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {  // rank g + 8·(c / 2), column 2t + c % 2: eight features, one from each mma
+        const int rank = (rank_warp * rank_tiles + m) * 16 + g + 8 * (c / 2);
+        float4* place = reinterpret_cast<float4*>(sums + rank * Shape::pitch + 64 * feature_warp + 8 * (2 * t + c % 2));
+        float4 low = {sum[m][0][c], sum[m][1][c], sum[m][2][c], sum[m][3][c]};
+        float4 high = {sum[m][4][c], sum[m][5][c], sum[m][6][c], sum[m][7][c]};
+        if (turn > 0) {
+          const float4 l = place[0], h = place[1];
+          low = {l.x + low.x, l.y + low.y, l.z + low.z, l.w + low.w};
+          high = {h.x + high.x, h.y + high.y, h.z + high.z, h.w + high.w};
+        }
+        place[0] = low;
+        place[1] = high;
+      }
+    }
+  }
+  const int blocks = gridDim.y;
+  const float scale = draw.scale * arguments.scaling;
+  cluster_barrier(blocks);
+  constexpr int quads = Shape::features / 4;
+  for (int i = blockIdx.y * threads + thread; i < arguments.rank * quads; i += blocks * threads) {
+    const int rank = arguments.transposed ? i % arguments.rank : i / quads;
+    const int quad = arguments.transposed ? i / arguments.rank : i % quads;
+    const int column = blockIdx.x * Shape::features + 4 * quad;
+    if (column >= arguments.features) continue;
+    float4 v = cluster_sum(sums + rank * Shape::pitch + 4 * quad, blocks);
+    v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
+    if (arguments.transposed) {
+      float* out = arguments.out + int64_t{column} * arguments.rank + rank;
+      out[0] = v.x;
+      out[arguments.rank] = v.y;
+      out[2 * arguments.rank] = v.z;
+      out[3 * arguments.rank] = v.w;
+    } else {
+      *reinterpret_cast<float4*>(arguments.out + int64_t{rank} * arguments.features + column) = v;
+    }
+  }
+  if (blocks > 1) cluster_barrier(blocks);
+}
+
+// ---- dx += mask * scale * (dz A)
+
+struct InputGradArguments {
+  Matrix dx, dz;
+  const uint16_t* A;
+  Draw draw;
+  int tokens, features, rank;
+};
+
+// A block has 64·groups features, whose part of A lies in shared memory in the order of the mma's operand, and goes
+// through its share of the tokens: each warp by itself, 16 tokens and 64 features at a time, with dx copied ahead into
+// shared memory.
+//
+// In a block of 32 features, thread (g, t) owns features 8t .. 8t + 7 of rows g and g + 8: columns 2t, 2t + 1 of four
+// mma. Its ranks in the inner dimension are 4t .. 4t + 3 of each sixteen.
+template <int rank_steps_, int groups_, int warps_, int stages_, int blocks_per_sm_>
+struct InputGradShape {
+  static constexpr int rank_steps = rank_steps_, groups = groups_, warps = warps_, stages = stages_;
+  static constexpr int blocks_per_sm = blocks_per_sm_;
+  static constexpr int threads = kLanes * warps, features = 64 * groups;
+  static constexpr int A_octets = groups * rank_steps * 4 * kLanes, dx_octets = 4 * threads;
+  static constexpr int shared_bytes = (A_octets + stages * dx_octets) * 16;
+};
+
+template <bool bfloat16, bool dropout, typename Shape>
+__global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
+    input_grad_kernel(const __grid_constant__ InputGradArguments arguments) {
+  constexpr int rank_steps = Shape::rank_steps, stages = Shape::stages, threads = Shape::threads;
+  extern __shared__ __align__(16) uint4 shared[];
+  const Draw& draw = arguments.draw;
+  const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
+  const int first_feature = blockIdx.x * Shape::features;
+  const int groups = min(Shape::groups, (arguments.features - first_feature + 63) / 64);
+  uint4* A = shared;                                           // [groups, rank_steps, 4 pairs of columns of 8, lanes]
+  const uint4* dx = shared + Shape::A_octets + warp * 16 * 8;  // [stages, warps, 16 rows, 8 octets]
+  const uint32_t dx_to = shared_address(dx);
+  const int stride = gridDim.y * Shape::warps * 16;
+  const int first_token = (blockIdx.y * Shape::warps + warp) * 16;
+  const int tiles = (max(0, arguments.tokens - first_token) + stride - 1) / stride, units = tiles * groups;
+
+  auto row_of = [&](int tile, int i) { return first_token + tile * stride + g + 8 * i; };
+  const int first_column = first_feature + 8 * t;
+
+  // Where the next unit comes from: a pointer that moves on.
+  const int copy_row = lane / 8, copy_octet = lane % 8;
+  const int copy_place[2] = {octet_place(copy_row, copy_octet), octet_place(4 + copy_row, copy_octet) - 32};
+  auto copy_from = [&](int tile) {
+    return arguments.dx.data + (first_token + tile * stride + copy_row) * arguments.dx.stride + first_feature +
+           8 * copy_octet;
+  };
+  int ahead_tile = 0, ahead_group = 0;
+  const uint16_t* from = copy_from(0);
+  auto copy_stage = [&](int stage) {
+    const uint32_t to = dx_to + stage * (Shape::dx_octets * 16);
+    const int rows = arguments.tokens - (first_token + ahead_tile * stride + copy_row);
+    const bool there = first_feature + 64 * ahead_group + 8 * copy_octet < arguments.features;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      copy_async(to + (32 * i + copy_place[i % 2]) * 16, from + 4 * i * arguments.dx.stride,
+                 there && 4 * i < rows);
+    }
+    from += 64;
+    if (++ahead_group == groups) from = copy_from(++ahead_tile), ahead_group = 0;
+  };
+#pragma unroll
+  for (int unit = 0; unit < stages - 1; ++unit) {
+    if (unit < units) copy_stage(unit);
+    commit_copies();
+  }
+
+  uint2 dz_ahead[2][rank_steps];  // four ranks of rows g, g + 8
+  int64_t token_ahead[2];
+  auto read_rows = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row_of(tile, i);
+      if constexpr (dropout) token_ahead[i] = __ldg(draw.token + min(row, arguments.tokens - 1));
+#pragma unroll
+      for (int k = 0; k < rank_steps; ++k) {
+        const int rank = 16 * k + 4 * t;
+        const bool there = row < arguments.tokens && rank < arguments.rank;
+        const auto* place = reinterpret_cast<const uint2*>(arguments.dz.data + row * arguments.dz.stride + rank);
+        dz_ahead[i][k] = there ? __ldg(place) : uint2{0, 0};
+      }
+    }
+  };
+  read_rows(0);
+
+  // A thread takes eight features of four ranks at a time and writes each feature's two pairs of ranks.
+  for (int i = thread; i < rank_steps * 4 * Shape::groups * 8; i += threads) {
+    const int octet = i % (Shape::groups * 8), quad = i / (Shape::groups * 8);
+    uint4 v[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int rank = 4 * quad + r, column = first_feature + 8 * octet;
+      const bool there = rank < arguments.rank && column < arguments.features;
+      const auto* place = reinterpret_cast<const uint4*>(arguments.A + int64_t{rank} * arguments.features + column);
+      v[r] = there ? __ldg(place) : uint4{0, 0, 0, 0};
+    }
+    const int half = octet / 4 % 2, step = octet / 8 * rank_steps + quad / 4;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {  // feature 32·half + 8·(octet % 4) + e: column 2·(octet % 4) + e % 2 of mma e / 2
+      const uint32_t w[4] = {word(v[0], e / 2), word(v[1], e / 2), word(v[2], e / 2), word(v[3], e / 2)};
+      const uint2 pairs = e % 2 ? uint2{high_halves(w[0], w[1]), high_halves(w[2], w[3])}
+                                : uint2{low_halves(w[0], w[1]), low_halves(w[2], w[3])};
+      const int column = 2 * (octet % 4) + e % 2, reader = 4 * column + quad % 4;
+      reinterpret_cast<uint2*>(A + (step * 4 + 2 * half + e / 4) * kLanes + reader)[e / 2 % 2] = pairs;
+    }
+  }
+  __syncthreads();
+
+  const int place[2] = {octet_place(g, t), octet_place(g, 4 + t)};
+  TokenDraw token[2];
+  uint32_t dz[rank_steps][4];
+  int unit = 0;
+  Turn<stages> reading{0}, writing{stages - 1};
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (dropout) token[i].init(draw, token_ahead[i]);
+#pragma unroll
+      for (int k = 0; k < rank_steps; ++k) dz[k][i] = dz_ahead[i][k].x, dz[k][2 + i] = dz_ahead[i][k].y;
+    }
+    read_rows(tile + 1);
+    uint16_t* row[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) row[i] = arguments.dx.data + row_of(tile, i) * arguments.dx.stride + first_column;
+    const bool there[2] = {row_of(tile, 0) < arguments.tokens, row_of(tile, 1) < arguments.tokens};
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group, ++unit) {
+      if (unit + stages - 1 < units) copy_stage(writing.stage);
+      commit_copies();
+      wait_copies<stages - 1>();
+      __syncwarp();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = first_column + 64 * group + 32 * half;
+        float sum[4][4] = {};
+#pragma unroll
+        for (int k = 0; k < rank_steps; ++k) {
+#pragma unroll
+          for (int j = 0; j < 4; j += 2) {
+            const uint4 b = A[((group * rank_steps + k) * 4 + 2 * half + j / 2) * kLanes + lane];
+            mma<bfloat16>(sum[j], dz[k][0], dz[k][1], dz[k][2], dz[k][3], b.x, b.y);
+            mma<bfloat16>(sum[j + 1], dz[k][0], dz[k][1], dz[k][2], dz[k][3], b.z, b.w);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint4 before = dx[reading.stage * Shape::dx_octets + 64 * i + place[half]];
+          uint4 kept = {~0u, ~0u, ~0u, ~0u};
+          if constexpr (dropout) kept = token[i].keep_block(draw, draw.first_block + column / 8);
+          uint32_t after[4];
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            const float2 old = unpack<bfloat16>(word(before, q));
+            const float* d = sum[q] + 2 * i;
+            const uint32_t total = pack<bfloat16>(fmaf(d[0], draw.scale, old.x), fmaf(d[1], draw.scale, old.y));
+            after[q] = (total & word(kept, q)) | (word(before, q) & ~word(kept, q));
+          }
+          if (there[i] && column < arguments.features) {
+            *reinterpret_cast<uint4*>(row[i] + 32 * half) = {after[0], after[1], after[2], after[3]};
+          }
+        }
+      }
+      row[0] += 64, row[1] += 64;
+      __syncwarp();  // before the next copy overwrites what other lanes read
+      reading.next(), writing.next();
+    }
+  }
+}
+
+// ---- launches
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename Shape, typename Arguments>
+cudaLaunchConfig_t configure(void (*kernel)(Arguments), dim3 grid, cudaLaunchAttribute& cluster, cudaStream_t stream,
+                             cudaError_t& error) {
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::shared_bytes);
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = 1;
+  cluster.val.clusterDim.y = grid.y;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(Shape::threads);
+  config.dynamicSmemBytes = Shape::shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = grid.y > 1 ? 1 : 0;
+  return config;
+}
+
+// A grid of `tiles` sums, each split over a cluster of blocks.
+template <typename Shape, typename Arguments>
+cudaError_t launch_clusters(void (*kernel)(Arguments), int64_t tiles, int splits, const Arguments& arguments,
+                            cudaStream_t stream) {
+  cudaLaunchAttribute cluster;
+  cudaError_t error;
+  const dim3 grid(static_cast<unsigned>(tiles), splits);
+  const cudaLaunchConfig_t config = configure<Shape>(kernel, grid, cluster, stream, error);
+  return error == cudaSuccess ? cudaLaunchKernelEx(&config, kernel, arguments) : error;
+}
+
+// How many clusters of each size run at once. A cluster lies within one group of multiprocessors, and groups differ, so
+// this is not their number divided by the size.
+struct Capacity {
+  cudaError_t error;
+  int clusters[kLargestCluster + 1];
+
+  // The most blocks to split each of `tiles` sums into while all run at once.
+  int splits(int64_t tiles) const {
+    int size = kLargestCluster;
+    while (size > 1 && clusters[size] < tiles) --size;
+    return size;
+  }
+};
+
+// Asked for once a kernel: the devices of one process are taken to be alike.
+template <typename Shape, typename Arguments>
+const Capacity& capacity(void (*kernel)(Arguments)) {
+  static const Capacity known = [kernel] {
+    Capacity found{};
+    int device, major;
+    found.error = cudaGetDevice(&device);
+    if (found.error == cudaSuccess) {
+      found.error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    }
+    for (int size = 2; size <= kLargestCluster && found.error == cudaSuccess && major >= 9; ++size) {
+      cudaLaunchAttribute cluster;
+      const cudaLaunchConfig_t config = configure<Shape>(kernel, dim3(1, size), cluster, nullptr, found.error);
+      if (found.error != cudaSuccess) break;
+      found.error = cudaOccupancyMaxActiveClusters(&found.clusters[size], kernel, &config);
+    }
+    return found;
+  }();
+  return known;
+}
+
+template <bool bfloat16, typename Shape, bool dropout>
+cudaError_t run_down(DownArguments arguments, cudaStream_t stream) {
+  const auto kernel = &down_kernel<bfloat16, dropout, Shape>;
+  const Capacity& known = capacity<Shape>(kernel);
+  if (known.error != cudaSuccess) return known.error;
+  const int64_t tiles = divide_up(arguments.tokens, Shape::rows);
+  const int splits = known.splits(tiles);
+  const int64_t stages = divide_up(divide_up(arguments.features, Shape::stage_features), splits);
+  arguments.features_per_block = static_cast<int>(stages * Shape::stage_features);
+  return launch_clusters<Shape>(kernel, tiles, splits, arguments, stream);
+}
+
+template <bool bfloat16, typename Shape>
+cudaError_t run_down(const DownArguments& arguments, cudaStream_t stream) {
+  return arguments.draw.on ? run_down<bfloat16, Shape, true>(arguments, stream)
+                           : run_down<bfloat16, Shape, false>(arguments, stream);
+}
+
+template <bool bfloat16, typename Shape>
+cudaError_t run_weight_grad(WeightGradArguments arguments, cudaStream_t stream) {
+  const auto kernel = &weight_grad_kernel<bfloat16, Shape>;
+  const Capacity& known = capacity<Shape>(kernel);
+  if (known.error != cudaSuccess) return known.error;
+  const int64_t tiles = divide_up(arguments.features, Shape::features);
+  const int splits = known.splits(tiles);
+  const int64_t stages = divide_up(divide_up(arguments.tokens, Shape::tokens), splits);
+  arguments.tokens_per_block = static_cast<int>(stages * Shape::tokens);
+  return launch_clusters<Shape>(kernel, tiles, splits, arguments, stream);
+}
+
+template <bool bfloat16, typename Shape>
+cudaError_t run_input_grad(const InputGradArguments& arguments, cudaStream_t stream) {
+  const auto kernel = arguments.draw.on ? &input_grad_kernel<bfloat16, true, Shape>
+                                        : &input_grad_kernel<bfloat16, false, Shape>;
+  int device, sms;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::shared_bytes);
+  }
+  if (error != cudaSuccess) return error;
+  const int64_t columns = divide_up(arguments.features, Shape::features);
+  const int64_t slots = std::max<int64_t>(1, int64_t{sms} * Shape::blocks_per_sm / columns);
+  const int64_t rows = std::min(divide_up(arguments.tokens, 16 * Shape::warps), slots);
+  kernel<<<dim3(columns, rows), Shape::threads, Shape::shared_bytes, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+// The shapes by rank, as measured on an H200.
+
+template <bool bfloat16>
+cudaError_t down_by_rank(const DownArguments& arguments, cudaStream_t stream) {
+  if (arguments.rank <= 16) return run_down<bfloat16, DownShape<2, 1, 4, 4, 4>>(arguments, stream);
+  if (arguments.rank <= 32) return run_down<bfloat16, DownShape<4, 1, 8, 2, 4>>(arguments, stream);
+  if (arguments.rank <= 64) return run_down<bfloat16, DownShape<8, 1, 8, 2, 3>>(arguments, stream);
+  if (arguments.rank <= 128) return run_down<bfloat16, DownShape<16, 1, 8, 1, 4>>(arguments, stream);
+  return run_down<bfloat16, DownShape<24, 1, 8, 1, 4>>(arguments, stream);
+}
+
+// Few features make few tiles: the narrow ones then leave more blocks to run.
+template <bool bfloat16>
+cudaError_t weight_grad_by_rank(const WeightGradArguments& arguments, cudaStream_t stream) {
+  const bool narrow = arguments.features < 4096;
+  if (arguments.rank <= 16) {
+    return narrow ? run_weight_grad<bfloat16, WeightGradShape<1, 1, 1, 16, 4>>(arguments, stream)
+                  : run_weight_grad<bfloat16, WeightGradShape<1, 1, 4, 4, 4>>(arguments, stream);
+  }
+  if (arguments.rank <= 32) {
+    return narrow ? run_weight_grad<bfloat16, WeightGradShape<2, 1, 1, 16, 4>>(arguments, stream)
+                  : run_weight_grad<bfloat16, WeightGradShape<2, 1, 4, 4, 4>>(arguments, stream);
+  }
+  if (arguments.rank <= 64) {
+    return narrow ? run_weight_grad<bfloat16, WeightGradShape<2, 2, 1, 8, 4>>(arguments, stream)
+                  : run_weight_grad<bfloat16, WeightGradShape<4, 1, 4, 2, 4>>(arguments, stream);
+  }
+  if (arguments.rank <= 128) return run_weight_grad<bfloat16, WeightGradShape<2, 4, 1, 4, 4>>(arguments, stream);
+  return run_weight_grad<bfloat16, WeightGradShape<3, 4, 1, 2, 4>>(arguments, stream);
+}
+
+template <bool bfloat16>
+cudaError_t input_grad_by_rank(const InputGradArguments& arguments, cudaStream_t stream) {
+  if (arguments.rank <= 16) return run_input_grad<bfloat16, InputGradShape<1, 4, 8, 4, 2>>(arguments, stream);
+  if (arguments.rank <= 32) return run_input_grad<bfloat16, InputGradShape<2, 4, 8, 4, 2>>(arguments, stream);
+  if (arguments.rank <= 64) return run_input_grad<bfloat16, InputGradShape<4, 2, 12, 4, 1>>(arguments, stream);
+  if (arguments.rank <= 128) return run_input_grad<bfloat16, InputGradShape<8, 4, 8, 4, 1>>(arguments, stream);
+  return run_input_grad<bfloat16, InputGradShape<12, 4, 8, 4, 1>>(arguments, stream);
+}
+
+Matrix matrix(const void* data, int64_t stride) {
+  return {static_cast<uint16_t*>(const_cast<void*>(data)), stride};
+}
+
+}  // namespace
+
+cudaError_t launch_lora_down(void* z, int64_t z_stride, int64_t z_columns, const void* x, int64_t x_stride,
+                             const void* A, int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
+                             bool bfloat16, cudaStream_t stream) {
+  if (tokens == 0) return cudaSuccess;
+  const DownArguments arguments{matrix(z, z_stride),
+                                matrix(x, x_stride),
+                                static_cast<const uint16_t*>(A),
+                                make_draw(mask),
+                                static_cast<int>(tokens),
+                                static_cast<int>(features),
+                                static_cast<int>(rank),
+                                static_cast<int>(z_columns),
+                                0};
+  return bfloat16 ? down_by_rank<true>(arguments, stream) : down_by_rank<false>(arguments, stream);
+}
+
+cudaError_t launch_lora_weight_grad(float* out, bool transposed, float scaling, const void* dz, int64_t dz_stride,
+                                    const void* x, int64_t x_stride, int64_t tokens, int64_t features, int64_t rank,
+                                    const LoraMask& mask, bool bfloat16, cudaStream_t stream) {
+  if (features == 0) return cudaSuccess;
+  if (tokens == 0) return cudaMemsetAsync(out, 0, sizeof(float) * rank * features, stream);
+  const WeightGradArguments arguments{out,
+                                      transposed,
+                                      scaling,
+                                      matrix(dz, dz_stride),
+                                      matrix(x, x_stride),
+                                      make_draw(mask),
+                                      static_cast<int>(tokens),
+                                      static_cast<int>(features),
+                                      static_cast<int>(rank),
+                                      0};
+  return bfloat16 ? weight_grad_by_rank<true>(arguments, stream) : weight_grad_by_rank<false>(arguments, stream);
+}
+
+cudaError_t launch_lora_down_input_grad(void* dx, int64_t dx_stride, const void* dz, int64_t dz_stride, const void* A,
+                                        int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
+                                        bool bfloat16, cudaStream_t stream) {
+  if (tokens == 0 || features == 0) return cudaSuccess;
+  const InputGradArguments arguments{matrix(dx, dx_stride),
+                                     matrix(dz, dz_stride),
+                                     static_cast<const uint16_t*>(A),
+                                     make_draw(mask),
+                                     static_cast<int>(tokens),
+                                     static_cast<int>(features),
+                                     static_cast<int>(rank)};
+  return bfloat16 ? input_grad_by_rank<true>(arguments, stream) : input_grad_by_rank<false>(arguments, stream);
+}
+
+}  // namespace megalora

@@ -1,0 +1,38 @@
+// Launchers of the LoRA kernels: plain pointers and a stream. What each computes is in megalora/ops/lora_linear.py.
+//
+// T tokens, F features, R the rank. Matrices are bfloat16 or float16 with adjacent columns; strides are elements
+// between rows. Base pointers are 16-byte aligned; strides, F, R and feature offsets are multiples of 8; R <= 192.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace megalora {
+
+constexpr int64_t kLargestRank = 192;
+
+// What a dropout mask depends on (megalora/ops/dropout.py). threshold 0: nothing is dropped and nothing is drawn.
+struct LoraMask {
+  const int64_t* token;  // [T]
+  uint32_t key, site, step;
+  uint32_t first_block;  // feature_offset / 8
+  uint32_t threshold;
+};
+
+// z [T, z_columns] = dropout(x [T, F]) A [R, F]^T, and zeros in the columns from R on.
+cudaError_t launch_lora_down(void* z, int64_t z_stride, int64_t z_columns, const void* x, int64_t x_stride,
+                             const void* A, int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
+                             bool bfloat16, cudaStream_t stream);
+
+// out = scaling * dz [T, R]^T dropout(x [T, F]) in float32: [R, F], or [F, R] if `transposed`; contiguous.
+cudaError_t launch_lora_weight_grad(float* out, bool transposed, float scaling, const void* dz, int64_t dz_stride,
+                                    const void* x, int64_t x_stride, int64_t tokens, int64_t features, int64_t rank,
+                                    const LoraMask& mask, bool bfloat16, cudaStream_t stream);
+
+// dx [T, F] += dropout's mask and scale * (dz [T, R] A [R, F]), in place.
+cudaError_t launch_lora_down_input_grad(void* dx, int64_t dx_stride, const void* dz, int64_t dz_stride, const void* A,
+                                        int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
+                                        bool bfloat16, cudaStream_t stream);
+
+}  // namespace megalora

@@ -1,0 +1,173 @@
+// The skinny products of a LoRA linear as torch ops: schemas, shapes (Meta) and, in a CUDA build, the kernels of
+// lora_cuda.cu. They have no CPU kernels: megalora/ops/lora_linear.py composes them from torch there.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "common.h"
+
+#if defined(MEGALORA_CUDA)
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "lora_cuda.h"
+#endif
+
+namespace megalora {
+namespace {
+
+void lora_down_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t,
+                     int64_t, double) {}
+
+at::Tensor lora_down_weight_grad_meta(const at::Tensor& dz_TR, const at::Tensor& x_TK, const at::Tensor&, int64_t,
+                                      int64_t, int64_t, int64_t, double) {
+  return at::empty_symint({dz_TR.sym_size(1), x_TK.sym_size(1)}, x_TK.options().dtype(at::kFloat));
+}
+
+void lora_down_input_grad_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t,
+                                int64_t, int64_t, double) {}
+
+at::Tensor lora_up_weight_grad_meta(const at::Tensor& dy_TO, const at::Tensor& z_TR, double) {
+  return at::empty_symint({dy_TO.sym_size(1), z_TR.sym_size(1)}, dy_TO.options().dtype(at::kFloat));
+}
+
+#if defined(MEGALORA_CUDA)
+
+// Rows of 16-bit floats that the kernels can copy 16 bytes at a time.
+void check_matrix(const at::Tensor& m, const at::Tensor& like) {
+  MEGALORA_CHECK(m.dim() == 2, "got ", m.dim(), " dimensions");
+  MEGALORA_CHECK(m.scalar_type() == at::kBFloat16 || m.scalar_type() == at::kHalf, "got ", m.scalar_type());
+  MEGALORA_CHECK(m.scalar_type() == like.scalar_type(), m.scalar_type(), " beside ", like.scalar_type());
+  MEGALORA_CHECK(m.device() == like.device(), m.device(), " beside ", like.device());
+  MEGALORA_CHECK(m.size(1) % 8 == 0, "got ", m.sizes());
+  MEGALORA_CHECK(m.size(0) < INT32_MAX && m.size(1) < INT32_MAX, "got ", m.sizes());
+  MEGALORA_CHECK(m.numel() == 0 || m.stride(1) == 1, "strides ", m.strides());
+  MEGALORA_CHECK(m.size(0) < 2 || (m.stride(0) % 8 == 0 && m.stride(0) >= m.size(1)), "strides ", m.strides());
+  MEGALORA_CHECK(reinterpret_cast<uintptr_t>(m.const_data_ptr()) % 16 == 0, "the data are not 16-byte aligned");
+}
+
+void check_rank(int64_t rank) { MEGALORA_CHECK(rank >= 8 && rank <= kLargestRank, "rank ", rank); }
+
+void check_A(const at::Tensor& A_RK, const at::Tensor& x_TK) {
+  check_matrix(A_RK, x_TK);
+  check_rank(A_RK.size(0));
+  MEGALORA_CHECK(A_RK.size(0) % 8 == 0, "got ", A_RK.sizes());
+  MEGALORA_CHECK(A_RK.size(1) == x_TK.size(1), A_RK.sizes(), " for ", x_TK.sizes());
+  MEGALORA_CHECK(A_RK.is_contiguous(), "strides ", A_RK.strides());
+}
+
+LoraMask make_mask(const at::Tensor& x_TK, const at::Tensor& token_index_T, int64_t seed, int64_t site, int64_t step,
+                   int64_t feature_offset, double p) {
+  MEGALORA_CHECK(p >= 0 && std::nearbyint(p * 65536) < 65536, "p ", p);
+  const auto threshold = static_cast<uint32_t>(std::nearbyint(p * 65536));  // ties to even, as Python's round
+  if (threshold == 0) return {};
+  MEGALORA_CHECK(seed >= 0 && seed <= UINT32_MAX, "seed ", seed, " (fold it to 32 bits)");
+  MEGALORA_CHECK(site >= 0 && site <= UINT32_MAX, "site ", site);
+  MEGALORA_CHECK(step >= 0 && step <= UINT32_MAX, "step ", step);
+  MEGALORA_CHECK(feature_offset >= 0 && feature_offset % 8 == 0, "feature_offset ", feature_offset);
+  MEGALORA_CHECK(token_index_T.dim() == 1 && token_index_T.size(0) == x_TK.size(0), token_index_T.sizes(), " for ",
+                 x_TK.sizes());
+  MEGALORA_CHECK(token_index_T.scalar_type() == at::kLong, "got ", token_index_T.scalar_type());
+  MEGALORA_CHECK(token_index_T.is_contiguous(), "strides ", token_index_T.strides());
+  MEGALORA_CHECK(token_index_T.device() == x_TK.device(), token_index_T.device(), " beside ", x_TK.device());
+  return {token_index_T.const_data_ptr<int64_t>(),
+          static_cast<uint32_t>(seed),
+          static_cast<uint32_t>(site),
+          static_cast<uint32_t>(step),
+          static_cast<uint32_t>(feature_offset / 8),
+          threshold};
+}
+
+void lora_down_(at::Tensor& z_TZ, const at::Tensor& x_TK, const at::Tensor& A_RK, const at::Tensor& token_index_T,
+                int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p) {
+  check_matrix(x_TK, x_TK);
+  check_matrix(z_TZ, x_TK);
+  check_A(A_RK, x_TK);
+  MEGALORA_CHECK(z_TZ.size(0) == x_TK.size(0), z_TZ.sizes(), " for ", x_TK.sizes());
+  MEGALORA_CHECK(z_TZ.size(1) >= A_RK.size(0), z_TZ.sizes(), " for rank ", A_RK.size(0));
+  const LoraMask mask = make_mask(x_TK, token_index_T, seed, site, step, feature_offset, p);
+  const c10::cuda::CUDAGuard guard(x_TK.device());
+  C10_CUDA_CHECK(launch_lora_down(z_TZ.mutable_data_ptr(), z_TZ.stride(0), z_TZ.size(1), x_TK.const_data_ptr(),
+                                  x_TK.stride(0), A_RK.const_data_ptr(), x_TK.size(0), x_TK.size(1), A_RK.size(0), mask,
+                                  x_TK.scalar_type() == at::kBFloat16, c10::cuda::getCurrentCUDAStream()));
+}
+
+at::Tensor weight_grad(const at::Tensor& dz_TR, const at::Tensor& x_TK, const LoraMask& mask, double scaling,
+                       bool transposed) {
+  check_matrix(x_TK, x_TK);
+  check_matrix(dz_TR, x_TK);
+  check_rank(dz_TR.size(1));
+  MEGALORA_CHECK(dz_TR.size(0) == x_TK.size(0), dz_TR.sizes(), " for ", x_TK.sizes());
+  const int64_t rank = dz_TR.size(1), features = x_TK.size(1);
+  const c10::cuda::CUDAGuard guard(x_TK.device());
+  at::Tensor out = transposed ? at::empty({features, rank}, x_TK.options().dtype(at::kFloat))
+                              : at::empty({rank, features}, x_TK.options().dtype(at::kFloat));
+  C10_CUDA_CHECK(launch_lora_weight_grad(out.mutable_data_ptr<float>(), transposed, static_cast<float>(scaling),
+                                         dz_TR.const_data_ptr(), dz_TR.stride(0), x_TK.const_data_ptr(), x_TK.stride(0),
+                                         x_TK.size(0), features, rank, mask, x_TK.scalar_type() == at::kBFloat16,
+                                         c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+at::Tensor lora_down_weight_grad(const at::Tensor& dz_TR, const at::Tensor& x_TK, const at::Tensor& token_index_T,
+                                 int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p) {
+  return weight_grad(dz_TR, x_TK, make_mask(x_TK, token_index_T, seed, site, step, feature_offset, p), 1.0, false);
+}
+
+at::Tensor lora_up_weight_grad(const at::Tensor& dy_TO, const at::Tensor& z_TR, double scaling) {
+  return weight_grad(z_TR, dy_TO, {}, scaling, true);
+}
+
+void lora_down_input_grad_(at::Tensor& dx_TK, const at::Tensor& dz_TR, const at::Tensor& A_RK,
+                           const at::Tensor& token_index_T, int64_t seed, int64_t site, int64_t step,
+                           int64_t feature_offset, double p) {
+  check_matrix(dx_TK, dx_TK);
+  check_matrix(dz_TR, dx_TK);
+  check_A(A_RK, dx_TK);
+  MEGALORA_CHECK(dz_TR.size(0) == dx_TK.size(0), dz_TR.sizes(), " for ", dx_TK.sizes());
+  MEGALORA_CHECK(dz_TR.size(1) == A_RK.size(0), dz_TR.sizes(), " for ", A_RK.sizes());
+  const LoraMask mask = make_mask(dx_TK, token_index_T, seed, site, step, feature_offset, p);
+  const c10::cuda::CUDAGuard guard(dx_TK.device());
+  C10_CUDA_CHECK(launch_lora_down_input_grad(dx_TK.mutable_data_ptr(), dx_TK.stride(0), dz_TR.const_data_ptr(),
+                                             dz_TR.stride(0), A_RK.const_data_ptr(), dx_TK.size(0), dx_TK.size(1),
+                                             A_RK.size(0), mask, dx_TK.scalar_type() == at::kBFloat16,
+                                             c10::cuda::getCurrentCUDAStream()));
+}
+
+#endif
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(megalora, m) {
+  m.def("lora_down_(Tensor(a!) z, Tensor x, Tensor A, Tensor token_index, int seed, int site, int step, "
+        "int feature_offset, float p) -> ()",
+        {at::Tag::pt2_compliant_tag});
+  m.def("lora_down_weight_grad(Tensor dz, Tensor x, Tensor token_index, int seed, int site, int step, "
+        "int feature_offset, float p) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def("lora_down_input_grad_(Tensor(a!) dx, Tensor dz, Tensor A, Tensor token_index, int seed, int site, int step, "
+        "int feature_offset, float p) -> ()",
+        {at::Tag::pt2_compliant_tag});
+  m.def("lora_up_weight_grad(Tensor dy, Tensor z, float scaling) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(megalora, Meta, m) {
+  m.impl("lora_down_", &lora_down_meta_);
+  m.impl("lora_down_weight_grad", &lora_down_weight_grad_meta);
+  m.impl("lora_down_input_grad_", &lora_down_input_grad_meta_);
+  m.impl("lora_up_weight_grad", &lora_up_weight_grad_meta);
+}
+
+#if defined(MEGALORA_CUDA)
+TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
+  m.impl("lora_down_", &lora_down_);
+  m.impl("lora_down_weight_grad", &lora_down_weight_grad);
+  m.impl("lora_down_input_grad_", &lora_down_input_grad_);
+  m.impl("lora_up_weight_grad", &lora_up_weight_grad);
+}
+#endif
+
+}  // namespace megalora

@@ -1,0 +1,56 @@
+"""Softmax cross entropy over a part of the vocabulary, in two passes: statistics, then the gradient in place.
+
+Between the two the caller combines the statistics of the parts (tensor parallelism). Each row is read twice and written
+once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megalora.ops import extension
+
+
+def statistics(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """[3, N]: each row's maximum, its sum of exp(logit - maximum), and the logit of its label.
+
+    logits  [N, V], this part of the vocabulary
+    label   [N] int64, relative to the part: outside 0 .. V-1 it stands in another part, and its logit is given as 0
+    In float32, or float64 where the logits are.
+    """
+    if _compiled(logits):
+        stats = torch.empty(3, logits.shape[0], dtype=torch.float32, device=logits.device)
+        torch.ops.megalora.cross_entropy_stats_(logits, label, stats)
+        return stats
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    maximum = precise.amax(-1)
+    total = (precise - maximum.unsqueeze(-1)).exp_().sum(-1)
+    place, mine = _place(logits, label)
+    return torch.stack([maximum, total, precise.gather(-1, place).squeeze(-1) * mine])
+
+
+def gradient_(logits: torch.Tensor, label: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """logits = exp(logits - maximum) / total - onehot(label), in place; maximum, total [N] of the whole vocabulary."""
+    if _compiled(logits):
+        torch.ops.megalora.cross_entropy_grad_(logits, label, maximum, total)
+        return logits
+    precise = logits.to(maximum.dtype)
+    probabilities = precise.sub_(maximum.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
+    place, mine = _place(logits, label)
+    probabilities.scatter_add_(-1, place, -mine.unsqueeze(-1).to(probabilities.dtype))
+    return probabilities if probabilities is logits else logits.copy_(probabilities)
+
+
+def _place(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mine = (label >= 0) & (label < logits.shape[1])
+    return (label * mine).unsqueeze(-1), mine
+
+
+def _compiled(logits: torch.Tensor) -> bool:
+    """Whether the kernels take it: on a GPU, not in float64, rows on 16 bytes."""
+    return (
+        logits.device.type == "cuda"
+        and extension.has_kernels("cuda")
+        and logits.dtype != torch.float64
+        and logits.stride(0) * logits.element_size() % 16 == 0
+    )

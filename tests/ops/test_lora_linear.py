@@ -1,0 +1,160 @@
+"""The pieces of a linear with LoRA branches, by themselves and put together, against plain autograd.
+
+Legend as in megalora.ops.lora_linear: T tokens, I in_features, R rank, C columns of room, O out_features.
+"""
+
+import pytest
+import torch
+
+from megalora.ops.dropout import Dropout, dropout
+from megalora.ops.lora_linear import (
+    lora_down_,
+    lora_down_input_grad_,
+    lora_down_weight_grad,
+    lora_up_weight_grad,
+    room_for,
+    with_room,
+)
+
+T, I, R, C, O = 9, 14, 5, 8, 11  # noqa: E741
+INDEX = torch.arange(T) * 3 + 7
+DRAW = Dropout(p=0.4, seed=3, site=2, step=1, feature_offset=5)
+DRAWS = pytest.mark.parametrize("draw", [None, DRAW], ids=["no dropout", "dropout"])
+
+
+def randn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def mask(draw: Dropout | None) -> torch.Tensor:
+    """What each x is multiplied by [T, I]."""
+    ones = torch.ones(T, I, dtype=torch.float64)
+    return ones if draw is None else dropout(ones, INDEX, draw)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("device, step", [("cpu", 8), ("cuda", 64), ("mps", 8)])
+def test_room_is_the_rank_rounded_up(device, step):
+    assert room_for(0, device) == 0
+    for rank in range(1, 3 * step + 1):
+        assert room_for(rank, device) % step == 0 and rank <= room_for(rank, device) < rank + step
+
+
+# ---- with_room
+
+
+def test_with_room_is_a_copy_with_columns_behind_it():
+    x = randn(0, T, I).requires_grad_()
+    X = with_room(x, C)
+    assert X.shape == (T, I + C) and X[:, :I].equal(x)
+    with torch.no_grad():
+        X.zero_()
+    assert x.any()
+    dX = randn(1, T, I + C)
+    (dx,) = torch.autograd.grad(X, x, dX)
+    assert dx.equal(dX[:, :I])
+
+
+def test_with_room_keeps_nothing_and_needs_no_copy_without_room():
+    x, kept = randn(0, T, I).requires_grad_(), []
+    assert with_room(x, 0) is x
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with_room(x, C)
+    assert not kept and not with_room(x.detach(), C).requires_grad
+
+
+def test_with_room_of_a_view():
+    wide = randn(0, I, T)
+    assert with_room(wide.t(), C)[:, :I].equal(wide.t())
+
+
+# ---- the pieces
+
+
+@DRAWS
+@pytest.mark.parametrize("rank", [R, C])
+def test_down_writes_z_behind_x_and_zeros_behind_that(draw, rank):
+    x, A = randn(0, T, I), randn(1, rank, I)
+    X = torch.full((T, I + C), float("nan"), dtype=torch.float64)
+    X[:, :I] = x
+    lora_down_(X, A, INDEX, draw)
+    assert X[:, :I].equal(x) and (X[:, I + rank :] == 0).all()
+    close(X[:, I : I + rank], (x * mask(draw)) @ A.t())
+
+
+@DRAWS
+@pytest.mark.parametrize("name", ["whole", "a view"])
+def test_gradients_of_down_are_those_of_autograd(draw, name):
+    """dz and x are views of wider rows, where they stand in a layer."""
+    x, A = randn(0, T, I).requires_grad_(), randn(1, R, I).requires_grad_()
+    wide_x, wide_dz, wide_dx = randn(0, T, I), randn(2, T, R), randn(3, T, I)
+    if name == "a view":
+        wide_x, wide_dz, wide_dx = (torch.cat([t, randn(4, T, C)], 1) for t in (wide_x, wide_dz, wide_dx))
+    dz, dx = wide_dz[:, :R], wide_dx[:, :I]
+    before, behind = dx.clone(), wide_dx[:, I:].clone()
+    wanted_dx, wanted_dA = torch.autograd.grad((x * mask(draw)) @ A.t(), (x, A), dz)
+
+    dA = lora_down_weight_grad(dz, wide_x[:, :I], INDEX, draw)
+    assert dA.shape == (R, I)
+    close(dA, wanted_dA)
+    lora_down_input_grad_(dx, dz, A.detach(), INDEX, draw)
+    close(dx, before + wanted_dx)
+    assert wide_dx[:, I:].equal(behind)
+
+
+def test_gradient_of_up_is_that_of_autograd():
+    B, z, dy = randn(0, O, R).requires_grad_(), randn(1, T, C)[:, :R], randn(2, T, 2 * O)[:, O:]
+    (wanted,) = torch.autograd.grad(1.75 * z @ B.t(), B, dy)
+    before = z.clone()
+    close(lora_up_weight_grad(dy, z, 1.75), wanted)
+    assert z.equal(before)
+
+
+# ---- put together, as the module's docstring has it
+
+
+@DRAWS
+def test_two_linears_in_one_matrix(draw):
+    """Two linears of one input, one below the other in P, each with its own columns for z."""
+    outs, ranks, scales = (6, 5), (2, 3), (0.5, 3.0)
+    x = randn(0, T, I).requires_grad_()
+    W = [randn(10 + i, o, I) for i, o in enumerate(outs)]
+    A = [randn(20 + i, r, I).requires_grad_() for i, r in enumerate(ranks)]
+    B = [randn(30 + i, o, r).requires_grad_() for i, (o, r) in enumerate(zip(outs, ranks, strict=True))]
+    branches = zip(W, A, B, scales, strict=True)
+    wanted = torch.cat([x @ w.t() + s * (x * mask(draw)) @ a.t() @ b.t() for w, a, b, s in branches], 1)
+    dy = randn(40, T, sum(outs))
+    wanted_dx, *wanted_grads = torch.autograd.grad(wanted, (x, *A, *B), dy)
+
+    with torch.no_grad():
+        P = torch.zeros(sum(outs), I + C, dtype=torch.float64)
+        P[:6, :I], P[6:, :I] = W
+        P[:6, I : I + 2], P[6:, I + 2 : I + 5] = 0.5 * B[0], 3.0 * B[1]
+        X, whole_A = with_room(x, C), torch.cat(A)
+        lora_down_(X, whole_A, INDEX, draw)
+        close(X @ P.t(), wanted)
+        dX = dy @ P
+        dz, z = dX[:, I : I + 5], X[:, I:]
+        dA = lora_down_weight_grad(dz, X[:, :I], INDEX, draw).split(ranks)
+        dB = [lora_up_weight_grad(dy[:, :6], z[:, :2], 0.5), lora_up_weight_grad(dy[:, 6:], z[:, 2:5], 3.0)]
+        lora_down_input_grad_(dX[:, :I], dz, whole_A, INDEX, draw)
+    close(dX[:, :I], wanted_dx)
+    for found, grad in zip([*dA, *dB], wanted_grads, strict=True):
+        close(found, grad)
+
+
+@DRAWS
+def test_low_precision_keeps_its_dtype(draw):
+    X, A = randn(0, T, I + C).to(torch.bfloat16), randn(1, R, I).to(torch.bfloat16)
+    lora_down_(X, A, INDEX, draw)
+    dz, dy = randn(2, T, R).to(torch.bfloat16), randn(3, T, O).to(torch.bfloat16)
+    x, z = X[:, :I], X[:, I : I + R]
+    torch.testing.assert_close(z, ((x.double() * mask(draw)) @ A.double().t()).to(torch.bfloat16), rtol=0.02, atol=0.05)
+    assert {lora_down_weight_grad(dz, x, INDEX, draw).dtype, lora_up_weight_grad(dy, z, 2.0).dtype} == {torch.bfloat16}
+    dx = randn(4, T, I).to(torch.bfloat16)
+    wanted = dx.double() + mask(draw) * (dz.double() @ A.double())
+    lora_down_input_grad_(dx, dz, A, INDEX, draw)
+    torch.testing.assert_close(dx, wanted.to(torch.bfloat16), rtol=0.02, atol=0.1)

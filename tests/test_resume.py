@@ -1,0 +1,254 @@
+"""A run that stops and goes on is the run that never stopped; another run never goes on by mistake."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from spawn import SpawnError, spawn
+from tiny import column, exported, largest_difference, metrics, tune
+
+from megalora.checkpoint.shards import read_adapter
+from megalora.training import Trainer
+
+STEPS = 8
+FLAGS = {"max_steps": STEPS, "save_steps": 2, "gradient_accumulation_steps": 2, "warmup_steps": 2}
+TP2_PP2 = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny.make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def killed(rank: int, world_size: int, command: list[str], before: int) -> None:
+    """The run on a rank that ends without a word as it begins step `before` (counted from 1)."""
+    step = Trainer.step
+
+    def patched(self, number, data):
+        if number + 1 == before:
+            os._exit(9)
+        return step(self, number, data)
+
+    with mock.patch.object(Trainer, "step", patched):
+        tiny.run(rank, world_size, [command])
+
+
+def kill(world_size: int, command: list[str], before: int) -> None:
+    with pytest.raises(SpawnError, match="exit status 9"):
+        spawn(killed, world_size, command, before)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Path:
+    """All steps at once at tp2 pp2, with evaluations."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    tune(4, inputs.flags(folder, **FLAGS, **TP2_PP2, eval_data_path=inputs.data, eval_steps=3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(inputs, tmp_path_factory) -> Path:
+    """The same run, killed in step 6: the newest checkpoint is of step 4, the log has a line on step 5."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    kill(4, inputs.flags(folder, **FLAGS, **TP2_PP2, eval_data_path=inputs.data, eval_steps=3), before=6)
+    assert [p.name for p in sorted((folder / "checkpoints").glob("iter_*"))] == ["iter_0000002", "iter_0000004"]
+    assert column(folder, "step") == [1, 2, 3, 4, 5]
+    return folder
+
+
+@pytest.fixture
+def half(stopped, tmp_path) -> Path:
+    """A copy of the stopped run."""
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Without what depends on the clock."""
+    clock = ("tokens_per_second", "tflops")
+    return [{k: v for k, v in line.items() if k not in clock} for line in metrics(folder, name)]
+
+
+def state(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """Adapters and moments in the checkpoint of a step."""
+    read = read_adapter(folder / "checkpoints" / f"iter_{step:07d}")
+    moments = {f"{name} {key}": moment for name, both in read.optimizer.items() for key, moment in both.items()}
+    assert len(moments) == 2 * len(read.tensors)
+    return read.tensors | moments
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_same_command_again_goes_on_bit_for_bit(inputs, whole, half):
+    command = inputs.flags(half, **FLAGS, **TP2_PP2, eval_data_path=inputs.data, eval_steps=3)
+    (done,) = tune(4, command)
+    assert f"continuing after step 4 of {half / 'checkpoints/iter_0000004'}" in done.out
+    assert "step 5/8" in done.out and "step 4/8" not in done.out
+    assert lines(half) == lines(whole)
+    assert lines(half, "eval_metrics.jsonl") == lines(whole, "eval_metrics.jsonl")
+    assert same_bits(state(half), state(whole)) and same_bits(exported(half), exported(whole))
+    ours, theirs = (read_adapter(f / "checkpoints/iter_0000008").trainer for f in (half, whole))
+    assert ours == theirs and ours["step"] == 8
+    manifests = [json.loads((f / "checkpoints/iter_0000008/manifest.json").read_text()) for f in (half, whole)]
+    assert manifests[0]["identity"] == manifests[1]["identity"]
+
+    (again,) = tune(4, command)
+    assert "nothing to do: the run is complete at step 8 of 8" in again.out
+    assert lines(half) == lines(whole) and same_bits(state(half), state(whole))
+
+
+@pytest.mark.parametrize(
+    "world_size, layout",
+    [(1, {}), (2, {"gradient_accumulation_steps": 1}), (2, {"tensor_parallel_size": 2, "sequence_parallel": True})],
+    ids=["one process", "dp2", "tp2"],
+)
+def test_another_layout_goes_on(inputs, whole, half, world_size, layout):
+    (done,) = tune(world_size, inputs.flags(half, **FLAGS | layout))
+    assert "continuing after step 4" in done.out
+    for field in ("loss", "grad_norm"):
+        assert column(half, field) == pytest.approx(column(whole, field), abs=1e-5), field
+    assert column(half, "learning_rate") == column(whole, "learning_rate")
+    assert largest_difference(exported(half), exported(whole)) < 1e-4
+
+
+def test_without_the_moments_it_would_be_another_run(inputs, whole, half):
+    """If it were not, agreeing bit for bit would prove little."""
+    with mock.patch("megalora.optimizer.AdapterOptimizer.load_state"):
+        tune(1, inputs.flags(half, **FLAGS))
+    assert abs(column(half, "loss")[-1] - column(whole, "loss")[-1]) > 1e-3
+
+
+def test_a_run_killed_before_the_export_makes_it_up(inputs, half):
+    """Between the last checkpoint and the PEFT folder."""
+    tune(1, inputs.flags(half, **FLAGS | {"max_steps": 5}))
+    made = exported(half)
+    shutil.rmtree(half / "peft")
+    tune(1, inputs.flags(half, **FLAGS | {"max_steps": 5}))
+    assert same_bits(exported(half), made)
+
+
+def test_a_longer_run_goes_on(inputs, half):
+    tune(1, inputs.flags(half, **FLAGS | {"max_steps": 6}, save_total_limit=1))
+    assert column(half, "step") == [1, 2, 3, 4, 5, 6]
+    (done,) = tune(1, inputs.flags(half, **FLAGS | {"max_steps": 7}, save_total_limit=1))
+    assert "continuing after step 6" in done.out and column(half, "step") == [1, 2, 3, 4, 5, 6, 7]
+    assert [p.name for p in (half / "checkpoints").glob("iter_*")] == ["iter_0000007"]
+
+
+# ---- another run
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_another_run_in_the_same_folder_is_refused(inputs, half, tmp_path, world_size):
+    other_model = tiny.save_model(tmp_path / "model", intermediate_size=60)
+    less = tiny.write_json(tmp_path / "less.json", tiny.questions(40))
+    changes = {
+        "seed: 42 there, 43 here": {"seed": 43},
+        "data: ": {"data_path": less},
+        "rows of a step: 2 there, 6 here": {"gradient_accumulation_steps": 6 // world_size},
+        "model: ": {"model_path": other_model},
+        "lora_config.lora_dropout: 0.1 there, 0.2 here": {"lora_config": {"lora_dropout": 0.2}},
+        "(4, 2.0)": {"lora_config": {"r": 3}},
+        "(4, 4.0)": {"lora_config": {"lora_alpha": 16}},
+        "mlp.down_proj": {"lora_config": {"target_modules": ["v_proj", "o_proj"]}},
+        "lora_config.bias: none there, all here": {"lora_config": {"bias": "all"}},
+    }
+    commands = []
+    for number, change in enumerate(changes.values()):
+        if "lora_config" in change:
+            file = tmp_path / f"lora{number}.json"
+            change = {"lora_config": tiny.write_json(file, tiny.LORA | change["lora_config"])}
+        commands.append(inputs.flags(half, **FLAGS | {"gradient_accumulation_steps": 2 // world_size} | change))
+    before = {p: p.stat().st_mtime_ns for p in half.rglob("*") if p.is_file()}
+    ranks = spawn(tiny.run, 2, commands) if world_size > 1 else [tiny.run(0, 1, commands)]
+    for what, done in zip(changes, ranks[0], strict=True):
+        assert done.status == 2, (what, done)
+        (line,) = done.err.splitlines()
+        assert line.startswith("megalora: error: ") and what in line and "iter_0000004" in line, (what, line)
+    assert all((done.status, done.err) == (2, "") for done in ranks[-1]) or world_size == 1
+    assert {p: p.stat().st_mtime_ns for p in half.rglob("*") if p.is_file()} == before, "nothing was touched"
+
+
+def test_overwrite_output_dir_starts_afresh(inputs, whole, half):
+    (half / "notes.txt").write_text("the user's own")
+    flags = inputs.flags(half, **FLAGS | {"max_steps": 3, "save_steps": 9}, seed=43, overwrite_output_dir=True)
+    (done,) = tune(1, flags)
+    assert "continuing" not in done.out
+    assert column(half, "step") == [1, 2, 3] and column(half, "loss")[0] != column(whole, "loss")[0]
+    assert [p.name for p in (half / "checkpoints").glob("iter_*")] == ["iter_0000003"]
+    assert (half / "notes.txt").read_text() == "the user's own"
+    assert metrics(half, "eval_metrics.jsonl") == []
+    assert len(list((half / "runs").glob("events*"))) == 1
+
+
+def test_damaged_checkpoints_are_passed_over_and_named(inputs, whole, half):
+    shard = next((half / "checkpoints/iter_0000004").rglob("lora_partial_model_optim.pt"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (done,) = tune(1, inputs.flags(half, **FLAGS))
+    assert "continuing after step 2" in done.out and "iter_0000004" in done.out and "damaged" in done.out
+    assert column(half, "loss") == pytest.approx(column(whole, "loss"), abs=1e-5)
+
+    for file in half.glob("checkpoints/*/manifest.json"):
+        file.unlink()
+    (done,) = tiny.run(0, 1, [inputs.flags(half, **FLAGS)])
+    (line,) = done.err.splitlines()
+    assert done.status == 2 and "no checkpoint in it is sound" in line and "--overwrite_output_dir true" in line
+
+
+# ---- an adapter from elsewhere
+
+
+def test_a_run_goes_on_in_a_new_folder(inputs, whole, half, tmp_path):
+    """resume_peft_from_checkpoint of the same run: its step, moments and schedule go on."""
+    new = tmp_path / "new"
+    (done,) = tune(1, inputs.flags(new, **FLAGS, resume_peft_from_checkpoint=half))
+    assert "continuing after step 4" in done.out
+    assert column(new, "step") == [5, 6, 7, 8]
+    assert column(new, "loss") == pytest.approx(column(whole, "loss")[4:], abs=1e-5)
+    assert column(new, "learning_rate") == column(whole, "learning_rate")[4:]
+    assert largest_difference(exported(new), exported(whole)) < 1e-4
+    (again,) = tune(1, inputs.flags(new, **FLAGS, resume_peft_from_checkpoint=half))
+    assert "nothing to do" in again.out, "its own checkpoints go before the adapter it came from"
+
+
+@pytest.mark.parametrize("form", ["a checkpoint", "shards", "peft", "another run"])
+def test_an_adapter_to_start_from(inputs, whole, half, tmp_path, form):
+    """The adapter of step 4 in each form. Only what says that it is of this very run goes on with its step."""
+    checkpoint = half / "checkpoints/iter_0000004"
+    adapter, new, flags = checkpoint, tmp_path / "new", dict(FLAGS)
+    if form == "shards":  # without the manifest, under a name of the user's own, and of a run with other rows
+        adapter = tmp_path / "lora_checkpoint"
+        shutil.copytree(checkpoint, adapter, ignore=shutil.ignore_patterns("manifest.json"))
+        flags["gradient_accumulation_steps"] = 4
+    elif form == "peft":
+        adapter = half / "peft"  # the run was killed before it was made
+        tune(1, inputs.flags(half, **FLAGS | {"max_steps": 5}))
+        checkpoint = half / "checkpoints/iter_0000005"
+    elif form == "another run":
+        adapter, flags["seed"] = half, 7
+    flags |= {"resume_peft_from_checkpoint": adapter, "learning_rate": 0.0, "lora_config": None}
+    (done,) = tune(1, inputs.flags(new, **flags))
+    goes_on = form == "a checkpoint"
+    assert ("continuing after step 4" in done.out) == goes_on
+    assert (f"starting from the adapter {adapter if form != 'another run' else checkpoint}" in done.out) != goes_on
+    assert column(new, "step") == [*range(5 if goes_on else 1, STEPS + 1)]
+    # At a learning rate of 0 the adapter stays as it came.
+    assert same_bits(read_adapter(new / f"checkpoints/iter_{STEPS:07d}").tensors, read_adapter(checkpoint).tensors)
+
+
+def test_a_new_run_over_the_adapter_it_starts_from(inputs, half):
+    """overwrite_output_dir of the folder that resume_peft_from_checkpoint names: read first, then removed."""
+    before = read_adapter(half / "checkpoints/iter_0000004").tensors
+    flags = {"overwrite_output_dir": True, "resume_peft_from_checkpoint": half, "learning_rate": 0.0}
+    tune(2, inputs.flags(half, **FLAGS | {"gradient_accumulation_steps": 1}, **flags, seed=5))
+    assert column(half, "step") == [*range(1, STEPS + 1)]
+    assert same_bits(read_adapter(half / f"checkpoints/iter_{STEPS:07d}").tensors, before)
