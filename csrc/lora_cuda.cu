@@ -96,11 +96,6 @@ __device__ __forceinline__ uint4 load_transposed(const void* row) {
   return v;
 }
 
-// Tiles of 64 columns lie in shared memory as rows of eight octets. They are copied a row at a time by eight neighbouring
-// threads, which is one full line of device memory, and read crosswise: the octets of each row are permuted so that
-// neither meets a bank twice.
-__device__ __forceinline__ int octet_place(int row, int octet) { return 8 * row + (octet ^ (row & 6) ^ (row & 1) * 4); }
-
 // Which of the stages in shared memory a step uses.
 template <int stages>
 struct Turn {
@@ -220,6 +215,8 @@ struct TokenDraw {
   }
 };
 
+constexpr uint4 kAll = {~0u, ~0u, ~0u, ~0u};
+
 __device__ __forceinline__ uint4 operator&(uint4 a, uint4 b) { return {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w}; }
 
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
@@ -242,8 +239,9 @@ struct DownArguments {
 };
 
 // A block has 16·row_tiles·row_warps tokens and all ranks (in 8·rank_tiles columns). Stages of 64·feature_warps features
-// pass through shared memory: x by a tile a warp, A by a tile for all warps of the same features. The feature_warps sums
-// are added at the end, in order.
+// pass through shared memory: x in the order of the threads that read it, so that each reads what it copied itself, and
+// A in the order of the mma's operand, shared by the warps of the same features. The feature_warps sums are added at the
+// end, in order.
 //
 // In a block of 32 features, thread (g, t) owns features 8t .. 8t + 7 of its rows: words 0, 1 of these are its pairs of
 // the first mma's inner dimension, words 2, 3 of the second's.
@@ -252,13 +250,13 @@ struct DownShape {
   static constexpr int rank_tiles = rank_tiles_, row_tiles = row_tiles_, row_warps = row_warps_, stages = stages_;
   static constexpr int feature_warps = feature_warps_, stage_features = 64 * feature_warps;
   static constexpr int threads = kLanes * row_warps * feature_warps, rows = 16 * row_tiles * row_warps;
-  static constexpr int x_octets = 4 * row_tiles * threads, A_octets = feature_warps * 8 * 8 * rank_tiles;
+  static constexpr int x_octets = 2 * 2 * row_tiles * threads, A_octets = feature_warps * 2 * rank_tiles * kLanes;
   static constexpr int stage_octets = x_octets + A_octets;
   static constexpr int pitch = 8 * rank_tiles + 8;  // of the float32 sums, skewed over the banks
   static constexpr int shared_bytes = std::max(stages * stage_octets * 16, rows * pitch * 4);
 };
 
-template <bool bfloat16, bool dropout, typename Shape>
+template <bool bfloat16, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_constant__ DownArguments arguments) {
   constexpr int rank_tiles = Shape::rank_tiles, row_tiles = Shape::row_tiles, stages = Shape::stages;
   constexpr int threads = Shape::threads, A_copies = (Shape::A_octets + threads - 1) / threads;
@@ -273,36 +271,36 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
   const int steps = (span + Shape::stage_features - 1) / Shape::stage_features;
 
   // Where the next stage comes from: pointers that move on, and up to which feature (from first_feature) they may.
-  const int copy_row = lane / 8, copy_octet = lane % 8;
-  const int copy_place[2] = {octet_place(copy_row, copy_octet), octet_place(4 + copy_row, copy_octet) - 32};
-  const int x_limit = span - 64 * feature_warp - 8 * copy_octet, x_rows = arguments.tokens - warp_row - copy_row;
-  const uint16_t* x_from = arguments.x.data + (warp_row + copy_row) * arguments.x.stride + first_feature +
-                           64 * feature_warp + 8 * copy_octet;
-  const uint32_t x_to = shared_address(shared + warp * 16 * row_tiles * 8);
+  const uint16_t* x_from[2 * row_tiles];
+  const int x_limit = span - 64 * feature_warp - 8 * t;
   const uint16_t* A_from[A_copies];
   int A_limit[A_copies], ahead = 0;
-  uint32_t A_to[A_copies];
+#pragma unroll
+  for (int i = 0; i < 2 * row_tiles; ++i) {
+    const int row = min(warp_row + 8 * i + g, arguments.tokens - 1);  // rows past the last are read and not written
+    x_from[i] = arguments.x.data + row * arguments.x.stride + first_feature + 64 * feature_warp + 8 * t;
+  }
 #pragma unroll
   for (int i = 0; i < A_copies; ++i) {
-    const int row = thread / 8 + i * (threads / 8), rank = row % (8 * rank_tiles);
-    const int column = row / (8 * rank_tiles) * 64 + 8 * copy_octet;
+    const int tile = warp + i * (threads / kLanes), rank = tile % rank_tiles * 8 + g;
+    const int column = tile / rank_tiles * 32 + 8 * t;
     A_from[i] = arguments.A + int64_t{rank} * arguments.features + first_feature + column;
     A_limit[i] = rank < arguments.rank ? span - column : 0;
-    A_to[i] = shared_address(shared + Shape::x_octets + octet_place(row, copy_octet));
   }
+  const uint32_t thread_place = shared_address(shared + thread);
 
   auto copy_stage = [&](int stage) {
-    const uint32_t to = stage * (Shape::stage_octets * 16);
+    const uint32_t to = thread_place + stage * (Shape::stage_octets * 16);
 #pragma unroll
-    for (int i = 0; i < 4 * row_tiles; ++i) {
-      copy_async(x_to + to + (32 * i + copy_place[i % 2]) * 16, x_from + 4 * i * arguments.x.stride,
-                 ahead < x_limit && 4 * i < x_rows);
+    for (int i = 0; i < 2 * row_tiles; ++i) {
+      copy_async(to + i * threads * 16, x_from[i], ahead < x_limit);
+      copy_async(to + (2 * row_tiles + i) * threads * 16, x_from[i] + 32, ahead + 32 < x_limit);
+      x_from[i] += Shape::stage_features;
     }
-    x_from += Shape::stage_features;
 #pragma unroll
     for (int i = 0; i < A_copies; ++i) {
       if (Shape::A_octets % threads == 0 || i * threads + thread < Shape::A_octets) {
-        copy_async(A_to[i] + to, A_from[i], ahead < A_limit[i]);
+        copy_async(to + (Shape::x_octets + i * threads) * 16, A_from[i], ahead < A_limit[i]);
       }
       A_from[i] += Shape::stage_features;
     }
@@ -315,14 +313,13 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
     commit_copies();
   }
   TokenDraw token[2 * row_tiles];
-  if constexpr (dropout) {
+  if (draw.on) {
 #pragma unroll
     for (int i = 0; i < 2 * row_tiles; ++i) {
       token[i].init(draw, __ldg(draw.token + min(warp_row + 8 * i + g, arguments.tokens - 1)));
     }
   }
   uint32_t block = draw.first_block + (first_feature + 64 * feature_warp) / 8 + t;
-  const int place[2] = {octet_place(g, t), octet_place(g, 4 + t)};  // in rows 8·i + g, of each half
   float sum[row_tiles][rank_tiles][4] = {};
   Turn<stages> reading{0}, writing{stages - 1};
 #pragma unroll 1
@@ -331,20 +328,23 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
     __syncthreads();
     if (step + stages - 1 < steps) copy_stage(writing.stage);
     commit_copies();
-    const uint4* x = shared + reading.stage * Shape::stage_octets + warp * 16 * row_tiles * 8;
-    const uint4* A = shared + reading.stage * Shape::stage_octets + Shape::x_octets + feature_warp * 64 * rank_tiles;
+    const uint4* x = shared + reading.stage * Shape::stage_octets + thread;
+    const uint4* A = shared + reading.stage * Shape::stage_octets + Shape::x_octets + lane +
+                     feature_warp * 2 * rank_tiles * kLanes;
     reading.next(), writing.next();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint4 v[2 * row_tiles];
 #pragma unroll
       for (int i = 0; i < 2 * row_tiles; ++i) {
-        v[i] = x[64 * i + place[half]];
-        if constexpr (dropout) v[i] = v[i] & token[i].keep_block(draw, block + 4 * half);
+        // Always masked, if by ones: the results can then be computed right into the registers that an mma wants.
+        uint4 kept = kAll;
+        if (draw.on) kept = token[i].keep_block(draw, block + 4 * half);
+        v[i] = x[(half * 2 * row_tiles + i) * threads] & kept;
       }
 #pragma unroll
       for (int j = 0; j < rank_tiles; ++j) {
-        const uint4 b = A[64 * j + place[half]];
+        const uint4 b = A[(half * rank_tiles + j) * kLanes];
 #pragma unroll
         for (int i = 0; i < row_tiles; ++i) {
           mma<bfloat16>(sum[i][j], v[2 * i].x, v[2 * i + 1].x, v[2 * i].y, v[2 * i + 1].y, b.x, b.y);
@@ -410,7 +410,7 @@ struct WeightGradArguments {
 
 // A block has 64·feature_warps features and all ranks, in rank_warps groups of 16·rank_tiles. Stages of 16·token_warps
 // tokens pass through shared memory; each warp has 16 tokens of each stage, and the token_warps sums are added at the
-// end, in order. All threads share the copying and masking of x: a thread has the same tokens in each feature tile.
+// end, in order. Warps of the same tokens and features, but other ranks, share the work of copying and masking x.
 //
 // In a tile of 16 tokens and 64 features, thread (g, t) owns features 8g .. 8g + 7 of tokens 2t, 2t + 1, 2t + 8, 2t + 9:
 // its pairs of tokens in the inner dimension, and column g of eight mma, the j-th of which has feature 8g + j there.
@@ -426,12 +426,6 @@ struct WeightGradShape {
   static constexpr int dz_octets = tokens * dz_pitch, stage_octets = x_octets + dz_octets;
   static constexpr int pitch = features + 4;  // of the float32 sums
   static constexpr int shared_bytes = std::max(stages * stage_octets * 16, ranks * pitch * 4);
-
-  // x is copied, and masked, by eight threads a row of a tile.
-  static constexpr int copy_rows = std::min(threads / 8, tokens);       // of the rows of a stage, at a time
-  static constexpr int copy_groups = threads / 8 / copy_rows;           // that share the tiles of a row
-  static constexpr int tokens_per_thread = tokens / copy_rows, tiles_per_thread = feature_warps / copy_groups;
-  static_assert(tokens % copy_rows == 0 && feature_warps % copy_groups == 0 && threads / 8 % copy_rows == 0);
 };
 
 template <bool bfloat16, typename Shape>
@@ -445,23 +439,15 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   const int rank_warp = warp % rank_warps, tile = warp / rank_warps;
   const int feature_warp = tile % Shape::feature_warps, token_warp = tile / Shape::feature_warps;
+  const int feature = blockIdx.x * Shape::features + 64 * feature_warp + 8 * g;
   const int first_token = blockIdx.y * arguments.tokens_per_block;
   const int span = max(0, min(arguments.tokens, first_token + arguments.tokens_per_block) - first_token);
   const int steps = (span + Shape::tokens - 1) / Shape::tokens;
 
   // Where the next stage comes from: pointers that move on, and up to which token (from first_token) they may.
-  constexpr int copy_rows = Shape::copy_rows, tokens_per_thread = Shape::tokens_per_thread;
-  constexpr int tiles_per_thread = Shape::tiles_per_thread;
-  const int copy_row = thread / 8 % copy_rows, copy_octet = thread % 8;
-  const int first_tile = thread / 8 / copy_rows * tiles_per_thread;
-  const int copy_feature = blockIdx.x * Shape::features + 64 * first_tile + 8 * copy_octet;
-  const int x_features = arguments.features - copy_feature, x_limit = span - copy_row;
-  const uint16_t* x_from = arguments.x.data + (first_token + copy_row) * arguments.x.stride + copy_feature;
-  // Tiles of 16 tokens and 64 features follow one another by tokens, then by features.
-  auto tile_place = [&](int i, int f) {
-    const int row = i * copy_rows + copy_row;
-    return (row / 16 * Shape::feature_warps + first_tile + f) * 128 + octet_place(row % 16, copy_octet);
-  };
+  const int tile_token = 16 * token_warp + 2 * t;
+  const uint16_t* x_from = arguments.x.data + (first_token + tile_token) * arguments.x.stride + feature;
+  const int x_limit = feature < arguments.features ? span - tile_token : 0;
   const uint16_t* dz_from[dz_copies];
   int dz_limit[dz_copies], ahead = 0;
   uint32_t dz_to[dz_copies];
@@ -472,17 +458,15 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     dz_limit[i] = 8 * column < arguments.rank ? span - row : 0;
     dz_to[i] = shared_address(shared + Shape::x_octets + row * Shape::dz_pitch + column);
   }
-  const uint32_t x_to = shared_address(shared);
+  const uint32_t x_to = shared_address(shared + tile * 4 * kLanes + lane);
 
+  auto offset = [](int i) { return (i & 1) + 8 * (i >> 1); };  // of a thread's i-th token from its first
   auto copy_stage = [&](int stage) {
     const uint32_t to = stage * (Shape::stage_octets * 16);
 #pragma unroll
-    for (int i = 0; i < tokens_per_thread; ++i) {
-#pragma unroll
-      for (int f = 0; f < tiles_per_thread; ++f) {
-        copy_async(x_to + to + tile_place(i, f) * 16, x_from + i * copy_rows * arguments.x.stride + 64 * f,
-                   ahead + i * copy_rows < x_limit && 64 * f < x_features);
-      }
+    for (int i = 0; i < 4; ++i) {
+      if (i % rank_warps != rank_warp) continue;
+      copy_async(x_to + to + i * kLanes * 16, x_from + offset(i) * arguments.x.stride, ahead + offset(i) < x_limit);
     }
     x_from += Shape::tokens * arguments.x.stride;
 #pragma unroll
@@ -495,13 +479,10 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     ahead += Shape::tokens;
   };
 
-  int64_t next_token[tokens_per_thread];
-  auto read_tokens = [&](int step) {
-#pragma unroll
-    for (int i = 0; i < tokens_per_thread; ++i) {
-      const int token = first_token + step * Shape::tokens + i * copy_rows + copy_row;
-      if (draw.on) next_token[i] = __ldg(draw.token + min(token, arguments.tokens - 1));
-    }
+  // A lane reads one of the warp's next sixteen tokens ahead of time, and the others ask it.
+  auto read_token = [&](int step) {
+    const int token = first_token + step * Shape::tokens + 16 * token_warp + lane % 16;
+    return draw.on ? __ldg(draw.token + min(token, arguments.tokens - 1)) : 0;
   };
 
 #pragma unroll
@@ -509,36 +490,36 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     if (step < steps) copy_stage(step);
     commit_copies();
   }
-  read_tokens(0);
-  const uint32_t block = draw.first_block + copy_feature / 8;
-  const int place[2] = {octet_place(2 * t, g), octet_place(2 * t + 1, g)};
+  int64_t lane_token = read_token(0);
+  const uint32_t block = draw.first_block + feature / 8;
   float sum[rank_tiles][8][4] = {};
   Turn<stages> reading{0}, writing{stages - 1};
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    uint4* x = shared + reading.stage * Shape::stage_octets;
-    const uint4* dz = x + Shape::x_octets;
+    uint4* x = shared + reading.stage * Shape::stage_octets + tile * 4 * kLanes + lane;
+    const uint4* dz = shared + reading.stage * Shape::stage_octets + Shape::x_octets;
     wait_copies<stages - 2>();
-    if (draw.on) {  // each thread masks, in place, what it copied itself
+    uint4 v[4];
+    if (draw.on) {  // each thread masks what it copied itself
 #pragma unroll
-      for (int i = 0; i < tokens_per_thread; ++i) {
+      for (int i = 0; i < 4; ++i) {
+        const int64_t its_token = __shfl_sync(0xFFFFFFFF, lane_token, 2 * t + offset(i));
+        if (i % rank_warps != rank_warp) continue;
         TokenDraw token;
-        token.init(draw, next_token[i]);
-#pragma unroll
-        for (int f = 0; f < tiles_per_thread; ++f) {
-          uint4& octet = x[tile_place(i, f)];
-          octet = octet & token.keep_block(draw, block + 8 * f);
-        }
+        token.init(draw, its_token);
+        v[i] = x[i * kLanes] & token.keep_block(draw, block);
+        if (rank_warps > 1) x[i * kLanes] = v[i];
       }
-      read_tokens(step + 1);
+      lane_token = read_token(step + 1);
     }
     __syncthreads();
     if (step + stages - 1 < steps) copy_stage(writing.stage);
     commit_copies();
     reading.next(), writing.next();
-    uint4 v[4];
+    if (rank_warps > 1 || !draw.on) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = x[128 * tile + 64 * (i >> 1) + place[i & 1]];
+      for (int i = 0; i < 4; ++i) v[i] = x[i * kLanes];
+    }
     uint4 a[rank_tiles];
 #pragma unroll
     for (int m = 0; m < rank_tiles; ++m) {
@@ -616,7 +597,7 @@ struct InputGradArguments {
 
 // A block has 64·groups features, whose part of A lies in shared memory in the order of the mma's operand, and goes
 // through its share of the tokens: each warp by itself, 16 tokens and 64 features at a time, with dx copied ahead into
-// shared memory.
+// shared memory by the threads that read it.
 //
 // In a block of 32 features, thread (g, t) owns features 8t .. 8t + 7 of rows g and g + 8: columns 2t, 2t + 1 of four
 // mma. Its ranks in the inner dimension are 4t .. 4t + 3 of each sixteen.
@@ -629,7 +610,7 @@ struct InputGradShape {
   static constexpr int shared_bytes = (A_octets + stages * dx_octets) * 16;
 };
 
-template <bool bfloat16, bool dropout, typename Shape>
+template <bool bfloat16, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
     input_grad_kernel(const __grid_constant__ InputGradArguments arguments) {
   constexpr int rank_steps = Shape::rank_steps, stages = Shape::stages, threads = Shape::threads;
@@ -638,8 +619,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
   const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   const int first_feature = blockIdx.x * Shape::features;
   const int groups = min(Shape::groups, (arguments.features - first_feature + 63) / 64);
-  uint4* A = shared;                                           // [groups, rank_steps, 4 pairs of columns of 8, lanes]
-  const uint4* dx = shared + Shape::A_octets + warp * 16 * 8;  // [stages, warps, 16 rows, 8 octets]
+  uint4* A = shared;                                    // [groups, rank_steps, 4 pairs of columns of 8, lanes]
+  const uint4* dx = shared + Shape::A_octets + thread;  // [stages, 4, threads]
   const uint32_t dx_to = shared_address(dx);
   const int stride = gridDim.y * Shape::warps * 16;
   const int first_token = (blockIdx.y * Shape::warps + warp) * 16;
@@ -647,27 +628,26 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 
   auto row_of = [&](int tile, int i) { return first_token + tile * stride + g + 8 * i; };
   const int first_column = first_feature + 8 * t;
-
-  // Where the next unit comes from: a pointer that moves on.
-  const int copy_row = lane / 8, copy_octet = lane % 8;
-  const int copy_place[2] = {octet_place(copy_row, copy_octet), octet_place(4 + copy_row, copy_octet) - 32};
-  auto copy_from = [&](int tile) {
-    return arguments.dx.data + (first_token + tile * stride + copy_row) * arguments.dx.stride + first_feature +
-           8 * copy_octet;
+  auto place_of = [&](int tile, int i) {
+    return arguments.dx.data + row_of(tile, i) * arguments.dx.stride + first_column;
   };
-  int ahead_tile = 0, ahead_group = 0;
-  const uint16_t* from = copy_from(0);
+
+  int ahead_tile = 0, ahead_group = 0;  // of the next unit to copy
+  const uint16_t* from[2] = {place_of(0, 0), place_of(0, 1)};
   auto copy_stage = [&](int stage) {
     const uint32_t to = dx_to + stage * (Shape::dx_octets * 16);
-    const int rows = arguments.tokens - (first_token + ahead_tile * stride + copy_row);
-    const bool there = first_feature + 64 * ahead_group + 8 * copy_octet < arguments.features;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      copy_async(to + (32 * i + copy_place[i % 2]) * 16, from + 4 * i * arguments.dx.stride,
-                 there && 4 * i < rows);
+    for (int i = 0; i < 2; ++i) {
+      const bool there = row_of(ahead_tile, i) < arguments.tokens;
+      const int column = first_column + 64 * ahead_group;
+      copy_async(to + i * threads * 16, from[i], there && column < arguments.features);
+      copy_async(to + (2 + i) * threads * 16, from[i] + 32, there && column + 32 < arguments.features);
+      from[i] += 64;
     }
-    from += 64;
-    if (++ahead_group == groups) from = copy_from(++ahead_tile), ahead_group = 0;
+    if (++ahead_group == groups) {
+      ahead_group = 0, ++ahead_tile;
+      from[0] = place_of(ahead_tile, 0), from[1] = place_of(ahead_tile, 1);
+    }
   };
 #pragma unroll
   for (int unit = 0; unit < stages - 1; ++unit) {
@@ -681,7 +661,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row_of(tile, i);
-      if constexpr (dropout) token_ahead[i] = __ldg(draw.token + min(row, arguments.tokens - 1));
+      token_ahead[i] = draw.on ? __ldg(draw.token + min(row, arguments.tokens - 1)) : 0;
 #pragma unroll
       for (int k = 0; k < rank_steps; ++k) {
         const int rank = 16 * k + 4 * t;
@@ -716,7 +696,6 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
   }
   __syncthreads();
 
-  const int place[2] = {octet_place(g, t), octet_place(g, 4 + t)};
   TokenDraw token[2];
   uint32_t dz[rank_steps][4];
   int unit = 0;
@@ -725,21 +704,18 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
   for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (dropout) token[i].init(draw, token_ahead[i]);
+      if (draw.on) token[i].init(draw, token_ahead[i]);
 #pragma unroll
       for (int k = 0; k < rank_steps; ++k) dz[k][i] = dz_ahead[i][k].x, dz[k][2 + i] = dz_ahead[i][k].y;
     }
     read_rows(tile + 1);
-    uint16_t* row[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) row[i] = arguments.dx.data + row_of(tile, i) * arguments.dx.stride + first_column;
+    uint16_t* row[2] = {place_of(tile, 0), place_of(tile, 1)};
     const bool there[2] = {row_of(tile, 0) < arguments.tokens, row_of(tile, 1) < arguments.tokens};
 #pragma unroll 1
     for (int group = 0; group < groups; ++group, ++unit) {
       if (unit + stages - 1 < units) copy_stage(writing.stage);
       commit_copies();
       wait_copies<stages - 1>();
-      __syncwarp();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int column = first_column + 64 * group + 32 * half;
@@ -755,9 +731,9 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint4 before = dx[reading.stage * Shape::dx_octets + 64 * i + place[half]];
-          uint4 kept = {~0u, ~0u, ~0u, ~0u};
-          if constexpr (dropout) kept = token[i].keep_block(draw, draw.first_block + column / 8);
+          const uint4 before = dx[reading.stage * Shape::dx_octets + (half * 2 + i) * threads];
+          uint4 kept = kAll;
+          if (draw.on) kept = token[i].keep_block(draw, draw.first_block + column / 8);
           uint32_t after[4];
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
@@ -772,7 +748,6 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
         }
       }
       row[0] += 64, row[1] += 64;
-      __syncwarp();  // before the next copy overwrites what other lanes read
       reading.next(), writing.next();
     }
   }
@@ -846,9 +821,9 @@ const Capacity& capacity(void (*kernel)(Arguments)) {
   return known;
 }
 
-template <bool bfloat16, typename Shape, bool dropout>
+template <bool bfloat16, typename Shape>
 cudaError_t run_down(DownArguments arguments, cudaStream_t stream) {
-  const auto kernel = &down_kernel<bfloat16, dropout, Shape>;
+  const auto kernel = &down_kernel<bfloat16, Shape>;
   const Capacity& known = capacity<Shape>(kernel);
   if (known.error != cudaSuccess) return known.error;
   const int64_t tiles = divide_up(arguments.tokens, Shape::rows);
@@ -856,12 +831,6 @@ cudaError_t run_down(DownArguments arguments, cudaStream_t stream) {
   const int64_t stages = divide_up(divide_up(arguments.features, Shape::stage_features), splits);
   arguments.features_per_block = static_cast<int>(stages * Shape::stage_features);
   return launch_clusters<Shape>(kernel, tiles, splits, arguments, stream);
-}
-
-template <bool bfloat16, typename Shape>
-cudaError_t run_down(const DownArguments& arguments, cudaStream_t stream) {
-  return arguments.draw.on ? run_down<bfloat16, Shape, true>(arguments, stream)
-                           : run_down<bfloat16, Shape, false>(arguments, stream);
 }
 
 template <bool bfloat16, typename Shape>
@@ -878,8 +847,7 @@ cudaError_t run_weight_grad(WeightGradArguments arguments, cudaStream_t stream) 
 
 template <bool bfloat16, typename Shape>
 cudaError_t run_input_grad(const InputGradArguments& arguments, cudaStream_t stream) {
-  const auto kernel = arguments.draw.on ? &input_grad_kernel<bfloat16, true, Shape>
-                                        : &input_grad_kernel<bfloat16, false, Shape>;
+  const auto kernel = &input_grad_kernel<bfloat16, Shape>;
   int device, sms;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
@@ -898,40 +866,29 @@ cudaError_t run_input_grad(const InputGradArguments& arguments, cudaStream_t str
 
 template <bool bfloat16>
 cudaError_t down_by_rank(const DownArguments& arguments, cudaStream_t stream) {
-  if (arguments.rank <= 16) return run_down<bfloat16, DownShape<2, 1, 4, 4, 4>>(arguments, stream);
+  if (arguments.rank <= 16) return run_down<bfloat16, DownShape<2, 1, 8, 2, 4>>(arguments, stream);
   if (arguments.rank <= 32) return run_down<bfloat16, DownShape<4, 1, 8, 2, 4>>(arguments, stream);
-  if (arguments.rank <= 64) return run_down<bfloat16, DownShape<8, 1, 8, 2, 3>>(arguments, stream);
+  if (arguments.rank <= 64) return run_down<bfloat16, DownShape<8, 1, 8, 2, 4>>(arguments, stream);
   if (arguments.rank <= 128) return run_down<bfloat16, DownShape<16, 1, 8, 1, 4>>(arguments, stream);
   return run_down<bfloat16, DownShape<24, 1, 8, 1, 4>>(arguments, stream);
 }
 
-// Few features make few tiles: the narrow ones then leave more blocks to run.
 template <bool bfloat16>
 cudaError_t weight_grad_by_rank(const WeightGradArguments& arguments, cudaStream_t stream) {
-  const bool narrow = arguments.features < 4096;
-  if (arguments.rank <= 16) {
-    return narrow ? run_weight_grad<bfloat16, WeightGradShape<1, 1, 1, 16, 4>>(arguments, stream)
-                  : run_weight_grad<bfloat16, WeightGradShape<1, 1, 4, 4, 4>>(arguments, stream);
-  }
-  if (arguments.rank <= 32) {
-    return narrow ? run_weight_grad<bfloat16, WeightGradShape<2, 1, 1, 16, 4>>(arguments, stream)
-                  : run_weight_grad<bfloat16, WeightGradShape<2, 1, 4, 4, 4>>(arguments, stream);
-  }
-  if (arguments.rank <= 64) {
-    return narrow ? run_weight_grad<bfloat16, WeightGradShape<2, 2, 1, 8, 4>>(arguments, stream)
-                  : run_weight_grad<bfloat16, WeightGradShape<4, 1, 4, 2, 4>>(arguments, stream);
-  }
-  if (arguments.rank <= 128) return run_weight_grad<bfloat16, WeightGradShape<2, 4, 1, 4, 4>>(arguments, stream);
-  return run_weight_grad<bfloat16, WeightGradShape<3, 4, 1, 2, 4>>(arguments, stream);
+  if (arguments.rank <= 16) return run_weight_grad<bfloat16, WeightGradShape<1, 1, 2, 8, 4>>(arguments, stream);
+  if (arguments.rank <= 32) return run_weight_grad<bfloat16, WeightGradShape<2, 1, 2, 8, 4>>(arguments, stream);
+  if (arguments.rank <= 64) return run_weight_grad<bfloat16, WeightGradShape<2, 2, 2, 4, 4>>(arguments, stream);
+  if (arguments.rank <= 128) return run_weight_grad<bfloat16, WeightGradShape<2, 4, 2, 2, 4>>(arguments, stream);
+  return run_weight_grad<bfloat16, WeightGradShape<3, 4, 3, 1, 4>>(arguments, stream);
 }
 
 template <bool bfloat16>
 cudaError_t input_grad_by_rank(const InputGradArguments& arguments, cudaStream_t stream) {
   if (arguments.rank <= 16) return run_input_grad<bfloat16, InputGradShape<1, 4, 8, 4, 2>>(arguments, stream);
   if (arguments.rank <= 32) return run_input_grad<bfloat16, InputGradShape<2, 4, 8, 4, 2>>(arguments, stream);
-  if (arguments.rank <= 64) return run_input_grad<bfloat16, InputGradShape<4, 2, 12, 4, 1>>(arguments, stream);
-  if (arguments.rank <= 128) return run_input_grad<bfloat16, InputGradShape<8, 4, 8, 4, 1>>(arguments, stream);
-  return run_input_grad<bfloat16, InputGradShape<12, 4, 8, 4, 1>>(arguments, stream);
+  if (arguments.rank <= 64) return run_input_grad<bfloat16, InputGradShape<4, 4, 8, 4, 2>>(arguments, stream);
+  if (arguments.rank <= 128) return run_input_grad<bfloat16, InputGradShape<8, 2, 8, 4, 2>>(arguments, stream);
+  return run_input_grad<bfloat16, InputGradShape<12, 2, 8, 4, 1>>(arguments, stream);
 }
 
 Matrix matrix(const void* data, int64_t stride) {

@@ -25,7 +25,7 @@ from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage, adaptable_linears
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import Placement
+from megalora.parallel.linear import LinearGroup, Placement
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.split import named_splits
 
@@ -294,11 +294,13 @@ def _split_rope(*args):
     return split_rope(*args)
 
 
+_refresh = LinearGroup.refresh
+
+
 @torch.no_grad()
 def _put_beside(group, what):
     """`what` of each adapted linear beside the frozen weights, where s B belongs."""
-    group.matrix[:, group.in_features :].zero_()
-    group._ready = True
+    _refresh(group)
     for linear, (rows, columns) in zip(group.linears, group.spans, strict=True):
         if linear.lora_B is not None:
             group.matrix[rows, columns] = what(linear)

@@ -69,7 +69,8 @@ class FlatGradients:
 
         Every element counts once: on the first tp rank that holds it, and divided by the dp ranks, which all do.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.buffer.device)
-        for name, view in self._views.items():
-            total += torch.linalg.vector_norm(self._splits[name].owned(view), dtype=torch.float64).square()
-        return total / self._mesh.dp.size
+        owned = [part for name, view in self._views.items() if (part := self._splits[name].owned(view)).numel()]
+        if not owned:
+            return torch.zeros((), dtype=torch.float64, device=self.buffer.device)
+        norms = torch.stack(torch._foreach_norm(owned, 2, dtype=torch.float64))
+        return norms.square().sum() / self._mesh.dp.size

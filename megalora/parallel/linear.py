@@ -208,7 +208,9 @@ class LinearGroup:
         self.dropout = max((linear.adapter.dropout for linear in linears if linear.adapter is not None), default=0.0)
         rows, columns = sum(self.sizes), self.in_features + self.room
         self.matrix = torch.empty(rows, columns, dtype=place.dtype, device=place.device)
-        self._ready = self.room == 0  # whether s B stands beside W
+        self._ready = self.room == 0 and linears[0].bias is None  # whether refresh() has been here
+        self.down: torch.Tensor | None = None  # A of all branches [R, I] in the compute dtype
+        self.bias: torch.Tensor | None = None  # of all linears [O] in the compute dtype (a group has all or none)
         row, column = 0, self.in_features
         self._tails: list[torch.Tensor] = []  # where s B of each linear stands
         self.spans: list[tuple[slice, slice]] = []  # its rows, and its columns of z
@@ -242,28 +244,24 @@ class LinearGroup:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Puts s B beside W. To be called after every change of an adapter: nothing here can notice one, since fused
-        optimizers do not count as changes for autograd."""
+        """Puts s B beside W, and A and the biases in the compute dtype aside. To be called after every change of an
+        adapter: nothing here can notice one, since fused optimizers do not count as changes for autograd."""
         if not self._ready:
             self.matrix[:, self.in_features :].zero_()
             self._ready = True
+        dtype, adapted = self.place.dtype, [linear for linear in self.linears if linear.lora_A is not None]
         for linear, tail in zip(self.linears, self._tails, strict=True):
             if linear.lora_B is not None:
                 tail.copy_(linear.lora_B.weight * linear.adapter.scaling)
+        if adapted:
+            self.down = _concatenated([linear.lora_A.weight for linear in adapted], dtype)
+        if self.linears[0].bias is not None:
+            self.bias = _concatenated([linear.bias for linear in self.linears], dtype)
 
-    def down(self) -> torch.Tensor | None:
-        """A of all branches [R, I] in the compute dtype, or None."""
-        parts = [linear.lora_A.weight for linear in self.linears if linear.lora_A is not None]
-        if not parts:
-            return None
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach().to(self.place.dtype)
 
-    def biases(self) -> torch.Tensor | None:
-        """The biases of all linears [O] in the compute dtype, or None (a group has all or none)."""
-        if self.linears[0].bias is None:
-            return None
-        parts = [linear.bias.detach().to(self.place.dtype) for linear in self.linears]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _concatenated(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """A copy: what it was made of may change while it is in use."""
+    return torch.cat([part.detach() for part in parts]).to(dtype)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -274,11 +272,11 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, X, group, draw, token_index, *trainables):
         tp, columns = group.place.tp, group.in_features
-        A = group.down()
+        A = group.down
         if A is not None:
             lora_down_(X, A, token_index, draw)
         full = all_gather(X, tp) if group.gathers and not group.row_parallel else X
-        bias = group.biases()
+        bias = group.bias
         if group.row_parallel:
             y = full @ group.matrix.t()
             y = reduce_scatter(y, tp) if group.gathers else all_reduce(y, tp)

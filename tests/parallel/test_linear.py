@@ -227,11 +227,11 @@ def test_weights_stand_in_the_matrix_of_the_group(make):
 
 @BOTH
 def test_use_before_the_first_refresh_is_noticed(make):
-    """The room of the matrix is uninitialised until then. Without a branch there is none."""
+    """The room of the matrix is uninitialised until then. Without a branch or a bias nothing is missing."""
     _, group = make(Case(), ALONE)
     with pytest.raises(AssertionError, match="refresh"):
         group(with_room(tensor(99, T, IN), group.room), TOKENS)
-    _, plain = make(Case(adapted=(False, False, False)), ALONE)
+    _, plain = make(Case(adapted=(False, False, False), bias=False), ALONE)
     plain(tensor(99, T, IN), TOKENS)
 
 
