@@ -11,10 +11,10 @@ import torch
 from megalora.ops import extension
 
 
-def statistics(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+def statistics_(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """[3, N]: each row's maximum, its sum of exp(logit - maximum), and the logit of its label.
 
-    logits  [N, V], this part of the vocabulary
+    logits  [N, V], this part of the vocabulary; what stands there afterwards is for `gradient_` alone
     label   [N] int64, relative to the part: outside 0 .. V-1 it stands in another part, and its logit is given as 0
     In float32, or float64 where the logits are.
     """
@@ -22,22 +22,32 @@ def statistics(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         stats = torch.empty(3, logits.shape[0], dtype=torch.float32, device=logits.device)
         torch.ops.megalora.cross_entropy_stats_(logits, label, stats)
         return stats
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    maximum = precise.amax(-1)
-    total = (precise - maximum.unsqueeze(-1)).exp_().sum(-1)
     place, mine = _place(logits, label)
-    return torch.stack([maximum, total, precise.gather(-1, place).squeeze(-1) * mine])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    target = logits.gather(-1, place).squeeze(-1).to(dtype) * mine
+    maximum = logits.amax(-1).to(dtype)
+    # In place where that loses nothing: passes over memory are what this costs.
+    exponentials = logits.to(dtype).sub_(maximum.unsqueeze(-1)).exp_()
+    total = exponentials.sum(-1)
+    if exponentials is not logits:
+        logits.copy_(exponentials)
+    return torch.stack([maximum, total, target])
 
 
-def gradient_(logits: torch.Tensor, label: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """logits = exp(logits - maximum) / total - onehot(label), in place; maximum, total [N] of the whole vocabulary."""
+def gradient_(
+    logits: torch.Tensor, label: torch.Tensor, local: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """softmax - onehot(label) in place of the logits, after `statistics_`.
+
+    local           [N] the maximum that `statistics_` gave for this part
+    maximum, total  [N] of the whole vocabulary
+    """
     if _compiled(logits):
         torch.ops.megalora.cross_entropy_grad_(logits, label, maximum, total)
         return logits
-    precise = logits.to(maximum.dtype)
-    probabilities = precise.sub_(maximum.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
     place, mine = _place(logits, label)
-    probabilities.scatter_add_(-1, place, -mine.unsqueeze(-1).to(probabilities.dtype))
+    probabilities = logits.to(total.dtype).mul_(((local - maximum).exp() / total).unsqueeze(-1))
+    probabilities.scatter_add_(-1, place, -mine.unsqueeze(-1).to(total.dtype))
     return probabilities if probabilities is logits else logits.copy_(probabilities)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megalora.ops.cross_entropy import gradient_, statistics
+from megalora.ops.cross_entropy import gradient_, statistics_
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.embedding import VocabParallelHead
 
-# Logits of one chunk on this rank: enough rows for an efficient GEMM on a GPU, 32 MiB in float32 elsewhere.
-CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
+# Logits of one chunk on this rank: enough rows for an efficient GEMM on a GPU; elsewhere 16 MiB in float32, which
+# malloc gives again without fresh pages.
+CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 
 def cross_entropy_sum(
@@ -50,14 +51,14 @@ class _CrossEntropySum(torch.autograd.Function):
             h = full[part] if everything else full.index_select(0, rows)
             logits = h @ head.weight.t()
             label = labels[rows] - head.start
-            maximum, total, target = statistics(logits, label)
+            local, total, target = statistics_(logits, label)
+            maximum = local
             if tp.size > 1:  # sums relative to the maximum of the whole vocabulary
-                local = maximum.clone()
-                maximum = all_reduce(maximum, tp, dist.ReduceOp.MAX)
+                maximum = all_reduce(local.clone(), tp, dist.ReduceOp.MAX)
                 total, target = all_reduce(torch.stack([total * (local - maximum).exp(), target]), tp)
             loss += (total.log() + maximum - target).sum()
             if needs_grad:  # softmax - onehot
-                d = gradient_(logits, label, maximum, total)
+                d = gradient_(logits, label, local, maximum, total)
                 if everything:
                     torch.mm(d, head.weight, out=dhidden[part])
                 else:
