@@ -71,16 +71,11 @@ class ModelArguments(Section):
 
 
 @dataclass(frozen=True)
-class ParallelArguments(Section):
-    """How the model lies over the processes. Data parallel size = world size / (tensor * pipeline)."""
+class LayoutArguments(Section):
+    """How a model is cut."""
 
     tensor_parallel_size: int = flag(1, "processes that share each layer", at_least=1)
     pipeline_parallel_size: int = flag(1, "pipeline stages the layers are cut into", at_least=1)
-    sequence_parallel: bool = flag(
-        False,
-        "split the activations between layers along the tokens, over tensor parallel",
-        training_only=True,
-    )
     partition_method: str = flag(
         "uniform",
         "how layers are dealt to stages",
@@ -91,15 +86,6 @@ class ParallelArguments(Section):
     )
     uneven_heads: bool = flag(
         False, "allow a tensor_parallel_size that does not divide the attention heads: slower, but it runs"
-    )
-    schedule: str = flag(
-        "1f1b", "order of the microbatches in the pipeline", choices=("gpipe", "1f1b"), training_only=True
-    )
-    recompute: str = flag(
-        "none",
-        "activations computed again in backward: none, attention only, or whole layers",
-        choices=("none", "selective", "full"),
-        training_only=True,
     )
 
     def __post_init__(self) -> None:
@@ -118,6 +104,29 @@ class ParallelArguments(Section):
                 f"{len(self.custom_partition)} stages, but "
                 f"pipeline_parallel_size is {self.pipeline_parallel_size}: give one number of layers a stage"
             )
+
+
+@dataclass(frozen=True)
+class ParallelArguments(LayoutArguments):
+    """How the model lies over the processes. Data parallel size = world size / (tensor * pipeline)."""
+
+    sequence_parallel: bool = flag(
+        False,
+        "split the activations between layers along the tokens, over tensor parallel",
+        training_only=True,
+    )
+    schedule: str = flag(
+        "1f1b", "order of the microbatches in the pipeline", choices=("gpipe", "1f1b"), training_only=True
+    )
+    recompute: str = flag(
+        "none",
+        "activations computed again in backward: none, attention only, or whole layers",
+        choices=("none", "selective", "full"),
+        training_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise UserError(_no_effect("sequence_parallel", True, vars(self)))
 

@@ -59,16 +59,7 @@ def build_stage(
 ) -> tuple[Stage, Cut]:
     """This rank's stage, its parameters not filled yet. Raises UserError where the model cannot be cut so."""
     check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
-    whole = whole_on_meta(config)
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in whole.model.layers.items()}
-    layers = partition(
-        partition_method,
-        [count[str(i)] for i in range(config.num_hidden_layers)],
-        mesh.pp.size,
-        first_cost=whole.model.embed_tokens.weight.numel(),
-        last_cost=whole.lm_head.weight.numel(),
-        custom=custom_partition,
-    )
+    layers = stage_layers(config, mesh.pp.size, partition_method, custom_partition)
     stage = Stage(
         config,
         layers[mesh.pp.rank],
@@ -81,6 +72,22 @@ def build_stage(
     lowest = min((layer_index(name) for name in trained_names(lora, config)), default=config.num_hidden_layers)
     floor = next((s for s, part in enumerate(layers) if lowest < part.stop), len(layers))
     return stage, Cut(tuple(layers), floor)
+
+
+def stage_layers(
+    config: ModelConfig, stages: int, partition_method: str, custom_partition: tuple[int, ...] | None
+) -> list[range]:
+    """The layers of each stage. Raises UserError where the model cannot be cut so."""
+    whole = whole_on_meta(config)
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in whole.model.layers.items()}
+    return partition(
+        partition_method,
+        [count[str(i)] for i in range(config.num_hidden_layers)],
+        stages,
+        first_cost=whole.model.embed_tokens.weight.numel(),
+        last_cost=whole.lm_head.weight.numel(),
+        custom=custom_partition,
+    )
 
 
 def check_vocabulary(largest: int, config: ModelConfig, model_path: str) -> None:
