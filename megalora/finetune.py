@@ -28,8 +28,8 @@ from megalora.building import (
 )
 from megalora.checkpoint.adapter import open_adapter
 from megalora.checkpoint.peft import write_peft
-from megalora.checkpoint.shards import AdapterCheckpoint, Layout, read_adapter, save_adapter
-from megalora.checkpoint.state import CheckpointWriter, identity_difference, newest_sound, remove_run
+from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
+from megalora.checkpoint.state import identity_difference, newest_sound, remove_run
 from megalora.checkpoint.weights import model_fingerprint
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer
 from megalora.errors import UserError
@@ -44,9 +44,10 @@ from megalora.parallel.grads import FlatGradients
 from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
-from megalora.parallel.split import Split, named_splits
+from megalora.parallel.split import named_splits
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
+from megalora.saving import RunSaver, restore
 from megalora.training import StepResult, Trainer
 
 
@@ -138,40 +139,41 @@ def finetune(arguments: FinetuneArguments) -> None:
             loss_scale=LossScale(dtype == torch.float16),
             clock=timers,
         )
-        if first_step:
-            _restore(trainer, start.checkpoint, splits)
-        writer = CheckpointWriter(
-            train.output_dir,
-            writes=mesh.dp.is_first,
-            is_main=mesh.world.is_first,
-            gather=lambda value: gather_objects(value, mesh.world),
-            save_total_limit=train.save_total_limit,
-        )
-
-        def save(step: int) -> Path:
-            with timers("checkpoint"):
-                return writer.save(step, lambda folder: _write_shard(folder, step), identity)
-
-        def _write_shard(folder: Path, step: int) -> Path:
-            layout = Layout(mesh.tp.size, mesh.pp.size, mesh.tp.rank, mesh.pp.rank)
-            state = _trainer_state(trainer, step, identity)
-            return save_adapter(folder, parameters, splits, layout, lora.config.to_dict(), optimizer.state(), state)
-
-        # The steps.
+        with together(mesh.world):
+            if first_step:
+                restore(trainer, start.checkpoint, splits)
         with together(mesh.world):
             monitor = Monitor(train.output_dir, mesh.rank, total_steps, first_step)
-        with monitor:
+        saver = RunSaver(
+            train.output_dir,
+            train.save_total_limit,
+            mesh=mesh,
+            parameters=parameters,
+            splits=splits,
+            lora_config=lora.config,
+            trainer=trainer,
+            identity=identity,
+            first=monitor.sync,
+            enabled=train.save,
+        )
+
+        # The steps.
+        with monitor, saver:
             summary = _summary(arguments, config, lora, stage, cut.layers, rows, loader, mesh, device, dtype)
             monitor.summary(summary)
             for note in [*notes, *rows.skipped[:5], *_more_skipped(rows)]:
                 monitor.note(note)
             meter = _Meter(_flops_per_token(config, lora, rows), mesh.world_size)
-            evaluated = saved = None
+            saved = None
+            if first_step:
+                meter.go_on(start.checkpoint.trainer)
             for number in range(first_step, total_steps):
                 with timers("data"):
                     batch = loader.step(number)
-                result = trainer.step(number, batch)
+                result = trainer.step(number, batch, alarm=saver.failed or monitor.failed)
                 step = number + 1
+                if result.alarm:
+                    _raise_what_failed(saver, monitor, mesh)
                 meter.count(result.tokens)
                 if result.skipped:
                     monitor.note(f"step {step} skipped: {result.skipped}")
@@ -179,18 +181,21 @@ def finetune(arguments: FinetuneArguments) -> None:
                     monitor.step(meter.record(step, result, timers))
                 else:
                     monitor.progress(step)
-                if eval_rows is not None and train.eval_steps and step % train.eval_steps == 0:
-                    evaluated = step
+                if eval_rows is not None and (_every(train.eval_steps, step) or step == total_steps):
                     with meter.apart(timers):
                         _evaluate(trainer, eval_rows, step, monitor, train, mesh)
-                if train.save and (step % train.save_steps == 0 or step == total_steps):
-                    saved = save(step)
+                if train.save and (_every(train.save_steps, step) or step == total_steps):
+                    with timers("checkpoint"):
+                        saved = saver.save(step, meter.state())
+                for note in saver.notes():
+                    monitor.note(note)
+            _raise_what_failed(saver, monitor, mesh)
+            for note in saver.notes():
+                monitor.note(note)
             if first_step >= total_steps:
                 monitor.note(f"nothing to do: the run is complete at step {first_step} of {total_steps}")
                 if start.own and not (Path(train.output_dir) / "peft").exists():  # killed before it was written
                     saved = Path(start.checkpoint.where)
-            elif eval_rows is not None and evaluated != total_steps:
-                _evaluate(trainer, eval_rows, total_steps, monitor, train, mesh)
             if saved is not None:
                 exported = on_first(lambda: _export(saved, train.output_dir, model.model_path), mesh.world)
                 monitor.note(f"adapter: {saved}, and for peft: {exported}")
@@ -313,28 +318,15 @@ def _first_step(start: _Start | None, identity: Mapping[str, str]) -> tuple[int,
     return 0, f"starting from the adapter {where} at step 0, because its run was another ({values})"
 
 
-def _restore(trainer: Trainer, checkpoint: AdapterCheckpoint, splits: Mapping[str, Split]) -> None:
-    """Optimizer moments, loss scale and the count of bad steps, as they were."""
-    state = checkpoint.trainer
-    moments = {
-        name: {key: splits[name].slice(whole) for key, whole in parts.items()}
-        for name, parts in (checkpoint.optimizer or {}).items()
-        if name in splits
-    }
-    trainer.optimizer.load_state(moments, int(state["optimizer_steps"]))
-    trainer.loss_scale.value, trainer.loss_scale.good_steps = state["loss_scale"], int(state["good_steps"])
-    trainer.bad_steps = int(state["bad_steps"])
+def _raise_what_failed(saver: RunSaver, monitor: Monitor, mesh: ParallelMesh) -> None:
+    """Waits for the save under way. Raises, on every rank, what could not be written. Collective."""
+    saver.settle()
+    with together(mesh.world):
+        monitor.check()
 
 
-def _trainer_state(trainer: Trainer, step: int, identity: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "step": step,
-        "optimizer_steps": trainer.optimizer.steps,
-        "loss_scale": trainer.loss_scale.value,
-        "good_steps": trainer.loss_scale.good_steps,
-        "bad_steps": trainer.bad_steps,
-        "identity": dict(identity),
-    }
+def _every(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
 
 
 def _export(checkpoint: Path, output_dir: str, model_path: str) -> Path:
@@ -411,8 +403,16 @@ class _Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self._tokens, self._start = 0, time.perf_counter()
+        self._tokens, self._earlier, self._start = 0, 0, time.perf_counter()
         self._phases: dict[str, float] = {}
+
+    def state(self) -> dict[str, int]:
+        """What `go_on` takes."""
+        return {"tokens_since_log": self._earlier + self._tokens}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Counts on from a run that stopped between two logged steps."""
+        self._earlier = int(state.get("tokens_since_log", 0))
 
     @contextlib.contextmanager
     def apart(self, timers: Timers) -> Iterator[None]:
@@ -438,7 +438,7 @@ class _Meter:
             "loss": result.loss,
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
-            "tokens": self._tokens,
+            "tokens": self._earlier + self._tokens,
             "tokens_per_second": speed,
             "tflops": speed * self._flops_per_token / self._devices / 1e12,
         }

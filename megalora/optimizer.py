@@ -10,6 +10,8 @@ from torch import nn
 
 from megalora.errors import UserError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of each parameter, its shape and dtype
+
 
 def learning_rate_factor(kind: str, step: int, total_steps: int, warmup_steps: int) -> float:
     """What the peak rate is multiplied by at `step`, counted from 0: a pure function, so resuming needs no state.
@@ -78,7 +80,7 @@ class AdapterOptimizer:
         if self._optimizer is None or not self._steps:
             return {}
         return {
-            name: {key: self._optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+            name: {key: self._optimizer.state[p][key] for key in MOMENTS}
             for name, p in self._parameters.items()
         }
 
@@ -88,7 +90,7 @@ class AdapterOptimizer:
         if self._optimizer is None or not steps:
             return
         for name, p in self._parameters.items():
-            moments = {key: state[name][key].to(p.device, p.dtype).clone() for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: state[name][key].to(p.device, p.dtype).clone() for key in MOMENTS}
             if isinstance(self._optimizer, torch.optim.AdamW):
                 moments["step"] = torch.tensor(float(steps), dtype=torch.float32, device=p.device)
             self._optimizer.state[p] = moments

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -37,6 +37,7 @@ class StepResult:
     loss       mean over the labelled tokens of the global batch
     grad_norm  global, before clipping
     skipped    why no update was made, or None
+    alarm      whether any rank called `step` with an alarm: they all hear of it after the same step
     """
 
     loss: float
@@ -44,6 +45,7 @@ class StepResult:
     learning_rate: float
     tokens: int
     skipped: str | None = None
+    alarm: bool = False
 
 
 class Trainer:
@@ -77,9 +79,10 @@ class Trainer:
         self.optimizer, self.loss_scale = optimizer, loss_scale
         self.bad_steps = 0
 
-    def step(self, number: int, data: StepData) -> StepResult:
+    def step(self, number: int, data: StepData, alarm: bool = False) -> StepResult:
         """Forward and backward of the step's microbatches, one reduction, one update.
 
+        alarm  this rank has something that all ranks must see to after this step; it rides on the loss's reduction
         Raises UserError on every rank after MOST_BAD_STEPS steps in a row whose loss or gradient is not finite.
         """
         self._stage.refresh_adapters()
@@ -88,13 +91,28 @@ class Trainer:
         scale = self.loss_scale.value / max(1, data.label_count)
         loss_sum = self._runner.train(len(data.microbatches), inputs, scale)
         self._gradients.reduce()
-        loss_sum, square = self._over_world(loss_sum, self._gradients.square_sum())
+        loss_sum, square, alarms = self._over_world(loss_sum, self._gradients.square_sum(), alarm)
         loss = loss_sum / max(1, data.label_count)
         norm = math.sqrt(square) / self.loss_scale.value if math.isfinite(square) else square
         rate = self._learning_rate(number)
         with self._clock("optimizer"):
             skipped = self._update(loss, norm, rate, number)
-        return StepResult(loss, norm, rate, data.token_count, skipped)
+        return StepResult(loss, norm, rate, data.token_count, skipped, alarms > 0)
+
+    def state(self) -> dict[str, Any]:
+        """The plain values that `load_state` takes, the same on every rank."""
+        return {
+            "optimizer_steps": self.optimizer.steps,
+            "loss_scale": self.loss_scale.value,
+            "good_steps": self.loss_scale.good_steps,
+            "bad_steps": self.bad_steps,
+        }
+
+    def load_state(self, state: Mapping[str, Any], moments: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Goes on from `state` and the optimizer's moments, by name of this rank's parameters."""
+        self.optimizer.load_state(moments, int(state["optimizer_steps"]))
+        self.loss_scale.value, self.loss_scale.good_steps = float(state["loss_scale"]), int(state["good_steps"])
+        self.bad_steps = int(state["bad_steps"])
 
     def _update(self, loss: float, norm: float, rate: float, number: int) -> str | None:
         unscale = 1.0 / self.loss_scale.value
@@ -137,8 +155,10 @@ class Trainer:
 
         return inputs
 
-    def _over_world(self, loss_sum: torch.Tensor, square: torch.Tensor) -> tuple[float, float]:
-        """(loss sum of the global batch, squared gradient norm), in one reduction over all ranks."""
+    def _over_world(
+        self, loss_sum: torch.Tensor, square: torch.Tensor, alarm: bool = False
+    ) -> tuple[float, float, float]:
+        """(loss sum of the global batch, squared gradient norm, number of alarms), in one reduction over all ranks."""
         # Every tp rank of the last stage has the loss of its dp rank; other stages have 0.
-        both = torch.stack([loss_sum / self._mesh.tp.size, square])
-        return tuple(all_reduce(both, self._mesh.world).tolist())
+        sums = torch.stack([loss_sum / self._mesh.tp.size, square, torch.full_like(square, float(alarm))])
+        return tuple(all_reduce(sums, self._mesh.world).tolist())

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from spawn import spawn
 
-from megalora import cli, finetune
+from megalora import cli, finetune, saving
 from megalora.errors import UserError
 from megalora.training import Trainer
 
@@ -374,8 +374,7 @@ def no_room(rank: int, world_size: int, command: list[str]) -> list[tiny.Done]:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    save = finetune.save_adapter
-    with mock.patch.object(finetune, "save_adapter", full if rank == 1 else save):
+    with mock.patch.object(saving, "save_adapter", full if rank == 1 else saving.save_adapter):
         return tiny.run(rank, world_size, [command])
 
 

@@ -335,9 +335,9 @@ def broken(rank: int, world_size: int, command: list[str], bad_rank: int, steps:
     train, step, reduce = PipelineRunner.train, Trainer.step, finetune.FlatGradients.reduce
     now = [0]
 
-    def counted(self, number, data):
+    def counted(self, number, data, **options):
         now[0] = number + 1
-        return step(self, number, data)
+        return step(self, number, data, **options)
 
     def loss(self, *arguments):
         total = train(self, *arguments)

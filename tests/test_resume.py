@@ -13,6 +13,7 @@ from spawn import SpawnError, spawn
 from tiny import column, exported, largest_difference, metrics, tune
 
 from megalora.checkpoint.shards import read_adapter
+from megalora.saving import RunSaver
 from megalora.training import Trainer
 
 STEPS = 8
@@ -26,15 +27,20 @@ def inputs(tmp_path_factory):
 
 
 def killed(rank: int, world_size: int, command: list[str], before: int) -> None:
-    """The run on a rank that ends without a word as it begins step `before` (counted from 1)."""
-    step = Trainer.step
+    """The run on a rank that ends without a word as it begins step `before` (counted from 1), no save under way."""
+    step, save = Trainer.step, RunSaver.save
 
-    def patched(self, number, data):
+    def patched(self, number, data, **options):
         if number + 1 == before:
             os._exit(9)
-        return step(self, number, data)
+        return step(self, number, data, **options)
 
-    with mock.patch.object(Trainer, "step", patched):
+    def saved(self, *arguments):
+        folder = save(self, *arguments)
+        self.settle()
+        return folder
+
+    with mock.patch.object(Trainer, "step", patched), mock.patch.object(RunSaver, "save", saved):
         tiny.run(rank, world_size, [command])
 
 

@@ -72,10 +72,23 @@ class CheckpointWriter:
     ):
         assert save_total_limit is None or save_total_limit >= 1, save_total_limit
         self.output_dir = Path(output_dir)
-        self._writes, self._is_main, self._gather = writes, is_main, gather
+        self.writes, self._is_main, self._gather = writes, is_main, gather
         self._limit = save_total_limit
 
-    def save(self, step: int, write_shard: Callable[[Path], Path], identity: Mapping[str, str]) -> Path:
+    def check_writable(self) -> None:
+        """Raises UserError where a save would fail at once. For one rank, before the run spends any time."""
+        probe = checkpoints_folder(self.output_dir) / ".probe"
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            write_file(probe, b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"checkpoints cannot be written to {probe.parent} ({error.strerror or error}): make it writable, "
+                f"name another output_dir, or give --save false"
+            ) from None
+
+    def save(self, step: int, write_shard: Callable[[Path], Path] | None, identity: Mapping[str, str]) -> Path:
         """Writes the checkpoint of `step`; returns its folder. Collective.
 
         write_shard  called on the ranks that write with the folder to write in; returns the folder it made
@@ -86,7 +99,7 @@ class CheckpointWriter:
         aside = final.with_name(final.name + ".tmp")
         try:
             self._together(self._is_main, lambda: self._prepare(aside), aside)
-            written = self._together(self._writes, lambda: _write(aside, write_shard), aside)
+            written = self._together(self.writes, lambda: _write(aside, write_shard), aside)
             files = {name: entry for part in written if part for name, entry in part.items()}
             self._together(self._is_main, lambda: _finish(step, aside, final, files, identity), aside)
         except BaseException:
@@ -104,7 +117,13 @@ class CheckpointWriter:
                 result = work()
             except Exception as raised:  # whatever it is, the other ranks must not wait for this one
                 error = raised
-        outcomes = self._gather((result, None if error is None else _explained(error, where)))
+        try:
+            outcomes = self._gather((result, None if error is None else _explained(error, where)))
+        except RuntimeError as lost:  # what torch.distributed raises when another rank has gone
+            raise UserError(
+                f"checkpoint {where.with_suffix('')}: not finished, because another rank has left ({lost!s:.160}): the "
+                f"checkpoints before it are whole, so the same command goes on from the newest of them"
+            ) from None
         if error is not None and not isinstance(error, (OSError, UserError)):
             raise error
         messages = [message for _, message in outcomes if message is not None]
@@ -122,8 +141,14 @@ class CheckpointWriter:
         older = [folder for saved, folder in _iterations(self.output_dir) if saved < step]
         for folder in older[self._limit - 1 :]:
             doomed = folder.with_name(folder.name + ".tmp")  # never half a checkpoint under its own name
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            try:
+                folder.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                raise UserError(
+                    f"checkpoint {folder}: cannot be removed, as save_total_limit asks ({error.strerror or error}): "
+                    f"remove it, or leave save_total_limit out"
+                ) from None
 
 
 def _explained(error: Exception, where: Path) -> str:

@@ -37,6 +37,10 @@ class JsonLines:
         self._file.write(json.dumps(_without_nan(line), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Puts the lines on disk. Raises OSError."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 

@@ -18,14 +18,16 @@ class Monitor:
     output_dir: folder of the run, made where missing. total_steps: last step of the run. resumed_step: steps
     done before this start (0: a fresh run); what an earlier start wrote about later steps is taken out, so
     that the files are those of a run that was never interrupted. UserError where output_dir cannot be
-    written.
+    written. A file that cannot be written later (a full disk) sets `failed`; `check` raises it, because the
+    ranks that wait for this one must stop with it.
     """
 
     def __init__(self, output_dir: str | Path, rank: int, total_steps: int, resumed_step: int = 0):
         self._active = rank == 0
+        self._problem: str | None = None
         if not self._active:
             return
-        folder = Path(output_dir)
+        self._folder = folder = Path(output_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = JsonLines(folder / METRICS, resumed_step)
@@ -54,16 +56,42 @@ class Monitor:
         or gradient norm that is not finite marks the step as skipped.
         """
         if self._active:
-            self._metrics.write(record)
-            self._events.write(record, "train")
+            self._write(self._metrics, record, "train")
             self._console.step(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One evaluation: step, loss, perplexity, as plain numbers. Written to eval_metrics.jsonl."""
         if self._active:
-            self._evaluations.write(record)
-            self._events.write(record, "eval")
+            self._write(self._evaluations, record, "eval")
             self._console.evaluation(record)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a file could not be written: `check` will raise it."""
+        return self._problem is not None
+
+    def check(self) -> None:
+        """Raises UserError where a file could not be written."""
+        if self._problem is not None:
+            raise UserError(self._problem)
+
+    def sync(self) -> None:
+        """Puts what was written so far on disk; from any thread. Raises OSError."""
+        if self._active:
+            self._metrics.sync()
+            self._evaluations.sync()
+
+    def _write(self, lines: JsonLines, record: Mapping[str, Any], group: str) -> None:
+        if self._problem is not None:
+            return
+        try:
+            lines.write(record)
+            self._events.write(record, group)
+        except OSError as error:
+            self._problem = (
+                f"output_dir {self._folder}: step {record['step']} cannot be logged ({error.strerror or error}): free "
+                f"space; the same command goes on from the newest checkpoint"
+            )
 
     def note(self, text: str) -> None:
         """A line for the user that leaves the bar whole."""
@@ -75,9 +103,12 @@ class Monitor:
         if self._active:
             self._active = False
             self._console.close()
-            self._metrics.close()
-            self._evaluations.close()
-            self._events.close()
+            for file in (self._metrics, self._evaluations, self._events):
+                try:
+                    file.close()
+                except OSError:
+                    if self._problem is None:  # else it is that error again
+                        raise
 
     def __enter__(self) -> Monitor:
         return self

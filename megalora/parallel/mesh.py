@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -98,3 +99,12 @@ def build_mesh(rank: int, world_size: int, tp: int = 1, pp: int = 1, clock: Cloc
                 axes[name] = Axis(ranks.index(rank), ranks, group, clock)
     world_group = dist.group.WORLD if world_size > 1 else None
     return ParallelMesh(**axes, world=Axis(rank, tuple(range(world_size)), world_group, clock))
+
+
+def own_group(axis: Axis, timeout: datetime.timedelta) -> Axis:
+    """The same ranks with a gloo process group of their own, so that a thread may talk beside the training.
+
+    Collective over the world: `axis` is the world's.
+    """
+    group = dist.new_group(list(axis.ranks), timeout=timeout, backend="gloo") if axis.size > 1 else None
+    return Axis(axis.rank, axis.ranks, group)
