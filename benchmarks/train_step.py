@@ -33,7 +33,7 @@ from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.split import named_splits
 from megalora.pipeline.runner import PipelineRunner
-from megalora.pipeline.schedule import one_f_one_b
+from megalora.pipeline.schedule import SCHEDULES
 from megalora.training import Trainer
 
 SMOLLM2_135M = {
@@ -94,7 +94,7 @@ def ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict, data: Step,
     trainer = Trainer(
         stage,
         mesh,
-        PipelineRunner(stage, mesh.pp, one_f_one_b, cut.floor, shape, dtype, device),
+        PipelineRunner(stage, mesh.pp, SCHEDULES["1f1b"], cut.floor, shape, dtype, device),
         FlatGradients(parameters, named_splits(stage), mesh),
         AdapterOptimizer(parameters),
         learning_rate=lambda step: LEARNING_RATE,

@@ -31,8 +31,8 @@ from megalora.parallel.collectives import Pending
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, ParallelLinear, RowParallelLinear, Tokens
 from megalora.parallel.mesh import Axis
+from megalora.pipeline.actions import RECV_BACKWARD
 from megalora.pipeline.runner import PipelineRunner
-from megalora.pipeline.schedule import RECV_BACKWARD
 
 
 @dataclass(frozen=True)

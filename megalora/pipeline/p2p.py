@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megalora.parallel.mesh import Axis
-from megalora.pipeline.schedule import RECV_BACKWARD, RECV_FORWARD, SEND_FORWARD, Action
+from megalora.pipeline.actions import RECV_BACKWARD, RECV_FORWARD, SEND_FORWARD, Action
 
 
 class Neighbours:

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from megalora.parallel.mesh import Axis, Clock
-from megalora.pipeline.p2p import Neighbours
-from megalora.pipeline.schedule import (
+from megalora.pipeline.actions import (
     BACKWARD,
     COMMUNICATION,
     FORWARD,
@@ -19,10 +18,9 @@ from megalora.pipeline.schedule import (
     RECV_FORWARD,
     SEND_FORWARD,
     Action,
-    forward_only,
 )
-
-Schedule = Callable[..., list[Action]]
+from megalora.pipeline.p2p import Neighbours
+from megalora.pipeline.schedule import Schedule, forward_only
 
 
 class PipelineRunner:
@@ -30,7 +28,7 @@ class PipelineRunner:
 
     stage     the nn.Module of this stage: stage(hidden or None, inputs) -> hidden, or on the last stage a scalar loss
     pp        the pipeline axis
-    schedule  a function of megalora.pipeline.schedule
+    schedule  one of megalora.pipeline.schedule.SCHEDULES
     floor     the first stage that has a trainable parameter: stages before it run no backward and get no gradient
     shape, dtype, device  of the hidden states between stages
     clock     times the phases forward, backward and communication
@@ -59,15 +57,15 @@ class PipelineRunner:
         scale      what each microbatch's summed loss is multiplied by before its backward
         Returns the sum of the unscaled losses as a float64 scalar; 0 on stages that have no loss.
         """
-        actions = self._schedule(self._pp.rank, self._pp.size, microbatches, floor=self._floor)
+        actions = self._schedule.programme(self._pp.size, microbatches, self._floor)[self._pp.rank]
         return self._run(actions, inputs, scale)
 
     @torch.no_grad()
     def evaluate(self, microbatches: int, inputs: Callable[[int], object]) -> torch.Tensor:
         """The sum of the losses of every microbatch as a float64 scalar; 0 on stages that have no loss."""
-        return self._run(forward_only(self._pp.rank, self._pp.size, microbatches), inputs, 1.0)
+        return self._run(forward_only(self._pp.size, microbatches)[self._pp.rank], inputs, 1.0)
 
-    def _run(self, actions: list[Action], inputs: Callable[[int], object], scale: float | torch.Tensor) -> torch.Tensor:
+    def _run(self, actions: Sequence[Action], inputs: Callable[[int], object], scale: float | torch.Tensor) -> torch.Tensor:
         received: dict[tuple[str, int], torch.Tensor] = {}
         entered: dict[int, torch.Tensor] = {}  # what came in, whose gradient goes back
         left: dict[int, torch.Tensor] = {}  # what went out, or the loss
