@@ -65,7 +65,9 @@ class PipelineRunner:
         """The sum of the losses of every microbatch as a float64 scalar; 0 on stages that have no loss."""
         return self._run(forward_only(self._pp.size, microbatches)[self._pp.rank], inputs, 1.0)
 
-    def _run(self, actions: Sequence[Action], inputs: Callable[[int], object], scale: float | torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, actions: Sequence[Action], inputs: Callable[[int], object], scale: float | torch.Tensor
+    ) -> torch.Tensor:
         received: dict[tuple[str, int], torch.Tensor] = {}
         entered: dict[int, torch.Tensor] = {}  # what came in, whose gradient goes back
         left: dict[int, torch.Tensor] = {}  # what went out, or the loss

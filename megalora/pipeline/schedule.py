@@ -172,12 +172,7 @@ def _interleaved(stage: int, stages: int, microbatches: int, chunks: int) -> lis
     """
     groups = -(-microbatches // stages)
     forwards, backwards = (
-        [
-            Action(op, group * stages + m, chunk)
-            for group in range(groups)
-            for chunk in order
-            for m in range(stages)
-        ]
+        [Action(op, group * stages + m, chunk) for group in range(groups) for chunk in order for m in range(stages)]
         for op, order in ((FORWARD, range(chunks)), (BACKWARD, range(chunks)[::-1]))
     )
     ahead = min(2 * (stages - stage - 1) + (chunks - 1) * stages, len(forwards))

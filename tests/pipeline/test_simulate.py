@@ -29,9 +29,7 @@ def seconds(stage: int, action: Action) -> float:
 
 def spans(timeline, stage: int) -> list[tuple[str, float, float]]:
     names = {op: name for name, op in SHORT.items()}
-    return [
-        (f"{names[e.action.op]}{e.action.microbatch}", e.start, e.end) for e in timeline.events if e.stage == stage
-    ]
+    return [(f"{names[e.action.op]}{e.action.microbatch}", e.start, e.end) for e in timeline.events if e.stage == stage]
 
 
 def test_a_timeline_by_hand():
