@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megalora.ops.matmul import matmul_nt
 from megalora.parallel.collectives import all_gather, all_reduce, local_tokens
 from megalora.parallel.linear import Placement
 from megalora.parallel.split import Split, even_part, shard_range
@@ -46,7 +47,7 @@ class VocabParallelHead(_VocabParallel):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, hidden_size], whole on each rank -> logits [N, vocab_size], whole on each rank."""
-        logits = hidden @ self.weight.t()
+        logits = matmul_nt(hidden, self.weight)
         tp = self.place.tp
         if tp.size == 1:
             return logits

@@ -25,6 +25,7 @@ from megalora.ops.lora_linear import (
     lora_up_weight_grad,
     room_for,
 )
+from megalora.ops.matmul import matmul, matmul_nt
 from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, reduce_scatter
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import Part, Split, whole_split
@@ -278,11 +279,11 @@ class _GroupedLinear(torch.autograd.Function):
         full = all_gather(X, tp) if group.gathers and not group.row_parallel else X
         bias = group.bias
         if group.row_parallel:
-            y = full @ group.matrix.t()
+            y = matmul_nt(full, group.matrix)
             y = reduce_scatter(y, tp) if group.gathers else all_reduce(y, tp)
             y = y if bias is None else y.add_(bias)
         else:
-            y = nn.functional.linear(full, group.matrix, bias)
+            y = matmul_nt(full, group.matrix, bias)
         ctx.group, ctx.draw = group, draw
         needs_a = any(ctx.needs_input_grad[4::3])
         # z is kept apart where X is not kept, or is not all of it; without gradients nothing is kept.
@@ -311,7 +312,7 @@ class _GroupedLinear(torch.autograd.Function):
         needs_dx = ctx.needs_input_grad[0]
         if not needs_dx and A is None:
             return None, None, None, None, *grads
-        dX = dy @ (group.matrix if needs_dx else group.matrix[:, columns:])
+        dX = matmul(dy, group.matrix if needs_dx else group.matrix[:, columns:])
         if group.gathers and not group.row_parallel:
             dX = reduce_scatter(dX, tp)
         dz = dX[:, dX.shape[1] - group.room :][:, :rank] if A is not None else None

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megalora.ops.cross_entropy import gradient_, statistics_
+from megalora.ops.matmul import matmul, matmul_nt
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.embedding import VocabParallelHead
 
@@ -49,7 +50,7 @@ class _CrossEntropySum(torch.autograd.Function):
             part = slice(start, start + chunk)
             rows = labelled[part]
             h = full[part] if everything else full.index_select(0, rows)
-            logits = h @ head.weight.t()
+            logits = matmul_nt(h, head.weight)
             label = labels[rows] - head.start
             local, total, target = statistics_(logits, label)
             maximum = local
@@ -59,10 +60,7 @@ class _CrossEntropySum(torch.autograd.Function):
             loss += (total.log() + maximum - target).sum()
             if needs_grad:  # softmax - onehot
                 d = gradient_(logits, label, local, maximum, total)
-                if everything:
-                    torch.mm(d, head.weight, out=dhidden[part])
-                else:
-                    dhidden.index_copy_(0, rows, d @ head.weight)
+                dhidden.index_copy_(0, rows, matmul(d, head.weight))
         ctx.tp, ctx.gathers = tp, gathers
         ctx.save_for_backward(dhidden)
         return loss

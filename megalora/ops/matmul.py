@@ -1,0 +1,46 @@
+"""The GEMMs of frozen weights: on a CPU in float32 through oneDNN, everywhere else torch's own.
+
+torch gives float32 GEMMs on x86 CPUs to MKL, which keeps to AVX2 on CPUs that are not Intel's; oneDNN asks the CPU what
+it can do. With AVX-512 on AMD that is more than twice the speed. Its results depend neither on the number of threads
+nor on the run. Other dtypes have no such choice, or (bfloat16, float16) torch makes it by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+# Multiplications below which looking a kernel up costs more than a better one gains (about 10 us).
+_SMALLEST = 1 << 18
+
+
+def matmul_nt(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a b^T + bias [M, N], for a [M, K], b [N, K], bias [N], of one dtype and any strides. Not for autograd."""
+    if _better_by_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return torch.nn.functional.linear(a, b, bias)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b [M, N], for a [M, K], b [K, N], of one dtype and any strides. Not for autograd."""
+    return matmul_nt(a, b.t())
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _better_by_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.device.type == "cpu"
+        and a.dtype == torch.float32
+        and a.shape[0] * math.prod(b.shape) >= _SMALLEST
+        and _has_onednn()
+        # With gaps between the rows of b it falls back to a kernel that is a thousand times slower.
+        and (b.is_contiguous() or b.t().is_contiguous())
+        and a.stride(1) == 1
+    )
