@@ -30,9 +30,9 @@ from megalora.checkpoint.adapter import open_adapter
 from megalora.checkpoint.peft import write_peft
 from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.state import identity_difference, newest_sound, remove_run
-from megalora.checkpoint.weights import model_fingerprint
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer
 from megalora.errors import UserError
+from megalora.identity import base_identity, check_base, progress, run_identity
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
 from megalora.models.stage import Stage, expected_weights, whole_on_meta
@@ -77,7 +77,8 @@ def finetune(arguments: FinetuneArguments) -> None:
                     check_vocabulary(int(loaded.input_ids.max()), config, model.model_path)
         loader = _loader(rows, train, mesh)
         weights = model.resume_from_checkpoint or model.model_path
-        identity = _identity(config, weights, lora, rows, loader, train, mesh)
+        base = on_first(lambda: base_identity(config, weights, template), mesh.world)
+        identity = run_identity(base, lora.config, template, rows, loader.global_batch_rows, train.seed)
         with together(mesh.world):
             first_step, start_note = _first_step(start, identity)
             total_steps = train.total_steps(loader.steps_per_epoch)
@@ -275,46 +276,22 @@ def _other_adapter(start: _Start) -> str:
     return f"{remedy}; or name another output_dir, or give --overwrite_output_dir true" if start.own else remedy
 
 
-def _identity(
-    config: ModelConfig,
-    weights: str,
-    lora: ResolvedLora,
-    rows: PackedRows,
-    loader: Loader,
-    train: TrainArguments,
-    mesh: ParallelMesh,
-) -> dict[str, str]:
-    """What must not change between the parts of one run; the layout may. Collective."""
-    expected, tied = expected_weights(config), config.tie_word_embeddings
-    fields = {
-        f"lora_config.{name}": str(value)
-        for name, value in lora.config.to_dict().items()
-        if name not in ("peft_type", "task_type", "inference_mode")
-    }
-    return {
-        "model": on_first(lambda: model_fingerprint(weights, expected, tied), mesh.world)[:16],
-        "data": rows.fingerprint[:16],
-        "rows of a step": str(loader.global_batch_rows),
-        "seed": str(train.seed),
-        **fields,
-    }
-
-
 def _first_step(start: _Start | None, identity: Mapping[str, str]) -> tuple[int, str]:
     """(steps already done, a line that says so). Raises UserError where output_dir holds another run."""
     if start is None:
         return 0, ""
-    trainer, where = start.checkpoint.trainer, start.checkpoint.where
-    if trainer is None:
+    before, where = progress(start.checkpoint), start.checkpoint.where
+    if before is None:
         return 0, f"starting from the adapter {where}"
-    values = identity_difference(trainer["identity"], identity)
+    values = identity_difference(before.identity, identity)
     if not values:
-        return int(trainer["step"]), f"continuing after step {trainer['step']} of {where}"
+        return before.step, f"continuing after step {before.step} of {where}"
     if start.own:
         raise UserError(
             f"output_dir holds {where}, a checkpoint of another run ({values}): name another output_dir, or give "
             f"--overwrite_output_dir true"
         )
+    check_base(start.checkpoint, identity)
     return 0, f"starting from the adapter {where} at step 0, because its run was another ({values})"
 
 

@@ -29,6 +29,7 @@ from megalora.generation.dialogue import Chat, dialogue
 from megalora.generation.prompts import Question, ask, decode, encode, read_questions, stop_token_ids
 from megalora.generation.replica import Prompt, Replica, Reply
 from megalora.generation.sampling import Sampling
+from megalora.identity import base_identity, check_base
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
 from megalora.models.stage import NO_LORA
@@ -63,7 +64,7 @@ def generate(arguments: GenerateArguments) -> None:
         token_ids, stop = broadcast_object(asked, world)
 
         # Who answers: the model's shape, its adapter, this rank's part of both.
-        adapter = _adapter(arguments, mesh)
+        adapter = _adapter(arguments, config, template, mesh)
         with together(world):
             lora = NO_LORA if adapter is None else _resolved(adapter, config)
             dtype = resolve_dtype(model.dtype, device)
@@ -137,12 +138,20 @@ def _questions(options: GenerationArguments) -> list[Question] | None:
 # ---- who answers ----
 
 
-def _adapter(arguments: GenerateArguments, mesh: ParallelMesh) -> AdapterCheckpoint | None:
-    """The adapter that is asked for, without what only training needs of it. Collective."""
-    path = arguments.model.resume_peft_from_checkpoint
+def _adapter(
+    arguments: GenerateArguments, config: ModelConfig, template: ChatTemplate | None, mesh: ParallelMesh
+) -> AdapterCheckpoint | None:
+    """The adapter that is asked for, without what only training needs of it. Collective; rank 0 has the template."""
+    model, path = arguments.model, arguments.model.resume_peft_from_checkpoint
     if path is None or arguments.generation.disable_adapter:
         return None
-    return on_first(lambda: replace(open_adapter(path), optimizer=None, trainer=None), mesh.world)
+
+    def read() -> AdapterCheckpoint:
+        adapter = open_adapter(path)
+        check_base(adapter, base_identity(config, model.resume_from_checkpoint or model.model_path, template))
+        return replace(adapter, optimizer=None, trainer=None)
+
+    return on_first(read, mesh.world)
 
 
 def _resolved(adapter: AdapterCheckpoint, config: ModelConfig) -> ResolvedLora:

@@ -11,6 +11,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="tests/test_torture.py: times that a run is killed")
+    parser.addoption("--seed", type=int, default=0, help="tests/test_torture.py: of the moments")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Several processes run at a time (xdist, spawn), and sums over more threads differ in the last bit.
     torch.set_num_threads(1)

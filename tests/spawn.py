@@ -44,17 +44,18 @@ class _Request:
     arguments: bytes  # pickled apart, because unpickling them may need that module
     world_size: int
     timeout: float
+    grace: float
     directory: str  # store, results, errors and output of the ranks
     path: tuple[str, ...]  # sys.path of the caller
 
 
-def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, grace: float = 0.0) -> list[Any]:
     """Call `fn(rank, world_size, *args)` on `world_size` processes; returns their results in rank order.
 
     fn must be a function at the top level of a module; args and results must be picklable. Each rank has
     the default process group (gloo), one thread, and RANK, LOCAL_RANK and WORLD_SIZE in its environment.
     `timeout` is in seconds. Raises SpawnError if a rank raises or dies (with its traceback; the other ranks
-    are killed) or if any rank has not finished in time (naming those; all are killed).
+    are killed, `grace` seconds later) or if any rank has not finished in time (naming those; all are killed).
     """
     if "." in fn.__qualname__:
         raise TypeError(f"spawn needs a function at the top level of a module, not {fn.__qualname__}")
@@ -66,6 +67,7 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 
             arguments=pickle.dumps(args),
             world_size=world_size,
             timeout=timeout,
+            grace=grace,
             directory=directory,
             path=tuple(sys.path),
         )
@@ -160,6 +162,7 @@ def _run(request: _Request, caller: Connection) -> str | None:
                 process = running.pop(sentinel)
                 process.join()
                 if process.exitcode != 0:
+                    wait([*running], request.grace)
                     return _failure(request, [process.exitcode for process in ranks])
             if not done:
                 late = [rank for rank, process in enumerate(ranks) if process.sentinel in running]

@@ -341,10 +341,10 @@ def on_one_rank(rank: int, world_size: int, command: list[str], bad_rank: int, w
 
 
 SETUP = [
-    "read_config", "newest_sound", "resolve_lora", "load_tokenizer", "load_dataset", "model_fingerprint",
+    "read_config", "newest_sound", "resolve_lora", "load_tokenizer", "load_dataset", "base_identity",
     "load_base_weights", "AdapterOptimizer",
 ]  # fmt: skip
-FIRST_ONLY = ("newest_sound", "model_fingerprint")  # rank 0 does them for all
+FIRST_ONLY = ("newest_sound", "base_identity")  # rank 0 does them for all
 
 
 @pytest.mark.parametrize("what", SETUP)

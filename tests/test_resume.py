@@ -1,5 +1,7 @@
 """A run that stops and goes on is the run that never stopped; another run never goes on by mistake."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -9,9 +11,11 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from spawn import SpawnError, spawn
 from tiny import column, exported, largest_difference, metrics, tune
 
+from megalora import cli
 from megalora.checkpoint.shards import read_adapter
 from megalora.saving import RunSaver
 from megalora.training import Trainer
@@ -224,6 +228,33 @@ def test_a_run_goes_on_in_a_new_folder(inputs, whole, half, tmp_path):
     assert largest_difference(exported(new), exported(whole)) < 1e-4
     (again,) = tune(1, inputs.flags(new, **FLAGS, resume_peft_from_checkpoint=half))
     assert "nothing to do" in again.out, "its own checkpoints go before the adapter it came from"
+
+
+def test_a_run_on_another_base_is_no_adapter_to_start_from(inputs, half, tmp_path):
+    """Of the same shapes, so that nothing else would tell."""
+    model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    for folder in (model, tokenizer):
+        shutil.copytree(inputs.model, folder)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    save_file(weights, model / "model.safetensors")
+    words = json.loads((tokenizer / "tokenizer.json").read_text())
+    first, second = list(words["model"]["vocab"])[-2:]
+    vocab = words["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    tiny.write_json(tokenizer / "tokenizer.json", words)
+    for folder, what in ((model, "model: llama, 2 layers of 32, "), (tokenizer, "tokenizer: 320 tokens, ")):
+        commands = [
+            ["finetune", *inputs.flags(tmp_path / "new", **FLAGS, model_path=folder, resume_peft_from_checkpoint=half)],
+            ["generate", "--model_path", str(folder), "--resume_peft_from_checkpoint", str(half), "--prompt", "Hi"],
+            ["finetune", *inputs.flags(half, **FLAGS, model_path=folder)],
+        ]
+        for command in commands:
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                assert cli.main(command) == 2
+            (line,) = err.getvalue().splitlines()
+            assert "iter_0000004" in line and f"{what}" in line and " there, " in line, line
+            assert ("tokenizer: " in line, "model: " in line) == (folder == tokenizer, folder == model), line
 
 
 @pytest.mark.parametrize("form", ["a checkpoint", "shards", "peft", "another run"])

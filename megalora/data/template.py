@@ -15,6 +15,8 @@ The reply pieces are found by rendering the conversation once more with a marker
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +122,17 @@ class ChatTemplate:
         """Where generation stops: the token that ends a reply, and the tokenizer's end of text."""
         eos = self.tokenizer.eos_token_id
         return (self.end_token_id,) if eos in (None, self.end_token_id) else (self.end_token_id, eos)
+
+    def identity(self) -> str:
+        """A hash of the template's source."""
+        return hashlib.sha256(self._jinja.encode()).hexdigest()[:16]
+
+    def tokenizer_identity(self) -> str:
+        """The size of the vocabulary, and a hash of its tokens and of which are special."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+        special = sorted(str(token) for token in self.tokenizer.all_special_tokens)
+        digest = hashlib.sha256(json.dumps([vocabulary, special, self.tokenizer.eos_token_id]).encode()).hexdigest()
+        return f"{len(vocabulary)} tokens, {digest[:16]}"
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that generation starts from: `messages` (the user's last) and the start of a reply."""

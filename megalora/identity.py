@@ -1,0 +1,85 @@
+"""What makes a run this run: the values that its checkpoints carry, and that decide whether one may be gone on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megalora.checkpoint.shards import AdapterCheckpoint
+from megalora.checkpoint.state import identity_difference
+from megalora.checkpoint.weights import model_fingerprint
+from megalora.data import ChatTemplate, PackedRows
+from megalora.errors import UserError
+from megalora.lora import LoraConfig
+from megalora.models.config import ModelConfig
+from megalora.models.stage import expected_weights
+
+_OF_THE_BASE = ("model", "tokenizer")
+
+
+def base_identity(config: ModelConfig, weights: str, template: ChatTemplate) -> dict[str, str]:
+    """What an adapter is trained for: the base weights (their names, shapes and a sample of values), the tokenizer.
+
+    Each value says in words what it can, and ends in a hash. Raises UserError as `open_base`. For one rank: it reads.
+    """
+    digest = model_fingerprint(weights, expected_weights(config), config.tie_word_embeddings)
+    layers = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+    return {"model": f"{config.model_type}, {layers}, {digest[:16]}", "tokenizer": template.tokenizer_identity()}
+
+
+def run_identity(
+    base: Mapping[str, str],
+    lora_config: LoraConfig,
+    template: ChatTemplate,
+    rows: PackedRows,
+    rows_of_a_step: int,
+    seed: int,
+) -> dict[str, str]:
+    """What must not change between the parts of one run; the layout may. base: of `base_identity`."""
+    return {
+        **base,
+        "chat template": template.identity(),
+        "data": rows.fingerprint[:16],
+        "rows of a step": str(rows_of_a_step),
+        "seed": str(seed),
+        **{
+            f"lora_config.{name}": str(value)
+            for name, value in lora_config.to_dict().items()
+            if name not in ("peft_type", "task_type", "inference_mode")
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run that saved a checkpoint was, and which run it is."""
+
+    step: int
+    identity: Mapping[str, str]
+
+
+def progress(checkpoint: AdapterCheckpoint) -> Progress | None:
+    """None where the adapter is of no run (PEFT). Raises UserError where a run's numbers are not there."""
+    if checkpoint.trainer is None:
+        return None
+    step, identity = checkpoint.trainer.get("step"), checkpoint.trainer.get("identity")
+    if not isinstance(step, int) or not isinstance(identity, dict):
+        raise UserError(f"checkpoint {checkpoint.where}: does not say its step and its run: take another one")
+    return Progress(step, {str(name): str(value) for name, value in identity.items()})
+
+
+def check_base(checkpoint: AdapterCheckpoint, base: Mapping[str, str]) -> None:
+    """Raises UserError where an adapter was trained on another base model or tokenizer, with the difference.
+
+    base  as of `base_identity`; more fields do not matter
+    """
+    theirs = progress(checkpoint)
+    if theirs is None:
+        return
+    ours = {name: base[name] for name in _OF_THE_BASE}
+    difference = identity_difference({name: theirs.identity.get(name, "(none)") for name in _OF_THE_BASE}, ours)
+    if difference:
+        raise UserError(
+            f"adapter {checkpoint.where}: was trained on another base ({difference}): name that model; or, to use the "
+            f"adapter on this one all the same, the run's peft folder"
+        )
