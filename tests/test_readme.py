@@ -14,7 +14,7 @@ def test_the_table_of_flags_is_that_of_the_code():
 
 
 def test_named_paths_exist():
-    named = set(re.findall(r"`((?:tests|megalora|examples|docs|benchmarks|tools)/[\w./-]*)`", README))
-    named |= set(re.findall(r"^(megalora/[\w./]+|benchmarks/)\s", README, flags=re.MULTILINE))
+    named = set(re.findall(r"`((?:tests|megalora|examples|docs|benchmarks|tools|scripts)/[\w./-]*)`", README))
+    named |= set(re.findall(r"^(megalora/[\w./]+|benchmarks/|scripts/slurm/)\s", README, flags=re.MULTILINE))
     assert named
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []

@@ -1,0 +1,90 @@
+"""scripts/slurm in a real Slurm of two nodes on this machine: every way to start gives the same run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+import tiny
+from tiny import column, exported
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+RUN, GENERATE = ROOT / "scripts/slurm/run.sh", ROOT / "scripts/slurm/gen.sh"
+FLAGS = {"max_steps": 6, "save_steps": 2, "tensor_parallel_size": 2, "gradient_accumulation_steps": 2}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PREFLIGHT": "0"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    reason = slurm_cluster.why_not()
+    if reason:
+        pytest.skip(f"NO SLURM TEST HAS RUN: {reason}")
+    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        (cluster.folder / "bin").mkdir()
+        (cluster.folder / "bin/yhrun").symlink_to(_srun(cluster))
+        cluster.environment |= ENVIRONMENT
+        cluster.environment["PATH"] += f":{cluster.folder}/bin"
+        yield cluster
+
+
+def _srun(cluster: slurm_cluster.Cluster) -> str:
+    return cluster.run("sh", "-c", "command -v srun").stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny.make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Path:
+    """The run by torchrun on one host: tp2 dp2."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = tiny.torchrun(folder, 4, *inputs.flags(folder / "run", **FLAGS))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def same_run(folder: Path, whole: Path) -> None:
+    """The losses and the adapter, to the last bit."""
+    assert column(folder, "step") == [*range(1, FLAGS["max_steps"] + 1)]
+    assert column(folder, "loss") == column(whole, "loss")
+    assert tiny.largest_difference(exported(folder), exported(whole)) == 0
+
+
+START = {
+    "one task a rank": (["srun", "-p", "P", "-N", "2", "-n", "4"], {}),
+    "one task a node": (["srun", "-p", "P", "-N", "2", "-n", "2"], {"GPUS_PER_NODE": "2"}),
+    "yhrun": (["yhrun", "-p", "P", "-N", "2", "-n", "4"], {}),
+}
+
+
+@pytest.mark.parametrize("mode", START)
+def test_the_ways_to_start_are_one_job(cluster, inputs, whole, tmp_path, mode):
+    launcher, environment = START[mode]
+    flags = inputs.flags(tmp_path / "run", **FLAGS | {"tensor_parallel_size": None})
+    done = cluster.run(*launcher, "bash", RUN, *flags, environment=environment | {"TP": "2"})
+    same_run(tmp_path / "run", whole)
+    assert done.stdout.count("4 = tensor 2 x pipeline 1 x data 2") == 1, "one job of four processes"
+    for choice in ("MASTER_ADDR=n1 (first of n1 n2)", "GLOO_SOCKET_IFNAME=lo (", "--tensor_parallel_size 2 (from TP)"):
+        assert done.stderr.count(choice) == 1, done.stderr
+
+
+def test_a_batch_job(cluster, inputs, whole, tmp_path):
+    """From its spool folder, and again by gen.sh from the adapter."""
+    cluster.wait(cluster.submit("-N2", "-n4", RUN, *inputs.flags(tmp_path / "run", **FLAGS)))
+    same_run(tmp_path / "run", whole)
+    words = ["--model_path", inputs.model, "--resume_peft_from_checkpoint", tmp_path / "run"]
+    words += ["--prompt", "Who are you? 3", "--max_new_tokens", "8", "--tensor_parallel_size", "2"]
+    replies = {}
+    for name, launcher in {"slurm": ["srun", "-N2", "-n4", "bash", GENERATE], "here": []}.items():
+        output = tmp_path / f"{name}.jsonl"
+        if name == "slurm":
+            cluster.run(*launcher, *words, "--output_file", output)
+        else:
+            cluster.run("python", ROOT / "tools/generate.py", *words[:-2], "--output_file", output)
+        replies[name] = output.read_text()
+    assert replies["slurm"] == replies["here"] and os.path.getsize(output) > 20
