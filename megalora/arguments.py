@@ -78,8 +78,8 @@ class LayoutArguments(Section):
     pipeline_parallel_size: int = flag(1, "pipeline stages the layers are cut into", at_least=1)
     partition_method: str = flag(
         "uniform",
-        "how layers are dealt to stages",
-        choices=("uniform", "uniform_floor", "parameters", "custom"),
+        "how layers are dealt to stages; cost: by counted time, so that no stage is slower than it must be",
+        choices=("uniform", "uniform_floor", "parameters", "cost", "custom"),
     )
     custom_partition: tuple[int, ...] | None = flag(
         None, "layers of each stage, first to last, for partition_method custom", at_least=1, unset="none"

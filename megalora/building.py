@@ -12,11 +12,15 @@ from megalora.checkpoint.weights import load_base
 from megalora.errors import UserError
 from megalora.lora import LoraConfig, ResolvedLora, layer_index
 from megalora.models.config import ModelConfig, check_layout
-from megalora.models.stage import Stage, adaptable_linears, expected_weights, whole_on_meta
+from megalora.models.stage import NO_LORA, Stage, adaptable_linears, expected_weights, whole_on_meta
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.split import named_splits
 from megalora.pipeline.partition import partition
+from megalora.planning.devices import device_of
+from megalora.planning.nodes import Workload
+from megalora.planning.shapes import shape_of
+from megalora.planning.timing import LayerCosts, layer_costs
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -40,10 +44,12 @@ def resolve_lora(lora_config: LoraConfig, config: ModelConfig) -> ResolvedLora:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the model is cut into stages: their layers, and the first that has something to train."""
+    """How the model is cut into stages: their layers, the first that has something to train, and the part of a step's
+    compute that each is reckoned to have."""
 
     layers: tuple[range, ...]
     floor: int
+    shares: tuple[float, ...]
 
 
 def build_stage(
@@ -56,10 +62,15 @@ def build_stage(
     custom_partition: tuple[int, ...] | None = None,
     uneven_heads: bool = False,
     recompute: str = "none",
+    workload: Workload | None = None,
 ) -> tuple[Stage, Cut]:
-    """This rank's stage, its parameters not filled yet. Raises UserError where the model cannot be cut so."""
+    """This rank's stage, its parameters not filled yet. Raises UserError where the model cannot be cut so.
+
+    workload  a microbatch of the run, for the stages' costs; None where nothing is trained
+    """
     check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
-    layers = stage_layers(config, mesh.pp.size, partition_method, custom_partition)
+    costs = layer_seconds(config, lora, mesh.tp.size, torch.device(place.device), workload)
+    layers = stage_layers(config, mesh.pp.size, partition_method, custom_partition, costs)
     stage = Stage(
         config,
         layers[mesh.pp.rank],
@@ -71,23 +82,38 @@ def build_stage(
     )
     lowest = min((layer_index(name) for name in trained_names(lora, config)), default=config.num_hidden_layers)
     floor = next((s for s, part in enumerate(layers) if lowest < part.stop), len(layers))
-    return stage, Cut(tuple(layers), floor)
+    return stage, Cut(tuple(layers), floor, tuple(costs.shares(layers)))
+
+
+def layer_seconds(
+    config: ModelConfig, lora: ResolvedLora, tp: int, device: torch.device, workload: Workload | None = None
+) -> LayerCosts:
+    """What each layer is reckoned to take on a tensor-parallel rank; without a workload its forward alone."""
+    if workload is None:
+        lora, workload = NO_LORA, Workload(rows=1, seq_length=256, labelled=1 / 256)
+    return layer_costs(shape_of(config, lora, tp, device.type), workload, device_of(device))
 
 
 def stage_layers(
-    config: ModelConfig, stages: int, partition_method: str, custom_partition: tuple[int, ...] | None
+    config: ModelConfig,
+    stages: int,
+    partition_method: str,
+    custom_partition: tuple[int, ...] | None,
+    costs: LayerCosts | None = None,
 ) -> list[range]:
-    """The layers of each stage. Raises UserError where the model cannot be cut so."""
-    whole = whole_on_meta(config)
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in whole.model.layers.items()}
-    return partition(
-        partition_method,
-        [count[str(i)] for i in range(config.num_hidden_layers)],
-        stages,
-        first_cost=whole.model.embed_tokens.weight.numel(),
-        last_cost=whole.lm_head.weight.numel(),
-        custom=custom_partition,
-    )
+    """The layers of each stage. Raises UserError where the model cannot be cut so.
+
+    costs  for partition_method cost; None: those of the forward of the model alone
+    """
+    if partition_method == "cost":
+        costs = costs or layer_seconds(config, NO_LORA, 1, torch.device("cpu"))
+        of_layers, first, last = costs.layers, costs.first, costs.last
+    else:
+        whole = whole_on_meta(config)
+        count = {name: sum(p.numel() for p in part.parameters()) for name, part in whole.model.layers.items()}
+        of_layers = [count[str(i)] for i in range(config.num_hidden_layers)]
+        first, last = whole.model.embed_tokens.weight.numel(), whole.lm_head.weight.numel()
+    return partition(partition_method, of_layers, stages, first_cost=first, last_cost=last, custom=custom_partition)
 
 
 def check_vocabulary(largest: int, config: ModelConfig, model_path: str) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from megalora.arguments import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
+from megalora.arguments import DataArguments, FinetuneArguments, ModelArguments, ParallelArguments, TrainArguments
 from megalora.building import (
+    Cut,
     build_stage,
     check_vocabulary,
     load_adapter,
@@ -47,6 +48,7 @@ from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.split import named_splits
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
+from megalora.planning.nodes import Workload
 from megalora.saving import RunSaver, restore
 from megalora.training import StepResult, Trainer
 
@@ -97,6 +99,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                 custom_partition=parallel.custom_partition,
                 uneven_heads=parallel.uneven_heads,
                 recompute=parallel.recompute,
+                workload=_workload(rows, train, parallel, dtype),
             )
         with together(mesh.world):
             load_base_weights(stage, weights)
@@ -160,7 +163,7 @@ def finetune(arguments: FinetuneArguments) -> None:
 
         # The steps.
         with monitor, saver:
-            summary = _summary(arguments, config, lora, stage, cut.layers, rows, loader, mesh, device, dtype)
+            summary = _summary(arguments, config, lora, stage, cut, rows, loader, mesh, device, dtype)
             monitor.summary(summary)
             for note in [*notes, *rows.skipped[:5], *_more_skipped(rows)]:
                 monitor.note(note)
@@ -344,6 +347,19 @@ def _load_rows(path: str, template: ChatTemplate, data: DataArguments, train: Tr
     )
 
 
+def _workload(rows: PackedRows, train: TrainArguments, parallel: ParallelArguments, dtype: torch.dtype) -> Workload:
+    """A mean microbatch of the run, for what stages are reckoned to take."""
+    return Workload(
+        train.per_device_train_batch_size,
+        rows.seq_length,
+        context=_context(rows),
+        labelled=rows.labelled_tokens / rows.tokens,
+        element=dtype.itemsize,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=parallel.recompute,
+    )
+
+
 def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle: bool = True) -> Loader:
     return Loader(
         rows,
@@ -426,19 +442,24 @@ class _Meter:
         return record
 
 
-def _flops_per_token(config: ModelConfig, lora: ResolvedLora, rows: PackedRows) -> float:
-    whole = {name: p.numel() for name, p in whole_on_meta(config).named_parameters(remove_duplicate=False)}
-    frozen = sum(n for name, n in whole.items() if "_proj.weight" in name or name == "lm_head.weight")
+def _context(rows: PackedRows) -> float:
+    """Keys that a token attends to on average."""
     documents = []
     for lengths, tokens in zip(rows.document_lengths, rows.row_tokens, strict=True):
         documents += lengths if sum(lengths) == tokens else lengths[:-1]  # the last is the padding tail
+    return causal_context(documents)
+
+
+def _flops_per_token(config: ModelConfig, lora: ResolvedLora, rows: PackedRows) -> float:
+    whole = {name: p.numel() for name, p in whole_on_meta(config).named_parameters(remove_duplicate=False)}
+    frozen = sum(n for name, n in whole.items() if "_proj.weight" in name or name == "lm_head.weight")
     return lora_flops_per_token(
         frozen_matmul_parameters=frozen,
         lora_parameters=_lora_parameters(config, lora),
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
         head_dim=config.head_dim,
-        context=causal_context(documents),
+        context=_context(rows),
     )
 
 
@@ -452,7 +473,7 @@ def _summary(
     config: ModelConfig,
     lora: ResolvedLora,
     stage: Stage,
-    layers: tuple[range, ...],
+    cut: Cut,
     rows: PackedRows,
     loader: Loader,
     mesh: ParallelMesh,
@@ -471,8 +492,10 @@ def _summary(
     stages = {
         f"stage {s}": f"layers {part[0]} to {part[-1]}"
         + (", embedding" if s == 0 else "")
-        + (", head" if s == len(layers) - 1 else "")
-        for s, part in enumerate(layers)
+        + (", head" if s == len(cut.layers) - 1 else "")
+        + f", {share:.1%} of the compute"
+        + (", no backward" if s < cut.floor else "")
+        for s, (part, share) in enumerate(zip(cut.layers, cut.shares, strict=True))
     }
     targets = sorted({name.rsplit(".", 1)[-1] for name in lora.adapters})
     recompute = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""

@@ -39,7 +39,8 @@ class VocabParallelEmbedding(_VocabParallel):
         mine = (input_ids >= self.start) & (input_ids < self.stop)
         rows = nn.functional.embedding((input_ids - self.start) * mine, self.weight)
         hidden = all_reduce(rows.mul_(mine.unsqueeze(-1)), tp)
-        return local_tokens(hidden, tp).contiguous() if self.place.sequence_parallel else hidden
+        # A copy: what is kept of it for backward must not keep the other ranks' tokens.
+        return local_tokens(hidden, tp).clone() if self.place.sequence_parallel else hidden
 
 
 class VocabParallelHead(_VocabParallel):

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from megalora.errors import UserError
 
-METHODS = ("uniform", "uniform_floor", "parameters", "custom")
+METHODS = ("uniform", "uniform_floor", "parameters", "cost", "custom")
 
 
 def partition(
     method: str,
-    layer_costs: Sequence[int],
+    layer_costs: Sequence[float],
     stages: int,
     *,
-    first_cost: int = 0,
-    last_cost: int = 0,
+    first_cost: float = 0,
+    last_cost: float = 0,
     custom: Sequence[int] | None = None,
 ) -> list[range]:
     """The layers of each stage, in order: contiguous, none empty.
@@ -24,8 +24,9 @@ def partition(
                  uniform_floor: n // p each, and the remainder one each to the stages between first and last, which
                  have no embedding and no head to hold, before these two
                  parameters: the largest stage, embedding and head counted, is as small as can be
+                 cost: the slowest stage is as fast as can be; costs are seconds
                  custom: as many as `custom` says
-    layer_costs  parameters of each layer; first_cost, last_cost those of the embedding and of the head
+    layer_costs  parameters (or seconds) of each layer; first_cost, last_cost those of the embedding and of the head
     Raises UserError where there are fewer layers than stages, or custom does not add up.
     """
     n = len(layer_costs)
@@ -38,7 +39,7 @@ def partition(
         inner_first = [*range(1, stages - 1), 0, stages - 1]
         for stage in inner_first[: n % stages]:
             counts[stage] += 1
-    elif method == "parameters":
+    elif method in ("parameters", "cost"):
         counts = _balanced(layer_costs, stages, first_cost, last_cost)
     elif method == "custom":
         counts = list(custom or [])
@@ -53,19 +54,19 @@ def partition(
     return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def _balanced(costs: Sequence[int], stages: int, first_cost: int, last_cost: int) -> list[int]:
+def _balanced(costs: Sequence[float], stages: int, first_cost: float, last_cost: float) -> list[int]:
     """Counts that minimise the dearest stage, then the sum of squares; dynamic programming over prefixes."""
     n = len(costs)
-    prefix = [0]
+    prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
 
-    def cost(stage: int, a: int, b: int) -> int:
+    def cost(stage: int, a: int, b: int) -> float:
         extra = (first_cost if stage == 0 else 0) + (last_cost if stage == stages - 1 else 0)
         return prefix[b] - prefix[a] + extra
 
     # best[b]: (dearest stage, squares, cuts) for the first `stage + 1` stages over layers [0, b)
-    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0, 0, ())}
     for stage in range(stages):
         longer = {}
         for b in range(stage + 1, n - (stages - 1 - stage) + 1):

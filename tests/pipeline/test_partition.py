@@ -19,7 +19,7 @@ CUTS = st.integers(1, 12).flatmap(
 )
 
 
-@pytest.mark.parametrize("method", ["uniform", "uniform_floor", "parameters"])
+@pytest.mark.parametrize("method", ["uniform", "uniform_floor", "parameters", "cost"])
 @given(case=CUTS)
 def test_every_layer_is_on_one_stage_in_order_and_no_stage_is_empty(method, case):
     stages, costs, first_cost, last_cost = case
@@ -27,19 +27,21 @@ def test_every_layer_is_on_one_stage_in_order_and_no_stage_is_empty(method, case
     assert len(parts) == stages and all(parts)
     assert [layer for part in parts for layer in part] == list(range(len(costs)))
     sizes = [len(part) for part in parts]
-    if method != "parameters":
+    if method not in ("parameters", "cost"):
         assert max(sizes) - min(sizes) <= 1
     if method == "uniform_floor" and len(costs) % stages <= max(0, stages - 2):
         assert sizes[0] == sizes[-1] == len(costs) // stages, "the remainder goes to the stages between"
 
 
-@given(
-    stages=st.integers(1, 5),
-    costs=st.lists(st.integers(0, 20), min_size=5, max_size=9),
-    first_cost=st.integers(0, 40),
-    last_cost=st.integers(0, 40),
-)
-def test_parameters_makes_the_dearest_stage_as_cheap_as_any_cut_can(stages, costs, first_cost, last_cost):
+SECONDS = st.floats(0, 40, allow_subnormal=False)
+
+
+@pytest.mark.parametrize("method, number", [("parameters", st.integers(0, 40)), ("cost", SECONDS)])
+@given(data=st.data(), stages=st.integers(1, 5))
+def test_the_dearest_stage_is_as_cheap_as_any_cut_can_make_it(method, number, data, stages):
+    costs = data.draw(st.lists(number, min_size=5, max_size=9))
+    first_cost, last_cost = data.draw(number), data.draw(number)
+
     def dearest(bounds: tuple[int, ...]) -> int:
         totals = [sum(costs[a:b]) for a, b in itertools.pairwise((0, *bounds, len(costs)))]
         totals[0] += first_cost
@@ -47,8 +49,8 @@ def test_parameters_makes_the_dearest_stage_as_cheap_as_any_cut_can(stages, cost
         return max(totals)
 
     best = min(map(dearest, itertools.combinations(range(1, len(costs)), stages - 1)))
-    parts = partition("parameters", costs, stages, first_cost=first_cost, last_cost=last_cost)
-    assert dearest(tuple(part.start for part in parts[1:])) == best
+    parts = partition(method, costs, stages, first_cost=first_cost, last_cost=last_cost)
+    assert dearest(tuple(part.start for part in parts[1:])) == pytest.approx(best)
 
 
 def test_a_heavy_head_takes_layers_off_the_last_stage():

@@ -1,0 +1,70 @@
+"""Speeds of the devices that a plan reckons with: the one place for such figures.
+
+Sustained ones, as training kernels reach them, not those of a data sheet. H100: measured on an H100 80GB HBM3, torch
+2.11 (bf16 GEMMs of Llama-8B's shapes 680 .. 794 TFLOP/s, cuDNN attention forward and backward 386 at 2048 and 497 at
+8192 tokens, copy 3.02 TB/s). H200: the same chip, its memory by the data sheet's 4.8 TB/s in the H100's proportion.
+A100: the data sheet's 312 TFLOP/s and 2.04 TB/s at 80% and 85%, FlashAttention-2 as published (arXiv 2307.08691).
+Links: the data sheets' NVLink 4 and 3 (450 and 300 GB/s a direction) and one adapter of 400 or 200 Gb/s a GPU, at 80%.
+CPU: two threads of a shared EPYC host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device and its links. All per second.
+
+    gemm, gemm32   FLOPs of matrix products in 16-bit and in 32-bit floats
+    attention      FLOPs of attention, forward and backward
+    memory         bytes read or written
+    link, network  bytes to a neighbour in the node, and in another, one direction
+    latency        seconds of one message or collective, beside its bytes
+    call           seconds in which the host issues one operation: what small microbatches are bound by
+    capacity       GiB of memory
+    """
+
+    name: str
+    gemm: float
+    gemm32: float
+    attention: float
+    memory: float
+    link: float
+    network: float
+    latency: float
+    call: float
+    capacity: float
+
+    def scaled(self, factor: float) -> Device:
+        """The same device with all compute `factor` times as slow."""
+        return replace(
+            self,
+            gemm=self.gemm / factor,
+            gemm32=self.gemm32 / factor,
+            attention=self.attention / factor,
+            memory=self.memory / factor,
+            call=self.call * factor,
+        )
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("h100", 720e12, 50e12, 400e12, 3.0e12, 360e9, 40e9, 15e-6, 25e-6, 80),
+        Device("h200", 715e12, 50e12, 400e12, 4.2e12, 360e9, 40e9, 15e-6, 25e-6, 141),
+        Device("a100", 250e12, 17e12, 190e12, 1.7e12, 240e9, 20e9, 15e-6, 25e-6, 80),
+        Device("cpu", 0.15e12, 0.15e12, 0.05e12, 10e9, 2e9, 1e9, 100e-6, 10e-6, 16),
+    )
+}
+
+
+def device_of(device: torch.device) -> Device:
+    """The entry of a device at hand; a GPU that the table does not know counts as the first one."""
+    if device.type != "cuda":
+        return DEVICES["cpu"]
+    name = torch.cuda.get_device_name(device).lower()
+    return next((entry for key, entry in DEVICES.items() if key in name), DEVICES["h100"])

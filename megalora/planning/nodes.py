@@ -1,0 +1,343 @@
+"""What a stage computes and keeps for one microbatch, autograd node by autograd node.
+
+It follows megalora/models and the ops below them: who changes what an op saves for its backward changes it here too
+(tests/planning/test_nodes.py counts what autograd really holds and compares to the byte).
+
+Legend: T tokens of the microbatch on this rank outside the linears, F all its tokens (T = F without sequence
+parallelism), e bytes of an element in the compute dtype, C room of a group (see megalora.ops.lora_linear).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from megalora.parallel.loss import CHUNK_LOGITS
+from megalora.planning.shapes import Group, Layer, Shape
+
+_STATISTIC = 4  # bytes of a float32: the norms' inverses, the logsumexp of attention
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One microbatch, and how it is run.
+
+    rows, seq_length   F = rows * seq_length
+    context            keys that a token sees on average, without a window; None: each row is one document
+    labelled           part of the tokens that have a label: the head is computed for these only
+    element            bytes of an element in the compute dtype (2 for bfloat16)
+    sequence_parallel  whether activations between the linears are cut over tp
+    recompute          "none", "selective" or "full"
+    """
+
+    rows: int
+    seq_length: int
+    context: float | None = None
+    labelled: float = 1.0
+    element: int = 2
+    sequence_parallel: bool = False
+    recompute: str = "none"
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_length
+
+    def seen(self, window: int | None) -> float:
+        """Keys that a token sees on average in a layer with that window."""
+        length = self.seq_length
+        if window is None or window >= length:
+            return (length + 1) / 2 if self.context is None else self.context
+        whole = (window * (window + 1) / 2 + (length - window) * window) / length
+        return whole if self.context is None else min(whole, self.context)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass through a node, forward or backward, takes.
+
+    live       bytes that exist while it runs, besides what nodes keep: gradients on their way, workspaces
+    flops      of matrix products
+    attention  FLOPs of attention
+    traffic    bytes that all else reads and writes
+    reduced    bytes of each tensor-parallel collective that it waits for (the whole activation)
+    calls      operations that the host issues
+    """
+
+    live: int = 0
+    flops: float = 0
+    attention: float = 0
+    traffic: float = 0
+    reduced: tuple[int, ...] = ()
+    calls: int = 0
+
+
+NOTHING = Pass()
+
+
+@dataclass(frozen=True)
+class Node:
+    """One autograd node, or a part that is computed again in backward: then `inner` is what that makes.
+
+    kept  bytes from its forward to the end of its backward
+    """
+
+    name: str
+    kept: int
+    forward: Pass
+    backward: Pass = NOTHING
+    inner: tuple[Node, ...] = field(default=())
+
+
+def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, last: bool) -> list[Node]:
+    """The nodes of layers `layers`, in order of their forward; with `first` the embedding, with `last` norm and head.
+
+    A chunk is what one stage holds, or one of its parts under an interleaved schedule.
+    """
+    tokens = _Tokens.of(shape, work)
+    flowing = shape.lowest < layers.start  # whether what comes in requires a gradient
+    nodes: list[Node] = []
+    if first:
+        summed = (tokens.full * shape.hidden * work.element,) if shape.tp > 1 else ()
+        nodes.append(Node("embedding", 0, Pass(traffic=2 * tokens.stream, reduced=summed, calls=1)))
+    for index in layers:
+        layer = shape.layers[index]
+        part = _LayerNodes(layer, shape, work, tokens, entering=index == layers.start).build(flowing)
+        flowing = flowing or layer.trains
+        if work.recompute == "full" and flowing:
+            part = [_computed_again("layer", part, tokens.stream * (1 if index == layers.start else 2), tokens)]
+        nodes += part
+    nodes += _tail(shape, work, tokens, flowing) if last else [_output(tokens, flowing)]
+    # Rotation tables and token numbers of the microbatch: every layer reads the same ones.
+    dim = shape.layers[0].head_dim
+    nodes.append(Node("inputs", tokens.full * (dim * work.element + 8) if flowing else 0, NOTHING))
+    return nodes
+
+
+def kept_bytes(nodes: list[Node]) -> int:
+    """What a microbatch between its forward and its backward holds."""
+    return sum(node.kept for node in nodes)
+
+
+def peak_bytes(nodes: list[Node], base: int = 0, gradient: int = 0) -> int:
+    """The most that is held at once during the forward and then the backward of one microbatch.
+
+    base      what else is held
+    gradient  held during the forward only: the gradient that waits for a part that is computed again
+    """
+    top = running = base
+    for node in nodes:
+        running += node.kept
+        top = max(top, running + gradient + node.forward.live)
+    for node in reversed(nodes):
+        top = max(top, running + node.backward.live)
+        if node.inner:
+            top = max(top, peak_bytes(list(node.inner), running, node.backward.live))
+        running -= node.kept
+    return top
+
+
+# ---- the parts of a stage ----
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """local T, full F; stream: bytes of one [T, hidden]; gathers: whether the linears gather their tokens."""
+
+    local: int
+    full: int
+    stream: int
+    whole: int
+    gathers: bool
+
+    @classmethod
+    def of(cls, shape: Shape, work: Workload) -> _Tokens:
+        gathers = work.sequence_parallel and shape.tp > 1
+        local = work.tokens // shape.tp if gathers else work.tokens
+        size = shape.hidden * work.element
+        return cls(local, work.tokens, local * size, work.tokens * size, gathers)
+
+
+def _computed_again(name: str, inner: list[Node], kept: int, tokens: _Tokens, gradient: int | None = None) -> Node:
+    """A part of which only the inputs are kept; `gradient` bytes come in while it is computed again."""
+    forward = _sum(node.forward for node in inner)
+    again = replace(forward, live=tokens.stream if gradient is None else gradient)
+    # Where the part's first node keeps the part's own input, that is not held twice.
+    head = inner[0]
+    shared = min(head.kept, tokens.stream) if head.name == "norm of the input" else 0
+    inner = [replace(head, kept=head.kept - shared), *inner[1:]]
+    return Node(name, kept, forward, again, tuple(inner))
+
+
+def _sum(passes) -> Pass:
+    passes = list(passes)
+    return Pass(
+        max((p.live for p in passes), default=0),
+        sum(p.flops for p in passes),
+        sum(p.attention for p in passes),
+        sum(p.traffic for p in passes),
+        tuple(size for p in passes for size in p.reduced),
+        sum(p.calls for p in passes),
+    )
+
+
+@dataclass(frozen=True)
+class _LayerNodes:
+    """entering: the layer is the first of its chunk, so the residual stream comes in one piece."""
+
+    layer: Layer
+    shape: Shape
+    work: Workload
+    tokens: _Tokens
+    entering: bool
+
+    def build(self, flowing: bool) -> list[Node]:
+        layer, inner = self.layer, self.layer.down.inputs
+        nodes = [self._norm("norm of the input" if self.entering else "norm", layer.qkv, flowing)]
+        for group, after in (
+            (layer.qkv, self._core),
+            (layer.out, lambda on: self._norm("norm", layer.gate_up, on)),
+            (layer.gate_up, lambda on: self._swiglu(inner, on)),
+            (layer.down, None),
+        ):
+            nodes.append(self._linears(group, flowing))
+            flowing = flowing or group.trains
+            if after is not None:
+                nodes.append(after(flowing))
+        return nodes
+
+    def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:
+        return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)
+
+    def _norm(self, name: str, group: Group, flowing: bool) -> Node:
+        """The sum is kept (or what comes in, where there is nothing to add) and one number a token."""
+        tokens, e = self.tokens, self.work.element
+        normed = tokens.local * (group.inputs + group.room) * e
+        added = 0 if name == "norm of the input" else 2
+        return self._node(
+            name,
+            tokens.stream + tokens.local * _STATISTIC,
+            Pass(live=2 * tokens.stream, traffic=(2 + added) * tokens.stream, calls=1),
+            Pass(live=2 * tokens.stream + normed, traffic=4 * tokens.stream, calls=1),
+            flowing,
+        )
+
+    def _linears(self, group: Group, flowing: bool) -> Node:
+        """x is kept where there is an A; z apart from it where x is only this rank's tokens."""
+        tokens, e, tp = self.tokens, self.work.element, self.shape.tp
+        gathers = tokens.gathers and not group.row_parallel
+        held = tokens.full if group.row_parallel else tokens.local
+        x = held * (group.inputs + group.room) * e
+        kept = (x if group.rank else 0) + (tokens.full * group.room * e if gathers and group.rank else 0)
+        y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
+        reads_x = held * group.inputs * e
+        across = (tokens.whole,) if tp > 1 and (group.row_parallel or tokens.gathers) else ()
+        matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
+        branch = 2 * tokens.full * group.rank
+        forward = Pass(
+            live=(tokens.full * (group.inputs + group.room) * e if gathers else 0) + y_full,
+            flops=matrix + branch * group.inputs,
+            traffic=reads_x if group.rank else 0,
+            reduced=across,
+            calls=1 + (1 if group.rank else 0) + (1 if group.biases and group.row_parallel else 0),
+        )
+        # The gradient of the residual stream waits meanwhile, for a row-parallel group it is dy itself.
+        gradients = group.trained * (e + _STATISTIC)
+        dy = (y_full if tokens.gathers else 0) if group.row_parallel else y_full
+        scattered = tokens.local * (group.inputs + group.room) * e if gathers else 0
+        needs_dx = flowing
+        backward = Pass(
+            live=tokens.stream + dy + (dx_full + scattered if needs_dx else 0) + gradients,
+            flops=(matrix if needs_dx else 2 * tokens.full * group.room * group.output)
+            + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
+            traffic=(y_full + reads_x + (2 * reads_x if needs_dx else 0)) if group.rank else 0,
+            reduced=(tokens.whole,) if tp > 1 and (tokens.gathers or (not group.row_parallel and needs_dx)) else (),
+            calls=1 + (3 * group.adapted + 4 if group.rank else 0),
+        )
+        return self._node("linears", kept, forward, backward, flowing or group.trains)
+
+    def _core(self, flowing: bool) -> Node:
+        """Rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""
+        layer, work, tokens, e = self.layer, self.work, self.tokens, self.work.element
+        full, dim = tokens.full, layer.head_dim
+        q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
+        qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
+        flops = 4 * layer.heads * dim * work.seen(layer.window) * full
+        room = layer.out.room
+        copied = 2 * q if room else 0
+        kept = qkv + q + statistics
+        if layer.qk_norm:
+            # The norms keep what they read (on a GPU copies of q and k, else views of qkv), and v is a view of qkv.
+            copies = q + kv if self.shape.device_type == "cuda" else 0
+            kept += copies + full * (layer.heads + layer.kv_heads) * _STATISTIC + (qkv - kv)
+        dout = full * (layer.heads * dim + room) * e
+        workspace = full * layer.heads * dim * 4  # dq is summed in float32
+        core = self._node(
+            "attention",
+            kept,
+            Pass(live=qkv, attention=flops, traffic=2 * qkv + copied, calls=4),
+            Pass(
+                live=tokens.stream + dout + max(q + qkv + workspace, 2 * qkv),
+                attention=2.5 * flops,
+                traffic=2 * q + 2 * qkv,
+                calls=4,
+            ),
+            flowing,
+        )
+        if work.recompute != "selective" or not flowing:
+            return core
+        return _computed_again("attention", [core], qkv, tokens, tokens.stream + dout)
+
+    def _swiglu(self, inner: int, flowing: bool) -> Node:
+        tokens, e = self.tokens, self.work.element
+        one = tokens.full * inner * e
+        dy = tokens.full * (inner + self.layer.down.room) * e
+        return self._node(
+            "swiglu",
+            2 * one,
+            Pass(live=dy, traffic=3 * one, calls=1),
+            Pass(live=tokens.stream + dy + 2 * one, traffic=5 * one, calls=1),
+            flowing,
+        )
+
+
+def _output(tokens: _Tokens, flowing: bool) -> Node:
+    """What the next stage reads; its gradient comes back."""
+    add = Pass(live=tokens.stream, traffic=3 * tokens.stream, calls=1)
+    return Node("output", tokens.stream if flowing else 0, add, Pass(live=tokens.stream) if flowing else NOTHING)
+
+
+def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[Node]:
+    """Final norm and loss: the logits live chunk by chunk, the gradient of the hidden states comes out of forward."""
+    e = work.element
+    labelled = round(tokens.full * work.labelled)
+    chunk = min(labelled, max(1, CHUNK_LOGITS.get(shape.device_type, CHUNK_LOGITS["cpu"]) // shape.vocabulary))
+    logits = chunk * shape.vocabulary * e
+    gathered = tokens.whole if tokens.gathers else 0
+    parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.hidden * e
+    product = 2 * labelled * shape.hidden * shape.vocabulary
+    reduced = tokens.whole
+    norm = Node(
+        "final norm",
+        tokens.stream + tokens.local * _STATISTIC if flowing else 0,
+        Pass(live=2 * tokens.stream, traffic=4 * tokens.stream, calls=1),
+        Pass(live=2 * tokens.stream, traffic=3 * tokens.stream, calls=1) if flowing else NOTHING,
+    )
+    loss = Node(
+        "loss",
+        tokens.whole if flowing else 0,
+        Pass(
+            live=tokens.stream + gathered + logits + parts,
+            flops=product * (2 if flowing else 1),
+            traffic=3 * labelled * shape.vocabulary * e,
+            reduced=(reduced,) if tokens.gathers else (),
+            calls=12,
+        ),
+        Pass(
+            live=tokens.whole + (tokens.stream if tokens.gathers else 0),
+            traffic=2 * tokens.whole,
+            reduced=(reduced,) if shape.tp > 1 else (),
+            calls=2,
+        )
+        if flowing
+        else NOTHING,
+    )
+    return [norm, loss]

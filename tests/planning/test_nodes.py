@@ -1,0 +1,128 @@
+"""What the nodes say a microbatch keeps, against what autograd really holds, to the byte."""
+
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalora.batch import Batch
+from megalora.building import resolve_lora
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.models.inputs import training_inputs
+from megalora.models.stage import Stage
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import Axis
+from megalora.planning.nodes import Workload, chunk_nodes, kept_bytes, peak_bytes
+from megalora.planning.shapes import shape_of
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+ROWS, LENGTH = 2, 16
+LORAS = {
+    "q,v": {"target_modules": ["q_proj", "v_proj"]},
+    "all linears": {"target_modules": "all-linear"},
+    "down of the upper half": {"target_modules": ["down_proj"], "layers_to_transform": [2, 3]},
+    "o and gate": {"target_modules": ["o_proj", "gate_proj"]},
+}
+
+
+def batch() -> Batch:
+    tokens = ROWS * LENGTH
+    ids = torch.arange(tokens) % FIELDS["vocab_size"]
+    return Batch(
+        ids,
+        ids.roll(-1),
+        torch.arange(LENGTH).repeat(ROWS),
+        torch.arange(ROWS + 1, dtype=torch.int32) * LENGTH,
+        torch.arange(tokens),
+    )
+
+
+def held_by_autograd(stage: Stage, enters: bool) -> int:
+    """Bytes of all storages that the graph of one forward holds, and of what comes in and goes out."""
+    for group in (group for layer in stage.model.layers.values() for group in layer.groups()):
+        group.matrix.zero_()
+    stage.refresh_adapters()
+    lasting = {p.untyped_storage().data_ptr() for p in stage.parameters()}
+    for layer in stage.model.layers.values():
+        for group in layer.groups():
+            lasting |= {x.untyped_storage().data_ptr() for x in (group.matrix, group.down) if x is not None}
+    saved = weakref.WeakSet()
+    inputs = training_inputs(batch(), stage.config, stage.place, seed=1, step=0)
+    hidden = None
+    if stage.model.embed_tokens is None:
+        local = inputs.tokens.local.shape[0]
+        hidden = torch.randn(local, stage.config.hidden_size, requires_grad=enters)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: Saved(x, saved), lambda one: one.tensor):
+        out = stage(hidden, inputs)
+    kept = [one.tensor for one in saved]
+    kept += [hidden] if enters else []
+    if out.requires_grad:  # the runner holds what goes out; what is computed again reads the inputs out of our sight
+        kept += [out] if out.dim() else []
+        kept += [inputs.tokens.index, inputs.cos, inputs.sin]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    return sum(size for place, size in storages.items() if place not in lasting)
+
+
+class Saved:
+    """One tensor that autograd saved, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor, everything: weakref.WeakSet):
+        self.tensor = tensor
+        everything.add(self)
+
+
+@pytest.fixture
+def two_ranks():
+    """A tensor-parallel axis of two ranks whose other rank does not exist: collectives give anything."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield Axis(0, (0, 1), dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def check(lora: str, recompute: str, layers: range, tp: Axis, sequence_parallel: bool, **fields) -> None:
+    config = config_from_dict({**FIELDS, **fields})
+    resolved = resolve_lora(LoraConfig.from_dict({"r": 4, "lora_dropout": 0.1, **LORAS[lora]}), config)
+    place = Placement(tp, sequence_parallel, torch.float32, "cpu")
+    first, last = layers.start == 0, layers.stop == config.num_hidden_layers
+    stage = Stage(config, layers, place, resolved, first=first, last=last, recompute=recompute)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.fill_(0.01)
+    shape = shape_of(config, resolved, tp.size, "cpu")
+    work = Workload(ROWS, LENGTH, element=4, sequence_parallel=sequence_parallel, recompute=recompute)
+    nodes = chunk_nodes(shape, layers, work, first=first, last=last)
+    assert held_by_autograd(stage, enters=shape.lowest < layers.start) == kept_bytes(nodes)
+    assert peak_bytes(nodes) >= kept_bytes(nodes)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("layers", [range(0, 4), range(0, 2), range(2, 4), range(1, 3)])
+def test_kept_is_what_autograd_holds(lora, recompute, layers):
+    check(lora, recompute, layers, Axis(), False)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_and_on_a_tensor_parallel_rank(two_ranks, recompute, sequence_parallel):
+    check("all linears", recompute, range(0, 4), two_ranks, sequence_parallel)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_and_with_norms_on_the_heads(recompute):
+    check("all linears", recompute, range(0, 4), Axis(), False, model_type="qwen3", head_dim=8)

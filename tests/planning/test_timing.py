@@ -1,0 +1,107 @@
+"""What a stage is reckoned to take: the order of things, and the cuts that follow from it."""
+
+import pytest
+
+from megalora.building import resolve_lora
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.monitor import causal_context, lora_flops_per_token
+from megalora.pipeline.partition import partition
+from megalora.planning.devices import DEVICES
+from megalora.planning.nodes import Workload, chunk_nodes
+from megalora.planning.shapes import shape_of
+from megalora.planning.timing import chunk_seconds, layer_costs, reduce_seconds
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+CONFIG = config_from_dict(FIELDS)
+H100 = DEVICES["h100"]
+WORK = Workload(rows=4, seq_length=2048)
+
+
+def shape(tp: int = 1, **lora):
+    return shape_of(CONFIG, resolve_lora(LoraConfig.from_dict(lora), CONFIG), tp)
+
+
+def costs(work: Workload = WORK, **lora):
+    return layer_costs(shape(**lora), work, H100)
+
+
+def test_the_flops_are_those_of_the_monitor():
+    """Both count 4N + 6L + attention; the nodes also count the columns of the room, 64 an input."""
+    whole = shape(r=64, target_modules="all-linear")
+    nodes = chunk_nodes(whole, range(32), WORK, first=True, last=True)
+    flops = sum(p.flops + p.attention for node in nodes for p in (node.forward, node.backward))
+    frozen = sum(layer.frozen - 2 * layer.hidden for layer in whole.layers) + whole.embedding
+    counted = lora_flops_per_token(
+        frozen_matmul_parameters=frozen,
+        lora_parameters=sum(layer.trained for layer in whole.layers),
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        head_dim=128,
+        context=causal_context([2048]),
+    )
+    assert flops / WORK.tokens == pytest.approx(counted, rel=0.03)
+
+
+def test_backward_only_above_the_lowest_adapter():
+    upper = costs(r=8, layers_to_transform=list(range(16, 32)))
+    every = costs(r=8)
+    assert upper.layers[0] == upper.layers[15] < 0.6 * every.layers[15]
+    assert upper.layers[17:] == every.layers[17:]
+    assert upper.layers[15] < upper.layers[16] < upper.layers[17], "the first adapted layer needs no input gradient"
+    below = chunk_seconds(shape(r=8, layers_to_transform=[31]), range(0, 8), WORK, H100, first=True, last=False)
+    assert below.backward == below.recompute == 0 < below.forward
+
+
+def test_the_embedding_is_nearly_free_and_the_head_is_not():
+    seconds = costs(r=8)
+    assert seconds.first < 0.01 * seconds.layers[1]
+    assert 1.0 < seconds.last / seconds.layers[1] < 3.0
+
+
+def test_cost_takes_layers_off_the_stage_with_the_head_and_gives_them_to_those_without_backward():
+    def sizes(seconds):
+        ends = {"first_cost": seconds.first, "last_cost": seconds.last}
+        return [len(part) for part in partition("cost", seconds.layers, 4, **ends)]
+
+    assert sizes(costs(r=8))[-1] < 8
+    upper = sizes(costs(r=8, layers_to_transform=list(range(16, 32))))
+    assert upper[0] > 8 > upper[-1]
+
+
+def test_the_shares_add_up():
+    shares = costs(r=8).shares([range(0, 8), range(8, 20), range(20, 32)])
+    assert sum(shares) == pytest.approx(1) and shares[1] > shares[0]
+
+
+def test_recompute_costs_a_forward():
+    one = chunk_seconds(shape(r=8), range(0, 4), WORK, H100, first=True, last=False)
+    again = chunk_seconds(shape(r=8), range(0, 4), Workload(4, 2048, recompute="full"), H100, first=True, last=False)
+    attention = chunk_seconds(
+        shape(r=8), range(0, 4), Workload(4, 2048, recompute="selective"), H100, first=True, last=False
+    )
+    assert (again.forward, again.backward) == pytest.approx((one.forward, one.backward)) and one.recompute == 0
+    assert 0.95 * one.forward < again.recompute <= one.forward
+    assert 0 < attention.recompute < 0.2 * one.forward
+
+
+def test_small_microbatches_are_bound_by_the_host():
+    small = chunk_seconds(shape(tp=8, r=8), range(0, 4), Workload(1, 16), H100, first=True, last=False)
+    calls = chunk_nodes(shape(tp=8, r=8), range(0, 4), Workload(1, 16), first=True, last=False)
+    assert small.forward >= sum(node.forward.calls for node in calls) * H100.call
+
+
+def test_a_ring_moves_nearly_twice_the_bytes():
+    assert reduce_seconds(10**9, 1, H100.link, H100) == 0
+    assert reduce_seconds(10**9, 8, H100.link, H100) == pytest.approx(H100.latency + 1.75e9 / H100.link)

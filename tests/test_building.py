@@ -1,0 +1,53 @@
+"""From a config to stages: how the ways to cut it meet the model."""
+
+import pytest
+import torch
+
+from megalora.building import build_stage, resolve_lora, stage_layers
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import Axis, ParallelMesh
+from megalora.planning.nodes import Workload
+
+CONFIG = config_from_dict(
+    {
+        "model_type": "llama",
+        "vocab_size": 4000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+)
+
+
+def cut(method: str, **lora):
+    resolved = resolve_lora(LoraConfig.from_dict(lora), CONFIG)
+    mesh = ParallelMesh(pp=Axis(1, (0, 1, 2)))
+    place = Placement(mesh.tp, False, torch.float32, "meta")
+    stage, cut = build_stage(CONFIG, mesh, resolved, place, partition_method=method, workload=Workload(2, 64))
+    assert list(stage.model.layers) == [str(i) for i in cut.layers[1]]
+    return cut
+
+
+def test_cost_gives_no_stage_a_larger_share_than_uniform_does():
+    uniform, cost = cut("uniform", r=4), cut("cost", r=4)
+    assert max(cost.shares) < max(uniform.shares)
+    assert sum(cost.shares) == pytest.approx(1)
+    assert len(cost.layers[-1]) < len(uniform.layers[-1]), "the last stage has the head"
+
+
+def test_cost_counts_the_floor():
+    upper = {"r": 4, "layers_to_transform": [8, 9, 10, 11]}
+    assert len(cut("cost", **upper).layers[0]) > len(cut("cost", r=4).layers[0])
+    assert cut("cost", **upper).floor >= 1
+
+
+def test_cost_without_a_run_is_that_of_the_forward():
+    layers = stage_layers(CONFIG, 3, "cost", None)
+    assert [i for part in layers for i in part] == list(range(12))
