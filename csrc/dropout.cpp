@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <type_traits>
 
 #include "common.h"
@@ -100,7 +101,12 @@ MEGALORA_MULTIVERSION void add_rows(const Rows& rows, const Mask& mask, int64_t 
   mask_rows<true>(rows, mask, begin, end);
 }
 
-Mask make_mask(int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p) {
+Mask make_mask(int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p,
+               const std::optional<at::Tensor>& live_step) {
+  if (live_step) {
+    MEGALORA_CHECK(live_step->scalar_type() == at::kLong && live_step->numel() == 1, "live_step: one int64");
+    step = *live_step->const_data_ptr<int64_t>();
+  }
   MEGALORA_CHECK(seed >= 0 && seed <= UINT32_MAX, "seed ", seed, " (fold it to 32 bits)");
   MEGALORA_CHECK(site >= 0 && site <= UINT32_MAX, "site ", site);
   MEGALORA_CHECK(step >= 0 && step <= UINT32_MAX, "step ", step);
@@ -127,9 +133,9 @@ void for_rows(const at::Tensor& x, Function&& function) {
 }
 
 at::Tensor dropout(const at::Tensor& x_TF, const at::Tensor& token_index_T, int64_t seed, int64_t site, int64_t step,
-                   int64_t feature_offset, double p) {
+                   int64_t feature_offset, double p, const std::optional<at::Tensor>& live_step) {
   check_inputs(x_TF, token_index_T);
-  const Mask mask = make_mask(seed, site, step, feature_offset, p);
+  const Mask mask = make_mask(seed, site, step, feature_offset, p, live_step);
   const at::Tensor in = with_adjacent_features(x_TF), token = token_index_T.contiguous();
   at::Tensor out = at::empty(x_TF.sizes(), x_TF.options());
   const Rows rows{in.const_data_ptr(), in.stride(0), out.mutable_data_ptr(), out.stride(0), out.size(1),
@@ -139,23 +145,26 @@ at::Tensor dropout(const at::Tensor& x_TF, const at::Tensor& token_index_T, int6
 }
 
 void dropout_add_(at::Tensor& out_TF, const at::Tensor& g_TF, const at::Tensor& token_index_T, int64_t seed,
-                  int64_t site, int64_t step, int64_t feature_offset, double p) {
+                  int64_t site, int64_t step, int64_t feature_offset, double p,
+                  const std::optional<at::Tensor>& live_step) {
   check_inputs(out_TF, token_index_T);
   MEGALORA_CHECK(g_TF.sizes() == out_TF.sizes(), g_TF.sizes(), " for ", out_TF.sizes());
   MEGALORA_CHECK(g_TF.scalar_type() == out_TF.scalar_type(), g_TF.scalar_type(), " for ", out_TF.scalar_type());
   MEGALORA_CHECK(out_TF.stride(1) == 1 || out_TF.size(1) < 2, "features must be adjacent, strides ", out_TF.strides());
-  const Mask mask = make_mask(seed, site, step, feature_offset, p);
+  const Mask mask = make_mask(seed, site, step, feature_offset, p, live_step);
   const at::Tensor in = with_adjacent_features(g_TF), token = token_index_T.contiguous();
   const Rows rows{in.const_data_ptr(), in.stride(0), out_TF.mutable_data_ptr(), out_TF.stride(0), out_TF.size(1),
                   token.const_data_ptr<int64_t>(), out_TF.scalar_type()};
   for_rows(out_TF, [&](int64_t begin, int64_t end) { add_rows(rows, mask, begin, end); });
 }
 
-at::Tensor dropout_meta(const at::Tensor& x_TF, const at::Tensor&, int64_t, int64_t, int64_t, int64_t, double) {
+at::Tensor dropout_meta(const at::Tensor& x_TF, const at::Tensor&, int64_t, int64_t, int64_t, int64_t, double,
+                        const std::optional<at::Tensor>&) {
   return at::empty_symint(x_TF.sym_sizes(), x_TF.options());
 }
 
-void dropout_add_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, int64_t, double) {}
+void dropout_add_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, int64_t, double,
+                       const std::optional<at::Tensor>&) {}
 
 }  // namespace
 

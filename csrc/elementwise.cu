@@ -61,7 +61,8 @@ __global__ void dropout_kernel(const T* x, int64_t x_stride, T* out, int64_t out
   const int64_t row = i / groups, group = i % groups;
   const auto place = static_cast<uint64_t>(token[row]);
   const auto block = static_cast<uint32_t>(mask.feature_offset / 8 + group);
-  const PhiloxWords w = philox4x32({static_cast<uint32_t>(place), block, mask.step, static_cast<uint32_t>(place >> 32)},
+  const uint32_t step = mask.live_step == nullptr ? mask.step : static_cast<uint32_t>(__ldg(mask.live_step));
+  const PhiloxWords w = philox4x32({static_cast<uint32_t>(place), block, step, static_cast<uint32_t>(place >> 32)},
                                    mask.key0, mask.site);
   const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
   constexpr int size = Vector<T>::size;

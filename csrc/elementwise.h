@@ -10,6 +10,7 @@ enum class Type { bfloat16, float16, float32 };
 
 struct MaskSpec {
   uint32_t key0, site, step, threshold;
+  const int64_t* live_step;  // where it is not null, the step is read there when the kernel runs
   int64_t feature_offset;
   float scale;
 };

@@ -80,10 +80,16 @@ void check_rows(const Tensor& x, const Tensor& like) {
 
 const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
 
-MaskSpec mask_spec(int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p) {
+MaskSpec mask_spec(int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p,
+                   const std::optional<Tensor>& live_step) {
+  if (live_step) {
+    MEGALORA_CHECK(live_step->scalar_type() == at::kLong && live_step->numel() == 1, "live_step: one int64");
+    MEGALORA_CHECK(live_step->is_cuda(), "live_step on ", live_step->device());
+  }
   const auto threshold = static_cast<uint32_t>(std::nearbyint(p * 65536.0));
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(site), static_cast<uint32_t>(step), threshold,
-          feature_offset, static_cast<float>(65536.0 / (65536.0 - threshold))};
+          live_step ? live_step->const_data_ptr<int64_t>() : nullptr, feature_offset,
+          static_cast<float>(65536.0 / (65536.0 - threshold))};
 }
 
 void dropout_into(bool accumulate, const Tensor& x, const Tensor& out, const Tensor& token_index, const MaskSpec& mask) {
@@ -101,15 +107,15 @@ void dropout_into(bool accumulate, const Tensor& x, const Tensor& out, const Ten
 }
 
 Tensor dropout(const Tensor& x, const Tensor& token_index, int64_t seed, int64_t site, int64_t step,
-               int64_t feature_offset, double p) {
+               int64_t feature_offset, double p, const std::optional<Tensor>& live_step) {
   Tensor out = at::empty_like(x, at::MemoryFormat::Contiguous);
-  dropout_into(false, x, out, token_index, mask_spec(seed, site, step, feature_offset, p));
+  dropout_into(false, x, out, token_index, mask_spec(seed, site, step, feature_offset, p, live_step));
   return out;
 }
 
 void dropout_add_(Tensor& out, const Tensor& g, const Tensor& token_index, int64_t seed, int64_t site, int64_t step,
-                  int64_t feature_offset, double p) {
-  dropout_into(true, g, out, token_index, mask_spec(seed, site, step, feature_offset, p));
+                  int64_t feature_offset, double p, const std::optional<Tensor>& live_step) {
+  dropout_into(true, g, out, token_index, mask_spec(seed, site, step, feature_offset, p, live_step));
 }
 
 void rms_norm_(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, double eps,

@@ -42,10 +42,11 @@ pybind11::dict build_info() {
 }  // namespace
 
 TORCH_LIBRARY(megalora, m) {
-  m.def("dropout(Tensor x, Tensor token_index, int seed, int site, int step, int feature_offset, float p) -> Tensor",
+  m.def("dropout(Tensor x, Tensor token_index, int seed, int site, int step, int feature_offset, float p, "
+        "Tensor? live_step=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def("dropout_add_(Tensor(a!) out, Tensor g, Tensor token_index, int seed, int site, int step, int feature_offset, "
-        "float p) -> ()",
+        "float p, Tensor? live_step=None) -> ()",
         {at::Tag::pt2_compliant_tag});
 }
 

@@ -142,7 +142,8 @@ __device__ __forceinline__ float4 cluster_sum(const float* place, int blocks) {
 struct Draw {
   const int64_t* token;
   uint32_t k0[10], k1[10];        // the key words of each round
-  uint32_t after_step0, after_step1;  // the product of the counter's third word (step), the first with k0[0] in it
+  uint32_t step;
+  const int64_t* live_step;
   uint32_t first_block;
   uint32_t threshold_low;   // both halves: the threshold's low 15 bits
   uint32_t threshold_high;  // all ones if its highest bit is clear
@@ -159,9 +160,8 @@ Draw make_draw(const LoraMask& mask) {
     draw.k0[round] = mask.key + round * 0x9E3779B9;
     draw.k1[round] = mask.site + round * 0xBB67AE85;
   }
-  const uint64_t product = uint64_t{kMultiplier1} * mask.step;
-  draw.after_step0 = static_cast<uint32_t>(product >> 32) ^ draw.k0[0];
-  draw.after_step1 = static_cast<uint32_t>(product);
+  draw.step = mask.step;
+  draw.live_step = mask.live_step;
   draw.first_block = mask.first_block;
   draw.threshold_low = (mask.threshold & 0x7FFF) * 0x10001;
   draw.threshold_high = mask.threshold & 0x8000 ? 0 : 0xFFFFFFFF;
@@ -181,16 +181,28 @@ __device__ __forceinline__ uint32_t keep(uint32_t lanes, const Draw& draw) {
   return mask;
 }
 
+// The product of the counter's third word, the step: alike for all tokens.
+struct StepDraw {
+  uint32_t first, second;
+
+  __device__ __forceinline__ explicit StepDraw(const Draw& draw) {
+    const auto step = draw.live_step == nullptr ? draw.step : static_cast<uint32_t>(__ldg(draw.live_step));
+    const uint64_t product = uint64_t{kMultiplier1} * step;
+    first = static_cast<uint32_t>(product >> 32) ^ draw.k0[0];
+    second = static_cast<uint32_t>(product);
+  }
+};
+
 // One token's masks. philox4x32 (philox.h) with all that does not depend on the feature worked out once: of the first
 // three rounds' six products only two are left for each block.
 struct TokenDraw {
   uint32_t round1, round2a, round2b, round2c;
 
-  __device__ __forceinline__ void init(const Draw& draw, int64_t token) {
+  __device__ __forceinline__ void init(const Draw& draw, const StepDraw& step, int64_t token) {
     const uint64_t product0 = uint64_t{kMultiplier0} * static_cast<uint32_t>(token);
     const uint32_t c2 = static_cast<uint32_t>(product0 >> 32) ^ static_cast<uint32_t>(token >> 32) ^ draw.k1[0];
     const uint64_t product1 = uint64_t{kMultiplier1} * c2;
-    const uint32_t c0 = static_cast<uint32_t>(product1 >> 32) ^ draw.after_step1 ^ draw.k0[1];
+    const uint32_t c0 = static_cast<uint32_t>(product1 >> 32) ^ step.second ^ draw.k0[1];
     const uint64_t product2 = uint64_t{kMultiplier0} * c0;
     round1 = static_cast<uint32_t>(product0) ^ draw.k1[1];
     round2a = static_cast<uint32_t>(product1) ^ draw.k0[2];
@@ -199,8 +211,8 @@ struct TokenDraw {
   }
 
   // The keep masks of features 8·block .. + 7 of the whole input.
-  __device__ __forceinline__ uint4 keep_block(const Draw& draw, uint32_t block) const {
-    const uint64_t first = uint64_t{kMultiplier0} * (draw.after_step0 ^ block);
+  __device__ __forceinline__ uint4 keep_block(const Draw& draw, const StepDraw& step, uint32_t block) const {
+    const uint64_t first = uint64_t{kMultiplier0} * (step.first ^ block);
     const uint64_t second = uint64_t{kMultiplier1} * (static_cast<uint32_t>(first >> 32) ^ round1);
     PhiloxWords c = {static_cast<uint32_t>(second >> 32) ^ round2a, static_cast<uint32_t>(second),
                      static_cast<uint32_t>(first) ^ round2b, round2c};
@@ -262,6 +274,7 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
   constexpr int threads = Shape::threads, A_copies = (Shape::A_octets + threads - 1) / threads;
   extern __shared__ __align__(16) uint4 shared[];
   const Draw& draw = arguments.draw;
+  const StepDraw step_draw(draw);
   const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   const int row_warp = warp % Shape::row_warps, feature_warp = warp / Shape::row_warps;
   const int first_row = blockIdx.x * Shape::rows, warp_row = first_row + row_warp * 16 * row_tiles;
@@ -316,7 +329,7 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
   if (draw.on) {
 #pragma unroll
     for (int i = 0; i < 2 * row_tiles; ++i) {
-      token[i].init(draw, __ldg(draw.token + min(warp_row + 8 * i + g, arguments.tokens - 1)));
+      token[i].init(draw, step_draw, __ldg(draw.token + min(warp_row + 8 * i + g, arguments.tokens - 1)));
     }
   }
   uint32_t block = draw.first_block + (first_feature + 64 * feature_warp) / 8 + t;
@@ -339,7 +352,7 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
       for (int i = 0; i < 2 * row_tiles; ++i) {
         // Always masked, if by ones: the results can then be computed right into the registers that an mma wants.
         uint4 kept = kAll;
-        if (draw.on) kept = token[i].keep_block(draw, block + 4 * half);
+        if (draw.on) kept = token[i].keep_block(draw, step_draw, block + 4 * half);
         v[i] = x[(half * 2 * row_tiles + i) * threads] & kept;
       }
 #pragma unroll
@@ -436,6 +449,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   constexpr int dz_copies = (octets + threads - 1) / threads;
   extern __shared__ __align__(16) uint4 shared[];
   const Draw& draw = arguments.draw;
+  const StepDraw step_draw(draw);
   const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   const int rank_warp = warp % rank_warps, tile = warp / rank_warps;
   const int feature_warp = tile % Shape::feature_warps, token_warp = tile / Shape::feature_warps;
@@ -506,8 +520,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
         const int64_t its_token = __shfl_sync(0xFFFFFFFF, lane_token, 2 * t + offset(i));
         if (i % rank_warps != rank_warp) continue;
         TokenDraw token;
-        token.init(draw, its_token);
-        v[i] = x[i * kLanes] & token.keep_block(draw, block);
+        token.init(draw, step_draw, its_token);
+        v[i] = x[i * kLanes] & token.keep_block(draw, step_draw, block);
         if (rank_warps > 1) x[i * kLanes] = v[i];
       }
       lane_token = read_token(step + 1);
@@ -616,6 +630,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
   constexpr int rank_steps = Shape::rank_steps, stages = Shape::stages, threads = Shape::threads;
   extern __shared__ __align__(16) uint4 shared[];
   const Draw& draw = arguments.draw;
+  const StepDraw step_draw(draw);
   const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   const int first_feature = blockIdx.x * Shape::features;
   const int groups = min(Shape::groups, (arguments.features - first_feature + 63) / 64);
@@ -704,7 +719,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
   for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (draw.on) token[i].init(draw, token_ahead[i]);
+      if (draw.on) token[i].init(draw, step_draw, token_ahead[i]);
 #pragma unroll
       for (int k = 0; k < rank_steps; ++k) dz[k][i] = dz_ahead[i][k].x, dz[k][2 + i] = dz_ahead[i][k].y;
     }
@@ -733,7 +748,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
         for (int i = 0; i < 2; ++i) {
           const uint4 before = dx[reading.stage * Shape::dx_octets + (half * 2 + i) * threads];
           uint4 kept = kAll;
-          if (draw.on) kept = token[i].keep_block(draw, draw.first_block + column / 8);
+          if (draw.on) kept = token[i].keep_block(draw, step_draw, draw.first_block + column / 8);
           uint32_t after[4];
 #pragma unroll
           for (int q = 0; q < 4; ++q) {

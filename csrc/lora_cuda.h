@@ -16,6 +16,7 @@ constexpr int64_t kLargestRank = 192;
 struct LoraMask {
   const int64_t* token;  // [T]
   uint32_t key, site, step;
+  const int64_t* live_step;  // where it is not null, the step is read there when a kernel runs
   uint32_t first_block;  // feature_offset / 8
   uint32_t threshold;
 };

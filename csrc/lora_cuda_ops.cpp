@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <optional>
 
 #include "common.h"
 
@@ -20,15 +21,15 @@ namespace megalora {
 namespace {
 
 void lora_down_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t,
-                     int64_t, double) {}
+                     int64_t, double, const std::optional<at::Tensor>&) {}
 
 at::Tensor lora_down_weight_grad_meta(const at::Tensor& dz_TR, const at::Tensor& x_TK, const at::Tensor&, int64_t,
-                                      int64_t, int64_t, int64_t, double) {
+                                      int64_t, int64_t, int64_t, double, const std::optional<at::Tensor>&) {
   return at::empty_symint({dz_TR.sym_size(1), x_TK.sym_size(1)}, x_TK.options().dtype(at::kFloat));
 }
 
 void lora_down_input_grad_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t,
-                                int64_t, int64_t, double) {}
+                                int64_t, int64_t, double, const std::optional<at::Tensor>&) {}
 
 at::Tensor lora_up_weight_grad_meta(const at::Tensor& dy_TO, const at::Tensor& z_TR, double) {
   return at::empty_symint({dy_TO.sym_size(1), z_TR.sym_size(1)}, dy_TO.options().dtype(at::kFloat));
@@ -60,7 +61,7 @@ void check_A(const at::Tensor& A_RK, const at::Tensor& x_TK) {
 }
 
 LoraMask make_mask(const at::Tensor& x_TK, const at::Tensor& token_index_T, int64_t seed, int64_t site, int64_t step,
-                   int64_t feature_offset, double p) {
+                   int64_t feature_offset, double p, const std::optional<at::Tensor>& live_step) {
   MEGALORA_CHECK(p >= 0 && std::nearbyint(p * 65536) < 65536, "p ", p);
   const auto threshold = static_cast<uint32_t>(std::nearbyint(p * 65536));  // ties to even, as Python's round
   if (threshold == 0) return {};
@@ -73,22 +74,28 @@ LoraMask make_mask(const at::Tensor& x_TK, const at::Tensor& token_index_T, int6
   MEGALORA_CHECK(token_index_T.scalar_type() == at::kLong, "got ", token_index_T.scalar_type());
   MEGALORA_CHECK(token_index_T.is_contiguous(), "strides ", token_index_T.strides());
   MEGALORA_CHECK(token_index_T.device() == x_TK.device(), token_index_T.device(), " beside ", x_TK.device());
+  if (live_step) {
+    MEGALORA_CHECK(live_step->scalar_type() == at::kLong && live_step->numel() == 1, "live_step: one int64");
+    MEGALORA_CHECK(live_step->device() == x_TK.device(), live_step->device(), " beside ", x_TK.device());
+  }
   return {token_index_T.const_data_ptr<int64_t>(),
           static_cast<uint32_t>(seed),
           static_cast<uint32_t>(site),
           static_cast<uint32_t>(step),
+          live_step ? live_step->const_data_ptr<int64_t>() : nullptr,
           static_cast<uint32_t>(feature_offset / 8),
           threshold};
 }
 
 void lora_down_(at::Tensor& z_TZ, const at::Tensor& x_TK, const at::Tensor& A_RK, const at::Tensor& token_index_T,
-                int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p) {
+                int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p,
+                const std::optional<at::Tensor>& live_step) {
   check_matrix(x_TK, x_TK);
   check_matrix(z_TZ, x_TK);
   check_A(A_RK, x_TK);
   MEGALORA_CHECK(z_TZ.size(0) == x_TK.size(0), z_TZ.sizes(), " for ", x_TK.sizes());
   MEGALORA_CHECK(z_TZ.size(1) >= A_RK.size(0), z_TZ.sizes(), " for rank ", A_RK.size(0));
-  const LoraMask mask = make_mask(x_TK, token_index_T, seed, site, step, feature_offset, p);
+  const LoraMask mask = make_mask(x_TK, token_index_T, seed, site, step, feature_offset, p, live_step);
   const c10::cuda::CUDAGuard guard(x_TK.device());
   C10_CUDA_CHECK(launch_lora_down(z_TZ.mutable_data_ptr(), z_TZ.stride(0), z_TZ.size(1), x_TK.const_data_ptr(),
                                   x_TK.stride(0), A_RK.const_data_ptr(), x_TK.size(0), x_TK.size(1), A_RK.size(0), mask,
@@ -113,8 +120,10 @@ at::Tensor weight_grad(const at::Tensor& dz_TR, const at::Tensor& x_TK, const Lo
 }
 
 at::Tensor lora_down_weight_grad(const at::Tensor& dz_TR, const at::Tensor& x_TK, const at::Tensor& token_index_T,
-                                 int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p) {
-  return weight_grad(dz_TR, x_TK, make_mask(x_TK, token_index_T, seed, site, step, feature_offset, p), 1.0, false);
+                                 int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p,
+                                 const std::optional<at::Tensor>& live_step) {
+  const LoraMask mask = make_mask(x_TK, token_index_T, seed, site, step, feature_offset, p, live_step);
+  return weight_grad(dz_TR, x_TK, mask, 1.0, false);
 }
 
 at::Tensor lora_up_weight_grad(const at::Tensor& dy_TO, const at::Tensor& z_TR, double scaling) {
@@ -123,13 +132,13 @@ at::Tensor lora_up_weight_grad(const at::Tensor& dy_TO, const at::Tensor& z_TR, 
 
 void lora_down_input_grad_(at::Tensor& dx_TK, const at::Tensor& dz_TR, const at::Tensor& A_RK,
                            const at::Tensor& token_index_T, int64_t seed, int64_t site, int64_t step,
-                           int64_t feature_offset, double p) {
+                           int64_t feature_offset, double p, const std::optional<at::Tensor>& live_step) {
   check_matrix(dx_TK, dx_TK);
   check_matrix(dz_TR, dx_TK);
   check_A(A_RK, dx_TK);
   MEGALORA_CHECK(dz_TR.size(0) == dx_TK.size(0), dz_TR.sizes(), " for ", dx_TK.sizes());
   MEGALORA_CHECK(dz_TR.size(1) == A_RK.size(0), dz_TR.sizes(), " for ", A_RK.sizes());
-  const LoraMask mask = make_mask(dx_TK, token_index_T, seed, site, step, feature_offset, p);
+  const LoraMask mask = make_mask(dx_TK, token_index_T, seed, site, step, feature_offset, p, live_step);
   const c10::cuda::CUDAGuard guard(dx_TK.device());
   C10_CUDA_CHECK(launch_lora_down_input_grad(dx_TK.mutable_data_ptr(), dx_TK.stride(0), dz_TR.const_data_ptr(),
                                              dz_TR.stride(0), A_RK.const_data_ptr(), dx_TK.size(0), dx_TK.size(1),
@@ -143,13 +152,13 @@ void lora_down_input_grad_(at::Tensor& dx_TK, const at::Tensor& dz_TR, const at:
 
 TORCH_LIBRARY_FRAGMENT(megalora, m) {
   m.def("lora_down_(Tensor(a!) z, Tensor x, Tensor A, Tensor token_index, int seed, int site, int step, "
-        "int feature_offset, float p) -> ()",
+        "int feature_offset, float p, Tensor? live_step=None) -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def("lora_down_weight_grad(Tensor dz, Tensor x, Tensor token_index, int seed, int site, int step, "
-        "int feature_offset, float p) -> Tensor",
+        "int feature_offset, float p, Tensor? live_step=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def("lora_down_input_grad_(Tensor(a!) dx, Tensor dz, Tensor A, Tensor token_index, int seed, int site, int step, "
-        "int feature_offset, float p) -> ()",
+        "int feature_offset, float p, Tensor? live_step=None) -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def("lora_up_weight_grad(Tensor dy, Tensor z, float scaling) -> Tensor", {at::Tag::pt2_compliant_tag});
 }

@@ -33,21 +33,22 @@ class Dropout:
     p               the probability of dropping, in [0, 1), rounded to a multiple of 2⁻¹⁶
     seed            the run's, any 64-bit integer
     site            number of the layer input, 0 .. 2³²-1; the layers that share an input share its site
-    step            number of the optimizer step, 0 .. 2³²-1
+    step            number of the optimizer step, 0 .. 2³²-1; or an int64 scalar on the tokens' device that holds it,
+                    which kernels read when they run (a CUDA graph is captured once and replayed at every step)
     feature_offset  the global feature that is column 0 of this rank's slice
     """
 
     p: float
     seed: int
     site: int
-    step: int
+    step: int | torch.Tensor
     feature_offset: int = 0
 
     def __post_init__(self):
         if not 0.0 <= self.p < 1.0 or self.threshold == LANE_RANGE:
             raise UserError(f"dropout p={self.p} is outside [0, 0.99999]: mend lora_dropout")
         assert 0 <= self.site <= WORD_MASK, f"site {self.site} does not fit 32 bits"
-        assert 0 <= self.step <= WORD_MASK, f"step {self.step} does not fit 32 bits"
+        assert isinstance(self.step, torch.Tensor) or 0 <= self.step <= WORD_MASK, f"step {self.step} exceeds 32 bits"
         assert self.feature_offset >= 0, f"feature_offset {self.feature_offset} is negative"
 
     @property
@@ -72,7 +73,7 @@ def dropout(x: torch.Tensor, token_index: torch.Tensor, spec: Dropout) -> torch.
     if spec.threshold == 0:
         return x
     if extension.has_kernels(x.device.type):
-        return torch.ops.megalora.dropout(x, token_index, *_op_arguments(spec))
+        return torch.ops.megalora.dropout(x, token_index, *op_arguments(spec))
     return dropout_reference(x, token_index, spec)
 
 
@@ -84,13 +85,15 @@ def dropout_add_(out: torch.Tensor, g: torch.Tensor, token_index: torch.Tensor, 
     if spec.threshold == 0:
         out.add_(g)
     elif extension.has_kernels(out.device.type):
-        torch.ops.megalora.dropout_add_(out, g, token_index, *_op_arguments(spec))
+        torch.ops.megalora.dropout_add_(out, g, token_index, *op_arguments(spec))
     else:
         dropout_add_reference_(out, g, token_index, spec)
 
 
-def _op_arguments(spec: Dropout) -> tuple[int, int, int, int, float]:
-    return spec.key, spec.site, spec.step, spec.feature_offset, spec.p
+def op_arguments(spec: Dropout) -> tuple[int, int, int, int, float, torch.Tensor | None]:
+    """What the compiled ops take of it: seed, site, step, feature_offset, p, live_step."""
+    live = isinstance(spec.step, torch.Tensor)
+    return spec.key, spec.site, 0 if live else spec.step, spec.feature_offset, spec.p, spec.step if live else None
 
 
 # ---- the reference, in plain torch, on any device

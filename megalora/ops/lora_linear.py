@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from megalora.ops import extension
-from megalora.ops.dropout import Dropout, dropout, dropout_add_
+from megalora.ops.dropout import Dropout, dropout, dropout_add_, op_arguments
 
 # Columns come in multiples of this many. On a GPU, GEMMs on rows of an odd stride are up to a fifth slower.
 _ROOM = {"cuda": 64}
@@ -91,8 +91,8 @@ def _compiled(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
     )
 
 
-def _mask(draw: Dropout | None) -> tuple[int, int, int, int, float]:
-    return (0, 0, 0, 0, 0.0) if draw is None else (draw.key, draw.site, draw.step, draw.feature_offset, draw.p)
+def _mask(draw: Dropout | None) -> tuple[int, int, int, int, float, torch.Tensor | None]:
+    return (0, 0, 0, 0, 0.0, None) if draw is None else op_arguments(draw)
 
 
 class _WithRoom(torch.autograd.Function):
