@@ -1,10 +1,12 @@
 """Keys and values of the tokens seen so far: one slot a sequence, sequences of any lengths side by side.
 
-A step feeds new tokens of several sequences, flattened one after another (no padding), as in training:
+A step feeds new tokens of several sequences, flattened one after another (no padding), as in training: whole prompts
+(PrefillStep), or one token each (DecodeStep).
 
-    tokens of the step   [ prompt of A ......... | B | C ]        A starts, B and C go on with one token each
-    slot of A            [ prompt of A .........             ]
-    slot of B            [ earlier tokens of B ....... B     ]
+    PrefillStep  [ prompt of A ......... | prompt of B .... ]
+    DecodeStep   [ A | B | C ]
+    slot of A    [ prompt of A ......... reply of A ...     ]
+    slot of B    [ prompt of B .... reply of B ......       ]
 
 Legend: F tokens of the step, H query heads and K key/value heads of this rank, D head_dim.
 """
@@ -16,12 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-from megalora.ops.attention import cached_attention
+from megalora.ops.attention import attention, cached_attention
+from megalora.ops.decode_attention import decode_attention
 
 
 @dataclass(frozen=True)
 class Span:
-    """New tokens of one sequence: they take the positions [start, stop) of `slot`."""
+    """New tokens of one sequence: they take the places [start, stop) of `slot`."""
 
     slot: int
     start: int
@@ -31,7 +34,7 @@ class Span:
 class KVCache:
     """`slots` sequences of up to `capacity` tokens.
 
-    A layer's keys and values, [slots, capacity, K, D] each, are allocated once, at its first step: the layer knows
+    A layer's keys and values, [slots, K, capacity, D] each, are allocated once, at its first step: the layer knows
     how many heads it holds.
     """
 
@@ -42,14 +45,17 @@ class KVCache:
     def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of a layer, with the heads, dtype and device of `like` [F, K, D]."""
         if index not in self._layers:
-            shape = (self.slots, self.capacity, *like.shape[1:])
+            shape = (self.slots, like.shape[1], self.capacity, like.shape[2])
             self._layers[index] = (like.new_empty(shape), like.new_empty(shape))
         return self._layers[index]
 
 
 @dataclass(frozen=True)
-class CachedStep:
-    """One step over a KVCache: the `models.inputs.Cache` that its layers read. spans, in the order of the tokens."""
+class PrefillStep:
+    """Several tokens of each sequence over a KVCache: the `models.inputs.Cache` that the layers read.
+
+    spans, in the order of the tokens; a sequence may go on from tokens that the cache holds.
+    """
 
     cache: KVCache
     spans: Sequence[Span]
@@ -58,14 +64,31 @@ class CachedStep:
         """Keeps k, v [F, K, D] of the new tokens of `layer`; attention of q [F, H, D] over all tokens kept."""
         keys, values = self.cache.layer(layer, k)
         lengths = [span.stop - span.start for span in self.spans]
+        for span, k_new, v_new in zip(self.spans, k.split(lengths), v.split(lengths), strict=True):
+            keys[span.slot, :, span.start : span.stop] = k_new.transpose(0, 1)
+            values[span.slot, :, span.start : span.stop] = v_new.transpose(0, 1)
+        if all(span.start == 0 for span in self.spans):
+            bounds = [0]
+            for length in lengths:
+                bounds.append(bounds[-1] + length)
+            return attention(q, k, v, bounds, window)
         outputs = []
-        for span, q_new, k_new, v_new in zip(
-            self.spans, q.split(lengths), k.split(lengths), v.split(lengths), strict=True
-        ):
-            keys[span.slot, span.start : span.stop] = k_new
-            values[span.slot, span.start : span.stop] = v_new
+        for span, q_new in zip(self.spans, q.split(lengths), strict=True):
             # What the window of the first new token does not reach, none of them sees.
-            first = 0 if window is None else max(0, span.start + 1 - window)
-            seen = slice(first, span.stop)
-            outputs.append(cached_attention(q_new, keys[span.slot, seen], values[span.slot, seen], window))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            seen = slice(0 if window is None else max(0, span.start + 1 - window), span.stop)
+            k_seen, v_seen = (x[span.slot, :, seen].transpose(0, 1) for x in (keys, values))
+            outputs.append(cached_attention(q_new, k_seen, v_seen, window))
+        return torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One token of each sequence over a KVCache, as PrefillStep. slots, positions [F] int64: where the tokens go."""
+
+    cache: KVCache
+    slots: torch.Tensor
+    positions: torch.Tensor
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+        """As PrefillStep.attend."""
+        return decode_attention(q, k, v, *self.cache.layer(layer, k), self.slots, self.positions, window)

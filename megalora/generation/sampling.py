@@ -19,11 +19,17 @@ NOT_FINITE = -1
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k and top_p narrow the choice, in this order, as in transformers."""
+    """temperature 0 is greedy; top_k, top_p and min_p narrow the choice, in this order, as in transformers.
+
+    repetition_penalty  logits of the tokens of the prompt and of the reply so far are divided by it where they are
+                        positive, multiplied where not (Keskar et al. 2019); greedy or not; 1: none
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int = 0
 
 
@@ -55,6 +61,31 @@ def _sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor) -> to
         before = ranked.cumsum(dim=-1) - ranked
         least = ranked.where(before < sampling.top_p, torch.inf).amin(dim=-1, keepdim=True)
         probabilities = probabilities.where(probabilities >= least, 0.0)
+    if sampling.min_p is not None:
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.where(probabilities >= least, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     target = draws.unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+class Seen:
+    """Which tokens each of `slots` sequences holds, for the repetition penalty."""
+
+    def __init__(self, slots: int, vocab_size: int, device: torch.device | str):
+        self._seen = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
+
+    def start(self, slot: int, token_ids: Sequence[int]) -> None:
+        """A new sequence in `slot`, with the tokens of its prompt."""
+        self._seen[slot] = False
+        self._seen[slot, torch.tensor(token_ids, device=self._seen.device)] = True
+
+    def add(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """One more token, token_ids[i], of slots[i]; both [n] int64."""
+        self._seen[slots, token_ids] = True
+
+    def penalised(self, logits: torch.Tensor, slots: torch.Tensor, penalty: float) -> torch.Tensor:
+        """logits [n, vocab_size] of the sequences in slots [n], in float32 or wider."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        less = torch.where(logits < 0, logits * penalty, logits / penalty)
+        return torch.where(self._seen[slots], less, logits)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from megalora.generation.cache import CachedStep, KVCache, Span
+from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
 from megalora.ops.attention import attention
 
 
@@ -15,6 +15,7 @@ def test_steps_of_several_sequences(seed):
     rng = random.Random(seed)
     lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 4))]
     window = rng.choice([None, rng.randint(1, 6)])
+    most = rng.choice([1, 9])  # new tokens of a sequence at a step
     generator = torch.Generator().manual_seed(0)
     heads = {"q": 4, "k": 2, "v": 2}
     whole = {n: torch.randn(sum(lengths), h, 8, generator=generator).double() for n, h in heads.items()}
@@ -28,28 +29,32 @@ def test_steps_of_several_sequences(seed):
     while any(done < length for done, length in zip(kept, lengths, strict=True)):
         spans, rows = [], []
         for i, length in enumerate(lengths):
-            new = rng.randint(0, length - kept[i])
+            new = rng.randint(0, min(most, length - kept[i]))
             if new:
                 spans.append(Span(slots[i], kept[i], kept[i] + new))
                 rows += range(bounds[i] + kept[i], bounds[i] + kept[i] + new)
                 kept[i] += new
         if spans:
+            step = PrefillStep(cache, spans)
+            if all(span.stop == span.start + 1 for span in spans) and rng.random() < 0.8:
+                at, places = torch.tensor([[span.slot, span.start] for span in spans]).t()
+                step = DecodeStep(cache, at, places)
             q, k, v = (whole[name][rows] for name in "qkv")
-            found[rows] = CachedStep(cache, spans).attend(3, q, k, v, window)
+            found[rows] = step.attend(3, q, k, v, window)
     torch.testing.assert_close(found, expected)
 
 
 def test_layers_keep_apart():
     cache, x = KVCache(1, 2), torch.ones(1, 2, 4)
-    step = CachedStep(cache, [Span(0, 0, 1)])
+    step = PrefillStep(cache, [Span(0, 0, 1)])
     step.attend(0, x, x, x, None)
     out = step.attend(1, x, x, 5 * x, None)
     assert torch.equal(out, 5 * x)
     assert cache.layer(0, x)[1].shape == (1, 2, 2, 4)
-    assert cache.layer(0, x)[1][0, 0].tolist() == x[0].tolist()
+    assert cache.layer(0, x)[1][0, :, 0].equal(x[0])
 
 
 def test_more_than_it_holds_is_a_bug():
     x = torch.ones(3, 2, 4)
     with pytest.raises(RuntimeError):
-        CachedStep(KVCache(1, 2), [Span(0, 0, 3)]).attend(0, x, x, x, None)
+        PrefillStep(KVCache(1, 2), [Span(0, 0, 3)]).attend(0, x, x, x, None)

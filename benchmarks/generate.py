@@ -1,0 +1,183 @@
+"""Greedy decoding, megalora against transformers' generate, in turn on the same prompts and weights.
+
+    OMP_NUM_THREADS=2 python benchmarks/generate.py --model models/SmolLM2-135M-Instruct             # CPU
+    python benchmarks/generate.py --model CONFIG.json --prompts 32 --peer one_by_one batched         # GPU, bfloat16
+
+Prompts are random ids of several lengths; every reply has exactly --new_tokens. The first case is one prompt; the
+second, all --prompts in one go, against transformers one by one or in batches of left-padded prompts. The bound of
+one prompt is reading the weights and the cache once a token: at the bandwidth that this run measures, or --bandwidth.
+Prints a table, and writes JSON with --output. --r gives both an adapter on all linears (0: none).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from train_step import SMOLLM2_135M, build_peer, plain_weights
+
+from megalora.building import build_stage, load_adapter, resolve_lora
+from megalora.generation.replica import Prompt, Replica
+from megalora.generation.sampling import Sampling
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.models.stage import NO_LORA, Stage
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import ParallelMesh
+
+Generate = Callable[[], list[list[int]]]
+OURS = "megalora"
+
+
+def build_ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict | None, dtype, device) -> Stage:
+    config = config_from_dict(fields)
+    resolved = NO_LORA if lora is None else resolve_lora(LoraConfig.from_dict(lora), config)
+    mesh = ParallelMesh()
+    stage, _ = build_stage(config, mesh, resolved, Placement(mesh.tp, False, dtype, device))
+    for name, parameter in stage.named_parameters():
+        if not parameter.requires_grad:
+            parameter.data.copy_(weights[name])
+    load_adapter(stage, {name: weights[name] for name in stage.trainable()}, "of the benchmark")
+    return stage
+
+
+def ours(replica: Replica, prompts: list[list[int]], new_tokens: int) -> Generate:
+    asked = [Prompt(number, ids) for number, ids in enumerate(prompts)]
+    return lambda: [list(reply.token_ids) for reply in replica.replies(asked, new_tokens)]
+
+
+def peer(model: torch.nn.Module, prompts: list[list[int]], new_tokens: int, batch: int, device) -> Generate:
+    """transformers' generate over batches of left-padded prompts."""
+
+    @torch.inference_mode()
+    def generate() -> list[list[int]]:
+        replies = []
+        for first in range(0, len(prompts), batch):
+            part = prompts[first : first + batch]
+            longest = max(map(len, part))
+            ids = torch.tensor([[0] * (longest - len(p)) + p for p in part], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part], device=device)
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                do_sample=False, pad_token_id=0, eos_token_id=None,
+            )  # fmt: skip
+            replies += out[:, longest:].tolist()
+        return replies
+
+    return generate
+
+
+def bytes_a_token(stage: Stage, length: int) -> int:
+    """What one token of one sequence must read: every weight of the layers and the head, and `length` cached tokens."""
+    config = stage.config
+    read = [group.matrix for layer in stage.model.layers.values() for group in layer.groups()]
+    read += [stage.lm_head.weight, *(p for name, p in stage.named_parameters() if "norm" in name)]
+    weights = sum(x.numel() * x.element_size() for x in read)
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+    return weights + cache * stage.place.dtype.itemsize
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a sum over 1 GiB, the best of ten."""
+    x = torch.ones(2**28, device=device)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return x.numel() * 4 / best
+
+
+def in_turn(contenders: dict[str, Generate], repeats: int) -> tuple[dict[str, list[float]], dict[str, list]]:
+    """(seconds of each contender's runs, its replies), after one run of each that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    replies = {}
+    for i in range(repeats + 1):
+        for name, generate in contenders.items():
+            gc.collect()
+            start = time.perf_counter()
+            replies[name] = generate()  # lists on the host: the device has ended
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds, replies
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="config.json or HF folder (default: the shape of SmolLM2-135M)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--prompts", type=int, default=64, help="of the second case; 0 leaves it out")
+    parser.add_argument("--prompt_tokens", type=int, nargs=2, default=(16, 64), help="shortest and longest")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--peer", nargs="*", choices=("one_by_one", "batched"), default=["one_by_one"])
+    parser.add_argument("--r", type=int, default=0)
+    parser.add_argument("--bandwidth", type=float, help="GB/s of the bound (default: measured)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    options = parser.parse_args()
+    options.recompute = "none"  # of build_peer
+    device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+    fields = SMOLLM2_135M
+    if options.model:
+        path = Path(options.model)
+        fields = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    lora = {"r": options.r or 8, "lora_alpha": 16, "target_modules": "all-linear"}
+    model = build_peer(fields, lora, dtype, device, options).eval()
+    weights = plain_weights(model)
+    if not options.r:
+        model, lora = model.unload(), None
+    stage = build_ours(weights, fields, lora, dtype, device)
+    del weights
+    low, high = options.prompt_tokens
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(low, high + 1, (max(1, options.prompts),), generator=generator).tolist()
+    prompts = [torch.randint(9, fields["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+    context = high + options.new_tokens
+    replica = Replica(stage, ParallelMesh().pp, ParallelMesh().tp, context, Sampling(), ())
+
+    cases = {"1 prompt": (prompts[:1], {"transformers": 1})}
+    if options.prompts:
+        peers = {"one_by_one": ("transformers one by one", 1), "batched": ("transformers batched", options.prompts)}
+        cases[f"{options.prompts} prompts"] = (prompts, dict(peers[name] for name in options.peer))
+    record = {}
+    for case, (asked, peers) in cases.items():
+        contenders = {OURS: ours(replica, asked, options.new_tokens)}
+        contenders |= {name: peer(model, asked, options.new_tokens, batch, device) for name, batch in peers.items()}
+        seconds, replies = in_turn(contenders, options.repeats)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        tokens = len(asked) * options.new_tokens
+        for name, median in medians.items():
+            same = sum(a == b for a, b in zip(replies[name], replies[OURS], strict=True))
+            note = "" if name == OURS else f"  ours is {median / medians[OURS]:.2f}x, {same} of {len(asked)} replies equal"
+            spread = f"{min(seconds[name]):.3f} .. {max(seconds[name]):.3f} s"
+            print(f"{case:12s} {name:24s} {tokens / median:9.1f} tokens/s  ({spread}){note}", flush=True)
+        record[case] = {"seconds": seconds, "tokens": tokens, "medians": medians}
+
+    read = bytes_a_token(stage, len(prompts[0]) + options.new_tokens // 2)
+    bandwidth = options.bandwidth * 1e9 if options.bandwidth else read_bandwidth(device)
+    reached = read * options.new_tokens / record["1 prompt"]["medians"][OURS]
+    print(
+        f"1 prompt: {read / 1e6:.0f} MB a token at {bandwidth / 1e9:.1f} GB/s bound it to {bandwidth / read:.1f} tokens/s; "
+        f"ours is at {reached / bandwidth:.0%} of that, prompt and all"
+    )
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{where}, {dtype}, torch {torch.__version__}, r {options.r}")
+    if options.output:
+        record |= {"options": vars(options) | {"output": None}, "where": where, "torch": torch.__version__}
+        options.output.write_text(json.dumps(record | {"bytes_a_token": read, "bandwidth": bandwidth}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
