@@ -2,7 +2,7 @@
 
 torch gives float32 GEMMs on x86 CPUs to MKL, which keeps to AVX2 on CPUs that are not Intel's; oneDNN asks the CPU what
 it can do. With AVX-512 on AMD that is more than twice the speed. Its results depend neither on the number of threads
-nor on the run. Other dtypes have no such choice, or (bfloat16, float16) torch makes it by itself.
+nor on the run. A few rows at a time (generation) have a kernel of our own. Other dtypes have no such choice, or (bfloat16, float16) torch makes it by itself.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import math
 
 import torch
 
+from megalora.ops import extension
+
+_FEW_ROWS = 4
 # Multiplications below which looking a kernel up costs more than a better one gains (about 10 us).
 _SMALLEST = 1 << 18
 
 
 def matmul_nt(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a b^T + bias [M, N], for a [M, K], b [N, K], bias [N], of one dtype and any strides. Not for autograd."""
+    if _skinny(a, b):
+        return torch.ops.megalora.skinny_linear(a, b, bias)
     if _better_by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return torch.nn.functional.linear(a, b, bias)
@@ -26,6 +31,17 @@ def matmul_nt(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b [M, N], for a [M, K], b [K, N], of one dtype and any strides. Not for autograd."""
     return matmul_nt(a, b.t())
+
+
+def _skinny(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether our own kernel takes it (csrc/decode.cpp): a few rows on a CPU, where reading b is all there is to do."""
+    return (
+        a.device.type == "cpu"
+        and a.shape[0] <= _FEW_ROWS
+        and a.dtype in (torch.float32, torch.bfloat16)
+        and a.stride(1) == b.stride(1) == 1
+        and extension.has_kernels("cpu")
+    )
 
 
 @torch.compiler.assume_constant_result
