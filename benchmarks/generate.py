@@ -160,7 +160,8 @@ def main() -> None:
         tokens = len(asked) * options.new_tokens
         for name, median in medians.items():
             same = sum(a == b for a, b in zip(replies[name], replies[OURS], strict=True))
-            note = "" if name == OURS else f"  ours is {median / medians[OURS]:.2f}x, {same} of {len(asked)} replies equal"
+            ratio = median / medians[OURS]
+            note = "" if name == OURS else f"  ours is {ratio:.2f}x, {same} of {len(asked)} replies equal"
             spread = f"{min(seconds[name]):.3f} .. {max(seconds[name]):.3f} s"
             print(f"{case:12s} {name:24s} {tokens / median:9.1f} tokens/s  ({spread}){note}", flush=True)
         record[case] = {"seconds": seconds, "tokens": tokens, "medians": medians}
@@ -169,8 +170,8 @@ def main() -> None:
     bandwidth = options.bandwidth * 1e9 if options.bandwidth else read_bandwidth(device)
     reached = read * options.new_tokens / record["1 prompt"]["medians"][OURS]
     print(
-        f"1 prompt: {read / 1e6:.0f} MB a token at {bandwidth / 1e9:.1f} GB/s bound it to {bandwidth / read:.1f} tokens/s; "
-        f"ours is at {reached / bandwidth:.0%} of that, prompt and all"
+        f"1 prompt: {read / 1e6:.0f} MB a token at {bandwidth / 1e9:.1f} GB/s bound it to {bandwidth / read:.1f} "
+        f"tokens/s; ours is at {reached / bandwidth:.0%} of that, prompt and all"
     )
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, {dtype}, torch {torch.__version__}, r {options.r}")

@@ -82,7 +82,7 @@ def generate(arguments: GenerateArguments) -> None:
             load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
             if adapter is not None:
                 load_adapter(stage, adapter.tensors, adapter.where)
-        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=options.seed)
         replica = Replica(stage, mesh.pp, mesh.tp, context, sampling, stop)
         if world.is_first:
             _say_notes(remark, adapter, token_ids, mesh)

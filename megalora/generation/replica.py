@@ -107,9 +107,7 @@ class Replica:
         self._held = [[] for _ in self._held]
 
     @torch.inference_mode()
-    def replies(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, listener: Listener | None = None
-    ) -> list[Reply]:
+    def replies(self, prompts: Sequence[Prompt], max_new_tokens: int, listener: Listener | None = None) -> list[Reply]:
         """The reply to each prompt, in order. Collective over the replica, with the same prompts on every rank.
 
         Prompts run together as far as there is room; one that ends makes place for the next.

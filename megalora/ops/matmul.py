@@ -2,7 +2,8 @@
 
 torch gives float32 GEMMs on x86 CPUs to MKL, which keeps to AVX2 on CPUs that are not Intel's; oneDNN asks the CPU what
 it can do. With AVX-512 on AMD that is more than twice the speed. Its results depend neither on the number of threads
-nor on the run. A few rows at a time (generation) have a kernel of our own. Other dtypes have no such choice, or (bfloat16, float16) torch makes it by itself.
+nor on the run. Other dtypes have no such choice, or (bfloat16, float16) torch makes it by itself. A few rows at a time
+(generation) have a kernel of our own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ from megalora.ops import matmul as module
 from megalora.ops.matmul import matmul, matmul_nt
 
 # (M, K, N): by oneDNN where it is there, too small for it, and few rows
-SIZES = pytest.mark.parametrize("sizes", [(70, 96, 136), (256, 40, 65), (5, 6, 7), (0, 8, 8), (1, 577, 1024), (3, 40, 7), (4, 5, 9)])
+SIZES = pytest.mark.parametrize(
+    "sizes", [(70, 96, 136), (256, 40, 65), (5, 6, 7), (0, 8, 8), (1, 577, 1024), (3, 40, 7), (4, 5, 9)]
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
