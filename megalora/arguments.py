@@ -286,6 +286,34 @@ class CompatibilityArguments(Section):
 
 
 @dataclass(frozen=True)
+class ConvertArguments(Section):
+    """What is read and what is written. All is checked before the first byte; the output appears when it is whole."""
+
+    input: str = flag(REQUIRED, "folder that is converted")
+    output: str = flag(REQUIRED, "folder to write; it is never the input's own")
+    overwrite: bool = flag(False, "replace a model or an adapter that is there already, once the new one is whole")
+    dry_run: bool = flag(False, "say what would be written, after all checks, and write nothing")
+
+
+@dataclass(frozen=True)
+class BaseArguments(Section):
+    """The model that an adapter belongs to."""
+
+    base: str | None = flag(
+        None,
+        "base model of the adapter: a Hugging Face folder, or shards",
+        unset="what the adapter itself names, where that is a folder",
+    )
+
+
+@dataclass(frozen=True)
+class SafetensorsArguments(Section):
+    """How a Hugging Face folder is written."""
+
+    max_shard_size: float = flag(5.0, "largest safetensors file, in GB (10^9 bytes)", above=0)
+
+
+@dataclass(frozen=True)
 class FinetuneArguments:
     """What `megalora finetune` runs on."""
 
@@ -305,8 +333,28 @@ class GenerateArguments:
     not_applied: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What `megalora convert COMMAND` runs on; a section that the command does not take has its defaults."""
+
+    command: str
+    paths: ConvertArguments
+    layout: LayoutArguments = field(default_factory=LayoutArguments)
+    base: BaseArguments = field(default_factory=BaseArguments)
+    safetensors: SafetensorsArguments = field(default_factory=SafetensorsArguments)
+
+
 FINETUNE_SECTIONS = (ModelArguments, ParallelArguments, DataArguments, TrainArguments, CompatibilityArguments)
 GENERATE_SECTIONS = (ModelArguments, ParallelArguments, GenerationArguments, CompatibilityArguments)
+CONVERT_COMMANDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "to-shards": (
+        "base weights, from a Hugging Face folder, to shards: mp_rank_XX_pp_rank_YYY/partial_model_optim.pt",
+        (ConvertArguments, LayoutArguments),
+    ),
+    "to-hf": ("base weights, from shards, to a Hugging Face folder", (ConvertArguments, SafetensorsArguments)),
+    "reshard": ("shards of base weights to shards of another layout", (ConvertArguments, LayoutArguments)),
+}
+"""The commands of `megalora convert`, as words after it: what each does, and the sections of its flags."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +402,9 @@ GENERATE_IDLE = (
         "give --resume_peft_from_checkpoint",
     ),
 )
+
+
+CONVERT_IDLE = (_CUSTOM,)
 
 
 def _no_effect(name: str, value: Any, values: Mapping[str, Any], label: str | None = None) -> str:
@@ -405,6 +456,44 @@ def parse_generate(argv: Sequence[str]) -> GenerateArguments:
     return GenerateArguments(model, parallel, generation, tuple(not_applied))
 
 
+def parse_convert(argv: Sequence[str]) -> Conversion:
+    """Command and flags of `megalora convert`. UserError as `parse_finetune`."""
+    command = convert_command(argv)
+    _, sections = CONVERT_COMMANDS[command]
+    table = _table(sections)
+    elsewhere = {
+        name: f"megalora convert {other}"
+        for other, (_, theirs) in reversed(CONVERT_COMMANDS.items())
+        for name in _table(theirs)
+        if name not in table
+    }
+    given = _without_idle(_read(argv[len(command.split()) :], table, elsewhere), table, CONVERT_IDLE)
+    _require(given, table)
+    made = {
+        section: section(**{one.name: given[one.name].value for one in flags_of(section) if one.name in given})
+        for section in sections
+    }
+    names = {
+        ConvertArguments: "paths",
+        LayoutArguments: "layout",
+        BaseArguments: "base",
+        SafetensorsArguments: "safetensors",
+    }
+    return Conversion(command, **{names[section]: value for section, value in made.items()})
+
+
+def convert_command(argv: Sequence[str]) -> str:
+    """The command that the words after `megalora convert` begin with. UserError where they begin with none."""
+    words = list(argv)
+    for command in CONVERT_COMMANDS:
+        if words[: len(command.split())] == command.split():
+            return command
+    groups = {command.split()[0] for command in CONVERT_COMMANDS if " " in command}
+    said = " ".join(words[: 2 if words[:1] and words[0] in groups else 1])
+    what = f"unknown command convert {said}" if said else "convert needs a command"
+    raise UserError(f"{what}: give one of {', '.join(CONVERT_COMMANDS)} (megalora convert --help)")
+
+
 def validate_world(parallel: ParallelArguments, world_size: int) -> int:
     """Data-parallel size: world_size / (tensor * pipeline). UserError where that is not whole."""
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
@@ -421,8 +510,13 @@ def validate_world(parallel: ParallelArguments, world_size: int) -> int:
 
 
 def help_text(command: str) -> str:
-    """What `megalora finetune --help` or `megalora generate --help` prints."""
-    sections = {"finetune": FINETUNE_SECTIONS, "generate": GENERATE_SECTIONS}[command]
+    """What `megalora finetune --help`, `megalora generate --help` or `megalora convert COMMAND --help` prints."""
+    sections = {"finetune": FINETUNE_SECTIONS, "generate": GENERATE_SECTIONS} | {
+        f"convert {name}": theirs for name, (_, theirs) in CONVERT_COMMANDS.items()
+    }
+    if command == "convert":
+        return _convert_help()
+    sections = sections[command]
     lines = [
         f"usage: megalora {command} [RUN.yaml] --FLAG VALUE ...",
         "",
@@ -450,10 +544,23 @@ def help_text(command: str) -> str:
     return "\n".join(lines)
 
 
+def _convert_help() -> str:
+    """What `megalora convert --help` prints."""
+    width = max(map(len, CONVERT_COMMANDS))
+    commands = [
+        line
+        for name, (what, _) in CONVERT_COMMANDS.items()
+        for line in textwrap.wrap(f"  {name:{width}}  {what}", 110, subsequent_indent=" " * (width + 4))
+    ]
+    usage = "usage: megalora convert COMMAND --input IN --output OUT ..."
+    return "\n".join([usage, "", *commands, "", "COMMAND --help lists its flags."])
+
+
 def flags_table() -> str:
     """All flags as markdown tables, one a section, for the README."""
     lines = []
-    for section in (*FINETUNE_SECTIONS[:-1], GenerationArguments, CompatibilityArguments):
+    converting = (ConvertArguments, SafetensorsArguments)
+    for section in (*FINETUNE_SECTIONS[:-1], GenerationArguments, CompatibilityArguments, *converting):
         lines += ["", f"**{_title(section)}**: {_first_paragraph(section)}", ""]
         lines += ["| flag | values | default | what it does |", "|---|---|---|---|"]
         for entry in flags_of(section):

@@ -1,4 +1,4 @@
-"""`megalora finetune|generate FLAGS`: arguments in, exit status out.
+"""`megalora finetune|generate|convert FLAGS`: arguments in, exit status out.
 
 The scripts in tools/ are this with the command filled in. Torch is only imported once the arguments are
 sound, so that `--help` and errors come at once.
@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from megalora import __version__
-from megalora.arguments import help_text, parse_finetune, parse_generate, validate_world
+from megalora.arguments import convert_command, help_text, parse_convert, parse_finetune, parse_generate, validate_world
 from megalora.errors import UserError
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
@@ -29,6 +29,7 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
 
   finetune   train an adapter
   generate   reply to prompts, with or without an adapter
+  convert    weights and adapters between Hugging Face, PEFT and shards
   COMMAND --help lists the flags; --version prints the version"""
 
 
@@ -68,8 +69,10 @@ def _command(words: list[str]) -> None:
         _say(f"megalora {__version__}")
     elif not words or words[0] in ("--help", "-h"):
         _say(_USAGE)
-    elif words[0] not in ("finetune", "generate"):
-        raise UserError(f"unknown command {words[0]}: give finetune or generate (megalora --help)")
+    elif words[0] not in ("finetune", "generate", "convert"):
+        raise UserError(f"unknown command {words[0]}: give finetune, generate or convert (megalora --help)")
+    elif words[0] == "convert":
+        _convert(words[1:])
     elif "--help" in words or "-h" in words:
         _say(help_text(words[0]))
     elif words[0] == "finetune":
@@ -95,6 +98,18 @@ def _generate(argv: Sequence[str]) -> None:
     from megalora.generate import generate
 
     generate(arguments)
+
+
+def _convert(argv: Sequence[str]) -> None:
+    if "--help" in argv or "-h" in argv:
+        _say(help_text("convert" if argv[0] in ("--help", "-h") else f"convert {convert_command(argv)}"))
+        return
+    arguments = parse_convert(argv)
+    if _world_size() > 1:
+        raise UserError(f"convert runs in one process, and here are {_world_size()}: start it without torchrun")
+    from megalora.convert import convert
+
+    convert(arguments)
 
 
 def _rank() -> int:

@@ -78,7 +78,7 @@ def test_version_and_help(monkeypatch, capsys):
 
 def test_unknown_command(capsys):
     assert cli.main(["train"]) == 2
-    assert "unknown command train: give finetune or generate" in capsys.readouterr().err
+    assert "unknown command train: give finetune, generate" in capsys.readouterr().err
 
 
 def test_finetune_is_handed_its_arguments(monkeypatch):

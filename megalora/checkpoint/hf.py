@@ -168,11 +168,17 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
         raise UserError(f"{index}: names {name!r}, which is no file of the folder: download the model again")
     file = folder / name
     try:
-        home, target = folder.resolve(), file.resolve(strict=True)
+        file.resolve(strict=True)
     except (OSError, RuntimeError):
         raise UserError(f"{file}: does not exist, but {index.name} names it: download the model again") from None
+    check_stays(folder, file)
+    return file
+
+
+def check_stays(folder: Path, file: Path) -> None:
+    """Raises UserError where a file of the folder is a link out of it, other than into the hub's own cache."""
+    home, target = folder.resolve(), file.resolve()
     # The hub's cache keeps snapshots/<revision>/<file> as a link to blobs/<hash>.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if target.parent not in (home, blobs):
+    if not target.is_relative_to(home) and target.parent != blobs:
         raise UserError(f"{file}: is a link out of the folder, to {target}: put the file itself there")
-    return file

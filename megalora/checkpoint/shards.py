@@ -105,14 +105,19 @@ def save_base_shards(folder: str | Path, module: nn.Module, splits: Mapping[str,
     """Writes the base parameters of this rank's stage; returns the shard's folder. Raises UserError."""
     shard = Path(folder) / layout.folder
     state = {n: _compact(p) for n, p in module.named_parameters() if "lora_" not in n}
-    places = {"format": FORMAT, "layout": vars(layout), "splits": {n: _split_to(splits[n]) for n in state}}
     try:
         shard.mkdir(parents=True, exist_ok=True)
-        write_file(shard / LAYOUT_FILE, json.dumps(places).encode())
+        write_file(shard / LAYOUT_FILE, layout_json(layout, {n: splits[n] for n in state}))
         write_file(shard / BASE_FILE, lambda stream: torch.save(state, stream))
     except (OSError, RuntimeError) as error:  # torch.save has its own words for a full disk
         raise UserError(f"{shard}: cannot be written ({error}): free space, or name another folder") from None
     return shard
+
+
+def layout_json(layout: Layout, splits: Mapping[str, Split]) -> bytes:
+    """The contents of layout.json beside the base shard of that layout, which holds these parts."""
+    places = {name: _split_to(split) for name, split in splits.items()}
+    return json.dumps({"format": FORMAT, "layout": vars(layout), "splits": places}).encode()
 
 
 @dataclass(frozen=True)

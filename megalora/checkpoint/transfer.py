@@ -1,0 +1,178 @@
+"""Base weights from one kind of folder into the files of another: planned first, then streamed.
+
+Each tensor is read once, in blocks of rows, and each block goes to every file that holds a part of it; memory is a
+block, whatever the model. Dtypes and bits are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megalora.checkpoint import hf
+from megalora.checkpoint.files import write_file
+from megalora.checkpoint.shards import BASE_FILE, LAYOUT_FILE, Layout, layout_json
+from megalora.checkpoint.streams import SafetensorsStream, TensorStream, TensorType, TorchStream
+from megalora.checkpoint.weights import BaseWeights
+from megalora.parallel.split import Split
+
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file of tensors to be written: its path below the folder, and which part of which tensors it will hold."""
+
+    path: str
+    parts: Mapping[str, Split]
+    table: Mapping[str, TensorType]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kind.nbytes for kind in self.table.values())
+
+    @property
+    def last(self) -> str:
+        """The tensor that ends the file."""
+        return next(reversed(list(self.parts)))
+
+    def open(self, folder: Path) -> TensorStream:
+        file = folder / self.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return (TorchStream if file.suffix == ".pt" else SafetensorsStream)(file, self.table)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a folder of base weights will hold.
+
+    tensors  every tensor, whole, in the order it is read
+    files    the files of tensors
+    texts    small files that go with them, by path below the folder
+    """
+
+    tensors: Mapping[str, TensorType]
+    files: Sequence[TensorFile]
+    texts: Mapping[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files) + sum(map(len, self.texts.values()))
+
+
+def tensor_types(weights: BaseWeights, order: Iterable[str]) -> dict[str, TensorType]:
+    """Every tensor of `weights`: wide dtypes first, then as `order` has them, what it lacks last by name.
+
+    Raises UserError for a dtype that cannot be read.
+    """
+    place = {name: number for number, name in enumerate(order)}
+    found = {name: TensorType(weights.dtype(name), tuple(shape)) for name, shape in weights.shapes.items()}
+    names = sorted(found, key=lambda n: (-found[n].dtype.itemsize, place.get(n, len(place)), n))
+    return {name: found[name] for name in names}
+
+
+def plan_hf(tensors: Mapping[str, TensorType], max_file_bytes: int) -> Plan:
+    """One model.safetensors, or several files of at most `max_file_bytes` (or one tensor) each with their index."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, kind in tensors.items():
+        if groups[-1] and size + kind.nbytes > max_file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += kind.nbytes
+    if len(groups) == 1:
+        names = [hf.SINGLE]
+    else:
+        names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    files = [
+        TensorFile(name, {n: Split(tensors[n].shape) for n in group}, {n: tensors[n] for n in group})
+        for name, group in zip(names, groups, strict=True)
+    ]
+    texts = {}
+    if len(files) > 1:
+        total = sum(kind.nbytes for kind in tensors.values())
+        weight_map = {name: file.path for file in files for name in file.parts}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        texts[hf.INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    return Plan(tensors, files, texts)
+
+
+def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mapping[str, Split]]) -> Plan:
+    """A shard for each place of the layout. splits: what lies there of which tensors."""
+    files, texts = [], {}
+    for layout, of_shard in splits.items():
+        parts = {name: of_shard[name] for name in tensors if name in of_shard}
+        table = {name: TensorType(tensors[name].dtype, split.local_shape) for name, split in parts.items()}
+        files.append(TensorFile(f"{layout.folder}/{BASE_FILE}", parts, table))
+        texts[f"{layout.folder}/{LAYOUT_FILE}"] = layout_json(layout, parts)
+    return Plan(tensors, files, texts)
+
+
+@torch.no_grad()
+def transfer(weights: BaseWeights, plan: Plan, folder: Path, progress: Callable[[int], None]) -> None:
+    """Writes what is planned into `folder`, which exists. `progress` is told bytes as they are written.
+
+    Raises UserError where `weights` cannot be read, OSError where `folder` cannot be written.
+    """
+    streams: dict[str, TensorStream] = {}
+    buffer = _buffer(plan.tensors.values())
+    try:
+        for name, kind in plan.tensors.items():
+            files = [file for file in plan.files if name in file.parts]
+            for file in files:
+                if file.path not in streams:
+                    streams[file.path] = file.open(folder)
+            for rows, block in _blocks(weights, name, kind, buffer):
+                for file in files:
+                    part = _part(block, rows, file.parts[name])
+                    if part.numel():
+                        streams[file.path].append(name, part)
+                        progress(part.nbytes)
+            for file in files:
+                if file.last == name:
+                    streams[file.path].close()
+                    del streams[file.path]
+    finally:
+        for stream in streams.values():
+            stream.abandon()
+    for path, text in plan.texts.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_file(folder / path, text)
+
+
+def _row_bytes(kind: TensorType) -> int:
+    return math.prod(kind.shape[1:]) * kind.dtype.itemsize
+
+
+def _buffer(kinds: Iterable[TensorType]) -> torch.Tensor:
+    """Memory for a block of any tensor: one for all, because one for each would leave holes in the heap."""
+    return torch.empty(max([BLOCK_BYTES, *map(_row_bytes, kinds)]), dtype=torch.uint8)
+
+
+def _blocks(
+    weights: BaseWeights, name: str, kind: TensorType, buffer: torch.Tensor
+) -> Iterator[tuple[range, torch.Tensor]]:
+    """The tensor in blocks of rows, each in `buffer` until the next is taken."""
+    count, columns = kind.shape[0], kind.shape[1:]
+    step = max(1, BLOCK_BYTES // max(1, _row_bytes(kind)))
+    for start in range(0, count, step):
+        rows = range(start, min(start + step, count))
+        block = buffer[: len(rows) * _row_bytes(kind)].view(kind.dtype).view(len(rows), *columns)
+        weights.copy(name, (slice(rows.start, rows.stop), *(slice(0, n) for n in columns)), block)
+        yield rows, block
+
+
+def _part(block: torch.Tensor, rows: range, split: Split) -> torch.Tensor:
+    """Of a block of whole rows, what belongs to one part; a view."""
+    if split.dim is None:
+        return block
+    if split.dim > 0:
+        return block.narrow(split.dim, split.start, split.stop - split.start)
+    start, stop = max(rows.start, split.start), min(rows.stop, split.stop)
+    return block[max(0, start - rows.start) : max(0, stop - rows.start)]
