@@ -6,3 +6,5 @@
 #else
 #define MEGALORA_INLINE inline __attribute__((always_inline))
 #endif
+// The same for a lambda, between its parameters and its body.
+#define MEGALORA_INLINE_LAMBDA __attribute__((always_inline))

@@ -19,7 +19,8 @@ def statistics_(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     In float32, or float64 where the logits are.
     """
     if _compiled(logits):
-        stats = torch.empty(3, logits.shape[0], dtype=torch.float32, device=logits.device)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        stats = torch.empty(3, logits.shape[0], dtype=dtype, device=logits.device)
         torch.ops.megalora.cross_entropy_stats_(logits, label, stats)
         return stats
     place, mine = _place(logits, label)
@@ -57,10 +58,9 @@ def _place(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _compiled(logits: torch.Tensor) -> bool:
-    """Whether the kernels take it: on a GPU, not in float64, rows on 16 bytes."""
-    return (
-        logits.device.type == "cuda"
-        and extension.has_kernels("cuda")
-        and logits.dtype != torch.float64
-        and logits.stride(0) * logits.element_size() % 16 == 0
-    )
+    """Whether kernels take it: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
+    if not extension.has_kernels(logits.device.type):
+        return False
+    if logits.device.type == "cpu":
+        return logits.dtype != torch.float16
+    return logits.dtype != torch.float64 and logits.stride(0) * logits.element_size() % 16 == 0

@@ -32,7 +32,7 @@ def _forward(x, delta, weight, eps, room):
     y = x.new_empty(*x.shape[:-1], size + room)
     if _compiled(x, size, room):
         rows = x.numel() // size
-        inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
+        inverse = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         total = x if delta is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         torch.ops.megalora.rms_norm_(
             _rows(x),
@@ -69,15 +69,12 @@ def _backward(dy, x, weight, inverse, residual):
 
 
 def _compiled(x: torch.Tensor, size: int, room: int) -> bool:
-    """Whether the kernel takes x: on a GPU, not in float64, rows on 16 bytes."""
-    return (
-        x.device.type == "cuda"
-        and extension.has_kernels("cuda")
-        and x.dtype != torch.float64
-        and x.is_contiguous()
-        and size % 8 == room % 8 == 0
-        and size <= 16384
-    )
+    """Whether a kernel takes x: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
+    if not (extension.has_kernels(x.device.type) and x.is_contiguous()):
+        return False
+    if x.device.type == "cpu":
+        return x.dtype != torch.float16
+    return x.dtype != torch.float64 and size % 8 == room % 8 == 0 and size <= 16384
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +84,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, room):
-        x = x.contiguous() if x.device.type == "cuda" else x
+        x = x.contiguous() if extension.has_kernels(x.device.type) else x
         _, y, inverse = _forward(x, None, weight, eps, room)
         ctx.save_for_backward(x, weight, inverse)
         return y

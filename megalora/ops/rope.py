@@ -49,14 +49,12 @@ def split_rope(
 
 
 def _compiled(qkv: torch.Tensor, head_dim: int) -> bool:
-    """Whether the kernels take it: on a GPU, not in float64, half heads on 16 bytes."""
-    return (
-        qkv.device.type == "cuda"
-        and extension.has_kernels("cuda")
-        and qkv.dtype != torch.float64
-        and qkv.is_contiguous()
-        and head_dim % 16 == 0
-    )
+    """Whether kernels take it: on a CPU not in float16; on a GPU not in float64, half heads on 16 bytes."""
+    if not (extension.has_kernels(qkv.device.type) and qkv.is_contiguous()):
+        return False
+    if qkv.device.type == "cpu":
+        return qkv.dtype != torch.float16
+    return qkv.dtype != torch.float64 and head_dim % 16 == 0
 
 
 class _SplitRope(torch.autograd.Function):

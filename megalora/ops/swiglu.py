@@ -13,14 +13,12 @@ def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
 
 
 def _compiled(gate_up: torch.Tensor, room: int) -> bool:
-    """Whether the kernels take it: on a GPU, not in float64, rows on 16 bytes."""
-    return (
-        gate_up.device.type == "cuda"
-        and extension.has_kernels("cuda")
-        and gate_up.dtype != torch.float64
-        and gate_up.is_contiguous()
-        and gate_up.shape[1] % 16 == room % 8 == 0
-    )
+    """Whether kernels take it: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
+    if not (extension.has_kernels(gate_up.device.type) and gate_up.is_contiguous()):
+        return False
+    if gate_up.device.type == "cpu":
+        return gate_up.dtype != torch.float16
+    return gate_up.dtype != torch.float64 and gate_up.shape[1] % 16 == room % 8 == 0
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -45,7 +45,8 @@ class _CrossEntropySum(torch.autograd.Function):
             dhidden = torch.empty_like(full) if everything else torch.zeros_like(full)
         loss = torch.zeros((), dtype=torch.promote_types(full.dtype, torch.float32), device=full.device)
         widest = -(-head.vocab_size // tp.size)  # of all ranks: they must make the same chunks
-        chunk = max(1, CHUNK_LOGITS.get(full.device.type, CHUNK_LOGITS["cpu"]) // widest)
+        most = max(1, CHUNK_LOGITS.get(full.device.type, CHUNK_LOGITS["cpu"]) // widest)
+        chunk = -(-labelled.shape[0] // -(-labelled.shape[0] // most)) if labelled.shape[0] else 1  # of equal size
         for start in range(0, labelled.shape[0], chunk):
             part = slice(start, start + chunk)
             rows = labelled[part]

@@ -1,0 +1,171 @@
+// The ops of csrc/cpu_kernels.h for torch: checks, cut of the rows over threads, registration. Schemas are in
+// elementwise_ops.cpp.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "cpu_kernels.h"
+
+namespace megalora {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kElementsPerTask = 16384;  // below this (about 10 us of work) another thread does not pay
+
+template <typename Args>
+void for_rows(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows, int64_t row_size) {
+  if (rows == 0 || row_size == 0) return;
+  at::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / row_size),
+                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+void check_rows(const Tensor& x, const Tensor& like) {
+  MEGALORA_CHECK(x.device() == like.device(), x.device(), " and ", like.device());
+  MEGALORA_CHECK(x.scalar_type() == like.scalar_type(), x.scalar_type(), " and ", like.scalar_type());
+  MEGALORA_CHECK(x.numel() == 0 || x.size(-1) < 2 || x.stride(-1) == 1, "strides ", x.strides());
+}
+
+void check_matrix(const Tensor& x, at::IntArrayRef sizes, const Tensor& like) {
+  MEGALORA_CHECK(x.sizes() == sizes, x.sizes(), " for ", sizes);
+  check_rows(x, like);
+}
+
+// Rows without gaps.
+void check_dense(const Tensor& x, at::IntArrayRef sizes, const Tensor& like) {
+  check_matrix(x, sizes, like);
+  MEGALORA_CHECK(x.is_contiguous(), "strides ", x.strides());
+}
+
+// What goes with rows, one number or a few for each, in the type of the arithmetic.
+void check_wide(const Tensor& x, int64_t numel, const Tensor& like) {
+  MEGALORA_CHECK(x.scalar_type() == (like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), x.scalar_type());
+  MEGALORA_CHECK(x.is_contiguous() && x.numel() == numel, x.sizes(), ", strides ", x.strides());
+}
+
+void check_labels(const Tensor& label, int64_t rows) {
+  MEGALORA_CHECK(label.scalar_type() == at::kLong && label.is_contiguous(), "label: contiguous int64");
+  MEGALORA_CHECK(label.numel() == rows, label.sizes(), " for ", rows, " rows");
+}
+
+const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
+
+void rms_norm_(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, double eps,
+               const std::optional<Tensor>& sum, const Tensor& y, const Tensor& inverse) {
+  MEGALORA_CHECK(x.dim() == 2, x.sizes());
+  MEGALORA_CHECK(delta.has_value() == sum.has_value(), "delta and sum go together");
+  check_rows(x, x);
+  check_matrix(y, x.sizes(), x);
+  check_dense(weight, {x.size(1)}, x);
+  check_wide(inverse, x.size(0), x);
+  if (delta) {
+    check_dense(*delta, x.sizes(), x);
+    check_dense(*sum, x.sizes(), x);
+  }
+  const RmsNorm args{x.const_data_ptr(), data_or_null(delta), weight.const_data_ptr(),
+                     sum ? sum->mutable_data_ptr() : nullptr, y.mutable_data_ptr(), inverse.mutable_data_ptr(),
+                     x.stride(0), y.stride(0), x.size(1), eps, x.scalar_type()};
+  for_rows(rms_norm_rows, args, x.size(0), x.size(1));
+}
+
+void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& inverse,
+                        const std::optional<Tensor>& residual, const Tensor& dx) {
+  MEGALORA_CHECK(x.dim() == 2, x.sizes());
+  check_rows(x, x);
+  check_matrix(dy, x.sizes(), x);
+  check_dense(dx, x.sizes(), x);
+  check_dense(weight, {x.size(1)}, x);
+  check_wide(inverse, x.size(0), x);
+  if (residual) check_dense(*residual, x.sizes(), x);
+  const RmsNormBackward args{dy.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                             inverse.const_data_ptr(), data_or_null(residual), dx.mutable_data_ptr(),
+                             dy.stride(0), x.stride(0), x.size(1), x.scalar_type()};
+  for_rows(rms_norm_backward_rows, args, x.size(0), x.size(1));
+}
+
+void swiglu_(const Tensor& gate_up, const Tensor& out) {
+  MEGALORA_CHECK(out.dim() == 2, out.sizes());
+  check_rows(out, out);
+  check_dense(gate_up, {out.size(0), 2 * out.size(1)}, out);
+  const SwiGlu args{gate_up.const_data_ptr(), out.mutable_data_ptr(), out.stride(0), out.size(1), out.scalar_type()};
+  for_rows(swiglu_rows, args, out.size(0), out.size(1));
+}
+
+void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad) {
+  MEGALORA_CHECK(dy.dim() == 2, dy.sizes());
+  check_rows(dy, dy);
+  check_dense(gate_up, {dy.size(0), 2 * dy.size(1)}, dy);
+  check_dense(grad, gate_up.sizes(), dy);
+  const SwiGluBackward args{dy.const_data_ptr(), gate_up.const_data_ptr(), grad.mutable_data_ptr(),
+                            dy.stride(0), dy.size(1), dy.scalar_type()};
+  for_rows(swiglu_backward_rows, args, dy.size(0), dy.size(1));
+}
+
+void split_rope(bool backward, const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q,
+                const Tensor& k, const Tensor& v) {
+  MEGALORA_CHECK(q.dim() == 3 && k.dim() == 3, q.sizes(), " and ", k.sizes());
+  const int64_t tokens = q.size(0), heads = q.size(1), kv_heads = k.size(1), dim = q.size(2);
+  MEGALORA_CHECK(dim % 2 == 0, "head_dim ", dim);
+  check_rows(q, qkv);
+  check_matrix(k, {tokens, kv_heads, dim}, qkv);
+  check_matrix(v, {tokens, kv_heads, dim}, qkv);
+  check_dense(qkv, {tokens, (heads + 2 * kv_heads) * dim}, qkv);
+  check_dense(cos, {tokens, dim / 2}, qkv);
+  check_dense(sin, {tokens, dim / 2}, qkv);
+  const auto side = [](const Tensor& x) {
+    return Heads{const_cast<void*>(x.const_data_ptr()), x.size(1), x.stride(0), x.stride(1)};
+  };
+  const SplitRope args{const_cast<void*>(qkv.const_data_ptr()), side(q), side(k), side(v), cos.const_data_ptr(),
+                       sin.const_data_ptr(), dim, backward, qkv.scalar_type()};
+  for_rows(split_rope_rows, args, tokens, qkv.size(1));
+}
+
+void split_rope_(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q, const Tensor& k,
+                 const Tensor& v) {
+  split_rope(false, qkv, cos, sin, q, k, v);
+}
+
+void split_rope_backward_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                          const Tensor& qkv) {
+  split_rope(true, qkv, cos, sin, q, k, v);
+}
+
+void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tensor& stats) {
+  MEGALORA_CHECK(logits.dim() == 2 && logits.size(1) > 0, logits.sizes());
+  check_rows(logits, logits);
+  check_labels(label, logits.size(0));
+  check_wide(stats, 3 * logits.size(0), logits);
+  const CrossEntropyStats args{logits.const_data_ptr(), logits.stride(0), logits.size(0), logits.size(1),
+                               label.const_data_ptr<int64_t>(), stats.mutable_data_ptr(), logits.scalar_type()};
+  for_rows(cross_entropy_stats_rows, args, logits.size(0), logits.size(1));
+}
+
+void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total) {
+  MEGALORA_CHECK(logits.dim() == 2, logits.sizes());
+  check_rows(logits, logits);
+  check_labels(label, logits.size(0));
+  check_wide(max, logits.size(0), logits);
+  check_wide(total, logits.size(0), logits);
+  const CrossEntropyGrad args{logits.mutable_data_ptr(), logits.stride(0), logits.size(1),
+                              label.const_data_ptr<int64_t>(), max.const_data_ptr(), total.const_data_ptr(),
+                              logits.scalar_type()};
+  for_rows(cross_entropy_grad_rows, args, logits.size(0), logits.size(1));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(megalora, CPU, m) {
+  m.impl("rms_norm_", &rms_norm_);
+  m.impl("rms_norm_backward_", &rms_norm_backward_);
+  m.impl("swiglu_", &swiglu_);
+  m.impl("swiglu_backward_", &swiglu_backward_);
+  m.impl("split_rope_", &split_rope_);
+  m.impl("split_rope_backward_", &split_rope_backward_);
+  m.impl("cross_entropy_stats_", &cross_entropy_stats_);
+  m.impl("cross_entropy_grad_", &cross_entropy_grad_);
+}
+
+}  // namespace megalora
