@@ -32,6 +32,7 @@ from megalora.parallel.grads import FlatGradients
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.split import named_splits
+from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.training import Trainer
@@ -94,7 +95,7 @@ def ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict, data: Step,
     trainer = Trainer(
         stage,
         mesh,
-        PipelineRunner(stage, mesh.pp, SCHEDULES["1f1b"], cut.floor, shape, dtype, device),
+        PipelineRunner(stage, Neighbours(mesh, shape, dtype, device), SCHEDULES["1f1b"], cut.floor, device=device),
         FlatGradients(parameters, named_splits(stage), mesh),
         AdapterOptimizer(parameters),
         learning_rate=lambda step: LEARNING_RATE,

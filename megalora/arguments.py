@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.errors import UserError
+from megalora.pipeline.schedule import SCHEDULES
 
 REQUIRED = MISSING
 """Default of a flag that must be given."""
@@ -98,11 +99,15 @@ class LayoutArguments(Section):
             )
         if self.custom_partition is not None and self.partition_method != "custom":
             raise UserError(_no_effect("custom_partition", self.custom_partition, vars(self)))
-        if self.custom_partition is not None and len(self.custom_partition) != self.pipeline_parallel_size:
+        self._check_schedule()
+        parts = self.pipeline_parallel_size * self.virtual_pipeline_size
+        if self.custom_partition is not None and len(self.custom_partition) != parts:
+            what, size = "stage", "pipeline_parallel_size"
+            if self.virtual_pipeline_size > 1:
+                what, size = "chunk", "pipeline_parallel_size * virtual_pipeline_size"
             raise UserError(
-                f"custom_partition {_show(self.custom_partition)} names "
-                f"{len(self.custom_partition)} stages, but "
-                f"pipeline_parallel_size is {self.pipeline_parallel_size}: give one number of layers a stage"
+                f"custom_partition {_show(self.custom_partition)} names {len(self.custom_partition)} {what}s, but "
+                f"{size} is {parts}: give one number of layers a {what}"
             )
 
 
@@ -116,7 +121,10 @@ class ParallelArguments(LayoutArguments):
         training_only=True,
     )
     schedule: str = flag(
-        "1f1b", "order of the microbatches in the pipeline", choices=("gpipe", "1f1b"), training_only=True
+        "1f1b", "order of the microbatches in the pipeline", choices=tuple(SCHEDULES), training_only=True
+    )
+    virtual_pipeline_size: int = flag(
+        1, "chunks of layers each stage holds, for schedule interleaved_1f1b", at_least=1, training_only=True
     )
     recompute: str = flag(
         "none",
@@ -129,6 +137,22 @@ class ParallelArguments(LayoutArguments):
         super().__post_init__()
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise UserError(_no_effect("sequence_parallel", True, vars(self)))
+
+    def _check_schedule(self) -> None:
+        schedule = SCHEDULES[self.schedule]
+        if self.virtual_pipeline_size > 1 and not schedule.chunked:
+            raise UserError(_no_effect("virtual_pipeline_size", self.virtual_pipeline_size, vars(self)))
+        if schedule.chunked and (self.virtual_pipeline_size == 1 or self.pipeline_parallel_size == 1):
+            raise UserError(
+                f"schedule {self.schedule} needs a pipeline_parallel_size (it is {self.pipeline_parallel_size}) and a "
+                f"virtual_pipeline_size (it is {self.virtual_pipeline_size}) of 2 or more: give both, or another "
+                f"schedule"
+            )
+        if self.recompute == "full" and schedule.recomputes(0, max(2, self.pipeline_parallel_size)):
+            raise UserError(
+                f"recompute full and schedule {self.schedule}: the schedule computes whole stages again already, and "
+                f"layers would be computed three times: leave one of them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -375,6 +399,12 @@ _CUSTOM = _Idle(
 )
 FINETUNE_IDLE = (
     _CUSTOM,
+    _Idle(
+        "virtual_pipeline_size",
+        "schedule",
+        lambda v: v["virtual_pipeline_size"] > 1 and not SCHEDULES[v["schedule"]].chunked,
+        "give --schedule interleaved_1f1b",
+    ),
     _Idle(
         "sequence_parallel",
         "tensor_parallel_size",

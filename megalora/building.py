@@ -44,8 +44,11 @@ def resolve_lora(lora_config: LoraConfig, config: ModelConfig) -> ResolvedLora:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the model is cut into stages: their layers, the first that has something to train, and the part of a step's
-    compute that each is reckoned to have."""
+    """How the model is cut into parts: their layers, the first that has something to train, and the share of a step's
+    compute that each is reckoned to have.
+
+    A part is a stage, or with several chunks a stage, chunk c of stage s of p is part c p + s.
+    """
 
     layers: tuple[range, ...]
     floor: int
@@ -60,6 +63,7 @@ def build_stage(
     *,
     partition_method: str = "uniform",
     custom_partition: tuple[int, ...] | None = None,
+    virtual_pipeline_size: int = 1,
     uneven_heads: bool = False,
     recompute: str = "none",
     workload: Workload | None = None,
@@ -69,15 +73,23 @@ def build_stage(
     workload  a microbatch of the run, for the stages' costs; None where nothing is trained
     """
     check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
+    parts = mesh.pp.size * virtual_pipeline_size
+    if virtual_pipeline_size > 1 and parts > config.num_hidden_layers:
+        raise UserError(
+            f"pipeline_parallel_size ({mesh.pp.size}) * virtual_pipeline_size ({virtual_pipeline_size}) = {parts} is "
+            f"more than num_hidden_layers ({config.num_hidden_layers}): choose a smaller virtual_pipeline_size"
+        )
     costs = layer_seconds(config, lora, mesh.tp.size, torch.device(place.device), workload)
-    layers = stage_layers(config, mesh.pp.size, partition_method, custom_partition, costs)
+    layers = stage_layers(config, parts, partition_method, custom_partition, costs)
+    own, *further = layers[mesh.pp.rank :: mesh.pp.size]
     stage = Stage(
         config,
-        layers[mesh.pp.rank],
+        own,
         place,
         lora,
         first=mesh.pp.is_first,
         last=mesh.pp.is_last,
+        further=further,
         recompute=recompute,
     )
     lowest = min((layer_index(name) for name in trained_names(lora, config)), default=config.num_hidden_layers)

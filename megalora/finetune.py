@@ -46,6 +46,7 @@ from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.split import named_splits
+from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.nodes import Workload
@@ -97,6 +98,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                 place,
                 partition_method=parallel.partition_method,
                 custom_partition=parallel.custom_partition,
+                virtual_pipeline_size=parallel.virtual_pipeline_size,
                 uneven_heads=parallel.uneven_heads,
                 recompute=parallel.recompute,
                 workload=_workload(rows, train, parallel, dtype),
@@ -110,15 +112,15 @@ def finetune(arguments: FinetuneArguments) -> None:
         parameters, splits = stage.trainable(), named_splits(stage)
         tokens_here = train.per_device_train_batch_size * data.seq_length
         tokens_here //= mesh.tp.size if parallel.sequence_parallel else 1
+        chunks = parallel.virtual_pipeline_size
         runner = PipelineRunner(
             stage,
-            mesh.pp,
+            Neighbours(mesh, (tokens_here, config.hidden_size), dtype, device, ring=chunks > 1),
             SCHEDULES[parallel.schedule],
             cut.floor,
-            (tokens_here, config.hidden_size),
-            dtype,
-            device,
-            timers,
+            device=device,
+            chunks=chunks,
+            clock=timers,
         )
         with together(mesh.world):
             optimizer = AdapterOptimizer(
@@ -490,12 +492,12 @@ def _summary(
     trained = sum(p.numel() * p.element_size() for p in stage.trainable().values())
     memory = max(gather_objects(stored + 3 * trained, mesh.world))  # gradient and two moments beside the masters
     stages = {
-        f"stage {s}": f"layers {part[0]} to {part[-1]}"
+        f"stage {s}": f"layers {' and '.join(f'{part[0]} to {part[-1]}' for part in cut.layers[s :: mesh.pp.size])}"
         + (", embedding" if s == 0 else "")
-        + (", head" if s == len(cut.layers) - 1 else "")
-        + f", {share:.1%} of the compute"
-        + (", no backward" if s < cut.floor else "")
-        for s, (part, share) in enumerate(zip(cut.layers, cut.shares, strict=True))
+        + (", head" if s == mesh.pp.size - 1 else "")
+        + f", {sum(cut.shares[s :: mesh.pp.size]):.1%} of the compute"
+        + (", no backward" if s + len(cut.layers) - mesh.pp.size < cut.floor else "")
+        for s in range(mesh.pp.size)
     }
     targets = sorted({name.rsplit(".", 1)[-1] for name in lora.adapters})
     recompute = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from megalora.building import trained_names
 from megalora.data import Loader, build_rows, pack
 from megalora.data.template import Sample
-from megalora.lora import LoraConfig
+from megalora.lora import LoraConfig, layer_index
 from megalora.models.config import config_from_dict
 from megalora.models.stage import Stage, adaptable_linears
 from megalora.optimizer import AdapterOptimizer, LossScale
@@ -23,6 +25,7 @@ from megalora.parallel.grads import FlatGradients
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.split import named_splits
+from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.partition import partition
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
@@ -67,6 +70,8 @@ class Run:
     family: str = "llama"
     tp: int = 1
     pp: int = 1
+    chunks: int = 1
+    lanes: bool = False
     sequence_parallel: bool = False
     recompute: str = "none"
     schedule: str = "1f1b"
@@ -147,14 +152,16 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     lora = LoraConfig.from_dict(run.lora).resolve(config.model_type, adaptable_linears(config))
     place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device)
     parts = partition(
-        run.partition_method, [1] * config.num_hidden_layers, run.pp, last_cost=1, custom=run.custom_partition
-    )
-    stages = [
-        Stage(config, parts[s], place, lora, first=s == 0, last=s == run.pp - 1, recompute=run.recompute)
-        for s in range(run.pp)
-    ]
-    stage = stages[mesh.pp.rank]
-    floor = next(s for s, candidate in enumerate(stages) if candidate.trainable())
+        run.partition_method, [1] * config.num_hidden_layers, run.pp * run.chunks, last_cost=1,
+        custom=run.custom_partition,
+    )  # fmt: skip
+    own, *further = parts[mesh.pp.rank :: run.pp]
+    stage = Stage(
+        config, own, place, lora, first=mesh.pp.is_first, last=mesh.pp.is_last, further=further,
+        recompute=run.recompute,
+    )  # fmt: skip
+    lowest = min(layer_index(name) for name in trained_names(lora, config))
+    floor = next(i for i, part in enumerate(parts) if lowest in part)
     fill(stage)
     parameters, splits = stage.trainable(), named_splits(stage)
     gradients = FlatGradients(parameters, splits, mesh)
@@ -164,9 +171,9 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
         dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, seed=run.seed,
     )  # fmt: skip
     tokens = run.micro_batch_rows * run.seq_length // (run.tp if run.sequence_parallel else 1)
-    runner = PipelineRunner(
-        stage, mesh.pp, SCHEDULES[run.schedule], floor, (tokens, config.hidden_size), run.dtype, run.device
-    )
+    shape, ring = (tokens, config.hidden_size), run.chunks > 1
+    neighbours = Neighbours(mesh, shape, run.dtype, run.device, ring=ring, lanes=run.lanes)
+    runner = PipelineRunner(stage, neighbours, SCHEDULES[run.schedule], floor, device=run.device, chunks=run.chunks)
     trainer = Trainer(
         stage, mesh, runner, gradients, AdapterOptimizer(parameters),
         learning_rate=lambda step: run.learning_rate, max_grad_norm=1.0, seed=run.seed,
@@ -185,6 +192,11 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     )
 
 
+def train_each(rank: int, world_size: int, runs: Sequence[Run]) -> list[Outcome]:
+    """Several runs, one after another, on the same processes: to start them takes longer than a run."""
+    return [train(rank, world_size, run) for run in runs]
+
+
 def _place(split) -> tuple:
     return tuple((s.start, s.stop) for s in split.index)
 
@@ -199,8 +211,8 @@ def reference(run: Run) -> Outcome:
     Asserts that it is worth comparing with: finite, no step skipped, every adapter with a gradient and moved.
     """
     plain = run.on(
-        tp=1, pp=1, sequence_parallel=False, recompute="none", schedule="1f1b", partition_method="uniform",
-        custom_partition=None, micro_batch_rows=1,
+        tp=1, pp=1, chunks=1, lanes=False, sequence_parallel=False, recompute="none", schedule="1f1b",
+        partition_method="uniform", custom_partition=None, micro_batch_rows=1,
     )  # fmt: skip
     outcome = _references.get(repr(plain))
     if outcome is None:

@@ -9,8 +9,10 @@ from collections import defaultdict
 
 import pytest
 import torch
-from oracle import ALL_LINEAR, FAMILIES, Run, largest_difference, reference, train
+from oracle import ALL_LINEAR, FAMILIES, Run, largest_difference, reference, train, train_each
 from spawn import spawn
+
+from megalora.pipeline.schedule import SCHEDULES
 
 SIZES = (1, 2, 4)
 LAYOUTS = [layout for layout in itertools.product(SIZES, repeat=3) if 1 < math.prod(layout) <= 8]
@@ -162,6 +164,52 @@ OPTIONS = {  # name: (run, dp)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_gives_the_numbers_of_one_process(name):
     check(*OPTIONS[name])
+
+
+def schedule_runs(pp: int) -> list[Run]:
+    """Every schedule with fewer microbatches than stages, one, and more; all, the upper half and one layer adapted."""
+    found = []
+    for name, schedule in SCHEDULES.items():
+        chunks = 2 if schedule.chunked else 1
+        layers = pp * chunks if pp > 2 else 4
+        base = Run("llama", pp=pp, schedule=name, chunks=chunks, steps=2, model={"num_hidden_layers": layers})
+        for rows, adapted in (
+            (max(1, pp - 1), None),
+            (1, list(range(layers // 2, layers))),
+            (pp + 1, list(range(layers // 2, layers))),
+            (pp + 1, [layers // 2 - 1]),
+        ):
+            found.append(base.on(rows=rows, **lora(layers_to_transform=adapted)))
+    return found
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_every_schedule_gives_the_numbers_of_one_process(pp):
+    runs = schedule_runs(pp)
+    for run, outcomes in zip(runs, zip(*spawn(train_each, pp, runs), strict=True), strict=True):
+        assert largest_difference(reference(run), list(outcomes)) <= 1e-12, run
+
+
+def test_schedules_beside_the_other_means():
+    """Lanes are what NCCL has; rings of 2, of an odd and of an even number of stages."""
+    inter = {"schedule": "interleaved_1f1b", "chunks": 2}
+    six, eight = ({"model": {"num_hidden_layers": layers}} for layers in (6, 8))
+    cases = {
+        2: [Run("qwen3", pp=2, lanes=True, rows=3, **inter)],
+        3: [Run("llama", pp=3, lanes=True, rows=4, **inter, **six)],
+        4: [
+            Run("mistral", pp=4, lanes=True, rows=5, **inter, **eight),
+            Run("llama", pp=4, lanes=True, schedule="eager_1f1b", rows=5),
+            Run("qwen2", **TP2_SP, pp=2, **inter),
+            Run("qwen3", **TP2_SP, pp=2, schedule="pre_recompute_1f1b", recompute="selective"),
+            Run("mistral", pp=2, schedule="shifted_critical_path", micro_batch_rows=2),  # dp2
+            Run("llama", pp=2, partition_method="custom", custom_partition=(1, 2, 2, 1), **inter, **six),  # dp2
+            Run("qwen2", pp=2, recompute="full", **inter, **lora(layers_to_transform=[1, 2])),  # dp2
+        ],
+    }
+    for world_size, runs in cases.items():
+        for run, outcomes in zip(runs, zip(*spawn(train_each, world_size, runs), strict=True), strict=True):
+            assert largest_difference(reference(run), list(outcomes)) <= 1e-12, run
 
 
 @pytest.mark.parametrize(

@@ -333,14 +333,11 @@ def _():
 
 @mutation("stages before the last get no gradient", PP2)
 def _():
-    def change(exchange, self, actions, outgoing):
-        received = exchange(self, actions, outgoing)
-        for action, tensor in zip(actions, received, strict=True):
-            if action.op == RECV_BACKWARD:
-                tensor.zero_()
-        return received
+    def change(take, self, action):
+        tensor = take(self, action)
+        return tensor.zero_() if action.op == RECV_BACKWARD else tensor
 
-    wrap(megalora.pipeline.p2p.Neighbours, "exchange", change)
+    wrap(megalora.pipeline.p2p.Neighbours, "take", change)
 
 
 @mutation("a stage reads another microbatch than the one before it", PP2)

@@ -5,7 +5,8 @@ Parameter names are those of the HF file, with global layer indices on every sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -39,6 +40,8 @@ class Decoder(nn.Module):
 class Stage(nn.Module):
     """Layers `layers` of the model; with `first` the embedding, with `last` the final norm and the head.
 
+    further    the layers of its further chunks, which follow later in the model (interleaved schedules): the embedding
+               belongs to the first chunk, the norm and the head to the last
     recompute  "none"; "selective": rotation and attention run again in backward; "full": whole layers do
     Parameters are uninitialised: `checkpoint` fills the base, `reset_adapters` the adapters.
     """
@@ -52,37 +55,39 @@ class Stage(nn.Module):
         *,
         first: bool = True,
         last: bool = True,
+        further: Sequence[Iterable[int]] = (),
         recompute: str = "none",
     ):
         super().__init__()
         assert recompute in RECOMPUTE, recompute
+        self._chunks = tuple(tuple(map(str, chunk)) for chunk in (layers, *further))
         self.config, self.place, self.lora = config, place, lora
         self.recompute_layers = recompute == "full"
         embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place) if first else None
-        blocks = {str(i): DecoderLayer(config, i, place, lora, recompute == "selective") for i in layers}
+        blocks = {i: DecoderLayer(config, int(i), place, lora, recompute == "selective") for i in chain(*self._chunks)}
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps, place) if last else None
         self.model = Decoder(embed, blocks, norm)
         self.lm_head = VocabParallelHead(config.vocab_size, config.hidden_size, place) if last else None
         if config.tie_word_embeddings and first and last:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, hidden: torch.Tensor | None, inputs: Inputs) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int = 0) -> torch.Tensor:
         """hidden [T, hidden_size] from the stage before; None on the first, which looks input_ids up.
 
         Returns what the next stage reads, [T, hidden_size]; on the last stage the sum of the token losses (a scalar)
-        where inputs has labels, else the final hidden states, normed.
+        where inputs has labels, else the final hidden states, normed. Of several chunks it runs one.
         """
-        if self.model.embed_tokens is not None:
+        if self.model.embed_tokens is not None and chunk == 0:
             hidden = self.model.embed_tokens(inputs.input_ids)
         delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
-        for layer in self.model.layers.values():
+        for layer in (self.model.layers[i] for i in self._chunks[chunk]):
             if self.recompute_layers and torch.is_grad_enabled():
                 hidden, delta = checkpoint(
                     layer, hidden, delta, inputs, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 hidden, delta = layer(hidden, delta, inputs)
-        if self.model.norm is None:
+        if self.model.norm is None or chunk < len(self._chunks) - 1:
             return hidden if delta is None else hidden + delta
         _, hidden = self.model.norm.after(hidden, delta)
         if inputs.labels is not None:

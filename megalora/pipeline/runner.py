@@ -3,52 +3,91 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import nn
 
-from megalora.parallel.mesh import Axis, Clock
+from megalora.parallel.mesh import Clock
 from megalora.pipeline.actions import (
     BACKWARD,
-    COMMUNICATION,
+    COMPUTE,
     FORWARD,
-    RECV_BACKWARD,
-    RECV_FORWARD,
-    SEND_FORWARD,
+    RECEIVES,
+    RECOMPUTE,
+    SENDS,
     Action,
+    input_of,
+    output_of,
+    part_of,
 )
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.schedule import Schedule, forward_only
 
 
+class ChunkedStage(Protocol):
+    """What the runner computes with."""
+
+    def __call__(self, hidden: torch.Tensor | None, inputs: object, chunk: int = 0) -> torch.Tensor:
+        """hidden [T, hidden_size] (None for the model's first chunk) -> hidden; of its last chunk a scalar loss."""
+        ...
+
+
+@dataclass
+class _InFlight:
+    """A microbatch of a chunk between its forward and its backward.
+
+    entered  what came in, whose gradient goes back; None where the chunk begins the model
+    inputs   to compute again from, else None
+    out      what backward starts from; None until it is computed again
+    """
+
+    entered: torch.Tensor | None
+    inputs: object = None
+    out: torch.Tensor | None = None
+
+
+@dataclass
+class _Step:
+    """The microbatches of a step on their way."""
+
+    inputs: Callable[[int], object]
+    scale: float | torch.Tensor
+    floor: int
+    in_flight: dict[tuple[int, int], _InFlight] = field(default_factory=dict)  # by (microbatch, chunk)
+    outgoing: dict[Action, torch.Tensor] = field(default_factory=dict)  # by its send
+
+
 class PipelineRunner:
     """Runs forward and backward of all microbatches of a step on this stage.
 
-    stage     the nn.Module of this stage: stage(hidden or None, inputs) -> hidden, or on the last stage a scalar loss
-    pp        the pipeline axis
-    schedule  one of megalora.pipeline.schedule.SCHEDULES
-    floor     the first stage that has a trainable parameter: stages before it run no backward and get no gradient
-    shape, dtype, device  of the hidden states between stages
-    clock     times the phases forward, backward and communication
+    stage       computes a chunk
+    neighbours  its lines to the stages beside it
+    schedule    one of megalora.pipeline.schedule.SCHEDULES
+    floor       the first part of the model (see actions.part_of) that has a trainable parameter: those before it keep
+                nothing, run no backward and get no gradient
+    chunks      of the stage
+    clock       times the phases forward, backward and communication
+    watch       watch(action) is a context in which each compute runs (--profile)
     """
 
     def __init__(
         self,
-        stage: nn.Module,
-        pp: Axis,
+        stage: ChunkedStage,
+        neighbours: Neighbours,
         schedule: Schedule,
         floor: int,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
+        *,
         device: torch.device | str,
+        chunks: int = 1,
         clock: Clock | None = None,
+        watch: Callable[[Action], contextlib.AbstractContextManager] | None = None,
     ):
-        self._stage, self._pp, self._schedule, self._floor = stage, pp, schedule, floor
-        self._device = device
-        self._neighbours = Neighbours(pp, shape, dtype, device)
+        self._stage, self._neighbours, self._schedule, self._floor = stage, neighbours, schedule, floor
+        self._pp, self._chunks, self._device = neighbours.pp, chunks, device
         self._clock: Clock = clock or (lambda phase: contextlib.nullcontext())
+        self._watch = watch or (lambda action: contextlib.nullcontext())
 
     def train(self, microbatches: int, inputs: Callable[[int], object], scale: float | torch.Tensor) -> torch.Tensor:
         """Forward and backward of every microbatch; gradients accumulate in the parameters.
@@ -57,67 +96,89 @@ class PipelineRunner:
         scale      what each microbatch's summed loss is multiplied by before its backward
         Returns the sum of the unscaled losses as a float64 scalar; 0 on stages that have no loss.
         """
-        actions = self._schedule.programme(self._pp.size, microbatches, self._floor)[self._pp.rank]
-        return self._run(actions, inputs, scale)
+        programme = self._schedule.programme(self._pp.size, microbatches, self._floor, self._chunks)
+        return self._run(programme[self._pp.rank], _Step(inputs, scale, self._floor))
 
     @torch.no_grad()
     def evaluate(self, microbatches: int, inputs: Callable[[int], object]) -> torch.Tensor:
         """The sum of the losses of every microbatch as a float64 scalar; 0 on stages that have no loss."""
-        return self._run(forward_only(self._pp.size, microbatches)[self._pp.rank], inputs, 1.0)
+        programme = forward_only(self._pp.size, microbatches, self._chunks)
+        return self._run(programme[self._pp.rank], _Step(inputs, 1.0, self._pp.size * self._chunks))
 
-    def _run(
-        self, actions: Sequence[Action], inputs: Callable[[int], object], scale: float | torch.Tensor
-    ) -> torch.Tensor:
-        received: dict[tuple[str, int], torch.Tensor] = {}
-        entered: dict[int, torch.Tensor] = {}  # what came in, whose gradient goes back
-        left: dict[int, torch.Tensor] = {}  # what went out, or the loss
-        gradients: dict[int, torch.Tensor] = {}
+    def _run(self, actions: Sequence[Action], step: _Step) -> torch.Tensor:
+        compute = {FORWARD: self._forward, RECOMPUTE: self._recompute, BACKWARD: self._backward}
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        wants_input_grad = self._pp.rank > self._floor
-        has_backward = torch.is_grad_enabled() and self._pp.rank >= self._floor
-        for together in _communication_together(actions):
-            action = together[0]
-            m = action.microbatch
-            if action.op in COMMUNICATION:
-                outgoing = [
-                    left[a.microbatch].detach() if a.op == SEND_FORWARD else gradients.pop(a.microbatch, None)
-                    for a in together
-                ]
-                for a, tensor in zip(together, self._neighbours.exchange(together, outgoing), strict=True):
-                    if tensor is not None:
-                        received[a.op, a.microbatch] = tensor
-                    elif a.op == SEND_FORWARD and not has_backward:
-                        del left[a.microbatch]
-            elif action.op == FORWARD:
-                hidden = None
-                if not self._pp.is_first:
-                    hidden = received.pop((RECV_FORWARD, m))
-                    hidden.requires_grad_(wants_input_grad and torch.is_grad_enabled())
-                    if hidden.requires_grad:
-                        entered[m] = hidden
-                with self._clock("forward"):
-                    left[m] = self._stage(hidden, inputs(m))
-                if self._pp.is_last:
-                    total += left[m].detach()
-                    if not has_backward:
-                        del left[m]
-            elif action.op == BACKWARD:
-                out = left.pop(m)
-                with self._clock("backward"):
-                    if self._pp.is_last:
-                        (out * scale).backward()
-                    else:
-                        out.backward(received.pop((RECV_BACKWARD, m)))
-                if wants_input_grad:
-                    gradients[m] = entered.pop(m).grad
+        for action in receives_early(actions):
+            if action.op in RECEIVES:
+                self._neighbours.expect(action)
+            elif action.op in SENDS:
+                self._neighbours.send(action, step.outgoing.pop(action))
+            else:
+                wanted = input_of(self._pp.rank, self._pp.size, self._chunks, action)
+                received = None if wanted is None else self._neighbours.take(wanted)
+                with self._watch(action):
+                    loss = compute[action.op](action, received, step)
+                if loss is not None:
+                    total += loss
         self._neighbours.finish()
+        assert not step.in_flight and not step.outgoing
         return total
 
+    def _forward(self, action: Action, hidden: torch.Tensor | None, step: _Step) -> torch.Tensor | None:
+        """Returns the loss, on the model's last part."""
+        part = part_of(self._pp.rank, self._pp.size, action.chunk)
+        trained = part >= step.floor
+        recomputes = trained and self._schedule.recomputes(self._pp.rank, self._pp.size)
+        inputs = step.inputs(action.microbatch)
+        if hidden is not None:
+            hidden.requires_grad_(part > step.floor)
+        with self._clock("forward"), torch.set_grad_enabled(trained and not recomputes):
+            out = self._stage(hidden, inputs, action.chunk)
+        if trained:
+            kept = _InFlight(hidden, inputs) if recomputes else _InFlight(hidden, out=out)
+            step.in_flight[action.microbatch, action.chunk] = kept
+        return self._give(action, out.detach(), step)
 
-def _communication_together(actions: Iterable[Action]) -> Iterator[Sequence[Action]]:
-    """The actions one by one, but neighbouring communication actions as one group."""
-    for communicates, group in groupby(actions, key=lambda action: action.op in COMMUNICATION):
-        if communicates:
-            yield list(group)
+    def _recompute(self, action: Action, received: None, step: _Step) -> None:
+        kept = step.in_flight[action.microbatch, action.chunk]
+        with self._clock("backward"):
+            kept.out = self._stage(kept.entered, kept.inputs, action.chunk)
+
+    def _backward(self, action: Action, gradient: torch.Tensor | None, step: _Step) -> None:
+        kept = step.in_flight.pop((action.microbatch, action.chunk))
+        with self._clock("backward"):
+            if gradient is None:
+                (kept.out * step.scale).backward()
+            else:
+                kept.out.backward(gradient)
+        self._give(action, None if kept.entered is None else kept.entered.grad, step)
+
+    def _give(self, action: Action, result: torch.Tensor | None, step: _Step) -> torch.Tensor | None:
+        """Lays the result aside for its send; the result itself where it is for no other stage."""
+        send = output_of(self._pp.rank, self._pp.size, self._chunks, step.floor, action)
+        if send is None:
+            return result
+        step.outgoing[send] = result
+        return None
+
+
+def receives_early(actions: Sequence[Action], computes: int = 2) -> list[Action]:
+    """Puts each receive as many computes earlier: it is posted before its message is due.
+
+    A list has a receive where its message would be made if all computes took the same time. Receives stop no stage,
+    so that any earlier place is sound; their order stays.
+    """
+    early: list[list[Action]] = [[]]  # by the number of computes before them
+    others: list[list[Action]] = [[]]
+    for action in actions:
+        if action.op in RECEIVES:
+            early[max(0, len(early) - 1 - computes)].append(action)
         else:
-            yield from ([action] for action in group)
+            others[-1].append(action)
+        if action.op in COMPUTE:
+            early.append([])
+            others.append([])
+    found = []
+    for receives, rest in zip(early, others, strict=True):
+        found += [*receives, *rest]
+    return found

@@ -228,9 +228,9 @@ def _all_but_last(stage: int, stages: int) -> bool:
 SCHEDULES: Mapping[str, Schedule] = {
     schedule.name: schedule
     for schedule in (
+        Schedule("gpipe", gpipe, lambda stage, stages, m, chunks, trained: m),
         # Narayanan et al. 2019 (PipeDream-Flush): stage s keeps min(p - s, m).
         _from_ahead("1f1b", _ahead),
-        Schedule("gpipe", gpipe, lambda stage, stages, m, chunks, trained: m),
         Schedule("interleaved_1f1b", _interleaved, _interleaved_in_flight, chunked=True),
         # Zhuang et al. 2022 (eager-1F1B): twice as many forwards ahead, so that a message each way is hidden.
         _from_ahead("eager_1f1b", _eager_ahead),
