@@ -1,4 +1,4 @@
-"""Schedules from the command line: an interleaved run saves, goes on on another layout, and exports the same adapter."""
+"""Schedules from the command line: an interleaved run saves, goes on elsewhere and exports the same adapter."""
 
 import pytest
 import tiny
