@@ -407,7 +407,8 @@ class _Meter:
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Counts on from a run that stopped between two logged steps."""
-        self._earlier = int(state.get("tokens_since_log", 0))
+        earlier = state.get("tokens_since_log", 0)
+        self._earlier = earlier if isinstance(earlier, int) else 0
 
     @contextlib.contextmanager
     def apart(self, timers: Timers) -> Iterator[None]:

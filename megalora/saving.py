@@ -122,6 +122,6 @@ def restore(trainer: Trainer, checkpoint: AdapterCheckpoint, splits: Mapping[str
     }
     try:
         trainer.load_state(checkpoint.trainer, moments)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         where = checkpoint.where
         raise UserError(f"checkpoint {where}: lacks state of the run ({error!r}): take an older one") from None

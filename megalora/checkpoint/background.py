@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from megalora.checkpoint.state import CheckpointWriter, iteration_folder
+from megalora.errors import UserError
 
 WriteShard = Callable[[Path], Path]
-_PATIENCE = 60.0  # seconds that a run which fails in another place gives the save under way
+_PATIENCE = 10.0  # seconds for the save under way when the run ends with an error that other ranks may not share
 
 
 class HostCopy:
@@ -141,5 +142,5 @@ class BackgroundSaves:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if kind is None:
             self.wait()
-        elif self._thread is not None:  # its files are complete without the training thread, unless a rank has died
-            self._thread.join(_PATIENCE)
+        elif self._thread is not None:  # it needs all ranks, but not their training: worth a wait, if none has died
+            self._thread.join(None if issubclass(kind, UserError) else _PATIENCE)

@@ -24,6 +24,7 @@ from megalora.errors import UserError
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = 1
+_PROBE = ".probe"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -77,7 +78,7 @@ class CheckpointWriter:
 
     def check_writable(self) -> None:
         """Raises UserError where a save would fail at once. For one rank, before the run spends any time."""
-        probe = checkpoints_folder(self.output_dir) / ".probe"
+        probe = checkpoints_folder(self.output_dir) / _PROBE
         try:
             probe.parent.mkdir(parents=True, exist_ok=True)
             write_file(probe, b"")
@@ -315,8 +316,9 @@ def remove_run(output_dir: str | Path) -> None:
     output_dir = Path(output_dir)
     checkpoints, events = checkpoints_folder(output_dir), output_dir / "runs"
     try:
-        for file in (checkpoints / TRACKER, aside_of(checkpoints / TRACKER)):
+        for file in (checkpoints / TRACKER, checkpoints / _PROBE):
             file.unlink(missing_ok=True)
+            aside_of(file).unlink(missing_ok=True)
         for folder in checkpoints.glob("iter_*"):
             if _ITERATION.fullmatch(folder.name.removesuffix(".tmp").removesuffix(".old")):
                 shutil.rmtree(folder)

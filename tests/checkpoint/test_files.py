@@ -1,0 +1,86 @@
+"""Nothing in the project runs what a pickle says; a file is written whole or not at all."""
+
+import ast
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalora.checkpoint.files import aside_of, pickled, unpickled, write_file
+from megalora.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("megalora", "tools", "examples", "benchmarks")
+SOURCES = sorted(file for part in PARTS for file in (ROOT / part).rglob("*.py"))
+
+
+def unsafe(source: str) -> list[str]:
+    """Each call that could run code out of a file, by line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            found += [f"{node.lineno}: import {name}" for name in names & {"pickle", "dill", "joblib", "cloudpickle"}]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("torch.load"):
+            safe = {k.arg: k.value for k in node.keywords}.get("weights_only")
+            if not (isinstance(safe, ast.Constant) and safe.value is True):
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.keyword) and node.arg in ("weights_only", "allow_pickle"):
+            if ast.unparse(node.value) != str(node.arg == "weights_only"):
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_source_runs_what_a_file_says(file):
+    assert not unsafe(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(file)",
+        "torch.load(file, weights_only=False)",
+        "torch.load(file, weights_only=trusted)",
+        "numpy.load(file, allow_pickle=True)",
+        "import pickle",
+        "from pickle import loads",
+    ],
+)
+def test_the_check_catches(source):
+    assert unsafe(source)
+    assert not unsafe("torch.load(file, map_location='cpu', weights_only=True)")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, lambda value: pickled({"a": torch.ones(2), "b": value})])
+def test_a_hostile_pickle_is_refused(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file.pt"
+    file.write_bytes(write(Hostile()))
+    for mmap in (False, True):
+        with pytest.raises(UserError, match="file.pt: cannot be read as tensors and plain values"):
+            unpickled(file, mmap)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_file_is_whole_or_as_before(tmp_path):
+    file = tmp_path / "file"
+    write_file(file, b"old")
+
+    def half(stream):
+        stream.write(b"ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_file(file, half)
+    assert file.read_bytes() == b"old" and not aside_of(file).exists()
+    write_file(file, lambda stream: stream.write(b"new"))
+    assert [(child.name, child.read_bytes()) for child in tmp_path.iterdir()] == [("file", b"new")]
