@@ -31,8 +31,8 @@ def flag(default: Any, help: str, **limits: Any) -> Any:
 
     `help` is one line, with the unit. `limits` are any of `choices` (tuple), `at_least`, `above`, `at_most`,
     `below` (numbers; `above` and `below` exclude the bound), `unset` (what a default of None comes to),
-    `empty` (a text may be empty) and `training_only` (of a section that generation shares, but without effect
-    there).
+    `empty` (a text may be empty), `verbatim` (texts are taken as they are, commas and blanks too) and
+    `training_only` (of a section that generation shares, but without effect there).
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -249,6 +249,19 @@ class GenerationArguments(Section):
     top_p: float | None = flag(
         None, "sample among the likeliest tokens that hold this probability", above=0, at_most=1, unset="all"
     )
+    min_p: float | None = flag(
+        None,
+        "sample among the tokens at least this probable, as a share of the likeliest",
+        above=0,
+        at_most=1,
+        unset="all",
+    )
+    repetition_penalty: float = flag(
+        1.0, "divides the logits of tokens that are there already, where positive; 1 is none", above=0
+    )
+    stop: tuple[str, ...] | None = flag(
+        None, "texts that end a reply and are no part of it", verbatim=True, unset="none"
+    )
     seed: int = flag(42, "seed of the sampling", at_least=0, at_most=2**63 - 1)
     template: str | None = flag(None, "name of the chat template", unset="the tokenizer's own")
     seq_length: int | None = flag(
@@ -258,11 +271,17 @@ class GenerationArguments(Section):
         unset="the model's max_position_embeddings",
     )
     disable_adapter: bool = flag(False, "reply from the base model, without resume_peft_from_checkpoint")
+    compare_base: bool = flag(False, "the replies of the base model beside those with the adapter")
+    show_thinking: bool = flag(False, "show what a reply has between <think> and </think>, apart from its answer")
+    return_logits: bool = flag(False, "also write the logits of each prompt, as safetensors")
+    logits_dir: str = flag("logits", "folder of the logits of return_logits")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompt is not None and self.prompts_file is not None:
             raise UserError("prompt and prompts_file are both given: give one of them")
+        if self.compare_base and self.disable_adapter:
+            raise UserError("compare_base and disable_adapter are both true: give one of them")
 
 
 @dataclass(frozen=True)
@@ -282,9 +301,7 @@ class CompatibilityArguments(Section):
         choices=("input_ids", "attention_mask", "labels", "position_ids"),
     )
     no_tie_modules: bool = flag(True, "only true: a frozen tied head is a copy on the last stage, no tie is kept up")
-    return_logits: bool | None = flag(
-        None, "generation only, and only true: the last stage gives logits", unset="by command"
-    )
+    return_logits: bool = flag(False, "generation only (there it writes logits): training takes false")
     text_generation: bool | None = flag(
         None, "generation only, and only true: the logits become text", unset="by command"
     )
@@ -419,6 +436,14 @@ GENERATE_IDLE = (
     _CUSTOM,
     _Idle("top_k", "temperature", lambda v: v["temperature"] == 0, "give a --temperature above 0"),
     _Idle("top_p", "temperature", lambda v: v["temperature"] == 0, "give a --temperature above 0"),
+    _Idle("min_p", "temperature", lambda v: v["temperature"] == 0, "give a --temperature above 0"),
+    _Idle("logits_dir", "return_logits", lambda v: not v["return_logits"], "give --return_logits true"),
+    _Idle(
+        "compare_base",
+        "resume_peft_from_checkpoint",
+        lambda v: v["compare_base"] and v["resume_peft_from_checkpoint"] is None,
+        "give --resume_peft_from_checkpoint",
+    ),
     _Idle(
         "output_file",
         "prompt",
@@ -470,12 +495,11 @@ def parse_generate(argv: Sequence[str]) -> GenerateArguments:
         name: entry for name, entry in _table(GENERATE_SECTIONS).items() if not entry.limits.get("training_only")
     }
     given = _read(argv, {**_table(FINETUNE_SECTIONS), **applying}, {})
-    for name in ("return_logits", "text_generation"):
-        if name in given and not given[name].value:
-            raise UserError(
-                f"{given[name].label} false is not supported: generation turns the last stage's logits into "
-                "text; give true or leave it out"
-            )
+    if "text_generation" in given and not given["text_generation"].value:
+        raise UserError(
+            f"{given['text_generation'].label} false is not supported: generation turns the last stage's logits into "
+            "text; give true or leave it out"
+        )
     not_applied = [name for name in given if name not in applying]
     given = {name: one for name, one in given.items() if name in applying}
     given = _without_idle(given, applying, GENERATE_IDLE)
@@ -631,11 +655,13 @@ class Flag:
 
     def from_text(self, texts: Sequence[str], label: str) -> Any:
         """Value of the words after a flag; `label` names the flag in an error."""
-        if self.many:
+        if self.many and self.limits.get("verbatim"):
+            value: Any = tuple(texts)
+        elif self.many:
             words = [word for text in texts for word in re.split(r"[,\s]+", text) if word]
             if not words:
                 raise UserError(f"{label} needs one or more values: {self._kind()}")
-            value: Any = tuple(self._scalar(word, label) for word in words)
+            value = tuple(self._scalar(word, label) for word in words)
         else:
             (text,) = texts
             value = self._scalar(text, label)
@@ -678,7 +704,8 @@ class Flag:
         limits = self.limits
         if "choices" in limits and item not in limits["choices"]:
             return f"must be one of {', '.join(limits['choices'])}"
-        if self.type is str and not str(item).strip() and "choices" not in limits and not limits.get("empty"):
+        blank = not str(item) if limits.get("verbatim") else not str(item).strip()
+        if self.type is str and blank and "choices" not in limits and not limits.get("empty"):
             return "is empty; give a value or leave the flag out"
         if self.type is float and not math.isfinite(item):
             return "must be finite"

@@ -9,15 +9,9 @@ Text is read, rendered and shown by rank 0 alone; the other ranks see token ids.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TextIO
 
 from megalora.arguments import GenerateArguments, GenerationArguments
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_dtype, resolve_lora
@@ -25,10 +19,14 @@ from megalora.checkpoint.adapter import open_adapter
 from megalora.checkpoint.shards import AdapterCheckpoint
 from megalora.data import ChatTemplate, load_tokenizer
 from megalora.errors import UserError
-from megalora.generation.dialogue import Chat, dialogue
-from megalora.generation.prompts import Question, ask, decode, encode, read_questions, stop_token_ids
-from megalora.generation.replica import Prompt, Replica, Reply
+from megalora.generation.dialogue import NAMES, Chat, dialogue
+from megalora.generation.logits import LogitsFolder
+from megalora.generation.output import Output
+from megalora.generation.prompts import Question, ask, encode, read_questions, stop_token_ids
+from megalora.generation.replica import Listener, Prompt, Replica, Reply
 from megalora.generation.sampling import Sampling
+from megalora.generation.terminal import Voice
+from megalora.generation.text import Ear, Reader
 from megalora.identity import base_identity, check_base
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
@@ -38,7 +36,7 @@ from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 
-ROUND = 128  # prompts of one replica between two writes of replies: no replica waits longer for the others
+ROUND = 512  # prompts of one replica between two exchanges of replies: no replica waits longer for the others
 
 
 def generate(arguments: GenerateArguments) -> None:
@@ -49,22 +47,27 @@ def generate(arguments: GenerateArguments) -> None:
         world = mesh.world
 
         # What is asked: the questions of the command line or of a file, or a dialogue (None).
-        questions = template = output = asked = None
+        questions = template = reader = output = asked = None
+        # Who replies: the adapted model (True) or the base, or both, one after another.
+        repliers, streamed = _repliers(arguments), _is_streamed(options)
         with together(world):
             config = read_config(model.model_path)
             check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
             context = _context(config, options)
-            if world.is_first:
+            if world.is_first or (options.stop and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
                 template = ChatTemplate(load_tokenizer(model.model_path), options.template)
+                reader = Reader(template.tokenizer, options.stop or ())
+            if world.is_first:
                 stop = stop_token_ids(model.model_path, template)
                 questions = _questions(options)
                 token_ids = questions and [encode(template, question, context) for question in questions]
-                output = _Output(options)
+                output = None if questions is None else _output(questions, options, repliers, streamed)
                 asked = (token_ids, stop)
         token_ids, stop = broadcast_object(asked, world)
 
         # Who answers: the model's shape, its adapter, this rank's part of both.
         adapter = _adapter(arguments, config, template, mesh)
+        later = _Later()
         with together(world):
             lora = NO_LORA if adapter is None else _resolved(adapter, config)
             dtype = resolve_dtype(model.dtype, device)
@@ -80,37 +83,96 @@ def generate(arguments: GenerateArguments) -> None:
             )
         with together(world):
             load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
+            stage.keep_base()
             if adapter is not None:
                 load_adapter(stage, adapter.tensors, adapter.where)
-        sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=options.seed)
-        replica = Replica(stage, mesh.pp, mesh.tp, context, sampling, stop)
+            keep_logits = later.of(LogitsFolder(options.logits_dir).save) if options.return_logits else None
+        replica = Replica(
+            stage,
+            mesh.pp,
+            mesh.tp,
+            context,
+            _sampling(options),
+            stop,
+            listened_to=streamed or options.stop is not None,
+            keep_logits=keep_logits,
+        )
         if world.is_first:
             _say_notes(remark, adapter, token_ids, mesh)
 
+        def shared_out(prompts: Sequence[Prompt], adapted: bool, listener: Listener | None) -> list[Reply]:
+            replica.switch_adapter(adapted)
+            return _shared_out(prompts, replica, mesh, options.max_new_tokens, listener, later)
+
         # The replies.
         if token_ids is None:
-            chat = Chat(template, options.system, context, sys.stdin.fileno()) if world.is_first else None
-            dialogue(world, chat, lambda prompt: _shared_out([prompt], replica, mesh, options.max_new_tokens)[0])
+            chat = ear = None
+            if world.is_first:
+                voice = Voice(sys.stdout, options.show_thinking)
+                chat = Chat(template, reader, voice, options.system, context, sys.stdin.fileno(), repliers)
+            if reader is not None:
+                ear = Ear(reader, show=chat and chat.show, interrupted=chat and chat.interrupted)
+            dialogue(world, chat, lambda prompt, adapted: shared_out([prompt], adapted, ear)[0])
             return
         prompts = [Prompt(number, ids) for number, ids in enumerate(token_ids)]
         for first in range(0, len(prompts), ROUND * mesh.dp.size):
-            part = slice(first, first + ROUND * mesh.dp.size)
-            replies = _shared_out(prompts[part], replica, mesh, options.max_new_tokens)
-            with together(world):
-                if world.is_first:
-                    output.write(questions[part], replies, template)
+            part = prompts[first : first + ROUND * mesh.dp.size]
+            for adapted in repliers:
+                ear = None
+                if output is not None:
+                    keep = later.of(output.keep(NAMES[adapted], reader))
+                    ear = Ear(reader, show=output.show if streamed else None, finished=keep)
+                elif reader is not None:
+                    ear = Ear(reader)
+                replies = shared_out(part, adapted, ear)
+                if output is not None:
+                    for prompt, reply in zip(part, replies, strict=True):
+                        keep(prompt, reply)
+                with together(world):
+                    later.check()
         with together(world):
-            if world.is_first:
+            if output is not None:
                 output.finish()
 
 
-def _shared_out(prompts: Sequence[Prompt], replica: Replica, mesh: ParallelMesh, max_new_tokens: int) -> list[Reply]:
+def _shared_out(
+    prompts: Sequence[Prompt],
+    replica: Replica,
+    mesh: ParallelMesh,
+    max_new_tokens: int,
+    listener: Listener | None,
+    later: _Later,
+) -> list[Reply]:
     """The reply to each prompt, in order: the replicas of the dp axis take turns. Collective over the world."""
     dp = mesh.dp
     with together(mesh.world):
-        mine = replica.replies(prompts[dp.rank :: dp.size], max_new_tokens)
+        mine = replica.replies(prompts[dp.rank :: dp.size], max_new_tokens, listener)
+        later.check()
     parts = gather_objects(mine, dp)
     return [parts[i % dp.size][i // dp.size] for i in range(len(prompts))]
+
+
+class _Later:
+    """What one rank does by itself while all make replies: its UserError waits until they can all hear of it."""
+
+    def __init__(self):
+        self._error: UserError | None = None
+
+    def of(self, work: Callable[..., None]) -> Callable[..., None]:
+        """`work`, which does nothing any more once it or another has failed."""
+
+        def tried(*arguments: object) -> None:
+            if self._error is None:
+                try:
+                    work(*arguments)
+                except UserError as error:
+                    self._error = error
+
+        return tried
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 # ---- what is asked ----
@@ -135,7 +197,20 @@ def _questions(options: GenerationArguments) -> list[Question] | None:
     return None
 
 
+def _sampling(options: GenerationArguments) -> Sampling:
+    return Sampling(
+        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed
+    )
+
+
 # ---- who answers ----
+
+
+def _repliers(arguments: GenerateArguments) -> tuple[bool, ...]:
+    options = arguments.generation
+    if options.compare_base:
+        return True, False
+    return (arguments.model.resume_peft_from_checkpoint is not None and not options.disable_adapter,)
 
 
 def _adapter(
@@ -143,7 +218,7 @@ def _adapter(
 ) -> AdapterCheckpoint | None:
     """The adapter that is asked for, without what only training needs of it. Collective; rank 0 has the template."""
     model, path = arguments.model, arguments.model.resume_peft_from_checkpoint
-    if path is None or arguments.generation.disable_adapter:
+    if True not in _repliers(arguments):
         return None
 
     def read() -> AdapterCheckpoint:
@@ -165,54 +240,24 @@ def _resolved(adapter: AdapterCheckpoint, config: ModelConfig) -> ResolvedLora:
 # ---- what is shown: replies on standard output or in a file, all else on standard error ----
 
 
-class _Output:
-    """Rank 0's replies. A file is written aside and takes its name when all of them are in it.
+def _is_streamed(options: GenerationArguments) -> bool:
+    """Whether a reply is shown token by token: in a dialogue, and of one prompt where nothing stands beside it."""
+    if options.prompt is None and options.prompts_file is None:
+        return True
+    return options.prompt is not None and options.output_file is None and not options.compare_base
 
-    Raises UserError where it cannot be written: as far as that can be told, before there is anything to write.
-    """
 
-    def __init__(self, options: GenerationArguments):
-        self._path = None if options.output_file is None else Path(options.output_file)
-        self._names_prompts = options.prompts_file is not None
-        self._file: TextIO | None = None
-        if self._path is not None:
-            with self._told():
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                if self._path.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, "it is a folder")
-                if not os.access(self._path.parent, os.W_OK):
-                    raise PermissionError(errno.EACCES, "its folder is read-only")
-
-    def write(self, questions: Sequence[Question], replies: Sequence[Reply], template: ChatTemplate) -> None:
-        for question, reply in zip(questions, replies, strict=True):
-            text = decode(template, reply.token_ids)
-            if self._path is None:
-                print(f"> {question.text}\n{text}\n" if self._names_prompts else text, flush=True)
-                continue
-            row = {"prompt": question.text, "response": text, "finish_reason": reply.finish_reason}
-            with self._told():
-                if self._file is None:
-                    self._file = self._aside.open("w", encoding="utf-8")
-                print(json.dumps(row, ensure_ascii=False), file=self._file, flush=True)
-
-    def finish(self) -> None:
-        if self._file is not None:
-            with self._told():
-                self._file.close()
-                self._aside.replace(self._path)
-
-    @property
-    def _aside(self) -> Path:
-        return self._path.with_name(self._path.name + ".partial")
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"output_file {self._path}: cannot be written ({error.strerror}): free space or name another file"
-            ) from None
+def _output(
+    questions: Sequence[Question], options: GenerationArguments, repliers: Sequence[bool], streamed: bool
+) -> Output:
+    return Output(
+        questions,
+        options.output_file,
+        names=[NAMES[adapted] for adapted in repliers],
+        names_prompts=options.prompts_file is not None,
+        show_thinking=options.show_thinking,
+        streamed=streamed,
+    )
 
 
 def _say_notes(

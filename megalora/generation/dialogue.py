@@ -1,39 +1,72 @@
-"""A dialogue at the terminal: rank 0 reads lines and prints replies, all ranks of the mesh make them."""
+"""A dialogue at the terminal: rank 0 reads lines and prints replies as they come, all ranks of the mesh make them."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from megalora.data import ChatTemplate
 from megalora.data.formats import Message
 from megalora.errors import UserError
-from megalora.generation.prompts import Question, ask, decode, encode
+from megalora.generation.prompts import Question, ask, encode
 from megalora.generation.replica import Prompt, Reply
+from megalora.generation.terminal import Voice
+from megalora.generation.text import Piece, Reader
 from megalora.parallel.collectives import broadcast_object
 from megalora.parallel.mesh import Axis
 
 KEEP_ALIVE = 60.0  # seconds: ranks that waited for a person longer than a collective's timeout would end the program
-NOTHING_YET: Sequence[int] = ()
+COMMANDS = {
+    "/reset": "forget what was said",
+    "/base": "the base model replies",
+    "/tuned": "the adapted model replies",
+    "/help": "these commands",
+    "/quit": "end (so does Ctrl-D)",
+}
+HINT = "Write a message; /help lists the commands, Ctrl-C stops a reply, Ctrl-D ends."
+NAMES = {True: "tuned", False: "base"}
 
 
-def dialogue(world: Axis, chat: Chat | None, reply: Callable[[Prompt], Reply]) -> None:
+@dataclass(frozen=True)
+class Turn:
+    """What the next replies start from. adapted: who replies, one after another: True the adapted model, False the
+    base."""
+
+    token_ids: Sequence[int]
+    adapted: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class NothingYet:
+    """The person has said nothing that asks for a reply; the ranks go on waiting."""
+
+
+def dialogue(world: Axis, chat: Chat | None, reply: Callable[[Prompt, bool], Reply]) -> None:
     """Turn by turn until the input ends. Collective over `world`; chat is rank 0's, None elsewhere.
 
-    reply  gives the reply to a prompt on every rank; collective
+    reply  gives the reply to a prompt of the adapted model (True) or the base, on every rank; collective
     """
-    for turn in itertools.count():
-        token_ids = NOTHING_YET
-        while token_ids is not None and not token_ids:
-            token_ids = broadcast_object(chat.listen(KEEP_ALIVE) if chat is not None else None, world)
-        if token_ids is None:
-            return
-        answer = reply(Prompt(turn, token_ids))
-        if chat is not None:
-            chat.answer(answer)
+    with chat.attention() if chat is not None else _deaf():
+        for number in itertools.count():
+            turn = NothingYet()
+            while isinstance(turn, NothingYet):
+                turn = broadcast_object(chat.listen(KEEP_ALIVE) if chat is not None else None, world)
+            if turn is None:
+                return
+            prompt = Prompt(number, turn.token_ids)
+            for adapted in turn.adapted:
+                if chat is not None:
+                    chat.begin(turn, adapted)
+                answer = reply(prompt, adapted)
+                if chat is not None:
+                    chat.end(answer, adapted)
 
 
 class Chat:
@@ -41,49 +74,92 @@ class Chat:
 
     context      longest prompt and reply together, in tokens
     descriptor   of the input; lines are read from it directly, so that waiting for one can be left off
+    repliers     who replies, as Turn.adapted; where the adapted model is among them the person may choose
     """
 
-    def __init__(self, template: ChatTemplate, system: str | None, context: int, descriptor: int):
-        self._template, self._system, self._context = template, system, context
+    def __init__(
+        self,
+        template: ChatTemplate,
+        reader: Reader,
+        voice: Voice,
+        system: str | None,
+        context: int,
+        descriptor: int,
+        repliers: tuple[bool, ...],
+    ):
+        self._template, self._reader, self._voice = template, reader, voice
+        self._system, self._context = system, context
+        self._repliers, self._has_adapter = repliers, True in repliers
         self._descriptor, self._unread, self._ended = descriptor, b"", False
         self._history: tuple[Message, ...] = ()
         self._shows_mark = os.isatty(descriptor)
-        if self._shows_mark:
-            print("Write a message; Ctrl-D ends.", file=sys.stderr, flush=True)
-        self._mark()
+        self._replying = self._interrupted = False
+        self._turn: Turn | None = None
 
-    def listen(self, patience: float) -> Sequence[int] | None:
-        """The tokens that the next reply starts from; NOTHING_YET after `patience` seconds; None at the end.
+    # ---- the person ----
 
-        A message that cannot be replied to is told on one line, and NOTHING_YET too.
+    @contextlib.contextmanager
+    def attention(self) -> Iterator[None]:
+        """While inside, Ctrl-C stops a reply and does not end the program."""
+        with _on_interrupt(self._interrupt if self._shows_mark else None):
+            if self._shows_mark:
+                print(HINT, file=sys.stderr, flush=True)
+            self._mark()
+            yield
+
+    def _interrupt(self, signum: int, frame: object) -> None:
+        if not self._replying:
+            print(f"\n{HINT}", file=sys.stderr, flush=True)
+            self._mark()
+        elif self._interrupted:  # asked for twice: the reply does not come to where it can be left off
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def listen(self, patience: float) -> Turn | NothingYet | None:
+        """What the next reply starts from; NothingYet after `patience` seconds; None at the end.
+
+        A message that cannot be replied to is told on one line, and NothingYet too.
         """
         line = self._line(patience)
         if line is None:
             return None
         if not line.strip():
-            return NOTHING_YET
+            return NothingYet()
         try:
-            return self._hear(line.decode("utf-8").strip())
+            text = line.decode("utf-8").strip()
+            if text == "/quit":
+                return None
+            if text.startswith("/") and text[1:].isalpha():
+                return self._obey(text)
+            return self._hear(text)
         except UnicodeDecodeError:
-            self._complain("the message is not UTF-8: set the terminal to UTF-8")
+            self._tell("megalora: the message is not UTF-8: set the terminal to UTF-8")
         except UserError as error:
-            self._complain(f"{error}; the dialogue starts anew")
+            self._tell(f"megalora: {error}; the dialogue starts anew")
             self._history = ()
-        return NOTHING_YET
+        return NothingYet()
 
-    def answer(self, reply: Reply) -> None:
-        """Prints the reply and keeps it."""
-        text = decode(self._template, reply.token_ids)
-        self._history = (*self._history, {"role": "assistant", "content": text})
-        print(text + (" ..." if reply.finish_reason == "length" else ""), flush=True)
-        self._mark()
+    def _obey(self, command: str) -> NothingYet:
+        if command == "/reset":
+            self._history = ()
+            self._tell("The dialogue starts anew.")
+        elif command in ("/base", "/tuned") and not self._has_adapter:
+            self._tell("megalora: there is no adapter, the base replies: start with --resume_peft_from_checkpoint")
+        elif command in ("/base", "/tuned"):
+            self._repliers = (command == "/tuned",)
+            self._tell(f"From now on {COMMANDS[command]}.")
+        elif command == "/help":
+            self._tell("\n".join(f"{name:8s}{what}" for name, what in COMMANDS.items()))
+        else:
+            self._tell(f"megalora: unknown command {command}: the commands are {' '.join(COMMANDS)}")
+        return NothingYet()
 
-    def _hear(self, text: str) -> list[int]:
+    def _hear(self, text: str) -> Turn:
         said = ask(text, self._system, "the message").messages
         messages = (*self._history, said[-1]) if self._history else said
         token_ids = encode(self._template, Question(messages, "the dialogue"), self._context)
         self._history = messages
-        return token_ids
+        return Turn(token_ids, self._repliers)
 
     def _line(self, patience: float) -> bytes | None:
         """The next line, without its end; b"" if it is not there after `patience` seconds; None at the end."""
@@ -100,10 +176,54 @@ class Chat:
             self._mark()
         return line
 
-    def _complain(self, message: str) -> None:
-        print(f"megalora: {message}", file=sys.stderr, flush=True)
+    # ---- the replies ----
+
+    def begin(self, turn: Turn, adapted: bool) -> None:
+        """A reply is about to come."""
+        self._turn, self._replying, self._interrupted = turn, True, False
+        if len(turn.adapted) > 1:
+            print(f"{NAMES[adapted]}: ", end="", flush=True)
+
+    def show(self, pieces: Sequence[Piece]) -> None:
+        """Some text of the reply has come."""
+        self._voice.say(pieces)
+
+    def interrupted(self) -> bool:
+        """Whether the person wants no more of this reply."""
+        return self._interrupted
+
+    def end(self, reply: Reply, adapted: bool) -> None:
+        """The reply is whole. Of several to one message the dialogue goes on from the first."""
+        self._replying = False
+        self._voice.end(reply.finish_reason)
+        if adapted == self._turn.adapted[0]:
+            text = self._reader.answer(reply, Prompt(0, self._turn.token_ids)).whole
+            self._history = (*self._history, {"role": "assistant", "content": text})
+        if adapted == self._turn.adapted[-1]:
+            self._mark()
+
+    def _tell(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
         self._mark()
 
     def _mark(self) -> None:
         if self._shows_mark:
             print("> ", end="", flush=True)
+
+
+def _deaf() -> contextlib.AbstractContextManager:
+    """Ranks without the terminal leave Ctrl-C to the one that has it."""
+    return _on_interrupt(signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler: object) -> Iterator[None]:
+    """SIGINT goes to `handler` (None: to whom it goes now) while inside."""
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalora.data import ChatTemplate, read_rows, to_messages
 from megalora.data.formats import Message
@@ -74,9 +75,8 @@ def encode(template: ChatTemplate, question: Question, context: int) -> list[int
     return ids
 
 
-def decode(template: ChatTemplate, token_ids: Sequence[int]) -> str:
+def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """A reply as text, without special tokens."""
-    tokenizer = template.tokenizer
     return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

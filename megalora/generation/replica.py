@@ -51,11 +51,11 @@ class Reply:
 class Listener(Protocol):
     """Hears the replies while they are made."""
 
-    def hear(self, number: int, token_id: int) -> str | None:
-        """The next token of the reply to prompt `number`. Returns STOP or INTERRUPTED to end the reply with it."""
+    def hear(self, prompt: Prompt, token_id: int) -> str | None:
+        """The next token of the reply to a prompt. Returns STOP or INTERRUPTED to end the reply with it."""
         ...
 
-    def done(self, number: int, reply: Reply) -> None:
+    def done(self, prompt: Prompt, reply: Reply) -> None:
         """The reply is whole."""
         ...
 
@@ -100,11 +100,14 @@ class Replica:
         self._steps: Steps | None = None
         self._held: list[list[int]] = []  # tokens that each slot of the cache holds
         self._seen: Seen | None = None
+        self._adapted = True
 
     def switch_adapter(self, on: bool) -> None:
-        """Replies from now on are those of the adapted model, or of the base."""
-        self._stage.switch_adapters(on)
-        self._held = [[] for _ in self._held]
+        """Replies from now on are those of the adapted model, as at first, or of the base."""
+        if on != self._adapted:
+            self._adapted = on
+            self._stage.switch_adapters(on)
+            self._held = [[] for _ in self._held]  # keys and values are another model's now
 
     @torch.inference_mode()
     def replies(self, prompts: Sequence[Prompt], max_new_tokens: int, listener: Listener | None = None) -> list[Reply]:
@@ -135,7 +138,7 @@ class Replica:
                     done[sequence.prompt.number] = reply
                     free.append(sequence.slot)
                     if listener is not None:
-                        listener.done(sequence.prompt.number, reply)
+                        listener.done(sequence.prompt, reply)
             running = [sequence for sequence in running if sequence.finish_reason is None]
         return [done[prompt.number] for prompt in prompts]
 
@@ -206,7 +209,7 @@ class Replica:
         if listener is not None:
             for i, sequence in enumerate(fed):
                 if sequence.finish_reason != STOP:
-                    verdicts[i] = _VERDICTS.index(listener.hear(sequence.prompt.number, sequence.reply[-1]))
+                    verdicts[i] = _VERDICTS.index(listener.hear(sequence.prompt, sequence.reply[-1]))
         if self._pp.size * self._tp.size > 1:
             told = torch.tensor(verdicts, device=self._stage.place.device)
             if self._pp.is_first:

@@ -104,6 +104,18 @@ class Stage(nn.Module):
             for group in layer.groups():
                 group.refresh()
 
+    def keep_base(self) -> None:
+        """To be called with the base loaded and no adapter yet, where `switch_adapters` is to be used."""
+        for layer in self.model.layers.values():
+            for group in layer.groups():
+                group.keep_base()
+
+    def switch_adapters(self, on: bool) -> None:
+        """The stage of the adapted model, or of the base alone (generation), after `refresh_adapters`."""
+        for layer in self.model.layers.values():
+            for group in layer.groups():
+                group.switch(on)
+
     def reset_adapters(self, seed: int) -> None:
         """Initial adapters, the same on every layout."""
         for module in self.modules():

@@ -212,6 +212,7 @@ class LinearGroup:
         self._ready = self.room == 0 and linears[0].bias is None  # whether refresh() has been here
         self.down: torch.Tensor | None = None  # A of all branches [R, I] in the compute dtype
         self.bias: torch.Tensor | None = None  # of all linears [O] in the compute dtype (a group has all or none)
+        self._base_bias: torch.Tensor | None = None  # the same before an adapter was loaded, where it changes them
         row, column = 0, self.in_features
         self._tails: list[torch.Tensor] = []  # where s B of each linear stands
         self.spans: list[tuple[slice, slice]] = []  # its rows, and its columns of z
@@ -258,6 +259,23 @@ class LinearGroup:
             self.down = _concatenated([linear.lora_A.weight for linear in adapted], dtype)
         if self.linears[0].bias is not None:
             self.bias = _concatenated([linear.bias for linear in self.linears], dtype)
+
+    def keep_base(self) -> None:
+        """Before an adapter is loaded, to `switch` later: the base's own biases, where an adapter brings others."""
+        biases = [linear.bias for linear in self.linears]
+        if any(bias is not None and bias.requires_grad for bias in biases):
+            self._base_bias = _concatenated(biases, self.place.dtype)
+
+    @torch.no_grad()
+    def switch(self, adapted: bool) -> None:
+        """Generation: the branches are in force, or the base alone. After `refresh`; in place, as recorded CUDA graphs
+        want it."""
+        for linear, tail in zip(self.linears, self._tails, strict=True):
+            if linear.lora_B is not None:
+                tail.copy_(linear.lora_B.weight * linear.adapter.scaling) if adapted else tail.zero_()
+        if self._base_bias is not None:
+            tuned = _concatenated([linear.bias for linear in self.linears], self.place.dtype)
+            self.bias.copy_(tuned if adapted else self._base_bias)
 
 
 def _concatenated(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

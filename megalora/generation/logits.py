@@ -1,0 +1,36 @@
+"""--return_logits: the logits of each prompt, a safetensors file a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megalora.errors import UserError
+from megalora.generation.replica import Prompt
+
+
+class LogitsFolder:
+    """Writes prompt_00000.safetensors and so on, numbered as the prompts: `logits` [tokens, vocab_size] float32, where
+    logits[t] are those of the token after input_ids[t], and `input_ids` [tokens] int64.
+
+    Raises UserError where the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._error(error) from None
+
+    def save(self, prompt: Prompt, logits: torch.Tensor) -> None:
+        tensors = {"logits": logits.float().contiguous().cpu(), "input_ids": torch.tensor(prompt.token_ids)}
+        try:
+            save_file(tensors, self._folder / f"prompt_{prompt.number:05d}.safetensors")
+        except OSError as error:
+            raise self._error(error) from None
+
+    def _error(self, error: OSError) -> UserError:
+        return UserError(f"logits_dir {self._folder}: cannot be written ({error.strerror or error}): name another")
