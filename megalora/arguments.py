@@ -272,7 +272,7 @@ class GenerationArguments(Section):
     )
     disable_adapter: bool = flag(False, "reply from the base model, without resume_peft_from_checkpoint")
     compare_base: bool = flag(False, "the replies of the base model beside those with the adapter")
-    show_thinking: bool = flag(False, "show what a reply has between <think> and </think>, apart from its answer")
+    show_thinking: bool = flag(False, "show the thinking of a reply (between its think tags), apart from the answer")
     return_logits: bool = flag(False, "also write the logits of each prompt, as safetensors")
     logits_dir: str = flag("logits", "folder of the logits of return_logits")
 

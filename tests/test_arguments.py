@@ -100,6 +100,9 @@ NEEDS = {  # flags that have an effect only with others
     "warmup_steps": "--max_steps 9",
     "top_k": "--temperature 0.7",
     "top_p": "--temperature 0.7",
+    "min_p": "--temperature 0.7",
+    "logits_dir": "--return_logits true",
+    "compare_base": "--resume_peft_from_checkpoint a",
     "output_file": "--prompt hello",
     "disable_adapter": "--resume_peft_from_checkpoint a",
 }
@@ -287,8 +290,12 @@ def test_generation():
     assert arguments.generation.system == "" and arguments.not_applied == ()
     assert generate("--model_path m --seed 1").not_applied == ("seed",)  # greedy draws nothing
     assert "prompts_file" in message(generate, "--model_path m --prompt a --prompts_file b")
-    for name in ("return_logits", "text_generation"):
-        assert "false is not supported" in message(generate, f"--model_path m --{name} false")
+    assert "false is not supported" in message(generate, "--model_path m --text_generation false")
+    assert generate("--model_path m").generation.stop is None
+    assert generate("--model_path m --stop '\n' 'a, b' --seed 3").generation.stop == ("\n", "a, b")
+    assert "--stop '': is empty" in message(generate, "--model_path m --stop ''")
+    words = "--model_path m --resume_peft_from_checkpoint a --compare_base true --disable_adapter true"
+    assert "give one of them" in message(generate, words)
     assert "--save_steps 0" in message(generate, "--model_path m --save_steps 0")  # still checked
 
 
