@@ -1,0 +1,102 @@
+"""Several GPUs of one host through NCCL: the same run on every layout, and a rank that is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import column, exported, largest_difference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.cuda.device_count() < 2, reason="multi-GPU test: fewer than 2 CUDA devices here; nothing over NCCL is run"
+    ),
+]
+
+ROWS = 4
+TP2, PP2, SP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"sequence_parallel": True}
+LAYOUTS = {  # name: (data-parallel size, flags)
+    "tp2": (1, TP2),
+    "tp2, sequence parallel": (1, TP2 | SP),
+    "pp2": (1, PP2),
+    "dp2": (2, {}),
+    "tp2 pp2": (1, TP2 | PP2),
+    "tp2 pp2 dp2, sequence parallel": (2, TP2 | PP2 | SP),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    # Heads of 16: the sizes that the kernels take.
+    folder = tmp_path_factory.mktemp("inputs")
+    made = tiny.make_inputs(folder)
+    tiny.save_model(folder / "model", hidden_size=64, intermediate_size=128)
+    return made
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def alone(request, inputs, tmp_path_factory):
+    """(the dtype, the folder of the run on one GPU)."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    _run(1, inputs.flags(folder, gradient_accumulation_steps=ROWS, dtype=request.param))
+    return request.param, folder
+
+
+def _start(processes: int, flags: list[str]) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {"NCCL_NVLS_ENABLE": "0"} | dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tiny.ROOT)}
+    return subprocess.Popen(
+        [*launcher, str(tiny.ROOT / "tools/finetune.py"), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def _run(processes: int, flags: list[str]) -> None:
+    process = _start(processes, flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_logs_the_same(inputs, alone, tmp_path, name):
+    dtype, reference = alone
+    dp, layout = LAYOUTS[name]
+    processes = dp * layout.get("tensor_parallel_size", 1) * layout.get("pipeline_parallel_size", 1)
+    if processes > torch.cuda.device_count():
+        pytest.skip(f"{processes} GPUs are needed, {torch.cuda.device_count()} are here")
+    flags = layout | {"gradient_accumulation_steps": ROWS // dp, "dtype": dtype}
+    _run(processes, inputs.flags(tmp_path / "run", **flags))
+    # bfloat16: 2^-8 of a loss of about 5 is the rounding of one of its sums.
+    tolerance = 1e-4 if dtype == "float32" else 3e-2
+    assert column(tmp_path / "run", "loss") == pytest.approx(column(reference, "loss"), abs=tolerance)
+    if dtype == "float32":
+        assert largest_difference(exported(tmp_path / "run"), exported(reference)) < 1e-3
+
+
+def test_a_killed_rank_ends_all_and_the_same_command_goes_on(inputs, tmp_path):
+    flags = inputs.flags(tmp_path / "run", **TP2, gradient_accumulation_steps=2, max_steps=100_000, save_steps=5)
+    process = _start(2, flags)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 12):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.2)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "SIGKILL" in output or "Signal 9" in output, output
+    reached = column(tmp_path / "run", "step")[-1]
+    flags[flags.index("--max_steps") + 1] = str(reached + 5)
+    _run(2, flags)
+    assert column(tmp_path / "run", "step") == [*range(1, reached + 6)]
