@@ -12,7 +12,6 @@ import torch
 from megalora.parallel.mesh import Clock
 from megalora.pipeline.actions import (
     BACKWARD,
-    COMPUTE,
     FORWARD,
     RECEIVES,
     RECOMPUTE,
@@ -162,23 +161,25 @@ class PipelineRunner:
         return None
 
 
-def receives_early(actions: Sequence[Action], computes: int = 2) -> list[Action]:
-    """Puts each receive as many computes earlier: it is posted before its message is due.
+def receives_early(actions: Sequence[Action], ahead: int = 2) -> list[Action]:
+    """Puts each receive `ahead` computes earlier: it is posted before its message is due.
 
-    A list has a receive where its message would be made if all computes took the same time. Receives stop no stage,
-    so that any earlier place is sound; their order stays.
+    A list has a receive where its message would be made if all computes took the same time. Receives stop no stage, so
+    that any earlier place is sound; messages of one kind stay in order. What is sent goes first.
     """
-    early: list[list[Action]] = [[]]  # by the number of computes before them
-    others: list[list[Action]] = [[]]
+    computes: list[Action] = []
+    sends: list[list[Action]] = [[]]  # by the number of computes before them, and so are the receives
+    receives: list[list[Action]] = [[]]
     for action in actions:
         if action.op in RECEIVES:
-            early[max(0, len(early) - 1 - computes)].append(action)
+            receives[max(0, len(computes) - ahead)].append(action)
+        elif action.op in SENDS:
+            sends[-1].append(action)
         else:
-            others[-1].append(action)
-        if action.op in COMPUTE:
-            early.append([])
-            others.append([])
+            computes.append(action)
+            sends.append([])
+            receives.append([])
     found = []
-    for receives, rest in zip(early, others, strict=True):
-        found += [*receives, *rest]
+    for i, (sent, received) in enumerate(zip(sends, receives, strict=True)):
+        found += [*sent, *received, *computes[i : i + 1]]
     return found

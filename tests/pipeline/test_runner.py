@@ -1,0 +1,69 @@
+"""The runner on one process, with a stage that notes what is asked of it; layouts are in tests/test_layouts.py."""
+
+import pytest
+import torch
+
+from megalora.parallel.mesh import ParallelMesh
+from megalora.pipeline.actions import COMPUTE, RECEIVES, SENDS
+from megalora.pipeline.p2p import Neighbours
+from megalora.pipeline.runner import PipelineRunner, receives_early
+from megalora.pipeline.schedule import SCHEDULES
+
+
+class Noting:
+    """loss = sum(weight * inputs), and a note of each call: whether it keeps a graph."""
+
+    def __init__(self):
+        self.weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        self.graphs: list[bool] = []
+
+    def __call__(self, hidden, inputs, chunk=0):
+        self.graphs.append(torch.is_grad_enabled())
+        return (self.weight * inputs).sum()
+
+
+def runner(stage: Noting, schedule: str, floor: int = 0) -> PipelineRunner:
+    neighbours = Neighbours(ParallelMesh(), (1, 3), torch.float64, "cpu")
+    return PipelineRunner(stage, neighbours, SCHEDULES[schedule], floor, device="cpu")
+
+
+@pytest.mark.parametrize("schedule", [name for name, schedule in SCHEDULES.items() if not schedule.chunked])
+def test_losses_and_gradients_add_up(schedule):
+    stage = Noting()
+    loss = runner(stage, schedule).train(4, lambda m: torch.full((3,), float(m)), 0.5)
+    assert loss.item() == 3 * (0 + 1 + 2 + 3) and stage.weight.grad.tolist() == [3.0] * 3
+
+
+def test_what_is_recomputed_keeps_no_graph_at_first():
+    stage = Noting()
+    runner(stage, "pre_recompute_1f1b").train(2, lambda m: torch.ones(3), 1.0)
+    assert stage.graphs == [False, True] * 2
+    stage.graphs.clear()
+    runner(stage, "last_no_recompute_1f1b").train(2, lambda m: torch.ones(3), 1.0)
+    assert stage.graphs == [True] * 2
+
+
+def test_below_the_floor_and_in_evaluation_no_graph_is_built():
+    stage = Noting()
+    runner(stage, "1f1b", floor=1).train(3, lambda m: torch.ones(3), 1.0)
+    runner(stage, "1f1b").evaluate(2, lambda m: torch.ones(3))
+    assert stage.graphs == [False] * 5 and stage.weight.grad is None
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_receives_are_posted_two_computes_early_and_in_order(name):
+    chunks = 2 if SCHEDULES[name].chunked else 1
+    for actions in SCHEDULES[name].programme(4, 6, 0, chunks):
+        early = receives_early(actions)
+        assert sorted(early) == sorted(actions)
+        for ops in ({op} for op in RECEIVES | SENDS):
+            assert [a for a in early if a.op in ops] == [a for a in actions if a.op in ops]
+        assert [a for a in early if a.op in COMPUTE] == [a for a in actions if a.op in COMPUTE]
+        before = {list_: {a: sum(b.op in COMPUTE for b in list_[:i]) for i, a in enumerate(list_)}
+                  for list_ in (tuple(actions), tuple(early))}  # fmt: skip
+        planned, posted = before[tuple(actions)], before[tuple(early)]
+        for action in actions:
+            if action.op in RECEIVES:
+                assert posted[action] == max(0, planned[action] - 2)
+            elif action.op in SENDS:
+                assert posted[action] == planned[action]
