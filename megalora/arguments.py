@@ -330,7 +330,7 @@ class CompatibilityArguments(Section):
 class ConvertArguments(Section):
     """What is read and what is written. All is checked before the first byte; the output appears when it is whole."""
 
-    input: str = flag(REQUIRED, "folder that is converted")
+    input: str = flag(REQUIRED, "folder that is converted; of an adapter a run, shards or a PEFT folder")
     output: str = flag(REQUIRED, "folder to write; it is never the input's own")
     overwrite: bool = flag(False, "replace a model or an adapter that is there already, once the new one is whole")
     dry_run: bool = flag(False, "say what would be written, after all checks, and write nothing")
@@ -394,6 +394,18 @@ CONVERT_COMMANDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     ),
     "to-hf": ("base weights, from shards, to a Hugging Face folder", (ConvertArguments, SafetensorsArguments)),
     "reshard": ("shards of base weights to shards of another layout", (ConvertArguments, LayoutArguments)),
+    "adapter to-peft": (
+        "an adapter (a run, its checkpoint, shards) to a PEFT folder; --base is the name of the model to write in it",
+        (ConvertArguments, BaseArguments),
+    ),
+    "adapter from-peft": (
+        "an adapter (a PEFT folder) to shards: mp_rank_XX_pp_rank_YYY/lora_partial_model_optim.pt",
+        (ConvertArguments, BaseArguments, LayoutArguments),
+    ),
+    "adapter merge": (
+        "an adapter (any of these) into a copy of its base, as a Hugging Face folder; summed in float32",
+        (ConvertArguments, BaseArguments, SafetensorsArguments),
+    ),
 }
 """The commands of `megalora convert`, as words after it: what each does, and the sections of its flags."""
 
@@ -613,7 +625,7 @@ def _convert_help() -> str:
 def flags_table() -> str:
     """All flags as markdown tables, one a section, for the README."""
     lines = []
-    converting = (ConvertArguments, SafetensorsArguments)
+    converting = (ConvertArguments, BaseArguments, SafetensorsArguments)
     for section in (*FINETUNE_SECTIONS[:-1], GenerationArguments, CompatibilityArguments, *converting):
         lines += ["", f"**{_title(section)}**: {_first_paragraph(section)}", ""]
         lines += ["| flag | values | default | what it does |", "|---|---|---|---|"]

@@ -14,7 +14,7 @@ from megalora.lora import LoraConfig, ResolvedLora, layer_index
 from megalora.models.config import ModelConfig, check_layout
 from megalora.models.stage import NO_LORA, Stage, adaptable_linears, expected_weights, whole_on_meta
 from megalora.parallel.linear import Placement
-from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.mesh import Axis, ParallelMesh
 from megalora.parallel.split import named_splits
 from megalora.pipeline.partition import partition
 from megalora.planning.devices import device_of
@@ -92,7 +92,7 @@ def build_stage(
         further=further,
         recompute=recompute,
     )
-    lowest = min((layer_index(name) for name in trained_names(lora, config)), default=config.num_hidden_layers)
+    lowest = min((layer_index(name) for name in trained_shapes(lora, config)), default=config.num_hidden_layers)
     floor = next((s for s, part in enumerate(layers) if lowest < part.stop), len(layers))
     return stage, Cut(tuple(layers), floor, tuple(costs.shares(layers)))
 
@@ -149,24 +149,19 @@ def load_base_weights(stage: Stage, folder: str | Path) -> None:
     )
 
 
-def trained_names(lora: ResolvedLora, config: ModelConfig) -> set[str]:
-    """Names of all trainable parameters of the whole model."""
-    names = {f"{name}.{part}.weight" for name in lora.adapters for part in ("lora_A", "lora_B")}
-    for name, _ in whole_on_meta(config).named_parameters():
-        linear, _, leaf = name.rpartition(".")
-        if leaf == "bias" and lora.trains_bias(linear):
-            names.add(name)
-    return names
+def trained_shapes(lora: ResolvedLora, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The whole shape of every trainable parameter of the whole model, by name."""
+    place = Placement(Axis(), False, torch.float32, "meta")
+    whole = Stage(config, range(config.num_hidden_layers), place, lora)
+    return {name: tuple(parameter.shape) for name, parameter in whole.trainable().items()}
 
 
-@torch.no_grad()
-def load_adapter(stage: Stage, tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
-    """Fills the adapters of the stage with their slices of the whole `tensors`.
-
-    Raises UserError, the same on every rank, where names or shapes are not those of this model.
-    """
-    expected = trained_names(stage.lora, stage.config)
-    missing, left_over = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+def check_adapter(
+    tensors: Mapping[str, torch.Tensor], lora: ResolvedLora, config: ModelConfig, where: str | Path
+) -> None:
+    """Raises UserError, the same on every rank, where names or shapes of an adapter are not those of this model."""
+    expected = trained_shapes(lora, config)
+    missing, left_over = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or left_over:
         name = (missing or left_over)[0]
         what = "lacks" if missing else "has, but the model does not,"
@@ -174,12 +169,18 @@ def load_adapter(stage: Stage, tensors: Mapping[str, torch.Tensor], where: str |
             f"adapter {where}: {what} {name} ({len(missing)} missing, {len(left_over)} left over): it was trained on "
             f"another model or with another lora_config; name the right one"
         )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(
+                f"adapter {where}: {name} has shape {list(tensors[name].shape)}, this model needs {list(shape)}: it "
+                f"was trained on another model; name the right one"
+            )
+
+
+@torch.no_grad()
+def load_adapter(stage: Stage, tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
+    """Fills the adapters of the stage with their slices of the whole `tensors`. Raises UserError as `check_adapter`."""
+    check_adapter(tensors, stage.lora, stage.config, where)
     splits = named_splits(stage)
     for name, parameter in stage.trainable().items():
-        whole, shape = tensors[name], splits[name].global_shape
-        if tuple(whole.shape) != shape:
-            raise UserError(
-                f"adapter {where}: {name} has shape {list(whole.shape)}, this model needs {list(shape)}: it was "
-                f"trained on another model; name the right one"
-            )
-        parameter.copy_(splits[name].slice(whole))
+        parameter.copy_(splits[name].slice(tensors[name]))

@@ -9,24 +9,29 @@ In one process, on the CPU; base weights pass through in blocks, so that memory 
 from __future__ import annotations
 
 import shutil
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from megalora.arguments import Conversion, ConvertArguments, LayoutArguments
-from megalora.building import stage_layers
+from megalora.building import check_adapter, resolve_lora, stage_layers
+from megalora.checkpoint.adapter import open_adapter
 from megalora.checkpoint.hf import is_hf
-from megalora.checkpoint.shards import Layout, has_shards
-from megalora.checkpoint.streams import TensorType
+from megalora.checkpoint.merge import MergedWeights
+from megalora.checkpoint.peft import write_peft
+from megalora.checkpoint.shards import AdapterCheckpoint, Layout, has_shards, save_adapter
 from megalora.checkpoint.target import TargetFolder, companions
 from megalora.checkpoint.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
 from megalora.checkpoint.weights import BaseWeights, open_base
+from megalora.data import ChatTemplate, load_tokenizer
 from megalora.errors import UserError
-from megalora.lora import layer_index
+from megalora.identity import base_identity, check_base
+from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
-from megalora.models.stage import Stage, expected_weights
+from megalora.models.stage import NO_LORA, Stage, expected_weights
 from megalora.monitor.progress import ByteProgress
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis
@@ -45,7 +50,7 @@ def _to_shards(arguments: Conversion) -> None:
     target = _target(arguments.paths)
     config, weights = _read_base(arguments.paths.input)
     tensors = tensor_types(weights, expected_weights(config))
-    plan = plan_shards(tensors, _places(config, arguments.layout, tensors))
+    plan = plan_shards(tensors, _places(config, arguments.layout))
     _write_base(arguments, target, weights, plan, arguments.paths.input)
 
 
@@ -92,25 +97,99 @@ def _write_base(arguments: Conversion, target: TargetFolder, weights: BaseWeight
     _say_done(arguments, f"{files} files, {nbytes / 1e9:.2f} GB, {time.monotonic() - began:.1f} s")
 
 
+# ---- adapters: a run, shards or a PEFT folder, whole in memory ----
+
+
+def _adapter_to_peft(arguments: Conversion) -> None:
+    target = _target(arguments.paths)
+    adapter = open_adapter(arguments.paths.input)
+    LoraConfig.from_dict(adapter.lora_config, adapter.where)
+
+    def write(folder: Path) -> None:
+        write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base)
+
+    _write_adapter(arguments, target, adapter, write)
+
+
+def _adapter_from_peft(arguments: Conversion) -> None:
+    target = _target(arguments.paths)
+    adapter = open_adapter(arguments.paths.input)
+    config, lora = _its_base(adapter, arguments)
+    places = _places(config, arguments.layout, lora)
+
+    def write(folder: Path) -> None:
+        for at, splits in places.items():
+            here = {name: splits[name].slice(tensor) for name, tensor in adapter.tensors.items() if name in splits}
+            save_adapter(folder, here, splits, at, adapter.lora_config)
+
+    _write_adapter(arguments, target, adapter, write)
+
+
+def _adapter_merge(arguments: Conversion) -> None:
+    adapter = open_adapter(arguments.paths.input)
+    base = _base_of(adapter, arguments)
+    target = _target(arguments.paths, base)
+    config, lora = _its_base(adapter, arguments)
+    if adapter.trainer is not None:  # it says what it was trained on
+        check_base(adapter, base_identity(config, base, ChatTemplate(load_tokenizer(base), None)))
+    _, weights = _read_base(base)
+    scalings = {name: one.scaling for name, one in lora.adapters.items()}
+    merged = MergedWeights(weights, scalings, adapter.tensors)
+    plan = plan_hf(tensor_types(merged, expected_weights(config)), _max_file_bytes(arguments))
+    _write_base(arguments, target, merged, plan, base)
+
+
+def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
+    """The folder of the model that an adapter belongs to."""
+    if arguments.base.base is not None:
+        return arguments.base.base
+    named = adapter.lora_config.get("base_model_name_or_path")
+    if named is None or not Path(named).is_dir():
+        said = "does not name its base model" if named is None else f"is of {named}, which is no folder here"
+        raise UserError(f"adapter {adapter.where}: {said}: give --base")
+    return named
+
+
+def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[ModelConfig, ResolvedLora]:
+    """Model and adapter, checked to belong together."""
+    config = read_config(_base_of(adapter, arguments))
+    lora = resolve_lora(LoraConfig.from_dict(adapter.lora_config, adapter.where), config)
+    check_adapter(adapter.tensors, lora, config, adapter.where)
+    return config, lora
+
+
+def _write_adapter(
+    arguments: Conversion, target: TargetFolder, adapter: AdapterCheckpoint, write: Callable[[Path], None]
+) -> None:
+    for note in adapter.notes:
+        print(f"megalora: {note}", file=sys.stderr, flush=True)
+    nbytes = sum(tensor.nbytes for tensor in adapter.tensors.values())
+    what = f"{len(adapter.tensors)} tensors of {adapter.where}, {nbytes / 1e6:.2f} MB"
+    layout = arguments.layout
+    target.check_room(nbytes * layout.tensor_parallel_size)  # what every rank holds whole is written by each
+    if arguments.paths.dry_run:
+        print(f"{arguments.command}: {arguments.paths.output} would hold {what}; nothing was written")
+        return
+    with target.writing() as folder:
+        write(folder)
+    _say_done(arguments, what)
+
+
 # ---- layouts ----
 
 
 def _places(
-    config: ModelConfig, layout: LayoutArguments, tensors: Mapping[str, TensorType]
+    config: ModelConfig, layout: LayoutArguments, lora: ResolvedLora = NO_LORA
 ) -> dict[Layout, dict[str, Split]]:
-    """What of each tensor lies on each rank. Raises UserError where the model cannot be cut so."""
+    """What of each parameter lies on each rank. Raises UserError where the model cannot be cut so."""
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
     check_layout(config, tp, pp, layout.uneven_heads)
     layers = stage_layers(config, pp, layout.partition_method, layout.custom_partition)
     places = {}
     for at in (Layout(tp, pp, tp_rank, pp_rank) for pp_rank in range(pp) for tp_rank in range(tp)):
         place = Placement(Axis(at.tp_rank, tuple(range(tp))), False, torch.float32, "meta")
-        here = layers[at.pp_rank]
-        splits = named_splits(Stage(config, here, place, first=at.pp_rank == 0, last=at.pp_rank == pp - 1))
-        # Old files hold rotary frequencies, which are no parameters, beside the weights of a layer.
-        frequencies = {n: Split(t.shape) for n, t in tensors.items() if n.endswith("inv_freq")}
-        splits |= {name: split for name, split in frequencies.items() if (layer_index(name) or 0) in here}
-        places[at] = splits
+        stage = Stage(config, layers[at.pp_rank], place, lora, first=at.pp_rank == 0, last=at.pp_rank == pp - 1)
+        places[at] = named_splits(stage)
     return places
 
 
@@ -140,4 +219,11 @@ def _say_done(arguments: Conversion, what: str) -> None:
     print(f"{arguments.command}: {arguments.paths.output} is written ({what})", flush=True)
 
 
-_COMMANDS = {"to-shards": _to_shards, "to-hf": _to_hf, "reshard": _reshard}
+_COMMANDS = {
+    "to-shards": _to_shards,
+    "to-hf": _to_hf,
+    "reshard": _reshard,
+    "adapter to-peft": _adapter_to_peft,
+    "adapter from-peft": _adapter_from_peft,
+    "adapter merge": _adapter_merge,
+}

@@ -25,7 +25,7 @@ from megalora.building import (
     load_base_weights,
     resolve_dtype,
     resolve_lora,
-    trained_names,
+    trained_shapes,
 )
 from megalora.checkpoint.adapter import open_adapter
 from megalora.checkpoint.peft import write_peft
@@ -269,7 +269,7 @@ def _check_same_adapter(lora: ResolvedLora, start: _Start | None, config: ModelC
                 f"adapter {start.checkpoint.where}: {name} has (r, scaling) = {other.get(name)}, but --lora_config "
                 f"means {ours.get(name)}: {_other_adapter(start)}"
             )
-    if trained_names(lora, config) != trained_names(theirs, config):
+    if trained_shapes(lora, config) != trained_shapes(theirs, config):
         raise UserError(
             f"adapter {start.checkpoint.where}: bias = {theirs.config.bias!r}, but --lora_config says "
             f"{lora.config.bias!r}: {_other_adapter(start)}"
@@ -488,7 +488,7 @@ def _summary(
     shapes = expected_weights(config)
     frozen = sum(math.prod(shape) for shape in shapes.values())
     trainable = _lora_parameters(config, lora)
-    trainable += sum(math.prod(shapes[n]) for n in trained_names(lora, config) if n.endswith(".bias"))
+    trainable += sum(math.prod(shapes[n]) for n in trained_shapes(lora, config) if n.endswith(".bias"))
     stored = sum(p.numel() * p.element_size() for p in stage.parameters())
     trained = sum(p.numel() * p.element_size() for p in stage.trainable().values())
     memory = max(gather_objects(stored + 3 * trained, mesh.world))  # gradient and two moments beside the masters

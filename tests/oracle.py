@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megalora.building import trained_names
+from megalora.building import trained_shapes
 from megalora.data import Loader, build_rows, pack
 from megalora.data.template import Sample
 from megalora.lora import LoraConfig, layer_index
@@ -160,7 +160,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
         config, own, place, lora, first=mesh.pp.is_first, last=mesh.pp.is_last, further=further,
         recompute=run.recompute,
     )  # fmt: skip
-    lowest = min(layer_index(name) for name in trained_names(lora, config))
+    lowest = min(layer_index(name) for name in trained_shapes(lora, config))
     floor = next(i for i, part in enumerate(parts) if lowest in part)
     fill(stage)
     parameters, splits = stage.trainable(), named_splits(stage)

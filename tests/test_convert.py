@@ -35,6 +35,7 @@ BESIDE = {
 
 
 def run(capsys, *words: object) -> tuple[int, str]:
+    capsys.readouterr()
     status = cli.main(["convert", *map(str, words)])
     told = capsys.readouterr()
     return status, told.out + told.err

@@ -1,4 +1,4 @@
-"""An adapter from wherever it lies: a run, one of its checkpoints, shards, or a PEFT folder."""
+"""An adapter from wherever it lies: a run, one of its checkpoints, shards, a PEFT folder, or what Merak wrote."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megalora.checkpoint import peft
+from megalora.checkpoint.reference import read_reference, reference_folder
 from megalora.checkpoint.shards import AdapterCheckpoint, has_shards, read_adapter
 from megalora.checkpoint.state import MANIFEST, is_iteration, newest_sound, verified
 from megalora.errors import UserError
@@ -22,6 +23,9 @@ def open_adapter(path: str | Path) -> AdapterCheckpoint:
         raise UserError(f"adapter {path}: is not a folder: name a run, its checkpoint, shards or a PEFT folder")
     if (path / peft.CONFIG_FILE).exists():
         return peft.read_peft(path)
+    theirs = None if (path / MANIFEST).exists() else reference_folder(path)
+    if theirs is not None:
+        return read_reference(theirs)
     if has_shards(path):
         if is_iteration(path) or (path / MANIFEST).exists():
             verified(path)

@@ -41,6 +41,9 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     # peft saves true in every folder and, when it loads one, goes by its own argument instead.
     fields["inference_mode"] = False
     lora_config = LoraConfig.from_dict(fields, str(config)).to_dict()
+    base = fields.get("base_model_name_or_path")
+    if isinstance(base, str):
+        lora_config["base_model_name_or_path"] = base
     file, raw = _read_tensors(folder)
     tensors = {_our_name(key, file): tensor for key, tensor in raw.items()}
     adapted = _adapted(tensors)
@@ -69,14 +72,15 @@ def write_peft(
     """Writes an adapter that `peft.PeftModel.from_pretrained` reads; the tensors keep dtype and bits.
 
     tensors      whole tensors by our names
-    lora_config  fields of LoraConfig.to_dict()
+    lora_config  fields of LoraConfig.to_dict(), and the base_model_name_or_path of PEFT where it is known
+    base_model_name_or_path  where another one is to be written
     Raises UserError where the folder cannot be written.
     """
     folder = Path(folder)
     adapted = _adapted(tensors)
     fields = dict(lora_config) | {
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model_name_or_path,
+        "base_model_name_or_path": base_model_name_or_path or lora_config.get("base_model_name_or_path"),
         "inference_mode": True,
     }
     fields |= _explicit_targets(fields, adapted)

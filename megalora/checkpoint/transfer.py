@@ -104,10 +104,18 @@ def plan_hf(tensors: Mapping[str, TensorType], max_file_bytes: int) -> Plan:
 
 
 def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mapping[str, Split]]) -> Plan:
-    """A shard for each place of the layout. splits: what lies there of which tensors."""
+    """A shard for each place of the layout.
+
+    splits  what lies there of which tensors; what no place has (rotary frequencies, in old files) is whole on all
+    """
     files, texts = [], {}
+    known = set().union(*splits.values())
     for layout, of_shard in splits.items():
-        parts = {name: of_shard[name] for name in tensors if name in of_shard}
+        parts = {
+            name: of_shard.get(name, Split(kind.shape))
+            for name, kind in tensors.items()
+            if name in of_shard or name not in known
+        }
         table = {name: TensorType(tensors[name].dtype, split.local_shape) for name, split in parts.items()}
         files.append(TensorFile(f"{layout.folder}/{BASE_FILE}", parts, table))
         texts[f"{layout.folder}/{LAYOUT_FILE}"] = layout_json(layout, parts)
