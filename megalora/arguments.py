@@ -99,16 +99,20 @@ class LayoutArguments(Section):
             )
         if self.custom_partition is not None and self.partition_method != "custom":
             raise UserError(_no_effect("custom_partition", self.custom_partition, vars(self)))
-        self._check_schedule()
-        parts = self.pipeline_parallel_size * self.virtual_pipeline_size
+        parts = self.pipeline_parallel_size * self.chunks
         if self.custom_partition is not None and len(self.custom_partition) != parts:
             what, size = "stage", "pipeline_parallel_size"
-            if self.virtual_pipeline_size > 1:
+            if self.chunks > 1:
                 what, size = "chunk", "pipeline_parallel_size * virtual_pipeline_size"
             raise UserError(
                 f"custom_partition {_show(self.custom_partition)} names {len(self.custom_partition)} {what}s, but "
                 f"{size} is {parts}: give one number of layers a {what}"
             )
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of layers that each stage holds."""
+        return 1
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,13 @@ class ParallelArguments(LayoutArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_schedule()
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise UserError(_no_effect("sequence_parallel", True, vars(self)))
+
+    @property
+    def chunks(self) -> int:
+        return self.virtual_pipeline_size
 
     def _check_schedule(self) -> None:
         schedule = SCHEDULES[self.schedule]
