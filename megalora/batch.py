@@ -27,4 +27,11 @@ class Batch:
     token_index: torch.Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return Batch(**{f.name: to_device(getattr(self, f.name), device) for f in fields(self)})
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on the device; the host waits for nothing that the device has yet to do."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from memory that can be paged out would wait
+    return tensor.to(device, non_blocking=True)

@@ -31,7 +31,7 @@ from megalora.checkpoint.adapter import open_adapter
 from megalora.checkpoint.peft import write_peft
 from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.state import identity_difference, newest_sound, remove_run
-from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer
+from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer, steps_ahead
 from megalora.errors import UserError
 from megalora.identity import base_identity, check_base, progress, run_identity
 from megalora.lora import LoraConfig, ResolvedLora
@@ -173,9 +173,10 @@ def finetune(arguments: FinetuneArguments) -> None:
             saved = None
             if first_step:
                 meter.go_on(start.checkpoint.trainer)
+            batches = steps_ahead(loader.step, first_step, total_steps)
             for number in range(first_step, total_steps):
                 with timers("data"):
-                    batch = loader.step(number)
+                    batch = next(batches)
                 result = trainer.step(number, batch, alarm=saver.failed or monitor.failed)
                 step = number + 1
                 if result.alarm:

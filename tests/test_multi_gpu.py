@@ -27,6 +27,8 @@ LAYOUTS = {  # name: (data-parallel size, flags)
     "tp2, sequence parallel": (1, TP2 | SP),
     "pp2": (1, PP2),
     "dp2": (2, {}),
+    "pp2, interleaved": (1, PP2 | {"schedule": "interleaved_1f1b", "virtual_pipeline_size": 2}),
+    "pp2, eager": (1, PP2 | {"schedule": "eager_1f1b"}),
     "tp2 pp2": (1, TP2 | PP2),
     "tp2 pp2 dp2, sequence parallel": (2, TP2 | PP2 | SP),
 }
@@ -37,7 +39,7 @@ def inputs(tmp_path_factory):
     # Heads of 16: the sizes that the kernels take.
     folder = tmp_path_factory.mktemp("inputs")
     made = tiny.make_inputs(folder)
-    tiny.save_model(folder / "model", hidden_size=64, intermediate_size=128)
+    tiny.save_model(folder / "model", hidden_size=64, intermediate_size=128, num_hidden_layers=4)
     return made
 
 

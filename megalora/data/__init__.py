@@ -2,7 +2,7 @@
 
 from .dataset import load_dataset
 from .formats import read_rows, to_messages
-from .loader import Loader, Step
+from .loader import Loader, Step, steps_ahead
 from .packing import PackedRows, build_rows, pack
 from .template import ChatTemplate, Sample, load_tokenizer
 
@@ -17,5 +17,6 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "read_rows",
+    "steps_ahead",
     "to_messages",
 ]

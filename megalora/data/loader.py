@@ -5,14 +5,19 @@ Every rank holds all rows, so the counts over the whole global batch need no com
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 
 from ..batch import Batch
 from .packing import PackedRows, build_rows
 from .sampler import permutation, rows_in_microbatch, steps_per_epoch
+
+T = TypeVar("T")
 
 PADDING_PIECE = 32
 
@@ -103,3 +108,13 @@ def _attended(rows: PackedRows, row: int) -> list[int]:
         lengths += [PADDING_PIECE] * (tail // PADDING_PIECE)
         lengths += [tail % PADDING_PIECE] if tail % PADDING_PIECE else []
     return lengths
+
+
+def steps_ahead(step: Callable[[int], T], first: int, stop: int) -> Iterator[T]:
+    """step(first) .. step(stop - 1), each made by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
+        coming = thread.submit(step, first) if first < stop else None
+        for number in range(first, stop):
+            current = coming.result()
+            coming = thread.submit(step, number + 1) if number + 1 < stop else None
+            yield current

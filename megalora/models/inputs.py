@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from megalora.batch import Batch
+from megalora.batch import Batch, to_device
 from megalora.models.config import ModelConfig
 from megalora.parallel.collectives import local_tokens
 from megalora.parallel.linear import Placement, Tokens
@@ -46,7 +46,7 @@ class Inputs:
 
 def rope_tables(config: ModelConfig, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """(cos, sin) [F, head_dim / 2] of positions [F]; angles in float32, as HF computes them."""
-    frequencies = torch.tensor(config.rope_inverse_frequencies, dtype=torch.float32, device=position_ids.device)
+    frequencies = to_device(torch.tensor(config.rope_inverse_frequencies, dtype=torch.float32), position_ids.device)
     angles = position_ids.to(torch.float32).unsqueeze(-1) * frequencies
     factor = config.rope_attention_factor
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -56,7 +56,7 @@ def training_inputs(batch: Batch, config: ModelConfig, place: Placement, *, seed
     """The Inputs of a microbatch; seed None switches dropout off (evaluation)."""
     # Before the copy to the device: reading these there would wait for it.
     bounds = tuple(batch.cu_seqlens.tolist())
-    labelled = (batch.labels != -100).nonzero().squeeze(-1).to(place.device, non_blocking=True)
+    labelled = to_device((batch.labels != -100).nonzero().squeeze(-1), place.device)
     batch = batch.to(place.device)
     cos, sin = rope_tables(config, batch.position_ids, place.dtype)
     index = batch.token_index

@@ -20,8 +20,18 @@ from megalora.pipeline.actions import (
 
 # On one line; a further send waits for the oldest, so that no stage fills memory by running ahead.
 SENDS_UNDER_WAY = 2
+LANE_MULTIPROCESSORS = 4  # enough for what a link carries while a stage computes
 _KINDS = ("activations", "gradients")
 _DOWN = (SEND_FORWARD, RECV_BACKWARD)  # what has its other end at the next stage
+
+
+def _lane_options(backend: str | None) -> object:
+    """On NCCL: a receive that waits for its message holds few of the GPU's multiprocessors meanwhile."""
+    if backend != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = LANE_MULTIPROCESSORS
+    return options
 
 
 class Neighbours:
@@ -110,8 +120,8 @@ class Neighbours:
         pairs = mesh.pp.size if self._ring else mesh.pp.size - 1
         lanes = [(kind, color) for kind in _KINDS for color in sorted({self._color(upper) for upper in range(pairs)})]
         for ranks in layout(mesh.world_size, mesh.tp.size, mesh.pp.size)["pp"]:
-            for lane in lanes:
-                group = dist.new_group(list(ranks), backend=backend)  # every rank creates all of them, in one order
+            for lane in lanes:  # every rank creates all of them, in one order
+                group = dist.new_group(list(ranks), backend=backend, pg_options=_lane_options(backend))
                 if mesh.rank in ranks:
                     self._lanes[lane] = group
         # NCCL connects two ranks at their first message, and holds the host until the other end does so too: a receive

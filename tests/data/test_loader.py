@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalora.data import Loader, Sample, build_rows
+from megalora.data import Loader, Sample, build_rows, steps_ahead
 
 SEQ = 8
 PAD = 0
@@ -118,3 +119,18 @@ def test_epochs_and_seeds_differ():
     one, other = loaders(rows, 30, 1, 1)[0], loaders(rows, 30, 1, 1, seed=4)[0]
     batches = [one.step(0), one.step(1), other.step(0)]
     assert len({tuple(step.microbatches[0].input_ids.tolist()) for step in batches}) == 3
+
+
+def test_steps_are_made_one_ahead_and_in_order():
+    made = []
+    steps = steps_ahead(lambda number: made.append(number) or number, 3, 7)
+    assert next(steps) == 3 and made[0] == 3 and len(made) <= 2
+    assert list(steps) == [4, 5, 6] and made == [3, 4, 5, 6]
+    assert list(steps_ahead(made.append, 5, 5)) == []
+
+
+def test_what_fails_in_a_step_is_raised_where_it_is_taken():
+    steps = steps_ahead(lambda number: 1 // (2 - number), 0, 4)
+    assert [next(steps), next(steps)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(steps)
