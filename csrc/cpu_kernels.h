@@ -13,6 +13,7 @@
 
 #include "common.h"
 #include "inline.h"
+#include "mask.h"
 
 namespace megalora {
 
@@ -120,5 +121,59 @@ struct CrossEntropyGrad {
   c10::ScalarType dtype;
 };
 void cross_entropy_grad_rows(const CrossEntropyGrad& a, int64_t begin, int64_t end);
+
+// ---- lora_cpu.cpp (T tokens, F features, R the rank)
+
+// Rows of `wide` numbers that kernels read whole vectors of: their stride, a multiple of a cache line.
+constexpr int64_t padded(int64_t features) { return (features + 15) / 16 * 16; }
+
+// What a LoRA kernel reads besides: A [R, padded(F)] wide, zero behind F, and the mask of the tokens [T].
+struct LoraInputs {
+  const void* A;
+  const int64_t* token;
+  Mask mask;
+  int64_t features, rank;
+  c10::ScalarType dtype;
+};
+
+// z [T, z_columns] = dropout(x [T, F]) A^T, and zeros in the columns from R on.
+struct LoraDown {
+  LoraInputs in;
+  const void* x;
+  void* z;
+  int64_t x_stride, z_stride, z_columns;
+};
+void lora_down_rows(const LoraDown& a, int64_t begin, int64_t end);
+
+// dx [T, F] += mask . (dz [T, R] A), in place.
+struct LoraInputGrad {
+  LoraInputs in;
+  const void* dz;
+  void* dx;
+  int64_t dz_stride, dx_stride;
+};
+void lora_input_grad_rows(const LoraInputGrad& a, int64_t begin, int64_t end);
+
+// parts [segments, R, padded(F)] wide: dz [T, R]^T dropout(x [T, F]) of each segment of the tokens. A task is a segment
+// and a chunk of the features; `weight_grad_tasks` says how many there are. A is not read.
+constexpr int64_t kLoraChunk = 512;
+struct LoraWeightGrad {
+  LoraInputs in;
+  const void *dz, *x;
+  void* parts;
+  int64_t dz_stride, x_stride, tokens, segment;
+};
+void lora_weight_grad_tasks(const LoraWeightGrad& a, int64_t begin, int64_t end);
+
+// out [R, F] wide (or [F, R] if transposed) = factor * the sum of the parts, in their order. Rows are those of the parts.
+struct SumParts {
+  const void* parts;
+  void* out;
+  int64_t segments, rows, features;
+  double factor;
+  bool transposed;
+  c10::ScalarType dtype;
+};
+void sum_parts_rows(const SumParts& a, int64_t begin, int64_t end);
 
 }  // namespace megalora

@@ -1,7 +1,9 @@
 // The ops of csrc/cpu_kernels.h for torch: checks, cut of the rows over threads, registration. Schemas are in
-// elementwise_ops.cpp.
+// elementwise_ops.cpp and lora_cuda_ops.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -155,6 +157,87 @@ void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor
   for_rows(cross_entropy_grad_rows, args, logits.size(0), logits.size(1));
 }
 
+// ---- the LoRA branch
+
+at::ScalarType wide_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// A [R, F] as the kernels read it (LoraInputs).
+Tensor padded_A(const Tensor& A, const Tensor& x) {
+  MEGALORA_CHECK(x.dim() == 2, x.sizes());
+  MEGALORA_CHECK(A.dim() == 2 && A.size(1) == x.size(1), A.sizes(), " for ", x.sizes());
+  MEGALORA_CHECK(A.scalar_type() == x.scalar_type(), A.scalar_type(), " for ", x.scalar_type());
+  Tensor out = at::zeros({A.size(0), padded(A.size(1))}, A.options().dtype(wide_type(A)));
+  out.narrow(1, 0, A.size(1)).copy_(A);
+  return out;
+}
+
+LoraInputs lora_inputs(const Tensor& x, const Tensor& A, int64_t rank, const Tensor& token_index, const Mask& mask) {
+  check_rows(x, x);
+  MEGALORA_CHECK(token_index.scalar_type() == at::kLong && token_index.is_contiguous(), "token_index: contiguous int64");
+  MEGALORA_CHECK(token_index.dim() == 1 && token_index.size(0) == x.size(0), token_index.sizes(), " for ", x.sizes());
+  return {A.defined() ? A.const_data_ptr() : nullptr, token_index.const_data_ptr<int64_t>(), mask, x.size(1), rank,
+          x.scalar_type()};
+}
+
+void lora_down_(Tensor& z, const Tensor& x, const Tensor& A, const Tensor& token_index, int64_t seed, int64_t site,
+                int64_t step, int64_t feature_offset, double p, const std::optional<Tensor>& live_step) {
+  const Tensor wide_A = padded_A(A, x);
+  const int64_t rank = A.size(0);
+  const LoraInputs in =
+      lora_inputs(x, wide_A, rank, token_index, make_mask(seed, site, step, feature_offset, p, live_step));
+  check_rows(z, x);
+  MEGALORA_CHECK(z.dim() == 2 && z.size(0) == x.size(0) && z.size(1) >= rank, z.sizes(), " for rank ", rank);
+  const LoraDown args{in, x.const_data_ptr(), z.mutable_data_ptr(), x.stride(0), z.stride(0), z.size(1)};
+  for_rows(lora_down_rows, args, x.size(0), std::max<int64_t>(1, x.size(1)));
+}
+
+void lora_down_input_grad_(Tensor& dx, const Tensor& dz, const Tensor& A, const Tensor& token_index, int64_t seed,
+                           int64_t site, int64_t step, int64_t feature_offset, double p,
+                           const std::optional<Tensor>& live_step) {
+  const Tensor wide_A = padded_A(A, dx);
+  const LoraInputs in =
+      lora_inputs(dx, wide_A, A.size(0), token_index, make_mask(seed, site, step, feature_offset, p, live_step));
+  check_matrix(dz, {dx.size(0), A.size(0)}, dx);
+  const LoraInputGrad args{in, dz.const_data_ptr(), dx.mutable_data_ptr(), dz.stride(0), dx.stride(0)};
+  for_rows(lora_input_grad_rows, args, dx.size(0), dx.size(1));
+}
+
+constexpr int64_t kSegments = 8;            // into which the tokens of a sum over them are cut, at most
+constexpr int64_t kSmallestSegment = 128;
+
+// factor * dz [T, R]^T dropout(x [T, F]), [R, F] or [F, R] if `transposed`, wide.
+Tensor weight_grad(const Tensor& dz, const Tensor& x, const LoraInputs& in, double factor, bool transposed) {
+  const int64_t rank = in.rank, tokens = x.size(0), features = x.size(1);
+  check_matrix(dz, {tokens, rank}, x);
+  const auto options = x.options().dtype(wide_type(x));
+  const int64_t segment = std::max(kSmallestSegment, (tokens + kSegments - 1) / kSegments);
+  const int64_t segments = (tokens + segment - 1) / segment;
+  const Tensor parts = at::empty({segments, rank, padded(features)}, options);
+  const LoraWeightGrad args{in,           dz.const_data_ptr(), x.const_data_ptr(), parts.mutable_data_ptr(),
+                            dz.stride(0), x.stride(0),         tokens,             segment};
+  const int64_t chunks = (features + kLoraChunk - 1) / kLoraChunk;
+  for_rows(lora_weight_grad_tasks, args, segments * chunks, segment * kLoraChunk);
+  Tensor out = transposed ? at::empty({features, rank}, options) : at::empty({rank, features}, options);
+  const SumParts sum{parts.const_data_ptr(), out.mutable_data_ptr(), segments, rank, features,
+                     factor,                 transposed,             x.scalar_type()};
+  for_rows(sum_parts_rows, sum, rank, features * std::max<int64_t>(1, segments));
+  return out;
+}
+
+Tensor lora_down_weight_grad(const Tensor& dz, const Tensor& x, const Tensor& token_index, int64_t seed, int64_t site,
+                             int64_t step, int64_t feature_offset, double p, const std::optional<Tensor>& live_step) {
+  MEGALORA_CHECK(x.dim() == 2 && dz.dim() == 2, x.sizes(), " and ", dz.sizes());
+  const Mask mask = make_mask(seed, site, step, feature_offset, p, live_step);
+  return weight_grad(dz, x, lora_inputs(x, {}, dz.size(1), token_index, mask), mask.scale, false);
+}
+
+Tensor lora_up_weight_grad(const Tensor& dy, const Tensor& z, double scaling) {
+  MEGALORA_CHECK(dy.dim() == 2 && z.dim() == 2, dy.sizes(), " and ", z.sizes());
+  check_rows(dy, dy);
+  const LoraInputs in{nullptr, nullptr, {}, dy.size(1), z.size(1), dy.scalar_type()};
+  return weight_grad(z, dy, in, scaling, true);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(megalora, CPU, m) {
@@ -166,6 +249,10 @@ TORCH_LIBRARY_IMPL(megalora, CPU, m) {
   m.impl("split_rope_backward_", &split_rope_backward_);
   m.impl("cross_entropy_stats_", &cross_entropy_stats_);
   m.impl("cross_entropy_grad_", &cross_entropy_grad_);
+  m.impl("lora_down_", &lora_down_);
+  m.impl("lora_down_weight_grad", &lora_down_weight_grad);
+  m.impl("lora_down_input_grad_", &lora_down_input_grad_);
+  m.impl("lora_up_weight_grad", &lora_up_weight_grad);
 }
 
 }  // namespace megalora

@@ -13,21 +13,13 @@
 #include <type_traits>
 
 #include "common.h"
-#include "philox.h"
-
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "16-bit lanes are read from 32-bit words in memory");
+#include "mask.h"
 
 namespace megalora {
 namespace {
 
-constexpr int64_t kTileBlocks = 128;         // Philox blocks drawn at a time into a 2 KiB buffer
+constexpr int64_t kTile = 1024;              // features drawn at a time into a 2 KiB buffer
 constexpr int64_t kElementsPerTask = 16384;  // below this (about 10 us of work) another thread does not pay
-
-struct Mask {
-  uint32_t key0, site, step, threshold;
-  int64_t feature_offset;
-  double scale;
-};
 
 // `rows` of `features` elements, and a token for each row.
 struct Rows {
@@ -39,8 +31,6 @@ struct Rows {
   const int64_t* token;
   at::ScalarType dtype;
 };
-
-using lane_t __attribute__((may_alias)) = uint16_t;
 
 template <bool accumulate, typename scalar_t>
 MEGALORA_INLINE void mask_row(scalar_t* out, const scalar_t* in, const lane_t* lanes, int64_t n, const Mask& mask) {
@@ -57,26 +47,14 @@ MEGALORA_INLINE void mask_row(scalar_t* out, const scalar_t* in, const lane_t* l
 
 template <bool accumulate, typename scalar_t>
 MEGALORA_INLINE void mask_rows_of(const Rows& rows, const Mask& mask, int64_t begin, int64_t end) {
-  alignas(64) uint32_t words[4 * kTileBlocks];
+  alignas(64) uint32_t words[words_for(kTile)];
   for (int64_t row = begin; row < end; ++row) {
     const auto* in = static_cast<const scalar_t*>(rows.in) + row * rows.in_stride;
     auto* out = static_cast<scalar_t*>(rows.out) + row * rows.out_stride;
-    const auto token = static_cast<uint64_t>(rows.token[row]);
-    const auto token_low = static_cast<uint32_t>(token), token_high = static_cast<uint32_t>(token >> 32);
-    for (int64_t feature = 0; feature < rows.features;) {
-      const int64_t global_feature = mask.feature_offset + feature, skip = global_feature % 8;
-      const int64_t n = std::min(rows.features - feature, 8 * kTileBlocks - skip);
-      const auto first_block = static_cast<uint32_t>(global_feature / 8);
-      const auto blocks = static_cast<uint32_t>((skip + n + 7) / 8);
-      for (uint32_t block = 0; block < blocks; ++block) {
-        const auto drawn = philox4x32({token_low, first_block + block, mask.step, token_high}, mask.key0, mask.site);
-        words[4 * block] = drawn.w0;
-        words[4 * block + 1] = drawn.w1;
-        words[4 * block + 2] = drawn.w2;
-        words[4 * block + 3] = drawn.w3;
-      }
-      mask_row<accumulate>(out + feature, in + feature, reinterpret_cast<const lane_t*>(words) + skip, n, mask);
-      feature += n;
+    for (int64_t feature = 0; feature < rows.features; feature += kTile) {
+      const int64_t n = std::min(rows.features - feature, kTile);
+      const lane_t* lanes = draw_lanes(words, rows.token[row], feature, n, mask);
+      mask_row<accumulate>(out + feature, in + feature, lanes, n, mask);
     }
   }
 }
@@ -101,6 +79,8 @@ MEGALORA_MULTIVERSION void add_rows(const Rows& rows, const Mask& mask, int64_t 
   mask_rows<true>(rows, mask, begin, end);
 }
 
+}  // namespace
+
 Mask make_mask(int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p,
                const std::optional<at::Tensor>& live_step) {
   if (live_step) {
@@ -116,6 +96,8 @@ Mask make_mask(int64_t seed, int64_t site, int64_t step, int64_t feature_offset,
   return {static_cast<uint32_t>(seed),      static_cast<uint32_t>(site), static_cast<uint32_t>(step),
           static_cast<uint32_t>(threshold), feature_offset,              65536 / (65536 - threshold)};
 }
+
+namespace {
 
 void check_inputs(const at::Tensor& x, const at::Tensor& token_index) {
   MEGALORA_CHECK(x.dim() == 2, "got ", x.dim(), " dimensions");

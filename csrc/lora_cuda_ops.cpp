@@ -1,5 +1,5 @@
 // The skinny products of a LoRA linear as torch ops: schemas, shapes (Meta) and, in a CUDA build, the kernels of
-// lora_cuda.cu. They have no CPU kernels: megalora/ops/lora_linear.py composes them from torch there.
+// lora_cuda.cu. Those of the CPU are in lora_cpu.cpp and cpu_ops.cpp.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -20,19 +20,22 @@
 namespace megalora {
 namespace {
 
+// Gradients of the adapters are float32, float64 where the tensors are.
+at::ScalarType grad_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
 void lora_down_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t,
                      int64_t, double, const std::optional<at::Tensor>&) {}
 
 at::Tensor lora_down_weight_grad_meta(const at::Tensor& dz_TR, const at::Tensor& x_TK, const at::Tensor&, int64_t,
                                       int64_t, int64_t, int64_t, double, const std::optional<at::Tensor>&) {
-  return at::empty_symint({dz_TR.sym_size(1), x_TK.sym_size(1)}, x_TK.options().dtype(at::kFloat));
+  return at::empty_symint({dz_TR.sym_size(1), x_TK.sym_size(1)}, x_TK.options().dtype(grad_type(x_TK)));
 }
 
 void lora_down_input_grad_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t,
                                 int64_t, int64_t, double, const std::optional<at::Tensor>&) {}
 
 at::Tensor lora_up_weight_grad_meta(const at::Tensor& dy_TO, const at::Tensor& z_TR, double) {
-  return at::empty_symint({dy_TO.sym_size(1), z_TR.sym_size(1)}, dy_TO.options().dtype(at::kFloat));
+  return at::empty_symint({dy_TO.sym_size(1), z_TR.sym_size(1)}, dy_TO.options().dtype(grad_type(dy_TO)));
 }
 
 #if defined(MEGALORA_CUDA)

@@ -52,7 +52,7 @@ def lora_down_(X_TIC: torch.Tensor, A_RI: torch.Tensor, token_index: torch.Tenso
 def lora_down_weight_grad(
     dz_TR: torch.Tensor, x_TI: torch.Tensor, token_index: torch.Tensor, draw: Dropout | None
 ) -> torch.Tensor:
-    """dA [R, I] = dz^T dropout(x), with the mask drawn again; in x's dtype or a wider one."""
+    """dA [R, I] = dz^T dropout(x), with the mask drawn again; in x's dtype or float32."""
     if _compiled(x_TI, dz_TR.shape[1], draw):
         return torch.ops.megalora.lora_down_weight_grad(dz_TR, x_TI, token_index, *_mask(draw))
     dropped = x_TI if draw is None else dropout(x_TI, token_index, draw)
@@ -72,7 +72,9 @@ def lora_down_input_grad_(
 
 
 def lora_up_weight_grad(dy_TO: torch.Tensor, z_TR: torch.Tensor, scaling: float) -> torch.Tensor:
-    """dB [O, R] = s dy^T z."""
+    """dB [O, R] = s dy^T z, in the inputs' dtype or float32."""
+    if dy_TO.device.type == "cpu" and _compiled(dy_TO, z_TR.shape[1], None):
+        return torch.ops.megalora.lora_up_weight_grad(dy_TO, z_TR, scaling)
     return (dy_TO.t() @ z_TR).mul_(scaling)
 
 
@@ -80,11 +82,13 @@ _LARGEST_RANK = 192  # of the kernels
 
 
 def _compiled(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
-    """Whether the kernels take it: on a GPU, 16-bit floats, sizes in eights, rows on 16 bytes."""
+    """Whether kernels take it: on a CPU not in float16; on a GPU 16-bit floats, sizes in eights, rows on 16 bytes."""
+    if not extension.has_kernels(x_TI.device.type):
+        return False
+    if x_TI.device.type == "cpu":
+        return x_TI.dtype != torch.float16 and x_TI.stride(1) == 1
     return (
-        x_TI.device.type == "cuda"
-        and extension.has_kernels("cuda")
-        and x_TI.dtype in (torch.bfloat16, torch.float16)
+        x_TI.dtype in (torch.bfloat16, torch.float16)
         and rank % 8 == x_TI.shape[1] % 8 == x_TI.stride(0) % 8 == 0
         and rank <= _LARGEST_RANK
         and (draw is None or draw.feature_offset % 8 == 0)

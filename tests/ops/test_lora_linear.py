@@ -6,6 +6,7 @@ Legend as in megalora.ops.lora_linear: T tokens, I in_features, R rank, C column
 import pytest
 import torch
 
+from megalora.ops import extension
 from megalora.ops.dropout import Dropout, dropout
 from megalora.ops.lora_linear import (
     lora_down_,
@@ -147,13 +148,14 @@ def test_two_linears_in_one_matrix(draw):
 
 
 @DRAWS
-def test_low_precision_keeps_its_dtype(draw):
+def test_low_precision(draw):
     X, A = randn(0, T, I + C).to(torch.bfloat16), randn(1, R, I).to(torch.bfloat16)
     lora_down_(X, A, INDEX, draw)
     dz, dy = randn(2, T, R).to(torch.bfloat16), randn(3, T, O).to(torch.bfloat16)
     x, z = X[:, :I], X[:, I : I + R]
     torch.testing.assert_close(z, ((x.double() * mask(draw)) @ A.double().t()).to(torch.bfloat16), rtol=0.02, atol=0.05)
-    assert {lora_down_weight_grad(dz, x, INDEX, draw).dtype, lora_up_weight_grad(dy, z, 2.0).dtype} == {torch.bfloat16}
+    dtypes = {lora_down_weight_grad(dz, x, INDEX, draw).dtype, lora_up_weight_grad(dy, z, 2.0).dtype}
+    assert dtypes == {torch.float32 if extension.has_kernels("cpu") else torch.bfloat16}
     dx = randn(4, T, I).to(torch.bfloat16)
     wanted = dx.double() + mask(draw) * (dz.double() @ A.double())
     lora_down_input_grad_(dx, dz, A, INDEX, draw)
