@@ -51,7 +51,7 @@ from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.nodes import Workload
 from megalora.saving import RunSaver, restore
-from megalora.training import StepResult, Trainer
+from megalora.training import StepResult, Trainer, steady_heap
 
 
 def finetune(arguments: FinetuneArguments) -> None:
@@ -164,7 +164,7 @@ def finetune(arguments: FinetuneArguments) -> None:
         )
 
         # The steps.
-        with monitor, saver:
+        with monitor, saver, steady_heap():
             summary = _summary(arguments, config, lora, stage, cut, rows, loader, mesh, device, dtype)
             monitor.summary(summary)
             for note in [*notes, *rows.skipped[:5], *_more_skipped(rows)]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +22,17 @@ from megalora.parallel.mesh import Clock, ParallelMesh
 from megalora.pipeline.runner import PipelineRunner
 
 MOST_BAD_STEPS = 3  # in a row, before the run stops
+
+
+@contextlib.contextmanager
+def steady_heap() -> Iterator[None]:
+    """Python's collector passes over what is there at the start: a full collection over the libraries takes 0.1 s."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class StepData(Protocol):

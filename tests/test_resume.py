@@ -128,6 +128,21 @@ def test_another_layout_goes_on(inputs, whole, half, world_size, layout):
     assert largest_difference(exported(half), exported(whole)) < 1e-4
 
 
+def test_another_layout_goes_on_in_float64(inputs, tmp_path):
+    """Stopped at tp2 pp2, gone on with on one process: the run that one process makes alone, to the last digits."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = FLAGS | {"dtype": "float64", "save_steps": 4}
+    tune(1, inputs.flags(whole, **flags))
+    kill(4, inputs.flags(parts, **flags, **TP2_PP2), before=6)
+    (done,) = tune(1, inputs.flags(parts, **flags))
+    assert "continuing after step 4" in done.out
+    for field in ("loss", "grad_norm"):
+        assert column(parts, field) == pytest.approx(column(whole, field), rel=0, abs=1e-12), field
+    ours, theirs = state(parts), state(whole)
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float64}
+    assert largest_difference(ours, theirs) < 1e-11
+
+
 def test_without_the_moments_it_would_be_another_run(inputs, whole, half):
     """If it were not, agreeing bit for bit would prove little."""
     with mock.patch("megalora.optimizer.AdapterOptimizer.load_state"):

@@ -1,15 +1,19 @@
 """A run whose saves fail: every rank stops after the same step with one clear line, and goes on from before."""
 
 import errno
+import os
 import shutil
+import subprocess
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import tiny
 from spawn import spawn
-from tiny import column, metrics, tune
+from tiny import column, exported, largest_difference, metrics, tune
 
 from megalora import saving
 from megalora.checkpoint.state import newest_sound, verified
@@ -62,6 +66,70 @@ def test_a_save_that_fails_on_one_rank_stops_all_after_the_next_step(inputs, tmp
     assert (saved.step, complaints) == (5, []) and not list(run.glob("checkpoints/*.tmp"))
     (done,) = tune(2, inputs.flags(run, **FLAGS | {"max_steps": 15}, **TP2))
     assert "continuing after step 5" in done.out and column(run, "step") == [*range(1, 16)]
+
+
+# ---- disks that are really full, and folders that really cannot be written
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """A function that mounts a file system in memory, or the same one with other options; a skip without the right."""
+    folder, mounted = tmp_path / "disk", []
+
+    def mount(options: str) -> Path:
+        folder.mkdir(exist_ok=True)
+        words = ["-o", f"remount,{options}" if mounted else options]
+        done = subprocess.run(["mount", "-t", "tmpfs", *words, "none", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        mounted.append(options)
+        return folder
+
+    if sys.platform != "linux" or os.geteuid() or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    yield mount
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up(inputs, tmp_path, disk):
+    """Room for one checkpoint: the second finds none, the first stays, and with more room the run goes on from it."""
+    whole, flags = tmp_path / "whole", FLAGS | {"max_steps": 12, "logging_steps": 6, "save_total_limit": 3}
+    tune(2, inputs.flags(whole, **flags, **TP2))
+    room = sum(-(-file.stat().st_size // 4096) * 4 for file in newest_sound(whole)[0].folder.rglob("*.pt"))
+    run = disk(f"size={2 * room + 4}k") / "run"
+    command = inputs.flags(run, **flags, **TP2)
+    (first,), (second,) = spawn(tiny.run, 2, [command])
+    assert (first.status, second.status, second.err) == (2, 2, ""), (first, second)
+    (line,) = first.err.splitlines()
+    assert "iter_0000010: cannot be written (No space left on device): free space" in line
+    assert newest_sound(run)[0].step == 5 and not list(run.glob("checkpoints/*.tmp"))
+    disk("size=64m")
+    (done,) = tune(2, command)
+    assert "continuing after step 5" in done.out
+    for name in ("loss", "grad_norm", "tokens"):
+        assert column(run, name) == column(whole, name)
+    assert largest_difference(exported(run), exported(whole)) == 0
+
+
+def test_checkpoints_that_cannot_be_written_stop_the_run_before_its_first_step(inputs, disk):
+    folder = disk("size=8m")
+    (folder / "run/checkpoints").mkdir(parents=True)
+    disk("ro")
+    other = folder.with_name("other")
+    other.mkdir()
+    (other / "checkpoints").symlink_to(folder / "run/checkpoints")
+    commands = [inputs.flags(folder / "run", **FLAGS, **TP2), inputs.flags(other, **FLAGS, **TP2)]
+    first, second = spawn(tiny.run, 2, commands)
+    said = (f"output_dir {folder / 'run'} cannot be written", "checkpoints cannot be written to")
+    for done, what in zip(first, said, strict=True):
+        (line,) = done.err.splitlines()
+        assert done.status == 2 and what in line and "Read-only file system" in line, line
+    assert [(done.status, done.err) for done in second] == [(2, "")] * 2
+    assert metrics(other) == []
+
+
+# ---- the log
 
 
 def full_log(rank: int, world_size: int, command: list[str], step: int) -> list[tiny.Done]:

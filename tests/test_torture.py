@@ -26,7 +26,7 @@ import torch
 from spawn import SpawnError, spawn
 from tiny import exported, metrics
 
-from megalora.checkpoint import files
+from megalora.checkpoint import shards
 from megalora.checkpoint.shards import read_adapter
 from megalora.checkpoint.state import checkpoints_folder, newest_sound
 from megalora.saving import RunSaver
@@ -139,9 +139,8 @@ def live(rank: int, world_size: int, command: list[str], kill: Kill | None) -> l
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(Trainer, "step", stepped))
         patches.enter_context(mock.patch.object(RunSaver, "save", saved))
-        for owner, name in [
-            (os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "mkdir"), (shutil, "rmtree"), (files, "pickled"),
-        ]:  # fmt: skip
+        writes = (os, "fsync"), (os, "replace"), (shards, "save_tensors")
+        for owner, name in [*writes, (Path, "rename"), (Path, "mkdir"), (shutil, "rmtree")]:
             patches.enter_context(mock.patch.object(owner, name, life.before("disk", getattr(owner, name))))
         return tiny.run(rank, world_size, [command])
 

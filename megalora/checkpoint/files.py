@@ -53,11 +53,29 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def pickled(value: Any) -> bytes:
-    """What torch.save writes, in memory: `write_file` then reports a full disk, as torch does not."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def save_tensors(value: Any, stream: BinaryIO) -> None:
+    """torch.save, for a thread beside others: it holds the interpreter for no copy of tensors. Raises OSError."""
+    guarded = _Guarded(stream)
+    torch.save(value, guarded)
+    if guarded.error is not None:
+        raise guarded.error
+
+
+class _Guarded(io.RawIOBase):
+    """Hands on what torch writes; keeps the first error, which torch would report without its reason."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self._stream.write(data)
+            except OSError as error:
+                self.error = error
+        return size
 
 
 def unpickled(file: Path, mmap: bool = False) -> Any:

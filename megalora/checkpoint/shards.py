@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from megalora.checkpoint.files import pickled, unpickled, write_file
+from megalora.checkpoint.files import save_tensors, unpickled, write_file
 from megalora.errors import UserError
 from megalora.parallel.split import Split
 
@@ -369,7 +369,7 @@ def save_adapter(
     shard.mkdir(parents=True, exist_ok=True)
     config = json.dumps(dict(lora_config), indent=2, sort_keys=True, ensure_ascii=False)
     write_file(shard / CONFIG_FILE, config.encode())
-    write_file(shard / ADAPTER_FILE, pickled(payload))
+    write_file(shard / ADAPTER_FILE, lambda stream: save_tensors(payload, stream))
     return shard
 
 

@@ -88,10 +88,13 @@ class Monitor:
             lines.write(record)
             self._events.write(record, group)
         except OSError as error:
-            self._problem = (
-                f"output_dir {self._folder}: step {record['step']} cannot be logged ({error.strerror or error}): free "
-                f"space; the same command goes on from the newest checkpoint"
-            )
+            self._problem = self._explained(f"step {record['step']}", error)
+
+    def _explained(self, what: str, error: OSError) -> str:
+        return (
+            f"output_dir {self._folder}: {what} cannot be logged ({error.strerror or error}): free space; the same "
+            f"command goes on from the newest checkpoint"
+        )
 
     def note(self, text: str) -> None:
         """A line for the user that leaves the bar whole."""
@@ -99,16 +102,16 @@ class Monitor:
             self._console.note(text)
 
     def close(self) -> None:
-        """Ends the bar and flushes the files; more calls do nothing."""
+        """Ends the bar and flushes the files; more calls do nothing. Raises UserError where that does not work."""
         if self._active:
             self._active = False
             self._console.close()
             for file in (self._metrics, self._evaluations, self._events):
                 try:
                     file.close()
-                except OSError:
+                except OSError as error:
                     if self._problem is None:  # else it is that error again
-                        raise
+                        raise UserError(self._explained("its last step", error)) from None
 
     def __enter__(self) -> Monitor:
         return self

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import os
 import pickle
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalora.checkpoint.files import aside_of, pickled, unpickled, write_file
+from megalora.checkpoint.files import aside_of, save_tensors, unpickled, write_file
 from megalora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,11 +65,14 @@ class Hostile:
         return os.mkdir, ("owned",)
 
 
-@pytest.mark.parametrize("write", [pickle.dumps, lambda value: pickled({"a": torch.ones(2), "b": value})])
-def test_a_hostile_pickle_is_refused(tmp_path, monkeypatch, write):
+@pytest.mark.parametrize("container", ["pickle", "torch"])
+def test_a_hostile_pickle_is_refused(tmp_path, monkeypatch, container):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "file.pt"
-    file.write_bytes(write(Hostile()))
+    if container == "pickle":
+        file.write_bytes(pickle.dumps(Hostile(), protocol=2))
+    else:
+        torch.save({"a": torch.ones(2), "b": Hostile()}, file)
     for mmap in (False, True):
         with pytest.raises(UserError, match="file.pt: cannot be read as tensors and plain values"):
             unpickled(file, mmap)
@@ -88,3 +92,30 @@ def test_a_file_is_whole_or_as_before(tmp_path):
     assert file.read_bytes() == b"old" and not aside_of(file).exists()
     write_file(file, lambda stream: stream.write(b"new"))
     assert [(child.name, child.read_bytes()) for child in tmp_path.iterdir()] == [("file", b"new")]
+
+
+class Disk(io.BytesIO):
+    """With room for `room` bytes."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def write(self, data):
+        if self.tell() + memoryview(data).nbytes > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_tensors_in_a_stream_are_those_of_torch(tmp_path):
+    value = {"a": torch.arange(70_000.0), "b": {"c": torch.ones(0, 3)}, "step": 7, "names": ["x", None]}
+    file = tmp_path / "file.pt"
+    write_file(file, lambda stream: save_tensors(value, stream))
+    for mmap in (False, True):
+        found = unpickled(file, mmap)
+        assert torch.equal(found["a"], value["a"]) and found["b"]["c"].shape == (0, 3)
+        assert (found["step"], found["names"]) == (7, ["x", None])
+    for room in (0, 100, 5_000, file.stat().st_size - 1):
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            save_tensors(value, Disk(room))
+        assert raised.value.errno == errno.ENOSPC
