@@ -17,7 +17,7 @@ from spawn import spawn
 
 from megalora.pipeline.schedule import SCHEDULES
 
-REPEATS = 3
+REPEATS = 5
 
 
 def timed(pipelines: list[Pipeline]) -> list[float]:
