@@ -42,6 +42,20 @@ def test_it_goes_on_from_one_process_and_on_one_process(inputs, alone, tmp_path)
     assert largest_difference(exported(tmp_path / "run"), exported(alone)) < 1e-5
 
 
+@pytest.mark.parametrize("layers", [[0], [2, 3]], ids=str)
+def test_stages_without_an_adapter_need_no_care(inputs, tmp_path, layers):
+    """Whether they stand above the adapters or below; with checkpoints, evaluation and a resume."""
+    lora = tiny.write_json(tmp_path / "lora.json", tiny.LORA | {"layers_to_transform": layers})
+    adapters = []
+    for name, processes, layout in (("one", 1, {}), ("cut", 2, {"pipeline_parallel_size": 2}), ("v", 2, INTERLEAVED)):
+        flags = STEPS | layout | {"lora_config": lora, "eval_data_path": inputs.data, "max_steps": 4}
+        out = tune(processes, inputs.flags(tmp_path / name, **flags | {"max_steps": 2}))[0].out
+        assert ("no backward" in out) == (name == "cut" and 0 not in layers)
+        tune(processes, inputs.flags(tmp_path / name, **flags))
+        adapters.append(exported(tmp_path / name))
+    assert all(largest_difference(adapters[0], other) < 1e-5 for other in adapters[1:])
+
+
 def test_more_chunks_than_layers(inputs, tmp_path):
     flags = INTERLEAVED | {"virtual_pipeline_size": 3}
     done = spawn(tiny.run, 2, [inputs.flags(tmp_path / "run", **flags)])[0][0]

@@ -1,0 +1,101 @@
+"""A stage below, at and above the lowest adapter: what its layers keep for backward, and what backward computes."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from megalora.batch import Batch
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.models.inputs import training_inputs
+from megalora.models.stage import Stage, adaptable_linears
+from megalora.parallel.linear import LinearGroup, Placement
+from megalora.parallel.mesh import Axis
+
+FIELDS = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 67, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+CONFIG = config_from_dict(FIELDS)
+TOKENS = 8
+
+
+def made(lowest: int, recompute: str, **parts) -> Stage:
+    """A stage with adapters in layer `lowest` alone."""
+    fields = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.1, "layers_to_transform": [lowest]}
+    lora = LoraConfig.from_dict(fields).resolve(CONFIG.model_type, adaptable_linears(CONFIG))
+    stage = Stage(CONFIG, range(4), Placement(Axis(), False, torch.float64, "cpu"), lora, recompute=recompute, **parts)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.normal_(std=0.1)
+    stage.refresh_adapters()
+    return stage
+
+
+def inputs():
+    index = torch.arange(TOKENS)
+    batch = Batch(index, index, index, torch.tensor([0, TOKENS], dtype=torch.int32), index)
+    return training_inputs(batch, CONFIG, Placement(Axis(), False, torch.float64, "cpu"), seed=1, step=0)
+
+
+class Held:
+    """A tensor that the graph keeps."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("lowest", [0, 2, 3])
+def test_layers_below_the_lowest_adapter_keep_nothing(lowest, recompute):
+    stage = made(lowest, recompute)
+    layer, packed = [0], []  # 4: norm, head and loss
+    for i, module in stage.model.layers.items():
+        module.register_forward_pre_hook(lambda *_, i=i: layer.__setitem__(0, int(i)))
+    stage.model.layers["3"].register_forward_hook(lambda *_: layer.__setitem__(0, 4))
+
+    def pack(tensor):
+        held = Held(tensor)
+        packed.append((layer[0], weakref.ref(held)))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        loss = stage(None, inputs())
+    gc.collect()
+    kept = {i for i, held in packed if held() is not None}
+    # A checkpoint lays the layer's inputs aside before the layer begins, so that they count for the one before.
+    assert min(kept) == max(0, lowest - (recompute == "full"))
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in stage.trainable().values())
+
+
+@pytest.mark.parametrize("lowest", [0, 2])
+def test_the_first_adapted_layer_gives_no_gradient_of_its_input(lowest, monkeypatch):
+    stage, wants = made(lowest, "none"), {}
+    names = {group: (int(i), n) for i, layer in stage.model.layers.items() for n, group in enumerate(layer.groups())}
+    call = LinearGroup.__call__
+
+    def noted(self, X, tokens):
+        wants[names[self]] = X.requires_grad
+        return call(self, X, tokens)
+
+    monkeypatch.setattr(LinearGroup, "__call__", noted)
+    stage(None, inputs()).backward()
+    assert {name for name, wanted in wants.items() if not wanted} == {
+        (i, n) for i in range(lowest + 1) for n in range(4) if i < lowest or n == 0
+    }
+
+
+def test_chunks_are_the_layers_of_one_stage_one_after_another():
+    whole = made(0, "none")
+    chunked = Stage(CONFIG, range(0, 1), whole.place, whole.lora, further=[range(1, 2), range(2, 4)])
+    assert list(chunked.state_dict()) == list(whole.state_dict())
+    chunked.load_state_dict(whole.state_dict())
+    chunked.refresh_adapters()
+    hidden, data = None, inputs()
+    for chunk in range(3):
+        hidden = chunked(hidden, data, chunk)
+    # Between chunks the residual stream is added up, within one it is left to the next norm: rounding may differ.
+    assert hidden.item() == pytest.approx(whole(None, data).item(), rel=1e-13)
