@@ -1,12 +1,15 @@
-"""One training step, megalora against transformers + peft, in turn on the same tokens and weights.
+"""One training step, megalora against transformers + peft, on the same tokens.
 
     OMP_NUM_THREADS=2 python benchmarks/train_step.py                    # CPU: the shape of SmolLM2-135M
     python benchmarks/train_step.py --model CONFIG.json --seq_length 2048 --labels all --r 16 --dropout 0.1 \
         --target_modules all-linear                                      # GPU, bfloat16
 
 The model is the shape of a config.json with random weights (an HF folder with weights gives its own). Each row is one
-document. A step is zero_grad, forward, backward, gradient clipping and AdamW. Prints the median of each contender, the
-ratio, peak memory on a GPU, and writes JSON with --output.
+document. A step is zero_grad, forward, backward, gradient clipping and AdamW. Contenders: ours; peft, eager with
+torch's own choice of attention; liger, the same with Liger's kernels and cuDNN's attention (where liger_kernel is
+installed). On a CPU they make their steps in turn and on the same weights; on a GPU one runs after the other, each with
+the memory to itself. Prints the median of each, its peak memory on a GPU (what torch has reserved), and how much faster
+ours is; --output writes JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -22,11 +26,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalora.batch import Batch
 from megalora.building import build_stage, load_adapter, resolve_lora
 from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
+from megalora.models.graphs import choose_graphs
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.linear import Placement
@@ -51,7 +57,7 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
 }
 LEARNING_RATE = 1e-4
-OURS, PEER = "megalora", "transformers + peft"
+CONTENDERS = {"ours": "megalora", "peft": "transformers + peft", "liger": "the same + Liger + cuDNN"}
 
 
 class Step:
@@ -78,8 +84,8 @@ class Step:
         self.token_count = rows * length
 
 
-def ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict, data: Step, dtype: torch.dtype, options):
-    """A function that makes one step of ours and returns its loss."""
+def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data: Step, dtype: torch.dtype, options):
+    """A function that makes one step of ours and returns its loss; weights None: random ones."""
     config = config_from_dict(fields)
     mesh = ParallelMesh()
     resolved = resolve_lora(LoraConfig.from_dict(lora), config)
@@ -87,10 +93,15 @@ def ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict, data: Step,
     place = Placement(mesh.tp, False, dtype, device)
     stage, cut = build_stage(config, mesh, resolved, place, recompute=options.recompute)
     parameters = stage.trainable()
-    for name, parameter in stage.named_parameters():
-        if not parameter.requires_grad:
-            parameter.data.copy_(weights[name])
-    load_adapter(stage, {name: weights[name] for name in parameters}, "of the benchmark")
+    if weights is None:
+        randomize(stage)
+    else:
+        for name, parameter in stage.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data.copy_(weights[name])
+        load_adapter(stage, {name: weights[name] for name in parameters}, "of the benchmark")
+    if choose_graphs(vars(options).get("cuda_graphs"), place, mesh)[0]:
+        stage.use_graphs()
     shape = (data.token_count, config.hidden_size)
     trainer = Trainer(
         stage,
@@ -108,20 +119,45 @@ def ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict, data: Step,
     return lambda: trainer.step(next(count), data).loss
 
 
-def peers(model: torch.nn.Module, data: Step) -> Callable[[], float]:
+@torch.no_grad()
+def randomize(module: torch.nn.Module) -> None:
+    """Weights as an untrained model has them, and a B that is not zero."""
+    torch.manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            parameter.normal_(std=0.02)
+
+
+def peers(model: torch.nn.Module, data: Step, attention: Callable = contextlib.nullcontext) -> Callable[[], float]:
     """A function that makes one step of transformers + peft and returns its loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = model(input_ids=data.ids, labels=data.labels, use_cache=False).loss
-        loss.backward()
+        with attention():
+            loss = model(input_ids=data.ids, labels=data.labels, use_cache=False).loss
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return loss.item()
 
     return step
+
+
+def cudnn_attention() -> contextlib.AbstractContextManager:
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(backends, set_priority=True)
+
+
+def with_liger(model: torch.nn.Module) -> torch.nn.Module:
+    """Liger's kernels in place of the model's own, as transformers' Trainer puts them there."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model.get_base_model())
+    return model
 
 
 def build_peer(fields: dict, lora: dict, dtype: torch.dtype, device: torch.device, options) -> torch.nn.Module:
@@ -147,12 +183,43 @@ def build_peer(fields: dict, lora: dict, dtype: torch.dtype, device: torch.devic
     return model
 
 
+def measure(steps: dict[str, Callable[[], float]], device: torch.device, warmup: int, count: int) -> dict[str, dict]:
+    """Seconds of each step after `warmup` of them, made in turn; the first loss; peak memory in GiB on a GPU."""
+    found = {name: {"seconds": [], "loss": None, "peak_gib": None} for name in steps}
+    for i in range(warmup + count):
+        for name, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            loss = step()  # its value is read on the host
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            elapsed = time.perf_counter() - start
+            result = found[name]
+            result["loss"] = loss if i == 0 else result["loss"]
+            if i >= warmup:
+                result["seconds"].append(elapsed)
+                if device.type == "cuda":
+                    result["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return found
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def plain_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The peer's tensors by our names."""
     return {
         name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", ""): p.detach()
         for name, p in model.named_parameters(remove_duplicate=False)
     }
+
+
+def has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def main() -> None:
@@ -167,7 +234,8 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--target_modules", nargs="+", default=["q_proj", "v_proj"])
     parser.add_argument("--recompute", choices=("none", "full"), default="none")
-    parser.add_argument("--only", choices=("ours", "peer"), help="leave the other out (memory, profiles)")
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all that can run here")
+    parser.add_argument("--no_cuda_graphs", dest="cuda_graphs", action="store_const", const=False)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
@@ -189,43 +257,37 @@ def main() -> None:
         "target_modules": targets[0] if targets == ["all-linear"] else targets,
     }
     data = Step(options.rows, options.seq_length, fields["vocab_size"], options.labels == "half", device)
-    model = build_peer(fields, lora, dtype, device, options)
-    contenders = {}
-    if options.only != "peer":
-        contenders[OURS] = ours(plain_weights(model), fields, lora, data, dtype, options)
-    if options.only != "ours":
-        contenders[PEER] = peers(model, data)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    losses, peaks = {}, {}
-    for i in range(options.warmup + options.steps):
-        for name, step in contenders.items():
-            if device.type == "cuda":
-                gc.collect()
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            loss = step()  # its value is read on the host, so the step has ended
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
-            losses.setdefault(name, loss)
-            if i >= options.warmup:
-                seconds[name].append(elapsed)
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        spread = f"{min(seconds[name]):.3f} .. {max(seconds[name]):.3f}"
-        memory = f", peak {peaks[name]:.1f} GiB" if peaks[name] is not None else ""
-        speed = data.token_count / median
-        print(f"{name:20s} {median:.4f} s ({spread}), {speed:,.0f} tokens/s, first loss {losses[name]:.4f}{memory}")
+    names = options.contenders or ["ours", "peft", *(["liger"] if device.type == "cuda" and has_liger() else [])]
+    make = {
+        "ours": lambda: ours(None, fields, lora, data, dtype, options),
+        "peft": lambda: peers(build_peer(fields, lora, dtype, device, options), data),
+        "liger": lambda: peers(with_liger(build_peer(fields, lora, dtype, device, options)), data, cudnn_attention),
+    }
+    if device.type == "cpu" and names == ["ours", "peft"]:
+        model = build_peer(fields, lora, dtype, device, options)
+        steps = {"ours": ours(plain_weights(model), fields, lora, data, dtype, options), "peft": peers(model, data)}
+        results = measure(steps, device, options.warmup, options.steps)
+    else:
+        results = {}
+        for name in names:
+            results |= measure({name: make[name]()}, device, options.warmup, options.steps)
+            release(device)
+    for name, result in results.items():
+        times = result["seconds"]
+        median = result["median"] = statistics.median(times)
+        memory = "" if result["peak_gib"] is None else f", peak {result['peak_gib']:.1f} GiB"
+        print(
+            f"{CONTENDERS[name]:26s} {median:.4f} s ({min(times):.3f} .. {max(times):.3f}), "
+            f"{data.token_count / median:,.0f} tokens/s, first loss {result['loss']:.4f}{memory}"
+        )
+    for name in results.keys() - {"ours"} if "ours" in results else ():
+        ratio = results[name]["median"] / results["ours"]["median"]
+        print(f"ours is {ratio:.3f} times as fast as {CONTENDERS[name]} (takes {1 / ratio:.3f} of its time)")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    ratio = medians[OURS] / medians[PEER] if len(medians) == 2 else None
-    if ratio is not None:
-        print(f"time ours / peer {ratio:.3f}")
     print(f"{where}, {dtype}, torch {torch.__version__}")
     if options.output:
         record = {"options": vars(options) | {"output": None}, "where": where, "torch": torch.__version__}
-        record |= {"medians": medians, "seconds": seconds, "ratio": ratio, "peak_gib": peaks, "losses": losses}
-        options.output.write_text(json.dumps(record, indent=1))
+        options.output.write_text(json.dumps(record | {"results": results}, indent=1))
 
 
 if __name__ == "__main__":

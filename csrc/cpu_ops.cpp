@@ -180,7 +180,9 @@ LoraInputs lora_inputs(const Tensor& x, const Tensor& A, int64_t rank, const Ten
 }
 
 void lora_down_(Tensor& z, const Tensor& x, const Tensor& A, const Tensor& token_index, int64_t seed, int64_t site,
-                int64_t step, int64_t feature_offset, double p, const std::optional<Tensor>& live_step) {
+                int64_t step, int64_t feature_offset, double p, const std::optional<Tensor>& live_step,
+                const std::optional<Tensor>& copy) {
+  if (copy) copy->copy_(x);
   const Tensor wide_A = padded_A(A, x);
   const int64_t rank = A.size(0);
   const LoraInputs in =
@@ -191,9 +193,10 @@ void lora_down_(Tensor& z, const Tensor& x, const Tensor& A, const Tensor& token
   for_rows(lora_down_rows, args, x.size(0), std::max<int64_t>(1, x.size(1)));
 }
 
-void lora_down_input_grad_(Tensor& dx, const Tensor& dz, const Tensor& A, const Tensor& token_index, int64_t seed,
+void lora_down_input_grad_(Tensor& in_place, const Tensor& dz, const Tensor& A, const Tensor& token_index, int64_t seed,
                            int64_t site, int64_t step, int64_t feature_offset, double p,
-                           const std::optional<Tensor>& live_step) {
+                           const std::optional<Tensor>& live_step, const std::optional<Tensor>& out) {
+  const Tensor dx = out ? out->copy_(in_place) : in_place;
   const Tensor wide_A = padded_A(A, dx);
   const LoraInputs in =
       lora_inputs(dx, wide_A, A.size(0), token_index, make_mask(seed, site, step, feature_offset, p, live_step));

@@ -209,6 +209,8 @@ void with_row_shape(int64_t size, Body body) {
 
 // ---- SwiGLU
 
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+
 template <typename T>
 __global__ void swiglu_kernel(const T* gate_up, T* out, int64_t out_stride, int64_t rows, int64_t size) {
   constexpr int each = Vector<T>::size;
@@ -220,7 +222,7 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int64_t out_stride, int6
 #pragma unroll
   for (int j = 0; j < each; ++j) {
     const float g = to_float(gate.at[j]);
-    y.at[j] = from_float<T>(to_float(from_float<T>(g / (1.f + __expf(-g)))) * to_float(up.at[j]));
+    y.at[j] = from_float<T>(to_float(from_float<T>(g * sigmoid(g))) * to_float(up.at[j]));
   }
   store(out + row * out_stride + at, y);
 }
@@ -237,8 +239,8 @@ __global__ void swiglu_backward_kernel(const T* dy, int64_t dy_stride, const T* 
   Vector<T> dgate, dup;
 #pragma unroll
   for (int j = 0; j < each; ++j) {
-    const float g = to_float(gate.at[j]), s = 1.f / (1.f + __expf(-g)), dj = to_float(d.at[j]);
-    dup.at[j] = from_float<T>(dj * g * s);
+    const float g = to_float(gate.at[j]), s = sigmoid(g), dj = to_float(d.at[j]);
+    dup.at[j] = from_float<T>(dj * (g * s));
     dgate.at[j] = from_float<T>(dj * to_float(up.at[j]) * s * (1.f + g * (1.f - s)));
   }
   store(grad + first, dgate);
@@ -340,22 +342,32 @@ __global__ void cross_entropy_grad_kernel(T* logits, int64_t row_stride, const i
   T* line = logits + row * row_stride;
   const float top = max[row], inverse = 1.f / total[row];
   const int64_t place = label[row];
-  for (int64_t at = int64_t{threadIdx.x} * each; at < vocab; at += kLossThreads * each) {
-    const int count = vocab - at < each ? static_cast<int>(vocab - at) : each;
-    Vector<T> v;
-    if (count == each) {
-      v = load(line + at);
-    } else {
-      for (int j = 0; j < count; ++j) v.at[j] = line[at + j];
+  constexpr int ahead = 4;  // loads in flight before the first store, which they may not pass
+  for (int64_t first = int64_t{threadIdx.x} * each; first < vocab; first += ahead * kLossThreads * each) {
+    Vector<T> v[ahead];
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      const int64_t at = first + k * kLossThreads * each;
+      if (at + each <= vocab) {
+        v[k] = load(line + at);
+      } else {
+        for (int j = 0; j < each; ++j) v[k].at[j] = at + j < vocab ? line[at + j] : from_float<T>(0.f);
+      }
     }
 #pragma unroll
-    for (int j = 0; j < each; ++j) {
-      if (j < count) v.at[j] = from_float<T>(__expf(to_float(v.at[j]) - top) * inverse - (at + j == place ? 1.f : 0.f));
-    }
-    if (count == each) {
-      store(line + at, v);
-    } else {
-      for (int j = 0; j < count; ++j) line[at + j] = v.at[j];
+    for (int k = 0; k < ahead; ++k) {
+      const int64_t at = first + k * kLossThreads * each;
+#pragma unroll
+      for (int j = 0; j < each; ++j) {
+        v[k].at[j] = from_float<T>(__expf(to_float(v[k].at[j]) - top) * inverse - (at + j == place ? 1.f : 0.f));
+      }
+      if (at + each <= vocab) {
+        store(line + at, v[k]);
+      } else {
+        for (int j = 0; j < each; ++j) {
+          if (at + j < vocab) line[at + j] = v[k].at[j];
+        }
+      }
     }
   }
 }

@@ -2,7 +2,7 @@
 //
 //   z   = dropout(x) A^T            down_kernel
 //   dA  = dz^T dropout(x)           weight_grad_kernel    (and dB^T = z^T dy, without a mask)
-//   dx += mask * scale * (dz A)     input_grad_kernel
+//   dx += mask * scale * (dz A)     input_grad_kernel, alone or with the backward pass of the SwiGLU that made x
 //
 // The mask is drawn in registers: one Philox call gives the eight 16-bit lanes of eight consecutive features of one
 // token, which is one 16-byte load. The operands of mma.m16n8k16 are laid out so that each thread owns such octets: the
@@ -244,6 +244,7 @@ struct Matrix {  // rows of 16-bit floats
 
 struct DownArguments {
   Matrix z, x;
+  Matrix copy;  // of x, as far as it goes; null: none
   const uint16_t* A;
   Draw draw;
   int tokens, features, rank, z_columns;
@@ -301,6 +302,14 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
     A_limit[i] = rank < arguments.rank ? span - column : 0;
   }
   const uint32_t thread_place = shared_address(shared + thread);
+  uint16_t* copy_to[2 * row_tiles];
+#pragma unroll
+  for (int i = 0; i < 2 * row_tiles; ++i) {
+    const int row = warp_row + 8 * i + g;
+    const bool there = arguments.copy.data != nullptr && row < arguments.tokens;
+    copy_to[i] = there ? arguments.copy.data + row * arguments.copy.stride + first_feature + 64 * feature_warp + 8 * t
+                       : nullptr;
+  }
 
   auto copy_stage = [&](int stage) {
     const uint32_t to = thread_place + stage * (Shape::stage_octets * 16);
@@ -353,7 +362,10 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
         // Always masked, if by ones: the results can then be computed right into the registers that an mma wants.
         uint4 kept = kAll;
         if (draw.on) kept = token[i].keep_block(draw, step_draw, block + 4 * half);
-        v[i] = x[(half * 2 * row_tiles + i) * threads] & kept;
+        const uint4 all = x[(half * 2 * row_tiles + i) * threads];
+        const int at = step * Shape::stage_features + 32 * half;
+        if (copy_to[i] != nullptr && at < x_limit) *reinterpret_cast<uint4*>(copy_to[i] + at) = all;
+        v[i] = all & kept;
       }
 #pragma unroll
       for (int j = 0; j < rank_tiles; ++j) {
@@ -607,7 +619,33 @@ struct InputGradArguments {
   const uint16_t* A;
   Draw draw;
   int tokens, features, rank;
+  Matrix out;  // where dx + the term goes: dx itself or another place
+  // With gate_up [T, 2 F]: dx + the term goes on to grad [T, 2 F] instead; and where `made` [T, F] is not null, mask * x is
+  // made again there. All contiguous.
+  const uint16_t* gate_up;
+  uint16_t* grad;
+  uint16_t* made;
 };
+
+// (d gate, d up, x) of x = silu(gate) * up, two at a time; in the order of operations of elementwise.cu.
+template <bool bfloat16>
+__device__ __forceinline__ void swiglu_backward(uint32_t d, uint32_t gate, uint32_t up, uint32_t& dgate, uint32_t& dup,
+                                                uint32_t& made) {
+  const float2 ds = unpack<bfloat16>(d), gates = unpack<bfloat16>(gate), ups = unpack<bfloat16>(up);
+  const float dj[2] = {ds.x, ds.y}, g[2] = {gates.x, gates.y}, u[2] = {ups.x, ups.y};
+  float to_gate[2], to_up[2], silu[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float s = __fdividef(1.f, 1.f + __expf(-g[j]));
+    silu[j] = g[j] * s;
+    to_up[j] = dj[j] * silu[j];
+    to_gate[j] = dj[j] * u[j] * s * (1.f + g[j] * (1.f - s));
+  }
+  dgate = pack<bfloat16>(to_gate[0], to_gate[1]);
+  dup = pack<bfloat16>(to_up[0], to_up[1]);
+  const float2 rounded = unpack<bfloat16>(pack<bfloat16>(silu[0], silu[1]));
+  made = pack<bfloat16>(rounded.x * u[0], rounded.y * u[1]);
+}
 
 // A block has 64·groups features, whose part of A lies in shared memory in the order of the mma's operand, and goes
 // through its share of the tokens: each warp by itself, 16 tokens and 64 features at a time, with dx copied ahead into
@@ -624,7 +662,7 @@ struct InputGradShape {
   static constexpr int shared_bytes = (A_octets + stages * dx_octets) * 16;
 };
 
-template <bool bfloat16, typename Shape>
+template <bool bfloat16, bool gated, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
     input_grad_kernel(const __grid_constant__ InputGradArguments arguments) {
   constexpr int rank_steps = Shape::rank_steps, stages = Shape::stages, threads = Shape::threads;
@@ -643,12 +681,10 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 
   auto row_of = [&](int tile, int i) { return first_token + tile * stride + g + 8 * i; };
   const int first_column = first_feature + 8 * t;
-  auto place_of = [&](int tile, int i) {
-    return arguments.dx.data + row_of(tile, i) * arguments.dx.stride + first_column;
-  };
+  auto place_of = [&](const Matrix& m, int tile, int i) { return m.data + row_of(tile, i) * m.stride + first_column; };
 
   int ahead_tile = 0, ahead_group = 0;  // of the next unit to copy
-  const uint16_t* from[2] = {place_of(0, 0), place_of(0, 1)};
+  const uint16_t* from[2] = {place_of(arguments.dx, 0, 0), place_of(arguments.dx, 0, 1)};
   auto copy_stage = [&](int stage) {
     const uint32_t to = dx_to + stage * (Shape::dx_octets * 16);
 #pragma unroll
@@ -661,7 +697,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
     }
     if (++ahead_group == groups) {
       ahead_group = 0, ++ahead_tile;
-      from[0] = place_of(ahead_tile, 0), from[1] = place_of(ahead_tile, 1);
+      from[0] = place_of(arguments.dx, ahead_tile, 0), from[1] = place_of(arguments.dx, ahead_tile, 1);
     }
   };
 #pragma unroll
@@ -724,12 +760,27 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
       for (int k = 0; k < rank_steps; ++k) dz[k][i] = dz_ahead[i][k].x, dz[k][2 + i] = dz_ahead[i][k].y;
     }
     read_rows(tile + 1);
-    uint16_t* row[2] = {place_of(tile, 0), place_of(tile, 1)};
+    uint16_t* row[2] = {place_of(arguments.out, tile, 0), place_of(arguments.out, tile, 1)};
     const bool there[2] = {row_of(tile, 0) < arguments.tokens, row_of(tile, 1) < arguments.tokens};
 #pragma unroll 1
     for (int group = 0; group < groups; ++group, ++unit) {
       if (unit + stages - 1 < units) copy_stage(writing.stage);
       commit_copies();
+      uint4 gate[2][2], up[2][2];
+      if constexpr (gated) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int column = first_column + 64 * group + 32 * half;
+            const int64_t place = int64_t{row_of(tile, i)} * 2 * arguments.features + column;
+            if (there[i] && column < arguments.features) {
+              gate[half][i] = __ldg(reinterpret_cast<const uint4*>(arguments.gate_up + place));
+              up[half][i] = __ldg(reinterpret_cast<const uint4*>(arguments.gate_up + place + arguments.features));
+            }
+          }
+        }
+      }
       wait_copies<stages - 1>();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -757,7 +808,23 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
             const uint32_t total = pack<bfloat16>(fmaf(d[0], draw.scale, old.x), fmaf(d[1], draw.scale, old.y));
             after[q] = (total & word(kept, q)) | (word(before, q) & ~word(kept, q));
           }
-          if (there[i] && column < arguments.features) {
+          if (!there[i] || column >= arguments.features) continue;
+          if constexpr (gated) {
+            uint32_t dgate[4], dup[4], made[4];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              swiglu_backward<bfloat16>(after[q], word(gate[half][i], q), word(up[half][i], q), dgate[q], dup[q],
+                                        made[q]);
+              made[q] &= word(kept, q);
+            }
+            const int64_t place = int64_t{row_of(tile, i)} * arguments.features + column;
+            uint16_t* grad = arguments.grad + int64_t{row_of(tile, i)} * arguments.features + place;
+            *reinterpret_cast<uint4*>(grad) = {dgate[0], dgate[1], dgate[2], dgate[3]};
+            *reinterpret_cast<uint4*>(grad + arguments.features) = {dup[0], dup[1], dup[2], dup[3]};
+            if (arguments.made != nullptr) {
+              *reinterpret_cast<uint4*>(arguments.made + place) = {made[0], made[1], made[2], made[3]};
+            }
+          } else {
             *reinterpret_cast<uint4*>(row[i] + 32 * half) = {after[0], after[1], after[2], after[3]};
           }
         }
@@ -860,9 +927,9 @@ cudaError_t run_weight_grad(WeightGradArguments arguments, cudaStream_t stream) 
   return launch_clusters<Shape>(kernel, tiles, splits, arguments, stream);
 }
 
-template <bool bfloat16, typename Shape>
-cudaError_t run_input_grad(const InputGradArguments& arguments, cudaStream_t stream) {
-  const auto kernel = &input_grad_kernel<bfloat16, Shape>;
+template <bool bfloat16, bool gated, typename Shape>
+cudaError_t run_input_grad_kernel(const InputGradArguments& arguments, cudaStream_t stream) {
+  const auto kernel = &input_grad_kernel<bfloat16, gated, Shape>;
   int device, sms;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
@@ -875,6 +942,12 @@ cudaError_t run_input_grad(const InputGradArguments& arguments, cudaStream_t str
   const int64_t rows = std::min(divide_up(arguments.tokens, 16 * Shape::warps), slots);
   kernel<<<dim3(columns, rows), Shape::threads, Shape::shared_bytes, stream>>>(arguments);
   return cudaGetLastError();
+}
+
+template <bool bfloat16, typename Shape>
+cudaError_t run_input_grad(const InputGradArguments& arguments, cudaStream_t stream) {
+  return arguments.gate_up == nullptr ? run_input_grad_kernel<bfloat16, false, Shape>(arguments, stream)
+                                      : run_input_grad_kernel<bfloat16, true, Shape>(arguments, stream);
 }
 
 // The shapes by rank, as measured on an H200.
@@ -912,12 +985,13 @@ Matrix matrix(const void* data, int64_t stride) {
 
 }  // namespace
 
-cudaError_t launch_lora_down(void* z, int64_t z_stride, int64_t z_columns, const void* x, int64_t x_stride,
-                             const void* A, int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
+cudaError_t launch_lora_down(void* z, int64_t z_stride, int64_t z_columns, const void* x, int64_t x_stride, void* copy,
+                             int64_t copy_stride, const void* A, int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
                              bool bfloat16, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   const DownArguments arguments{matrix(z, z_stride),
                                 matrix(x, x_stride),
+                                matrix(copy, copy_stride),
                                 static_cast<const uint16_t*>(A),
                                 make_draw(mask),
                                 static_cast<int>(tokens),
@@ -946,9 +1020,9 @@ cudaError_t launch_lora_weight_grad(float* out, bool transposed, float scaling, 
   return bfloat16 ? weight_grad_by_rank<true>(arguments, stream) : weight_grad_by_rank<false>(arguments, stream);
 }
 
-cudaError_t launch_lora_down_input_grad(void* dx, int64_t dx_stride, const void* dz, int64_t dz_stride, const void* A,
-                                        int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
-                                        bool bfloat16, cudaStream_t stream) {
+cudaError_t launch_lora_down_input_grad(void* out, int64_t out_stride, const void* dx, int64_t dx_stride, const void* dz,
+                                        int64_t dz_stride, const void* A, int64_t tokens, int64_t features,
+                                        int64_t rank, const LoraMask& mask, const SwiGluMade& made, bool bfloat16, cudaStream_t stream) {
   if (tokens == 0 || features == 0) return cudaSuccess;
   const InputGradArguments arguments{matrix(dx, dx_stride),
                                      matrix(dz, dz_stride),
@@ -956,7 +1030,11 @@ cudaError_t launch_lora_down_input_grad(void* dx, int64_t dx_stride, const void*
                                      make_draw(mask),
                                      static_cast<int>(tokens),
                                      static_cast<int>(features),
-                                     static_cast<int>(rank)};
+                                     static_cast<int>(rank),
+                                     matrix(out, out_stride),
+                                     static_cast<const uint16_t*>(made.gate_up),
+                                     static_cast<uint16_t*>(made.grad),
+                                     static_cast<uint16_t*>(made.x)};
   return bfloat16 ? input_grad_by_rank<true>(arguments, stream) : input_grad_by_rank<false>(arguments, stream);
 }
 

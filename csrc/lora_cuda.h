@@ -21,9 +21,9 @@ struct LoraMask {
   uint32_t threshold;
 };
 
-// z [T, z_columns] = dropout(x [T, F]) A [R, F]^T, and zeros in the columns from R on.
-cudaError_t launch_lora_down(void* z, int64_t z_stride, int64_t z_columns, const void* x, int64_t x_stride,
-                             const void* A, int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
+// z [T, z_columns] = dropout(x [T, F]) A [R, F]^T, and zeros in the columns from R on; copy [T, F] = x where not null.
+cudaError_t launch_lora_down(void* z, int64_t z_stride, int64_t z_columns, const void* x, int64_t x_stride, void* copy,
+                             int64_t copy_stride, const void* A, int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
                              bool bfloat16, cudaStream_t stream);
 
 // out = scaling * dz [T, R]^T dropout(x [T, F]) in float32: [R, F], or [F, R] if `transposed`; contiguous.
@@ -31,9 +31,18 @@ cudaError_t launch_lora_weight_grad(float* out, bool transposed, float scaling, 
                                     const void* x, int64_t x_stride, int64_t tokens, int64_t features, int64_t rank,
                                     const LoraMask& mask, bool bfloat16, cudaStream_t stream);
 
-// dx [T, F] += dropout's mask and scale * (dz [T, R] A [R, F]), in place.
-cudaError_t launch_lora_down_input_grad(void* dx, int64_t dx_stride, const void* dz, int64_t dz_stride, const void* A,
-                                        int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
-                                        bool bfloat16, cudaStream_t stream);
+// out [T, F] = dx [T, F] + dropout's mask and scale * (dz [T, R] A [R, F]); out may be dx.
+//
+// Where x = silu(gate) * up, with gate_up [T, 2 F] and gate before up, and gate_up is not null: that sum goes on to
+// grad [T, 2 F], the gradient of gate_up, and out is not written; x is made again where it is not null, and is 0 where it
+// is dropped. All contiguous.
+struct SwiGluMade {
+  const void* gate_up;
+  void *grad, *x;
+};
+cudaError_t launch_lora_down_input_grad(void* out, int64_t out_stride, const void* dx, int64_t dx_stride, const void* dz,
+                                        int64_t dz_stride, const void* A, int64_t tokens, int64_t features,
+                                        int64_t rank, const LoraMask& mask, const SwiGluMade& made, bool bfloat16,
+                                        cudaStream_t stream);
 
 }  // namespace megalora

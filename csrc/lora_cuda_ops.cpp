@@ -24,7 +24,7 @@ namespace {
 at::ScalarType grad_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 void lora_down_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t,
-                     int64_t, double, const std::optional<at::Tensor>&) {}
+                     int64_t, double, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&) {}
 
 at::Tensor lora_down_weight_grad_meta(const at::Tensor& dz_TR, const at::Tensor& x_TK, const at::Tensor&, int64_t,
                                       int64_t, int64_t, int64_t, double, const std::optional<at::Tensor>&) {
@@ -32,7 +32,13 @@ at::Tensor lora_down_weight_grad_meta(const at::Tensor& dz_TR, const at::Tensor&
 }
 
 void lora_down_input_grad_meta_(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t,
-                                int64_t, int64_t, double, const std::optional<at::Tensor>&) {}
+                                int64_t, int64_t, double, const std::optional<at::Tensor>&,
+                                const std::optional<at::Tensor>&) {}
+
+void swiglu_lora_backward_meta_(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                const at::Tensor&, int64_t, int64_t, int64_t, int64_t, double,
+                                const std::optional<at::Tensor>&, const at::Tensor&,
+                                const std::optional<at::Tensor>&) {}
 
 at::Tensor lora_up_weight_grad_meta(const at::Tensor& dy_TO, const at::Tensor& z_TR, double) {
   return at::empty_symint({dy_TO.sym_size(1), z_TR.sym_size(1)}, dy_TO.options().dtype(grad_type(dy_TO)));
@@ -92,17 +98,23 @@ LoraMask make_mask(const at::Tensor& x_TK, const at::Tensor& token_index_T, int6
 
 void lora_down_(at::Tensor& z_TZ, const at::Tensor& x_TK, const at::Tensor& A_RK, const at::Tensor& token_index_T,
                 int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p,
-                const std::optional<at::Tensor>& live_step) {
+                const std::optional<at::Tensor>& live_step, const std::optional<at::Tensor>& copy) {
   check_matrix(x_TK, x_TK);
   check_matrix(z_TZ, x_TK);
   check_A(A_RK, x_TK);
   MEGALORA_CHECK(z_TZ.size(0) == x_TK.size(0), z_TZ.sizes(), " for ", x_TK.sizes());
   MEGALORA_CHECK(z_TZ.size(1) >= A_RK.size(0), z_TZ.sizes(), " for rank ", A_RK.size(0));
+  if (copy) {
+    check_matrix(*copy, x_TK);
+    MEGALORA_CHECK(copy->sizes() == x_TK.sizes(), copy->sizes(), " for ", x_TK.sizes());
+  }
   const LoraMask mask = make_mask(x_TK, token_index_T, seed, site, step, feature_offset, p, live_step);
   const c10::cuda::CUDAGuard guard(x_TK.device());
   C10_CUDA_CHECK(launch_lora_down(z_TZ.mutable_data_ptr(), z_TZ.stride(0), z_TZ.size(1), x_TK.const_data_ptr(),
-                                  x_TK.stride(0), A_RK.const_data_ptr(), x_TK.size(0), x_TK.size(1), A_RK.size(0), mask,
-                                  x_TK.scalar_type() == at::kBFloat16, c10::cuda::getCurrentCUDAStream()));
+                                  x_TK.stride(0), copy ? copy->mutable_data_ptr() : nullptr,
+                                  copy ? copy->stride(0) : 0, A_RK.const_data_ptr(), x_TK.size(0), x_TK.size(1),
+                                  A_RK.size(0), mask, x_TK.scalar_type() == at::kBFloat16,
+                                  c10::cuda::getCurrentCUDAStream()));
 }
 
 at::Tensor weight_grad(const at::Tensor& dz_TR, const at::Tensor& x_TK, const LoraMask& mask, double scaling,
@@ -133,20 +145,48 @@ at::Tensor lora_up_weight_grad(const at::Tensor& dy_TO, const at::Tensor& z_TR, 
   return weight_grad(z_TR, dy_TO, {}, scaling, true);
 }
 
-void lora_down_input_grad_(at::Tensor& dx_TK, const at::Tensor& dz_TR, const at::Tensor& A_RK,
-                           const at::Tensor& token_index_T, int64_t seed, int64_t site, int64_t step,
-                           int64_t feature_offset, double p, const std::optional<at::Tensor>& live_step) {
+void input_grad(const at::Tensor& out, const at::Tensor& dx_TK, const at::Tensor& dz_TR, const at::Tensor& A_RK, const LoraMask& mask,
+                const SwiGluMade& made) {
   check_matrix(dx_TK, dx_TK);
   check_matrix(dz_TR, dx_TK);
   check_A(A_RK, dx_TK);
   MEGALORA_CHECK(dz_TR.size(0) == dx_TK.size(0), dz_TR.sizes(), " for ", dx_TK.sizes());
   MEGALORA_CHECK(dz_TR.size(1) == A_RK.size(0), dz_TR.sizes(), " for ", A_RK.sizes());
-  const LoraMask mask = make_mask(dx_TK, token_index_T, seed, site, step, feature_offset, p, live_step);
+  check_matrix(out, dx_TK);
+  MEGALORA_CHECK(out.sizes() == dx_TK.sizes(), out.sizes(), " for ", dx_TK.sizes());
   const c10::cuda::CUDAGuard guard(dx_TK.device());
-  C10_CUDA_CHECK(launch_lora_down_input_grad(dx_TK.mutable_data_ptr(), dx_TK.stride(0), dz_TR.const_data_ptr(),
+  C10_CUDA_CHECK(launch_lora_down_input_grad(const_cast<void*>(out.const_data_ptr()), out.stride(0),
+                                             dx_TK.const_data_ptr(), dx_TK.stride(0), dz_TR.const_data_ptr(),
                                              dz_TR.stride(0), A_RK.const_data_ptr(), dx_TK.size(0), dx_TK.size(1),
-                                             A_RK.size(0), mask, dx_TK.scalar_type() == at::kBFloat16,
+                                             A_RK.size(0), mask, made, dx_TK.scalar_type() == at::kBFloat16,
                                              c10::cuda::getCurrentCUDAStream()));
+}
+
+void lora_down_input_grad_(at::Tensor& dx_TK, const at::Tensor& dz_TR, const at::Tensor& A_RK,
+                           const at::Tensor& token_index_T, int64_t seed, int64_t site, int64_t step,
+                           int64_t feature_offset, double p, const std::optional<at::Tensor>& live_step,
+                           const std::optional<at::Tensor>& out) {
+  const LoraMask mask = make_mask(dx_TK, token_index_T, seed, site, step, feature_offset, p, live_step);
+  input_grad(out ? *out : dx_TK, dx_TK, dz_TR, A_RK, mask, {});
+}
+
+void swiglu_lora_backward_(const at::Tensor& dy_TK, const at::Tensor& gate_up, const at::Tensor& dz_TR,
+                           const at::Tensor& A_RK, const at::Tensor& token_index_T, int64_t seed, int64_t site,
+                           int64_t step, int64_t feature_offset, double p, const std::optional<at::Tensor>& live_step,
+                           const at::Tensor& grad, const std::optional<at::Tensor>& x) {
+  const LoraMask mask = make_mask(dy_TK, token_index_T, seed, site, step, feature_offset, p, live_step);
+  for (const at::Tensor* both : {&gate_up, &grad}) {
+    check_matrix(*both, dy_TK);
+    MEGALORA_CHECK(both->is_contiguous(), "strides ", both->strides());
+    MEGALORA_CHECK(both->size(0) == dy_TK.size(0) && both->size(1) == 2 * dy_TK.size(1), both->sizes(), " for ",
+                   dy_TK.sizes());
+  }
+  if (x) {
+    check_matrix(*x, dy_TK);
+    MEGALORA_CHECK(x->is_contiguous() && x->sizes() == dy_TK.sizes(), x->sizes(), " for ", dy_TK.sizes());
+  }
+  input_grad(dy_TK, dy_TK, dz_TR, A_RK, mask,
+             {gate_up.const_data_ptr(), grad.mutable_data_ptr(), x ? x->mutable_data_ptr() : nullptr});
 }
 
 #endif
@@ -155,13 +195,18 @@ void lora_down_input_grad_(at::Tensor& dx_TK, const at::Tensor& dz_TR, const at:
 
 TORCH_LIBRARY_FRAGMENT(megalora, m) {
   m.def("lora_down_(Tensor(a!) z, Tensor x, Tensor A, Tensor token_index, int seed, int site, int step, "
-        "int feature_offset, float p, Tensor? live_step=None) -> ()",
+        "int feature_offset, float p, Tensor? live_step=None, Tensor(b!)? copy=None) -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def("lora_down_weight_grad(Tensor dz, Tensor x, Tensor token_index, int seed, int site, int step, "
         "int feature_offset, float p, Tensor? live_step=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def("lora_down_input_grad_(Tensor(a!) dx, Tensor dz, Tensor A, Tensor token_index, int seed, int site, int step, "
-        "int feature_offset, float p, Tensor? live_step=None) -> ()",
+        "int feature_offset, float p, Tensor? live_step=None, Tensor(b!)? out=None) -> ()",
+        {at::Tag::pt2_compliant_tag});
+  // grad [T, 2 K] = that of gate_up where x [T, K] = silu(gate) * up has the gradient dy plus the term of the branch;
+  // x is made again, 0 where it is dropped.
+  m.def("swiglu_lora_backward_(Tensor dy, Tensor gate_up, Tensor dz, Tensor A, Tensor token_index, int seed, int site, "
+        "int step, int feature_offset, float p, Tensor? live_step, Tensor(a!) grad, Tensor(b!)? x) -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def("lora_up_weight_grad(Tensor dy, Tensor z, float scaling) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
@@ -170,6 +215,7 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
   m.impl("lora_down_", &lora_down_meta_);
   m.impl("lora_down_weight_grad", &lora_down_weight_grad_meta);
   m.impl("lora_down_input_grad_", &lora_down_input_grad_meta_);
+  m.impl("swiglu_lora_backward_", &swiglu_lora_backward_meta_);
   m.impl("lora_up_weight_grad", &lora_up_weight_grad_meta);
 }
 
@@ -178,6 +224,7 @@ TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
   m.impl("lora_down_", &lora_down_);
   m.impl("lora_down_weight_grad", &lora_down_weight_grad);
   m.impl("lora_down_input_grad_", &lora_down_input_grad_);
+  m.impl("swiglu_lora_backward_", &swiglu_lora_backward_);
   m.impl("lora_up_weight_grad", &lora_up_weight_grad);
 }
 #endif

@@ -212,6 +212,12 @@ class TrainArguments(Section):
     save_steps: int = flag(500, "steps from one checkpoint to the next; the last step always has one", at_least=1)
     save_total_limit: int | None = flag(None, "newest checkpoints that are kept", at_least=1, unset="all")
     logging_steps: int = flag(1, "steps from one line of the log to the next", at_least=1)
+    cuda_graphs: bool | None = flag(
+        None, "run the layers as CUDA graphs, the same numbers sooner", unset="where they serve: one GPU a replica"
+    )
+    deterministic: bool = flag(
+        False, "on a GPU, repeats of a run are equal to the bit: attention sums in a fixed order, which takes longer"
+    )
     wall_clock_breakdown: bool = flag(False, "log seconds by phase: forward, backward, communication, ...")
 
     def __post_init__(self) -> None:

@@ -36,13 +36,14 @@ from megalora.errors import UserError
 from megalora.identity import base_identity, check_base, progress, run_identity
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
+from megalora.models.graphs import choose_graphs
 from megalora.models.stage import Stage, expected_weights, whole_on_meta
 from megalora.monitor import Monitor, Timers, causal_context, lora_flops_per_token
 from megalora.ops import extension
 from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
 from megalora.parallel.collectives import gather_objects, on_first, together
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.launch import choose_device, distributed
+from megalora.parallel.launch import choose_device, distributed, fix_order_of_sums
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.split import named_splits
@@ -58,6 +59,8 @@ def finetune(arguments: FinetuneArguments) -> None:
     """Runs `arguments` on this process of the mesh. Raises UserError, on every rank, for what the user can mend."""
     model, parallel, data, train = arguments.model, arguments.parallel, arguments.data, arguments.train
     device, remark = choose_device()
+    if train.deterministic:
+        fix_order_of_sums(device)
     timers = Timers(train.wall_clock_breakdown, device)
     with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, timers) as mesh:
         dtype = resolve_dtype(model.dtype, device)
@@ -109,6 +112,11 @@ def finetune(arguments: FinetuneArguments) -> None:
                 stage.reset_adapters(train.seed)
             else:
                 load_adapter(stage, start.checkpoint.tensors, start.checkpoint.where)
+        with together(mesh.world):
+            graphs, graphs_note = choose_graphs(train.cuda_graphs, place, mesh)
+            notes += [graphs_note] if graphs_note else []
+        if graphs:
+            stage.use_graphs()
         parameters, splits = stage.trainable(), named_splits(stage)
         tokens_here = train.per_device_train_batch_size * data.seq_length
         tokens_here //= mesh.tp.size if parallel.sequence_parallel else 1
@@ -518,7 +526,8 @@ def _summary(
             **stages,
             "schedule": f"{parallel.schedule}, {train.gradient_accumulation_steps} microbatches{recompute}",
             "device": f"{device.type}, {str(dtype).removeprefix('torch.')}, "
-            f"{'compiled' if extension.has_kernels(device.type) else 'plain torch'} ops",
+            f"{'compiled' if extension.has_kernels(device.type) else 'plain torch'} ops"
+            f"{', CUDA graphs' if stage.uses_graphs else ''}",
             "memory": f"{memory / 2**30:.2f} GiB of weights and optimizer on the fullest rank",
         },
         "data": {

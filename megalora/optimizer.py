@@ -62,13 +62,26 @@ class AdapterOptimizer:
         options = {} if kind == "apex" else {"fused": True}
         self._optimizer = build([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, **options)
 
-    def step(self, learning_rate: float) -> None:
-        """One update with the gradients that the parameters hold."""
+    def step(self, learning_rate: float, skip: torch.Tensor | None = None) -> None:
+        """One update with the gradients that the parameters hold.
+
+        skip  a bool scalar on their device: nothing is updated where it is true. The host need not know it yet, and
+              says so later (`skipped`)
+        """
         self._steps += 1
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
+        if self._optimizer is None:
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            self._optimizer.found_inf = None if skip is None else skip.float()  # as torch.amp.GradScaler hands it over
             self._optimizer.step()
+        elif skip is None or not skip.item():
+            self._optimizer.step()
+
+    def skipped(self) -> None:
+        """The last step was one to skip."""
+        self._steps -= 1
 
     @property
     def steps(self) -> int:

@@ -104,13 +104,14 @@ class Trainer:
         scale = self.loss_scale.value / max(1, data.label_count)
         loss_sum = self._runner.train(len(data.microbatches), inputs, scale)
         self._gradients.reduce()
-        loss_sum, square, alarms = self._over_world(loss_sum, self._gradients.square_sum(), alarm)
-        loss = loss_sum / max(1, data.label_count)
-        norm = math.sqrt(square) / self.loss_scale.value if math.isfinite(square) else square
+        sums = self._over_world(loss_sum, self._gradients.square_sum(), alarm)
         rate = self._learning_rate(number)
         with self._clock("optimizer"):
-            skipped = self._update(loss, norm, rate, number)
-        return StepResult(loss, norm, rate, data.token_count, skipped, alarms > 0)
+            self._update(sums, rate)
+        loss_sum, square, alarms = sums.tolist()  # a GPU has its update before the host waits for it here
+        loss = loss_sum / max(1, data.label_count)
+        norm = math.sqrt(square) / self.loss_scale.value if math.isfinite(square) else square
+        return StepResult(loss, norm, rate, data.token_count, self._account(loss, norm, number), alarms > 0)
 
     def state(self) -> dict[str, Any]:
         """The plain values that `load_state` takes, the same on every rank."""
@@ -127,28 +128,35 @@ class Trainer:
         self.loss_scale.value, self.loss_scale.good_steps = float(state["loss_scale"]), int(state["good_steps"])
         self.bad_steps = int(state["bad_steps"])
 
-    def _update(self, loss: float, norm: float, rate: float, number: int) -> str | None:
-        unscale = 1.0 / self.loss_scale.value
+    def _update(self, sums: torch.Tensor, rate: float) -> None:
+        """Clips and updates on the device, without a word from the host; nothing where loss or norm is not finite."""
+        loss_sum, square, _ = sums.unbind()
+        norm = square.sqrt() / self.loss_scale.value
+        factor = 1.0 / self.loss_scale.value
+        if self._max_grad_norm > 0:
+            factor = factor * (self._max_grad_norm / norm).clamp(max=1.0)
+        if self._max_grad_norm > 0 or factor != 1.0:
+            self._gradients.buffer.mul_(factor)
+        self.optimizer.step(rate, skip=~(loss_sum.isfinite() & norm.isfinite()))
+
+    def _account(self, loss: float, norm: float, number: int) -> str | None:
+        """What became of the update: None where it was made, else why it was not."""
         finite = math.isfinite(loss) and math.isfinite(norm)
         searching = self.loss_scale.update(overflowed=not finite)
-        if not finite:
-            what = f"loss {loss}, gradient norm {norm}"
-            if searching and math.isfinite(loss):
-                return f"{what}: loss scale halved to {self.loss_scale.value:g}"
-            self.bad_steps += 1
-            if self.bad_steps == MOST_BAD_STEPS:
-                raise UserError(
-                    f"step {number + 1}: {what}, the {MOST_BAD_STEPS}rd step in a row that is not finite: lower "
-                    f"--learning_rate, look at the rows of these steps, or use --dtype bfloat16"
-                )
-            return what
-        self.bad_steps = 0
-        if 0 < self._max_grad_norm < norm:
-            unscale *= self._max_grad_norm / norm
-        if unscale != 1.0:
-            self._gradients.buffer.mul_(unscale)
-        self.optimizer.step(rate)
-        return None
+        if finite:
+            self.bad_steps = 0
+            return None
+        self.optimizer.skipped()
+        what = f"loss {loss}, gradient norm {norm}"
+        if searching and math.isfinite(loss):
+            return f"{what}: loss scale halved to {self.loss_scale.value:g}"
+        self.bad_steps += 1
+        if self.bad_steps == MOST_BAD_STEPS:
+            raise UserError(
+                f"step {number + 1}: {what}, the {MOST_BAD_STEPS}rd step in a row that is not finite: lower "
+                f"--learning_rate, look at the rows of these steps, or use --dtype bfloat16"
+            )
+        return what
 
     def evaluate(self, steps: list[StepData]) -> float:
         """The mean loss over the labelled tokens of `steps`, without dropout."""
@@ -156,7 +164,7 @@ class Trainer:
         total, labels = 0.0, 0
         for data in steps:
             loss_sum = self._runner.evaluate(len(data.microbatches), self._inputs(data, None, 0))
-            total += self._over_world(loss_sum, torch.zeros_like(loss_sum))[0]
+            total += self._over_world(loss_sum, torch.zeros_like(loss_sum)).tolist()[0]
             labels += data.label_count
         return total / max(1, labels)
 
@@ -168,10 +176,8 @@ class Trainer:
 
         return inputs
 
-    def _over_world(
-        self, loss_sum: torch.Tensor, square: torch.Tensor, alarm: bool = False
-    ) -> tuple[float, float, float]:
+    def _over_world(self, loss_sum: torch.Tensor, square: torch.Tensor, alarm: bool = False) -> torch.Tensor:
         """(loss sum of the global batch, squared gradient norm, number of alarms), in one reduction over all ranks."""
         # Every tp rank of the last stage has the loss of its dp rank; other stages have 0.
         sums = torch.stack([loss_sum / self._mesh.tp.size, square, torch.full_like(square, float(alarm))])
-        return tuple(all_reduce(sums, self._mesh.world).tolist())
+        return all_reduce(sums, self._mesh.world)

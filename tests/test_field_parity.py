@@ -253,11 +253,11 @@ MISTAKES = {
     "labels never shifted": ("megalora.data.packing.shift", lambda labels: labels),
     "documents of a row see one another": (
         "megalora.models.attention.attention",
-        lambda q, k, v, bounds, window: _attention(q, k, v, range(0, q.shape[0] + 1, SEQ_LENGTH), window),
+        lambda q, k, v, bounds, window, packed: _attention(q, k, v, range(0, q.shape[0] + 1, SEQ_LENGTH), window),
     ),
     "a window one too wide": (
         "megalora.models.attention.attention",
-        lambda q, k, v, bounds, window: _attention(q, k, v, bounds, window + 1),
+        lambda q, k, v, bounds, window, packed: _attention(q, k, v, bounds, window + 1),
     ),
     "positions do not turn": (
         "megalora.models.attention.split_rope",
@@ -273,11 +273,11 @@ MISTAKES = {
     ),
     "dB without the branch's scale": (
         "megalora.parallel.linear.lora_up_weight_grad",
-        lambda dy, z, scaling: dy.t() @ z,
+        lambda dy, z, scaling, into: dy.t() @ z,
     ),
     "no gradient through the branch to the input": (
         "megalora.parallel.linear.lora_down_input_grad_",
-        lambda dx, dz, A, token_index, draw: dx,
+        lambda dx, dz, A, token_index, draw, out: None if out is None else out.copy_(dx),
     ),
 }
 

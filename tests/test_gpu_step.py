@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from oracle import FAMILIES, Run, train
+from oracle import FAMILIES, TINY, Run, train
+
+from megalora.batch import Batch
+from megalora.building import build_stage, resolve_lora
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.models.inputs import training_inputs
+from megalora.optimizer import AdapterOptimizer, LossScale
+from megalora.parallel.grads import FlatGradients
+from megalora.parallel.launch import fix_order_of_sums
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.split import named_splits
+from megalora.pipeline.p2p import Neighbours
+from megalora.pipeline.runner import PipelineRunner
+from megalora.pipeline.schedule import SCHEDULES
+from megalora.training import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -35,3 +53,115 @@ def test_a_step_on_the_gpu(family, dtype, tolerance):
     again = train(0, 1, run.on(dtype=dtype, device="cuda"))
     assert again.losses == ours.losses
     assert all(torch.equal(p, ours.adapters[n][1]) for n, (_, p) in again.adapters.items())
+
+
+# ---- CUDA graphs: the same numbers to the bit
+
+ROWS, LENGTH = 2, 256
+
+
+class StepOf:
+    """Microbatches of ROWS rows; `lengths` cuts each row into documents; labels on what `labelled` says."""
+
+    def __init__(self, lengths: list[list[int]], labelled: slice = slice(None)):
+        self.microbatches, self.label_count, self.token_count = [], 0, 0
+        for m, cut in enumerate(lengths):
+            ids = torch.randint(0, 264, (ROWS * LENGTH,), generator=torch.Generator().manual_seed(m))
+            labels = torch.full_like(ids, -100)
+            labels[labelled] = ids.roll(-1)[labelled]
+            bounds = torch.tensor([0, *(cut * ROWS)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            positions = torch.cat([torch.arange(n) for n in cut * ROWS])
+            places = torch.arange(m * ROWS * LENGTH, (m + 1) * ROWS * LENGTH)
+            self.microbatches.append(Batch(ids, labels, positions, bounds, places))
+            self.label_count += int((labels != -100).sum())
+            self.token_count += ids.numel()
+
+
+EVEN, CUT, OTHER_CUT = [LENGTH], [100, 90, 66], [40, 16, 200]
+
+
+def run_steps(steps, graphs: bool, family="llama", recompute="none", targets="all-linear", dtype=torch.bfloat16):
+    """(losses, adapters) of these steps, in microbatches."""
+    config, mesh = config_from_dict(TINY | FAMILIES[family] | SIZES | {"head_dim": 64}), ParallelMesh()
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": targets}
+    place = Placement(mesh.tp, False, dtype, torch.device("cuda"))
+    resolved = resolve_lora(LoraConfig.from_dict(lora), config)
+    stage, cut = build_stage(config, mesh, resolved, place, recompute=recompute)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in stage.named_parameters():
+            p.normal_(std=0.1) if p.dim() == 2 else p.fill_(0.0 if name.endswith("bias") else 1.0)
+    if graphs:
+        stage.use_graphs()
+    parameters = stage.trainable()
+    neighbours = Neighbours(mesh, (1, 1), dtype, place.device)
+    runner = PipelineRunner(stage, neighbours, SCHEDULES["1f1b"], cut.floor, device=place.device)
+    trainer = Trainer(
+        stage, mesh, runner, FlatGradients(parameters, named_splits(stage), mesh), AdapterOptimizer(parameters),
+        learning_rate=lambda step: 1e-2, max_grad_norm=1.0, seed=5, loss_scale=LossScale(False),
+        clock=lambda phase: contextlib.nullcontext(),
+    )  # fmt: skip
+    results = [trainer.step(number, data) for number, data in enumerate(steps)]
+    losses = [(result.loss, result.grad_norm) for result in results]
+    losses.append(trainer.evaluate(steps[:1]))
+    losses.append(trainer.step(len(steps), steps[-1]).loss)  # after an evaluation too
+    assert not graphs or any(graph is not None for graph in stage._graphs._graphs.values())
+    return losses, {name: p.detach().clone() for name, p in parameters.items()}
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """As --deterministic: else the backward passes of cuDNN's and FlashAttention's kernels sum in no fixed order."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    fix_order_of_sums(torch.device("cuda"))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["qv", "all"])
+def test_graphs_give_the_same_bits(family, recompute, targets, deterministic):
+    steps = [
+        StepOf([EVEN, EVEN]), StepOf([EVEN, CUT]), StepOf([CUT, OTHER_CUT], slice(0, 77)),
+        StepOf([OTHER_CUT, EVEN], slice(30, 300)), StepOf([EVEN, OTHER_CUT]),
+    ]  # fmt: skip
+    wanted, adapters = run_steps(steps, False, family, recompute, targets)
+    ours, ours_adapters = run_steps(steps, True, family, recompute, targets)
+    assert ours == wanted
+    assert all(torch.equal(p, ours_adapters[name]) for name, p in adapters.items())
+
+
+def test_twenty_repeats_of_a_run_give_the_same_bits(deterministic):
+    steps = [StepOf([EVEN, CUT]), StepOf([CUT, EVEN]), StepOf([OTHER_CUT, EVEN])]
+    losses, adapters = run_steps(steps, True)
+    for _ in range(19):
+        again, again_adapters = run_steps(steps, True)
+        assert again == losses and all(torch.equal(p, again_adapters[name]) for name, p in adapters.items())
+
+
+def test_a_pipeline_that_fills_before_it_drains_has_no_more_graphs_than_one(deterministic):
+    """Two microbatches in flight: the second runs without a graph, and its numbers stay."""
+    mesh, config = ParallelMesh(), config_from_dict(TINY | FAMILIES["llama"] | SIZES)
+    place = Placement(mesh.tp, False, torch.bfloat16, torch.device("cuda"))
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    stage, _ = build_stage(config, mesh, resolve_lora(LoraConfig.from_dict(lora), config), place)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in stage.parameters():
+            p.normal_(std=0.1)
+    parameters = stage.trainable()
+    gradients = FlatGradients(parameters, named_splits(stage), mesh)
+    batches = StepOf([EVEN, EVEN]).microbatches
+
+    def gradient() -> torch.Tensor:
+        stage.refresh_adapters()
+        gradients.zero()
+        losses = [stage(None, training_inputs(b, config, place, seed=1, step=3)) for b in batches]
+        for loss in losses:
+            loss.backward()
+        return gradients.buffer.clone()
+
+    wanted = gradient()
+    stage.use_graphs()
+    assert all(torch.equal(gradient(), wanted) for _ in range(3))

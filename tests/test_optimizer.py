@@ -95,6 +95,24 @@ def test_resuming_is_exact(dtype, stop):
             assert optimizer.state()[name][key].equal(second.state()[name][key])
 
 
+def test_a_step_to_skip_changes_nothing():
+    """Also as the first step, when there are no moments yet."""
+    named, plain = parameters(), parameters()
+    ours, theirs = AdapterOptimizer(named), AdapterOptimizer(plain)
+    for step, skip in enumerate((True, False, True, False, False)):
+        set_gradients(named, step)
+        if skip:
+            named[next(iter(named))].grad.fill_(math.nan)
+        ours.step(0.1, skip=torch.tensor(skip))
+        if skip:
+            ours.skipped()
+        else:
+            set_gradients(plain, step)
+            theirs.step(0.1)
+        assert ours.steps == theirs.steps
+        assert all(named[name].equal(plain[name]) for name in named)
+
+
 def test_loaded_moments_are_copies():
     named = parameters()
     optimizer = AdapterOptimizer(named)

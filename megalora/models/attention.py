@@ -14,7 +14,6 @@ from megalora.models.config import ModelConfig, cut_heads
 from megalora.models.inputs import Inputs
 from megalora.models.norm import RMSNorm
 from megalora.ops.attention import attention
-from megalora.ops.lora_linear import with_room
 from megalora.ops.rope import rope, split_rope
 from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, RowParallelLinear
 from megalora.parallel.split import Part
@@ -73,7 +72,7 @@ class SelfAttention(nn.Module):
             context = checkpoint(self._core, qkv, inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             context = self._core(qkv, inputs)
-        return self.output(with_room(context, self.output.room), inputs.tokens)
+        return self.output(context, inputs.tokens)
 
     def _core(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """qkv [F, (H + 2 K) D] -> [F, H D]."""
@@ -87,4 +86,4 @@ class SelfAttention(nn.Module):
             k, v = k[:, self.reads], v[:, self.reads]
         if inputs.cache is not None:
             return inputs.cache.attend(self.layer, q, k, v, self.window).flatten(1)
-        return attention(q, k, v, inputs.bounds, self.window).flatten(1)
+        return attention(q, k, v, inputs.bounds, self.window, inputs.packed).flatten(1)

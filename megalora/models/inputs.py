@@ -9,6 +9,7 @@ import torch
 
 from megalora.batch import Batch, to_device
 from megalora.models.config import ModelConfig
+from megalora.ops.attention import Packed, pack
 from megalora.parallel.collectives import local_tokens
 from megalora.parallel.linear import Placement, Tokens
 
@@ -32,6 +33,7 @@ class Inputs:
     cos, sin   [F, head_dim / 2] in the compute dtype
     tokens     places of the tokens and what dropout is drawn from
     cache      earlier keys and values, or None (training)
+    packed     the bounds for kernels that read them on the device, where some do
     """
 
     input_ids: torch.Tensor
@@ -42,6 +44,7 @@ class Inputs:
     sin: torch.Tensor
     tokens: Tokens
     cache: Cache | None = None
+    packed: Packed | None = None
 
 
 def rope_tables(config: ModelConfig, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -56,9 +59,11 @@ def training_inputs(batch: Batch, config: ModelConfig, place: Placement, *, seed
     """The Inputs of a microbatch; seed None switches dropout off (evaluation)."""
     # Before the copy to the device: reading these there would wait for it.
     bounds = tuple(batch.cu_seqlens.tolist())
+    packed = pack(bounds, config.head_dim, place.dtype, torch.device(place.device))
     labelled = to_device((batch.labels != -100).nonzero().squeeze(-1), place.device)
     batch = batch.to(place.device)
     cos, sin = rope_tables(config, batch.position_ids, place.dtype)
     index = batch.token_index
     local = local_tokens(index, place.tp) if place.sequence_parallel else index
-    return Inputs(batch.input_ids, batch.labels, labelled, bounds, cos, sin, Tokens(index, local, seed, step))
+    tokens = Tokens(index, local, seed, step)
+    return Inputs(batch.input_ids, batch.labels, labelled, bounds, cos, sin, tokens, packed=packed)

@@ -8,7 +8,6 @@ from torch import nn
 from megalora.lora import ResolvedLora
 from megalora.models.config import ModelConfig
 from megalora.models.inputs import Inputs
-from megalora.ops.swiglu import swiglu
 from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, RowParallelLinear
 from megalora.parallel.split import even_part
 
@@ -34,9 +33,8 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(in_features=inner, out_features=size, **options("down_proj"))
 
         self.gate_up = LinearGroup((self.gate_proj, self.up_proj), sites[0], place)
-        self.down = LinearGroup((self.down_proj,), sites[1], place)
+        self.down = LinearGroup((self.down_proj,), sites[1], place, gated=True)
 
     def forward(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """X [T, hidden_size + gate_up.room] -> [T, hidden_size]."""
-        gate_up = self.gate_up(X, inputs.tokens)
-        return self.down(swiglu(gate_up, self.down.room), inputs.tokens)
+        return self.down(self.gate_up(X, inputs.tokens), inputs.tokens)

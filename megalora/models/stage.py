@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig
+from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.layer import DecoderLayer
 from megalora.models.norm import RMSNorm
@@ -63,6 +64,7 @@ class Stage(nn.Module):
         self._chunks = tuple(tuple(map(str, chunk)) for chunk in (layers, *further))
         self.config, self.place, self.lora = config, place, lora
         self.recompute_layers = recompute == "full"
+        self._graphs: LayerGraphs | None = None
         embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place) if first else None
         blocks = {i: DecoderLayer(config, int(i), place, lora, recompute == "selective") for i in chain(*self._chunks)}
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps, place) if last else None
@@ -77,6 +79,17 @@ class Stage(nn.Module):
         Returns what the next stage reads, [T, hidden_size]; on the last stage the sum of the token losses (a scalar)
         where inputs has labels, else the final hidden states, normed. Of several chunks it runs one.
         """
+        last = self.model.norm is not None and chunk == len(self._chunks) - 1
+        if self._graphs is not None and torch.is_grad_enabled():
+            hidden = self._graphs(inputs)
+        else:
+            hidden = self._layers(hidden, inputs, chunk)
+        if last and inputs.labels is not None:
+            return cross_entropy_sum(hidden, self.lm_head, inputs.labels, inputs.labelled)
+        return hidden
+
+    def _layers(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int) -> torch.Tensor:
+        """All of a chunk but the head and the loss."""
         if self.model.embed_tokens is not None and chunk == 0:
             hidden = self.model.embed_tokens(inputs.input_ids)
         delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
@@ -89,10 +102,18 @@ class Stage(nn.Module):
                 hidden, delta = layer(hidden, delta, inputs)
         if self.model.norm is None or chunk < len(self._chunks) - 1:
             return hidden if delta is None else hidden + delta
-        _, hidden = self.model.norm.after(hidden, delta)
-        if inputs.labels is not None:
-            return cross_entropy_sum(hidden, self.lm_head, inputs.labels, inputs.labelled)
-        return hidden
+        return self.model.norm.after(hidden, delta)[1]
+
+    def use_graphs(self) -> None:
+        """Runs the layers as CUDA graphs from here on (see megalora.models.graphs): for a stage that is a whole model."""
+        assert self.model.embed_tokens is not None and self.model.norm is not None and len(self._chunks) == 1
+        self._graphs = LayerGraphs(
+            lambda inputs: self._layers(None, inputs, 0), self._refresh_groups, torch.device(self.place.device)
+        )
+
+    @property
+    def uses_graphs(self) -> bool:
+        return self._graphs is not None
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapters (and trained biases) of this stage, by name."""
@@ -100,6 +121,12 @@ class Stage(nn.Module):
 
     def refresh_adapters(self) -> None:
         """To be called after every change of the adapters, before the stage is used (see LinearGroup.refresh)."""
+        if self._graphs is not None:
+            self._graphs.refresh()
+        else:
+            self._refresh_groups()
+
+    def _refresh_groups(self) -> None:
         for layer in self.model.layers.values():
             for group in layer.groups():
                 group.refresh()

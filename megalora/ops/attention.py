@@ -1,8 +1,10 @@
-"""Causal attention within documents: torch's SDPA, one call a document (or a run of equal ones)."""
+"""Causal attention within documents: torch's SDPA, one call a run of documents of one length, or on a GPU one call of
+FlashAttention's kernels for documents of several lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,23 +19,59 @@ _GPU_BACKENDS = [
 ]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """The documents of a microbatch for kernels that read their bounds on the device.
+
+    cu_seqlens  [N + 1] int32, cumulative, with empty documents behind the last
+    longest     no document is longer
+    Both are rounded up to few values, so that few CUDA graphs serve all microbatches.
+    """
+
+    cu_seqlens: torch.Tensor
+    longest: int
+
+
+def pack(bounds: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch.device) -> Packed | None:
+    """The Packed of these cumulative bounds; None where no kernel takes it."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+        return None
+    documents = len(bounds) - 1
+    step = max(8, 1 << documents.bit_length() >> 3)  # at most a quarter more documents than there are
+    bounds = [*bounds, *[bounds[-1]] * (-documents % step)]
+    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+    return Packed(cu_seqlens, max(128, 1 << (longest - 1).bit_length()))
+
+
+def is_even(bounds: Sequence[int]) -> bool:
+    """Whether all documents are of one length."""
+    return len(_runs(bounds)) == 1
+
+
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Sequence[int], window: int | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: Sequence[int],
+    window: int | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """Softmax attention in which a token sees its own document up to itself.
 
     q [T, H, D]; k, v [T, K, D] with K dividing H (query head h reads head h * K // H); scale 1 / sqrt(D).
     bounds  cumulative bounds of the documents in T, as ints, from 0 to T
     window  a token sees itself and the window - 1 tokens before it; None: all before it
+    packed  the same bounds on the device: documents of several lengths, and windows, are then one call
     Returns [T, H, D].
     """
-    outputs = []
-    for start, count, length in _runs(bounds):
-        part = slice(start, start + count * length)
-        shape = (count, length)
-        heads = [x[part].unflatten(0, shape).transpose(1, 2) for x in (q, k, v)]
-        outputs.append(_causal(*heads, window).transpose(1, 2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    runs = _runs(bounds)
+    if packed is not None and (len(runs) > 1 or (window is not None and window < runs[0][2])):
+        return _flash(q, k, v, packed, window)
+    if len(runs) == 1:  # no slices: in backward each would be a copy
+        return _run(q, k, v, runs[0], window)
+    parts = [slice(start, start + count * length) for start, count, length in runs]
+    return torch.cat([_run(q[p], k[p], v[p], run, window) for p, run in zip(parts, runs, strict=True)])
 
 
 def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -55,6 +93,24 @@ def _runs(bounds: Sequence[int]) -> list[tuple[int, int, int]]:
         else:
             runs.append((start, 1, length))
     return runs
+
+
+def _run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: tuple[int, int, int], window: int | None
+) -> torch.Tensor:
+    heads = [x.unflatten(0, run[1:]).transpose(1, 2) for x in (q, k, v)]
+    return _causal(*heads, window).transpose(1, 2).flatten(0, 1)
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None
+) -> torch.Tensor:
+    """As `attention`. torch.nn.attention.varlen is this op too, but before torch 2.12 without heads that share keys."""
+    bounds, longest = packed.cu_seqlens, packed.longest
+    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    causal, dropout = True, 0.0
+    forward = torch.ops.aten._flash_attention_forward
+    return forward(q, k, v, bounds, bounds, longest, longest, dropout, causal, False, **sides)[0]
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -34,17 +34,27 @@ def room_for(rank: int, device_type: str) -> int:
     return -(-rank // step) * step
 
 
-def lora_down_(X_TIC: torch.Tensor, A_RI: torch.Tensor, token_index: torch.Tensor, draw: Dropout | None) -> None:
+def lora_down_(
+    X_TIC: torch.Tensor,
+    A_RI: torch.Tensor,
+    token_index: torch.Tensor,
+    draw: Dropout | None,
+    x_TI: torch.Tensor | None = None,
+) -> None:
     """Writes z = dropout(x) A^T behind x, in place, and zeros into what is left of the room.
 
-    X [T, I + C]; A [R, I] in x's dtype; token_index [T] int64; draw None means no dropout.
+    X [T, I + C]; A [R, I] in x's dtype; token_index [T] int64; draw None means no dropout
+    x [T, I]  where given, x is read there, and written before z as well
     """
     rank, columns = A_RI.shape
-    x = X_TIC[:, :columns]
-    if _compiled(x, rank, draw):
-        torch.ops.megalora.lora_down_(X_TIC[:, columns:], x, A_RI, token_index, *_mask(draw))
+    place = X_TIC[:, :columns]
+    if kernels_take(place, rank, draw) and (x_TI is None or kernels_take(x_TI, rank, draw)):
+        x, copy = (place, None) if x_TI is None else (x_TI, place)
+        torch.ops.megalora.lora_down_(X_TIC[:, columns:], x, A_RI, token_index, *mask_arguments(draw), copy)
         return
-    dropped = x if draw is None else dropout(x, token_index, draw)
+    if x_TI is not None:
+        place.copy_(x_TI)
+    dropped = place if draw is None else dropout(place, token_index, draw)
     torch.mm(dropped, A_RI.t(), out=X_TIC[:, columns : columns + rank])
     X_TIC[:, columns + rank :].zero_()
 
@@ -53,65 +63,72 @@ def lora_down_weight_grad(
     dz_TR: torch.Tensor, x_TI: torch.Tensor, token_index: torch.Tensor, draw: Dropout | None
 ) -> torch.Tensor:
     """dA [R, I] = dz^T dropout(x), with the mask drawn again; in x's dtype or float32."""
-    if _compiled(x_TI, dz_TR.shape[1], draw):
-        return torch.ops.megalora.lora_down_weight_grad(dz_TR, x_TI, token_index, *_mask(draw))
+    rank = dz_TR.shape[1]
+    if kernels_take(x_TI, rank, draw):
+        if x_TI.device.type == "cpu" or (draw is not None and rank <= _LARGEST_RANK_OF_WEIGHT_GRAD):
+            return torch.ops.megalora.lora_down_weight_grad(dz_TR, x_TI, token_index, *mask_arguments(draw))
+        dropped = x_TI if draw is None else dropout(x_TI, token_index, draw)
+        return torch.mm(dz_TR.t(), dropped, out_dtype=torch.float32)
     dropped = x_TI if draw is None else dropout(x_TI, token_index, draw)
     return dz_TR.t() @ dropped
 
 
 def lora_down_input_grad_(
-    dx_TI: torch.Tensor, dz_TR: torch.Tensor, A_RI: torch.Tensor, token_index: torch.Tensor, draw: Dropout | None
+    dx_TI: torch.Tensor,
+    dz_TR: torch.Tensor,
+    A_RI: torch.Tensor,
+    token_index: torch.Tensor,
+    draw: Dropout | None,
+    out_TI: torch.Tensor | None = None,
 ) -> None:
-    """dx += mask . (dz A), in place."""
-    if _compiled(dx_TI, dz_TR.shape[1], draw):
-        torch.ops.megalora.lora_down_input_grad_(dx_TI, dz_TR, A_RI, token_index, *_mask(draw))
-    elif draw is None:
+    """dx += mask . (dz A), in place; or out = that sum, where `out` is given."""
+    if kernels_take(dx_TI, dz_TR.shape[1], draw):
+        torch.ops.megalora.lora_down_input_grad_(dx_TI, dz_TR, A_RI, token_index, *mask_arguments(draw), out_TI)
+        return
+    if out_TI is not None:
+        dx_TI = out_TI.copy_(dx_TI)
+    if draw is None:
         dx_TI.addmm_(dz_TR, A_RI)
     else:
         dropout_add_(dx_TI, dz_TR @ A_RI, token_index, draw)
 
 
-def lora_up_weight_grad(dy_TO: torch.Tensor, z_TR: torch.Tensor, scaling: float) -> torch.Tensor:
-    """dB [O, R] = s dy^T z, in the inputs' dtype or float32."""
-    if dy_TO.device.type == "cpu" and _compiled(dy_TO, z_TR.shape[1], None):
-        return torch.ops.megalora.lora_up_weight_grad(dy_TO, z_TR, scaling)
-    return (dy_TO.t() @ z_TR).mul_(scaling)
+def lora_up_weight_grad(
+    dy_TO: torch.Tensor, z_TR: torch.Tensor, scaling: float, into: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """dB [O, R] = s dy^T z, in the inputs' dtype or float32; or None where it was added to `into` [O, R] instead."""
+    if dy_TO.device.type == "cuda" and dy_TO.dtype in _HALF and into is not None and into.dtype == torch.float32:
+        torch.addmm(into, dy_TO.t(), z_TR, out_dtype=torch.float32, alpha=scaling, out=into)  # float32 throughout
+        return None
+    if dy_TO.device.type == "cpu" and kernels_take(dy_TO, z_TR.shape[1], None):
+        dB = torch.ops.megalora.lora_up_weight_grad(dy_TO, z_TR, scaling)
+    else:
+        dB = (dy_TO.t() @ z_TR).mul_(scaling)
+    if into is None:
+        return dB
+    into.add_(dB)
+    return None
 
 
+_HALF = (torch.bfloat16, torch.float16)
 _LARGEST_RANK = 192  # of the kernels
+_LARGEST_RANK_OF_WEIGHT_GRAD = 32  # above it, writing dropout(x) for a GEMM is quicker, as measured on an H100
 
 
-def _compiled(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
+def kernels_take(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
     """Whether kernels take it: on a CPU not in float16; on a GPU 16-bit floats, sizes in eights, rows on 16 bytes."""
     if not extension.has_kernels(x_TI.device.type):
         return False
     if x_TI.device.type == "cpu":
         return x_TI.dtype != torch.float16 and x_TI.stride(1) == 1
     return (
-        x_TI.dtype in (torch.bfloat16, torch.float16)
+        x_TI.dtype in _HALF
         and rank % 8 == x_TI.shape[1] % 8 == x_TI.stride(0) % 8 == 0
         and rank <= _LARGEST_RANK
         and (draw is None or draw.feature_offset % 8 == 0)
     )
 
 
-def _mask(draw: Dropout | None) -> tuple[int, int, int, int, float, torch.Tensor | None]:
+def mask_arguments(draw: Dropout | None) -> tuple[int, int, int, int, float, torch.Tensor | None]:
+    """Of the compiled ops."""
     return (0, 0, 0, 0, 0.0, None) if draw is None else op_arguments(draw)
-
-
-class _WithRoom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, room):
-        ctx.columns = x.shape[1]
-        wide = x.new_empty(x.shape[0], x.shape[1] + room)
-        wide[:, : x.shape[1]] = x
-        return wide
-
-    @staticmethod
-    def backward(ctx, dX):
-        return dX[:, : ctx.columns], None
-
-
-def with_room(x_TI: torch.Tensor, room: int) -> torch.Tensor:
-    """A copy of x with `room` columns behind it, [T, I + C], undefined there; x itself where room is 0."""
-    return _WithRoom.apply(x_TI, room) if room else x_TI

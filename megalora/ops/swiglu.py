@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from megalora.ops import extension
+from megalora.ops.dropout import Dropout
+from megalora.ops.lora_linear import kernels_take, lora_down_input_grad_, mask_arguments
 
 
 def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
@@ -37,14 +39,41 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
-        size = gate_up.shape[1] // 2
-        room = dy.shape[1] - size
-        dy, grad = dy[:, :size], torch.empty_like(gate_up)
-        if _compiled(gate_up, room) and dy.stride(1) == 1:
-            torch.ops.megalora.swiglu_backward_(dy, gate_up, grad)
-        else:
-            gate, up = gate_up.chunk(2, dim=-1)
-            dgate, dup = grad.chunk(2, dim=-1)
-            torch.mul(torch.nn.functional.silu(gate), dy, out=dup)
-            torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-        return grad, None
+        return _backward(dy[:, : gate_up.shape[1] // 2], gate_up), None
+
+
+def _backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    grad = torch.empty_like(gate_up)
+    if _compiled(gate_up, 0) and dy.stride(1) == 1:
+        torch.ops.megalora.swiglu_backward_(dy, gate_up, grad)
+        return grad
+    gate, up = gate_up.chunk(2, dim=-1)
+    dgate, dup = grad.chunk(2, dim=-1)
+    torch.mul(torch.nn.functional.silu(gate), dy, out=dup)
+    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+    return grad
+
+
+Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Dropout | None]
+
+
+def swiglu_backward(
+    dy: torch.Tensor, gate_up: torch.Tensor, branch: Branch | None
+) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
+    """(the gradient of gate_up [T, 2 I], the output again [T, I], None), or with the output as the branch reads it:
+    (the same, x, s) where s x is the dropped output.
+
+    dy      [T, I], the gradient of the output, without the term of the LoRA branch that reads it; overwritten
+    branch  (dz [T, R], A [R, I], token_index [T], dropout or None) of that term, mask . (dz A); None: there is none,
+            and no output either
+    One pass over memory on a GPU: the term is neither written nor read, and the mask is drawn once.
+    """
+    if branch is None:
+        return _backward(dy, gate_up), None, None
+    dz, A, token_index, draw = branch
+    if dy.device.type == "cuda" and kernels_take(dy, dz.shape[1], draw) and _compiled(gate_up, 0):
+        grad, x = torch.empty_like(gate_up), torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+        torch.ops.megalora.swiglu_lora_backward_(dy, gate_up, dz, A, token_index, *mask_arguments(draw), grad, x)
+        return grad, x, 1.0 if draw is None else draw.scale
+    lora_down_input_grad_(dy, dz, A, token_index, draw)
+    return _backward(dy, gate_up), swiglu(gate_up), None

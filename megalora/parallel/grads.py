@@ -33,6 +33,9 @@ class FlatGradients:
         self._views = {}
         for name, part in zip(names, self.buffer.split(sizes), strict=True):
             self._views[name] = part.view_as(parameters[name])
+        owned = [self._splits[name].owned(view) for name, view in self._views.items()]
+        counts_all = sum(part.numel() for part in owned) == self.buffer.numel()
+        self._owned = [self.buffer] if counts_all else [part for part in owned if part.numel()]
         self.zero()
 
     def zero(self) -> None:
@@ -69,8 +72,7 @@ class FlatGradients:
 
         Every element counts once: on the first tp rank that holds it, and divided by the dp ranks, which all do.
         """
-        owned = [part for name, view in self._views.items() if (part := self._splits[name].owned(view)).numel()]
-        if not owned:
+        if not self.buffer.numel() or not self._owned:
             return torch.zeros((), dtype=torch.float64, device=self.buffer.device)
-        norms = torch.stack(torch._foreach_norm(owned, 2, dtype=torch.float64))
+        norms = torch.stack(torch._foreach_norm(self._owned, 2, dtype=torch.float64))
         return norms.square().sum() / self._mesh.dp.size

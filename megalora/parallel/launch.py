@@ -35,6 +35,18 @@ def choose_device() -> tuple[torch.device, str | None]:
     return torch.device("cpu"), remark
 
 
+def fix_order_of_sums(device: torch.device) -> None:
+    """Makes torch sum in a fixed order on a GPU, wherever it has the choice (attention's backward pass, cuBLAS).
+
+    To be called before the GPU is used. Raises UserError on a CPU, where the order is fixed anyhow.
+    """
+    if device.type != "cuda":
+        raise UserError("deterministic = true changes nothing on a CPU, where repeats are equal anyhow: leave it out")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel here writes what is read
+
+
 @contextlib.contextmanager
 def distributed(device: torch.device, tp: int, pp: int, clock: Clock | None = None) -> Iterator[ParallelMesh]:
     """The mesh of this process, with torch.distributed up while inside (gloo on CPU, NCCL between GPUs).

@@ -26,6 +26,8 @@ from megalora.ops.lora_linear import (
     room_for,
 )
 from megalora.ops.matmul import matmul, matmul_nt
+from megalora.ops.scaled_copy import scaled_copy_
+from megalora.ops.swiglu import swiglu, swiglu_backward
 from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, reduce_scatter
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import Part, Split, whole_split
@@ -37,13 +39,14 @@ class Tokens:
 
     index       [F] int64, Batch.token_index
     local       [T] int64, the part of `index` that this rank holds under sequence parallelism, else all of it
-    seed, step  of the run: with `index` they fix every dropout mask; seed None means no dropout (evaluation)
+    seed, step  of the run: with `index` they fix every dropout mask; seed None means no dropout (evaluation). A step
+                may be an int64 scalar on the device (see Dropout)
     """
 
     index: torch.Tensor
     local: torch.Tensor
     seed: int | None
-    step: int
+    step: int | torch.Tensor
 
     def draw(self, p: float, site: int, feature_offset: int = 0) -> Dropout | None:
         if self.seed is None or p == 0.0:
@@ -194,12 +197,14 @@ class RowParallelLinear(ParallelLinear):
 class LinearGroup:
     """Linears that read one input, as one matrix. Owns their weights; the parameters stay theirs.
 
-    site  number of the input: it fixes the dropout mask, which all branches share
+    site   number of the input: it fixes the dropout mask, which all branches share
+    gated  the input is silu(gate) * up of what the group is given, gate_up [T, 2 I]: made here, and made again in
+           backward rather than kept
     The group is row-parallel where its one linear is, else column-parallel.
     """
 
-    def __init__(self, linears: Sequence[ParallelLinear], site: int, place: Placement):
-        self.linears, self.site, self.place = tuple(linears), site, place
+    def __init__(self, linears: Sequence[ParallelLinear], site: int, place: Placement, *, gated: bool = False):
+        self.linears, self.site, self.place, self.gated = tuple(linears), site, place, gated
         self.row_parallel = isinstance(linears[0], RowParallelLinear)
         assert not (self.row_parallel and len(linears) > 1)
         self.in_features = linears[0].shard_dims()["weight"].local_shape[1]
@@ -228,13 +233,15 @@ class LinearGroup:
         """Whether activations outside the group are cut over the tokens."""
         return self.place.sequence_parallel and self.place.tp.size > 1
 
-    def __call__(self, X: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """X [T or F, I + C], x with room behind it (its tail is overwritten) -> y [F or T, O].
+    def __call__(self, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """source -> y [F or T, O].
 
-        Column-parallel: X has this rank's T tokens, y all F. Row-parallel: X has all F, y is reduced to this rank's T.
+        source is x with room behind it, [T or F, I + C] (its tail is overwritten); or x alone, [T or F, I]; or gate_up
+        [F, 2 I] where the group is gated.
+        Column-parallel: source has this rank's T tokens, y all F. Row-parallel: source has all F, y is reduced to this
+        rank's T.
         """
         assert self._ready, "refresh() comes before the first use"
-        assert X.shape[1] == self.in_features + self.room, (X.shape, self.in_features, self.room)
         offset = self.linears[0].feature_offset if self.row_parallel else 0
         index = tokens.index if self.row_parallel else tokens.local
         trainables = []
@@ -242,7 +249,7 @@ class LinearGroup:
             A = None if linear.lora_A is None else linear.lora_A.weight
             B = None if linear.lora_B is None else linear.lora_B.weight
             trainables += [A, B, linear.bias]
-        return _GroupedLinear.apply(X, self, tokens.draw(self.dropout, self.site, offset), index, *trainables)
+        return _GroupedLinear.apply(source, self, tokens.draw(self.dropout, self.site, offset), index, *trainables)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -251,14 +258,20 @@ class LinearGroup:
         if not self._ready:
             self.matrix[:, self.in_features :].zero_()
             self._ready = True
-        dtype, adapted = self.place.dtype, [linear for linear in self.linears if linear.lora_A is not None]
+        copies, place = [], {"dtype": self.place.dtype, "device": self.place.device}
+        adapted = [linear for linear in self.linears if linear.lora_A is not None]
         for linear, tail in zip(self.linears, self._tails, strict=True):
             if linear.lora_B is not None:
-                tail.copy_(linear.lora_B.weight * linear.adapter.scaling)
-        if adapted:
-            self.down = _concatenated([linear.lora_A.weight for linear in adapted], dtype)
+                copies.append((tail, linear.lora_B.weight, linear.adapter.scaling))
+        if adapted:  # a new tensor: the old one may still be in use
+            self.down = torch.empty(sum(self.ranks), self.in_features, **place)
+            parts = self.down.split([linear.rank for linear in adapted])
+            copies += [(part, linear.lora_A.weight, 1.0) for part, linear in zip(parts, adapted, strict=True)]
         if self.linears[0].bias is not None:
-            self.bias = _concatenated([linear.bias for linear in self.linears], dtype)
+            self.bias = torch.empty(sum(self.sizes), **place)
+            parts = self.bias.split(self.sizes)
+            copies += [(part, linear.bias, 1.0) for part, linear in zip(parts, self.linears, strict=True)]
+        scaled_copy_(copies)
 
     def keep_base(self) -> None:
         """Before an adapter is loaded, to `switch` later: the base's own biases, where an adapter brings others."""
@@ -283,17 +296,32 @@ def _concatenated(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
     return torch.cat([part.detach() for part in parts]).to(dtype)
 
 
+def _hand_over(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """What autograd is told of these gradients: nothing, where they were added to those that the parameters hold."""
+    gradients = [gradient.to(p.dtype) for p, gradient in zip(parameters, gradients, strict=True)]
+    if any(p.grad is None for p in parameters):
+        return gradients
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad.add_(gradient)
+    return [None] * len(parameters)
+
+
 class _GroupedLinear(torch.autograd.Function):
     """Column-parallel: forward gathers (or copies) X, backward reduce-scatters (or all-reduces) dX.
     Row-parallel: forward reduce-scatters (or all-reduces) y, backward gathers (or copies) dy.
     Nothing is kept for a frozen weight."""
 
     @staticmethod
-    def forward(ctx, X, group, draw, token_index, *trainables):
+    def forward(ctx, source, group, draw, token_index, *trainables):
         tp, columns = group.place.tp, group.in_features
-        A = group.down
+        X, A, x = source, group.down, None
+        if group.gated:
+            X = swiglu(source, group.room)
+        elif A is not None and source.shape[1] == columns:
+            X, x = source.new_empty(source.shape[0], columns + group.room), source
+        assert X.shape[1] == columns + group.room, (X.shape, columns, group.room)
         if A is not None:
-            lora_down_(X, A, token_index, draw)
+            lora_down_(X, A, token_index, draw, x)
         full = all_gather(X, tp) if group.gathers and not group.row_parallel else X
         bias = group.bias
         if group.row_parallel:
@@ -302,31 +330,32 @@ class _GroupedLinear(torch.autograd.Function):
             y = y if bias is None else y.add_(bias)
         else:
             y = matmul_nt(full, group.matrix, bias)
-        ctx.group, ctx.draw = group, draw
-        needs_a = any(ctx.needs_input_grad[4::3])
-        # z is kept apart where X is not kept, or is not all of it; without gradients nothing is kept.
-        apart = any(ctx.needs_input_grad) and (full is not X or not needs_a)
+        ctx.group, ctx.draw, ctx.width = group, draw, source.shape[1]
+        ctx.needs_a = any(ctx.needs_input_grad[4::3])
+        keeps = ctx.needs_a or (group.gated and ctx.needs_input_grad[0])
+        # z is kept apart where X is not what is kept; without gradients nothing is kept.
+        apart = any(ctx.needs_input_grad) and (full is not source or not keeps)
         z = full[:, columns:].clone() if A is not None and apart else None
-        ctx.save_for_backward(X if needs_a else None, z, A, token_index)
+        ctx.save_for_backward(source if keeps else None, z, A, token_index)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        X, z, A, token_index = ctx.saved_tensors
+        source, z, A, token_index = ctx.saved_tensors
         group, draw = ctx.group, ctx.draw
         tp, columns, rank = group.place.tp, group.in_features, sum(group.ranks)
         if group.row_parallel and group.gathers:
             dy = all_gather(dy, tp)
         grads = [None] * (3 * len(group.linears))
         if A is not None and z is None:
-            z = X[:, columns:]
+            z = source[:, columns:]
         for i, (linear, (rows, place)) in enumerate(zip(group.linears, group.spans, strict=True)):
             if linear.lora_B is not None:
-                z_here = z[:, place.start - columns : place.stop - columns]
-                dB = lora_up_weight_grad(dy[:, rows], z_here, linear.adapter.scaling)
-                grads[3 * i + 1] = dB.to(linear.lora_B.weight.dtype)
+                z_here, into = z[:, place.start - columns : place.stop - columns], linear.lora_B.weight.grad
+                grads[3 * i + 1] = lora_up_weight_grad(dy[:, rows], z_here, linear.adapter.scaling, into)
             if ctx.needs_input_grad[4 + 3 * i + 2]:
-                grads[3 * i + 2] = dy[:, rows].sum(0, dtype=linear.bias.dtype)
+                db = dy[:, rows].sum(0, dtype=linear.bias.dtype)
+                (grads[3 * i + 2],) = _hand_over([linear.bias], [db])
         needs_dx = ctx.needs_input_grad[0]
         if not needs_dx and A is None:
             return None, None, None, None, *grads
@@ -334,18 +363,32 @@ class _GroupedLinear(torch.autograd.Function):
         if group.gathers and not group.row_parallel:
             dX = reduce_scatter(dX, tp)
         dz = dX[:, dX.shape[1] - group.room :][:, :rank] if A is not None else None
-        pending = None
-        if needs_dx:
+        dsource, x, dropped, pending = None, None, None, None
+        if group.gated and needs_dx:
+            branch = None if dz is None else (dz, A, token_index, draw)
+            dsource, x, dropped = swiglu_backward(dX[:, :columns], source, branch)
+        elif needs_dx:
+            dsource = dX[:, : ctx.width]
             if dz is not None:
-                lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw)
+                # Apart where x came without room, so that what made it gets a gradient as dense as its own result.
+                apart = dX.new_empty(dX.shape[0], columns) if ctx.width == columns else None
+                lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw, apart)
+                dsource = dsource if apart is None else apart
             if not group.row_parallel and not group.gathers and tp.size > 1:
                 dz = None if dz is None else dz.clone()  # this rank's term, before the sum over it
-                pending = all_reduce_async(dX, tp)
-        if X is not None:  # runs while dX is reduced
-            dA = lora_down_weight_grad(dz, X[:, :columns], token_index, draw)
+                pending = all_reduce_async(dsource, tp)
+        if ctx.needs_a:  # runs while dX is reduced
             adapted = [i for i, linear in enumerate(group.linears) if linear.lora_A is not None]
-            for i, part in zip(adapted, dA.split([r for r in group.ranks if r]), strict=True):
-                grads[3 * i] = part.to(group.linears[i].lora_A.weight.dtype)
+            factors = [group.linears[i].lora_A.weight for i in adapted]
+            if dropped is not None:
+                told = [lora_up_weight_grad(dz, x, dropped, factors[0].grad)]
+            else:
+                if x is None:
+                    x = swiglu(source) if group.gated else source[:, :columns]
+                dA = lora_down_weight_grad(dz, x, token_index, draw)
+                told = _hand_over(factors, dA.split([r for r in group.ranks if r]))
+            for i, grad in zip(adapted, told, strict=True):
+                grads[3 * i] = grad
         if pending is not None:
-            dX = pending.wait()
-        return dX if needs_dx else None, None, None, None, *grads
+            dsource = pending.wait()
+        return dsource, None, None, None, *grads

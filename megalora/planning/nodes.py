@@ -190,12 +190,12 @@ class _LayerNodes:
     entering: bool
 
     def build(self, flowing: bool) -> list[Node]:
-        layer, inner = self.layer, self.layer.down.inputs
+        layer = self.layer
         nodes = [self._norm("norm of the input" if self.entering else "norm", layer.qkv, flowing)]
         for group, after in (
             (layer.qkv, self._core),
             (layer.out, lambda on: self._norm("norm", layer.gate_up, on)),
-            (layer.gate_up, lambda on: self._swiglu(inner, on)),
+            (layer.gate_up, None),
             (layer.down, None),
         ):
             nodes.append(self._linears(group, flowing))
@@ -221,34 +221,53 @@ class _LayerNodes:
         )
 
     def _linears(self, group: Group, flowing: bool) -> Node:
-        """x is kept where there is an A; z apart from it where x is only this rank's tokens."""
-        tokens, e, tp = self.tokens, self.work.element, self.shape.tp
-        gathers = tokens.gathers and not group.row_parallel
+        """What the group is given is kept where there is an A, and z apart from it where it has no room for z.
+
+        q k v and gate up are given x with room. o is given x alone, the result of attention, which keeps it anyhow
+        unless it is computed again. down is given gate_up, which is kept also for the gradient, and makes x of it.
+        """
+        layer, tokens, e, tp = self.layer, self.tokens, self.work.element, self.shape.tp
+        gathers, gated = tokens.gathers and not group.row_parallel, group is layer.down
         held = tokens.full if group.row_parallel else tokens.local
         x = held * (group.inputs + group.room) * e
-        kept = (x if group.rank else 0) + (tokens.full * group.room * e if gathers and group.rank else 0)
+        if gated:
+            kept = 2 * held * group.inputs * e
+        elif group is layer.out:
+            shared = flowing and self.work.recompute != "selective"
+            kept = held * group.inputs * e if group.rank and not shared else 0
+        else:
+            kept = x if group.rank else 0
+        if group.rank and (gathers or group.row_parallel):
+            kept += tokens.full * group.room * e
+        made = x if gated or (group is layer.out and group.room) else 0  # with room, for the forward only
         y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
         reads_x = held * group.inputs * e
         across = (tokens.whole,) if tp > 1 and (group.row_parallel or tokens.gathers) else ()
         matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
         branch = 2 * tokens.full * group.rank
         forward = Pass(
-            live=(tokens.full * (group.inputs + group.room) * e if gathers else 0) + y_full,
+            live=(tokens.full * (group.inputs + group.room) * e if gathers else 0) + made + y_full,
             flops=matrix + branch * group.inputs,
-            traffic=reads_x if group.rank else 0,
+            traffic=(reads_x if group.rank else 0) + (3 * reads_x if gated else 0),
             reduced=across,
-            calls=1 + (1 if group.rank else 0) + (1 if group.biases and group.row_parallel else 0),
+            calls=1 + gated + (1 if group.rank else 0) + (1 if group.biases and group.row_parallel else 0),
         )
         # The gradient of the residual stream waits meanwhile, for a row-parallel group it is dy itself.
         gradients = group.trained * (e + _STATISTIC)
         dy = (y_full if tokens.gathers else 0) if group.row_parallel else y_full
         scattered = tokens.local * (group.inputs + group.room) * e if gathers else 0
         needs_dx = flowing
+        after = 0  # beside dX: the gradient of gate_up and x again; or what goes on from o
+        if gated:
+            after = (3 if group.rank else 2) * reads_x
+        elif group is layer.out and group.rank:
+            after = reads_x
         backward = Pass(
-            live=tokens.stream + dy + (dx_full + scattered if needs_dx else 0) + gradients,
+            live=tokens.stream + dy + (dx_full + scattered + after if needs_dx else 0) + gradients,
             flops=(matrix if needs_dx else 2 * tokens.full * group.room * group.output)
             + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
-            traffic=(y_full + reads_x + (2 * reads_x if needs_dx else 0)) if group.rank else 0,
+            traffic=((y_full + reads_x + (2 * reads_x if needs_dx else 0)) if group.rank else 0)
+            + (5 * reads_x if gated and needs_dx else 0),
             reduced=(tokens.whole,) if tp > 1 and (tokens.gathers or (not group.row_parallel and needs_dx)) else (),
             calls=1 + (3 * group.adapted + 4 if group.rank else 0),
         )
@@ -261,19 +280,17 @@ class _LayerNodes:
         q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
         flops = 4 * layer.heads * dim * work.seen(layer.window) * full
-        room = layer.out.room
-        copied = 2 * q if room else 0
         kept = qkv + q + statistics
         if layer.qk_norm:
             # The norms keep what they read (on a GPU copies of q and k, else views of qkv), and v is a view of qkv.
             copies = q + kv if self.shape.device_type == "cuda" else 0
             kept += copies + full * (layer.heads + layer.kv_heads) * _STATISTIC + (qkv - kv)
-        dout = full * (layer.heads * dim + room) * e
+        dout = q
         workspace = full * layer.heads * dim * 4  # dq is summed in float32
         core = self._node(
             "attention",
             kept,
-            Pass(live=qkv, attention=flops, traffic=2 * qkv + copied, calls=4),
+            Pass(live=qkv, attention=flops, traffic=2 * qkv, calls=4),
             Pass(
                 live=tokens.stream + dout + max(q + qkv + workspace, 2 * qkv),
                 attention=2.5 * flops,
@@ -285,18 +302,6 @@ class _LayerNodes:
         if work.recompute != "selective" or not flowing:
             return core
         return _computed_again("attention", [core], qkv, tokens, tokens.stream + dout)
-
-    def _swiglu(self, inner: int, flowing: bool) -> Node:
-        tokens, e = self.tokens, self.work.element
-        one = tokens.full * inner * e
-        dy = tokens.full * (inner + self.layer.down.room) * e
-        return self._node(
-            "swiglu",
-            2 * one,
-            Pass(live=dy, traffic=3 * one, calls=1),
-            Pass(live=tokens.stream + dy + 2 * one, traffic=5 * one, calls=1),
-            flowing,
-        )
 
 
 def _output(tokens: _Tokens, flowing: bool) -> Node:

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from megalora.ops import extension
+from megalora.ops.attention import attention, pack
 from megalora.ops.cross_entropy import gradient_, statistics_
-from megalora.ops.dropout import Dropout, dropout, dropout_add_
+from megalora.ops.dropout import Dropout, dropout, dropout_add_, keep_mask
+from megalora.ops.lora_linear import lora_down_, lora_down_input_grad_
 from megalora.ops.rms_norm import add_rms_norm, rms_norm
 from megalora.ops.rope import split_rope
-from megalora.ops.swiglu import swiglu
+from megalora.ops.scaled_copy import scaled_copy_
+from megalora.ops.swiglu import swiglu, swiglu_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +99,69 @@ def test_cross_entropy(dtype, vocab):
     probabilities = gradient_(exact, label, wanted[0], wanted[0], wanted[1])
     d = gradient_(ours_logits, label.cuda(), ours[0], ours[0], ours[1])
     assert (d.double().cpu() - probabilities).abs().max() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("size, rank", [(136, 8), (1408, 16), (520, 48), (264, 136)])
+def test_swiglu_backward_with_the_term_of_a_branch(dtype, p, size, rank):
+    """The fused pass has the bits of the term, then the backward pass, then the forward pass."""
+    tokens = 77
+    gate_up, A = randn(tokens, 2 * size, dtype=dtype).cuda(), randn(rank, size, seed=1, dtype=dtype).cuda()
+    wide = randn(tokens, size + 64, seed=2, dtype=dtype).cuda()
+    dz, index = randn(tokens, rank, seed=3, dtype=dtype).cuda(), torch.arange(tokens, device="cuda") * 3
+    draw = Dropout(p, seed=5, site=1, step=2, feature_offset=8) if p else None
+    apart = wide.clone()
+    lora_down_input_grad_(apart[:, :size], dz, A, index, draw)
+    wanted, none, _ = swiglu_backward(apart[:, :size], gate_up, None)
+    assert none is None
+    grad, x, scale = swiglu_backward(wide[:, :size], gate_up, (dz, A, index, draw))
+    assert torch.equal(grad, wanted)
+    kept = torch.ones_like(x, dtype=torch.bool) if draw is None else keep_mask(index, size, draw)
+    assert torch.equal(x, torch.where(kept, swiglu(gate_up), 0)) and scale == (1 if draw is None else draw.scale)
+    into = torch.zeros(tokens, size, dtype=dtype, device="cuda")
+    lora_down_input_grad_(wide[:, :size], dz, A, index, draw, into)
+    assert torch.equal(into, apart[:, :size])
+    X = torch.full((tokens, size + 192), float("nan"), device="cuda", dtype=dtype)
+    lora_down_(X, A, index, draw, x)
+    again = X.clone()
+    lora_down_(again, A, index, draw)
+    assert torch.equal(X[:, :size], x) and torch.equal(X, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_copy(dtype):
+    shapes, matrix = [(5, 7), (64, 16), (300,), (1, 1)] * 10, torch.full((3000, 40), 2.0, device="cuda", dtype=dtype)
+    before, row, copies = matrix.clone(), 0, []
+    for i, shape in enumerate(shapes):
+        source = randn(*shape, seed=i).cuda()
+        if len(shape) == 1:
+            out = torch.empty(shape, device="cuda", dtype=dtype)
+        else:
+            out = matrix[row : row + shape[0], 3 : 3 + shape[1]]
+            before[row : row + shape[0], 3 : 3 + shape[1]] = source * (0.5 + i)
+            row += shape[0]
+        copies.append((out, source, 0.5 + i))
+    scaled_copy_(copies)
+    assert torch.equal(matrix, before)
+    assert all(torch.equal(out, (source * scale).to(dtype)) for out, source, scale in copies)
+
+
+@pytest.mark.parametrize("window", [None, 5, 48])
+@pytest.mark.parametrize("lengths", [[64, 64], [50, 1, 70, 7], [3] * 40, [128]])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (3, 3, 128), (4, 1, 80)])
+def test_attention_within_documents(lengths, window, heads, kv_heads, head_dim):
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    shapes = [(bounds[-1], h, head_dim) for h in (heads, kv_heads, kv_heads)]
+    exact = [randn(*shape, seed=i, dtype=torch.bfloat16).double().requires_grad_() for i, shape in enumerate(shapes)]
+    leaves = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
+    d = randn(*shapes[0], seed=9, dtype=torch.bfloat16)
+    packed = pack(bounds, head_dim, torch.bfloat16, torch.device("cuda"))
+    assert packed is not None
+    wanted = attention(*exact, bounds, window)
+    ours = attention(*leaves, bounds, window, packed)
+    wide = torch.empty(bounds[-1], heads * head_dim + 64, dtype=torch.bfloat16, device="cuda")  # as a linear leaves it
+    wide[:, : heads * head_dim] = d.flatten(1)
+    grads = torch.autograd.grad(ours, leaves, wide[:, : heads * head_dim].unflatten(1, (heads, head_dim)))
+    for a, b in zip((ours, *grads), (wanted, *torch.autograd.grad(wanted, exact, d.double())), strict=True):
+        assert (a.double().cpu() - b).norm() <= 2e-2 * b.norm()

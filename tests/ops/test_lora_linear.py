@@ -14,7 +14,6 @@ from megalora.ops.lora_linear import (
     lora_down_weight_grad,
     lora_up_weight_grad,
     room_for,
-    with_room,
 )
 
 T, I, R, C, O = 9, 14, 5, 8, 11  # noqa: E741
@@ -44,34 +43,6 @@ def test_room_is_the_rank_rounded_up(device, step):
         assert room_for(rank, device) % step == 0 and rank <= room_for(rank, device) < rank + step
 
 
-# ---- with_room
-
-
-def test_with_room_is_a_copy_with_columns_behind_it():
-    x = randn(0, T, I).requires_grad_()
-    X = with_room(x, C)
-    assert X.shape == (T, I + C) and X[:, :I].equal(x)
-    with torch.no_grad():
-        X.zero_()
-    assert x.any()
-    dX = randn(1, T, I + C)
-    (dx,) = torch.autograd.grad(X, x, dX)
-    assert dx.equal(dX[:, :I])
-
-
-def test_with_room_keeps_nothing_and_needs_no_copy_without_room():
-    x, kept = randn(0, T, I).requires_grad_(), []
-    assert with_room(x, 0) is x
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        with_room(x, C)
-    assert not kept and not with_room(x.detach(), C).requires_grad
-
-
-def test_with_room_of_a_view():
-    wide = randn(0, I, T)
-    assert with_room(wide.t(), C)[:, :I].equal(wide.t())
-
-
 # ---- the pieces
 
 
@@ -84,6 +55,9 @@ def test_down_writes_z_behind_x_and_zeros_behind_that(draw, rank):
     lora_down_(X, A, INDEX, draw)
     assert X[:, :I].equal(x) and (X[:, I + rank :] == 0).all()
     close(X[:, I : I + rank], (x * mask(draw)) @ A.t())
+    copied = torch.full_like(X, float("nan"))
+    lora_down_(copied, A, INDEX, draw, x)
+    assert copied.equal(X)
 
 
 @DRAWS
@@ -101,8 +75,12 @@ def test_gradients_of_down_are_those_of_autograd(draw, name):
     dA = lora_down_weight_grad(dz, wide_x[:, :I], INDEX, draw)
     assert dA.shape == (R, I)
     close(dA, wanted_dA)
+    out = torch.empty_like(before)
+    lora_down_input_grad_(dx, dz, A.detach(), INDEX, draw, out)
+    assert dx.equal(before)
     lora_down_input_grad_(dx, dz, A.detach(), INDEX, draw)
     close(dx, before + wanted_dx)
+    assert out.equal(dx)
     assert wide_dx[:, I:].equal(behind)
 
 
@@ -112,6 +90,15 @@ def test_gradient_of_up_is_that_of_autograd():
     before = z.clone()
     close(lora_up_weight_grad(dy, z, 1.75), wanted)
     assert z.equal(before)
+
+
+@pytest.mark.parametrize("narrow", [torch.float64, torch.float32])
+def test_gradient_of_up_is_added_where_one_is_kept(narrow):
+    z, dy, into = randn(1, T, C)[:, :R].to(narrow), randn(2, T, 2 * O)[:, O:].to(narrow), randn(3, O, R)
+    wanted = into + 1.75 * dy.double().t() @ z.double()
+    assert lora_up_weight_grad(dy, z, 1.75, into) is None
+    tolerance = 1e-13 if narrow == torch.float64 else 1e-5
+    torch.testing.assert_close(into, wanted, rtol=tolerance, atol=tolerance)
 
 
 # ---- put together, as the module's docstring has it
@@ -134,7 +121,7 @@ def test_two_linears_in_one_matrix(draw):
         P = torch.zeros(sum(outs), I + C, dtype=torch.float64)
         P[:6, :I], P[6:, :I] = W
         P[:6, I : I + 2], P[6:, I + 2 : I + 5] = 0.5 * B[0], 3.0 * B[1]
-        X, whole_A = with_room(x, C), torch.cat(A)
+        X, whole_A = torch.cat([x, torch.empty(T, C, dtype=x.dtype)], 1), torch.cat(A)
         lora_down_(X, whole_A, INDEX, draw)
         close(X @ P.t(), wanted)
         dX = dy @ P

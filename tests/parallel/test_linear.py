@@ -15,7 +15,6 @@ from torch.nn.functional import linear as affine
 
 from megalora.lora import Adapter
 from megalora.ops.dropout import dropout
-from megalora.ops.lora_linear import with_room
 from megalora.parallel import collectives
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, RowParallelLinear, Tokens
@@ -98,7 +97,7 @@ BOTH = pytest.mark.parametrize("make", [columns, row])
 def apply(group: LinearGroup, x: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, ...]:
     """The output of each linear of the group."""
     group.refresh()
-    y = group(with_room(x, group.room), tokens)
+    y = group(x, tokens)
     assert y.shape[1] == sum(group.sizes)
     return y.split(group.sizes, -1)
 
@@ -208,8 +207,8 @@ def test_nothing_is_kept_for_the_frozen_weight(make):
     assert kept(Case(adapted=(False, False, False))) == [(T,)]
     case = Case(adapted=(True, True, True))
     _, group = make(case, ALONE)
-    # One input for all branches, with z behind it; A; the places of the tokens; and no mask.
-    assert kept(case) == sorted([(T, IN + group.room), (sum(group.ranks), IN), (T,)])
+    # One input for all branches; z; A; the places of the tokens; and no mask.
+    assert kept(case) == sorted([(T, IN), (T, group.room), (sum(group.ranks), IN), (T,)])
 
 
 @BOTH
@@ -230,7 +229,7 @@ def test_use_before_the_first_refresh_is_noticed(make):
     """The room of the matrix is uninitialised until then. Without a branch or a bias nothing is missing."""
     _, group = make(Case(), ALONE)
     with pytest.raises(AssertionError, match="refresh"):
-        group(with_room(tensor(99, T, IN), group.room), TOKENS)
+        group(tensor(99, T, IN), TOKENS)
     _, plain = make(Case(adapted=(False, False, False), bias=False), ALONE)
     plain(tensor(99, T, IN), TOKENS)
 
@@ -381,7 +380,7 @@ def test_the_branch_adds_no_collective(sequence_parallel):
         assert extra == [T // 2 * room, T * room, 0, 0]
     else:
         assert plain == [("all_reduce", T * IN), ("all_reduce", T * OUTS[0])]
-        assert extra == [T * room, 0]
+        assert extra == [0, 0]
 
 
 @BOTH
