@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from megalora.checkpoint.background import BackgroundSaves, HostCopy, WriteShard
+from megalora.checkpoint.background import BackgroundSaves, HostCopy, SaveReport, WriteShard
 from megalora.checkpoint.shards import AdapterCheckpoint, Layout, save_adapter
 from megalora.checkpoint.state import CheckpointWriter
 from megalora.errors import UserError
@@ -20,6 +21,7 @@ from megalora.parallel.mesh import ParallelMesh, own_group
 from megalora.parallel.split import Split
 from megalora.training import Trainer
 
+_LONG_WAIT = 1.0  # seconds for the checkpoint before that are worth a word
 _LONGEST = datetime.timedelta(minutes=30)  # that a rank waits for the others' files
 
 
@@ -61,6 +63,7 @@ class RunSaver:
             on_first(writer.check_writable, mesh.world)
         everything = [p for p in parameters.values() for _ in range(1 + len(MOMENTS))]
         self._copies = HostCopy(everything if enabled and writer.writes else ())
+        self._waited: dict[int, float] = {}  # seconds for the save before, by step
         self._saves = BackgroundSaves(writer)
 
     @property
@@ -73,7 +76,9 @@ class RunSaver:
 
         numbers  plain values that `restore` gives back, the same on every rank
         """
+        begun = time.perf_counter()
         self.settle()
+        self._waited[step] = time.perf_counter() - begun
         return self._saves.start(step, lambda: self._snapshot(step, numbers), self._identity)
 
     def settle(self) -> None:
@@ -83,11 +88,17 @@ class RunSaver:
 
     def notes(self) -> list[str]:
         """A line on each checkpoint that was completed since the last call."""
-        return [
+        return [self._note(report) for report in self._saves.finished()]
+
+    def _note(self, report: SaveReport) -> str:
+        waited = self._waited.pop(report.step)
+        line = (
             f"checkpoint {report.folder}: complete in {report.total:.2f} s, of which training stood still "
             f"{1e3 * report.stalled:.0f} ms"
-            for report in self._saves.finished()
-        ]
+        )
+        if waited > _LONG_WAIT:
+            line += f", and {waited:.1f} s for the one before it: saves take longer than --save_steps steps"
+        return line
 
     def _snapshot(self, step: int, numbers: Mapping[str, Any]) -> WriteShard:
         mesh, trainer = self._mesh, self._trainer

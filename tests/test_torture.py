@@ -59,7 +59,7 @@ class Kill:
     @classmethod
     def draw(cls, source: random.Random) -> Kill:
         event = source.choices(["start", "step", "save", "disk"], [1, 3, 3, 3])[0]
-        most, seconds = {"start": (1, 1.5), "step": (14, 0.03), "save": (3, 0.06), "disk": (60, 0.0)}[event]
+        most, seconds = {"start": (1, 1.5), "step": (14, 0.03), "save": (3, 0.15), "disk": (60, 0.0)}[event]
         count, grace = source.randint(1, most), source.choice([0.0, 0.0, 0.2, 1.0])
         return cls(source.randrange(RANKS), event, count, source.uniform(0.0, seconds), grace)
 
@@ -123,7 +123,12 @@ def live(rank: int, world_size: int, command: list[str], kill: Kill | None) -> l
             with diary.open("a") as file:
                 file.write(f"{text}\n")
 
-    step, save = Trainer.step, RunSaver.save
+    step, save, write = Trainer.step, RunSaver.save, shards.save_tensors
+
+    def written(value: dict, stream: object) -> None:
+        """On a slow disk: training has changed the state meanwhile."""
+        time.sleep(random.Random(f"{rank} {value['trainer']['step']}").uniform(0.0, 0.1))
+        write(value, stream)
 
     def stepped(self: Trainer, number: int, data: object, **options: object) -> object:
         note(f"step {number + 1}")
@@ -137,6 +142,7 @@ def live(rank: int, world_size: int, command: list[str], kill: Kill | None) -> l
         return save(self, number, numbers)
 
     with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(shards, "save_tensors", written))
         patches.enter_context(mock.patch.object(Trainer, "step", stepped))
         patches.enter_context(mock.patch.object(RunSaver, "save", saved))
         writes = (os, "fsync"), (os, "replace"), (shards, "save_tensors")
