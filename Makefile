@@ -1,4 +1,4 @@
-# make install | demo | test | torture | proof | lint | clean
+# make install | demo | test | torture | proof | parity | lint | clean
 #
 # PYTHON=python3.12 chooses another interpreter, TORCH=torch==2.9.1 another torch. PyPI's torch serves NVIDIA GPUs as
 # well as CPUs; where only the CPU build is wanted (it is much smaller), TORCH may carry pip's options for getting it.
@@ -11,7 +11,7 @@ VENV := .venv
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help install test torture proof lint demo clean FORCE
+.PHONY: help install test torture proof parity lint demo clean FORCE
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip install -qq
@@ -23,6 +23,7 @@ help:
 	@echo "make test      the whole CPU test suite; PYTEST_ARGS='-k packing' for a part of it"
 	@echo "make torture   kill a run 50 times at random moments; every resume must be exact (KILLS=50 SEED=0)"
 	@echo "make proof     every pipeline schedule at every size up to 16 stages, 4 chunks, 64 microbatches (minutes)"
+	@echo "make parity    greedy replies against transformers and peft: 20 prompts, each family and a real model"
 	@echo "make lint      ruff"
 	@echo "make clean     remove what was built; the environment and the demo's model stay"
 
@@ -81,6 +82,9 @@ torture: install
 
 proof: install
 	@$(RUN) MEGALORA_PROOF=all python -m pytest -n $(JOBS) --dist worksteal -q tests/pipeline/test_schedule.py
+
+parity: install
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -q tests/test_generation_parity.py --questions 20
 
 lint: install
 	@$(RUN) ruff check .

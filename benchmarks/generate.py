@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python benchmarks/generate.py --model models/SmolLM2-135M-Instruct             # CPU
     python benchmarks/generate.py --model CONFIG.json --prompts 32 --peer one_by_one batched         # GPU, bfloat16
 
-Prompts are random ids of several lengths; every reply has exactly --new_tokens. The first case is one prompt; the
-second, all --prompts in one go, against transformers one by one or in batches of left-padded prompts. The bound of
-one prompt is reading the weights and the cache once a token: at the bandwidth that this run measures, or --bandwidth.
-Prints a table, and writes JSON with --output. --r gives both an adapter on all linears (0: none).
+Prompts are random ids of several lengths, others in each run; every reply has exactly --new_tokens. The first case is
+one prompt; the second, all --prompts in one go, against transformers one by one or in batches of left-padded prompts.
+The bound of one prompt is reading the weights and the cache once a token: at the bandwidth that this run measures, or
+--bandwidth. Prints a table, and writes JSON with --output. --r gives both an adapter on all linears (0: none).
 """
 
 from __future__ import annotations
@@ -32,8 +32,21 @@ from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 
-Generate = Callable[[], list[list[int]]]
+Prompts = list[list[int]]
+Generate = Callable[[Prompts], list[list[int]]]
 OURS = "megalora"
+
+
+def build_base(fields: dict, dtype: torch.dtype, device: torch.device, folder: str | None) -> torch.nn.Module:
+    """transformers' model without an adapter: the weights of `folder` where it has some, else random ones."""
+    import transformers
+
+    if folder and any(Path(folder).glob("*.safetensors")):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    torch.manual_seed(0)
+    with device:
+        config = transformers.CONFIG_MAPPING[fields["model_type"]](**fields)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def build_ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict | None, dtype, device) -> Stage:
@@ -48,16 +61,19 @@ def build_ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict | None
     return stage
 
 
-def ours(replica: Replica, prompts: list[list[int]], new_tokens: int) -> Generate:
-    asked = [Prompt(number, ids) for number, ids in enumerate(prompts)]
-    return lambda: [list(reply.token_ids) for reply in replica.replies(asked, new_tokens)]
+def ours(replica: Replica, new_tokens: int) -> Generate:
+    def generate(prompts: Prompts) -> list[list[int]]:
+        asked = [Prompt(number, ids) for number, ids in enumerate(prompts)]
+        return [list(reply.token_ids) for reply in replica.replies(asked, new_tokens)]
+
+    return generate
 
 
-def peer(model: torch.nn.Module, prompts: list[list[int]], new_tokens: int, batch: int, device) -> Generate:
+def peer(model: torch.nn.Module, new_tokens: int, batch: int, device) -> Generate:
     """transformers' generate over batches of left-padded prompts."""
 
     @torch.inference_mode()
-    def generate() -> list[list[int]]:
+    def generate(prompts: Prompts) -> list[list[int]]:
         replies = []
         for first in range(0, len(prompts), batch):
             part = prompts[first : first + batch]
@@ -95,16 +111,18 @@ def read_bandwidth(device: torch.device) -> float:
     return x.numel() * 4 / best
 
 
-def in_turn(contenders: dict[str, Generate], repeats: int) -> tuple[dict[str, list[float]], dict[str, list]]:
-    """(seconds of each contender's runs, its replies), after one run of each that does not count."""
+def in_turn(
+    contenders: dict[str, Generate], runs: list[Prompts], warmup: int
+) -> tuple[dict[str, list[float]], dict[str, list]]:
+    """(seconds of each contender's runs, its last replies); the first `warmup` runs do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     replies = {}
-    for i in range(repeats + 1):
+    for i, prompts in enumerate(runs):
         for name, generate in contenders.items():
             gc.collect()
             start = time.perf_counter()
-            replies[name] = generate()  # lists on the host: the device has ended
-            if i:
+            replies[name] = generate(prompts)  # lists on the host: the device has ended
+            if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds, replies
 
@@ -120,6 +138,7 @@ def main() -> None:
     parser.add_argument("--peer", nargs="*", choices=("one_by_one", "batched"), default=["one_by_one"])
     parser.add_argument("--r", type=int, default=0)
     parser.add_argument("--bandwidth", type=float, help="GB/s of the bound (default: measured)")
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
@@ -133,40 +152,43 @@ def main() -> None:
     if options.model:
         path = Path(options.model)
         fields = json.loads((path / "config.json" if path.is_dir() else path).read_text())
-    lora = {"r": options.r or 8, "lora_alpha": 16, "target_modules": "all-linear"}
-    model = build_peer(fields, lora, dtype, device, options).eval()
-    weights = plain_weights(model)
-    if not options.r:
-        model, lora = model.unload(), None
-    stage = build_ours(weights, fields, lora, dtype, device)
-    del weights
+    lora = {"r": options.r, "lora_alpha": 16, "target_modules": "all-linear"} if options.r else None
+    if lora is None:
+        model = build_base(fields, dtype, device, options.model).eval()
+    else:
+        model = build_peer(fields, lora, dtype, device, options).eval()
+    stage = build_ours(plain_weights(model), fields, lora, dtype, device)
     low, high = options.prompt_tokens
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(low, high + 1, (max(1, options.prompts),), generator=generator).tolist()
-    prompts = [torch.randint(9, fields["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+    def prompts(count: int) -> Prompts:
+        lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+        return [torch.randint(9, fields["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
     context = high + options.new_tokens
     replica = Replica(stage, ParallelMesh().pp, ParallelMesh().tp, context, Sampling(), ())
 
-    cases = {"1 prompt": (prompts[:1], {"transformers": 1})}
+    cases = {"1 prompt": (1, {"transformers": 1})}
     if options.prompts:
         peers = {"one_by_one": ("transformers one by one", 1), "batched": ("transformers batched", options.prompts)}
-        cases[f"{options.prompts} prompts"] = (prompts, dict(peers[name] for name in options.peer))
+        cases[f"{options.prompts} prompts"] = (options.prompts, dict(peers[name] for name in options.peer))
     record = {}
-    for case, (asked, peers) in cases.items():
-        contenders = {OURS: ours(replica, asked, options.new_tokens)}
-        contenders |= {name: peer(model, asked, options.new_tokens, batch, device) for name, batch in peers.items()}
-        seconds, replies = in_turn(contenders, options.repeats)
+    for case, (count, peers) in cases.items():
+        contenders = {OURS: ours(replica, options.new_tokens)}
+        contenders |= {name: peer(model, options.new_tokens, batch, device) for name, batch in peers.items()}
+        runs = [prompts(count) for _ in range(options.warmup + options.repeats)]
+        seconds, replies = in_turn(contenders, runs, options.warmup)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
-        tokens = len(asked) * options.new_tokens
+        tokens = count * options.new_tokens
         for name, median in medians.items():
             same = sum(a == b for a, b in zip(replies[name], replies[OURS], strict=True))
             ratio = median / medians[OURS]
-            note = "" if name == OURS else f"  ours is {ratio:.2f}x, {same} of {len(asked)} replies equal"
+            note = "" if name == OURS else f"  ours is {ratio:.2f}x, {same} of {count} replies equal"
             spread = f"{min(seconds[name]):.3f} .. {max(seconds[name]):.3f} s"
             print(f"{case:12s} {name:24s} {tokens / median:9.1f} tokens/s  ({spread}){note}", flush=True)
         record[case] = {"seconds": seconds, "tokens": tokens, "medians": medians}
 
-    read = bytes_a_token(stage, len(prompts[0]) + options.new_tokens // 2)
+    read = bytes_a_token(stage, (low + high + options.new_tokens) // 2)
     bandwidth = options.bandwidth * 1e9 if options.bandwidth else read_bandwidth(device)
     reached = read * options.new_tokens / record["1 prompt"]["medians"][OURS]
     print(

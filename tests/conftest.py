@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="tests/test_torture.py: times that a run is killed")
+    parser.addoption("--questions", type=int, default=3, help="tests/test_generation_parity.py: how many are asked")
     parser.addoption("--seed", type=int, default=0, help="tests/test_torture.py: of the moments")
 
 

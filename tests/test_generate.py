@@ -1,124 +1,28 @@
-"""Generation against transformers' generate and peft, and every layout against one process.
-
-The models are tiny and random. Their tokenizer has a token for each ASCII character, so that replies compare as tokens.
-"""
+"""Generation against transformers' generate and peft, and every layout against one process."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from oracle import FAMILIES, TINY
+from oracle import FAMILIES
+from safetensors.torch import load_file
 from spawn import spawn
+from talking import END, NEW, PROMPT_TOKENS, QUESTIONS, Case, flags, make, rows, run, tokenizer
 
-from megalora import generate as program
-from megalora.arguments import parse_generate
-from megalora.building import build_stage, load_adapter, resolve_lora
+from megalora.building import build_stage, load_adapter, load_base_weights, resolve_lora
 from megalora.checkpoint.adapter import open_adapter
 from megalora.checkpoint.shards import Layout, save_adapter
-from megalora.data import ChatTemplate, load_tokenizer
-from megalora.errors import UserError
-from megalora.generation import dialogue, replica
+from megalora.generation import dialogue, output, replica
+from megalora.generation.cache import Span
+from megalora.generation.steps import Steps
 from megalora.lora import LoraConfig
 from megalora.models.config import read_config
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.split import named_splits
-
-NEW = 20
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-END = 2
-QUESTIONS = ["Hi", "What is the capital of France?", "x + y", "Name a colour.", "7"]
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-PROMPT_TOKENS = len("ssuser\ne\nsassistant\n") - 1  # of the template around a question; s, e: a special token
-FORMS = FAMILIES | {
-    # Shorter than any prompt, but through four layers it sees past the template's last 13 tokens to the question.
-    "mistral": {"model_type": "mistral", "sliding_window": 9, "head_dim": 10},
-    # We read both forms of the rope fields; this one is read by transformers 4 and 5.
-    "qwen3": {"model_type": "qwen3", "head_dim": 8, "rope_theta": 1e6},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model folder, a peft folder of an adapter for it, and what transformers replies to QUESTIONS."""
-
-    model: Path
-    adapter: Path
-    base: list[str]
-    tuned: list[str]
-    tuned_ids: list[list[int]]  # of `tuned`, with the token that ends it
-    follow_up: str  # after QUESTIONS[0] and its tuned reply, to QUESTIONS[1]
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    characters = [split.pre_tokenize_str(chr(byte))[0][0] for byte in range(TINY["vocab_size"] - len(SPECIAL))]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer, backend.decoder = split, decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    made.chat_template = CHATML
-    return made
-
-
-def make(family: str, folder: Path) -> Case:
-    import peft
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    fields = TINY | FORMS[family] | {"eos_token_id": [0, END], "bos_token_id": 1, "pad_token_id": None}
-    config = CONFIG_MAPPING[fields["model_type"]](**fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
-    model.save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-
-    template = ChatTemplate(load_tokenizer(folder / "model"))
-
-    def reply(model, *texts: str) -> list[int]:
-        roles = ["user", "assistant"] * len(texts)
-        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-        ids = torch.tensor([template.prompt(messages)])
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
-                eos_token_id=[0, END], pad_token_id=1,
-            )  # fmt: skip
-        return out[0, ids.shape[1] :].tolist()
-
-    def text(token_ids: list[int]) -> str:
-        return template.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-    base = [text(reply(model, question)) for question in QUESTIONS]
-    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
-    lora = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM")
-    tuned = peft.get_peft_model(model, lora).eval()
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.15)
-    tuned.save_pretrained(folder / "adapter")
-    replies = [reply(tuned, question) for question in QUESTIONS]
-    follow_up = text(reply(tuned, QUESTIONS[0], text(replies[0]), QUESTIONS[1]))
-    return Case(folder / "model", folder / "adapter", base, [*map(text, replies)], replies, follow_up)
 
 
 @pytest.fixture(scope="module")
@@ -142,47 +46,6 @@ def asked(tmp_path):
     return file
 
 
-def run(rank: int, world_size: int, *commands: list[str], stdin: bytes = b"", **limits: int) -> list[str]:
-    """`megalora generate` of each command on this rank: what it prints, or "error: " and the message.
-
-    stdin is rank 0's; limits are sizes of the program and of the replica, made small.
-    """
-
-    @contextlib.contextmanager
-    def mesh(device, tp, pp, clock=None):
-        yield build_mesh(rank, world_size, tp, pp)
-
-    printed = []
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(program, "distributed", mesh))
-        patches.enter_context(mock.patch.object(program, "choose_device", lambda: (torch.device("cpu"), None)))
-        for name, value in limits.items():
-            owner = program if hasattr(program, name) else replica
-            patches.enter_context(mock.patch.object(owner, name, value))
-        reader, writer = os.pipe()
-        os.write(writer, stdin if rank == 0 else b"never read")
-        os.close(writer)
-        patches.callback(os.close, reader)
-        patches.enter_context(mock.patch.object(sys, "stdin", mock.Mock(fileno=lambda: reader)))
-        for command in commands:
-            out = patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            try:
-                program.generate(parse_generate(command))
-                printed.append(out.getvalue())
-            except UserError as error:
-                printed.append(f"error: {error}")
-    return printed
-
-
-def flags(case: Case, *more: object, adapter: bool = True) -> list[str]:
-    named = ["--resume_peft_from_checkpoint", case.adapter] if adapter else []
-    return [str(word) for word in ("--model_path", case.model, "--max_new_tokens", NEW, *named, *more)]
-
-
-def rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 def test_greedy_is_transformers(case, asked, tmp_path, family, tp, pp):
@@ -203,6 +66,134 @@ def test_base(case, asked, tmp_path):
     for more in ([], ["--resume_peft_from_checkpoint", str(case.adapter), "--disable_adapter"]):
         run(0, 1, [*flags(case, "--prompts_file", asked, "--output_file", out, adapter=False), *more])
         assert [row["response"] for row in rows(out)] == case.base
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_base_beside_tuned(case, asked, tmp_path, world_size):
+    """From one loaded model, on each of two replicas too; and the adapter comes back."""
+    case, out = case("qwen2"), tmp_path / "replies.jsonl"
+    command = flags(case, "--prompts_file", asked, "--output_file", out, "--compare_base", "true")
+    printed = [run(0, 1, command)] if world_size == 1 else spawn(run_in_rounds, 2, command)
+    assert world_size == 2 or printed == [[""]]
+    assert [row["response"] for row in rows(out)] == case.tuned
+    assert [row["base_response"] for row in rows(out)] == case.base
+    assert {"prompt", "response", "finish_reason", "base_response", "base_finish_reason"} == rows(out)[0].keys()
+    (shown,) = run(0, 1, flags(case, "--prompt", QUESTIONS[0], "--compare_base", "true"))
+    assert shown == f"tuned:\n{case.tuned[0]}\n\nbase:\n{case.base[0]}\n"
+
+
+def test_the_base_comes_back_whole(case):
+    """Its biases too, where the adapter brings others."""
+    model = case("qwen2").model
+    mesh, config = build_mesh(0, 1), read_config(model)
+    lora = resolve_lora(LoraConfig.from_dict({"r": 3, "target_modules": "all-linear", "bias": "all"}), config)
+    stage, _ = build_stage(config, mesh, lora, Placement(mesh.tp, False, torch.float32, "cpu"))
+    load_base_weights(stage, model)
+    stage.keep_base()
+    stage.reset_adapters(1)
+
+    def hidden() -> torch.Tensor:
+        with torch.inference_mode():
+            return Steps(stage, 1, 8).prefill(None, [5, 9, 7], [Span(0, 0, 3)])
+
+    stage.refresh_adapters()
+    base = hidden()
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(sorted(stage.trainable().items())):
+            parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(i))
+            assert "lora" in name or name.endswith("bias")
+    stage.refresh_adapters()
+    tuned = hidden()
+    assert not torch.allclose(tuned, base)
+    for on, expected in ((False, base), (True, tuned), (False, base)):
+        stage.switch_adapters(on)
+        assert hidden().equal(expected)
+
+
+def stop_of(case: Case) -> str:
+    """Two characters of the middle of a reply."""
+    text = max(case.tuned, key=len)
+    return text[len(text) // 2 :][:2]
+
+
+@pytest.mark.parametrize(("world_size", "tp", "pp"), [(1, 1, 1), (4, 2, 2), (2, 1, 1)])
+def test_stop_strings(case, asked, tmp_path, world_size, tp, pp):
+    case, out = case("llama"), tmp_path / "replies.jsonl"
+    stops = [stop_of(case), "nowhere"]
+    command = flags(case, "--prompts_file", asked, "--output_file", out, "--stop", *stops)
+    command += ["--tensor_parallel_size", str(tp), "--pipeline_parallel_size", str(pp)]
+    assert [run(0, 1, command)] if world_size == 1 else spawn(run_in_rounds, world_size, command)
+    cut = [text.partition(stops[0])[0] for text in case.tuned]
+    assert [row["response"] for row in rows(out)] == cut != case.tuned
+    for row, whole, text in zip(rows(out), case.tuned, cut, strict=True):
+        assert text == whole or row["finish_reason"] == "stop"
+
+
+def test_streaming_gives_the_same_text(case):
+    """Piece by piece, a character at a time here; up to a stop string."""
+    case = case("llama")
+    text, question = max(zip(case.tuned, QUESTIONS, strict=True), key=lambda pair: len(pair[0]))
+    for more, expected in ([], text), (["--stop", stop_of(case)], text.partition(stop_of(case))[0]):
+        with mock.patch.object(output.Voice, "say", autospec=True) as say:
+            run(0, 1, flags(case, "--prompt", question, *more))
+        pieces = [piece.text for call in say.call_args_list for piece in call.args[1]]
+        assert "".join(pieces) == expected and len(pieces) > len(expected) / 2
+
+
+def test_repetition_penalty_is_transformers(case, asked, tmp_path):
+    """Also with slots that are used again, and sampled ones beside it stay what the seed makes them."""
+    from transformers import AutoModelForCausalLM
+
+    case, out = case("qwen2"), tmp_path / "replies.jsonl"
+    command = flags(case, "--prompts_file", asked, "--output_file", out, "--repetition_penalty", 1.7, adapter=False)
+    run(0, 1, command, MAX_RUNNING=2)
+    model = AutoModelForCausalLM.from_pretrained(case.model).eval()
+    expected = []
+    for ids in case.prompt_ids:
+        ids = torch.tensor([ids])
+        reply = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
+            eos_token_id=[0, END], pad_token_id=1, repetition_penalty=1.7,
+        )  # fmt: skip
+        expected.append(tokenizer().decode(reply[0, ids.shape[1] :], skip_special_tokens=True))
+    assert [row["response"] for row in rows(out)] == expected != case.base
+
+
+@pytest.mark.parametrize(("world_size", "tp", "pp"), [(1, 1, 1), (4, 2, 2)])
+def test_logits_of_the_prompts(case, asked, tmp_path, world_size, tp, pp):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    case, folder = case("qwen3"), tmp_path / "logits"
+    command = flags(case, "--prompts_file", asked, "--return_logits", "true", "--logits_dir", folder)
+    command += ["--tensor_parallel_size", str(tp), "--pipeline_parallel_size", str(pp), "--dtype", "float32"]
+    printed = [run(0, 1, command)] if world_size == 1 else spawn(run, world_size, command)
+    assert case.tuned[0] in printed[0][0]
+    base = AutoModelForCausalLM.from_pretrained(case.model)
+    model = peft.PeftModel.from_pretrained(base, case.adapter).eval()
+    assert len(list(folder.iterdir())) == len(QUESTIONS)
+    for number, ids in enumerate(case.prompt_ids):
+        found = load_file(folder / f"prompt_{number:05d}.safetensors")
+        assert found["input_ids"].tolist() == ids
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(found["logits"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_goes_on_from_what_its_slot_holds(case):
+    """A dialogue feeds what is new of it: the turns before are in the cache."""
+    case, fed = case("llama"), []
+    feed = replica.Steps.prefill
+
+    def prefill(steps, hidden, token_ids, spans):
+        fed.append(len(token_ids))
+        return feed(steps, hidden, token_ids, spans)
+
+    said = "\n".join([QUESTIONS[0], QUESTIONS[1]])
+    with mock.patch.object(replica.Steps, "prefill", prefill):
+        (printed,) = run(0, 1, flags(case, "--seq_length", 200), stdin=said.encode(), WORTH_KEEPING=1)
+    assert printed.replace(" ...\n", "\n") == f"{case.tuned[0]}\n{case.follow_up}\n"
+    assert fed[0] == len(case.prompt_ids[0]) and fed[1] < PROMPT_TOKENS + len(QUESTIONS[1]) + 5
 
 
 def test_the_terminal(case, asked):
@@ -321,6 +312,23 @@ def test_dialogue(case, world_size, capfd):
     replies = [case.tuned[0], case.follow_up, case.tuned[0]]
     assert printed[0][0].replace(" ...\n", "\n") == "".join(f"{reply}\n" for reply in replies)
     assert printed[1:] == [[""]] * (world_size - 1)
+
+
+def test_commands_of_a_dialogue(case, capfd):
+    """Who replies changes in the middle; a reset forgets; a command that is none is told."""
+    case = case("llama")
+    said = ["/base", QUESTIONS[0], "/reset", "/tuned", QUESTIONS[0], "/unknown", QUESTIONS[1], "/quit", QUESTIONS[2]]
+    (printed,) = run(0, 1, flags(case), stdin="\n".join(said).encode())
+    replies = [case.base[0], case.tuned[0], case.follow_up]
+    assert printed.replace(" ...\n", "\n") == "".join(f"{reply}\n" for reply in replies)
+    told = capfd.readouterr().err
+    assert "unknown command /unknown" in told and "starts anew" in told and "base model replies" in told
+    (printed,) = run(0, 1, flags(case, adapter=False), stdin=f"/tuned\n{QUESTIONS[0]}".encode())
+    assert "there is no adapter" in capfd.readouterr().err and printed.startswith(case.base[0])
+    command = flags(case, "--compare_base", "true")
+    (printed,) = run(0, 1, command, stdin=f"{QUESTIONS[0]}\n{QUESTIONS[1]}".encode())
+    printed = printed.replace(" ...\n", "\n")
+    assert printed.startswith(f"tuned: {case.tuned[0]}\nbase: {case.base[0]}\ntuned: {case.follow_up}\nbase: ")
 
 
 def run_with_input(rank: int, world_size: int, command: list[str], stdin: bytes) -> list[str]:

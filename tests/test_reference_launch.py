@@ -10,6 +10,7 @@ import sys
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
 
@@ -83,6 +84,29 @@ def test_the_reference_launch(inputs, tmp_path):
         ),
     )
     assert column(tmp_path / "alone", "loss")[0] == pytest.approx(lines[0]["loss"], abs=1e-5), alone
+
+
+def test_the_reference_generation(inputs, tmp_path):
+    """Its training flags, two more, and inference_mode in the adapter's config: a dialogue, and logits as files."""
+    config = ITS_LORA_CONFIG | {"inference_mode": True}
+    tiny.write_json(tmp_path / "lora_config.json", ITS_LORA_CONFIG)
+    tune(1, inputs.flags(tmp_path / "earlier", lora_config=tmp_path / "lora_config.json", max_steps=2))
+    shards = tmp_path / "lora_checkpoint"
+    shutil.copytree(
+        tmp_path / "earlier/checkpoints/iter_0000002", shards, ignore=shutil.ignore_patterns("manifest.json")
+    )
+    tiny.write_json(shards / "mp_rank_00_pp_rank_000/lora_config.json", config)
+    tiny.write_json(tmp_path / "lora_config.json", config)
+    flags = shlex.split(REFERENCE.replace("DIR", str(inputs.model)) + " --return_logits true --text_generation true")
+    layout = ["--pipeline_parallel_size", "2", "--max_new_tokens", "6"]
+    done = tiny.torchrun(tmp_path, 2, *flags, *layout, tool="generate.py", stdin="Who are you?\nAnd I?\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2, done.stdout
+    (said,) = (line for line in done.stderr.splitlines() if "not applied in generation" in line)
+    assert "save_steps" in said and "lora_config" in said
+    first, second = (load_file(tmp_path / f"logits/prompt_0000{i}.safetensors") for i in range(2))
+    assert first["logits"].shape == (len(first["input_ids"]), tiny.FIELDS["vocab_size"])
+    assert second["input_ids"][: len(first["input_ids"])].equal(first["input_ids"]), "the dialogue goes on"
 
 
 def test_a_yaml_file_and_the_module(inputs, tmp_path):

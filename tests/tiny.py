@@ -193,15 +193,17 @@ def tune(world_size: int, *commands: list[str]) -> list[Done]:
     return ranks[0]
 
 
-def torchrun(folder: Path, processes: int, *flags: str) -> subprocess.CompletedProcess:
-    """`torchrun tools/finetune.py` in `folder`, as a user starts it, on the CPU."""
+def torchrun(
+    folder: Path, processes: int, *flags: str, tool: str = "finetune.py", stdin: str | None = None
+) -> subprocess.CompletedProcess:
+    """`torchrun tools/finetune.py`, or another tool, in `folder`, as a user starts it, on the CPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a machine whose name does not resolve must do too
     return subprocess.run(
-        [*launcher, str(ROOT / "tools/finetune.py"), *flags],
-        capture_output=True, text=True, timeout=120, cwd=folder, env=environment,
+        [*launcher, str(ROOT / "tools" / tool), *flags],
+        capture_output=True, text=True, timeout=120, cwd=folder, input=stdin, env=environment,
     )  # fmt: skip
 
 

@@ -78,6 +78,37 @@ def to_messages(row: Any, where: str) -> list[Message]:
     return _check(turns, where)
 
 
+def to_question(row: Any, where: str) -> list[Message]:
+    """One row as the messages that a reply is asked for: those of `to_messages` without the last reply, which need not
+    be there; or {prompt: text}, or a text alone. Raises UserError as `to_messages`."""
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if isinstance(row, dict) and "prompt" in row and not any(key in row for key in FORMATS):
+        row = {"instruction": row["prompt"], **{key: value for key, value in row.items() if key == "system"}}
+    return to_messages(_replied(row), where)[:-1]
+
+
+def _replied(row: Any) -> Any:
+    """The row with something for a reply where it ends without one."""
+    if not isinstance(row, dict):
+        return row
+    for field in ("messages", "conversations", "conversation"):
+        turns = row.get(field)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            last = turns[-1]
+            role, text = ("role", "content") if field == "messages" else ("from", "value")
+            if field == "conversation":
+                return row if last.get("output") else {**row, field: [*turns[:-1], {**last, "output": _REPLY}]}
+            asks = _ROLES.get(last.get(role)) == "user"
+            return {**row, field: [*turns, {role: "assistant", text: _REPLY}]} if asks else row
+    if not row.get("output") and ("instruction" in row or "input" in row):
+        return {**row, "output": _REPLY}
+    return row
+
+
+_REPLY = "..."
+
+
 def _check(turns: list[tuple[str, Any]], where: str) -> list[Message]:
     """Texts are texts, none is empty, and the roles come in order."""
     for number, (role, text) in enumerate(turns, 1):

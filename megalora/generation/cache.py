@@ -54,19 +54,27 @@ class KVCache:
 class PrefillStep:
     """Several tokens of each sequence over a KVCache: the `models.inputs.Cache` that the layers read.
 
-    spans, in the order of the tokens; a sequence may go on from tokens that the cache holds.
+    spans   in the order of the tokens; a sequence may go on from tokens that the cache holds
+    slots, places   [F] int64: the same token by token
     """
 
     cache: KVCache
     spans: Sequence[Span]
+    slots: torch.Tensor
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, cache: KVCache, spans: Sequence[Span], device: torch.device | str) -> PrefillStep:
+        slots = torch.cat([torch.full((span.stop - span.start,), span.slot) for span in spans])
+        places = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        return cls(cache, spans, slots.to(device), places.to(device))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
         """Keeps k, v [F, K, D] of the new tokens of `layer`; attention of q [F, H, D] over all tokens kept."""
         keys, values = self.cache.layer(layer, k)
+        keys[self.slots, :, self.places] = k
+        values[self.slots, :, self.places] = v
         lengths = [span.stop - span.start for span in self.spans]
-        for span, k_new, v_new in zip(self.spans, k.split(lengths), v.split(lengths), strict=True):
-            keys[span.slot, :, span.start : span.stop] = k_new.transpose(0, 1)
-            values[span.slot, :, span.start : span.stop] = v_new.transpose(0, 1)
         if all(span.start == 0 for span in self.spans):
             bounds = [0]
             for length in lengths:

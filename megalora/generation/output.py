@@ -95,6 +95,9 @@ class Output:
             if self._file is None:
                 self._file = self._aside.open("w", encoding="utf-8")
             print(json.dumps(row, ensure_ascii=False), file=self._file, flush=True)
+        if sys.stderr.isatty():
+            end = "\n" if self._written + 1 == len(self._questions) else ""
+            print(f"\r{self._written + 1} of {len(self._questions)} replies", end=end, file=sys.stderr, flush=True)
 
     def _fields(self, prefix: str, answer: Answer) -> dict[str, str | None]:
         fields = {f"{prefix}response": answer.text, f"{prefix}finish_reason": answer.finish_reason}

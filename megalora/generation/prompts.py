@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalora.data import ChatTemplate, read_rows, to_messages
+from megalora.data import ChatTemplate, read_rows, to_question
 from megalora.data.formats import Message
 from megalora.errors import UserError
 
@@ -46,8 +46,9 @@ def ask(text: str, system: str | None, where: str) -> Question:
 def read_questions(path: str | Path, system: str | None) -> list[Question]:
     """The questions of a file, in order.
 
-    .json, .jsonl: rows as for training; the question is the conversation up to its last reply. Any other file: one a
-    line, blank lines left out. Raises UserError (file, row or line) for what cannot be read or holds no question.
+    .json, .jsonl: rows as for training; the question is the conversation up to its last reply, which need not be
+    there; also {prompt: text}, or texts. Any other file: one a line, blank lines left out. Raises UserError (file, row
+    or line) for what cannot be read or holds no question.
     """
     path = Path(path)
     if path.suffix.lower() in ROWS:
@@ -106,7 +107,7 @@ def _eos(file: Path) -> list[int]:
 
 
 def _of_row(row: object, system: str | None, where: str) -> Question:
-    messages = to_messages(row, where)[:-1]
+    messages = to_question(row, where)
     if system is not None and messages[0]["role"] == "system":
         raise UserError(f"{where}: has a system message of its own: leave --system out, or take it out of the row")
     return Question((*_system_message(system), *messages), where)

@@ -24,6 +24,7 @@ from megalora.parallel.mesh import Axis
 
 MAX_RUNNING = 64  # sequences that run at a time,
 CACHE_TOKENS = 32768  # as far as the cache, of this many tokens, holds them
+FEW = 8  # where no more run, each may have a share of the cache as if they were so many: a dialogue seldom outgrows it
 STEP_TOKENS = 8192  # prompts join a step up to this many tokens: it bounds the memory of the activations
 REFILL = 8  # new prompts join when one slot in this many is free: few steps, each of many tokens
 WORTH_KEEPING = 32  # a prompt that begins with at least this many tokens of what a free slot holds goes on from there
@@ -156,8 +157,8 @@ class Replica:
         slots = min(len(prompts), MAX_RUNNING, max(1, CACHE_TOKENS // capacity))
         if self._steps is not None and self._steps.slots >= slots and self._steps.capacity >= capacity:
             return
-        if self._steps is not None:  # grows by doubling, so that a dialogue seldom starts over
-            capacity = min(self._context, max(capacity, 2 * self._steps.capacity))
+        if slots <= FEW:
+            capacity = min(self._context, max(2 * capacity, CACHE_TOKENS // FEW))
         self._steps = None  # before the next one is made: there may not be room for both
         self._steps = Steps(self._stage, slots, capacity)
         self._held = [[] for _ in range(slots)]

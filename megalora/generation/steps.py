@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
+from megalora.generation.graphs import DecodeGraphs
 from megalora.models.inputs import Cache, Inputs, rope_tables
 from megalora.models.stage import Stage
+from megalora.ops.decode_attention import has_kernel
 from megalora.parallel.linear import Tokens
 
 
@@ -22,24 +24,49 @@ class Steps:
     def __init__(self, stage: Stage, slots: int, capacity: int):
         self.slots, self.capacity = slots, capacity
         self._stage, self._device = stage, stage.place.device
-        self._cache = KVCache(slots, capacity)
+        recorded = _can_be_recorded(stage)
+        self._cache = KVCache(slots + recorded, capacity)
         positions = torch.arange(capacity, device=self._device)
         self._rope = rope_tables(stage.config, positions, stage.place.dtype)
+        self._graphs: DecodeGraphs | None = None
+        if recorded:
+            like = torch.empty(stage.config.hidden_size, dtype=stage.place.dtype, device=self._device)
+            first = stage.model.embed_tokens is not None
+            self._graphs = DecodeGraphs(self._decode, slots, self._device, None if first else like)
 
     def prefill(self, hidden: torch.Tensor | None, token_ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
         """Feeds token_ids, the tokens of the spans one after another."""
-        places = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(self._device)
-        ids = torch.tensor(token_ids, device=self._device)
-        return self._run(hidden, ids, places, PrefillStep(self._cache, spans))
+        step = PrefillStep.of(self._cache, spans, self._device)
+        return self._run(hidden, torch.tensor(token_ids, device=self._device), step.places, step)
 
     def decode(
         self, hidden: torch.Tensor | None, token_ids: Sequence[int], slots: Sequence[int], places: Sequence[int]
     ) -> torch.Tensor:
-        """Feeds one token of each sequence: token_ids[i] takes places[i] of slots[i]; no slot twice."""
-        ids, at, to = torch.tensor([token_ids, slots, places], device=self._device)
-        return self._run(hidden, ids, to, DecodeStep(self._cache, at, to))
+        """Feeds one token of each sequence: token_ids[i] takes places[i] of slots[i]; no slot twice.
+
+        What it gives may be overwritten by the next step.
+        """
+        if self._graphs is not None:
+            return self._graphs(hidden, token_ids, slots, places)
+        return self._decode(hidden, *torch.tensor([token_ids, slots, places], device=self._device))
+
+    def _decode(
+        self, hidden: torch.Tensor | None, ids: torch.Tensor, slots: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        return self._run(hidden, ids, places, DecodeStep(self._cache, slots, places))
 
     def _run(self, hidden: torch.Tensor | None, ids: torch.Tensor, places: torch.Tensor, cache: Cache) -> torch.Tensor:
         cos, sin = (table[places] for table in self._rope)
         tokens = Tokens(places, places, seed=None, step=0)  # no dropout, so nothing is drawn from them
         return self._stage(hidden, Inputs(ids, None, None, (), cos, sin, tokens, cache))
+
+
+def _can_be_recorded(stage: Stage) -> bool:
+    """Whether a decoding step has fixed shapes and never waits for the host: on a GPU, with the attention kernel, and
+    without messages between the GPUs of a stage."""
+    place, attention = stage.place, next(iter(stage.model.layers.values())).self_attn
+    return (
+        torch.device(place.device).type == "cuda"
+        and place.tp.size == 1
+        and has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.head_dim)
+    )

@@ -17,6 +17,8 @@ _GPU_BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# cuDNN plans each new shape for tens of milliseconds: training repeats its shapes, the prompts of generation do not.
+_GPU_BACKENDS_OF_ANY_SHAPE = [backend for backend in _GPU_BACKENDS if backend != SDPBackend.CUDNN_ATTENTION]
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def _flash(
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
     """q [B, H, N, D], k, v [B, K, S, D] -> [B, H, N, D]; query n stands at position S - N + n."""
     if q.device.type == "cuda":
-        with sdpa_kernel(_GPU_BACKENDS, set_priority=True):
+        backends = _GPU_BACKENDS_OF_ANY_SHAPE if torch.is_inference_mode_enabled() else _GPU_BACKENDS
+        with sdpa_kernel(backends, set_priority=True):
             return _attend(q, k, v, window)
     return _attend(q, k, v, window)
 

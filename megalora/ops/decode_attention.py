@@ -11,6 +11,8 @@ import torch
 
 from megalora.ops import extension
 
+_LARGEST_GROUP = 8  # of the CUDA kernel
+
 
 def decode_attention(
     q_BHD: torch.Tensor,
@@ -48,6 +50,16 @@ def decode_attention(
     return out.squeeze(2)
 
 
-def _compiled(*heads: torch.Tensor) -> bool:
-    """Whether the kernel takes them: each head's numbers side by side."""
-    return heads[0].device.type == "cpu" and extension.has_kernels("cpu") and all(x.stride(2) == 1 for x in heads)
+def has_kernel(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> bool:
+    """Whether it is compiled for `group` = H / K query heads a key/value head; the reference waits for the host."""
+    if device_type == "cuda" and not (
+        dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128) and group <= _LARGEST_GROUP
+    ):
+        return False
+    return extension.has_kernels(device_type)
+
+
+def _compiled(q_BHD: torch.Tensor, k_BKD: torch.Tensor, v_BKD: torch.Tensor) -> bool:
+    group = q_BHD.shape[1] // k_BKD.shape[1]
+    adjacent = q_BHD.stride(2) == k_BKD.stride(2) == v_BKD.stride(2) == 1
+    return adjacent and has_kernel(q_BHD.device.type, q_BHD.dtype, group, q_BHD.shape[2])

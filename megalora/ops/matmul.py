@@ -35,14 +35,13 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _skinny(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether our own kernel takes it (csrc/decode.cpp): a few rows on a CPU, where reading b is all there is to do."""
-    return (
-        a.device.type == "cpu"
-        and a.shape[0] <= _FEW_ROWS
-        and a.dtype in (torch.float32, torch.bfloat16)
-        and a.stride(1) == b.stride(1) == 1
-        and extension.has_kernels("cpu")
-    )
+    """Whether a kernel of our own takes it (csrc/decode*): a few rows, where reading b is all there is to do."""
+    if a.shape[0] > _FEW_ROWS or not a.stride(1) == b.stride(1) == 1 or not extension.has_kernels(a.device.type):
+        return False
+    if a.device.type == "cpu":
+        return a.dtype in (torch.float32, torch.bfloat16)
+    octets = (a.shape[1], a.stride(0), b.stride(0), a.data_ptr() // a.itemsize, b.data_ptr() // b.itemsize)
+    return a.dtype in (torch.bfloat16, torch.float16) and all(n % 8 == 0 for n in octets)
 
 
 @torch.compiler.assume_constant_result

@@ -35,7 +35,7 @@ def test_steps_of_several_sequences(seed):
                 rows += range(bounds[i] + kept[i], bounds[i] + kept[i] + new)
                 kept[i] += new
         if spans:
-            step = PrefillStep(cache, spans)
+            step = PrefillStep.of(cache, spans, "cpu")
             if all(span.stop == span.start + 1 for span in spans) and rng.random() < 0.8:
                 at, places = torch.tensor([[span.slot, span.start] for span in spans]).t()
                 step = DecodeStep(cache, at, places)
@@ -46,7 +46,7 @@ def test_steps_of_several_sequences(seed):
 
 def test_layers_keep_apart():
     cache, x = KVCache(1, 2), torch.ones(1, 2, 4)
-    step = PrefillStep(cache, [Span(0, 0, 1)])
+    step = PrefillStep.of(cache, [Span(0, 0, 1)], "cpu")
     step.attend(0, x, x, x, None)
     out = step.attend(1, x, x, 5 * x, None)
     assert torch.equal(out, 5 * x)
@@ -56,5 +56,5 @@ def test_layers_keep_apart():
 
 def test_more_than_it_holds_is_a_bug():
     x = torch.ones(3, 2, 4)
-    with pytest.raises(RuntimeError):
-        PrefillStep(KVCache(1, 2), [Span(0, 0, 3)]).attend(0, x, x, x, None)
+    with pytest.raises(IndexError):
+        PrefillStep.of(KVCache(1, 2), [Span(0, 0, 3)], "cpu").attend(0, x, x, x, None)

@@ -55,6 +55,29 @@ def test_rows_end_before_their_last_reply(tmp_path, name):
         read_questions(file, "be brief")
 
 
+def test_rows_need_no_reply(tmp_path):
+    rows = [
+        {"instruction": "add", "input": "1 2"},
+        {"instruction": "add", "output": ""},
+        {"conversation": [{"system": "s", "input": "a", "output": "b"}, {"input": "c"}]},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]},
+        {"conversations": [{"from": "human", "value": "q"}]},
+        {"prompt": "p"},
+        "p",
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert messages(read_questions(file, None)) == [
+        [("user", "add\n1 2")],
+        [("user", "add")],
+        [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")],
+        [("system", "s"), ("user", "q")],
+        [("user", "q")],
+        [("user", "p")],
+        [("user", "p")],
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -63,6 +86,9 @@ def test_rows_end_before_their_last_reply(tmp_path, name):
         ("p.txt", None, r"p\.txt: cannot be read \(No such file"),
         ("p.json", b"[]", r"p\.json holds no rows"),
         ("p.jsonl", b'{"text": 1}', r"p\.jsonl row 0: .* no known shape"),
+        ("p.jsonl", b'{"prompt": 1}', r"p\.jsonl row 0: instruction and input must be strings"),
+        ("p.jsonl", b'{"messages": [{"role": "system", "content": "s"}]}', r"p\.jsonl row 0: no assistant turn"),
+        ("p.jsonl", b'{"messages": []}', r"p\.jsonl row 0: messages must be a list"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):

@@ -1,0 +1,69 @@
+"""Decoding by CUDA graphs: a step of one token each is recorded once for each number of sequences and then replayed,
+so that no kernel waits for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+WARM_UP = 2  # steps before a recording: libraries set themselves up in the first
+
+Decode = Callable[[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """where: token ids, slots and places [3, n]; hidden, out: what comes from the stage before and what goes on."""
+
+    graph: torch.cuda.CUDAGraph
+    where: torch.Tensor
+    hidden: torch.Tensor | None
+    out: torch.Tensor
+
+
+class DecodeGraphs:
+    """A decoding step that is recorded for 1, 2, 4, 8, ... sequences; what a step has less, it feeds to `spare`.
+
+    decode  (hidden [n, hidden_size] or None, ids, slots, places [n]) -> [n, hidden_size], of fixed shapes throughout
+    spare   a slot of the cache that no sequence uses
+    like    a tensor of the dtype and on the device of `hidden`, [hidden_size]; None on the first stage
+    """
+
+    def __init__(self, decode: Decode, spare: int, device: torch.device, like: torch.Tensor | None):
+        self._decode, self._spare, self._device, self._like = decode, spare, device, like
+        self._recordings: dict[int, _Recording] = {}
+        self._pool = None  # one for all recordings: they never run at the same time
+
+    def __call__(
+        self, hidden: torch.Tensor | None, token_ids: Sequence[int], slots: Sequence[int], places: Sequence[int]
+    ) -> torch.Tensor:
+        """What `decode` gives. It is overwritten by the next step."""
+        count = len(token_ids)
+        width = 1 << (count - 1).bit_length()
+        idle = width - count
+        recording = self._recordings.get(width) or self._record(width)
+        rows = [[*token_ids, *[0] * idle], [*slots, *[self._spare] * idle], [*places, *[0] * idle]]
+        recording.where.copy_(torch.tensor(rows))
+        if hidden is not None:
+            recording.hidden[:count] = hidden
+        recording.graph.replay()
+        return recording.out[:count]
+
+    def _record(self, width: int) -> _Recording:
+        where = torch.zeros(3, width, dtype=torch.int64, device=self._device)
+        where[1] = self._spare
+        hidden = None if self._like is None else self._like.new_zeros(width, *self._like.shape)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._decode(hidden, *where)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            out = self._decode(hidden, *where)
+        self._pool = graph.pool()
+        self._recordings[width] = _Recording(graph, where, hidden, out)
+        return self._recordings[width]
