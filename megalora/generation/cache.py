@@ -13,12 +13,13 @@ Legend: F tokens of the step, H query heads and K key/value heads of this rank, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megalora.ops.attention import attention, cached_attention
+from megalora.ops.attention import Packed, attention, cached_attention, pack
 from megalora.ops.decode_attention import decode_attention
 
 
@@ -56,36 +57,41 @@ class PrefillStep:
 
     spans   in the order of the tokens; a sequence may go on from tokens that the cache holds
     slots, places   [F] int64: the same token by token
+    bounds          cumulative bounds of the spans in F
+    packed          the same for kernels that read them on the device, where some do
     """
 
     cache: KVCache
     spans: Sequence[Span]
     slots: torch.Tensor
     places: torch.Tensor
+    bounds: tuple[int, ...]
+    packed: Packed | None
 
     @classmethod
-    def of(cls, cache: KVCache, spans: Sequence[Span], device: torch.device | str) -> PrefillStep:
-        slots = torch.cat([torch.full((span.stop - span.start,), span.slot) for span in spans])
+    def of(
+        cls, cache: KVCache, spans: Sequence[Span], head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> PrefillStep:
+        """Of layers with this head_dim, dtype and device."""
+        lengths = [span.stop - span.start for span in spans]
+        bounds = tuple(itertools.accumulate(lengths, initial=0))
+        slots = torch.tensor([span.slot for span in spans]).repeat_interleave(torch.tensor(lengths))
         places = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-        return cls(cache, spans, slots.to(device), places.to(device))
+        return cls(cache, spans, slots.to(device), places.to(device), bounds, pack(bounds, head_dim, dtype, device))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
         """Keeps k, v [F, K, D] of the new tokens of `layer`; attention of q [F, H, D] over all tokens kept."""
         keys, values = self.cache.layer(layer, k)
         keys[self.slots, :, self.places] = k
         values[self.slots, :, self.places] = v
-        lengths = [span.stop - span.start for span in self.spans]
         if all(span.start == 0 for span in self.spans):
-            bounds = [0]
-            for length in lengths:
-                bounds.append(bounds[-1] + length)
-            return attention(q, k, v, bounds, window)
+            return attention(q, k, v, self.bounds, window, self.packed)
         outputs = []
-        for span, q_new in zip(self.spans, q.split(lengths), strict=True):
+        for span, (begin, end) in zip(self.spans, itertools.pairwise(self.bounds), strict=True):
             # What the window of the first new token does not reach, none of them sees.
             seen = slice(0 if window is None else max(0, span.start + 1 - window), span.stop)
             k_seen, v_seen = (x[span.slot, :, seen].transpose(0, 1) for x in (keys, values))
-            outputs.append(cached_attention(q_new, k_seen, v_seen, window))
+            outputs.append(cached_attention(q[begin:end], k_seen, v_seen, window))
         return torch.cat(outputs)
 
 

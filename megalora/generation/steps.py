@@ -23,7 +23,7 @@ class Steps:
 
     def __init__(self, stage: Stage, slots: int, capacity: int):
         self.slots, self.capacity = slots, capacity
-        self._stage, self._device = stage, stage.place.device
+        self._stage, self._device = stage, torch.device(stage.place.device)
         recorded = _can_be_recorded(stage)
         self._cache = KVCache(slots + recorded, capacity)
         positions = torch.arange(capacity, device=self._device)
@@ -36,7 +36,8 @@ class Steps:
 
     def prefill(self, hidden: torch.Tensor | None, token_ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
         """Feeds token_ids, the tokens of the spans one after another."""
-        step = PrefillStep.of(self._cache, spans, self._device)
+        place = self._stage.place
+        step = PrefillStep.of(self._cache, spans, self._stage.config.head_dim, place.dtype, self._device)
         return self._run(hidden, torch.tensor(token_ids, device=self._device), step.places, step)
 
     def decode(

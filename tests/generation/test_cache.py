@@ -9,6 +9,10 @@ from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
 from megalora.ops.attention import attention
 
 
+def prefill(cache, spans):
+    return PrefillStep.of(cache, spans, 8, torch.float64, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_steps_of_several_sequences(seed):
     """Any lengths, window and slots; the sequences go on by any number of tokens at a step, or rest."""
@@ -35,7 +39,7 @@ def test_steps_of_several_sequences(seed):
                 rows += range(bounds[i] + kept[i], bounds[i] + kept[i] + new)
                 kept[i] += new
         if spans:
-            step = PrefillStep.of(cache, spans, "cpu")
+            step = prefill(cache, spans)
             if all(span.stop == span.start + 1 for span in spans) and rng.random() < 0.8:
                 at, places = torch.tensor([[span.slot, span.start] for span in spans]).t()
                 step = DecodeStep(cache, at, places)
@@ -46,7 +50,7 @@ def test_steps_of_several_sequences(seed):
 
 def test_layers_keep_apart():
     cache, x = KVCache(1, 2), torch.ones(1, 2, 4)
-    step = PrefillStep.of(cache, [Span(0, 0, 1)], "cpu")
+    step = prefill(cache, [Span(0, 0, 1)])
     step.attend(0, x, x, x, None)
     out = step.attend(1, x, x, 5 * x, None)
     assert torch.equal(out, 5 * x)
@@ -57,4 +61,4 @@ def test_layers_keep_apart():
 def test_more_than_it_holds_is_a_bug():
     x = torch.ones(3, 2, 4)
     with pytest.raises(IndexError):
-        PrefillStep.of(KVCache(1, 2), [Span(0, 0, 3)], "cpu").attend(0, x, x, x, None)
+        prefill(KVCache(1, 2), [Span(0, 0, 3)]).attend(0, x, x, x, None)
