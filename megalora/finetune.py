@@ -182,6 +182,10 @@ def finetune(arguments: FinetuneArguments) -> None:
             if first_step:
                 meter.go_on(start.checkpoint.trainer)
             batches = steps_ahead(loader.step, first_step, total_steps)
+            if start is not None and start.own and eval_rows is not None:
+                last = on_first(lambda: monitor.last_evaluation, mesh.world)
+                if last < first_step and (_every(train.eval_steps, first_step) or first_step >= total_steps):
+                    _evaluate(trainer, eval_rows, first_step, monitor, train, mesh)  # stopped before it was made
             for number in range(first_step, total_steps):
                 with timers("data"):
                     batch = next(batches)

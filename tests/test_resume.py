@@ -159,6 +159,23 @@ def test_a_run_killed_before_the_export_makes_it_up(inputs, half):
     assert same_bits(exported(half), made)
 
 
+@pytest.mark.parametrize("step, due", [(4, True), (4, False), (STEPS, True)])
+def test_a_run_killed_before_an_evaluation_makes_it_up(inputs, whole, tmp_path, step, due):
+    """Its checkpoint was there first, of a step between others or of the last one."""
+    run = tmp_path / "run"
+    flags = {"eval_data_path": inputs.data, "eval_steps": step if due and step < STEPS else 3}
+    tune(1, inputs.flags(run, **FLAGS, **flags))
+    made = lines(run, "eval_metrics.jsonl")
+    for folder in (run / "checkpoints").glob("iter_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    kept = [line for line in made if line["step"] < step]
+    (run / "eval_metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    tune(1, inputs.flags(run, **FLAGS, **flags))
+    assert lines(run, "eval_metrics.jsonl") == made
+    assert [line["step"] for line in made] == {(4, True): [4, 8], (4, False): [3, 6, 8]}.get((step, due), [3, 6, 8])
+
+
 def test_a_longer_run_goes_on(inputs, half):
     tune(1, inputs.flags(half, **FLAGS | {"max_steps": 6}, save_total_limit=1))
     assert column(half, "step") == [1, 2, 3, 4, 5, 6]

@@ -21,12 +21,11 @@ class JsonLines:
     """Appends records to `path`, flushed one by one. Lines of steps after `resumed_step` are removed.
 
     A number that is not finite has no JSON: it becomes null. A record whose loss or grad_norm is so gets
-    `"skipped": true`.
+    `"skipped": true`. last_step: of the last line that an earlier start wrote and that stays; 0: there is none.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0):
-        if path.exists():
-            _truncate(path, resumed_step)
+        self.last_step = _truncate(path, resumed_step) if path.exists() else 0
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -69,20 +68,26 @@ class EventWriter:
             self._writer.close()
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Keep the lines of steps up to `last_step`; a line torn by a crash goes. Written aside, then renamed."""
-    aside = path.with_name(path.name + ".tmp")
+def _truncate(path: Path, last_step: int) -> int:
+    """Keep the lines of steps up to `last_step`; a line torn by a crash goes. Written aside, then renamed.
+
+    Returns the step of the last line that is kept, 0 where none is.
+    """
+    aside, last_kept = path.with_name(path.name + ".tmp"), 0
     with path.open("rb") as old, aside.open("wb") as new:
         for line in old:
             try:
-                kept = line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+                step = int(json.loads(line)["step"])
+                kept = line.endswith(b"\n") and step <= last_step
             except (ValueError, KeyError, TypeError):
                 kept = False
             if kept:
                 new.write(line)
+                last_kept = step
         new.flush()
         os.fsync(new.fileno())
     aside.replace(path)
+    return last_kept
 
 
 def _finite(value: Any) -> bool:

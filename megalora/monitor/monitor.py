@@ -66,6 +66,11 @@ class Monitor:
             self._console.evaluation(record)
 
     @property
+    def last_evaluation(self) -> int:
+        """The step of the last evaluation that an earlier start has made; on rank 0."""
+        return self._evaluations.last_step
+
+    @property
     def failed(self) -> bool:
         """Whether a file could not be written: `check` will raise it."""
         return self._problem is not None
