@@ -169,7 +169,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     file = folder / name
     try:
         file.resolve(strict=True)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):  # ValueError: no name that a file can have
         raise UserError(f"{file}: does not exist, but {index.name} names it: download the model again") from None
     check_stays(folder, file)
     return file
