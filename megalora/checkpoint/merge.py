@@ -28,6 +28,7 @@ class MergedWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self._base.dtype(name)
 
+    @torch.no_grad()
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
         """Copies the merged `tensor[index]` into `out` (its shape, its dtype).
 

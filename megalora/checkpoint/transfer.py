@@ -6,11 +6,14 @@ block, whatever the model. Dtypes and bits are kept.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +25,7 @@ from megalora.checkpoint.weights import BaseWeights
 from megalora.parallel.split import Split
 
 BLOCK_BYTES = 16 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,30 +126,26 @@ def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mappi
     return Plan(tensors, files, texts)
 
 
-@torch.no_grad()
 def transfer(weights: BaseWeights, plan: Plan, folder: Path, progress: Callable[[int], None]) -> None:
     """Writes what is planned into `folder`, which exists. `progress` is told bytes as they are written.
 
     Raises UserError where `weights` cannot be read, OSError where `folder` cannot be written.
     """
     streams: dict[str, TensorStream] = {}
-    buffer = _buffer(plan.tensors.values())
+    files: list[TensorFile] = []
     try:
-        for name, kind in plan.tensors.items():
-            files = [file for file in plan.files if name in file.parts]
+        for name, rows, block in _one_ahead(_blocks(weights, plan.tensors)):
+            if rows.start == 0:
+                files = [file for file in plan.files if name in file.parts]
             for file in files:
                 if file.path not in streams:
                     streams[file.path] = file.open(folder)
-            for rows, block in _blocks(weights, name, kind, buffer):
-                for file in files:
-                    part = _part(block, rows, file.parts[name])
-                    if part.numel():
-                        streams[file.path].append(name, part)
-                        progress(part.nbytes)
-            for file in files:
-                if file.last == name:
-                    streams[file.path].close()
-                    del streams[file.path]
+                part = _part(block, rows, file.parts[name])
+                if part.numel():
+                    streams[file.path].append(name, part)
+                    progress(part.nbytes)
+                if file.last == name and rows.stop == plan.tensors[name].shape[0]:
+                    streams.pop(file.path).close()
     finally:
         for stream in streams.values():
             stream.abandon()
@@ -158,22 +158,28 @@ def _row_bytes(kind: TensorType) -> int:
     return math.prod(kind.shape[1:]) * kind.dtype.itemsize
 
 
-def _buffer(kinds: Iterable[TensorType]) -> torch.Tensor:
-    """Memory for a block of any tensor: one for all, because one for each would leave holes in the heap."""
-    return torch.empty(max([BLOCK_BYTES, *map(_row_bytes, kinds)]), dtype=torch.uint8)
+def _blocks(weights: BaseWeights, tensors: Mapping[str, TensorType]) -> Iterator[tuple[str, range, torch.Tensor]]:
+    """Every tensor in blocks of rows: (name, rows, values), the values until the next but one is taken."""
+    # Memory for two blocks of any tensor: new memory for each would leave holes in the heap.
+    largest = max([BLOCK_BYTES, *map(_row_bytes, tensors.values())])
+    buffers = itertools.cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
+    for name, kind in tensors.items():
+        count, columns = kind.shape[0], kind.shape[1:]
+        step = max(1, BLOCK_BYTES // max(1, _row_bytes(kind)))
+        for start in range(0, count, step):
+            rows = range(start, min(start + step, count))
+            block = next(buffers)[: len(rows) * _row_bytes(kind)].view(kind.dtype).view(len(rows), *columns)
+            weights.copy(name, (slice(rows.start, rows.stop), *(slice(0, n) for n in columns)), block)
+            yield name, rows, block
 
 
-def _blocks(
-    weights: BaseWeights, name: str, kind: TensorType, buffer: torch.Tensor
-) -> Iterator[tuple[range, torch.Tensor]]:
-    """The tensor in blocks of rows, each in `buffer` until the next is taken."""
-    count, columns = kind.shape[0], kind.shape[1:]
-    step = max(1, BLOCK_BYTES // max(1, _row_bytes(kind)))
-    for start in range(0, count, step):
-        rows = range(start, min(start + step, count))
-        block = buffer[: len(rows) * _row_bytes(kind)].view(kind.dtype).view(len(rows), *columns)
-        weights.copy(name, (slice(rows.start, rows.stop), *(slice(0, n) for n in columns)), block)
-        yield rows, block
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; while one is worked on, the next is made in a thread (reading lets go of the interpreter)."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
 
 
 def _part(block: torch.Tensor, rows: range, split: Split) -> torch.Tensor:
