@@ -516,6 +516,10 @@ def _summary(
     targets = sorted({name.rsplit(".", 1)[-1] for name in lora.adapters})
     recompute = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
     sequence = ", sequence parallel" if parallel.sequence_parallel else ""
+    waiting = ""
+    if mesh.pp.size > 1:
+        schedule, microbatches = SCHEDULES[parallel.schedule], train.gradient_accumulation_steps
+        waiting = f", stages wait {schedule.waiting(mesh.pp.size, microbatches, cut.floor, cut.shares):.0%} of the time"
     return {
         "model": {
             "path": arguments.model.model_path,
@@ -528,7 +532,7 @@ def _summary(
             "processes": f"{mesh.world_size} = tensor {mesh.tp.size} x pipeline {mesh.pp.size} x data "
             f"{mesh.dp.size}{sequence}",
             **stages,
-            "schedule": f"{parallel.schedule}, {train.gradient_accumulation_steps} microbatches{recompute}",
+            "schedule": f"{parallel.schedule}, {train.gradient_accumulation_steps} microbatches{recompute}{waiting}",
             "device": f"{device.type}, {str(dtype).removeprefix('torch.')}, "
             f"{'compiled' if extension.has_kernels(device.type) else 'plain torch'} ops"
             f"{', CUDA graphs' if stage.uses_graphs else ''}",

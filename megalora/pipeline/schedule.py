@@ -86,6 +86,21 @@ class Schedule:
         return Peak(1, count) if self.recomputes(stage, stages) else Peak(count)
 
 
+    def waiting(self, stages: int, microbatches: int, floor: int, shares: Sequence[float]) -> float:
+        """The share of their time in which the stages wait for one another, 0 to 1.
+
+        shares  of a microbatch's compute, by part of the model; of a trained part half is its forward, and a recompute
+                takes as long again. Messages are reckoned to take no time.
+        """
+
+        def seconds(stage: int, action: Action) -> float:
+            part = part_of(stage, stages, action.chunk)
+            return shares[part] / (2 if part >= floor else 1) if action.op in COMPUTE else 0.0
+
+        programme = self.programme(stages, microbatches, floor, len(shares) // stages)
+        return simulate(programme, seconds).bubble
+
+
 def with_messages(orders: Sequence[Sequence[Action]], floor: int, chunks: int) -> Programme:
     """Puts sends and receives between the computes of all stages.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 from megalora.pipeline.actions import (
@@ -110,7 +111,7 @@ class _Machine:
         for event in computed:
             busy[event.stage] += event.end - event.start
         makespan = max((event.end for event in computed), default=0.0)
-        return Timeline(tuple(sorted(self._events, key=lambda event: event.start)), makespan, tuple(busy))
+        return Timeline(tuple(sorted(self._events, key=attrgetter("start"))), makespan, tuple(busy))
 
     def _step(self, stage: int) -> bool:
         """Runs the next action of a stage; False where it has to wait."""
@@ -191,7 +192,10 @@ class _Machine:
         self._events.append(Event(stage, send, start, line.free + self._latency))
 
     def _line(self, source: int, to: int, receive: Action) -> _Line:
-        return self._lines.setdefault((source, to, receive.op), _Line())
+        key = (source, to, receive.op)
+        if key not in self._lines:
+            self._lines[key] = _Line()
+        return self._lines[key]
 
 
 class _Line:

@@ -125,6 +125,14 @@ def test_what_each_schedule_is_for():
     assert makespan("1f1b", p, 16, **late) - makespan("1f1b", p, 16) > 2
 
 
+def test_how_much_the_stages_wait():
+    even = SCHEDULES["1f1b"].waiting(4, 8, 0, [0.25] * 4)
+    assert even == pytest.approx(3 / 11) and SCHEDULES["1f1b"].waiting(1, 8, 0, [1.0]) == pytest.approx(0)
+    assert SCHEDULES["interleaved_1f1b"].waiting(4, 8, 0, [0.125] * 8) == pytest.approx(1.5 / 9.5)
+    assert SCHEDULES["1f1b"].waiting(4, 8, 0, [0.1, 0.3, 0.3, 0.3]) > even, "one stage has less to do"
+    assert SCHEDULES["1f1b"].waiting(4, 8, 2, [0.25] * 4) == pytest.approx(even), "the same work, all of it forward"
+
+
 def test_a_stage_below_the_floor_does_not_run_ahead():
     """It has no backward to wait for: what it sent, and nobody has read yet, would fill memory."""
     for name in ("1f1b", "interleaved_1f1b", "last_no_recompute_1f1b"):
