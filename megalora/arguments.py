@@ -136,6 +136,9 @@ class ParallelArguments(LayoutArguments):
         choices=("none", "selective", "full"),
         training_only=True,
     )
+    heartbeat_timeout: float = flag(
+        30.0, "seconds without a sign of life after which a rank is taken for dead and the run ends", at_least=5
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,6 +222,10 @@ class TrainArguments(Section):
         False, "on a GPU, repeats of a run are equal to the bit: attention sums in a fixed order, which takes longer"
     )
     wall_clock_breakdown: bool = flag(False, "log seconds by phase: forward, backward, communication, ...")
+    hang_timeout: float = flag(
+        600.0, "seconds without progress of any rank after which all say where they stand and end; 0: never", at_least=0
+    )
+    log_dir: str | None = flag(None, "folder of the log files, one a rank", unset="logs in output_dir")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from megalora import __version__
 from megalora.arguments import convert_command, help_text, parse_convert, parse_finetune, parse_generate, validate_world
-from megalora.errors import UserError
+from megalora.errors import Leaving, Preempted, UserError
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 """Exit statuses; 0 is success."""
@@ -42,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: Callable[[], None]) -> int:
     """Calls `command` and gives the exit status of this process.
 
-    UserError: rank 0 prints its line, every rank gives 2. Ctrl-C: 130. Anything else is our bug: the
-    traceback, each line marked with the rank, and 1, at which torchrun ends the other ranks.
+    UserError: rank 0 prints its line, every rank gives 2. Preempted: 75. RankLost, of which the watch has told: 3.
+    Ctrl-C: 130. Anything else is our bug: the traceback, each line marked with the rank, and 1, at which torchrun
+    ends the other ranks.
     """
     rank = _rank()
     try:
@@ -55,6 +56,14 @@ def run(command: Callable[[], None]) -> int:
             return USER_ERROR
         print(f"megalora: error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except Preempted as left:
+        from megalora.parallel.preemption import exit_status
+
+        if rank == 0:
+            print(f"megalora: {left}", file=sys.stderr, flush=True)
+        return exit_status()
+    except Leaving as left:
+        return left.status
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception:

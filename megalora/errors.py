@@ -1,4 +1,4 @@
-"""The one error type that users see: everything they can mend raises it, everything else is our bug."""
+"""How a run ends early: UserError for what users can mend, Leaving for what befell it; everything else is our bug."""
 
 
 class UserError(ValueError):
@@ -10,3 +10,21 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+class Leaving(Exception):
+    """An end that is nobody's mistake: the same command goes on later. `status` is the exit status of the process."""
+
+    status = 1
+
+
+class RankLost(Leaving):
+    """Another rank died, or the run hung. The watch has said which, where and in which phase."""
+
+    status = 3
+
+
+class Preempted(Leaving):
+    """A signal asked the run to leave. `str(error)` says after which step, and what is saved."""
+
+    status = 75  # EX_TEMPFAIL; scripts/slurm/launch.sh turns it into a requeue

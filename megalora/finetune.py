@@ -32,21 +32,23 @@ from megalora.checkpoint.peft import write_peft
 from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.state import identity_difference, newest_sound, remove_run
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer, steps_ahead
-from megalora.errors import UserError
+from megalora.errors import Preempted, UserError
 from megalora.identity import base_identity, check_base, progress, run_identity
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
 from megalora.models.graphs import choose_graphs
 from megalora.models.stage import Stage, expected_weights, whole_on_meta
-from megalora.monitor import Monitor, Timers, causal_context, lora_flops_per_token
+from megalora.monitor import Monitor, RankLog, Timers, causal_context, lora_flops_per_token
 from megalora.ops import extension
 from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
 from megalora.parallel.collectives import gather_objects, on_first, together
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.launch import choose_device, distributed, fix_order_of_sums
+from megalora.parallel.launch import choose_device, distributed, fix_order_of_sums, restarts, tp_crossing
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.preemption import Preemption
 from megalora.parallel.split import named_splits
+from megalora.parallel.watch import Watch
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
@@ -62,7 +64,9 @@ def finetune(arguments: FinetuneArguments) -> None:
     if train.deterministic:
         fix_order_of_sums(device)
     timers = Timers(train.wall_clock_breakdown, device)
-    with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, timers) as mesh:
+    watch = Watch(timers, heartbeat_timeout=parallel.heartbeat_timeout, hang_timeout=train.hang_timeout)
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    with Preemption() as preemption, distributed(device, tp, pp, watch) as mesh:
         dtype = resolve_dtype(model.dtype, device)
         notes = [remark] if remark else []
 
@@ -118,6 +122,8 @@ def finetune(arguments: FinetuneArguments) -> None:
         if graphs:
             stage.use_graphs()
         parameters, splits = stage.trainable(), named_splits(stage)
+        crossing = tp_crossing(mesh.world_size, tp, pp, watch.hosts, _reduced_megabytes(config, data, train, dtype))
+        notes += [crossing] if crossing else []
         tokens_here = train.per_device_train_batch_size * data.seq_length
         tokens_here //= mesh.tp.size if parallel.sequence_parallel else 1
         chunks = parallel.virtual_pipeline_size
@@ -128,7 +134,7 @@ def finetune(arguments: FinetuneArguments) -> None:
             cut.floor,
             device=device,
             chunks=chunks,
-            clock=timers,
+            clock=watch,
         )
         with together(mesh.world):
             optimizer = AdapterOptimizer(
@@ -151,13 +157,15 @@ def finetune(arguments: FinetuneArguments) -> None:
             max_grad_norm=train.max_grad_norm,
             seed=train.seed,
             loss_scale=LossScale(dtype == torch.float16),
-            clock=timers,
+            clock=watch,
         )
         with together(mesh.world):
             if first_step:
                 restore(trainer, start.checkpoint, splits)
         with together(mesh.world):
-            monitor = Monitor(train.output_dir, mesh.rank, total_steps, first_step)
+            log = RankLog(train.log_dir or Path(train.output_dir) / "logs", mesh.rank, watch.hosts[mesh.rank])
+            watch.tell(log.write, log.say, log.file)
+            monitor = Monitor(train.output_dir, mesh.rank, total_steps, first_step, log.write)
         saver = RunSaver(
             train.output_dir,
             train.save_total_limit,
@@ -172,7 +180,8 @@ def finetune(arguments: FinetuneArguments) -> None:
         )
 
         # The steps.
-        with monitor, saver, steady_heap():
+        preemption.steps()
+        with log, monitor, saver, steady_heap(), watch:
             summary = _summary(arguments, config, lora, stage, cut, rows, loader, mesh, device, dtype)
             monitor.summary(summary)
             for note in [*notes, *rows.skipped[:5], *_more_skipped(rows)]:
@@ -187,9 +196,10 @@ def finetune(arguments: FinetuneArguments) -> None:
                 if last < first_step and (_every(train.eval_steps, first_step) or first_step >= total_steps):
                     _evaluate(trainer, eval_rows, first_step, monitor, train, mesh)  # stopped before it was made
             for number in range(first_step, total_steps):
-                with timers("data"):
+                watch.step(number)
+                with watch("data"):
                     batch = next(batches)
-                result = trainer.step(number, batch, alarm=saver.failed or monitor.failed)
+                result = trainer.step(number, batch, alarm=saver.failed or monitor.failed or preemption.asked)
                 step = number + 1
                 if result.alarm:
                     _raise_what_failed(saver, monitor, mesh)
@@ -200,12 +210,16 @@ def finetune(arguments: FinetuneArguments) -> None:
                     monitor.step(meter.record(step, result, timers))
                 else:
                     monitor.progress(step)
+                leaving = result.alarm and step < total_steps  # nothing has failed, so a signal asks for it
+                if train.save and (leaving or _every(train.save_steps, step) or step == total_steps):
+                    with watch("checkpoint"):
+                        saved = saver.save(step, meter.state())
                 if eval_rows is not None and (_every(train.eval_steps, step) or step == total_steps):
                     with meter.apart(timers):
                         _evaluate(trainer, eval_rows, step, monitor, train, mesh)
-                if train.save and (_every(train.save_steps, step) or step == total_steps):
-                    with timers("checkpoint"):
-                        saved = saver.save(step, meter.state())
+                if leaving:
+                    saver.settle()
+                    raise Preempted(_why_leaving(preemption, step, total_steps, saved))
                 for note in saver.notes():
                     monitor.note(note)
             _raise_what_failed(saver, monitor, mesh)
@@ -234,8 +248,10 @@ class _Start:
 def _find_start(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh) -> _Start | None:
     """The newest sound checkpoint in output_dir, else the adapter named by the user, else None. Collective."""
 
+    overwrite = train.overwrite_output_dir and restarts() == 0  # a restart goes on with what the run has made
+
     def find() -> _Start | None:
-        if not train.overwrite_output_dir:
+        if not overwrite:
             saved, complaints = newest_sound(train.output_dir)
             if saved is not None:
                 return _Start(replace(read_adapter(saved.folder), notes=tuple(complaints)), own=True)
@@ -246,7 +262,7 @@ def _find_start(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
                 )
         named = model.resume_peft_from_checkpoint
         start = None if named is None else _Start(open_adapter(named), own=False)
-        if train.overwrite_output_dir:  # after the adapter is in memory: it may be one of this very folder
+        if overwrite:  # after the adapter is in memory: it may be one of this very folder
             remove_run(train.output_dir)
         return start
 
@@ -320,6 +336,11 @@ def _raise_what_failed(saver: RunSaver, monitor: Monitor, mesh: ParallelMesh) ->
         monitor.check()
 
 
+def _why_leaving(preemption: Preemption, step: int, total_steps: int, saved: Path | None) -> str:
+    kept = f"saved in {saved}: the same command goes on from there" if saved else "with nothing saved (--save false)"
+    return f"stopped by {preemption.signal_name or 'a signal'} after step {step} of {total_steps}, {kept}"
+
+
 def _every(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
@@ -330,6 +351,12 @@ def _export(checkpoint: Path, output_dir: str, model_path: str) -> Path:
     adapter = read_adapter(checkpoint)
     write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
     return folder
+
+
+def _reduced_megabytes(config: ModelConfig, data: DataArguments, train: TrainArguments, dtype: torch.dtype) -> float:
+    """What tensor parallelism reduces in one layer and microbatch: twice in forward, twice in backward."""
+    tokens = train.per_device_train_batch_size * data.seq_length
+    return 4 * tokens * config.hidden_size * dtype.itemsize / 1e6
 
 
 # ---- rows ----

@@ -35,6 +35,7 @@ from megalora.parallel.collectives import broadcast_object, gather_objects, on_f
 from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.watch import Watch
 
 ROUND = 512  # prompts of one replica between two exchanges of replies: no replica waits longer for the others
 
@@ -43,7 +44,8 @@ def generate(arguments: GenerateArguments) -> None:
     """Runs `arguments` on this process of the mesh. Raises UserError, on every rank, for what the user can mend."""
     model, parallel, options = arguments.model, arguments.parallel, arguments.generation
     device, remark = choose_device()
-    with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size) as mesh:
+    watch = Watch(heartbeat_timeout=parallel.heartbeat_timeout)
+    with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, watch) as mesh:
         world = mesh.world
 
         # What is asked: the questions of the command line or of a file, or a dialogue (None).

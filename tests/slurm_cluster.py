@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged", "unshare")
+PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged", "unshare", "setpriv")
 _FOLDERS = "/usr/sbin:/sbin"  # of daemons, which a PATH may lack
 
 CONF = """\
@@ -131,9 +131,17 @@ class Cluster:
             if job["JobState"] in ended or time.monotonic() > deadline:
                 output = Path(job["StdOut"])
                 text = output.read_text(errors="replace") if output.exists() else ""
-                raise AssertionError(f"job {number} is {job['JobState']}, not {' or '.join(states)}:\n{text}")
+                raise AssertionError(f"{text}\njob {number} is {job['JobState']}, not {' or '.join(states)}: {job}")
             time.sleep(0.2)
         return job
+
+    def until_idle(self) -> None:
+        """Waits until both nodes have nothing left to do, not even to clean up."""
+
+        def idle() -> bool:
+            return self.run("sinfo", "-h", "-o", "%T %D", check=False).stdout.split() == ["idle", "2"]
+
+        self._until("both nodes are idle", idle)
 
     def job(self, number: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
@@ -159,21 +167,17 @@ class Cluster:
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
-        self._until("both nodes are idle", self._is_idle)
+        self.until_idle()
 
     def _daemon(self, *command: str) -> None:
         mount = f'mount --bind "{self.folder}/hosts" /etc/hosts && exec "$@"'
         with (self.folder / "daemons.log").open("ab") as log:
             self._daemons.append(
                 subprocess.Popen(
-                    ["unshare", "--mount", "sh", "-c", mount, "sh", *command],
+                    ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "sh", "-c", mount, "sh", *command],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd=self.folder,
                 )
             )  # fmt: skip
-
-    def _is_idle(self) -> bool:
-        shown = self.run("sinfo", "-h", "-o", "%T %D", check=False)
-        return shown.stdout.split() == ["idle", "2"]
 
     def _until(self, what: str, holds: object, seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds

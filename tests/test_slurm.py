@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from tiny import column, exported
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 RUN, GENERATE = ROOT / "scripts/slurm/run.sh", ROOT / "scripts/slurm/gen.sh"
-FLAGS = {"max_steps": 6, "save_steps": 2, "tensor_parallel_size": 2, "gradient_accumulation_steps": 2}
+FLAGS = {"max_steps": 100, "save_steps": 40, "tensor_parallel_size": 2, "gradient_accumulation_steps": 1}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PREFLIGHT": "0"}
 
 
@@ -73,18 +73,31 @@ def test_the_ways_to_start_are_one_job(cluster, inputs, whole, tmp_path, mode):
         assert done.stderr.count(choice) == 1, done.stderr
 
 
-def test_a_batch_job(cluster, inputs, whole, tmp_path):
-    """From its spool folder, and again by gen.sh from the adapter."""
-    cluster.wait(cluster.submit("-N2", "-n4", RUN, *inputs.flags(tmp_path / "run", **FLAGS)))
-    same_run(tmp_path / "run", whole)
-    words = ["--model_path", inputs.model, "--resume_peft_from_checkpoint", tmp_path / "run"]
-    words += ["--prompt", "Who are you? 3", "--max_new_tokens", "8", "--tensor_parallel_size", "2"]
-    replies = {}
-    for name, launcher in {"slurm": ["srun", "-N2", "-n4", "bash", GENERATE], "here": []}.items():
-        output = tmp_path / f"{name}.jsonl"
-        if name == "slurm":
-            cluster.run(*launcher, *words, "--output_file", output)
-        else:
-            cluster.run("python", ROOT / "tools/generate.py", *words[:-2], "--output_file", output)
-        replies[name] = output.read_text()
-    assert replies["slurm"] == replies["here"] and os.path.getsize(output) > 20
+def test_a_batch_job_is_preempted_and_comes_back(cluster, inputs, whole, tmp_path):
+    """From its spool folder; SIGUSR1 in the middle. Then gen.sh replies with the adapter."""
+    run = tmp_path / "run"
+    job = cluster.submit("-N2", "-n4", RUN, *inputs.flags(run, **FLAGS))
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or '"step": 10,' not in metrics.read_text():
+        assert time.monotonic() < deadline, "no step within 60 s"
+        time.sleep(0.05)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait(job, ("PENDING",))
+    cluster.until_idle()
+    assert 10 <= len(column(run, "step")) < FLAGS["max_steps"]
+    (saved,) = (run / "checkpoints").glob(f"iter_{column(run, 'step')[-1]:07d}")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")  # else Slurm waits two minutes
+    done = cluster.wait(job)
+    assert done["Restarts"] == "1"
+    log = Path(done["StdOut"]).read_text()
+    assert log.count(f"megalora: stopped by SIGUSR1 after step {int(saved.name[5:])} of 100") == 1, log
+    assert f"continuing after step {int(saved.name[5:])}" in log
+    same_run(run, whole)
+
+    words = ["--model_path", inputs.model, "--resume_peft_from_checkpoint", run]
+    words += ["--prompt", "Who are you? 3", "--max_new_tokens", "8"]
+    here, there = tmp_path / "here.jsonl", tmp_path / "slurm.jsonl"
+    cluster.run("python", ROOT / "tools/generate.py", *words, "--output_file", here)
+    cluster.run("srun", "-N2", "-n4", "bash", GENERATE, *words, "--output_file", there, "--tensor_parallel_size", "2")
+    assert here.read_text() == there.read_text() != ""

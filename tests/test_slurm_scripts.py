@@ -25,7 +25,7 @@ STUBS = {
 *) exit 9 ;;
 esac""",
     "nvidia-smi": 'for ((i = 0; i < ${GPUS:-0}; i++)); do echo "GPU $i: a GPU"; done',
-    "ip": 'echo "10.0.0.2 dev eth7 src 10.0.0.3"',
+    "ip": """case "$*" in *addr*) ;; *) echo "10.0.0.2 via 10.0.0.1 dev eth7 src 10.0.0.3 uid 0" ;; esac""",
     "getent": 'echo "10.0.0.2 STREAM $2"',
 }
 BATCH = {"SLURM_JOB_ID": "70", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NNODES": "3", "SLURM_NODEID": "0"}
@@ -162,6 +162,7 @@ def test_without_slurm(start):
     assert "set MASTER_ADDR" in start(several, status=2)[2].stderr
     _, words, _ = start(several | {"MASTER_ADDR": "h1"})
     assert option(words, "--rdzv_endpoint") == "h1:29500" and option(words, "--rdzv_conf") == "is_host=0"
+    assert option(words, "--local_addr") == "10.0.0.3"
 
 
 def test_generation_is_started_in_the_same_ways(start):

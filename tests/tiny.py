@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Pr
 
 from megalora import cli, finetune
 from megalora.models.config import config_from_dict
+from megalora.parallel import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LENGTH = 64
@@ -154,23 +154,22 @@ class Done:
 def run(rank: int, world_size: int, commands: Sequence[list[str]]) -> list[Done]:
     """`megalora finetune` of each command on this rank, one after another, each with a process group of its own.
 
-    Only the rendezvous is another than under torchrun: a file, for which no port must be free.
+    Only the rendezvous is another than under torchrun: a store of rank 0's at any port that is free.
     """
     results = []
     with contextlib.ExitStack() as patches:
         if world_size > 1:
-            beside = Path(commands[0][commands[0].index("--model_path") + 1]).parent  # pytest clears it away
-            box = [tempfile.mkdtemp(prefix="stores-", dir=beside) if rank == 0 else None]
+            server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+            box = [server.port if server is not None else None]
             dist.broadcast_object_list(box)
             dist.barrier()
             dist.destroy_process_group()
-            join = dist.init_process_group
 
-            def joined(backend: str, **options: object) -> None:
-                store = dist.FileStore(os.path.join(box[0], str(len(results))), world_size)
-                join(backend, store=store, rank=rank, world_size=world_size, **options)
+            def open_store(rank: int, world_size: int) -> dist.Store:
+                store = dist.TCPStore("127.0.0.1", box[0], is_master=False, wait_for_workers=False)
+                return dist.PrefixStore(str(len(results)), store)
 
-            patches.enter_context(mock.patch.object(dist, "init_process_group", joined))
+            patches.enter_context(mock.patch.object(launch, "open_store", open_store))
         patches.enter_context(mock.patch.object(cli, "_GRACE_SECONDS", 0.0))
         patches.enter_context(mock.patch.object(finetune, "choose_device", lambda: (torch.device("cpu"), None)))
         for command in commands:

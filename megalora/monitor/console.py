@@ -22,7 +22,8 @@ _LOG_WIDTH = 120  # columns of the table where there is no terminal to ask
 
 
 class Console:
-    """total_steps: last step of the run. resumed_step: steps done before it. file: default stdout."""
+    """total_steps: last step of the run. resumed_step: steps done before it. file: default stdout. log: takes a copy of
+    each plain line, those too that a terminal shows as a bar."""
 
     def __init__(
         self,
@@ -30,7 +31,9 @@ class Console:
         resumed_step: int = 0,
         file: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        log: Callable[[str], None] = lambda line: None,
     ):
+        self._log = log
         # Asked of the file and not of rich, which FORCE_COLOR (set by CI) leads to draw a bar in a log.
         self._terminal = (file or sys.stdout).isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._rich = RichConsole(
@@ -85,19 +88,20 @@ class Console:
             record.get("tokens_per_second"),
         )
         rate = f"{_number(speed, ',.0f')} tokens/s"
+        parts = [
+            f"step {step}/{self._total}",
+            f"loss {loss}",
+            f"lr {_number(record.get('learning_rate'), '.3e')}",
+            f"grad norm {_number(record.get('grad_norm'), '.4f')}",
+            rate,
+        ]
+        if record.get("tflops") is not None:
+            parts.append(f"{_number(record['tflops'], '.1f')} TFLOP/s")
+        parts.append(f"{self._time_left(step)} left")
         if self._terminal:
             self.progress(step, f"loss {loss}  {rate}")
+            self._log("  ".join(parts))
         else:
-            parts = [
-                f"step {step}/{self._total}",
-                f"loss {loss}",
-                f"lr {_number(record.get('learning_rate'), '.3e')}",
-                f"grad norm {_number(record.get('grad_norm'), '.4f')}",
-                rate,
-            ]
-            if record.get("tflops") is not None:
-                parts.append(f"{_number(record['tflops'], '.1f')} TFLOP/s")
-            parts.append(f"{self._time_left(step)} left")
             self.note("  ".join(parts))
         phases = record.get("phases")
         if phases:
@@ -111,6 +115,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """One line, above the bar where there is one."""
+        self._log(text)
         self._rich.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:

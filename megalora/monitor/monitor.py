@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,12 +17,19 @@ class Monitor:
 
     output_dir: folder of the run, made where missing. total_steps: last step of the run. resumed_step: steps
     done before this start (0: a fresh run); what an earlier start wrote about later steps is taken out, so
-    that the files are those of a run that was never interrupted. UserError where output_dir cannot be
-    written. A file that cannot be written later (a full disk) sets `failed`; `check` raises it, because the
-    ranks that wait for this one must stop with it.
+    that the files are those of a run that was never interrupted. log: takes each line of the console too.
+    UserError where output_dir cannot be written. A file that cannot be written later (a full disk) sets `failed`;
+    `check` raises it, because the ranks that wait for this one must stop with it.
     """
 
-    def __init__(self, output_dir: str | Path, rank: int, total_steps: int, resumed_step: int = 0):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        rank: int,
+        total_steps: int,
+        resumed_step: int = 0,
+        log: Callable[[str], None] = lambda line: None,
+    ):
         self._active = rank == 0
         self._problem: str | None = None
         if not self._active:
@@ -35,7 +42,7 @@ class Monitor:
             self._events = EventWriter(folder / "runs", resumed_step)
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written ({error}): give a folder that can") from error
-        self._console = Console(total_steps, resumed_step)
+        self._console = Console(total_steps, resumed_step, log=log)
         if self._events.missing:
             self.note(f"TensorBoard is not written: {self._events.missing}")
 

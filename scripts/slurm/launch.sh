@@ -134,7 +134,7 @@ find_place_without_slurm() {
     else
         [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES without Slurm: set MASTER_ADDR to the first machine"
         MASTER_PORT=${MASTER_PORT:-29500}
-        torchrun_on_nodes --rdzv_id megalora
+        torchrun_on_nodes --rdzv_id megalora --local_addr "$(route_to_other src)"
     fi
     note "no Slurm: torchrun starts $processes processes on each of $NNODES nodes ($processes_from)"
 }
@@ -182,8 +182,19 @@ choose_threads() {
     export OMP_NUM_THREADS=$threads OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-$threads}
 }
 
+route_to_other() { # route_to_other dev|src: interface or own address towards another node
+    local address own
+    address=$(getent ahostsv4 "$other_host" | awk 'NR == 1 { print $1 }')
+    own=$(ip -o -4 addr show to "${address:-$other_host}" 2>/dev/null | awk 'NR == 1 { print $2 }')
+    if [ -n "$own" ]; then # this is the master, and the name is its own
+        if [ "$1" = dev ]; then echo "$own"; else echo "${address:-$other_host}"; fi
+    else
+        ip -o route get "${address:-$other_host}" 2>/dev/null | sed -n "s/.* $1 \\([^ ]*\\).*/\\1/p"
+    fi
+}
+
 choose_network() {
-    local interface="" reason address ports name
+    local interface="" reason ports name
     if [ -n "${NCCL_SOCKET_IFNAME:-}" ] && [ -n "${GLOO_SOCKET_IFNAME:-}" ]; then
         reason="as set"
     elif ((NNODES == 1)); then
@@ -191,8 +202,7 @@ choose_network() {
     elif [ "$(cat /sys/class/net/ib0/operstate 2>/dev/null)" = up ]; then
         interface=ib0 reason="InfiniBand, and up"
     else
-        address=$(getent ahostsv4 "$other_host" | awk 'NR == 1 { print $1 }')
-        interface=$(ip -o route get "${address:-$other_host}" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p')
+        interface=$(route_to_other dev)
         reason="no ib0 that is up; the route to $other_host"
         [ -n "$interface" ] || fail "no route to $other_host: set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
     fi
