@@ -270,7 +270,10 @@ def main() -> None:
     else:
         results = {}
         for name in names:
-            results |= measure({name: make[name]()}, device, options.warmup, options.steps)
+            try:
+                results |= measure({name: make[name]()}, device, options.warmup, options.steps)
+            except torch.OutOfMemoryError:
+                print(f"{CONTENDERS[name]:26s} out of memory")
             release(device)
     for name, result in results.items():
         times = result["seconds"]
