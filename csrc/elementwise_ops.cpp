@@ -1,4 +1,4 @@
-// The ops of csrc/elementwise.cu for torch: schemas and Meta kernels in every build, CUDA kernels in a CUDA build.
+// The ops of csrc/elementwise.h for torch: schemas and Meta kernels in every build, CUDA kernels in a CUDA build.
 //
 // They write into tensors that the caller gives, so that a result can leave room behind its rows. Each needs rows whose
 // elements are adjacent and start on 16 bytes, and sizes that are multiples of 8; `megalora/ops` has the reference for

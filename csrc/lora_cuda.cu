@@ -627,7 +627,7 @@ struct InputGradArguments {
   uint16_t* made;
 };
 
-// (d gate, d up, x) of x = silu(gate) * up, two at a time; in the order of operations of elementwise.cu.
+// (d gate, d up, x) of x = silu(gate) * up, two at a time; in the order of operations of swiglu_cuda.cu.
 template <bool bfloat16>
 __device__ __forceinline__ void swiglu_backward(uint32_t d, uint32_t gate, uint32_t up, uint32_t& dgate, uint32_t& dup,
                                                 uint32_t& made) {

@@ -13,7 +13,11 @@ struct PhiloxWords {
 };
 
 MEGALORA_INLINE PhiloxWords philox4x32(PhiloxWords c, uint32_t k0, uint32_t k1) {
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53} * c.w0;
     const uint64_t product2 = uint64_t{0xCD9E8D57} * c.w2;

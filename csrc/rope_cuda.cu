@@ -1,0 +1,52 @@
+// Heads and their rotation: a thread takes one vector of the first half of a head and its partner in the second half.
+#include "cuda_vectors.h"
+
+namespace megalora {
+namespace {
+
+template <typename T, bool backward>
+__global__ void split_rope_kernel(T* qkv, Heads q, Heads k, Heads v, const T* cos, const T* sin, int64_t tokens, int heads,
+                                  int kv_heads, int head_dim) {
+  constexpr int each = Vector<T>::size;
+  const int half = head_dim / 2, parts = half / each, all = heads + 2 * kv_heads;
+  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (i >= tokens * all * parts) return;
+  const int part = i % parts * each, head = i / parts % all;
+  const int64_t token = i / parts / all;
+  T* whole = qkv + (token * all + head) * head_dim + part;
+  const bool in_q = head < heads, in_k = !in_q && head < heads + kv_heads;
+  const Heads& side = in_q ? q : in_k ? k : v;
+  const int place = in_q ? head : in_k ? head - heads : head - heads - kv_heads;
+  T* apart = static_cast<T*>(side.data) + token * side.token_stride + place * side.head_stride + part;
+  const T* from = backward ? apart : whole;
+  T* to = backward ? whole : apart;
+  auto first = load(from), second = load(from + half);
+  if (in_q || in_k) {
+    const auto c = load(cos + token * half + part), s = load(sin + token * half + part);
+#pragma unroll
+    for (int j = 0; j < each; ++j) {
+      const float a = to_float(first.at[j]), b = to_float(second.at[j]), cj = to_float(c.at[j]);
+      const float sj = backward ? -to_float(s.at[j]) : to_float(s.at[j]);
+      first.at[j] = from_float<T>(a * cj - b * sj);
+      second.at[j] = from_float<T>(b * cj + a * sj);
+    }
+  }
+  store(to, first);
+  store(to + half, second);
+}
+
+}  // namespace
+
+void launch_split_rope(Type type, bool backward, void* qkv, Heads q, Heads k, Heads v, const void* cos, const void* sin,
+                       int64_t tokens, int heads, int kv_heads, int head_dim, void* stream) {
+  dispatch(type, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t work = tokens * (heads + 2 * kv_heads) * (head_dim / 2 / Vector<T>::size);
+    const auto kernel = backward ? split_rope_kernel<T, true> : split_rope_kernel<T, false>;
+    kernel<<<blocks_for(work, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<T*>(qkv), q, k, v, static_cast<const T*>(cos), static_cast<const T*>(sin), tokens, heads, kv_heads,
+        head_dim);
+  });
+}
+
+}  // namespace megalora
