@@ -1,4 +1,5 @@
-// Launchers of the memory-bound kernels, csrc/*_cuda.cu: raw pointers and a stream (cudaStream_t as void*), so that no CUDA header is needed.
+// Launchers of the memory-bound kernels, csrc/*_cuda.cu: raw pointers and a stream (cudaStream_t as void*), so that no CUDA
+// header is needed.
 // Strides count elements. Every row that is read or written starts on 16 bytes, and sizes are multiples of 8.
 #pragma once
 
