@@ -1,10 +1,12 @@
 """The runner on one process, with a stage that notes what is asked of it; layouts are in tests/test_layouts.py."""
 
+import itertools
+
 import pytest
 import torch
 
 from megalora.parallel.mesh import ParallelMesh
-from megalora.pipeline.actions import COMPUTE, RECEIVES, SENDS
+from megalora.pipeline.actions import COMPUTE, RECEIVES, SENDS, input_of
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner, receives_early
 from megalora.pipeline.schedule import SCHEDULES
@@ -67,3 +69,19 @@ def test_receives_are_posted_two_computes_early_and_in_order(name):
                 assert posted[action] == max(0, planned[action] - 2)
             elif action.op in SENDS:
                 assert posted[action] == planned[action]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_few_messages_are_posted_or_wait_to_be_read(name):
+    """Each takes a buffer. Also where the stages below the floor have nothing to wait for."""
+    chunks = 2 if SCHEDULES[name].chunked else 1
+    for stages, floor in itertools.product((2, 4, 8), (0, 1)):
+        programme = SCHEDULES[name].programme(stages, 4 * stages, floor * stages * chunks // 2, chunks)
+        for stage, actions in enumerate(programme):
+            buffers = most = 0
+            for action in receives_early(actions):
+                buffers += action.op in RECEIVES
+                if action.op in COMPUTE and input_of(stage, stages, chunks, action) is not None:
+                    buffers -= 1
+                most = max(most, buffers)
+            assert most <= 5, (stages, floor, stage)
