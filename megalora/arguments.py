@@ -139,12 +139,20 @@ class ParallelArguments(LayoutArguments):
     heartbeat_timeout: float = flag(
         30.0, "seconds without a sign of life after which a rank is taken for dead and the run ends", at_least=5
     )
+    profile_file: str | None = flag(
+        None,
+        "trace.json of a run with profile, whose seconds partition_method cost balances",
+        unset="counted seconds",
+        training_only=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_schedule()
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise UserError(_no_effect("sequence_parallel", True, vars(self)))
+        if self.profile_file is not None and self.partition_method != "cost":
+            raise UserError(_no_effect("profile_file", self.profile_file, vars(self)))
 
     @property
     def chunks(self) -> int:
@@ -226,6 +234,8 @@ class TrainArguments(Section):
         600.0, "seconds without progress of any rank after which all say where they stand and end; 0: never", at_least=0
     )
     log_dir: str | None = flag(None, "folder of the log files, one a rank", unset="logs in output_dir")
+    profile: bool = flag(False, "record when each stage computed, into output_dir/profile: a Chrome trace, a drawing")
+    profile_steps: int = flag(2, "steps that profile records, from the run's second on", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,6 +314,68 @@ class GenerationArguments(Section):
             raise UserError("prompt and prompts_file are both given: give one of them")
         if self.compare_base and self.disable_adapter:
             raise UserError("compare_base and disable_adapter are both true: give one of them")
+
+
+@dataclass(frozen=True)
+class PlanArguments(Section):
+    """`megalora plan`: the GPUs, the run, and what is fixed of its layout; the rest is searched for.
+
+    Rows of a step: global_batch_size, or per_device_train_batch_size * gradient_accumulation_steps of each
+    data-parallel rank, whichever is given.
+    """
+
+    model_path: str = flag(REQUIRED, "Hugging Face folder of the model, or its config.json alone")
+    gpus: int = flag(REQUIRED, "GPUs of the run", at_least=1)
+    lora_config: str | None = flag(None, "path of lora_config.json", unset="by model_type")
+    device: str = flag("h100", "kind of the GPUs, for their speed", choices=("h100", "h200", "a100"))
+    memory: float | None = flag(None, "memory of each GPU, GiB", above=0, unset="by device")
+    reserve: float = flag(
+        4.0, "GiB of it that stay free: CUDA's context, NCCL's buffers, fragments of the allocator", at_least=0
+    )
+    gpus_per_node: int = flag(8, "GPUs that a fast link joins", at_least=1)
+    seq_length: int = flag(1024, "tokens of one row of a microbatch", at_least=2)
+    global_batch_size: int | None = flag(
+        None, "rows of a step over all GPUs", at_least=1, unset="128, or by gradient_accumulation_steps"
+    )
+    per_device_train_batch_size: int | None = flag(
+        None, "rows of one microbatch", at_least=1, unset="searched, or 1 with gradient_accumulation_steps"
+    )
+    gradient_accumulation_steps: int | None = flag(
+        None, "microbatches of one step of one data-parallel rank", at_least=1, unset="by global_batch_size"
+    )
+    tensor_parallel_size: int | None = flag(None, "processes that share each layer", at_least=1, unset="searched")
+    pipeline_parallel_size: int | None = flag(None, "pipeline stages", at_least=1, unset="searched")
+    sequence_parallel: bool | None = flag(
+        None, "split the activations between layers over tensor parallel", unset="with tensor parallel"
+    )
+    partition_method: str = flag(
+        "cost", "how layers are dealt to stages", choices=("uniform", "uniform_floor", "parameters", "cost", "custom")
+    )
+    custom_partition: tuple[int, ...] | None = flag(
+        None, "layers of each stage, for partition_method custom", at_least=1, unset="none"
+    )
+    uneven_heads: bool = flag(False, "also try tensor-parallel sizes that do not divide the attention heads")
+    schedule: str | None = flag(
+        None, "order of the microbatches in the pipeline", choices=tuple(SCHEDULES), unset="searched"
+    )
+    virtual_pipeline_size: int | None = flag(
+        None, "chunks of layers a stage, for schedule interleaved_1f1b", at_least=1, unset="searched"
+    )
+    recompute: str | None = flag(
+        None, "activations computed again in backward", choices=("none", "selective", "full"), unset="searched"
+    )
+    dtype: str = flag("bfloat16", "compute precision", choices=("bfloat16", "float16", "float32"))
+    profile_file: str | None = flag(
+        None, "trace.json of a run of this model with profile, whose speed is taken", unset="speeds of device"
+    )
+    draw: str | None = flag(None, "SVG file for the timeline of a step of the best layout", unset="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.partition_method == "custom") != (self.custom_partition is not None):
+            raise UserError("partition_method custom and custom_partition go together: give both or neither")
+        if self.custom_partition is not None and self.pipeline_parallel_size is None:
+            raise UserError("custom_partition needs pipeline_parallel_size: it is one number of layers a stage")
 
 
 @dataclass(frozen=True)
@@ -468,6 +540,13 @@ FINETUNE_IDLE = (
     ),
     _Idle("save_steps", "save", lambda v: not v["save"], "give --save true"),
     _Idle("save_total_limit", "save", lambda v: not v["save"], "give --save true"),
+    _Idle("profile_steps", "profile", lambda v: not v["profile"], "give --profile true"),
+    _Idle(
+        "profile_file",
+        "partition_method",
+        lambda v: v["partition_method"] != "cost",
+        "give --partition_method cost",
+    ),
     _Idle("eval_steps", "eval_data_path", lambda v: v["eval_data_path"] is None, "give --eval_data_path"),
 )
 GENERATE_IDLE = (
@@ -586,6 +665,15 @@ def convert_command(argv: Sequence[str]) -> str:
     raise UserError(f"{what}: give one of {', '.join(CONVERT_COMMANDS)} (megalora convert --help)")
 
 
+def parse_plan(argv: Sequence[str]) -> PlanArguments:
+    """Flags of `megalora plan`. UserError as `parse_finetune`."""
+    table = _table([PlanArguments])
+    elsewhere = {name: "megalora finetune" for name in _table(FINETUNE_SECTIONS) if name not in table}
+    given = _read(argv, table, elsewhere)
+    _require(given, table)
+    return PlanArguments(**{name: one.value for name, one in given.items()})
+
+
 def validate_world(parallel: ParallelArguments, world_size: int) -> int:
     """Data-parallel size: world_size / (tensor * pipeline). UserError where that is not whole."""
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
@@ -602,8 +690,8 @@ def validate_world(parallel: ParallelArguments, world_size: int) -> int:
 
 
 def help_text(command: str) -> str:
-    """What `megalora finetune --help`, `megalora generate --help` or `megalora convert COMMAND --help` prints."""
-    sections = {"finetune": FINETUNE_SECTIONS, "generate": GENERATE_SECTIONS} | {
+    """What `megalora COMMAND --help` prints, for finetune, generate, plan, convert and convert COMMAND."""
+    sections = {"finetune": FINETUNE_SECTIONS, "generate": GENERATE_SECTIONS, "plan": (PlanArguments,)} | {
         f"convert {name}": theirs for name, (_, theirs) in CONVERT_COMMANDS.items()
     }
     if command == "convert":
@@ -651,8 +739,8 @@ def _convert_help() -> str:
 def flags_table() -> str:
     """All flags as markdown tables, one a section, for the README."""
     lines = []
-    converting = (ConvertArguments, BaseArguments, SafetensorsArguments)
-    for section in (*FINETUNE_SECTIONS[:-1], GenerationArguments, CompatibilityArguments, *converting):
+    others = (ConvertArguments, BaseArguments, SafetensorsArguments, PlanArguments)
+    for section in (*FINETUNE_SECTIONS[:-1], GenerationArguments, CompatibilityArguments, *others):
         lines += ["", f"**{_title(section)}**: {_first_paragraph(section)}", ""]
         lines += ["| flag | values | default | what it does |", "|---|---|---|---|"]
         for entry in flags_of(section):

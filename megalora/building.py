@@ -21,6 +21,7 @@ from megalora.planning.devices import device_of
 from megalora.planning.nodes import Workload
 from megalora.planning.shapes import shape_of
 from megalora.planning.timing import LayerCosts, layer_costs
+from megalora.profiling import measured_costs, read_profile
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -67,10 +68,12 @@ def build_stage(
     uneven_heads: bool = False,
     recompute: str = "none",
     workload: Workload | None = None,
+    profile_file: str | None = None,
 ) -> tuple[Stage, Cut]:
     """This rank's stage, its parameters not filled yet. Raises UserError where the model cannot be cut so.
 
-    workload  a microbatch of the run, for the stages' costs; None where nothing is trained
+    workload      a microbatch of the run, for the stages' costs; None where nothing is trained
+    profile_file  a trace of megalora.profiling: the costs are made to add up to what it measured
     """
     check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
     parts = mesh.pp.size * virtual_pipeline_size
@@ -80,6 +83,8 @@ def build_stage(
             f"more than num_hidden_layers ({config.num_hidden_layers}): choose a smaller virtual_pipeline_size"
         )
     costs = layer_seconds(config, lora, mesh.tp.size, torch.device(place.device), workload)
+    if profile_file is not None:
+        costs = measured_costs(costs, read_profile(profile_file, config.num_hidden_layers))
     layers = stage_layers(config, parts, partition_method, custom_partition, costs)
     own, *further = layers[mesh.pp.rank :: mesh.pp.size]
     stage = Stage(

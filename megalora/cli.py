@@ -13,7 +13,15 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from megalora import __version__
-from megalora.arguments import convert_command, help_text, parse_convert, parse_finetune, parse_generate, validate_world
+from megalora.arguments import (
+    convert_command,
+    help_text,
+    parse_convert,
+    parse_finetune,
+    parse_generate,
+    parse_plan,
+    validate_world,
+)
 from megalora.errors import Leaving, Preempted, UserError
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
@@ -30,6 +38,7 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
   finetune   train an adapter
   generate   reply to prompts, with or without an adapter
   convert    weights and adapters between Hugging Face, PEFT and shards
+  plan       memory, time and the best layout of a run, before it runs
   COMMAND --help lists the flags; --version prints the version"""
 
 
@@ -78,14 +87,16 @@ def _command(words: list[str]) -> None:
         _say(f"megalora {__version__}")
     elif not words or words[0] in ("--help", "-h"):
         _say(_USAGE)
-    elif words[0] not in ("finetune", "generate", "convert"):
-        raise UserError(f"unknown command {words[0]}: give finetune, generate or convert (megalora --help)")
+    elif words[0] not in ("finetune", "generate", "convert", "plan"):
+        raise UserError(f"unknown command {words[0]}: give finetune, generate, convert or plan (megalora --help)")
     elif words[0] == "convert":
         _convert(words[1:])
     elif "--help" in words or "-h" in words:
         _say(help_text(words[0]))
     elif words[0] == "finetune":
         _finetune(words[1:])
+    elif words[0] == "plan":
+        _plan(words[1:])
     else:
         _generate(words[1:])
 
@@ -119,6 +130,15 @@ def _convert(argv: Sequence[str]) -> None:
     from megalora.convert import convert
 
     convert(arguments)
+
+
+def _plan(argv: Sequence[str]) -> None:
+    arguments = parse_plan(argv)
+    if _world_size() > 1:
+        raise UserError(f"plan runs in one process, and here are {_world_size()}: start it without torchrun")
+    from megalora.plan import plan
+
+    plan(arguments)
 
 
 def _rank() -> int:

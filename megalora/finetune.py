@@ -52,7 +52,9 @@ from megalora.parallel.watch import Watch
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
+from megalora.planning.layouts import Layout, predicted
 from megalora.planning.nodes import Workload
+from megalora.profiling import Profiler, recorded_steps, write_profile
 from megalora.saving import RunSaver, restore
 from megalora.training import StepResult, Trainer, steady_heap
 
@@ -64,7 +66,9 @@ def finetune(arguments: FinetuneArguments) -> None:
     if train.deterministic:
         fix_order_of_sums(device)
     timers = Timers(train.wall_clock_breakdown, device)
-    watch = Watch(timers, heartbeat_timeout=parallel.heartbeat_timeout, hang_timeout=train.hang_timeout)
+    profiler = Profiler(device)
+    clock = profiler.clock(timers) if train.profile else timers
+    watch = Watch(clock, heartbeat_timeout=parallel.heartbeat_timeout, hang_timeout=train.hang_timeout)
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     with Preemption() as preemption, distributed(device, tp, pp, watch) as mesh:
         dtype = resolve_dtype(model.dtype, device)
@@ -98,6 +102,7 @@ def finetune(arguments: FinetuneArguments) -> None:
         # This rank's part of it.
         with together(mesh.world):
             place = Placement(mesh.tp, parallel.sequence_parallel, dtype, device)
+            work = _workload(rows, train, parallel, dtype)
             stage, cut = build_stage(
                 config,
                 mesh,
@@ -108,7 +113,8 @@ def finetune(arguments: FinetuneArguments) -> None:
                 virtual_pipeline_size=parallel.virtual_pipeline_size,
                 uneven_heads=parallel.uneven_heads,
                 recompute=parallel.recompute,
-                workload=_workload(rows, train, parallel, dtype),
+                workload=work,
+                profile_file=parallel.profile_file,
             )
         with together(mesh.world):
             load_base_weights(stage, weights)
@@ -135,6 +141,7 @@ def finetune(arguments: FinetuneArguments) -> None:
             device=device,
             chunks=chunks,
             clock=watch,
+            watch=profiler.watch,
         )
         with together(mesh.world):
             optimizer = AdapterOptimizer(
@@ -195,17 +202,22 @@ def finetune(arguments: FinetuneArguments) -> None:
                 last = on_first(lambda: monitor.last_evaluation, mesh.world)
                 if last < first_step and (_every(train.eval_steps, first_step) or first_step >= total_steps):
                     _evaluate(trainer, eval_rows, first_step, monitor, train, mesh)  # stopped before it was made
+            profiled = recorded_steps(train.profile_steps if train.profile else 0, first_step, total_steps)
             for number in range(first_step, total_steps):
                 watch.step(number)
-                with watch("data"):
-                    batch = next(batches)
-                result = trainer.step(number, batch, alarm=saver.failed or monitor.failed or preemption.asked)
+                with profiler.step(number in profiled, mesh.world):
+                    with watch("data"):
+                        batch = next(batches)
+                    result = trainer.step(number, batch, alarm=saver.failed or monitor.failed or preemption.asked)
                 step = number + 1
                 if result.alarm:
                     _raise_what_failed(saver, monitor, mesh)
                 meter.count(result.tokens)
                 if result.skipped:
                     monitor.note(f"step {step} skipped: {result.skipped}")
+                if profiled and number == profiled[-1]:
+                    with meter.apart(timers):
+                        monitor.note(_write_profile(profiler, arguments, config, lora, cut, work, mesh, device))
                 if step % train.logging_steps == 0 or step == total_steps:
                     monitor.step(meter.record(step, result, timers))
                 else:
@@ -428,6 +440,33 @@ def _evaluate(
 
 
 # ---- what the run shows ----
+
+
+def _write_profile(
+    profiler: Profiler,
+    arguments: FinetuneArguments,
+    config: ModelConfig,
+    lora: ResolvedLora,
+    cut: Cut,
+    work: Workload,
+    mesh: ParallelMesh,
+    device: torch.device,
+) -> str:
+    """The recorded steps beside what they were predicted to take, in files; returns a line that says so. Collective."""
+    layout = Layout(
+        mesh.tp.size,
+        mesh.pp.size,
+        mesh.dp.size,
+        arguments.parallel.schedule,
+        arguments.parallel.virtual_pipeline_size,
+        arguments.train.gradient_accumulation_steps,
+        work,
+    )
+    recorded = profiler.collect(mesh.world)
+    folder = Path(arguments.train.output_dir) / "profile"
+    return on_first(
+        lambda: write_profile(folder, recorded, predicted(config, lora, layout, cut.layers, device)), mesh.world
+    )
 
 
 class _Meter:

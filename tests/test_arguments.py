@@ -98,6 +98,8 @@ NEEDS = {  # flags that have an effect only with others
     "virtual_pipeline_size": "--schedule interleaved_1f1b --pipeline_parallel_size 2",
     "eval_steps": "--eval_data_path e.json",
     "warmup_steps": "--max_steps 9",
+    "profile_steps": "--profile true",
+    "profile_file": "--partition_method cost",
     "top_k": "--temperature 0.7",
     "top_p": "--temperature 0.7",
     "min_p": "--temperature 0.7",

@@ -65,7 +65,10 @@ def _balanced(costs: Sequence[float], stages: int, first_cost: float, last_cost:
         extra = (first_cost if stage == 0 else 0) + (last_cost if stage == stages - 1 else 0)
         return prefix[b] - prefix[a] + extra
 
-    # best[b]: (dearest stage, squares, cuts) for the first `stage + 1` stages over layers [0, b)
+    even = [n * s // stages for s in range(stages + 1)]
+    enough = max(cost(stage, a, b) for stage, (a, b) in enumerate(zip(even[:-1], even[1:], strict=True)))
+    # best[b]: (dearest stage, squares, cuts) for the first `stage + 1` stages over layers [0, b); stages dearer than
+    # those of an even cut are in no best one
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0, 0, ())}
     for stage in range(stages):
         longer = {}
@@ -73,9 +76,10 @@ def _balanced(costs: Sequence[float], stages: int, first_cost: float, last_cost:
             options = [
                 (max(top, cost(stage, a, b)), squares + cost(stage, a, b) ** 2, (*cuts, b))
                 for a, (top, squares, cuts) in best.items()
-                if a < b
+                if a < b and cost(stage, a, b) <= enough
             ]
-            longer[b] = min(options)
+            if options:
+                longer[b] = min(options)
         best = longer
     cuts = (0, *best[n][2])
     return [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]

@@ -39,6 +39,10 @@ class Device:
     call: float
     capacity: float
 
+    def without_links(self) -> Device:
+        """The same device with messages that take no time."""
+        return replace(self, link=float("inf"), network=float("inf"), latency=0.0)
+
     def scaled(self, factor: float) -> Device:
         """The same device with all compute `factor` times as slow."""
         return replace(

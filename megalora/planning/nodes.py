@@ -10,7 +10,9 @@ parallelism), e bytes of an element in the compute dtype, C room of a group (see
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
+from megalora.ops import extension
 from megalora.parallel.loss import CHUNK_LOGITS
 from megalora.planning.shapes import Group, Layer, Shape
 
@@ -92,7 +94,7 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
 
     A chunk is what one stage holds, or one of its parts under an interleaved schedule.
     """
-    tokens = _Tokens.of(shape, work)
+    tokens, bare = _Tokens.of(shape, work), replace(shape, layers=())
     flowing = shape.lowest < layers.start  # whether what comes in requires a gradient
     nodes: list[Node] = []
     if first:
@@ -100,11 +102,8 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
         nodes.append(Node("embedding", 0, Pass(traffic=2 * tokens.stream, reduced=summed, calls=1)))
     for index in layers:
         layer = shape.layers[index]
-        part = _LayerNodes(layer, shape, work, tokens, entering=index == layers.start).build(flowing)
+        nodes += _layer_nodes(layer, bare, work, index == layers.start, flowing)
         flowing = flowing or layer.trains
-        if work.recompute == "full" and flowing:
-            part = [_computed_again("layer", part, tokens.stream * (1 if index == layers.start else 2), tokens)]
-        nodes += part
     nodes += _tail(shape, work, tokens, flowing) if last else [_output(tokens, flowing)]
     # Rotation tables and token numbers of the microbatch: every layer reads the same ones.
     dim = shape.layers[0].head_dim
@@ -179,9 +178,20 @@ def _sum(passes) -> Pass:
     )
 
 
+@lru_cache(maxsize=4096)
+def _layer_nodes(layer: Layer, shape: Shape, work: Workload, entering: bool, flowing: bool) -> tuple[Node, ...]:
+    """entering: the layer is the first of its chunk, so the residual stream comes in one piece. flowing: what comes in
+    requires a gradient."""
+    tokens = _Tokens.of(shape, work)
+    nodes = _LayerNodes(layer, shape, work, tokens, entering).build(flowing)
+    if work.recompute == "full" and (flowing or layer.trains):
+        nodes = [_computed_again("layer", nodes, tokens.stream * (1 if entering else 2), tokens)]
+    return tuple(nodes)
+
+
 @dataclass(frozen=True)
 class _LayerNodes:
-    """entering: the layer is the first of its chunk, so the residual stream comes in one piece."""
+    """shape: of the model, without its layers."""
 
     layer: Layer
     shape: Shape
@@ -282,8 +292,8 @@ class _LayerNodes:
         flops = 4 * layer.heads * dim * work.seen(layer.window) * full
         kept = qkv + q + statistics
         if layer.qk_norm:
-            # The norms keep what they read (on a GPU copies of q and k, else views of qkv), and v is a view of qkv.
-            copies = q + kv if self.shape.device_type == "cuda" else 0
+            # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
+            copies = q + kv if _kernels(self.shape.device_type) else 0
             kept += copies + full * (layer.heads + layer.kv_heads) * _STATISTIC + (qkv - kv)
         dout = q
         workspace = full * layer.heads * dim * 4  # dq is summed in float32
@@ -302,6 +312,10 @@ class _LayerNodes:
         if work.recompute != "selective" or not flowing:
             return core
         return _computed_again("attention", [core], qkv, tokens, tokens.stream + dout)
+
+
+def _kernels(device_type: str) -> bool:
+    return device_type == "cuda" or extension.has_kernels(device_type)
 
 
 def _output(tokens: _Tokens, flowing: bool) -> Node:

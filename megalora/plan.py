@@ -1,0 +1,243 @@
+"""`megalora plan`: what a run will need and take on given GPUs, and the layout to run it in. Runs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megalora.arguments import PlanArguments
+from megalora.building import DTYPES, resolve_lora
+from megalora.errors import UserError
+from megalora.lora import LoraConfig, ResolvedLora
+from megalora.models.config import ModelConfig, read_config
+from megalora.planning.devices import DEVICES, Device
+from megalora.planning.draw import Panel, boxes_of, svg
+from megalora.planning.layouts import Cluster, Layout, Plan, Planner, StagePlan, TooLarge, Wanted
+from megalora.planning.nodes import Workload
+from megalora.planning.shapes import shape_of
+from megalora.planning.timing import chunk_seconds
+from megalora.profiling import read_profile
+
+_GIB = 2**30
+_STEP_ROWS = 128  # of a step over all GPUs, where nothing says how many
+_SHOWN = 12  # layouts of the table
+_WIDTH = 120  # columns where there is no terminal to ask
+
+
+def plan(arguments: PlanArguments) -> None:
+    """Prints the ranked table of layouts and the stages of the best. Raises UserError where nothing fits."""
+    config = read_config(arguments.model_path)
+    lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
+    lora = resolve_lora(lora_config, config)
+    if arguments.seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"seq_length ({arguments.seq_length}) is more than the model's max_position_embeddings "
+            f"({config.max_position_embeddings}): choose at most that"
+        )
+    device = DEVICES[arguments.device]
+    memory = arguments.memory or device.capacity
+    if arguments.reserve >= memory:
+        raise UserError(f"reserve ({arguments.reserve:g} GiB) is not less than memory ({memory:g} GiB): choose less")
+    if arguments.profile_file is not None:
+        device = device.scaled(_slowness(arguments, config, lora, device))
+    cluster = Cluster(arguments.gpus, arguments.gpus_per_node, int((memory - arguments.reserve) * _GIB), device)
+    plans, too_large = Planner(config, lora, cluster).search(_wanted(arguments))
+    if not plans:
+        raise UserError(_nothing_fits(too_large[0], cluster, memory))
+    console = Console(highlight=False, width=None if Console().is_terminal else _WIDTH)
+    console.print(_title(config, lora, arguments, memory))
+    console.print(_layouts(plans, too_large))
+    best = plans[0]
+    passes = "forward + again + backward" if best.layout.work.recompute != "none" else "forward + backward"
+    console.print(
+        f"The best, stage by stage: its share of the compute, ms of a microbatch ({passes}), GiB (adapters with their "
+        f"optimizer)"
+    )
+    console.print(_stages(best))
+    console.print("Run it with:\n" + _flags(best, arguments), soft_wrap=True)
+    if arguments.draw is not None:
+        draw(best, arguments.draw)
+        console.print(f"\nIts step is drawn in {arguments.draw}")
+
+
+def _wanted(arguments: PlanArguments) -> Wanted:
+    microbatches, step_rows = arguments.gradient_accumulation_steps, arguments.global_batch_size
+    rows = arguments.per_device_train_batch_size
+    if step_rows is None and microbatches is None:
+        step_rows = _STEP_ROWS
+    if step_rows is None:
+        rows = rows or 1
+    work = Workload(1, arguments.seq_length, element=DTYPES[arguments.dtype].itemsize)
+    return Wanted(
+        work,
+        step_rows,
+        rows=rows,
+        microbatches=microbatches,
+        tp=arguments.tensor_parallel_size,
+        pp=arguments.pipeline_parallel_size,
+        sequence_parallel=arguments.sequence_parallel,
+        schedule=arguments.schedule,
+        chunks=arguments.virtual_pipeline_size,
+        recompute=arguments.recompute,
+        partition_method=arguments.partition_method,
+        custom_partition=arguments.custom_partition,
+        uneven_heads=arguments.uneven_heads,
+    )
+
+
+def _slowness(arguments: PlanArguments, config: ModelConfig, lora: ResolvedLora, device: Device) -> float:
+    """How many times as long as counted the compute of the profiled run took."""
+    measured = read_profile(arguments.profile_file, config.num_hidden_layers)
+    work = Workload(
+        measured.rows,
+        measured.seq_length,
+        element=DTYPES[arguments.dtype].itemsize,
+        sequence_parallel=measured.sequence_parallel,
+        recompute=measured.recompute_method,
+    )
+    shape = shape_of(config, lora, measured.tp)
+    last = len(measured.layers) - 1
+    counted = 0.0
+    for i, (start, stop) in enumerate(measured.layers):
+        seconds = chunk_seconds(shape, range(start, stop), work, device, first=i == 0, last=i == last)
+        counted += seconds.total + (seconds.forward if measured.recompute[i] else 0.0)
+    return sum(measured.totals) / counted
+
+
+# ---- what is printed ----
+
+
+def _title(config: ModelConfig, lora: ResolvedLora, arguments: PlanArguments, memory: float) -> str:
+    targets = ", ".join(sorted({name.rpartition(".")[2] for name in lora.adapters}))
+    nodes = -(-arguments.gpus // arguments.gpus_per_node)
+    return (
+        f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}; adapters r "
+        f"{lora.config.r} on {targets}; {arguments.seq_length} tokens a row, {arguments.dtype}\n"
+        f"{arguments.gpus} x {arguments.device} on {nodes} node{'s' if nodes > 1 else ''}, {memory:g} GiB each, "
+        f"{arguments.reserve:g} of them left free (CUDA, NCCL, fragments)"
+    )
+
+
+def _layouts(plans: list[Plan], too_large: list[TooLarge]) -> Table:
+    table = _table("tensor", "pipeline", "data", "schedule", "recompute", "rows", "GiB", "step", "bubble", "tokens/s")
+    for one in plans[:_SHOWN]:
+        table.add_row(
+            *_sizes(one.layout),
+            f"{_gib(one.memory):.1f}",
+            f"{one.seconds:.3g} s",
+            f"{one.timeline.bubble:.1%}",
+            f"{one.tokens_per_second:,.0f}",
+        )
+    for one in too_large[: max(1, _SHOWN - len(plans))]:
+        table.add_row(*_sizes(one.layout), f"{_gib(one.memory.total):.1f}", "does not fit", "", "")
+    return table
+
+
+def _sizes(layout: Layout) -> tuple[str, ...]:
+    chunks = f" x {layout.chunks}" if layout.chunks > 1 else ""
+    return (
+        f"{layout.tp}{' + sp' if layout.work.sequence_parallel else ''}",
+        str(layout.pp),
+        str(layout.dp),
+        (layout.schedule if layout.pp > 1 else "-") + chunks,
+        layout.work.recompute,
+        f"{layout.work.rows} x {layout.microbatches}",
+    )
+
+
+def _stages(chosen: Plan) -> Table:
+    table = _table("stage", "layers", "share", "ms", "weights", "adapters", "activations", "buffers", "GiB")
+    for number, stage in enumerate(chosen.stages):
+        memory = stage.memory
+        adapters = memory.adapters + memory.optimizer
+        table.add_row(
+            str(number),
+            " ".join(f"{chunk[0]}-{chunk[-1]}" for chunk in stage.chunks),
+            f"{stage.share:.1%}",
+            _passes(stage),
+            *(f"{_gib(size):.2f}" for size in (memory.weights, adapters, memory.activations, memory.buffers)),
+            f"{_gib(memory.total):.1f}",
+        )
+    return table
+
+
+def _passes(stage: StagePlan) -> str:
+    """Milliseconds of forward + recompute (where there is any) + backward of a microbatch."""
+    sums = [sum(getattr(one, what) for one in stage.seconds) for what in ("forward", "recompute", "backward")]
+    return " + ".join(f"{1e3 * seconds:.3g}" for i, seconds in enumerate(sums) if seconds or i != 1)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("schedule", "recompute", "layers") else "right")
+    return table
+
+
+def _gib(size: int) -> float:
+    return size / _GIB
+
+
+def _flags(chosen: Plan, arguments: PlanArguments) -> str:
+    """The best layout as flags of `megalora finetune`."""
+    layout, work = chosen.layout, chosen.layout.work
+    flags = {
+        "tensor_parallel_size": layout.tp,
+        "pipeline_parallel_size": layout.pp,
+        "sequence_parallel": "true" if work.sequence_parallel else None,
+        "partition_method": arguments.partition_method if layout.pp > 1 else None,
+        "schedule": layout.schedule if layout.pp > 1 else None,
+        "virtual_pipeline_size": layout.chunks if layout.chunks > 1 else None,
+        "recompute": work.recompute if work.recompute != "none" else None,
+        "seq_length": work.seq_length,
+        "per_device_train_batch_size": work.rows,
+        "gradient_accumulation_steps": layout.microbatches,
+    }
+    if arguments.custom_partition is not None:
+        flags["custom_partition"] = " ".join(map(str, arguments.custom_partition))
+    return "  " + " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
+
+
+def _nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> str:
+    layout, parts = least.layout, least.memory
+    needs = (
+        f"weights {_gib(parts.weights):.1f}, adapters and optimizer {_gib(parts.adapters + parts.optimizer):.1f}, "
+        f"activations {_gib(parts.activations):.1f}"
+    )
+    gpus = f"{cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''}"
+    return (
+        f"no layout fits {gpus} of {memory:g} GiB ({_gib(cluster.usable):.1f} usable): the one that needs "
+        f"the least, tensor {layout.tp} x pipeline {layout.pp} x data {layout.dp} with recompute "
+        f"{layout.work.recompute} and {layout.work.rows} rows a microbatch, needs {_gib(parts.total):.1f} GiB on stage "
+        f"{least.stage} ({needs}): give more gpus or memory, a shorter seq_length, or leave free what you fixed of the "
+        f"layout"
+    )
+
+
+# ---- what is drawn ----
+
+
+def draw(chosen: Plan, path: str) -> None:
+    """Writes the timeline of a step as SVG. Raises UserError where the file cannot be written."""
+
+    def again(stage: int, action: Any) -> float:
+        return chosen.stages[stage].seconds[action.chunk].recompute
+
+    layout = chosen.layout
+    title = (
+        f"{layout.schedule}, {layout.pp} stages, {layout.microbatches} microbatches: "
+        f"{chosen.timeline.makespan:.3g} s, bubble {chosen.timeline.bubble:.1%}"
+    )
+    write_svg(path, [Panel(title, layout.pp, boxes_of(chosen.timeline, again))])
+
+
+def write_svg(path: str | Path, panels: list[Panel]) -> None:
+    """Raises UserError where the file cannot be written."""
+    try:
+        Path(path).write_text(svg(panels), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"draw {path} cannot be written ({error.strerror}): name a file in a folder that can") from None

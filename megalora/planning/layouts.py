@@ -1,0 +1,369 @@
+"""The layouts that a model can be trained in on given GPUs: what each needs and takes, and which is the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megalora.errors import UserError
+from megalora.lora import ResolvedLora
+from megalora.models.config import ModelConfig, check_layout
+from megalora.models.stage import RECOMPUTE as RECOMPUTE_METHODS
+from megalora.pipeline.actions import FORWARD, RECOMPUTE, SENDS, Action
+from megalora.pipeline.partition import partition
+from megalora.pipeline.schedule import SCHEDULES, Peak, Schedule
+from megalora.pipeline.simulate import Timeline, simulate
+from megalora.planning.devices import Device, device_of
+from megalora.planning.memory import Memory, stage_memory
+from megalora.planning.nodes import Workload, chunk_nodes
+from megalora.planning.shapes import Shape, shape_of
+from megalora.planning.timing import LayerCosts, Seconds, layer_costs, node_seconds, reduce_seconds
+
+_OPTIMIZER_PASSES = 10  # over the adapters' float32 elements: clipping, AdamW, the copies in the compute dtype
+_CHUNKS = (2, 4)  # of a stage, that are tried under an interleaved schedule
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind. usable: bytes of each that torch's allocator may take."""
+
+    gpus: int
+    gpus_per_node: int
+    usable: int
+    device: Device
+
+    def speed(self, stride: int, ranks: int) -> float:
+        """Bytes a second between ranks that stand `stride` apart, `ranks` of them."""
+        return self.device.link if stride * (ranks - 1) < self.gpus_per_node else self.device.network
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a layout must be; None: every value is tried.
+
+    step_rows     rows of a step over all GPUs; None: rows * microbatches of each data-parallel rank
+    work          rows and recompute of it are replaced by those of the layout
+    """
+
+    work: Workload
+    step_rows: int | None
+    rows: int | None = None
+    microbatches: int | None = None
+    tp: int | None = None
+    pp: int | None = None
+    sequence_parallel: bool | None = None
+    schedule: str | None = None
+    chunks: int | None = None
+    recompute: str | None = None
+    partition_method: str = "cost"
+    custom_partition: tuple[int, ...] | None = None
+    uneven_heads: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step runs on the GPUs. chunks of layers a stage; microbatches of a step of a data-parallel rank."""
+
+    tp: int
+    pp: int
+    dp: int
+    schedule: str
+    chunks: int
+    microbatches: int
+    work: Workload
+
+    @property
+    def tokens(self) -> int:
+        """Of one step over all GPUs."""
+        return self.dp * self.microbatches * self.work.tokens
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its chunks of layers, what it needs, what a microbatch takes in each, its share of all."""
+
+    chunks: tuple[range, ...]
+    memory: Memory
+    seconds: tuple[Seconds, ...]
+    share: float
+
+    @property
+    def microbatch(self) -> float:
+        return sum(seconds.total for seconds in self.seconds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with all that is predicted of it. seconds: of a step, the optimizer and its reduction included."""
+
+    layout: Layout
+    stages: tuple[StagePlan, ...]
+    timeline: Timeline
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.layout.tokens / self.seconds
+
+    @property
+    def memory(self) -> int:
+        """Bytes on the fullest stage."""
+        return max(stage.memory.total for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """What needs the least of the layouts of these sizes, none of which fits."""
+
+    layout: Layout
+    stage: int
+    memory: Memory
+
+
+class Planner:
+    """Finds and reckons layouts of one model with its adapters on one cluster."""
+
+    def __init__(self, config: ModelConfig, lora: ResolvedLora, cluster: Cluster, device_type: str = "cuda"):
+        self._config, self._lora, self._cluster, self._device_type = config, lora, cluster, device_type
+        self._shapes: dict[int, Shape] = {}
+        self._costs: dict[tuple[int, Workload], LayerCosts] = {}
+        self._chunks: dict[tuple, Seconds] = {}
+        self._memories: dict[tuple, Memory] = {}
+        self._cuts: dict[tuple, list[range]] = {}
+
+    def search(self, wanted: Wanted) -> tuple[list[Plan], list[TooLarge]]:
+        """The fastest plan of each tensor x pipeline size, fastest first, and the sizes of which none fits.
+
+        Raises UserError where the cluster and what is wanted allow no layout at all.
+        """
+        plans, too_large, reasons = [], [], []
+        for tp, pp in self._sizes(wanted, reasons):
+            fitting, least = [], None
+            for layout in self._layouts(tp, pp, wanted):
+                stages = self.stages(layout, wanted)
+                fullest = max(range(pp), key=lambda s: stages[s].memory.total)
+                found = TooLarge(layout, fullest, stages[fullest].memory)
+                if found.memory.total <= self._cluster.usable:
+                    fitting.append((layout, stages))
+                elif least is None or found.memory.total < least.memory.total:
+                    least = found
+            if fitting:
+                plans.append(self._fastest(fitting))
+            elif least is not None:
+                too_large.append(least)
+        if not plans and not too_large:
+            raise UserError(f"no layout of {self._cluster.gpus} GPUs: {'; '.join(dict.fromkeys(reasons))}")
+        return sorted(plans, key=_rank), sorted(too_large, key=lambda found: found.memory.total)
+
+    def stages(self, layout: Layout, wanted: Wanted) -> tuple[StagePlan, ...]:
+        """What each stage of the layout holds, needs and takes."""
+        shape, schedule = self._shape(layout.tp), SCHEDULES[layout.schedule]
+        costs = self._layer_costs(layout)
+        parts = self._parts(layout, wanted, costs)
+        floor = next((i for i, part in enumerate(parts) if shape.lowest < part.stop), len(parts))
+        shares = costs.shares(parts)
+        stages = []
+        for s in range(layout.pp):
+            chunks = tuple(parts[s :: layout.pp])
+            peak = schedule.peak(s, layout.pp, layout.microbatches, floor, layout.chunks)
+            first, last = s == 0, s == layout.pp - 1
+            memory = self._memory(layout, chunks, first, last, peak)
+            seconds = tuple(
+                self._seconds(layout, chunk, first and i == 0, last and i == layout.chunks - 1)
+                for i, chunk in enumerate(chunks)
+            )
+            stages.append(StagePlan(chunks, memory, seconds, sum(shares[s :: layout.pp])))
+        return tuple(stages)
+
+    def plan(self, layout: Layout, stages: Sequence[StagePlan]) -> Plan:
+        """Runs the layout's schedule in the simulator."""
+        shape, schedule, device = self._shape(layout.tp), SCHEDULES[layout.schedule], self._cluster.device
+        parts = [stages[i % layout.pp].chunks[i // layout.pp] for i in range(layout.pp * layout.chunks)]
+        floor = next((i for i, part in enumerate(parts) if shape.lowest < part.stop), len(parts))
+        message = layout.work.tokens * shape.hidden * layout.work.element
+        message //= layout.tp if layout.work.sequence_parallel else 1
+        line = message / self._cluster.speed(layout.tp * layout.dp, 2)
+
+        def seconds(stage: int, action: Action) -> float:
+            return line if action.op in SENDS else compute_seconds(stages[stage].seconds[action.chunk], action)
+
+        programme = schedule.programme(layout.pp, layout.microbatches, floor, layout.chunks)
+        timeline = simulate(programme, seconds, device.latency)
+        return Plan(layout, tuple(stages), timeline, timeline.makespan + self._update_seconds(layout, stages))
+
+    # ---- what is tried ----
+
+    def _sizes(self, wanted: Wanted, reasons: list[str]) -> Iterator[tuple[int, int]]:
+        gpus, per_node = self._cluster.gpus, self._cluster.gpus_per_node
+        for tp in [wanted.tp] if wanted.tp else _divisors(min(per_node, gpus)):
+            if gpus % tp:
+                reasons.append(f"tensor_parallel_size ({tp}) does not divide gpus ({gpus})")
+                continue
+            for pp in [wanted.pp] if wanted.pp else _divisors(gpus // tp):
+                if gpus // tp % pp:
+                    sizes = f"tensor_parallel_size ({tp}) * pipeline_parallel_size ({pp})"
+                    reasons.append(f"{sizes} does not divide gpus ({gpus})")
+                    continue
+                uneven = wanted.uneven_heads and self._config.num_attention_heads % tp > 0
+                try:
+                    check_layout(self._config, tp, pp, uneven)
+                except UserError as error:
+                    reasons.append(str(error))
+                    continue
+                if any(True for _ in self._layouts(tp, pp, wanted)):
+                    yield tp, pp
+                else:
+                    reasons.append(
+                        f"the {wanted.step_rows} rows of a step cannot be dealt to {gpus // tp // pp} data-parallel "
+                        f"ranks in equal microbatches, or schedule and layers do not fit {pp} stages"
+                    )
+
+    def _layouts(self, tp: int, pp: int, wanted: Wanted) -> Iterator[Layout]:
+        dp = self._cluster.gpus // (tp * pp)
+        for rows, microbatches in _microbatches(dp, wanted):
+            sequence_parallel = tp > 1 if wanted.sequence_parallel is None else wanted.sequence_parallel
+            if sequence_parallel and (tp == 1 or rows * wanted.work.seq_length % tp):
+                continue
+            for schedule, chunks in self._schedules(pp, wanted):
+                for recompute in [wanted.recompute] if wanted.recompute else RECOMPUTE_METHODS:
+                    if recompute == "full" and schedule.recomputes(0, max(2, pp)):
+                        continue  # layers would be computed three times
+                    work = replace(wanted.work, rows=rows, recompute=recompute, sequence_parallel=sequence_parallel)
+                    yield Layout(tp, pp, dp, schedule.name, chunks, microbatches, work)
+
+    def _schedules(self, pp: int, wanted: Wanted) -> Iterator[tuple[Schedule, int]]:
+        for schedule in [SCHEDULES[wanted.schedule]] if wanted.schedule else SCHEDULES.values():
+            if pp == 1 and wanted.schedule is None and schedule.name != "1f1b":
+                continue
+            if not schedule.chunked:
+                if wanted.chunks in (None, 1):
+                    yield schedule, 1
+                continue
+            for chunks in [wanted.chunks] if wanted.chunks else _CHUNKS:
+                if pp > 1 and chunks > 1 and pp * chunks <= self._config.num_hidden_layers:
+                    yield schedule, chunks
+
+    # ---- what they take ----
+
+    def _fastest(self, fitting: Sequence[tuple[Layout, tuple[StagePlan, ...]]]) -> Plan:
+        """Simulates in the order of what each could give at best, until no other can be faster."""
+        bounds = [
+            (layout.tokens / (_least_seconds(layout, stages) + self._update_seconds(layout, stages)), layout, stages)
+            for layout, stages in fitting
+        ]
+        best = None
+        for bound, layout, stages in sorted(bounds, key=lambda one: -one[0]):
+            if best is not None and bound < best.tokens_per_second:
+                break
+            plan = self.plan(layout, stages)
+            if best is None or _rank(plan) < _rank(best):
+                best = plan
+        return best
+
+    def _update_seconds(self, layout: Layout, stages: Sequence[StagePlan]) -> float:
+        """Reduction of the adapters' gradients over data parallel, and the optimizer, once a step."""
+        device, shape = self._cluster.device, self._shape(layout.tp)
+        elements = max(sum(shape.layers[i].trained for chunk in stage.chunks for i in chunk) for stage in stages)
+        speed = self._cluster.speed(layout.tp, layout.dp)
+        return reduce_seconds(4 * elements, layout.dp, speed, device) + 4 * elements * _OPTIMIZER_PASSES / device.memory
+
+    def _shape(self, tp: int) -> Shape:
+        if tp not in self._shapes:
+            self._shapes[tp] = shape_of(self._config, self._lora, tp, self._device_type)
+        return self._shapes[tp]
+
+    def _layer_costs(self, layout: Layout) -> LayerCosts:
+        key = layout.tp, layout.work
+        if key not in self._costs:
+            self._costs[key] = layer_costs(self._shape(layout.tp), layout.work, self._cluster.device)
+        return self._costs[key]
+
+    def _parts(self, layout: Layout, wanted: Wanted, costs: LayerCosts) -> list[range]:
+        shape, method = self._shape(layout.tp), wanted.partition_method
+        key = layout.tp, layout.work, layout.pp * layout.chunks, method
+        if key in self._cuts:
+            return self._cuts[key]
+        of_layers, first, last = costs.layers, costs.first, costs.last
+        if method == "parameters":
+            of_layers, first, last = [layer.frozen for layer in shape.layers], shape.embedding, shape.embedding
+        self._cuts[key] = partition(
+            method,
+            of_layers,
+            layout.pp * layout.chunks,
+            first_cost=first,
+            last_cost=last,
+            custom=wanted.custom_partition,
+        )
+        return self._cuts[key]
+
+    def _memory(self, layout: Layout, chunks: tuple[range, ...], first: bool, last: bool, peak: Peak) -> Memory:
+        key = layout.tp, layout.work, chunks, first, last, peak
+        if key not in self._memories:
+            self._memories[key] = stage_memory(
+                self._shape(layout.tp),
+                chunks,
+                layout.work,
+                first=first,
+                last=last,
+                in_flight=peak.activations,
+                inputs=peak.inputs,
+            )
+        return self._memories[key]
+
+    def _seconds(self, layout: Layout, chunk: range, first: bool, last: bool) -> Seconds:
+        key = layout.tp, layout.work, chunk, first, last
+        if key not in self._chunks:
+            nodes = chunk_nodes(self._shape(layout.tp), chunk, layout.work, first=first, last=last)
+            self._chunks[key] = node_seconds(nodes, self._cluster.device, layout.work.element, layout.tp)
+        return self._chunks[key]
+
+
+def predicted(
+    config: ModelConfig, lora: ResolvedLora, layout: Layout, parts: Sequence[range], device: torch.device
+) -> Plan:
+    """The plan of a run that is cut into `parts` and runs on this process's device and its like."""
+    ranks = layout.tp * layout.pp * layout.dp
+    planner = Planner(config, lora, Cluster(ranks, min(ranks, 8), 0, device_of(device)), device.type)
+    wanted = Wanted(layout.work, None, partition_method="custom", custom_partition=tuple(map(len, parts)))
+    return planner.plan(layout, planner.stages(layout, wanted))
+
+
+def compute_seconds(chunk: Seconds, action: Action) -> float:
+    """Of one compute of a microbatch in a chunk; a schedule's own recompute runs the whole forward again."""
+    return chunk.forward if action.op in (FORWARD, RECOMPUTE) else chunk.recompute + chunk.backward
+
+
+def _least_seconds(layout: Layout, stages: Sequence[StagePlan]) -> float:
+    """No schedule is faster: a stage waits for the first forward before it, works, and its last gradient goes on."""
+    again = SCHEDULES[layout.schedule].recomputes
+    before, least = 0.0, 0.0
+    for s, stage in enumerate(stages):
+        work = stage.microbatch + (sum(one.forward for one in stage.seconds) if again(s, layout.pp) else 0.0)
+        least = max(least, before + layout.microbatches * work)
+        before += stage.seconds[0].forward + stage.seconds[0].backward
+    return least
+
+
+def _rank(plan: Plan) -> tuple:
+    """Speeds that differ by less than half a percent count as one: then the plan that needs less goes first."""
+    return -float(f"{plan.tokens_per_second:.3g}"), plan.memory
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _microbatches(dp: int, wanted: Wanted) -> Iterator[tuple[int, int]]:
+    """(rows of a microbatch, microbatches of a step) of a data-parallel rank."""
+    if wanted.step_rows is None:
+        assert wanted.rows and wanted.microbatches, "the rows of a step must follow from something"
+        yield wanted.rows, wanted.microbatches
+        return
+    if wanted.step_rows % dp:
+        return
+    here = wanted.step_rows // dp
+    for rows in [wanted.rows] if wanted.rows else (1, 2, 4, 8, 16):
+        if here % rows == 0 and wanted.microbatches in (None, here // rows):
+            yield rows, here // rows

@@ -1,0 +1,82 @@
+"""Bytes that a rank holds at most during a step, as torch's allocator counts them (torch.cuda.max_memory_allocated).
+
+What lies outside of it, CUDA's context, NCCL's buffers and the allocator's fragments, is not counted here: a plan
+leaves room for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megalora.planning.nodes import Workload, chunk_nodes, kept_bytes, peak_bytes
+from megalora.planning.shapes import Shape
+
+# cuBLAS keeps this much on Hopper, through torch's allocator (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG).
+_GEMM_WORKSPACE = {"cuda": 32 << 20}
+_MASTER = 4  # bytes of an element of a master, a gradient, a moment: float32
+_MESSAGES = 6  # hidden states on their way at once: two sends and a receive each of activations and of gradients
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment of the step that needs the most.
+
+    weights      frozen, in the compute dtype, with the columns that carry s B
+    adapters     masters, and the copies of A (and biases) in the compute dtype
+    optimizer    gradients and two moments
+    activations  of the microbatches in flight, and what the one at work needs besides
+    buffers      messages between stages, workspace of the matrix products
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    activations: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.optimizer + self.activations + self.buffers
+
+
+def stage_memory(
+    shape: Shape,
+    chunks: Sequence[range],
+    work: Workload,
+    *,
+    first: bool,
+    last: bool,
+    in_flight: int = 1,
+    inputs: int = 0,
+) -> Memory:
+    """Of a stage that holds `chunks`, in the order of the model.
+
+    first, last  whether its first chunk begins the model, and its last one ends it
+    in_flight    microbatches (times chunks) of which it keeps all that backward reads, at most
+    inputs       microbatches of which it keeps what came in, to compute the rest again
+    """
+    layers = [shape.layers[i] for chunk in chunks for i in chunk]
+    e = work.element
+    ends = (shape.embedding if first else 0) + (shape.embedding + shape.hidden if last else 0)
+    if first and last and shape.tied:
+        ends -= shape.embedding
+    frozen, trained = sum(layer.frozen for layer in layers), sum(layer.trained for layer in layers)
+    room = sum(group.room * group.output for layer in layers for group in layer.groups)
+    copies = sum(layer.copies for layer in layers) - room
+    nodes = [
+        chunk_nodes(shape, chunk, work, first=first and i == 0, last=last and i == len(chunks) - 1)
+        for i, chunk in enumerate(chunks)
+    ]
+    waiting = max(kept_bytes(part) for part in nodes)
+    stream = work.tokens * shape.hidden * e // (shape.tp if work.sequence_parallel else 1)
+    alone = first and last and len(chunks) == 1
+    return Memory(
+        weights=(frozen + room + ends) * e,
+        adapters=trained * _MASTER + copies * e,
+        optimizer=3 * trained * _MASTER,
+        activations=max(peak_bytes(part) for part in nodes)
+        + max(0, in_flight - 1) * waiting
+        + (0 if first else max(0, inputs - 1) * stream),
+        buffers=_GEMM_WORKSPACE.get(shape.device_type, 0) + (0 if alone else _MESSAGES * stream),
+    )

@@ -1,0 +1,292 @@
+"""`--profile`: when each stage computed in a few steps of a run, as a Chrome trace and as a drawing beside the plan's.
+
+Each rank marks the start and the end of its computes and of the phases of its clock: by the host clock on a CPU, by
+events in the stream on a GPU, which nothing waits for until the steps are over. Times count from a meeting of all ranks
+before each recorded step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalora.errors import UserError
+from megalora.parallel.collectives import gather_objects
+from megalora.parallel.mesh import Axis, Clock
+from megalora.pipeline.actions import BACKWARD, FORWARD, Action
+from megalora.pipeline.schedule import SCHEDULES
+from megalora.pipeline.simulate import simulate
+from megalora.planning.draw import Box, Panel, boxes_of, svg
+from megalora.planning.layouts import Plan
+from megalora.planning.timing import LayerCosts
+
+TRACE, DRAWING = "trace.json", "schedule.svg"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that a rank did, in seconds from the start of its step. action: None for a phase of the clock."""
+
+    name: str
+    action: Action | None
+    start: float
+    end: float
+
+
+class Profiler:
+    """Records steps of this rank."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._marks: list[tuple[str, Action | None, Any, Any]] | None = None  # of the step that is recorded
+        self._zero: Any = None
+        self._steps: list[list[Span]] = []
+
+    @contextlib.contextmanager
+    def step(self, recorded: bool, world: Axis) -> Iterator[None]:
+        """In which a step runs. Collective where it is recorded."""
+        if not recorded:
+            yield
+            return
+        self._synchronize()
+        gather_objects(None, world)  # all ranks meet: their clocks start together
+        self._zero, self._marks = self._mark(), []
+        yield
+        self._synchronize()
+        self._steps.append([Span(name, action, self._since(a), self._since(b)) for name, action, a, b in self._marks])
+        self._marks = None
+
+    def watch(self, action: Action) -> contextlib.AbstractContextManager:
+        """In which a compute runs."""
+        return contextlib.nullcontext() if self._marks is None else self._span(action.op, action)
+
+    def clock(self, inner: Clock) -> Clock:
+        """`inner`, and its phases recorded."""
+
+        def timed(phase: str) -> contextlib.AbstractContextManager:
+            if self._marks is None or phase in (FORWARD, BACKWARD):  # the computes are recorded by `watch`
+                return inner(phase)
+            return self._both(phase, inner)
+
+        return timed
+
+    def collect(self, world: Axis) -> list[list[list[Span]]]:
+        """[rank][step] the spans of all ranks. Collective."""
+        return gather_objects(self._steps, world)
+
+    @contextlib.contextmanager
+    def _span(self, name: str, action: Action | None) -> Iterator[None]:
+        marks, start = self._marks, self._mark()
+        try:
+            yield
+        finally:
+            marks.append((name, action, start, self._mark()))
+
+    @contextlib.contextmanager
+    def _both(self, phase: str, inner: Clock) -> Iterator[None]:
+        with inner(phase), self._span(phase, None):
+            yield
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _since(self, mark: Any) -> float:
+        return mark - self._zero if self._device.type != "cuda" else self._zero.elapsed_time(mark) / 1e3
+
+
+def recorded_steps(steps: int, first_step: int, total_steps: int) -> range:
+    """Which steps are recorded, counted from 0: the run's first, which readies much, is left out where it has more."""
+    begin = first_step + (total_steps - first_step > 1)
+    return range(begin, min(begin + steps, total_steps))
+
+
+# ---- what becomes of it ----
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean seconds of a microbatch in each part of the model (stage, or chunk of one), and what it was measured on.
+
+    layers  [first, stop) of each part
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    forward: tuple[float, ...]
+    recompute: tuple[float, ...]
+    backward: tuple[float, ...]
+    tp: int
+    rows: int
+    seq_length: int
+    recompute_method: str
+    sequence_parallel: bool
+
+    @property
+    def totals(self) -> list[float]:
+        return [sum(parts) for parts in zip(self.forward, self.recompute, self.backward, strict=True)]
+
+
+def write_profile(folder: str | Path, recorded: Sequence[Sequence[Sequence[Span]]], plan: Plan) -> str:
+    """The trace and the drawing of what Profiler.collect gave, in `folder`; returns a line that says so.
+
+    plan  what the run was predicted to be
+    Raises UserError where the folder cannot be written.
+    """
+    folder, layout = Path(folder), plan.layout
+    columns = [ranks_of_stage(stage, layout.dp, layout.tp) for stage in range(layout.pp)]
+    last = [recorded[ranks[0]][-1] for ranks in columns]
+    boxes = tuple(
+        Box(stage, span.name, span.action.microbatch, span.action.chunk, span.start, span.end)
+        for stage, spans in enumerate(last)
+        for span in spans
+        if span.action is not None
+    )
+    measured = _measured(recorded, columns, plan)
+    whole = f"{layout.schedule}, {layout.pp} stages, {layout.microbatches} microbatches"
+    real = max(box.end for box in boxes)
+    simulated = _simulated(measured, plan)
+    panels = [
+        Panel(f"{whole}: measured, {real:.3g} s", layout.pp, boxes),
+        Panel(f"simulated with the measured seconds of each part, {simulated.end:.3g} s", layout.pp, simulated.boxes),
+        Panel(f"planned from counts, {plan.timeline.makespan:.3g} s", layout.pp, boxes_of(plan.timeline)),
+    ]
+    trace = {
+        "traceEvents": list(_trace_events(recorded, layout.dp, layout.tp)),
+        "displayTimeUnit": "ms",
+        "otherData": {"measured": asdict(measured)},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRACE).write_text(json.dumps(trace), encoding="utf-8")
+        (folder / DRAWING).write_text(svg(panels), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"profile {folder} cannot be written ({error.strerror}): make room or leave it out") from None
+    return f"profile of {len(recorded[0])} steps: {folder / TRACE} (chrome://tracing, Perfetto), {folder / DRAWING}"
+
+
+def read_profile(path: str | Path, num_hidden_layers: int) -> Measured:
+    """The Measured of a trace. Raises UserError where the file is none, or of a model of another depth."""
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))["otherData"]["measured"]
+        fields = {
+            name: tuple(map(_frozen, value)) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        measured = Measured(**fields)
+    except OSError as error:
+        raise UserError(f"profile_file {path} cannot be read ({error.strerror}): name a {TRACE} of a run") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"profile_file {path} is not a {TRACE} of a run with --profile: name one") from None
+    if measured.layers[-1][1] != num_hidden_layers:
+        raise UserError(
+            f"profile_file {path} is of a model of {measured.layers[-1][1]} layers, this one has {num_hidden_layers}: "
+            f"profile a run of this model"
+        )
+    return measured
+
+
+def measured_costs(counted: LayerCosts, measured: Measured) -> LayerCosts:
+    """`counted`, made to add up to what was measured.
+
+    Counts say how layers compare, measured seconds how long parts took: the layers are scaled by the parts without the
+    head, and the head is what the last part took besides. From a single part both are scaled alike.
+    """
+    layers = [sum(counted.layers[a:b]) for a, b in measured.layers]
+    totals = measured.totals
+    if len(layers) == 1:
+        factor = totals[0] / (layers[0] + counted.first + counted.last)
+        return LayerCosts(tuple(factor * x for x in counted.layers), factor * counted.first, factor * counted.last)
+    factor = sum(totals[:-1]) / (sum(layers[:-1]) + counted.first)
+    last = max(0.0, totals[-1] - factor * layers[-1])
+    return LayerCosts(tuple(factor * x for x in counted.layers), factor * counted.first, last)
+
+
+def ranks_of_stage(stage: int, dp: int, tp: int) -> range:
+    """The ranks of a stage (see megalora.parallel.mesh.layout)."""
+    return range(stage * dp * tp, (stage + 1) * dp * tp)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _measured(recorded: Sequence, columns: Sequence[range], plan: Plan) -> Measured:
+    layout = plan.layout
+    parts = layout.pp * layout.chunks
+
+    def mean(part: int, op: str) -> float:
+        stage, chunk = part % layout.pp, part // layout.pp
+        seconds = [
+            span.end - span.start
+            for rank in columns[stage]
+            for spans in recorded[rank]
+            for span in spans
+            if span.action is not None and (span.action.op, span.action.chunk) == (op, chunk)
+        ]
+        return sum(seconds) / len(seconds) if seconds else 0.0
+
+    chunks = [plan.stages[part % layout.pp].chunks[part // layout.pp] for part in range(parts)]
+    again = SCHEDULES[layout.schedule].recomputes
+    return Measured(
+        tuple((chunk.start, chunk.stop) for chunk in chunks),
+        tuple(mean(part, FORWARD) for part in range(parts)),
+        tuple(mean(part, "recompute") if again(part % layout.pp, layout.pp) else 0.0 for part in range(parts)),
+        tuple(mean(part, BACKWARD) for part in range(parts)),
+        layout.tp,
+        layout.work.rows,
+        layout.work.seq_length,
+        layout.work.recompute,
+        layout.work.sequence_parallel,
+    )
+
+
+def _simulated(measured: Measured, plan: Plan) -> Panel:
+    layout = plan.layout
+    seconds = {FORWARD: measured.forward, "recompute": measured.recompute, BACKWARD: measured.backward}
+    floor = next((i for i, backward in enumerate(measured.backward) if backward), len(measured.backward))
+    programme = SCHEDULES[layout.schedule].programme(layout.pp, layout.microbatches, floor, layout.chunks)
+
+    def of(stage: int, action: Action) -> float:
+        return seconds[action.op][action.chunk * layout.pp + stage] if action.op in seconds else 0.0
+
+    return Panel("", layout.pp, boxes_of(simulate(programme, of)))
+
+
+def _trace_events(recorded: Sequence, dp: int, tp: int) -> Iterator[dict[str, Any]]:
+    """Chrome's trace event format: complete events in microseconds, one process a rank; steps one after another."""
+    for rank in range(len(recorded)):
+        stage, data, tensor = rank // (dp * tp), rank // tp % dp, rank % tp
+        name = f"rank {rank}: stage {stage}, data {data}, tensor {tensor}"
+        yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": name}}
+        yield {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
+    begin = 0.0
+    for step in range(len(recorded[0])):
+        for rank, steps in enumerate(recorded):
+            for span in steps[step]:
+                about = {"step": step}
+                if span.action is not None:
+                    about |= {"microbatch": span.action.microbatch, "chunk": span.action.chunk}
+                yield {
+                    "ph": "X",
+                    "name": span.name,
+                    "cat": "phase" if span.action is None else "compute",
+                    "pid": rank,
+                    "tid": 0,
+                    "ts": 1e6 * (begin + span.start),
+                    "dur": 1e6 * (span.end - span.start),
+                    "args": about,
+                }
+        begin += max((span.end for steps in recorded for span in steps[step]), default=0.0)

@@ -1,0 +1,149 @@
+"""The search: what it finds is the best of all there is, and what it says of a stage is what the stage holds."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megalora.building import resolve_lora
+from megalora.errors import UserError
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.models.stage import Stage
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import Axis
+from megalora.pipeline.schedule import SCHEDULES
+from megalora.planning.devices import DEVICES
+from megalora.planning.layouts import Cluster, Planner, Wanted, _least_seconds
+from megalora.planning.memory import stage_memory
+from megalora.planning.nodes import Workload
+from megalora.planning.shapes import shape_of
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+CONFIG = config_from_dict(FIELDS)
+LORA = resolve_lora(LoraConfig.from_dict({"r": 4, "target_modules": "all-linear"}), CONFIG)
+WORK = Workload(1, 64)
+
+
+def planner(gpus: int = 4, usable: int = 2**33, lora=LORA, config=CONFIG) -> Planner:
+    return Planner(config, lora, Cluster(gpus, 8, usable, DEVICES["h100"]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tp, pp, stage", [(1, 1, 0), (2, 1, 0), (2, 2, 0), (1, 2, 1), (8, 2, 1)])
+def test_what_stands_in_memory_is_what_the_stage_holds(tp, pp, stage, tied):
+    config = config_from_dict({**FIELDS, "model_type": "qwen2", "tie_word_embeddings": tied})
+    lora = resolve_lora(LoraConfig.from_dict({"r": 4, "target_modules": "all-linear", "bias": "all"}), config)
+    layers = range(8 * stage // pp, 8 * (stage + 1) // pp)
+    first, last = stage == 0, stage == pp - 1
+    place = Placement(Axis(0, tuple(range(tp))), False, torch.bfloat16, "cpu")
+    real = Stage(config, layers, place, lora, first=first, last=last)
+    real.refresh_adapters()
+    trained = sum(p.numel() * p.element_size() for p in real.parameters() if p.requires_grad)
+    groups = [group for layer in real.model.layers.values() for group in layer.groups()]
+    aside = sum(x.nbytes for group in groups for x in (group.down, group.bias) if x is not None)
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in real.parameters()}
+
+    shape = shape_of(config, lora, tp, "cpu")
+    memory = stage_memory(shape, [layers], replace(WORK, element=2), first=first, last=last)
+    assert memory.adapters == trained + aside
+    assert memory.optimizer == 3 * trained
+    assert memory.weights == sum(weights.values()) - trained
+
+
+def test_more_in_flight_needs_more():
+    shape = shape_of(CONFIG, LORA, 1)
+
+    def total(**peak):
+        return stage_memory(shape, [range(0, 4)], WORK, first=False, last=False, **peak).total
+
+    assert total(in_flight=3) - total(in_flight=2) == total(in_flight=2) - total(in_flight=1) > 0
+    assert 0 < total(inputs=3) - total(inputs=2) < total(in_flight=3) - total(in_flight=2)
+
+
+def every_plan(wanted: Wanted, **options):
+    one = planner(**options)
+    layouts = [layout for tp, pp in one._sizes(wanted, []) for layout in one._layouts(tp, pp, wanted)]
+    return one, [(layout, one.stages(layout, wanted)) for layout in layouts]
+
+
+def test_the_search_finds_the_fastest_of_each_size():
+    wanted = Wanted(WORK, step_rows=16)
+    one, everything = every_plan(wanted)
+    found, too_large = one.search(wanted)
+    speeds: dict[tuple, float] = {}
+    for layout, stages in everything:
+        plan = one.plan(layout, stages)
+        speeds[layout.tp, layout.pp] = max(speeds.get((layout.tp, layout.pp), 0.0), plan.tokens_per_second)
+    assert {(p.layout.tp, p.layout.pp) for p in found} == speeds.keys() and not too_large
+    for plan in found:
+        assert plan.tokens_per_second == pytest.approx(speeds[plan.layout.tp, plan.layout.pp], rel=0.006)
+    assert found[0].tokens_per_second == pytest.approx(max(speeds.values()), rel=0.006)
+
+
+def test_no_schedule_is_faster_than_its_bound():
+    wanted = Wanted(WORK, step_rows=16, tp=1)
+    one, everything = every_plan(wanted)
+    assert {layout.schedule for layout, _ in everything} == set(SCHEDULES)
+    for layout, stages in everything:
+        assert _least_seconds(layout, stages) <= one.plan(layout, stages).timeline.makespan * (1 + 1e-9)
+
+
+def test_what_is_fixed_stays_so():
+    wanted = Wanted(WORK, step_rows=16, tp=2, pp=2, schedule="gpipe", recompute="selective", rows=2)
+    (plan,), _ = planner(gpus=8).search(wanted)
+    layout = plan.layout
+    assert (layout.tp, layout.pp, layout.dp, layout.schedule, layout.work.recompute) == (2, 2, 2, "gpipe", "selective")
+    assert (layout.work.rows, layout.microbatches, layout.work.sequence_parallel) == (2, 4, True)
+
+
+def test_rows_and_microbatches_may_stand_for_the_rows_of_a_step():
+    plans, _ = planner().search(Wanted(WORK, step_rows=None, rows=2, microbatches=3))
+    assert {(p.layout.work.rows, p.layout.microbatches) for p in plans} == {(2, 3)}
+    assert {p.layout.tokens for p in plans} == {p.layout.dp * 2 * 3 * 64 for p in plans}
+
+
+def test_where_memory_is_short_layers_are_computed_again_or_nothing_fits():
+    wanted = Wanted(replace(WORK, rows=1), step_rows=64, tp=1, pp=1, rows=16)
+    (roomy,), _ = planner().search(wanted)
+    (tight,), _ = planner(usable=roomy.memory - 1).search(wanted)
+    assert tight.memory < roomy.memory and tight.seconds > roomy.seconds
+    assert (roomy.layout.work.recompute, tight.layout.work.recompute) != ("full", "none")
+    none, (least,) = planner(usable=1000).search(wanted)
+    assert not none and least.layout.work.recompute == "full" and least.memory.total > 1000
+
+
+@pytest.mark.parametrize(
+    "wanted, reason",
+    [
+        (Wanted(WORK, 16, tp=3), "tensor_parallel_size"),
+        (Wanted(WORK, 16, pp=3), "does not divide gpus"),
+        (Wanted(WORK, 3, tp=1, pp=1), "3 rows of a step"),
+        (Wanted(WORK, 16, pp=2, schedule="interleaved_1f1b", chunks=8), "do not fit"),
+    ],
+)
+def test_no_layout_at_all_is_an_error_that_says_why(wanted, reason):
+    with pytest.raises(UserError, match=reason):
+        planner(gpus=4).search(wanted)
+
+
+def test_adapters_in_the_upper_layers_alone_leave_the_lower_stages_without_activations():
+    lora = resolve_lora(LoraConfig.from_dict({"r": 4, "layers_to_transform": [6, 7]}), CONFIG)
+    wanted = Wanted(
+        WORK, step_rows=16, tp=1, pp=4, schedule="1f1b", recompute="none", partition_method="uniform", rows=1
+    )
+    (plan,), _ = planner(lora=lora).search(wanted)
+    below, above = plan.stages[0], plan.stages[3]
+    assert below.seconds[0].backward == 0 < above.seconds[0].backward
+    assert below.memory.optimizer == 0 and below.memory.activations < 0.2 * above.memory.activations
