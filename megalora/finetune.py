@@ -239,7 +239,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                 monitor.note(note)
             if first_step >= total_steps:
                 monitor.note(f"nothing to do: the run is complete at step {first_step} of {total_steps}")
-                if start.own and not (Path(train.output_dir) / "peft").exists():  # killed before it was written
+                if start.own:  # it may have been stopped before the export, and an older one may be there
                     saved = Path(start.checkpoint.where)
             if saved is not None:
                 exported = on_first(lambda: _export(saved, train.output_dir, model.model_path), mesh.world)
