@@ -170,3 +170,27 @@ def test_a_peft_adapter_made_elsewhere(inputs, tmp_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_an_adapter_that_the_reference_wrote(inputs, tmp_path):
+    """Two stages of its pipeline, in its own form: at a rate of 0 it comes out as it went in."""
+    tiny.write_json(tmp_path / "lora_config.json", ITS_LORA_CONFIG)
+    tune(1, inputs.flags(tmp_path / "earlier", lora_config=tmp_path / "lora_config.json", max_steps=1))
+    given = exported(tmp_path / "earlier")
+    ours = {name.removeprefix("base_model.model."): tensor for name, tensor in given.items()}
+    for stage in range(2):
+        folder = tmp_path / f"2026-11-24_ckpt/iter_0000010/mp_rank_00_pp_rank_{stage:03d}"
+        folder.mkdir(parents=True)
+        tiny.write_json(folder / "lora_config.json", ITS_LORA_CONFIG | {"peft_type": "LORA", "rank_pattern": {}})
+        state = {
+            f"{stage + 1}.{name.replace('.weight', '.default.weight')}": tensor
+            for name, tensor in ours.items()
+            if f"layers.{stage}." in name
+        }
+        torch.save(state, folder / "lora_partial_model_optim.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "2026-11-24_ckpt/latest_checkpointed_iteration.txt").write_text("10")
+    flags = {"resume_peft_from_checkpoint": tmp_path / "2026-11-24_ckpt", "learning_rate": 0.0, "max_steps": 1}
+    flags["lora_config"] = tmp_path / "lora_config.json"
+    (done,) = tune(2, inputs.flags(tmp_path / "run", **flags, tensor_parallel_size=2))
+    assert f"starting from the adapter {tmp_path / '2026-11-24_ckpt/iter_0000010'}" in done.out
+    assert largest_difference(exported(tmp_path / "run"), given) == 0
