@@ -1,26 +1,31 @@
 """The layers of a stage as CUDA graphs: one launch for forward, one for backward, and the same numbers.
 
 A step of few tokens waits for the host, which launches some thousand small kernels. A graph is captured once for each
-layout of a microbatch (how many tokens, whether the documents are of one length) and replayed for every microbatch of
-that layout: what differs between them, the tokens, the documents' bounds and the step that dropout draws from, is read
-from memory. The head and the loss stay outside, for the number of labelled tokens differs.
+layout of a microbatch (documents of one length, or of several) and replayed for every microbatch of that layout: what
+differs between them, the tokens, the documents' bounds and the step that dropout draws from, is read from memory. The
+head and the loss stay outside, for the number of labelled tokens differs.
 
 All graphs share one pool of memory, which holds the activations of one microbatch. The first microbatch of a layout
-runs without a graph: that readies what cannot be readied during a capture (plans of cuDNN, workspaces).
+runs without a graph: that readies what cannot be readied during a capture (plans of cuDNN, workspaces). Graphs there
+may be are given up before it, so that activations are never held twice, and captured again when they are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 
 from megalora.errors import UserError
 from megalora.models.inputs import Inputs
-from megalora.ops.attention import is_even
+from megalora.ops.attention import Packed, is_even
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+
+T = TypeVar("T")
 
 
 def choose_graphs(wanted: bool | None, place: Placement, mesh: ParallelMesh) -> tuple[bool, str | None]:
@@ -50,12 +55,11 @@ class LayerGraphs:
     """
 
     def __init__(self, layers: Callable[[Inputs], torch.Tensor], refresh: Callable[[], None], device: torch.device):
-        self._layers, self._refresh = layers, refresh
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-        self._graphs: dict[Hashable, _Graph | None] = {}  # None: seen once
+        self._layers, self._refresh, self._device = layers, refresh, device
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._largest: dict[Hashable, tuple[int, int]] = {}  # of each layout seen: most bounds, longest document
         self._refreshes = 0
-        self._refresh_graph: torch.cuda.CUDAGraph | None = None
+        self._refresh_graph: Graph | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # what makes autograd call backward
         self._running = False  # a forward pass waits for its backward pass, and its activations stand in the pool
 
@@ -66,21 +70,22 @@ class LayerGraphs:
             self._refresh()
             return
         if self._refresh_graph is None:
-            self._refresh_graph = torch.cuda.CUDAGraph()
-            with self._capture(self._refresh_graph):
-                self._refresh()
+            self._refresh_graph = self._recorder.record(self._refresh, lasting=True)[1]
         self._refresh_graph.replay()
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """layers(inputs)."""
-        key = _layout(inputs)
+        layout, size = _layout(inputs), _size(inputs)
+        known, graph = layout in self._largest, self._graphs.get(layout)
+        self._largest[layout] = tuple(map(max, self._largest.get(layout, size), size))
         # The layers read what refresh() wrote: its graph, whose tensors stay where they are, is captured first.
-        if self._running or self._refresh_graph is None or key not in self._graphs:
-            self._graphs.setdefault(key, None)
+        if self._running or self._refresh_graph is None:
             return self._layers(inputs)
-        if self._graphs[key] is None:
-            self._graphs[key] = self._captured(inputs)
-        graph = self._graphs[key]
+        if not known or (graph is not None and not graph.takes(size)):
+            self._give_up()
+            return self._layers(inputs)
+        if graph is None:
+            graph = self._graphs[layout] = self._captured(inputs, *self._largest[layout])
         graph.load(inputs)
         self._running = True
         return _Replay.apply(self._anchor, self, graph)
@@ -88,25 +93,70 @@ class LayerGraphs:
     def done(self) -> None:
         self._running = False
 
-    def _captured(self, inputs: Inputs) -> _Graph:
-        static = _copy(inputs)
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with self._capture(forward):
-            out = self._layers(static)
-        d_out = torch.empty_like(out)
-        with self._capture(backward):
-            torch.autograd.backward(out, d_out)
-        return _Graph(static, forward, out.detach(), d_out, backward)
+    @functools.cached_property
+    def _recorder(self) -> Recorder:
+        return Recorder(self._device)
 
-    def _capture(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+    def _give_up(self) -> None:
+        """Frees all graphs of layers and the memory of their activations."""
+        if self._graphs:
+            graphs = [recorded for graph in self._graphs.values() for recorded in (graph.forward, graph.backward)]
+            self._graphs.clear()
+            self._recorder.forget(graphs)
+
+    def _captured(self, inputs: Inputs, bounds: int, longest: int) -> _Graph:
+        static, alive = _copy(inputs, bounds, longest), []
+
+        def forward() -> torch.Tensor:
+            alive.append(self._layers(static))
+            return alive[0].detach()
+
+        out, forward_graph = self._recorder.record(forward)
+        d_out = torch.empty_like(out)
+        _, backward_graph = self._recorder.record(lambda: torch.autograd.backward(alive.pop(), d_out))
+        return _Graph(static, forward_graph, out, d_out, backward_graph)
+
+
+class Graph(Protocol):
+    """Work that was recorded: `replay` does it again, on the same tensors."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Recorder:
+    """Records work on a GPU as CUDA graphs, which share memory but for those whose results must last."""
+
+    def __init__(self, device: torch.device):
+        self._pool, self._lasting = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, work: Callable[[], T], lasting: bool = False) -> tuple[T, Graph]:
+        """(what `work` returns, a graph of it): the work itself is not done."""
+        graph, pool = torch.cuda.CUDAGraph(), self._lasting if lasting else self._pool
         # "thread_local": other threads (a save that copies from the GPU) may go on meanwhile.
-        return torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        return result, graph
+
+    def forget(self, graphs: Sequence[Graph]) -> None:
+        """Gives back the memory of these, which are all but the lasting ones."""
+        torch.cuda.synchronize()
+        for graph in graphs:
+            graph.reset()
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
 
 def _layout(inputs: Inputs) -> Hashable:
-    """What a graph is captured for."""
-    bounds = inputs.bounds if is_even(inputs.bounds) else (inputs.packed.cu_seqlens.shape[0], inputs.packed.longest)
+    """What a graph is captured for: documents of several lengths are one layout."""
+    bounds = inputs.bounds if is_even(inputs.bounds) else None
     return inputs.input_ids.shape[0], inputs.tokens.seed, bounds
+
+
+def _size(inputs: Inputs) -> tuple[int, int]:
+    return inputs.packed.cu_seqlens.shape[0], inputs.packed.longest
 
 
 @dataclass(frozen=True)
@@ -114,30 +164,50 @@ class _Graph:
     """static: where the graph reads its microbatch; out, d_out: the hidden states it writes, their gradient it reads."""
 
     static: Inputs
-    forward: torch.cuda.CUDAGraph
+    forward: Graph
     out: torch.Tensor
     d_out: torch.Tensor
-    backward: torch.cuda.CUDAGraph
+    backward: Graph
+
+    def takes(self, size: tuple[int, int]) -> bool:
+        """Whether so many bounds and so long a document fit."""
+        bounds, longest = _size(self.static)
+        return size[0] <= bounds and size[1] <= longest
 
     def load(self, inputs: Inputs) -> None:
-        places, values = _tensors(self.static), _tensors(inputs)
-        for place, value in zip(places, values, strict=True):
+        for place, value in zip(_tensors(self.static), _tensors(inputs), strict=True):
             place.copy_(value)
+        _put_bounds(self.static.packed.cu_seqlens, inputs)
         self.static.tokens.step.fill_(inputs.tokens.step)
 
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:
-    """Those that layers read and that differ from one microbatch of a layout to the next."""
-    return [inputs.input_ids, inputs.cos, inputs.sin, inputs.tokens.index, inputs.packed.cu_seqlens]
+    """Those that layers read and that differ from one microbatch of a layout to the next; the bounds apart."""
+    return [inputs.input_ids, inputs.cos, inputs.sin, inputs.tokens.index]
 
 
-def _copy(inputs: Inputs) -> Inputs:
-    input_ids, cos, sin, index, cu_seqlens = (tensor.clone() for tensor in _tensors(inputs))
+def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
+    """The bounds, and empty documents behind the last."""
+    bounds = inputs.packed.cu_seqlens
+    place.fill_(inputs.input_ids.shape[0])
+    place[: bounds.shape[0]].copy_(bounds)
+
+
+def _copy(inputs: Inputs, bounds: int, longest: int) -> Inputs:
+    input_ids, cos, sin, index = (tensor.clone() for tensor in _tensors(inputs))
     step = torch.tensor(inputs.tokens.step, dtype=torch.int64, device=index.device)
     tokens = replace(inputs.tokens, index=index, local=index, step=step)  # one tensor-parallel rank: all are local
-    packed = replace(inputs.packed, cu_seqlens=cu_seqlens)
+    cu_seqlens = inputs.packed.cu_seqlens.new_empty(bounds)
+    _put_bounds(cu_seqlens, inputs)
     return replace(
-        inputs, input_ids=input_ids, labels=None, labelled=None, cos=cos, sin=sin, tokens=tokens, packed=packed
+        inputs,
+        input_ids=input_ids,
+        labels=None,
+        labelled=None,
+        cos=cos,
+        sin=sin,
+        tokens=tokens,
+        packed=Packed(cu_seqlens, longest),
     )
 
 

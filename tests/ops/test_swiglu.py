@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megalora.ops.swiglu import swiglu
+from megalora.ops.dropout import Dropout, dropout
+from megalora.ops.swiglu import swiglu, swiglu_backward
 
 SIZE = 10
 
@@ -70,3 +71,24 @@ def test_inputs_are_left_alone_and_only_they_are_kept(room):
     y[:, :SIZE].sum().backward()
     assert x.equal(before)
     assert kept == [(x.data_ptr(), x.numel())]
+
+
+@pytest.mark.parametrize("draw", [None, Dropout(0.3, seed=1, site=2, step=3)], ids=["no dropout", "dropout"])
+def test_backward_with_the_branch_that_reads_the_output(draw):
+    """The gradient through s (dropout(x) A^T) as well, and x again for dA."""
+    generator = torch.Generator().manual_seed(0)
+    gate_up, dy, dz, A = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((7, 12), (7, 6), (7, 3), (3, 6))
+    )
+    index = torch.arange(7)
+    leaf = gate_up.clone().requires_grad_()
+    x = swiglu(leaf)
+    mask = torch.ones_like(x) if draw is None else dropout(torch.ones_like(x), index, draw)
+    (wanted,) = torch.autograd.grad([x, (x * mask) @ A.t()], leaf, [dy, dz])
+    grad, again, dropped = swiglu_backward(dy.clone(), gate_up, (dz, A, index, draw))
+    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
+    assert again.equal(x.detach()) and dropped is None
+    plain, nothing, _ = swiglu_backward(dy, gate_up, None)
+    (wanted,) = torch.autograd.grad(swiglu(leaf), leaf, dy)
+    assert nothing is None
+    torch.testing.assert_close(plain, wanted, rtol=1e-12, atol=1e-12)

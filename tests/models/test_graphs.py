@@ -1,0 +1,159 @@
+"""When layers run as CUDA graphs, and what the graphs read anew for each microbatch: here with a recorder that does the
+work again, without a GPU. On a GPU: tests/test_gpu_step.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import FAMILIES, TINY
+
+from megalora.batch import Batch
+from megalora.building import build_stage, resolve_lora
+from megalora.errors import UserError
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.models.graphs import choose_graphs
+from megalora.models.inputs import training_inputs
+from megalora.ops.attention import Packed
+from megalora.parallel.grads import FlatGradients
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import Axis, ParallelMesh
+from megalora.parallel.split import named_splits
+
+TWO = Axis(0, (0, 1))
+
+
+def place(device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Placement:
+    return Placement(Axis(), False, dtype, device)
+
+
+def test_one_gpu_a_replica_has_graphs():
+    assert choose_graphs(None, place(), ParallelMesh()) == (True, None)
+    assert choose_graphs(True, place(dtype=torch.float16), ParallelMesh(dp=TWO)) == (True, None)
+
+
+def test_on_a_cpu_nobody_expects_them():
+    assert choose_graphs(None, place("cpu"), ParallelMesh()) == (False, None)
+    assert choose_graphs(False, place("cpu"), ParallelMesh()) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "where, mesh, why",
+    [
+        (place(), ParallelMesh(tp=TWO), "messages"),
+        (place(), ParallelMesh(pp=TWO), "messages"),
+        (place(dtype=torch.float32), ParallelMesh(), "float32"),
+    ],
+)
+def test_a_gpu_without_them_says_why(where, mesh, why):
+    used, note = choose_graphs(None, where, mesh)
+    assert not used and "without CUDA graphs" in note and why in note
+    with pytest.raises(UserError, match=f"cuda_graphs = true, but .*{why}.*leave the flag out"):
+        choose_graphs(True, where, mesh)
+
+
+def test_without_by_request():
+    assert choose_graphs(False, place(), ParallelMesh()) == (False, "layers run without CUDA graphs: as asked")
+
+
+def test_wanted_without_a_gpu():
+    with pytest.raises(UserError, match="there is no GPU"):
+        choose_graphs(True, place("cpu"), ParallelMesh())
+
+
+# ---- what a graph reads anew
+
+
+class Again:
+    """A graph that does its work again, into the same tensors."""
+
+    def __init__(self, work, result):
+        self.work, self.result, self.gone = work, result, False
+
+    def replay(self):
+        assert not self.gone
+        with torch.enable_grad():
+            result = self.work()
+        if result is not None:
+            self.result.copy_(result)
+
+    def reset(self):
+        self.gone = True
+
+
+class WithoutGpu:
+    """Instead of a Recorder. Recording does no work: what it does to the gradients is undone."""
+
+    def __init__(self, gradients: torch.Tensor):
+        self.gradients, self.recorded, self.forgotten = gradients, 0, 0
+
+    def record(self, work, lasting=False):
+        before = self.gradients.clone()
+        result = work()
+        self.gradients.copy_(before)
+        self.recorded += 1
+        return result, Again(work, result)
+
+    def forget(self, graphs):
+        for graph in graphs:
+            graph.reset()
+        self.forgotten += 1
+
+
+LENGTH = 24
+EVEN, PIECES, MORE_PIECES = [12, 12], [10, 9, 5], [4, 4, 5, 11]
+
+
+class World:
+    def __init__(self, graphs: bool):
+        self.config, mesh = config_from_dict(TINY | FAMILIES["llama"]), ParallelMesh()
+        lora = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear"}
+        self.place = Placement(mesh.tp, False, torch.float64, "cpu")
+        resolved = resolve_lora(LoraConfig.from_dict(lora), self.config)
+        self.stage, _ = build_stage(self.config, mesh, resolved, self.place)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.stage.parameters():
+                p.normal_(std=0.2, generator=generator)
+        self.gradients = FlatGradients(self.stage.trainable(), named_splits(self.stage), mesh)
+        self.recorder = WithoutGpu(self.gradients.buffer)
+        if graphs:
+            self.stage.use_graphs()
+            self.stage._graphs._recorder = self.recorder
+
+    def step(self, number: int, lengths: list[int]) -> tuple[float, torch.Tensor]:
+        """The loss and the gradients of one microbatch; the adapters then move."""
+        ids = torch.randint(0, 100, (LENGTH,), generator=torch.Generator().manual_seed(number))
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        batch = Batch(ids, ids.roll(-1), positions, bounds, torch.arange(LENGTH) + number)
+        inputs = training_inputs(batch, self.config, self.place, seed=3, step=number)
+        self.stage.refresh_adapters()
+        self.gradients.zero()
+        loss = self.stage(None, replace(inputs, packed=Packed(bounds, max(lengths))))
+        loss.backward()
+        with torch.no_grad():
+            for p in self.stage.trainable().values():
+                p.sub_(p.grad, alpha=1e-3)
+        return loss.item(), self.gradients.buffer.clone()
+
+
+def test_graphs_read_tokens_bounds_and_step_of_their_microbatch(monkeypatch):
+    """Attention on a CPU reads the bounds on the host; here those on the device, as kernels do."""
+    from megalora.ops.attention import attention
+
+    def on_the_device(q, k, v, bounds, window=None, packed=None):
+        return attention(q, k, v, packed.cu_seqlens.unique().tolist(), window)
+
+    monkeypatch.setattr("megalora.models.attention.attention", on_the_device)
+    plain, ours = World(False), World(True)
+    lengths = [EVEN, PIECES, EVEN, PIECES, MORE_PIECES, PIECES, EVEN, MORE_PIECES, [24], EVEN, [24]]
+    for number, cut in enumerate(lengths):
+        (loss, gradients), (our_loss, our_gradients) = plain.step(number, cut), ours.step(number, cut)
+        assert our_loss == loss and our_gradients.equal(gradients), (number, cut)
+    # More pieces than before, and a new layout: either gives up what there is.
+    assert ours.recorder.forgotten == 2
+    captured = ["even", "pieces", "more pieces", "even", "even", "24"]
+    assert ours.recorder.recorded == 1 + 2 * len(captured)
