@@ -244,12 +244,34 @@ class LinearGroup:
         assert self._ready, "refresh() comes before the first use"
         offset = self.linears[0].feature_offset if self.row_parallel else 0
         index = tokens.index if self.row_parallel else tokens.local
+        if not torch.is_grad_enabled():  # nothing is kept for a backward that does not come
+            return self.product(source, tokens.draw(self.dropout, self.site, offset), index)[0]
         trainables = []
         for linear in self.linears:
             A = None if linear.lora_A is None else linear.lora_A.weight
             B = None if linear.lora_B is None else linear.lora_B.weight
             trainables += [A, B, linear.bias]
         return _GroupedLinear.apply(source, self, tokens.draw(self.dropout, self.site, offset), index, *trainables)
+
+    def product(
+        self, source: torch.Tensor, draw: Dropout | None, token_index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y, the full X that it is the product of), for `source` as in the call; not for autograd."""
+        tp, columns = self.place.tp, self.in_features
+        X, A, x = source, self.down, None
+        if self.gated:
+            X = swiglu(source, self.room)
+        elif A is not None and source.shape[1] == columns:
+            X, x = source.new_empty(source.shape[0], columns + self.room), source
+        assert X.shape[1] == columns + self.room, (X.shape, columns, self.room)
+        if A is not None:
+            lora_down_(X, A, token_index, draw, x)
+        full = all_gather(X, tp) if self.gathers and not self.row_parallel else X
+        if not self.row_parallel:
+            return matmul_nt(full, self.matrix, self.bias), full
+        y = matmul_nt(full, self.matrix)
+        y = reduce_scatter(y, tp) if self.gathers else all_reduce(y, tp)
+        return y if self.bias is None else y.add_(self.bias), full
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -313,23 +335,8 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, source, group, draw, token_index, *trainables):
-        tp, columns = group.place.tp, group.in_features
-        X, A, x = source, group.down, None
-        if group.gated:
-            X = swiglu(source, group.room)
-        elif A is not None and source.shape[1] == columns:
-            X, x = source.new_empty(source.shape[0], columns + group.room), source
-        assert X.shape[1] == columns + group.room, (X.shape, columns, group.room)
-        if A is not None:
-            lora_down_(X, A, token_index, draw, x)
-        full = all_gather(X, tp) if group.gathers and not group.row_parallel else X
-        bias = group.bias
-        if group.row_parallel:
-            y = matmul_nt(full, group.matrix)
-            y = reduce_scatter(y, tp) if group.gathers else all_reduce(y, tp)
-            y = y if bias is None else y.add_(bias)
-        else:
-            y = matmul_nt(full, group.matrix, bias)
+        y, full = group.product(source, draw, token_index)
+        A, columns = group.down, group.in_features
         ctx.group, ctx.draw, ctx.width = group, draw, source.shape[1]
         ctx.needs_a = any(ctx.needs_input_grad[4::3])
         keeps = ctx.needs_a or (group.gated and ctx.needs_input_grad[0])
