@@ -1,0 +1,85 @@
+"""A step of one token each, on a GPU replayed from a CUDA graph, gives what feeding the whole gives."""
+
+import pytest
+import torch
+
+from megalora.building import build_stage, resolve_lora
+from megalora.generation.cache import Span
+from megalora.generation.steps import Steps
+from megalora.lora import LoraConfig
+from megalora.models.config import config_from_dict
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import build_mesh
+
+FIELDS = {
+    "model_type": "qwen2",
+    "vocab_size": 97,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 1,
+}
+PLACES = [
+    pytest.param("cpu", torch.float32, 1e-4, id="cpu"),
+    pytest.param("cuda", torch.bfloat16, 0.06, id="cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float32, 1e-3, id="cuda-without-kernel", marks=pytest.mark.gpu),
+]
+LENGTHS, SLOTS = (11, 4, 8), (2, 0, 3)
+
+
+def make_stage(dtype, device):
+    config, mesh = config_from_dict(FIELDS), build_mesh(0, 1)
+    lora = resolve_lora(LoraConfig.from_dict({"r": 8, "target_modules": "all-linear"}), config)
+    stage, _ = build_stage(config, mesh, lora, Placement(mesh.tp, False, dtype, torch.device(device)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + value * 0.1 if "norm" in name else value * 0.1)
+    stage.refresh_adapters()
+    return stage
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@torch.inference_mode()
+def test_decoding_is_feeding_the_whole(device, dtype, tolerance):
+    """Sequences of several lengths, fewer at a time as they end; the adapter off and on again between steps."""
+    stage = make_stage(dtype, device)
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(0, 97, (length + 5,), generator=generator).tolist() for length in LENGTHS]
+
+    def whole(i: int, stop: int) -> torch.Tensor:
+        return Steps(stage, 1, 20).prefill(None, texts[i][:stop], [Span(0, 0, stop)])[-1]
+
+    steps = Steps(stage, 4, 20)
+    fed = [token for text, length in zip(texts, LENGTHS, strict=True) for token in text[:length]]
+    out = steps.prefill(None, fed, [Span(slot, 0, n) for slot, n in zip(SLOTS, LENGTHS, strict=True)])
+    torch.testing.assert_close(out[LENGTHS[0] - 1], whole(0, LENGTHS[0]), rtol=tolerance, atol=tolerance)
+    for step in range(5):
+        running = [i for i in range(3) if step < 5 - i]  # three, then two, then one
+        out = steps.decode(
+            None,
+            [texts[i][LENGTHS[i] + step] for i in running],
+            [SLOTS[i] for i in running],
+            [LENGTHS[i] + step for i in running],
+        )
+        assert out.shape == (len(running), FIELDS["hidden_size"])
+        for row, i in enumerate(running):
+            expected = whole(i, LENGTHS[i] + step + 1)
+            torch.testing.assert_close(out[row], expected, rtol=tolerance, atol=tolerance)
+
+    again = [[texts[0][0]], [1], [0]]
+    tuned = steps.decode(None, *again).clone()
+    stage.switch_adapters(False)
+    base = steps.decode(None, *again).clone()
+    stage.switch_adapters(True)
+    assert not torch.allclose(base, tuned, rtol=1e-2, atol=1e-2), "a recording reads the weights where they are"
+    torch.testing.assert_close(steps.decode(None, *again), tuned)
