@@ -207,7 +207,8 @@ def _failure(request: _Request, exitcodes: list[int | None]) -> str:
             errors[rank] = pickle.loads(file.read_bytes())
     died = [rank for rank, exitcode in enumerate(exitcodes) if exitcode and rank not in errors]
     if died:
-        rank, text = died[0], f"the process ended with exit status {exitcodes[died[0]]}"
+        rank = min(died, key=lambda rank: exitcodes[rank])  # a signal comes first: others leave because of it
+        text = f"the process ended with exit status {exitcodes[rank]}"
     else:
         rank = min(errors, key=lambda rank: errors[rank][0])
         text = errors[rank][1]
