@@ -1,11 +1,11 @@
 """Speeds of the devices that a plan reckons with: the one place for such figures.
 
-Sustained ones, as training kernels reach them, not those of a data sheet. H100: measured on an H100 80GB HBM3, torch
-2.11 (bf16 GEMMs of Llama-8B's shapes 680 .. 794 TFLOP/s, cuDNN attention forward and backward 386 at 2048 and 497 at
-8192 tokens, copy 3.02 TB/s). H200: the same chip, its memory by the data sheet's 4.8 TB/s in the H100's proportion.
-A100: the data sheet's 312 TFLOP/s and 2.04 TB/s at 80% and 85%, FlashAttention-2 as published (arXiv 2307.08691).
-Links: the data sheets' NVLink 4 and 3 (450 and 300 GB/s a direction) and one adapter of 400 or 200 Gb/s a GPU, at 80%.
-CPU: two threads of a shared EPYC host.
+Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted to the kernels of a step of 8192
+tokens of Llama-8B's shape on an H100 80GB HBM3 (benchmarks/README.md: GEMMs 345 ms, attention 46, all else 79) and, for
+the host, to a step of 2048 without CUDA graphs. H200: the same chip, its memory by the data sheet's 4.8 TB/s in the
+H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about the H100's proportions, FlashAttention-2 as
+published (arXiv 2307.08691). Links: the data sheets' NVLink 4 and 3 (450 and 300 GB/s a direction) and one adapter of
+400 or 200 Gb/s a GPU, at 80%. CPU: two threads of a shared EPYC host.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Device:
     call: float
     capacity: float
 
+    def with_graphs(self) -> Device:
+        """The same device where a step is replayed from CUDA graphs: the host issues next to nothing."""
+        return replace(self, call=0.0)
+
     def without_links(self) -> Device:
         """The same device with messages that take no time."""
         return replace(self, link=float("inf"), network=float("inf"), latency=0.0)
@@ -58,9 +62,9 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", 720e12, 50e12, 400e12, 3.0e12, 360e9, 40e9, 15e-6, 25e-6, 80),
-        Device("h200", 715e12, 50e12, 400e12, 4.2e12, 360e9, 40e9, 15e-6, 25e-6, 141),
-        Device("a100", 250e12, 17e12, 190e12, 1.7e12, 240e9, 20e9, 15e-6, 25e-6, 80),
+        Device("h100", 720e12, 50e12, 340e12, 2.5e12, 360e9, 40e9, 15e-6, 60e-6, 80),
+        Device("h200", 715e12, 50e12, 340e12, 3.5e12, 360e9, 40e9, 15e-6, 60e-6, 141),
+        Device("a100", 250e12, 17e12, 180e12, 1.4e12, 240e9, 20e9, 15e-6, 60e-6, 80),
         Device("cpu", 0.15e12, 0.15e12, 0.05e12, 10e9, 2e9, 1e9, 100e-6, 10e-6, 16),
     )
 }

@@ -75,6 +75,11 @@ class Layout:
     work: Workload
 
     @property
+    def graphs(self) -> bool:
+        """Whether the layers run as CUDA graphs (see megalora.models.graphs)."""
+        return self.tp == self.pp == 1 and self.work.element == 2
+
+    @property
     def tokens(self) -> int:
         """Of one step over all GPUs."""
         return self.dp * self.microbatches * self.work.tokens
@@ -128,7 +133,7 @@ class Planner:
     def __init__(self, config: ModelConfig, lora: ResolvedLora, cluster: Cluster, device_type: str = "cuda"):
         self._config, self._lora, self._cluster, self._device_type = config, lora, cluster, device_type
         self._shapes: dict[int, Shape] = {}
-        self._costs: dict[tuple[int, Workload], LayerCosts] = {}
+        self._costs: dict[tuple, LayerCosts] = {}
         self._chunks: dict[tuple, Seconds] = {}
         self._memories: dict[tuple, Memory] = {}
         self._cuts: dict[tuple, list[range]] = {}
@@ -275,14 +280,17 @@ class Planner:
         return self._shapes[tp]
 
     def _layer_costs(self, layout: Layout) -> LayerCosts:
-        key = layout.tp, layout.work
+        key = layout.tp, layout.work, layout.graphs
         if key not in self._costs:
-            self._costs[key] = layer_costs(self._shape(layout.tp), layout.work, self._cluster.device)
+            self._costs[key] = layer_costs(self._shape(layout.tp), layout.work, self._device(layout))
         return self._costs[key]
+
+    def _device(self, layout: Layout) -> Device:
+        return self._cluster.device.with_graphs() if layout.graphs else self._cluster.device
 
     def _parts(self, layout: Layout, wanted: Wanted, costs: LayerCosts) -> list[range]:
         shape, method = self._shape(layout.tp), wanted.partition_method
-        key = layout.tp, layout.work, layout.pp * layout.chunks, method
+        key = layout.tp, layout.work, layout.graphs, layout.pp * layout.chunks, method
         if key in self._cuts:
             return self._cuts[key]
         of_layers, first, last = costs.layers, costs.first, costs.last
@@ -313,10 +321,10 @@ class Planner:
         return self._memories[key]
 
     def _seconds(self, layout: Layout, chunk: range, first: bool, last: bool) -> Seconds:
-        key = layout.tp, layout.work, chunk, first, last
+        key = layout.tp, layout.work, layout.graphs, chunk, first, last
         if key not in self._chunks:
             nodes = chunk_nodes(self._shape(layout.tp), chunk, layout.work, first=first, last=last)
-            self._chunks[key] = node_seconds(nodes, self._cluster.device, layout.work.element, layout.tp)
+            self._chunks[key] = node_seconds(nodes, self._device(layout), layout.work.element, layout.tp)
         return self._chunks[key]
 
 
