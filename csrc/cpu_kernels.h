@@ -32,14 +32,20 @@ MEGALORA_INLINE void dispatch(c10::ScalarType dtype, Body&& body) {
   }
 }
 
-// Sums in one order, whatever the width of the vectors: lane i % kLanes of each element, then the lanes in pairs.
+// Sums have one order, whatever the width of the vectors: element i goes to lane i % kLanes, then the lanes in pairs.
 constexpr int64_t kLanes = 32;
+
+// The sum of `count` lanes, a power of 2; overwrites them.
 template <typename T>
-MEGALORA_INLINE T sum_lanes(T* lanes) {
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+MEGALORA_INLINE T add_halves(T* lanes, int64_t count) {
+  for (int64_t half = count / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+template <typename T>
+MEGALORA_INLINE T sum_lanes(T* lanes) {
+  return add_halves(lanes, kLanes);
 }
 
 // ---- rms_norm.cpp
@@ -121,6 +127,27 @@ struct CrossEntropyGrad {
   c10::ScalarType dtype;
 };
 void cross_entropy_grad_rows(const CrossEntropyGrad& a, int64_t begin, int64_t end);
+
+// ---- attention_cpu.cpp
+
+// Causal attention within documents: q, k, v as [T, H, D] and [T, K, D] by their strides. A task is a document and a
+// query head; lse [H, T] wide is the logarithm of each row's sum of exponentials.
+struct Attention {
+  Heads q, k, v, out;
+  void* lse;
+  const int64_t* bounds;  // [documents + 1]
+  int64_t documents, tokens, head_dim, window;
+  c10::ScalarType dtype;
+};
+void attention_tasks(const Attention& a, int64_t begin, int64_t end);
+
+// dq by its strides; dk, dv [T, H, D] contiguous and wide: the share of each query head in the gradient of what it read.
+struct AttentionBackward {
+  Attention forward;
+  Heads dout, dq;
+  void *dk, *dv;
+};
+void attention_backward_tasks(const AttentionBackward& a, int64_t begin, int64_t end);
 
 // ---- lora_cpu.cpp (T tokens, F features, R the rank)
 

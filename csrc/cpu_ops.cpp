@@ -106,6 +106,10 @@ void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& gra
   for_rows(swiglu_backward_rows, args, dy.size(0), dy.size(1));
 }
 
+Heads heads_of(const Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), x.size(1), x.stride(0), x.stride(1)};
+}
+
 void split_rope(bool backward, const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q,
                 const Tensor& k, const Tensor& v) {
   MEGALORA_CHECK(q.dim() == 3 && k.dim() == 3, q.sizes(), " and ", k.sizes());
@@ -117,11 +121,8 @@ void split_rope(bool backward, const Tensor& qkv, const Tensor& cos, const Tenso
   check_dense(qkv, {tokens, (heads + 2 * kv_heads) * dim}, qkv);
   check_dense(cos, {tokens, dim / 2}, qkv);
   check_dense(sin, {tokens, dim / 2}, qkv);
-  const auto side = [](const Tensor& x) {
-    return Heads{const_cast<void*>(x.const_data_ptr()), x.size(1), x.stride(0), x.stride(1)};
-  };
-  const SplitRope args{const_cast<void*>(qkv.const_data_ptr()), side(q), side(k), side(v), cos.const_data_ptr(),
-                       sin.const_data_ptr(), dim, backward, qkv.scalar_type()};
+  const SplitRope args{const_cast<void*>(qkv.const_data_ptr()), heads_of(q), heads_of(k), heads_of(v),
+                       cos.const_data_ptr(), sin.const_data_ptr(), dim, backward, qkv.scalar_type()};
   for_rows(split_rope_rows, args, tokens, qkv.size(1));
 }
 
@@ -155,6 +156,46 @@ void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor
                               label.const_data_ptr<int64_t>(), max.const_data_ptr(), total.const_data_ptr(),
                               logits.scalar_type()};
   for_rows(cross_entropy_grad_rows, args, logits.size(0), logits.size(1));
+}
+
+// ---- attention
+
+// Of the documents whose bounds are given.
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window,
+                       const Tensor& out, const Tensor& lse) {
+  MEGALORA_CHECK(q.dim() == 3 && k.dim() == 3, q.sizes(), " and ", k.sizes());
+  const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
+  MEGALORA_CHECK(k.size(1) > 0 && heads % k.size(1) == 0, heads, " query heads for ", k.size(1), " key heads");
+  check_rows(q, q);
+  check_matrix(k, {tokens, k.size(1), dim}, q);
+  check_matrix(v, k.sizes(), q);
+  check_matrix(out, q.sizes(), q);
+  check_wide(lse, heads * tokens, q);
+  MEGALORA_CHECK(window > 0, "window ", window);
+  MEGALORA_CHECK(!bounds.empty() && bounds.front() == 0 && bounds.back() == tokens, bounds, " for ", tokens, " tokens");
+  MEGALORA_CHECK(std::is_sorted(bounds.begin(), bounds.end()), bounds);
+  return {heads_of(q), heads_of(k), heads_of(v), heads_of(out), lse.mutable_data_ptr(), bounds.data(),
+          static_cast<int64_t>(bounds.size()) - 1, tokens, dim, window, q.scalar_type()};
+}
+
+void attention_(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window,
+                const Tensor& out, const Tensor& lse) {
+  const Attention args = attention_of(q, k, v, bounds, window, out, lse);
+  at::parallel_for(0, args.documents * q.size(1), 1,
+                   [&](int64_t begin, int64_t end) { attention_tasks(args, begin, end); });
+}
+
+void attention_backward_(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                         const Tensor& lse, at::IntArrayRef bounds, int64_t window, const Tensor& dq, const Tensor& dk,
+                         const Tensor& dv) {
+  const Attention forward = attention_of(q, k, v, bounds, window, out, lse);
+  check_matrix(dout, q.sizes(), q);
+  check_matrix(dq, q.sizes(), q);
+  check_wide(dk, q.numel(), q);
+  check_wide(dv, q.numel(), q);
+  const AttentionBackward args{forward, heads_of(dout), heads_of(dq), dk.mutable_data_ptr(), dv.mutable_data_ptr()};
+  at::parallel_for(0, forward.documents * q.size(1), 1,
+                   [&](int64_t begin, int64_t end) { attention_backward_tasks(args, begin, end); });
 }
 
 // ---- the LoRA branch
@@ -252,6 +293,8 @@ TORCH_LIBRARY_IMPL(megalora, CPU, m) {
   m.impl("split_rope_backward_", &split_rope_backward_);
   m.impl("cross_entropy_stats_", &cross_entropy_stats_);
   m.impl("cross_entropy_grad_", &cross_entropy_grad_);
+  m.impl("attention_", &attention_);
+  m.impl("attention_backward_", &attention_backward_);
   m.impl("lora_down_", &lora_down_);
   m.impl("lora_down_weight_grad", &lora_down_weight_grad);
   m.impl("lora_down_input_grad_", &lora_down_input_grad_);

@@ -17,7 +17,8 @@ void write_nothing(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 constexpr const char* kOps[] = {"rms_norm_",       "rms_norm_backward_",   "swiglu_",
                                 "swiglu_backward_", "split_rope_",          "split_rope_backward_",
-                                "cross_entropy_stats_", "cross_entropy_grad_"};
+                                "cross_entropy_stats_", "cross_entropy_grad_",
+                                "attention_", "attention_backward_"};
 
 }  // namespace
 
@@ -34,6 +35,11 @@ TORCH_LIBRARY_FRAGMENT(megalora, m) {
   m.def("split_rope_backward_(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) qkv) -> ()");
   // logits [N, V]; label [N] int64, of this part of the vocabulary where 0 <= label < V; stats [3, N] float32.
   m.def("cross_entropy_stats_(Tensor logits, Tensor label, Tensor(a!) stats) -> ()");
+  // q, out, dout, dq [T, H, D]; k, v [T, K, D]; heads and tokens of any stride; lse [H, T]; dk, dv [T, H, D], the share
+  // of each query head, of the type of the arithmetic.
+  m.def("attention_(Tensor q, Tensor k, Tensor v, int[] bounds, int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attention_backward_(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] bounds, "
+        "int window, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def("cross_entropy_grad_(Tensor(a!) logits, Tensor label, Tensor max, Tensor total) -> ()");
 }
 

@@ -7,23 +7,12 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#include "outer.h"
 
 namespace megalora {
 namespace {
 
 constexpr int64_t kTileTokens = 16;
-
-// 64 bytes of numbers: one AVX-512 register, two of AVX2.
-template <typename wide>
-struct Vector {
-  typedef wide type __attribute__((vector_size(64)));
-  static constexpr int64_t size = 64 / sizeof(wide);
-};
-
-template <typename wide>
-MEGALORA_INLINE void load(typename Vector<wide>::type& to, const wide* from) {
-  std::memcpy(&to, from, sizeof to);
-}
 
 // A tile of tokens, a chunk of the features each, wide.
 template <typename wide>
@@ -66,12 +55,9 @@ MEGALORA_INLINE void dot_block(const Tile<wide>& tile, int64_t first_token, cons
   }
   for (int t = 0; t < tokens; ++t) {
     for (int r = 0; r < ranks; ++r) {
-      wide half[size];
-      std::memcpy(half, &lanes[t][r], sizeof half);
-      for (int64_t width = size / 2; width > 0; width /= 2) {
-        for (int64_t i = 0; i < width; ++i) half[i] += half[i + width];
-      }
-      sums[t * sums_stride + r] += half[0];
+      wide numbers[size];
+      std::memcpy(numbers, &lanes[t][r], sizeof numbers);
+      sums[t * sums_stride + r] += add_halves(numbers, size);
     }
   }
 }
@@ -113,60 +99,7 @@ MEGALORA_INLINE void down(const LoraDown& a, int64_t begin, int64_t end) {
   }
 }
 
-// ---- outer products: out[m] [n] += sum over k of factors[k, m] rows[k] [n], `vectors` vectors of `outs` rows at a time
-
-template <int outs, int vectors, typename wide>
-MEGALORA_INLINE void outer_block(wide* out, int64_t out_stride, const wide* factors, int64_t k_stride, int64_t m_stride,
-                                 const wide* rows, int64_t rows_stride, int64_t count, bool accumulate) {
-  using vector = typename Vector<wide>::type;
-  constexpr int64_t size = Vector<wide>::size;
-  vector sums[outs][vectors] = {};
-  if (accumulate) {
-    for (int m = 0; m < outs; ++m) {
-      for (int v = 0; v < vectors; ++v) load<wide>(sums[m][v], out + m * out_stride + v * size);
-    }
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    vector row[vectors];
-    for (int v = 0; v < vectors; ++v) load<wide>(row[v], rows + k * rows_stride + v * size);
-    for (int m = 0; m < outs; ++m) {
-      const wide factor = factors[k * k_stride + m * m_stride];
-      for (int v = 0; v < vectors; ++v) sums[m][v] += row[v] * factor;
-    }
-  }
-  for (int m = 0; m < outs; ++m) {
-    for (int v = 0; v < vectors; ++v) std::memcpy(out + m * out_stride + v * size, &sums[m][v], sizeof sums[m][v]);
-  }
-}
-
-template <int outs, typename wide>
-MEGALORA_INLINE void outer_rows(wide* out, int64_t out_stride, const wide* factors, int64_t k_stride, int64_t m_stride,
-                                const wide* rows, int64_t rows_stride, int64_t count, int64_t n, bool accumulate) {
-  constexpr int64_t size = Vector<wide>::size;
-  int64_t i = 0;
-  for (; i + 2 * size <= n; i += 2 * size) {
-    outer_block<outs, 2>(out + i, out_stride, factors, k_stride, m_stride, rows + i, rows_stride, count, accumulate);
-  }
-  for (; i < n; i += size) {
-    outer_block<outs, 1>(out + i, out_stride, factors, k_stride, m_stride, rows + i, rows_stride, count, accumulate);
-  }
-}
-
-// out [outs, n] (+)= factors^T rows: factors [count, outs] by their strides, rows [count, n], n a multiple of 16.
-template <typename wide>
-MEGALORA_INLINE void outer(wide* out, int64_t out_stride, int64_t outs, const wide* factors, int64_t k_stride,
-                           int64_t m_stride, const wide* rows, int64_t rows_stride, int64_t count, int64_t n,
-                           bool accumulate) {
-  int64_t m = 0;
-  for (; m + 4 <= outs; m += 4) {
-    outer_rows<4>(out + m * out_stride, out_stride, factors + m * m_stride, k_stride, m_stride, rows, rows_stride,
-                  count, n, accumulate);
-  }
-  for (; m < outs; ++m) {
-    outer_rows<1>(out + m * out_stride, out_stride, factors + m * m_stride, k_stride, m_stride, rows, rows_stride,
-                  count, n, accumulate);
-  }
-}
+// ---- the gradients
 
 // The rows [first, first + tokens) of dz [T, R], wide.
 template <typename scalar_t>
@@ -193,7 +126,7 @@ MEGALORA_INLINE void input_grad(const LoraInputGrad& a, int64_t begin, int64_t e
     widen<scalar_t>(dz.data(), a.dz, a.dz_stride, first, tokens, rank);
     for (int64_t feature = 0; feature < features; feature += kLoraChunk) {
       const int64_t n = std::min(kLoraChunk, features - feature);
-      outer(tile.at[0], kLoraChunk, tokens, dz.data(), 1, rank, A + feature, A_stride, rank, padded(n), false);
+      outer(tile.at[0], kLoraChunk, tokens, {dz.data(), 1, rank}, A + feature, A_stride, rank, padded(n), false);
       for (int64_t t = 0; t < tokens; ++t) {
         auto* dx = static_cast<scalar_t*>(a.dx) + (first + t) * a.dx_stride + feature;
         const wide* g = tile.at[t];
@@ -228,7 +161,7 @@ MEGALORA_INLINE void weight_grad(const LoraWeightGrad& a, int64_t begin, int64_t
         const int64_t token = a.in.mask.threshold == 0 ? 0 : a.in.token[first + t];
         dropped<scalar_t>(tile.at[t], x, token, feature, n, a.in.mask);
       }
-      outer(out, stride, rank, dz.data(), rank, 1, tile.at[0], kLoraChunk, tokens, padded(n), first != from);
+      outer(out, stride, rank, {dz.data(), rank, 1}, tile.at[0], kLoraChunk, tokens, padded(n), first != from);
     }
   }
 }

@@ -1,5 +1,5 @@
-"""Causal attention within documents: torch's SDPA, one call a run of documents of one length, or on a GPU one call of
-FlashAttention's kernels for documents of several lengths."""
+"""Causal attention within documents: a kernel of our own on the CPU; elsewhere torch's SDPA, one call a run of
+documents of one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from megalora.ops import extension
 
 # On Hopper cuDNN's kernels are well ahead of FlashAttention-2; torch takes the first that can run.
 _GPU_BACKENDS = [
@@ -67,6 +69,8 @@ def attention(
     packed  the same bounds on the device: documents of several lengths, and windows, are then one call
     Returns [T, H, D].
     """
+    if _compiled(q):
+        return _TiledAttention.apply(q, k, v, tuple(bounds), len(q) if window is None else window)
     runs = _runs(bounds)
     if packed is not None and (len(runs) > 1 or (window is not None and window < runs[0][2])):
         return _flash(q, k, v, packed, window)
@@ -74,6 +78,33 @@ def attention(
         return _run(q, k, v, runs[0], window)
     parts = [slice(start, start + count * length) for start, count, length in runs]
     return torch.cat([_run(q[p], k[p], v[p], run, window) for p, run in zip(parts, runs, strict=True)])
+
+
+def _compiled(q: torch.Tensor) -> bool:
+    """Whether our kernel takes it (csrc/attention_cpu.cpp): torch's is less than half as fast."""
+    return q.device.type == "cpu" and extension.has_kernels("cpu") and q.dtype != torch.float16 and len(q) > 0
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bounds, window):
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+        torch.ops.megalora.attention_(q, k, v, bounds, window, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.bounds, ctx.window = bounds, window
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = dout if dout.stride(2) == 1 else dout.contiguous()
+        dq = torch.empty(q.shape, dtype=q.dtype)
+        shares = [torch.empty(q.shape, dtype=lse.dtype) for _ in range(2)]  # of each query head
+        torch.ops.megalora.attention_backward_(dout, q, k, v, out, lse, ctx.bounds, ctx.window, dq, *shares)
+        dk, dv = (share.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for share in shares)
+        return dq, dk, dv, None, None
 
 
 def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -104,9 +135,7 @@ def _run(
     return _causal(*heads, window).transpose(1, 2).flatten(0, 1)
 
 
-def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None
-) -> torch.Tensor:
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None) -> torch.Tensor:
     """As `attention`. torch.nn.attention.varlen is this op too, but before torch 2.12 without heads that share keys."""
     bounds, longest = packed.cu_seqlens, packed.longest
     sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}

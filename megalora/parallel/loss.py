@@ -14,9 +14,9 @@ from megalora.ops.matmul import matmul, matmul_nt
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.embedding import VocabParallelHead
 
-# Logits of one chunk on this rank: enough rows for an efficient GEMM on a GPU; elsewhere 16 MiB in float32, which
+# Logits of one chunk on this rank: enough rows for an efficient GEMM; on a CPU no more than 32 MiB in float32, which
 # malloc gives again without fresh pages.
-CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 22}
+CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
 
 
 def cross_entropy_sum(
