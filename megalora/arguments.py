@@ -379,6 +379,16 @@ class PlanArguments(Section):
 
 
 @dataclass(frozen=True)
+class DoctorArguments(Section):
+    """What a run would need of its hosts. Under torchrun also the links of the mesh are measured."""
+
+    output_dir: str = flag(".", "folder that the run would write to: free space, the same on all hosts")
+    free_space: float = flag(2.0, "GiB that must be free in output_dir", at_least=0)
+    tensor_parallel_size: int = flag(1, "processes that share each layer", at_least=1)
+    pipeline_parallel_size: int = flag(1, "pipeline stages the layers are cut into", at_least=1)
+
+
+@dataclass(frozen=True)
 class CompatibilityArguments(Section):
     """Flags of the reference launch that state what always holds here, or spell a flag above in another way.
 
@@ -627,6 +637,11 @@ def parse_generate(argv: Sequence[str]) -> GenerateArguments:
     return GenerateArguments(model, parallel, generation, tuple(not_applied))
 
 
+def parse_doctor(argv: Sequence[str]) -> DoctorArguments:
+    """Flags of `megalora doctor`. UserError for what is wrong or unknown."""
+    return DoctorArguments(**{name: one.value for name, one in _read(argv, _table((DoctorArguments,)), {}).items()})
+
+
 def parse_convert(argv: Sequence[str]) -> Conversion:
     """Command and flags of `megalora convert`. UserError as `parse_finetune`."""
     command = convert_command(argv)
@@ -690,8 +705,13 @@ def validate_world(parallel: ParallelArguments, world_size: int) -> int:
 
 
 def help_text(command: str) -> str:
-    """What `megalora COMMAND --help` prints, for finetune, generate, plan, convert and convert COMMAND."""
-    sections = {"finetune": FINETUNE_SECTIONS, "generate": GENERATE_SECTIONS, "plan": (PlanArguments,)} | {
+    """What `megalora COMMAND --help` prints, for finetune, generate, plan, doctor, convert and convert COMMAND."""
+    sections = {
+        "finetune": FINETUNE_SECTIONS,
+        "generate": GENERATE_SECTIONS,
+        "plan": (PlanArguments,),
+        "doctor": (DoctorArguments,),
+    } | {
         f"convert {name}": theirs for name, (_, theirs) in CONVERT_COMMANDS.items()
     }
     if command == "convert":

@@ -1,4 +1,4 @@
-"""`megalora finetune|generate|convert FLAGS`: arguments in, exit status out.
+"""`megalora finetune|generate|convert|doctor FLAGS`: arguments in, exit status out.
 
 The scripts in tools/ are this with the command filled in. Torch is only imported once the arguments are
 sound, so that `--help` and errors come at once.
@@ -17,6 +17,7 @@ from megalora.arguments import (
     convert_command,
     help_text,
     parse_convert,
+    parse_doctor,
     parse_finetune,
     parse_generate,
     parse_plan,
@@ -24,7 +25,7 @@ from megalora.arguments import (
 )
 from megalora.errors import Leaving, Preempted, UserError
 
-USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+USER_ERROR, BUG, INTERRUPTED, FAULTS = 2, 1, 130, 4
 """Exit statuses; 0 is success."""
 
 _GRACE_SECONDS = 3.0
@@ -39,6 +40,7 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
   generate   reply to prompts, with or without an adapter
   convert    weights and adapters between Hugging Face, PEFT and shards
   plan       memory, time and the best layout of a run, before it runs
+  doctor     what would stop or slow a run on these hosts
   COMMAND --help lists the flags; --version prints the version"""
 
 
@@ -48,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(lambda: _command(words))
 
 
-def run(command: Callable[[], None]) -> int:
-    """Calls `command` and gives the exit status of this process.
+def run(command: Callable[[], int | None]) -> int:
+    """Calls `command`, which may give an exit status, and gives that of this process.
 
     UserError: rank 0 prints its line, every rank gives 2. Preempted: 75. RankLost, of which the watch has told: 3.
     Ctrl-C: 130. Anything else is our bug: the traceback, each line marked with the rank, and 1, at which torchrun
@@ -57,7 +59,7 @@ def run(command: Callable[[], None]) -> int:
     """
     rank = _rank()
     try:
-        command()
+        return command() or 0
     except UserError as error:
         if rank != 0:
             # torchrun ends all ranks when the first one leaves: rank 0 goes first, it has the line to print.
@@ -79,16 +81,16 @@ def run(command: Callable[[], None]) -> int:
         lines = traceback.format_exc().splitlines()
         print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr, flush=True)
         return BUG
-    return 0
 
 
-def _command(words: list[str]) -> None:
+def _command(words: list[str]) -> int:
     if words[:1] in (["--version"], ["-V"]):
         _say(f"megalora {__version__}")
     elif not words or words[0] in ("--help", "-h"):
         _say(_USAGE)
-    elif words[0] not in ("finetune", "generate", "convert", "plan"):
-        raise UserError(f"unknown command {words[0]}: give finetune, generate, convert or plan (megalora --help)")
+    elif words[0] not in ("finetune", "generate", "convert", "plan", "doctor"):
+        commands = "finetune, generate, convert, plan or doctor"
+        raise UserError(f"unknown command {words[0]}: give {commands} (megalora --help)")
     elif words[0] == "convert":
         _convert(words[1:])
     elif "--help" in words or "-h" in words:
@@ -97,8 +99,11 @@ def _command(words: list[str]) -> None:
         _finetune(words[1:])
     elif words[0] == "plan":
         _plan(words[1:])
+    elif words[0] == "doctor":
+        return _doctor(words[1:])
     else:
         _generate(words[1:])
+    return 0
 
 
 def _finetune(argv: Sequence[str]) -> None:
@@ -118,6 +123,13 @@ def _generate(argv: Sequence[str]) -> None:
     from megalora.generate import generate
 
     generate(arguments)
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    arguments = parse_doctor(argv)
+    from megalora.doctor import doctor
+
+    return 0 if doctor(arguments) else FAULTS
 
 
 def _convert(argv: Sequence[str]) -> None:

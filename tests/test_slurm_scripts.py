@@ -16,7 +16,8 @@ OPENBLAS_NUM_THREADS NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA MEGALORA_
 SHOW = f"""for name in {SHOWN}; do if [ -n "${{!name:-}}" ]; then echo "$name=${{!name}}"; fi; done
 printf '%s\\n' "$@" | sed 's/^/word /'"""
 STUBS = {
-    "python": SHOW,
+    "python": f"""if [[ $1 == */tools/doctor.py ]] && [ -n "${{SICK:-}}" ]; then echo "disk FAULT, $*"; exit 4; fi
+{SHOW}""",
     "srun": SHOW + "\nexit ${STEP_STATUS:-0}",
     "scontrol": """case "$*" in
 "show hostnames n[1-3]") printf 'n1\\nn2\\nn3\\n' ;;
@@ -45,7 +46,7 @@ def start(tmp_path):
 
     def start(environment, *flags, script=SCRIPTS / "run.sh", status=0):
         kept = {name: os.environ[name] for name in ("HOME", "TMPDIR") if name in os.environ}
-        kept |= {"PATH": f"{folder}:/usr/bin:/bin", "PYTHON": str(folder / "python")}
+        kept |= {"PATH": f"{folder}:/usr/bin:/bin", "PYTHON": str(folder / "python"), "PREFLIGHT": "0"}
         done = subprocess.run(
             ["bash", str(script), *flags], env=kept | environment, capture_output=True, text=True, timeout=30
         )
@@ -170,6 +171,18 @@ def test_generation_is_started_in_the_same_ways(start):
     assert words == [str(ROOT / "tools/generate.py"), "--prompt", "Who?"]
     _, words, _ = start(STEP, script=SCRIPTS / "gen.sh")
     assert option(words, "--nnodes") == "3" and words[-1] == str(ROOT / "tools/generate.py")
+
+
+def test_the_doctor_comes_first_once_a_node(start):
+    flags = ["--a", "b", "--output-dir", "the out"]
+    _, words, done = start(TASKS | {"PREFLIGHT": "1"}, *flags)
+    assert words == [str(ROOT / "tools/finetune.py"), *flags] and "doctor: no fault on this node" in done.stderr
+    _, _, done = start(TASKS | {"PREFLIGHT": "1", "SICK": "1"}, *flags, status=2)
+    assert "disk FAULT, " in done.stderr and "--output_dir the out" in done.stderr and done.stdout == ""
+    other_task = {"PREFLIGHT": "1", "SICK": "1", "SLURM_LOCALID": "1", "SLURM_PROCID": "1"}
+    assert start(TASKS | other_task, *flags)[1][0] == str(ROOT / "tools/finetune.py")
+    _, words, _ = start(TASKS | {"PREFLIGHT": "1"}, "--tensor_parallel_size", "2", script=SCRIPTS / "doctor.sh")
+    assert words == [str(ROOT / "tools/doctor.py"), "--tensor_parallel_size", "2"]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (Debian: shellcheck)")

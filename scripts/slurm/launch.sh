@@ -5,6 +5,7 @@
 #   GPUS_PER_NODE              processes that torchrun starts on a node (default: Slurm's count, else the GPUs seen)
 #   TP, PP                     --tensor_parallel_size and --pipeline_parallel_size, where FLAGS do not give them
 #   MAX_RESTARTS               how often torchrun starts the ranks again after one has died (default 3)
+#   PREFLIGHT                  0: no `megalora doctor` on each node before the start
 #   PYTHON                     interpreter (default: the active environment's, else .venv's, else python3)
 #   MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME
 #                              kept where they are set; NCCL_IB_HCA and all other NCCL settings are never touched
@@ -22,6 +23,7 @@ launch() { # launch SCRIPT PROGRAM FLAGS...: does not return
     choose_network
     add_flag tensor_parallel_size "${TP:-}" TP
     add_flag pipeline_parallel_size "${PP:-}" PP
+    if [ "$program" != tools/doctor.py ]; then preflight; fi
     if [ -n "${RANK:-}" ]; then
         trap '' USR1 # Slurm signals every process of a step: none may die of it before its own handler is there
         exec "$python" "$root/$program" "${flags[@]}"
@@ -228,6 +230,23 @@ add_flag() { # add_flag NAME VALUE VARIABLE: where there is a value, and the fla
         note "--$1 $2 (from $3)"
         ;;
     esac
+}
+
+preflight() { # once a node, and silent where all is well
+    local output_dir=. number found
+    if [ "${PREFLIGHT:-1}" = 0 ] || [ "${SLURM_LOCALID:-0}" != 0 ]; then return; fi
+    for ((number = 0; number < ${#flags[@]}; number++)); do
+        case ${flags[number]//-/_} in
+        __output_dir) output_dir=${flags[number + 1]:-.} ;;
+        __output_dir=*) output_dir=${flags[number]#*=} ;;
+        esac
+    done
+    if found=$(env -u RANK -u WORLD_SIZE "$python" "$root/tools/doctor.py" --output_dir "$output_dir" 2>&1); then
+        note "doctor: no fault on this node"
+    else
+        echo "$found" >&2
+        fail "megalora doctor has found a fault on $(hostname) (PREFLIGHT=0 starts all the same)"
+    fi
 }
 
 # ---- torchrun, under signals ----
