@@ -48,9 +48,7 @@ def test_the_link_goes_down_in_a_step(hosts, inputs, tmp_path):
         hosts.link(up=False)
         both = {name: run.until_it_ends(60) for name, run in (("a", first), ("b", second))}
     assert 0 not in both.values(), (first.errors, second.errors)
-    pattern = (
-        r"megalora: {} \(ranks {}\) has not been heard of for \d+ s: it or the link to it is down; rank {} was in st"
-    )
+    pattern = r"megalora: {} \(ranks? {}\) has not been heard of for \d+ s: it or the link to it is down; rank {} was"
     assert re.search("^" + pattern.format("hostb", 1, 1), first.errors, re.MULTILINE), first.errors
     assert re.search(r"^\[hostb, rank 1\] " + pattern.format("hosta", 0, 0), second.errors, re.MULTILINE), second.errors
     assert "tensor parallelism crosses hosts (hosta and hostb)" in (tmp_path / "a/out0").read_text()

@@ -107,16 +107,17 @@ class Table:
         if by_word is not None:
             return by_word
         patience = min(heartbeat_timeout, 2 * _LATE) if broken else heartbeat_timeout
-        states = self._states(now, patience)
+        states = self._states(patience)
         gone = sorted(rank for rank, state in states.items() if state == GONE and self._has_died(rank, now))
         if gone:
             return Verdict(f"{self.where(gone[0])} has died in {self.beats[gone[0]].at}", gone)
         if now - self.answered > patience:
             return self._silent_store(now)
+        # Up to the last answer of the store: while that is silent, nobody can be heard of.
         silent = [
             rank
             for rank, changed in self.changed.items()
-            if now - changed > patience and self._counts(rank) and states.get(rank, "?") not in ALIVE
+            if self.answered - changed > patience and self._counts(rank) and states.get(rank, "?") not in ALIVE
         ]
         return self._silent(silent, now) if silent else None
 
@@ -199,11 +200,11 @@ class Table:
         seen = self._gone_at.get(rank, now - _LATE)
         return self._counts(rank) and (self.answered > seen or now - seen >= _LATE)
 
-    def _states(self, now: float, patience: float) -> dict[int, str]:
+    def _states(self, patience: float) -> dict[int, str]:
         """State of each process that a rank beside it, itself heard of lately, still sees; GONE wins."""
         states: dict[int, str] = {}
         for witness, beat in self.beats.items():
-            if witness != self.rank and now - self.changed[witness] > patience / 2:
+            if witness != self.rank and self.answered - self.changed[witness] > patience / 2:
                 continue
             for rank, state in beat.processes.items():
                 if states.get(rank) != GONE:

@@ -110,6 +110,17 @@ def test_cut_off_from_the_store():
     assert world.table.speaker(verdict) == 2
 
 
+def test_a_silent_store_is_not_taken_for_a_silent_rank():
+    """The last beat that it gave is older than its last answer."""
+    world = World(rank=3)
+    world.go_on(3)
+    world.go_on(1, silent=[0, 1])
+    world.go_on(TIMEOUT, answers=False)
+    assert world.judge() is None, "not yet: the store was heard of a second later than the ranks"
+    world.go_on(1, answers=False)
+    assert world.judge().cut_off
+
+
 def test_the_store_of_this_host_is_silent():
     world = World(rank=1)
     world.go_on(TIMEOUT + 1, answers=False)
