@@ -1,4 +1,4 @@
-"""`megalora finetune|generate|convert|doctor FLAGS`: arguments in, exit status out.
+"""`megalora finetune|generate|convert|plan|doctor FLAGS`: arguments in, exit status out.
 
 The scripts in tools/ are this with the command filled in. Torch is only imported once the arguments are
 sound, so that `--help` and errors come at once.

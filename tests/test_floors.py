@@ -17,13 +17,8 @@ LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
 SERVICES = {"pipeline", "data", "checkpoint", "monitor"}
 # What the commands are put together from.
-<<<<<<< HEAD
 PARTS = {"optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
-TOP = {"arguments", "finetune", "generate", "plan", "cli", "convert", "__main__"}
-=======
-PARTS = {"optimizer", "planning", "building", "training", "saving", "identity", "generation"}
-TOP = {"arguments", "finetune", "generate", "cli", "convert", "__main__", "doctor"}
->>>>>>> 43dc88c (megalora doctor: what would stop or slow a run, of every host and every link, before it; a preflight of run.sh)
+TOP = {"arguments", "finetune", "generate", "plan", "cli", "convert", "doctor", "__main__"}
 
 # What each part of the package may import of the package, besides itself.
 MAY_IMPORT = {
