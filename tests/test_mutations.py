@@ -403,7 +403,7 @@ def _():
     wrap(
         megalora.models.attention,
         "attention",
-        lambda attention, q, k, v, bounds, window: attention(q, k, v, (0, len(q)), window),
+        lambda attention, q, k, v, bounds, window, packed: attention(q, k, v, (0, len(q)), window),
     )
 
 
