@@ -15,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="tests/test_torture.py: times that a run is killed")
     parser.addoption("--questions", type=int, default=3, help="tests/test_generation_parity.py: how many are asked")
     parser.addoption("--seed", type=int, default=0, help="tests/test_torture.py: of the moments")
+    parser.addoption("--demo_model", type=Path, help="tests/test_slurm.py: the demo's model, to run it in a Slurm")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from spawn import spawn
+from spawn import SpawnError, spawn
 
 from megalora import cli, finetune, saving
-from megalora.errors import UserError
+from megalora.errors import RankLost, UserError
 from megalora.training import Trainer
 
 TP2, PP2 = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
@@ -360,14 +360,20 @@ def test_an_error_of_one_rank_stops_both(inputs, tmp_path, what):
     assert not (tmp_path / "run").exists()
 
 
+def noted(rank: int, world_size: int, command: list[str], bad_rank: int, what: str, folder: Path) -> None:
+    """As `on_one_rank`, but what becomes of a rank lies in `folder` before the other one ends its process."""
+    (done,) = on_one_rank(rank, world_size, command, bad_rank, what, RuntimeError)
+    (folder / f"{rank}.txt").write_text(f"status {done.status}\n{done.err}")
+
+
 @pytest.mark.parametrize("what, bad_rank", [("load_base_weights", 0), ("load_dataset", 1), ("step", 1)])
 def test_a_bug_on_one_rank_leaves_no_rank_waiting(inputs, tmp_path, what, bad_rank):
-    """Whatever is raised there: it shows its traceback, the other rank finds its connection closed."""
+    """Whatever is raised there: it shows its traceback, and the other rank, waiting for it, is ended by its watch."""
     command = inputs.flags(tmp_path / "run", tensor_parallel_size=2)
-    results = spawn(on_one_rank, 2, command, bad_rank, what, RuntimeError, timeout=HANG)
-    (bad,), (other,) = results[bad_rank], results[1 - bad_rank]
-    assert bad.status == cli.BUG and f"[rank {bad_rank}] RuntimeError: {what} failed here" in bad.err
-    assert other.status == cli.BUG
+    with pytest.raises(SpawnError, match=rf"rank {1 - bad_rank} of 2:\n.* exit status {RankLost.status}"):
+        spawn(noted, 2, command, bad_rank, what, tmp_path, timeout=HANG, grace=5.0)
+    told = (tmp_path / f"{bad_rank}.txt").read_text()
+    assert told.startswith(f"status {cli.BUG}\n") and f"[rank {bad_rank}] RuntimeError: {what} failed here" in told
 
 
 def no_room(rank: int, world_size: int, command: list[str]) -> list[tiny.Done]:

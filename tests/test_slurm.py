@@ -101,3 +101,35 @@ def test_a_batch_job_is_preempted_and_comes_back(cluster, inputs, whole, tmp_pat
     cluster.run("python", ROOT / "tools/generate.py", *words, "--output_file", here)
     cluster.run("srun", "-N2", "-n4", "bash", GENERATE, *words, "--output_file", there, "--tensor_parallel_size", "2")
     assert here.read_text() == there.read_text() != ""
+
+
+@pytest.mark.parametrize("mode", [*START, "batch job"])
+def test_the_demo_model_trains_and_replies(cluster, request, tmp_path, tmp_path_factory, mode):
+    """Minutes: pytest tests/test_slurm.py -k demo --demo_model models/SmolLM2-135M-Instruct"""
+    model = request.config.getoption("--demo_model")
+    if model is None:
+        pytest.skip("THE DEMO'S MODEL HAS NOT RUN IN A SLURM: --demo_model names it (make demo gets it)")
+    inputs = tiny.Inputs(
+        model.resolve(), ROOT / "examples/data/self_cognition.json", ROOT / "examples/lora_config.json"
+    )
+    flags = {"seq_length": 256, "max_steps": 3, "pipeline_parallel_size": 2, "gradient_accumulation_steps": 2}
+    here = tmp_path_factory.getbasetemp() / "demo"
+    words = ["--prompt", "Who are you?", "--max_new_tokens", "8", "--model_path", inputs.model]
+    if not here.exists():  # the first of the modes
+        here.mkdir()
+        done = tiny.torchrun(here, 4, *inputs.flags(here / "run", **flags))
+        assert done.returncode == 0, done.stderr
+        there = ["--resume_peft_from_checkpoint", here / "run", "--output_file", here / "replies.jsonl"]
+        cluster.run("python", ROOT / "tools/generate.py", *words, *there)
+
+    run, replies = tmp_path / "run", tmp_path / "replies.jsonl"
+    words += ["--resume_peft_from_checkpoint", run, "--output_file", replies, "--pipeline_parallel_size", "2"]
+    if mode == "batch job":
+        cluster.wait(cluster.submit("-N2", "-n4", RUN, *inputs.flags(run, **flags)))
+        cluster.wait(cluster.submit("-N2", "-n4", GENERATE, *words))
+    else:
+        launcher, environment = START[mode]
+        cluster.run(*launcher, "bash", RUN, *inputs.flags(run, **flags), environment=environment)
+        cluster.run(*launcher, "bash", GENERATE, *words, environment=environment)
+    assert column(run, "loss") == column(here / "run", "loss")
+    assert replies.read_text() == (here / "replies.jsonl").read_text() != ""
