@@ -202,7 +202,8 @@ class Watch:
                 self._beat,
                 number=self._beat.number + 1,
                 progress=self._position.progress,
-                at=str(self._position),
+                # Where it stood when it left: what unwinds after that is no news.
+                at=str(self._position) if self._beat.left is None else self._beat.at,
                 in_steps=self._position.in_steps,
                 processes=self._processes(),
                 stack=self._stack,
