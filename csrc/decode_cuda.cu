@@ -7,31 +7,13 @@
 
 #include <algorithm>
 
+#include "halves.h"
+
 namespace megalora {
 namespace {
 
 constexpr int kLanes = 32;
 constexpr unsigned kAll = 0xFFFFFFFF;
-
-template <bool bfloat16>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-  if constexpr (bfloat16) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000)};
-  } else {
-    return __half22float2(reinterpret_cast<const __half2&>(word));
-  }
-}
-
-template <bool bfloat16>
-__device__ __forceinline__ void unpack(const uint4& words, float (&to)[8]) {
-  const uint32_t each[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = unpack<bfloat16>(each[i]);
-    to[2 * i] = pair.x;
-    to[2 * i + 1] = pair.y;
-  }
-}
 
 template <bool bfloat16>
 __device__ __forceinline__ float widen(const void* from, int64_t i) {

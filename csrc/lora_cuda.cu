@@ -19,6 +19,7 @@
 
 #include <algorithm>
 
+#include "halves.h"
 #include "philox.h"
 
 namespace megalora {
@@ -26,28 +27,6 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kLargestCluster = 8;  // the portable limit
-
-// ---- words of two 16-bit floats
-
-template <bool bfloat16>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (bfloat16) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
-template <bool bfloat16>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-  if constexpr (bfloat16) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000)};
-  } else {
-    return __half22float2(reinterpret_cast<const __half2&>(word));
-  }
-}
 
 __device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
