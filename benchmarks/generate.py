@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from train_step import SMOLLM2_135M, build_peer, plain_weights
+from common import add_machine, add_model, build_base, machine, read_fields, where_of
+from train_step import build_peer, plain_weights
 
 from megalora.building import build_stage, load_adapter, resolve_lora
 from megalora.generation.replica import Prompt, Replica
@@ -35,18 +34,6 @@ from megalora.parallel.mesh import ParallelMesh
 Prompts = list[list[int]]
 Generate = Callable[[Prompts], list[list[int]]]
 OURS = "megalora"
-
-
-def build_base(fields: dict, dtype: torch.dtype, device: torch.device, folder: str | None) -> torch.nn.Module:
-    """transformers' model without an adapter: the weights of `folder` where it has some, else random ones."""
-    import transformers
-
-    if folder and any(Path(folder).glob("*.safetensors")):
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    torch.manual_seed(0)
-    with device:
-        config = transformers.CONFIG_MAPPING[fields["model_type"]](**fields)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def build_ours(weights: dict[str, torch.Tensor], fields: dict, lora: dict | None, dtype, device) -> Stage:
@@ -129,9 +116,8 @@ def in_turn(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="config.json or HF folder (default: the shape of SmolLM2-135M)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add_model(parser)
+    add_machine(parser)
     parser.add_argument("--prompts", type=int, default=64, help="of the second case; 0 leaves it out")
     parser.add_argument("--prompt_tokens", type=int, nargs=2, default=(16, 64), help="shortest and longest")
     parser.add_argument("--new_tokens", type=int, default=128)
@@ -140,18 +126,10 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, help="GB/s of the bound (default: measured)")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     options.recompute = "none"  # of build_peer
-    device = torch.device(options.device)
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-
-    fields = SMOLLM2_135M
-    if options.model:
-        path = Path(options.model)
-        fields = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    device, dtype = machine(options)
+    fields = read_fields(options.model)
     lora = {"r": options.r, "lora_alpha": 16, "target_modules": "all-linear"} if options.r else None
     if lora is None:
         model = build_base(fields, dtype, device, options.model).eval()
@@ -195,7 +173,7 @@ def main() -> None:
         f"1 prompt: {read / 1e6:.0f} MB a token at {bandwidth / 1e9:.1f} GB/s bound it to {bandwidth / read:.1f} "
         f"tokens/s; ours is at {reached / bandwidth:.0%} of that, prompt and all"
     )
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = where_of(device)
     print(f"{where}, {dtype}, torch {torch.__version__}, r {options.r}")
     if options.output:
         record |= {"options": vars(options) | {"output": None}, "where": where, "torch": torch.__version__}

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
+from common import add_machine, machine, where_of
 
 from megalora.lora import Adapter
 from megalora.ops.dropout import Dropout, keep_mask
@@ -277,15 +276,10 @@ def repeats_are_equal(case: Case, times: int = 20) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add_machine(parser)
     parser.add_argument("--repeats", type=int, default=101)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
-    device = torch.device(options.device)
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    device, dtype = machine(options)
     records = []
     for shape in SHAPES[device.type]:
         seconds = measure(Case(shape, device, dtype), options.repeats)
@@ -306,7 +300,7 @@ def main() -> None:
             print(f"  error against float64: {', '.join(texts)}; 20 repeats {'equal' if equal else 'DIFFER'}")
             record |= {"errors": found, "repeats_equal": equal}
         records.append(record)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = where_of(device)
     print(f"{where}, {dtype}, torch {torch.__version__}")
     if options.output:
         options.output.write_text(json.dumps({"where": where, "dtype": str(dtype), "records": records}, indent=1))

@@ -19,13 +19,12 @@ import contextlib
 import gc
 import importlib.util
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import add_machine, add_model, build_base, machine, read_fields, where_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalora.batch import Batch
@@ -43,19 +42,6 @@ from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.training import Trainer
 
-SMOLLM2_135M = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
-}
 LEARNING_RATE = 1e-4
 CONTENDERS = {"ours": "megalora", "peft": "transformers + peft", "liger": "the same + Liger + cuDNN"}
 
@@ -163,15 +149,8 @@ def with_liger(model: torch.nn.Module) -> torch.nn.Module:
 def build_peer(fields: dict, lora: dict, dtype: torch.dtype, device: torch.device, options) -> torch.nn.Module:
     """The peft model, with a B that is not zero; random weights unless --model names a folder with some."""
     import peft
-    import transformers
 
-    torch.manual_seed(0)
-    if options.model and any(Path(options.model).glob("*.safetensors")):
-        model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device)
-    else:
-        config = transformers.CONFIG_MAPPING[fields["model_type"]](**fields)
-        with device:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = build_base(fields, dtype, device, options.model)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
     model.train()
     if options.recompute == "full":
@@ -224,9 +203,8 @@ def has_liger() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="config.json or HF folder (default: the shape of SmolLM2-135M)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add_model(parser)
+    add_machine(parser)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seq_length", type=int, default=256)
     parser.add_argument("--labels", choices=("half", "all"), default="half")
@@ -238,17 +216,9 @@ def main() -> None:
     parser.add_argument("--no_cuda_graphs", dest="cuda_graphs", action="store_const", const=False)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
-    device = torch.device(options.device)
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-
-    fields = SMOLLM2_135M
-    if options.model:
-        path = Path(options.model)
-        fields = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    device, dtype = machine(options)
+    fields = read_fields(options.model)
     targets = options.target_modules
     lora = {
         "r": options.r,
@@ -286,7 +256,7 @@ def main() -> None:
     for name in results.keys() - {"ours"} if "ours" in results else ():
         ratio = results[name]["median"] / results["ours"]["median"]
         print(f"ours is {ratio:.3f} times as fast as {CONTENDERS[name]} (takes {1 / ratio:.3f} of its time)")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = where_of(device)
     print(f"{where}, {dtype}, torch {torch.__version__}")
     if options.output:
         record = {"options": vars(options) | {"output": None}, "where": where, "torch": torch.__version__}

@@ -1,0 +1,66 @@
+"""What the benchmarks share: the machine that they run on, and transformers' model of a config.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="config.json or HF folder (default: the shape of SmolLM2-135M)")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+
+
+def machine(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """(device, dtype) as asked for; on a CPU with OMP_NUM_THREADS threads, or 2."""
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    return device, getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def where_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def read_fields(model: str | None) -> dict:
+    """Of the config.json that --model names."""
+    if model is None:
+        return SMOLLM2_135M
+    path = Path(model)
+    return json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+
+
+def build_base(fields: dict, dtype: torch.dtype, device: torch.device, folder: str | None) -> torch.nn.Module:
+    """transformers' model without an adapter: the weights of `folder` where it has some, else random ones."""
+    import transformers
+
+    torch.manual_seed(0)
+    if folder and any(Path(folder).glob("*.safetensors")):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    config = transformers.CONFIG_MAPPING[fields["model_type"]](**fields)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
