@@ -140,7 +140,7 @@ def test_another_layout_goes_on_in_float64(inputs, tmp_path):
         assert column(parts, field) == pytest.approx(column(whole, field), rel=0, abs=1e-12), field
     ours, theirs = state(parts), state(whole)
     assert {tensor.dtype for tensor in ours.values()} == {torch.float64}
-    assert largest_difference(ours, theirs) < 1e-11
+    assert largest_difference(ours, theirs) < 1e-12
 
 
 def test_without_the_moments_it_would_be_another_run(inputs, whole, half):
