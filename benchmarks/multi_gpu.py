@@ -1,11 +1,12 @@
-"""What tensor, pipeline and data parallelism cost on the GPUs of one host: runs of tools/finetune.py through NCCL.
+"""What tensor, pipeline and data parallelism cost on the GPUs of one host: training steps through NCCL.
 
-    python benchmarks/multi_gpu.py --model CONFIG.json --folder /scratch/multi_gpu
+    python benchmarks/multi_gpu.py --model CONFIG.json --rows 4
 
-Writes a model of the shape of a config.json with random weights and rows of random words into --folder (kept for the
-next call), trains it on every layout that the GPUs here allow, one after another, and prints tokens/s for each GPU,
-beside one GPU with the same rows in a microbatch and, for pipelines, beside the schedule's own bubble. Without GPUs it
-runs on CPU processes (--processes), which proves the script and nothing about speed.
+Starts torchrun for every layout that the GPUs here allow (or those of --only), one after another: the trainer of a run
+on a model of the shape of a config.json, random weights and random tokens, all labelled, LoRA r = 16 on all linears
+with dropout 0.1. Prints tokens/s for each GPU beside one GPU with the same microbatches and, for pipelines, beside the
+schedule's own bubble. --alone false leaves the single GPU out, for models too large for it. Without GPUs it runs on
+CPU processes (--processes), which proves the script and nothing about speed.
 """
 
 from __future__ import annotations
@@ -13,40 +14,42 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from common import read_fields, where_of
+from train_step import make_trainer, randomize
 
+from megalora.batch import Batch
+from megalora.building import DTYPES, resolve_dtype
 from megalora.models.config import config_from_dict
-from megalora.models.stage import expected_weights
+from megalora.parallel.launch import choose_device, distributed
+from megalora.parallel.linear import Placement
+from megalora.parallel.mesh import ParallelMesh
 from megalora.pipeline.actions import COMPUTE
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.pipeline.simulate import simulate
 
-ROOT = Path(__file__).resolve().parents[1]
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-WORDS = [f"w{i}" for i in range(4096)]
-CHAT = "{% for message in messages %}{{ '<s> ' + message['content'] + ' </s> ' }}{% endfor %}"
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
+WARM_UP = 2  # steps before those that count
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One run. microbatches: of a step of one data-parallel rank."""
+    """One run. microbatches: of a step of one data-parallel rank. sequence_parallel: where tp > 1."""
 
     name: str
     tp: int = 1
     pp: int = 1
     dp: int = 1
     microbatches: int = 1
-    flags: dict[str, object] = field(default_factory=dict)
+    schedule: str = "1f1b"
+    chunks: int = 1
 
     @property
     def processes(self) -> int:
@@ -56,143 +59,139 @@ class Layout:
         """The part of the time that the pipeline's stages compute: forward and backward of a LoRA step take alike."""
         if self.pp == 1:
             return None
-        schedule = SCHEDULES[str(self.flags.get("schedule", "1f1b"))]
-        programme = schedule.programme(self.pp, self.microbatches, 0, int(self.flags.get("virtual_pipeline_size", 1)))
+        programme = SCHEDULES[self.schedule].programme(self.pp, self.microbatches, 0, self.chunks)
         timeline = simulate(programme, lambda stage, action: float(action.op in COMPUTE))
         return 1.0 - timeline.bubble
 
 
 def layouts(processes: int) -> list[Layout]:
     """Every layout of the table that `processes` GPUs allow; those of one GPU come first, to be compared with."""
-    sequence = {"sequence_parallel": True}
-    interleaved = {"schedule": "interleaved_1f1b", "virtual_pipeline_size": 2}
+    interleaved = {"schedule": "interleaved_1f1b", "chunks": 2}
     wanted = [
         Layout("one", microbatches=2),
         Layout("one, 16 microbatches", microbatches=16),
-        Layout("tp2, sequence parallel", tp=2, microbatches=2, flags=sequence),
-        Layout("tp4, sequence parallel", tp=4, microbatches=2, flags=sequence),
+        Layout("tp2", tp=2, microbatches=2),
+        Layout("tp4", tp=4, microbatches=2),
         Layout("dp2", dp=2, microbatches=2),
         Layout("dp4", dp=4, microbatches=2),
         Layout("pp2, 1f1b", pp=2, microbatches=16),
-        Layout("pp2, interleaved", pp=2, microbatches=16, flags=interleaved),
+        Layout("pp2, interleaved", pp=2, microbatches=16, **interleaved),
         Layout("pp4, 1f1b", pp=4, microbatches=16),
-        Layout("pp4, interleaved", pp=4, microbatches=16, flags=interleaved),
-        Layout("tp2 pp2", tp=2, pp=2, microbatches=16, flags=sequence),
-        Layout("tp2 pp2 dp2", tp=2, pp=2, dp=2, microbatches=16, flags=sequence),
-        Layout("tp4 pp2", tp=4, pp=2, microbatches=16, flags=sequence),
-        Layout("tp8", tp=8, microbatches=2, flags=sequence),
+        Layout("pp4, interleaved", pp=4, microbatches=16, **interleaved),
+        Layout("tp2 pp2", tp=2, pp=2, microbatches=16),
+        Layout("tp2 pp2 dp2", tp=2, pp=2, dp=2, microbatches=16),
+        Layout("tp4 pp2", tp=4, pp=2, microbatches=16),
+        Layout("tp8", tp=8, microbatches=2),
     ]
     return [layout for layout in wanted if layout.processes <= processes]
 
 
-def write_model(fields: dict, folder: Path) -> None:
-    """An HF folder of random bfloat16 weights, a file a layer, with a tokenizer of words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in expected_weights(config_from_dict(fields)).items():
-        part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
-        files.setdefault(f"model-{part}.safetensors", {})[name] = shape
-    index = {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for file, shapes in files.items():
-        tensors = {
-            name: (torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, device=device)).bfloat16().cpu()
-            for name, shape in shapes.items()
-        }
-        save_file(tensors, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(shapes, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(fields))
+class Tokens:
+    """The microbatches of a data-parallel rank in every step, with counts over all of them."""
+
+    def __init__(self, layout: Layout, mesh: ParallelMesh, rows: int, length: int, vocab_size: int):
+        self.microbatches = []
+        for m in range(layout.microbatches):
+            number = mesh.dp.rank * layout.microbatches + m
+            ids = torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(number))
+            labels = torch.full_like(ids, -100)
+            labels[:, :-1] = ids[:, 1:]
+            self.microbatches.append(
+                Batch(
+                    input_ids=ids.flatten(),
+                    labels=labels.flatten(),
+                    position_ids=torch.arange(length).repeat(rows),
+                    cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * length,
+                    token_index=number * rows * length + torch.arange(rows * length),
+                )
+            )
+        count = layout.dp * layout.microbatches * rows
+        self.label_count, self.token_count = count * (length - 1), count * length
 
 
-def write_rows(file: Path, count: int, length: int) -> None:
-    """`count` documents that nearly fill a row of `length` tokens, nearly all of them the reply's."""
-    draw = random.Random(0)
-    rows = [
-        {"instruction": "w0", "input": "", "output": " ".join(draw.choices(WORDS, k=length - 16))} for _ in range(count)
-    ]
-    file.write_text(json.dumps(rows))
+def worker(layout: Layout, options: argparse.Namespace) -> None:
+    """This rank of a layout; the first writes the figures to --output."""
+    device, _ = choose_device()
+    config = config_from_dict(read_fields(options.model))
+    with distributed(device, layout.tp, layout.pp) as mesh:
+        place = Placement(mesh.tp, layout.tp > 1, resolve_dtype(options.dtype, device), device)
+        torch.manual_seed(mesh.rank)
+        trainer = make_trainer(
+            config, mesh, LORA, place, options.rows * options.seq_length, randomize,
+            recompute=options.recompute, partition_method=options.partition_method, schedule=layout.schedule,
+            chunks=layout.chunks,
+        )  # fmt: skip
+        data = Tokens(layout, mesh, options.rows, options.seq_length, config.vocab_size)
+        seconds = []
+        for number in range(WARM_UP + options.steps):
+            start = time.perf_counter()
+            loss = trainer.step(number, data).loss  # read on the host: the step has ended
+            seconds.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
+        if mesh.rank == 0:
+            figures = {"seconds": seconds[WARM_UP:], "tokens": data.token_count, "loss": loss, "peak_gib": peak}
+            options.output.write_text(json.dumps(figures))
 
 
-def run(layout: Layout, options: argparse.Namespace) -> dict[str, float]:
-    """Trains on the layout; tokens/s over the logged steps after the first two, and the last loss."""
-    output = options.folder / "runs" / layout.name.replace(" ", "_").replace(",", "")
-    flags = {
-        "model_path": options.folder / "model",
-        "data_path": options.folder / "rows.json",
-        "lora_config": options.folder / "lora_config.json",
-        "output_dir": output,
-        "overwrite_output_dir": True,
-        "save": False,
-        "seq_length": options.seq_length,
-        "per_device_train_batch_size": options.rows,
-        "gradient_accumulation_steps": layout.microbatches,
-        "tensor_parallel_size": layout.tp,
-        "pipeline_parallel_size": layout.pp,
-        "num_train_epochs": 1000,
-        "max_steps": options.steps,
-        **layout.flags,
-    }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value).lower()
-             if isinstance(value, bool) else str(value))]  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node", str(layout.processes), str(ROOT / "tools/finetune.py"), *words]
+def run(layout: Layout, options: argparse.Namespace) -> dict:
+    """What `worker` of the layout writes, in processes of its own."""
+    figures = options.output.with_suffix(".worker.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(layout.processes)]
+    command += [__file__, "--model", options.model, "--worker", json.dumps(asdict(layout)), "--output", str(figures)]
+    for name in ("rows", "seq_length", "steps", "recompute", "partition_method", "dtype"):
+        command += [f"--{name}", str(getattr(options, name))]
     # NVLink multicast is left off: not every host lets a container use it, and NCCL would hang in its set-up.
     environment = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"} | dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{layout.name}: exit status {done.returncode}\n{done.stderr[-4000:]}")
-    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    speed = statistics.median(step["tokens_per_second"] for step in steps[2:])
-    return {"tokens_per_second": speed, "loss": steps[-1]["loss"]}
+    found = json.loads(figures.read_text())
+    figures.unlink()
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path, help="config.json")
-    parser.add_argument("--folder", required=True, type=Path, help="scratch space: twice the weights must fit")
+    parser.add_argument("--model", required=True, help="config.json")
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2, help="default: the GPUs here")
-    parser.add_argument("--only", nargs="*", help="names of layouts; those of one process are always run")
+    parser.add_argument("--only", nargs="*", help="names of layouts; those of one process that they need run too")
+    parser.add_argument("--alone", choices=("true", "false"), default="true", help="one GPU to compare with")
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
     parser.add_argument("--seq_length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--partition_method", default="uniform", choices=("uniform", "cost"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+    parser.add_argument("--output", type=Path, default=Path("multi_gpu.json"), help="JSON file for the figures")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    fields = json.loads(options.model.read_text(encoding="utf-8"))
-    folder = options.folder
-    if not (folder / "model" / "config.json").exists():
-        write_model(fields, folder / "model")
-    write_rows(folder / "rows.json", 16 * options.rows * options.processes, options.seq_length)
-    (folder / "lora_config.json").write_text(json.dumps(LORA))
-
-    chosen = [
-        layout
-        for layout in layouts(options.processes)
-        if options.only is None or layout.name in options.only or layout.processes == 1
+    if options.worker:
+        worker(Layout(**json.loads(options.worker)), options)
+        return
+    chosen = [layout for layout in layouts(options.processes) if options.only is None or layout.name in options.only]
+    compared = {layout.microbatches for layout in chosen} if options.alone == "true" else ()
+    chosen = [layout for layout in layouts(1) if layout.microbatches in compared] + [
+        layout for layout in chosen if layout.processes > 1
     ]
     alone: dict[int, float] = {}  # tokens/s of one GPU, by microbatches
     records = []
-    print("| layout | tokens/s of a GPU | of one GPU | predicted | last loss |\n|---|---|---|---|---|")
+    print("| layout | tokens/s of a GPU | of one GPU | predicted | GiB | last loss |\n|---|---|---|---|---|---|")
     for layout in chosen:
         figures = run(layout, options)
-        each = figures["tokens_per_second"] / layout.processes
+        each = figures["tokens"] / statistics.median(figures["seconds"]) / layout.processes
         if layout.processes == 1:
             alone[layout.microbatches] = each
-        ratio, expected = each / alone[layout.microbatches], layout.efficiency()
-        predicted = "" if expected is None else f"{expected:.3f}"
-        print(f"| {layout.name} | {each:,.0f} | {ratio:.3f} | {predicted} | {figures['loss']:.6f} |", flush=True)
-        records.append({"layout": layout.name, "each": each, "ratio": ratio, "predicted": expected, **figures})
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{options.processes} x {where}, torch {torch.__version__}")
-    if options.output:
-        options.output.write_text(json.dumps({"where": where, "records": records}, indent=1))
+        base, expected = alone.get(layout.microbatches), layout.efficiency()
+        ratio, predicted = ("" if value is None else f"{value:.3f}" for value in (base and each / base, expected))
+        peak = "" if figures["peak_gib"] is None else f"{figures['peak_gib']:.1f}"
+        print(f"| {layout.name} | {each:,.0f} | {ratio} | {predicted} | {peak} | {figures['loss']:.4f} |", flush=True)
+        records.append({"layout": asdict(layout), "each": each, "predicted": expected, **figures})
+    where = where_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"{options.processes} x {where}, torch {torch.__version__}, {options.rows} rows of {options.seq_length}")
+    asked = {name: value for name, value in vars(options).items() if name not in ("output", "worker")}
+    options.output.write_text(json.dumps({"where": where, "options": asked, "records": records}, indent=1))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megalora.batch import Batch
 from megalora.building import build_stage, load_adapter, resolve_lora
 from megalora.lora import LoraConfig
-from megalora.models.config import config_from_dict
+from megalora.models.config import ModelConfig, config_from_dict
 from megalora.models.graphs import choose_graphs
+from megalora.models.stage import Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.linear import Placement
@@ -70,29 +71,41 @@ class Step:
         self.token_count = rows * length
 
 
-def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data: Step, dtype: torch.dtype, options):
-    """A function that makes one step of ours and returns its loss; weights None: random ones."""
-    config = config_from_dict(fields)
-    mesh = ParallelMesh()
-    resolved = resolve_lora(LoraConfig.from_dict(lora), config)
-    device = data.ids.device
-    place = Placement(mesh.tp, False, dtype, device)
-    stage, cut = build_stage(config, mesh, resolved, place, recompute=options.recompute)
-    parameters = stage.trainable()
-    if weights is None:
-        randomize(stage)
-    else:
-        for name, parameter in stage.named_parameters():
-            if not parameter.requires_grad:
-                parameter.data.copy_(weights[name])
-        load_adapter(stage, {name: weights[name] for name in parameters}, "of the benchmark")
-    if choose_graphs(vars(options).get("cuda_graphs"), place, mesh)[0]:
+def make_trainer(
+    config: ModelConfig,
+    mesh: ParallelMesh,
+    lora: dict,
+    place: Placement,
+    tokens: int,
+    fill: Callable[[Stage], None],
+    *,
+    recompute: str = "none",
+    partition_method: str = "uniform",
+    schedule: str = "1f1b",
+    chunks: int = 1,
+    cuda_graphs: bool | None = None,
+) -> Trainer:
+    """This rank's trainer, as finetune makes it; `fill` gives its stage weights. tokens: of a microbatch."""
+    device = torch.device(place.device)
+    stage, cut = build_stage(
+        config,
+        mesh,
+        resolve_lora(LoraConfig.from_dict(lora), config),
+        place,
+        recompute=recompute,
+        partition_method=partition_method,
+        virtual_pipeline_size=chunks,
+    )
+    fill(stage)
+    if choose_graphs(cuda_graphs, place, mesh)[0]:
         stage.use_graphs()
-    shape = (data.token_count, config.hidden_size)
-    trainer = Trainer(
+    parameters = stage.trainable()
+    shape = (tokens // mesh.tp.size if place.sequence_parallel else tokens, config.hidden_size)
+    neighbours = Neighbours(mesh, shape, place.dtype, device, ring=chunks > 1)
+    return Trainer(
         stage,
         mesh,
-        PipelineRunner(stage, Neighbours(mesh, shape, dtype, device), SCHEDULES["1f1b"], cut.floor, device=device),
+        PipelineRunner(stage, neighbours, SCHEDULES[schedule], cut.floor, device=device, chunks=chunks),
         FlatGradients(parameters, named_splits(stage), mesh),
         AdapterOptimizer(parameters),
         learning_rate=lambda step: LEARNING_RATE,
@@ -100,6 +113,31 @@ def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data
         seed=0,
         loss_scale=LossScale(False),
         clock=lambda phase: contextlib.nullcontext(),
+    )
+
+
+def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data: Step, dtype: torch.dtype, options):
+    """A function that makes one step of ours and returns its loss; weights None: random ones."""
+    mesh = ParallelMesh()
+
+    def fill(stage: Stage) -> None:
+        if weights is None:
+            randomize(stage)
+            return
+        for name, parameter in stage.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data.copy_(weights[name])
+        load_adapter(stage, {name: weights[name] for name in stage.trainable()}, "of the benchmark")
+
+    trainer = make_trainer(
+        config_from_dict(fields),
+        mesh,
+        lora,
+        Placement(mesh.tp, False, dtype, data.ids.device),
+        data.token_count,
+        fill,
+        recompute=options.recompute,
+        cuda_graphs=vars(options).get("cuda_graphs"),
     )
     count = iter(range(10**9))
     return lambda: trainer.step(next(count), data).loss

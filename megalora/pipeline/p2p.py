@@ -20,6 +20,7 @@ from megalora.pipeline.actions import (
 
 # On one line; a further send waits for the oldest, so that no stage fills memory by running ahead.
 SENDS_UNDER_WAY = 2
+AHEAD = 2  # computes that a receive is posted early where it costs nothing but its buffer
 LANE_MULTIPROCESSORS = 4  # enough for what a link carries while a stage computes
 _KINDS = ("activations", "gradients")
 _DOWN = (SEND_FORWARD, RECV_BACKWARD)  # what has its other end at the next stage
@@ -64,6 +65,16 @@ class Neighbours:
         on_gpu = torch.device(device).type == "cuda"
         if mesh.pp.size > 1 and (on_gpu if lanes is None else lanes):
             self._open_lanes(mesh, "nccl" if on_gpu else None)
+
+    @property
+    def ahead(self) -> int:
+        """How many computes before its message is due a receive may be posted.
+
+        On a GPU none: there a receive is a kernel that waits for its message, and a compute that is launched behind it
+        may wait for that kernel (CUDA loads a kernel at its first launch, and frees memory, when the device is idle).
+        So nothing may be posted whose message needs a compute that this stage has yet to launch.
+        """
+        return 0 if self._lanes else AHEAD
 
     def expect(self, action: Action) -> None:
         """Posts a receive."""

@@ -107,7 +107,7 @@ class PipelineRunner:
     def _run(self, actions: Sequence[Action], step: _Step) -> torch.Tensor:
         compute = {FORWARD: self._forward, RECOMPUTE: self._recompute, BACKWARD: self._backward}
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for action in receives_early(actions):
+        for action in receives_early(actions, self._neighbours.ahead):
             if action.op in RECEIVES:
                 self._neighbours.expect(action)
             elif action.op in SENDS:
@@ -161,11 +161,11 @@ class PipelineRunner:
         return None
 
 
-def receives_early(actions: Sequence[Action], ahead: int = 2) -> list[Action]:
+def receives_early(actions: Sequence[Action], ahead: int) -> list[Action]:
     """Puts each receive `ahead` computes earlier: it is posted before its message is due.
 
-    A list has a receive where its message would be made if all computes took the same time. Receives stop no stage, so
-    that any earlier place is sound; messages of one kind stay in order. What is sent goes first.
+    A list has a receive where its message would be made if all computes took the same time. Where receives stop no
+    stage any earlier place is sound; messages of one kind stay in order. What is sent goes first.
     """
     computes: list[Action] = []
     sends: list[list[Action]] = [[]]  # by the number of computes before them, and so are the receives

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megalora.parallel.mesh import ParallelMesh
-from megalora.pipeline.actions import COMPUTE, RECEIVES, SENDS, input_of
-from megalora.pipeline.p2p import Neighbours
+from megalora.pipeline.actions import COMPUTE, RECEIVES, SENDS, input_of, other_end
+from megalora.pipeline.p2p import AHEAD, Neighbours
 from megalora.pipeline.runner import PipelineRunner, receives_early
-from megalora.pipeline.schedule import SCHEDULES
+from megalora.pipeline.schedule import SCHEDULES, forward_only
 
 
 class Noting:
@@ -56,7 +56,7 @@ def test_below_the_floor_and_in_evaluation_no_graph_is_built():
 def test_receives_are_posted_two_computes_early_and_in_order(name):
     chunks = 2 if SCHEDULES[name].chunked else 1
     for actions in SCHEDULES[name].programme(4, 6, 0, chunks):
-        early = receives_early(actions)
+        early = receives_early(actions, AHEAD)
         assert sorted(early) == sorted(actions)
         for ops in ({op} for op in RECEIVES | SENDS):
             assert [a for a in early if a.op in ops] == [a for a in actions if a.op in ops]
@@ -79,9 +79,53 @@ def test_few_messages_are_posted_or_wait_to_be_read(name):
         programme = SCHEDULES[name].programme(stages, 4 * stages, floor * stages * chunks // 2, chunks)
         for stage, actions in enumerate(programme):
             buffers = most = 0
-            for action in receives_early(actions):
+            for action in receives_early(actions, AHEAD):
                 buffers += action.op in RECEIVES
                 if action.op in COMPUTE and input_of(stage, stages, chunks, action) is not None:
                     buffers -= 1
                 most = max(most, buffers)
             assert most <= 5, (stages, floor, stage)
+
+
+def _stands_still(lists, buffered: bool) -> bool:
+    """Whether stages wait for one another for ever where any compute waits for all that its stage has posted.
+
+    buffered  a send has left once it is posted; else once its other end is
+    """
+    stages, done, posted = len(lists), [0] * len(lists), [set() for _ in lists]
+
+    def has_come(stage, action):
+        other, message = other_end(stage, stages, action)
+        return message in posted[other] or (buffered and action.op in SENDS)
+
+    moved = True
+    while moved:
+        moved = False
+        for stage, actions in enumerate(lists):
+            while done[stage] < len(actions):
+                action = actions[done[stage]]
+                if action.op not in COMPUTE:
+                    posted[stage].add(action)
+                elif not all(has_come(stage, waits) for waits in posted[stage]):
+                    break
+                done[stage] += 1
+                moved = True
+    return any(count < len(actions) for count, actions in zip(done, lists, strict=True))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", [*SCHEDULES, "evaluation"])
+def test_a_compute_may_wait_for_all_that_was_posted_where_receives_are_not_early(name, stages):
+    """As on a GPU, where a waiting receive is a running kernel. Two computes early, a stage would wait for itself."""
+    early_stands_still = False
+    for count, chunks, floor in itertools.product((1, 2, 3, 4, 7, 12), (1, 2, 3), (0, 1)):
+        if name != "evaluation" and (chunks > 1) != SCHEDULES[name].chunked:
+            continue
+        if name == "evaluation":
+            programme = forward_only(stages, count, chunks)
+        else:
+            programme = SCHEDULES[name].programme(stages, count, floor * stages * chunks // 2, chunks)
+        for buffered in (True, False):
+            assert not _stands_still([receives_early(actions, 0) for actions in programme], buffered)
+            early_stands_still |= _stands_still([receives_early(actions, AHEAD) for actions in programme], buffered)
+    assert early_stands_still or name == "evaluation"
