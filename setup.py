@@ -10,6 +10,7 @@ GPUs.
 
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -37,6 +38,20 @@ def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', (ROOT / "megalora/__init__.py").read_text(), re.MULTILINE)[1]
 
 
+def note_sources(folder: Path) -> Path:
+    """Writes a digest of csrc/ into a header in `folder`, which library.cpp includes; returns the header.
+
+    A macro for all files would compile all of them again for a change of one. Where the digest is there already the
+    header stays as old as it is.
+    """
+    digest = runpy.run_path(str(ROOT / "megalora/ops/sources.py"))["digest"]  # megalora.ops would import torch
+    header, text = folder / "megalora_sources.h", f'#define MEGALORA_SOURCES "{digest(ROOT / "csrc")}"\n'
+    if not header.exists() or header.read_text() != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return header
+
+
 def compiled_ops() -> dict:
     """The `setup` arguments that build csrc/ into one module, or none if that is switched off."""
     wanted = os.environ.get("MEGALORA_BUILD_EXTENSION", "1")
@@ -52,6 +67,17 @@ def compiled_ops() -> dict:
             "megalora builds its ops against an installed torch, and there is none: pip install torch, then "
             "pip install --no-build-isolation . (MEGALORA_BUILD_EXTENSION=0 skips the build)"
         )
+
+    class Build(BuildExtension):
+        """Tells the library which sources it is built from."""
+
+        def build_extensions(self):
+            header = note_sources(Path(self.build_temp).resolve())
+            self.compiler.add_include_dir(str(header.parent))
+            for extension in self.extensions:
+                extension.depends.append(str(header))  # without ninja, only what is older than one of these is built
+            super().build_extensions()
+
     cuda = wanted == "1" and torch.version.cuda is not None and CUDA_HOME is not None
     endings = ("*.cpp", "*.cu") if cuda else ("*.cpp",)
     sources = sorted(str(path.relative_to(ROOT)) for ending in endings for path in (ROOT / "csrc").glob(ending))
@@ -64,7 +90,7 @@ def compiled_ops() -> dict:
         extra_link_args=["-fopenmp"],
     )
     extension.depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h"))
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 setup(

@@ -10,6 +10,12 @@
 
 #include "common.h"
 
+#if __has_include("megalora_sources.h")  // where setup.py builds it: a digest of csrc/, see megalora/ops/sources.py
+#include "megalora_sources.h"
+#else
+#define MEGALORA_SOURCES ""
+#endif
+
 namespace {
 
 // The clone of the MEGALORA_MULTIVERSION functions that this CPU runs.
@@ -36,6 +42,7 @@ pybind11::dict build_info() {
   info["openmp"] = false;
 #endif
   info["instruction_set"] = instruction_set();
+  info["sources"] = MEGALORA_SOURCES;
   return info;
 }
 
@@ -51,5 +58,5 @@ TORCH_LIBRARY(megalora, m) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("build_info", &build_info, "devices, torch, compiler, openmp and instruction_set of this build.");
+  m.def("build_info", &build_info, "devices, torch, compiler, openmp, instruction_set and sources of this build.");
 }

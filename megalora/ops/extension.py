@@ -5,12 +5,17 @@ import importlib
 import logging
 import os
 import re
+from pathlib import Path
 
 import torch
+
+from megalora.ops.sources import digest
 
 logger = logging.getLogger(__name__)
 
 REMEDY = "run `make install` (or `pip install --no-build-isolation -e .`) to build it"
+# What they are built from, where the package lies in a source tree; an installed one has nothing of the kind beside it.
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 @functools.cache
@@ -39,6 +44,10 @@ def _devices() -> frozenset[str]:
     # No binary interface holds across versions of torch, whether or not its symbols are found.
     if info["torch"] != re.match(r"[\d.]*\d", torch.__version__)[0]:
         return _absent(f"were built for torch {info['torch']} and this is {torch.__version__}")
+    # A build that says nothing ("") was not made by setup.py; one that knows no such question is older than it.
+    built_from = info.get("sources")
+    if built_from != "" and (CSRC / "library.cpp").is_file() and built_from != digest(CSRC):
+        return _absent(f"were built from other sources than {CSRC} now has")
     return frozenset(info["devices"])
 
 
