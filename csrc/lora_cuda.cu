@@ -14,216 +14,19 @@
 // float32 sum.
 #include "lora_cuda.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
-
-#include "halves.h"
-#include "philox.h"
+#include "draw.h"
+#include "swiglu_words.h"
+#include "tensor_cores.h"
 
 namespace megalora {
 namespace {
-
-constexpr int kLanes = 32;
-constexpr int kLargestCluster = 8;  // the portable limit
-
-__device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
-__device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
-
-// d [16, 8] += a [16, 16] b [16, 8]. Thread 4g + t holds rows g, g + 8 and columns 2t, 2t + 1 of d in d[0..1], d[2..3];
-// the pairs {2t, 2t + 1}, {2t + 8, 2t + 9} of the inner dimension in a0 (row g), a1 (row g + 8), a2 (g), a3 (g + 8) and,
-// for column g, in b0, b1.
-template <bool bfloat16>
-__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-  if constexpr (bfloat16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
-// ---- shared memory: copies into it, transposed reads
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copies 16 bytes in the background, or writes zeros where there is nothing to copy.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int pending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
-
-__device__ __forceinline__ uint4 load_transposed(const void* row) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(shared_address(row))
-               : "memory");
-  return v;
-}
-
-// Which of the stages in shared memory a step uses.
-template <int stages>
-struct Turn {
-  int stage;
-  __device__ __forceinline__ void next() { stage = stage == stages - 1 ? 0 : stage + 1; }
-};
-
-// ---- thread block clusters along gridDim.y
-
-__device__ __forceinline__ void cluster_barrier(int blocks) {
-#if __CUDA_ARCH__ >= 900
-  if (blocks > 1) {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    return;
-  }
-#endif
-  __syncthreads();
-}
-
-// The sum, in order, of four floats at the same place in the shared memory of each block of the cluster.
-__device__ __forceinline__ float4 cluster_sum(const float* place, int blocks) {
-#if __CUDA_ARCH__ >= 900
-  if (blocks > 1) {
-    float4 sum = {0, 0, 0, 0};
-    for (int block = 0; block < blocks; ++block) {
-      uint32_t address;
-      float4 v;
-      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(block));
-      asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                   : "r"(address)
-                   : "memory");
-      sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
-    }
-    return sum;
-  }
-#endif
-  return *reinterpret_cast<const float4*>(place);
-}
-
-// ---- the mask
-
-// What of the generator is alike for all threads, worked out on the host.
-struct Draw {
-  const int64_t* token;
-  uint32_t k0[10], k1[10];        // the key words of each round
-  uint32_t step;
-  const int64_t* live_step;
-  uint32_t first_block;
-  uint32_t threshold_low;   // both halves: the threshold's low 15 bits
-  uint32_t threshold_high;  // all ones if its highest bit is clear
-  float scale;
-  bool on;
-};
-
-constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
-
-Draw make_draw(const LoraMask& mask) {
-  Draw draw{};
-  draw.token = mask.token;
-  for (uint32_t round = 0; round < 10; ++round) {
-    draw.k0[round] = mask.key + round * 0x9E3779B9;
-    draw.k1[round] = mask.site + round * 0xBB67AE85;
-  }
-  draw.step = mask.step;
-  draw.live_step = mask.live_step;
-  draw.first_block = mask.first_block;
-  draw.threshold_low = (mask.threshold & 0x7FFF) * 0x10001;
-  draw.threshold_high = mask.threshold & 0x8000 ? 0 : 0xFFFFFFFF;
-  draw.scale = static_cast<float>(65536.0 / (65536 - mask.threshold));
-  draw.on = mask.threshold != 0;
-  return draw;
-}
-
-// All ones in each half of `lanes` that is at least the threshold: kept. Per half, with b the threshold:
-// a >= b is the top bit of majority(a, (a | top) - (b & ~top), ~b).
-__device__ __forceinline__ uint32_t keep(uint32_t lanes, const Draw& draw) {
-  const uint32_t difference = (lanes | 0x80008000) - draw.threshold_low;
-  const uint32_t other = draw.threshold_high;
-  const uint32_t decided = (lanes & difference) | (other & (lanes | difference));
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, %1, 0xBB99;" : "=r"(mask) : "r"(decided));  // spreads the sign of bytes 1 and 3
-  return mask;
-}
-
-// The product of the counter's third word, the step: alike for all tokens.
-struct StepDraw {
-  uint32_t first, second;
-
-  __device__ __forceinline__ explicit StepDraw(const Draw& draw) {
-    const auto step = draw.live_step == nullptr ? draw.step : static_cast<uint32_t>(__ldg(draw.live_step));
-    const uint64_t product = uint64_t{kMultiplier1} * step;
-    first = static_cast<uint32_t>(product >> 32) ^ draw.k0[0];
-    second = static_cast<uint32_t>(product);
-  }
-};
-
-// One token's masks. philox4x32 (philox.h) with all that does not depend on the feature worked out once: of the first
-// three rounds' six products only two are left for each block.
-struct TokenDraw {
-  uint32_t round1, round2a, round2b, round2c;
-
-  __device__ __forceinline__ void init(const Draw& draw, const StepDraw& step, int64_t token) {
-    const uint64_t product0 = uint64_t{kMultiplier0} * static_cast<uint32_t>(token);
-    const uint32_t c2 = static_cast<uint32_t>(product0 >> 32) ^ static_cast<uint32_t>(token >> 32) ^ draw.k1[0];
-    const uint64_t product1 = uint64_t{kMultiplier1} * c2;
-    const uint32_t c0 = static_cast<uint32_t>(product1 >> 32) ^ step.second ^ draw.k0[1];
-    const uint64_t product2 = uint64_t{kMultiplier0} * c0;
-    round1 = static_cast<uint32_t>(product0) ^ draw.k1[1];
-    round2a = static_cast<uint32_t>(product1) ^ draw.k0[2];
-    round2b = static_cast<uint32_t>(product2 >> 32) ^ draw.k1[2];
-    round2c = static_cast<uint32_t>(product2);
-  }
-
-  // The keep masks of features 8·block .. + 7 of the whole input.
-  __device__ __forceinline__ uint4 keep_block(const Draw& draw, const StepDraw& step, uint32_t block) const {
-    const uint64_t first = uint64_t{kMultiplier0} * (step.first ^ block);
-    const uint64_t second = uint64_t{kMultiplier1} * (static_cast<uint32_t>(first >> 32) ^ round1);
-    PhiloxWords c = {static_cast<uint32_t>(second >> 32) ^ round2a, static_cast<uint32_t>(second),
-                     static_cast<uint32_t>(first) ^ round2b, round2c};
-#pragma unroll
-    for (int round = 3; round < 10; ++round) {
-      const uint64_t product0 = uint64_t{kMultiplier0} * c.w0;
-      const uint64_t product2 = uint64_t{kMultiplier1} * c.w2;
-      c = {static_cast<uint32_t>(product2 >> 32) ^ c.w1 ^ draw.k0[round], static_cast<uint32_t>(product2),
-           static_cast<uint32_t>(product0 >> 32) ^ c.w3 ^ draw.k1[round], static_cast<uint32_t>(product0)};
-    }
-    return {keep(c.w0, draw), keep(c.w1, draw), keep(c.w2, draw), keep(c.w3, draw)};
-  }
-};
-
-constexpr uint4 kAll = {~0u, ~0u, ~0u, ~0u};
-
-__device__ __forceinline__ uint4 operator&(uint4 a, uint4 b) { return {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w}; }
-
-__device__ __forceinline__ uint32_t word(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
-struct Matrix {  // rows of 16-bit floats
-  uint16_t* data;
-  int64_t stride;
-};
 
 // ---- z = dropout(x) A^T
 
 struct DownArguments {
   Matrix z, x;
-  Matrix copy;  // of x, as far as it goes; null: none
+  Matrix copy;              // of x, as far as it goes; null: none
+  const uint16_t* gate_up;  // [T, 2 F], where x = silu(gate) * up is made, into `copy`, instead of read
   const uint16_t* A;
   Draw draw;
   int tokens, features, rank, z_columns;
@@ -231,18 +34,21 @@ struct DownArguments {
 };
 
 // A block has 16·row_tiles·row_warps tokens and all ranks (in 8·rank_tiles columns). Stages of 64·feature_warps features
-// pass through shared memory: x in the order of the threads that read it, so that each reads what it copied itself, and
-// A in the order of the mma's operand, shared by the warps of the same features. The feature_warps sums are added at the
-// end, in order.
+// pass through shared memory: x by rows of 64 features, eight lanes a row, octet c of row r at c ^ 4 (r & 1), so that
+// neither side meets a bank twice; and A in the order of the mma's operand, shared by the warps of the same features. The
+// feature_warps sums are added at the end, in order.
 //
 // In a block of 32 features, thread (g, t) owns features 8t .. 8t + 7 of its rows: words 0, 1 of these are its pairs of
 // the first mma's inner dimension, words 2, 3 of the second's.
-template <int rank_tiles_, int row_tiles_, int row_warps_, int feature_warps_, int stages_>
+template <bool gated_, int rank_tiles_, int row_tiles_, int row_warps_, int feature_warps_, int stages_>
 struct DownShape {
+  static constexpr bool gated = gated_;
   static constexpr int rank_tiles = rank_tiles_, row_tiles = row_tiles_, row_warps = row_warps_, stages = stages_;
   static constexpr int feature_warps = feature_warps_, stage_features = 64 * feature_warps;
   static constexpr int threads = kLanes * row_warps * feature_warps, rows = 16 * row_tiles * row_warps;
-  static constexpr int x_octets = 2 * 2 * row_tiles * threads, A_octets = feature_warps * 2 * rank_tiles * kLanes;
+  static constexpr int tile_octets = 16 * row_tiles * 8;  // of a warp
+  static constexpr int input_octets = row_warps * feature_warps * tile_octets;
+  static constexpr int x_octets = (gated ? 2 : 1) * input_octets, A_octets = feature_warps * 2 * rank_tiles * kLanes;
   static constexpr int stage_octets = x_octets + A_octets;
   static constexpr int pitch = 8 * rank_tiles + 8;  // of the float32 sums, skewed over the banks
   static constexpr int shared_bytes = std::max(stages * stage_octets * 16, rows * pitch * 4);
@@ -263,16 +69,15 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
   const int span = max(0, last_feature - first_feature);
   const int steps = (span + Shape::stage_features - 1) / Shape::stage_features;
 
-  // Where the next stage comes from: pointers that move on, and up to which feature (from first_feature) they may.
-  const uint16_t* x_from[2 * row_tiles];
-  const int x_limit = span - 64 * feature_warp - 8 * t;
+  // Where the next stage comes from: pointers that move on, and up to which feature (from first_feature) they may. Of x
+  // a lane copies an octet of rows lane / 8 + 4k, as far as there are tokens.
+  const int lane_row = warp_row + lane / 8, rows_left = arguments.tokens - lane_row;
+  const int lane_feature = 64 * feature_warp + 8 * (lane % 8), x_limit = span - lane_feature;
+  const int64_t x_stride = Shape::gated ? 2 * int64_t{arguments.features} : arguments.x.stride;
+  const uint16_t* x_from = (Shape::gated ? arguments.gate_up : arguments.x.data) + lane_row * x_stride +
+                           first_feature + lane_feature;
   const uint16_t* A_from[A_copies];
   int A_limit[A_copies], ahead = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * row_tiles; ++i) {
-    const int row = min(warp_row + 8 * i + g, arguments.tokens - 1);  // rows past the last are read and not written
-    x_from[i] = arguments.x.data + row * arguments.x.stride + first_feature + 64 * feature_warp + 8 * t;
-  }
 #pragma unroll
   for (int i = 0; i < A_copies; ++i) {
     const int tile = warp + i * (threads / kLanes), rank = tile % rank_tiles * 8 + g;
@@ -281,23 +86,24 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
     A_limit[i] = rank < arguments.rank ? span - column : 0;
   }
   const uint32_t thread_place = shared_address(shared + thread);
-  uint16_t* copy_to[2 * row_tiles];
-#pragma unroll
-  for (int i = 0; i < 2 * row_tiles; ++i) {
-    const int row = warp_row + 8 * i + g;
-    const bool there = arguments.copy.data != nullptr && row < arguments.tokens;
-    copy_to[i] = there ? arguments.copy.data + row * arguments.copy.stride + first_feature + 64 * feature_warp + 8 * t
-                       : nullptr;
-  }
+  // Where in its warp's tile a lane copies to (of k = 0: rows lane / 8), and reads from (of row g, the first half).
+  const int lane_place = warp * Shape::tile_octets + lane / 8 * 8 + (lane % 8 ^ (lane / 8 & 1) * 4);
+  const int read_place = warp * Shape::tile_octets + g * 8 + (t ^ (g & 1) * 4);
+  uint16_t* copy_to = arguments.copy.data + lane_row * arguments.copy.stride + first_feature + lane_feature;
 
   auto copy_stage = [&](int stage) {
     const uint32_t to = thread_place + stage * (Shape::stage_octets * 16);
+    const uint32_t to_x = shared_address(shared + stage * Shape::stage_octets + lane_place);
 #pragma unroll
-    for (int i = 0; i < 2 * row_tiles; ++i) {
-      copy_async(to + i * threads * 16, x_from[i], ahead < x_limit);
-      copy_async(to + (2 * row_tiles + i) * threads * 16, x_from[i] + 32, ahead + 32 < x_limit);
-      x_from[i] += Shape::stage_features;
+    for (int k = 0; k < 4 * row_tiles; ++k) {
+      const bool there = ahead < x_limit && 4 * k < rows_left;
+      copy_async(to_x + k * 4 * 8 * 16, x_from + 4 * k * x_stride, there);
+      if constexpr (Shape::gated) {
+        copy_async(to_x + (Shape::input_octets + k * 4 * 8) * 16, x_from + 4 * k * x_stride + arguments.features,
+                   there);
+      }
     }
+    x_from += Shape::stage_features;
 #pragma unroll
     for (int i = 0; i < A_copies; ++i) {
       if (Shape::A_octets % threads == 0 || i * threads + thread < Shape::A_octets) {
@@ -329,7 +135,7 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
     __syncthreads();
     if (step + stages - 1 < steps) copy_stage(writing.stage);
     commit_copies();
-    const uint4* x = shared + reading.stage * Shape::stage_octets + thread;
+    uint4* x = shared + reading.stage * Shape::stage_octets;
     const uint4* A = shared + reading.stage * Shape::stage_octets + Shape::x_octets + lane +
                      feature_warp * 2 * rank_tiles * kLanes;
     reading.next(), writing.next();
@@ -341,9 +147,14 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
         // Always masked, if by ones: the results can then be computed right into the registers that an mma wants.
         uint4 kept = kAll;
         if (draw.on) kept = token[i].keep_block(draw, step_draw, block + 4 * half);
-        const uint4 all = x[(half * 2 * row_tiles + i) * threads];
-        const int at = step * Shape::stage_features + 32 * half;
-        if (copy_to[i] != nullptr && at < x_limit) *reinterpret_cast<uint4*>(copy_to[i] + at) = all;
+        const int octet = (read_place ^ 4 * half) + i * 8 * 8;  // row g + 8i; the other half is four octets apart
+        uint4 all = x[octet];
+        if constexpr (Shape::gated) {
+          const uint4 up = x[Shape::input_octets + octet];
+          all = {swiglu<bfloat16>(all.x, up.x), swiglu<bfloat16>(all.y, up.y), swiglu<bfloat16>(all.z, up.z),
+                 swiglu<bfloat16>(all.w, up.w)};
+          x[octet] = all;
+        }
         v[i] = all & kept;
       }
 #pragma unroll
@@ -360,6 +171,14 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
       }
     }
     block += Shape::stage_features / 8;
+    if (arguments.copy.data == nullptr) continue;
+    if (Shape::gated) __syncwarp();  // the lanes have put there what they made
+#pragma unroll
+    for (int k = 0; k < 4 * row_tiles; ++k) {
+      if (step * Shape::stage_features >= x_limit || 4 * k >= rows_left) continue;
+      *reinterpret_cast<uint4*>(copy_to + 4 * k * arguments.copy.stride) = x[lane_place + k * 4 * 8];
+    }
+    copy_to += Shape::stage_features;
   }
 
   wait_copies<0>();
@@ -414,7 +233,9 @@ struct WeightGradArguments {
 
 // A block has 64·feature_warps features and all ranks, in rank_warps groups of 16·rank_tiles. Stages of 16·token_warps
 // tokens pass through shared memory; each warp has 16 tokens of each stage, and the token_warps sums are added at the
-// end, in order. Warps of the same tokens and features, but other ranks, share the work of copying and masking x.
+// end, in order. Warps of the same tokens and features, but other ranks, share the work of copying and masking x: eight
+// lanes move 128 bytes of one row at a time, and each masks what it copied. A tile lies in shared memory by rows, octet c
+// of row r at c ^ (r & 6), so that neither side meets a bank twice.
 //
 // In a tile of 16 tokens and 64 features, thread (g, t) owns features 8g .. 8g + 7 of tokens 2t, 2t + 1, 2t + 8, 2t + 9:
 // its pairs of tokens in the inner dimension, and column g of eight mma, the j-th of which has feature 8g + j there.
@@ -444,15 +265,17 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   const int rank_warp = warp % rank_warps, tile = warp / rank_warps;
   const int feature_warp = tile % Shape::feature_warps, token_warp = tile / Shape::feature_warps;
-  const int feature = blockIdx.x * Shape::features + 64 * feature_warp + 8 * g;
   const int first_token = blockIdx.y * arguments.tokens_per_block;
   const int span = max(0, min(arguments.tokens, first_token + arguments.tokens_per_block) - first_token);
   const int steps = (span + Shape::tokens - 1) / Shape::tokens;
 
-  // Where the next stage comes from: pointers that move on, and up to which token (from first_token) they may.
-  const int tile_token = 16 * token_warp + 2 * t;
-  const uint16_t* x_from = arguments.x.data + (first_token + tile_token) * arguments.x.stride + feature;
-  const int x_limit = feature < arguments.features ? span - tile_token : 0;
+  // Where the next stage comes from: pointers that move on, and up to which token (from first_token) they may. Of x a
+  // lane copies its octet of rows lane / 8 + 4k.
+  const int lane_row = lane / 8, lane_token = 16 * token_warp + lane_row;
+  const int lane_feature = blockIdx.x * Shape::features + 64 * feature_warp + 8 * (lane % 8);
+  const uint16_t* x_from = arguments.x.data + (first_token + lane_token) * arguments.x.stride + lane_feature;
+  const int x_limit = lane_feature < arguments.features ? span - lane_token : 0;
+  auto octet_of = [&](int k) { return (4 * k + lane_row) * 8 + (lane % 8 ^ (4 * (k & 1) | (lane_row & 2))); };
   const uint16_t* dz_from[dz_copies];
   int dz_limit[dz_copies], ahead = 0;
   uint32_t dz_to[dz_copies];
@@ -463,15 +286,15 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     dz_limit[i] = 8 * column < arguments.rank ? span - row : 0;
     dz_to[i] = shared_address(shared + Shape::x_octets + row * Shape::dz_pitch + column);
   }
-  const uint32_t x_to = shared_address(shared + tile * 4 * kLanes + lane);
 
   auto offset = [](int i) { return (i & 1) + 8 * (i >> 1); };  // of a thread's i-th token from its first
   auto copy_stage = [&](int stage) {
     const uint32_t to = stage * (Shape::stage_octets * 16);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i % rank_warps != rank_warp) continue;
-      copy_async(x_to + to + i * kLanes * 16, x_from + offset(i) * arguments.x.stride, ahead + offset(i) < x_limit);
+    for (int k = 0; k < 4; ++k) {
+      if (k % rank_warps != rank_warp) continue;
+      copy_async(shared_address(shared + tile * 4 * kLanes + octet_of(k)) + to, x_from + 4 * k * arguments.x.stride,
+                 ahead + 4 * k < x_limit);
     }
     x_from += Shape::tokens * arguments.x.stride;
 #pragma unroll
@@ -495,36 +318,34 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     if (step < steps) copy_stage(step);
     commit_copies();
   }
-  int64_t lane_token = read_token(0);
-  const uint32_t block = draw.first_block + feature / 8;
+  int64_t token_of_lane = read_token(0);
+  const uint32_t block = draw.first_block + lane_feature / 8;
+  const int own_octet = 2 * t * 8 + (g ^ 2 * t);  // of token 2t; r & 6 is 2t for all four
   float sum[rank_tiles][8][4] = {};
   Turn<stages> reading{0}, writing{stages - 1};
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    uint4* x = shared + reading.stage * Shape::stage_octets + tile * 4 * kLanes + lane;
+    uint4* x = shared + reading.stage * Shape::stage_octets + tile * 4 * kLanes;
     const uint4* dz = shared + reading.stage * Shape::stage_octets + Shape::x_octets;
     wait_copies<stages - 2>();
-    uint4 v[4];
-    if (draw.on) {  // each thread masks what it copied itself
+    if (draw.on) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t its_token = __shfl_sync(0xFFFFFFFF, lane_token, 2 * t + offset(i));
-        if (i % rank_warps != rank_warp) continue;
+      for (int k = 0; k < 4; ++k) {
+        const int64_t its_token = __shfl_sync(0xFFFFFFFF, token_of_lane, 4 * k + lane_row);
+        if (k % rank_warps != rank_warp) continue;
         TokenDraw token;
         token.init(draw, step_draw, its_token);
-        v[i] = x[i * kLanes] & token.keep_block(draw, step_draw, block);
-        if (rank_warps > 1) x[i * kLanes] = v[i];
+        x[octet_of(k)] = x[octet_of(k)] & token.keep_block(draw, step_draw, block);
       }
-      lane_token = read_token(step + 1);
+      token_of_lane = read_token(step + 1);
     }
     __syncthreads();
     if (step + stages - 1 < steps) copy_stage(writing.stage);
     commit_copies();
     reading.next(), writing.next();
-    if (rank_warps > 1 || !draw.on) {
+    uint4 v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = x[i * kLanes];
-    }
+    for (int i = 0; i < 4; ++i) v[i] = x[own_octet + 8 * offset(i)];
     uint4 a[rank_tiles];
 #pragma unroll
     for (int m = 0; m < rank_tiles; ++m) {
@@ -605,26 +426,6 @@ struct InputGradArguments {
   uint16_t* grad;
   uint16_t* made;
 };
-
-// (d gate, d up, x) of x = silu(gate) * up, two at a time; in the order of operations of swiglu_cuda.cu.
-template <bool bfloat16>
-__device__ __forceinline__ void swiglu_backward(uint32_t d, uint32_t gate, uint32_t up, uint32_t& dgate, uint32_t& dup,
-                                                uint32_t& made) {
-  const float2 ds = unpack<bfloat16>(d), gates = unpack<bfloat16>(gate), ups = unpack<bfloat16>(up);
-  const float dj[2] = {ds.x, ds.y}, g[2] = {gates.x, gates.y}, u[2] = {ups.x, ups.y};
-  float to_gate[2], to_up[2], silu[2];
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const float s = __fdividef(1.f, 1.f + __expf(-g[j]));
-    silu[j] = g[j] * s;
-    to_up[j] = dj[j] * silu[j];
-    to_gate[j] = dj[j] * u[j] * s * (1.f + g[j] * (1.f - s));
-  }
-  dgate = pack<bfloat16>(to_gate[0], to_gate[1]);
-  dup = pack<bfloat16>(to_up[0], to_up[1]);
-  const float2 rounded = unpack<bfloat16>(pack<bfloat16>(silu[0], silu[1]));
-  made = pack<bfloat16>(rounded.x * u[0], rounded.y * u[1]);
-}
 
 // A block has 64·groups features, whose part of A lies in shared memory in the order of the mma's operand, and goes
 // through its share of the tokens: each warp by itself, 16 tokens and 64 features at a time, with dx copied ahead into
@@ -816,72 +617,6 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 
 // ---- launches
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <typename Shape, typename Arguments>
-cudaLaunchConfig_t configure(void (*kernel)(Arguments), dim3 grid, cudaLaunchAttribute& cluster, cudaStream_t stream,
-                             cudaError_t& error) {
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::shared_bytes);
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = 1;
-  cluster.val.clusterDim.y = grid.y;
-  cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(Shape::threads);
-  config.dynamicSmemBytes = Shape::shared_bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = grid.y > 1 ? 1 : 0;
-  return config;
-}
-
-// A grid of `tiles` sums, each split over a cluster of blocks.
-template <typename Shape, typename Arguments>
-cudaError_t launch_clusters(void (*kernel)(Arguments), int64_t tiles, int splits, const Arguments& arguments,
-                            cudaStream_t stream) {
-  cudaLaunchAttribute cluster;
-  cudaError_t error;
-  const dim3 grid(static_cast<unsigned>(tiles), splits);
-  const cudaLaunchConfig_t config = configure<Shape>(kernel, grid, cluster, stream, error);
-  return error == cudaSuccess ? cudaLaunchKernelEx(&config, kernel, arguments) : error;
-}
-
-// How many clusters of each size run at once. A cluster lies within one group of multiprocessors, and groups differ, so
-// this is not their number divided by the size.
-struct Capacity {
-  cudaError_t error;
-  int clusters[kLargestCluster + 1];
-
-  // The most blocks to split each of `tiles` sums into while all run at once.
-  int splits(int64_t tiles) const {
-    int size = kLargestCluster;
-    while (size > 1 && clusters[size] < tiles) --size;
-    return size;
-  }
-};
-
-// Asked for once a kernel: the devices of one process are taken to be alike.
-template <typename Shape, typename Arguments>
-const Capacity& capacity(void (*kernel)(Arguments)) {
-  static const Capacity known = [kernel] {
-    Capacity found{};
-    int device, major;
-    found.error = cudaGetDevice(&device);
-    if (found.error == cudaSuccess) {
-      found.error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    }
-    for (int size = 2; size <= kLargestCluster && found.error == cudaSuccess && major >= 9; ++size) {
-      cudaLaunchAttribute cluster;
-      const cudaLaunchConfig_t config = configure<Shape>(kernel, dim3(1, size), cluster, nullptr, found.error);
-      if (found.error != cudaSuccess) break;
-      found.error = cudaOccupancyMaxActiveClusters(&found.clusters[size], kernel, &config);
-    }
-    return found;
-  }();
-  return known;
-}
-
 template <bool bfloat16, typename Shape>
 cudaError_t run_down(DownArguments arguments, cudaStream_t stream) {
   const auto kernel = &down_kernel<bfloat16, Shape>;
@@ -908,6 +643,7 @@ cudaError_t run_weight_grad(WeightGradArguments arguments, cudaStream_t stream) 
 
 template <bool bfloat16, bool gated, typename Shape>
 cudaError_t run_input_grad_kernel(const InputGradArguments& arguments, cudaStream_t stream) {
+  static_assert(Shape::shared_bytes <= kLeastSharedMemory);
   const auto kernel = &input_grad_kernel<bfloat16, gated, Shape>;
   int device, sms;
   cudaError_t error = cudaGetDevice(&device);
@@ -929,24 +665,49 @@ cudaError_t run_input_grad(const InputGradArguments& arguments, cudaStream_t str
                                       : run_input_grad_kernel<bfloat16, true, Shape>(arguments, stream);
 }
 
-// The shapes by rank, as measured on an H200.
+// The shapes by rank, as measured on an H200; where its stages ask for more than every GPU grants, with one less there.
+
+template <bool bfloat16, typename Shape, typename Flat = Shape>
+cudaError_t run_deepest_down(const DownArguments& arguments, cudaStream_t stream) {
+  static_assert(Flat::shared_bytes <= kLeastSharedMemory);
+  return grants_shared_memory(Shape::shared_bytes) ? run_down<bfloat16, Shape>(arguments, stream)
+                                                   : run_down<bfloat16, Flat>(arguments, stream);
+}
+
+template <bool bfloat16, typename Shape, typename Flat = Shape>
+cudaError_t run_deepest_weight_grad(const WeightGradArguments& arguments, cudaStream_t stream) {
+  static_assert(Flat::shared_bytes <= kLeastSharedMemory);
+  return grants_shared_memory(Shape::shared_bytes) ? run_weight_grad<bfloat16, Shape>(arguments, stream)
+                                                   : run_weight_grad<bfloat16, Flat>(arguments, stream);
+}
 
 template <bool bfloat16>
 cudaError_t down_by_rank(const DownArguments& arguments, cudaStream_t stream) {
-  if (arguments.rank <= 16) return run_down<bfloat16, DownShape<2, 1, 8, 2, 4>>(arguments, stream);
-  if (arguments.rank <= 32) return run_down<bfloat16, DownShape<4, 1, 8, 2, 4>>(arguments, stream);
-  if (arguments.rank <= 64) return run_down<bfloat16, DownShape<8, 1, 8, 2, 4>>(arguments, stream);
-  if (arguments.rank <= 128) return run_down<bfloat16, DownShape<16, 1, 8, 1, 4>>(arguments, stream);
-  return run_down<bfloat16, DownShape<24, 1, 8, 1, 4>>(arguments, stream);
+  if (arguments.gate_up != nullptr) {
+    if (arguments.rank <= 16) return run_deepest_down<bfloat16, DownShape<true, 2, 1, 8, 1, 4>>(arguments, stream);
+    if (arguments.rank <= 32) return run_deepest_down<bfloat16, DownShape<true, 4, 1, 8, 1, 4>>(arguments, stream);
+    return run_deepest_down<bfloat16, DownShape<true, 8, 1, 8, 1, 4>>(arguments, stream);
+  }
+  if (arguments.rank <= 16) return run_deepest_down<bfloat16, DownShape<false, 2, 1, 8, 2, 4>>(arguments, stream);
+  if (arguments.rank <= 32) return run_deepest_down<bfloat16, DownShape<false, 4, 1, 8, 2, 4>>(arguments, stream);
+  if (arguments.rank <= 64) {
+    return run_deepest_down<bfloat16, DownShape<false, 8, 1, 8, 2, 4>, DownShape<false, 8, 1, 8, 2, 3>>(arguments,
+                                                                                                        stream);
+  }
+  if (arguments.rank <= 128) return run_deepest_down<bfloat16, DownShape<false, 16, 1, 8, 1, 4>>(arguments, stream);
+  return run_deepest_down<bfloat16, DownShape<false, 24, 1, 8, 1, 4>>(arguments, stream);
 }
 
 template <bool bfloat16>
 cudaError_t weight_grad_by_rank(const WeightGradArguments& arguments, cudaStream_t stream) {
-  if (arguments.rank <= 16) return run_weight_grad<bfloat16, WeightGradShape<1, 1, 2, 8, 4>>(arguments, stream);
-  if (arguments.rank <= 32) return run_weight_grad<bfloat16, WeightGradShape<2, 1, 2, 8, 4>>(arguments, stream);
-  if (arguments.rank <= 64) return run_weight_grad<bfloat16, WeightGradShape<2, 2, 2, 4, 4>>(arguments, stream);
-  if (arguments.rank <= 128) return run_weight_grad<bfloat16, WeightGradShape<2, 4, 2, 2, 4>>(arguments, stream);
-  return run_weight_grad<bfloat16, WeightGradShape<3, 4, 3, 1, 4>>(arguments, stream);
+  if (arguments.rank <= 16) return run_deepest_weight_grad<bfloat16, WeightGradShape<1, 1, 2, 8, 4>>(arguments, stream);
+  if (arguments.rank <= 32) {
+    return run_deepest_weight_grad<bfloat16, WeightGradShape<2, 1, 2, 8, 4>, WeightGradShape<2, 1, 2, 8, 3>>(arguments,
+                                                                                                             stream);
+  }
+  if (arguments.rank <= 64) return run_deepest_weight_grad<bfloat16, WeightGradShape<2, 2, 2, 4, 4>>(arguments, stream);
+  if (arguments.rank <= 128) return run_deepest_weight_grad<bfloat16, WeightGradShape<2, 4, 2, 2, 4>>(arguments, stream);
+  return run_deepest_weight_grad<bfloat16, WeightGradShape<3, 4, 3, 1, 4>>(arguments, stream);
 }
 
 template <bool bfloat16>
@@ -958,19 +719,16 @@ cudaError_t input_grad_by_rank(const InputGradArguments& arguments, cudaStream_t
   return run_input_grad<bfloat16, InputGradShape<12, 2, 8, 4, 1>>(arguments, stream);
 }
 
-Matrix matrix(const void* data, int64_t stride) {
-  return {static_cast<uint16_t*>(const_cast<void*>(data)), stride};
-}
-
 }  // namespace
 
 cudaError_t launch_lora_down(void* z, int64_t z_stride, int64_t z_columns, const void* x, int64_t x_stride, void* copy,
-                             int64_t copy_stride, const void* A, int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
-                             bool bfloat16, cudaStream_t stream) {
+                             int64_t copy_stride, const void* gate_up, const void* A, int64_t tokens, int64_t features,
+                             int64_t rank, const LoraMask& mask, bool bfloat16, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   const DownArguments arguments{matrix(z, z_stride),
                                 matrix(x, x_stride),
                                 matrix(copy, copy_stride),
+                                static_cast<const uint16_t*>(gate_up),
                                 static_cast<const uint16_t*>(A),
                                 make_draw(mask),
                                 static_cast<int>(tokens),

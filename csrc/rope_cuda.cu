@@ -1,18 +1,21 @@
 // Heads and their rotation: a thread takes one vector of the first half of a head and its partner in the second half.
+// Tokens are the grid's first dimension: dividing 64-bit numbers to find them took longer than the memory.
 #include "cuda_vectors.h"
 
 namespace megalora {
 namespace {
 
+constexpr int kRopeThreads = 128;
+
 template <typename T, bool backward>
-__global__ void split_rope_kernel(T* qkv, Heads q, Heads k, Heads v, const T* cos, const T* sin, int64_t tokens, int heads,
+__global__ void split_rope_kernel(T* qkv, Heads q, Heads k, Heads v, const T* cos, const T* sin, int heads,
                                   int kv_heads, int head_dim) {
   constexpr int each = Vector<T>::size;
   const int half = head_dim / 2, parts = half / each, all = heads + 2 * kv_heads;
-  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (i >= tokens * all * parts) return;
-  const int part = i % parts * each, head = i / parts % all;
-  const int64_t token = i / parts / all;
+  const unsigned i = blockIdx.y * blockDim.x + threadIdx.x;
+  if (i >= static_cast<unsigned>(all * parts)) return;
+  const int part = i % parts * each, head = i / parts;
+  const int64_t token = blockIdx.x;
   T* whole = qkv + (token * all + head) * head_dim + part;
   const bool in_q = head < heads, in_k = !in_q && head < heads + kv_heads;
   const Heads& side = in_q ? q : in_k ? k : v;
@@ -41,10 +44,11 @@ void launch_split_rope(Type type, bool backward, void* qkv, Heads q, Heads k, He
                        int64_t tokens, int heads, int kv_heads, int head_dim, void* stream) {
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t work = tokens * (heads + 2 * kv_heads) * (head_dim / 2 / Vector<T>::size);
+    const int64_t work = int64_t{heads + 2 * kv_heads} * (head_dim / 2 / Vector<T>::size);
     const auto kernel = backward ? split_rope_kernel<T, true> : split_rope_kernel<T, false>;
-    kernel<<<blocks_for(work, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<T*>(qkv), q, k, v, static_cast<const T*>(cos), static_cast<const T*>(sin), tokens, heads, kv_heads,
+    const dim3 grid(static_cast<unsigned>(tokens), blocks_for(work, kRopeThreads));
+    kernel<<<grid, kRopeThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<T*>(qkv), q, k, v, static_cast<const T*>(cos), static_cast<const T*>(sin), heads, kv_heads,
         head_dim);
   });
 }

@@ -268,15 +268,19 @@ MISTAKES = {
         lambda group: _put_beside(group, lambda linear: linear.lora_B.weight),
     ),
     "dA without the branch's scale": (
-        "megalora.parallel.linear.lora_down_weight_grad",
+        "megalora.ops.lora_backward.lora_down_weight_grad",
         lambda dz, x, token_index, draw: dz.t() @ x * (LORA["r"] / LORA["lora_alpha"]),
     ),
     "dB without the branch's scale": (
         "megalora.parallel.linear.lora_up_weight_grad",
-        lambda dy, z, scaling, into: dy.t() @ z,
+        lambda dy, z, scaling, into: into.add_(dy.t() @ z),
+    ),
+    "dB of gate and up without the branch's scale": (
+        "megalora.ops.lora_backward.lora_up_weight_grad",
+        lambda dy, z, scaling, into: into.add_(dy.t() @ z),
     ),
     "no gradient through the branch to the input": (
-        "megalora.parallel.linear.lora_down_input_grad_",
+        "megalora.ops.lora_backward.lora_down_input_grad_",
         lambda dx, dz, A, token_index, draw, out: None if out is None else out.copy_(dx),
     ),
 }

@@ -20,6 +20,7 @@ import megalora.data.loader
 import megalora.data.packing
 import megalora.models.attention
 import megalora.models.stage
+import megalora.ops.lora_backward
 import megalora.parallel.embedding
 import megalora.parallel.grads
 import megalora.parallel.linear
@@ -238,7 +239,7 @@ def _():
 @mutation("backward of A draws no mask", Run())
 def _():
     wrap(
-        megalora.parallel.linear,
+        megalora.ops.lora_backward,
         "lora_down_weight_grad",
         lambda grad, dz, x, token_index, draw: grad(dz, x, token_index, None),
     )

@@ -8,7 +8,7 @@ from torch import nn
 from megalora.lora import ResolvedLora
 from megalora.models.config import ModelConfig
 from megalora.models.inputs import Inputs
-from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, RowParallelLinear
+from megalora.parallel.linear import ColumnParallelLinear, GatedPair, LinearGroup, Placement, RowParallelLinear
 from megalora.parallel.split import even_part
 
 
@@ -34,7 +34,8 @@ class MLP(nn.Module):
 
         self.gate_up = LinearGroup((self.gate_proj, self.up_proj), sites[0], place)
         self.down = LinearGroup((self.down_proj,), sites[1], place, gated=True)
+        self.pair = GatedPair(self.gate_up, self.down)
 
     def forward(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """X [T, hidden_size + gate_up.room] -> [T, hidden_size]."""
-        return self.down(self.gate_up(X, inputs.tokens), inputs.tokens)
+        return self.pair(X, inputs.tokens)

@@ -18,6 +18,8 @@ O out_features of all linears together.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from megalora.ops import extension
@@ -112,11 +114,17 @@ def lora_up_weight_grad(
 
 _HALF = (torch.bfloat16, torch.float16)
 _LARGEST_RANK = 192  # of the kernels
-_LARGEST_RANK_OF_WEIGHT_GRAD = 32  # above it, writing dropout(x) for a GEMM is quicker, as measured on an H100
+# Bytes that a block of theirs may ask for (csrc/tensor_cores.h). GPUs of compute capability 9.0 grant 227 KB, those of
+# 8.0 163 KB, and those of 8.6, 8.9 and 12.0 99 KB.
+_SHARED_MEMORY = 163 << 10
+_LARGEST_RANK_OF_WEIGHT_GRAD = 64  # above it, writing dropout(x) for a GEMM is quicker, as measured on an H100
 
 
 def kernels_take(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
-    """Whether kernels take it: on a CPU not in float16; on a GPU 16-bit floats, sizes in eights, rows on 16 bytes."""
+    """Whether kernels take it: on a CPU not in float16; on a GPU 16-bit floats, sizes in eights, rows on 16 bytes.
+
+    And none on a GPU whose blocks have too little shared memory.
+    """
     if not extension.has_kernels(x_TI.device.type):
         return False
     if x_TI.device.type == "cpu":
@@ -126,7 +134,14 @@ def kernels_take(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
         and rank % 8 == x_TI.shape[1] % 8 == x_TI.stride(0) % 8 == 0
         and rank <= _LARGEST_RANK
         and (draw is None or draw.feature_offset % 8 == 0)
+        and _shared_memory_granted(x_TI.device.index) >= _SHARED_MEMORY
     )
+
+
+@functools.cache
+def _shared_memory_granted(index: int) -> int:
+    """Bytes a block of a kernel, on this GPU. Nothing runs there for it: it may be asked while a graph is captured."""
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
 def mask_arguments(draw: Dropout | None) -> tuple[int, int, int, int, float, torch.Tensor | None]:

@@ -6,12 +6,41 @@ import torch
 
 from megalora.ops import extension
 from megalora.ops.dropout import Dropout
-from megalora.ops.lora_linear import kernels_take, lora_down_input_grad_, mask_arguments
+from megalora.ops.lora_linear import kernels_take, lora_down_, lora_down_input_grad_, mask_arguments
+
+_LARGEST_RANK = 64  # of the kernel that has swiglu and the down-projection of the branch that reads it
 
 
 def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
     """gate_up [T, 2 I], gate before up -> silu(gate) * up [T, I + room], undefined in the room (see lora_linear)."""
     return _SwiGlu.apply(gate_up, room)
+
+
+def swiglu_down(
+    gate_up: torch.Tensor, room: int, A_RI: torch.Tensor, token_index: torch.Tensor, draw: Dropout | None
+) -> torch.Tensor:
+    """gate_up [T, 2 I] -> [x | z | 0] [T, I + room]: x = silu(gate) * up with z = dropout(x) A^T behind it.
+
+    A [R, I] with R <= room, token_index [T] and draw as in lora_down_. Not for autograd.
+    """
+    rank, size = A_RI.shape
+    if (
+        fuses_down(gate_up.device.type, rank)
+        and kernels_take(gate_up[:, :size], rank, draw)
+        and _compiled(gate_up, room)
+    ):
+        X = gate_up.new_empty(gate_up.shape[0], size + room)
+        arguments = (token_index, *mask_arguments(draw))
+        torch.ops.megalora.swiglu_lora_down_(X[:, size:], gate_up, A_RI, *arguments, X[:, :size])
+        return X
+    X = swiglu(gate_up, room)
+    lora_down_(X, A_RI, token_index, draw)
+    return X
+
+
+def fuses_down(device_type: str, rank: int) -> bool:
+    """Whether swiglu_down reads no x there."""
+    return device_type == "cuda" and rank <= _LARGEST_RANK
 
 
 def _compiled(gate_up: torch.Tensor, room: int) -> bool:

@@ -12,22 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from megalora.lora import Adapter, initial_factor
 from megalora.ops.dropout import Dropout
-from megalora.ops.lora_linear import (
-    lora_down_,
-    lora_down_input_grad_,
-    lora_down_weight_grad,
-    lora_up_weight_grad,
-    room_for,
-)
+from megalora.ops.lora_backward import UpBranch, add_down_weight_grad_, lora_backward_, swiglu_lora_backward_
+from megalora.ops.lora_linear import lora_down_, lora_down_input_grad_, lora_up_weight_grad, room_for
 from megalora.ops.matmul import matmul, matmul_nt
 from megalora.ops.scaled_copy import scaled_copy_
-from megalora.ops.swiglu import swiglu, swiglu_backward
+from megalora.ops.swiglu import swiglu, swiglu_backward, swiglu_down
 from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, reduce_scatter
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import Part, Split, whole_split
@@ -241,31 +237,37 @@ class LinearGroup:
         Column-parallel: source has this rank's T tokens, y all F. Row-parallel: source has all F, y is reduced to this
         rank's T.
         """
-        assert self._ready, "refresh() comes before the first use"
-        offset = self.linears[0].feature_offset if self.row_parallel else 0
-        index = tokens.index if self.row_parallel else tokens.local
         if not torch.is_grad_enabled():  # nothing is kept for a backward that does not come
-            return self.product(source, tokens.draw(self.dropout, self.site, offset), index)[0]
-        trainables = []
+            return self.product(source, tokens)[0]
+        return _GroupedLinear.apply(source, self, tokens, *self.trainables())
+
+    def trainables(self) -> list[torch.Tensor | None]:
+        """A, B and the bias of each linear, in order."""
+        found = []
         for linear in self.linears:
             A = None if linear.lora_A is None else linear.lora_A.weight
             B = None if linear.lora_B is None else linear.lora_B.weight
-            trainables += [A, B, linear.bias]
-        return _GroupedLinear.apply(source, self, tokens.draw(self.dropout, self.site, offset), index, *trainables)
+            found += [A, B, linear.bias]
+        return found
 
-    def product(
-        self, source: torch.Tensor, draw: Dropout | None, token_index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def mask(self, tokens: Tokens) -> tuple[torch.Tensor, Dropout | None]:
+        """(the tokens of the group's input on this rank, the dropout of it)."""
+        offset = self.linears[0].feature_offset if self.row_parallel else 0
+        return tokens.index if self.row_parallel else tokens.local, tokens.draw(self.dropout, self.site, offset)
+
+    def product(self, source: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """(y, the full X that it is the product of), for `source` as in the call; not for autograd."""
+        assert self._ready, "refresh() comes before the first use"
         tp, columns = self.place.tp, self.in_features
         X, A, x = source, self.down, None
+        token_index, draw = self.mask(tokens)
         if self.gated:
-            X = swiglu(source, self.room)
-        elif A is not None and source.shape[1] == columns:
-            X, x = source.new_empty(source.shape[0], columns + self.room), source
-        assert X.shape[1] == columns + self.room, (X.shape, columns, self.room)
-        if A is not None:
+            X = swiglu(source, self.room) if A is None else swiglu_down(source, self.room, A, token_index, draw)
+        elif A is not None:
+            if source.shape[1] == columns:
+                X, x = source.new_empty(source.shape[0], columns + self.room), source
             lora_down_(X, A, token_index, draw, x)
+        assert X.shape[1] == columns + self.room, (X.shape, columns, self.room)
         full = all_gather(X, tp) if self.gathers and not self.row_parallel else X
         if not self.row_parallel:
             return matmul_nt(full, self.matrix, self.bias), full
@@ -318,14 +320,170 @@ def _concatenated(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
     return torch.cat([part.detach() for part in parts]).to(dtype)
 
 
-def _hand_over(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """What autograd is told of these gradients: nothing, where they were added to those that the parameters hold."""
-    gradients = [gradient.to(p.dtype) for p, gradient in zip(parameters, gradients, strict=True)]
-    if any(p.grad is None for p in parameters):
-        return gradients
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad.add_(gradient)
-    return [None] * len(parameters)
+class GatedPair:
+    """gate and up, then down of silu(gate) * up: two groups whose backward passes are one.
+
+    first   the column-parallel group of gate and up
+    second  the row-parallel, gated one of down
+    """
+
+    def __init__(self, first: LinearGroup, second: LinearGroup):
+        assert second.gated and not first.gated and sum(first.sizes) == 2 * second.in_features
+        self.first, self.second = first, second
+
+    def __call__(self, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """source [T, I + C] or [T, I] -> y [T, O], as of the groups one after the other."""
+        if not torch.is_grad_enabled():
+            return self.second.product(self.first.product(source, tokens)[0], tokens)[0]
+        return _GatedPair.apply(source, self, tokens, *self.first.trainables(), *self.second.trainables())
+
+
+# ---- backward
+
+
+class _Kept(NamedTuple):
+    """What a group keeps of a microbatch: its source, where a gradient reads it; z [F, R], where that is not in the
+    source; A as it was; whose tokens its input has."""
+
+    source: torch.Tensor | None
+    z: torch.Tensor | None
+    A: torch.Tensor | None
+    token_index: torch.Tensor
+
+
+class _Sums:
+    """What a group's gradients are added to: those that its parameters hold or, for autograd to add, new zeros."""
+
+    def __init__(self, group: LinearGroup, needs: Sequence[bool]):
+        """needs: which of group.trainables() want a gradient."""
+        self.told: list[torch.Tensor | None] = []  # what autograd is told, in their order
+        self._into: list[torch.Tensor | None] = []
+        self._trainables = group.trainables()
+        for parameter, needed in zip(self._trainables, needs, strict=True):
+            into = parameter.grad if needed else None
+            fresh = torch.zeros_like(parameter) if needed and into is None else None
+            self.told.append(fresh)
+            self._into.append(fresh if into is None else into)
+
+    @property
+    def dA(self) -> list[torch.Tensor]:
+        """One for each adapted linear, what is not wanted to nowhere; none where no A wants a gradient."""
+        if all(into is None for into in self._into[0::3]):
+            return []
+        adapted = [(A, into) for A, into in zip(self._trainables[0::3], self._into[0::3], strict=True) if A is not None]
+        return [torch.zeros_like(A) if into is None else into for A, into in adapted]
+
+    def dB(self, i: int) -> torch.Tensor | None:
+        """Of the i-th linear."""
+        return self._into[3 * i + 1]
+
+    def dbias(self, i: int) -> torch.Tensor | None:
+        return self._into[3 * i + 2]
+
+
+def _keep(
+    group: LinearGroup, source: torch.Tensor, full: torch.Tensor, tokens: Tokens, needs_dx: bool, needs: Sequence[bool]
+) -> _Kept:
+    """Of a product of `source` whose X is `full`. needs: which of group.trainables() want a gradient."""
+    keeps = any(needs[0::3]) or (group.gated and needs_dx)
+    # z is kept apart where X is not what is kept; without gradients nothing is kept.
+    apart = (needs_dx or any(needs)) and (full is not source or not keeps)
+    z = full[:, group.in_features :].clone() if group.down is not None and apart else None
+    return _Kept(source if keeps else None, z, group.down, group.mask(tokens)[0])
+
+
+def _up_branches(group: LinearGroup, kept: _Kept, sums: _Sums) -> list[UpBranch]:
+    """The branches of a group whose dB is wanted."""
+    branches = []
+    for i, (linear, (rows, place)) in enumerate(zip(group.linears, group.spans, strict=True)):
+        if sums.dB(i) is not None:
+            z = kept.source[:, group.in_features :] if kept.z is None else kept.z
+            z_here = z[:, place.start - group.in_features : place.stop - group.in_features]
+            branches.append(UpBranch(rows, z_here, linear.adapter.scaling, sums.dB(i)))
+    return branches
+
+
+def _backward(
+    group: LinearGroup,
+    kept: _Kept,
+    draw: Dropout | None,
+    dy: torch.Tensor,
+    needs_dx: bool,
+    sums: _Sums,
+    *,
+    dense: bool = False,
+    own_ups: bool = True,
+    ups_before: Sequence[UpBranch] = (),
+) -> torch.Tensor | None:
+    """The gradient of the group's source (None unless needs_dx), from that of its result; adds to `sums`.
+
+    dense       the source came without room, and so does its gradient
+    own_ups     false: whoever made dy has seen to the group's dB
+    ups_before  the branches that a gated group's source was made with, whose dB is seen to here
+    """
+    A, token_index, tp = kept.A, kept.token_index, group.place.tp
+    columns, dA = group.in_features, sums.dA
+    if group.row_parallel and group.gathers:
+        dy = all_gather(dy, tp)
+    for branch in _up_branches(group, kept, sums) if own_ups else ():
+        lora_up_weight_grad(dy[:, branch.rows], branch.z, branch.scaling, branch.dB)
+    for i, (rows, _) in enumerate(group.spans):
+        if sums.dbias(i) is not None:
+            sums.dbias(i).add_(dy[:, rows].sum(0, dtype=sums.dbias(i).dtype))
+    if not needs_dx and A is None:
+        return None
+    dX = matmul(dy, group.matrix if needs_dx else group.matrix[:, columns:])
+    if group.gathers and not group.row_parallel:
+        dX = reduce_scatter(dX, tp)
+    dz = None if A is None else dX[:, dX.shape[1] - group.room :][:, : sum(group.ranks)]
+    if group.gated:
+        return _gated_backward(group, kept, draw, dX, dz, needs_dx, dA, ups_before)
+    if not needs_dx:
+        if dA:
+            add_down_weight_grad_(dA, dz, kept.source[:, :columns], token_index, draw)
+        return None
+    # Apart where x came without room, so that what made it gets a gradient as dense as its own result.
+    out = dX.new_empty(dX.shape[0], columns) if dense and dz is not None else None
+    dsource = (dX[:, :columns] if dense else dX) if out is None else out
+    if group.row_parallel or group.gathers or tp.size == 1:
+        if dA:
+            lora_backward_(dX[:, :columns], dz, kept.source[:, :columns], A, token_index, draw, dA, out)
+        elif dz is not None:
+            lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw, out)
+        return dsource
+    if dz is not None:
+        lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw, out)
+        dz = dz.clone()  # this rank's term, before the sum over it
+    pending = all_reduce_async(dsource, tp)
+    if dA:  # runs while dX is reduced
+        add_down_weight_grad_(dA, dz, kept.source[:, :columns], token_index, draw)
+    return pending.wait()
+
+
+def _gated_backward(
+    group: LinearGroup,
+    kept: _Kept,
+    draw: Dropout | None,
+    dX: torch.Tensor,
+    dz: torch.Tensor | None,
+    needs_dx: bool,
+    dA: Sequence[torch.Tensor],
+    ups_before: Sequence[UpBranch],
+) -> torch.Tensor | None:
+    """The rest of `_backward` where x was made of the source: the gradient of gate and up."""
+    A, token_index, columns = kept.A, kept.token_index, group.in_features
+    if needs_dx and dA:
+        return swiglu_lora_backward_(dX[:, :columns], kept.source, dz, A, token_index, draw, dA[0], ups_before)
+    if dA:
+        add_down_weight_grad_(dA, dz, swiglu(kept.source), token_index, draw)
+    if not needs_dx:
+        return None
+    if dz is not None:
+        lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw)
+    dsource = swiglu_backward(dX[:, :columns], kept.source, None)[0]
+    for branch in ups_before:
+        lora_up_weight_grad(dsource[:, branch.rows], branch.z, branch.scaling, branch.dB)
+    return dsource
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -334,68 +492,59 @@ class _GroupedLinear(torch.autograd.Function):
     Nothing is kept for a frozen weight."""
 
     @staticmethod
-    def forward(ctx, source, group, draw, token_index, *trainables):
-        y, full = group.product(source, draw, token_index)
-        A, columns = group.down, group.in_features
-        ctx.group, ctx.draw, ctx.width = group, draw, source.shape[1]
-        ctx.needs_a = any(ctx.needs_input_grad[4::3])
-        keeps = ctx.needs_a or (group.gated and ctx.needs_input_grad[0])
-        # z is kept apart where X is not what is kept; without gradients nothing is kept.
-        apart = any(ctx.needs_input_grad) and (full is not source or not keeps)
-        z = full[:, columns:].clone() if A is not None and apart else None
-        ctx.save_for_backward(source if keeps else None, z, A, token_index)
+    def forward(ctx, source, group, tokens, *trainables):
+        y, full = group.product(source, tokens)
+        ctx.group, ctx.draw, ctx.width = group, group.mask(tokens)[1], source.shape[1]
+        needs_dx, _, _, *needs = ctx.needs_input_grad
+        ctx.save_for_backward(*_keep(group, source, full, tokens, needs_dx, needs))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        source, z, A, token_index = ctx.saved_tensors
-        group, draw = ctx.group, ctx.draw
-        tp, columns, rank = group.place.tp, group.in_features, sum(group.ranks)
-        if group.row_parallel and group.gathers:
-            dy = all_gather(dy, tp)
-        grads = [None] * (3 * len(group.linears))
-        if A is not None and z is None:
-            z = source[:, columns:]
-        for i, (linear, (rows, place)) in enumerate(zip(group.linears, group.spans, strict=True)):
-            if linear.lora_B is not None:
-                z_here, into = z[:, place.start - columns : place.stop - columns], linear.lora_B.weight.grad
-                grads[3 * i + 1] = lora_up_weight_grad(dy[:, rows], z_here, linear.adapter.scaling, into)
-            if ctx.needs_input_grad[4 + 3 * i + 2]:
-                db = dy[:, rows].sum(0, dtype=linear.bias.dtype)
-                (grads[3 * i + 2],) = _hand_over([linear.bias], [db])
-        needs_dx = ctx.needs_input_grad[0]
-        if not needs_dx and A is None:
-            return None, None, None, None, *grads
-        dX = matmul(dy, group.matrix if needs_dx else group.matrix[:, columns:])
-        if group.gathers and not group.row_parallel:
-            dX = reduce_scatter(dX, tp)
-        dz = dX[:, dX.shape[1] - group.room :][:, :rank] if A is not None else None
-        dsource, x, dropped, pending = None, None, None, None
-        if group.gated and needs_dx:
-            branch = None if dz is None else (dz, A, token_index, draw)
-            dsource, x, dropped = swiglu_backward(dX[:, :columns], source, branch)
-        elif needs_dx:
-            dsource = dX[:, : ctx.width]
-            if dz is not None:
-                # Apart where x came without room, so that what made it gets a gradient as dense as its own result.
-                apart = dX.new_empty(dX.shape[0], columns) if ctx.width == columns else None
-                lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw, apart)
-                dsource = dsource if apart is None else apart
-            if not group.row_parallel and not group.gathers and tp.size > 1:
-                dz = None if dz is None else dz.clone()  # this rank's term, before the sum over it
-                pending = all_reduce_async(dsource, tp)
-        if ctx.needs_a:  # runs while dX is reduced
-            adapted = [i for i, linear in enumerate(group.linears) if linear.lora_A is not None]
-            factors = [group.linears[i].lora_A.weight for i in adapted]
-            if dropped is not None:
-                told = [lora_up_weight_grad(dz, x, dropped, factors[0].grad)]
-            else:
-                if x is None:
-                    x = swiglu(source) if group.gated else source[:, :columns]
-                dA = lora_down_weight_grad(dz, x, token_index, draw)
-                told = _hand_over(factors, dA.split([r for r in group.ranks if r]))
-            for i, grad in zip(adapted, told, strict=True):
-                grads[3 * i] = grad
-        if pending is not None:
-            dsource = pending.wait()
-        return dsource, None, None, None, *grads
+        needs_dx, _, _, *needs = ctx.needs_input_grad
+        group, sums = ctx.group, _Sums(ctx.group, needs)
+        dense = ctx.width == group.in_features
+        dsource = _backward(group, _Kept(*ctx.saved_tensors), ctx.draw, dy, needs_dx, sums, dense=dense)
+        return dsource, None, None, *sums.told
+
+
+class _GatedPair(torch.autograd.Function):
+    """Both groups as _GroupedLinear; the dB of the first is seen to where its dy is made."""
+
+    @staticmethod
+    def forward(ctx, source, pair, tokens, *trainables):
+        first, second = pair.first, pair.second
+        ctx.pair, ctx.draws, ctx.width = pair, [group.mask(tokens)[1] for group in (first, second)], source.shape[1]
+        needs_dx, needs_first, needs_second = _cut_needs(ctx.needs_input_grad, first)
+        gate_up, full = first.product(source, tokens)
+        kept = _keep(first, source, full, tokens, needs_dx, needs_first)
+        del full  # what was gathered is not needed beside the second product
+        y, X = second.product(gate_up, tokens)
+        needs_dx = needs_dx or any(needs_first)
+        ctx.save_for_backward(*kept, *_keep(second, gate_up, X, tokens, needs_dx, needs_second))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        first, second = ctx.pair.first, ctx.pair.second
+        needs_dx, needs_first, needs_second = _cut_needs(ctx.needs_input_grad, first)
+        saved, count = ctx.saved_tensors, len(_Kept._fields)
+        kept_first, kept_second = _Kept(*saved[:count]), _Kept(*saved[count:])
+        sums_first, sums_second = _Sums(first, needs_first), _Sums(second, needs_second)
+        ups, goes_on = _up_branches(first, kept_first, sums_first), needs_dx or any(needs_first)
+        dgate_up = _backward(second, kept_second, ctx.draws[1], dy, goes_on, sums_second, ups_before=ups)
+        ctx.maybe_clear_saved_tensors()  # gate_up goes before the first group's products need memory
+        del saved, kept_second, ups
+        dsource = None
+        if goes_on:
+            dense = ctx.width == first.in_features
+            dsource = _backward(
+                first, kept_first, ctx.draws[0], dgate_up, needs_dx, sums_first, dense=dense, own_ups=False
+            )
+        return dsource, None, None, *sums_first.told, *sums_second.told
+
+
+def _cut_needs(needs: Sequence[bool], first: LinearGroup) -> tuple[bool, Sequence[bool], Sequence[bool]]:
+    """(of the source, of the first group's trainables, of the second's)."""
+    end = 3 + 3 * len(first.linears)
+    return needs[0], needs[3:end], needs[end:]

@@ -62,9 +62,9 @@ class Neighbours:
         self._coming: dict[Action, tuple[dist.Work, torch.Tensor]] = {}
         self._leaving: dict[tuple[str, int], deque[tuple[dist.Work, torch.Tensor]]] = {}
         self._lanes: dict[tuple[str, int], dist.ProcessGroup] = {}
-        on_gpu = torch.device(device).type == "cuda"
-        if mesh.pp.size > 1 and (on_gpu if lanes is None else lanes):
-            self._open_lanes(mesh, "nccl" if on_gpu else None)
+        self._on_gpu = torch.device(device).type == "cuda"
+        if mesh.pp.size > 1 and (self._on_gpu if lanes is None else lanes):
+            self._open_lanes(mesh, "nccl" if self._on_gpu else None)
 
     @property
     def ahead(self) -> int:
@@ -74,7 +74,7 @@ class Neighbours:
         may wait for that kernel (CUDA loads a kernel at its first launch, and frees memory, when the device is idle).
         So nothing may be posted whose message needs a compute that this stage has yet to launch.
         """
-        return 0 if self._lanes else AHEAD
+        return 0 if self._on_gpu else AHEAD
 
     def expect(self, action: Action) -> None:
         """Posts a receive."""

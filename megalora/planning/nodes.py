@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from megalora.ops import extension
+from megalora.ops.lora_backward import fuses_gated
+from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
 from megalora.planning.shapes import Group, Layer, Shape
 
@@ -249,6 +251,9 @@ class _LayerNodes:
             kept = x if group.rank else 0
         if group.rank and (gathers or group.row_parallel):
             kept += tokens.full * group.room * e
+        device = self.shape.device_type
+        reads_z = group.rank and not (gated and fuses_down(device, group.rank))  # x again, for z
+        fused = bool(group.rank) and self._fused()  # one pass through what is gated, with dB of gate and up
         made = x if gated or (group is layer.out and group.room) else 0  # with room, for the forward only
         y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
         reads_x = held * group.inputs * e
@@ -258,7 +263,7 @@ class _LayerNodes:
         forward = Pass(
             live=(tokens.full * (group.inputs + group.room) * e if gathers else 0) + made + y_full,
             flops=matrix + branch * group.inputs,
-            traffic=(reads_x if group.rank else 0) + (3 * reads_x if gated else 0),
+            traffic=(reads_x if reads_z else 0) + (3 * reads_x if gated else 0),
             reduced=across,
             calls=1 + gated + (1 if group.rank else 0) + (1 if group.biases and group.row_parallel else 0),
         )
@@ -269,19 +274,28 @@ class _LayerNodes:
         needs_dx = flowing
         after = 0  # beside dX: the gradient of gate_up and x again; or what goes on from o
         if gated:
-            after = (3 if group.rank else 2) * reads_x
+            after = (3 if group.rank and not fused else 2) * reads_x
         elif group is layer.out and group.rank:
             after = reads_x
+        traffic = y_full + reads_x + (2 * reads_x if needs_dx else 0) if group.rank else 0
+        if fused and needs_dx and gated:
+            traffic = y_full
+        elif fused and group is layer.gate_up:
+            traffic -= y_full
         backward = Pass(
             live=tokens.stream + dy + (dx_full + scattered + after if needs_dx else 0) + gradients,
             flops=(matrix if needs_dx else 2 * tokens.full * group.room * group.output)
             + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
-            traffic=((y_full + reads_x + (2 * reads_x if needs_dx else 0)) if group.rank else 0)
-            + (5 * reads_x if gated and needs_dx else 0),
+            traffic=traffic + (5 * reads_x if gated and needs_dx else 0),
             reduced=(tokens.whole,) if tp > 1 and (tokens.gathers or (not group.row_parallel and needs_dx)) else (),
             calls=1 + (3 * group.adapted + 4 if group.rank else 0),
         )
         return self._node("linears", kept, forward, backward, flowing or group.trains)
+
+    def _fused(self) -> bool:
+        """Whether the backward passes of down's branch, of what is gated and of gate's and up's B are one."""
+        down, ups = self.layer.down, [rank for rank in self.layer.gate_up.ranks if rank]
+        return down.rank > 0 and len(ups) != 1 and fuses_gated(self.shape.device_type, down.rank, ups)
 
     def _core(self, flowing: bool) -> Node:
         """Rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""

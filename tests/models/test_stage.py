@@ -11,7 +11,7 @@ from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage, adaptable_linears
-from megalora.parallel.linear import LinearGroup, Placement
+from megalora.parallel.linear import GatedPair, LinearGroup, Placement
 from megalora.parallel.mesh import Axis
 
 FIELDS = {
@@ -74,17 +74,25 @@ def test_layers_below_the_lowest_adapter_keep_nothing(lowest, recompute):
 @pytest.mark.parametrize("lowest", [0, 2])
 def test_the_first_adapted_layer_gives_no_gradient_of_its_input(lowest, monkeypatch):
     stage, wants = made(lowest, "none"), {}
-    names = {group: (int(i), n) for i, layer in stage.model.layers.items() for n, group in enumerate(layer.groups())}
-    call = LinearGroup.__call__
+    names = {}  # each layer's calls, in order: q k v, o, the MLP's two groups
+    for i, layer in stage.model.layers.items():
+        qkv, o, _, _ = layer.groups()
+        names |= {call: (int(i), n) for n, call in enumerate((qkv, o, layer.mlp.pair))}
 
-    def noted(self, X, tokens):
-        wants[names[self]] = X.requires_grad
-        return call(self, X, tokens)
+    def note(kind):
+        call = kind.__call__
 
-    monkeypatch.setattr(LinearGroup, "__call__", noted)
+        def noted(self, X, tokens):
+            wants[names[self]] = X.requires_grad
+            return call(self, X, tokens)
+
+        monkeypatch.setattr(kind, "__call__", noted)
+
+    note(LinearGroup)
+    note(GatedPair)
     stage(None, inputs()).backward()
     assert {name for name, wanted in wants.items() if not wanted} == {
-        (i, n) for i in range(lowest + 1) for n in range(4) if i < lowest or n == 0
+        (i, n) for i in range(lowest + 1) for n in range(3) if i < lowest or n == 0
     }
 
 

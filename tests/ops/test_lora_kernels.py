@@ -24,6 +24,7 @@ SHAPES = [
     (2048, 1024, 64, 0.0),
     (640, 256, 32, 0.0),
 ]
+LARGEST_BACKWARD = 48
 
 
 class Case:
@@ -100,6 +101,79 @@ def test_up_weight_grad(case):
     assert got.dtype == torch.float32 and error(got, expected) < 1e-5
 
 
+# ---- the backward pass in one go
+
+
+def parts_of(rank: int) -> list[int]:
+    """Of several branches, in eights."""
+    return [8] * (rank // 8) if rank <= 32 else [24, rank - 24]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in place", "apart"])
+def test_backward(case, apart):
+    if case.rank > LARGEST_BACKWARD:
+        pytest.skip("larger ranks go through two kernels")
+    term = case.spec.scale * (case.dz.double() @ case.A.double())
+    wanted = case.dx.double() + torch.where(case.keep, term, 0.0)
+    wanted_dA = 1.0 + case.dz.double().t() @ case.dropped_x()
+    before, untouched = case.dx.clone(), case.backward[:, case.features :].clone()
+    case.x.masked_fill_(~case.keep, float("nan"))
+    dA = [torch.ones(r, case.features, device="cuda") for r in parts_of(case.rank)]
+    out = torch.full_like(before, float("nan")) if apart else case.dx
+    arguments = (case.dx, case.dz, case.x, case.A, *case.draw, None, dA, out if apart else None)
+    torch.ops.megalora.lora_backward_(*arguments)
+    assert error(out, wanted) < rounding(case.dtype)
+    assert torch.equal(out[~case.keep], before[~case.keep])
+    assert torch.equal(case.backward[:, case.features :], untouched)
+    assert not apart or torch.equal(case.dx, before)
+    assert error(torch.cat(dA), wanted_dA) < 1e-5
+
+
+GATED = [  # (tokens, features, rank of down, ranks of gate and up or None, p)
+    (1, 8, 8, (8, 8), 0.1),
+    (17, 40, 8, None, 0.1),
+    (300, 200, 16, (16, 8), 0.3),
+    (129, 1032, 16, (8, 16), 0.0),
+    (2100, 1408, 16, (16, 16), 0.1),
+    (515, 328, 8, None, 0.5),
+]
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("tokens, features, rank, ups, p", GATED)
+def test_gated_backward_and_forward(tokens, features, rank, ups, p, dtype):
+    """The kernels that make x = silu(gate) * up themselves, against float64 of x as bits have it."""
+    case = Case(tokens, features, rank, p, dtype)
+    gate_up = torch.randn(tokens, 2 * features, device="cuda").to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    silu = (gate * gate.sigmoid()).to(dtype).double()
+    case.x.copy_((silu * up).to(dtype))
+    x, X = case.dropped_x(), torch.full_like(case.forward, float("nan"))
+    torch.ops.megalora.swiglu_lora_down_(X[:, features:], gate_up, case.A, *case.draw, None, X[:, :features])
+    assert error(X[:, :features], (silu * up)) < 2 * rounding(dtype)  # silu is rounded from float32, not float64
+    assert error(X[:, features : features + rank], x @ case.A.double().t()) < 3 * rounding(dtype)
+    assert (X[:, features + rank :] == 0).all()
+
+    term = case.spec.scale * (case.dz.double() @ case.A.double())
+    d = (case.dx.double() + torch.where(case.keep, term, 0.0)).to(dtype).double()
+    s = gate.sigmoid()
+    wanted = torch.cat([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=1)
+    grad, dA = torch.full_like(gate_up, float("nan")), torch.ones(rank, features, device="cuda")
+    z = torch.randn(tokens, 64, device="cuda").to(dtype)
+    dB = [] if ups is None else [torch.ones(features, r, device="cuda") for r in ups]
+    scaling = [] if ups is None else [0.5, 3.0]
+    torch.ops.megalora.swiglu_lora_gradients_(
+        case.dx, gate_up, case.dz, case.A, *case.draw, None, grad, [dA], None if ups is None else z, dB, scaling
+    )
+    assert error(grad, wanted) < 2 * rounding(dtype)
+    assert error(dA, 1.0 + case.dz.double().t() @ x) < 2 * rounding(dtype)
+    first = 0
+    for made, rows, scale in zip(dB, grad.double().chunk(2, dim=1), scaling, strict=False):
+        r = made.shape[1]
+        assert error(made, 1.0 + scale * rows.t() @ z[:, first : first + r].double()) < 1e-5
+        first += r
+
+
 def test_mask_bits_are_those_of_the_definition():
     case = Case(96, 512, 8, 0.37, torch.bfloat16)
     ones, unit = torch.ones(96, 8, device="cuda").bfloat16(), torch.zeros(8, 512, device="cuda").bfloat16()
@@ -107,6 +181,33 @@ def test_mask_bits_are_those_of_the_definition():
     case.dx.zero_()
     torch.ops.megalora.lora_down_input_grad_(case.dx, ones, unit, *case.draw)
     assert torch.equal(case.dx != 0, case.keep)
+
+
+@pytest.mark.parametrize("rank", [16, 32, 48])
+@pytest.mark.parametrize("gated", [False, True], ids=["x read", "x made"])
+def test_twenty_repeats_of_the_backward_pass_give_the_same_bits(rank, gated):
+    if gated and rank > 16:
+        pytest.skip("larger ranks go through other kernels")
+    case = Case(2048, 4096, rank, 0.1, torch.bfloat16)
+    gate_up, z = torch.randn(2048, 8192, device="cuda").bfloat16(), torch.randn(2048, 64, device="cuda").bfloat16()
+
+    def run():
+        dA = torch.zeros(rank, 4096, device="cuda")
+        if not gated:
+            out = torch.empty_like(case.dx)
+            torch.ops.megalora.lora_backward_(case.dx, case.dz, case.x, case.A, *case.draw, None, [dA], out)
+            return out, dA
+        grad, dB = torch.empty_like(gate_up), [torch.zeros(4096, 16, device="cuda") for _ in range(2)]
+        torch.ops.megalora.swiglu_lora_gradients_(
+            case.dx, gate_up, case.dz, case.A, *case.draw, None, grad, [dA], z, dB, [1.0, 2.0]
+        )
+        X = torch.empty_like(case.forward)
+        torch.ops.megalora.swiglu_lora_down_(X[:, 4096:], gate_up, case.A, *case.draw, None, X[:, :4096])
+        return grad, dA, *dB, X
+
+    first = run()
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 @pytest.mark.parametrize("rank, p", [(16, 0.1), (64, 0.05), (128, 0.05), (192, 0.0)])
@@ -142,6 +243,13 @@ def test_ops_are_well_registered():
     torch.library.opcheck(ops.lora_down_weight_grad.default, (dz, x, *case.draw))
     torch.library.opcheck(ops.lora_down_input_grad_.default, (case.dx.contiguous(), dz, case.A, *case.draw))
     torch.library.opcheck(ops.lora_up_weight_grad.default, (x, dz, 0.5))
+    dA, gate_up = torch.zeros(16, 64, device="cuda"), torch.randn(32, 128, device="cuda").bfloat16()
+    dx, dB = case.dx.contiguous(), [torch.zeros(64, 16, device="cuda") for _ in range(2)]
+    torch.library.opcheck(ops.lora_backward_.default, (dx, dz, x, case.A, *case.draw, None, [dA]))
+    torch.library.opcheck(ops.swiglu_lora_down_.default, (torch.empty_like(dz), gate_up, case.A, *case.draw, None, x))
+    arguments = (dx, gate_up, dz, case.A, *case.draw, None, torch.empty_like(gate_up), [dA])
+    z = torch.randn(32, 32, device="cuda").bfloat16()
+    torch.library.opcheck(ops.swiglu_lora_gradients_.default, (*arguments, z, dB, [1.0, 2.0]))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 Legend as in megalora.ops.lora_linear: T tokens, I in_features, R rank, C columns of room, O out_features.
 """
 
+import types
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from megalora.ops import extension
+from megalora.ops import extension, lora_linear
 from megalora.ops.dropout import Dropout, dropout
 from megalora.ops.lora_linear import (
+    kernels_take,
     lora_down_,
     lora_down_input_grad_,
     lora_down_weight_grad,
@@ -147,3 +151,50 @@ def test_low_precision(draw):
     wanted = dx.double() + mask(draw) * (dz.double() @ A.double())
     lora_down_input_grad_(dx, dz, A, INDEX, draw)
     torch.testing.assert_close(dx, wanted.to(torch.bfloat16), rtol=0.02, atol=0.1)
+
+
+# ---- what the kernels of a GPU take
+
+
+@pytest.fixture
+def granting(monkeypatch):
+    """Makes GPUs 0, 1 .. grant a block so many bytes of shared memory; gives the list of the GPUs asked, in order."""
+
+    def granting(*bytes_by_index):
+        asked = []
+
+        def get_device_properties(index):
+            asked.append(index)
+            return types.SimpleNamespace(shared_memory_per_block_optin=bytes_by_index[index])
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", get_device_properties)
+        return asked
+
+    monkeypatch.setattr(extension, "has_kernels", lambda device_type: True)
+    lora_linear._shared_memory_granted.cache_clear()
+    yield granting
+    lora_linear._shared_memory_granted.cache_clear()
+
+
+def on_gpu(index: int) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(16, 256, dtype=torch.bfloat16, device=f"cuda:{index}")
+
+
+@pytest.mark.parametrize(
+    "kilobytes, ranks",
+    [(227, set(range(8, 193, 8))), (163, set(range(8, 193, 8))), (99, set())],
+    ids=["9.0", "8.0", "8.6, 8.9 and 12.0"],
+)
+def test_a_gpu_runs_kernels_that_its_shared_memory_has_room_for(granting, kilobytes, ranks):
+    granting(kilobytes << 10)
+    x = on_gpu(0)
+    assert {rank for rank in range(8, 257, 8) if kernels_take(x, rank, None)} == ranks
+
+
+def test_each_gpu_is_asked_once_how_much_shared_memory_it_has(granting):
+    asked = granting(227 << 10, 99 << 10)
+    for _ in range(3):
+        assert kernels_take(on_gpu(0), 16, None) and not kernels_take(on_gpu(1), 16, None)
+    assert asked == [0, 1]
+    assert kernels_take(torch.empty(16, 256), 16, None) and asked == [0, 1]

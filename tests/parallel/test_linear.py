@@ -17,7 +17,7 @@ from megalora.lora import Adapter
 from megalora.ops.dropout import dropout
 from megalora.parallel import collectives
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, RowParallelLinear, Tokens
+from megalora.parallel.linear import ColumnParallelLinear, GatedPair, LinearGroup, Placement, RowParallelLinear, Tokens
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
 from megalora.parallel.split import even_part, named_splits
 
@@ -407,3 +407,132 @@ def test_gradients_of_microbatches_add_up(make):
         sum(y.square().sum() for y in apply(group, tensor(99, T, IN), case.tokens)).backward()
         once.append(flat.buffer.clone())
     torch.testing.assert_close(once[1], 2 * once[0])
+
+
+# ---- gate and up, and down of what they gate, in one
+
+INNER = 12
+GATED = {
+    "all adapted": Case(adapted=(True, True, True)),
+    "all adapted, trained bias": Case(adapted=(True, True, True), trains_bias=True),
+    "no dropout": Case(p=0.0, adapted=(True, True, True)),
+    "evaluating": Case(adapted=(True, True, True), evaluating=True),
+    "gate alone": Case(adapted=(True, False, False), bias=False),
+    "up alone": Case(adapted=(False, True, False)),
+    "down alone": Case(adapted=(False, False, True)),
+    "none adapted": Case(adapted=(False, False, False)),
+    "none adapted, trained bias": Case(adapted=(False, False, False), trains_bias=True),
+}
+
+
+def gated(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, GatedPair]:
+    part = even_part(INNER, place.tp)
+    options = {"bias": case.bias, "trains_bias": case.trains_bias, "place": place}
+    gate, up, down = case.adapters
+    module = torch.nn.ModuleList(
+        [
+            ColumnParallelLinear("gate", IN, INNER, part, adapter=gate, **options),
+            ColumnParallelLinear("up", IN, INNER, part, adapter=up, **options),
+            RowParallelLinear("down", INNER, IN, part, adapter=down, **options),
+        ]
+    )
+    pair = GatedPair(
+        LinearGroup(list(module[:2]), SITES[columns], place), LinearGroup([module[2]], SITES[row], place, gated=True)
+    )
+    fill(module)
+    pair.first.refresh()
+    pair.second.refresh()
+    return module, pair
+
+
+def in_turn(pair: GatedPair, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    return pair.second(pair.first(source, tokens), tokens)
+
+
+def source_of(pair: GatedPair, x: torch.Tensor, room: bool) -> torch.Tensor:
+    """x, a leaf: with the room for z behind it, or alone."""
+    columns = pair.first.room if room else 0
+    return torch.cat([x, x.new_zeros(len(x), columns)], 1).requires_grad_()
+
+
+ROOM = pytest.mark.parametrize("room", [True, False], ids=["with room", "without room"])
+
+
+@ROOM
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_pair_is_its_groups_in_turn(name, room):
+    case = GATED[name]
+    module, pair = gated(case, ALONE)
+    X, other, x = (source_of(pair, tensor(99, T, IN), room) for _ in range(3))
+    y, turned = pair(X, case.tokens), in_turn(pair, other, case.tokens)
+    gate, up = formula(x[:, :IN], module[:2], case, SITES[columns])
+    (wanted,) = formula(torch.nn.functional.silu(gate) * up, module[2:], case, SITES[row])
+    assert y.equal(turned)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    ours, theirs, plain = (gradients([out], module, of) for out, of in ((y, X), (turned, other), (wanted, x)))
+    equal(ours, theirs)  # what stands in the room of dX too
+    ours["x"], plain["x"] = ours["x"][:, :IN], plain["x"][:, :IN]
+    equal(ours, plain)
+    with torch.no_grad():
+        assert pair(source_of(pair, tensor(99, T, IN), room), case.tokens).equal(y)
+
+
+@pytest.mark.parametrize("name", [name for name in GATED if name != "none adapted"])
+def test_a_gated_pair_whose_input_wants_no_gradient_and_parameters_that_hold_theirs(name):
+    """Two microbatches, added to what the parameters hold, as in training."""
+    case = GATED[name]
+    (module, pair), (twin, twins) = gated(case, ALONE), gated(case, ALONE)
+    for parameters in (module, twin):
+        trained = {n: p for n, p in parameters.named_parameters() if p.requires_grad}
+        FlatGradients(trained, named_splits(parameters), ParallelMesh())
+    for seed in (98, 99):
+        x, dy = tensor(seed, T, IN), tensor(seed + 10, T, IN)
+        pair(x, case.tokens).backward(dy)
+        in_turn(twins, x.clone().requires_grad_(), case.tokens).backward(dy)
+    for (name, ours), theirs in zip(module.named_parameters(), twin.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), name
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
+@ROOM
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_pair_keeps_what_its_groups_keep(name, room):
+    _, pair = gated(GATED[name], ALONE)
+
+    def kept(call) -> list[tuple[int, ...]]:
+        shapes, source = [], source_of(pair, tensor(99, T, IN), room)
+
+        def pack(saved: torch.Tensor) -> torch.Tensor:
+            shapes.append(tuple(saved.shape))
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            call(source, TOKENS)
+        return sorted(shapes)
+
+    assert kept(pair) == kept(lambda source, tokens: in_turn(pair, source, tokens))
+
+
+def gated_cut(rank: int, world_size: int, name: str, sequence_parallel: bool):
+    """(y, {name: gradient}) of the pair, and of its groups in turn."""
+    case = GATED[name]
+    mesh = build_mesh(rank, world_size, tp=world_size)
+    place = Placement(mesh.tp, sequence_parallel, torch.float64, "cpu")
+    mine = slice(rank * T // world_size, (rank + 1) * T // world_size) if sequence_parallel else slice(None)
+    tokens = replace(case.tokens, local=case.tokens.index[mine])
+    found = []
+    for call in (GatedPair.__call__, in_turn):
+        module, pair = gated(case, place)
+        x = tensor(99, T, IN)[mine].clone().requires_grad_()
+        y = call(pair, x, tokens)
+        found.append((y.detach(), gradients([y], module, x)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["all adapted, trained bias", "gate alone", "down alone"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_cut_gated_pair_is_its_groups_in_turn(sequence_parallel, name):
+    for (y, ours), (turned, theirs) in spawn(gated_cut, 2, name, sequence_parallel):
+        assert y.equal(turned)
+        equal(ours, theirs)
