@@ -29,6 +29,7 @@ from rich.table import Table
 from megalora import __version__
 from megalora.arguments import DoctorArguments
 from megalora.ops import extension
+from megalora.ops.lora_linear import fits_gpu
 from megalora.ops.swiglu import swiglu
 from megalora.parallel.collectives import all_reduce, broadcast_object, gather_objects
 from megalora.parallel.launch import choose_device, distributed, environment_int
@@ -120,8 +121,15 @@ def _extension(device: torch.device) -> Finding:
             swiglu(torch.ones(8, 64, device=device))
             torch.cuda.synchronize(device)
         except RuntimeError as error:
-            return Finding("extension", FAULT, f"does not run on {torch.cuda.get_device_name(device)}: {error}")
+            return Finding("extension", FAULT, f"does not run on {_gpu_name(device)}: {error}")
+        if not fits_gpu(device.index):
+            text = f"compiled ops for cuda, but those of LoRA ask for more shared memory than a {_gpu_name(device)} has"
+            return Finding("extension", WARNING, f"{text}: plain torch stands in for them, slower")
     return Finding("extension", OK, f"compiled ops for {device.type}")
+
+
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _gpus() -> list[Finding]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import two_hosts
 
 from megalora import cli, doctor
@@ -35,6 +36,16 @@ def test_an_unbuilt_extension(monkeypatch, tmp_path, capsys):
     assert doctor.doctor(DoctorArguments(output_dir=str(tmp_path), free_space=0))
     (row,) = rows(capsys.readouterr().out, "extension")
     assert "warning" in row and "make install" in row
+
+
+def test_a_gpu_with_little_shared_memory(monkeypatch):
+    for name, answer in (("has_kernels", True), ("fits_gpu", False), ("swiglu", None), ("_gpu_name", "RTX")):
+        target = extension if name == "has_kernels" else doctor
+        monkeypatch.setattr(target, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(doctor.torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(doctor.torch.cuda, "synchronize", lambda device: None)
+    found = doctor._extension(torch.device("cuda", 0))
+    assert found.state == doctor.WARNING and "shared memory than a RTX has: plain torch" in found.text
 
 
 def test_a_missing_interface(monkeypatch, tmp_path, capsys):

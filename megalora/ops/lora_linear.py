@@ -134,14 +134,17 @@ def kernels_take(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
         and rank % 8 == x_TI.shape[1] % 8 == x_TI.stride(0) % 8 == 0
         and rank <= _LARGEST_RANK
         and (draw is None or draw.feature_offset % 8 == 0)
-        and _shared_memory_granted(x_TI.device.index) >= _SHARED_MEMORY
+        and fits_gpu(x_TI.device.index)
     )
 
 
 @functools.cache
-def _shared_memory_granted(index: int) -> int:
-    """Bytes a block of a kernel, on this GPU. Nothing runs there for it: it may be asked while a graph is captured."""
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+def fits_gpu(index: int) -> bool:
+    """Whether this GPU grants a block the shared memory that the kernels ask for.
+
+    Nothing runs there for the answer: it may be asked while a graph is captured.
+    """
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin >= _SHARED_MEMORY
 
 
 def mask_arguments(draw: Dropout | None) -> tuple[int, int, int, int, float, torch.Tensor | None]:

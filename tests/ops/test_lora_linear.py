@@ -171,9 +171,9 @@ def granting(monkeypatch):
         return asked
 
     monkeypatch.setattr(extension, "has_kernels", lambda device_type: True)
-    lora_linear._shared_memory_granted.cache_clear()
+    lora_linear.fits_gpu.cache_clear()
     yield granting
-    lora_linear._shared_memory_granted.cache_clear()
+    lora_linear.fits_gpu.cache_clear()
 
 
 def on_gpu(index: int) -> torch.Tensor:
