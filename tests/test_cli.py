@@ -121,3 +121,11 @@ def test_the_scripts(words):
     done = process(*words, "--xyzzy", "1")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("megalora: error: unknown flag --xyzzy") and done.stderr.count("\n") == 1
+
+
+def test_commands_do_not_wait_for_torchs_compiler():
+    """Importing it takes a second, of every start."""
+    modules = "megalora.finetune, megalora.generate, megalora.convert, megalora.plan, megalora.doctor"
+    code = f"import sys, {modules}; print('torch._dynamo' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert printed.strip() == "False"

@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,13 @@ def load() -> bool:
     return bool(_devices())
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Callable[..., bool]) -> Callable[..., bool]:
+    """What torch.compiler.assume_constant_result does, without the second that its import of the compiler takes."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_when_compiled
 def has_kernels(device_type: str) -> bool:
     """True if the compiled ops run on `device_type` ("cpu", "cuda"): decided when the library is loaded."""
     return device_type in _devices()

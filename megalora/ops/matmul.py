@@ -44,7 +44,7 @@ def _skinny(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype in (torch.bfloat16, torch.float16) and all(n % 8 == 0 for n in octets)
 
 
-@torch.compiler.assume_constant_result
+@extension.constant_when_compiled
 @functools.cache
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
