@@ -462,6 +462,23 @@ cudaError_t run_by_rank(const Arguments& arguments, cudaStream_t stream) {
   return run_deepest<bfloat16, 3, false, 4>(arguments, stream);
 }
 
+// What both entries have.
+Arguments make_arguments(const void* dx, int64_t dx_stride, const void* dz, int64_t dz_stride, const void* A,
+                         int64_t tokens, int64_t features, int64_t rank, const LoraMask& mask,
+                         const FactorGrads& grads, float* sums) {
+  Arguments arguments{};
+  arguments.dx = matrix(dx, dx_stride);
+  arguments.dz = matrix(dz, dz_stride);
+  arguments.A = static_cast<const uint16_t*>(A);
+  arguments.draw = make_draw(mask);
+  arguments.tokens = static_cast<int>(tokens);
+  arguments.features = static_cast<int>(features);
+  arguments.rank = static_cast<int>(rank);
+  arguments.grads = grads;
+  arguments.sums = sums;
+  return arguments;
+}
+
 }  // namespace
 
 int64_t sums_of_lora_backward(int64_t tokens, int64_t features, int64_t rank) {
@@ -477,18 +494,9 @@ cudaError_t launch_lora_backward(void* out, int64_t out_stride, const void* dx, 
                                  int64_t features, int64_t rank, const LoraMask& mask, const FactorGrads& grads,
                                  float* sums, bool bfloat16, cudaStream_t stream) {
   if (tokens == 0 || features == 0) return cudaSuccess;
-  Arguments arguments{};
-  arguments.dx = matrix(dx, dx_stride);
-  arguments.dz = matrix(dz, dz_stride);
-  arguments.A = static_cast<const uint16_t*>(A);
-  arguments.draw = make_draw(mask);
-  arguments.tokens = static_cast<int>(tokens);
-  arguments.features = static_cast<int>(features);
-  arguments.rank = static_cast<int>(rank);
+  Arguments arguments = make_arguments(dx, dx_stride, dz, dz_stride, A, tokens, features, rank, mask, grads, sums);
   arguments.out = matrix(out, out_stride);
   arguments.x = matrix(x, x_stride);
-  arguments.grads = grads;
-  arguments.sums = sums;
   return bfloat16 ? run_by_rank<true>(arguments, stream) : run_by_rank<false>(arguments, stream);
 }
 
@@ -498,19 +506,10 @@ cudaError_t launch_swiglu_lora_backward(void* grad, const void* gate_up, const v
                                         const LoraMask& mask, const FactorGrads& grads, float* sums, bool bfloat16,
                                         cudaStream_t stream) {
   if (tokens == 0 || features == 0) return cudaSuccess;
-  Arguments arguments{};
-  arguments.dx = matrix(dx, dx_stride);
-  arguments.dz = matrix(dz, dz_stride);
-  arguments.A = static_cast<const uint16_t*>(A);
-  arguments.draw = make_draw(mask);
-  arguments.tokens = static_cast<int>(tokens);
-  arguments.features = static_cast<int>(features);
-  arguments.rank = static_cast<int>(rank);
+  Arguments arguments = make_arguments(dx, dx_stride, dz, dz_stride, A, tokens, features, rank, mask, grads, sums);
   arguments.gate_up = static_cast<const uint16_t*>(gate_up);
   arguments.grad = static_cast<uint16_t*>(grad);
   arguments.z = matrix(z, z_stride);
-  arguments.grads = grads;
-  arguments.sums = sums;
   return bfloat16 ? run_by_rank<true>(arguments, stream) : run_by_rank<false>(arguments, stream);
 }
 
