@@ -28,6 +28,7 @@ from megalora.building import (
     trained_shapes,
 )
 from megalora.checkpoint.adapter import open_adapter
+from megalora.checkpoint.lock import RunLock
 from megalora.checkpoint.peft import write_peft
 from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.state import identity_difference, newest_sound, remove_run
@@ -70,7 +71,8 @@ def finetune(arguments: FinetuneArguments) -> None:
     clock = profiler.clock(timers) if train.profile else timers
     watch = Watch(clock, heartbeat_timeout=parallel.heartbeat_timeout, hang_timeout=train.hang_timeout)
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    with Preemption() as preemption, distributed(device, tp, pp, watch) as mesh:
+    lock = RunLock(train.output_dir)
+    with Preemption() as preemption, lock, distributed(device, tp, pp, watch) as mesh:
         dtype = resolve_dtype(model.dtype, device)
         notes = [remark] if remark else []
 
@@ -79,6 +81,8 @@ def finetune(arguments: FinetuneArguments) -> None:
             config = read_config(model.model_path)
             check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
             _check_length(config, data, train, parallel.sequence_parallel, mesh)
+        not_locked = _keep_others_out(lock, mesh)
+        notes += [not_locked] if not_locked else []
         start = _find_start(model, train, mesh)
         with together(mesh.world):
             lora = resolve_lora(_lora_config(model, start), config)
@@ -255,6 +259,13 @@ class _Start:
 
     checkpoint: AdapterCheckpoint
     own: bool
+
+
+def _keep_others_out(lock: RunLock, mesh: ParallelMesh) -> str | None:
+    """Locks output_dir until this run ends; returns a note where that cannot be done. Collective."""
+    # The run before may be dying still. Of one that is started again, rank 0 may have been on another node, whose
+    # torchrun gives it 30 s before it kills it.
+    return on_first(lambda: lock.take(wait=30.0 if restarts() else 3.0), mesh.world)
 
 
 def _find_start(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh) -> _Start | None:

@@ -1,8 +1,13 @@
 """What a user can get wrong: one line on rank 0 (what, where, remedy), status 2 on every rank, never a hang."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -402,6 +407,46 @@ def test_an_output_dir_that_cannot_be_made(inputs, tmp_path):
     assert [done.status for done in first + second] == [2] * 4
     for done in first:
         assert "output_dir" in done.err and done.err.count("\n") == 1 and "file/run" in done.err
+
+
+# ---- two runs in one folder
+
+
+def test_a_second_run_is_kept_out_until_the_first_is_gone(inputs, tmp_path):
+    """Whatever it would do there; and however the first one ends, the same command then goes on."""
+    run, flags = tmp_path / "run", {"max_steps": 200}
+    command = inputs.flags(run, **flags, save_steps=10)
+    others = [inputs.flags(run, **flags, **more) for more in ({"save": False}, {"overwrite_output_dir": True})]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tiny.ROOT)}
+    start = [sys.executable, str(tiny.ROOT / "tools/finetune.py"), *command]
+    with subprocess.Popen(start, stdout=subprocess.DEVNULL, env=environment) as first:
+        try:
+            deadline = time.monotonic() + HANG
+            while not (run / "checkpoints/latest_checkpointed_iteration.txt").exists():
+                assert first.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            first.send_signal(signal.SIGSTOP)
+            files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+            told = [*tiny.run(0, 1, others)]
+            (both,), (silent,) = spawn(tiny.run, 2, [command], timeout=HANG)
+            assert (silent.status, silent.err) == (2, "")
+            for done in (*told, both):
+                (line,) = done.err.splitlines()
+                assert done.status == 2 and done.out == ""
+                assert line.startswith(f"megalora: error: output_dir {run}: another run is under way in it (process ")
+                assert f"(process {first.pid} on " in line and "wait for it or end it, or name another" in line
+            assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == files
+        finally:
+            first.kill()
+    (done,) = tiny.tune(1, command)
+    assert "continuing after step " in done.out and "cannot be locked" not in done.out
+    assert tiny.column(run, "step") == [*range(1, 201)] and not (run / ".lock").exists()
+
+
+def test_a_file_system_without_locks_costs_a_note(inputs, tmp_path):
+    with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
+        (done,) = tiny.tune(1, inputs.flags(tmp_path / "run", max_steps=1))
+    assert "cannot be locked (No locks available): a second run in it would not be told from this one" in done.out
 
 
 # ---- under torchrun
