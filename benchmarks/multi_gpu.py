@@ -4,9 +4,9 @@
 
 Starts torchrun for every layout that the GPUs here allow (or those of --only), one after another: the trainer of a run
 on a model of the shape of a config.json, random weights and random tokens, all labelled, LoRA r = 16 on all linears
-with dropout 0.1. Prints tokens/s for each GPU beside one GPU with the same microbatches and, for pipelines, beside the
-schedule's own bubble. --alone false leaves the single GPU out, for models too large for it. Without GPUs it runs on
-CPU processes (--processes), which proves the script and nothing about speed.
+with dropout 0.1. Prints tokens/s for each GPU beside one GPU with the same microbatches, what `megalora plan` predicts
+and, for pipelines, the schedule's own bubble. --alone false leaves the single GPU out, for models too large for it.
+Without GPUs it runs on CPU processes (--processes), which proves the script and nothing about speed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ from common import read_fields, where_of
 from train_step import make_trainer, randomize
 
 from megalora.batch import Batch
-from megalora.building import DTYPES, resolve_dtype
-from megalora.models.config import config_from_dict
+from megalora.building import DTYPES, Cut, resolve_dtype, resolve_lora
+from megalora.lora import LoraConfig
+from megalora.models.config import ModelConfig, config_from_dict
 from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.pipeline.actions import COMPUTE
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.pipeline.simulate import simulate
+from megalora.planning.layouts import Layout as PlanLayout
+from megalora.planning.layouts import Plan, predicted
+from megalora.planning.nodes import Workload
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 WARM_UP = 2  # steps before those that count
@@ -116,7 +120,7 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
     with distributed(device, layout.tp, layout.pp) as mesh:
         place = Placement(mesh.tp, layout.tp > 1, resolve_dtype(options.dtype, device), device)
         torch.manual_seed(mesh.rank)
-        trainer = make_trainer(
+        trainer, cut = make_trainer(
             config, mesh, LORA, place, options.rows * options.seq_length, randomize,
             recompute=options.recompute, partition_method=options.partition_method, schedule=layout.schedule,
             chunks=layout.chunks,
@@ -129,8 +133,24 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
         if mesh.rank == 0:
+            plan = planned(layout, options, config, cut, place)
             figures = {"seconds": seconds[WARM_UP:], "tokens": data.token_count, "loss": loss, "peak_gib": peak}
+            figures |= {"planned": plan.tokens_per_second, "planned_gib": plan.memory / 2**30}
             options.output.write_text(json.dumps(figures))
+
+
+def planned(layout: Layout, options: argparse.Namespace, config: ModelConfig, cut: Cut, place: Placement) -> Plan:
+    """What `megalora plan` makes of it."""
+    work = Workload(
+        options.rows,
+        options.seq_length,
+        element=place.dtype.itemsize,
+        sequence_parallel=place.sequence_parallel,
+        recompute=options.recompute,
+    )
+    shape = PlanLayout(layout.tp, layout.pp, layout.dp, layout.schedule, layout.chunks, layout.microbatches, work)
+    lora = resolve_lora(LoraConfig.from_dict(LORA), config)
+    return predicted(config, lora, shape, cut.layers, torch.device(place.device))
 
 
 def run(layout: Layout, options: argparse.Namespace) -> dict:
@@ -177,16 +197,19 @@ def main() -> None:
     ]
     alone: dict[int, float] = {}  # tokens/s of one GPU, by microbatches
     records = []
-    print("| layout | tokens/s of a GPU | of one GPU | predicted | GiB | last loss |\n|---|---|---|---|---|---|")
+    print("| layout | tokens/s of a GPU | of one GPU | by its bubble | planned | GiB | planned | last loss |")
+    print("|---|---|---|---|---|---|---|---|")
     for layout in chosen:
         figures = run(layout, options)
         each = figures["tokens"] / statistics.median(figures["seconds"]) / layout.processes
         if layout.processes == 1:
             alone[layout.microbatches] = each
         base, expected = alone.get(layout.microbatches), layout.efficiency()
-        ratio, predicted = ("" if value is None else f"{value:.3f}" for value in (base and each / base, expected))
+        ratio, bubble = ("" if value is None else f"{value:.3f}" for value in (base and each / base, expected))
         peak = "" if figures["peak_gib"] is None else f"{figures['peak_gib']:.1f}"
-        print(f"| {layout.name} | {each:,.0f} | {ratio} | {predicted} | {peak} | {figures['loss']:.4f} |", flush=True)
+        plan, planned_peak = f"{figures['planned'] / layout.processes:,.0f}", f"{figures['planned_gib']:.1f}"
+        cells = [layout.name, f"{each:,.0f}", ratio, bubble, plan, peak, planned_peak, f"{figures['loss']:.4f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
         records.append({"layout": asdict(layout), "each": each, "predicted": expected, **figures})
     where = where_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"{options.processes} x {where}, torch {torch.__version__}, {options.rows} rows of {options.seq_length}")

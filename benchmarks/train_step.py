@@ -28,7 +28,7 @@ from common import add_machine, add_model, build_base, machine, read_fields, whe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalora.batch import Batch
-from megalora.building import build_stage, load_adapter, resolve_lora
+from megalora.building import Cut, build_stage, load_adapter, resolve_lora
 from megalora.lora import LoraConfig
 from megalora.models.config import ModelConfig, config_from_dict
 from megalora.models.graphs import choose_graphs
@@ -84,8 +84,9 @@ def make_trainer(
     schedule: str = "1f1b",
     chunks: int = 1,
     cuda_graphs: bool | None = None,
-) -> Trainer:
-    """This rank's trainer, as finetune makes it; `fill` gives its stage weights. tokens: of a microbatch."""
+) -> tuple[Trainer, Cut]:
+    """This rank's trainer, as finetune makes it, and the cut into stages. fill gives its stage weights; tokens: of a
+    microbatch."""
     device = torch.device(place.device)
     stage, cut = build_stage(
         config,
@@ -102,7 +103,7 @@ def make_trainer(
     parameters = stage.trainable()
     shape = (tokens // mesh.tp.size if place.sequence_parallel else tokens, config.hidden_size)
     neighbours = Neighbours(mesh, shape, place.dtype, device, ring=chunks > 1)
-    return Trainer(
+    trainer = Trainer(
         stage,
         mesh,
         PipelineRunner(stage, neighbours, SCHEDULES[schedule], cut.floor, device=device, chunks=chunks),
@@ -114,6 +115,7 @@ def make_trainer(
         loss_scale=LossScale(False),
         clock=lambda phase: contextlib.nullcontext(),
     )
+    return trainer, cut
 
 
 def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data: Step, dtype: torch.dtype, options):
@@ -129,7 +131,7 @@ def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data
                 parameter.data.copy_(weights[name])
         load_adapter(stage, {name: weights[name] for name in stage.trainable()}, "of the benchmark")
 
-    trainer = make_trainer(
+    trainer, _ = make_trainer(
         config_from_dict(fields),
         mesh,
         lora,
