@@ -243,13 +243,24 @@ class Watch:
     def _judge_hang(self, now: float) -> Verdict | None:
         table = self._table
         asked = any(beat.stack for beat in table.beats.values())
-        stuck = self._hang_timeout > 0 and self._position.in_steps and now - table.moved > self._hang_timeout
+        quiet = now - table.moved
+        stuck = self._hang_timeout > 0 and self._position.in_steps and quiet > self._hang_timeout
+        # The others may see it a little sooner. If it has gone on since, whoever asked was too hasty.
+        in_doubt = quiet > self._hang_timeout / 2
         if self._asked_at is None:
-            if stuck or asked:
+            if stuck or (asked and in_doubt):
                 self._asked_at, self._stack = now, _main_stack()
                 self._wake.set()
             return None
-        answered = {rank for rank, beat in table.beats.items() if beat.stack or beat.left is not None} | {table.rank}
+        if not in_doubt:
+            self._asked_at, self._stack = None, ()
+            return None
+        # A stack of before counts for nothing: a rank may have been asked once, gone on, and been stopped then.
+        answered = {
+            rank
+            for rank, beat in table.beats.items()
+            if (beat.stack and table.changed[rank] >= self._asked_at) or beat.left is not None or rank == table.rank
+        }
         if len(answered) == len(table.members) or now - self._asked_at > _ANSWERS:
             return table.hung(now, answered)
         return None
