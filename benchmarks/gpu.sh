@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every figure of a GPU in benchmarks/README.md, in one call: the commands that it names, one after another, with two
-# GPUs or more the single-GPU ones on two of them at a time.
+# The commands of benchmarks/README.md that need a GPU, in one call: one after another, with two GPUs or more the
+# single-GPU ones on two of them at a time.
 #
 #   benchmarks/gpu.sh CONFIG_8B.json CONFIG_70B.json FOLDER
 #
@@ -41,6 +41,7 @@ second_queue() {
     measure "all linears, 1 row" "${step[@]}" --rows 1 "${all_linear[@]}" --contenders ours
     measure "all linears, 8 rows" "${step[@]}" --rows 8 "${all_linear[@]}" --contenders ours
     measure "memory" python benchmarks/plan_memory.py --model "$model"
+    measure "kernels" python benchmarks/lora_kernels.py
     measure "one linear" python benchmarks/lora_linear.py --device cuda --repeats 7
 }
 
