@@ -124,6 +124,12 @@ class ParallelArguments(LayoutArguments):
         "split the activations between layers along the tokens, over tensor parallel",
         training_only=True,
     )
+    tp_comm_overlap: bool | None = flag(
+        None,
+        "with sequence_parallel, send activations by copies between the GPUs while products run, not by NCCL",
+        unset="where the GPUs of a group reach each other's memory",
+        training_only=True,
+    )
     schedule: str = flag(
         "1f1b", "order of the microbatches in the pipeline", choices=tuple(SCHEDULES), training_only=True
     )
@@ -224,7 +230,9 @@ class TrainArguments(Section):
     save_total_limit: int | None = flag(None, "newest checkpoints that are kept", at_least=1, unset="all")
     logging_steps: int = flag(1, "steps from one line of the log to the next", at_least=1)
     cuda_graphs: bool | None = flag(
-        None, "run the layers as CUDA graphs, the same numbers sooner", unset="where they serve: one GPU a replica"
+        None,
+        "run the layers as CUDA graphs, the same numbers sooner",
+        unset="where they serve: a replica without pipeline stages",
     )
     deterministic: bool = flag(
         False, "on a GPU, repeats of a run are equal to the bit: attention sums in a fixed order, which takes longer"

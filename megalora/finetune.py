@@ -43,6 +43,7 @@ from megalora.monitor import Monitor, RankLog, Timers, causal_context, lora_flop
 from megalora.ops import extension
 from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
 from megalora.parallel.collectives import gather_objects, on_first, together
+from megalora.parallel.exchange import choose_exchange
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.launch import choose_device, distributed, fix_order_of_sums, restarts, tp_crossing
 from megalora.parallel.linear import Placement
@@ -104,8 +105,12 @@ def finetune(arguments: FinetuneArguments) -> None:
                 notes += [*start.checkpoint.notes, start_note]
 
         # This rank's part of it.
+        exchange, exchange_note = choose_exchange(
+            parallel.tp_comm_overlap, mesh.tp, parallel.sequence_parallel, device
+        )
+        notes += [exchange_note] if exchange_note else []
         with together(mesh.world):
-            place = Placement(mesh.tp, parallel.sequence_parallel, dtype, device)
+            place = Placement(mesh.tp, parallel.sequence_parallel, dtype, device, exchange)
             work = _workload(rows, train, parallel, dtype)
             stage, cut = build_stage(
                 config,
@@ -127,7 +132,8 @@ def finetune(arguments: FinetuneArguments) -> None:
             else:
                 load_adapter(stage, start.checkpoint.tensors, start.checkpoint.where)
         with together(mesh.world):
-            graphs, graphs_note = choose_graphs(train.cuda_graphs, place, mesh)
+            timed = train.wall_clock_breakdown or train.profile
+            graphs, graphs_note = choose_graphs(train.cuda_graphs, place, mesh, timed=timed)
             notes += [graphs_note] if graphs_note else []
         if graphs:
             stage.use_graphs()
@@ -192,7 +198,7 @@ def finetune(arguments: FinetuneArguments) -> None:
 
         # The steps.
         preemption.steps()
-        with log, monitor, saver, steady_heap(), watch:
+        with log, monitor, saver, steady_heap(), contextlib.closing(trainer), watch:
             summary = _summary(arguments, config, lora, stage, cut, rows, loader, mesh, device, dtype)
             monitor.summary(summary)
             for note in [*notes, *rows.skipped[:5], *_more_skipped(rows)]:
@@ -206,7 +212,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                 last = on_first(lambda: monitor.last_evaluation, mesh.world)
                 if last < first_step and (_every(train.eval_steps, first_step) or first_step >= total_steps):
                     _evaluate(trainer, eval_rows, first_step, monitor, train, mesh)  # stopped before it was made
-            profiled = recorded_steps(train.profile_steps if train.profile else 0, first_step, total_steps)
+            profiled = recorded_steps(train.profile_steps if train.profile else 0, first_step, total_steps, graphs)
             for number in range(first_step, total_steps):
                 watch.step(number)
                 with profiler.step(number in profiled, mesh.world):
@@ -593,6 +599,7 @@ def _summary(
     targets = sorted({name.rsplit(".", 1)[-1] for name in lora.adapters})
     recompute = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
     sequence = ", sequence parallel" if parallel.sequence_parallel else ""
+    sequence += ", messages beside products" if stage.place.exchange is not None else ""
     waiting = ""
     if mesh.pp.size > 1:
         schedule, microbatches = SCHEDULES[parallel.schedule], train.gradient_accumulation_steps

@@ -109,9 +109,10 @@ class Profiler:
         return mark - self._zero if self._device.type != "cuda" else self._zero.elapsed_time(mark) / 1e3
 
 
-def recorded_steps(steps: int, first_step: int, total_steps: int) -> range:
-    """Which steps are recorded, counted from 0: the run's first, which readies much, is left out where it has more."""
-    begin = first_step + (total_steps - first_step > 1)
+def recorded_steps(steps: int, first_step: int, total_steps: int, graphs: bool) -> range:
+    """Which steps are recorded, counted from 0: the run's first, which readies much, is left out where it has more, and
+    so is with graphs its second, which captures them."""
+    begin = first_step + max(0, min(1 + graphs, total_steps - first_step - 1))
     return range(begin, min(begin + steps, total_steps))
 
 

@@ -113,6 +113,10 @@ class Trainer:
         norm = math.sqrt(square) / self.loss_scale.value if math.isfinite(square) else square
         return StepResult(loss, norm, rate, data.token_count, self._account(loss, norm, number), alarms > 0)
 
+    def close(self) -> None:
+        """To be called before torch.distributed ends. No step can follow."""
+        self._stage.close()
+
     def state(self) -> dict[str, Any]:
         """The plain values that `load_state` takes, the same on every rank."""
         return {

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from shared_memory import SharedMemory
 
 from megalora.building import trained_shapes
 from megalora.data import Loader, build_rows, pack
@@ -21,6 +22,7 @@ from megalora.lora import LoraConfig, layer_index
 from megalora.models.config import config_from_dict
 from megalora.models.stage import Stage, adaptable_linears
 from megalora.optimizer import AdapterOptimizer, LossScale
+from megalora.parallel.exchange import Exchange
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import build_mesh
@@ -73,6 +75,7 @@ class Run:
     chunks: int = 1
     lanes: bool = False
     sequence_parallel: bool = False
+    exchange: bool = False
     recompute: str = "none"
     schedule: str = "1f1b"
     partition_method: str = "uniform"
@@ -150,7 +153,8 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     mesh = build_mesh(rank, world_size, run.tp, run.pp)
     config = config_from_dict(TINY | FAMILIES[run.family] | run.model)
     lora = LoraConfig.from_dict(run.lora).resolve(config.model_type, adaptable_linears(config))
-    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device)
+    exchange = Exchange(mesh.tp, SharedMemory(mesh.tp)) if run.exchange else None
+    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange)
     parts = partition(
         run.partition_method, [1] * config.num_hidden_layers, run.pp * run.chunks, last_cost=1,
         custom=run.custom_partition,
@@ -211,7 +215,7 @@ def reference(run: Run) -> Outcome:
     Asserts that it is worth comparing with: finite, no step skipped, every adapter with a gradient and moved.
     """
     plain = run.on(
-        tp=1, pp=1, chunks=1, lanes=False, sequence_parallel=False, recompute="none", schedule="1f1b",
+        tp=1, pp=1, chunks=1, lanes=False, sequence_parallel=False, exchange=False, recompute="none", schedule="1f1b",
         partition_method="uniform", custom_partition=None, micro_batch_rows=1,
     )  # fmt: skip
     outcome = _references.get(repr(plain))

@@ -27,6 +27,7 @@ TP2, PP2, SP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"seq
 LAYOUTS = {  # name: (data-parallel size, flags)
     "tp2": (1, TP2),
     "tp2, sequence parallel": (1, TP2 | SP),
+    "tp2, sequence parallel, by NCCL": (1, TP2 | SP | {"tp_comm_overlap": False}),
     "pp2": (1, PP2),
     "dp2": (2, {}),
     "pp2, interleaved": (1, PP2 | {"schedule": "interleaved_1f1b", "virtual_pipeline_size": 2}),
@@ -89,8 +90,18 @@ def test_every_layout_logs_the_same(inputs, alone, tmp_path, name):
         assert largest_difference(exported(tmp_path / "run"), exported(reference)) < 1e-3
 
 
+def test_graphs_change_no_bit_where_tokens_travel_beside_products(inputs, tmp_path):
+    flags = TP2 | SP | {"deterministic": True, "dtype": "bfloat16", "tp_comm_overlap": True}
+    for graphs in (True, False):
+        folder = tmp_path / f"graphs {graphs}"
+        _run(2, inputs.flags(folder, gradient_accumulation_steps=ROWS, cuda_graphs=graphs, **flags))
+    assert column(tmp_path / "graphs True", "loss") == column(tmp_path / "graphs False", "loss")
+    assert largest_difference(exported(tmp_path / "graphs True"), exported(tmp_path / "graphs False")) == 0
+
+
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(inputs, tmp_path):
-    flags = inputs.flags(tmp_path / "run", **TP2, gradient_accumulation_steps=2, max_steps=100_000, save_steps=5)
+    run = {"gradient_accumulation_steps": 2, "max_steps": 100_000, "save_steps": 5}
+    flags = inputs.flags(tmp_path / "run", **TP2, **SP, **run)  # graphs, and copies between the GPUs
     process = _start(2, flags)
     metrics = tmp_path / "run" / "metrics.jsonl"
     try:
@@ -102,7 +113,9 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(inputs, tmp_path):
             time.sleep(0.2)
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(ranks[-1]), signal.SIGKILL)
+        killed = time.monotonic()
         output, _ = process.communicate(timeout=60)
+        print(f"ended {time.monotonic() - killed:.1f} s after the kill")
     finally:
         process.kill()
     assert process.returncode != 0

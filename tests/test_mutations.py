@@ -329,7 +329,7 @@ def _():
 
 @mutation("the tokens of the ranks are gathered in another order", TP2_SP)
 def _():
-    wrap(megalora.parallel.linear, "all_gather", lambda gather, x, tp: gather(x, tp).roll(x.shape[0], 0))
+    wrap(megalora.parallel.exchange, "all_gather", lambda gather, x, tp: gather(x, tp).roll(x.shape[0], 0))
 
 
 @mutation("stages before the last get no gradient", PP2)

@@ -41,7 +41,13 @@ FIELDS = {
     [(2, 0, 10, [1, 2]), (2, 5, 10, [6, 7]), (3, 0, 2, [1]), (2, 0, 1, [0]), (0, 0, 9, []), (2, 4, 4, [])],
 )
 def test_which_steps_are_recorded(steps, first, total, recorded):
-    assert list(recorded_steps(steps, first, total)) == recorded
+    assert list(recorded_steps(steps, first, total, graphs=False)) == recorded
+
+
+def test_the_step_that_captures_graphs_is_not_recorded():
+    assert list(recorded_steps(2, 0, 10, graphs=True)) == [2, 3]
+    assert list(recorded_steps(2, 0, 2, graphs=True)) == [1]
+    assert list(recorded_steps(2, 4, 4, graphs=True)) == []
 
 
 def test_computes_and_phases_are_recorded_within_chosen_steps_only():

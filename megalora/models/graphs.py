@@ -6,8 +6,10 @@ differs between them, the tokens, the documents' bounds and the step that dropou
 head and the loss stay outside, for the number of labelled tokens differs.
 
 All graphs share one pool of memory, which holds the activations of one microbatch. The first microbatch of a layout
-runs without a graph: that readies what cannot be readied during a capture (plans of cuDNN, workspaces). Graphs there
-may be are given up before it, so that activations are never held twice, and captured again when they are needed.
+runs without a graph: that readies what cannot be readied during a capture (plans of cuDNN, workspaces, NCCL's
+connections). Graphs there may be are given up before it, so that activations are never held twice, and captured again
+when they are needed. Tensor-parallel ranks see the same microbatches, so they capture and replay together: their
+collectives are part of the graphs.
 """
 
 from __future__ import annotations
@@ -28,17 +30,22 @@ from megalora.parallel.mesh import ParallelMesh
 T = TypeVar("T")
 
 
-def choose_graphs(wanted: bool | None, place: Placement, mesh: ParallelMesh) -> tuple[bool, str | None]:
+def choose_graphs(
+    wanted: bool | None, place: Placement, mesh: ParallelMesh, *, timed: bool = False
+) -> tuple[bool, str | None]:
     """(whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they serve.
 
+    timed  the communication inside layers is to be timed (wall_clock_breakdown, profile)
     Raises UserError where they are wanted and cannot be.
     """
     on_gpu = torch.device(place.device).type == "cuda"
     obstacle = None
     if not on_gpu:
         obstacle = "there is no GPU"
-    elif mesh.tp.size > 1 or mesh.pp.size > 1:
-        obstacle = "messages between tensor-parallel or pipeline ranks are not captured"
+    elif mesh.pp.size > 1:
+        obstacle = "a pipeline stage holds several microbatches at a time, and graphs hold one"
+    elif timed and mesh.tp.size > 1:
+        obstacle = "wall_clock_breakdown and profile time the collectives inside layers"
     elif place.dtype not in (torch.bfloat16, torch.float16):
         obstacle = f"attention in {str(place.dtype).removeprefix('torch.')} is another call for other documents"
     if wanted and obstacle:
@@ -54,13 +61,13 @@ class LayerGraphs:
     Gradients are added to the `.grad` of the parameters, in place: these must stay where they are.
     """
 
-    def __init__(self, layers: Callable[[Inputs], torch.Tensor], refresh: Callable[[], None], device: torch.device):
-        self._layers, self._refresh, self._device = layers, refresh, device
+    def __init__(self, layers: Callable[[Inputs], torch.Tensor], refresh: Callable[[], None], place: Placement):
+        self._layers, self._refresh, self._place = layers, refresh, place
         self._graphs: dict[Hashable, _Graph] = {}
         self._largest: dict[Hashable, tuple[int, int]] = {}  # of each layout seen: most bounds, longest document
         self._refreshes = 0
         self._refresh_graph: Graph | None = None
-        self._anchor = torch.zeros((), device=device, requires_grad=True)  # what makes autograd call backward
+        self._anchor = torch.zeros((), device=place.device, requires_grad=True)  # what makes autograd call backward
         self._running = False  # a forward pass waits for its backward pass, and its activations stand in the pool
 
     def refresh(self) -> None:
@@ -93,9 +100,17 @@ class LayerGraphs:
     def done(self) -> None:
         self._running = False
 
+    def close(self) -> None:
+        """Gives up every graph, for good: NCCL does not close a connection that a graph still uses."""
+        recorded = [graph for pair in self._graphs.values() for graph in (pair.forward, pair.backward)]
+        for graph in [*recorded, self._refresh_graph]:
+            if graph is not None:
+                graph.reset()
+        self._graphs, self._refresh_graph = {}, None
+
     @functools.cached_property
     def _recorder(self) -> Recorder:
-        return Recorder(self._device)
+        return Recorder(torch.device(self._place.device))
 
     def _give_up(self) -> None:
         """Frees all graphs of layers and the memory of their activations."""
@@ -105,7 +120,7 @@ class LayerGraphs:
             self._recorder.forget(graphs)
 
     def _captured(self, inputs: Inputs, bounds: int, longest: int) -> _Graph:
-        static, alive = _copy(inputs, bounds, longest), []
+        static, alive = _copy(inputs, self._place, bounds, longest), []
 
         def forward() -> torch.Tensor:
             alive.append(self._layers(static))
@@ -193,10 +208,10 @@ def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
     place[: bounds.shape[0]].copy_(bounds)
 
 
-def _copy(inputs: Inputs, bounds: int, longest: int) -> Inputs:
+def _copy(inputs: Inputs, place: Placement, bounds: int, longest: int) -> Inputs:
     input_ids, cos, sin, index = (tensor.clone() for tensor in _tensors(inputs))
     step = torch.tensor(inputs.tokens.step, dtype=torch.int64, device=index.device)
-    tokens = replace(inputs.tokens, index=index, local=index, step=step)  # one tensor-parallel rank: all are local
+    tokens = replace(inputs.tokens, index=index, local=place.own_tokens(index), step=step)
     cu_seqlens = inputs.packed.cu_seqlens.new_empty(bounds)
     _put_bounds(cu_seqlens, inputs)
     return replace(

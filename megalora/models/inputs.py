@@ -10,7 +10,6 @@ import torch
 from megalora.batch import Batch, to_device
 from megalora.models.config import ModelConfig
 from megalora.ops.attention import Packed, pack
-from megalora.parallel.collectives import local_tokens
 from megalora.parallel.linear import Placement, Tokens
 
 
@@ -64,6 +63,5 @@ def training_inputs(batch: Batch, config: ModelConfig, place: Placement, *, seed
     batch = batch.to(place.device)
     cos, sin = rope_tables(config, batch.position_ids, place.dtype)
     index = batch.token_index
-    local = local_tokens(index, place.tp) if place.sequence_parallel else index
-    tokens = Tokens(index, local, seed, step)
+    tokens = Tokens(index, place.own_tokens(index), seed, step)
     return Inputs(batch.input_ids, batch.labels, labelled, bounds, cos, sin, tokens, packed=packed)

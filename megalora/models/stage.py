@@ -108,8 +108,14 @@ class Stage(nn.Module):
         """Runs the layers as CUDA graphs from here on (see megalora.models.graphs): for a stage that is a whole model."""
         assert self.model.embed_tokens is not None and self.model.norm is not None and len(self._chunks) == 1
         self._graphs = LayerGraphs(
-            lambda inputs: self._layers(None, inputs, 0), self._refresh_groups, torch.device(self.place.device)
+            lambda inputs: self._layers(None, inputs, 0), self._refresh_groups, self.place
         )
+
+    def close(self) -> None:
+        """To be called before torch.distributed ends: lets go of what holds its connections (see LayerGraphs.close)."""
+        if self._graphs is not None:
+            self._graphs.close()
+        self._graphs = None
 
     @property
     def uses_graphs(self) -> bool:

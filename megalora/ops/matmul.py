@@ -20,18 +20,28 @@ _FEW_ROWS = 4
 _SMALLEST = 1 << 18
 
 
-def matmul_nt(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a b^T + bias [M, N], for a [M, K], b [N, K], bias [N], of one dtype and any strides. Not for autograd."""
+def matmul_nt(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """a b^T + bias [M, N], for a [M, K], b [N, K], bias [N], of one dtype and any strides; in `out`, where it is given.
+    Not for autograd."""
+    if out is not None and a.device.type == "cuda":
+        return torch.mm(a, b.t(), out=out) if bias is None else torch.addmm(bias, a, b.t(), out=out)
+    result = _product(a, b, bias)
+    return result if out is None else out.copy_(result)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a b [M, N], for a [M, K], b [K, N]: as matmul_nt. Not for autograd."""
+    return matmul_nt(a, b.t(), out=out)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if _skinny(a, b):
         return torch.ops.megalora.skinny_linear(a, b, bias)
     if _better_by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return torch.nn.functional.linear(a, b, bias)
-
-
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b [M, N], for a [M, K], b [K, N], of one dtype and any strides. Not for autograd."""
-    return matmul_nt(a, b.t())
 
 
 def _skinny(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -24,7 +24,8 @@ from megalora.ops.lora_linear import lora_down_, lora_down_input_grad_, lora_up_
 from megalora.ops.matmul import matmul, matmul_nt
 from megalora.ops.scaled_copy import scaled_copy_
 from megalora.ops.swiglu import swiglu, swiglu_backward, swiglu_down
-from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, reduce_scatter
+from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, local_tokens
+from megalora.parallel.exchange import Exchange, gather_product, product_scatter
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import Part, Split, whole_split
 
@@ -52,17 +53,25 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a layer's parameters live: tp axis, sequence parallelism, compute dtype, device."""
+    """Where a layer's parameters live: tp axis, sequence parallelism, compute dtype, device.
+
+    exchange  how tokens travel beside the products, under sequence parallelism; None: by collectives, before and after
+    """
 
     tp: Axis
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device | str
+    exchange: Exchange | None = None
 
     @property
     def master_dtype(self) -> torch.dtype:
         """Of what is trained: float32, or float64 in a float64 model."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    def own_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """x [F, ...] -> [T, ...], a view: this rank's tokens under sequence parallelism, else all."""
+        return local_tokens(x, self.tp) if self.sequence_parallel else x
 
 
 class LoraFactor(nn.Module):
@@ -256,7 +265,10 @@ class LinearGroup:
         return tokens.index if self.row_parallel else tokens.local, tokens.draw(self.dropout, self.site, offset)
 
     def product(self, source: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """(y, the full X that it is the product of), for `source` as in the call; not for autograd."""
+        """(y, the full X that it is the product of), for `source` as in the call; not for autograd.
+
+        Under sequence parallelism the X of a column-parallel group is sure to have its z, and only until the next call.
+        """
         assert self._ready, "refresh() comes before the first use"
         tp, columns = self.place.tp, self.in_features
         X, A, x = source, self.down, None
@@ -268,12 +280,20 @@ class LinearGroup:
                 X, x = source.new_empty(source.shape[0], columns + self.room), source
             lora_down_(X, A, token_index, draw, x)
         assert X.shape[1] == columns + self.room, (X.shape, columns, self.room)
-        full = all_gather(X, tp) if self.gathers and not self.row_parallel else X
+        bias = None if self.row_parallel else self.bias  # else it is added once, to the sum
+
+        def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            return matmul_nt(rows, self.matrix, bias, out)
+
         if not self.row_parallel:
-            return matmul_nt(full, self.matrix, self.bias), full
-        y = matmul_nt(full, self.matrix)
-        y = reduce_scatter(y, tp) if self.gathers else all_reduce(y, tp)
-        return y if self.bias is None else y.add_(self.bias), full
+            if self.gathers:
+                return gather_product(X, product, len(self.matrix), tp, self.place.exchange, kept=columns)
+            return product(X), X
+        if self.gathers:
+            y = product_scatter(X, product, len(self.matrix), tp, self.place.exchange)
+        else:
+            y = all_reduce(product(X), tp)
+        return y if self.bias is None else y.add_(self.bias), X
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -421,20 +441,29 @@ def _backward(
     own_ups     false: whoever made dy has seen to the group's dB
     ups_before  the branches that a gated group's source was made with, whose dB is seen to here
     """
-    A, token_index, tp = kept.A, kept.token_index, group.place.tp
+    A, token_index, tp, exchange = kept.A, kept.token_index, group.place.tp, group.place.exchange
     columns, dA = group.in_features, sums.dA
+    matrix = group.matrix if needs_dx else group.matrix[:, columns:]
+    goes_on, dX = needs_dx or A is not None, None
+
+    def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return matmul(rows, matrix, out)
+
     if group.row_parallel and group.gathers:
-        dy = all_gather(dy, tp)
+        if goes_on:
+            dX, dy = gather_product(dy, product, matrix.shape[1], tp, exchange)
+        else:
+            dy = all_gather(dy, tp)
     for branch in _up_branches(group, kept, sums) if own_ups else ():
         lora_up_weight_grad(dy[:, branch.rows], branch.z, branch.scaling, branch.dB)
     for i, (rows, _) in enumerate(group.spans):
         if sums.dbias(i) is not None:
             sums.dbias(i).add_(dy[:, rows].sum(0, dtype=sums.dbias(i).dtype))
-    if not needs_dx and A is None:
+    if not goes_on:
         return None
-    dX = matmul(dy, group.matrix if needs_dx else group.matrix[:, columns:])
-    if group.gathers and not group.row_parallel:
-        dX = reduce_scatter(dX, tp)
+    if dX is None:
+        scatters = group.gathers and not group.row_parallel
+        dX = product_scatter(dy, product, matrix.shape[1], tp, exchange) if scatters else product(dy)
     dz = None if A is None else dX[:, dX.shape[1] - group.room :][:, : sum(group.ranks)]
     if group.gated:
         return _gated_backward(group, kept, draw, dX, dz, needs_dx, dA, ups_before)

@@ -77,7 +77,7 @@ class Layout:
     @property
     def graphs(self) -> bool:
         """Whether the layers run as CUDA graphs (see megalora.models.graphs)."""
-        return self.tp == self.pp == 1 and self.work.element == 2
+        return self.pp == 1 and self.work.element == 2
 
     @property
     def tokens(self) -> int:

@@ -34,6 +34,13 @@ def test_one_gpu_a_replica_has_graphs():
     assert choose_graphs(True, place(dtype=torch.float16), ParallelMesh(dp=TWO)) == (True, None)
 
 
+def test_so_have_tensor_parallel_ranks_whose_messages_are_not_timed():
+    assert choose_graphs(None, place(), ParallelMesh(tp=TWO)) == (True, None)
+    used, note = choose_graphs(None, place(), ParallelMesh(tp=TWO), timed=True)
+    assert not used and "wall_clock_breakdown" in note
+    assert choose_graphs(None, place(), ParallelMesh(), timed=True) == (True, None)
+
+
 def test_on_a_cpu_nobody_expects_them():
     assert choose_graphs(None, place("cpu"), ParallelMesh()) == (False, None)
     assert choose_graphs(False, place("cpu"), ParallelMesh()) == (False, None)
@@ -42,8 +49,7 @@ def test_on_a_cpu_nobody_expects_them():
 @pytest.mark.parametrize(
     "where, mesh, why",
     [
-        (place(), ParallelMesh(tp=TWO), "messages"),
-        (place(), ParallelMesh(pp=TWO), "messages"),
+        (place(), ParallelMesh(pp=TWO), "several microbatches"),
         (place(dtype=torch.float32), ParallelMesh(), "float32"),
     ],
 )

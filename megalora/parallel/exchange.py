@@ -1,0 +1,213 @@
+"""Products whose tokens travel meanwhile: what sequence parallelism gathers before a product and scatters after it.
+
+The product is cut at the ranks' bounds, and the messages are plain copies into the other ranks' memory:
+
+    gather    product of own rows | product of the others' rows
+              copies to others    |
+    scatter   product of the others' rows | product of own rows | sum
+                                          | copies to others    |
+
+GPUs of one host do such copies by their copy engines, beside the products. NCCL's kernels do not run beside them: they
+need multiprocessors, and the product holds all of them until it ends. Without an exchange the two are collectives, one
+after the other.
+
+Legend: n ranks, T tokens on each, F = n T in all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from megalora.errors import UserError
+from megalora.parallel.collectives import all_gather, gather_objects, reduce_scatter
+from megalora.parallel.mesh import Axis
+
+# (rows [M, K], where to put the result [M, N] or None) -> the result
+Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class Link(Protocol):
+    """Memory that all ranks of an axis write to, and the order of it."""
+
+    def memory(self, nbytes: int) -> list[torch.Tensor]:
+        """By rank [nbytes] uint8 of that rank's memory. Collective, with one size on all ranks."""
+        ...
+
+    def meet(self) -> None:
+        """What a rank's work does from here on comes after all that every rank's work did before."""
+        ...
+
+    def beside(self) -> contextlib.AbstractContextManager:
+        """What is done inside comes after what was done before, and may run beside what follows."""
+        ...
+
+    def join(self) -> None:
+        """What follows comes after what was done beside."""
+        ...
+
+
+class Exchange:
+    """The two of the legend, on one rank of an axis."""
+
+    def __init__(self, axis: Axis, link: Link):
+        self._axis, self._link = axis, link
+
+    def gather(self, x: torch.Tensor, product: Product, width: int, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `gather_product`."""
+        rank, n = self._axis.rank, self._axis.size
+        link, places = self._link, self._places(x, *x.shape)
+        link.meet()  # nobody reads any more what lay there
+        with link.beside():
+            for other in self._others():
+                places[other][rank].copy_(x)
+            if kept < x.shape[1]:
+                places[rank][rank][:, kept:].copy_(x[:, kept:])
+        y, full = x.new_empty(n, x.shape[0], width), places[rank]
+        product(x, y[rank])
+        link.join()
+        link.meet()
+        for block in self._blocks():
+            product(full[block].flatten(0, 1), y[block].flatten(0, 1))
+        return y.flatten(0, 1), full.flatten(0, 1)
+
+    def scatter(self, x: torch.Tensor, product: Product, width: int) -> torch.Tensor:
+        """As `product_scatter`."""
+        rank, n = self._axis.rank, self._axis.size
+        x = x.unflatten(0, (n, -1))
+        link, places = self._link, self._places(x, x.shape[1], width)
+        link.meet()
+        terms = []  # held until the copies are done
+        for block in self._blocks():
+            term = x.new_empty(block.stop - block.start, x.shape[1], width)
+            product(x[block].flatten(0, 1), term.flatten(0, 1))
+            terms.append(term)
+            with link.beside():
+                for other in range(block.start, block.stop):
+                    places[other][rank].copy_(term[other - block.start])
+        received = places[rank]
+        product(x[rank], received[rank])
+        link.join()
+        link.meet()
+        return torch.add(received[0], received[1]) if n == 2 else received.sum(0)
+
+    def _places(self, x: torch.Tensor, tokens: int, width: int) -> list[torch.Tensor]:
+        """By rank its memory as [n, tokens, width] of x's dtype: a part for each sender."""
+        shape = self._axis.size, tokens, width
+        nbytes = x.itemsize * shape[0] * shape[1] * shape[2]
+        return [memory.view(x.dtype).view(shape) for memory in self._link.memory(nbytes)]
+
+    def _others(self) -> list[int]:
+        """The next rank first, so that not all write to one."""
+        rank, n = self._axis.rank, self._axis.size
+        return [(rank + i) % n for i in range(1, n)]
+
+    def _blocks(self) -> list[slice]:
+        """The others, as ranges of ranks."""
+        rank, n = self._axis.rank, self._axis.size
+        return [block for block in (slice(0, rank), slice(rank + 1, n)) if block.start < block.stop]
+
+
+def gather_product(
+    x: torch.Tensor, product: Product, width: int, axis: Axis, exchange: Exchange | None, *, kept: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] of each rank -> (product of all of them [F, width], all of them [F, K]), in rank order.
+
+    With an exchange the second is memory that the next one writes to, and of this rank's own part of it only the
+    columns from `kept` on are there.
+    """
+    if exchange is not None:
+        with axis.timed():
+            return exchange.gather(x.contiguous(), product, width, kept)
+    full = all_gather(x, axis)
+    return product(full, None), full
+
+
+def product_scatter(
+    x: torch.Tensor, product: Product, width: int, axis: Axis, exchange: Exchange | None
+) -> torch.Tensor:
+    """x [F, K] of each rank -> this rank's [T, width] of the sum of their products [F, width]."""
+    if exchange is not None:
+        with axis.timed():
+            return exchange.scatter(x, product, width)
+    return reduce_scatter(product(x, None), axis)
+
+
+class PeerMemory:
+    """The link of GPUs of one host that reach each other's memory: torch's symmetric memory."""
+
+    def __init__(self, axis: Axis, device: torch.device):
+        self._group, self._device = axis.group, device
+        self._side = torch.cuda.Stream(device)
+        self._ranks: list[torch.Tensor] = []
+        self._handles: list = []  # of all memory there was: CUDA graphs may still use what was replaced
+
+    def memory(self, nbytes: int) -> list[torch.Tensor]:
+        if not self._ranks or self._ranks[0].shape[0] < nbytes:
+            self._ranks = self._made(nbytes)
+        return [memory[:nbytes] for memory in self._ranks]
+
+    def meet(self) -> None:
+        self._handles[-1].barrier()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+    def _made(self, nbytes: int) -> list[torch.Tensor]:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        try:
+            own = symmetric.empty(nbytes, dtype=torch.uint8, device=self._device)
+            handle = symmetric.rendezvous(own, self._group.group_name)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"the GPUs of a tensor-parallel group cannot map {nbytes / 2**20:.0f} MiB of each other's memory "
+                f"({reason}): give --tp_comm_overlap false"
+            ) from error
+        self._handles.append(handle)
+        return [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(handle.world_size)]
+
+
+def choose_exchange(
+    wanted: bool | None, axis: Axis, sequence_parallel: bool, device: torch.device
+) -> tuple[Exchange | None, str | None]:
+    """(the exchange of a tensor-parallel axis or None, a line that says why GPUs that could use one have none).
+
+    wanted None: wherever it serves. Collective over the axis. Raises UserError where it is wanted and cannot be.
+    """
+    obstacle = _obstacle(axis, sequence_parallel, device)
+    if wanted and obstacle:
+        raise UserError(f"tp_comm_overlap = true, but {obstacle}: leave the flag out")
+    if obstacle or wanted is False:
+        worth_saying = device.type == "cuda" and axis.size > 1
+        return None, f"tensor-parallel messages wait: {obstacle or 'as asked'}" if worth_saying else None
+    return Exchange(axis, PeerMemory(axis, device)), None
+
+
+def _obstacle(axis: Axis, sequence_parallel: bool, device: torch.device) -> str | None:
+    """Why the ranks of the axis cannot have an exchange, the same on all of them. Collective."""
+    if axis.size == 1:
+        return "tensor_parallel_size is 1"
+    if not sequence_parallel:
+        return "without --sequence_parallel true they reduce whole activations"
+    if device.type != "cuda":
+        return "there is no GPU"
+    places = gather_objects((socket.gethostname(), device.index), axis)
+    if len({host for host, _ in places}) > 1:
+        return "the GPUs of a tensor-parallel group are in several hosts"
+    indices = [index for _, index in places]
+    if len(set(indices)) < len(indices):
+        return "each rank sees its own GPU alone (CUDA_VISIBLE_DEVICES)"
+    reached = all(torch.cuda.can_device_access_peer(device, i) for i in indices if i != device.index)
+    return None if all(gather_objects(reached, axis)) else "these GPUs do not reach each other's memory"

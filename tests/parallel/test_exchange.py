@@ -1,0 +1,140 @@
+"""Products whose tokens travel meanwhile, against the collectives around whole products."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import FAMILIES, Run, largest_difference, reference, train
+from shared_memory import SharedMemory
+from spawn import spawn
+
+from megalora.errors import UserError
+from megalora.parallel.exchange import Exchange, choose_exchange, gather_product, product_scatter
+from megalora.parallel.mesh import Axis, build_mesh
+
+
+class Watched(SharedMemory):
+    """Notes the order of events."""
+
+    def __init__(self, axis):
+        super().__init__(axis)
+        self.events = []
+
+    def meet(self):
+        super().meet()
+        self.events.append("meet")
+
+    def join(self):
+        self.events.append("join")
+
+
+def both_ways(rank: int, n: int) -> None:
+    axis = build_mesh(rank, n, tp=n).tp
+    link = Watched(axis)
+    exchange = Exchange(axis, link)
+    generator = torch.Generator().manual_seed(rank)
+    matrix = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
+
+    def product(rows, out=None):
+        link.events.append(len(rows))
+        result = rows @ matrix.t()
+        return result if out is None else out.copy_(result)
+
+    for tokens in (3, 5, 2):  # more than before, and fewer
+        x = torch.randn(tokens, 6, dtype=torch.float64, generator=generator)
+        for kept in (0, 4, 6):
+            wanted, wanted_full = gather_product(x, product, 7, axis, None)
+            link.events.clear()
+            ours, full = gather_product(x, product, 7, axis, exchange, kept=kept)
+            assert torch.equal(ours, wanted)
+            own = full.unflatten(0, (n, -1))[rank]
+            assert torch.equal(own[:, kept:], x[:, kept:])
+            own.copy_(x)
+            assert torch.equal(full, wanted_full)
+            events = [event for event in link.events if event != "join"]
+            start = events.index(tokens)  # own rows, before anybody is waited for
+            assert events[start + 1] == "meet" and sum(events[start + 2 :]) == (n - 1) * tokens
+        x = torch.randn(n * tokens, 6, dtype=torch.float64, generator=generator)
+        wanted = product_scatter(x, product, 7, axis, None)
+        link.events.clear()
+        ours = product_scatter(x, product, 7, axis, exchange)
+        assert (ours - wanted).abs().max() <= 1e-13
+        assert link.events[-3:] == [tokens, "join", "meet"]  # own rows last, while the others' terms are on their way
+        kept_result = ours.clone()
+        product_scatter(torch.ones_like(x), product, 7, axis, exchange)
+        assert torch.equal(ours, kept_result), "a result lies in memory that others write to"
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_as_the_collectives(n):
+    spawn(both_ways, n)
+
+
+def sums_in_one_order(rank: int, n: int) -> torch.Tensor:
+    """Every rank gives the same terms for all: the sums must be equal to the bit on all of them."""
+    axis = build_mesh(rank, n, tp=n).tp
+    x = torch.randn(1, 8, generator=torch.Generator().manual_seed(rank)).repeat(n, 1)
+    exchange = Exchange(axis, SharedMemory(axis))
+    return product_scatter(x, lambda rows, out: rows if out is None else out.copy_(rows), 8, axis, exchange)
+
+
+def test_sums_are_in_rank_order():
+    results = spawn(sums_in_one_order, 4)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    "family, tp, pp, dp", [("llama", 2, 1, 1), ("qwen2", 4, 1, 1), ("qwen3", 2, 2, 1), ("mistral", 2, 1, 2)]
+)
+def test_a_run_gives_the_numbers_of_one_process(family, tp, pp, dp, recompute):
+    assert family in FAMILIES
+    run = Run(family, tp, pp, sequence_parallel=True, exchange=True, recompute=recompute)
+    assert largest_difference(reference(run), spawn(train, tp * pp * dp, run)) <= 1e-12
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["down_proj"], ["up_proj", "o_proj"]])
+def test_with_few_adapters_too(targets):
+    lora = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": targets, "bias": "lora_only"}
+    run = Run("qwen2", 2, sequence_parallel=True, exchange=True, lora=lora)
+    assert largest_difference(reference(run), spawn(train, 2, run)) <= 1e-12
+
+
+# ---- who has one
+
+
+def test_nobody_without_neighbours_or_without_a_cut_of_the_tokens():
+    cpu, gpu, two = torch.device("cpu"), torch.device("cuda", 0), Axis(0, (0, 1))
+    assert choose_exchange(None, Axis(), True, gpu) == (None, None)
+    assert choose_exchange(None, two, False, cpu) == (None, None)
+    _, note = choose_exchange(None, two, False, gpu)
+    assert "without --sequence_parallel true" in note
+    assert choose_exchange(False, Axis(), False, gpu) == (None, None)
+    for axis, cut, device, why in (
+        (Axis(), True, gpu, "tensor_parallel_size is 1"),
+        (two, False, gpu, "without --sequence_parallel true"),
+        (two, True, cpu, "there is no GPU"),
+    ):
+        with pytest.raises(UserError, match=f"tp_comm_overlap = true, but {why}.*leave the flag out"):
+            choose_exchange(True, axis, cut, device)
+
+
+def on_other_machines(rank: int, n: int, places: list) -> tuple:
+    import socket
+
+    host, index, reaches = places[rank]
+    socket.gethostname = lambda: host
+    torch.cuda.can_device_access_peer = lambda device, other: reaches
+    return choose_exchange(None, Axis(rank, tuple(range(n)), dist.group.WORLD), True, torch.device("cuda", index))
+
+
+@pytest.mark.parametrize(
+    "places, why",
+    [
+        ([("a", 0, True), ("b", 0, True)], "in several hosts"),
+        ([("a", 0, True), ("a", 0, True)], "CUDA_VISIBLE_DEVICES"),
+        ([("a", 0, True), ("a", 1, False)], "do not reach"),
+    ],
+)
+def test_all_ranks_agree_that_they_have_none(places, why):
+    results = spawn(on_other_machines, 2, places)
+    assert results[0] == results[1] and results[0][0] is None and why in results[0][1]
