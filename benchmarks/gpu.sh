@@ -2,13 +2,15 @@
 # The commands of benchmarks/README.md that need a GPU, in one call: one after another, with two GPUs or more the
 # single-GPU ones on two of them at a time.
 #
-#   benchmarks/gpu.sh CONFIG_8B.json CONFIG_70B.json FOLDER
+#   benchmarks/gpu.sh CONFIG_8B.json CONFIG_70B.json FOLDER [one|several]
 #
+# one, several: those of one GPU alone, or those of several alone.
 # FOLDER/figures.txt gets the output of each as soon as it has ended, so that a call that is cut short leaves what it
 # has; the seconds that each took stand beside its name.
 set -u
-[ $# = 3 ] || { sed -n 's/^# \{0,1\}//; 2,8p' "$0"; exit 2; }
+[[ $# = 3 || ${4-} =~ ^(one|several)$ ]] || { sed -n 's/^# \{0,1\}//; 2,9p' "$0"; exit 2; }
 model=$(realpath "$1") large=$(realpath "$2")
+part=${4-both}
 mkdir -p "$3"
 figures=$(realpath "$3")/figures.txt
 cd "$(dirname "$0")/.." || exit
@@ -18,7 +20,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 measure() { # NAME COMMAND...: its output and status into figures.txt
     local name=$1 start=$SECONDS output failed=
     shift
-    output=$("$@" 2>&1) || failed=", status $?"
+    output=$(timeout 300 "$@" 2>&1) || failed=", status $?"
     output=$(grep -viE 'warn|deprecated|could not be imported' <<<"$output")
     # In one piece: the other queue writes there too.
     printf '\n== %s (%s s%s): %s\n%s\n' "$name" $((SECONDS - start)) "$failed" "$*" "$output" >>"$figures"
@@ -45,19 +47,25 @@ second_queue() {
     measure "one linear" python benchmarks/lora_linear.py --device cuda --repeats 7
 }
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if ((gpus >= 2)); then
-    several=(python benchmarks/multi_gpu.py --output "$figures.multi_gpu.json")
+several() {
+    local several=(python benchmarks/multi_gpu.py --output "$figures.multi_gpu.json")
     measure "tensor and data parallel" "${several[@]}" --model "$model" --rows 4 --steps 4 --only tp2 tp4 tp8 dp2 dp4
-    measure "pipelines" "${several[@]}" --model "$model" --rows 2 --steps 3 \
+    measure "pipelines" "${several[@]}" --model "$model" --rows 2 --steps 3 --partition_method cost \
         --only "pp2, 1f1b" "pp2, interleaved" "pp4, 1f1b" "pp4, interleaved"
+    measure "70B" "${several[@]}" --model "$large" --recompute full --partition_method cost --steps 1 --alone false \
+        --only "pp2, 1f1b" "pp2, interleaved" tp2 "tp4 pp2" tp8
+}
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus >= 2)) && [ "$part" != one ]; then
+    several
+fi
+if ((gpus >= 2)) && [ "$part" != several ]; then
     CUDA_VISIBLE_DEVICES=0 first_queue &
     queue=$!
     CUDA_VISIBLE_DEVICES=1 second_queue
     wait "$queue"
-    measure "70B" "${several[@]}" --model "$large" --recompute full --partition_method cost --steps 1 --alone false \
-        --only "pp2, 1f1b" "tp4 pp2" tp8
-else
+elif [ "$part" != several ]; then
     first_queue
     second_queue
 fi

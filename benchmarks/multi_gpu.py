@@ -12,6 +12,7 @@ Without GPUs it runs on CPU processes (--processes), which proves the script and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -29,6 +30,7 @@ from megalora.batch import Batch
 from megalora.building import DTYPES, Cut, resolve_dtype, resolve_lora
 from megalora.lora import LoraConfig
 from megalora.models.config import ModelConfig, config_from_dict
+from megalora.parallel.exchange import choose_exchange
 from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
@@ -118,7 +120,8 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
     device, _ = choose_device()
     config = config_from_dict(read_fields(options.model))
     with distributed(device, layout.tp, layout.pp) as mesh:
-        place = Placement(mesh.tp, layout.tp > 1, resolve_dtype(options.dtype, device), device)
+        exchange, _ = choose_exchange(None, mesh.tp, layout.tp > 1, device)
+        place = Placement(mesh.tp, layout.tp > 1, resolve_dtype(options.dtype, device), device, exchange)
         torch.manual_seed(mesh.rank)
         trainer, cut = make_trainer(
             config, mesh, LORA, place, options.rows * options.seq_length, randomize,
@@ -127,10 +130,11 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
         )  # fmt: skip
         data = Tokens(layout, mesh, options.rows, options.seq_length, config.vocab_size)
         seconds = []
-        for number in range(WARM_UP + options.steps):
-            start = time.perf_counter()
-            loss = trainer.step(number, data).loss  # read on the host: the step has ended
-            seconds.append(time.perf_counter() - start)
+        with contextlib.closing(trainer):
+            for number in range(WARM_UP + options.steps):
+                start = time.perf_counter()
+                loss = trainer.step(number, data).loss  # read on the host: the step has ended
+                seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
         if mesh.rank == 0:
             plan = planned(layout, options, config, cut, place)
@@ -153,8 +157,12 @@ def planned(layout: Layout, options: argparse.Namespace, config: ModelConfig, cu
     return predicted(config, lora, shape, cut.layers, torch.device(place.device))
 
 
+class ChildFailed(Exception):
+    """The processes of a layout ended with an error; says which."""
+
+
 def run(layout: Layout, options: argparse.Namespace) -> dict:
-    """What `worker` of the layout writes, in processes of its own."""
+    """What `worker` of the layout writes, in processes of its own. Raises ChildFailed."""
     figures = options.output.with_suffix(".worker.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(layout.processes)]
     command += [__file__, "--model", options.model, "--worker", json.dumps(asdict(layout)), "--output", str(figures)]
@@ -166,7 +174,7 @@ def run(layout: Layout, options: argparse.Namespace) -> dict:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise SystemExit(f"{layout.name}: exit status {done.returncode}\n{done.stderr[-4000:]}")
+        raise ChildFailed(f"{layout.name}: exit status {done.returncode}\n{done.stderr[-4000:]}")
     found = json.loads(figures.read_text())
     figures.unlink()
     return found
@@ -196,11 +204,16 @@ def main() -> None:
         layout for layout in chosen if layout.processes > 1
     ]
     alone: dict[int, float] = {}  # tokens/s of one GPU, by microbatches
-    records = []
+    records, failed = [], []
     print("| layout | tokens/s of a GPU | of one GPU | by its bubble | planned | GiB | planned | last loss |")
     print("|---|---|---|---|---|---|---|---|")
     for layout in chosen:
-        figures = run(layout, options)
+        try:
+            figures = run(layout, options)
+        except ChildFailed as error:  # the others are still worth having
+            failed.append(layout.name)
+            print(error, file=sys.stderr, flush=True)
+            continue
         each = figures["tokens"] / statistics.median(figures["seconds"]) / layout.processes
         if layout.processes == 1:
             alone[layout.microbatches] = each
@@ -215,6 +228,8 @@ def main() -> None:
     print(f"{options.processes} x {where}, torch {torch.__version__}, {options.rows} rows of {options.seq_length}")
     asked = {name: value for name, value in vars(options).items() if name not in ("output", "worker")}
     options.output.write_text(json.dumps({"where": where, "options": asked, "records": records}, indent=1))
+    if failed:
+        raise SystemExit(f"these did not run: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

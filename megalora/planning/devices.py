@@ -1,11 +1,12 @@
 """Speeds of the devices that a plan reckons with: the one place for such figures.
 
 Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted to the kernels of a step of 8192
-tokens of Llama-8B's shape on an H100 80GB HBM3 (benchmarks/README.md: GEMMs 345 ms, attention 46, all else 79) and, for
+tokens of Llama-8B's shape on an H100 80GB HBM3 (benchmarks/README.md: GEMMs 352 ms, attention 46, all else 64) and, for
 the host, to a step of 2048 without CUDA graphs. H200: the same chip, its memory by the data sheet's 4.8 TB/s in the
 H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about the H100's proportions, FlashAttention-2 as
-published (arXiv 2307.08691). Links: the data sheets' NVLink 4 and 3 (450 and 300 GB/s a direction) and one adapter of
-400 or 200 Gb/s a GPU, at 80%. CPU: two threads of a shared EPYC host.
+published (arXiv 2307.08691). Links: of H100s as measured, 34 MB by copy engines in 90 us and by NCCL in 170 us; of
+A100s in the proportion of NVLink 3 to 4; networks one adapter of 400 or 200 Gb/s a GPU, at 80%. CPU: two threads of a
+shared EPYC host.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Device:
     attention      FLOPs of attention, forward and backward
     memory         bytes read or written
     link, network  bytes to a neighbour in the node, and in another, one direction
+    collective     bytes to a neighbour in the node within a collective of activations, one direction
     latency        seconds of one message or collective, beside its bytes
     call           seconds in which the host issues one operation: what small microbatches are bound by
     capacity       GiB of memory
@@ -35,6 +37,7 @@ class Device:
     memory: float
     link: float
     network: float
+    collective: float
     latency: float
     call: float
     capacity: float
@@ -45,7 +48,12 @@ class Device:
 
     def without_links(self) -> Device:
         """The same device with messages that take no time."""
-        return replace(self, link=float("inf"), network=float("inf"), latency=0.0)
+        return replace(self, link=float("inf"), network=float("inf"), collective=float("inf"), latency=0.0)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether messages of sequence parallelism run beside products."""
+        return self.name != "cpu"
 
     def scaled(self, factor: float) -> Device:
         """The same device with all compute `factor` times as slow."""
@@ -62,10 +70,10 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", 720e12, 50e12, 340e12, 2.5e12, 360e9, 40e9, 15e-6, 60e-6, 80),
-        Device("h200", 715e12, 50e12, 340e12, 3.5e12, 360e9, 40e9, 15e-6, 60e-6, 141),
-        Device("a100", 250e12, 17e12, 180e12, 1.4e12, 240e9, 20e9, 15e-6, 60e-6, 80),
-        Device("cpu", 0.15e12, 0.15e12, 0.05e12, 10e9, 2e9, 1e9, 100e-6, 10e-6, 16),
+        Device("h100", 700e12, 50e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 60e-6, 80),
+        Device("h200", 700e12, 50e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 60e-6, 141),
+        Device("a100", 250e12, 17e12, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 60e-6, 80),
+        Device("cpu", 0.15e12, 0.15e12, 0.05e12, 10e9, 2e9, 1e9, 2e9, 100e-6, 10e-6, 16),
     )
 }
 

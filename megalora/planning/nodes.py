@@ -62,7 +62,9 @@ class Pass:
     flops      of matrix products
     attention  FLOPs of attention
     traffic    bytes that all else reads and writes
-    reduced    bytes of each tensor-parallel collective that it waits for (the whole activation)
+    reduced    bytes of each activation that it reduces over tensor parallel
+    exchanged  bytes of each whole activation that is gathered for its product, or scattered after it, over tensor
+               parallel (sequence parallelism)
     calls      operations that the host issues
     """
 
@@ -71,6 +73,7 @@ class Pass:
     attention: float = 0
     traffic: float = 0
     reduced: tuple[int, ...] = ()
+    exchanged: tuple[int, ...] = ()
     calls: int = 0
 
 
@@ -176,6 +179,7 @@ def _sum(passes) -> Pass:
         sum(p.attention for p in passes),
         sum(p.traffic for p in passes),
         tuple(size for p in passes for size in p.reduced),
+        tuple(size for p in passes for size in p.exchanged),
         sum(p.calls for p in passes),
     )
 
@@ -257,14 +261,17 @@ class _LayerNodes:
         made = x if gated or (group is layer.out and group.room) else 0  # with room, for the forward only
         y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
         reads_x = held * group.inputs * e
-        across = (tokens.whole,) if tp > 1 and (group.row_parallel or tokens.gathers) else ()
+        exchanged = (tokens.whole,) if tokens.gathers else ()
         matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
         branch = 2 * tokens.full * group.rank
         forward = Pass(
             live=(tokens.full * (group.inputs + group.room) * e if gathers else 0) + made + y_full,
             flops=matrix + branch * group.inputs,
-            traffic=(reads_x if reads_z else 0) + (3 * reads_x if gated else 0),
-            reduced=across,
+            traffic=(reads_x if reads_z else 0)
+            + (3 * reads_x if gated else 0)
+            + (3 * tokens.local * group.output * e if tokens.gathers and group.row_parallel else 0),
+            reduced=(tokens.whole,) if tp > 1 and group.row_parallel and not tokens.gathers else (),
+            exchanged=exchanged,
             calls=1 + gated + (1 if group.rank else 0) + (1 if group.biases and group.row_parallel else 0),
         )
         # The gradient of the residual stream waits meanwhile, for a row-parallel group it is dy itself.
@@ -286,8 +293,9 @@ class _LayerNodes:
             live=tokens.stream + dy + (dx_full + scattered + after if needs_dx else 0) + gradients,
             flops=(matrix if needs_dx else 2 * tokens.full * group.room * group.output)
             + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
-            traffic=traffic + (5 * reads_x if gated and needs_dx else 0),
-            reduced=(tokens.whole,) if tp > 1 and (tokens.gathers or (not group.row_parallel and needs_dx)) else (),
+            traffic=traffic + (5 * reads_x if gated and needs_dx else 0) + (3 * scattered if needs_dx else 0),
+            reduced=(tokens.whole,) if tp > 1 and needs_dx and not (group.row_parallel or tokens.gathers) else (),
+            exchanged=exchanged,
             calls=1 + (3 * group.adapted + 4 if group.rank else 0),
         )
         return self._node("linears", kept, forward, backward, flowing or group.trains)
@@ -347,7 +355,7 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
     gathered = tokens.whole if tokens.gathers else 0
     parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.hidden * e
     product = 2 * labelled * shape.hidden * shape.vocabulary
-    reduced = tokens.whole
+    reduced, exchanged = ((), (tokens.whole,)) if tokens.gathers else ((tokens.whole,) * (shape.tp > 1), ())
     norm = Node(
         "final norm",
         tokens.stream + tokens.local * _STATISTIC if flowing else 0,
@@ -361,13 +369,14 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
             live=tokens.stream + gathered + logits + parts,
             flops=product * (2 if flowing else 1),
             traffic=3 * labelled * shape.vocabulary * e,
-            reduced=(reduced,) if tokens.gathers else (),
+            exchanged=exchanged,
             calls=12,
         ),
         Pass(
             live=tokens.whole + (tokens.stream if tokens.gathers else 0),
             traffic=2 * tokens.whole,
-            reduced=(reduced,) if shape.tp > 1 else (),
+            reduced=reduced,
+            exchanged=exchanged,
             calls=2,
         )
         if flowing

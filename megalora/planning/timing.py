@@ -24,18 +24,30 @@ class Seconds:
 
 
 def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) -> float:
-    """Of passes one after another: the device's time or the host's, whichever is more, and the collectives."""
+    """Of passes one after another: the device's time or the host's, whichever is more, and the messages."""
     passes = list(passes)
     rate = device.gemm if element == 2 else device.gemm32
     computed = sum(p.flops / rate + p.attention / device.attention + p.traffic / device.memory for p in passes)
     issued = sum(p.calls for p in passes) * device.call
-    collectives = (size for p in passes for size in p.reduced)
-    return max(computed, issued) + sum(reduce_seconds(size, tp, device.link, device) for size in collectives)
+    reduced = sum(reduce_seconds(size, tp, device.collective, device) for p in passes for size in p.reduced)
+    return max(computed, issued) + reduced + sum(exchange_seconds(p, device, rate, tp) for p in passes)
 
 
 def reduce_seconds(size: int, ranks: int, speed: float, device: Device) -> float:
-    """An all-reduce of `size` bytes (or a reduce-scatter and the all-gather after it) by rings: 2 (n - 1) / n of it."""
+    """An all-reduce of `size` bytes by rings: 2 (n - 1) / n of it."""
     return 0.0 if ranks == 1 else device.latency + 2 * (ranks - 1) / ranks * size / speed
+
+
+def exchange_seconds(p: Pass, device: Device, rate: float, ranks: int) -> float:
+    """What gathers and scatters of a pass add to its products: each sends (n - 1) / n of the activation.
+
+    GPUs send beside the product of a rank's own tokens, 1 / n of it (see megalora.parallel.exchange).
+    """
+    if not p.exchanged:
+        return 0.0
+    beside = p.flops / rate / ranks / len(p.exchanged) if device.overlaps else 0.0
+    speed = device.link if device.overlaps else device.collective
+    return sum(device.latency + max(0.0, (ranks - 1) / ranks * size / speed - beside) for size in p.exchanged)
 
 
 def node_seconds(nodes: Sequence[Node], device: Device, element: int, tp: int) -> Seconds:
