@@ -1,5 +1,6 @@
 """Several GPUs of one host through NCCL: the same run on every layout, and a rank that is killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -97,6 +98,17 @@ def test_graphs_change_no_bit_where_tokens_travel_beside_products(inputs, tmp_pa
         _run(2, inputs.flags(folder, gradient_accumulation_steps=ROWS, cuda_graphs=graphs, **flags))
     assert column(tmp_path / "graphs True", "loss") == column(tmp_path / "graphs False", "loss")
     assert largest_difference(exported(tmp_path / "graphs True"), exported(tmp_path / "graphs False")) == 0
+
+
+@pytest.mark.parametrize("layout", [PP2, TP2 | SP], ids=["pp2", "tp2"])
+def test_a_profile_is_drawn_beside_the_plan(inputs, tmp_path, layout):
+    _run(2, inputs.flags(tmp_path / "run", **layout, gradient_accumulation_steps=ROWS, max_steps=4, profile=True))
+    folder = tmp_path / "run" / "profile"
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    computes = [event for event in events if event["ph"] == "X" and event["name"].startswith(("forward", "backward"))]
+    assert len(computes) >= 2 * 2 * ROWS * 2  # ranks, kinds, microbatches, steps
+    assert all(event["dur"] > 0 for event in computes)
+    assert "<svg" in (folder / "schedule.svg").read_text()
 
 
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(inputs, tmp_path):

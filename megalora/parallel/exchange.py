@@ -61,7 +61,7 @@ class Exchange:
         """As `gather_product`."""
         rank, n = self._axis.rank, self._axis.size
         link, places = self._link, self._places(x, *x.shape)
-        link.meet()  # nobody reads any more what lay there
+        self._meet()  # nobody reads any more what lay there
         with link.beside():
             for other in self._others():
                 places[other][rank].copy_(x)
@@ -69,8 +69,7 @@ class Exchange:
                 places[rank][rank][:, kept:].copy_(x[:, kept:])
         y, full = x.new_empty(n, x.shape[0], width), places[rank]
         product(x, y[rank])
-        link.join()
-        link.meet()
+        self._meet(link.join)
         for block in self._blocks():
             product(full[block].flatten(0, 1), y[block].flatten(0, 1))
         return y.flatten(0, 1), full.flatten(0, 1)
@@ -80,7 +79,7 @@ class Exchange:
         rank, n = self._axis.rank, self._axis.size
         x = x.unflatten(0, (n, -1))
         link, places = self._link, self._places(x, x.shape[1], width)
-        link.meet()
+        self._meet()
         terms = []  # held until the copies are done
         for block in self._blocks():
             term = x.new_empty(block.stop - block.start, x.shape[1], width)
@@ -91,9 +90,14 @@ class Exchange:
                     places[other][rank].copy_(term[other - block.start])
         received = places[rank]
         product(x[rank], received[rank])
-        link.join()
-        link.meet()
+        self._meet(link.join)
         return torch.add(received[0], received[1]) if n == 2 else received.sum(0)
+
+    def _meet(self, join: Callable[[], None] = lambda: None) -> None:
+        """Waits for the other ranks, after `join`: this counts as communication, the rest runs beside products."""
+        with self._axis.timed():
+            join()
+            self._link.meet()
 
     def _places(self, x: torch.Tensor, tokens: int, width: int) -> list[torch.Tensor]:
         """By rank its memory as [n, tokens, width] of x's dtype: a part for each sender."""
@@ -121,8 +125,7 @@ def gather_product(
     columns from `kept` on are there.
     """
     if exchange is not None:
-        with axis.timed():
-            return exchange.gather(x.contiguous(), product, width, kept)
+        return exchange.gather(x.contiguous(), product, width, kept)
     full = all_gather(x, axis)
     return product(full, None), full
 
@@ -132,8 +135,7 @@ def product_scatter(
 ) -> torch.Tensor:
     """x [F, K] of each rank -> this rank's [T, width] of the sum of their products [F, width]."""
     if exchange is not None:
-        with axis.timed():
-            return exchange.scatter(x, product, width)
+        return exchange.scatter(x, product, width)
     return reduce_scatter(product(x, None), axis)
 
 
