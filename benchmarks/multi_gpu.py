@@ -122,11 +122,17 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
     with distributed(device, layout.tp, layout.pp) as mesh:
         exchange, _ = choose_exchange(None, mesh.tp, layout.tp > 1, device)
         place = Placement(mesh.tp, layout.tp > 1, resolve_dtype(options.dtype, device), device, exchange)
+        work = Workload(
+            options.rows,
+            options.seq_length,
+            element=place.dtype.itemsize,
+            sequence_parallel=place.sequence_parallel,
+            recompute=options.recompute,
+        )
         torch.manual_seed(mesh.rank)
         trainer, cut = make_trainer(
-            config, mesh, LORA, place, options.rows * options.seq_length, randomize,
-            recompute=options.recompute, partition_method=options.partition_method, schedule=layout.schedule,
-            chunks=layout.chunks,
+            config, mesh, LORA, place, work, randomize,
+            partition_method=options.partition_method, schedule=layout.schedule, chunks=layout.chunks,
         )  # fmt: skip
         data = Tokens(layout, mesh, options.rows, options.seq_length, config.vocab_size)
         seconds = []
@@ -137,24 +143,17 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
                 seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
         if mesh.rank == 0:
-            plan = planned(layout, options, config, cut, place)
+            plan = planned(layout, work, config, cut, device)
             figures = {"seconds": seconds[WARM_UP:], "tokens": data.token_count, "loss": loss, "peak_gib": peak}
             figures |= {"planned": plan.tokens_per_second, "planned_gib": plan.memory / 2**30}
             options.output.write_text(json.dumps(figures))
 
 
-def planned(layout: Layout, options: argparse.Namespace, config: ModelConfig, cut: Cut, place: Placement) -> Plan:
+def planned(layout: Layout, work: Workload, config: ModelConfig, cut: Cut, device: torch.device) -> Plan:
     """What `megalora plan` makes of it."""
-    work = Workload(
-        options.rows,
-        options.seq_length,
-        element=place.dtype.itemsize,
-        sequence_parallel=place.sequence_parallel,
-        recompute=options.recompute,
-    )
     shape = PlanLayout(layout.tp, layout.pp, layout.dp, layout.schedule, layout.chunks, layout.microbatches, work)
     lora = resolve_lora(LoraConfig.from_dict(LORA), config)
-    return predicted(config, lora, shape, cut.layers, torch.device(place.device))
+    return predicted(config, lora, shape, cut.layers, device)
 
 
 class ChildFailed(Exception):

@@ -41,6 +41,7 @@ from megalora.parallel.split import named_splits
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
+from megalora.planning.nodes import Workload
 from megalora.training import Trainer
 
 LEARNING_RATE = 1e-4
@@ -76,32 +77,31 @@ def make_trainer(
     mesh: ParallelMesh,
     lora: dict,
     place: Placement,
-    tokens: int,
+    work: Workload,
     fill: Callable[[Stage], None],
     *,
-    recompute: str = "none",
     partition_method: str = "uniform",
     schedule: str = "1f1b",
     chunks: int = 1,
     cuda_graphs: bool | None = None,
 ) -> tuple[Trainer, Cut]:
-    """This rank's trainer, as finetune makes it, and the cut into stages. fill gives its stage weights; tokens: of a
-    microbatch."""
+    """This rank's trainer, as finetune makes it, and the cut into stages. fill gives its stage weights."""
     device = torch.device(place.device)
     stage, cut = build_stage(
         config,
         mesh,
         resolve_lora(LoraConfig.from_dict(lora), config),
         place,
-        recompute=recompute,
+        recompute=work.recompute,
         partition_method=partition_method,
         virtual_pipeline_size=chunks,
+        workload=work,
     )
     fill(stage)
     if choose_graphs(cuda_graphs, place, mesh)[0]:
         stage.use_graphs()
     parameters = stage.trainable()
-    shape = (tokens // mesh.tp.size if place.sequence_parallel else tokens, config.hidden_size)
+    shape = (work.tokens // (mesh.tp.size if place.sequence_parallel else 1), config.hidden_size)
     neighbours = Neighbours(mesh, shape, place.dtype, device, ring=chunks > 1)
     trainer = Trainer(
         stage,
@@ -136,9 +136,8 @@ def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data
         mesh,
         lora,
         Placement(mesh.tp, False, dtype, data.ids.device),
-        data.token_count,
+        Workload(*data.ids.shape, element=dtype.itemsize, recompute=options.recompute),
         fill,
-        recompute=options.recompute,
         cuda_graphs=vars(options).get("cuda_graphs"),
     )
     count = iter(range(10**9))

@@ -262,6 +262,8 @@ class _LayerNodes:
         y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
         reads_x = held * group.inputs * e
         exchanged = (tokens.whole,) if tokens.gathers else ()
+        whole = (tokens.whole,) if tp > 1 and not tokens.gathers else ()
+        reduced_y, reduced_dx = (whole, ()) if group.row_parallel else ((), whole if flowing else ())
         matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
         branch = 2 * tokens.full * group.rank
         forward = Pass(
@@ -270,9 +272,14 @@ class _LayerNodes:
             traffic=(reads_x if reads_z else 0)
             + (3 * reads_x if gated else 0)
             + (3 * tokens.local * group.output * e if tokens.gathers and group.row_parallel else 0),
-            reduced=(tokens.whole,) if tp > 1 and group.row_parallel and not tokens.gathers else (),
+            reduced=reduced_y,
             exchanged=exchanged,
-            calls=1 + gated + (1 if group.rank else 0) + (1 if group.biases and group.row_parallel else 0),
+            calls=1
+            + gated
+            + (group.rank > 0)
+            + (group.row_parallel and group.biases > 0)
+            + len(reduced_y)
+            + len(exchanged),
         )
         # The gradient of the residual stream waits meanwhile, for a row-parallel group it is dy itself.
         gradients = group.trained * (e + _STATISTIC)
@@ -294,9 +301,14 @@ class _LayerNodes:
             flops=(matrix if needs_dx else 2 * tokens.full * group.room * group.output)
             + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
             traffic=traffic + (5 * reads_x if gated and needs_dx else 0) + (3 * scattered if needs_dx else 0),
-            reduced=(tokens.whole,) if tp > 1 and needs_dx and not (group.row_parallel or tokens.gathers) else (),
+            reduced=reduced_dx,
             exchanged=exchanged,
-            calls=1 + (3 * group.adapted + 4 if group.rank else 0),
+            # dX; dx with dA; dB of each branch, where no other pass makes it.
+            calls=1
+            + (group.rank > 0)
+            + (0 if fused and group is layer.gate_up else group.adapted)
+            + len(reduced_dx)
+            + len(exchanged),
         )
         return self._node("linears", kept, forward, backward, flowing or group.trains)
 

@@ -28,6 +28,7 @@ def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) 
     passes = list(passes)
     rate = device.gemm if element == 2 else device.gemm32
     computed = sum(p.flops / rate + p.attention / device.attention + p.traffic / device.memory for p in passes)
+    computed *= 1 + (device.meeting if tp > 1 else 0)
     issued = sum(p.calls for p in passes) * device.call
     reduced = sum(reduce_seconds(size, tp, device.collective, device) for p in passes for size in p.reduced)
     return max(computed, issued) + reduced + sum(exchange_seconds(p, device, rate, tp) for p in passes)
