@@ -48,11 +48,13 @@ second_queue() {
 }
 
 several() {
-    local several=(python benchmarks/multi_gpu.py --output "$figures.multi_gpu.json")
-    measure "tensor and data parallel" "${several[@]}" --model "$model" --rows 4 --steps 4 --only tp2 tp4 tp8 dp2 dp4
-    measure "pipelines" "${several[@]}" --model "$model" --rows 2 --steps 3 --partition_method cost \
+    local several=(python benchmarks/multi_gpu.py --output)
+    measure "tensor and data parallel" "${several[@]}" "$figures.tp.json" --model "$model" --rows 4 --steps 4 \
+        --only tp2 tp4 tp8 dp2 dp4
+    measure "pipelines" "${several[@]}" "$figures.pp.json" --model "$model" --rows 2 --steps 3 --partition_method cost \
         --only "pp2, 1f1b" "pp2, interleaved" "pp4, 1f1b" "pp4, interleaved"
-    measure "70B" "${several[@]}" --model "$large" --recompute full --partition_method cost --steps 1 --alone false \
+    measure "70B" "${several[@]}" "$figures.70b.json" --model "$large" --recompute full --partition_method cost \
+        --steps 1 --alone false \
         --only "pp2, 1f1b" "pp2, interleaved" tp2 "tp4 pp2" tp8
 }
 

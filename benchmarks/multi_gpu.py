@@ -27,18 +27,18 @@ from common import read_fields, where_of
 from train_step import make_trainer, randomize
 
 from megalora.batch import Batch
-from megalora.building import DTYPES, Cut, resolve_dtype, resolve_lora
+from megalora.building import DTYPES, largest_exchange, resolve_dtype, resolve_lora
 from megalora.lora import LoraConfig
-from megalora.models.config import ModelConfig, config_from_dict
-from megalora.parallel.exchange import choose_exchange
+from megalora.models.config import config_from_dict
 from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.peer_memory import choose_exchange
 from megalora.pipeline.actions import COMPUTE
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.pipeline.simulate import simulate
 from megalora.planning.layouts import Layout as PlanLayout
-from megalora.planning.layouts import Plan, predicted
+from megalora.planning.layouts import predicted
 from megalora.planning.nodes import Workload
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
@@ -120,8 +120,13 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
     device, _ = choose_device()
     config = config_from_dict(read_fields(options.model))
     with distributed(device, layout.tp, layout.pp) as mesh:
-        exchange, _ = choose_exchange(None, mesh.tp, layout.tp > 1, device)
-        place = Placement(mesh.tp, layout.tp > 1, resolve_dtype(options.dtype, device), device, exchange)
+        dtype, lora = resolve_dtype(options.dtype, device), resolve_lora(LoraConfig.from_dict(LORA), config)
+        tokens, overlap = options.rows * options.seq_length, {"auto": None, "true": True, "false": False}
+        exchange_bytes = largest_exchange(config, lora, tokens, dtype, device)
+        exchange, note = choose_exchange(
+            overlap[options.tp_comm_overlap] if layout.tp > 1 else None, mesh, layout.tp > 1, device, exchange_bytes
+        )
+        place = Placement(mesh.tp, layout.tp > 1, dtype, device, exchange)
         work = Workload(
             options.rows,
             options.seq_length,
@@ -143,17 +148,16 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
                 seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
         if mesh.rank == 0:
-            plan = planned(layout, work, config, cut, device)
+            shape = PlanLayout(
+                layout.tp, layout.pp, layout.dp, layout.schedule, layout.chunks, layout.microbatches, work,
+                tp_comm_overlap=exchange is not None,
+            )  # fmt: skip
+            plan = predicted(config, lora, shape, cut.layers, device)
+            if peak is not None and exchange is not None:  # memory that torch's allocator does not know
+                peak += exchange_bytes / 2**30
             figures = {"seconds": seconds[WARM_UP:], "tokens": data.token_count, "loss": loss, "peak_gib": peak}
-            figures |= {"planned": plan.tokens_per_second, "planned_gib": plan.memory / 2**30}
+            figures |= {"note": note, "planned": plan.tokens_per_second, "planned_gib": plan.memory / 2**30}
             options.output.write_text(json.dumps(figures))
-
-
-def planned(layout: Layout, work: Workload, config: ModelConfig, cut: Cut, device: torch.device) -> Plan:
-    """What `megalora plan` makes of it."""
-    shape = PlanLayout(layout.tp, layout.pp, layout.dp, layout.schedule, layout.chunks, layout.microbatches, work)
-    lora = resolve_lora(LoraConfig.from_dict(LORA), config)
-    return predicted(config, lora, shape, cut.layers, device)
 
 
 class ChildFailed(Exception):
@@ -165,7 +169,7 @@ def run(layout: Layout, options: argparse.Namespace) -> dict:
     figures = options.output.with_suffix(".worker.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(layout.processes)]
     command += [__file__, "--model", options.model, "--worker", json.dumps(asdict(layout)), "--output", str(figures)]
-    for name in ("rows", "seq_length", "steps", "recompute", "partition_method", "dtype"):
+    for name in ("rows", "seq_length", "steps", "recompute", "partition_method", "dtype", "tp_comm_overlap"):
         command += [f"--{name}", str(getattr(options, name))]
     # NVLink multicast is left off: not every host lets a container use it, and NCCL would hang in its set-up.
     environment = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"} | dict(os.environ)
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--partition_method", default="uniform", choices=("uniform", "cost"))
+    parser.add_argument("--tp_comm_overlap", default="auto", choices=("auto", "true", "false"))
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--output", type=Path, default=Path("multi_gpu.json"), help="JSON file for the figures")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -204,6 +209,8 @@ def main() -> None:
     ]
     alone: dict[int, float] = {}  # tokens/s of one GPU, by microbatches
     records, failed = [], []
+    where = where_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = {name: value for name, value in vars(options).items() if name not in ("output", "worker")}
     print("| layout | tokens/s of a GPU | of one GPU | by its bubble | planned | GiB | planned | last loss |")
     print("|---|---|---|---|---|---|---|---|")
     for layout in chosen:
@@ -222,11 +229,11 @@ def main() -> None:
         plan, planned_peak = f"{figures['planned'] / layout.processes:,.0f}", f"{figures['planned_gib']:.1f}"
         cells = [layout.name, f"{each:,.0f}", ratio, bubble, plan, peak, planned_peak, f"{figures['loss']:.4f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
+        if figures["note"]:
+            print(f"{layout.name}: {figures['note']}", file=sys.stderr, flush=True)
         records.append({"layout": asdict(layout), "each": each, "predicted": expected, **figures})
-    where = where_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        options.output.write_text(json.dumps({"where": where, "options": asked, "records": records}, indent=1))
     print(f"{options.processes} x {where}, torch {torch.__version__}, {options.rows} rows of {options.seq_length}")
-    asked = {name: value for name, value in vars(options).items() if name not in ("output", "worker")}
-    options.output.write_text(json.dumps({"where": where, "options": asked, "records": records}, indent=1))
     if failed:
         raise SystemExit(f"these did not run: {', '.join(failed)}")
 

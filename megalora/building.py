@@ -13,6 +13,7 @@ from megalora.errors import UserError
 from megalora.lora import LoraConfig, ResolvedLora, layer_index
 from megalora.models.config import ModelConfig, check_layout
 from megalora.models.stage import NO_LORA, Stage, adaptable_linears, expected_weights, whole_on_meta
+from megalora.ops.lora_linear import room_for
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis, ParallelMesh
 from megalora.parallel.split import named_splits
@@ -100,6 +101,14 @@ def build_stage(
     lowest = min((layer_index(name) for name in trained_shapes(lora, config)), default=config.num_hidden_layers)
     floor = next((s for s, part in enumerate(layers) if lowest < part.stop), len(layers))
     return stage, Cut(tuple(layers), floor, tuple(costs.shares(layers)))
+
+
+def largest_exchange(
+    config: ModelConfig, lora: ResolvedLora, tokens: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that choose_exchange wants for microbatches of `tokens` tokens: three linears share an input at most."""
+    most = 3 * max((adapter.r for adapter in lora.adapters.values()), default=0)
+    return tokens * (config.hidden_size + room_for(most, device.type)) * dtype.itemsize
 
 
 def layer_seconds(

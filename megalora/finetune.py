@@ -21,6 +21,7 @@ from megalora.building import (
     Cut,
     build_stage,
     check_vocabulary,
+    largest_exchange,
     load_adapter,
     load_base_weights,
     resolve_dtype,
@@ -43,11 +44,11 @@ from megalora.monitor import Monitor, RankLog, Timers, causal_context, lora_flop
 from megalora.ops import extension
 from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
 from megalora.parallel.collectives import gather_objects, on_first, together
-from megalora.parallel.exchange import choose_exchange
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.launch import choose_device, distributed, fix_order_of_sums, restarts, tp_crossing
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.peer_memory import choose_exchange
 from megalora.parallel.preemption import Preemption
 from megalora.parallel.split import named_splits
 from megalora.parallel.watch import Watch
@@ -105,11 +106,16 @@ def finetune(arguments: FinetuneArguments) -> None:
                 notes += [*start.checkpoint.notes, start_note]
 
         # This rank's part of it.
-        exchange, exchange_note = choose_exchange(
-            parallel.tp_comm_overlap, mesh.tp, parallel.sequence_parallel, device
-        )
-        notes += [exchange_note] if exchange_note else []
+        tokens_here = train.per_device_train_batch_size * data.seq_length
         with together(mesh.world):
+            exchange, exchange_note = choose_exchange(
+                parallel.tp_comm_overlap,
+                mesh,
+                parallel.sequence_parallel,
+                device,
+                largest_exchange(config, lora, tokens_here, dtype, device),
+            )
+            notes += [exchange_note] if exchange_note else []
             place = Placement(mesh.tp, parallel.sequence_parallel, dtype, device, exchange)
             work = _workload(rows, train, parallel, dtype)
             stage, cut = build_stage(
@@ -140,7 +146,6 @@ def finetune(arguments: FinetuneArguments) -> None:
         parameters, splits = stage.trainable(), named_splits(stage)
         crossing = tp_crossing(mesh.world_size, tp, pp, watch.hosts, _reduced_megabytes(config, data, train, dtype))
         notes += [crossing] if crossing else []
-        tokens_here = train.per_device_train_batch_size * data.seq_length
         tokens_here //= mesh.tp.size if parallel.sequence_parallel else 1
         chunks = parallel.virtual_pipeline_size
         runner = PipelineRunner(
@@ -227,7 +232,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                     monitor.note(f"step {step} skipped: {result.skipped}")
                 if profiled and number == profiled[-1]:
                     with meter.apart(timers):
-                        monitor.note(_write_profile(profiler, arguments, config, lora, cut, work, mesh, device))
+                        monitor.note(_write_profile(profiler, arguments, config, lora, stage, cut, work, mesh, device))
                 if step % train.logging_steps == 0 or step == total_steps:
                     monitor.step(meter.record(step, result, timers))
                 else:
@@ -464,6 +469,7 @@ def _write_profile(
     arguments: FinetuneArguments,
     config: ModelConfig,
     lora: ResolvedLora,
+    stage: Stage,
     cut: Cut,
     work: Workload,
     mesh: ParallelMesh,
@@ -478,6 +484,8 @@ def _write_profile(
         arguments.parallel.virtual_pipeline_size,
         arguments.train.gradient_accumulation_steps,
         work,
+        cuda_graphs=stage.uses_graphs,
+        tp_comm_overlap=stage.place.exchange is not None,
     )
     recorded = profiler.collect(mesh.world)
     folder = Path(arguments.train.output_dir) / "profile"

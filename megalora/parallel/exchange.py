@@ -7,9 +7,9 @@ The product is cut at the ranks' bounds, and the messages are plain copies into 
     scatter   product of the others' rows | product of own rows | sum
                                           | copies to others    |
 
-GPUs of one host do such copies by their copy engines, beside the products. NCCL's kernels do not run beside them: they
-need multiprocessors, and the product holds all of them until it ends. Without an exchange the two are collectives, one
-after the other.
+GPUs of one host do such copies by their copy engines (megalora.parallel.peer_memory), beside the products. NCCL's
+kernels do not run beside them: they need multiprocessors, and the product holds all of them until it ends. Without an
+exchange the two are collectives, one after the other.
 
 Legend: n ranks, T tokens on each, F = n T in all.
 """
@@ -17,14 +17,12 @@ Legend: n ranks, T tokens on each, F = n T in all.
 from __future__ import annotations
 
 import contextlib
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from megalora.errors import UserError
-from megalora.parallel.collectives import all_gather, gather_objects, reduce_scatter
+from megalora.parallel.collectives import all_gather, reduce_scatter
 from megalora.parallel.mesh import Axis
 
 # (rows [M, K], where to put the result [M, N] or None) -> the result
@@ -35,7 +33,7 @@ class Link(Protocol):
     """Memory that all ranks of an axis write to, and the order of it."""
 
     def memory(self, nbytes: int) -> list[torch.Tensor]:
-        """By rank [nbytes] uint8 of that rank's memory. Collective, with one size on all ranks."""
+        """By rank [nbytes] uint8 of that rank's memory; one size on all ranks."""
         ...
 
     def meet(self) -> None:
@@ -137,79 +135,3 @@ def product_scatter(
     if exchange is not None:
         return exchange.scatter(x, product, width)
     return reduce_scatter(product(x, None), axis)
-
-
-class PeerMemory:
-    """The link of GPUs of one host that reach each other's memory: torch's symmetric memory."""
-
-    def __init__(self, axis: Axis, device: torch.device):
-        self._group, self._device = axis.group, device
-        self._side = torch.cuda.Stream(device)
-        self._ranks: list[torch.Tensor] = []
-        self._handles: list = []  # of all memory there was: CUDA graphs may still use what was replaced
-
-    def memory(self, nbytes: int) -> list[torch.Tensor]:
-        if not self._ranks or self._ranks[0].shape[0] < nbytes:
-            self._ranks = self._made(nbytes)
-        return [memory[:nbytes] for memory in self._ranks]
-
-    def meet(self) -> None:
-        self._handles[-1].barrier()
-
-    @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
-            yield
-
-    def join(self) -> None:
-        torch.cuda.current_stream(self._device).wait_stream(self._side)
-
-    def _made(self, nbytes: int) -> list[torch.Tensor]:
-        from torch.distributed import _symmetric_memory as symmetric
-
-        try:
-            own = symmetric.empty(nbytes, dtype=torch.uint8, device=self._device)
-            handle = symmetric.rendezvous(own, self._group.group_name)
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"the GPUs of a tensor-parallel group cannot map {nbytes / 2**20:.0f} MiB of each other's memory "
-                f"({reason}): give --tp_comm_overlap false"
-            ) from error
-        self._handles.append(handle)
-        return [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(handle.world_size)]
-
-
-def choose_exchange(
-    wanted: bool | None, axis: Axis, sequence_parallel: bool, device: torch.device
-) -> tuple[Exchange | None, str | None]:
-    """(the exchange of a tensor-parallel axis or None, a line that says why GPUs that could use one have none).
-
-    wanted None: wherever it serves. Collective over the axis. Raises UserError where it is wanted and cannot be.
-    """
-    obstacle = _obstacle(axis, sequence_parallel, device)
-    if wanted and obstacle:
-        raise UserError(f"tp_comm_overlap = true, but {obstacle}: leave the flag out")
-    if obstacle or wanted is False:
-        worth_saying = device.type == "cuda" and axis.size > 1
-        return None, f"tensor-parallel messages wait: {obstacle or 'as asked'}" if worth_saying else None
-    return Exchange(axis, PeerMemory(axis, device)), None
-
-
-def _obstacle(axis: Axis, sequence_parallel: bool, device: torch.device) -> str | None:
-    """Why the ranks of the axis cannot have an exchange, the same on all of them. Collective."""
-    if axis.size == 1:
-        return "tensor_parallel_size is 1"
-    if not sequence_parallel:
-        return "without --sequence_parallel true they reduce whole activations"
-    if device.type != "cuda":
-        return "there is no GPU"
-    places = gather_objects((socket.gethostname(), device.index), axis)
-    if len({host for host, _ in places}) > 1:
-        return "the GPUs of a tensor-parallel group are in several hosts"
-    indices = [index for _, index in places]
-    if len(set(indices)) < len(indices):
-        return "each rank sees its own GPU alone (CUDA_VISIBLE_DEVICES)"
-    reached = all(torch.cuda.can_device_access_peer(device, i) for i in indices if i != device.index)
-    return None if all(gather_objects(reached, axis)) else "these GPUs do not reach each other's memory"

@@ -23,12 +23,13 @@ class Device:
     gemm, gemm32   FLOPs of matrix products in 16-bit and in 32-bit floats
     attention      FLOPs of attention, forward and backward
     memory         bytes read or written
-    link, network  bytes to a neighbour in the node, and in another, one direction
-    collective     bytes to a neighbour in the node within a collective of activations, one direction
+    link, network  bytes to a neighbour in the node, by copies, and in another, one direction
+    collective     bytes to a neighbour in the node by NCCL, one direction
     latency        seconds of one message or collective, beside its bytes
     meeting        part that tensor parallel adds to compute, beside messages: at each a rank waits for the slowest
     call           seconds in which the host issues one operation: what small microbatches are bound by
     capacity       GiB of memory
+    overlaps       whether messages of sequence parallelism run beside products
     """
 
     name: str
@@ -43,21 +44,20 @@ class Device:
     meeting: float
     call: float
     capacity: float
+    overlaps: bool
 
     def with_graphs(self) -> Device:
         """The same device where a step is replayed from CUDA graphs: the host issues next to nothing."""
         return replace(self, call=0.0)
 
+    def across_nodes(self) -> Device:
+        """The same device whose tensor-parallel neighbours are in other nodes."""
+        return replace(self, link=self.network, collective=self.network, overlaps=False)
+
     def without_links(self) -> Device:
         """The same device with messages that take no time."""
-        return replace(
-            self, link=float("inf"), network=float("inf"), collective=float("inf"), latency=0.0, meeting=0.0
-        )
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether messages of sequence parallelism run beside products."""
-        return self.name != "cpu"
+        never = float("inf")
+        return replace(self, link=never, network=never, collective=never, latency=0.0, meeting=0.0, overlaps=False)
 
     def scaled(self, factor: float) -> Device:
         """The same device with all compute `factor` times as slow."""
@@ -74,10 +74,10 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", 700e12, 50e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80),
-        Device("h200", 700e12, 50e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141),
-        Device("a100", 250e12, 17e12, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.08, 60e-6, 80),
-        Device("cpu", 0.15e12, 0.15e12, 0.05e12, 10e9, 2e9, 1e9, 2e9, 100e-6, 0.0, 10e-6, 16),
+        Device("h100", 700e12, 50e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80, True),
+        Device("h200", 700e12, 50e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141, True),
+        Device("a100", 250e12, 17e12, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.08, 60e-6, 80, True),
+        Device("cpu", 0.15e12, 0.15e12, 0.05e12, 10e9, 2e9, 1e9, 2e9, 100e-6, 0.0, 10e-6, 16, False),
     )
 }
 

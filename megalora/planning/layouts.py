@@ -36,7 +36,7 @@ class Cluster:
 
     def speed(self, stride: int, ranks: int) -> float:
         """Bytes a second between ranks that stand `stride` apart, `ranks` of them."""
-        return self.device.link if stride * (ranks - 1) < self.gpus_per_node else self.device.network
+        return self.device.collective if stride * (ranks - 1) < self.gpus_per_node else self.device.network
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step runs on the GPUs. chunks of layers a stage; microbatches of a step of a data-parallel rank."""
+    """How a step runs on the GPUs. chunks of layers a stage; microbatches of a step of a data-parallel rank.
+
+    cuda_graphs, tp_comm_overlap  as the flags of a run; None: what a run then does
+    """
 
     tp: int
     pp: int
@@ -73,11 +76,18 @@ class Layout:
     chunks: int
     microbatches: int
     work: Workload
+    cuda_graphs: bool | None = None
+    tp_comm_overlap: bool | None = None
 
     @property
     def graphs(self) -> bool:
         """Whether the layers run as CUDA graphs (see megalora.models.graphs)."""
-        return self.pp == 1 and self.work.element == 2
+        return self.pp == 1 and self.work.element == 2 if self.cuda_graphs is None else self.cuda_graphs
+
+    @property
+    def pace(self) -> tuple:
+        """All that the time of a layer depends on."""
+        return self.tp, self.work, self.graphs, self.tp_comm_overlap
 
     @property
     def tokens(self) -> int:
@@ -280,17 +290,21 @@ class Planner:
         return self._shapes[tp]
 
     def _layer_costs(self, layout: Layout) -> LayerCosts:
-        key = layout.tp, layout.work, layout.graphs
+        key = layout.pace
         if key not in self._costs:
             self._costs[key] = layer_costs(self._shape(layout.tp), layout.work, self._device(layout))
         return self._costs[key]
 
     def _device(self, layout: Layout) -> Device:
-        return self._cluster.device.with_graphs() if layout.graphs else self._cluster.device
+        """As one rank of the layout finds it."""
+        device = self._cluster.device.with_graphs() if layout.graphs else self._cluster.device
+        if layout.tp > self._cluster.gpus_per_node:
+            return device.across_nodes()
+        return replace(device, overlaps=False) if layout.tp_comm_overlap is False else device
 
     def _parts(self, layout: Layout, wanted: Wanted, costs: LayerCosts) -> list[range]:
         shape, method = self._shape(layout.tp), wanted.partition_method
-        key = layout.tp, layout.work, layout.graphs, layout.pp * layout.chunks, method
+        key = layout.pace, layout.pp * layout.chunks, method
         if key in self._cuts:
             return self._cuts[key]
         of_layers, first, last = costs.layers, costs.first, costs.last
@@ -321,7 +335,7 @@ class Planner:
         return self._memories[key]
 
     def _seconds(self, layout: Layout, chunk: range, first: bool, last: bool) -> Seconds:
-        key = layout.tp, layout.work, layout.graphs, chunk, first, last
+        key = layout.pace, chunk, first, last
         if key not in self._chunks:
             nodes = chunk_nodes(self._shape(layout.tp), chunk, layout.work, first=first, last=last)
             self._chunks[key] = node_seconds(nodes, self._device(layout), layout.work.element, layout.tp)

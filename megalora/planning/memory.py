@@ -1,6 +1,7 @@
 """Bytes that a rank holds at most during a step, as torch's allocator counts them (torch.cuda.max_memory_allocated).
 
-What lies outside of it, CUDA's context, NCCL's buffers and the allocator's fragments, is not counted here: a plan
+Beside them a GPU's memory for what tensor-parallel ranks send each other (megalora.parallel.exchange). What else lies
+outside of it, CUDA's context, NCCL's buffers and the allocator's fragments, is not counted here: a plan
 leaves room for that.
 """
 
@@ -26,7 +27,7 @@ class Memory:
     adapters     masters, and the copies of A (and biases) in the compute dtype
     optimizer    gradients and two moments
     activations  of the microbatches in flight, and what the one at work needs besides
-    buffers      messages between stages, workspace of the matrix products
+    buffers      messages between stages and of sequence parallelism, workspace of the matrix products
     """
 
     weights: int
@@ -71,6 +72,9 @@ def stage_memory(
     waiting = max(kept_bytes(part) for part in nodes)
     stream = work.tokens * shape.hidden * e // (shape.tp if work.sequence_parallel else 1)
     alone = first and last and len(chunks) == 1
+    widest = shape.hidden + max((group.room for layer in layers for group in layer.groups), default=0)
+    exchanges = work.sequence_parallel and shape.tp > 1 and shape.device_type == "cuda"
+    exchanged = work.tokens * widest * e if exchanges else 0
     return Memory(
         weights=(frozen + room + ends) * e,
         adapters=trained * _MASTER + copies * e,
@@ -78,5 +82,5 @@ def stage_memory(
         activations=max(peak_bytes(part) for part in nodes)
         + max(0, in_flight - 1) * waiting
         + (0 if first else max(0, inputs - 1) * stream),
-        buffers=_GEMM_WORKSPACE.get(shape.device_type, 0) + (0 if alone else _MESSAGES * stream),
+        buffers=_GEMM_WORKSPACE.get(shape.device_type, 0) + (0 if alone else _MESSAGES * stream) + exchanged,
     )

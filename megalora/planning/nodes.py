@@ -55,6 +55,20 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Message:
+    """One message between tensor-parallel ranks.
+
+    kind    "reduce": a sum that all get; "gather", "scatter": of sequence parallelism
+    size    bytes of the whole activation
+    beside  FLOPs of the product that it may run beside (see megalora.parallel.exchange); 0: it waits alone
+    """
+
+    kind: str
+    size: int
+    beside: float = 0.0
+
+
+@dataclass(frozen=True)
 class Pass:
     """What one pass through a node, forward or backward, takes.
 
@@ -62,9 +76,7 @@ class Pass:
     flops      of matrix products
     attention  FLOPs of attention
     traffic    bytes that all else reads and writes
-    reduced    bytes of each activation that it reduces over tensor parallel
-    exchanged  bytes of each whole activation that is gathered for its product, or scattered after it, over tensor
-               parallel (sequence parallelism)
+    messages   over tensor parallel
     calls      operations that the host issues
     """
 
@@ -72,8 +84,7 @@ class Pass:
     flops: float = 0
     attention: float = 0
     traffic: float = 0
-    reduced: tuple[int, ...] = ()
-    exchanged: tuple[int, ...] = ()
+    messages: tuple[Message, ...] = ()
     calls: int = 0
 
 
@@ -103,8 +114,8 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
     flowing = shape.lowest < layers.start  # whether what comes in requires a gradient
     nodes: list[Node] = []
     if first:
-        summed = (tokens.full * shape.hidden * work.element,) if shape.tp > 1 else ()
-        nodes.append(Node("embedding", 0, Pass(traffic=2 * tokens.stream, reduced=summed, calls=1)))
+        summed = (Message("reduce", tokens.whole),) if shape.tp > 1 else ()
+        nodes.append(Node("embedding", 0, Pass(traffic=2 * tokens.stream, messages=summed, calls=1)))
     for index in layers:
         layer = shape.layers[index]
         nodes += _layer_nodes(layer, bare, work, index == layers.start, flowing)
@@ -178,8 +189,7 @@ def _sum(passes) -> Pass:
         sum(p.flops for p in passes),
         sum(p.attention for p in passes),
         sum(p.traffic for p in passes),
-        tuple(size for p in passes for size in p.reduced),
-        tuple(size for p in passes for size in p.exchanged),
+        tuple(message for p in passes for message in p.messages),
         sum(p.calls for p in passes),
     )
 
@@ -242,7 +252,7 @@ class _LayerNodes:
         q k v and gate up are given x with room. o is given x alone, the result of attention, which keeps it anyhow
         unless it is computed again. down is given gate_up, which is kept also for the gradient, and makes x of it.
         """
-        layer, tokens, e, tp = self.layer, self.tokens, self.work.element, self.shape.tp
+        layer, tokens, e = self.layer, self.tokens, self.work.element
         gathers, gated = tokens.gathers and not group.row_parallel, group is layer.down
         held = tokens.full if group.row_parallel else tokens.local
         x = held * (group.inputs + group.room) * e
@@ -261,29 +271,20 @@ class _LayerNodes:
         made = x if gated or (group is layer.out and group.room) else 0  # with room, for the forward only
         y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
         reads_x = held * group.inputs * e
-        exchanged = (tokens.whole,) if tokens.gathers else ()
-        whole = (tokens.whole,) if tp > 1 and not tokens.gathers else ()
-        reduced_y, reduced_dx = (whole, ()) if group.row_parallel else ((), whole if flowing else ())
+        in_region = self.shape.device_type == "cuda"  # what is gathered lies in the memory of the exchange there
         matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
         branch = 2 * tokens.full * group.rank
+        messages = self._messages(group, group.row_parallel, matrix, True)
         forward = Pass(
-            live=(tokens.full * (group.inputs + group.room) * e if gathers else 0) + made + y_full,
+            live=(tokens.full * (group.inputs + group.room) * e if gathers and not in_region else 0) + made + y_full,
             flops=matrix + branch * group.inputs,
-            traffic=(reads_x if reads_z else 0)
-            + (3 * reads_x if gated else 0)
-            + (3 * tokens.local * group.output * e if tokens.gathers and group.row_parallel else 0),
-            reduced=reduced_y,
-            exchanged=exchanged,
-            calls=1
-            + gated
-            + (group.rank > 0)
-            + (group.row_parallel and group.biases > 0)
-            + len(reduced_y)
-            + len(exchanged),
+            traffic=(reads_x if reads_z else 0) + (3 * reads_x if gated else 0),
+            messages=messages,
+            calls=1 + gated + (group.rank > 0) + (group.row_parallel and group.biases > 0) + len(messages),
         )
         # The gradient of the residual stream waits meanwhile, for a row-parallel group it is dy itself.
         gradients = group.trained * (e + _STATISTIC)
-        dy = (y_full if tokens.gathers else 0) if group.row_parallel else y_full
+        dy = (y_full if tokens.gathers and not in_region else 0) if group.row_parallel else y_full
         scattered = tokens.local * (group.inputs + group.room) * e if gathers else 0
         needs_dx = flowing
         after = 0  # beside dX: the gradient of gate_up and x again; or what goes on from o
@@ -296,21 +297,27 @@ class _LayerNodes:
             traffic = y_full
         elif fused and group is layer.gate_up:
             traffic -= y_full
+        product = matrix if needs_dx else 2 * tokens.full * group.room * group.output
+        messages = self._messages(group, not group.row_parallel, product, needs_dx)
         backward = Pass(
             live=tokens.stream + dy + (dx_full + scattered + after if needs_dx else 0) + gradients,
-            flops=(matrix if needs_dx else 2 * tokens.full * group.room * group.output)
-            + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
-            traffic=traffic + (5 * reads_x if gated and needs_dx else 0) + (3 * scattered if needs_dx else 0),
-            reduced=reduced_dx,
-            exchanged=exchanged,
+            flops=product + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
+            traffic=traffic + (5 * reads_x if gated and needs_dx else 0),
+            messages=messages,
             # dX; dx with dA; dB of each branch, where no other pass makes it.
-            calls=1
-            + (group.rank > 0)
-            + (0 if fused and group is layer.gate_up else group.adapted)
-            + len(reduced_dx)
-            + len(exchanged),
+            calls=1 + (group.rank > 0) + (0 if fused and group is layer.gate_up else group.adapted) + len(messages),
         )
         return self._node("linears", kept, forward, backward, flowing or group.trains)
+
+    def _messages(self, group: Group, sums: bool, product: float, whole: bool) -> tuple[Message, ...]:
+        """Of a product whose terms are summed over the ranks (`sums`), or that wants all tokens. whole: not z alone."""
+        tokens = self.tokens
+        if self.shape.tp == 1:
+            return ()
+        if tokens.gathers:
+            size = tokens.whole if whole or not sums else tokens.full * group.room * self.work.element
+            return (Message("scatter" if sums else "gather", size, product),) if size else ()
+        return (Message("reduce", tokens.whole),) if sums and whole else ()
 
     def _fused(self) -> bool:
         """Whether the backward passes of down's branch, of what is gated and of gate's and up's B are one."""
@@ -367,7 +374,9 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
     gathered = tokens.whole if tokens.gathers else 0
     parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.hidden * e
     product = 2 * labelled * shape.hidden * shape.vocabulary
-    reduced, exchanged = ((), (tokens.whole,)) if tokens.gathers else ((tokens.whole,) * (shape.tp > 1), ())
+    before, after = (), (Message("reduce", tokens.whole),) if shape.tp > 1 else ()
+    if tokens.gathers:
+        before, after = (Message("gather", tokens.whole),), (Message("scatter", tokens.whole),)
     norm = Node(
         "final norm",
         tokens.stream + tokens.local * _STATISTIC if flowing else 0,
@@ -381,14 +390,13 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
             live=tokens.stream + gathered + logits + parts,
             flops=product * (2 if flowing else 1),
             traffic=3 * labelled * shape.vocabulary * e,
-            exchanged=exchanged,
+            messages=before,
             calls=12,
         ),
         Pass(
             live=tokens.whole + (tokens.stream if tokens.gathers else 0),
             traffic=2 * tokens.whole,
-            reduced=reduced,
-            exchanged=exchanged,
+            messages=after,
             calls=2,
         )
         if flowing

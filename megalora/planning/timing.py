@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megalora.planning.devices import Device
-from megalora.planning.nodes import Node, Pass, Workload, chunk_nodes
+from megalora.planning.nodes import Message, Node, Pass, Workload, chunk_nodes
 from megalora.planning.shapes import Shape
 
 
@@ -30,8 +30,8 @@ def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) 
     computed = sum(p.flops / rate + p.attention / device.attention + p.traffic / device.memory for p in passes)
     computed *= 1 + (device.meeting if tp > 1 else 0)
     issued = sum(p.calls for p in passes) * device.call
-    reduced = sum(reduce_seconds(size, tp, device.collective, device) for p in passes for size in p.reduced)
-    return max(computed, issued) + reduced + sum(exchange_seconds(p, device, rate, tp) for p in passes)
+    messages = (message for p in passes for message in p.messages)
+    return max(computed, issued) + sum(message_seconds(message, device, rate, tp) for message in messages)
 
 
 def reduce_seconds(size: int, ranks: int, speed: float, device: Device) -> float:
@@ -39,29 +39,31 @@ def reduce_seconds(size: int, ranks: int, speed: float, device: Device) -> float
     return 0.0 if ranks == 1 else device.latency + 2 * (ranks - 1) / ranks * size / speed
 
 
-def exchange_seconds(p: Pass, device: Device, rate: float, ranks: int) -> float:
-    """What gathers and scatters of a pass add to its products: each sends (n - 1) / n of the activation.
+def message_seconds(message: Message, device: Device, rate: float, ranks: int) -> float:
+    """What a message between `ranks` adds. rate: FLOPs a second of a product.
 
-    GPUs send beside the product of a rank's own tokens, 1 / n of it (see megalora.parallel.exchange).
+    A gather or scatter sends (n - 1) / n of the activation: beside the product of a rank's own tokens, 1 / n of it,
+    where the device does that (see megalora.parallel.exchange). The terms of a scatter are then summed from memory.
     """
-    if not p.exchanged:
-        return 0.0
-    beside = p.flops / rate / ranks / len(p.exchanged) if device.overlaps else 0.0
-    speed = device.link if device.overlaps else device.collective
-    return sum(device.latency + max(0.0, (ranks - 1) / ranks * size / speed - beside) for size in p.exchanged)
+    if message.kind == "reduce":
+        return reduce_seconds(message.size, ranks, device.collective, device)
+    sent = (ranks - 1) / ranks * message.size
+    if not (device.overlaps and message.beside):
+        return device.latency + sent / device.collective
+    summed = (ranks + 1) / ranks * message.size / device.memory if message.kind == "scatter" else 0.0
+    return device.latency + max(0.0, sent / device.link - message.beside / rate / ranks) + summed
 
 
 def node_seconds(nodes: Sequence[Node], device: Device, element: int, tp: int) -> Seconds:
     """Of the nodes of one chunk."""
-    again, backward = [], []
+    forward, again, backward = [], [], []
     for node in nodes:
-        if node.inner:
-            again += [inner.forward for inner in node.inner]
-            backward += [inner.backward for inner in node.inner]
-        else:
-            backward.append(node.backward)
+        parts = node.inner or (node,)
+        forward += [part.forward for part in parts]
+        again += [part.forward for part in node.inner]
+        backward += [part.backward for part in parts]
     return Seconds(
-        pass_seconds((node.forward for node in nodes), device, element, tp),
+        pass_seconds(forward, device, element, tp),
         pass_seconds(again, device, element, tp),
         pass_seconds(backward, device, element, tp),
     )

@@ -147,3 +147,19 @@ def test_adapters_in_the_upper_layers_alone_leave_the_lower_stages_without_activ
     below, above = plan.stages[0], plan.stages[3]
     assert below.seconds[0].backward == 0 < above.seconds[0].backward
     assert below.memory.optimizer == 0 and below.memory.activations < 0.2 * above.memory.activations
+
+
+def test_a_run_without_graphs_or_overlap_is_slower():
+    wanted = Wanted(replace(WORK, rows=8, sequence_parallel=True), 8, tp=2, pp=1)
+    one = planner()
+    layout = next(iter(one._layouts(2, 1, wanted)))
+    layout = replace(layout, work=replace(layout.work, seq_length=2048))
+
+    def seconds(**flags) -> float:
+        asked = replace(layout, **flags)
+        return one.plan(asked, one.stages(asked, wanted)).seconds
+
+    assert seconds() == seconds(cuda_graphs=True, tp_comm_overlap=True) < seconds(cuda_graphs=False)
+    assert seconds() < seconds(tp_comm_overlap=False)
+    apart = Planner(CONFIG, LORA, Cluster(4, 1, 2**33, DEVICES["h100"]))
+    assert apart.plan(layout, apart.stages(layout, wanted)).seconds > seconds(tp_comm_overlap=False)

@@ -8,9 +8,9 @@ from megalora.models.config import config_from_dict
 from megalora.monitor import causal_context, lora_flops_per_token
 from megalora.pipeline.partition import partition
 from megalora.planning.devices import DEVICES
-from megalora.planning.nodes import Workload, chunk_nodes
+from megalora.planning.nodes import Message, Workload, chunk_nodes
 from megalora.planning.shapes import shape_of
-from megalora.planning.timing import chunk_seconds, layer_costs, reduce_seconds
+from megalora.planning.timing import chunk_seconds, layer_costs, message_seconds, reduce_seconds
 
 FIELDS = {
     "model_type": "llama",
@@ -85,12 +85,13 @@ def test_the_shares_add_up():
     assert sum(shares) == pytest.approx(1) and shares[1] > shares[0]
 
 
-def test_recompute_costs_a_forward():
-    one = chunk_seconds(shape(r=8), range(0, 4), WORK, H100, first=True, last=False)
-    again = chunk_seconds(shape(r=8), range(0, 4), Workload(4, 2048, recompute="full"), H100, first=True, last=False)
-    attention = chunk_seconds(
-        shape(r=8), range(0, 4), Workload(4, 2048, recompute="selective"), H100, first=True, last=False
-    )
+@pytest.mark.parametrize("tp", [1, 4])
+def test_recompute_costs_a_forward(tp):
+    def seconds(recompute: str):
+        work = Workload(4, 2048, sequence_parallel=tp > 1, recompute=recompute)
+        return chunk_seconds(shape(tp, r=8), range(0, 4), work, H100, first=False, last=False)
+
+    one, again, attention = seconds("none"), seconds("full"), seconds("selective")
     assert (again.forward, again.backward) == pytest.approx((one.forward, one.backward)) and one.recompute == 0
     assert 0.95 * one.forward < again.recompute <= one.forward
     assert 0 < attention.recompute < 0.2 * one.forward
@@ -105,3 +106,32 @@ def test_small_microbatches_are_bound_by_the_host():
 def test_a_ring_moves_nearly_twice_the_bytes():
     assert reduce_seconds(10**9, 1, H100.link, H100) == 0
     assert reduce_seconds(10**9, 8, H100.link, H100) == pytest.approx(H100.latency + 1.75e9 / H100.link)
+
+
+def test_a_message_waits_for_what_its_product_does_not_cover():
+    rate, size = H100.gemm, 64 << 20
+
+    def seconds(kind: str, beside: float, device=H100, ranks: int = 4) -> float:
+        return message_seconds(Message(kind, size, beside), device, rate, ranks) - device.latency
+
+    sent = 0.75 * size
+    assert seconds("gather", 0) == pytest.approx(sent / H100.collective), "beside nothing NCCL sends it"
+    assert seconds("gather", 1e15) == 0
+    quarter = rate * sent / H100.link  # whose product on a quarter of the tokens takes a quarter of the copies' time
+    assert seconds("gather", quarter) == pytest.approx(0.75 * sent / H100.link)
+    assert seconds("scatter", 1e15) == pytest.approx(1.25 * size / H100.memory), "four terms read, the sum written"
+    assert seconds("reduce", 1e15) == pytest.approx(2 * sent / H100.collective)
+    apart = H100.across_nodes()
+    assert seconds("gather", 1e15, apart) == pytest.approx(sent / apart.network)
+
+
+def test_sequence_parallelism_sends_as_much_as_reductions_do():
+    def sizes(sequence_parallel: bool) -> list[tuple[str, int]]:
+        work = Workload(1, 1024, sequence_parallel=sequence_parallel)
+        nodes = chunk_nodes(shape(2, r=8, target_modules="all-linear"), range(4, 8), work, first=False, last=False)
+        return [(m.kind, m.size) for node in nodes for p in (node.forward, node.backward) for m in p.messages]
+
+    whole = 1024 * 4096 * 2
+    # Forward o and down, backward q k v and gate up; the first layer's q k v has an A below, so all go on.
+    assert sizes(False) == [("reduce", whole)] * 16
+    assert sorted(set(sizes(True))) == [("gather", whole), ("scatter", whole)] and len(sizes(True)) == 32

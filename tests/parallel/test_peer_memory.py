@@ -1,0 +1,147 @@
+"""Who has an Exchange over the memory of GPUs, and that its streams keep their order."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import spawn
+
+from megalora.errors import UserError
+from megalora.parallel import peer_memory
+from megalora.parallel.exchange import Exchange
+from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
+from megalora.parallel.peer_memory import choose_exchange
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+TWO = ParallelMesh(tp=Axis(0, (0, 1)))
+
+
+def test_nobody_without_neighbours_or_without_a_cut_of_the_tokens():
+    assert choose_exchange(None, ParallelMesh(), True, GPU, 8) == (None, None)
+    assert choose_exchange(None, TWO, False, CPU, 8) == (None, None)
+    assert choose_exchange(False, ParallelMesh(), False, GPU, 8) == (None, None)
+    assert choose_exchange(False, TWO, True, GPU, 8) == (None, "tensor-parallel messages wait: as asked")
+    _, note = choose_exchange(None, TWO, False, GPU, 8)
+    assert "without --sequence_parallel true" in note
+    for mesh, cut, device, why in (
+        (ParallelMesh(), True, GPU, "tensor_parallel_size is 1"),
+        (TWO, False, GPU, "without --sequence_parallel true"),
+        (TWO, True, CPU, "there is no GPU"),
+    ):
+        with pytest.raises(UserError, match=f"tp_comm_overlap = true, but {why}.*leave the flag out"):
+            choose_exchange(True, mesh, cut, device, 8)
+
+
+def choices(rank: int, n: int, places: list, environment: dict) -> list:
+    """What this rank of two tensor-parallel groups is told, without the flag and with it. places: (host, GPU, peers
+    that it reaches, error of its memory) of each rank."""
+    host, index, reached, error = places[rank]
+    socket.gethostname = lambda: host
+    torch.cuda.can_device_access_peer = lambda device, other: other in reached
+    peer_memory._has_atomics = lambda device, other: other in reached
+    os.environ.update(environment)
+
+    class Memory:
+        def __init__(self, axis, device, nbytes):
+            if error is not None:
+                raise error
+
+        def map(self):
+            pass
+
+    peer_memory.PeerMemory = Memory
+    mesh, told = build_mesh(rank, n, tp=2), []
+    for wanted in (None, True):
+        try:
+            exchange, note = choose_exchange(wanted, mesh, True, torch.device("cuda", index), 1 << 20)
+            told.append((type(exchange).__name__, note))
+        except UserError as raised:
+            told.append(str(raised))
+        dist.barrier()  # nobody is left waiting
+    return told
+
+
+TOGETHER = [("a", 0, [1], None), ("a", 1, [0], None), ("b", 0, [1], None), ("b", 1, [0], None)]
+
+
+def test_groups_that_reach_each_other_have_one():
+    told = spawn(choices, 4, TOGETHER, {})
+    assert told == [[("Exchange", None)] * 2] * 4
+
+
+@pytest.mark.parametrize(
+    "rank, place, environment, why",
+    [
+        (3, ("c", 1, [0], None), {}, "ranks 2 to 3 are in several hosts"),
+        (3, ("b", 0, [1], None), {}, "CUDA_VISIBLE_DEVICES"),
+        (1, ("a", 1, [], None), {}, "GPU 1 has no NVLink"),
+        (1, ("a", 1, [0], torch.OutOfMemoryError("out of memory\nmore")), {}, "1 MiB that GPUs share"),
+        (0, TOGETHER[0], {"NCCL_P2P_DISABLE": "1"}, "NCCL_P2P_DISABLE = 1"),
+        (0, TOGETHER[0], {"TORCH_SYMMMEM": "NVSHMEM"}, "TORCH_SYMMMEM = NVSHMEM"),
+    ],
+)
+def test_where_one_group_cannot_no_rank_has_one(rank, place, environment, why):
+    told = spawn(choices, 4, [*TOGETHER[:rank], place, *TOGETHER[rank + 1 :]], environment)
+    assert told == [told[0]] * 4
+    (name, note), error = told[0]
+    assert name == "NoneType" and note.startswith("tensor-parallel messages wait: ") and why in note
+    assert error.startswith("tp_comm_overlap = true, but ") and why in error and error.endswith("leave the flag out")
+
+
+# ---- on two GPUs
+
+TOKENS, WIDTH, OUT = 1024, 512, 768
+
+
+def in_order(rank: int, results: str) -> None:
+    """Gathers and scatters whose copies, products or reads are late in turn on one rank or the other."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=f"file://{results}/store", rank=rank, world_size=2, device_id=device)
+    axis = Axis(rank, (0, 1), dist.new_group([0, 1]))
+    link = peer_memory.PeerMemory(axis, device, 4 * 2 * TOKENS * max(WIDTH, OUT))
+    link.map()
+    exchange, late = Exchange(axis, link), {"copies": False, "product": False}
+    beside = link.beside
+
+    def slow_copies():
+        context = beside()
+
+        class Late:
+            def __enter__(self):
+                context.__enter__()
+                if late["copies"]:
+                    torch.cuda._sleep(20_000_000)
+
+            def __exit__(self, *error):
+                return context.__exit__(*error)
+
+        return Late()
+
+    link.beside = slow_copies
+    matrix = torch.randn(WIDTH, OUT, device=device, generator=torch.Generator(device).manual_seed(9))
+
+    def product(rows, out=None):
+        if late["product"]:
+            torch.cuda._sleep(20_000_000)
+        return torch.mm(rows, matrix[: rows.shape[1]], out=out)
+
+    for number in range(12):
+        late["copies"], late["product"] = number % 4 == 2 * rank, number % 4 == 2 * rank + 1
+        whole = torch.randn(2 * TOKENS, WIDTH, device=device, generator=torch.Generator(device).manual_seed(number))
+        mine = whole[rank * TOKENS :][:TOKENS].clone()
+        y, full = exchange.gather(mine, product, OUT, 0)
+        assert torch.equal(full, whole), number
+        torch.testing.assert_close(y, whole @ matrix, rtol=1e-4, atol=1e-3)
+        summed = exchange.scatter(whole * (rank + 1), product, OUT)
+        torch.testing.assert_close(summed, 3 * mine @ matrix, rtol=1e-4, atol=1e-3)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 CUDA devices here")
+def test_late_copies_and_late_readers(tmp_path):
+    torch.multiprocessing.spawn(in_order, (str(tmp_path),), nprocs=2)
