@@ -29,6 +29,7 @@ LAYOUTS = {  # name: (data-parallel size, flags)
     "tp2": (1, TP2),
     "tp2, sequence parallel": (1, TP2 | SP),
     "tp2, sequence parallel, by NCCL": (1, TP2 | SP | {"tp_comm_overlap": False}),
+    "tp2, sequence parallel, recompute": (1, TP2 | SP | {"recompute": "full"}),
     "pp2": (1, PP2),
     "dp2": (2, {}),
     "pp2, interleaved": (1, PP2 | {"schedule": "interleaved_1f1b", "virtual_pipeline_size": 2}),
@@ -65,7 +66,8 @@ def _start(processes: int, flags: list[str]) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def _run(processes: int, flags: list[str]) -> None:
+def _run(processes: int, flags: list[str]) -> str:
+    """What the run has printed."""
     process = _start(processes, [*flags, "--hang_timeout", "30"])  # a hang says where its ranks stand
     try:
         output, _ = process.communicate(timeout=120)
@@ -74,6 +76,7 @@ def _run(processes: int, flags: list[str]) -> None:
         output, _ = process.communicate(timeout=30)
         pytest.fail(f"not done in two minutes:\n{output}")
     assert process.returncode == 0, output
+    return output
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -95,7 +98,8 @@ def test_graphs_change_no_bit_where_tokens_travel_beside_products(inputs, tmp_pa
     flags = TP2 | SP | {"deterministic": True, "dtype": "bfloat16", "tp_comm_overlap": True}
     for graphs in (True, False):
         folder = tmp_path / f"graphs {graphs}"
-        _run(2, inputs.flags(folder, gradient_accumulation_steps=ROWS, cuda_graphs=graphs, **flags))
+        said = _run(2, inputs.flags(folder, gradient_accumulation_steps=ROWS, cuda_graphs=graphs, **flags))
+        assert "messages beside products" in said and (", CUDA graphs" in said) == graphs, said
     assert column(tmp_path / "graphs True", "loss") == column(tmp_path / "graphs False", "loss")
     assert largest_difference(exported(tmp_path / "graphs True"), exported(tmp_path / "graphs False")) == 0
 

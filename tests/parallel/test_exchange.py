@@ -90,6 +90,25 @@ def test_a_run_gives_the_numbers_of_one_process(family, tp, pp, dp, recompute):
     assert largest_difference(reference(run), spawn(train, tp * pp * dp, run)) <= 1e-12
 
 
+def meetings(rank: int, n: int, lora: dict) -> int:
+    """How often the ranks meet in a step."""
+    count = 0
+
+    def meet(self, join=lambda: None, original=Exchange._meet):
+        nonlocal count
+        count += 1
+        original(self, join)
+
+    Exchange._meet = meet
+    train(rank, n, Run(tp=2, sequence_parallel=True, exchange=True, steps=1, lora=lora))
+    return count
+
+
+def test_a_branch_adds_no_message():
+    every = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    assert spawn(meetings, 2, every) == spawn(meetings, 2, {**every, "target_modules": ["q_proj"]})
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["down_proj"], ["up_proj", "o_proj"]])
 def test_with_few_adapters_too(targets):
     lora = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": targets, "bias": "lora_only"}
