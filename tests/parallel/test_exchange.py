@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import FAMILIES, Run, largest_difference, reference, train
+from oracle import Run, largest_difference, reference, train
 from shared_memory import SharedMemory
 from spawn import spawn
 
@@ -80,14 +80,25 @@ def test_sums_are_in_rank_order():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize(
-    "family, tp, pp, dp", [("llama", 2, 1, 1), ("qwen2", 4, 1, 1), ("qwen3", 2, 2, 1), ("mistral", 2, 1, 2)]
-)
+LAYOUTS = [
+    ("llama", 2, 1, 1, "none"),
+    ("qwen2", 4, 1, 1, "full"),
+    ("qwen3", 2, 2, 1, "none"),
+    ("llama", 2, 2, 1, "full"),
+    ("mistral", 2, 1, 2, "full"),
+    ("llama", 8, 1, 1, "none"),
+]
+
+
+@pytest.mark.parametrize("family, tp, pp, dp, recompute", LAYOUTS)
 def test_a_run_gives_the_numbers_of_one_process(family, tp, pp, dp, recompute):
-    assert family in FAMILIES
     run = Run(family, tp, pp, sequence_parallel=True, exchange=True, recompute=recompute)
     assert largest_difference(reference(run), spawn(train, tp * pp * dp, run)) <= 1e-12
+
+
+def test_chunks_of_a_pipeline_too():
+    run = Run("llama", 2, 2, chunks=2, schedule="interleaved_1f1b", sequence_parallel=True, exchange=True)
+    assert largest_difference(reference(run), spawn(train, 4, run)) <= 1e-12
 
 
 def meetings(rank: int, n: int, lora: dict) -> int:
