@@ -123,9 +123,13 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
         dtype, lora = resolve_dtype(options.dtype, device), resolve_lora(LoraConfig.from_dict(LORA), config)
         tokens, overlap = options.rows * options.seq_length, {"auto": None, "true": True, "false": False}
         exchange_bytes = largest_exchange(config, lora, tokens, dtype, device)
+        before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
         exchange, note = choose_exchange(
             overlap[options.tp_comm_overlap] if layout.tp > 1 else None, mesh, layout.tp > 1, device, exchange_bytes
         )
+        unseen = 0  # bytes of the exchange that torch's allocator does not count: its newer versions do
+        if exchange is not None:
+            unseen = max(0, exchange_bytes - (torch.cuda.memory_reserved() - before))
         place = Placement(mesh.tp, layout.tp > 1, dtype, device, exchange)
         work = Workload(
             options.rows,
@@ -146,15 +150,13 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
                 start = time.perf_counter()
                 loss = trainer.step(number, data).loss  # read on the host: the step has ended
                 seconds.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
+        peak = (torch.cuda.max_memory_reserved() + unseen) / 2**30 if device.type == "cuda" else None
         if mesh.rank == 0:
             shape = PlanLayout(
                 layout.tp, layout.pp, layout.dp, layout.schedule, layout.chunks, layout.microbatches, work,
                 tp_comm_overlap=exchange is not None,
             )  # fmt: skip
             plan = predicted(config, lora, shape, cut.layers, device)
-            if peak is not None and exchange is not None:  # memory that torch's allocator does not know
-                peak += exchange_bytes / 2**30
             figures = {"seconds": seconds[WARM_UP:], "tokens": data.token_count, "loss": loss, "peak_gib": peak}
             figures |= {"note": note, "planned": plan.tokens_per_second, "planned_gib": plan.memory / 2**30}
             options.output.write_text(json.dumps(figures))
@@ -209,6 +211,7 @@ def main() -> None:
     ]
     alone: dict[int, float] = {}  # tokens/s of one GPU, by microbatches
     records, failed = [], []
+    options.output.unlink(missing_ok=True)
     where = where_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     asked = {name: value for name, value in vars(options).items() if name not in ("output", "worker")}
     print("| layout | tokens/s of a GPU | of one GPU | by its bubble | planned | GiB | planned | last loss |")

@@ -127,7 +127,7 @@ class ParallelArguments(LayoutArguments):
     tp_comm_overlap: bool | None = flag(
         None,
         "with sequence_parallel, send activations by copies between the GPUs while products run, not by NCCL",
-        unset="where NVLink joins the GPUs of a group",
+        unset="where the GPUs of a group reach each other's memory",
         training_only=True,
     )
     schedule: str = flag(

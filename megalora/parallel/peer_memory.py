@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import socket
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from megalora.parallel.collectives import gather_objects
 from megalora.parallel.exchange import Exchange
 from megalora.parallel.mesh import Axis, ParallelMesh
 
+_LONGEST_MAPPING = 120  # seconds, after which a rank that still maps says where it stands and ends
+
 
 class PeerMemory:
     """The link of GPUs of one host that reach each other's memory: torch's symmetric memory, `nbytes` of each GPU.
 
-    Outside torch's allocator. `map` before the first use. Raises torch.OutOfMemoryError or RuntimeError without room.
+    `map` comes before the first use. Raises torch.OutOfMemoryError or RuntimeError without room.
     """
 
     def __init__(self, axis: Axis, device: torch.device, nbytes: int):
@@ -32,10 +35,15 @@ class PeerMemory:
         self._side = torch.cuda.Stream(device)
 
     def map(self) -> None:
-        """Maps the memory of all ranks. Collective over the axis."""
+        """Maps the memory of all ranks. Collective over the axis. Raises RuntimeError where it cannot be mapped."""
         from torch.distributed import _symmetric_memory as symmetric
 
-        self._handle = symmetric.rendezvous(self._own, self._axis.group.group_name)
+        # A rank whose neighbour fails waits inside of torch with the interpreter's lock, so no thread could see it.
+        faulthandler.dump_traceback_later(_LONGEST_MAPPING, exit=True)
+        try:
+            self._handle = symmetric.rendezvous(self._own, self._axis.group.group_name)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         ranks = range(self._axis.size)
         self._ranks = [self._handle.get_buffer(rank, (self._nbytes,), torch.uint8) for rank in ranks]
 
@@ -68,19 +76,24 @@ def choose_exchange(
     axis, obstacle = mesh.tp, _obstacle(mesh.tp, sequence_parallel, device)
     link = None
     if obstacle is None and wanted is not False:
-        obstacle = _first(_unreachable(axis, device), mesh.world)
+        obstacle = _first(_unreachable(axis, device, wanted is True), mesh.world)
         if obstacle is None:
             try:
                 link = PeerMemory(axis, device, nbytes)
             except (ImportError, RuntimeError) as error:
                 obstacle = f"{nbytes / 2**20:.0f} MiB that GPUs share could not be had ({_line(error)})"
             obstacle = _first(obstacle, mesh.world)
+        if obstacle is None:
+            try:
+                link.map()
+            except RuntimeError as error:
+                obstacle = f"the GPUs could not map each other's memory ({_line(error)})"
+            obstacle = _first(obstacle, mesh.world)
     if wanted and obstacle:
         raise UserError(f"tp_comm_overlap = true, but {obstacle}: leave the flag out")
     if obstacle or wanted is False:
         worth_saying = device.type == "cuda" and axis.size > 1
         return None, f"tensor-parallel messages wait: {obstacle or 'as asked'}" if worth_saying else None
-    link.map()
     return Exchange(axis, link), None
 
 
@@ -102,9 +115,11 @@ def _obstacle(axis: Axis, sequence_parallel: bool, device: torch.device) -> str 
     return "there is no GPU" if device.type != "cuda" else None
 
 
-def _unreachable(axis: Axis, device: torch.device) -> str | None:
-    """Why this rank cannot have one. Collective over the axis."""
-    places = gather_objects((socket.gethostname(), device.index), axis)
+def _unreachable(axis: Axis, device: torch.device, asked: bool) -> str | None:
+    """Why this rank cannot have one. asked: it is enough that the GPUs say they reach each other. Collective."""
+    folder = next((os.environ[name] for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in os.environ), "/tmp")
+    said = gather_objects((socket.gethostname(), device.index, folder), axis)
+    places = [(host, index) for host, index, _ in said]
     if len({host for host, _ in places}) > 1:
         return f"the GPUs of ranks {axis.ranks[0]} to {axis.ranks[-1]} are in several hosts"
     if len(set(places)) < len(places):
@@ -113,23 +128,31 @@ def _unreachable(axis: Axis, device: torch.device) -> str | None:
         return f"NCCL_P2P_DISABLE = {os.environ['NCCL_P2P_DISABLE']} says that GPUs do not reach each other's memory"
     if os.environ.get("TORCH_SYMMMEM", "CUDA").upper() != "CUDA":
         return f"TORCH_SYMMMEM = {os.environ['TORCH_SYMMMEM']} takes other barriers than these"
-    others = [index for _, index in places if index != device.index]
-    if not all(
-        torch.cuda.can_device_access_peer(device, other) and _has_atomics(device.index, other) for other in others
-    ):
-        return f"GPU {device.index} has no NVLink to the others of its tensor-parallel group"
+    # torch hands the memory over by sockets in that folder, whose names have 107 characters at most.
+    if len({folder for _, _, folder in said}) > 1 or len(folder) > 80:
+        return f"TMPDIR ({folder}) is longer than 80 characters, or another on the other ranks"
+    for other in [index for _, index in places if index != device.index]:
+        if not torch.cuda.can_device_access_peer(device, other):
+            return f"GPU {device.index} does not reach the memory of GPU {other}"
+        if not (asked or _has_atomics(device.index, other)):
+            return f"the driver says that atomics of GPU {device.index} do not work in the memory of GPU {other}"
     return None
 
 
-_NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+# CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, and since CUDA 13 ..._ONLY_PARTIAL_NATIVE_ATOMIC_SUPPORTED: the one
+# that barriers need, compare and swap, is among those that PCIe has.
+_NATIVE_ATOMICS = 3, 5
 
 
 def _has_atomics(device: int, other: int) -> bool:
-    """Whether a GPU's atomics work in the other's memory, as barriers need: over NVLink they do, over PCIe not."""
+    """Whether a GPU's atomics work in the other's memory: over NVLink they do, over PCIe not always."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
     found = ctypes.c_int(0)
-    status = driver.cuDeviceGetP2PAttribute(ctypes.byref(found), _NATIVE_ATOMICS, device, other)
-    return status == 0 and found.value == 1
+    for attribute in _NATIVE_ATOMICS:
+        status = driver.cuDeviceGetP2PAttribute(ctypes.byref(found), attribute, device, other)
+        if status == 0 and found.value == 1:
+            return True
+    return False

@@ -298,7 +298,7 @@ class Planner:
     def _device(self, layout: Layout) -> Device:
         """As one rank of the layout finds it."""
         device = self._cluster.device.with_graphs() if layout.graphs else self._cluster.device
-        if layout.tp > self._cluster.gpus_per_node:
+        if min(self._cluster.gpus, self._cluster.gpus_per_node) % layout.tp:  # some groups are in several nodes
             return device.across_nodes()
         return replace(device, overlaps=False) if layout.tp_comm_overlap is False else device
 

@@ -2,6 +2,9 @@
 
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,13 +38,13 @@ def test_nobody_without_neighbours_or_without_a_cut_of_the_tokens():
 
 
 def choices(rank: int, n: int, places: list, environment: dict) -> list:
-    """What this rank of two tensor-parallel groups is told, without the flag and with it. places: (host, GPU, peers
-    that it reaches, error of its memory) of each rank."""
-    host, index, reached, error = places[rank]
+    """What this rank of two tensor-parallel groups is told, without the flag and with it. places: (host, GPU, whether
+    it reaches the others' memory, whether with atomics, error of its memory, error of mapping it) of each rank."""
+    host, index, reaches, atomics, error, map_error = places[rank]
     socket.gethostname = lambda: host
-    torch.cuda.can_device_access_peer = lambda device, other: other in reached
-    peer_memory._has_atomics = lambda device, other: other in reached
-    os.environ.update(environment)
+    torch.cuda.can_device_access_peer = lambda device, other: reaches
+    peer_memory._has_atomics = lambda device, other: atomics
+    os.environ.update({"TMPDIR": "/tmp"} | environment)
 
     class Memory:
         def __init__(self, axis, device, nbytes):
@@ -49,7 +52,8 @@ def choices(rank: int, n: int, places: list, environment: dict) -> list:
                 raise error
 
         def map(self):
-            pass
+            if map_error is not None:
+                raise map_error
 
     peer_memory.PeerMemory = Memory
     mesh, told = build_mesh(rank, n, tp=2), []
@@ -63,7 +67,9 @@ def choices(rank: int, n: int, places: list, environment: dict) -> list:
     return told
 
 
-TOGETHER = [("a", 0, [1], None), ("a", 1, [0], None), ("b", 0, [1], None), ("b", 1, [0], None)]
+FINE = (True, True, None, None)
+TOGETHER = [("a", 0, *FINE), ("a", 1, *FINE), ("b", 0, *FINE), ("b", 1, *FINE)]
+OUT_OF_MEMORY = torch.OutOfMemoryError("out of memory\nmore")
 
 
 def test_groups_that_reach_each_other_have_one():
@@ -74,10 +80,12 @@ def test_groups_that_reach_each_other_have_one():
 @pytest.mark.parametrize(
     "rank, place, environment, why",
     [
-        (3, ("c", 1, [0], None), {}, "ranks 2 to 3 are in several hosts"),
-        (3, ("b", 0, [1], None), {}, "CUDA_VISIBLE_DEVICES"),
-        (1, ("a", 1, [], None), {}, "GPU 1 has no NVLink"),
-        (1, ("a", 1, [0], torch.OutOfMemoryError("out of memory\nmore")), {}, "1 MiB that GPUs share"),
+        (3, ("c", 1, *FINE), {}, "ranks 2 to 3 are in several hosts"),
+        (3, ("b", 0, *FINE), {}, "CUDA_VISIBLE_DEVICES"),
+        (1, ("a", 1, False, True, None, None), {}, "GPU 1 does not reach the memory of GPU 0"),
+        (1, ("a", 1, True, True, OUT_OF_MEMORY, None), {}, "1 MiB that GPUs share"),
+        (2, ("b", 0, True, True, None, RuntimeError("no fd")), {}, "could not map each other's memory (no fd)"),
+        (0, TOGETHER[0], {"TMPDIR": "/long/" * 20}, "is longer than 80 characters"),
         (0, TOGETHER[0], {"NCCL_P2P_DISABLE": "1"}, "NCCL_P2P_DISABLE = 1"),
         (0, TOGETHER[0], {"TORCH_SYMMMEM": "NVSHMEM"}, "TORCH_SYMMMEM = NVSHMEM"),
     ],
@@ -88,6 +96,20 @@ def test_where_one_group_cannot_no_rank_has_one(rank, place, environment, why):
     (name, note), error = told[0]
     assert name == "NoneType" and note.startswith("tensor-parallel messages wait: ") and why in note
     assert error.startswith("tp_comm_overlap = true, but ") and why in error and error.endswith("leave the flag out")
+
+
+def test_without_atomics_the_flag_is_needed():
+    told = spawn(choices, 4, [*TOGETHER[:3], ("b", 1, True, False, None, None)], {})
+    assert told == [told[0]] * 4
+    assert "atomics of GPU 1 do not work in the memory of GPU 0" in told[0][0][1] and told[0][1] == ("Exchange", None)
+
+
+def test_a_machine_without_a_driver_has_no_atomics(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(peer_memory.ctypes, "CDLL", missing)
+    assert not peer_memory._has_atomics(0, 1)
 
 
 # ---- on two GPUs
@@ -144,4 +166,16 @@ def in_order(rank: int, results: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 CUDA devices here")
 def test_late_copies_and_late_readers(tmp_path):
-    torch.multiprocessing.spawn(in_order, (str(tmp_path),), nprocs=2)
+    here = Path(__file__).resolve().parent
+    environment = {"NCCL_NVLS_ENABLE": "0"} | dict(os.environ) | {"PYTHONPATH": f"{here.parents[1]}:{here.parent}"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+if __name__ == "__main__":
+    in_order(int(sys.argv[2]), sys.argv[1])
