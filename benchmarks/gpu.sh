@@ -49,6 +49,7 @@ second_queue() {
 
 several() {
     local several=(python benchmarks/multi_gpu.py --output)
+    measure "messages beside products" torchrun --nproc_per_node "$gpus" benchmarks/tp_messages.py
     measure "tensor and data parallel" "${several[@]}" "$figures.tp.json" --model "$model" --rows 4 --steps 4 \
         --only tp2 tp4 tp8 dp2 dp4
     measure "pipelines" "${several[@]}" "$figures.pp.json" --model "$model" --rows 2 --steps 3 --partition_method cost \
