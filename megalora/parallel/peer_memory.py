@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import os
 import socket
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -39,7 +40,7 @@ class PeerMemory:
         from torch.distributed import _symmetric_memory as symmetric
 
         # A rank whose neighbour fails waits inside of torch with the interpreter's lock, so no thread could see it.
-        faulthandler.dump_traceback_later(_LONGEST_MAPPING, exit=True)
+        faulthandler.dump_traceback_later(_LONGEST_MAPPING, exit=True, file=sys.__stderr__)
         try:
             self._handle = symmetric.rendezvous(self._own, self._axis.group.group_name)
         finally:
