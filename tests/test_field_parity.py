@@ -272,7 +272,7 @@ MISTAKES = {
         lambda dz, x, token_index, draw: dz.t() @ x * (LORA["r"] / LORA["lora_alpha"]),
     ),
     "dB without the branch's scale": (
-        "megalora.parallel.linear.lora_up_weight_grad",
+        "megalora.parallel.linear_grad.lora_up_weight_grad",
         lambda dy, z, scaling, into: into.add_(dy.t() @ z),
     ),
     "dB of gate and up without the branch's scale": (

@@ -24,6 +24,7 @@ import megalora.ops.lora_backward
 import megalora.parallel.embedding
 import megalora.parallel.grads
 import megalora.parallel.linear
+import megalora.parallel.linear_grad
 import megalora.parallel.loss
 import megalora.pipeline.p2p
 import megalora.training
@@ -319,7 +320,7 @@ def _():
 
 @mutation("dx of a column linear is not reduced", TP2)
 def _():
-    megalora.parallel.linear.all_reduce_async = lambda x, axis: Pending(x, None, axis)
+    megalora.parallel.linear_grad.all_reduce_async = lambda x, axis: Pending(x, None, axis)
 
 
 @mutation("the embedding is of this rank's words", TP2)
