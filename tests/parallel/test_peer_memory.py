@@ -1,5 +1,6 @@
 """Who has an Exchange over the memory of GPUs, and that its streams keep their order."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from shared_memory import SharedMemory
 from spawn import spawn
 
 from megalora.errors import UserError
@@ -110,6 +112,58 @@ def test_a_machine_without_a_driver_has_no_atomics(monkeypatch):
 
     monkeypatch.setattr(peer_memory.ctypes, "CDLL", missing)
     assert not peer_memory._has_atomics(0, 1)
+
+
+def over_a_fake(rank: int, n: int) -> None:
+    """PeerMemory on CPUs: torch's symmetric memory and streams are replaced by memory of the host and nothing."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    axis = build_mesh(rank, n, tp=n).tp
+    shared = SharedMemory(axis)
+
+    class Handle:
+        barrier = staticmethod(shared.meet)
+
+        def get_buffer(self, of: int, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            assert dtype == torch.uint8
+            return shared.memory(sizes[0])[of]
+
+    class Stream:
+        def __init__(self, device):
+            self.waited = 0
+
+        def wait_stream(self, other):
+            self.waited += 1
+
+    def rendezvous(own: torch.Tensor, group: str) -> Handle:
+        assert own.dtype == torch.uint8 and group == axis.group.group_name
+        return Handle()
+
+    symmetric.empty = lambda nbytes, dtype, device: torch.empty(nbytes, dtype=dtype)
+    symmetric.rendezvous = rendezvous
+    main = Stream(None)
+    torch.cuda.Stream, torch.cuda.current_stream = Stream, lambda device: main
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    link = peer_memory.PeerMemory(axis, CPU, 4 * 6 * 8 * n)
+    link.map()
+    assert os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+    exchange, matrix = Exchange(axis, link), torch.ones(8, 5)
+
+    def product(rows, out=None):
+        return torch.mm(rows, matrix, out=out)
+
+    y, full = exchange.gather(torch.full((6, 8), float(rank)), product, 5, 0)
+    assert full[:, 0].tolist() == [float(r) for r in range(n) for _ in range(6)] and torch.equal(y, full @ matrix)
+    full = full.clone()  # it lies where the next one writes to
+    assert exchange.scatter(full, product, 5).eq(n * 8 * rank).all()
+    assert main.waited == 2 and link._side.waited == 1 + len(exchange._blocks())
+    with pytest.raises(AssertionError):
+        link.memory(4 * 6 * 8 * n + 1)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_its_parts_fit_together(n):
+    spawn(over_a_fake, n)
 
 
 # ---- on two GPUs
