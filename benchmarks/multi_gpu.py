@@ -122,7 +122,7 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
     with distributed(device, layout.tp, layout.pp) as mesh:
         dtype, lora = resolve_dtype(options.dtype, device), resolve_lora(LoraConfig.from_dict(LORA), config)
         tokens, overlap = options.rows * options.seq_length, {"auto": None, "true": True, "false": False}
-        exchange_bytes = largest_exchange(config, lora, tokens, dtype, device)
+        exchange_bytes = largest_exchange(config, lora, layout.tp, tokens, dtype, device)
         before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
         exchange, note = choose_exchange(
             overlap[options.tp_comm_overlap] if layout.tp > 1 else None, mesh, layout.tp > 1, device, exchange_bytes

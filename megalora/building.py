@@ -13,12 +13,12 @@ from megalora.errors import UserError
 from megalora.lora import LoraConfig, ResolvedLora, layer_index
 from megalora.models.config import ModelConfig, check_layout
 from megalora.models.stage import NO_LORA, Stage, adaptable_linears, expected_weights, whole_on_meta
-from megalora.ops.lora_linear import room_for
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis, ParallelMesh
 from megalora.parallel.split import named_splits
 from megalora.pipeline.partition import partition
 from megalora.planning.devices import device_of
+from megalora.planning.memory import exchange_bytes
 from megalora.planning.nodes import Workload
 from megalora.planning.shapes import shape_of
 from megalora.planning.timing import LayerCosts, layer_costs
@@ -104,11 +104,10 @@ def build_stage(
 
 
 def largest_exchange(
-    config: ModelConfig, lora: ResolvedLora, tokens: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, lora: ResolvedLora, tp: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Bytes that choose_exchange wants for microbatches of `tokens` tokens: three linears share an input at most."""
-    most = 3 * max((adapter.r for adapter in lora.adapters.values()), default=0)
-    return tokens * (config.hidden_size + room_for(most, device.type)) * dtype.itemsize
+    """Bytes that choose_exchange wants for microbatches of `tokens` tokens."""
+    return exchange_bytes(shape_of(config, lora, tp, device.type), tokens, dtype.itemsize)
 
 
 def layer_seconds(

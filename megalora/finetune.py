@@ -113,7 +113,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                 mesh,
                 parallel.sequence_parallel,
                 device,
-                largest_exchange(config, lora, tokens_here, dtype, device),
+                largest_exchange(config, lora, tp, tokens_here, dtype, device),
             )
             notes += [exchange_note] if exchange_note else []
             place = Placement(mesh.tp, parallel.sequence_parallel, dtype, device, exchange)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,6 +137,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(inputs, tmp_path):
         process.kill()
     assert process.returncode != 0
     assert "SIGKILL" in output or "Signal 9" in output, output
+    assert re.search(r"megalora: rank 1 on \S+ has died in step \d+.*; the run ends here", output), output
     reached = column(tmp_path / "run", "step")[-1]
     flags[flags.index("--max_steps") + 1] = str(reached + 5)
     _run(2, flags)

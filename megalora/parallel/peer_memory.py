@@ -136,7 +136,8 @@ def _unreachable(axis: Axis, device: torch.device, asked: bool) -> str | None:
         if not torch.cuda.can_device_access_peer(device, other):
             return f"GPU {device.index} does not reach the memory of GPU {other}"
         if not (asked or _has_atomics(device.index, other)):
-            return f"the driver says that atomics of GPU {device.index} do not work in the memory of GPU {other}"
+            blame = f"the driver says that atomics of GPU {device.index} do not work in the memory of GPU {other}"
+            return f"{blame} (--tp_comm_overlap true tries it all the same)"
     return None
 
 

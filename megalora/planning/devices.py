@@ -1,8 +1,8 @@
 """Speeds of the devices that a plan reckons with: the one place for such figures.
 
-Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted to the kernels of a step of 8192
-tokens of Llama-8B's shape on an H100 80GB HBM3 (benchmarks/README.md: GEMMs 352 ms, attention 46, all else 64) and, for
-the host, to a step of 2048 without CUDA graphs. H200: the same chip, its memory by the data sheet's 4.8 TB/s in the
+Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted by hand to steps of Llama-8B's
+shape on several H100s of 80 GB and, for the host, to a slice of Llama-70B without CUDA graphs (both in
+benchmarks/README.md). H200: the same chip, its memory by the data sheet's 4.8 TB/s in the
 H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about the H100's proportions, FlashAttention-2 as
 published (arXiv 2307.08691). Links: of H100s as measured, 34 MB by copy engines in 90 us and by NCCL in 170 us; of
 A100s in the proportion of NVLink 3 to 4; networks one adapter of 400 or 200 Gb/s a GPU, at 80%. CPU: two threads of a

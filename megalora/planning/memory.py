@@ -41,6 +41,13 @@ class Memory:
         return self.weights + self.adapters + self.optimizer + self.activations + self.buffers
 
 
+def exchange_bytes(shape: Shape, tokens: int, element: int) -> int:
+    """Of the largest activation of `tokens` tokens that is gathered or scattered, with room for z: what every rank of
+    the model shares with its tensor-parallel neighbours (megalora.parallel.peer_memory)."""
+    room = max((group.room for layer in shape.layers for group in layer.groups), default=0)
+    return tokens * (shape.hidden + room) * element
+
+
 def stage_memory(
     shape: Shape,
     chunks: Sequence[range],
@@ -72,9 +79,8 @@ def stage_memory(
     waiting = max(kept_bytes(part) for part in nodes)
     stream = work.tokens * shape.hidden * e // (shape.tp if work.sequence_parallel else 1)
     alone = first and last and len(chunks) == 1
-    widest = shape.hidden + max((group.room for layer in layers for group in layer.groups), default=0)
     exchanges = work.sequence_parallel and shape.tp > 1 and shape.device_type == "cuda"
-    exchanged = work.tokens * widest * e if exchanges else 0
+    exchanged = exchange_bytes(shape, work.tokens, e) if exchanges else 0
     return Memory(
         weights=(frozen + room + ends) * e,
         adapters=trained * _MASTER + copies * e,

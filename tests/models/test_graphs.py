@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import FAMILIES, TINY
+from spawn import spawn
 
+import megalora.models.attention
 from megalora.batch import Batch
 from megalora.building import build_stage, resolve_lora
 from megalora.errors import UserError
@@ -16,10 +18,10 @@ from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.graphs import choose_graphs
 from megalora.models.inputs import training_inputs
-from megalora.ops.attention import Packed
+from megalora.ops.attention import Packed, attention
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.linear import Placement
-from megalora.parallel.mesh import Axis, ParallelMesh
+from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
 from megalora.parallel.split import named_splits
 
 TWO = Axis(0, (0, 1))
@@ -113,10 +115,10 @@ EVEN, PIECES, MORE_PIECES = [12, 12], [10, 9, 5], [4, 4, 5, 11]
 
 
 class World:
-    def __init__(self, graphs: bool):
-        self.config, mesh = config_from_dict(TINY | FAMILIES["llama"]), ParallelMesh()
+    def __init__(self, graphs: bool, mesh: ParallelMesh):
+        self.config = config_from_dict(TINY | FAMILIES["llama"])
         lora = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear"}
-        self.place = Placement(mesh.tp, False, torch.float64, "cpu")
+        self.place = Placement(mesh.tp, mesh.tp.size > 1, torch.float64, "cpu")
         resolved = resolve_lora(LoraConfig.from_dict(lora), self.config)
         self.stage, _ = build_stage(self.config, mesh, resolved, self.place)
         generator = torch.Generator().manual_seed(0)
@@ -146,20 +148,41 @@ class World:
         return loss.item(), self.gradients.buffer.clone()
 
 
-def test_graphs_read_tokens_bounds_and_step_of_their_microbatch(monkeypatch):
+def on_the_device(q, k, v, bounds, window=None, packed=None):
     """Attention on a CPU reads the bounds on the host; here those on the device, as kernels do."""
-    from megalora.ops.attention import attention
+    return attention(q, k, v, packed.cu_seqlens.unique().tolist(), window)
 
-    def on_the_device(q, k, v, bounds, window=None, packed=None):
-        return attention(q, k, v, packed.cu_seqlens.unique().tolist(), window)
 
-    monkeypatch.setattr("megalora.models.attention.attention", on_the_device)
-    plain, ours = World(False), World(True)
-    lengths = [EVEN, PIECES, EVEN, PIECES, MORE_PIECES, PIECES, EVEN, MORE_PIECES, [24], EVEN, [24]]
-    for number, cut in enumerate(lengths):
+LENGTHS = [EVEN, PIECES, EVEN, PIECES, MORE_PIECES, PIECES, EVEN, MORE_PIECES, [24], EVEN, [24]]
+
+
+def with_and_without(rank: int, world_size: int) -> World:
+    """Asserts that graphs give the same numbers on this rank of tensor parallel; returns the world that has them."""
+    megalora.models.attention.attention = on_the_device
+    mesh = build_mesh(rank, world_size, tp=world_size)
+    plain, ours = World(False, mesh), World(True, mesh)
+    for number, cut in enumerate(LENGTHS):
         (loss, gradients), (our_loss, our_gradients) = plain.step(number, cut), ours.step(number, cut)
         assert our_loss == loss and our_gradients.equal(gradients), (number, cut)
+    return ours
+
+
+def test_graphs_read_tokens_bounds_and_step_of_their_microbatch(monkeypatch):
+    monkeypatch.setattr(megalora.models.attention, "attention", attention)  # put back afterwards
+    ours = with_and_without(0, 1)
     # More pieces than before, and a new layout: either gives up what there is.
     assert ours.recorder.forgotten == 2
     captured = ["even", "pieces", "more pieces", "even", "even", "24"]
     assert ours.recorder.recorded == 1 + 2 * len(captured)
+    graphs = [graph for pair in ours.stage._graphs._graphs.values() for graph in (pair.forward, pair.backward)]
+    graphs.append(ours.stage._graphs._refresh_graph)
+    ours.stage.close()
+    assert len(graphs) > 2 and all(graph.gone for graph in graphs) and not ours.stage.uses_graphs
+
+
+def on_a_rank(rank: int, world_size: int) -> int:
+    return with_and_without(rank, world_size).recorder.recorded
+
+
+def test_on_every_rank_of_tensor_parallel_with_its_part_of_the_tokens():
+    assert spawn(on_a_rank, 2) == [13, 13]
