@@ -41,6 +41,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
+FirstJobId={first_job}
 KillWait=20
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -61,10 +62,15 @@ def why_not() -> str | None:
     return None if trial.returncode == 0 else f"no mount namespaces here: {trial.stderr.strip()}"
 
 
+def first_job() -> int:
+    """Jobs take their port from their number (scripts/slurm/launch.sh), and each worker of xdist may have a Slurm."""
+    return 1 + 50 * (os.getpid() % 40)
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that are free at this moment, below the range that the kernel gives away by itself."""
+    """Ports that are free at this moment: above those of jobs, below the range that the kernel gives away by itself."""
     found: list[int] = []
-    for port in range(17001 + os.getpid() % 5000, 32000):
+    for port in range(30001 + os.getpid() % 1500, 32000):
         with socket.socket() as probe:
             try:
                 probe.bind(("0.0.0.0", port))
@@ -155,7 +161,7 @@ class Cluster:
         hosts = self.folder / "hosts"
         hosts.write_text(f"127.0.0.1 localhost {host} n1 n2\n")
         (self.folder / "slurm.conf").write_text(
-            CONF.format(host=host, folder=self.folder, ports=free_ports(3)), encoding="utf-8"
+            CONF.format(host=host, folder=self.folder, ports=free_ports(3), first_job=first_job()), encoding="utf-8"
         )
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
