@@ -1,9 +1,12 @@
-"""What every test gets: one thread, the shared data folder where there is one, and skips that say why."""
+"""What every test gets: one thread, no GPU unless it is marked gpu, the shared data folder where there is one, and
+skips that say why."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +32,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="GPU test: no CUDA device here"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # quick ones first
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that is not marked gpu sees no GPU, neither here nor in what it starts: it is of CPUs on every machine."""
+    if item.get_closest_marker("gpu"):
+        return (yield)
+    with (
+        mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+        mock.patch.object(torch.cuda, "is_available", lambda: False),
+        mock.patch.object(torch.cuda, "device_count", lambda: 0),
+        mock.patch.object(torch.cuda, "_cached_device_count", 0),  # parts of torch count by themselves, and remember
+    ):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ class _Server:
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env=os.environ | one_thread,
+            env=os.environ | one_thread | {"CUDA_VISIBLE_DEVICES": ""},  # ranks are of CPUs, on any machine
             start_new_session=True,  # stop() reaches the ranks too, an interrupt at the terminal only us
         )
         theirs.close()
@@ -140,9 +140,9 @@ def _run(request: _Request, caller: Connection) -> str | None:
         module = _load(request.module, request.file)
     except Exception:
         return f"the module of the function cannot be imported:\n{traceback.format_exc()}"
-    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
-    if threads > 1:
-        return f"importing {request.file} starts {threads - 1} threads, after which a fork is not safe"
+    threads = _other_threads()
+    if threads:
+        return f"importing {request.file} starts threads ({', '.join(threads)}), after which a fork is not safe"
 
     fork = multiprocessing.get_context("fork")
     ranks = [
@@ -175,6 +175,15 @@ def _run(request: _Request, caller: Connection) -> str | None:
         for process in ranks:
             process.kill()
             process.join()
+
+
+def _other_threads() -> list[str]:
+    """The names of threads that a fork would break; none where the system does not list them."""
+    tasks = Path("/proc/self/task")
+    threads = [task for task in tasks.iterdir() if task.name != str(os.getpid())] if tasks.is_dir() else []
+    names = [(thread / "comm").read_text().strip() for thread in threads]
+    # jemalloc sees to forks itself; it comes with pyarrow, which transformers imports where it is installed.
+    return [name for name in names if name != "jemalloc_bg_thd"]
 
 
 def _load(name: str, file: str) -> ModuleType:
