@@ -15,7 +15,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,10 @@ class LayoutArguments(Section):
 class ParallelArguments(LayoutArguments):
     """How the model lies over the processes. Data parallel size = world size / (tensor * pipeline)."""
 
-    sequence_parallel: bool = flag(
-        False,
+    sequence_parallel: bool | None = flag(
+        None,
         "split the activations between layers along the tokens, over tensor parallel",
+        unset="with tensor parallel, where it divides a microbatch's tokens",
         training_only=True,
     )
     tp_comm_overlap: bool | None = flag(
@@ -163,6 +164,13 @@ class ParallelArguments(LayoutArguments):
     @property
     def chunks(self) -> int:
         return self.virtual_pipeline_size
+
+    def for_tokens(self, tokens: int) -> ParallelArguments:
+        """With what the flags left open, for microbatches of so many tokens on a replica."""
+        if self.sequence_parallel is not None:
+            return self
+        tp = self.tensor_parallel_size
+        return replace(self, sequence_parallel=tp > 1 and tokens % tp == 0)
 
     def _check_schedule(self) -> None:
         schedule = SCHEDULES[self.schedule]

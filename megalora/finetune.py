@@ -64,7 +64,10 @@ from megalora.training import StepResult, Trainer, steady_heap
 
 def finetune(arguments: FinetuneArguments) -> None:
     """Runs `arguments` on this process of the mesh. Raises UserError, on every rank, for what the user can mend."""
-    model, parallel, data, train = arguments.model, arguments.parallel, arguments.data, arguments.train
+    model, data, train = arguments.model, arguments.data, arguments.train
+    tokens_here = train.per_device_train_batch_size * data.seq_length  # of a microbatch
+    parallel = arguments.parallel.for_tokens(tokens_here)
+    arguments = replace(arguments, parallel=parallel)
     device, remark = choose_device()
     if train.deterministic:
         fix_order_of_sums(device)
@@ -77,6 +80,8 @@ def finetune(arguments: FinetuneArguments) -> None:
     with Preemption() as preemption, lock, distributed(device, tp, pp, watch) as mesh:
         dtype = resolve_dtype(model.dtype, device)
         notes = [remark] if remark else []
+        if tp > 1 and not parallel.sequence_parallel:
+            notes.append(_not_sequence_parallel(tokens_here, tp))
 
         # What is trained: the model's shape, the adapter to start from, the rows.
         with together(mesh.world):
@@ -106,7 +111,6 @@ def finetune(arguments: FinetuneArguments) -> None:
                 notes += [*start.checkpoint.notes, start_note]
 
         # This rank's part of it.
-        tokens_here = train.per_device_train_batch_size * data.seq_length
         with together(mesh.world):
             exchange, exchange_note = choose_exchange(
                 parallel.tp_comm_overlap,
@@ -415,6 +419,11 @@ def _check_length(
             f"{tokens} tokens are not a multiple of tensor_parallel_size ({mesh.tp.size}), as --sequence_parallel "
             f"needs: change seq_length"
         )
+
+
+def _not_sequence_parallel(tokens: int, tp: int) -> str:
+    why = f"{tokens} tokens of a microbatch are no multiple of {tp}" if tokens % tp else "as asked"
+    return f"tensor-parallel ranks hold all activations between layers: {why}"
 
 
 def _load_rows(path: str, template: ChatTemplate, data: DataArguments, train: TrainArguments) -> PackedRows:

@@ -188,7 +188,7 @@ def _flags(chosen: Plan, arguments: PlanArguments) -> str:
     flags = {
         "tensor_parallel_size": layout.tp,
         "pipeline_parallel_size": layout.pp,
-        "sequence_parallel": "true" if work.sequence_parallel else None,
+        "sequence_parallel": "false" if layout.tp > 1 and not work.sequence_parallel else None,
         "partition_method": arguments.partition_method if layout.pp > 1 else None,
         "schedule": layout.schedule if layout.pp > 1 else None,
         "virtual_pipeline_size": layout.chunks if layout.chunks > 1 else None,

@@ -259,8 +259,22 @@ def test_a_flag_without_effect_is_an_error(parse, flags, name, because):
 
 def test_defaults_and_off_states_are_no_error():
     assert tune("--save false").train.save_steps == 500
-    assert not tune("--sequence_parallel false").parallel.sequence_parallel
-    assert not tune("--return_logits false --text_generation false").parallel.sequence_parallel
+    assert tune("--sequence_parallel false").parallel.sequence_parallel is False
+    assert tune("--return_logits false --text_generation false").parallel.sequence_parallel is None
+
+
+@pytest.mark.parametrize(
+    "flags, tokens, splits",
+    [
+        ("", 64, False),
+        ("--tensor_parallel_size 4", 64, True),
+        ("--tensor_parallel_size 4", 66, False),
+        ("--tensor_parallel_size 4 --sequence_parallel false", 64, False),
+        ("--tensor_parallel_size 4 --sequence_parallel", 66, True),  # refused where the run begins
+    ],
+)
+def test_tensor_parallel_splits_activations_where_nothing_else_is_said(flags, tokens, splits):
+    assert tune(flags).parallel.for_tokens(tokens).sequence_parallel is splits
 
 
 def test_values_from_python_are_checked_too():

@@ -22,7 +22,7 @@ from megalora.training import Trainer
 
 ROWS = 4  # of the global batch, on every layout
 TP2, PP2 = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
-SP2 = TP2 | {"sequence_parallel": True}
+SP2, NOT_SP2 = TP2 | {"sequence_parallel": True}, TP2 | {"sequence_parallel": False}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def evaluated(folder: Path) -> Path:
 
 
 LAYOUTS = {  # name: (dp, flags)
-    "tp2": (1, TP2 | {"per_device_train_batch_size": 2}),
+    "tp2": (1, NOT_SP2 | {"per_device_train_batch_size": 2}),
     "pp2": (1, PP2),
     "dp2": (2, {}),
     "tp2 pp2 dp2": (2, TP2 | PP2),

@@ -27,7 +27,7 @@ ROWS = 4
 RATES = {"float32": 5e-3, "bfloat16": 1e-3}
 TP2, PP2, SP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"sequence_parallel": True}
 LAYOUTS = {  # name: (data-parallel size, flags)
-    "tp2": (1, TP2),
+    "tp2": (1, TP2 | {"sequence_parallel": False}),
     "tp2, sequence parallel": (1, TP2 | SP),
     "tp2, sequence parallel, by NCCL": (1, TP2 | SP | {"tp_comm_overlap": False}),
     "tp2, sequence parallel, recompute": (1, TP2 | SP | {"recompute": "full"}),
