@@ -71,17 +71,21 @@ class ModelArguments(Section):
     )
 
 
+def _partition_flag(default: str) -> Any:
+    return flag(
+        default,
+        "how layers are dealt to stages; cost: by counted time, so that no stage is slower than it must be",
+        choices=("uniform", "uniform_floor", "parameters", "cost", "custom"),
+    )
+
+
 @dataclass(frozen=True)
 class LayoutArguments(Section):
     """How a model is cut."""
 
     tensor_parallel_size: int = flag(1, "processes that share each layer", at_least=1)
     pipeline_parallel_size: int = flag(1, "pipeline stages the layers are cut into", at_least=1)
-    partition_method: str = flag(
-        "uniform",
-        "how layers are dealt to stages; cost: by counted time, so that no stage is slower than it must be",
-        choices=("uniform", "uniform_floor", "parameters", "cost", "custom"),
-    )
+    partition_method: str = _partition_flag("uniform")
     custom_partition: tuple[int, ...] | None = flag(
         None, "layers of each stage, first to last, for partition_method custom", at_least=1, unset="none"
     )
@@ -119,6 +123,7 @@ class LayoutArguments(Section):
 class ParallelArguments(LayoutArguments):
     """How the model lies over the processes. Data parallel size = world size / (tensor * pipeline)."""
 
+    partition_method: str = _partition_flag("cost")
     sequence_parallel: bool | None = flag(
         None,
         "split the activations between layers along the tokens, over tensor parallel",

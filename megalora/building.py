@@ -13,6 +13,7 @@ from megalora.errors import UserError
 from megalora.lora import LoraConfig, ResolvedLora, layer_index
 from megalora.models.config import ModelConfig, check_layout
 from megalora.models.stage import NO_LORA, Stage, adaptable_linears, expected_weights, whole_on_meta
+from megalora.parallel.collectives import on_first
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis, ParallelMesh
 from megalora.parallel.split import named_splits
@@ -71,7 +72,7 @@ def build_stage(
     workload: Workload | None = None,
     profile_file: str | None = None,
 ) -> tuple[Stage, Cut]:
-    """This rank's stage, its parameters not filled yet. Raises UserError where the model cannot be cut so.
+    """This rank's stage, its parameters not filled yet. Collective. Raises UserError where the model cannot be cut so.
 
     workload      a microbatch of the run, for the stages' costs; None where nothing is trained
     profile_file  a trace of megalora.profiling: the costs are made to add up to what it measured
@@ -83,9 +84,14 @@ def build_stage(
             f"pipeline_parallel_size ({mesh.pp.size}) * virtual_pipeline_size ({virtual_pipeline_size}) = {parts} is "
             f"more than num_hidden_layers ({config.num_hidden_layers}): choose a smaller virtual_pipeline_size"
         )
-    costs = layer_seconds(config, lora, mesh.tp.size, torch.device(place.device), workload)
-    if profile_file is not None:
-        costs = measured_costs(costs, read_profile(profile_file, config.num_hidden_layers))
+
+    def reckon() -> LayerCosts:
+        costs = layer_seconds(config, lora, mesh.tp.size, torch.device(place.device), workload)
+        if profile_file is None:
+            return costs
+        return measured_costs(costs, read_profile(profile_file, config.num_hidden_layers))
+
+    costs = on_first(reckon, mesh.world)  # ranks on unlike devices must not cut the model differently
     layers = stage_layers(config, parts, partition_method, custom_partition, costs)
     own, *further = layers[mesh.pp.rank :: mesh.pp.size]
     stage = Stage(

@@ -240,7 +240,7 @@ def test_mistakes(flags, words):
         (tune, "--eval_steps 5", "--eval_steps 5", "without eval_data_path"),
         (tune, "--sequence_parallel", "--sequence_parallel true", "tensor_parallel_size 1"),
         (tune, "--virtual_pipeline_size 2", "--virtual_pipeline_size 2", "schedule 1f1b"),
-        (tune, "--custom_partition 4", "--custom_partition 4", "partition_method uniform"),
+        (tune, "--custom_partition 4", "--custom_partition 4", "partition_method cost"),
         (generate, "--model_path m --top_p 0.9", "--top_p 0.9", "temperature 0.0"),
         (generate, "--model_path m --top_k 9", "--top_k 9", "temperature 0.0"),
         (generate, "--model_path m --output_file f", "--output_file f", "without prompt"),

@@ -1,13 +1,18 @@
 """From a config to stages: how the ways to cut it meet the model."""
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
+from spawn import spawn
 
+from megalora import building
 from megalora.building import build_stage, resolve_lora, stage_layers
 from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.parallel.linear import Placement
-from megalora.parallel.mesh import Axis, ParallelMesh
+from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
 from megalora.planning.nodes import Workload
 
 CONFIG = config_from_dict(
@@ -46,6 +51,22 @@ def test_cost_counts_the_floor():
     upper = {"r": 4, "layers_to_transform": [8, 9, 10, 11]}
     assert len(cut("cost", **upper).layers[0]) > len(cut("cost", r=4).layers[0])
     assert cut("cost", **upper).floor >= 1
+
+
+def cut_by_unlike_ranks(rank: int, world_size: int):
+    def seconds(*arguments):
+        costs = layer_seconds(*arguments)
+        return replace(costs, last=costs.last * (1 + 3 * rank))
+
+    layer_seconds, mesh = building.layer_seconds, build_mesh(rank, world_size, pp=world_size)
+    place, lora = Placement(mesh.tp, False, torch.float32, "meta"), resolve_lora(LoraConfig.from_dict({"r": 4}), CONFIG)
+    with mock.patch.object(building, "layer_seconds", seconds):
+        return build_stage(CONFIG, mesh, lora, place, partition_method="cost", workload=Workload(2, 64))[1]
+
+
+def test_ranks_on_unlike_devices_cut_alike():
+    first, second = spawn(cut_by_unlike_ranks, 2)
+    assert first == second
 
 
 def test_cost_without_a_run_is_that_of_the_forward():
