@@ -43,7 +43,7 @@ def both_ways(rank: int, n: int) -> None:
             wanted, wanted_full = gather_product(x, product, 7, axis, None)
             link.events.clear()
             ours, full = gather_product(x, product, 7, axis, exchange, kept=kept)
-            assert torch.equal(ours, wanted)
+            torch.testing.assert_close(ours, wanted, rtol=1e-13, atol=1e-13)  # CPUs sum other rows in other orders
             own = full.unflatten(0, (n, -1))[rank]
             assert torch.equal(own[:, kept:], x[:, kept:])
             own.copy_(x)
