@@ -98,7 +98,7 @@ def make_trainer(
         workload=work,
     )
     fill(stage)
-    if choose_graphs(cuda_graphs, place, mesh)[0]:
+    if choose_graphs(cuda_graphs, place, mesh, config.head_dim)[0]:
         stage.use_graphs()
     parameters = stage.trainable()
     shape = (work.tokens // (mesh.tp.size if place.sequence_parallel else 1), config.hidden_size)
@@ -107,7 +107,7 @@ def make_trainer(
         stage,
         mesh,
         PipelineRunner(stage, neighbours, SCHEDULES[schedule], cut.floor, device=device, chunks=chunks),
-        FlatGradients(parameters, named_splits(stage), mesh),
+        FlatGradients(parameters, named_splits(stage), mesh, device),
         AdapterOptimizer(parameters),
         learning_rate=lambda step: LEARNING_RATE,
         max_grad_norm=1.0,

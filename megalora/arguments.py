@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,8 @@ class TrainArguments(Section):
         if self.num_train_epochs is None:
             steps = self.max_steps or 3 * steps_per_epoch
         else:
-            steps = math.ceil(self.num_train_epochs * steps_per_epoch)
+            # As written: 1.1 in binary is a little more, and 1.1 epochs of 100 steps would be 111.
+            steps = math.ceil(Fraction(str(self.num_train_epochs)) * steps_per_epoch)
             steps = min(steps, self.max_steps or steps)
         self._check_warmup(steps)
         return steps

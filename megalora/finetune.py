@@ -32,7 +32,14 @@ from megalora.checkpoint.adapter import open_adapter
 from megalora.checkpoint.lock import RunLock
 from megalora.checkpoint.peft import write_peft
 from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
-from megalora.checkpoint.state import identity_difference, newest_sound, remove_run
+from megalora.checkpoint.state import (
+    announce_removal,
+    identity_difference,
+    in_run,
+    newest_sound,
+    removal_is_pending,
+    remove_run,
+)
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer, steps_ahead
 from megalora.errors import Preempted, UserError
 from megalora.identity import base_identity, check_base, progress, run_identity
@@ -90,7 +97,8 @@ def finetune(arguments: FinetuneArguments) -> None:
             _check_length(config, data, train, parallel.sequence_parallel, mesh)
         not_locked = _keep_others_out(lock, mesh)
         notes += [not_locked] if not_locked else []
-        start = _find_start(model, train, mesh)
+        overwrite = _overwrites(model, train, mesh)
+        start = _find_start(model, train, overwrite, mesh)
         with together(mesh.world):
             lora = resolve_lora(_lora_config(model, start), config)
             _check_same_adapter(lora, start, config)
@@ -143,7 +151,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                 load_adapter(stage, start.checkpoint.tensors, start.checkpoint.where)
         with together(mesh.world):
             timed = train.wall_clock_breakdown or train.profile
-            graphs, graphs_note = choose_graphs(train.cuda_graphs, place, mesh, timed=timed)
+            graphs, graphs_note = choose_graphs(train.cuda_graphs, place, mesh, config.head_dim, timed=timed)
             notes += [graphs_note] if graphs_note else []
         if graphs:
             stage.use_graphs()
@@ -174,7 +182,7 @@ def finetune(arguments: FinetuneArguments) -> None:
             stage,
             mesh,
             runner,
-            FlatGradients(parameters, splits, mesh),
+            FlatGradients(parameters, splits, mesh, device),
             optimizer,
             learning_rate=lambda step: (
                 train.learning_rate
@@ -188,6 +196,8 @@ def finetune(arguments: FinetuneArguments) -> None:
         with together(mesh.world):
             if first_step:
                 restore(trainer, start.checkpoint, splits)
+        if overwrite:  # now that nothing of the new run can be refused any more
+            on_first(lambda: remove_run(train.output_dir), mesh.world)
         with together(mesh.world):
             log = RankLog(train.log_dir or Path(train.output_dir) / "logs", mesh.rank, watch.hosts[mesh.rank])
             watch.tell(log.write, log.say, log.file)
@@ -210,7 +220,8 @@ def finetune(arguments: FinetuneArguments) -> None:
         with log, monitor, saver, steady_heap(), contextlib.closing(trainer), watch:
             summary = _summary(arguments, config, lora, stage, cut, rows, loader, mesh, device, dtype)
             monitor.summary(summary)
-            for note in [*notes, *rows.skipped[:5], *_more_skipped(rows)]:
+            skipped = [note for loaded in (rows, eval_rows) if loaded is not None for note in _skipped(loaded)]
+            for note in [*notes, *skipped]:
                 monitor.note(note)
             meter = _Meter(_flops_per_token(config, lora, rows), mesh.world_size)
             saved = None
@@ -283,10 +294,31 @@ def _keep_others_out(lock: RunLock, mesh: ParallelMesh) -> str | None:
     return on_first(lambda: lock.take(wait=30.0 if restarts() else 3.0), mesh.world)
 
 
-def _find_start(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh) -> _Start | None:
-    """The newest sound checkpoint in output_dir, else the adapter named by the user, else None. Collective."""
+def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh) -> bool:
+    """Whether the run in output_dir is to be removed, once all that is asked for has been looked at. Collective.
 
-    overwrite = train.overwrite_output_dir and restarts() == 0  # a restart goes on with what the run has made
+    Raises UserError where it holds the adapter to start from: until the first checkpoint that would be in memory alone.
+    """
+
+    def ask() -> bool:
+        # A restart goes on with what the run has made, if it got so far as to remove what was there.
+        if not train.overwrite_output_dir or (restarts() > 0 and not removal_is_pending(train.output_dir)):
+            return False
+        named = model.resume_peft_from_checkpoint
+        if named is not None and in_run(named, train.output_dir):
+            raise UserError(
+                f"resume_peft_from_checkpoint {named} lies in output_dir {train.output_dir}, which "
+                f"overwrite_output_dir true clears: copy the adapter elsewhere, or name another output_dir"
+            )
+        announce_removal(train.output_dir)
+        return True
+
+    return on_first(ask, mesh.world)
+
+
+def _find_start(model: ModelArguments, train: TrainArguments, overwrite: bool, mesh: ParallelMesh) -> _Start | None:
+    """The newest sound checkpoint in output_dir, unless that is to be overwritten; else the adapter named by the user;
+    else None. Collective."""
 
     def find() -> _Start | None:
         if not overwrite:
@@ -299,10 +331,7 @@ def _find_start(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
                     f"--overwrite_output_dir true to start afresh"
                 )
         named = model.resume_peft_from_checkpoint
-        start = None if named is None else _Start(open_adapter(named), own=False)
-        if overwrite:  # after the adapter is in memory: it may be one of this very folder
-            remove_run(train.output_dir)
-        return start
+        return None if named is None else _Start(open_adapter(named), own=False)
 
     return on_first(find, mesh.world)
 
@@ -457,15 +486,16 @@ def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle
     )
 
 
-def _more_skipped(rows: PackedRows) -> list[str]:
-    return [f"{len(rows.skipped)} rows of the data were skipped"] if rows.skipped else []
+def _skipped(rows: PackedRows) -> list[str]:
+    """The first rows that were left out, and how many."""
+    return [*rows.skipped[:5], f"{len(rows.skipped)} rows of the data were skipped"] if rows.skipped else []
 
 
 def _evaluate(
     trainer: Trainer, rows: PackedRows, step: int, monitor: Monitor, train: TrainArguments, mesh: ParallelMesh
 ) -> None:
     loader = _loader(rows, train, mesh, shuffle=False)
-    loss = trainer.evaluate([loader.step(i) for i in range(loader.steps_per_epoch)])
+    loss = trainer.evaluate(loader.step(i) for i in range(loader.steps_per_epoch))
     perplexity = math.exp(loss) if loss < 700 else math.inf
     monitor.evaluation({"step": step, "loss": loss, "perplexity": perplexity})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -135,6 +136,17 @@ class LossScale:
         self.value = initial if enabled else 1.0
         self.good_steps = 0
         self._growth_interval = growth_interval
+
+    def state(self) -> dict[str, float | int | None]:
+        """The plain values that `load_state` takes."""
+        return {"loss_scale": self.value if self.enabled else None, "good_steps": self.good_steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`, where both runs are in float16: another dtype's has no scale."""
+        value, good_steps = state["loss_scale"], int(state["good_steps"])
+        of_other_dtype = value is None or (value == 1.0 and good_steps == 0)  # the latter as older versions wrote it
+        if self.enabled and not of_other_dtype:
+            self.value, self.good_steps = float(value), good_steps
 
     def update(self, overflowed: bool) -> bool:
         """Adapts to a step; returns whether an overflow is only the scale looking for its place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,15 +121,14 @@ class Trainer:
         """The plain values that `load_state` takes, the same on every rank."""
         return {
             "optimizer_steps": self.optimizer.steps,
-            "loss_scale": self.loss_scale.value,
-            "good_steps": self.loss_scale.good_steps,
+            **self.loss_scale.state(),
             "bad_steps": self.bad_steps,
         }
 
     def load_state(self, state: Mapping[str, Any], moments: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Goes on from `state` and the optimizer's moments, by name of this rank's parameters."""
         self.optimizer.load_state(moments, int(state["optimizer_steps"]))
-        self.loss_scale.value, self.loss_scale.good_steps = float(state["loss_scale"]), int(state["good_steps"])
+        self.loss_scale.load_state(state)
         self.bad_steps = int(state["bad_steps"])
 
     def _update(self, sums: torch.Tensor, rate: float) -> None:
@@ -162,7 +161,7 @@ class Trainer:
             )
         return what
 
-    def evaluate(self, steps: list[StepData]) -> float:
+    def evaluate(self, steps: Iterable[StepData]) -> float:
         """The mean loss over the labelled tokens of `steps`, without dropout."""
         self._stage.refresh_adapters()
         total, labels = 0.0, 0

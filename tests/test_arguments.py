@@ -323,6 +323,8 @@ def test_generation():
         ("", 10, 30),
         ("--num_train_epochs 2", 10, 20),
         ("--num_train_epochs 0.25", 10, 3),
+        ("--num_train_epochs 1.1", 100, 110),
+        ("--num_train_epochs 2.2", 50, 110),
         ("--max_steps 50", 10, 50),
         ("--max_steps 5 --num_train_epochs 100", 10, 5),
         ("--max_steps 500 --num_train_epochs 2", 10, 20),

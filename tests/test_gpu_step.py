@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+import tiny
 import torch
 from oracle import FAMILIES, TINY, Run, train
 
+from megalora import cli
 from megalora.batch import Batch
 from megalora.building import build_stage, resolve_lora
 from megalora.lora import LoraConfig
@@ -53,6 +55,14 @@ def test_a_step_on_the_gpu(family, dtype, tolerance):
     again = train(0, 1, run.on(dtype=dtype, device="cuda"))
     assert again.losses == ours.losses
     assert all(torch.equal(p, ours.adapters[n][1]) for n, (_, p) in again.adapters.items())
+
+
+def test_heads_that_no_kernel_of_packed_documents_takes(tmp_path, capsys):
+    inputs = tiny.make_inputs(tmp_path)
+    tiny.save_model(inputs.model, hidden_size=80, num_attention_heads=4, num_key_value_heads=2)
+    assert cli.main(["finetune", *inputs.flags(tmp_path / "run", dtype="bfloat16", max_steps=3)]) == 0
+    assert "attention with heads of 20 is another call" in capsys.readouterr().out
+    assert all(loss > 0 for loss in tiny.column(tmp_path / "run", "loss"))
 
 
 # ---- CUDA graphs: the same numbers to the bit

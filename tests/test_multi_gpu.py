@@ -95,6 +95,15 @@ def test_every_layout_logs_the_same(inputs, alone, tmp_path, name):
         assert largest_difference(exported(tmp_path / "run"), exported(reference)) < 1e-3
 
 
+def test_a_stage_with_nothing_to_train(inputs, tmp_path):
+    lora = tiny.write_json(tmp_path / "lora.json", tiny.LORA | {"layers_to_transform": [3]})
+    flags = {"gradient_accumulation_steps": ROWS, "lora_config": lora, "dtype": "float32", "learning_rate": 5e-3}
+    _run(1, inputs.flags(tmp_path / "alone", **flags))
+    assert "no backward" in _run(2, inputs.flags(tmp_path / "run", **flags, **PP2, partition_method="uniform"))
+    assert column(tmp_path / "run", "loss") == pytest.approx(column(tmp_path / "alone", "loss"), abs=1e-4)
+    assert largest_difference(exported(tmp_path / "run"), exported(tmp_path / "alone")) < 1e-3
+
+
 def test_graphs_change_no_bit_where_tokens_travel_beside_products(inputs, tmp_path):
     flags = TP2 | SP | {"deterministic": True, "dtype": "bfloat16", "tp_comm_overlap": True}
     for graphs in (True, False):

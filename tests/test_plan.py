@@ -74,6 +74,8 @@ def test_what_does_not_fit_is_named(capsys, model):
         ("--gpus 2 --seq_length 8192", ["seq_length (8192)", "4096"]),
         ("--gpus 6 --tensor_parallel_size 4", ["tensor_parallel_size (4)", "gpus (6)"]),
         ("--gpus 2 --schedule 2f2b", ["--schedule", "interleaved_1f1b"]),
+        ("--gpus 2 --tensor_parallel_size 2 --seq_length 63 --sequence_parallel true --per_device_train_batch_size 1 "
+         "--gradient_accumulation_steps 8", ["the rows of a step", "2 tensor-parallel ranks"]),
         ("--gpus 2 --learning_rate 1", ["learning_rate", "megalora finetune"]),
         ("--gpus 2 --partition_method custom", ["custom_partition"]),
         ("--gpus 2 --draw /nowhere/at/all.svg", ["/nowhere/at/all.svg", "cannot be written"]),
@@ -84,6 +86,13 @@ def test_errors_say_what_and_where(capsys, model, words, parts):
     status, _, err = run(capsys, "--model_path", model, *words.split())
     assert status == 2 and err.count("\n") == 1
     assert all(part in err for part in parts), err
+
+
+def test_tokens_that_tensor_parallel_does_not_divide_are_not_split(capsys, model):
+    words = "--gpus 2 --tensor_parallel_size 2 --per_device_train_batch_size 1 --gradient_accumulation_steps 8"
+    for length, flag in ((63, True), (64, False)):
+        status, out, _ = run(capsys, "--model_path", model, *words.split(), "--seq_length", str(length))
+        assert status == 0 and ("--sequence_parallel false" in out) == flag
 
 
 def test_help_and_values(capsys):

@@ -322,10 +322,32 @@ def test_an_adapter_to_start_from(inputs, whole, half, tmp_path, form):
     assert same_bits(read_adapter(new / f"checkpoints/iter_{STEPS:07d}").tensors, read_adapter(checkpoint).tensors)
 
 
-def test_a_new_run_over_the_adapter_it_starts_from(inputs, half):
-    """overwrite_output_dir of the folder that resume_peft_from_checkpoint names: read first, then removed."""
-    before = read_adapter(half / "checkpoints/iter_0000004").tensors
-    flags = {"overwrite_output_dir": True, "resume_peft_from_checkpoint": half, "learning_rate": 0.0}
-    tune(2, inputs.flags(half, **FLAGS | {"gradient_accumulation_steps": 1}, **flags, seed=5))
-    assert column(half, "step") == [*range(1, STEPS + 1)]
-    assert same_bits(read_adapter(half / f"checkpoints/iter_{STEPS:07d}").tensors, before)
+@pytest.mark.parametrize("part", ["", "checkpoints/iter_0000004"])
+def test_a_new_run_does_not_remove_the_adapter_it_starts_from(inputs, half, part):
+    flags = {"overwrite_output_dir": True, "resume_peft_from_checkpoint": half / part}
+    (line,) = refused(inputs.flags(half, **FLAGS, **flags))
+    assert "lies in output_dir" in line and "copy the adapter elsewhere" in line
+    assert read_adapter(half / "checkpoints/iter_0000004").tensors
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"data_path": "nowhere.json"}, {"seq_length": 8}, {"lora_config": "nowhere.json"}], ids=str
+)
+def test_what_a_mistake_would_have_overwritten_is_still_there(inputs, half, mistake):
+    """Also for who is started again after it died there: the old run is not its own."""
+    before = lines(half)
+    refused(inputs.flags(half, **FLAGS | mistake, overwrite_output_dir=True))
+    assert lines(half) == before and read_adapter(half / "checkpoints/iter_0000004").tensors
+    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
+        command = inputs.flags(half, **FLAGS | {"gradient_accumulation_steps": 4}, overwrite_output_dir=True)
+        assert cli.main(["finetune", *command]) == 0
+        assert column(half, "step") == [*range(1, STEPS + 1)]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert cli.main(["finetune", *command]) == 0
+    assert "nothing to do" in out.getvalue(), "what the run has made, a restart goes on with"
+
+
+def refused(command: list[str]) -> list[str]:
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert cli.main(["finetune", *command]) == 2
+    return err.getvalue().splitlines()

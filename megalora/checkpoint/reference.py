@@ -19,7 +19,7 @@ import torch
 
 from megalora.checkpoint.files import unpickled
 from megalora.checkpoint.shards import ADAPTER_FILE, CONFIG_FILE, AdapterCheckpoint, has_shards, read_json, shard_files
-from megalora.checkpoint.state import TRACKER
+from megalora.checkpoint.state import MANIFEST, TRACKER
 from megalora.errors import UserError
 
 SINGLE_FILE = "lora_model_optim.pt"
@@ -40,6 +40,8 @@ def reference_folder(path: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     folder = path / (f"iter_{int(iteration):07d}" if re.fullmatch(r"\d{1,12}", iteration) else "release")
+    if (folder / MANIFEST).exists():  # one of ours, of which the tracker's need not be the newest sound one
+        return None
     return folder if _files(folder) else None
 
 

@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = 1
 _PROBE = ".probe"
+_PENDING = ".overwrite"  # in output_dir: its run is to be removed, and is there still
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -308,6 +309,28 @@ _RUN_FILES = (
 )
 
 
+def announce_removal(output_dir: str | Path) -> None:
+    """Notes in output_dir that the run in it is to be removed, for who is started again before that is done.
+
+    Raises UserError where it may not. For one rank.
+    """
+    try:
+        (Path(output_dir) / _PENDING).touch()
+    except OSError as error:
+        raise UserError(f"output_dir {output_dir}: cannot be written to ({error}): name another one") from None
+
+
+def removal_is_pending(output_dir: str | Path) -> bool:
+    return (Path(output_dir) / _PENDING).exists()
+
+
+def in_run(folder: str | Path, output_dir: str | Path) -> bool:
+    """Whether `remove_run` would remove what lies in `folder`, or some of it."""
+    folder, output_dir = Path(folder).resolve(), Path(output_dir).resolve()
+    removed = checkpoints_folder(output_dir), output_dir / "peft"
+    return folder == output_dir or any(folder.is_relative_to(part) for part in removed)
+
+
 def remove_run(output_dir: str | Path) -> None:
     """Removes what a run of megalora writes into output_dir (checkpoints, events, metrics, export), no more.
 
@@ -327,5 +350,6 @@ def remove_run(output_dir: str | Path) -> None:
         for folder in (checkpoints, events, output_dir / "peft"):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        (output_dir / _PENDING).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir {output_dir}: cannot be cleared ({error}): name another one") from None

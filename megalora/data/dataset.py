@@ -77,11 +77,7 @@ def load_dataset(
         digest.update(document.input_ids.astype("<i4").tobytes() + document.labels.astype("<i4").tobytes())
     documents = [documents[index] for index in permutation(len(documents), seed, PACKING_EPOCH)]
     bins = pack([len(document.input_ids) for document in documents], seq_length, packing)
-    packed = build_rows(documents, bins, seq_length, _pad_token_id(template))
+    # Any id does as padding: no document attends to it, and it has no label. The tokenizer's own for it may have no row
+    # in the embedding, where it was added to a model that came without one.
+    packed = build_rows(documents, bins, seq_length, template.end_token_id)
     return replace(packed, skipped=tuple(skipped), fingerprint=digest.hexdigest())
-
-
-def _pad_token_id(template: ChatTemplate) -> int:
-    """Any id does: padding is never attended to by a document, and has no label."""
-    pad = template.tokenizer.pad_token_id
-    return template.end_token_id if pad is None else pad

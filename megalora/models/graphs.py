@@ -23,7 +23,7 @@ import torch
 
 from megalora.errors import UserError
 from megalora.models.inputs import Inputs
-from megalora.ops.attention import Packed, is_even
+from megalora.ops.attention import Packed, is_even, packs
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def choose_graphs(
-    wanted: bool | None, place: Placement, mesh: ParallelMesh, *, timed: bool = False
+    wanted: bool | None, place: Placement, mesh: ParallelMesh, head_dim: int, *, timed: bool = False
 ) -> tuple[bool, str | None]:
     """(whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they serve.
 
@@ -48,6 +48,8 @@ def choose_graphs(
         obstacle = "wall_clock_breakdown and profile time the collectives inside layers"
     elif place.dtype not in (torch.bfloat16, torch.float16):
         obstacle = f"attention in {str(place.dtype).removeprefix('torch.')} is another call for other documents"
+    elif not packs(head_dim, place.dtype, torch.device(place.device)):
+        obstacle = f"attention with heads of {head_dim} is another call for other documents"
     if wanted and obstacle:
         raise UserError(f"cuda_graphs = true, but {obstacle}: leave the flag out")
     if obstacle or wanted is False:

@@ -36,9 +36,19 @@ class Packed:
     longest: int
 
 
+def packs(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a kernel that reads the documents' bounds on the device."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+    )
+
+
 def pack(bounds: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch.device) -> Packed | None:
     """The Packed of these cumulative bounds; None where no kernel takes it."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+    if not packs(head_dim, dtype, device):
         return None
     documents = len(bounds) - 1
     step = max(8, 1 << documents.bit_length() >> 3)  # at most a quarter more documents than there are

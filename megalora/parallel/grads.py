@@ -17,9 +17,16 @@ class FlatGradients:
 
     parameters  by name; their dtype (float32, or float64) is the buffer's
     splits      of the same names: which gradients are partial sums, and how often an element is held
+    device      of the buffer, where a stage has nothing to train
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], splits: Mapping[str, Split], mesh: ParallelMesh):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        splits: Mapping[str, Split],
+        mesh: ParallelMesh,
+        device: torch.device | str = "cpu",
+    ):
         self._mesh = mesh
         self._parameters = dict(parameters)
         # Partial ones first, so that one slice of the buffer holds what tp reduces.
@@ -27,7 +34,7 @@ class FlatGradients:
         self._splits = {name: splits[name] for name in names}
         first = next(iter(parameters.values()), None)
         dtype = torch.float32 if first is None else first.dtype
-        device = "cpu" if first is None else first.device
+        device = device if first is None else first.device
         sizes = [parameters[name].numel() for name in names]
         self.buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
         self._views = {}

@@ -230,16 +230,19 @@ class Planner:
                 if any(True for _ in self._layouts(tp, pp, wanted)):
                     yield tp, pp
                 else:
+                    rows = "the rows" if wanted.step_rows is None else f"the {wanted.step_rows} rows"
+                    cut = f", or not cut over {tp} tensor-parallel ranks" if wanted.sequence_parallel else ""
                     reasons.append(
-                        f"the {wanted.step_rows} rows of a step cannot be dealt to {gpus // tp // pp} data-parallel "
-                        f"ranks in equal microbatches, or schedule and layers do not fit {pp} stages"
+                        f"{rows} of a step cannot be dealt to {gpus // tp // pp} data-parallel ranks in equal "
+                        f"microbatches{cut}, or schedule and layers do not fit {pp} stages"
                     )
 
     def _layouts(self, tp: int, pp: int, wanted: Wanted) -> Iterator[Layout]:
         dp = self._cluster.gpus // (tp * pp)
         for rows, microbatches in _microbatches(dp, wanted):
-            sequence_parallel = tp > 1 if wanted.sequence_parallel is None else wanted.sequence_parallel
-            if sequence_parallel and (tp == 1 or rows * wanted.work.seq_length % tp):
+            divides = tp > 1 and rows * wanted.work.seq_length % tp == 0
+            sequence_parallel = divides if wanted.sequence_parallel is None else wanted.sequence_parallel
+            if sequence_parallel and not divides:
                 continue
             for schedule, chunks in self._schedules(pp, wanted):
                 for recompute in [wanted.recompute] if wanted.recompute else RECOMPUTE_METHODS:

@@ -70,6 +70,7 @@ def assert_passed_over(run: Path, name: str) -> None:
     assert saved.step == 10 and str(newest(run)) in complaints[0] and name in complaints[0], complaints
     assert TRACKER in complaints[1] and len(complaints) == 2
     assert torch.equal(open_adapter(run).tensors[NAME], torch.full((8, 2), 10.0))
+    assert torch.equal(open_adapter(run / "checkpoints").tensors[NAME], torch.full((8, 2), 10.0))
     for read in (verified, open_adapter):
         with pytest.raises(UserError, match="iter_0000020"):
             read(newest(run))

@@ -41,6 +41,11 @@ def test_labels_are_shifted_once(template, chatml, write_json):
     assert chatml.decode([label for label in rows.labels[0].tolist() if label != -100]) == "I am Mega.<|im_end|>"
 
 
+def test_padding_is_a_token_that_the_model_has(template, write_json):
+    rows = load(write_json([GOOD]), template)
+    assert set(rows.input_ids[0, rows.tokens :].tolist()) == {template.end_token_id}
+
+
 @pytest.mark.parametrize(
     "row, told",
     [

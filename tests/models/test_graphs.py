@@ -32,43 +32,45 @@ def place(device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Placemen
 
 
 def test_one_gpu_a_replica_has_graphs():
-    assert choose_graphs(None, place(), ParallelMesh()) == (True, None)
-    assert choose_graphs(True, place(dtype=torch.float16), ParallelMesh(dp=TWO)) == (True, None)
+    assert choose_graphs(None, place(), ParallelMesh(), 128) == (True, None)
+    assert choose_graphs(True, place(dtype=torch.float16), ParallelMesh(dp=TWO), 128) == (True, None)
 
 
 def test_so_have_tensor_parallel_ranks_whose_messages_are_not_timed():
-    assert choose_graphs(None, place(), ParallelMesh(tp=TWO)) == (True, None)
-    used, note = choose_graphs(None, place(), ParallelMesh(tp=TWO), timed=True)
+    assert choose_graphs(None, place(), ParallelMesh(tp=TWO), 128) == (True, None)
+    used, note = choose_graphs(None, place(), ParallelMesh(tp=TWO), 128, timed=True)
     assert not used and "wall_clock_breakdown" in note
-    assert choose_graphs(None, place(), ParallelMesh(), timed=True) == (True, None)
+    assert choose_graphs(None, place(), ParallelMesh(), 128, timed=True) == (True, None)
 
 
 def test_on_a_cpu_nobody_expects_them():
-    assert choose_graphs(None, place("cpu"), ParallelMesh()) == (False, None)
-    assert choose_graphs(False, place("cpu"), ParallelMesh()) == (False, None)
+    assert choose_graphs(None, place("cpu"), ParallelMesh(), 128) == (False, None)
+    assert choose_graphs(False, place("cpu"), ParallelMesh(), 128) == (False, None)
 
 
 @pytest.mark.parametrize(
-    "where, mesh, why",
+    "where, mesh, head_dim, why",
     [
-        (place(), ParallelMesh(pp=TWO), "several microbatches"),
-        (place(dtype=torch.float32), ParallelMesh(), "float32"),
+        (place(), ParallelMesh(pp=TWO), 128, "several microbatches"),
+        (place(dtype=torch.float32), ParallelMesh(), 128, "float32"),
+        (place(), ParallelMesh(), 100, "heads of 100"),
+        (place(), ParallelMesh(), 264, "heads of 264"),
     ],
 )
-def test_a_gpu_without_them_says_why(where, mesh, why):
-    used, note = choose_graphs(None, where, mesh)
+def test_a_gpu_without_them_says_why(where, mesh, head_dim, why):
+    used, note = choose_graphs(None, where, mesh, head_dim)
     assert not used and "without CUDA graphs" in note and why in note
     with pytest.raises(UserError, match=f"cuda_graphs = true, but .*{why}.*leave the flag out"):
-        choose_graphs(True, where, mesh)
+        choose_graphs(True, where, mesh, head_dim)
 
 
 def test_without_by_request():
-    assert choose_graphs(False, place(), ParallelMesh()) == (False, "layers run without CUDA graphs: as asked")
+    assert choose_graphs(False, place(), ParallelMesh(), 128) == (False, "layers run without CUDA graphs: as asked")
 
 
 def test_wanted_without_a_gpu():
     with pytest.raises(UserError, match="there is no GPU"):
-        choose_graphs(True, place("cpu"), ParallelMesh())
+        choose_graphs(True, place("cpu"), ParallelMesh(), 128)
 
 
 # ---- what a graph reads anew

@@ -57,6 +57,7 @@ def test_a_stage_without_trainables():
     flat.zero()
     flat.reduce()
     assert flat.square_sum() == 0 and flat.buffer.numel() == 0
+    assert FlatGradients({}, {}, ParallelMesh(), "meta").square_sum().device.type == "meta"  # where the stage's loss is
 
 
 def test_one_rank_changes_nothing_and_counts_in_float64():

@@ -111,6 +111,18 @@ def test_low_precision_sums_in_float32():
     torch.testing.assert_close(total, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
 
 
+def test_the_factor_of_a_loss_is_not_rounded():
+    """1 / 4080 in bfloat16 is 0.4% off, and would make all gradients so."""
+    labels = torch.tensor(LABELS["all"])
+    head = head_of(13, Placement(Axis(), False, torch.bfloat16, "cpu"))
+    grads = []
+    for factor in (1.0, 1 / 4080):
+        hidden = tensor(1, T, H).to(torch.bfloat16).requires_grad_()
+        (loss_of(hidden, head, labels) * factor).backward()
+        grads.append(hidden.grad)
+    assert torch.equal(grads[1], (grads[0].float() * (1 / 4080)).bfloat16())
+
+
 def test_the_head_is_frozen():
     head, hidden = head_of(13, ALONE), tensor(1, T, H).requires_grad_()
     loss_of(hidden, head, torch.tensor(LABELS["all"])).backward()
