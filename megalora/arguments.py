@@ -358,7 +358,10 @@ class PlanArguments(Section):
     gpus_per_node: int = flag(8, "GPUs that a fast link joins", at_least=1)
     seq_length: int = flag(1024, "tokens of one row of a microbatch", at_least=2)
     global_batch_size: int | None = flag(
-        None, "rows of a step over all GPUs", at_least=1, unset="128, or by gradient_accumulation_steps"
+        None,
+        "rows of a step over all GPUs",
+        at_least=1,
+        unset="128, or the next multiple of gpus; or by gradient_accumulation_steps",
     )
     per_device_train_batch_size: int | None = flag(
         None, "rows of one microbatch", at_least=1, unset="searched, or 1 with gradient_accumulation_steps"
@@ -1055,8 +1058,8 @@ def _load_yaml(path: str) -> list[tuple[Any, Any]]:
 def _unknown(what: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str]) -> str:
     if name in elsewhere:
         return f"{what} belongs to {elsewhere[name]}: leave it out here"
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-    return f"unknown {what}: the nearest known one is {nearest} (--help lists all)"
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"unknown {what}: {f'the nearest known one is {nearest[0]} (' if nearest else '('}--help lists all)"
 
 
 # ---------------------------------------------------------------------------------- from values to sections

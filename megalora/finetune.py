@@ -38,6 +38,7 @@ from megalora.checkpoint.state import (
     in_run,
     newest_sound,
     removal_is_pending,
+    remove_export,
     remove_run,
 )
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer, steps_ahead
@@ -117,6 +118,12 @@ def finetune(arguments: FinetuneArguments) -> None:
             total_steps = train.total_steps(loader.steps_per_epoch)
             if start is not None:
                 notes += [*start.checkpoint.notes, start_note]
+                if start.own and model.resume_peft_from_checkpoint is not None:
+                    named = model.resume_peft_from_checkpoint
+                    notes.append(f"resume_peft_from_checkpoint {named} is not read: the run in output_dir goes on")
+            settings = _settings(train, dtype, total_steps)
+            if first_step:
+                notes += _changed(start.checkpoint, settings)
 
         # This rank's part of it.
         with together(mesh.world):
@@ -208,7 +215,7 @@ def finetune(arguments: FinetuneArguments) -> None:
             mesh=mesh,
             parameters=parameters,
             splits=splits,
-            lora_config=lora.config,
+            lora_config=lora.config.to_dict() | {"base_model_name_or_path": model.model_path},
             trainer=trainer,
             identity=identity,
             first=monitor.sync,
@@ -232,6 +239,8 @@ def finetune(arguments: FinetuneArguments) -> None:
                 last = on_first(lambda: monitor.last_evaluation, mesh.world)
                 if last < first_step and (_every(train.eval_steps, first_step) or first_step >= total_steps):
                     _evaluate(trainer, eval_rows, first_step, monitor, train, mesh)  # stopped before it was made
+            if first_step < total_steps:  # an adapter of fewer steps would pass for this run's
+                on_first(lambda: remove_export(train.output_dir), mesh.world)
             profiled = recorded_steps(train.profile_steps if train.profile else 0, first_step, total_steps, graphs)
             for number in range(first_step, total_steps):
                 watch.step(number)
@@ -255,12 +264,14 @@ def finetune(arguments: FinetuneArguments) -> None:
                 leaving = result.alarm and step < total_steps  # nothing has failed, so a signal asks for it
                 if train.save and (leaving or _every(train.save_steps, step) or step == total_steps):
                     with watch("checkpoint"):
-                        saved = saver.save(step, meter.state())
+                        saved = saver.save(step, meter.state() | {"settings": settings})
                 if eval_rows is not None and (_every(train.eval_steps, step) or step == total_steps):
                     with meter.apart(timers):
                         _evaluate(trainer, eval_rows, step, monitor, train, mesh)
                 if leaving:
                     saver.settle()
+                    if saved is not None:
+                        _export(saved, train.output_dir, model.model_path, mesh)
                     raise Preempted(_why_leaving(preemption, step, total_steps, saved))
                 for note in saver.notes():
                     monitor.note(note)
@@ -268,11 +279,12 @@ def finetune(arguments: FinetuneArguments) -> None:
             for note in saver.notes():
                 monitor.note(note)
             if first_step >= total_steps:
-                monitor.note(f"nothing to do: the run is complete at step {first_step} of {total_steps}")
+                of = f"of {total_steps}" if first_step == total_steps else f"and {total_steps} steps are asked for"
+                monitor.note(f"nothing to do: the run is complete at step {first_step} {of}")
                 if start.own:  # it may have been stopped before the export, and an older one may be there
                     saved = Path(start.checkpoint.where)
             if saved is not None:
-                exported = on_first(lambda: _export(saved, train.output_dir, model.model_path), mesh.world)
+                exported = _export(saved, train.output_dir, model.model_path, mesh)
                 monitor.note(f"adapter: {saved}, and for peft: {exported}")
 
 
@@ -396,6 +408,23 @@ def _first_step(start: _Start | None, identity: Mapping[str, str]) -> tuple[int,
     return 0, f"starting from the adapter {where} at step 0, because its run was another ({values})"
 
 
+def _settings(train: TrainArguments, dtype: torch.dtype, total_steps: int) -> dict[str, str]:
+    """What may change between the parts of one run, but hardly does by intention."""
+    named = (
+        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    )
+    values = {name: str(getattr(train, name)) for name in named}
+    return values | {"dtype": str(dtype).removeprefix("torch."), "steps of the run": str(total_steps)}
+
+
+def _changed(checkpoint: AdapterCheckpoint, settings: Mapping[str, str]) -> list[str]:
+    """A line where the run goes on with other settings than it had."""
+    before = (checkpoint.trainer or {}).get("settings")
+    difference = identity_difference(before, settings) if isinstance(before, dict) else ""
+    return [f"goes on with other settings ({difference})"] if difference else []
+
+
 def _raise_what_failed(saver: RunSaver, monitor: Monitor, mesh: ParallelMesh) -> None:
     """Waits for the save under way. Raises, on every rank, what could not be written. Collective."""
     saver.settle()
@@ -412,11 +441,15 @@ def _every(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _export(checkpoint: Path, output_dir: str, model_path: str) -> Path:
-    """The adapter of a checkpoint as a PEFT folder beside the checkpoints."""
+def _export(checkpoint: Path, output_dir: str, model_path: str, mesh: ParallelMesh) -> Path:
+    """The adapter of a checkpoint as a PEFT folder beside the checkpoints. Collective."""
     folder = Path(output_dir) / "peft"
-    adapter = read_adapter(checkpoint)
-    write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
+
+    def export() -> None:
+        adapter = read_adapter(checkpoint)
+        write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
+
+    on_first(export, mesh.world)
     return folder
 
 

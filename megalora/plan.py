@@ -68,7 +68,7 @@ def _wanted(arguments: PlanArguments) -> Wanted:
     microbatches, step_rows = arguments.gradient_accumulation_steps, arguments.global_batch_size
     rows = arguments.per_device_train_batch_size
     if step_rows is None and microbatches is None:
-        step_rows = _STEP_ROWS
+        step_rows = -(-_STEP_ROWS // arguments.gpus) * arguments.gpus  # so that any number of replicas can share them
     if step_rows is None:
         rows = rows or 1
     work = Workload(1, arguments.seq_length, element=DTYPES[arguments.dtype].itemsize)

@@ -14,7 +14,6 @@ from megalora.checkpoint.background import BackgroundSaves, HostCopy, SaveReport
 from megalora.checkpoint.shards import AdapterCheckpoint, Layout, save_adapter
 from megalora.checkpoint.state import CheckpointWriter
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
 from megalora.optimizer import MOMENTS
 from megalora.parallel.collectives import gather_objects, on_first, together
 from megalora.parallel.mesh import ParallelMesh, own_group
@@ -29,6 +28,7 @@ class RunSaver:
     """The checkpoints of a run: adapters, optimizer and the trainer's numbers. Every rank has one (collective).
 
     parameters, splits  the trained parameters of this rank, by name, and where they lie in the whole tensors
+    lora_config         fields of LoraConfig.to_dict(), and more of PEFT's
     identity            what must not change between the parts of one run
     first               called on the first rank before it writes a checkpoint, in the saving thread
     enabled             False: it never saves
@@ -43,7 +43,7 @@ class RunSaver:
         mesh: ParallelMesh,
         parameters: Mapping[str, nn.Parameter],
         splits: Mapping[str, Split],
-        lora_config: LoraConfig,
+        lora_config: Mapping[str, Any],
         trainer: Trainer,
         identity: Mapping[str, str],
         first: Callable[[], None],
@@ -112,7 +112,7 @@ class RunSaver:
             if mesh.world.is_first:
                 self._first()
             self._copies.wait()
-            return save_adapter(folder, tensors, self._splits, layout, self._lora_config.to_dict(), moments, state)
+            return save_adapter(folder, tensors, self._splits, layout, self._lora_config, moments, state)
 
         return write
 

@@ -426,6 +426,7 @@ def test_a_second_run_is_kept_out_until_the_first_is_gone(inputs, tmp_path):
                 assert first.poll() is None and time.monotonic() < deadline
                 time.sleep(0.01)
             first.send_signal(signal.SIGSTOP)
+            os.waitpid(first.pid, os.WUNTRACED)  # until it stands: its saving thread may be under way
             files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
             told = [*tiny.run(0, 1, others)]
             (both,), (silent,) = spawn(tiny.run, 2, [command], timeout=HANG)

@@ -109,7 +109,7 @@ def test_a_killed_rank_and_the_restart_by_torchrun(inputs, whole, tmp_path):
         assert run.until_it_ends() == 0, run.errors
     lines = [line for line in run.errors.splitlines() if line.startswith("megalora: ")]
     (line,) = lines
-    assert re.match(r"megalora: rank 1 on \S+ has died in step \d+.*; the run ends here", line)
+    assert re.match(r"megalora: rank 1 on \S+ has died, last heard of in step \d+.*; the run ends here", line)
     same_run(tmp_path / "run", whole)
     assert "continuing after step" in (tmp_path / "out0").read_text()
     log = (tmp_path / "run/logs/rank_00000.log").read_text()

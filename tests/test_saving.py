@@ -121,7 +121,7 @@ def test_checkpoints_that_cannot_be_written_stop_the_run_before_its_first_step(i
     (other / "checkpoints").symlink_to(folder / "run/checkpoints")
     commands = [inputs.flags(folder / "run", **FLAGS, **TP2), inputs.flags(other, **FLAGS, **TP2)]
     first, second = spawn(tiny.run, 2, commands)
-    said = (f"log_dir {folder / 'run/logs'} cannot be written", "checkpoints cannot be written to")
+    said = (f"log_dir {folder / 'run/logs'} (in output_dir", "checkpoints cannot be written to")
     for done, what in zip(first, said, strict=True):
         (line,) = done.err.splitlines()
         assert done.status == 2 and what in line and "Read-only file system" in line, line

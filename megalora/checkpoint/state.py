@@ -331,6 +331,18 @@ def in_run(folder: str | Path, output_dir: str | Path) -> bool:
     return folder == output_dir or any(folder.is_relative_to(part) for part in removed)
 
 
+def remove_export(output_dir: str | Path) -> None:
+    """Removes the adapter for PEFT that a run of fewer steps has left. Raises UserError where it may not."""
+    folder = Path(output_dir) / "peft"
+    try:
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (folder / name).unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be cleared ({error}): remove it, or name another output_dir") from None
+
+
 def remove_run(output_dir: str | Path) -> None:
     """Removes what a run of megalora writes into output_dir (checkpoints, events, metrics, export), no more.
 

@@ -196,6 +196,8 @@ def _hf_config(model_type: str, raw: Mapping[str, Any], rope: Mapping[str, Any],
             raise UserError(f"{where}: {name} = {raw.get(name)!r}: must be a positive integer")
     try:
         return CONFIG_MAPPING[model_type](**plain)
+    except ImportError:  # nothing of the user's: an installation that lacks something, or Ctrl-C while it was imported
+        raise
     except Exception as error:
         raise UserError(f"{where}: transformers cannot read it ({error}): correct the field") from None
 

@@ -25,7 +25,8 @@ class RankLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file: TextIO = self.path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
-            raise UserError(f"log_dir {folder} cannot be written ({error}): give a folder that can") from error
+            said = f"log_dir {folder} (in output_dir unless it is given) cannot be written ({error.strerror})"
+            raise UserError(f"{said}: make it writable, or name another output_dir") from error
         self._terminal: dict[int, int] = {}  # descriptors of the terminal, by the one they stand in for
         self.write(f"---- rank {rank} on {host}, process {os.getpid()}")
 

@@ -110,7 +110,7 @@ class Table:
         states = self._states(patience)
         gone = sorted(rank for rank, state in states.items() if state == GONE and self._has_died(rank, now))
         if gone:
-            return Verdict(f"{self.where(gone[0])} has died in {self.beats[gone[0]].at}", gone)
+            return Verdict(f"{self.where(gone[0])} has died, last heard of in {self.beats[gone[0]].at}", gone)
         if now - self.answered > patience:
             return self._silent_store(now)
         # Up to the last answer of the store: while that is silent, nobody can be heard of.

@@ -48,7 +48,7 @@ def test_a_rank_that_died_beside_another_is_known_at_once():
     world.go_on(3)
     world.go_on(1, silent=[3], rank2={"processes": {3: GONE}})
     verdict = world.judge()
-    assert verdict.text == "rank 3 on b has died in step 3" and verdict.culprits == [3]
+    assert verdict.text == "rank 3 on b has died, last heard of in step 3" and verdict.culprits == [3]
     assert world.table.speaker(verdict) == 0
 
 
@@ -59,7 +59,7 @@ def test_a_rank_that_died_on_this_host_is_known_once_its_last_word_must_have_com
     assert world.judge() is None
     world.go_on(1, silent=[1])
     world.table.beside({1: GONE}, world.now)
-    assert world.judge().text == "rank 1 on a has died in step 1"
+    assert world.judge().text == "rank 1 on a has died, last heard of in step 1"
 
 
 def test_a_rank_that_left_in_order_is_not_missed():
