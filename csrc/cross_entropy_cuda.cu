@@ -34,9 +34,10 @@ __global__ void cross_entropy_stats_kernel(const T* logits, int64_t row_stride, 
     }
     float part = 0;
     for (int j = 0; j < each; ++j) {
-      if (j < count) part += __expf(to_float(v.at[j]) - top);
+      const float x = to_float(v.at[j]);
+      if (j < count) part += x == top ? 1.f : __expf(x - top);
     }
-    merge(max, sum, top, part);
+    if (top > -INFINITY || isnan(part)) merge(max, sum, top, part);  // where all are -inf they add nothing
   }
 #pragma unroll
   for (int offset = 16; offset; offset /= 2) {

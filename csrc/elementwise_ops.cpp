@@ -50,6 +50,7 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
 #if defined(MEGALORA_CUDA)
 
 #include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -110,6 +111,7 @@ void dropout_into(bool accumulate, const Tensor& x, const Tensor& out, const Ten
   if (x.numel() == 0) return;
   launch_dropout(type_of(x), accumulate, x.const_data_ptr(), x.stride(0), out.mutable_data_ptr(), out.stride(0),
                  token_index.const_data_ptr<int64_t>(), x.size(0), x.size(1), mask, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor dropout(const Tensor& x, const Tensor& token_index, int64_t seed, int64_t site, int64_t step,
@@ -143,6 +145,7 @@ void rms_norm_(const Tensor& x, const std::optional<Tensor>& delta, const Tensor
   launch_rms_norm(type_of(x), x.const_data_ptr(), data_or_null(delta), weight.const_data_ptr(), static_cast<float>(eps),
                   sum ? sum->mutable_data_ptr() : nullptr, y.mutable_data_ptr(), y.stride(0),
                   inverse.mutable_data_ptr<float>(), x.size(0), x.size(1), x.stride(0), stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& inverse,
@@ -162,6 +165,7 @@ void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight,
   launch_rms_norm_backward(type_of(x), dy.const_data_ptr(), dy.stride(0), x.const_data_ptr(), x.stride(0),
                            weight.const_data_ptr(), inverse.const_data_ptr<float>(), data_or_null(residual),
                            dx.mutable_data_ptr(), x.size(0), x.size(1), stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void swiglu_(const Tensor& gate_up, const Tensor& out) {
@@ -173,6 +177,7 @@ void swiglu_(const Tensor& gate_up, const Tensor& out) {
   if (out.numel() == 0) return;
   launch_swiglu(type_of(out), gate_up.const_data_ptr(), out.mutable_data_ptr(), out.stride(0), out.size(0), out.size(1),
                 stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad) {
@@ -185,6 +190,7 @@ void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& gra
   if (dy.numel() == 0) return;
   launch_swiglu_backward(type_of(dy), dy.const_data_ptr(), dy.stride(0), gate_up.const_data_ptr(),
                          grad.mutable_data_ptr(), dy.size(0), dy.size(1), stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void split_rope(bool backward, const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q, const Tensor& k,
@@ -199,6 +205,7 @@ void split_rope(bool backward, const Tensor& qkv, const Tensor& cos, const Tenso
   launch_split_rope(type_of(qkv), backward, const_cast<void*>(qkv.const_data_ptr()), side(q), side(k), side(v),
                     cos.const_data_ptr(), sin.const_data_ptr(), qkv.size(0), static_cast<int>(heads),
                     static_cast<int>(kv_heads), static_cast<int>(head_dim), stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void split_rope_(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q, const Tensor& k,
@@ -220,6 +227,7 @@ void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tenso
   if (logits.numel() == 0) return;
   launch_cross_entropy_stats(type_of(logits), logits.const_data_ptr(), logits.stride(0), label.const_data_ptr<int64_t>(),
                              stats.mutable_data_ptr<float>(), logits.size(0), logits.size(1), stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total) {
@@ -231,6 +239,7 @@ void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor
   launch_cross_entropy_grad(type_of(logits), logits.mutable_data_ptr(), logits.stride(0), label.const_data_ptr<int64_t>(),
                             max.const_data_ptr<float>(), total.const_data_ptr<float>(), logits.size(0), logits.size(1),
                             stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace

@@ -220,8 +220,11 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    commit = f"commit {git.stdout.strip()}" if git.returncode == 0 else "no commit"
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+        commit = f"commit {git.stdout.strip()}" if git.returncode == 0 else "no commit"
+    except OSError:  # git is not installed
+        commit = "no commit"
     return f"{commit}, files {digest.hexdigest()[:10]}"
 
 

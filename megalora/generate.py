@@ -9,6 +9,7 @@ Text is read, rendered and shown by rank 0 alone; the other ranks see token ids.
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from megalora.errors import UserError
 from megalora.generation.dialogue import NAMES, Chat, dialogue
 from megalora.generation.logits import LogitsFolder
 from megalora.generation.output import Output
-from megalora.generation.prompts import Question, ask, encode, read_questions, stop_token_ids
+from megalora.generation.prompts import Question, ask, encode, read_questions, stop_token_ids, unseen_stops
 from megalora.generation.replica import Listener, Prompt, Replica, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
@@ -37,7 +38,9 @@ from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.watch import Watch
 
-ROUND = 512  # prompts of one replica between two exchanges of replies: no replica waits longer for the others
+ROUND = 512  # prompts of one replica between two exchanges of replies
+# How long a replica waits for the others' replies, or for the person at the terminal: the watch finds ranks that die.
+PATIENCE = datetime.timedelta(days=30)
 
 
 def generate(arguments: GenerateArguments) -> None:
@@ -45,7 +48,7 @@ def generate(arguments: GenerateArguments) -> None:
     model, parallel, options = arguments.model, arguments.parallel, arguments.generation
     device, remark = choose_device()
     watch = Watch(heartbeat_timeout=parallel.heartbeat_timeout)
-    with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, watch) as mesh:
+    with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, watch, PATIENCE) as mesh:
         world = mesh.world
 
         # What is asked: the questions of the command line or of a file, or a dialogue (None).
@@ -61,6 +64,7 @@ def generate(arguments: GenerateArguments) -> None:
                 reader = Reader(template.tokenizer, options.stop or ())
             if world.is_first:
                 stop = stop_token_ids(model.model_path, template)
+                stop = (*stop, *unseen_stops(template.tokenizer, options.stop or ()))
                 questions = _questions(options)
                 token_ids = questions and [encode(template, question, context) for question in questions]
                 output = None if questions is None else _output(questions, options, repliers, streamed)

@@ -127,7 +127,7 @@ def run(rank: int, world_size: int, *commands: list[str], stdin: bytes = b"", **
     """
 
     @contextlib.contextmanager
-    def mesh(device, tp, pp, clock=None):
+    def mesh(device, tp, pp, clock=None, patience=None):
         yield build_mesh(rank, world_size, tp, pp)
 
     printed = []

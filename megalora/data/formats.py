@@ -68,6 +68,7 @@ def to_messages(row: Any, where: str) -> list[Message]:
     if not isinstance(row, dict) or not row:
         kind = "an empty object" if row == {} else f"a JSON {_json_type(row)}"
         raise UserError(f"{where}: a row must be an object with fields, this is {kind}")
+    _refuse(row, where)
     found = [key for key in FORMATS if key in row]
     if len(found) != 1:
         what = f"two shapes ({' and '.join(found)})" if found else f"no known shape (fields {_names(row)})"
@@ -185,7 +186,24 @@ def _roles(row: dict, field: str, role_key: str, text_key: str, where: str) -> T
         if role is None:
             known = ", ".join(_ROLES)
             raise UserError(f"{where}: message {number} has the role {name!r}; known roles: {known}")
+        _refuse(message, f"{where}: message {number}")
         yield role, message[text_key]
+
+
+# What would change what is learned, and is not read -> what to do instead.
+_NOT_READ = {
+    "tools": "write them into the system message",
+    "tool_calls": "write the call into the content, as the model is to say it",
+    "reasoning_content": "write it into the content, as <think>...</think> before the answer",
+    "weight": "leave out what is not to be learned",
+    "system_prompt": "name it system",
+}
+
+
+def _refuse(fields: dict, where: str) -> None:
+    for name, remedy in _NOT_READ.items():
+        if fields.get(name) not in (None, "", [], {}, 1):
+            raise UserError(f"{where}: field {name} is not read; {remedy}")
 
 
 def _objects(value: Any, field: str, where: str) -> list[dict]:

@@ -197,8 +197,10 @@ class Chat:
         self._replying = False
         self._voice.end(reply.finish_reason)
         if adapted == self._turn.adapted[0]:
-            text = self._reader.answer(reply, Prompt(0, self._turn.token_ids)).whole
-            self._history = (*self._history, {"role": "assistant", "content": text})
+            answer = self._reader.answer(reply, Prompt(0, self._turn.token_ids))
+            self._history = (*self._history, {"role": "assistant", "content": answer.closed})
+            if answer.remark and not self._voice.shows_thinking:
+                print(f"megalora: {answer.remark}", file=sys.stderr, flush=True)
         if adapted == self._turn.adapted[-1]:
             self._mark()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from megalora.checkpoint.files import write_file
 from megalora.errors import UserError
 from megalora.generation.replica import Prompt
 
@@ -32,7 +33,7 @@ class LogitsFolder:
         self._saved.add(prompt.number)
         tensors = {"logits": logits.float().contiguous().cpu(), "input_ids": torch.tensor(prompt.token_ids)}
         try:
-            save_file(tensors, self._folder / f"prompt_{prompt.number:05d}.safetensors")
+            write_file(self._folder / f"prompt_{prompt.number:05d}.safetensors", save(tensors))
         except OSError as error:
             raise self._error(error) from None
 

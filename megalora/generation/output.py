@@ -78,6 +78,13 @@ class Output:
                 self._aside.replace(self._path)
 
     def _write(self, question: Question, answers: dict[str, Answer]) -> None:
+        self._say(question, answers)
+        remarks = dict.fromkeys(answer.remark for answer in answers.values() if answer.remark)
+        which = f"{question.where}: " if self._names_prompts else ""
+        for remark in remarks if not self._show_thinking else ():
+            print(f"megalora: {which}{remark}", file=sys.stderr, flush=True)
+
+    def _say(self, question: Question, answers: dict[str, Answer]) -> None:
         if self._voice is not None:
             self._voice.end()
             return

@@ -53,7 +53,7 @@ def read_questions(path: str | Path, system: str | None) -> list[Question]:
     path = Path(path)
     if path.suffix.lower() in ROWS:
         return [_of_row(row, system, f"{path} row {number}") for number, row in enumerate(read_rows(path))]
-    lines = _text(path).splitlines()
+    lines = _text(path).split("\n")  # a line may hold other separators, as U+2028; strip() takes a carriage return
     questions = [
         ask(line.strip(), system, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
     ]
@@ -89,6 +89,12 @@ def stop_token_ids(folder: str | Path, template: ChatTemplate) -> tuple[int, ...
         if file.is_file() and (found := _eos(file)):
             return tuple(sorted({template.end_token_id, *found}))
     return tuple(sorted(set(template.stop_token_ids)))
+
+
+def unseen_stops(tokenizer: Any, stops: Sequence[str]) -> list[int]:
+    """The token ids of the `stops` that are special tokens, which leave no text to be found in a reply."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[stop] for stop in stops if stop in vocabulary and not decode(tokenizer, [vocabulary[stop]])]
 
 
 def _eos(file: Path) -> list[int]:

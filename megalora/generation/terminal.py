@@ -24,6 +24,10 @@ class Voice:
         self._dim, self._plain = (DIM, PLAIN) if out.isatty() else ("", "")
         self._thinks = False
 
+    @property
+    def shows_thinking(self) -> bool:
+        return self._show_thinking
+
     def say(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             if piece.thinking != self._thinks:

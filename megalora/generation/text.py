@@ -28,12 +28,30 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole reply as text. thinking: None where it has none; whole: both, as the model wrote them."""
+    """A whole reply as text.
+
+    thinking    None where it has none
+    whole       both, as the model wrote them
+    unfinished  it ends in the thinking
+    """
 
     text: str
     thinking: str | None
     whole: str
     finish_reason: str
+    unfinished: bool = False
+
+    @property
+    def closed(self) -> str:
+        """As `whole`, but with an end to the thinking: in a dialogue that goes on, templates leave thinking out."""
+        return f"{self.whole.rstrip()}\n{END_OF_THINKING}\n\n" if self.unfinished else self.whole
+
+    @property
+    def remark(self) -> str | None:
+        """What whoever sees no thinking should be told."""
+        if not self.unfinished:
+            return None
+        return "the reply ends in its thinking: --show_thinking true shows it, a larger --max_new_tokens lets it end"
 
 
 class Characters:
@@ -118,6 +136,11 @@ class Thinking:
             self._held = ""
         return pieces
 
+    @property
+    def inside(self) -> bool:
+        """Whether what has come so far ends in the thinking."""
+        return self._state == "thinking"
+
     def rest(self) -> list[Piece]:
         return self._given(self._held.rstrip() if self._state == "thinking" else self._held, self._state == "thinking")
 
@@ -142,7 +165,7 @@ class Reader:
         pieces = [*thinking.add(whole), *thinking.rest()]
         thought = "".join(piece.text for piece in pieces if piece.thinking)
         said = "".join(piece.text for piece in pieces if not piece.thinking)
-        return Answer(said, thought or None, whole, reply.finish_reason)
+        return Answer(said, thought or None, whole, reply.finish_reason, thinking.inside)
 
     def follow(self, prompt: Prompt) -> Following:
         """Reads the reply to `prompt` while it comes."""

@@ -46,6 +46,7 @@ _FIXED: Mapping[str, Any] = {
     "pretraining_tp": 1,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
+    "is_causal": True,
 }
 
 

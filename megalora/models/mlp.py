@@ -12,6 +12,9 @@ from megalora.parallel.linear import ColumnParallelLinear, GatedPair, LinearGrou
 from megalora.parallel.split import even_part
 
 
+INNER_STEP = 8  # in which intermediate_size is cut: rows of eights are what kernels and GEMMs on GPUs take
+
+
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, place: Placement, lora: ResolvedLora, sites: tuple[int, int]):
         super().__init__()
@@ -24,7 +27,7 @@ class MLP(nn.Module):
                 "adapter": lora.adapter(name),
                 "trains_bias": lora.trains_bias(name),
                 "place": place,
-                "part": even_part(config.intermediate_size, place.tp),
+                "part": even_part(config.intermediate_size, place.tp, INNER_STEP),
             }
 
         size, inner = config.hidden_size, config.intermediate_size

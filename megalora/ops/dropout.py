@@ -72,7 +72,7 @@ def dropout(x: torch.Tensor, token_index: torch.Tensor, spec: Dropout) -> torch.
     """
     if spec.threshold == 0:
         return x
-    if extension.has_kernels(x.device.type):
+    if _compiled(spec, x):
         return torch.ops.megalora.dropout(x, token_index, *op_arguments(spec))
     return dropout_reference(x, token_index, spec)
 
@@ -84,10 +84,24 @@ def dropout_add_(out: torch.Tensor, g: torch.Tensor, token_index: torch.Tensor, 
     """
     if spec.threshold == 0:
         out.add_(g)
-    elif extension.has_kernels(out.device.type):
+    elif _compiled(spec, out, g):
         torch.ops.megalora.dropout_add_(out, g, token_index, *op_arguments(spec))
     else:
         dropout_add_reference_(out, g, token_index, spec)
+
+
+def _compiled(spec: Dropout, *matrices: torch.Tensor) -> bool:
+    """Whether kernels take it: on a GPU not in float64, features in eights, rows on 16 bytes."""
+    device_type = matrices[0].device.type
+    if not extension.has_kernels(device_type):
+        return False
+    return device_type == "cpu" or all(
+        matrix.dtype != torch.float64
+        and matrix.shape[1] % 8 == spec.feature_offset % 8 == 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) * matrix.itemsize % 16 == matrix.data_ptr() % 16 == 0
+        for matrix in matrices
+    )
 
 
 def op_arguments(spec: Dropout) -> tuple[int, int, int, int, float, torch.Tensor | None]:

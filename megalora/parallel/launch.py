@@ -108,10 +108,17 @@ def tp_crossing(world_size: int, tp: int, pp: int, hosts: Sequence[str], megabyt
 
 
 @contextlib.contextmanager
-def distributed(device: torch.device, tp: int, pp: int, watch: Watch | None = None) -> Iterator[ParallelMesh]:
+def distributed(
+    device: torch.device,
+    tp: int,
+    pp: int,
+    watch: Watch | None = None,
+    patience: datetime.timedelta | None = None,
+) -> Iterator[ParallelMesh]:
     """The mesh of this process, with torch.distributed up while inside (gloo on CPU, NCCL between GPUs).
 
-    watch  watches over the ranks while inside, and is the clock of the mesh; default: one that looks for dead ranks
+    watch     watches over the ranks while inside, and is the clock of the mesh; default: one that looks for dead ranks
+    patience  how long a rank waits in a collective for the others; None: as long as a step may take
     Raises UserError on every rank, before any message, where the sizes do not fit the world; RankLost where another
     rank has died.
     """
@@ -126,11 +133,11 @@ def distributed(device: torch.device, tp: int, pp: int, watch: Watch | None = No
         device_id = device if device.type == "cuda" else None
         store = open_store(rank, world_size)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device_id
+            backend, store=store, rank=rank, world_size=world_size, timeout=patience or TIMEOUT, device_id=device_id
         )
     in_order = False
     try:
-        mesh = build_mesh(rank, world_size, tp, pp, watch)
+        mesh = build_mesh(rank, world_size, tp, pp, watch, patience)
         watch.begin(None if store is None else store.clone(), mesh.world)
         with watch:
             yield mesh

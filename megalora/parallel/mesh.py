@@ -86,15 +86,24 @@ def layout(world_size: int, tp: int, pp: int) -> dict[str, list[tuple[int, ...]]
     }
 
 
-def build_mesh(rank: int, world_size: int, tp: int = 1, pp: int = 1, clock: Clock | None = None) -> ParallelMesh:
+def build_mesh(
+    rank: int,
+    world_size: int,
+    tp: int = 1,
+    pp: int = 1,
+    clock: Clock | None = None,
+    patience: datetime.timedelta | None = None,
+) -> ParallelMesh:
     """The mesh of this rank. Collective: every rank of the world calls it, after init_process_group.
+
+    patience  how long a rank waits for the others of an axis; None: torch's default
 
     With one process no process group is needed. Raises UserError where the sizes do not fit.
     """
     axes = {}
     for name, groups in layout(world_size, tp, pp).items():
         for ranks in groups:  # every rank creates every group, in one order: torch.distributed asks for it
-            group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+            group = dist.new_group(list(ranks), timeout=patience) if len(ranks) > 1 else None
             if rank in ranks:
                 axes[name] = Axis(ranks.index(rank), ranks, group, clock)
     world_group = dist.group.WORLD if world_size > 1 else None

@@ -54,9 +54,15 @@ class Split:
         return tensor[self.index]
 
 
-def shard_range(size: int, part: int, parts: int) -> tuple[int, int]:
-    """Range [start, stop) of `part` when `size` is cut into `parts` contiguous pieces as even as possible."""
-    return size * part // parts, size * (part + 1) // parts
+def shard_range(size: int, part: int, parts: int, step: int = 1) -> tuple[int, int]:
+    """Range [start, stop) of `part` when `size` is cut into `parts` contiguous pieces as even as possible.
+
+    step  pieces are multiples of it, where `size` is and has enough for each that they stay about even
+    """
+    if size % step or size // step < 8 * parts:
+        step = 1
+    steps = size // step
+    return steps * part // parts * step, steps * (part + 1) // parts * step
 
 
 def whole_split(shape: tuple[int, ...], tp: Axis, partial_grad: bool = False) -> Split:
@@ -86,9 +92,9 @@ class Part:
         return Split(shape, dim, self.start, self.stop, (self.own_start, self.own_stop), self.shared)
 
 
-def even_part(size: int, tp: Axis) -> Part:
-    """This rank's part where `size` is cut into contiguous parts as even as possible."""
-    start, stop = shard_range(size, tp.rank, tp.size)
+def even_part(size: int, tp: Axis, step: int = 1) -> Part:
+    """This rank's part where `size` is cut into contiguous parts as even as possible; step as of `shard_range`."""
+    start, stop = shard_range(size, tp.rank, tp.size, step)
     return Part(start, stop, start, stop)
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from megalora.lora import ResolvedLora, layer_index
 from megalora.models.config import ModelConfig, cut_heads
+from megalora.models.mlp import INNER_STEP
 from megalora.ops.lora_linear import room_for
 from megalora.parallel.mesh import Axis
+from megalora.parallel.split import even_part
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def shape_of(config: ModelConfig, lora: ResolvedLora, tp: int, device_type: str 
     cuts = [cut_heads(config, axis) for axis in ranks]
     heads = max(cut.query.stop - cut.query.start for cut in cuts)
     kv_heads = max(cut.kv.stop - cut.kv.start for cut in cuts)
-    inner = -(-config.intermediate_size // tp)
+    parts = [even_part(config.intermediate_size, axis, INNER_STEP) for axis in ranks]
+    inner = max(part.stop - part.start for part in parts)
     by_layer: dict[int | None, dict[str, int]] = {}
     for name, adapter in lora.adapters.items():
         by_layer.setdefault(layer_index(name), {})[name] = adapter.r

@@ -45,7 +45,7 @@ fail() {
 
 find_python() {
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-        command -v python
+        command -v python || fail "an environment is active, but has no python: set PYTHON to an interpreter that has megalora"
     elif [ -x "$root/.venv/bin/python" ]; then
         echo "$root/.venv/bin/python"
     else
@@ -186,8 +186,8 @@ choose_threads() {
 
 route_to_other() { # route_to_other dev|src: interface or own address towards another node
     local address own
-    address=$(getent ahostsv4 "$other_host" | awk 'NR == 1 { print $1 }')
-    own=$(ip -o -4 addr show to "${address:-$other_host}" 2>/dev/null | awk 'NR == 1 { print $2 }')
+    address=$(getent ahostsv4 "$other_host" | awk 'NR == 1 { print $1 }') || address=""
+    own=$(ip -o -4 addr show to "${address:-$other_host}" 2>/dev/null | awk 'NR == 1 { print $2 }') || own=""
     if [ -n "$own" ]; then # this is the master, and the name is its own
         if [ "$1" = dev ]; then echo "$own"; else echo "${address:-$other_host}"; fi
     else
@@ -204,7 +204,7 @@ choose_network() {
     elif [ "$(cat /sys/class/net/ib0/operstate 2>/dev/null)" = up ]; then
         interface=ib0 reason="InfiniBand, and up"
     else
-        interface=$(route_to_other dev)
+        interface=$(route_to_other dev) || interface=""
         reason="no ib0 that is up; the route to $other_host"
         [ -n "$interface" ] || fail "no route to $other_host: set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
     fi
@@ -233,7 +233,7 @@ add_flag() { # add_flag NAME VALUE VARIABLE: where there is a value, and the fla
 }
 
 preflight() { # once a node, and silent where all is well
-    local output_dir=. number found
+    local output_dir="" number found
     if [ "${PREFLIGHT:-1}" = 0 ] || [ "${SLURM_LOCALID:-0}" != 0 ]; then return; fi
     for ((number = 0; number < ${#flags[@]}; number++)); do
         case ${flags[number]//-/_} in
@@ -241,7 +241,11 @@ preflight() { # once a node, and silent where all is well
         __output_dir=*) output_dir=${flags[number]#*=} ;;
         esac
     done
-    if found=$(env -u RANK -u WORLD_SIZE "$python" "$root/tools/doctor.py" --output_dir "$output_dir" 2>&1); then
+    # A file of flags comes first, and may name it; without one, generation writes nowhere that is known here.
+    if [ -z "$output_dir" ] && [ -f "${flags[0]:-}" ]; then
+        output_dir=$(sed -n 's/^output_dir:[[:space:]]*//p' "${flags[0]}" | tr -d "'\"" | sed 's/[[:space:]]*\(#.*\)\{0,1\}$//' | head -n 1)
+    fi
+    if found=$(env -u RANK -u WORLD_SIZE "$python" "$root/tools/doctor.py" --output_dir "${output_dir:-${TMPDIR:-/tmp}}" 2>&1); then
         note "doctor: no fault on this node"
     else
         echo "$found" >&2

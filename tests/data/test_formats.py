@@ -121,6 +121,28 @@ def test_shapes(row, messages):
 
 
 @pytest.mark.parametrize(
+    "field, value",
+    [
+        ("reasoning_content", "because"),
+        ("tool_calls", [{"id": 1}]),
+        ("weight", 0),
+        ("tools", [{}]),
+        ("system_prompt", "s"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(field, value):
+    """In a message or beside them; what says nothing may stand there."""
+    told = f"field {field} is not read; "
+    extra = {field: value}
+    for row in ({"messages": [user("a"), assistant("b") | extra]}, {"input": "a", "output": "b"} | extra):
+        with pytest.raises(UserError, match=told):
+            to_messages(row, "here")
+    for nothing in (None, "", [], 1):
+        row = {"messages": [user("a") | {field: nothing}, assistant("b")], field: nothing}
+        assert to_messages(row, "here") == [user("a"), assistant("b")]
+
+
+@pytest.mark.parametrize(
     "row, told",
     [
         ({}, "an empty object"),

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import tiny
 
 from megalora.errors import UserError
-from megalora.generation.prompts import ask, encode, read_questions, stop_token_ids
+from megalora.generation.prompts import ask, encode, read_questions, stop_token_ids, unseen_stops
 
 
 class Template:
@@ -53,6 +54,18 @@ def test_rows_end_before_their_last_reply(tmp_path, name):
     assert [q.text for q in questions] == ["add\n1 2", "c", "q"]
     with pytest.raises(UserError, match="row 1: has a system message of its own"):
         read_questions(file, "be brief")
+
+
+def test_a_line_may_hold_other_separators(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("one\u2028two\x0cthree\nfour".encode())
+    assert [q.text for q in read_questions(file, None)] == ["one\u2028two\x0cthree", "four"]
+
+
+def test_stops_that_leave_no_text_are_token_ids():
+    tokenizer = tiny.tokenizer()
+    special = tokenizer.eos_token
+    assert unseen_stops(tokenizer, ["who", special, "nowhere"]) == [tokenizer.convert_tokens_to_ids(special)]
 
 
 def test_rows_need_no_reply(tmp_path):

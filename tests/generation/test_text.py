@@ -118,6 +118,16 @@ def test_thinking_stands_apart(prompt, text, thinking, answer):
     assert "".join(p.text for p in pieces if not p.thinking) == answer
 
 
+@pytest.mark.parametrize(
+    "prompt, text, unfinished",
+    [("q<think>\n", "so", True), ("q", "<think>so", True), ("q", "<think>so</think>yes", False), ("q", "yes", False)],
+)
+def test_thinking_that_never_ends(prompt, text, unfinished):
+    answer = Reader(Bytes()).answer(Reply(tuple(ids(text)), LENGTH), Prompt(0, ids(prompt)))
+    assert answer.unfinished == unfinished == (answer.remark is not None)
+    assert answer.closed == (f"{text}\n</think>\n\n" if unfinished else text)
+
+
 def test_an_ear_ends_replies():
     reader = Reader(Bytes(), ["\n\n", "END"])
     pieces, verdicts = show(reader, PROMPT, ids("one\nEN two END three"))

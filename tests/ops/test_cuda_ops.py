@@ -101,6 +101,18 @@ def test_cross_entropy(dtype, vocab):
     assert (d.double().cpu() - probabilities).abs().max() <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_of_masked_logits(dtype):
+    logits, label = randn(3, 1000, dtype=dtype), torch.tensor([0, 5, 700])
+    logits[0, 64:640] = -torch.inf
+    logits[1, [i for i in range(1000) if i != 5]] = -torch.inf
+    wanted = torch.nn.functional.cross_entropy(logits.double(), label, reduction="none")
+    ours = logits.cuda()
+    maximum, total, target = statistics_(ours, label.cuda())
+    torch.testing.assert_close((total.log() + maximum - target).double().cpu(), wanted, rtol=1e-5, atol=1e-5)
+    assert gradient_(ours, label.cuda(), maximum, maximum, total).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("size, rank", [(136, 8), (1408, 16), (520, 48), (264, 136)])

@@ -22,6 +22,18 @@ def test_ranges_are_contiguous_and_as_even_as_possible(size, parts):
     assert max(lengths) - min(lengths) <= 1
 
 
+@given(eights=st.integers(0, 4000), parts=st.integers(1, 17), more=st.sampled_from([0, 0, 3]))
+def test_pieces_in_eights_where_there_are_many(eights, parts, more):
+    size = 8 * eights + more
+    ranges = [shard_range(size, part, parts, 8) for part in range(parts)]
+    lengths = [b - a for a, b in ranges]
+    assert [a for a, _ in ranges] == [0, *(b for _, b in ranges)][:parts] and ranges[-1][1] == size
+    if more or eights < 8 * parts:
+        assert max(lengths) - min(lengths) <= 1
+    else:
+        assert all(length % 8 == 0 for length in lengths) and max(lengths) - min(lengths) <= 8
+
+
 @given(size=st.integers(1, 30), tp=st.integers(1, 9), dim=st.integers(0, 1), times=st.integers(1, 4))
 def test_the_parts_of_all_ranks_make_the_whole(size, tp, dim, times):
     shape = (size * times, 7) if dim == 0 else (7, size * times)
