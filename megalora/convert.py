@@ -27,7 +27,7 @@ from megalora.checkpoint.shards import AdapterCheckpoint, Layout, has_shards, sa
 from megalora.checkpoint.target import TargetFolder, companions
 from megalora.checkpoint.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
 from megalora.checkpoint.weights import BaseWeights, open_base
-from megalora.data import ChatTemplate, load_tokenizer
+from megalora.data import load_tokenizer
 from megalora.errors import UserError
 from megalora.identity import base_identity, check_base
 from megalora.lora import LoraConfig, ResolvedLora
@@ -146,7 +146,7 @@ def _adapter_merge(arguments: Conversion) -> None:
     target = _target(arguments.paths, base)
     config, lora = _its_base(adapter, arguments)
     if adapter.trainer is not None:  # it says what it was trained on
-        check_base(adapter, base_identity(config, base, ChatTemplate(load_tokenizer(base), None)))
+        check_base(adapter, base_identity(config, base, load_tokenizer(base)))
     _, weights = _read_base(base)
     scalings = {name: one.scaling for name, one in lora.adapters.items()}
     merged = MergedWeights(weights, scalings, adapter.tensors)

@@ -111,7 +111,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                     check_vocabulary(int(loaded.input_ids.max()), config, model.model_path)
         loader = _loader(rows, train, mesh)
         weights = model.resume_from_checkpoint or model.model_path
-        base = on_first(lambda: base_identity(config, weights, template), mesh.world)
+        base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
         identity = run_identity(base, lora.config, template, rows, loader.global_batch_rows, train.seed)
         with together(mesh.world):
             first_step, start_note = _first_step(start, identity)

@@ -229,7 +229,7 @@ def _adapter(
 
     def read() -> AdapterCheckpoint:
         adapter = open_adapter(path)
-        check_base(adapter, base_identity(config, model.resume_from_checkpoint or model.model_path, template))
+        check_base(adapter, base_identity(config, model.resume_from_checkpoint or model.model_path, template.tokenizer))
         return replace(adapter, optimizer=None, trainer=None)
 
     return on_first(read, mesh.world)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megalora.checkpoint.shards import AdapterCheckpoint
 from megalora.checkpoint.state import identity_difference
 from megalora.checkpoint.weights import model_fingerprint
 from megalora.data import ChatTemplate, PackedRows
+from megalora.data.template import tokenizer_identity
 from megalora.errors import UserError
 from megalora.lora import LoraConfig
 from megalora.models.config import ModelConfig
@@ -17,14 +19,14 @@ from megalora.models.stage import expected_weights
 _OF_THE_BASE = ("model", "tokenizer")
 
 
-def base_identity(config: ModelConfig, weights: str, template: ChatTemplate) -> dict[str, str]:
+def base_identity(config: ModelConfig, weights: str, tokenizer: Any) -> dict[str, str]:
     """What an adapter is trained for: the base weights (their names, shapes and a sample of values), the tokenizer.
 
     Each value says in words what it can, and ends in a hash. Raises UserError as `open_base`. For one rank: it reads.
     """
     digest = model_fingerprint(weights, expected_weights(config), config.tie_word_embeddings)
     layers = f"{config.num_hidden_layers} layers of {config.hidden_size}"
-    return {"model": f"{config.model_type}, {layers}, {digest[:16]}", "tokenizer": template.tokenizer_identity()}
+    return {"model": f"{config.model_type}, {layers}, {digest[:16]}", "tokenizer": tokenizer_identity(tokenizer)}
 
 
 def run_identity(

@@ -276,7 +276,8 @@ class LoraConfig:
                     f"lora_config: layers_to_transform names layer {missing[0]}, but the model has layers "
                     f"0 to {max(i for i in layers if i is not None)}: correct the index"
                 )
-            matched = [n for n in matched if layer_index(n) in self.layers_to_transform]
+            exactly = () if isinstance(targets, str) else targets  # as peft: a full name stands for itself
+            matched = [n for n in matched if n in exactly or layer_index(n) in self.layers_to_transform]
         if not matched:
             raise UserError(
                 f"lora_config: target_modules {self.target_modules!r} matches no linear of this model: "
@@ -284,10 +285,9 @@ class LoraConfig:
             )
         for field_name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field_name):
-                if not any(_matches(pattern, name) for name in matched):
-                    raise UserError(
-                        f"lora_config: {field_name} names {pattern!r}, which matches no adapted linear: correct it"
-                    )
+                if not any(_matches(pattern, name) for name in linears):  # one that is not adapted does no harm
+                    said = f"{field_name} names {pattern!r}, which matches no linear of this model"
+                    raise UserError(f"lora_config: {said}: correct it")
         return ResolvedLora(self, {name: self._adapter(name) for name in matched})
 
     def _adapter(self, name: str) -> Adapter:

@@ -87,6 +87,16 @@ def test_layers_to_transform():
     assert {n.split(".")[2] for n in resolved(layers_to_transform=0)} == {"0"}
 
 
+def test_a_full_name_stands_for_itself_as_in_peft():
+    exactly = "model.layers.1.mlp.down_proj"
+    names = resolved(target_modules=["q_proj", exactly], layers_to_transform=[0, 2])
+    assert {n for n in names if not n.endswith("q_proj")} == {exactly} and len(names) == 3
+
+
+def test_a_pattern_of_what_is_not_adapted_does_no_harm():
+    assert resolved(target_modules=["v_proj"], rank_pattern={"q_proj": 2}) == resolved(target_modules=["v_proj"])
+
+
 def test_an_adapter_name_is_matched_at_dots_only():
     with pytest.raises(UserError, match="'proj', which is no linear"):
         resolved(target_modules=["proj"])

@@ -100,6 +100,13 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(f"the tokenizer in {folder} gives no tokens for a text; copy its files again")
     return tokenizer
 
+def tokenizer_identity(tokenizer: Any) -> str:
+    """The size of the vocabulary, and a hash of its tokens and of which are special."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    special = sorted(str(token) for token in tokenizer.all_special_tokens)
+    digest = hashlib.sha256(json.dumps([vocabulary, special, tokenizer.eos_token_id]).encode()).hexdigest()
+    return f"{len(vocabulary)} tokens, {digest[:16]}"
+
 
 class ChatTemplate:
     """Renders messages and tokenises them, with labels.
@@ -126,13 +133,6 @@ class ChatTemplate:
     def identity(self) -> str:
         """A hash of the template's source."""
         return hashlib.sha256(self._jinja.encode()).hexdigest()[:16]
-
-    def tokenizer_identity(self) -> str:
-        """The size of the vocabulary, and a hash of its tokens and of which are special."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-        special = sorted(str(token) for token in self.tokenizer.all_special_tokens)
-        digest = hashlib.sha256(json.dumps([vocabulary, special, self.tokenizer.eos_token_id]).encode()).hexdigest()
-        return f"{len(vocabulary)} tokens, {digest[:16]}"
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that generation starts from: `messages` (the user's last) and the start of a reply."""
