@@ -89,7 +89,7 @@ def build_stage(
         costs = layer_seconds(config, lora, mesh.tp.size, torch.device(place.device), workload)
         if profile_file is None:
             return costs
-        return measured_costs(costs, read_profile(profile_file, config.num_hidden_layers))
+        return measured_costs(costs, read_profile(profile_file, config))
 
     costs = on_first(reckon, mesh.world)  # ranks on unlike devices must not cut the model differently
     layers = stage_layers(config, parts, partition_method, custom_partition, costs)

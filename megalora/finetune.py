@@ -63,9 +63,10 @@ from megalora.parallel.watch import Watch
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
+from megalora.planning.devices import device_of
 from megalora.planning.layouts import Layout, predicted
 from megalora.planning.nodes import Workload
-from megalora.profiling import Profiler, recorded_steps, write_profile
+from megalora.profiling import Profiler, model_words, recorded_steps, write_profile
 from megalora.saving import RunSaver, restore
 from megalora.training import StepResult, Trainer, steady_heap
 
@@ -561,9 +562,9 @@ def _write_profile(
     )
     recorded = profiler.collect(mesh.world)
     folder = Path(arguments.train.output_dir) / "profile"
-    return on_first(
-        lambda: write_profile(folder, recorded, predicted(config, lora, layout, cut.layers, device)), mesh.world
-    )
+    plan = predicted(config, lora, layout, cut.layers, device)
+    model, kind = model_words(config), device_of(device).name
+    return on_first(lambda: write_profile(folder, recorded, plan, model, kind), mesh.world)
 
 
 class _Meter:

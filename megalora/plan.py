@@ -45,7 +45,7 @@ def plan(arguments: PlanArguments) -> None:
     if arguments.profile_file is not None:
         device = device.scaled(_slowness(arguments, config, lora, device))
     cluster = Cluster(arguments.gpus, arguments.gpus_per_node, int((memory - arguments.reserve) * _GIB), device)
-    plans, too_large = Planner(config, lora, cluster).search(_wanted(arguments))
+    plans, too_large = Planner(config, lora, cluster, _type(arguments)).search(_wanted(arguments))
     if not plans:
         raise UserError(_nothing_fits(too_large[0], cluster, memory))
     console = Console(highlight=False, width=None if Console().is_terminal else _WIDTH)
@@ -91,7 +91,16 @@ def _wanted(arguments: PlanArguments) -> Wanted:
 
 def _slowness(arguments: PlanArguments, config: ModelConfig, lora: ResolvedLora, device: Device) -> float:
     """How many times as long as counted the compute of the profiled run took."""
-    measured = read_profile(arguments.profile_file, config.num_hidden_layers)
+    measured = read_profile(arguments.profile_file, config)
+    dtype = arguments.dtype
+    if DTYPES[dtype].itemsize != measured.element:
+        dtype = next(name for name, one in DTYPES.items() if one.itemsize == measured.element)
+    for flag, theirs, ours in (("device", measured.device, arguments.device), ("dtype", dtype, arguments.dtype)):
+        if theirs != ours:
+            raise UserError(
+                f"profile_file {arguments.profile_file} is of a run whose {flag} was {theirs}: give --{flag} {theirs}, "
+                f"or profile a run on what is planned for"
+            )
     work = Workload(
         measured.rows,
         measured.seq_length,
@@ -99,13 +108,18 @@ def _slowness(arguments: PlanArguments, config: ModelConfig, lora: ResolvedLora,
         sequence_parallel=measured.sequence_parallel,
         recompute=measured.recompute_method,
     )
-    shape = shape_of(config, lora, measured.tp)
+    shape = shape_of(config, lora, measured.tp, _type(arguments))
     last = len(measured.layers) - 1
     counted = 0.0
     for i, (start, stop) in enumerate(measured.layers):
         seconds = chunk_seconds(shape, range(start, stop), work, device, first=i == 0, last=i == last)
         counted += seconds.total + (seconds.forward if measured.recompute[i] else 0.0)
     return sum(measured.totals) / counted
+
+
+def _type(arguments: PlanArguments) -> str:
+    """Of the device, as torch names it."""
+    return "cpu" if arguments.device == "cpu" else "cuda"
 
 
 # ---- what is printed ----

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megalora.errors import UserError
+from megalora.models.config import ModelConfig
 from megalora.parallel.collectives import gather_objects
 from megalora.parallel.mesh import Axis, Clock
 from megalora.pipeline.actions import BACKWARD, FORWARD, Action
@@ -123,7 +124,10 @@ def recorded_steps(steps: int, first_step: int, total_steps: int, graphs: bool) 
 class Measured:
     """Mean seconds of a microbatch in each part of the model (stage, or chunk of one), and what it was measured on.
 
-    layers  [first, stop) of each part
+    layers   [first, stop) of each part
+    model    as `model_words` says it
+    device   a name of megalora.planning.devices
+    element  bytes of a value of the compute dtype
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -135,16 +139,28 @@ class Measured:
     seq_length: int
     recompute_method: str
     sequence_parallel: bool
+    model: str
+    device: str
+    element: int
 
     @property
     def totals(self) -> list[float]:
         return [sum(parts) for parts in zip(self.forward, self.recompute, self.backward, strict=True)]
 
 
-def write_profile(folder: str | Path, recorded: Sequence[Sequence[Sequence[Span]]], plan: Plan) -> str:
+def model_words(config: ModelConfig) -> str:
+    """What decides how long a model computes, but for its depth."""
+    inner = f"{config.intermediate_size} inside, {config.num_attention_heads} heads"
+    return f"{config.model_type} of hidden size {config.hidden_size}, {inner}, vocabulary {config.vocab_size}"
+
+
+def write_profile(
+    folder: str | Path, recorded: Sequence[Sequence[Sequence[Span]]], plan: Plan, model: str, device: str
+) -> str:
     """The trace and the drawing of what Profiler.collect gave, in `folder`; returns a line that says so.
 
-    plan  what the run was predicted to be
+    plan           what the run was predicted to be
+    model, device  as of Measured
     Raises UserError where the folder cannot be written.
     """
     folder, layout = Path(folder), plan.layout
@@ -156,7 +172,7 @@ def write_profile(folder: str | Path, recorded: Sequence[Sequence[Sequence[Span]
         for span in spans
         if span.action is not None
     )
-    measured = _measured(recorded, columns, plan)
+    measured = _measured(recorded, columns, plan, model, device)
     whole = f"{layout.schedule}, {layout.pp} stages, {layout.microbatches} microbatches"
     real = max(box.end for box in boxes)
     simulated = _simulated(measured, plan)
@@ -179,8 +195,8 @@ def write_profile(folder: str | Path, recorded: Sequence[Sequence[Sequence[Span]
     return f"profile of {len(recorded[0])} steps: {folder / TRACE} (chrome://tracing, Perfetto), {folder / DRAWING}"
 
 
-def read_profile(path: str | Path, num_hidden_layers: int) -> Measured:
-    """The Measured of a trace. Raises UserError where the file is none, or of a model of another depth."""
+def read_profile(path: str | Path, config: ModelConfig) -> Measured:
+    """The Measured of a trace. Raises UserError where the file is none, or of another model than that of `config`."""
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))["otherData"]["measured"]
         fields = {
@@ -191,11 +207,10 @@ def read_profile(path: str | Path, num_hidden_layers: int) -> Measured:
         raise UserError(f"profile_file {path} cannot be read ({error.strerror}): name a {TRACE} of a run") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"profile_file {path} is not a {TRACE} of a run with --profile: name one") from None
-    if measured.layers[-1][1] != num_hidden_layers:
-        raise UserError(
-            f"profile_file {path} is of a model of {measured.layers[-1][1]} layers, this one has {num_hidden_layers}: "
-            f"profile a run of this model"
-        )
+    theirs = f"{measured.model}, {measured.layers[-1][1]} layers"
+    ours = f"{model_words(config)}, {config.num_hidden_layers} layers"
+    if theirs != ours:
+        raise UserError(f"profile_file {path} is of {theirs}; this model is {ours}: profile a run of this model")
     return measured
 
 
@@ -224,7 +239,7 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _measured(recorded: Sequence, columns: Sequence[range], plan: Plan) -> Measured:
+def _measured(recorded: Sequence, columns: Sequence[range], plan: Plan, model: str, device: str) -> Measured:
     layout = plan.layout
     parts = layout.pp * layout.chunks
 
@@ -251,6 +266,9 @@ def _measured(recorded: Sequence, columns: Sequence[range], plan: Plan) -> Measu
         layout.work.seq_length,
         layout.work.recompute,
         layout.work.sequence_parallel,
+        model,
+        device,
+        layout.work.element,
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from xml.etree import ElementTree
 
@@ -20,7 +21,7 @@ from megalora.pipeline.partition import partition
 from megalora.planning.layouts import Layout, predicted
 from megalora.planning.nodes import Workload
 from megalora.planning.timing import LayerCosts
-from megalora.profiling import Profiler, Span, measured_costs, read_profile, recorded_steps, write_profile
+from megalora.profiling import Profiler, Span, measured_costs, model_words, read_profile, recorded_steps, write_profile
 
 FIELDS = {
     "model_type": "llama",
@@ -91,7 +92,7 @@ def profile_of(folder, parts=(2, 2), seconds=(1.0, 2.0)):
                 spans.append(Span(op, Action(op, m), now, now + each))
                 now += each
         recorded.append([spans, spans])
-    return write_profile(folder, recorded, plan)
+    return write_profile(folder, recorded, plan, model_words(config), "cpu")
 
 
 def test_the_trace_is_chromes_and_the_drawing_has_what_was_measured_beside_the_plan(tmp_path):
@@ -113,7 +114,7 @@ def test_the_trace_is_chromes_and_the_drawing_has_what_was_measured_beside_the_p
 
 def test_a_later_run_balances_what_was_measured(tmp_path):
     profile_of(tmp_path)
-    measured = read_profile(tmp_path / "trace.json", 4)
+    measured = read_profile(tmp_path / "trace.json", config_from_dict(FIELDS))
     assert measured.totals == pytest.approx([2.0, 4.0]) and measured.layers == ((0, 2), (2, 4))
     costs = measured_costs(LayerCosts((1.0,) * 4, 0.0, 0.1), measured)
     assert costs.layers == pytest.approx((1.0,) * 4) and costs.last == pytest.approx(2.0), "the head takes the rest"
@@ -123,19 +124,21 @@ def test_a_later_run_balances_what_was_measured(tmp_path):
 
 def test_a_single_stage_scales_all_alike(tmp_path):
     profile_of(tmp_path, parts=(4,), seconds=(3.0,))
-    costs = measured_costs(LayerCosts((1.0,) * 4, 0.5, 1.5), read_profile(tmp_path / "trace.json", 4))
+    measured = read_profile(tmp_path / "trace.json", config_from_dict(FIELDS))
+    costs = measured_costs(LayerCosts((1.0,) * 4, 0.5, 1.5), measured)
     assert (*costs.layers, costs.first, costs.last) == pytest.approx((1.0,) * 4 + (0.5, 1.5))
 
 
 def test_what_is_no_profile_of_this_model_is_an_error(tmp_path):
     profile_of(tmp_path)
     (tmp_path / "other.json").write_text('{"traceEvents": []}')
-    with pytest.raises(UserError, match="4 layers, this one has 8"):
-        read_profile(tmp_path / "trace.json", 8)
+    for other in ({"num_hidden_layers": 8}, {"intermediate_size": 4096}, {"model_type": "mistral"}):
+        with pytest.raises(UserError, match="4 layers; this model is .*: profile a run of this model"):
+            read_profile(tmp_path / "trace.json", config_from_dict(FIELDS | other))
     with pytest.raises(UserError, match="other.json is not"):
-        read_profile(tmp_path / "other.json", 4)
+        read_profile(tmp_path / "other.json", config_from_dict(FIELDS))
     with pytest.raises(UserError, match="cannot be read"):
-        read_profile(tmp_path / "none.json", 4)
+        read_profile(tmp_path / "none.json", config_from_dict(FIELDS))
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
@@ -163,8 +166,15 @@ def test_a_run_on_two_stages_is_profiled_and_the_next_run_and_the_plan_read_it(t
     assert {"communication", "optimizer", "data"} <= {event["name"] for event in events}
     assert column(first, "loss") == column(second, "loss"), "recording changes no number"
     words = ["--model_path", str(inputs.model), "--lora_config", str(inputs.lora), "--gpus", "2", "--seq_length", "64"]
-    slow, counted = [], []
-    for found, more in ((slow, ["--profile_file", str(trace)]), (counted, [])):
-        assert main(["plan", *words, *more]) == 0
-        found += [line for line in capsys.readouterr().out.splitlines() if "%" in line]
-    assert slow != counted, "a CPU's seconds are not an H100's"
+    assert main(["plan", *words, "--profile_file", str(trace)]) == 2
+    assert "device was cpu: give --device cpu" in capsys.readouterr().err
+    words += ["--device", "cpu"]
+    assert main(["plan", *words, "--profile_file", str(trace)]) == 2
+    assert "dtype was float32: give --dtype float32" in capsys.readouterr().err
+    words += ["--dtype", "float32", "--pipeline_parallel_size", "2", "--per_device_train_batch_size", "1"]
+    assert main(["plan", *words, "--profile_file", str(trace)]) == 0
+    stages = re.findall(r"([\d.e+]+) \+ ([\d.e+]+)", capsys.readouterr().out)  # ms forward and backward of each
+    planned = sum(float(number) for stage in stages for number in stage)
+    measured = json.loads(trace.read_text())["otherData"]["measured"]
+    real = 1e3 * sum(sum(measured[what]) for what in ("forward", "backward"))
+    assert planned == pytest.approx(real, rel=0.05), "the same layout takes what it took"
