@@ -34,6 +34,7 @@ from megalora.checkpoint.peft import write_peft
 from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.state import (
     announce_removal,
+    cancel_removal,
     identity_difference,
     in_run,
     newest_sound,
@@ -314,8 +315,11 @@ def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
     """
 
     def ask() -> bool:
+        if not train.overwrite_output_dir:
+            cancel_removal(train.output_dir)
+            return False
         # A restart goes on with what the run has made, if it got so far as to remove what was there.
-        if not train.overwrite_output_dir or (restarts() > 0 and not removal_is_pending(train.output_dir)):
+        if restarts() > 0 and not removal_is_pending(train.output_dir):
             return False
         named = model.resume_peft_from_checkpoint
         if named is not None and in_run(named, train.output_dir):

@@ -338,6 +338,7 @@ def test_what_a_mistake_would_have_overwritten_is_still_there(inputs, half, mist
     before = lines(half)
     refused(inputs.flags(half, **FLAGS | mistake, overwrite_output_dir=True))
     assert lines(half) == before and read_adapter(half / "checkpoints/iter_0000004").tensors
+    assert (half / ".overwrite").exists()
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
         command = inputs.flags(half, **FLAGS | {"gradient_accumulation_steps": 4}, overwrite_output_dir=True)
         assert cli.main(["finetune", *command]) == 0
@@ -345,6 +346,14 @@ def test_what_a_mistake_would_have_overwritten_is_still_there(inputs, half, mist
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert cli.main(["finetune", *command]) == 0
     assert "nothing to do" in out.getvalue(), "what the run has made, a restart goes on with"
+    assert not (half / ".overwrite").exists()
+
+
+def test_a_run_that_goes_on_forgets_what_was_to_be_overwritten(inputs, half):
+    refused(inputs.flags(half, **FLAGS | {"data_path": "nowhere.json"}, overwrite_output_dir=True))
+    assert (half / ".overwrite").exists()
+    assert cli.main(["finetune", *inputs.flags(half, **FLAGS)]) == 0
+    assert not (half / ".overwrite").exists()
 
 
 def refused(command: list[str]) -> list[str]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -318,6 +319,12 @@ def announce_removal(output_dir: str | Path) -> None:
         (Path(output_dir) / _PENDING).touch()
     except OSError as error:
         raise UserError(f"output_dir {output_dir}: cannot be written to ({error}): name another one") from None
+
+
+def cancel_removal(output_dir: str | Path) -> None:
+    """The run in output_dir stays: takes the note of `announce_removal` back, where there is one."""
+    with contextlib.suppress(OSError):  # on a read-only file system there is none
+        (Path(output_dir) / _PENDING).unlink(missing_ok=True)
 
 
 def removal_is_pending(output_dir: str | Path) -> bool:
