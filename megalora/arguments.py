@@ -350,7 +350,7 @@ class PlanArguments(Section):
     model_path: str = flag(REQUIRED, "Hugging Face folder of the model, or its config.json alone")
     gpus: int = flag(REQUIRED, "GPUs of the run", at_least=1)
     lora_config: str | None = flag(None, "path of lora_config.json", unset="by model_type")
-    device: str = flag("h100", "kind of the GPUs, for their speed", choices=("h100", "h200", "a100", "cpu"))
+    device: str = flag("h100", "kind of the GPUs (or CPUs), for their speed", choices=("h100", "h200", "a100", "cpu"))
     memory: float | None = flag(None, "memory of each GPU, GiB", above=0, unset="by device")
     reserve: float = flag(
         4.0, "GiB of it that stay free: CUDA's context, NCCL's buffers, fragments of the allocator", at_least=0

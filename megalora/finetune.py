@@ -35,6 +35,7 @@ from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.state import (
     announce_removal,
     cancel_removal,
+    export_folder,
     identity_difference,
     in_run,
     newest_sound,
@@ -448,7 +449,7 @@ def _every(interval: int | None, step: int) -> bool:
 
 def _export(checkpoint: Path, output_dir: str, model_path: str, mesh: ParallelMesh) -> Path:
     """The adapter of a checkpoint as a PEFT folder beside the checkpoints. Collective."""
-    folder = Path(output_dir) / "peft"
+    folder = export_folder(output_dir)
 
     def export() -> None:
         adapter = read_adapter(checkpoint)

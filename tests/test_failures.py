@@ -143,6 +143,7 @@ def test_a_signal_to_leave(inputs, whole, tmp_path):
         os.kill(run.process.pid, signal.SIGTERM)
         assert run.until_it_ends() == 75, run.errors
     assert re.search(r"^megalora: stopped by SIG\w+ after step \d+ of 120, saved in ", run.errors, re.MULTILINE)
+    assert (tmp_path / "run/peft/adapter_model.safetensors").exists()
     with Running(tmp_path, *command, **environment) as run:
         assert run.until_it_ends() == 0, run.errors
     same_run(tmp_path / "run", whole)

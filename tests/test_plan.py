@@ -1,6 +1,7 @@
 """`megalora plan`: what a user sees of it."""
 
 import json
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -86,6 +87,11 @@ def test_errors_say_what_and_where(capsys, model, words, parts):
     status, _, err = run(capsys, "--model_path", model, *words.split())
     assert status == 2 and err.count("\n") == 1
     assert all(part in err for part in parts), err
+
+
+def test_any_number_of_gpus_may_hold_replicas(capsys, model):
+    status, out, _ = run(capsys, "--model_path", model, "--gpus", "3", "--tensor_parallel_size", "1")
+    assert status == 0 and re.search(r"^ *1 +1 +3 ", out, re.MULTILINE), out
 
 
 def test_tokens_that_tensor_parallel_does_not_divide_are_not_split(capsys, model):

@@ -322,6 +322,25 @@ def test_an_adapter_to_start_from(inputs, whole, half, tmp_path, form):
     assert same_bits(read_adapter(new / f"checkpoints/iter_{STEPS:07d}").tensors, read_adapter(checkpoint).tensors)
 
 
+def test_a_part_of_a_run_leaves_no_export_of_an_older_one_and_says_what_has_changed(inputs, tmp_path):
+    """Killed after it went on: peft/ would be that of fewer steps."""
+    folder = tmp_path / "run"
+    flags = FLAGS | {"warmup_steps": 0}
+    tune(1, inputs.flags(folder, **flags | {"max_steps": 2}))
+    assert (folder / "peft/adapter_model.safetensors").exists()
+    kill(1, inputs.flags(folder, **flags), before=4)
+    assert not (folder / "peft").exists()
+    changed = flags | {"learning_rate": 1e-4, "resume_peft_from_checkpoint": tmp_path / "nowhere"}
+    (done,) = tune(1, inputs.flags(folder, **changed))
+    assert "goes on with other settings (learning_rate: 0.005 there, 0.0001 here; steps of the run: 2 there" in done.out
+    assert "nowhere is not read: the run in output_dir goes on" in done.out
+    assert (folder / "peft/adapter_model.safetensors").exists()
+    (done,) = tune(1, inputs.flags(folder, **changed | {"max_steps": 4}))
+    assert f"nothing to do: the run is complete at step {STEPS} and 4 steps are asked for" in done.out
+    named = read_adapter(folder / f"checkpoints/iter_{STEPS:07d}").lora_config["base_model_name_or_path"]
+    assert named == str(inputs.model), "what converts or merges it needs not be told"
+
+
 @pytest.mark.parametrize("part", ["", "checkpoints/iter_0000004"])
 def test_a_new_run_does_not_remove_the_adapter_it_starts_from(inputs, half, part):
     flags = {"overwrite_output_dir": True, "resume_peft_from_checkpoint": half / part}

@@ -173,12 +173,18 @@ def test_generation_is_started_in_the_same_ways(start):
     assert option(words, "--nnodes") == "3" and words[-1] == str(ROOT / "tools/generate.py")
 
 
-def test_the_doctor_comes_first_once_a_node(start):
+def test_the_doctor_comes_first_once_a_node(start, tmp_path):
     flags = ["--a", "b", "--output-dir", "the out"]
     _, words, done = start(TASKS | {"PREFLIGHT": "1"}, *flags)
     assert words == [str(ROOT / "tools/finetune.py"), *flags] and "doctor: no fault on this node" in done.stderr
     _, _, done = start(TASKS | {"PREFLIGHT": "1", "SICK": "1"}, *flags, status=2)
     assert "disk FAULT, " in done.stderr and "--output_dir the out" in done.stderr and done.stdout == ""
+    file = tmp_path / "run.yaml"
+    file.write_text("seq_length: 8\noutput_dir: '/of the/file'  # here\n")
+    _, _, done = start(TASKS | {"PREFLIGHT": "1", "SICK": "1"}, str(file), "--a", "b", status=2)
+    assert "--output_dir /of the/file" in done.stderr.splitlines()[-2], done.stderr
+    _, _, done = start(TASKS | {"PREFLIGHT": "1", "SICK": "1", "TMPDIR": str(tmp_path)}, "--a", "b", status=2)
+    assert f"--output_dir {tmp_path}" in done.stderr, "one that is not known is not looked at"
     other_task = {"PREFLIGHT": "1", "SICK": "1", "SLURM_LOCALID": "1", "SLURM_PROCID": "1"}
     assert start(TASKS | other_task, *flags)[1][0] == str(ROOT / "tools/finetune.py")
     _, words, _ = start(TASKS | {"PREFLIGHT": "1"}, "--tensor_parallel_size", "2", script=SCRIPTS / "doctor.sh")

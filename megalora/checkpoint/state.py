@@ -43,6 +43,11 @@ def checkpoints_folder(output_dir: str | Path) -> Path:
     return Path(output_dir) / "checkpoints"
 
 
+def export_folder(output_dir: str | Path) -> Path:
+    """Where a run leaves its adapter for PEFT."""
+    return Path(output_dir) / "peft"
+
+
 def iteration_folder(output_dir: str | Path, step: int) -> Path:
     return checkpoints_folder(output_dir) / f"iter_{step:07d}"
 
@@ -302,12 +307,8 @@ def identity_difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> 
 
 # ---- removing ----
 
-_RUN_FILES = (
-    "metrics.jsonl",
-    "eval_metrics.jsonl",
-    "peft/adapter_config.json",
-    "peft/adapter_model.safetensors",
-)
+_EXPORT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_RUN_FILES = ("metrics.jsonl", "eval_metrics.jsonl")
 
 
 def announce_removal(output_dir: str | Path) -> None:
@@ -334,18 +335,17 @@ def removal_is_pending(output_dir: str | Path) -> bool:
 def in_run(folder: str | Path, output_dir: str | Path) -> bool:
     """Whether `remove_run` would remove what lies in `folder`, or some of it."""
     folder, output_dir = Path(folder).resolve(), Path(output_dir).resolve()
-    removed = checkpoints_folder(output_dir), output_dir / "peft"
+    removed = checkpoints_folder(output_dir), export_folder(output_dir)
     return folder == output_dir or any(folder.is_relative_to(part) for part in removed)
 
 
 def remove_export(output_dir: str | Path) -> None:
     """Removes the adapter for PEFT that a run of fewer steps has left. Raises UserError where it may not."""
-    folder = Path(output_dir) / "peft"
+    folder = export_folder(output_dir)
     try:
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
+        for name in _EXPORT_FILES:
             (folder / name).unlink(missing_ok=True)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        _remove_empty(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be cleared ({error}): remove it, or name another output_dir") from None
 
@@ -366,9 +366,14 @@ def remove_run(output_dir: str | Path) -> None:
                 shutil.rmtree(folder)
         for file in [*events.glob("events.out.tfevents.*"), *(output_dir / name for name in _RUN_FILES)]:
             file.unlink(missing_ok=True)
-        for folder in (checkpoints, events, output_dir / "peft"):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        remove_export(output_dir)
+        _remove_empty(checkpoints)
+        _remove_empty(events)
         (output_dir / _PENDING).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir {output_dir}: cannot be cleared ({error}): name another one") from None
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -100,6 +100,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(f"the tokenizer in {folder} gives no tokens for a text; copy its files again")
     return tokenizer
 
+
 def tokenizer_identity(tokenizer: Any) -> str:
     """The size of the vocabulary, and a hash of its tokens and of which are special."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))

@@ -118,7 +118,7 @@ def distributed(
     """The mesh of this process, with torch.distributed up while inside (gloo on CPU, NCCL between GPUs).
 
     watch     watches over the ranks while inside, and is the clock of the mesh; default: one that looks for dead ranks
-    patience  how long a rank waits in a collective for the others; None: as long as a step may take
+    patience  how long a rank waits in a collective for the others; None: TIMEOUT
     Raises UserError on every rank, before any message, where the sizes do not fit the world; RankLost where another
     rank has died.
     """

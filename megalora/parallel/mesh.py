@@ -97,7 +97,6 @@ def build_mesh(
     """The mesh of this rank. Collective: every rank of the world calls it, after init_process_group.
 
     patience  how long a rank waits for the others of an axis; None: torch's default
-
     With one process no process group is needed. Raises UserError where the sizes do not fit.
     """
     axes = {}
