@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import tiny
@@ -329,14 +326,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         peaks.append({})
         for command, flags in ways.items():
             output = tmp_path / f"{command}-{layers}"
-            words = [command, "--input", folder, "--output", output, *flags]
-            ran = subprocess.run(
-                [sys.executable, "-c", textwrap.dedent(MEASURE), *words],
-                env=os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1"},
-                capture_output=True, text=True, timeout=120,
-            )  # fmt: skip
-            assert ran.returncode == 0, ran.stderr
-            peaks[-1][command] = int(ran.stdout.split()[-1])
+            peaks[-1][command] = tiny.measured(MEASURE, command, "--input", folder, "--output", output, *flags)[-1]
             folder = output
         assert sums(folder) == sums(source)
     more = sizes[1] - sizes[0]

@@ -5,10 +5,7 @@ tests/checkpoint measures the reader on one kind of tensor; here it is `load_bas
 
 import json
 import math
-import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import tiny
@@ -83,14 +80,7 @@ def folder(tmp_path_factory):
     ids=["tp4", "the last of pp2", "tp4, the first of pp4, another dtype"],
 )
 def test_a_rank_holds_its_own_part_and_little_more(folder, tp_rank, tp, first, stop, dtype):
-    words = [str(folder), *map(str, (tp_rank, tp, first, stop)), dtype]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURE), *words],
-        env=os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    grown, own, largest = map(int, done.stdout.split())
+    grown, own, largest = tiny.measured(MEASURE, folder, tp_rank, tp, first, stop, dtype)
     print(f"growth {grown / MEGABYTE:.0f} MB, own slice {own / MEGABYTE:.0f} MB")
     assert own < 260 * MEGABYTE, "a part, of which the whole would be seen"
     assert grown <= own + largest + 300 * MEGABYTE
