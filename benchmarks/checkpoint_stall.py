@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from megalora.checkpoint.background import BackgroundSaves, HostCopy
-from megalora.checkpoint.shards import Layout, save_adapter
-from megalora.checkpoint.state import CheckpointWriter
+from megalora.checkpoint.base.shards import Layout, save_adapter
+from megalora.checkpoint.run.background import BackgroundSaves, HostCopy
+from megalora.checkpoint.run.state import CheckpointWriter
 from megalora.optimizer import MOMENTS
 from megalora.parallel.split import Split
 from megalora.training import steady_heap

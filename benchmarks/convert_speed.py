@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from megalora.checkpoint.streams import TensorType
-from megalora.checkpoint.transfer import plan_hf, transfer
+from megalora.checkpoint.base.streams import TensorType
+from megalora.checkpoint.base.transfer import plan_hf, transfer
 from megalora.models.config import config_from_dict
 from megalora.models.stage import expected_weights
 

@@ -28,9 +28,9 @@ from train_step import make_trainer, randomize
 
 from megalora.batch import Batch
 from megalora.building import DTYPES, largest_exchange, resolve_dtype, resolve_lora
+from megalora.cluster.launch import choose_device, distributed
 from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
-from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange

@@ -105,7 +105,7 @@ def sha256(file: Path) -> str:
 
 def convert_gguf(gguf_file: Path, folder: Path) -> None:
     """`megalora convert from-gguf`, without its messages."""
-    from megalora.checkpoint.gguf import read_gguf, write_hf
+    from megalora.checkpoint.base.gguf import read_gguf, write_hf
     from megalora.errors import UserError
 
     folder.mkdir()

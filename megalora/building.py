@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megalora.checkpoint.weights import load_base
+from megalora.checkpoint.base.weights import load_base
 from megalora.errors import UserError
 from megalora.lora import LoraConfig, ResolvedLora, layer_index
 from megalora.models.config import ModelConfig, check_layout

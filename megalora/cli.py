@@ -68,7 +68,7 @@ def run(command: Callable[[], int | None]) -> int:
         print(f"megalora: error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except Preempted as left:
-        from megalora.parallel.preemption import exit_status
+        from megalora.cluster.preemption import exit_status
 
         if rank == 0:
             print(f"megalora: {left}", file=sys.stderr, flush=True)

@@ -18,15 +18,15 @@ import torch
 
 from megalora.arguments import Conversion, ConvertArguments, LayoutArguments
 from megalora.building import check_adapter, resolve_lora, stage_layers
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.gguf import read_gguf, write_hf
-from megalora.checkpoint.hf import is_hf
-from megalora.checkpoint.merge import MergedWeights
-from megalora.checkpoint.peft import write_peft
-from megalora.checkpoint.shards import AdapterCheckpoint, Layout, has_shards, save_adapter
+from megalora.checkpoint.adapter.merge import MergedWeights
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.adapter.peft import write_peft
+from megalora.checkpoint.base.gguf import read_gguf, write_hf
+from megalora.checkpoint.base.hf import is_hf
+from megalora.checkpoint.base.shards import AdapterCheckpoint, Layout, has_shards, save_adapter
+from megalora.checkpoint.base.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
+from megalora.checkpoint.base.weights import BaseWeights, open_base
 from megalora.checkpoint.target import TargetFolder, companions
-from megalora.checkpoint.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
-from megalora.checkpoint.weights import BaseWeights, open_base
 from megalora.data import load_tokenizer
 from megalora.errors import UserError
 from megalora.identity import base_identity, check_base

@@ -28,13 +28,13 @@ from rich.table import Table
 
 from megalora import __version__
 from megalora.arguments import DoctorArguments
+from megalora.cluster.launch import choose_device, distributed, environment_int
+from megalora.cluster.watch import host_name
 from megalora.ops import extension
 from megalora.ops.lora_linear import fits_gpu
 from megalora.ops.swiglu import swiglu
 from megalora.parallel.collectives import all_reduce, broadcast_object, gather_objects
-from megalora.parallel.launch import choose_device, distributed, environment_int
 from megalora.parallel.mesh import Axis, ParallelMesh
-from megalora.parallel.watch import host_name
 
 OK, WARNING, FAULT = "ok", "warning", "FAULT"
 SKEW = 5.0  # seconds of difference between clocks that still do no harm

@@ -5,7 +5,7 @@ class UserError(ValueError):
     """Something the user can mend.
 
     `str(error)` is one line that says what is wrong (with the value), where, and what to do. Every rank that
-    raises it leaves with a non-zero exit status; rank 0 prints it once (see `megalora.parallel.launch`).
+    raises it leaves with a non-zero exit status; rank 0 prints it once (see `megalora.cluster.launch`).
     """
 
     def __init__(self, message: str):

@@ -28,11 +28,10 @@ from megalora.building import (
     resolve_lora,
     trained_shapes,
 )
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.lock import RunLock
-from megalora.checkpoint.peft import write_peft
-from megalora.checkpoint.shards import AdapterCheckpoint, read_adapter
-from megalora.checkpoint.state import (
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.adapter.peft import write_peft
+from megalora.checkpoint.base.shards import AdapterCheckpoint, read_adapter
+from megalora.checkpoint.run.state import (
     announce_removal,
     cancel_removal,
     export_folder,
@@ -43,6 +42,11 @@ from megalora.checkpoint.state import (
     remove_export,
     remove_run,
 )
+from megalora.cluster.launch import choose_device, distributed, fix_order_of_sums, restarts, tp_crossing
+from megalora.cluster.lock import RunLock
+from megalora.cluster.preemption import Preemption
+from megalora.cluster.ranklog import RankLog
+from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer, steps_ahead
 from megalora.errors import Preempted, UserError
 from megalora.identity import base_identity, check_base, progress, run_identity
@@ -50,18 +54,15 @@ from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
 from megalora.models.graphs import choose_graphs
 from megalora.models.stage import Stage, expected_weights, whole_on_meta
-from megalora.monitor import Monitor, RankLog, Timers, causal_context, lora_flops_per_token
+from megalora.monitor import Monitor, Timers, causal_context, lora_flops_per_token
 from megalora.ops import extension
 from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
 from megalora.parallel.collectives import gather_objects, on_first, together
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.launch import choose_device, distributed, fix_order_of_sums, restarts, tp_crossing
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange
-from megalora.parallel.preemption import Preemption
 from megalora.parallel.split import named_splits
-from megalora.parallel.watch import Watch
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES

@@ -16,8 +16,10 @@ from dataclasses import replace
 
 from megalora.arguments import GenerateArguments, GenerationArguments
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_dtype, resolve_lora
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.shards import AdapterCheckpoint
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.base.shards import AdapterCheckpoint
+from megalora.cluster.launch import choose_device, distributed
+from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate, load_tokenizer
 from megalora.errors import UserError
 from megalora.generation.dialogue import NAMES, Chat, dialogue
@@ -33,10 +35,8 @@ from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
 from megalora.models.stage import NO_LORA
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
-from megalora.parallel.launch import choose_device, distributed
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
-from megalora.parallel.watch import Watch
 
 ROUND = 512  # prompts of one replica between two exchanges of replies
 # How long a replica waits for the others' replies, or for the person at the terminal: the watch finds ranks that die.

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.checkpoint.shards import AdapterCheckpoint
-from megalora.checkpoint.state import identity_difference
-from megalora.checkpoint.weights import model_fingerprint
+from megalora.checkpoint.base.shards import AdapterCheckpoint
+from megalora.checkpoint.base.weights import model_fingerprint
+from megalora.checkpoint.run.state import identity_difference
 from megalora.data import ChatTemplate, PackedRows
 from megalora.data.template import tokenizer_identity
 from megalora.errors import UserError

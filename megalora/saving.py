@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from megalora.checkpoint.background import BackgroundSaves, HostCopy, SaveReport, WriteShard
-from megalora.checkpoint.shards import AdapterCheckpoint, Layout, save_adapter
-from megalora.checkpoint.state import CheckpointWriter
+from megalora.checkpoint.base.shards import AdapterCheckpoint, Layout, save_adapter
+from megalora.checkpoint.run.background import BackgroundSaves, HostCopy, SaveReport, WriteShard
+from megalora.checkpoint.run.state import CheckpointWriter
 from megalora.errors import UserError
 from megalora.optimizer import MOMENTS
 from megalora.parallel.collectives import gather_objects, on_first, together

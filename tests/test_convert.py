@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megalora import cli
 from megalora.building import load_base_weights, stage_layers
-from megalora.checkpoint.shards import BASE_FILE, Layout, save_base_shards
+from megalora.checkpoint.base.shards import BASE_FILE, Layout, save_base_shards
 from megalora.models.config import read_config
 from megalora.models.stage import Stage, expected_weights
 from megalora.parallel.linear import Placement
@@ -243,7 +243,7 @@ def test_an_existing_target(tmp_path, capsys):
 
 
 def test_a_disk_that_fills_leaves_nothing(tmp_path, capsys, monkeypatch):
-    from megalora.checkpoint import streams
+    from megalora.checkpoint.base import streams
 
     source = make(tmp_path / "hf")
     written = 0

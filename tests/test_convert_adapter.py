@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_convert import done, make, refused, sums
 
 from megalora.building import load_adapter, load_base_weights, resolve_lora
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.hf import HfWeights
-from megalora.checkpoint.shards import Layout, save_adapter
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.base.hf import HfWeights
+from megalora.checkpoint.base.shards import Layout, save_adapter
 from megalora.lora import LoraConfig
 from megalora.models.config import read_config
 from megalora.models.inputs import Inputs, rope_tables

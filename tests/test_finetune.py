@@ -14,7 +14,7 @@ from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
 
 from megalora import finetune
-from megalora.checkpoint.shards import read_adapter
+from megalora.checkpoint.base.shards import read_adapter
 from megalora.monitor.timers import PHASES
 from megalora.optimizer import LossScale
 from megalora.pipeline.runner import PipelineRunner

@@ -15,7 +15,7 @@ EDGES = {"errors", "batch"}  # plain types that every floor may use
 GROUND = EDGES | {"lora", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
-SERVICES = {"pipeline", "data", "checkpoint", "monitor"}
+SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster"}
 # What the commands are put together from.
 PARTS = {"optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
 TOP = {"arguments", "finetune", "generate", "plan", "cli", "convert", "doctor", "__main__"}

@@ -13,8 +13,8 @@ from spawn import spawn
 from talking import END, NEW, PROMPT_TOKENS, QUESTIONS, Case, flags, make, rows, run, tokenizer
 
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_lora
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.shards import Layout, save_adapter
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.base.shards import Layout, save_adapter
 from megalora.generation import dialogue, output, replica
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps

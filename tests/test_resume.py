@@ -16,8 +16,8 @@ from spawn import SpawnError, spawn
 from tiny import column, exported, largest_difference, metrics, tune
 
 from megalora import cli
-from megalora.checkpoint.lock import LOCK
-from megalora.checkpoint.shards import read_adapter
+from megalora.checkpoint.base.shards import read_adapter
+from megalora.cluster.lock import LOCK
 from megalora.saving import RunSaver
 from megalora.training import Trainer
 

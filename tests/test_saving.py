@@ -16,7 +16,7 @@ from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
 
 from megalora import saving
-from megalora.checkpoint.state import newest_sound, verified
+from megalora.checkpoint.run.state import newest_sound, verified
 from megalora.monitor.metrics import JsonLines
 from megalora.training import Trainer
 

@@ -26,9 +26,9 @@ import torch
 from spawn import SpawnError, spawn
 from tiny import exported, metrics
 
-from megalora.checkpoint import shards
-from megalora.checkpoint.shards import read_adapter
-from megalora.checkpoint.state import checkpoints_folder, newest_sound
+from megalora.checkpoint.base import shards
+from megalora.checkpoint.base.shards import read_adapter
+from megalora.checkpoint.run.state import checkpoints_folder, newest_sound
 from megalora.saving import RunSaver
 from megalora.training import Trainer
 

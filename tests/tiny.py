@@ -25,8 +25,8 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 from megalora import cli, finetune
+from megalora.cluster import launch
 from megalora.models.config import config_from_dict
-from megalora.parallel import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LENGTH = 64

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megalora.checkpoint import peft
-from megalora.checkpoint.files import sync_folder
-from megalora.checkpoint.hf import INDEX, check_stays, is_hf
-from megalora.checkpoint.shards import has_shards
+from megalora.checkpoint.adapter import peft
+from megalora.checkpoint.base.hf import INDEX, check_stays, is_hf
+from megalora.checkpoint.base.shards import has_shards
+from megalora.checkpoint.disk import sync_folder
 from megalora.errors import UserError
 
 _WEIGHTS = frozenset(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from megalora.checkpoint.files import write_file
+from megalora.checkpoint.disk import write_file
 from megalora.errors import UserError
 from megalora.generation.replica import Prompt
 

@@ -2,7 +2,6 @@
 
 from megalora.monitor.flops import causal_context, lora_flops_per_token
 from megalora.monitor.monitor import Monitor
-from megalora.monitor.ranklog import RankLog
 from megalora.monitor.timers import PHASES, Timers
 
-__all__ = ["PHASES", "Monitor", "RankLog", "Timers", "causal_context", "lora_flops_per_token"]
+__all__ = ["PHASES", "Monitor", "Timers", "causal_context", "lora_flops_per_token"]

@@ -10,8 +10,8 @@ from fuzz import edited, ours_only
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.shards import (
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.base.shards import (
     ADAPTER_FILE,
     BASE_FILE,
     CONFIG_FILE,
@@ -22,7 +22,7 @@ from megalora.checkpoint.shards import (
     save_adapter,
     save_base_shards,
 )
-from megalora.checkpoint.state import MANIFEST, TRACKER, CheckpointWriter, newest_sound, verified
+from megalora.checkpoint.run.state import MANIFEST, TRACKER, CheckpointWriter, newest_sound, verified
 from megalora.errors import UserError
 from megalora.parallel.split import Split, shard_range
 

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.hf import INDEX, SINGLE, HfWeights
-from megalora.checkpoint.peft import write_peft
-from megalora.checkpoint.weights import open_base
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.adapter.peft import write_peft
+from megalora.checkpoint.base.hf import INDEX, SINGLE, HfWeights
+from megalora.checkpoint.base.weights import open_base
 from megalora.errors import UserError
 from megalora.lora import LoraConfig
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from megalora.checkpoint.peft import read_peft, write_peft
+from megalora.checkpoint.adapter.peft import read_peft, write_peft
 from megalora.errors import UserError
 from megalora.lora import LoraConfig
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megalora.checkpoint import streams
-from megalora.checkpoint.hf import DTYPES
-from megalora.checkpoint.streams import ALIGNMENT, SafetensorsStream, TensorType, TorchStream
+from megalora.checkpoint.base import streams
+from megalora.checkpoint.base.hf import DTYPES
+from megalora.checkpoint.base.streams import ALIGNMENT, SafetensorsStream, TensorType, TorchStream
 
 COMMON = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalora.checkpoint.files import aside_of, save_tensors, unpickled, write_file
+from megalora.checkpoint.disk import aside_of, save_tensors, unpickled, write_file
 from megalora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

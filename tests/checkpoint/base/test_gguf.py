@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
 from megalora import cli
-from megalora.checkpoint.gguf import read_gguf
+from megalora.checkpoint.base.gguf import read_gguf
 from megalora.errors import UserError
 from megalora.models.config import read_config
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from megalora.checkpoint.shards import Layout, save_base_shards
-from megalora.checkpoint.weights import load_base, model_fingerprint
+from megalora.checkpoint.base.shards import Layout, save_base_shards
+from megalora.checkpoint.base.weights import load_base, model_fingerprint
 from megalora.errors import UserError
 from megalora.parallel.split import Split
 
@@ -94,7 +94,7 @@ def test_slices_of_either_form_in_every_dtype(tmp_path, sharded, dtype):
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_slice_over_several_blocks(tmp_path, monkeypatch, data):
-    monkeypatch.setattr("megalora.checkpoint.hf.BLOCK_BYTES", data.draw(st.integers(1, 300)))
+    monkeypatch.setattr("megalora.checkpoint.base.hf.BLOCK_BYTES", data.draw(st.integers(1, 300)))
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     dim = data.draw(st.sampled_from([None, *range(len(shape))]))
     start = stop = 0
@@ -268,7 +268,7 @@ MEASURE = """
     import sys
     from pathlib import Path
     import torch
-    from megalora.checkpoint.weights import load_base
+    from megalora.checkpoint.base.weights import load_base
     from megalora.parallel.split import Split
     folder, dim, rows, columns, count = sys.argv[1], int(sys.argv[2]), *map(int, sys.argv[3:6])
 

@@ -13,11 +13,11 @@ from unittest import mock
 
 import pytest
 
-from megalora.checkpoint import lock as module
-from megalora.checkpoint.lock import LOCK, RunLock
-from megalora.checkpoint.state import remove_run
+from megalora.checkpoint.run.state import remove_run
+from megalora.cluster import lock as module
+from megalora.cluster.lock import LOCK, RunLock
+from megalora.cluster.watch import host_name
 from megalora.errors import UserError
-from megalora.parallel.watch import host_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +71,7 @@ def test_one_that_is_ending_is_waited_for(tmp_path):
 
 HOLDER = """
 import subprocess, sys, time
-from megalora.checkpoint.lock import RunLock
+from megalora.cluster.lock import RunLock
 
 with RunLock(sys.argv[1]) as lock:
     lock.take(0.0)

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from megalora.cluster.watch import Watch
 from megalora.errors import Preempted, UserError
 from megalora.parallel.mesh import ParallelMesh, build_mesh, layout
-from megalora.parallel.watch import Watch
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: longer than the slowest start-up phase of one rank
 

@@ -8,10 +8,10 @@ import pytest
 import torch.distributed as dist
 from spawn import spawn
 
+from megalora.cluster.launch import agree_on_name, tp_crossing
+from megalora.cluster.watch import Position, Watch
 from megalora.parallel.collectives import broadcast_object
-from megalora.parallel.launch import agree_on_name, tp_crossing
 from megalora.parallel.mesh import Axis
-from megalora.parallel.watch import Position, Watch
 
 
 def test_position():
@@ -38,7 +38,7 @@ def watched(rank, world_size, what):
     world = Axis(rank, tuple(range(world_size)), dist.group.WORLD)
     watch = Watch(heartbeat_timeout=5, hang_timeout=1 if what == "hangs" else 0)
     left = mock.patch("os._exit", lambda status: said.append(status))
-    with left, mock.patch.object(watch, "_say", said.append), mock.patch("megalora.parallel.watch._GRACE", 0.1):
+    with left, mock.patch.object(watch, "_say", said.append), mock.patch("megalora.cluster.watch._GRACE", 0.1):
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
         port = broadcast_object(server and server.port, world)
         watch.begin(dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False), world)
@@ -97,7 +97,7 @@ def test_tensor_parallelism_across_hosts_is_named():
 
 
 def test_this_process_is_found_where_there_is_proc():
-    from megalora.parallel.watch import _state, _this_process
+    from megalora.cluster.watch import _state, _this_process
 
     if not os.path.exists("/proc/self/stat"):
         pytest.skip("no /proc here")

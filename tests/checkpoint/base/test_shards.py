@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from megalora.checkpoint.shards import (
+from megalora.checkpoint.base.shards import (
     ADAPTER_FILE,
     BASE_FILE,
     CONFIG_FILE,
@@ -23,7 +23,7 @@ from megalora.checkpoint.shards import (
     save_adapter,
     save_base_shards,
 )
-from megalora.checkpoint.weights import load_base, model_fingerprint
+from megalora.checkpoint.base.weights import load_base, model_fingerprint
 from megalora.errors import UserError
 from megalora.parallel.split import Split, shard_range
 
@@ -91,7 +91,7 @@ def fresh(folder):
 @COMMON
 @given(models(), LAYOUTS, LAYOUTS, st.integers(1, 400), st.booleans())
 def test_base_written_at_one_layout_loads_at_any_other(tmp_path, monkeypatch, model, old, new, mapped, say_where):
-    monkeypatch.setattr("megalora.checkpoint.shards.MAPPED_BYTES", mapped)
+    monkeypatch.setattr("megalora.checkpoint.base.shards.MAPPED_BYTES", mapped)
     folder = fresh(tmp_path / "shards")
     tensors = {name: torch.randn(shape).bfloat16() for name, (shape, *_) in model.items()}
     expected = {name: shape for name, (shape, *_) in model.items()}

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from megalora.checkpoint.background import BackgroundSaves, HostCopy
-from megalora.checkpoint.shards import Layout, read_adapter, save_adapter
-from megalora.checkpoint.state import CheckpointWriter, newest_sound
+from megalora.checkpoint.base.shards import Layout, read_adapter, save_adapter
+from megalora.checkpoint.run.background import BackgroundSaves, HostCopy
+from megalora.checkpoint.run.state import CheckpointWriter, newest_sound
 from megalora.errors import UserError
 from megalora.parallel.split import Split
 

@@ -17,9 +17,16 @@ from typing import Any
 
 import torch
 
-from megalora.checkpoint.files import unpickled
-from megalora.checkpoint.shards import ADAPTER_FILE, CONFIG_FILE, AdapterCheckpoint, has_shards, read_json, shard_files
-from megalora.checkpoint.state import MANIFEST, TRACKER
+from megalora.checkpoint.base.shards import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    AdapterCheckpoint,
+    has_shards,
+    read_json,
+    shard_files,
+)
+from megalora.checkpoint.disk import unpickled
+from megalora.checkpoint.run.state import MANIFEST, TRACKER
 from megalora.errors import UserError
 
 SINGLE_FILE = "lora_model_optim.pt"

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.shards import Layout, save_adapter
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.base.shards import Layout, save_adapter
 from megalora.errors import UserError
 from megalora.lora import LoraConfig
 from megalora.parallel.split import Split

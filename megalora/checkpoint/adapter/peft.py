@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from megalora.checkpoint.files import unpickled, write_file
-from megalora.checkpoint.shards import AdapterCheckpoint, read_json
+from megalora.checkpoint.base.shards import AdapterCheckpoint, read_json
+from megalora.checkpoint.disk import unpickled, write_file
 from megalora.errors import UserError
 from megalora.lora import LoraConfig
 

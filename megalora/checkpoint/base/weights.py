@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from megalora.checkpoint.hf import HfWeights, is_hf
-from megalora.checkpoint.shards import BaseShards, has_shards
+from megalora.checkpoint.base.hf import HfWeights, is_hf
+from megalora.checkpoint.base.shards import BaseShards, has_shards
 from megalora.errors import UserError
 from megalora.parallel.split import Split
 

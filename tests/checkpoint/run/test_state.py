@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalora.checkpoint import state
-from megalora.checkpoint.adapter import open_adapter
-from megalora.checkpoint.peft import write_peft
-from megalora.checkpoint.shards import ADAPTER_FILE, CONFIG_FILE, Layout, save_adapter
-from megalora.checkpoint.state import (
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.adapter.peft import write_peft
+from megalora.checkpoint.base.shards import ADAPTER_FILE, CONFIG_FILE, Layout, save_adapter
+from megalora.checkpoint.run import state
+from megalora.checkpoint.run.state import (
     CheckpointWriter,
     identity_difference,
     newest_sound,

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from megalora.checkpoint.files import save_tensors, unpickled, write_file
+from megalora.checkpoint.disk import save_tensors, unpickled, write_file
 from megalora.errors import UserError
 from megalora.parallel.split import Split
 

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from megalora.cluster.watch import host_name
 from megalora.errors import UserError
-from megalora.parallel.watch import host_name
 
 try:
     import fcntl

@@ -17,11 +17,11 @@ from typing import TypeVar
 
 import torch
 
-from megalora.checkpoint import hf
-from megalora.checkpoint.files import write_file
-from megalora.checkpoint.shards import BASE_FILE, LAYOUT_FILE, Layout, layout_json
-from megalora.checkpoint.streams import SafetensorsStream, TensorStream, TensorType, TorchStream
-from megalora.checkpoint.weights import BaseWeights
+from megalora.checkpoint.base import hf
+from megalora.checkpoint.base.shards import BASE_FILE, LAYOUT_FILE, Layout, layout_json
+from megalora.checkpoint.base.streams import SafetensorsStream, TensorStream, TensorType, TorchStream
+from megalora.checkpoint.base.weights import BaseWeights
+from megalora.checkpoint.disk import write_file
 from megalora.parallel.split import Split
 
 BLOCK_BYTES = 16 << 20

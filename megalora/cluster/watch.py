@@ -21,10 +21,10 @@ from typing import TextIO
 
 import torch.distributed as dist
 
+from megalora.cluster.verdict import DONE, FAILED, GONE, LOST, STOPPED, Beat, Member, Table, Verdict
 from megalora.errors import Leaving, RankLost, UserError
 from megalora.parallel.collectives import gather_objects
 from megalora.parallel.mesh import Axis, Clock
-from megalora.parallel.verdict import DONE, FAILED, GONE, LOST, STOPPED, Beat, Member, Table, Verdict
 
 _LOOK = 0.5  # seconds between two judgements
 _GRACE = 3.0  # seconds that the main thread has, after the verdict, to leave by itself

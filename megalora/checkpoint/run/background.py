@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megalora.checkpoint.state import CheckpointWriter, iteration_folder
+from megalora.checkpoint.run.state import CheckpointWriter, iteration_folder
 from megalora.errors import UserError
 
 WriteShard = Callable[[Path], Path]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megalora.checkpoint.weights import BaseWeights
+from megalora.checkpoint.base.weights import BaseWeights
 from megalora.errors import UserError
 
 

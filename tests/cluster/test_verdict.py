@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalora.parallel.verdict import DONE, FAILED, GONE, LOST, STOPPED, Beat, Member, Table
+from megalora.cluster.verdict import DONE, FAILED, GONE, LOST, STOPPED, Beat, Member, Table
 
 HOSTS = ("a", "a", "b", "b")
 TIMEOUT = 30.0

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megalora.checkpoint.files import aside_of, sha256, sync_folder, write_file
-from megalora.checkpoint.shards import read_json
+from megalora.checkpoint.base.shards import read_json
+from megalora.checkpoint.disk import aside_of, sha256, sync_folder, write_file
 from megalora.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megalora.checkpoint import peft
-from megalora.checkpoint.reference import read_reference, reference_folder
-from megalora.checkpoint.shards import AdapterCheckpoint, has_shards, read_adapter
-from megalora.checkpoint.state import MANIFEST, is_iteration, newest_sound, verified
+from megalora.checkpoint.adapter import peft
+from megalora.checkpoint.adapter.merak import read_reference, reference_folder
+from megalora.checkpoint.base.shards import AdapterCheckpoint, has_shards, read_adapter
+from megalora.checkpoint.run.state import MANIFEST, is_iteration, newest_sound, verified
 from megalora.errors import UserError
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megalora.checkpoint.hf import DTYPES
+from megalora.checkpoint.base.hf import DTYPES
 
 ALIGNMENT = 64  # of the tensors in a file of torch.save, as torch has it: they can be used where they are mapped
 _HEADER_BYTES, _ZIP64_BYTES, _PADDING_ID = 30, 20, b"FB"

@@ -1,0 +1,1 @@
+"""Adapters on disk: PEFT folders, shards, Merak's files."""

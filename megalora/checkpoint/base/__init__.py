@@ -1,0 +1,1 @@
+"""Base weights on disk: Hugging Face folders, shards, GGUF, and streaming between them."""

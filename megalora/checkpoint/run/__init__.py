@@ -1,0 +1,1 @@
+"""The checkpoints of a run: state, retention, writing in the background."""
