@@ -24,7 +24,6 @@ import torch
 from megalora.checkpoint.base.streams import TensorType
 from megalora.checkpoint.base.transfer import plan_hf, transfer
 from megalora.models.config import config_from_dict
-from megalora.models.stage import expected_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
@@ -99,7 +98,7 @@ def generate(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True)
     fields = SHAPE | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(fields))
-    shapes = expected_weights(config_from_dict(fields))
+    shapes = config_from_dict(fields).tensors
     plan = plan_hf({name: TensorType(torch.bfloat16, shape) for name, shape in shapes.items()}, 5_000_000_000)
     transfer(Noise(shapes), plan, folder, lambda nbytes: None)
 

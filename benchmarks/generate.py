@@ -22,14 +22,14 @@ import torch
 from common import add_machine, add_model, build_base, machine, read_fields, where_of
 from train_step import build_peer, plain_weights
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, load_adapter, resolve_lora
 from megalora.generation.replica import Prompt, Replica
 from megalora.generation.sampling import Sampling
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.stage import NO_LORA, Stage
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.placement import Placement
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts], list[list[int]]]
@@ -80,8 +80,8 @@ def peer(model: torch.nn.Module, new_tokens: int, batch: int, device) -> Generat
 def bytes_a_token(stage: Stage, length: int) -> int:
     """What one token of one sequence must read: every weight of the layers and the head, and `length` cached tokens."""
     config = stage.config
-    read = [group.matrix for layer in stage.model.layers.values() for group in layer.groups()]
-    read += [stage.lm_head.weight, *(p for name, p in stage.named_parameters() if "norm" in name)]
+    read = [group.matrix for group in stage.groups]
+    read += [stage.head.weight, *(p for name, p in stage.named_parameters() if "norm" in name)]
     weights = sum(x.numel() * x.element_size() for x in read)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
     return weights + cache * stage.place.dtype.itemsize

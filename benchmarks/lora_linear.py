@@ -22,10 +22,12 @@ from dataclasses import asdict, dataclass
 import torch
 from common import add_machine, machine, where_of
 
-from megalora.lora import Adapter
+from megalora.adapters.lora import Adapter
 from megalora.ops.dropout import Dropout, keep_mask
-from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, Placement, Tokens
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.linear import ColumnParallelLinear
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement, Tokens
 from megalora.parallel.split import even_part
 
 

@@ -26,14 +26,14 @@ import torch
 from common import read_fields, where_of
 from train_step import make_trainer, randomize
 
+from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import DTYPES, largest_exchange, resolve_dtype, resolve_lora
 from megalora.cluster.launch import choose_device, distributed
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange
+from megalora.parallel.placement import Placement
 from megalora.pipeline.actions import COMPUTE
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.pipeline.simulate import simulate

@@ -17,10 +17,9 @@ from types import SimpleNamespace
 import torch
 from train_step import Step, ours
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
-from megalora.models.stage import expected_weights
 from megalora.planning.memory import stage_memory
 from megalora.planning.nodes import Workload
 from megalora.planning.shapes import shape_of
@@ -47,7 +46,7 @@ class RandomWeights(dict):
     def __init__(self, fields: dict, lora: dict, device: torch.device):
         super().__init__()
         config = config_from_dict(fields)
-        self._shapes, self._rank, self._device = expected_weights(config), lora["r"], device
+        self._shapes, self._rank, self._device = config.tensors, lora["r"], device
 
     def __missing__(self, name: str) -> torch.Tensor:
         shape = self._shapes.get(name)

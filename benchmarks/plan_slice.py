@@ -18,16 +18,16 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import resolve_lora
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
 from megalora.optimizer import AdapterOptimizer
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis, ParallelMesh
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 from megalora.pipeline.partition import partition
 from megalora.pipeline.schedule import SCHEDULES

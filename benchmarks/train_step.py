@@ -27,16 +27,17 @@ import torch
 from common import add_machine, add_model, build_base, machine, read_fields, where_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import Cut, build_stage, load_adapter, resolve_lora
-from megalora.lora import LoraConfig
-from megalora.models.config import ModelConfig, config_from_dict
+from megalora.models.config import config_from_dict
 from megalora.models.graphs import choose_graphs
+from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
@@ -73,7 +74,7 @@ class Step:
 
 
 def make_trainer(
-    config: ModelConfig,
+    config: ModelSpec,
     mesh: ParallelMesh,
     lora: dict,
     place: Placement,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megalora.checkpoint.base.weights import load_base
+from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.checkpoint.base.weights import BaseNames, load_base
 from megalora.errors import UserError
-from megalora.lora import LoraConfig, ResolvedLora, layer_index
-from megalora.models.config import ModelConfig, check_layout
-from megalora.models.stage import NO_LORA, Stage, adaptable_linears, expected_weights, whole_on_meta
+from megalora.models.config import check_layout
+from megalora.models.spec import ModelSpec
+from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import on_first
-from megalora.parallel.linear import Placement
-from megalora.parallel.mesh import Axis, ParallelMesh
+from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 from megalora.pipeline.partition import partition
 from megalora.planning.devices import device_of
@@ -40,9 +42,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_lora(lora_config: LoraConfig, config: ModelConfig) -> ResolvedLora:
+def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     """The adapters of the model's linears. Raises UserError where the two do not fit."""
-    return lora_config.resolve(config.model_type, adaptable_linears(config))
+    if lora_config.bias == "all" and any(norm.bias for norm in config.norms):
+        raise UserError(
+            f"lora_config: bias = 'all' would train the biases of {config.model_type}'s norms too, which is not "
+            f"implemented: choose none or lora_only"
+        )
+    layers = {name: placed.layer for name, placed in config.linears.items()}
+    return lora_config.resolve(config.model_type, layers, (config.head.name, config.embedding.name))
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Cut:
 
 
 def build_stage(
-    config: ModelConfig,
+    config: ModelSpec,
     mesh: ParallelMesh,
     lora: ResolvedLora,
     place: Placement,
@@ -104,20 +112,25 @@ def build_stage(
         further=further,
         recompute=recompute,
     )
-    lowest = min((layer_index(name) for name in trained_shapes(lora, config)), default=config.num_hidden_layers)
-    floor = next((s for s, part in enumerate(layers) if lowest < part.stop), len(layers))
-    return stage, Cut(tuple(layers), floor, tuple(costs.shares(layers)))
+    return stage, Cut(tuple(layers), first_trained_part(config, lora, layers), tuple(costs.shares(layers)))
+
+
+def first_trained_part(config: ModelSpec, lora: ResolvedLora, parts: Sequence[range]) -> int:
+    """Return the first of `parts`, each a range of layers, that has something to train; their number where none has."""
+    trained = (name.rpartition(".lora_")[0] or name.rpartition(".")[0] for name in trained_shapes(lora, config))
+    lowest = min((config.linears[name].layer for name in trained), default=config.num_hidden_layers)
+    return next((s for s, part in enumerate(parts) if lowest < part.stop), len(parts))
 
 
 def largest_exchange(
-    config: ModelConfig, lora: ResolvedLora, tp: int, tokens: int, dtype: torch.dtype, device: torch.device
+    config: ModelSpec, lora: ResolvedLora, tp: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Bytes that choose_exchange wants for microbatches of `tokens` tokens."""
     return exchange_bytes(shape_of(config, lora, tp, device.type), tokens, dtype.itemsize)
 
 
 def layer_seconds(
-    config: ModelConfig, lora: ResolvedLora, tp: int, device: torch.device, workload: Workload | None = None
+    config: ModelSpec, lora: ResolvedLora, tp: int, device: torch.device, workload: Workload | None = None
 ) -> LayerCosts:
     """What each layer is reckoned to take on a tensor-parallel rank; without a workload its forward alone."""
     if workload is None:
@@ -126,7 +139,7 @@ def layer_seconds(
 
 
 def stage_layers(
-    config: ModelConfig,
+    config: ModelSpec,
     stages: int,
     partition_method: str,
     custom_partition: tuple[int, ...] | None,
@@ -140,14 +153,21 @@ def stage_layers(
         costs = costs or layer_seconds(config, NO_LORA, 1, torch.device("cpu"))
         of_layers, first, last = costs.layers, costs.first, costs.last
     else:
-        whole = whole_on_meta(config)
-        count = {name: sum(p.numel() for p in part.parameters()) for name, part in whole.model.layers.items()}
-        of_layers = [count[str(i)] for i in range(config.num_hidden_layers)]
-        first, last = whole.model.embed_tokens.weight.numel(), whole.lm_head.weight.numel()
+        of_layers = layer_sizes(config)
+        first = last = math.prod(config.tensors[config.embedding.weight])
     return partition(partition_method, of_layers, stages, first_cost=first, last_cost=last, custom=custom_partition)
 
 
-def check_vocabulary(largest: int, config: ModelConfig, model_path: str) -> None:
+def layer_sizes(config: ModelSpec) -> list[int]:
+    """Return the elements of each layer's tensors."""
+    prefix, sizes = f"{config.stack.prefix}.", [0] * config.num_hidden_layers
+    for name, shape in config.tensors.items():
+        if name.startswith(prefix):
+            sizes[int(name[len(prefix) :].partition(".")[0])] += math.prod(shape)
+    return sizes
+
+
+def check_vocabulary(largest: int, config: ModelSpec, model_path: str) -> None:
     """Raises UserError where the tokenizer gives an id that the model has no embedding for."""
     if largest >= config.vocab_size:
         raise UserError(
@@ -157,26 +177,29 @@ def check_vocabulary(largest: int, config: ModelConfig, model_path: str) -> None
 
 
 def load_base_weights(stage: Stage, folder: str | Path) -> None:
-    """Fills the frozen weights of the stage, by slice. Raises UserError as `checkpoint.load_base`."""
-    config = stage.config
-    load_base(
-        stage,
-        folder,
-        splits=named_splits(stage),
-        expected=expected_weights(config),
-        tied=config.tie_word_embeddings,
-    )
+    """Fill the frozen weights of the stage, by slice. Raises UserError as `checkpoint.load_base`."""
+    load_base(stage, folder, splits=named_splits(stage), names=base_names(stage.config))
 
 
-def trained_shapes(lora: ResolvedLora, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The whole shape of every trainable parameter of the whole model, by name."""
-    place = Placement(Axis(), False, torch.float32, "meta")
-    whole = Stage(config, range(config.num_hidden_layers), place, lora)
-    return {name: tuple(parameter.shape) for name, parameter in whole.trainable().items()}
+def base_names(config: ModelSpec) -> BaseNames:
+    """Return the names and shapes that the files of a model's base weights must have."""
+    return BaseNames(config.tensors, config.embedding.weight, config.head.weight, config.head.tied, config.files)
+
+
+def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every trainable parameter of the whole model, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (linear, _) in config.linears.items():
+        if lora.trains_bias(name) and linear.bias:
+            shapes[f"{name}.bias"] = (linear.out_features,)
+        if (adapter := lora.adapter(name)) is not None:
+            shapes[f"{name}.lora_A.weight"] = (adapter.r, linear.in_features)
+            shapes[f"{name}.lora_B.weight"] = (linear.out_features, adapter.r)
+    return shapes
 
 
 def check_adapter(
-    tensors: Mapping[str, torch.Tensor], lora: ResolvedLora, config: ModelConfig, where: str | Path
+    tensors: Mapping[str, torch.Tensor], lora: ResolvedLora, config: ModelSpec, where: str | Path
 ) -> None:
     """Raises UserError, the same on every rank, where names or shapes of an adapter are not those of this model."""
     expected = trained_shapes(lora, config)

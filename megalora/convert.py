@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.arguments import Conversion, ConvertArguments, LayoutArguments
-from megalora.building import check_adapter, resolve_lora, stage_layers
+from megalora.building import base_names, check_adapter, resolve_lora, stage_layers
 from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
@@ -30,12 +31,12 @@ from megalora.checkpoint.target import TargetFolder, companions
 from megalora.data import load_tokenizer
 from megalora.errors import UserError
 from megalora.identity import base_identity, check_base
-from megalora.lora import LoraConfig, ResolvedLora
-from megalora.models.config import ModelConfig, check_layout, read_config
-from megalora.models.stage import NO_LORA, Stage, expected_weights
+from megalora.models.config import check_layout, read_config
+from megalora.models.spec import ModelSpec
+from megalora.models.stage import NO_LORA, Stage
 from megalora.monitor.progress import ByteProgress
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
 
 
@@ -50,7 +51,7 @@ def convert(arguments: Conversion) -> None:
 def _to_shards(arguments: Conversion) -> None:
     target = _target(arguments.paths)
     config, weights = _read_base(arguments.paths.input)
-    tensors = tensor_types(weights, expected_weights(config))
+    tensors = tensor_types(weights, config.tensors)
     plan = plan_shards(tensors, _places(config, arguments.layout))
     _write_base(arguments, target, weights, plan, arguments.paths.input)
 
@@ -58,7 +59,7 @@ def _to_shards(arguments: Conversion) -> None:
 def _to_hf(arguments: Conversion) -> None:
     target = _target(arguments.paths)
     config, weights = _read_base(arguments.paths.input)
-    plan = plan_hf(tensor_types(weights, expected_weights(config)), _max_file_bytes(arguments))
+    plan = plan_hf(tensor_types(weights, config.tensors), _max_file_bytes(arguments))
     _write_base(arguments, target, weights, plan, arguments.paths.input)
 
 
@@ -83,10 +84,10 @@ def _from_gguf(arguments: Conversion) -> None:
     _say_done(arguments, what)
 
 
-def _read_base(folder: str) -> tuple[ModelConfig, BaseWeights]:
+def _read_base(folder: str) -> tuple[ModelSpec, BaseWeights]:
     """The model in a folder of safetensors or shards, checked to be whole."""
     config = read_config(folder)
-    return config, open_base(folder, expected_weights(config), config.tie_word_embeddings)
+    return config, open_base(folder, base_names(config))
 
 
 def _max_file_bytes(arguments: Conversion) -> int:
@@ -150,7 +151,7 @@ def _adapter_merge(arguments: Conversion) -> None:
     _, weights = _read_base(base)
     scalings = {name: one.scaling for name, one in lora.adapters.items()}
     merged = MergedWeights(weights, scalings, adapter.tensors)
-    plan = plan_hf(tensor_types(merged, expected_weights(config)), _max_file_bytes(arguments))
+    plan = plan_hf(tensor_types(merged, config.tensors), _max_file_bytes(arguments))
     _write_base(arguments, target, merged, plan, base)
 
 
@@ -165,7 +166,7 @@ def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
     return named
 
 
-def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[ModelConfig, ResolvedLora]:
+def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[ModelSpec, ResolvedLora]:
     """Model and adapter, checked to belong together."""
     config = read_config(_base_of(adapter, arguments))
     lora = resolve_lora(LoraConfig.from_dict(adapter.lora_config, adapter.where), config)
@@ -194,7 +195,7 @@ def _write_adapter(
 
 
 def _places(
-    config: ModelConfig, layout: LayoutArguments, lora: ResolvedLora = NO_LORA
+    config: ModelSpec, layout: LayoutArguments, lora: ResolvedLora = NO_LORA
 ) -> dict[Layout, dict[str, Split]]:
     """What of each parameter lies on each rank. Raises UserError where the model cannot be cut so."""
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.arguments import DataArguments, FinetuneArguments, ModelArguments, ParallelArguments, TrainArguments
 from megalora.building import (
     Cut,
@@ -50,18 +51,18 @@ from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer, steps_ahead
 from megalora.errors import Preempted, UserError
 from megalora.identity import base_identity, check_base, progress, run_identity
-from megalora.lora import LoraConfig, ResolvedLora
-from megalora.models.config import ModelConfig, check_layout, read_config
+from megalora.models.config import check_layout, read_config
 from megalora.models.graphs import choose_graphs
-from megalora.models.stage import Stage, expected_weights, whole_on_meta
+from megalora.models.spec import ModelSpec
+from megalora.models.stage import Stage
 from megalora.monitor import Monitor, Timers, causal_context, lora_flops_per_token
 from megalora.ops import extension
 from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
 from megalora.parallel.collectives import gather_objects, on_first, together
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
@@ -371,7 +372,7 @@ def _lora_config(model: ModelArguments, start: _Start | None) -> LoraConfig:
     return LoraConfig()
 
 
-def _check_same_adapter(lora: ResolvedLora, start: _Start | None, config: ModelConfig) -> None:
+def _check_same_adapter(lora: ResolvedLora, start: _Start | None, config: ModelSpec) -> None:
     """Raises UserError where --lora_config means another adapter than the one to start from."""
     if start is None:
         return
@@ -460,7 +461,7 @@ def _export(checkpoint: Path, output_dir: str, model_path: str, mesh: ParallelMe
     return folder
 
 
-def _reduced_megabytes(config: ModelConfig, data: DataArguments, train: TrainArguments, dtype: torch.dtype) -> float:
+def _reduced_megabytes(config: ModelSpec, data: DataArguments, train: TrainArguments, dtype: torch.dtype) -> float:
     """What tensor parallelism reduces in one layer and microbatch: twice in forward, twice in backward."""
     tokens = train.per_device_train_batch_size * data.seq_length
     return 4 * tokens * config.hidden_size * dtype.itemsize / 1e6
@@ -470,7 +471,7 @@ def _reduced_megabytes(config: ModelConfig, data: DataArguments, train: TrainArg
 
 
 def _check_length(
-    config: ModelConfig,
+    config: ModelSpec,
     data: DataArguments,
     train: TrainArguments,
     sequence_parallel: bool,
@@ -546,7 +547,7 @@ def _evaluate(
 def _write_profile(
     profiler: Profiler,
     arguments: FinetuneArguments,
-    config: ModelConfig,
+    config: ModelSpec,
     lora: ResolvedLora,
     stage: Stage,
     cut: Cut,
@@ -636,9 +637,9 @@ def _context(rows: PackedRows) -> float:
     return causal_context(documents)
 
 
-def _flops_per_token(config: ModelConfig, lora: ResolvedLora, rows: PackedRows) -> float:
-    whole = {name: p.numel() for name, p in whole_on_meta(config).named_parameters(remove_duplicate=False)}
-    frozen = sum(n for name, n in whole.items() if "_proj.weight" in name or name == "lm_head.weight")
+def _flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> float:
+    frozen = sum(linear.in_features * linear.out_features for linear, _ in config.linears.values())
+    frozen += config.vocab_size * config.hidden_size
     return lora_flops_per_token(
         frozen_matmul_parameters=frozen,
         lora_parameters=_lora_parameters(config, lora),
@@ -649,14 +650,14 @@ def _flops_per_token(config: ModelConfig, lora: ResolvedLora, rows: PackedRows) 
     )
 
 
-def _lora_parameters(config: ModelConfig, lora: ResolvedLora) -> int:
-    shapes = expected_weights(config)
-    return sum(adapter.r * sum(shapes[f"{name}.weight"]) for name, adapter in lora.adapters.items())
+def _lora_parameters(config: ModelSpec, lora: ResolvedLora) -> int:
+    linears = ((adapter.r, config.linears[name].linear) for name, adapter in lora.adapters.items())
+    return sum(r * (linear.in_features + linear.out_features) for r, linear in linears)
 
 
 def _summary(
     arguments: FinetuneArguments,
-    config: ModelConfig,
+    config: ModelSpec,
     lora: ResolvedLora,
     stage: Stage,
     cut: Cut,
@@ -668,7 +669,7 @@ def _summary(
 ) -> dict[str, dict[str, Any]]:
     """The start-up table. Collective: memory is that of the fullest rank."""
     parallel, train = arguments.parallel, arguments.train
-    shapes = expected_weights(config)
+    shapes = config.tensors
     frozen = sum(math.prod(shape) for shape in shapes.values())
     trainable = _lora_parameters(config, lora)
     trainable += sum(math.prod(shapes[n]) for n in trained_shapes(lora, config) if n.endswith(".bias"))

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.arguments import GenerateArguments, GenerationArguments
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_dtype, resolve_lora
 from megalora.checkpoint.adapter.opening import open_adapter
@@ -31,12 +32,12 @@ from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader
 from megalora.identity import base_identity, check_base
-from megalora.lora import LoraConfig, ResolvedLora
-from megalora.models.config import ModelConfig, check_layout, read_config
+from megalora.models.config import check_layout, read_config
+from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.placement import Placement
 
 ROUND = 512  # prompts of one replica between two exchanges of replies
 # How long a replica waits for the others' replies, or for the person at the terminal: the watch finds ranks that die.
@@ -184,7 +185,7 @@ class _Later:
 # ---- what is asked ----
 
 
-def _context(config: ModelConfig, options: GenerationArguments) -> int:
+def _context(config: ModelSpec, options: GenerationArguments) -> int:
     """Longest prompt and reply together, in tokens."""
     longest = config.max_position_embeddings
     if options.seq_length is not None and options.seq_length > longest:
@@ -220,7 +221,7 @@ def _repliers(arguments: GenerateArguments) -> tuple[bool, ...]:
 
 
 def _adapter(
-    arguments: GenerateArguments, config: ModelConfig, template: ChatTemplate | None, mesh: ParallelMesh
+    arguments: GenerateArguments, config: ModelSpec, template: ChatTemplate | None, mesh: ParallelMesh
 ) -> AdapterCheckpoint | None:
     """The adapter that is asked for, without what only training needs of it. Collective; rank 0 has the template."""
     model, path = arguments.model, arguments.model.resume_peft_from_checkpoint
@@ -235,7 +236,7 @@ def _adapter(
     return on_first(read, mesh.world)
 
 
-def _resolved(adapter: AdapterCheckpoint, config: ModelConfig) -> ResolvedLora:
+def _resolved(adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:
     lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where)
     try:
         return resolve_lora(lora_config, config)

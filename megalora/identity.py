@@ -6,25 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megalora.adapters.config import LoraConfig
+from megalora.building import base_names
 from megalora.checkpoint.base.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
 from megalora.data import ChatTemplate, PackedRows
 from megalora.data.template import tokenizer_identity
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
-from megalora.models.config import ModelConfig
-from megalora.models.stage import expected_weights
+from megalora.models.spec import ModelSpec
 
 _OF_THE_BASE = ("model", "tokenizer")
 
 
-def base_identity(config: ModelConfig, weights: str, tokenizer: Any) -> dict[str, str]:
+def base_identity(config: ModelSpec, weights: str, tokenizer: Any) -> dict[str, str]:
     """What an adapter is trained for: the base weights (their names, shapes and a sample of values), the tokenizer.
 
     Each value says in words what it can, and ends in a hash. Raises UserError as `open_base`. For one rank: it reads.
     """
-    digest = model_fingerprint(weights, expected_weights(config), config.tie_word_embeddings)
+    digest = model_fingerprint(weights, base_names(config))
     layers = f"{config.num_hidden_layers} layers of {config.hidden_size}"
     return {"model": f"{config.model_type}, {layers}, {digest[:16]}", "tokenizer": tokenizer_identity(tokenizer)}
 

@@ -9,11 +9,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.arguments import PlanArguments
 from megalora.building import DTYPES, resolve_lora
 from megalora.errors import UserError
-from megalora.lora import LoraConfig, ResolvedLora
-from megalora.models.config import ModelConfig, read_config
+from megalora.models.config import read_config
+from megalora.models.spec import ModelSpec
 from megalora.planning.devices import DEVICES, Device
 from megalora.planning.draw import Panel, boxes_of, svg
 from megalora.planning.layouts import Cluster, Layout, Plan, Planner, StagePlan, TooLarge, Wanted
@@ -89,7 +90,7 @@ def _wanted(arguments: PlanArguments) -> Wanted:
     )
 
 
-def _slowness(arguments: PlanArguments, config: ModelConfig, lora: ResolvedLora, device: Device) -> float:
+def _slowness(arguments: PlanArguments, config: ModelSpec, lora: ResolvedLora, device: Device) -> float:
     """How many times as long as counted the compute of the profiled run took."""
     measured = read_profile(arguments.profile_file, config)
     dtype = arguments.dtype
@@ -125,7 +126,7 @@ def _type(arguments: PlanArguments) -> str:
 # ---- what is printed ----
 
 
-def _title(config: ModelConfig, lora: ResolvedLora, arguments: PlanArguments, memory: float) -> str:
+def _title(config: ModelSpec, lora: ResolvedLora, arguments: PlanArguments, memory: float) -> str:
     targets = ", ".join(sorted({name.rpartition(".")[2] for name in lora.adapters}))
     nodes = -(-arguments.gpus // arguments.gpus_per_node)
     return (

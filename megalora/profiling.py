@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megalora.errors import UserError
-from megalora.models.config import ModelConfig
+from megalora.models.spec import MLP, ModelSpec
 from megalora.parallel.collectives import gather_objects
 from megalora.parallel.mesh import Axis, Clock
 from megalora.pipeline.actions import BACKWARD, FORWARD, Action
@@ -148,9 +148,10 @@ class Measured:
         return [sum(parts) for parts in zip(self.forward, self.recompute, self.backward, strict=True)]
 
 
-def model_words(config: ModelConfig) -> str:
+def model_words(config: ModelSpec) -> str:
     """What decides how long a model computes, but for its depth."""
-    inner = f"{config.intermediate_size} inside, {config.num_attention_heads} heads"
+    sizes = {mixer.inner for mixer in config.mixers if isinstance(mixer, MLP)}
+    inner = f"{' and '.join(map(str, sorted(sizes)))} inside, {config.num_attention_heads} heads"
     return f"{config.model_type} of hidden size {config.hidden_size}, {inner}, vocabulary {config.vocab_size}"
 
 
@@ -195,7 +196,7 @@ def write_profile(
     return f"profile of {len(recorded[0])} steps: {folder / TRACE} (chrome://tracing, Perfetto), {folder / DRAWING}"
 
 
-def read_profile(path: str | Path, config: ModelConfig) -> Measured:
+def read_profile(path: str | Path, config: ModelSpec) -> Measured:
     """The Measured of a trace. Raises UserError where the file is none, or of another model than that of `config`."""
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))["otherData"]["measured"]

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from shared_memory import SharedMemory
 
-from megalora.building import trained_shapes
+from megalora.adapters.config import LoraConfig
+from megalora.building import first_trained_part, resolve_lora
 from megalora.data import Loader, build_rows, pack
 from megalora.data.template import Sample
-from megalora.lora import LoraConfig, layer_index
 from megalora.models.config import config_from_dict
-from megalora.models.stage import Stage, adaptable_linears
+from megalora.models.stage import Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.exchange import Exchange
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import build_mesh
-from megalora.parallel.split import named_splits
+from megalora.parallel.placement import Placement
+from megalora.parallel.split import Split, named_splits
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.partition import partition
 from megalora.pipeline.runner import PipelineRunner
@@ -56,6 +56,11 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {
         "model_type": "qwen3", "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": 7, "pad_token_id": 0, "eos_token_id": 0},
+    "gpt_neox": {
+        "model_type": "gpt_neox", "hidden_act": "gelu", "rotary_pct": 0.67, "layer_norm_eps": 1e-5,
+        "num_key_value_heads": None, "rms_norm_eps": None,
     },
 }  # fmt: skip
 for _family in FAMILIES.values():
@@ -111,8 +116,8 @@ class Outcome:
     evaluation: float
     skipped: list[str | None]
     moved: dict[str, float]
-    adapters: dict[str, tuple[tuple, torch.Tensor]]
-    gradients: dict[str, tuple[tuple, torch.Tensor]]
+    adapters: dict[str, tuple[Split, torch.Tensor]]
+    gradients: dict[str, tuple[Split, torch.Tensor]]
 
 
 def whole_tensor(name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
@@ -130,8 +135,8 @@ def fill(stage: Stage) -> None:
         for name, split in named_splits(stage).items():
             if name.endswith("lora_A.weight"):
                 continue
-            tied = stage.config.tie_word_embeddings and name == "lm_head.weight"
-            source = "model.embed_tokens.weight" if tied else name
+            tied = stage.config.head.tied and name == stage.config.head.weight
+            source = stage.config.embedding.weight if tied else name
             parameters[name].copy_(split.slice(whole_tensor(source, split.global_shape, 0.15)))
 
 
@@ -152,7 +157,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     """Runs `run` on this rank of `world_size`."""
     mesh = build_mesh(rank, world_size, run.tp, run.pp)
     config = config_from_dict(TINY | FAMILIES[run.family] | run.model)
-    lora = LoraConfig.from_dict(run.lora).resolve(config.model_type, adaptable_linears(config))
+    lora = resolve_lora(LoraConfig.from_dict(run.lora), config)
     exchange = Exchange(mesh.tp, SharedMemory(mesh.tp)) if run.exchange else None
     place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange)
     parts = partition(
@@ -164,8 +169,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
         config, own, place, lora, first=mesh.pp.is_first, last=mesh.pp.is_last, further=further,
         recompute=run.recompute,
     )  # fmt: skip
-    lowest = min(layer_index(name) for name in trained_shapes(lora, config))
-    floor = next(i for i, part in enumerate(parts) if lowest in part)
+    floor = first_trained_part(config, lora, parts)
     fill(stage)
     parameters, splits = stage.trainable(), named_splits(stage)
     gradients = FlatGradients(parameters, splits, mesh)
@@ -191,18 +195,14 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
         trainer.evaluate([loader.step(0)]),
         [r.skipped for r in results],
         {name: (p.detach() - before[name]).abs().max().item() for name, p in parameters.items()},
-        {name: (_place(splits[name]), p.detach().clone()) for name, p in parameters.items()},
-        {name: (_place(splits[name]), p.grad.clone()) for name, p in parameters.items()},
+        {name: (splits[name], p.detach().clone()) for name, p in parameters.items()},
+        {name: (splits[name], p.grad.clone()) for name, p in parameters.items()},
     )
 
 
 def train_each(rank: int, world_size: int, runs: Sequence[Run]) -> list[Outcome]:
     """Several runs, one after another, on the same processes: to start them takes longer than a run."""
     return [train(rank, world_size, run) for run in runs]
-
-
-def _place(split) -> tuple:
-    return tuple((s.start, s.stop) for s in split.index)
 
 
 def _no_clock(phase: str):
@@ -231,6 +231,13 @@ def reference(run: Run) -> Outcome:
 _references: dict[str, Outcome] = {}
 
 
+def in_file_order(split: Split, part: torch.Tensor) -> torch.Tensor:
+    """The whole tensor that one process holds, as the file has it: fused rows lie in another order in memory."""
+    whole = torch.empty(split.global_shape, dtype=part.dtype)
+    split.put(whole, part)
+    return whole
+
+
 def largest_difference(reference: Outcome, outcomes: list[Outcome]) -> float:
     """Largest absolute difference between one process and any rank of a layout, over all of an Outcome.
 
@@ -247,9 +254,10 @@ def largest_difference(reference: Outcome, outcomes: list[Outcome]) -> float:
             (outcome.adapters, reference.adapters),
             (outcome.gradients, reference.gradients),
         ):
-            for name, (place, part) in ours.items():
-                index = tuple(slice(a, b) for a, b in place)
-                differences.append((part - theirs[name][1][index]).abs().max().item())
-                covered[name][index] = 1
+            for name, (split, part) in ours.items():
+                if part.numel():
+                    whole = in_file_order(*theirs[name])
+                    differences.append((part - split.slice(whole)).abs().max().item())
+                split.put(covered[name], torch.ones_like(part))
     assert all(c.all() for c in covered.values()), "a part of an adapter is on no rank"
     return max(d if math.isfinite(d) else math.inf for d in differences)

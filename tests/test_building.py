@@ -8,11 +8,11 @@ import torch
 from spawn import spawn
 
 from megalora import building
+from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, resolve_lora, stage_layers
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
+from megalora.parallel.placement import Placement
 from megalora.planning.nodes import Workload
 
 CONFIG = config_from_dict(
@@ -36,7 +36,7 @@ def cut(method: str, **lora):
     mesh = ParallelMesh(pp=Axis(1, (0, 1, 2)))
     place = Placement(mesh.tp, False, torch.float32, "meta")
     stage, cut = build_stage(CONFIG, mesh, resolved, place, partition_method=method, workload=Workload(2, 64))
-    assert list(stage.model.layers) == [str(i) for i in cut.layers[1]]
+    assert list(stage.layers) == list(cut.layers[1])
     return cut
 
 

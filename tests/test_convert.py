@@ -16,9 +16,9 @@ from megalora import cli
 from megalora.building import load_base_weights, stage_layers
 from megalora.checkpoint.base.shards import BASE_FILE, Layout, save_base_shards
 from megalora.models.config import read_config
-from megalora.models.stage import Stage, expected_weights
-from megalora.parallel.linear import Placement
+from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 
 LAYOUTS = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 4)]
@@ -56,7 +56,7 @@ def make(folder, family: str = "llama", files: int = 1, dtype: torch.dtype = tor
     (folder / "config.json").write_text(json.dumps(TINY | FAMILIES[family] | fields))
     for name, text in BESIDE.items():
         (folder / name).write_text(text)
-    shapes = expected_weights(read_config(folder)) | dict(extra)
+    shapes = read_config(folder).tensors | dict(extra)
     generator = torch.Generator().manual_seed(len(shapes))
     tensors = {
         name: torch.randn(shape, generator=generator).to(torch.float32 if "norm" in name else dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 
 import pytest
@@ -13,16 +14,16 @@ from oracle import FAMILIES
 from safetensors.torch import load_file, save_file
 from test_convert import done, make, refused, sums
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import load_adapter, load_base_weights, resolve_lora
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.base.hf import HfWeights
 from megalora.checkpoint.base.shards import Layout, save_adapter
-from megalora.lora import LoraConfig
 from megalora.models.config import read_config
 from megalora.models.inputs import Inputs, rope_tables
 from megalora.models.stage import Stage
-from megalora.parallel.linear import Placement, Tokens
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement, Tokens
 from megalora.parallel.split import Split
 
 peft = pytest.importorskip("peft")
@@ -40,6 +41,27 @@ LORAS = {
         "layers_to_transform": [1, 3],
     },
 }  # fmt: skip
+
+
+# What families call the linears of LORAS, where they do not call them as llama does.
+NAMES = {
+    "phi3": {"q_proj": "qkv_proj", "v_proj": "qkv_proj", "up_proj": "gate_up_proj"},
+    "gpt_neox": {
+        "q_proj": "query_key_value", "v_proj": "query_key_value", "o_proj": "dense", "up_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+    },
+}  # fmt: skip
+
+
+def lora_of(family: str, name: str) -> dict:
+    """LORAS[name] in the family's own names."""
+    text = json.dumps(LORAS[name])
+    for theirs, ours in NAMES.get(family, {}).items():
+        text = re.sub(rf"\b{theirs}\b", ours, text)
+    lora = json.loads(text)
+    if isinstance(lora["target_modules"], list):
+        lora["target_modules"] = sorted(set(lora["target_modules"]))
+    return lora | ({"bias": "lora_only"} if family == "gpt_neox" and lora.get("bias") == "all" else {})
 
 
 def base_model(folder, family="llama", dtype=torch.float32, **fields):
@@ -81,9 +103,9 @@ def our_logits(base, adapter_folder) -> torch.Tensor:
     load_adapter(stage, adapter.tensors, adapter.where)
     stage.refresh_adapters()
     index = torch.arange(len(IDS))
-    cos, sin = rope_tables(config, index, torch.float32)
-    hidden = stage(None, Inputs(IDS, None, None, (0, len(IDS)), cos, sin, Tokens(index, index, None, 0)))
-    return stage.lm_head(hidden)
+    tables = rope_tables(config, index, torch.float32)
+    hidden = stage(None, Inputs(IDS, None, None, (0, len(IDS)), tables, Tokens(index, index, None, 0)))
+    return stage.head(hidden)
 
 
 def digests(folder) -> dict[str, str]:
@@ -99,7 +121,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("lora", LORAS)
 def test_peft_and_shards_both_ways(tmp_path, capsys, family, lora):
     base = base_model(tmp_path / "base", family, **({"attention_bias": True} if family == "llama" else {}))
-    theirs = train_with_peft(base, tmp_path / "theirs", LORAS[lora])
+    theirs = train_with_peft(base, tmp_path / "theirs", lora_of(family, lora))
     layout = ["--tensor_parallel_size", 4, "--pipeline_parallel_size", 2]
     done(capsys, "adapter", "from-peft", "--input", tmp_path / "theirs", "--output", tmp_path / "shards", *layout)
     assert len(list((tmp_path / "shards").glob("mp_rank_*"))) == 8

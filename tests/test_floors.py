@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 EDGES = {"errors", "batch"}  # plain types that every floor may use
-GROUND = EDGES | {"lora", "parallel.mesh", "ops"}
+GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
 SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster"}
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "": set(),  # megalora/__init__.py: importing any part runs it, so it imports none
     "errors": set(),
     "batch": set(),
-    "lora": EDGES,
+    "adapters": EDGES,
     "parallel.mesh": EDGES,
     "ops": EDGES,
     "parallel": GROUND,
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     **{module: LOWER | {"models"} | SERVICES | PARTS for module in PARTS},
     **{module: LOWER | {"models"} | SERVICES | PARTS | TOP for module in TOP},
 }
-TORCH_ONLY = {"lora", "parallel.mesh", "ops"}  # the third-party packages of these
+TORCH_ONLY = {"adapters", "parallel.mesh", "ops"}  # the third-party packages of these
 
 
 def module_name(file: Path, root: Path = ROOT) -> str:
@@ -133,3 +133,34 @@ def test_the_check_lets_pass(module, source):
 def test_a_new_package_needs_a_floor():
     with pytest.raises(AssertionError, match="no floor"):
         part_of("megalora.attic.old")
+
+
+def imported(module: str) -> set[str]:
+    """The modules of ours that a module imports."""
+    file = MODULES[module]
+    found = imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+    return {name for _, name in found if name in MODULES and name != "megalora"}
+
+
+def test_no_module_imports_itself_through_others():
+    """Circles, imports in functions and for type checking counted."""
+    graph = {module: imported(module) - {module} for module in MODULES}
+    state: dict[str, int] = {}
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert state.get(module) != 1, f"a circle: {' -> '.join((*path[path.index(module) :], module))}"
+        if state.get(module) == 2:
+            return
+        state[module] = 1
+        for other in sorted(graph[module]):
+            visit(other, (*path, module))
+        state[module] = 2
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_a_model_is_data_without_torch():
+    module = "megalora.models.spec"
+    names = {name for _, name in imports(MODULES[module].read_text(encoding="utf-8"), module, False)}
+    assert all(name.partition(".")[0] in sys.stdlib_module_names for name in names), names

@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from spawn import spawn
 from talking import END, NEW, PROMPT_TOKENS, QUESTIONS, Case, flags, make, rows, run, tokenizer
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_lora
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.base.shards import Layout, save_adapter
 from megalora.generation import dialogue, output, replica
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
-from megalora.lora import LoraConfig
 from megalora.models.config import read_config
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import build_mesh
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 
 

@@ -10,16 +10,16 @@ import torch
 from oracle import FAMILIES, TINY, Run, train
 
 from megalora import cli
+from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import build_stage, resolve_lora
 from megalora.cluster.launch import fix_order_of_sums
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from megalora.models.config import read_config
-from megalora.models.stage import expected_weights
 
 MEGABYTE = 1 << 20
 FIELDS = tiny.FIELDS | {
@@ -31,7 +30,7 @@ MEASURE = """
     from megalora.building import load_base_weights
     from megalora.models.config import read_config
     from megalora.models.stage import Stage
-    from megalora.parallel.linear import Placement
+    from megalora.parallel.placement import Placement
     from megalora.parallel.mesh import Axis
 
     def peak():
@@ -60,7 +59,7 @@ def folder(tmp_path_factory):
     """bfloat16 in two files with an index, as the hub has them; every value is 1."""
     folder = tmp_path_factory.mktemp("big")
     tiny.write_json(folder / "config.json", FIELDS)
-    shapes = expected_weights(read_config(folder))
+    shapes = read_config(folder).tensors
     assert sum(map(math.prod, shapes.values())) * 2 > 400 * MEGABYTE
     names, weight_map = sorted(shapes), {}
     for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):

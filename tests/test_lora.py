@@ -6,17 +6,19 @@ import math
 import peft
 import pytest
 
+from megalora.adapters.config import LoraConfig
+from megalora.adapters.lora import Adapter, initial_factor
+from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.errors import UserError
-from megalora.lora import DEFAULT_TARGET_MODULES, Adapter, LoraConfig, initial_factor
 
-LINEARS = [
-    f"model.layers.{layer}.{part}"
+LINEARS = {
+    f"model.layers.{layer}.{part}": layer
     for layer in range(4)
     for part in (
         *(f"self_attn.{x}_proj" for x in "qkvo"),
         *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
     )
-]
+}
 REFERENCE = {  # the lora_config.json that the reference's documentation prints
     "base_model_name_or_path": None,
     "bias": "none",
@@ -116,7 +118,7 @@ def test_the_32_model_types_of_the_reference():
     for name in names:
         wanted = DEFAULT_TARGET_MODULES[name]
         config = LoraConfig.from_dict({})
-        found = config.resolve(name, [f"model.layers.0.{target}" for target in (*wanted, "other")])
+        found = config.resolve(name, {f"model.layers.0.{target}": 0 for target in (*wanted, "other")})
         assert set(found.adapters) == {f"model.layers.0.{target}" for target in wanted}
 
 
@@ -213,7 +215,7 @@ def test_a_pattern_that_matches_nothing_is_refused(name):
 def test_an_expression_that_matches_the_head_is_refused():
     """peft adapts lm_head for it: ours leaves it out."""
     with pytest.raises(UserError, match="lm_head"):
-        resolved(target_modules=r".*\.q_proj|lm_head")
+        LoraConfig.from_dict({"target_modules": r".*\.q_proj|lm_head"}).resolve("llama", LINEARS, ("lm_head",))
 
 
 # ---- files

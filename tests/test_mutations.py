@@ -18,21 +18,23 @@ from spawn import spawn
 
 import megalora.data.loader
 import megalora.data.packing
-import megalora.models.attention
+import megalora.models.blocks.attention
 import megalora.models.stage
 import megalora.ops.lora_backward
 import megalora.parallel.embedding
 import megalora.parallel.grads
+import megalora.parallel.group_grad
 import megalora.parallel.linear
-import megalora.parallel.linear_grad
 import megalora.parallel.loss
 import megalora.pipeline.p2p
 import megalora.training
 from megalora.data.loader import Loader
 from megalora.parallel.collectives import Pending
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import ColumnParallelLinear, LinearGroup, ParallelLinear, RowParallelLinear, Tokens
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Tokens
 from megalora.pipeline.actions import RECV_BACKWARD
 from megalora.pipeline.runner import PipelineRunner
 
@@ -315,12 +317,12 @@ def _():
 
 @mutation("a row linear is not reduced", TP2)
 def _():
-    megalora.parallel.linear.all_reduce = no_collective
+    megalora.parallel.group.all_reduce = no_collective
 
 
 @mutation("dx of a column linear is not reduced", TP2)
 def _():
-    megalora.parallel.linear_grad.all_reduce_async = lambda x, axis: Pending(x, None, axis)
+    megalora.parallel.group_grad.all_reduce_async = lambda x, axis: Pending(x, None, axis)
 
 
 @mutation("the embedding is of this rank's words", TP2)
@@ -397,13 +399,13 @@ def _():
         init(self, *args, **kwargs)
         self.reads = None if self.reads is None else self.reads[::-1]
 
-    wrap(megalora.models.attention.SelfAttention, "__init__", change)
+    wrap(megalora.models.blocks.attention.AttentionBlock, "__init__", change)
 
 
 @mutation("documents of a row see one another", Run())
 def _():
     wrap(
-        megalora.models.attention,
+        megalora.models.blocks.attention,
         "attention",
         lambda attention, q, k, v, bounds, window, packed: attention(q, k, v, (0, len(q)), window),
     )

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import column, make_inputs, tune
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora
 from megalora.cli import main
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.parallel.mesh import Axis
 from megalora.pipeline.actions import BACKWARD, FORWARD, Action

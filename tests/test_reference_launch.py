@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, load_base_weights, resolve_lora
 from megalora.checkpoint.base.shards import Layout, read_adapter, save_base_shards
-from megalora.lora import LoraConfig
 from megalora.models.config import read_config
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import build_mesh
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 
 REFERENCE = """--output_dir ./output/medi --per_device_train_batch_size 1 --gradient_accumulation_steps 1

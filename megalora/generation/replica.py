@@ -232,7 +232,7 @@ class Replica:
         if self._pp.is_last:
             lengths = [span.stop - span.start for span in spans]
             ends = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
-            logits = self._stage.lm_head(hidden[ends])
+            logits = self._stage.head(hidden[ends])
             if self._keep_logits is not None:
                 self._hand_over_logits(fed, hidden.split(lengths))
         else:
@@ -247,7 +247,7 @@ class Replica:
             self._held[slot].append(token)
         hidden = self._steps.decode(self._received(len(ids)), ids, slots, places)
         if self._pp.is_last:
-            return self._chosen(fed, self._stage.lm_head(hidden))
+            return self._chosen(fed, self._stage.head(hidden))
         self._send(hidden)
         return self._chosen(fed, None)
 
@@ -282,7 +282,7 @@ class Replica:
 
     def _hand_over_logits(self, fed: Sequence[_Sequence], hidden: Sequence[torch.Tensor]) -> None:
         for sequence, its_hidden in zip(fed, hidden, strict=True):
-            logits = self._stage.lm_head(its_hidden)
+            logits = self._stage.head(its_hidden)
             if self._chooses:
                 self._keep_logits(sequence.prompt, logits)
 

@@ -11,7 +11,7 @@ from megalora.generation.graphs import DecodeGraphs
 from megalora.models.inputs import Cache, Inputs, rope_tables
 from megalora.models.stage import Stage
 from megalora.ops.decode_attention import has_kernel
-from megalora.parallel.linear import Tokens
+from megalora.parallel.placement import Tokens
 
 
 class Steps:
@@ -31,7 +31,7 @@ class Steps:
         self._graphs: DecodeGraphs | None = None
         if recorded:
             like = torch.empty(stage.config.hidden_size, dtype=stage.place.dtype, device=self._device)
-            first = stage.model.embed_tokens is not None
+            first = stage.embedding is not None
             self._graphs = DecodeGraphs(self._decode, slots, self._device, None if first else like)
 
     def prefill(self, hidden: torch.Tensor | None, token_ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
@@ -57,17 +57,17 @@ class Steps:
         return self._run(hidden, ids, places, DecodeStep(self._cache, slots, places))
 
     def _run(self, hidden: torch.Tensor | None, ids: torch.Tensor, places: torch.Tensor, cache: Cache) -> torch.Tensor:
-        cos, sin = (table[places] for table in self._rope)
+        tables = {rotary: (cos[places], sin[places]) for rotary, (cos, sin) in self._rope.items()}
         tokens = Tokens(places, places, seed=None, step=0)  # no dropout, so nothing is drawn from them
-        return self._stage(hidden, Inputs(ids, None, None, (), cos, sin, tokens, cache))
+        return self._stage(hidden, Inputs(ids, None, None, (), tables, tokens, cache))
 
 
 def _can_be_recorded(stage: Stage) -> bool:
     """Whether a decoding step has fixed shapes and never waits for the host: on a GPU, with the attention kernel, and
     without messages between the GPUs of a stage."""
-    place, attention = stage.place, next(iter(stage.model.layers.values())).self_attn
+    place, attention = stage.place, stage.attention
     return (
         torch.device(place.device).type == "cuda"
         and place.tp.size == 1
-        and has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.head_dim)
+        and has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.spec.head_dim)
     )

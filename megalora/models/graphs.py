@@ -24,7 +24,7 @@ import torch
 from megalora.errors import UserError
 from megalora.models.inputs import Inputs
 from megalora.ops.attention import Packed, is_even, packs
-from megalora.parallel.linear import Placement
+from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import ParallelMesh
 
 T = TypeVar("T")
@@ -200,7 +200,7 @@ class _Graph:
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:
     """Those that layers read and that differ from one microbatch of a layout to the next; the bounds apart."""
-    return [inputs.input_ids, inputs.cos, inputs.sin, inputs.tokens.index]
+    return [inputs.input_ids, inputs.tokens.index, *(table for pair in inputs.tables.values() for table in pair)]
 
 
 def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
@@ -211,7 +211,7 @@ def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
 
 
 def _copy(inputs: Inputs, place: Placement, bounds: int, longest: int) -> Inputs:
-    input_ids, cos, sin, index = (tensor.clone() for tensor in _tensors(inputs))
+    input_ids, index, *tables = (tensor.clone() for tensor in _tensors(inputs))
     step = torch.tensor(inputs.tokens.step, dtype=torch.int64, device=index.device)
     tokens = replace(inputs.tokens, index=index, local=place.own_tokens(index), step=step)
     cu_seqlens = inputs.packed.cu_seqlens.new_empty(bounds)
@@ -221,8 +221,7 @@ def _copy(inputs: Inputs, place: Placement, bounds: int, longest: int) -> Inputs
         input_ids=input_ids,
         labels=None,
         labelled=None,
-        cos=cos,
-        sin=sin,
+        tables=dict(zip(inputs.tables, zip(tables[::2], tables[1::2], strict=True), strict=True)),
         tokens=tokens,
         packed=Packed(cu_seqlens, longest),
     )

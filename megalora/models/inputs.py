@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from megalora.batch import Batch, to_device
-from megalora.models.config import ModelConfig
+from megalora.models.rotary import rope_table
+from megalora.models.spec import ModelSpec, Rotary
 from megalora.ops.attention import Packed, pack
-from megalora.parallel.linear import Placement, Tokens
+from megalora.parallel.placement import Placement, Tokens
+
+RopeTables = Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Cache(Protocol):
@@ -29,7 +33,7 @@ class Inputs:
     labels     [F] int64, shifted, or None where no loss is asked for
     labelled   [L] int64, the places where labels is not -100, or None as labels
     bounds     cumulative document bounds in F, as ints
-    cos, sin   [F, head_dim / 2] in the compute dtype
+    tables     of each rotation cos and sin [F, n / 2] in the compute dtype
     tokens     places of the tokens and what dropout is drawn from
     cache      earlier keys and values, or None (training)
     packed     the bounds for kernels that read them on the device, where some do
@@ -39,29 +43,25 @@ class Inputs:
     labels: torch.Tensor | None
     labelled: torch.Tensor | None
     bounds: tuple[int, ...]
-    cos: torch.Tensor
-    sin: torch.Tensor
+    tables: RopeTables
     tokens: Tokens
     cache: Cache | None = None
     packed: Packed | None = None
 
 
-def rope_tables(config: ModelConfig, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """(cos, sin) [F, head_dim / 2] of positions [F]; angles in float32, as HF computes them."""
-    frequencies = to_device(torch.tensor(config.rope_inverse_frequencies, dtype=torch.float32), position_ids.device)
-    angles = position_ids.to(torch.float32).unsqueeze(-1) * frequencies
-    factor = config.rope_attention_factor
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+def rope_tables(spec: ModelSpec, position_ids: torch.Tensor, dtype: torch.dtype) -> RopeTables:
+    """Return the tables of every rotation in the model at positions [F]."""
+    return {rotary: rope_table(rotary, position_ids, dtype) for rotary in spec.rotaries}
 
 
-def training_inputs(batch: Batch, config: ModelConfig, place: Placement, *, seed: int | None, step: int) -> Inputs:
-    """The Inputs of a microbatch; seed None switches dropout off (evaluation)."""
+def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: int | None, step: int) -> Inputs:
+    """Return the Inputs of a microbatch; seed None switches dropout off (evaluation)."""
     # Before the copy to the device: reading these there would wait for it.
     bounds = tuple(batch.cu_seqlens.tolist())
     packed = pack(bounds, config.head_dim, place.dtype, torch.device(place.device))
     labelled = to_device((batch.labels != -100).nonzero().squeeze(-1), place.device)
     batch = batch.to(place.device)
-    cos, sin = rope_tables(config, batch.position_ids, place.dtype)
+    tables = rope_tables(config, batch.position_ids, place.dtype)
     index = batch.token_index
     tokens = Tokens(index, place.own_tokens(index), seed, step)
-    return Inputs(batch.input_ids, batch.labels, labelled, bounds, cos, sin, tokens, packed=packed)
+    return Inputs(batch.input_ids, batch.labels, labelled, bounds, tables, tokens, packed=packed)

@@ -5,37 +5,32 @@ Parameter names are those of the HF file, with global layer indices on every sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megalora.lora import LoraConfig, ResolvedLora
-from megalora.models.config import ModelConfig
+from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.models.blocks.attention import AttentionBlock
+from megalora.models.blocks.layer import Layer
+from megalora.models.blocks.norm import NORMS, Norm
+from megalora.models.blocks.place import LayerPlace
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
-from megalora.models.layer import DecoderLayer
-from megalora.models.norm import RMSNorm
+from megalora.models.names import hang
+from megalora.models.spec import ModelSpec
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
-from megalora.parallel.linear import ParallelLinear, Placement
-from megalora.parallel.loss import cross_entropy_sum
-from megalora.parallel.mesh import Axis
-from megalora.parallel.split import named_splits
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.linear import ParallelLinear
+from megalora.parallel.loss import next_token_loss
+from megalora.parallel.placement import Placement
 
+Loss = Callable[[torch.Tensor, VocabParallelHead, Inputs], torch.Tensor]
 RECOMPUTE = ("none", "selective", "full")
 NO_LORA = ResolvedLora(LoraConfig(), {})
-
-
-class Decoder(nn.Module):
-    """The parts below the prefix `model.`."""
-
-    def __init__(self, embed_tokens: nn.Module | None, layers: dict[str, nn.Module], norm: nn.Module | None):
-        super().__init__()
-        self.embed_tokens = embed_tokens
-        self.layers = nn.ModuleDict(layers)
-        self.norm = norm
 
 
 class Stage(nn.Module):
@@ -44,12 +39,13 @@ class Stage(nn.Module):
     further    the layers of its further chunks, which follow later in the model (interleaved schedules): the embedding
                belongs to the first chunk, the norm and the head to the last
     recompute  "none"; "selective": rotation and attention run again in backward; "full": whole layers do
+    loss       (final hidden states, head, inputs) -> the summed loss of a microbatch
     Parameters are uninitialised: `checkpoint` fills the base, `reset_adapters` the adapters.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ModelSpec,
         layers: Iterable[int],
         place: Placement,
         lora: ResolvedLora = NO_LORA,
@@ -58,20 +54,56 @@ class Stage(nn.Module):
         last: bool = True,
         further: Sequence[Iterable[int]] = (),
         recompute: str = "none",
+        loss: Loss = next_token_loss,
     ):
         super().__init__()
         assert recompute in RECOMPUTE, recompute
-        self._chunks = tuple(tuple(map(str, chunk)) for chunk in (layers, *further))
-        self.config, self.place, self.lora = config, place, lora
+        self._chunks = tuple(tuple(chunk) for chunk in (layers, *further))
+        self.config, self.place, self.lora, self.loss = config, place, lora, loss
         self.recompute_layers = recompute == "full"
         self._graphs: LayerGraphs | None = None
-        embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, place) if first else None
-        blocks = {i: DecoderLayer(config, int(i), place, lora, recompute == "selective") for i in chain(*self._chunks)}
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps, place) if last else None
-        self.model = Decoder(embed, blocks, norm)
-        self.lm_head = VocabParallelHead(config.vocab_size, config.hidden_size, place) if last else None
-        if config.tie_word_embeddings and first and last:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        stack, words = config.stack, (config.vocab_size, config.hidden_size)
+        # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in `_parts`:
+        # modules here would be registered a second time.
+        embedding = VocabParallelEmbedding(*words, place) if first else None
+        if first:
+            hang(self, config.embedding.name, embedding)
+        blocks = {
+            i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora), recompute == "selective")
+            for i in chain(*self._chunks)
+        }
+        norm = NORMS[stack.final_norm.kind](stack.final_norm, place) if last else None
+        head = VocabParallelHead(*words, place) if last else None
+        if last:
+            hang(self, stack.final_norm.name, norm)
+            hang(self, config.head.name, head)
+        if config.head.tied and first and last:
+            head.weight = embedding.weight
+        self._parts = _Parts(embedding, blocks, norm, head)
+
+    @property
+    def embedding(self) -> VocabParallelEmbedding | None:
+        return self._parts.embedding
+
+    @property
+    def layers(self) -> dict[int, Layer]:
+        """The layers by their index in the model."""
+        return self._parts.layers
+
+    @property
+    def head(self) -> VocabParallelHead | None:
+        return self._parts.head
+
+    @property
+    def attention(self) -> AttentionBlock:
+        """The first attention block."""
+        blocks = (block for layer in self.layers.values() for block in layer.blocks)
+        return next(block for block in blocks if isinstance(block, AttentionBlock))
+
+    @property
+    def groups(self) -> list[LinearGroup]:
+        """All linears of the layers, in groups that read one input."""
+        return [group for layer in self.layers.values() for group in layer.groups]
 
     def forward(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int = 0) -> torch.Tensor:
         """hidden [T, hidden_size] from the stage before; None on the first, which looks input_ids up.
@@ -79,34 +111,34 @@ class Stage(nn.Module):
         Returns what the next stage reads, [T, hidden_size]; on the last stage the sum of the token losses (a scalar)
         where inputs has labels, else the final hidden states, normed. Of several chunks it runs one.
         """
-        last = self.model.norm is not None and chunk == len(self._chunks) - 1
+        last = self._parts.norm is not None and chunk == len(self._chunks) - 1
         if self._graphs is not None and torch.is_grad_enabled():
             hidden = self._graphs(inputs)
         else:
             hidden = self._layers(hidden, inputs, chunk)
         if last and inputs.labels is not None:
-            return cross_entropy_sum(hidden, self.lm_head, inputs.labels, inputs.labelled)
+            return self.loss(hidden, self.head, inputs)
         return hidden
 
     def _layers(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int) -> torch.Tensor:
         """All of a chunk but the head and the loss."""
-        if self.model.embed_tokens is not None and chunk == 0:
-            hidden = self.model.embed_tokens(inputs.input_ids)
+        if self.embedding is not None and chunk == 0:
+            hidden = self.embedding(inputs.input_ids)
         delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
-        for layer in (self.model.layers[i] for i in self._chunks[chunk]):
+        for layer in (self.layers[i] for i in self._chunks[chunk]):
             if self.recompute_layers and torch.is_grad_enabled():
                 hidden, delta = checkpoint(
                     layer, hidden, delta, inputs, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 hidden, delta = layer(hidden, delta, inputs)
-        if self.model.norm is None or chunk < len(self._chunks) - 1:
+        if self._parts.norm is None or chunk < len(self._chunks) - 1:
             return hidden if delta is None else hidden + delta
-        return self.model.norm.after(hidden, delta)[1]
+        return self._parts.norm.after(hidden, delta)[1]
 
     def use_graphs(self) -> None:
         """Runs the layers as CUDA graphs from here on (see megalora.models.graphs): for a stage that is a whole model."""
-        assert self.model.embed_tokens is not None and self.model.norm is not None and len(self._chunks) == 1
+        assert self.embedding is not None and self.head is not None and len(self._chunks) == 1
         self._graphs = LayerGraphs(
             lambda inputs: self._layers(None, inputs, 0), self._refresh_groups, self.place
         )
@@ -133,21 +165,18 @@ class Stage(nn.Module):
             self._refresh_groups()
 
     def _refresh_groups(self) -> None:
-        for layer in self.model.layers.values():
-            for group in layer.groups():
-                group.refresh()
+        for group in self.groups:
+            group.refresh()
 
     def keep_base(self) -> None:
         """To be called with the base loaded and no adapter yet, where `switch_adapters` is to be used."""
-        for layer in self.model.layers.values():
-            for group in layer.groups():
-                group.keep_base()
+        for group in self.groups:
+            group.keep_base()
 
     def switch_adapters(self, on: bool) -> None:
         """The stage of the adapted model, or of the base alone (generation), after `refresh_adapters`."""
-        for layer in self.model.layers.values():
-            for group in layer.groups():
-                group.switch(on)
+        for group in self.groups:
+            group.switch(on)
 
     def reset_adapters(self, seed: int) -> None:
         """Initial adapters, the same on every layout."""
@@ -156,20 +185,9 @@ class Stage(nn.Module):
                 module.reset_adapter(seed, self.lora.config.init_lora_weights)
 
 
-def whole_on_meta(config: ModelConfig) -> Stage:
-    """The whole base model without storage: its names and shapes are those of the HF file."""
-    place = Placement(Axis(), False, torch.float32, "meta")
-    return Stage(config, range(config.num_hidden_layers), place)
-
-
-def expected_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the HF file of this model, with its shape; without lm_head.weight where it is tied."""
-    shapes = {name: split.global_shape for name, split in named_splits(whole_on_meta(config)).items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
-
-
-def adaptable_linears(config: ModelConfig) -> list[str]:
-    """Full names of the linears that can carry an adapter: all but the head."""
-    return [module.name for module in whole_on_meta(config).modules() if isinstance(module, ParallelLinear)]
+@dataclass(frozen=True)
+class _Parts:
+    embedding: VocabParallelEmbedding | None
+    layers: dict[int, Layer]
+    norm: Norm | None
+    head: VocabParallelHead | None

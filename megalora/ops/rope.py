@@ -8,18 +8,21 @@ from megalora.ops import extension
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (x[j], x[j + D/2]) of each head by the angle of the token's position.
+    """Rotates the pairs (x[j], x[j + n/2]) of each head's first n features by the angle of the token's position.
 
-    x [T, H, D]; cos, sin [T, D / 2] in x's dtype. The backward pass is the rotation by the opposite angle.
+    x [T, H, D]; cos, sin [T, n / 2] in x's dtype. The backward pass is the rotation by the opposite angle.
     """
     return _Rope.apply(x, cos, sin)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    size = 2 * cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    left, right = out.chunk(2, dim=-1)
+    if size < x.shape[-1]:
+        out[..., size:].copy_(x[..., size:])
+    first, second = x[..., :size].chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    left, right = out[..., :size].chunk(2, dim=-1)
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=right).addcmul_(first, sin)
     return out
@@ -42,15 +45,16 @@ def split_rope(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cuts qkv into heads and rotates those of q and k.
 
-    qkv [T, (H + 2 K) D], the query heads, then the key heads, then the value heads; cos, sin [T, D / 2]
+    qkv [T, (H + 2 K) D], the query heads, then the key heads, then the value heads; cos, sin [T, n / 2]: the first
+         n features of a head are rotated
     Returns q [T, H, D], k [T, K, D], v [T, K, D].
     """
     return _SplitRope.apply(qkv, cos, sin, heads, kv_heads)
 
 
-def _compiled(qkv: torch.Tensor, head_dim: int) -> bool:
-    """Whether kernels take it: on a CPU not in float16; on a GPU not in float64, half heads on 16 bytes."""
-    if not (extension.has_kernels(qkv.device.type) and qkv.is_contiguous()):
+def _compiled(qkv: torch.Tensor, head_dim: int, cos: torch.Tensor) -> bool:
+    """Whether kernels take it: whole heads, on a CPU no float16; on a GPU no float64, half heads on 16 bytes."""
+    if not (extension.has_kernels(qkv.device.type) and qkv.is_contiguous() and 2 * cos.shape[-1] == head_dim):
         return False
     if qkv.device.type == "cpu":
         return qkv.dtype != torch.float16
@@ -63,7 +67,7 @@ class _SplitRope(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.cut = [heads, kv_heads, kv_heads]
         parts = qkv.unflatten(-1, (sum(ctx.cut), -1))
-        if _compiled(qkv, parts.shape[2]):
+        if _compiled(qkv, parts.shape[2], cos):
             q, k, v = (parts.new_empty(parts.shape[0], count, parts.shape[2]) for count in ctx.cut)
             torch.ops.megalora.split_rope_(qkv, cos, sin, q, k, v)
             return q, k, v
@@ -74,7 +78,7 @@ class _SplitRope(torch.autograd.Function):
     def backward(ctx, dq, dk, dv):
         cos, sin = ctx.saved_tensors
         grad = dq.new_empty(dq.shape[0], sum(ctx.cut), dq.shape[2])
-        if _compiled(grad.flatten(1), dq.shape[2]):
+        if _compiled(grad.flatten(1), dq.shape[2], cos):
             dq, dk, dv = (x if x.stride(2) == 1 else x.contiguous() for x in (dq, dk, dv))
             torch.ops.megalora.split_rope_backward_(dq, dk, dv, cos, sin, grad.flatten(1))
         else:

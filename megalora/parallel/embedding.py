@@ -7,7 +7,7 @@ from torch import nn
 
 from megalora.ops.matmul import matmul_nt
 from megalora.parallel.collectives import all_gather, all_reduce, local_tokens
-from megalora.parallel.linear import Placement
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, even_part, shard_range
 
 
@@ -20,7 +20,7 @@ class _VocabParallel(nn.Module):
         self.vocab_size = vocab_size
         part = even_part(vocab_size, place.tp)
         self.start, self.stop = part.start, part.stop
-        self._split = part.split((vocab_size, hidden_size), 0)
+        self._split = part.cut().split((vocab_size, hidden_size), 0)
         weight = torch.empty(self._split.local_shape, dtype=place.dtype, device=place.device)
         self.weight = nn.Parameter(weight, requires_grad=False)
 

@@ -40,7 +40,7 @@ class FlatGradients:
         self._views = {}
         for name, part in zip(names, self.buffer.split(sizes), strict=True):
             self._views[name] = part.view_as(parameters[name])
-        owned = [self._splits[name].owned(view) for name, view in self._views.items()]
+        owned = [part for name, view in self._views.items() for part in self._splits[name].owned(view)]
         counts_all = sum(part.numel() for part in owned) == self.buffer.numel()
         self._owned = [self.buffer] if counts_all else [part for part in owned if part.numel()]
         self.zero()
@@ -64,15 +64,14 @@ class FlatGradients:
             return
         sizes = [torch.Size(self._splits[name].global_shape).numel() for name in partial]
         whole = self.buffer.new_zeros(sum(sizes))
-        parts = [
-            flat.view(self._splits[name].global_shape)[self._splits[name].index]
-            for name, flat in zip(partial, whole.split(sizes), strict=True)
+        wholes = [
+            flat.view(self._splits[name].global_shape) for name, flat in zip(partial, whole.split(sizes), strict=True)
         ]
-        for name, part in zip(partial, parts, strict=True):
-            part.copy_(self._views[name])
+        for name, place in zip(partial, wholes, strict=True):
+            self._splits[name].put(place, self._views[name])
         all_reduce(whole, tp)
-        for name, part in zip(partial, parts, strict=True):
-            self._views[name].copy_(part)
+        for name, place in zip(partial, wholes, strict=True):
+            self._views[name].copy_(self._splits[name].slice(place))
 
     def square_sum(self) -> torch.Tensor:
         """This rank's share of the squared global gradient norm, float64 scalar: sums over the world to the whole.

@@ -6,6 +6,8 @@ of one forward pass (two GEMMs over the labelled tokens), and the head, being fr
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 
@@ -19,22 +21,39 @@ from megalora.parallel.embedding import VocabParallelHead
 CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
 
 
+class Labels(Protocol):
+    """What a microbatch is to predict, as `cross_entropy_sum` takes it."""
+
+    labels: torch.Tensor | None
+    labelled: torch.Tensor | None
+
+
+def next_token_loss(hidden: torch.Tensor, head: VocabParallelHead, inputs: Labels) -> torch.Tensor:
+    """Return the summed loss of a causal language model on one microbatch (see `cross_entropy_sum`)."""
+    return cross_entropy_sum(hidden, head, inputs.labels, inputs.labelled)
+
+
 def cross_entropy_sum(
-    hidden: torch.Tensor, head: VocabParallelHead, labels: torch.Tensor, labelled: torch.Tensor
+    hidden: torch.Tensor,
+    head: VocabParallelHead,
+    labels: torch.Tensor,
+    labelled: torch.Tensor,
+    coefficients: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over the labelled tokens of -log softmax(hidden W^T)[label], as a float32 (or float64) scalar.
+    """Return the sum over the labelled tokens of -c log softmax(hidden W^T)[label], a float32 (or float64) scalar.
 
     hidden    [T, hidden_size]: this rank's tokens under sequence parallelism, else all F of them
     labels    [F] int64, already shifted; -100 where there is nothing to predict
     labelled  [L] int64, where labels is not -100
+    coefficients  [L] float32 (or float64), c of each labelled token: that of its document or turn; None: all are 1
     The scalar is the same on every rank of the tp axis. Only hidden gets a gradient.
     """
-    return _CrossEntropySum.apply(hidden, head, labels, labelled)
+    return _CrossEntropySum.apply(hidden, head, labels, labelled, coefficients)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels, labelled):
+    def forward(ctx, hidden, head, labels, labelled, coefficients):
         tp = head.place.tp
         gathers = head.place.sequence_parallel and tp.size > 1
         full = all_gather(hidden, tp) if gathers else hidden
@@ -58,9 +77,12 @@ class _CrossEntropySum(torch.autograd.Function):
             if tp.size > 1:  # sums relative to the maximum of the whole vocabulary
                 maximum = all_reduce(local.clone(), tp, dist.ReduceOp.MAX)
                 total, target = all_reduce(torch.stack([total * (local - maximum).exp(), target]), tp)
-            loss += (total.log() + maximum - target).sum()
+            losses = total.log() + maximum - target
+            loss += losses.sum() if coefficients is None else torch.dot(losses, coefficients[part].to(losses.dtype))
             if needs_grad:  # softmax - onehot
                 d = gradient_(logits, label, local, maximum, total)
+                if coefficients is not None:
+                    d.mul_(coefficients[part].to(d.dtype).unsqueeze(-1))
                 dhidden.index_copy_(0, rows, matmul(d, head.weight))
         ctx.tp, ctx.gathers = tp, gathers
         ctx.save_for_backward(dhidden)
@@ -73,4 +95,4 @@ class _CrossEntropySum(torch.autograd.Function):
         # In float32: a factor rounded to bfloat16 would make all gradients of a step up to 0.4% too large or too small.
         dhidden = (dhidden.to(dloss.dtype) * dloss).to(dhidden.dtype)
         reduced = reduce_scatter(dhidden, ctx.tp) if ctx.gathers else all_reduce(dhidden, ctx.tp)
-        return reduced, None, None, None
+        return reduced, None, None, None, None

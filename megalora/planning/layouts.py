@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megalora.adapters.config import ResolvedLora
 from megalora.errors import UserError
-from megalora.lora import ResolvedLora
-from megalora.models.config import ModelConfig, check_layout
+from megalora.models.config import check_layout
+from megalora.models.spec import ModelSpec
 from megalora.models.stage import RECOMPUTE as RECOMPUTE_METHODS
 from megalora.pipeline.actions import FORWARD, RECOMPUTE, SENDS, Action
 from megalora.pipeline.partition import partition
@@ -140,7 +141,7 @@ class TooLarge:
 class Planner:
     """Finds and reckons layouts of one model with its adapters on one cluster."""
 
-    def __init__(self, config: ModelConfig, lora: ResolvedLora, cluster: Cluster, device_type: str = "cuda"):
+    def __init__(self, config: ModelSpec, lora: ResolvedLora, cluster: Cluster, device_type: str = "cuda"):
         self._config, self._lora, self._cluster, self._device_type = config, lora, cluster, device_type
         self._shapes: dict[int, Shape] = {}
         self._costs: dict[tuple, LayerCosts] = {}
@@ -346,7 +347,7 @@ class Planner:
 
 
 def predicted(
-    config: ModelConfig, lora: ResolvedLora, layout: Layout, parts: Sequence[range], device: torch.device
+    config: ModelSpec, lora: ResolvedLora, layout: Layout, parts: Sequence[range], device: torch.device
 ) -> Plan:
     """The plan of a run that is cut into `parts` and runs on this process's device and its like."""
     ranks = layout.tp * layout.pp * layout.dp

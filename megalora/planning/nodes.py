@@ -16,7 +16,7 @@ from megalora.ops import extension
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
-from megalora.planning.shapes import Group, Layer, Shape
+from megalora.planning.shapes import MLP, Attention, Group, Layer, Shape
 
 _STATISTIC = 4  # bytes of a float32: the norms' inverses, the logsumexp of attention
 
@@ -119,11 +119,14 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
     for index in layers:
         layer = shape.layers[index]
         nodes += _layer_nodes(layer, bare, work, index == layers.start, flowing)
+        if index == layers.start + 1 and work.recompute == "full" and len(shape.layers[index - 1].steps) == 1:
+            # A layer of one step gives its input on as it came: the two layers keep one tensor.
+            nodes[-1] = replace(nodes[-1], kept=max(0, nodes[-1].kept - tokens.stream)) if flowing else nodes[-1]
         flowing = flowing or layer.trains
     nodes += _tail(shape, work, tokens, flowing) if last else [_output(tokens, flowing)]
     # Rotation tables and token numbers of the microbatch: every layer reads the same ones.
-    dim = shape.layers[0].head_dim
-    nodes.append(Node("inputs", tokens.full * (dim * work.element + 8) if flowing else 0, NOTHING))
+    turned = sum(shape.rotary)
+    nodes.append(Node("inputs", tokens.full * (turned * work.element + 8) if flowing else 0, NOTHING))
     return nodes
 
 
@@ -216,59 +219,86 @@ class _LayerNodes:
     entering: bool
 
     def build(self, flowing: bool) -> list[Node]:
-        layer = self.layer
-        nodes = [self._norm("norm of the input" if self.entering else "norm", layer.qkv, flowing)]
-        for group, after in (
-            (layer.qkv, self._core),
-            (layer.out, lambda on: self._norm("norm", layer.gate_up, on)),
-            (layer.gate_up, None),
-            (layer.down, None),
-        ):
-            nodes.append(self._linears(group, flowing))
-            flowing = flowing or group.trains
-            if after is not None:
-                nodes.append(after(flowing))
+        nodes: list[Node] = []
+        for number, step in enumerate(self.layer.steps):
+            name = "norm of the input" if self.entering and number == 0 else "norm"
+            for mixer in step.mixers:
+                nodes.append(self._norm(name, step.kind, mixer.groups[0], flowing))
+                added = self._attention(mixer, flowing) if isinstance(mixer, Attention) else self._mlp(mixer, flowing)
+                nodes += added
+                name = "norm of the same"
+            flowing = flowing or any(group.trains for mixer in step.mixers for group in mixer.groups)
         return nodes
+
+    def _attention(self, mixer: Attention, flowing: bool) -> list[Node]:
+        after = flowing or mixer.qkv.trains
+        source = "recomputed" if self.work.recompute == "selective" and after else "kept" if after else "new"
+        return [
+            self._linears(mixer.qkv, "normed", flowing),
+            self._core(mixer, after),
+            self._linears(mixer.out, source, after),
+        ]
+
+    def _mlp(self, mixer: MLP, flowing: bool) -> list[Node]:
+        after = flowing or mixer.up.trains
+        if mixer.gated:
+            fused = self._fused(mixer)
+            return [
+                self._linears(mixer.up, "normed", flowing, fused=fused),
+                self._linears(mixer.down, "gated", after, fused=fused),
+            ]
+        # relu keeps its result, which down reads; the others keep what they read.
+        kept = self.tokens.full * mixer.down.inputs * self.work.element
+        both = Pass(live=kept, traffic=2 * kept, calls=1)
+        act = self._node("activation", kept, both, replace(both, live=2 * kept, traffic=3 * kept), after)
+        source = "kept" if mixer.act == "relu" and after else "new"
+        return [self._linears(mixer.up, "normed", flowing), act, self._linears(mixer.down, source, after)]
 
     def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:
         return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)
 
-    def _norm(self, name: str, group: Group, flowing: bool) -> Node:
-        """The sum is kept (or what comes in, where there is nothing to add) and one number a token."""
+    def _norm(self, name: str, kind: str, group: Group, flowing: bool) -> Node:
+        """The sum is kept (or what comes in, where there is nothing to add) and one number a token, two by LayerNorm.
+
+        "norm of the same": one that reads what another norm of this step has kept already.
+        """
         tokens, e = self.tokens, self.work.element
         normed = tokens.local * (group.inputs + group.room) * e
-        added = 0 if name == "norm of the input" else 2
+        added = 0 if name != "norm" else 2
+        statistics = tokens.local * _STATISTIC * (2 if kind == "layer" else 1)
         return self._node(
             name,
-            tokens.stream + tokens.local * _STATISTIC,
+            (0 if name == "norm of the same" else tokens.stream) + statistics,
             Pass(live=2 * tokens.stream, traffic=(2 + added) * tokens.stream, calls=1),
             Pass(live=2 * tokens.stream + normed, traffic=4 * tokens.stream, calls=1),
             flowing,
         )
 
-    def _linears(self, group: Group, flowing: bool) -> Node:
+    def _linears(self, group: Group, source: str, flowing: bool, *, fused: bool = False) -> Node:
         """What the group is given is kept where there is an A, and z apart from it where it has no room for z.
 
-        q k v and gate up are given x with room. o is given x alone, the result of attention, which keeps it anyhow
-        unless it is computed again. down is given gate_up, which is kept also for the gradient, and makes x of it.
+        source  what the group is given: "normed", x with room (q k v, gate up); x alone, the result of attention or of
+                an activation: "kept" by what made it, "recomputed" in backward, or "new"; "gated": gate_up, of which
+                it makes x, and which it keeps also for the gradient
+        fused   the backward passes of gate up and down are one pass through what is gated
         """
-        layer, tokens, e = self.layer, self.tokens, self.work.element
-        gathers, gated = tokens.gathers and not group.row_parallel, group is layer.down
+        tokens, e = self.tokens, self.work.element
+        gathers, gated, normed = tokens.gathers and not group.row_parallel, source == "gated", source == "normed"
+        alone = not gated and not normed
         held = tokens.full if group.row_parallel else tokens.local
         x = held * (group.inputs + group.room) * e
         if gated:
             kept = 2 * held * group.inputs * e
-        elif group is layer.out:
-            shared = flowing and self.work.recompute != "selective"
-            kept = held * group.inputs * e if group.rank and not shared else 0
+        elif alone:
+            kept = held * group.inputs * e if group.rank and source != "kept" else 0
         else:
             kept = x if group.rank else 0
         if group.rank and (gathers or group.row_parallel):
             kept += tokens.full * group.room * e
         device = self.shape.device_type
         reads_z = group.rank and not (gated and fuses_down(device, group.rank))  # x again, for z
-        fused = bool(group.rank) and self._fused()  # one pass through what is gated, with dB of gate and up
-        made = x if gated or (group is layer.out and group.room) else 0  # with room, for the forward only
+        fused = bool(group.rank) and fused  # one pass through what is gated, with dB of gate and up
+        made = x if gated or (alone and group.room) else 0  # with room, for the forward only
         y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
         reads_x = held * group.inputs * e
         in_region = self.shape.device_type == "cuda"  # what is gathered lies in the memory of the exchange there
@@ -290,12 +320,12 @@ class _LayerNodes:
         after = 0  # beside dX: the gradient of gate_up and x again; or what goes on from o
         if gated:
             after = (3 if group.rank and not fused else 2) * reads_x
-        elif group is layer.out and group.rank:
+        elif alone and group.rank:
             after = reads_x
         traffic = y_full + reads_x + (2 * reads_x if needs_dx else 0) if group.rank else 0
         if fused and needs_dx and gated:
             traffic = y_full
-        elif fused and group is layer.gate_up:
+        elif fused and normed:
             traffic -= y_full
         product = matrix if needs_dx else 2 * tokens.full * group.room * group.output
         messages = self._messages(group, not group.row_parallel, product, needs_dx)
@@ -305,7 +335,7 @@ class _LayerNodes:
             traffic=traffic + (5 * reads_x if gated and needs_dx else 0),
             messages=messages,
             # dX; dx with dA; dB of each branch, where no other pass makes it.
-            calls=1 + (group.rank > 0) + (0 if fused and group is layer.gate_up else group.adapted) + len(messages),
+            calls=1 + (group.rank > 0) + (0 if fused and normed else group.adapted) + len(messages),
         )
         return self._node("linears", kept, forward, backward, flowing or group.trains)
 
@@ -319,14 +349,14 @@ class _LayerNodes:
             return (Message("scatter" if sums else "gather", size, product),) if size else ()
         return (Message("reduce", tokens.whole),) if sums and whole else ()
 
-    def _fused(self) -> bool:
+    def _fused(self, mixer: MLP) -> bool:
         """Whether the backward passes of down's branch, of what is gated and of gate's and up's B are one."""
-        down, ups = self.layer.down, [rank for rank in self.layer.gate_up.ranks if rank]
+        down, ups = mixer.down, [rank for rank in mixer.up.ranks if rank]
         return down.rank > 0 and len(ups) != 1 and fuses_gated(self.shape.device_type, down.rank, ups)
 
-    def _core(self, flowing: bool) -> Node:
+    def _core(self, layer: Attention, flowing: bool) -> Node:
         """Rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""
-        layer, work, tokens, e = self.layer, self.work, self.tokens, self.work.element
+        work, tokens, e = self.work, self.tokens, self.work.element
         full, dim = tokens.full, layer.head_dim
         q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
@@ -379,7 +409,7 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
         before, after = (Message("gather", tokens.whole),), (Message("scatter", tokens.whole),)
     norm = Node(
         "final norm",
-        tokens.stream + tokens.local * _STATISTIC if flowing else 0,
+        tokens.stream + tokens.local * _STATISTIC * (2 if shape.final_norm[1] == "layer" else 1) if flowing else 0,
         Pass(live=2 * tokens.stream, traffic=4 * tokens.stream, calls=1),
         Pass(live=2 * tokens.stream, traffic=3 * tokens.stream, calls=1) if flowing else NOTHING,
     )

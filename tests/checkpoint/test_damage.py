@@ -39,7 +39,7 @@ def sound(tmp_path_factory) -> Path:
 
     def write(aside: Path) -> Path:
         for rank in (1, 0):
-            split = Split((8, 2), 0, *shard_range(8, rank, 2))
+            split = Split.range((8, 2), 0, *shard_range(8, rank, 2))
             tensors, layout = {NAME: torch.full((4, 2), float(step))}, Layout(2, 1, rank, 0)
             moments = {NAME: {"exp_avg": tensors[NAME]}}
             save_adapter(aside, tensors, {NAME: split}, layout, {"r": 2}, moments, {"step": step})
@@ -177,7 +177,8 @@ def test_any_layout_of_base_shards(tmp_path, data):
         for rank in (0, 1):
             module = torch.nn.Module()
             module.w = torch.nn.Parameter(torch.ones(4, 2))
-            save_base_shards(folder, module, {"w": Split((8, 2), 0, *shard_range(8, rank, 2))}, Layout(2, 1, rank, 0))
+            split = Split.range((8, 2), 0, *shard_range(8, rank, 2))
+            save_base_shards(folder, module, {"w": split}, Layout(2, 1, rank, 0))
     file = folder / SHARDS[1] / LAYOUT_FILE
     good = file.read_text()
     file.write_text(json.dumps(data.draw(edited(json.loads(good)))))

@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from megalora.adapters.config import LoraConfig
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
 from megalora.checkpoint.base.hf import INDEX, SINGLE, HfWeights
-from megalora.checkpoint.base.weights import open_base
+from megalora.checkpoint.base.weights import BaseNames, open_base
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
+from megalora.models.spec import FileNames
 
 COMMON = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SHAPES = {"model.embed_tokens.weight": (6, 4), "model.layers.0.mlp.up_proj.weight": (8, 4), "model.norm.weight": (4,)}
@@ -42,7 +43,7 @@ def join(header: str | bytes, data: bytes, length: int | None = None) -> bytes:
 
 def read_all(folder) -> None:
     """Every tensor that the folder says it has, whole, as far as it is one of ours."""
-    weights = open_base(folder, SHAPES, tied=False)
+    weights = open_base(folder, BaseNames(SHAPES, "model.embed_tokens.weight", "lm_head.weight", False, FileNames()))
     for name, shape in SHAPES.items():
         out = torch.full(shape, float("nan"), dtype=weights.dtype(name))
         weights.copy(name, tuple(slice(0, n) for n in shape), out)
@@ -196,7 +197,7 @@ def test_any_adapter_config(sound, tmp_path, data):
 
     def read():
         found = open_adapter(folder)
-        LoraConfig.from_dict(found.lora_config).resolve("llama", ["model.layers.0.self_attn.q_proj"])
+        LoraConfig.from_dict(found.lora_config).resolve("llama", {"model.layers.0.self_attn.q_proj": 0})
 
     ours_only(read)
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, resolve_lora
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import build_mesh
+from megalora.parallel.placement import Placement
 
 FIELDS = {
     "model_type": "qwen2",

@@ -7,7 +7,12 @@ import torch
 import transformers
 
 from megalora.errors import UserError
-from megalora.models.config import check_layout, config_from_dict, cut_heads, known_families, read_config
+from oracle import FAMILIES, TINY
+from dataclasses import replace
+from megalora.models.family import Fields
+from megalora.models.config import spec_of, check_layout, config_from_dict, known_families, read_config
+from megalora.models.spec import mixers_of
+from megalora.parallel.split import cut_heads
 from megalora.parallel.mesh import Axis
 
 LLAMA = {
@@ -35,7 +40,7 @@ def without(raw: dict, *names: str) -> dict:
 
 
 def test_the_families():
-    assert set(known_families()) == {"llama", "mistral", "qwen2", "qwen3"}
+    assert set(known_families()) == {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox"}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
@@ -45,7 +50,10 @@ def test_what_a_saved_config_says_is_read_back(model_type, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = read_config(tmp_path)
     assert ours == read_config(tmp_path / "config.json")
-    for name in without(LLAMA, "rope_theta"):
+    attention, mlp = mixers_of(ours.stack.layers[0])
+    assert (attention.kv_heads, mlp.inner) == (theirs.num_key_value_heads, theirs.intermediate_size)
+    assert ours.stack.final_norm.eps == theirs.rms_norm_eps
+    for name in without(LLAMA, "rope_theta", "num_key_value_heads", "intermediate_size", "rms_norm_eps"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.tie_word_embeddings is True
 
@@ -93,12 +101,12 @@ def test_old_and_new_form_are_one_config(base, old, new):
     b = config_from_dict(base | {"rope_parameters": new, "dtype": "bfloat16"})
     assert a == b
     assert a.dtype == "bfloat16"
-    assert len(a.rope_inverse_frequencies) == a.head_dim // 2
+    assert a.attention.position.size == a.head_dim
 
 
 def test_theta_and_scaling_change_the_frequencies():
     found = {
-        config_from_dict(LLAMA | change).rope_inverse_frequencies
+        config_from_dict(LLAMA | change).attention.position.inverse_frequencies
         for change in (
             {},
             {"rope_theta": 1e6},
@@ -108,10 +116,10 @@ def test_theta_and_scaling_change_the_frequencies():
     }
     assert len(found) == 4
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-    assert config_from_dict(LLAMA | {"rope_scaling": yarn}).rope_attention_factor > 1.1
+    assert config_from_dict(LLAMA | {"rope_scaling": yarn}).attention.position.factor > 1.1
     exact = [10000.0 ** -(i / 4) for i in range(4)]
     assert torch.allclose(
-        torch.tensor(config_from_dict(LLAMA).rope_inverse_frequencies, dtype=torch.float64),
+        torch.tensor(config_from_dict(LLAMA).attention.position.inverse_frequencies, dtype=torch.float64),
         torch.tensor(exact, dtype=torch.float64),
         rtol=1e-6,
     )
@@ -140,26 +148,28 @@ def test_theta_and_scaling_change_the_frequencies():
     ],
 )
 def test_sliding_windows(raw, windows):
-    assert config_from_dict(raw).sliding_windows == windows
+    layers = map(mixers_of, config_from_dict(raw).stack.layers)
+    assert tuple(attention.window for attention, _ in layers) == windows
 
 
 def test_what_sets_the_families_apart():
-    llama, mistral, qwen2, qwen3 = (config_from_dict(raw) for raw in (LLAMA, MISTRAL, QWEN2, QWEN3))
-    assert [c.qkv_bias for c in (llama, mistral, qwen2, qwen3)] == [False, False, True, False]
-    assert [c.qk_norm for c in (llama, mistral, qwen2, qwen3)] == [False, False, False, True]
-    assert not any(c.output_bias or c.mlp_bias for c in (llama, mistral, qwen2, qwen3))
-    biased = config_from_dict(LLAMA | {"attention_bias": True})
-    assert (biased.qkv_bias, biased.output_bias, biased.mlp_bias) == (True, True, False)
-    assert config_from_dict(LLAMA | {"mlp_bias": True}).mlp_bias
-    assert config_from_dict(QWEN3 | {"attention_bias": True}).output_bias
+    def biases(raw) -> str:
+        linears = (linear for mixer in config_from_dict(raw).mixers for linear in mixer.linears)
+        return " ".join(linear.name.rpartition(".")[2].removesuffix("_proj") for linear in linears if linear.bias)
+
+    assert [biases(raw) for raw in (LLAMA, MISTRAL, QWEN2, QWEN3)] == ["", "", "q k v", ""]
+    assert biases(LLAMA | {"attention_bias": True}) == biases(QWEN3 | {"attention_bias": True}) == "q k v o"
+    assert sorted(biases(LLAMA | {"mlp_bias": True}).split()) == ["down", "gate", "up"]
+    norms = [config_from_dict(raw).attention.q_norm for raw in (LLAMA, MISTRAL, QWEN2, QWEN3)]
+    assert [norm is not None for norm in norms] == [False, False, False, True]
 
 
 def test_defaults_of_left_out_fields():
     raw = without(LLAMA, "num_key_value_heads", "rope_theta", "rms_norm_eps")
     config = config_from_dict(raw)
-    assert config.num_key_value_heads == 8
-    assert config.rms_norm_eps == transformers.LlamaConfig().rms_norm_eps
-    assert config.rope_inverse_frequencies == config_from_dict(LLAMA).rope_inverse_frequencies
+    assert config.attention.kv_heads == 8
+    assert config.stack.final_norm.eps == transformers.LlamaConfig().rms_norm_eps
+    assert config.rotaries == config_from_dict(LLAMA).rotaries
     assert config.tie_word_embeddings is False
     assert config.head_dim == 8 and config_from_dict(QWEN3).head_dim == 16
     assert config.dtype is None
@@ -212,6 +222,13 @@ def named(name: str) -> str:
         ({"logit_scale": 2.0}, "logit_scale"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"qkv_bias": True}, "qkv_bias"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads"),
+        ({"head_dim": 10**12}, "head_dim"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -1}}, "factor"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1]}}, "longrope"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "su"),
@@ -263,6 +280,71 @@ def test_layer_types_must_be_as_many_as_layers():
 def test_an_unknown_rope_field_is_refused(rope):
     with pytest.raises(UserError, match="|".join(set(rope) - {"rope_type", "factor"})):
         config_from_dict(LLAMA | {"rope_parameters": rope}, "my.json")
+
+
+# ---- fields that a family must account for
+
+
+OTHERS = {  # configs as published, sizes aside: what makes each another model than its neighbours
+    "granite": {"embedding_multiplier": 12.0, "attention_multiplier": 0.0078125, "residual_multiplier": 0.22},
+    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256},
+    "olmo2": {"hidden_act": "silu"},
+    "phi3": {"resid_pdrop": 0.1},
+    "stablelm": {"use_parallel_residual": True, "partial_rotary_factor": 0.25},
+    "starcoder2": {"use_bias": True, "norm_epsilon": 1e-5},
+    "cohere": {"logit_scale": 0.0625, "use_qk_norm": True},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+}
+SAYS_NOTHING = {"olmo2"}  # olmo2 differs from llama in its code, not in a field: its weights have other names
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS.keys() - SAYS_NOTHING))
+@pytest.mark.parametrize("taken", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_config_under_a_familys_name_is_refused_by_field(name, taken):
+    raw = LLAMA | OTHERS[name] | {"model_type": taken}
+    with pytest.raises(UserError) as error:
+        config_from_dict(raw, "my.json")
+    assert any(field in str(error.value) for field in OTHERS[name]), error.value
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS.keys() - {"phi3", "olmo2"}))
+def test_a_family_that_reads_too_little_is_refused(name):
+    """Added as llama under another name, it would train with wrong numbers: transformers' class knows the fields."""
+    llama = known_families()["llama"]
+    raw = LLAMA | OTHERS[name] | {"model_type": name}
+    with pytest.raises(UserError, match="is not read|is not implemented"):
+        spec_of(replace(llama, types=(name,)), raw)
+    with pytest.raises(UserError, match="transformers' default"):  # so too where the file leaves them out
+        spec_of(replace(llama, types=("gemma2",)), LLAMA | {"model_type": "gemma2"})
+
+
+def test_a_family_may_read_what_it_declares_and_no_other():
+    llama = known_families()["llama"]
+    with pytest.raises(AssertionError, match="mlp_bias"):
+        spec_of(replace(llama, reads=llama.reads - {"mlp_bias"}, harmless=frozenset({"mlp_bias"})), LLAMA)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_what_a_family_declares_it_reads(name):
+    """In some config; a field that is declared and never read would be silently ignored."""
+    seen = set()
+
+    class Watched(Fields):
+        def __getattr__(self, name):
+            if not name.startswith("__"):
+                seen.add(name)
+            return super().__getattr__(name)
+
+    family = known_families()[name]
+    read = replace(family, read=lambda hf: family.read(Watched(hf._hf, family, hf._rope, hf._where)))
+    windows = {"use_sliding_window": True, "sliding_window": 6} if "use_sliding_window" in family.reads else {}
+    kinds = {"layer_types": ["sliding_attention"] * 4} if windows else {}
+    for more in ({}, windows, windows | kinds):
+        spec_of(read, TINY | FAMILIES[name] | more)
+    spec = config_from_dict(TINY | FAMILIES[name] | windows)
+    assert windows == {} or spec.attention.window == 6 or "max_window_layers" in family.reads
+    missing = family.reads - seen - ({"max_window_layers"} if windows else set())
+    assert not missing, missing
 
 
 # ---- files
@@ -332,10 +414,8 @@ def test_layouts_that_do_not_fit_say_why(change, tp, pp, uneven, what):
 
 @pytest.mark.parametrize("heads, kv_heads", [(8, 2), (9, 3), (12, 2), (6, 6), (14, 2), (7, 1), (12, 4)])
 def test_heads_are_cut_so_that_each_rank_has_what_it_reads(heads, kv_heads):
-    raw = LLAMA | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * heads}
-    config = config_from_dict(raw)
     for tp in range(1, heads + 1):
-        cuts = [cut_heads(config, Axis(rank, tuple(range(tp)))) for rank in range(tp)]
+        cuts = [cut_heads(heads, kv_heads, Axis(rank, tuple(range(tp)))) for rank in range(tp)]
         assert [h for cut in cuts for h in range(cut.query.start, cut.query.stop)] == list(range(heads))
         sizes = [cut.query.stop - cut.query.start for cut in cuts]
         assert max(sizes) - min(sizes) <= 1

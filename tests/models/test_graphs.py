@@ -10,17 +10,17 @@ import torch
 from oracle import FAMILIES, TINY
 from spawn import spawn
 
-import megalora.models.attention
+import megalora.models.blocks.attention
 from megalora.batch import Batch
 from megalora.building import build_stage, resolve_lora
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
+from megalora.adapters.config import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.graphs import choose_graphs
 from megalora.models.inputs import training_inputs
 from megalora.ops.attention import Packed, attention
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import Placement
+from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
 from megalora.parallel.split import named_splits
 
@@ -160,7 +160,7 @@ LENGTHS = [EVEN, PIECES, EVEN, PIECES, MORE_PIECES, PIECES, EVEN, MORE_PIECES, [
 
 def with_and_without(rank: int, world_size: int) -> World:
     """Asserts that graphs give the same numbers on this rank of tensor parallel; returns the world that has them."""
-    megalora.models.attention.attention = on_the_device
+    megalora.models.blocks.attention.attention = on_the_device
     mesh = build_mesh(rank, world_size, tp=world_size)
     plain, ours = World(False, mesh), World(True, mesh)
     for number, cut in enumerate(LENGTHS):
@@ -170,7 +170,7 @@ def with_and_without(rank: int, world_size: int) -> World:
 
 
 def test_graphs_read_tokens_bounds_and_step_of_their_microbatch(monkeypatch):
-    monkeypatch.setattr(megalora.models.attention, "attention", attention)  # put back afterwards
+    monkeypatch.setattr(megalora.models.blocks.attention, "attention", attention)  # put back afterwards
     ours = with_and_without(0, 1)
     # More pieces than before, and a new layout: either gives up what there is.
     assert ours.recorder.forgotten == 2

@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 
-from megalora.lora import LoraConfig
+from megalora.building import resolve_lora
+from megalora.adapters.config import LoraConfig
 from megalora.models.config import check_layout, read_config
-from megalora.models.stage import NO_LORA, Stage, adaptable_linears, expected_weights
-from megalora.parallel.linear import Placement
+from megalora.models.stage import NO_LORA, Stage
+from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import Split, named_splits
 from megalora.pipeline.partition import METHODS, partition
@@ -50,7 +51,7 @@ def held(config, tp: int, pp: int, **options) -> dict[str, list[tuple[Split, int
         splits = named_splits(stage)
         for name, parameter in stage.named_parameters():
             split = splits[name]
-            counted = split.owned(parameter).numel()
+            counted = sum(part.numel() for part in split.owned(parameter))
             found.setdefault(name, []).append((split, counted))
             assert tuple(parameter.shape) == split.local_shape, name
     return found
@@ -61,14 +62,14 @@ def test_every_parameter_is_held_and_counted_once(name, path, tp, pp):
     config = read_config(path)
     check_layout(config, tp, pp)
     found = held(config, tp, pp)
-    expected = expected_weights(config)
+    expected = config.tensors
     assert set(found) == set(expected)
     for parameter, parts in found.items():
         whole = expected[parameter]
         assert {split.global_shape for split, _ in parts} == {whole}
         times = tp if "norm" in parameter else 1  # norms are frozen: no rank leaves them to another
         assert sum(counted for _, counted in parts) == times * math.prod(whole), parameter
-        places = {split.index[split.dim or 0].indices(whole[split.dim or 0])[:2] for split, _ in parts}
+        places = {run[:2] for split, _ in parts for run in split.runs or ((0, whole[0]),)}
         bounds = sorted(places)
         assert bounds[0][0] == 0 and bounds[-1][1] == whole[parts[0][0].dim or 0]
         assert all(a[1] == b[0] for a, b in zip(bounds[:-1], bounds[1:], strict=True)), f"{parameter}: a gap"
@@ -80,7 +81,7 @@ def test_names_and_shapes_are_those_of_transformers(path):
     config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
-    assert expected_weights(read_config(path)) == {n: tuple(p.shape) for n, p in theirs.named_parameters()}
+    assert read_config(path).tensors == {n: tuple(p.shape) for n, p in theirs.named_parameters()}
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "custom"])
@@ -88,10 +89,10 @@ def test_adapters_are_counted_once(path, method):
     """r (in + out) for each adapted linear."""
     config = read_config(path)
     lora = LoraConfig.from_dict({"r": 8, "target_modules": "all-linear"})
-    lora = lora.resolve(config.model_type, adaptable_linears(config))
+    lora = resolve_lora(lora, config)
     found = held(config, 2, 4, lora=lora, method=method)
     counted = sum(count for n, parts in found.items() if ".lora_" in n for _, count in parts)
-    shapes = expected_weights(config)
+    shapes = config.tensors
     linears = [n for n, shape in shapes.items() if len(shape) == 2 and ".layers." in n]
     assert len(linears) == 7 * config.num_hidden_layers
     assert counted == sum(8 * sum(shapes[n]) for n in linears)

@@ -6,12 +6,15 @@ import weakref
 import pytest
 import torch
 
+from megalora.building import resolve_lora
 from megalora.batch import Batch
-from megalora.lora import LoraConfig
+from megalora.adapters.config import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
-from megalora.models.stage import Stage, adaptable_linears
-from megalora.parallel.linear import GatedPair, LinearGroup, Placement
+from megalora.models.stage import Stage
+from megalora.models.blocks import attention as attention_block
+from megalora.models.blocks import mlp as mlp_block
+from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import Axis
 
 FIELDS = {
@@ -25,7 +28,7 @@ TOKENS = 8
 def made(lowest: int, recompute: str, **parts) -> Stage:
     """A stage with adapters in layer `lowest` alone."""
     fields = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.1, "layers_to_transform": [lowest]}
-    lora = LoraConfig.from_dict(fields).resolve(CONFIG.model_type, adaptable_linears(CONFIG))
+    lora = resolve_lora(LoraConfig.from_dict(fields), CONFIG)
     stage = Stage(CONFIG, range(4), Placement(Axis(), False, torch.float64, "cpu"), lora, recompute=recompute, **parts)
     with torch.no_grad():
         for parameter in stage.parameters():
@@ -52,9 +55,18 @@ class Held:
 def test_layers_below_the_lowest_adapter_keep_nothing(lowest, recompute):
     stage = made(lowest, recompute)
     layer, packed = [0], []  # 4: norm, head and loss
-    for i, module in stage.model.layers.items():
-        module.register_forward_pre_hook(lambda *_, i=i: layer.__setitem__(0, int(i)))
-    stage.model.layers["3"].register_forward_hook(lambda *_: layer.__setitem__(0, 4))
+
+    def counted(index, call):
+        def counting(*args):
+            layer[0] = index
+            result = call(*args)
+            layer[0] = 4 if index == 3 else index
+            return result
+
+        return counting
+
+    for i, call in stage.layers.items():
+        stage.layers[i] = counted(i, call)
 
     def pack(tensor):
         held = Held(tensor)
@@ -75,21 +87,21 @@ def test_layers_below_the_lowest_adapter_keep_nothing(lowest, recompute):
 def test_the_first_adapted_layer_gives_no_gradient_of_its_input(lowest, monkeypatch):
     stage, wants = made(lowest, "none"), {}
     names = {}  # each layer's calls, in order: q k v, o, the MLP's two groups
-    for i, layer in stage.model.layers.items():
-        qkv, o, _, _ = layer.groups()
-        names |= {call: (int(i), n) for n, call in enumerate((qkv, o, layer.mlp.pair))}
+    for i, layer in stage.layers.items():
+        attention, mlp = layer.blocks
+        names |= {call: (i, n) for n, call in enumerate((*attention.groups, mlp.up))}
 
-    def note(kind):
-        call = kind.__call__
+    def note(module, name, key):
+        call = getattr(module, name)
 
-        def noted(self, X, tokens):
-            wants[names[self]] = X.requires_grad
-            return call(self, X, tokens)
+        def noted(what, X, tokens):
+            wants[names[key(what)]] = X.requires_grad
+            return call(what, X, tokens)
 
-        monkeypatch.setattr(kind, "__call__", noted)
+        monkeypatch.setattr(module, name, noted)
 
-    note(LinearGroup)
-    note(GatedPair)
+    note(attention_block, "apply_group", lambda group: group)
+    note(mlp_block, "apply_pair", lambda pair: pair.first)
     stage(None, inputs()).backward()
     assert {name for name, wanted in wants.items() if not wanted} == {
         (i, n) for i in range(lowest + 1) for n in range(3) if i < lowest or n == 0

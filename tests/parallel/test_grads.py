@@ -89,8 +89,8 @@ def meshed(rank: int, world_size: int) -> tuple[dict, float]:
     mesh = build_mesh(rank, world_size, tp=2)
     tp = mesh.tp
     splits = {
-        "cut": even_part(5, tp).split((5, 2), 0),
-        "cut columns": even_part(4, tp).split((2, 4), 1),
+        "cut": even_part(5, tp).cut().split((5, 2), 0),
+        "cut columns": even_part(4, tp).cut().split((2, 4), 1),
         "partial": whole_split((3, 2), tp, partial_grad=True),
         "same on all": whole_split((4,), tp),
         "shared rows": KV[tp.rank].split((3, 2), 0),

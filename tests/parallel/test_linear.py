@@ -6,6 +6,7 @@ Legend as in megalora.parallel.linear: T tokens, IN in_features, O out_features,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ import torch.distributed as dist
 from spawn import spawn
 from torch.nn.functional import linear as affine
 
-from megalora.lora import Adapter
+from megalora.adapters.lora import Adapter
 from megalora.ops.dropout import dropout
 from megalora.parallel import collectives
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.linear import ColumnParallelLinear, GatedPair, LinearGroup, Placement, RowParallelLinear, Tokens
+from megalora.parallel.group import GatedPair, LinearGroup
+from megalora.parallel.group_grad import apply_group, apply_pair
+from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
-from megalora.parallel.split import even_part, named_splits
+from megalora.parallel.placement import Placement, Tokens
+from megalora.parallel.split import Split, even_part, named_splits
 
 T, IN = 16, 22
 OUTS = (14, 10, 10)  # of the group of column linears: not all divisible by tp
@@ -90,6 +94,12 @@ def row(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, LinearGroup]
     return module, group
 
 
+def place_of(split: Split) -> tuple[slice, ...]:
+    """Where the one range of a Split lies in the whole."""
+    ((theirs, _),) = split.blocks()
+    return theirs
+
+
 SITES = {columns: 7, row: 8}
 BOTH = pytest.mark.parametrize("make", [columns, row])
 
@@ -97,7 +107,7 @@ BOTH = pytest.mark.parametrize("make", [columns, row])
 def apply(group: LinearGroup, x: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, ...]:
     """The output of each linear of the group."""
     group.refresh()
-    y = group(x, tokens)
+    y = apply_group(group, x, tokens)
     assert y.shape[1] == sum(group.sizes)
     return y.split(group.sizes, -1)
 
@@ -216,10 +226,11 @@ def test_weights_stand_in_the_matrix_of_the_group(make):
     """Filling a weight, after the group was built, fills the matrix; the room is of the adapted linears alone."""
     module, group = make(Case(), ALONE)
     assert group.ranks == ([2, 0, 4] if make is columns else [2])
-    assert group.matrix.shape == (sum(group.sizes), IN + group.room) and group.room >= sum(group.ranks)
-    for linear, (rows, _) in zip(module, group.spans, strict=True):
-        assert linear.weight.data_ptr() == group.matrix[rows].data_ptr()
-        assert linear.weight.equal(group.matrix[rows, :IN]) and not linear.weight.requires_grad
+    whole = group.matrix.whole
+    assert whole.shape == (sum(group.sizes), IN + group.room) and group.room >= sum(group.ranks)
+    for linear, rows in zip(module, group.rows, strict=True):
+        assert linear.weight.data_ptr() == whole[rows].data_ptr()
+        assert linear.weight.equal(whole[rows, :IN]) and not linear.weight.requires_grad
     _, plain = make(Case(adapted=(False, False, False)), ALONE)
     assert plain.room == 0
 
@@ -229,9 +240,9 @@ def test_use_before_the_first_refresh_is_noticed(make):
     """The room of the matrix is uninitialised until then. Without a branch or a bias nothing is missing."""
     _, group = make(Case(), ALONE)
     with pytest.raises(AssertionError, match="refresh"):
-        group(tensor(99, T, IN), TOKENS)
+        apply_group(group, tensor(99, T, IN), TOKENS)
     _, plain = make(Case(adapted=(False, False, False), bias=False), ALONE)
-    plain(tensor(99, T, IN), TOKENS)
+    apply_group(plain, tensor(99, T, IN), TOKENS)
 
 
 @BOTH
@@ -259,7 +270,7 @@ def test_what_stands_in_the_room_does_not_matter(make):
     for rubbish in (0.0, 7.0, float("nan")):
         X = torch.full((T, IN + group.room), rubbish, dtype=torch.float64)
         X[:, :IN] = x
-        y = group(X.requires_grad_(), case.tokens)
+        y = apply_group(group, X.requires_grad_(), case.tokens)
         dX, *grads = torch.autograd.grad(y.square().sum(), [X, *(p for p in module.parameters() if p.requires_grad)])
         found.append((y, dX[:, :IN], *grads))
     for other in found[1:]:
@@ -293,9 +304,9 @@ def cut(rank: int, world_size: int, name: str, sequence_parallel: bool):
         flat = FlatGradients(trained, splits, mesh)
         if make is columns:
             x = tensor(99, T, IN)[mine].clone().requires_grad_()
-            indices = [(slice(None), splits[f"{i}.weight"].index[0]) for i in range(len(OUTS))]
+            indices = [(slice(None), place_of(splits[f"{i}.weight"])[0]) for i in range(len(OUTS))]
         else:
-            x = tensor(99, T, IN)[:, splits["0.weight"].index[1]].clone().requires_grad_()
+            x = tensor(99, T, IN)[:, place_of(splits["0.weight"])[1]].clone().requires_grad_()
             indices = [(mine,)]
         outputs = apply(group, x, tokens)
         total = sum(
@@ -307,9 +318,9 @@ def cut(rank: int, world_size: int, name: str, sequence_parallel: bool):
         found.append(
             (
                 [(index, y.detach()) for index, y in zip(indices, outputs, strict=True)],
-                (mine, slice(None)) if make is columns else (slice(None), splits["0.weight"].index[1]),
+                (mine, slice(None)) if make is columns else (slice(None), place_of(splits["0.weight"])[1]),
                 x.grad,
-                {n: (splits[n].index, p.grad.clone()) for n, p in trained.items()},
+                {n: (place_of(splits[n]), p.grad.clone()) for n, p in trained.items()},
             )
         )
     return found
@@ -389,7 +400,7 @@ def test_masters_are_float32_and_their_gradients_too(make):
     x = tensor(99, T, IN).to(torch.bfloat16).requires_grad_()
     ys = apply(group, x, TOKENS)
     sum(y.float().square().sum() for y in ys).backward()
-    assert {y.dtype for y in ys} == {x.grad.dtype} == {group.matrix.dtype} == {torch.bfloat16}
+    assert {y.dtype for y in ys} == {x.grad.dtype} == {group.matrix.whole.dtype} == {torch.bfloat16}
     for name, p in module.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
         assert (p.grad is None) == (not p.requires_grad)
@@ -446,7 +457,7 @@ def gated(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, GatedPair]
 
 
 def in_turn(pair: GatedPair, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    return pair.second(pair.first(source, tokens), tokens)
+    return apply_group(pair.second, apply_group(pair.first, source, tokens), tokens)
 
 
 def source_of(pair: GatedPair, x: torch.Tensor, room: bool) -> torch.Tensor:
@@ -464,7 +475,7 @@ def test_a_gated_pair_is_its_groups_in_turn(name, room):
     case = GATED[name]
     module, pair = gated(case, ALONE)
     X, other, x = (source_of(pair, tensor(99, T, IN), room) for _ in range(3))
-    y, turned = pair(X, case.tokens), in_turn(pair, other, case.tokens)
+    y, turned = apply_pair(pair, X, case.tokens), in_turn(pair, other, case.tokens)
     gate, up = formula(x[:, :IN], module[:2], case, SITES[columns])
     (wanted,) = formula(torch.nn.functional.silu(gate) * up, module[2:], case, SITES[row])
     assert y.equal(turned)
@@ -474,7 +485,7 @@ def test_a_gated_pair_is_its_groups_in_turn(name, room):
     ours["x"], plain["x"] = ours["x"][:, :IN], plain["x"][:, :IN]
     equal(ours, plain)
     with torch.no_grad():
-        assert pair(source_of(pair, tensor(99, T, IN), room), case.tokens).equal(y)
+        assert apply_pair(pair, source_of(pair, tensor(99, T, IN), room), case.tokens).equal(y)
 
 
 @pytest.mark.parametrize("name", [name for name in GATED if name != "none adapted"])
@@ -487,7 +498,7 @@ def test_a_gated_pair_whose_input_wants_no_gradient_and_parameters_that_hold_the
         FlatGradients(trained, named_splits(parameters), ParallelMesh())
     for seed in (98, 99):
         x, dy = tensor(seed, T, IN), tensor(seed + 10, T, IN)
-        pair(x, case.tokens).backward(dy)
+        apply_pair(pair, x, case.tokens).backward(dy)
         in_turn(twins, x.clone().requires_grad_(), case.tokens).backward(dy)
     for (name, ours), theirs in zip(module.named_parameters(), twin.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), name
@@ -511,7 +522,7 @@ def test_a_gated_pair_keeps_what_its_groups_keep(name, room):
             call(source, TOKENS)
         return sorted(shapes)
 
-    assert kept(pair) == kept(lambda source, tokens: in_turn(pair, source, tokens))
+    assert kept(partial(apply_pair, pair)) == kept(lambda source, tokens: in_turn(pair, source, tokens))
 
 
 def gated_cut(rank: int, world_size: int, name: str, sequence_parallel: bool):
@@ -522,7 +533,7 @@ def gated_cut(rank: int, world_size: int, name: str, sequence_parallel: bool):
     mine = slice(rank * T // world_size, (rank + 1) * T // world_size) if sequence_parallel else slice(None)
     tokens = replace(case.tokens, local=case.tokens.index[mine])
     found = []
-    for call in (GatedPair.__call__, in_turn):
+    for call in (apply_pair, in_turn):
         module, pair = gated(case, place)
         x = tensor(99, T, IN)[mine].clone().requires_grad_()
         y = call(pair, x, tokens)

@@ -8,9 +8,9 @@ from spawn import spawn
 
 from megalora.parallel import loss as module
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
-from megalora.parallel.linear import Placement
 from megalora.parallel.loss import cross_entropy_sum
 from megalora.parallel.mesh import Axis, build_mesh
+from megalora.parallel.placement import Placement
 
 T, H = 24, 10
 LABELS = {

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.stage import Stage
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.devices import DEVICES
 from megalora.planning.layouts import Cluster, Planner, Wanted, _least_seconds
@@ -51,7 +51,7 @@ def test_what_stands_in_memory_is_what_the_stage_holds(tp, pp, stage, tied):
     real = Stage(config, layers, place, lora, first=first, last=last)
     real.refresh_adapters()
     trained = sum(p.numel() * p.element_size() for p in real.parameters() if p.requires_grad)
-    groups = [group for layer in real.model.layers.values() for group in layer.groups()]
+    groups = real.groups
     aside = sum(x.nbytes for group in groups for x in (group.down, group.bias) if x is not None)
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in real.parameters()}
 

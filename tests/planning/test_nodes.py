@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import resolve_lora
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
-from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
 from megalora.planning.nodes import Workload, chunk_nodes, kept_bytes, peak_bytes
 from megalora.planning.shapes import shape_of
 
@@ -52,17 +52,16 @@ def batch() -> Batch:
 
 def held_by_autograd(stage: Stage, enters: bool) -> int:
     """Bytes of all storages that the graph of one forward holds, and of what comes in and goes out."""
-    for group in (group for layer in stage.model.layers.values() for group in layer.groups()):
-        group.matrix.zero_()
+    for group in stage.groups:
+        group.matrix.whole.zero_()
     stage.refresh_adapters()
     lasting = {p.untyped_storage().data_ptr() for p in stage.parameters()}
-    for layer in stage.model.layers.values():
-        for group in layer.groups():
-            lasting |= {x.untyped_storage().data_ptr() for x in (group.matrix, group.down) if x is not None}
+    for group in stage.groups:
+        lasting |= {x.untyped_storage().data_ptr() for x in (group.matrix.whole, group.down) if x is not None}
     saved = weakref.WeakSet()
     inputs = training_inputs(batch(), stage.config, stage.place, seed=1, step=0)
     hidden = None
-    if stage.model.embed_tokens is None:
+    if stage.embedding is None:
         local = inputs.tokens.local.shape[0]
         hidden = torch.randn(local, stage.config.hidden_size, requires_grad=enters)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: Saved(x, saved), lambda one: one.tensor):
@@ -71,7 +70,7 @@ def held_by_autograd(stage: Stage, enters: bool) -> int:
     kept += [hidden] if enters else []
     if out.requires_grad:  # the runner holds what goes out; what is computed again reads the inputs out of our sight
         kept += [out] if out.dim() else []
-        kept += [inputs.tokens.index, inputs.cos, inputs.sin]
+        kept += [inputs.tokens.index, *(table for pair in inputs.tables.values() for table in pair)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     return sum(size for place, size in storages.items() if place not in lasting)
 
@@ -126,3 +125,20 @@ def test_and_on_a_tensor_parallel_rank(two_ranks, recompute, sequence_parallel):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_and_with_norms_on_the_heads(recompute):
     check("all linears", recompute, range(0, 4), Axis(), False, model_type="qwen3", head_dim=8)
+
+
+FUSED = {
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "eos_token_id": 0},
+    "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": None, "rms_norm_eps": None, "rotary_pct": 0.5},
+    "gpt_neox, relu": {
+        "model_type": "gpt_neox", "num_key_value_heads": None, "rms_norm_eps": None, "rotary_pct": 0.5,
+        "hidden_act": "relu", "use_parallel_residual": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("layers", [range(0, 4), range(1, 3)])
+@pytest.mark.parametrize("family", FUSED)
+def test_and_of_other_shapes_of_layers(family, layers, recompute):
+    check("all linears", recompute, layers, Axis(), False, **FUSED[family])

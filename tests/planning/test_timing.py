@@ -2,8 +2,8 @@
 
 import pytest
 
+from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora
-from megalora.lora import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.monitor import causal_context, lora_flops_per_token
 from megalora.pipeline.partition import partition

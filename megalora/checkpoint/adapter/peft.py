@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from megalora.adapters.config import LoraConfig
 from megalora.checkpoint.base.shards import AdapterCheckpoint, read_json
 from megalora.checkpoint.disk import unpickled, write_file
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

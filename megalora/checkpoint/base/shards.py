@@ -217,14 +217,20 @@ class BaseShards:
         shape, dim = first.global_shape, first.dim
         self.shapes[name] = shape
         if dim is None:
-            self._pieces[name] = [_Piece(next(iter(splits)), first.index, (0,) * len(shape))]
+            whole = tuple(slice(0, n) for n in shape)
+            self._pieces[name] = [_Piece(next(iter(splits)), whole, (0,) * len(shape))]
             return
-        chain, end = _chain([(split.start, split.stop, file) for file, split in splits.items()])
+        runs = [(start, stop, (file, start - at)) for file, s in splits.items() for start, stop, at in s.runs]
+        chain, end = _chain(runs)
         if end != shape[dim]:
             raise UserError(f"{self.folder}: no shard holds {name} from entry {end} of {shape[dim]}: {_COPY_ALL}")
         self._pieces[name] = [
-            _Piece(file, Split(shape, dim, start, stop).index, tuple(s.start for s in splits[file].index))
-            for start, stop, file in chain
+            _Piece(
+                file,
+                tuple(slice(start, stop) if d == dim else slice(0, n) for d, n in enumerate(shape)),
+                tuple(origin if d == dim else 0 for d in range(len(shape))),
+            )
+            for start, stop, (file, origin) in chain
         ]
 
     def _inferred(
@@ -247,7 +253,7 @@ class BaseShards:
             )
         splits, start = {}, 0
         for i, (file, length) in enumerate(zip(parts, lengths, strict=True)):
-            splits[file] = Split(shape, cut[0], start, start + length)
+            splits[file] = Split.range(shape, cut[0], start, start + length)
             if (i + 1) % copies == 0:
                 start += length
         return splits
@@ -297,12 +303,11 @@ def _chain(ranges: Iterable[tuple[int, int, T]]) -> tuple[list[tuple[int, int, T
 
 def _split_to(split: Split) -> dict[str, Any]:
     """The plain values that `_split_from` reads."""
-    return {
-        "global_shape": list(split.global_shape),
-        "dim": split.dim,
-        "start": split.start,
-        "stop": split.stop,
-    }
+    place = {"global_shape": list(split.global_shape), "dim": split.dim}
+    if len(split.runs) > 1:
+        return place | {"pieces": [list(piece) for piece in split.pieces]}
+    start, stop, _ = split.runs[0] if split.runs else (0, 0, 0)
+    return place | {"start": start, "stop": stop}
 
 
 def _of(value: Any, kind: type | tuple[type, ...]) -> Any:
@@ -316,10 +321,19 @@ def _split_from(value: Any) -> Split:
     shape, dim = tuple(_of(n, int) for n in _of(value["global_shape"], list)), value["dim"]
     if dim is None:
         return Split(shape)
-    start, stop = _of(value["start"], int), _of(value["stop"], int)
-    if not (0 <= _of(dim, int) < len(shape) and 0 <= start <= stop <= shape[dim]):
-        raise ValueError(f"part {start} to {stop} along {dim} of {shape}")
-    return Split(shape, dim, start, stop)
+    if not 0 <= _of(dim, int) < len(shape):
+        raise ValueError(f"dimension {dim} of {shape}")
+    if "pieces" in value:
+        pieces = tuple(tuple(_of(n, int) for n in _of(piece, list)) for piece in _of(value["pieces"], list))
+    else:
+        start, stop = _of(value["start"], int), _of(value["stop"], int)
+        pieces = ((start, 1, stop - start, 0),)
+    for piece in pieces:
+        start, count, block, stride = piece
+        ends = (start, start + max(0, count - 1) * stride + block)
+        if min(*piece, count * block) < 0 or max(ends) > shape[dim] or count > shape[dim]:
+            raise ValueError(f"pieces {piece} along {dim} of {shape}")
+    return Split(shape, dim, pieces)
 
 
 def _layout_from(value: Any) -> Layout:
@@ -347,7 +361,8 @@ def save_adapter(
     optimizer  by the same names, moments of the same local shapes; None on all ranks or on none
     trainer    plain values (numbers, strings, lists, dicts), the same on every rank
     The file is {"format", "layout": {tp, pp, tp_rank, pp_rank}, "model": {name: part},
-    "splits": {name: {global_shape, dim, start, stop}}, "optimizer": {name: {"exp_avg": part, ...}} or None,
+    "splits": {name: {global_shape, dim, start, stop}} (where a part is several ranges, for start and stop a list of
+    pieces, [start, count, block, stride] each), "optimizer": {name: {"exp_avg": part, ...}} or None,
     "trainer": {...} or None}.
     """
 
@@ -457,11 +472,11 @@ def _joined(name: str, parts: list[_Part]) -> torch.Tensor:
             raise UserError(f"{part.file}: {name} {list(part.tensor.shape)} does not fit the other shards: {_COPY_ALL}")
     if dim is None:
         return first.tensor
-    chain, end = _chain([(part.split.start, part.split.stop, part) for part in parts])
+    chain, end = _chain([(a, b, (part, a - at)) for part in parts for a, b, at in part.split.runs])
     if end != whole[dim]:
         folder = first.file.parent.parent
         raise UserError(f"{folder}: no shard holds {name} from entry {end} of {whole[dim]}: {_COPY_ALL}")
-    return torch.cat([p.tensor.narrow(dim, start - p.split.start, stop - start) for start, stop, p in chain], dim)
+    return torch.cat([p.tensor.narrow(dim, a - origin, b - a) for a, b, (p, origin) in chain], dim)
 
 
 def _checked(payload: Any, file: Path) -> _Shard:

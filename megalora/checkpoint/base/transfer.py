@@ -183,10 +183,11 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _part(block: torch.Tensor, rows: range, split: Split) -> torch.Tensor:
-    """Of a block of whole rows, what belongs to one part; a view."""
+    """Of a block of whole rows, what belongs to one part."""
     if split.dim is None:
         return block
     if split.dim > 0:
-        return block.narrow(split.dim, split.start, split.stop - split.start)
-    start, stop = max(rows.start, split.start), min(rows.stop, split.stop)
-    return block[max(0, start - rows.start) : max(0, stop - rows.start)]
+        parts = [block.narrow(split.dim, start, stop - start) for start, stop, _ in split.runs]
+    else:
+        parts = [block[max(0, a - rows.start) : max(0, b - rows.start)] for a, b, _ in split.runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, split.dim)

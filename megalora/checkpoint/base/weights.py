@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +17,32 @@ from megalora.checkpoint.base.shards import BaseShards, has_shards
 from megalora.errors import UserError
 from megalora.parallel.split import Split
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAMPLE = 32
+
+
+class FileNames(Protocol):
+    """How the names of a file may differ from ours."""
+
+    def ours(self, name: str, expected: Collection[str]) -> str | None:
+        """Return our name of a tensor of the file, None for one that says nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class BaseNames:
+    """What the files of a model's base weights must hold.
+
+    shapes           every tensor of the model, whole, by our name; without the head where it is tied
+    embedding, head  names of the two matrices that may be one
+    tied             the head is the embedding: it is not read where the file has it
+    files            how names in files differ from ours
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    embedding: str
+    head: str
+    tied: bool
+    files: FileNames
 
 
 class BaseWeights(Protocol):
@@ -32,79 +57,97 @@ class BaseWeights(Protocol):
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None: ...
 
 
-def open_base(folder: str | Path, expected: Mapping[str, tuple[int, ...]], tied: bool) -> BaseWeights:
-    """The base weights in `folder`, checked to be the whole model: no key missing, left over or misshapen.
+class _Renamed:
+    """Base weights by our names. files: our name of a tensor -> its name in the file."""
 
-    expected  every tensor of the model as HF names it, with its whole shape
-    tied      the head is the embedding: `lm_head.weight` is not expected, and not read where it is there
+    def __init__(self, weights: BaseWeights, files: Mapping[str, str]):
+        self._weights, self._files = weights, files
+        self.shapes = {ours: weights.shapes[name] for ours, name in files.items()}
+
+    def where(self, name: str) -> str:
+        return self._weights.where(self._files[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights.dtype(self._files[name])
+
+    def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        self._weights.copy(self._files[name], index, out)
+
+
+def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
+    """Return the base weights in `folder`, checked to be the whole model: no key missing, left over or misshapen.
+
     Raises UserError that names key, file and shape.
     """
     folder = Path(folder)
     weights: BaseWeights
     if has_shards(folder) and not is_hf(folder):
-        weights = BaseShards(folder, expected)
+        weights = BaseShards(folder, names.shapes)
     else:
         weights = HfWeights(folder)
-    found = {n for n in weights.shapes if not n.endswith("rotary_emb.inv_freq") and not (tied and n == HEAD)}
-    wanted = {n for n in expected if not (tied and n == HEAD)}
-    for problem, names in (("lacks", wanted - found), ("holds the unexpected", found - wanted)):
-        if names:
-            first = min(names)
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    files: dict[str, str] = {}
+    renamed = False
+    for name in weights.shapes:
+        ours = names.files.ours(name, names.shapes)
+        if ours is None or (names.tied and ours == names.head):
+            continue
+        if ours in files:
+            raise UserError(
+                f"{weights.where(name)}: holds {name} and {files[ours]}, two names of one tensor: keep one of them"
+            )
+        files[ours], renamed = name, renamed or ours != name
+    for problem, found in (
+        ("lacks", names.shapes.keys() - files.keys()),
+        ("holds the unexpected", {files[ours] for ours in files.keys() - names.shapes.keys()}),
+    ):
+        if found:
+            first = min(found)
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise UserError(
                 f"base weights {folder}: {problem} {first}{more}: the weights are not those of config.json; "
                 "take both from one model"
             )
-    for name in sorted(wanted):
+    weights = _Renamed(weights, files) if renamed else weights
+    for name, shape in sorted(names.shapes.items()):
         weights.dtype(name)  # refuses one that cannot be read
-        if tuple(weights.shapes[name]) != tuple(expected[name]):
+        if tuple(weights.shapes[name]) != tuple(shape):
             raise UserError(
                 f"{weights.where(name)}: {name} has shape {list(weights.shapes[name])}, but config.json "
-                f"means {list(expected[name])}: take weights and config.json from one model"
+                f"means {list(shape)}: take weights and config.json from one model"
             )
     return weights
 
 
 @torch.no_grad()
-def load_base(
-    module: nn.Module,
-    folder: str | Path,
-    *,
-    splits: Mapping[str, Split],
-    expected: Mapping[str, tuple[int, ...]],
-    tied: bool,
-) -> None:
-    """Fills the base parameters of a stage in place: all but the adapters (`lora_`), trained biases too.
+def load_base(module: nn.Module, folder: str | Path, *, splits: Mapping[str, Split], names: BaseNames) -> None:
+    """Fill the base parameters of a stage in place: all but the adapters (`lora_`), trained biases too.
 
     splits  which slice of the whole tensor each parameter is (`named_splits(module)`)
-    expected, tied  as in `open_base`, of the whole model; a tied head is read from the embedding
+    names   those of the whole model; a tied head is read from the embedding
     Parameters may be uninitialised, of any float dtype, on any device. Beyond them only a block of rows is in
     memory at a time. Raises UserError as `open_base`.
     """
-    weights = open_base(folder, expected, tied)
+    weights = open_base(folder, names)
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             continue
-        source = EMBEDDING if tied and name == HEAD else name
-        split = splits[name]
-        assert source in expected and split.global_shape == tuple(expected[source]), (
-            name,
-            split,
-            expected.get(source),
-        )
+        source = names.embedding if names.tied and name == names.head else name
+        split, whole = splits[name], names.shapes.get(source)
+        assert whole is not None and split.global_shape == tuple(whole), (name, split, whole)
         assert tuple(parameter.shape) == split.local_shape, (name, parameter.shape, split)
-        weights.copy(source, split.index, parameter.data)
+        for theirs, ours in split.blocks():
+            weights.copy(source, theirs, parameter.data[ours])
 
 
-def model_fingerprint(folder: str | Path, expected: Mapping[str, tuple[int, ...]], tied: bool) -> str:
-    """A SHA-256 over names, shapes, dtypes and a sample of the values of the base weights in `folder`.
+def model_fingerprint(folder: str | Path, names: BaseNames) -> str:
+    """Return a SHA-256 over names, shapes, dtypes and a sample of the values of the base weights in `folder`.
 
     It is the same for an HF folder and for shards of it. Reads a few bytes of each tensor.
     Raises UserError as `open_base`.
     """
-    weights = open_base(folder, expected, tied)
+    weights = open_base(folder, names)
     digest = hashlib.sha256()
-    for name in sorted(n for n in expected if not (tied and n == HEAD)):
+    for name in sorted(names.shapes):
         shape, dtype = weights.shapes[name], weights.dtype(name)
         digest.update(json.dumps([name, list(shape), str(dtype)]).encode())
         for row in sorted({0, shape[0] // 2}):

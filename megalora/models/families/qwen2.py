@@ -1,16 +1,27 @@
 """Qwen2 and Qwen2.5: biases on q, k and v; the layers from max_window_layers on may slide a window."""
 
-from megalora.models.config import Family
+from megalora.models.family import Family, Fields
+from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, gated_mlp, grouped_attention, llama_like
+from megalora.models.spec import ModelSpec
+
+WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 
-def windows(hf) -> tuple[int | None, ...]:
-    """HF's rule: `layer_types` where the config has it, else by `max_window_layers`."""
+def windows(hf: Fields) -> tuple[int | None, ...]:
+    """Return each layer's window by HF's rule: `layer_types` where the config has it, else `max_window_layers`."""
     if not hf.use_sliding_window or hf.sliding_window is None:
         return (None,) * hf.num_hidden_layers
-    kinds = getattr(hf, "layer_types", None)
+    kinds = hf.layer_types
     if kinds is None:
         return tuple(hf.sliding_window if i >= hf.max_window_layers else None for i in range(hf.num_hidden_layers))
+    if len(kinds) != hf.num_hidden_layers:
+        hf.fail(f"layer_types has {len(kinds)} entries for {hf.num_hidden_layers} layers: correct it")
     return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
-FAMILY = Family("qwen2", qkv_bias=lambda hf: True, windows=windows)
+def read(hf: Fields) -> ModelSpec:
+    window = windows(hf)
+    return llama_like(hf, lambda layer: grouped_attention(hf, bias=True, window=window[layer]), gated_mlp(hf))
+
+
+FAMILY = Family(("qwen2",), read, reads=LLAMA_FIELDS | WINDOW_FIELDS, fixed=LLAMA_FIXED, files=LLAMA_FILES)

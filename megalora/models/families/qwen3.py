@@ -1,12 +1,18 @@
 """Qwen3: RMSNorm on each head of q and k, no biases unless asked for; windows as in Qwen2."""
 
-from megalora.models.config import Family
-from megalora.models.families.qwen2 import windows
+from megalora.models.families.qwen2 import WINDOW_FIELDS, windows
+from megalora.models.family import Family, Fields
+from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, gated_mlp, grouped_attention, llama_like
+from megalora.models.spec import Attention, ModelSpec
 
-FAMILY = Family(
-    "qwen3",
-    qkv_bias=lambda hf: hf.attention_bias,
-    output_bias=lambda hf: hf.attention_bias,
-    qk_norm=True,
-    windows=windows,
-)
+
+def read(hf: Fields) -> ModelSpec:
+    window, bias = windows(hf), hf.attention_bias
+
+    def attention(layer: int) -> Attention:
+        return grouped_attention(hf, bias=bias, out_bias=bias, window=window[layer], qk_norm=True)
+
+    return llama_like(hf, attention, gated_mlp(hf))
+
+
+FAMILY = Family(("qwen3",), read, reads=LLAMA_FIELDS | WINDOW_FIELDS | {"attention_bias"}, fixed=LLAMA_FIXED, files=LLAMA_FILES)

@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 
+from megalora.adapters.config import LoraConfig
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.base.shards import Layout, save_adapter
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
 from megalora.parallel.split import Split
 
 # As the dataclass of Merak is written: every field, sets as lists, in alphabetical order.

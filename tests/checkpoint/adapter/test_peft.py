@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 
+from megalora.adapters.config import LoraConfig
 from megalora.checkpoint.adapter.peft import read_peft, write_peft
 from megalora.errors import UserError
-from megalora.lora import LoraConfig
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -56,7 +56,7 @@ CONFIGS = {
 def make_adapter(config: LoraConfig, model):
     """(resolved, tensors by our names, merged state dict) for random A, B and biases."""
     state = model.state_dict()
-    linears = [n.removesuffix(".weight") for n in state if "_proj.weight" in n]
+    linears = {n.removesuffix(".weight"): int(n.split(".")[2]) for n in state if "_proj.weight" in n}
     resolved = config.resolve("llama", linears)
     generator = torch.Generator().manual_seed(1)
     tensors, merged = {}, {name: tensor.clone() for name, tensor in state.items()}
@@ -89,7 +89,7 @@ def test_the_library_loads_our_folder(tmp_path, name):
     assert found.tensors.keys() == tensors.keys()
     assert all(torch.equal(found.tensors[n], t) for n, t in tensors.items())
     fields = LoraConfig.from_dict(found.lora_config)
-    resolved = fields.resolve("llama", [n.removesuffix(".weight") for n in merged if "_proj.weight" in n])
+    resolved = fields.resolve("llama", {n.removesuffix(".weight"): 0 for n in merged if "_proj.weight" in n})
     assert {f"{n}.lora_A.weight" for n in resolved.adapters} <= tensors.keys()
     assert fields.inference_mode is False
 

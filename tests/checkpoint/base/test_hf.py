@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megalora.checkpoint.base.shards import Layout, save_base_shards
-from megalora.checkpoint.base.weights import load_base, model_fingerprint
+from megalora.checkpoint.base.weights import BaseNames, load_base, model_fingerprint
 from megalora.errors import UserError
+from megalora.models.spec import FileNames
 from megalora.parallel.split import Split
 
 SHAPES = {
@@ -65,7 +66,8 @@ def load(folder, tied=False, splits=None, expected=None, dtype=torch.float32) ->
     splits = splits or whole(SHAPES)
     module = make_module(splits, dtype)
     expected = expected or {n: s for n, s in SHAPES.items() if not (tied and n == "lm_head.weight")}
-    load_base(module, folder, splits=splits, expected=expected, tied=tied)
+    names = BaseNames(expected, "model.embed_tokens.weight", "lm_head.weight", tied, FileNames())
+    load_base(module, folder, splits=splits, names=names)
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
@@ -81,10 +83,10 @@ def test_slices_of_either_form_in_every_dtype(tmp_path, sharded, dtype):
     tensors = make_tensors(dtype)
     write_sharded(tmp_path, tensors) if sharded else save_file(tensors, tmp_path / "model.safetensors")
     splits = whole(SHAPES) | {
-        "model.embed_tokens.weight": Split((11, 4), 0, 5, 11),
-        "model.layers.0.self_attn.q_proj.weight": Split((8, 4), 0, 2, 4),
-        "model.layers.0.self_attn.q_proj.bias": Split((8,), 0, 2, 4),
-        "model.layers.0.self_attn.o_proj.weight": Split((4, 8), 1, 2, 4),
+        "model.embed_tokens.weight": Split.range((11, 4), 0, 5, 11),
+        "model.layers.0.self_attn.q_proj.weight": Split.range((8, 4), 0, 2, 4),
+        "model.layers.0.self_attn.q_proj.bias": Split.range((8,), 0, 2, 4),
+        "model.layers.0.self_attn.o_proj.weight": Split.range((4, 8), 1, 2, 4),
     }
     del splits["lm_head.weight"]  # another stage's
     for name, value in load(tmp_path, splits=splits).items():
@@ -103,7 +105,7 @@ def test_any_slice_over_several_blocks(tmp_path, monkeypatch, data):
         stop = data.draw(st.integers(start + 1, shape[dim]))
     tensor = torch.randn(shape)
     save_file({"w": tensor}, tmp_path / "model.safetensors")
-    split = Split(shape, dim, start, stop)
+    split = Split.range(shape, dim, start, stop)
     assert torch.equal(load(tmp_path, splits={"w": split}, expected={"w": shape})["w"], split.slice(tensor))
 
 
@@ -118,7 +120,7 @@ def test_tied_head_is_the_embedding(tmp_path, present):
     if not present:
         del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    loaded = load(tmp_path, tied=True, splits={"lm_head.weight": Split((11, 4), 0, 3, 7)})
+    loaded = load(tmp_path, tied=True, splits={"lm_head.weight": Split.range((11, 4), 0, 3, 7)})
     assert torch.equal(loaded["lm_head.weight"], tensors["model.embed_tokens.weight"][3:7])
 
 
@@ -287,13 +289,14 @@ MEASURE = """
         return int(next(l for l in lines if l.startswith("VmHWM")).split()[1]) * 1024
 
     shape = (rows, columns)
-    split = Split(shape, dim, 0, shape[dim] // 4)
+    split = Split.range(shape, dim, 0, shape[dim] // 4)
     module = Weights(split)
     names = [name for name, _ in module.named_parameters()]
     torch.ones(1).bfloat16().float()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
     before = peak()
     whole = dict.fromkeys(names, shape)
+    names = BaseNames(expected, "model.embed_tokens.weight", "lm_head.weight", tied, FileNames())
     load_base(module, folder, splits=dict.fromkeys(names, split), expected=whole, tied=False)
     grown = peak() - before
     assert all(bool((p == i).all()) for i, p in enumerate(module.parameters()))

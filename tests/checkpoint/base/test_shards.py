@@ -23,8 +23,9 @@ from megalora.checkpoint.base.shards import (
     save_adapter,
     save_base_shards,
 )
-from megalora.checkpoint.base.weights import load_base, model_fingerprint
+from megalora.checkpoint.base.weights import BaseNames, load_base, model_fingerprint
 from megalora.errors import UserError
+from megalora.models.spec import FileNames
 from megalora.parallel.split import Split, shard_range
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
@@ -47,7 +48,7 @@ def cut(shape: tuple[int, ...], dim: int | None, parts: int, overlap: int, tp: i
     if dim is None or parts == 1:
         return Split(shape)
     start, stop = shard_range(shape[dim], tp_rank * parts // tp, parts)
-    return Split(shape, dim, max(0, start - overlap), min(shape[dim], stop + overlap))
+    return Split.range(shape, dim, max(0, start - overlap), min(shape[dim], stop + overlap))
 
 
 @st.composite
@@ -103,9 +104,13 @@ def test_base_written_at_one_layout_loads_at_any_other(tmp_path, monkeypatch, mo
     for at in ranks(*new):
         splits = splits_at(model, at.tp, at.pp, at.tp_rank, at.pp_rank)
         stage = Flat({n: torch.full(s.local_shape, float("nan")) for n, s in splits.items()})
-        load_base(stage, folder, splits=splits, expected=expected, tied=False)
+        load_base(stage, folder, splits=splits, names=names_of(expected))
         for name, parameter in stage.named_parameters():
             assert torch.equal(parameter, splits[name].slice(tensors[name]).float()), name
+
+
+def names_of(expected) -> BaseNames:
+    return BaseNames(expected, "model.embed_tokens.weight", "lm_head.weight", False, FileNames())
 
 
 SHAPES = {"model.embed_tokens.weight": (10, 4), "model.layers.0.w.weight": (4, 8), "model.norm.weight": (4,)}
@@ -126,7 +131,7 @@ def base(tmp_path):
 
 def load(folder, expected=SHAPES):
     stage = Flat({n: torch.empty(s) for n, s in SHAPES.items()})
-    load_base(stage, folder, splits={n: Split(s) for n, s in SHAPES.items()}, expected=expected, tied=False)
+    load_base(stage, folder, splits={n: Split(s) for n, s in SHAPES.items()}, names=names_of(expected))
 
 
 def test_base_shard_is_a_flat_dict_of_parts(base):
@@ -140,7 +145,7 @@ def test_base_shard_is_a_flat_dict_of_parts(base):
 
 
 def test_fingerprint_does_not_depend_on_the_form(base):
-    assert model_fingerprint(base, SHAPES, False) == model_fingerprint(base.parent, SHAPES, False)
+    assert model_fingerprint(base, names_of(SHAPES)) == model_fingerprint(base.parent, names_of(SHAPES))
 
 
 def test_base_shards_that_do_not_make_up_the_model(base):

@@ -34,7 +34,7 @@ def write_shard(step: int, tp: int = 1, tp_rank: int = 0):
     """A function for `save`: A is `step` everywhere, B is cut over tp."""
 
     def write(folder):
-        split = Split((8, 2), 0, *shard_range(8, tp_rank, tp)) if tp > 1 else Split((8, 2))
+        split = Split.range((8, 2), 0, *shard_range(8, tp_rank, tp)) if tp > 1 else Split((8, 2))
         tensors = {A: torch.full((2, 4), float(step)), B: torch.full(split.local_shape, float(step))}
         splits = {A: Split((2, 4)), B: split}
         return save_adapter(folder, tensors, splits, Layout(tp, 1, tp_rank, 0), LORA, None, {"step": step})

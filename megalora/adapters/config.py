@@ -1,58 +1,20 @@
-"""What is adapted and how: PEFT's LoraConfig, read strictly, and the initial adapters.
+"""What is adapted and how: PEFT's LoraConfig, read strictly.
 
 Every field that changes the numbers of a LoRA on a linear layer is honoured; any other that is set is refused by name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
-
+from megalora.adapters.lora import Adapter
+from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.errors import UserError
-
-# Which linears are adapted where lora_config.json names none, by model_type.
-DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
-    "t5": ("q", "v"),
-    "mt5": ("q", "v"),
-    "bart": ("q_proj", "v_proj"),
-    "gpt2": ("c_attn",),
-    "bloom": ("query_key_value",),
-    "blip-2": ("q", "v", "q_proj", "v_proj"),
-    "opt": ("q_proj", "v_proj"),
-    "gptj": ("q_proj", "v_proj"),
-    "gpt_neox": ("query_key_value",),
-    "gpt_neo": ("q_proj", "v_proj"),
-    "bert": ("query", "value"),
-    "roberta": ("query", "value"),
-    "xlm-roberta": ("query", "value"),
-    "electra": ("query", "value"),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "deberta": ("in_proj",),
-    "layoutlm": ("query", "value"),
-    "llama": ("q_proj", "v_proj"),
-    "chatglm": ("query_key_value",),
-    "gpt_bigcode": ("c_attn",),
-    "mpt": ("Wqkv",),
-    "RefinedWebModel": ("query_key_value",),
-    "RefinedWeb": ("query_key_value",),
-    "falcon": ("query_key_value",),
-    "btlm": ("c_proj", "c_attn"),
-    "codegen": ("qkv_proj",),
-    "mistral": ("q_proj", "v_proj"),
-    "mixtral": ("q_proj", "v_proj"),
-    "stablelm": ("q_proj", "v_proj"),
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "gemma": ("q_proj", "v_proj"),
-    "qwen2": ("q_proj", "v_proj"),
-    "qwen3": ("q_proj", "v_proj"),
-}
 
 # Fields of a PEFT file that say nothing about the numbers.
 _IGNORED = {
@@ -87,15 +49,6 @@ _NEUTRAL: Mapping[str, tuple] = {
     "layers_pattern": (None, [], "layers", ["layers"]),
 }
 _TASK_TYPES = ("CAUSAL_LM",)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """The LoRA branch of one linear: rank, scaling (s of y += s z B^T), dropout probability."""
-
-    r: int
-    scaling: float
-    dropout: float
 
 
 @dataclass(frozen=True)
@@ -239,12 +192,13 @@ class LoraConfig:
             )
         return out
 
-    def resolve(self, model_type: str, linears: Iterable[str]) -> ResolvedLora:
-        """Which of `linears` (full names, the head left out) are adapted, and how.
+    def resolve(self, model_type: str, linears: Mapping[str, int], ends: Sequence[str] = ()) -> ResolvedLora:
+        """Return which linears of a model are adapted, and how.
 
+        linears  the layer of each linear that can carry an adapter, by full name
+        ends     names of the embedding and the head, which cannot
         Raises UserError where nothing matches, a name in the list matches nothing, or a layer index does not exist.
         """
-        linears = list(linears)
         targets = self.target_modules
         if targets is None:
             if model_type not in DEFAULT_TARGET_MODULES:
@@ -254,7 +208,7 @@ class LoraConfig:
         if isinstance(targets, str):
             pattern = None if targets == "all-linear" else _compiled(targets, "lora_config: target_modules")
             matched = [n for n in linears if pattern is None or pattern.fullmatch(n)]
-            for name in ("lm_head", "model.embed_tokens"):
+            for name in ends:
                 if pattern is not None and pattern.fullmatch(name):
                     raise UserError(
                         f"lora_config: target_modules {targets!r} matches {name}, which cannot carry an adapter: "
@@ -269,15 +223,15 @@ class LoraConfig:
                         f"choose among {', '.join(short)}"
                     )
         if self.layers_to_transform is not None:
-            layers = {layer_index(n) for n in linears}
+            layers = set(linears.values())
             missing = [i for i in self.layers_to_transform if i not in layers]
             if missing:
                 raise UserError(
                     f"lora_config: layers_to_transform names layer {missing[0]}, but the model has layers "
-                    f"0 to {max(i for i in layers if i is not None)}: correct the index"
+                    f"0 to {max(layers)}: correct the index"
                 )
             exactly = () if isinstance(targets, str) else targets  # as peft: a full name stands for itself
-            matched = [n for n in matched if n in exactly or layer_index(n) in self.layers_to_transform]
+            matched = [n for n in matched if n in exactly or linears[n] in self.layers_to_transform]
         if not matched:
             raise UserError(
                 f"lora_config: target_modules {self.target_modules!r} matches no linear of this model: "
@@ -326,28 +280,3 @@ def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> flo
 def _matches(pattern: str, name: str) -> bool:
     """PEFT's rule: a regular expression for the whole name, or for its end after a dot."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def layer_index(name: str) -> int | None:
-    """7 of model.layers.7.self_attn.q_proj; None where the name is of no layer."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found.group(1)) if found else None
-
-
-def initial_factor(
-    parameter: str, shape: tuple[int, int], seed: int, init_lora_weights: bool | str, r: int
-) -> torch.Tensor:
-    """The whole initial matrix [shape] float32 of a lora_A or lora_B weight, from (seed, parameter name) alone.
-
-    Drawn whole, with the global fan-in, so that no layout changes it; the caller slices. The distributions are PEFT's
-    (peft/tuners/lora/layer.py, reset_lora_parameters).
-    """
-    is_b = parameter.endswith("lora_B.weight")
-    if is_b and init_lora_weights is not False:
-        return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}:{parameter}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    if init_lora_weights == "gaussian":
-        return torch.empty(shape).normal_(0.0, 1.0 / r, generator=generator)
-    bound = 1.0 / math.sqrt(shape[1])  # kaiming_uniform_ with a = sqrt(5)
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,29 +1,54 @@
-"""The backward passes of LinearGroup and GatedPair (megalora.parallel.linear): what is kept for them, and the gradients
-of the source, A, B and biases. Legend as there.
+"""Linear groups as functions for autograd: what is kept for the backward passes, and the gradients of the source, A, B
+and biases. Legend as in megalora.parallel.group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_backward import UpBranch, add_down_weight_grad_, lora_backward_, swiglu_lora_backward_
 from megalora.ops.lora_linear import lora_down_input_grad_, lora_up_weight_grad
-from megalora.ops.matmul import matmul
 from megalora.ops.swiglu import swiglu, swiglu_backward
-from megalora.parallel.collectives import all_gather, all_reduce_async
+from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, reduce_scatter
 from megalora.parallel.exchange import gather_product, product_scatter
+from megalora.parallel.group import GatedPair, LinearGroup, Trainable
+from megalora.parallel.placement import Placement, Tokens
 
-if TYPE_CHECKING:
-    from megalora.parallel.linear import LinearGroup, Tokens
+
+def apply_group(group: LinearGroup, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Return y [F or T, O] of `source`, as `LinearGroup.product` says, for autograd."""
+    if not torch.is_grad_enabled():  # nothing is kept for a backward that does not come
+        return group.product(source, tokens)[0]
+    return GroupedLinearFunction.apply(source, group, tokens, *group.trainables.values())
+
+
+def apply_pair(pair: GatedPair, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Return y [T, O] of `source` [T, I + C] or [T, I], as of the groups one after the other, for autograd."""
+    first, second = pair.first, pair.second
+    if not torch.is_grad_enabled():
+        return second.product(first.product(source, tokens)[0], tokens)[0]
+    trainables = (*first.trainables.values(), *second.trainables.values())
+    return GatedPairFunction.apply(source, pair, tokens, *trainables)
+
+
+def reduce_terms(terms: torch.Tensor, place: Placement, biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Return the sum over tp of `terms` [F, O], this rank's part of it [T, O], with the biases [O] added once.
+
+    For row-parallel groups that do not reduce (a parallel residual): they have the gradients of their biases.
+    """
+    y = _ReduceTerms.apply(terms, place)
+    for bias in biases:
+        y = y if bias is None else y + bias
+    return y
 
 
 class _Kept(NamedTuple):
-    """What a group keeps of a microbatch: its source, where a gradient reads it; z [F, R], where that is not in the
-    source; A as it was; whose tokens its input has."""
+    """Tensors saved for backward: `source` (where a gradient reads it), `z` [F, R] (unless it is in the source), A as
+    it was, and the token index of the input."""
 
     source: torch.Tensor | None
     z: torch.Tensor | None
@@ -31,55 +56,65 @@ class _Kept(NamedTuple):
     token_index: torch.Tensor
 
 
+Needs = Mapping[Trainable, bool]  # which of group.trainables want a gradient
+
+
+def _needs(group: LinearGroup, flags: Sequence[bool]) -> Needs:
+    return dict(zip(group.trainables, flags, strict=True))
+
+
+def _any(needs: Needs, name: str) -> bool:
+    return any(needed for (_, kind), needed in needs.items() if kind == name)
+
+
 class _Sums:
     """What a group's gradients are added to: those that its parameters hold or, for autograd to add, new zeros."""
 
-    def __init__(self, group: LinearGroup, needs: Sequence[bool]):
-        """needs: which of group.trainables() want a gradient."""
-        self.told: list[torch.Tensor | None] = []  # what autograd is told, in their order
-        self._into: list[torch.Tensor | None] = []
-        self._trainables = group.trainables()
-        for parameter, needed in zip(self._trainables, needs, strict=True):
-            into = parameter.grad if needed else None
-            fresh = torch.zeros_like(parameter) if needed and into is None else None
+    def __init__(self, group: LinearGroup, needs: Needs):
+        self.told: list[torch.Tensor | None] = []  # what autograd is told, in the order of trainables()
+        self._into: dict[Trainable, torch.Tensor] = {}
+        self._parameters = group.trainables
+        for name, parameter in self._parameters.items():
+            into = parameter.grad if needs[name] else None
+            fresh = torch.zeros_like(parameter) if needs[name] and into is None else None
             self.told.append(fresh)
-            self._into.append(fresh if into is None else into)
+            if needs[name]:
+                self._into[name] = fresh if into is None else into
 
     @property
     def dA(self) -> list[torch.Tensor]:
         """One for each adapted linear, what is not wanted to nowhere; none where no A wants a gradient."""
-        if all(into is None for into in self._into[0::3]):
+        factors = {name: p for name, p in self._parameters.items() if name[1] == "lora_A"}
+        if not any(name in self._into for name in factors):
             return []
-        adapted = [(A, into) for A, into in zip(self._trainables[0::3], self._into[0::3], strict=True) if A is not None]
-        return [torch.zeros_like(A) if into is None else into for A, into in adapted]
+        return [self._into[name] if name in self._into else torch.zeros_like(A) for name, A in factors.items()]
 
     def dB(self, i: int) -> torch.Tensor | None:
         """Of the i-th linear."""
-        return self._into[3 * i + 1]
+        return self._into.get((i, "lora_B"))
 
     def dbias(self, i: int) -> torch.Tensor | None:
-        return self._into[3 * i + 2]
+        return self._into.get((i, "bias"))
 
 
 def _keep(
-    group: LinearGroup, source: torch.Tensor, full: torch.Tensor, tokens: Tokens, needs_dx: bool, needs: Sequence[bool]
+    group: LinearGroup, source: torch.Tensor, full: torch.Tensor, tokens: Tokens, needs_dx: bool, needs: Needs
 ) -> _Kept:
-    """Of a product of `source` whose X is `full`. needs: which of group.trainables() want a gradient."""
-    keeps = any(needs[0::3]) or (group.gated and needs_dx)
+    """Return what is kept of a product of `source` whose X is `full`."""
+    keeps = _any(needs, "lora_A") or (group.gated and needs_dx)
     # z is kept apart where X is not what is kept; without gradients nothing is kept.
-    apart = (needs_dx or any(needs)) and (full is not source or not keeps)
+    apart = (needs_dx or any(needs.values())) and (full is not source or not keeps)
     z = full[:, group.in_features :].clone() if group.down is not None and apart else None
     return _Kept(source if keeps else None, z, group.down, group.mask(tokens)[0])
 
 
 def _up_branches(group: LinearGroup, kept: _Kept, sums: _Sums) -> list[UpBranch]:
-    """The branches of a group whose dB is wanted."""
+    """Return the branches of a group whose dB is wanted."""
     branches = []
-    for i, (linear, (rows, place)) in enumerate(zip(group.linears, group.spans, strict=True)):
+    for i, (linear, rows, columns) in enumerate(zip(group.linears, group.rows, group.branches, strict=True)):
         if sums.dB(i) is not None:
             z = kept.source[:, group.in_features :] if kept.z is None else kept.z
-            z_here = z[:, place.start - group.in_features : place.stop - group.in_features]
-            branches.append(UpBranch(rows, z_here, linear.adapter.scaling, sums.dB(i)))
+            branches.append(UpBranch(rows, z[:, columns], linear.adapter.scaling, sums.dB(i)))
     return branches
 
 
@@ -103,27 +138,27 @@ def _backward(
     """
     A, token_index, tp, exchange = kept.A, kept.token_index, group.place.tp, group.place.exchange
     columns, dA = group.in_features, sums.dA
-    matrix = group.matrix if needs_dx else group.matrix[:, columns:]
+    width = columns + group.room if needs_dx else group.room
     goes_on, dX = needs_dx or A is not None, None
 
     def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return matmul(rows, matrix, out)
+        return group.matrix.multiply_transposed(rows, out, branch_only=not needs_dx)
 
     if group.row_parallel and group.gathers:
         if goes_on:
-            dX, dy = gather_product(dy, product, matrix.shape[1], tp, exchange)
+            dX, dy = gather_product(dy, product, width, tp, exchange)
         else:
             dy = all_gather(dy, tp)
     for branch in _up_branches(group, kept, sums) if own_ups else ():
         lora_up_weight_grad(dy[:, branch.rows], branch.z, branch.scaling, branch.dB)
-    for i, (rows, _) in enumerate(group.spans):
+    for i, rows in enumerate(group.rows):
         if sums.dbias(i) is not None:
             sums.dbias(i).add_(dy[:, rows].sum(0, dtype=sums.dbias(i).dtype))
     if not goes_on:
         return None
     if dX is None:
         scatters = group.gathers and not group.row_parallel
-        dX = product_scatter(dy, product, matrix.shape[1], tp, exchange) if scatters else product(dy)
+        dX = product_scatter(dy, product, width, tp, exchange) if scatters else product(dy)
     dz = None if A is None else dX[:, dX.shape[1] - group.room :][:, : sum(group.ranks)]
     if group.gated:
         return _gated_backward(group, kept, draw, dX, dz, needs_dx, dA, ups_before)
@@ -184,43 +219,44 @@ class GroupedLinearFunction(torch.autograd.Function):
     def forward(ctx, source, group, tokens, *trainables):
         y, full = group.product(source, tokens)
         ctx.group, ctx.draw, ctx.width = group, group.mask(tokens)[1], source.shape[1]
-        needs_dx, _, _, *needs = ctx.needs_input_grad
-        ctx.save_for_backward(*_keep(group, source, full, tokens, needs_dx, needs))
+        needs_dx, _, _, *flags = ctx.needs_input_grad
+        ctx.save_for_backward(*_keep(group, source, full, tokens, needs_dx, _needs(group, flags)))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        needs_dx, _, _, *needs = ctx.needs_input_grad
-        group, sums = ctx.group, _Sums(ctx.group, needs)
+        needs_dx, _, _, *flags = ctx.needs_input_grad
+        group, sums = ctx.group, _Sums(ctx.group, _needs(ctx.group, flags))
         dense = ctx.width == group.in_features
         dsource = _backward(group, _Kept(*ctx.saved_tensors), ctx.draw, dy, needs_dx, sums, dense=dense)
         return dsource, None, None, *sums.told
 
 
 class GatedPairFunction(torch.autograd.Function):
-    """Both groups as GroupedLinearFunction; the dB of the first is seen to where its dy is made."""
+    """Both groups as GroupedLinearFunction; the dB of the first is computed where its dy is made."""
 
     @staticmethod
     def forward(ctx, source, pair, tokens, *trainables):
         first, second = pair.first, pair.second
         ctx.pair, ctx.draws, ctx.width = pair, [group.mask(tokens)[1] for group in (first, second)], source.shape[1]
-        needs_dx, needs_first, needs_second = _cut_needs(ctx.needs_input_grad, first)
+        needs_dx, needs_first, needs_second = _cut_needs(ctx.needs_input_grad, pair)
         gate_up, full = first.product(source, tokens)
         kept = _keep(first, source, full, tokens, needs_dx, needs_first)
         del full  # what was gathered is not needed beside the second product
         y, X = second.product(gate_up, tokens)
-        needs_dx = needs_dx or any(needs_first)
+        needs_dx = needs_dx or any(needs_first.values())
         ctx.save_for_backward(*kept, *_keep(second, gate_up, X, tokens, needs_dx, needs_second))
         return y
 
     @staticmethod
     def backward(ctx, dy):
         first, second = ctx.pair.first, ctx.pair.second
-        needs_dx, needs_first, needs_second = _cut_needs(ctx.needs_input_grad, first)
+        needs_dx, needs_first, needs_second = _cut_needs(ctx.needs_input_grad, ctx.pair)
         saved, count = ctx.saved_tensors, len(_Kept._fields)
         kept_first, kept_second = _Kept(*saved[:count]), _Kept(*saved[count:])
         sums_first, sums_second = _Sums(first, needs_first), _Sums(second, needs_second)
-        ups, goes_on = _up_branches(first, kept_first, sums_first), needs_dx or any(needs_first)
+        goes_on = needs_dx or any(needs_first.values())
+        ups = _up_branches(first, kept_first, sums_first)
         dgate_up = _backward(second, kept_second, ctx.draws[1], dy, goes_on, sums_second, ups_before=ups)
         ctx.maybe_clear_saved_tensors()  # gate_up goes before the first group's products need memory
         del saved, kept_second, ups
@@ -233,7 +269,20 @@ class GatedPairFunction(torch.autograd.Function):
         return dsource, None, None, *sums_first.told, *sums_second.told
 
 
-def _cut_needs(needs: Sequence[bool], first: LinearGroup) -> tuple[bool, Sequence[bool], Sequence[bool]]:
-    """(of the source, of the first group's trainables, of the second's)."""
-    end = 3 + 3 * len(first.linears)
-    return needs[0], needs[3:end], needs[end:]
+class _ReduceTerms(torch.autograd.Function):
+    """Forward reduce-scatters (or all-reduces), backward gathers (or copies)."""
+
+    @staticmethod
+    def forward(ctx, terms, place):
+        ctx.place = place
+        return reduce_scatter(terms, place.tp) if place.gathers else all_reduce(terms.clone(), place.tp)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return all_gather(dy.contiguous(), ctx.place.tp) if ctx.place.gathers else dy, None
+
+
+def _cut_needs(needs: Sequence[bool], pair: GatedPair) -> tuple[bool, Needs, Needs]:
+    """Return which gradients are wanted: (of the source, of the first group's trainables, of the second's)."""
+    end = 3 + len(pair.first.trainables)
+    return needs[0], _needs(pair.first, needs[3:end]), _needs(pair.second, needs[end:])

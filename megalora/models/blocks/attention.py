@@ -1,0 +1,76 @@
+"""Self-attention: q, k, v column-parallel by heads, the output row-parallel.
+
+Legend: T tokens on this rank, F tokens of the microbatch, H query heads and K key/value heads of this rank, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megalora.models import spec
+from megalora.models.blocks.place import LayerPlace
+from megalora.models.inputs import Inputs
+from megalora.ops.attention import attention
+from megalora.ops.rope import rope, split_rope
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.group_grad import apply_group
+from megalora.parallel.split import cut_heads
+
+
+class AttentionBlock:
+    """recompute: run the rotation and the attention again in backward instead of keeping what they keep."""
+
+    def __init__(self, attention: spec.Attention, at: LayerPlace, recompute: bool = False, reduces: bool = True):
+        self.layer, self.spec, self.recompute = at.index, attention, recompute
+        dim = attention.head_dim
+        cut = cut_heads(attention.heads, attention.kv_heads, at.place.tp)
+        outputs = [("q", attention.q, cut.query), ("k", attention.k, cut.kv), ("v", attention.v, cut.kv)]
+        if not isinstance(attention.q, spec.Fused):  # whose rows are counted in features
+            outputs = [(name, made, part.times(dim)) for name, made, part in outputs]
+        qkv = at.columns(outputs)
+        out = at.row(attention.out, cut.query.times(dim))
+        self.qkv = LinearGroup(qkv, at.site("qkv"), at.place)
+        self.output = LinearGroup((out,), at.site("out"), at.place, reduces=reduces)
+        self.heads, self.kv_heads = cut.query.size, cut.kv.size
+        # Which of this rank's KV heads each of its query heads reads; None where all are read equally often, in order.
+        reads = [
+            h * attention.kv_heads // attention.heads - cut.kv.start for h in range(cut.query.start, cut.query.stop)
+        ]
+        each = self.heads // self.kv_heads
+        self.reads = None if reads == [h // each for h in range(len(reads))] else reads
+        self.q_norm = None if attention.q_norm is None else at.norm(attention.q_norm)
+        self.k_norm = None if attention.k_norm is None else at.norm(attention.k_norm)
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self.qkv, self.output
+
+    @property
+    def room(self) -> int:
+        """Columns that are wanted behind the input."""
+        return self.qkv.room
+
+    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """X [T, hidden_size + room] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        qkv = apply_group(self.qkv, X, inputs.tokens)
+        if self.recompute and torch.is_grad_enabled():
+            context = checkpoint(self._core, qkv, inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            context = self._core(qkv, inputs)
+        return apply_group(self.output, context, inputs.tokens)
+
+    def _core(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """qkv [F, (H + 2 K) D] -> [F, H D]."""
+        cos, sin = inputs.tables[self.spec.position]
+        dim, window = self.spec.head_dim, self.spec.window
+        if self.q_norm is None:
+            q, k, v = split_rope(qkv, cos, sin, self.heads, self.kv_heads)
+        else:
+            q, k, v = qkv.unflatten(-1, (-1, dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            q, k = rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin)
+        if self.reads is not None:
+            k, v = k[:, self.reads], v[:, self.reads]
+        if inputs.cache is not None:
+            return inputs.cache.attend(self.layer, q, k, v, window).flatten(1)
+        return attention(q, k, v, inputs.bounds, window, inputs.packed).flatten(1)

@@ -1,0 +1,78 @@
+"""One layer: its mixers, each behind a norm, and how they are added to the residual stream.
+
+The stream is hidden + delta, both [T, hidden_size] (delta None: nothing to add), in and out: sums are left to the norm
+that reads them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megalora.models import spec
+from megalora.models.blocks.attention import AttentionBlock
+from megalora.models.blocks.mlp import MLPBlock
+from megalora.models.blocks.place import LayerPlace
+from megalora.models.inputs import Inputs
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.group_grad import reduce_terms
+
+BLOCKS = {spec.Attention: AttentionBlock, spec.MLP: MLPBlock}
+Stream = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Layer:
+    """The steps of one layer, one after another."""
+
+    def __init__(self, layer: spec.Layer, at: LayerPlace, recompute_attention: bool):
+        kinds = {spec.Residual: _Step, spec.ParallelResidual: _ParallelStep}
+        self.steps = [kinds[type(step)](step, at, recompute_attention) for step in layer]
+
+    @property
+    def blocks(self) -> list[AttentionBlock | MLPBlock]:
+        return [block for step in self.steps for block in step.blocks]
+
+    @property
+    def groups(self) -> list[LinearGroup]:
+        """Its linears, in groups that read one input, in order of computation."""
+        return [group for block in self.blocks for group in block.groups]
+
+    def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
+        for step in self.steps:
+            hidden, delta = step(hidden, delta, inputs)
+        return hidden, delta
+
+
+class _Step:
+    """x -> x + mixer(norm(x))."""
+
+    def __init__(self, step: spec.Residual, at: LayerPlace, recompute_attention: bool):
+        self.norm = at.norm(step.norm)
+        self.blocks = [BLOCKS[type(step.mixer)](step.mixer, at, recompute_attention)]
+
+    def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
+        (block,) = self.blocks
+        hidden, x = self.norm.after(hidden, delta, block.room)
+        return hidden, block(x, inputs)
+
+
+class _ParallelStep:
+    """x -> x + the sum over branches of mixer(norm(x)), which are reduced over tp together."""
+
+    def __init__(self, step: spec.ParallelResidual, at: LayerPlace, recompute_attention: bool):
+        self.place = at.place
+        self.norms = [at.norm(branch.norm) for branch in step.branches]
+        reduces = at.place.tp.size == 1
+        self.blocks = [
+            BLOCKS[type(branch.mixer)](branch.mixer, at, recompute_attention, reduces=reduces)
+            for branch in step.branches
+        ]
+
+    def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
+        total = None
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            hidden, x = norm.after(hidden, delta, block.room)
+            delta, term = None, block(x, inputs)
+            total = term if total is None else total + term
+        if self.place.tp.size == 1:
+            return hidden, total
+        return hidden, reduce_terms(total, self.place, [block.output.bias for block in self.blocks])

@@ -1,0 +1,49 @@
+"""MLPs: gated, down(act(gate) * up), and plain, down(act(up)); up and gate column-parallel, down row-parallel."""
+
+from __future__ import annotations
+
+import torch
+
+from megalora.models import spec
+from megalora.models.blocks.place import LayerPlace
+from megalora.models.inputs import Inputs
+from megalora.ops.activations import ACTIVATIONS
+from megalora.parallel.group import GatedPair, LinearGroup
+from megalora.parallel.group_grad import apply_group, apply_pair
+from megalora.parallel.split import even_part
+
+INNER_STEP = 8  # in which the inner features are cut: rows of eights are what kernels and GEMMs on GPUs take
+
+
+class MLPBlock:
+    def __init__(self, mlp: spec.MLP, at: LayerPlace, recompute: bool = False, reduces: bool = True):
+        """recompute: has no effect here, a gated MLP keeps its inputs only."""
+        part = even_part(mlp.inner, at.place.tp, INNER_STEP)
+        outputs = [("gate", mlp.gate, part)] if mlp.gate is not None else []
+        ups = at.columns([*outputs, ("up", mlp.up, part)])
+        down = at.row(mlp.down, part)
+        gated = mlp.gate is not None
+        assert not gated or mlp.act == "silu", mlp.act
+        self.up = LinearGroup(ups, at.site("up"), at.place)
+        self.down = LinearGroup((down,), at.site("down"), at.place, gated=gated, reduces=reduces)
+        self._pair = GatedPair(self.up, self.down) if gated else None
+        self._act = None if gated else ACTIVATIONS[mlp.act]
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self.up, self.down
+
+    @property
+    def room(self) -> int:
+        """Columns that are wanted behind the input."""
+        return self.up.room
+
+    @property
+    def output(self) -> LinearGroup:
+        return self.down
+
+    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """X [T, hidden_size + room] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        if self._pair is not None:
+            return apply_pair(self._pair, X, inputs.tokens)
+        return apply_group(self.down, self._act(apply_group(self.up, X, inputs.tokens)), inputs.tokens)

@@ -1,0 +1,72 @@
+"""What a block of one layer is built from: it makes the layer's parallel linears and norms under their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from megalora.adapters.config import ResolvedLora
+from megalora.models import spec
+from megalora.models.blocks.norm import NORMS, Norm
+from megalora.models.names import hang
+from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalora.parallel.placement import Placement
+from megalora.parallel.split import Cut, Part, joined_cut
+
+# The layer's inputs to adapted linears, each with its own dropout mask. Numbers of existing runs never move: a new kind
+# of input gets a number from a stable hash of its name (DESIGN section 3).
+SITES = ("qkv", "out", "up", "down")
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Layer `index` of a stack: its parameters are registered below `root`."""
+
+    root: nn.Module
+    stack: spec.Stack
+    index: int
+    place: Placement
+    lora: ResolvedLora
+
+    def site(self, name: str) -> int:
+        """Return the dropout site of the layer's input `name`, one of SITES."""
+        return len(SITES) * self.index + SITES.index(name)
+
+    def column(self, linear: spec.Linear, cut: Cut | Part) -> ColumnParallelLinear:
+        """Build a column-parallel linear of this rank's out_features `cut`."""
+        return self._linear(ColumnParallelLinear, linear, cut)
+
+    def row(self, linear: spec.Linear, part: Part) -> RowParallelLinear:
+        """Build a row-parallel linear of this rank's in_features `part`."""
+        return self._linear(RowParallelLinear, linear, part)
+
+    def columns(self, outputs: list[tuple[str, spec.Projection, Part]]) -> tuple[ColumnParallelLinear, ...]:
+        """Build the linears of several outputs: (name, what makes it, this rank's units of it) each.
+
+        Units are heads where the linear is fused by heads, else features; outputs of one Fused stand side by side.
+        """
+        fused = [(name, made, part) for name, made, part in outputs if isinstance(made, spec.Fused)]
+        if not fused:
+            return tuple(self.column(made, part) for _, made, part in outputs)
+        assert len(fused) == len(outputs) and len({made for _, made, _ in fused}) == 1, outputs
+        rows = fused[0][1].rows
+        cut = joined_cut(
+            [(part, rows.unit(name), rows.pieces(name, part.start, part.stop)) for name, _, part in fused]
+        )
+        return (self.column(fused[0][1].linear, cut),)
+
+    def norm(self, norm: spec.Norm) -> Norm:
+        """Build a norm of the layer."""
+        module = NORMS[norm.kind](norm, self.place)
+        hang(self.root, self.stack.of_layer(self.index, norm.name), module)
+        return module
+
+    def _linear(self, kind: type, linear: spec.Linear, cut: Cut | Part):
+        name = self.stack.of_layer(self.index, linear.name)
+        module = kind(
+            name, linear.in_features, linear.out_features, cut, bias=linear.bias, adapter=self.lora.adapter(name),
+            trains_bias=self.lora.trains_bias(name), place=self.place, transposed=linear.transposed,
+        )  # fmt: skip
+        hang(self.root, name, module)
+        return module

@@ -1,0 +1,43 @@
+"""GPT-NeoX and Pythia: LayerNorm, attention and MLP side by side, a part of each head rotates, q k v fused by heads."""
+
+from megalora.models.family import Family, Fields
+from megalora.models.parts import decoder
+from megalora.models.spec import MLP, Attention, ByHead, FileNames, Fused, Linear, ModelSpec, Norm, ParallelResidual
+from megalora.models.spec import Residual, Stack
+
+
+def read(hf: Fields) -> ModelSpec:
+    size, heads, inner = hf.hidden_size, hf.num_attention_heads, hf.intermediate_size
+    dim = size // heads
+
+    def norm(name: str) -> Norm:
+        return Norm(name, size, hf.layer_norm_eps, "layer", bias=True)
+
+    qkv = Fused(Linear("attention.query_key_value", size, 3 * size, hf.attention_bias), ByHead(dim))
+    out = Linear("attention.dense", size, size, hf.attention_bias)
+    attention = Attention(qkv, qkv, qkv, out, heads, heads, dim, hf.rotary(dim))
+    up, down = Linear("mlp.dense_h_to_4h", size, inner, True), Linear("mlp.dense_4h_to_h", inner, size, True)
+    mlp = MLP(up, down, inner, hf.hidden_act)
+    steps = (Residual(attention, norm("input_layernorm")), Residual(mlp, norm("post_attention_layernorm")))
+    layer = (ParallelResidual(steps),) if hf.use_parallel_residual else steps
+    stack = Stack("gpt_neox.layers", (layer,) * hf.num_hidden_layers, norm("gpt_neox.final_layer_norm"))
+    return decoder(hf, stack, embedding="gpt_neox.embed_in", head="embed_out")
+
+
+FAMILY = Family(
+    ("gpt_neox",),
+    read,
+    reads=frozenset(
+        """hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size layer_norm_eps hidden_act
+        max_position_embeddings tie_word_embeddings use_parallel_residual attention_bias""".split()
+    ),
+    fixed={"attention_dropout": 0.0, "hidden_dropout": 0.0},
+    harmless=frozenset({"classifier_dropout"}),
+    rope={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+    partial=0.25,
+    files=FileNames(
+        renames=(("lm_head.", "embed_out."),),
+        ignored=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+        prefix="gpt_neox.",
+    ),
+)

@@ -1,0 +1,26 @@
+"""Phi-3 and Phi-3.5 with short context: llama's mathematics with q k v in one linear, and gate and up in another."""
+
+from megalora.models.family import Family, Fields
+from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, fused, head_dim, kv_heads, llama_like
+from megalora.models.spec import MLP, Attention, Linear, ModelSpec
+
+
+def read(hf: Fields) -> ModelSpec:
+    size, heads, kv, dim, inner = hf.hidden_size, hf.num_attention_heads, kv_heads(hf), head_dim(hf), hf.intermediate_size
+    qkv = fused("self_attn.qkv_proj", size, (("q", heads), ("k", kv), ("v", kv)), dim)
+    out = Linear("self_attn.o_proj", heads * dim, size)
+    attention = Attention(qkv, qkv, qkv, out, heads, kv, dim, hf.rotary(dim), hf.sliding_window)
+    gate_up = fused("mlp.gate_up_proj", size, (("gate", inner), ("up", inner)))
+    mlp = MLP(gate_up, Linear("mlp.down_proj", inner, size), inner, "silu", gate_up)
+    return llama_like(hf, lambda layer: attention, mlp)
+
+
+FAMILY = Family(
+    ("phi3",),
+    read,
+    reads=LLAMA_FIELDS - {"head_dim"} | {"sliding_window"},
+    fixed=LLAMA_FIXED | {"embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    harmless=frozenset({"original_max_position_embeddings"}),  # of longrope, which is refused by its rope_type
+    partial=1.0,
+    files=LLAMA_FILES,
+)

@@ -1,0 +1,113 @@
+"""A model family: how its config.json is read into a ModelSpec, and which fields that accounts for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from megalora.errors import UserError
+from megalora.models import rotary
+from megalora.models.spec import FileNames, ModelSpec, Rotary
+
+
+class Bound(NamedTuple):
+    """What a numeric field may be: whole numbers or any, from `least` to `most`."""
+
+    whole: bool
+    least: float
+    most: float
+
+
+_SIZE = Bound(True, 1, 1 << 24)
+BOUNDS: Mapping[str, Bound] = {
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "vocab_size": Bound(True, 1, 1 << 28),
+    "num_hidden_layers": Bound(True, 1, 1 << 12),
+    "num_attention_heads": Bound(True, 1, 1 << 14),
+    "num_key_value_heads": Bound(True, 1, 1 << 14),
+    "head_dim": Bound(True, 2, 1 << 14),
+    "max_position_embeddings": Bound(True, 1, 1 << 32),
+    "sliding_window": Bound(True, 1, 1 << 32),
+    "max_window_layers": Bound(True, 0, 1 << 12),
+    "rms_norm_eps": Bound(False, 1e-30, 1.0),
+    "layer_norm_eps": Bound(False, 1e-30, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Model types whose configs `read` turns into a spec.
+
+    types        the values of model_type
+    read         config -> ModelSpec; it may read the fields of `reads` and no other
+    reads        names of fields
+    fixed        fields with the one value that is implemented
+    harmless     fields that say nothing about the numbers of a training step, beside those that no family reads
+    rope         other names of rope fields in this family's config.json -> `rope_parameters`' own
+    partial      the default of partial_rotary_factor where the family has that field
+    files        how names in its files differ from ours
+    A field of the family's config class that is none of these is refused, unless it is unset.
+    """
+
+    types: tuple[str, ...]
+    read: Callable[[Fields], ModelSpec]
+    reads: frozenset[str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    rope: Mapping[str, str] = field(default_factory=dict)
+    partial: float | None = None
+    files: FileNames = field(default_factory=FileNames)
+
+
+class Fields:
+    """The fields of a config.json that a family declares, with transformers' defaults, checked as they are read.
+
+    Raises UserError, naming file and field, for a value that is missing or out of range.
+    """
+
+    def __init__(self, hf: Any, family: Family, rope: Mapping[str, Any], where: str):
+        self._hf, self._family, self._rope, self._where = hf, family, rope, where
+        self._rotaries: dict[int, Rotary] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name not in self._family.reads:
+            raise AssertionError(f"{self._family.types[0]} reads {name}, which it does not declare")
+        value = getattr(self._hf, name, None)
+        if value is not None and name in BOUNDS:
+            self._check(name, value, BOUNDS[name])
+        return value
+
+    def required(self, name: str) -> Any:
+        """Return the value of a field that has none by default. Raises UserError where it is missing."""
+        value = getattr(self, name)
+        if value is None:
+            raise UserError(f"{self._where}: {name} is missing: take config.json from the model's own folder")
+        return value
+
+    def fail(self, message: str) -> None:
+        """Raise UserError about this config."""
+        raise UserError(f"{self._where}: {message}")
+
+    def rotary(self, head_dim: int) -> Rotary:
+        """Return the rotation of heads of `head_dim` features."""
+        if head_dim not in self._rotaries:
+            self._rotaries[head_dim] = rotary.rotary(self._hf, self._rope, head_dim, self._where)
+        return self._rotaries[head_dim]
+
+    def reads(self, name: str) -> bool:
+        """Return whether the family declares the field."""
+        return name in self._family.reads
+
+    def _check(self, name: str, value: Any, bound: Bound) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = number and bound.least <= value <= bound.most and (not bound.whole or value == int(value))
+        if not good:
+            kind = "whole number" if bound.whole else "number"
+            raise UserError(
+                f"{self._where}: {name} = {value!r}: must be a {kind} from {bound.least:g} to {bound.most:g}"
+            )

@@ -1,0 +1,111 @@
+"""Parts of specs that many families share: each takes the fields of a config and names as the file has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megalora.models.family import Fields
+from megalora.models.spec import (
+    MLP,
+    Attention,
+    Blocked,
+    Embedding,
+    FileNames,
+    Fused,
+    Head,
+    Layer,
+    Linear,
+    Mixer,
+    ModelSpec,
+    Norm,
+    Residual,
+    Stack,
+)
+
+# What the fields of a llama-shaped config are called, and those with which its attention could be another.
+LLAMA_FIELDS = frozenset(
+    """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
+    rms_norm_eps max_position_embeddings tie_word_embeddings""".split()
+)
+LLAMA_FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
+LLAMA_FILES = FileNames(prefix="model.")
+
+
+def head_dim(hf: Fields) -> int:
+    """Return `head_dim`, or the share of hidden_size that a head has."""
+    own = hf.head_dim if hf.reads("head_dim") else None
+    return own or hf.hidden_size // hf.num_attention_heads
+
+
+def kv_heads(hf: Fields) -> int:
+    """Return num_key_value_heads, by default as many as query heads. Raises UserError where it does not divide them."""
+    count = hf.num_key_value_heads or hf.num_attention_heads
+    if hf.num_attention_heads % count:
+        hf.fail(
+            f"num_attention_heads ({hf.num_attention_heads}) is not a multiple of num_key_value_heads ({count}): "
+            f"correct it"
+        )
+    return count
+
+
+def rms(hf: Fields, name: str, size: int | None = None) -> Norm:
+    """Return an RMSNorm with the config's epsilon, of hidden_size features unless said otherwise."""
+    return Norm(name, size or hf.hidden_size, hf.required("rms_norm_eps"))
+
+
+def grouped_attention(
+    hf: Fields,
+    *,
+    bias: bool = False,
+    out_bias: bool = False,
+    window: int | None = None,
+    qk_norm: bool = False,
+) -> Attention:
+    """Return llama's attention: q, k, v and o apart, key/value heads shared by groups of query heads."""
+    heads, kv, dim, size = hf.num_attention_heads, kv_heads(hf), head_dim(hf), hf.hidden_size
+    q, k, v = (
+        Linear(f"self_attn.{name}_proj", size, count * dim, bias)
+        for name, count in (("q", heads), ("k", kv), ("v", kv))
+    )
+    norms = (rms(hf, f"self_attn.{name}_norm", dim) if qk_norm else None for name in "qk")
+    out = Linear("self_attn.o_proj", heads * dim, size, out_bias)
+    return Attention(q, k, v, out, heads, kv, dim, hf.rotary(dim), window, *norms)
+
+
+def fused(name: str, in_features: int, parts: Sequence[tuple[str, int]], size: int = 1, bias: bool = False) -> Fused:
+    """Return one linear of several outputs, one after another: (name, units of `size` rows) each."""
+    return Fused(Linear(name, in_features, size * sum(units for _, units in parts), bias), Blocked(tuple(parts), size))
+
+
+def gated_mlp(hf: Fields, bias: bool = False) -> MLP:
+    """Return llama's MLP: gate, up and down apart."""
+    size, inner = hf.hidden_size, hf.intermediate_size
+    gate, up = (Linear(f"mlp.{name}_proj", size, inner, bias) for name in ("gate", "up"))
+    return MLP(up, Linear("mlp.down_proj", inner, size, bias), inner, "silu", gate)
+
+
+def llama_like(hf: Fields, attention: Callable[[int], Attention], mlp: Mixer) -> ModelSpec:
+    """Return a decoder with llama's names, RMSNorms and sequential residuals; `attention` is that of each layer."""
+
+    def layer(index: int) -> Layer:
+        return (
+            Residual(attention(index), rms(hf, "input_layernorm")),
+            Residual(mlp, rms(hf, "post_attention_layernorm")),
+        )
+
+    return decoder(
+        hf,
+        Stack("model.layers", tuple(map(layer, range(hf.num_hidden_layers))), rms(hf, "model.norm")),
+        embedding="model.embed_tokens",
+        head="lm_head",
+    )
+
+
+def decoder(hf: Fields, stack: Stack, *, embedding: str, head: str) -> ModelSpec:
+    """Return the spec of a decoder-only model from its stack and the names of its ends."""
+    return ModelSpec(
+        Embedding(embedding, hf.vocab_size, hf.hidden_size),
+        stack,
+        Head(head, bool(hf.tie_word_embeddings)),
+        hf.max_position_embeddings,
+    )

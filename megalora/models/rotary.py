@@ -1,0 +1,95 @@
+"""Rotary positions: the config's fields in one form, the frequencies they mean, and tables of cos and sin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megalora.batch import to_device
+from megalora.errors import UserError
+from megalora.models.spec import Rotary
+
+# Rope types, with the fields that each reads besides rope_type and rope_theta.
+FIELDS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
+        "truncate".split()
+    ),
+}
+CONFIG_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
+_PARTIAL = "partial_rotary_factor"
+
+
+def read_rope(raw: Mapping[str, Any], aliases: Mapping[str, str], partial: float | None, where: str) -> dict[str, Any]:
+    """Return the rotary fields in one form, from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
+
+    aliases  other names of the fields in this family's config.json
+    partial  the family's default of partial_rotary_factor, the share of a head that rotates; None: all of it always
+    Raises UserError for a rope type or field that is not implemented, or a value out of range.
+    """
+    raw = {aliases.get(name, name): value for name, value in raw.items()}
+    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+    given = new if new is not None else old if old is not None else {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: rope_{'parameters' if new is not None else 'scaling'} is not an object: correct it")
+    fields = dict(given)
+    fields["rope_type"] = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
+    fields.pop("type", None)
+    fields.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    if partial is not None:
+        fields.setdefault(_PARTIAL, raw.get(_PARTIAL, partial))
+        _check_number(fields, _PARTIAL, where, most=1.0)
+    _check_number(fields, "rope_theta", where)
+    kind = fields["rope_type"]
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise UserError(f"{where}: rope_type = {kind!r} is not implemented: megalora knows {', '.join(FIELDS)}")
+    known = FIELDS[kind] | {"rope_type", "rope_theta"} | ({_PARTIAL} if partial is not None else set())
+    for name, value in fields.items():
+        if value is not None and name not in known:
+            raise UserError(
+                f"{where}: rope field {name!r} = {value!r} is not known for rope_type {kind!r} and may change the "
+                f"numbers: remove it if it does not"
+            )
+        if name in FIELDS[kind] and name != "truncate" and value is not None:
+            _check_number(fields, name, where)
+    return fields
+
+
+def _check_number(fields: Mapping[str, Any], name: str, where: str, most: float = math.inf) -> None:
+    value = fields[name]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0 < value <= most and value < math.inf):
+        raise UserError(f"{where}: {name} = {value!r}: must be a positive number{f' up to {most:g}' if most < math.inf else ''}")
+
+
+def rotary(hf: Any, rope: Mapping[str, Any], head_dim: int, where: str) -> Rotary:
+    """Return the rotation that `rope` (of `read_rope`) means for heads of `head_dim` features.
+
+    hf  transformers' config object, which its formulas of scaled frequencies read
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if rope["rope_type"] == "default":
+        size = int(head_dim * rope.get(_PARTIAL, 1.0))
+        if size % 2 or size < 2:
+            raise UserError(f"{where}: {size} of {head_dim} features of a head would rotate: must be an even number")
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        return Rotary(tuple((1.0 / (rope["rope_theta"] ** exponents)).tolist()))
+    try:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, torch.device("cpu"))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{where}: rope fields {dict(rope)}: {error!r} is missing or wrong: correct it") from None
+    return Rotary(tuple(frequencies.tolist()), float(factor))
+
+
+def rope_table(position: Rotary, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (cos, sin) [F, n / 2] of positions [F]; angles in float32, as HF computes them."""
+    frequencies = torch.tensor(position.inverse_frequencies, dtype=torch.float32)
+    angles = position_ids.to(torch.float32).unsqueeze(-1) * to_device(frequencies, position_ids.device)
+    return (angles.cos() * position.factor).to(dtype), (angles.sin() * position.factor).to(dtype)

@@ -1,0 +1,412 @@
+"""A model as data: what every part of megalora knows of a model's shape and names. No torch here.
+
+A family (megalora.models.families) composes these from a config; modules, loading, adapters, planning, FLOP counts and
+generation read them. Sizes are those of the whole model, names those of the Hugging Face file: a layer's are relative to
+its place in the stack, `{prefix}.{index}.`.
+
+To add a kind of mixer, norm or position, add its dataclass here, its block in megalora/models/blocks and its counts in
+megalora/planning/nodes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+
+class Piece(NamedTuple):
+    """Rows (or columns) of a tensor: `count` blocks of `block` rows, their starts `stride` apart, from `start` on."""
+
+    start: int
+    count: int
+    block: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: weight [out_features, in_features], or [in_features, out_features] where it is transposed."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+    transposed: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name and shape of each tensor in the file."""
+        shape = (self.out_features, self.in_features)
+        yield f"{self.name}.weight", shape[::-1] if self.transposed else shape
+        if self.bias:
+            yield f"{self.name}.bias", (self.out_features,)
+
+
+class Rows(Protocol):
+    """Where the outputs of a fused linear lie among its rows."""
+
+    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
+        """Return the rows of units [start, stop) of output `part`, in order."""
+        ...
+
+    def unit(self, part: str) -> int:
+        """Return the rows of one unit of output `part`: a head's size, or 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Outputs one after another: q, then k, then v; or gate, then up.
+
+    parts  (name, units) of each, in file order; a unit is `size` rows
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    size: int = 1
+
+    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
+        before = 0
+        for name, units in self.parts:
+            if name == part:
+                return [Piece(before + start * self.size, 1, (stop - start) * self.size, 0)]
+            before += units * self.size
+        raise KeyError(part)
+
+    def unit(self, part: str) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class ByHead:
+    """For each head its q, its k and its v (in `order`), of `size` rows each."""
+
+    size: int
+    order: tuple[str, ...] = ("q", "k", "v")
+
+    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
+        head = len(self.order) * self.size
+        return [Piece(start * head + self.order.index(part) * self.size, stop - start, self.size, head)]
+
+    def unit(self, part: str) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class ByGroup:
+    """For each key/value head the `queries` query heads that read it, then its k, then its v, of `size` rows each."""
+
+    queries: int
+    size: int
+
+    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
+        group = (self.queries + 2) * self.size
+        if part == "q":
+            places = [divmod(head, self.queries) for head in range(start, stop)]
+            return [Piece(g * group + h * self.size, 1, self.size, 0) for g, h in places]
+        offset = (self.queries + (part == "v")) * self.size
+        return [Piece(start * group + offset, stop - start, self.size, group)]
+
+    def unit(self, part: str) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One linear with several outputs, whose places among its rows `rows` knows."""
+
+    linear: Linear
+    rows: Rows
+
+
+Projection = Linear | Fused
+
+
+def linears_of(projections: Sequence[Projection | None]) -> tuple[Linear, ...]:
+    """Return the linears behind `projections`, each once, in order."""
+    found = [p.linear if isinstance(p, Fused) else p for p in projections if p is not None]
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of the last `size` features, with a frozen weight.
+
+    kind  "rms": RMSNorm, rounded to the compute dtype before the weight is applied; "layer": LayerNorm
+    bias  a bias beside the weight (LayerNorm)
+    """
+
+    name: str
+    size: int
+    eps: float
+    kind: str = "rms"
+    bias: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name and shape of each tensor in the file."""
+        yield f"{self.name}.weight", (self.size,)
+        if self.bias:
+            yield f"{self.name}.bias", (self.size,)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions in HF's half-rotated layout.
+
+    inverse_frequencies  [n / 2] float32 values, an angle is position * frequency; the first n features of a head rotate
+    factor               what cos and sin are multiplied by (YaRN; 1 elsewhere)
+    """
+
+    inverse_frequencies: tuple[float, ...]
+    factor: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """n, the features that rotate."""
+        return 2 * len(self.inverse_frequencies)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal self-attention over heads, scaled by 1 / sqrt(head_dim).
+
+    q, k, v         a linear each, or the same Fused with parts "q", "k" and "v"
+    window          a token sees itself and the window - 1 tokens before it; None: all before it
+    q_norm, k_norm  over each head, before the rotation
+    """
+
+    q: Projection
+    k: Projection
+    v: Projection
+    out: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    position: Rotary
+    window: int | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (*linears_of((self.q, self.k, self.v)), self.out)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """down(act(gate) * up), or down(act(up)) where there is no gate.
+
+    gate, up  a linear each, or the same Fused with parts "gate" and "up"
+    inner     features between
+    act       HF's name of the activation
+    """
+
+    up: Projection
+    down: Linear
+    inner: int
+    act: str
+    gate: Projection | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (*linears_of((self.gate, self.up)), self.down)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return ()
+
+
+Mixer = Attention | MLP
+
+
+@dataclass(frozen=True)
+class Residual:
+    """x -> x + mixer(norm(x))."""
+
+    mixer: Mixer
+    norm: Norm
+
+    @property
+    def branches(self) -> tuple[Residual, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True)
+class ParallelResidual:
+    """x -> x + the sum over branches of mixer(norm(x)), all of the same x."""
+
+    branches: tuple[Residual, ...]
+
+
+Layer = tuple[Residual | ParallelResidual, ...]
+
+
+def mixers_of(layer: Layer) -> tuple[Mixer, ...]:
+    """Return the mixers of a layer in order of computation."""
+    return tuple(branch.mixer for step in layer for branch in step.branches)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers, `{prefix}.{index}.` each, and the norm behind the last."""
+
+    prefix: str
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+
+    def of_layer(self, index: int, name: str) -> str:
+        """Return the full name of what a layer calls `name`."""
+        return f"{self.prefix}.{index}.{name}"
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The table of words: `{name}.weight` [vocab_size, hidden_size]."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits: `{name}.weight` [vocab_size, hidden_size]; tied: it is the embedding's, and not in the file."""
+
+    name: str
+    tied: bool = False
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """How the names of a file may differ from ours.
+
+    renames  (start, ours) of other starts of names that files are known to have
+    ignored  ends of names of tensors that say nothing: buffers that older versions saved
+    prefix   of the bare model, which files saved from it lack
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    prefix: str = ""
+
+    def ours(self, name: str, expected: Collection[str]) -> str | None:
+        """Return our name of a tensor of the file, None for one that says nothing. expected: all of our names."""
+        if name in expected:
+            return name
+        for start, ours in self.renames:
+            if name.startswith(start):
+                return ours + name[len(start) :]
+        if self.prefix + name in expected:
+            return self.prefix + name
+        return None if name.endswith(self.ignored) else name
+
+
+class PlacedLinear(NamedTuple):
+    """A linear of the model and the layer that holds it."""
+
+    linear: Linear
+    layer: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only language model.
+
+    max_position_embeddings  tokens of the longest document it is made for
+    model_type     as config.json names it
+    dtype          of the weights in the file, as config.json names it, or None
+    """
+
+    embedding: Embedding
+    stack: Stack
+    head: Head
+    max_position_embeddings: int
+    model_type: str = ""
+    dtype: str | None = None
+    files: FileNames = field(default_factory=FileNames)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding.vocab_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.stack.layers)
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return self.head.tied
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.attention.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim
+
+    @cached_property
+    def attention(self) -> Attention:
+        """The first layer's attention: what head sizes and counts are told from where one number is asked for."""
+        return next(mixer for layer in self.stack.layers for mixer in mixers_of(layer) if isinstance(mixer, Attention))
+
+    @cached_property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """Every distinct mixer."""
+        return tuple(dict.fromkeys(mixer for layer in set(self.stack.layers) for mixer in mixers_of(layer)))
+
+    @cached_property
+    def norms(self) -> tuple[Norm, ...]:
+        """Every distinct norm."""
+        branches = (branch for layer in set(self.stack.layers) for step in layer for branch in step.branches)
+        found = (norm for branch in branches for norm in (branch.norm, *branch.mixer.norms))
+        return tuple(dict.fromkeys((*found, self.stack.final_norm)))
+
+    @cached_property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """Every distinct rotation, in order of layers."""
+        of_layers = (mixer for layer in self.stack.layers for mixer in mixers_of(layer))
+        return tuple(dict.fromkeys(mixer.position for mixer in of_layers if isinstance(mixer, Attention)))
+
+    @cached_property
+    def linears(self) -> Mapping[str, PlacedLinear]:
+        """Every linear that can carry an adapter, by full name: all but the head."""
+        return {
+            self.stack.of_layer(index, linear.name): PlacedLinear(linear, index)
+            for index, layer in enumerate(self.stack.layers)
+            for mixer in mixers_of(layer)
+            for linear in mixer.linears
+        }
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor of the file, by full name, with its shape; without the head where it is tied."""
+        whole = (self.vocab_size, self.hidden_size)
+        found: dict[str, tuple[int, ...]] = {self.embedding.weight: whole}
+        for index, layer in enumerate(self.stack.layers):
+            for mixer in mixers_of(layer):
+                for linear in mixer.linears:
+                    found |= {self.stack.of_layer(index, name): shape for name, shape in linear.tensors()}
+        if not self.head.tied:
+            found[self.head.weight] = whole
+        for index, layer in enumerate(self.stack.layers):
+            for branch in (branch for step in layer for branch in step.branches):
+                for norm in (branch.norm, *branch.mixer.norms):
+                    found |= {self.stack.of_layer(index, name): shape for name, shape in norm.tensors()}
+        return found | dict(self.stack.final_norm.tensors())

@@ -1,0 +1,190 @@
+"""Linears that read one input, as one matrix (DESIGN section 3).
+
+q k v, gate up (column-parallel), o, down (row-parallel, alone): one matrix P = [W | s B] (see
+megalora.ops.lora_linear), one dropout mask and one down-projection, one collective. A row-parallel group adds its
+branch before its one reduction. Either way the branch adds no activation-sized message.
+`megalora.parallel.group_grad` has the backward passes, and the functions that apply a group.
+
+Legend: T tokens on this rank, F tokens of the full microbatch (F = T * tp under sequence parallelism, else T = F),
+I in_features, O out_features of the group on this rank, R rank of its branches together, C columns of room for z.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from megalora.ops.dropout import Dropout
+from megalora.ops.lora_linear import lora_down_, room_for
+from megalora.ops.scaled_copy import scaled_copy_
+from megalora.ops.swiglu import swiglu, swiglu_down
+from megalora.parallel.base import DenseMatrix, FrozenMatrix
+from megalora.parallel.collectives import all_reduce
+from megalora.parallel.exchange import gather_product, product_scatter
+from megalora.parallel.linear import ParallelLinear, RowParallelLinear
+from megalora.parallel.placement import Placement, Tokens
+
+Trainable = tuple[int, str]  # which linear of a group, and "lora_A", "lora_B" or "bias"
+
+
+class LinearGroup:
+    """Linears that read one input. Owns their matrix; the parameters stay theirs.
+
+    site     number of the input: it fixes the dropout mask, which all branches share
+    gated    the input is silu(gate) * up of what the group is given, gate_up [T, 2 I]: made here, and made again in
+             backward rather than kept
+    reduces  a row-parallel group sums its result over the tp ranks (see `product`); else it gives this rank's term, and
+             whoever sums terms of several groups adds their biases
+    The group is row-parallel where its one linear is, else column-parallel.
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[ParallelLinear],
+        site: int,
+        place: Placement,
+        *,
+        gated: bool = False,
+        reduces: bool = True,
+    ):
+        self.linears, self.site, self.place, self.gated = tuple(linears), site, place, gated
+        self.row_parallel = isinstance(linears[0], RowParallelLinear)
+        assert not (self.row_parallel and len(linears) > 1)
+        self.reduces = reduces
+        self.in_features = linears[0].local_columns
+        self.sizes = [linear.local_rows for linear in linears]
+        self.ranks = [linear.rank for linear in linears]
+        self.room = room_for(sum(self.ranks), torch.device(place.device).type)
+        self.dropout = max((linear.adapter.dropout for linear in linears if linear.adapter is not None), default=0.0)
+        self.matrix: FrozenMatrix = DenseMatrix(sum(self.sizes), self.in_features, self.room, place.dtype, place.device)
+        self._ready = self.room == 0 and linears[0].bias is None  # whether refresh() has been here
+        self.down: torch.Tensor | None = None  # A of all branches [R, I] in the compute dtype
+        self.bias: torch.Tensor | None = None  # of all linears [O] in the compute dtype (a group has all or none)
+        self._base_bias: torch.Tensor | None = None  # the same before an adapter was loaded, where it changes them
+        self.rows: list[slice] = []  # of each linear in the matrix
+        self.branches: list[slice] = []  # its columns of z
+        row = column = 0
+        for linear, size, rank in zip(self.linears, self.sizes, self.ranks, strict=True):
+            self.rows.append(slice(row, row + size))
+            self.branches.append(slice(column, column + rank))
+            view = self.matrix.view(self.rows[-1])
+            if view is not None:
+                linear.take_weight(view)
+            row, column = row + size, column + rank
+
+    @property
+    def gathers(self) -> bool:
+        """Whether tokens are gathered before a column-parallel product, or scattered behind a row-parallel one."""
+        return self.place.gathers and (self.reduces or not self.row_parallel)
+
+    @functools.cached_property
+    def trainables(self) -> dict[Trainable, torch.nn.Parameter]:
+        """The factors and trained biases of all linears."""
+        return {(i, name): p for i, linear in enumerate(self.linears) for name, p in linear.trainables().items()}
+
+    def mask(self, tokens: Tokens) -> tuple[torch.Tensor, Dropout | None]:
+        """Return (the tokens of the group's input on this rank, the dropout of it)."""
+        offset = self.linears[0].feature_offset if self.row_parallel else 0
+        return tokens.index if self.row_parallel else tokens.local, tokens.draw(self.dropout, self.site, offset)
+
+    def product(self, source: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (y [F or T, O], the full X that it is the product of). Not for autograd.
+
+        source is x with room behind it, [T or F, I + C] (its tail is overwritten); or x alone, [T or F, I]; or gate_up
+        [F, 2 I] where the group is gated.
+        Column-parallel: source has this rank's T tokens, y all F. Row-parallel: source has all F, y is reduced to this
+        rank's T (or is this rank's term of all F, where the group does not reduce).
+        Under sequence parallelism the X of a column-parallel group is sure to have its z, and only until the next call.
+        """
+        assert self._ready, "refresh() comes before the first use"
+        tp, columns, exchange = self.place.tp, self.in_features, self.place.exchange
+        X, A, x = source, self.down, None
+        token_index, draw = self.mask(tokens)
+        if self.gated:
+            X = swiglu(source, self.room) if A is None else swiglu_down(source, self.room, A, token_index, draw)
+        elif A is not None:
+            if source.shape[1] == columns:
+                X, x = source.new_empty(source.shape[0], columns + self.room), source
+            lora_down_(X, A, token_index, draw, x)
+        assert X.shape[1] == columns + self.room, (X.shape, columns, self.room)
+        bias = None if self.row_parallel else self.bias  # else it is added once, to the sum
+
+        def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            return self.matrix.multiply(rows, bias, out)
+
+        if not self.row_parallel:
+            if self.gathers:
+                return gather_product(X, product, self.matrix.rows, tp, exchange, kept=columns)
+            return product(X), X
+        if not self.reduces:
+            return product(X), X
+        if self.gathers:
+            y = product_scatter(X, product, self.matrix.rows, tp, exchange)
+        else:
+            y = all_reduce(product(X), tp)
+        return y if self.bias is None else y.add_(self.bias), X
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Put s B beside W, and A and the biases in the compute dtype aside.
+
+        Call after every change of an adapter: nothing here can notice one, since fused optimizers do not count as
+        changes for autograd.
+        """
+        if not self._ready:
+            self.matrix.clear_branch()
+            self._ready = True
+        copies, place = [], {"dtype": self.place.dtype, "device": self.place.device}
+        adapted = [linear for linear in self.linears if linear.lora_A is not None]
+        for linear, tail in zip(self.linears, self._tails(), strict=True):
+            if linear.lora_B is not None:
+                copies.append((tail, linear.lora_B.weight, linear.adapter.scaling))
+        if adapted:  # a new tensor: the old one may still be in use
+            self.down = torch.empty(sum(self.ranks), self.in_features, **place)
+            parts = self.down.split([linear.rank for linear in adapted])
+            copies += [(part, linear.lora_A.weight, 1.0) for part, linear in zip(parts, adapted, strict=True)]
+        if self.linears[0].bias is not None:
+            self.bias = torch.empty(sum(self.sizes), **place)
+            parts = self.bias.split(self.sizes)
+            copies += [(part, linear.bias, 1.0) for part, linear in zip(parts, self.linears, strict=True)]
+        scaled_copy_(copies)
+
+    def _tails(self) -> list[torch.Tensor]:
+        """Return where s B of each linear stands."""
+        return [self.matrix.branch(rows, columns) for rows, columns in zip(self.rows, self.branches, strict=True)]
+
+    def keep_base(self) -> None:
+        """Before an adapter is loaded, to `switch` later: the base's own biases, where an adapter brings others."""
+        biases = [linear.bias for linear in self.linears]
+        if any(bias is not None and bias.requires_grad for bias in biases):
+            self._base_bias = _concatenated(biases, self.place.dtype)
+
+    @torch.no_grad()
+    def switch(self, adapted: bool) -> None:
+        """Put the branches in force, or the base alone (generation). After `refresh`; in place, as recorded CUDA graphs
+        want it."""
+        for linear, tail in zip(self.linears, self._tails(), strict=True):
+            if linear.lora_B is not None:
+                tail.copy_(linear.lora_B.weight * linear.adapter.scaling) if adapted else tail.zero_()
+        if self._base_bias is not None:
+            tuned = _concatenated([linear.bias for linear in self.linears], self.place.dtype)
+            self.bias.copy_(tuned if adapted else self._base_bias)
+
+
+def _concatenated(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Return a copy: what it was made of may change while it is in use."""
+    return torch.cat([part.detach() for part in parts]).to(dtype)
+
+
+class GatedPair:
+    """gate and up, then down of silu(gate) * up: two groups whose backward passes are one.
+
+    first   the column-parallel group of gate and up
+    second  the row-parallel, gated one of down
+    """
+
+    def __init__(self, first: LinearGroup, second: LinearGroup):
+        assert second.gated and not first.gated and sum(first.sizes) == 2 * second.in_features
+        self.first, self.second = first, second

@@ -1,0 +1,62 @@
+"""Where a stage's parameters live, and what its linears need to know of a microbatch's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megalora.ops.dropout import Dropout
+from megalora.parallel.collectives import local_tokens
+from megalora.parallel.exchange import Exchange
+from megalora.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one microbatch, as its linears see them.
+
+    index       [F] int64, Batch.token_index
+    local       [T] int64, the part of `index` that this rank holds under sequence parallelism, else all of it
+    seed, step  of the run: with `index` they fix every dropout mask; seed None means no dropout (evaluation). A step
+                may be an int64 scalar on the device (see Dropout)
+    """
+
+    index: torch.Tensor
+    local: torch.Tensor
+    seed: int | None
+    step: int | torch.Tensor
+
+    def draw(self, p: float, site: int, feature_offset: int = 0) -> Dropout | None:
+        """Return the dropout of one input, None where there is none. site, feature_offset: see Dropout."""
+        if self.seed is None or p == 0.0:
+            return None
+        return Dropout(p=p, seed=self.seed, site=site, step=self.step, feature_offset=feature_offset)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a layer's parameters live: tp axis, sequence parallelism, compute dtype, device.
+
+    exchange  how tokens travel beside the products, under sequence parallelism; None: by collectives, before and after
+    """
+
+    tp: Axis
+    sequence_parallel: bool
+    dtype: torch.dtype
+    device: torch.device | str
+    exchange: Exchange | None = None
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of what is trained: float32, or float64 in a float64 model."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether activations outside the linears are cut over the tokens."""
+        return self.sequence_parallel and self.tp.size > 1
+
+    def own_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's tokens of x [F, ...] under sequence parallelism, else all: [T, ...], a view."""
+        return local_tokens(x, self.tp) if self.sequence_parallel else x
