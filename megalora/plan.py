@@ -9,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megalora.arguments import PlanArguments
 from megalora.building import DTYPES, resolve_lora
 from megalora.errors import UserError
+from megalora.flags import PlanArguments
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, read_config
 from megalora.planning.devices import DEVICES, Device
@@ -28,8 +28,11 @@ _SHOWN = 12  # layouts of the table
 _WIDTH = 120  # columns where there is no terminal to ask
 
 
-def plan(arguments: PlanArguments) -> None:
-    """Prints the ranked table of layouts and the stages of the best. Raises UserError where nothing fits."""
+def plan(arguments: PlanArguments) -> list[Plan]:
+    """Print the ranked table of layouts and the stages of the best; return the layouts that fit, best first.
+
+    Raises UserError where nothing fits.
+    """
     config = read_config(arguments.model_path)
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     lora = resolve_lora(lora_config, config)
@@ -62,6 +65,7 @@ def plan(arguments: PlanArguments) -> None:
     if arguments.draw is not None:
         draw(best, arguments.draw)
         console.print(f"\nIts step is drawn in {arguments.draw}")
+    return plans
 
 
 def _wanted(arguments: PlanArguments) -> Wanted:

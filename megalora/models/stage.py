@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megalora.choices import RECOMPUTE
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig
 from megalora.models.graphs import LayerGraphs
@@ -24,7 +25,6 @@ from megalora.parallel.loss import cross_entropy_sum
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import named_splits
 
-RECOMPUTE = ("none", "selective", "full")
 NO_LORA = ResolvedLora(LoraConfig(), {})
 
 
