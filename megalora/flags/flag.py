@@ -225,8 +225,11 @@ def _flag_of(one: Any, hint: Any) -> Flag:
 
 
 def table_of(sections: Sequence[type]) -> dict[str, Flag]:
-    """Return the flags of several sections by name."""
-    return {one.name: one for section in sections for one in flags_of(section)}
+    """Return the flags of several sections by name; of two with one name, the first."""
+    table: dict[str, Flag] = {}
+    for one in (one for section in sections for one in flags_of(section)):
+        table.setdefault(one.name, one)
+    return table
 
 
 def show(value: Any) -> str:

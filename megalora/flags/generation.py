@@ -40,7 +40,9 @@ class GenerationArguments(Section):
         unset="all tokens",
     )
     repetition_penalty: float = flag(
-        1.0, "divides the positive logits of tokens that already occur, multiplies the negative ones; 1 is off", above=0
+        1.0,
+        "penalty on tokens that already occur: divides positive logits, multiplies negative ones; 1 is off",
+        above=0,
     )
     stop: tuple[str, ...] | None = flag(
         None, "strings that end a reply; they are not part of it", verbatim=True, unset="none"

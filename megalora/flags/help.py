@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from megalora.flags.flag import Flag, flags_of
+from megalora.flags.flag import Flag, flags_of, table_of
 from megalora.flags.generation import GenerationArguments
 from megalora.flags.layout import LayoutArguments
 from megalora.flags.parsing import FINETUNE_SECTIONS, GENERATE_SECTIONS
@@ -64,10 +64,12 @@ def help_text(command: str) -> str:
         "RUN.yaml (or --config RUN.yaml) holds the same names, one `name: value` per line; flags on the",
         "command line override it.",
     ]
+    table = table_of(_SECTIONS[command])
     for section in _SECTIONS[command]:
         lines += ["", *textwrap.wrap(f"{_title(section)}: {_first_paragraph(section)}", _WIDTH)]
         for one in flags_of(section):
-            if not (command == "generate" and one.definition.training_only):
+            applies = not (command == "generate" and one.definition.training_only)
+            if applies and table[one.name] is one:
                 lines += _help_lines(one)
     if command == "generate":
         lines += ["", "The other flags of megalora finetune are accepted, and named on one line as not applied."]
