@@ -269,8 +269,8 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path, capsys, monkeypatch):
         (["to-hf"], "--input and --output must be given"),
         (["to-hf", "--input", "a", "--output", "b", "--tensor_parallel_size", "2"], "belongs to megalora convert"),
         (["to-shards", "--input", "a", "--output", "b", "--custom_partition", "2"], "has no effect"),
-        (["to-shards", "--input", "nowhere", "--output", "b"], "nowhere: does not exist"),
-        (["to-hf", "--input", "a", "--output", "b", "--max_shard_size", "0"], "must be above 0"),
+        (["to-shards", "--input", "nowhere", "--output", "b"], "input nowhere does not exist"),
+        (["to-hf", "--input", "a", "--output", "b", "--max_shard_size", "0"], "give a number above 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant(capsys, words, match):
