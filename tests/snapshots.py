@@ -15,5 +15,6 @@ def assert_snapshot(name: str, text: str) -> None:
     text = text.rstrip("\n") + "\n"
     if os.environ.get("MEGALORA_UPDATE_SNAPSHOTS") == "1":
         file.write_text(text, encoding="utf-8")
-    remedy = f"{file} differs: if the new text is right, run this test with MEGALORA_UPDATE_SNAPSHOTS=1"
-    assert file.is_file() and text == file.read_text(encoding="utf-8"), f"{remedy}\n{text}"
+    remedy = "if the new text is right, run this test with MEGALORA_UPDATE_SNAPSHOTS=1"
+    assert file.is_file(), f"no {file}: {remedy}"
+    assert text == file.read_text(encoding="utf-8"), remedy

@@ -135,6 +135,8 @@ def _read_yaml(path: str, table: Mapping[str, Flag], elsewhere: Mapping[str, str
     given: dict[str, Given] = {}
     for name, value in _load_yaml(path):
         label = f"{path}: {name}"
+        if name == "config":
+            raise UserError(f"{label} is not allowed: one YAML file cannot name another", "copy its keys here")
         if name not in table:
             raise _unknown(f"key {name} in {path}", str(name), table, elsewhere, "")
         if name in given:

@@ -382,7 +382,7 @@ def test_flags_go_before_the_file(yaml):
 
 YAML_MISTAKES = [
     ("learnin_rate: 1\n", ["unknown key learnin_rate", "learning_rate"]),
-    ("config: other.yaml\n", ["unknown key config"]),
+    ("config: other.yaml\n", ["config is not allowed"]),
     ("1: 2\n", ["unknown key 1"]),
     ("seed: 1\nseed: 2\n", ["run.yaml: seed", "twice"]),
     ("seed: true\n", ["run.yaml: seed", "true is not a whole number"]),
@@ -548,26 +548,39 @@ def printed(what: str, parse, *arguments) -> str:
     return f"$ {what}\nerror: {caught.value.message}{hint}\n"
 
 
+COMMAND = {
+    tune: "finetune ...",
+    generate: "generate",
+    parse_plan: "plan",
+    parse_doctor: "doctor",
+    split_convert: "convert",
+    parse_convert: "convert",
+}
+
+
 def test_wording_of_mistakes():
-    told = [printed(flags, tune, flags) for flags, _ in MISTAKES]
-    told.append(printed("(nothing)", finetune, ""))
-    told += [printed(f"{parse.__name__} {flags}", parse, flags) for parse, flags, _, _ in IDLE]
+    told = [printed(f"megalora finetune ... {flags}", tune, flags) for flags, _ in MISTAKES]
+    told.append(printed("megalora finetune", finetune, ""))
+    told += [printed(f"megalora {COMMAND[parse]} {flags}", parse, flags) for parse, flags, _, _ in IDLE]
     for parse, flags in OTHERS:
         words = shlex.split(flags)
         arguments = (flags,) if parse is generate else (words[0], words[1:]) if parse is parse_convert else (words,)
-        told.append(printed(f"{parse.__name__} {flags}", parse, *arguments))
+        told.append(printed(f"megalora {COMMAND[parse]} {flags}".strip(), parse, *arguments))
     world = ParallelArguments(tensor_parallel_size=2, pipeline_parallel_size=2)
-    told.append(printed("6 processes", validate_world, world, 6))
+    told.append(printed("torchrun --nproc_per_node 6", validate_world, world, 6))
     assert_snapshot("mistakes", "\n".join(told))
 
 
 def test_wording_of_mistakes_in_yaml(yaml, tmp_path):
-    told = [printed(repr(text), parse_finetune, [yaml(GOOD + text)]) for text, _ in YAML_MISTAKES]
-    told += [printed(repr(text), parse_finetune, [yaml(text)]) for text in ("- a\n- b\n", "{", b"\xff\xfe\x00")]
+    told = [printed(f"cat run.yaml: {text!r}", parse_finetune, [yaml(GOOD + text)]) for text, _ in YAML_MISTAKES]
+    for text in ("- a\n- b\n", "{", b"\xff\xfe\x00"):
+        told.append(printed(f"cat run.yaml: {text!r}", parse_finetune, [yaml(text)]))
     assert_snapshot("mistakes_yaml", "\n".join(told).replace(f"{tmp_path}/", ""))
 
 
 def test_wording_of_mistakes_in_python():
     good = {"model_path": "m", "data_path": "d", "output_dir": "o"}
-    told = [printed(str(values), parse_finetune, good | values) for values in KEYWORD_MISTAKES]
+    told = [
+        printed(f"megalora.finetune(..., **{values})", parse_finetune, good | values) for values in KEYWORD_MISTAKES
+    ]
     assert_snapshot("mistakes_python", "\n".join(told))
