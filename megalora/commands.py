@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def finetune(arguments: flags.FinetuneArguments) -> Any:
     """Train an adapter; return what `megalora.finetune.finetune` returns."""
     flags.validate_world(arguments.parallel, environment_int("WORLD_SIZE", 1))
-    _check_paths(arguments.model, arguments.data)
+    if not arguments.train.overwrite_output_dir:
+        # A run that overwrites first notes so in output_dir: started again by torchrun, it would otherwise take the
+        # older run there for its own.
+        _check_paths(arguments.model, arguments.data)
     from megalora.finetune import finetune
 
     return finetune(arguments)

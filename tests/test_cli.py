@@ -111,6 +111,8 @@ def test_paths_are_checked_before_the_run(monkeypatch, capsys):
     assert cli.main(words) == 2
     said = user_error(capsys.readouterr().err)
     assert said == "data_path nowhere.json does not exist: name a JSON or JSON lines file; check the path" and not seen
+    # The run itself finds out, once it has noted that it overwrites what is there.
+    assert cli.main([*words, "--overwrite_output_dir"]) == 0 and seen.pop()
     # Of several hosts one alone may lack it: the ranks find out together.
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
