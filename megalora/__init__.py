@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from megalora.errors import UserError
 
 if TYPE_CHECKING:
+    from megalora.finetune import FinetuneResult
     from megalora.planning.layouts import Plan
 
 __version__ = "0.1.0"
@@ -26,7 +27,7 @@ __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "convert", "finetune", "generate", "plan"]
 
 
-def finetune(**flags: Any) -> Any:
+def finetune(**flags: Any) -> FinetuneResult:
     """Train an adapter as `megalora finetune` does, and return its result: metrics and paths of what was written.
 
     flags  those of `megalora finetune`, by name; `config` may name a YAML file of more

@@ -14,11 +14,12 @@ from megalora.errors import UserError
 from megalora.flags.flag import flags_of
 
 if TYPE_CHECKING:
+    from megalora.finetune import FinetuneResult
     from megalora.planning.layouts import Plan
 
 
-def finetune(arguments: flags.FinetuneArguments) -> Any:
-    """Train an adapter; return what `megalora.finetune.finetune` returns."""
+def finetune(arguments: flags.FinetuneArguments) -> FinetuneResult:
+    """Train an adapter, and return its last metrics and the paths of what was written."""
     flags.validate_world(arguments.parallel, environment_int("WORLD_SIZE", 1))
     if not arguments.train.overwrite_output_dir:
         # A run that overwrites first notes so in output_dir: started again by torchrun, it would otherwise take the
@@ -50,7 +51,8 @@ def replies(arguments: flags.GenerateArguments) -> list[dict[str, Any]]:
         generate(replace(arguments, generation=replace(options, output_file=str(file))))
         if environment_int("RANK", 0) != 0:
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        with file.open(encoding="utf-8") as lines:  # not splitlines: a reply may hold other separators of lines
+            return [json.loads(line) for line in lines]
 
 
 def plan(arguments: flags.PlanArguments) -> list[Plan]:
@@ -63,7 +65,7 @@ def plan(arguments: flags.PlanArguments) -> list[Plan]:
 
 
 def convert(arguments: flags.Conversion) -> Path:
-    """Convert weights or an adapter, and return the folder that was written."""
+    """Convert weights or an adapter, and return the output folder (with dry_run: that would be written)."""
     _one_process("convert")
     _check_paths(arguments.paths)
     from megalora.convert import convert

@@ -97,6 +97,16 @@ def test_generate_has_no_terminal(inputs):
         megalora.generate(model_path=inputs.model)
 
 
+def test_replies_may_hold_any_character(inputs, monkeypatch):
+    row = {"prompt": "Hi", "response": "a\u2028b\x85c\x0bd\r\n", "finish_reason": "stop"}
+
+    def generate(arguments):
+        Path(arguments.generation.output_file).write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    monkeypatch.setattr(commands, "generate", generate)
+    assert megalora.generate(model_path=inputs.model, prompt="Hi") == [row]
+
+
 def test_other_ranks_get_no_replies(inputs, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(commands, "generate", lambda arguments: None)

@@ -23,7 +23,7 @@ TOP = {"finetune", "generate", "plan", "cli", "commands", "convert", "doctor", "
 # What each part of the package may import of the package, besides itself.
 MAY_IMPORT = {
     # megalora/__init__.py: importing any part runs it, so it imports the rest in functions alone (see test_api.py).
-    "": {"errors", "commands", "flags", "planning"},
+    "": {"errors", "commands", "flags", "finetune", "planning"},
     "errors": set(),
     "batch": set(),
     "choices": set(),
