@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from common import where_of
 
-from megalora.cluster.launch import choose_device, distributed, environment_int
+from megalora.cluster.environment import environment_int
+from megalora.cluster.launch import choose_device, distributed
 from megalora.parallel.exchange import Exchange, gather_product, product_scatter
 from megalora.parallel.mesh import Axis
 from megalora.parallel.peer_memory import choose_exchange

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megalora import choices
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.checkpoint.base.weights import BaseNames, load_base
 from megalora.errors import UserError
@@ -27,12 +28,7 @@ from megalora.planning.shapes import shape_of
 from megalora.planning.timing import LayerCosts, layer_costs
 from megalora.profiling import measured_costs, read_profile
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

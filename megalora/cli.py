@@ -1,28 +1,20 @@
-"""`megalora finetune|generate|convert|plan|doctor FLAGS`: arguments in, exit status out.
+"""`megalora finetune|generate|convert|plan|doctor FLAGS`: words of a command line in, exit status out.
 
-The scripts in tools/ are this with the command filled in. Torch is only imported once the arguments are
-sound, so that `--help` and errors come at once.
+The scripts in tools/ are this with the command filled in. Neither the flags nor torch are imported before they are
+needed, so that `--help` and errors come at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from megalora import __version__
-from megalora.arguments import (
-    convert_command,
-    help_text,
-    parse_convert,
-    parse_doctor,
-    parse_finetune,
-    parse_generate,
-    parse_plan,
-    validate_world,
-)
 from megalora.errors import Leaving, Preempted, UserError
 
 USER_ERROR, BUG, INTERRUPTED, FAULTS = 2, 1, 130, 4
@@ -38,22 +30,23 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
 
   finetune   train an adapter
   generate   reply to prompts, with or without an adapter
-  convert    weights and adapters between Hugging Face, PEFT and shards
-  plan       memory, time and the best layout of a run, before it runs
-  doctor     what would stop or slow a run on these hosts
+  convert    convert weights and adapters between Hugging Face, PEFT, GGUF and megalora shards
+  plan       estimate memory and time of a run, and find its best layout
+  doctor     find problems of these hosts that would stop or slow down a run
+
   COMMAND --help lists the flags; --version prints the version"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (default: that of the process) and gives the exit status."""
+    """Run one command line (default: that of the process) and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     return run(lambda: _command(words))
 
 
 def run(command: Callable[[], int | None]) -> int:
-    """Calls `command`, which may give an exit status, and gives that of this process.
+    """Call `command`, which may return an exit status, and return that of this process.
 
-    UserError: rank 0 prints its line, every rank gives 2. Preempted: 75. RankLost, of which the watch has told: 3.
+    UserError: rank 0 prints it, every rank returns 2. Preempted: 75. RankLost, which the watch has reported: 3.
     Ctrl-C: 130. Anything else is our bug: the traceback, each line marked with the rank, and 1, at which torchrun
     ends the other ranks.
     """
@@ -62,10 +55,10 @@ def run(command: Callable[[], int | None]) -> int:
         return command() or 0
     except UserError as error:
         if rank != 0:
-            # torchrun ends all ranks when the first one leaves: rank 0 goes first, it has the line to print.
+            # torchrun ends all ranks when the first one leaves: rank 0 goes first, it has the error to print.
             time.sleep(_GRACE_SECONDS)
             return USER_ERROR
-        print(f"megalora: error: {error}", file=sys.stderr, flush=True)
+        print(_told(error), file=sys.stderr, flush=True)
         return USER_ERROR
     except Preempted as left:
         from megalora.cluster.preemption import exit_status
@@ -83,84 +76,112 @@ def run(command: Callable[[], int | None]) -> int:
         return BUG
 
 
+def _told(error: UserError) -> str:
+    """The lines that an error is printed as."""
+    return f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else "")
+
+
 def _command(words: list[str]) -> int:
-    if words[:1] in (["--version"], ["-V"]):
+    name, *rest = words or ["--help"]
+    if name in ("--version", "-V"):
         _say(f"megalora {__version__}")
-    elif not words or words[0] in ("--help", "-h"):
+    elif name in ("--help", "-h"):
         _say(_USAGE)
-    elif words[0] not in ("finetune", "generate", "convert", "plan", "doctor"):
-        commands = "finetune, generate, convert, plan or doctor"
-        raise UserError(f"unknown command {words[0]}: give {commands} (megalora --help)")
-    elif words[0] == "convert":
-        _convert(words[1:])
-    elif "--help" in words or "-h" in words:
-        _say(help_text(words[0]))
-    elif words[0] == "finetune":
-        _finetune(words[1:])
-    elif words[0] == "plan":
-        _plan(words[1:])
-    elif words[0] == "doctor":
-        return _doctor(words[1:])
+    elif name not in _COMMANDS:
+        raise UserError(f"unknown command {name}", f"give {_listed([*_COMMANDS])}; megalora --help explains them")
     else:
-        _generate(words[1:])
+        return _COMMANDS[name](rest)
     return 0
 
 
-def _finetune(argv: Sequence[str]) -> None:
-    arguments = parse_finetune(argv)
-    validate_world(arguments.parallel, _world_size())
-    from megalora.finetune import finetune
+def _finetune(argv: list[str]) -> int:
+    if _asks_for_help(argv):
+        return _help("finetune")
+    from megalora import commands, flags
 
-    finetune(arguments)
+    commands.finetune(flags.parse_finetune(argv))
+    return 0
 
 
-def _generate(argv: Sequence[str]) -> None:
-    arguments = parse_generate(argv)
-    validate_world(arguments.parallel, _world_size())
+def _generate(argv: list[str]) -> int:
+    if _asks_for_help(argv):
+        return _help("generate")
+    from megalora import commands, flags
+
+    arguments = flags.parse_generate(argv)
     if arguments.not_applied:
         # On standard error: standard output is for the replies.
         _say(f"megalora: not applied in generation: {', '.join(arguments.not_applied)}", sys.stderr)
-    from megalora.generate import generate
-
-    generate(arguments)
-
-
-def _doctor(argv: Sequence[str]) -> int:
-    arguments = parse_doctor(argv)
-    from megalora.doctor import doctor
-
-    return 0 if doctor(arguments) else FAULTS
+    commands.generate(arguments)
+    return 0
 
 
-def _convert(argv: Sequence[str]) -> None:
-    if "--help" in argv or "-h" in argv:
-        _say(help_text("convert" if argv[0] in ("--help", "-h") else f"convert {convert_command(argv)}"))
-        return
-    arguments = parse_convert(argv)
-    if _world_size() > 1:
-        raise UserError(f"convert runs in one process, and here are {_world_size()}: start it without torchrun")
-    from megalora.convert import convert
+def _convert(argv: list[str]) -> int:
+    from megalora import commands, flags
 
-    convert(arguments)
+    if argv[:1] in (["--help"], ["-h"]):
+        return _help("convert")
+    command, argv = flags.split_convert(argv)
+    if _asks_for_help(argv):
+        return _help(f"convert {command}")
+    commands.convert(flags.parse_convert(command, argv))
+    return 0
 
 
-def _plan(argv: Sequence[str]) -> None:
-    arguments = parse_plan(argv)
-    if _world_size() > 1:
-        raise UserError(f"plan runs in one process, and here are {_world_size()}: start it without torchrun")
-    from megalora.plan import plan
+def _plan(argv: list[str]) -> int:
+    if _asks_for_help(argv):
+        return _help("plan")
+    from megalora import commands, flags
 
-    plan(arguments)
+    commands.plan(flags.parse_plan(argv))
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    if _asks_for_help(argv):
+        return _help("doctor")
+    from megalora import commands, flags
+
+    return 0 if commands.doctor(flags.parse_doctor(argv)) else FAULTS
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "finetune": _finetune,
+    "generate": _generate,
+    "convert": _convert,
+    "plan": _plan,
+    "doctor": _doctor,
+}
+
+
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def _help(command: str) -> int:
+    from megalora.flags.help import help_text
+
+    _say(help_text(command))
+    return 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0  # whoever reads it to start a process group reports what is wrong
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _say(text: str, file: object = None) -> None:
-    if _rank() == 0:
-        print(text, file=file or sys.stdout, flush=True)
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print on rank 0. That nobody reads on (`--help | head`) is no error."""
+    if _rank() != 0:
+        return
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer would fail again when Python flushes it at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

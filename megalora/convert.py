@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.arguments import Conversion, ConvertArguments, LayoutArguments
 from megalora.building import base_names, check_adapter, resolve_lora, stage_layers
 from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
@@ -30,6 +29,7 @@ from megalora.checkpoint.base.weights import BaseWeights, open_base
 from megalora.checkpoint.target import TargetFolder, companions
 from megalora.data import load_tokenizer
 from megalora.errors import UserError
+from megalora.flags import Conversion, ConvertArguments, LayoutArguments
 from megalora.identity import base_identity, check_base
 from megalora.models.config import check_layout, read_config
 from megalora.models.spec import ModelSpec

@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megalora import __version__
-from megalora.arguments import DoctorArguments
-from megalora.cluster.launch import choose_device, distributed, environment_int
+from megalora.cluster.environment import environment_int
+from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import host_name
+from megalora.flags import DoctorArguments
 from megalora.ops import extension
 from megalora.ops.lora_linear import fits_gpu
 from megalora.ops.swiglu import swiglu

@@ -1,15 +1,22 @@
-"""How a run ends early: UserError for what users can mend, Leaving for what befell it; everything else is our bug."""
+"""How a run ends early: UserError for what users can fix, Leaving for what befell it; everything else is our bug."""
+
+from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something the user can mend.
+    """Something the user can fix.
 
-    `str(error)` is one line that says what is wrong (with the value), where, and what to do. Every rank that
-    raises it leaves with a non-zero exit status; rank 0 prints it once (see `megalora.cluster.launch`).
+    message  what is wrong (with the value) and where
+    hint     what to do about it; None: the message says it
+
+    Both become one line. The command line prints them as `error: message` and `hint: hint`, once, on rank 0; every rank
+    that raises the error leaves with a non-zero exit status. `str(error)` is "message: hint".
     """
 
-    def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+    def __init__(self, message: str, hint: str | None = None):
+        self.message = " ".join(str(message).split())
+        self.hint = None if hint is None else " ".join(hint.split())
+        super().__init__(self.message if self.hint is None else f"{self.message}: {self.hint}")
 
 
 class Leaving(Exception):

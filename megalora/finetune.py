@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.arguments import DataArguments, FinetuneArguments, ModelArguments, ParallelArguments, TrainArguments
 from megalora.building import (
     Cut,
     build_stage,
@@ -50,14 +49,16 @@ from megalora.cluster.ranklog import RankLog
 from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer, steps_ahead
 from megalora.errors import Preempted, UserError
+from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, ParallelArguments, TrainArguments
 from megalora.identity import base_identity, check_base, progress, run_identity
+from megalora.learning_rate import learning_rate_factor
 from megalora.models.config import check_layout, read_config
 from megalora.models.graphs import choose_graphs
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
 from megalora.monitor import Monitor, Timers, causal_context, lora_flops_per_token
 from megalora.ops import extension
-from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
+from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.collectives import gather_objects, on_first, together
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.mesh import ParallelMesh

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.arguments import GenerateArguments, GenerationArguments
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_dtype, resolve_lora
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.base.shards import AdapterCheckpoint
@@ -23,6 +22,7 @@ from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate, load_tokenizer
 from megalora.errors import UserError
+from megalora.flags import GenerateArguments, GenerationArguments
 from megalora.generation.dialogue import NAMES, Chat, dialogue
 from megalora.generation.logits import LogitsFolder
 from megalora.generation.output import Output

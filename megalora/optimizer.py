@@ -1,34 +1,17 @@
-"""AdamW on the adapters' masters, the learning-rate schedules, and the loss scale of float16."""
+"""AdamW on the adapters' masters, and the loss scale of float16."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from megalora.choices import OPTIMIZERS
 from megalora.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of each parameter, its shape and dtype
-
-
-def learning_rate_factor(kind: str, step: int, total_steps: int, warmup_steps: int) -> float:
-    """What the peak rate is multiplied by at `step`, counted from 0: a pure function, so resuming needs no state.
-
-    kind  "linear" falls to 0 at total_steps, "cosine" along half a cosine, "constant" stays. Before, the rate rises
-          over warmup_steps, from 1 / (warmup_steps + 1), so that no step has rate 0.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if kind == "linear":
-        return max(0.0, 1.0 - done)
-    if kind == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-    assert kind == "constant", kind
-    return 1.0
 
 
 class AdapterOptimizer:
@@ -47,6 +30,7 @@ class AdapterOptimizer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
+        assert kind in OPTIMIZERS, kind
         self._parameters = dict(parameters)
         self._steps = 0
         self._optimizer: torch.optim.Optimizer | None = None

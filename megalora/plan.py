@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.arguments import PlanArguments
 from megalora.building import DTYPES, resolve_lora
 from megalora.errors import UserError
+from megalora.flags import PlanArguments
 from megalora.models.config import read_config
 from megalora.models.spec import ModelSpec
 from megalora.planning.devices import DEVICES, Device
@@ -29,8 +29,11 @@ _SHOWN = 12  # layouts of the table
 _WIDTH = 120  # columns where there is no terminal to ask
 
 
-def plan(arguments: PlanArguments) -> None:
-    """Prints the ranked table of layouts and the stages of the best. Raises UserError where nothing fits."""
+def plan(arguments: PlanArguments) -> list[Plan]:
+    """Print the ranked table of layouts and the stages of the best; return the layouts that fit, best first.
+
+    Raises UserError where nothing fits.
+    """
     config = read_config(arguments.model_path)
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     lora = resolve_lora(lora_config, config)
@@ -63,6 +66,7 @@ def plan(arguments: PlanArguments) -> None:
     if arguments.draw is not None:
         draw(best, arguments.draw)
         console.print(f"\nIts step is drawn in {arguments.draw}")
+    return plans
 
 
 def _wanted(arguments: PlanArguments) -> Wanted:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import hypothesis
 import pytest
 import torch
 
@@ -24,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Several processes run at a time (xdist, spawn), and sums over more threads differ in the last bit.
     torch.set_num_threads(1)
+    hypothesis.settings.register_profile("untimed", deadline=None)  # a machine under load is slow, not wrong
+    hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ The models are random. Their tokenizer has a token for each ASCII character, so 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -17,13 +18,13 @@ from unittest import mock
 import torch
 from oracle import FAMILIES, TINY
 
-from megalora import generate as program
-from megalora.arguments import parse_generate
 from megalora.data import ChatTemplate, load_tokenizer
 from megalora.errors import UserError
+from megalora.flags import parse_generate
 from megalora.generation import replica
 from megalora.parallel.mesh import build_mesh
 
+program = importlib.import_module("megalora.generate")  # `megalora.generate` is the function of that name
 NEW = 20
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 END = 2

@@ -13,7 +13,7 @@ import torch
 import two_hosts
 
 from megalora import cli, doctor
-from megalora.arguments import DoctorArguments
+from megalora.flags import DoctorArguments
 from megalora.ops import extension
 
 ROOT = Path(__file__).resolve().parents[1]

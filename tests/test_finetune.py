@@ -12,8 +12,8 @@ import tiny
 import torch
 from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
+from told import user_error
 
-from megalora import finetune
 from megalora.checkpoint.base.shards import read_adapter
 from megalora.monitor.timers import PHASES
 from megalora.optimizer import LossScale
@@ -335,7 +335,7 @@ def test_bad_rows_are_skipped_when_asked(inputs, tmp_path):
 
 def broken(rank: int, world_size: int, command: list[str], bad_rank: int, steps: tuple[int, ...], where: str):
     """A run in which one rank's loss or gradient is not finite in those steps (counted from 1)."""
-    train, step, reduce = PipelineRunner.train, Trainer.step, finetune.FlatGradients.reduce
+    train, step, reduce = PipelineRunner.train, Trainer.step, tiny.program.FlatGradients.reduce
     now = [0]
 
     def counted(self, number, data, **options):
@@ -355,7 +355,7 @@ def broken(rank: int, world_size: int, command: list[str], bad_rank: int, steps:
         for owner, name, patch in (
             (PipelineRunner, "train", loss),
             (Trainer, "step", counted),
-            (finetune.FlatGradients, "reduce", gradient),
+            (tiny.program.FlatGradients, "reduce", gradient),
         ):
             patches.enter_context(mock.patch.object(owner, name, patch))
         return tiny.run(rank, world_size, [command])
@@ -391,8 +391,8 @@ def test_three_in_a_row_stop_the_run(inputs, tmp_path):
     command = inputs.flags(tmp_path / "run", gradient_accumulation_steps=2, save_steps=1)
     (first,), (second,) = spawn(broken, 2, command, 1, (3, 4, 5, 6), "loss")
     assert (first.status, second.status) == (2, 2) and second.err == ""
-    (line,) = first.err.splitlines()
-    assert line.startswith("megalora: error: step 5: loss nan") and "learning_rate" in line
+    line = user_error(first.err)
+    assert line.startswith("step 5: loss nan") and "learning_rate" in line
     assert (tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text().strip() == "4"
 
 

@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from megalora.errors import UserError
-from megalora.optimizer import AdapterOptimizer, LossScale, learning_rate_factor
+from megalora.learning_rate import learning_rate_factor
+from megalora.optimizer import AdapterOptimizer, LossScale
 
 
 def parameters(dtype=torch.float64) -> dict[str, nn.Parameter]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from spawn import SpawnError, spawn
 from tiny import column, exported, largest_difference, metrics, tune
+from told import user_error
 
 from megalora import cli
 from megalora.checkpoint.base.shards import read_adapter
@@ -220,8 +221,8 @@ def test_another_run_in_the_same_folder_is_refused(inputs, half, tmp_path, world
     ranks = spawn(tiny.run, 2, commands) if world_size > 1 else [tiny.run(0, 1, commands)]
     for what, done in zip(changes, ranks[0], strict=True):
         assert done.status == 2, (what, done)
-        (line,) = done.err.splitlines()
-        assert line.startswith("megalora: error: ") and what in line and "iter_0000004" in line, (what, line)
+        line = user_error(done.err)
+        assert what in line and "iter_0000004" in line, (what, line)
     assert all((done.status, done.err) == (2, "") for done in ranks[-1]) or world_size == 1
     assert files() == before, "nothing was touched"
 
@@ -250,7 +251,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(inputs, whole, half):
     for file in half.glob("checkpoints/*/manifest.json"):
         file.unlink()
     (done,) = tiny.run(0, 1, [inputs.flags(half, **FLAGS)])
-    (line,) = done.err.splitlines()
+    line = user_error(done.err)
     assert done.status == 2 and "no checkpoint in it is sound" in line and "--overwrite_output_dir true" in line
 
 
@@ -292,7 +293,7 @@ def test_a_run_on_another_base_is_no_adapter_to_start_from(inputs, half, tmp_pat
         for command in commands:
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 assert cli.main(command) == 2
-            (line,) = err.getvalue().splitlines()
+            line = user_error(err.getvalue())
             assert "iter_0000004" in line and f"{what}" in line and " there, " in line, line
             assert ("tokenizer: " in line, "model: " in line) == (folder == tokenizer, folder == model), line
 

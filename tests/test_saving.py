@@ -14,6 +14,7 @@ import pytest
 import tiny
 from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
+from told import user_error
 
 from megalora import saving
 from megalora.checkpoint.run.state import newest_sound, verified
@@ -58,7 +59,7 @@ def test_a_save_that_fails_on_one_rank_stops_all_after_the_next_step(inputs, tmp
     run = tmp_path / "run"
     (first,), (second,) = spawn(no_room, 2, inputs.flags(run, **FLAGS, **TP2), 10)
     assert (first.status, second.status, second.err) == (2, 2, ""), (first, second)
-    (line,) = first.err.splitlines()
+    line = user_error(first.err)
     assert "iter_0000010: cannot be written (No space left on device): free space" in line
     assert column(run, "step")[-1] == 12, "it was noticed in step 12, and step 13 told all"
     assert f"checkpoint {run / 'checkpoints/iter_0000005'}: complete in " in first.out
@@ -101,7 +102,7 @@ def test_a_disk_that_fills_up(inputs, tmp_path, disk):
     command = inputs.flags(run, **flags, **TP2)
     (first,), (second,) = spawn(tiny.run, 2, [command])
     assert (first.status, second.status, second.err) == (2, 2, ""), (first, second)
-    (line,) = first.err.splitlines()
+    line = user_error(first.err)
     assert "iter_0000010: cannot be written (No space left on device): free space" in line
     assert newest_sound(run)[0].step == 5 and not list(run.glob("checkpoints/*.tmp"))
     disk("size=64m")
@@ -123,7 +124,7 @@ def test_checkpoints_that_cannot_be_written_stop_the_run_before_its_first_step(i
     first, second = spawn(tiny.run, 2, commands)
     said = (f"log_dir {folder / 'run/logs'} (in output_dir", "checkpoints cannot be written to")
     for done, what in zip(first, said, strict=True):
-        (line,) = done.err.splitlines()
+        line = user_error(done.err)
         assert done.status == 2 and what in line and "Read-only file system" in line, line
     assert [(done.status, done.err) for done in second] == [(2, "")] * 2
     assert metrics(other) == []
@@ -148,7 +149,7 @@ def test_a_log_that_cannot_be_written_stops_all(inputs, tmp_path):
     run = tmp_path / "run"
     (first,), (second,) = spawn(full_log, 2, inputs.flags(run, **FLAGS, **TP2), 7)
     assert (first.status, second.status, second.err) == (2, 2, ""), (first, second)
-    (line,) = first.err.splitlines()
+    line = user_error(first.err)
     assert "step 7 cannot be logged (No space left on device): free space" in line
     assert column(run, "step")[-1] == 6 and newest_sound(run)[0].step == 5
 

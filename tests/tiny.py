@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -24,10 +25,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-from megalora import cli, finetune
+from megalora import cli
 from megalora.cluster import launch
 from megalora.models.config import config_from_dict
 
+program = importlib.import_module("megalora.finetune")  # `megalora.finetune` is the function of that name
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LENGTH = 64
 FIELDS = {
@@ -172,7 +174,7 @@ def run(rank: int, world_size: int, commands: Sequence[list[str]]) -> list[Done]
 
             patches.enter_context(mock.patch.object(launch, "open_store", open_store))
         patches.enter_context(mock.patch.object(cli, "_GRACE_SECONDS", 0.0))
-        patches.enter_context(mock.patch.object(finetune, "choose_device", lambda: (torch.device("cpu"), None)))
+        patches.enter_context(mock.patch.object(program, "choose_device", lambda: (torch.device("cpu"), None)))
         for command in commands:
             with (
                 contextlib.redirect_stdout(io.StringIO()) as out,

@@ -12,20 +12,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from megalora.cluster.environment import environment_int
 from megalora.cluster.watch import Watch
 from megalora.errors import Preempted, UserError
 from megalora.parallel.mesh import ParallelMesh, build_mesh, layout
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: longer than the slowest start-up phase of one rank
-
-
-def environment_int(name: str, default: int) -> int:
-    """An integer that torchrun sets, e.g. WORLD_SIZE. Raises UserError where it is something else."""
-    value = os.environ.get(name, str(default))
-    try:
-        return int(value)
-    except ValueError:
-        raise UserError(f"environment variable {name} = {value!r}: must be an integer; start with torchrun") from None
 
 
 def choose_device() -> tuple[torch.device, str | None]:

@@ -18,6 +18,9 @@ from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.layer import Layer
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
+from megalora.choices import RECOMPUTE
+from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.models.spec import ModelSpec
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
@@ -29,7 +32,6 @@ from megalora.parallel.loss import next_token_loss
 from megalora.parallel.placement import Placement
 
 Loss = Callable[[torch.Tensor, VocabParallelHead, Inputs], torch.Tensor]
-RECOMPUTE = ("none", "selective", "full")
 NO_LORA = ResolvedLora(LoraConfig(), {})
 
 

@@ -93,12 +93,12 @@ def agree(error: UserError | None, axis: Axis) -> None:
 
     The message is that of the lowest rank that has one, with its rank named unless all have the same.
     """
-    errors = gather_objects(None if error is None else str(error), axis)
-    failed = [rank for rank, message in enumerate(errors) if message is not None]
+    errors = gather_objects(None if error is None else (error.message, error.hint), axis)
+    failed = [rank for rank, parts in enumerate(errors) if parts is not None]
     if failed:
-        message = errors[failed[0]]
+        message, hint = errors[failed[0]]
         same = len(failed) == axis.size and len(set(errors)) == 1
-        raise UserError(message if same or failed[0] == 0 else f"{message} (on rank {axis.ranks[failed[0]]})")
+        raise UserError(message if same or failed[0] == 0 else f"{message} (on rank {axis.ranks[failed[0]]})", hint)
 
 
 def on_first(work: Callable[[], T], axis: Axis) -> T:
@@ -108,10 +108,10 @@ def on_first(work: Callable[[], T], axis: Axis) -> T:
         try:
             value = work()
         except UserError as raised:
-            error = str(raised)
+            error = raised.message, raised.hint
     value, error = broadcast_object((value, error), axis)
     if error is not None:
-        raise UserError(error)
+        raise UserError(*error)
     return value
 
 

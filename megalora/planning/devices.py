@@ -12,8 +12,10 @@ shared EPYC host. Waiting for the slowest rank: fitted to tensor parallel 2 with
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the table of devices is read by `--help`, which does not wait for torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -86,5 +88,7 @@ def device_of(device: torch.device) -> Device:
     """The entry of a device at hand; a GPU that the table does not know counts as the first one."""
     if device.type != "cuda":
         return DEVICES["cpu"]
+    import torch
+
     name = torch.cuda.get_device_name(device).lower()
     return next((entry for key, entry in DEVICES.items() if key in name), DEVICES["h100"])

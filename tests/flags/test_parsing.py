@@ -3,12 +3,15 @@
 import dataclasses
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from snapshots import assert_snapshot
 
-from megalora.arguments import (
+from megalora.errors import UserError
+from megalora.flags import (
     FINETUNE_SECTIONS,
     GENERATE_SECTIONS,
     CompatibilityArguments,
@@ -16,14 +19,15 @@ from megalora.arguments import (
     ModelArguments,
     ParallelArguments,
     TrainArguments,
-    flags_of,
-    flags_table,
-    help_text,
+    parse_convert,
+    parse_doctor,
     parse_finetune,
     parse_generate,
+    parse_plan,
+    split_convert,
     validate_world,
 )
-from megalora.errors import UserError
+from megalora.flags.flag import flags_of
 
 REFERENCE = """--output_dir ./output/medi --per_device_train_batch_size 1 --gradient_accumulation_steps 1
 --wall_clock_breakdown True --logging_steps 1 --partition_method 'uniform_floor' --num_train_epochs 100
@@ -114,10 +118,11 @@ def sample(flag):
     text, value = SAMPLES[flag.type]
     if flag.type is bool and flag.default is True:
         text, value = "false", False
-    if "choices" in flag.limits:
-        text = value = next(one for one in flag.limits["choices"] if one not in (flag.default, "custom"))
-    if flag.limits.get("at_least", 0) > 1:
-        text, value = str(flag.limits["at_least"]), flag.limits["at_least"]
+    limits = flag.definition
+    if limits.choices:
+        text = value = next(one for one in limits.choices if one not in (flag.default, "custom"))
+    if (limits.at_least or 0) > 1:
+        text, value = str(limits.at_least), limits.at_least
     return (text, (value,)) if flag.many else (text, value)
 
 
@@ -136,7 +141,7 @@ def test_every_flag_reaches_its_field(command, section, flag):
     needs = f"{BASE if command is finetune else '--model_path m'} {NEEDS.get(flag.name, '')}"
     needs = re.sub(rf"--{flag.name} \S+", "", needs)
     arguments = command(f"{needs} --{flag.name} '{text}'")
-    if command is generate and flag.limits.get("training_only"):
+    if command is generate and flag.definition.training_only:
         assert arguments.not_applied[-1:] == (flag.name,), "besides what it needs"
         return
     parts = [getattr(arguments, one.name) for one in dataclasses.fields(arguments)]
@@ -190,68 +195,68 @@ def test_contradicting_dtypes(flags):
     assert "leave out one" in message(tune, flags) or "give one" in message(tune, flags)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--split_method nearest", ["split_method nearest", "layer_split", "partition_method"]),
-        ("--input_names attention_mask", ["lacks input_ids"]),
-        ("--input_names input_ids pixels", ["--input_names", "pixels", "position_ids"]),
-        ("--no_tie_modules false", ["no_tie_modules false", "frozen"]),
-        ("--return_logits true", ["--return_logits", "tools/generate.py"]),
-        ("--text_generation", ["--text_generation", "tools/generate.py"]),
-        ("--temperature 1", ["--temperature", "tools/generate.py"]),
-        ("--learning_rat 1", ["unknown flag --learning_rat", "learning_rate"]),
-        ("--tensor 2", ["unknown flag --tensor"]),
-        ("--xyzzy", ["unknown flag --xyzzy", "(--help lists all)"]),
-        ("-seed 1", ["unknown flag -seed", "is seed"]),
-        ("--seed 1 2", ["unexpected argument '2'"]),
-        ("--seed", ["--seed needs a value", "whole number"]),
-        ("--template --seed 1", ["--template needs a value", "--template=VALUE"]),
-        ("--seed 1 --seed 2", ["--seed is given twice, 1 and 2"]),
-        ("--seed 1.5", ["--seed '1.5'", "whole number"]),
-        ("--seed -1", ["--seed -1", "at least 0"]),
-        ("--packing maybe", ["--packing 'maybe'", "true or false"]),
-        ("--learning_rate fast", ["--learning_rate 'fast'", "number"]),
-        ("--learning_rate nan", ["--learning_rate 'nan'", "number"]),
-        ("--learning_rate 1e999", ["--learning_rate inf", "finite"]),
-        ("--adam_beta1 1", ["--adam_beta1 1.0", "below 1"]),
-        ("--tensor_parallel_size 0", ["--tensor_parallel_size 0", "at least 1"]),
-        ("--schedule zigzag", ["--schedule zigzag", "gpipe, 1f1b"]),
-        ("--lora_config ''", ["--lora_config ''", "is empty"]),
-        ("--schedule interleaved_1f1b", ["interleaved_1f1b needs", "virtual_pipeline_size (it is 1)"]),
-        ("--schedule pre_recompute_1f1b --recompute full", ["recompute full", "three times"]),
-        ("--partition_method custom", ["needs custom_partition"]),
-        ("--partition_method custom --custom_partition 4 4", ["4 4 names 2 stages", "is 1"]),
-        ("--warmup_steps 10 --max_steps 10", ["warmup_steps (10)", "steps of the run (10)"]),
-        ("--config a.yaml --config b.yaml", ["--config takes one"]),
-        ("--config nowhere.yaml", ["nowhere.yaml cannot be read"]),
-    ],
-)
+MISTAKES = [
+    ("--split_method nearest", ["split_method nearest", "layer_split", "partition_method"]),
+    ("--input_names attention_mask", ["lacks input_ids"]),
+    ("--input_names input_ids pixels", ["--input_names", "pixels", "position_ids"]),
+    ("--no_tie_modules false", ["no_tie_modules false", "frozen"]),
+    ("--return_logits true", ["--return_logits", "megalora generate"]),
+    ("--text_generation", ["--text_generation", "megalora generate"]),
+    ("--temperature 1", ["--temperature", "megalora generate"]),
+    ("--learning_rat 1", ["unknown flag --learning_rat", "learning_rate"]),
+    ("--tensor 2", ["unknown flag --tensor"]),
+    ("--xyzzy", ["unknown flag --xyzzy", "--help lists all"]),
+    ("-seed 1", ["unknown flag -seed", "did you mean --seed?"]),
+    ("--seed 1 2", ["unexpected argument '2'"]),
+    ("--seed", ["--seed has no value", "whole number"]),
+    ("--template --seed 1", ["--template has no value", "--template=VALUE"]),
+    ("--seed 1 --seed 2", ["--seed is given twice, as 1 and as 2"]),
+    ("--seed 1.5", ["--seed '1.5'", "whole number"]),
+    ("--seed -1", ["--seed -1", "at least 0"]),
+    ("--packing maybe", ["--packing 'maybe'", "true or false"]),
+    ("--learning_rate fast", ["--learning_rate 'fast'", "number"]),
+    ("--learning_rate nan", ["--learning_rate 'nan'", "number"]),
+    ("--learning_rate 1e999", ["--learning_rate inf", "finite"]),
+    ("--adam_beta1 1", ["--adam_beta1 1.0", "below 1"]),
+    ("--tensor_parallel_size 0", ["--tensor_parallel_size 0", "at least 1"]),
+    ("--schedule zigzag", ["--schedule zigzag", "gpipe, 1f1b"]),
+    ("--lora_config ''", ["--lora_config ''", "is empty"]),
+    ("--schedule interleaved_1f1b", ["interleaved_1f1b needs", "virtual_pipeline_size (it is 1)"]),
+    ("--schedule pre_recompute_1f1b --recompute full", ["recompute full", "three times"]),
+    ("--partition_method custom", ["needs custom_partition", "--custom_partition 8"]),
+    ("--partition_method custom --custom_partition 4 4", ["4 4 names 2 stages", "is 1"]),
+    ("--warmup_steps 10 --max_steps 10", ["warmup_steps (10)", "steps of the run (10)"]),
+    ("--config a.yaml --config b.yaml", ["--config takes one"]),
+    ("--config nowhere.yaml", ["nowhere.yaml cannot be read"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), MISTAKES)
 def test_mistakes(flags, words):
     said = message(tune, flags)
     assert all(word in said for word in words), said
 
 
-@pytest.mark.parametrize(
-    ("parse", "flags", "name", "because"),
-    [
-        (tune, "--save_steps 5 --save false", "--save_steps 5", "save false"),
-        (tune, "--save_total_limit 5 --save false", "--save_total_limit 5", "save false"),
-        (tune, "--eval_steps 5", "--eval_steps 5", "without eval_data_path"),
-        (tune, "--sequence_parallel", "--sequence_parallel true", "tensor_parallel_size 1"),
-        (tune, "--virtual_pipeline_size 2", "--virtual_pipeline_size 2", "schedule 1f1b"),
-        (tune, "--custom_partition 4", "--custom_partition 4", "partition_method cost"),
-        (generate, "--model_path m --top_p 0.9", "--top_p 0.9", "temperature 0.0"),
-        (generate, "--model_path m --top_k 9", "--top_k 9", "temperature 0.0"),
-        (generate, "--model_path m --output_file f", "--output_file f", "without prompt"),
-        (
-            generate,
-            "--model_path m --disable_adapter",
-            "--disable_adapter true",
-            "resume_peft_from_checkpoint",
-        ),
-    ],
-)
+IDLE = [
+    (tune, "--save_steps 5 --save false", "--save_steps 5", "save false"),
+    (tune, "--save_total_limit 5 --save false", "--save_total_limit 5", "save false"),
+    (tune, "--eval_steps 5", "--eval_steps 5", "without eval_data_path"),
+    (tune, "--sequence_parallel", "--sequence_parallel true", "tensor_parallel_size 1"),
+    (tune, "--virtual_pipeline_size 2", "--virtual_pipeline_size 2", "schedule 1f1b"),
+    (tune, "--custom_partition 4", "--custom_partition 4", "partition_method cost"),
+    (generate, "--model_path m --top_p 0.9", "--top_p 0.9", "temperature 0.0"),
+    (generate, "--model_path m --top_k 9", "--top_k 9", "temperature 0.0"),
+    (generate, "--model_path m --output_file f", "--output_file f", "without prompt"),
+    (
+        generate,
+        "--model_path m --disable_adapter",
+        "--disable_adapter true",
+        "resume_peft_from_checkpoint",
+    ),
+]
+
+
+@pytest.mark.parametrize(("parse", "flags", "name", "because"), IDLE)
 def test_a_flag_without_effect_is_an_error(parse, flags, name, because):
     said = message(parse, flags)
     assert said.startswith(f"{name} has no effect") and because in said
@@ -278,7 +283,7 @@ def test_tensor_parallel_splits_activations_where_nothing_else_is_said(flags, to
 
 
 def test_values_from_python_are_checked_too():
-    with pytest.raises(UserError, match="tensor_parallel_size 0: must be at least 1"):
+    with pytest.raises(UserError, match="tensor_parallel_size 0 is out of range: give a whole number of at least 1"):
         ParallelArguments(tensor_parallel_size=0)
     with pytest.raises(UserError, match="sequence_parallel true has no effect"):
         ParallelArguments(sequence_parallel=True)
@@ -311,7 +316,7 @@ def test_generation():
     assert "false is not supported" in message(generate, "--model_path m --text_generation false")
     assert generate("--model_path m").generation.stop is None
     assert generate("--model_path m --stop '\n' 'a, b' --seed 3").generation.stop == ("\n", "a, b")
-    assert "--stop '': is empty" in message(generate, "--model_path m --stop ''")
+    assert "--stop '' is empty" in message(generate, "--model_path m --stop ''")
     words = "--model_path m --resume_peft_from_checkpoint a --compare_base true --disable_adapter true"
     assert "give one of them" in message(generate, words)
     assert "--save_steps 0" in message(generate, "--model_path m --save_steps 0")  # still checked
@@ -375,31 +380,31 @@ def test_flags_go_before_the_file(yaml):
     assert not arguments.train.save and not arguments.parallel.sequence_parallel
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("learnin_rate: 1\n", ["unknown key learnin_rate", "learning_rate"]),
-        ("config: other.yaml\n", ["unknown key config"]),
-        ("1: 2\n", ["unknown key 1"]),
-        ("seed: 1\nseed: 2\n", ["key seed", "twice"]),
-        ("seed: true\n", ["seed in", "true is not a whole number"]),
-        ("seed: 1.5\n", ["seed in", "1.5 is not a whole number"]),
-        ("seed: [1]\n", ["seed in", "not a whole number"]),
-        ("seed: ten\n", ["seed in", "'ten'", "whole number"]),
-        ("seed: -1\n", ["seed in", "at least 0"]),
-        ("seed:\n", ["seed in", "no value"]),
-        ("packing: 2\n", ["packing in", "2 is not true or false"]),
-        ("learning_rate: .nan\n", ["learning_rate in", "not a number"]),
-        ("template: 12\n", ["template in", "12 is not a text, in quotes"]),
-        ("template: {a: b}\n", ["template in", "not a text"]),
-        ("template: 2024-13-45\n", ["not valid YAML"]),
-        ("save_steps: 4\nsave: false\n", ["save_steps in", "has no effect with save false"]),
-        ("temperature: 1\n", ["temperature", "tools/generate.py"]),
-        ("a: b: c\n", ["line 4", "not valid YAML"]),
-        ("a: [1\n", ["not valid YAML"]),
-        ("<<: {seed: 1}\n", ["not valid YAML"]),
-    ],
-)
+YAML_MISTAKES = [
+    ("learnin_rate: 1\n", ["unknown key learnin_rate", "learning_rate"]),
+    ("config: other.yaml\n", ["config is not allowed"]),
+    ("1: 2\n", ["unknown key 1"]),
+    ("seed: 1\nseed: 2\n", ["run.yaml: seed", "twice"]),
+    ("seed: true\n", ["run.yaml: seed", "true is not a whole number"]),
+    ("seed: 1.5\n", ["run.yaml: seed", "1.5 is not a whole number"]),
+    ("seed: [1]\n", ["run.yaml: seed", "not a whole number"]),
+    ("seed: ten\n", ["run.yaml: seed", "'ten'", "whole number"]),
+    ("seed: -1\n", ["run.yaml: seed", "at least 0"]),
+    ("seed:\n", ["run.yaml: seed", "no value"]),
+    ("packing: 2\n", ["run.yaml: packing", "2 is not true or false"]),
+    ("learning_rate: .nan\n", ["run.yaml: learning_rate", "not a number"]),
+    ("template: 12\n", ["run.yaml: template", "12 is not text: give text, in quotes"]),
+    ("template: {a: b}\n", ["run.yaml: template", "not text"]),
+    ("template: 2024-13-45\n", ["not valid YAML"]),
+    ("save_steps: 4\nsave: false\n", ["run.yaml: save_steps", "has no effect with save false"]),
+    ("temperature: 1\n", ["temperature", "megalora generate"]),
+    ("a: b: c\n", ["line 4", "not valid YAML"]),
+    ("a: [1\n", ["not valid YAML"]),
+    ("<<: {seed: 1}\n", ["not valid YAML"]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), YAML_MISTAKES)
 def test_yaml_mistakes(yaml, text, words):
     path = yaml(GOOD + text)
     with pytest.raises(UserError) as caught:
@@ -470,14 +475,112 @@ def test_world():
         validate_world(parallel, 1)
 
 
-def test_help_and_table_name_every_flag():
-    table = flags_table()
-    for command, sections in (("finetune", FINETUNE_SECTIONS), ("generate", GENERATE_SECTIONS)):
-        text = help_text(command)
-        for flag in (flag for section in sections for flag in flags_of(section)):
-            assert f"| `{flag.name}` |" in table
-            shown = command == "finetune" or not flag.limits.get("training_only")
-            assert (f"  --{flag.name} " in text) == shown
-    assert max(map(len, text.splitlines())) <= 120
-    rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
+# ------------------------------------------------------------------------------------------------------- Python
+
+
+def test_python_names_are_flags():
+    values = {"model_path": Path("m"), "data_path": "d.json", "output_dir": "o", "learning_rate": 1, "seed": 3}
+    more = {"partition_method": "custom", "pipeline_parallel_size": 2, "custom_partition": [3, 5], "eval_steps": None}
+    arguments = parse_finetune(values | more)
+    said = "--learning_rate 1 --seed 3 --partition_method custom --pipeline_parallel_size 2 --custom_partition 3 5"
+    assert arguments == finetune(f"--model_path m --data_path d.json --output_dir o {said}")
+
+
+def test_python_may_name_a_file_of_more(yaml):
+    arguments = parse_finetune({"config": yaml(GOOD + "seed: 7\nsave_steps: 9\n"), "seed": 8, "save": False})
+    assert arguments.train.seed == 8 and arguments.data.data_path == "d"
+
+
+KEYWORD_MISTAKES = [
+    {"learning_rat": 1},
+    {"prompt": "Hi"},
+    {"seed": "7"},
+    {"seed": True},
+    {"seed": None},
+    {"seed": 1.0},
+    {"packing": 1},
+    {"dtype": "float8"},
+    {"template": 3},
+    {"custom_partition": "4 4"},
+    {"learning_rate": float("nan")},
+    {"eval_steps": 5},
+    {"output_dir": ""},
+    {"config": "nowhere.yaml"},
+]
+
+
+@pytest.mark.parametrize("values", KEYWORD_MISTAKES, ids=str)
+def test_python_values_are_checked(values):
+    with pytest.raises(UserError) as caught:
+        parse_finetune({"model_path": "m", "data_path": "d", "output_dir": "o", **values})
+    (name,) = values
+    assert name in str(caught.value) and "--" not in str(caught.value).replace("--help", "")
+
+
+# ----------------------------------------------------------------------------------------------------- wording
+
+
+OTHERS = [
+    (generate, "--prompt Hi"),
+    (generate, "--model_path m --text_generation false"),
+    (generate, "--model_path m --prompt a --prompts_file b"),
+    (generate, "--model_path m --resume_peft_from_checkpoint a --compare_base --disable_adapter"),
+    (parse_plan, "--model_path m"),
+    (parse_plan, "--model_path m --gpus 0"),
+    (parse_plan, "--model_path m --gpus 2 --learning_rate 1"),
+    (parse_plan, "--model_path m --gpus 2 --partition_method custom"),
+    (parse_plan, "--model_path m --gpus 2 --partition_method custom --custom_partition 4"),
+    (parse_doctor, "--free_space -1"),
+    (split_convert, ""),
+    (split_convert, "hf-to-shards"),
+    (split_convert, "adapter to-hf"),
+    (parse_convert, "to-hf --input a --output b --base c"),
+    (parse_convert, "to-hf --input a"),
+    (parse_convert, "reshard --input a --output b --custom_partition 4"),
+]
+
+
+def printed(what: str, parse, *arguments) -> str:
+    """A mistake and the lines that it is told in."""
+    with pytest.raises(UserError) as caught:
+        parse(*arguments)
+    hint = f"\nhint: {caught.value.hint}" if caught.value.hint else ""
+    return f"$ {what}\nerror: {caught.value.message}{hint}\n"
+
+
+COMMAND = {
+    tune: "finetune ...",
+    generate: "generate",
+    parse_plan: "plan",
+    parse_doctor: "doctor",
+    split_convert: "convert",
+    parse_convert: "convert",
+}
+
+
+def test_wording_of_mistakes():
+    told = [printed(f"megalora finetune ... {flags}", tune, flags) for flags, _ in MISTAKES]
+    told.append(printed("megalora finetune", finetune, ""))
+    told += [printed(f"megalora {COMMAND[parse]} {flags}", parse, flags) for parse, flags, _, _ in IDLE]
+    for parse, flags in OTHERS:
+        words = shlex.split(flags)
+        arguments = (flags,) if parse is generate else (words[0], words[1:]) if parse is parse_convert else (words,)
+        told.append(printed(f"megalora {COMMAND[parse]} {flags}".strip(), parse, *arguments))
+    world = ParallelArguments(tensor_parallel_size=2, pipeline_parallel_size=2)
+    told.append(printed("torchrun --nproc_per_node 6", validate_world, world, 6))
+    assert_snapshot("mistakes", "\n".join(told))
+
+
+def test_wording_of_mistakes_in_yaml(yaml, tmp_path):
+    told = [printed(f"cat run.yaml: {text!r}", parse_finetune, [yaml(GOOD + text)]) for text, _ in YAML_MISTAKES]
+    for text in ("- a\n- b\n", "{", b"\xff\xfe\x00"):
+        told.append(printed(f"cat run.yaml: {text!r}", parse_finetune, [yaml(text)]))
+    assert_snapshot("mistakes_yaml", "\n".join(told).replace(f"{tmp_path}/", ""))
+
+
+def test_wording_of_mistakes_in_python():
+    good = {"model_path": "m", "data_path": "d", "output_dir": "o"}
+    told = [
+        printed(f"megalora.finetune(..., **{values})", parse_finetune, good | values) for values in KEYWORD_MISTAKES
+    ]
+    assert_snapshot("mistakes_python", "\n".join(told))

@@ -1,0 +1,8 @@
+"""Names that flags offer for what is defined beside torch, so that `--help` need not import torch.
+
+Each is the one definition of these names; what they stand for is defined by the module named here.
+"""
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")  # building.DTYPES
+OPTIMIZERS = ("adamw", "apex")  # optimizer.AdapterOptimizer
+RECOMPUTE = ("none", "selective", "full")  # models.stage

@@ -1,0 +1,101 @@
+"""The commands: sound arguments in, results out. Torch is imported only once the arguments are sound."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megalora import flags
+from megalora.cluster.environment import environment_int
+from megalora.errors import UserError
+from megalora.flags.flag import flags_of
+
+if TYPE_CHECKING:
+    from megalora.finetune import FinetuneResult
+    from megalora.planning.layouts import Plan
+
+
+def finetune(arguments: flags.FinetuneArguments) -> FinetuneResult:
+    """Train an adapter, and return its last metrics and the paths of what was written."""
+    flags.validate_world(arguments.parallel, environment_int("WORLD_SIZE", 1))
+    if not arguments.train.overwrite_output_dir:
+        # A run that overwrites first notes so in output_dir: started again by torchrun, it would otherwise take the
+        # older run there for its own.
+        _check_paths(arguments.model, arguments.data)
+    from megalora.finetune import finetune
+
+    return finetune(arguments)
+
+
+def generate(arguments: flags.GenerateArguments) -> None:
+    """Write replies to standard output or to a file, or chat in the terminal."""
+    flags.validate_world(arguments.parallel, environment_int("WORLD_SIZE", 1))
+    _check_paths(arguments.model, arguments.generation)
+    from megalora.generate import generate
+
+    generate(arguments)
+
+
+def replies(arguments: flags.GenerateArguments) -> list[dict[str, Any]]:
+    """Generate, and return the rows of the output file, which need not be named. On other ranks than 0: none."""
+    options = arguments.generation
+    if options.prompt is None and options.prompts_file is None:
+        raise UserError(
+            "prompt or prompts_file must be given: a chat needs a terminal", "give one, or run megalora generate"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(options.output_file or Path(folder) / "replies.jsonl")
+        generate(replace(arguments, generation=replace(options, output_file=str(file))))
+        if environment_int("RANK", 0) != 0:
+            return []
+        with file.open(encoding="utf-8") as lines:  # not splitlines: a reply may hold other separators of lines
+            return [json.loads(line) for line in lines]
+
+
+def plan(arguments: flags.PlanArguments) -> list[Plan]:
+    """Print the ranked table of layouts, and return them, best first."""
+    _one_process("plan")
+    _check_paths(arguments)
+    from megalora.plan import plan
+
+    return plan(arguments)
+
+
+def convert(arguments: flags.Conversion) -> Path:
+    """Convert weights or an adapter, and return the output folder (with dry_run: that would be written)."""
+    _one_process("convert")
+    _check_paths(arguments.paths)
+    from megalora.convert import convert
+
+    convert(arguments)
+    return Path(arguments.paths.output)
+
+
+def doctor(arguments: flags.DoctorArguments) -> bool:
+    """Check the hosts of a run; return whether they are sound."""
+    from megalora.doctor import doctor
+
+    return doctor(arguments)
+
+
+def _one_process(command: str) -> None:
+    processes = environment_int("WORLD_SIZE", 1)
+    if processes > 1:
+        raise UserError(
+            f"megalora {command} runs in one process, but {processes} were started", "start it without torchrun"
+        )
+
+
+def _check_paths(*sections: Any) -> None:
+    """Raise UserError where a path that must exist does not, before the seconds that importing torch takes.
+
+    Not on several hosts, of which one alone may lack it: the ranks find out together later.
+    """
+    if environment_int("LOCAL_WORLD_SIZE", 1) != environment_int("WORLD_SIZE", 1):
+        return
+    for section in sections:
+        for flag in flags_of(type(section)):
+            flag.check_exists(getattr(section, flag.name))

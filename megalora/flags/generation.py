@@ -1,0 +1,69 @@
+"""Section of `megalora generate` beside the model and the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalora.errors import UserError
+from megalora.flags import shared
+from megalora.flags.flag import Section, flag
+
+
+@dataclass(frozen=True)
+class GenerationArguments(Section):
+    """Prompts and decoding. Without prompt and prompts_file, it is a chat in the terminal."""
+
+    prompt: str | None = flag(None, "a single prompt", unset="a chat in the terminal")
+    prompts_file: str | None = flag(
+        None,
+        "file of prompts: one per line, or JSON rows as for training",
+        unset="a chat in the terminal",
+        exists="a file of prompts; check the path",
+    )
+    output_file: str | None = flag(None, "JSON lines file for the replies", unset="the terminal")
+    system: str | None = flag(None, "system message before each prompt", unset="the template's", empty=True)
+    max_new_tokens: int = flag(256, "maximum length of a reply, in tokens", at_least=1)
+    temperature: float = flag(0.0, "sampling temperature; 0 is greedy decoding", at_least=0)
+    top_k: int | None = flag(None, "sample from the k most likely tokens", at_least=1, unset="all tokens")
+    top_p: float | None = flag(
+        None,
+        "sample from the most likely tokens whose probabilities sum to this (nucleus sampling)",
+        above=0,
+        at_most=1,
+        unset="all tokens",
+    )
+    min_p: float | None = flag(
+        None,
+        "sample from tokens at least this probable, relative to the most likely one",
+        above=0,
+        at_most=1,
+        unset="all tokens",
+    )
+    repetition_penalty: float = flag(
+        1.0,
+        "penalty on tokens that already occur: divides positive logits, multiplies negative ones; 1 is off",
+        above=0,
+    )
+    stop: tuple[str, ...] | None = flag(
+        None, "strings that end a reply; they are not part of it", verbatim=True, unset="none"
+    )
+    seed: int = flag(42, "seed of the sampling", at_least=0, at_most=2**63 - 1)
+    template: str | None = shared.TEMPLATE.field(None, unset="the tokenizer's own")
+    seq_length: int | None = flag(
+        None,
+        "maximum length of prompt and reply together, in tokens",
+        at_least=2,
+        unset="the model's max_position_embeddings",
+    )
+    disable_adapter: bool = flag(False, "reply from the base model, without resume_peft_from_checkpoint")
+    compare_base: bool = flag(False, "show the base model's reply next to the adapter's")
+    show_thinking: bool = flag(False, "show the reasoning of a reply (between its think tags), apart from the answer")
+    return_logits: bool = flag(False, "also write the logits of each prompt, as safetensors")
+    logits_dir: str = flag("logits", "folder for the logits of return_logits")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.prompts_file is not None:
+            raise UserError("prompt and prompts_file are both given", "give one of them")
+        if self.compare_base and self.disable_adapter:
+            raise UserError("compare_base and disable_adapter are both true", "give one of them")

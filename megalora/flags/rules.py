@@ -1,0 +1,83 @@
+"""Flags that have no effect because of the value of another: giving one is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megalora.errors import UserError
+from megalora.flags.flag import show
+from megalora.pipeline.schedule import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`flag` has no effect because of the value of `because`, when `when(values of all flags)`."""
+
+    flag: str
+    because: str
+    when: Callable[[Mapping[str, Any]], bool]
+    remedy: str
+
+
+_CUSTOM = Rule(
+    "custom_partition",
+    "partition_method",
+    lambda v: v["partition_method"] != "custom",
+    "set partition_method to custom",
+)
+FINETUNE_RULES = (
+    _CUSTOM,
+    Rule(
+        "virtual_pipeline_size",
+        "schedule",
+        lambda v: v["virtual_pipeline_size"] > 1 and not SCHEDULES[v["schedule"]].chunked,
+        "set schedule to interleaved_1f1b",
+    ),
+    Rule(
+        "sequence_parallel",
+        "tensor_parallel_size",
+        lambda v: v["sequence_parallel"] and v["tensor_parallel_size"] == 1,
+        "set tensor_parallel_size to 2 or more",
+    ),
+    Rule("save_steps", "save", lambda v: not v["save"], "set save to true"),
+    Rule("save_total_limit", "save", lambda v: not v["save"], "set save to true"),
+    Rule("profile_steps", "profile", lambda v: not v["profile"], "set profile to true"),
+    Rule("profile_file", "partition_method", lambda v: v["partition_method"] != "cost", "set partition_method to cost"),
+    Rule("eval_steps", "eval_data_path", lambda v: v["eval_data_path"] is None, "give eval_data_path"),
+)
+GENERATE_RULES = (
+    _CUSTOM,
+    Rule("top_k", "temperature", lambda v: v["temperature"] == 0, "set temperature above 0"),
+    Rule("top_p", "temperature", lambda v: v["temperature"] == 0, "set temperature above 0"),
+    Rule("min_p", "temperature", lambda v: v["temperature"] == 0, "set temperature above 0"),
+    Rule("logits_dir", "return_logits", lambda v: not v["return_logits"], "set return_logits to true"),
+    Rule(
+        "compare_base",
+        "resume_peft_from_checkpoint",
+        lambda v: v["compare_base"] and v["resume_peft_from_checkpoint"] is None,
+        "give resume_peft_from_checkpoint",
+    ),
+    Rule(
+        "output_file",
+        "prompt",
+        lambda v: v["prompt"] is None and v["prompts_file"] is None,
+        "give prompt or prompts_file",
+    ),
+    Rule(
+        "disable_adapter",
+        "resume_peft_from_checkpoint",
+        lambda v: v["disable_adapter"] and v["resume_peft_from_checkpoint"] is None,
+        "give resume_peft_from_checkpoint",
+    ),
+)
+CONVERT_RULES = (_CUSTOM,)
+
+
+def no_effect(name: str, value: Any, values: Mapping[str, Any], label: str | None = None) -> UserError:
+    """Return the error for flag `name`, which was given as `value`; `values` are those of all flags."""
+    rule = next(rule for rule in (*FINETUNE_RULES, *GENERATE_RULES) if rule.flag == name)
+    reason = values[rule.because]
+    cause = f"without {rule.because}" if reason is None else f"with {rule.because} {show(reason)}"
+    return UserError(f"{label or name} {show(value)} has no effect {cause}", f"{rule.remedy}, or leave {name} out")

@@ -1,0 +1,38 @@
+"""Definitions of flags that several sections share."""
+
+from megalora.choices import RECOMPUTE
+from megalora.flags.flag import Definition
+from megalora.pipeline.partition import METHODS
+from megalora.pipeline.schedule import SCHEDULES
+
+LORA_CONFIG = Definition("lora_config.json of a new adapter", training_only=True)
+TEMPLATE = Definition("name of the chat template")
+
+TENSOR_PARALLEL_SIZE = Definition("processes that share each layer", at_least=1)
+PIPELINE_PARALLEL_SIZE = Definition("pipeline stages that the layers are divided into", at_least=1)
+PARTITION_METHOD = Definition(
+    "how layers are assigned to stages; cost balances estimated time, parameters balances size", choices=METHODS
+)
+CUSTOM_PARTITION = Definition("number of layers of each stage, first to last, for partition_method custom", at_least=1)
+UNEVEN_HEADS = Definition("allow a tensor_parallel_size that does not divide the attention heads; it works, but slower")
+SEQUENCE_PARALLEL = Definition(
+    "shard the activations between layers along the sequence, over the tensor-parallel ranks", training_only=True
+)
+SCHEDULE = Definition(
+    "pipeline schedule: the order in which stages process microbatches", choices=tuple(SCHEDULES), training_only=True
+)
+VIRTUAL_PIPELINE_SIZE = Definition(
+    "chunks of layers on each stage, for schedule interleaved_1f1b", at_least=1, training_only=True
+)
+RECOMPUTE_FLAG = Definition(
+    "activations to recompute in the backward pass: none, attention only (selective), or whole layers (full)",
+    choices=RECOMPUTE,
+    training_only=True,
+)
+PROFILE_FILE = Definition(
+    "trace.json of a run with profile: use its measured times instead of estimates", training_only=True
+)
+
+SEQ_LENGTH = Definition("tokens in one row of a microbatch; a longer document is a bad row", at_least=2)
+PER_DEVICE_TRAIN_BATCH_SIZE = Definition("rows in one microbatch of one data-parallel rank", at_least=1)
+GRADIENT_ACCUMULATION_STEPS = Definition("microbatches in one step of one data-parallel rank", at_least=1)

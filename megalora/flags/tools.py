@@ -1,0 +1,140 @@
+"""Sections of `megalora plan`, `megalora doctor` and `megalora convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megalora.choices import DTYPES
+from megalora.errors import UserError
+from megalora.flags import shared
+from megalora.flags.flag import REQUIRED, Section, flag
+from megalora.flags.layout import LayoutArguments
+from megalora.planning.devices import DEVICES
+
+
+@dataclass(frozen=True)
+class PlanArguments(Section):
+    """The GPUs, the run, and the parts of its layout that are fixed; the rest is searched.
+
+    Rows of a step: global_batch_size, or per_device_train_batch_size * gradient_accumulation_steps of each
+    data-parallel rank, whichever is given.
+    """
+
+    model_path: str = flag(
+        REQUIRED,
+        "Hugging Face folder of the model, or its config.json alone",
+        exists="a Hugging Face folder, or a config.json",
+    )
+    gpus: int = flag(REQUIRED, "number of GPUs", at_least=1)
+    lora_config: str | None = shared.LORA_CONFIG.field(None, unset="chosen by model_type")
+    device: str = flag("h100", "type of the GPUs, for their speed; or cpu", choices=tuple(DEVICES))
+    memory: float | None = flag(None, "memory of each GPU, in GiB", above=0, unset="that of device")
+    reserve: float = flag(
+        4.0, "GiB of memory to leave free for CUDA context, NCCL buffers and fragmentation", at_least=0
+    )
+    gpus_per_node: int = flag(8, "GPUs per node (connected by NVLink)", at_least=1)
+    seq_length: int = shared.SEQ_LENGTH.field(1024)
+    global_batch_size: int | None = flag(
+        None,
+        "rows in one step over all GPUs",
+        at_least=1,
+        unset="128 rounded up to a multiple of gpus, or set by gradient_accumulation_steps",
+    )
+    per_device_train_batch_size: int | None = shared.PER_DEVICE_TRAIN_BATCH_SIZE.field(
+        None, unset="searched, or 1 with gradient_accumulation_steps"
+    )
+    gradient_accumulation_steps: int | None = shared.GRADIENT_ACCUMULATION_STEPS.field(
+        None, unset="set by global_batch_size"
+    )
+    tensor_parallel_size: int | None = shared.TENSOR_PARALLEL_SIZE.field(None, unset="searched")
+    pipeline_parallel_size: int | None = shared.PIPELINE_PARALLEL_SIZE.field(None, unset="searched")
+    sequence_parallel: bool | None = shared.SEQUENCE_PARALLEL.field(None, unset="true with tensor parallelism")
+    partition_method: str = shared.PARTITION_METHOD.field("cost")
+    custom_partition: tuple[int, ...] | None = shared.CUSTOM_PARTITION.field(None, unset="none")
+    uneven_heads: bool = shared.UNEVEN_HEADS.field(False)
+    schedule: str | None = shared.SCHEDULE.field(None, unset="searched")
+    virtual_pipeline_size: int | None = shared.VIRTUAL_PIPELINE_SIZE.field(None, unset="searched")
+    recompute: str | None = shared.RECOMPUTE_FLAG.field(None, unset="searched")
+    dtype: str = flag("bfloat16", "compute dtype", choices=tuple(name for name in DTYPES if name != "float64"))
+    profile_file: str | None = shared.PROFILE_FILE.field(None, unset="estimated times of device")
+    draw: str | None = flag(None, "SVG file to draw one step of the best layout to", unset="no drawing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.partition_method == "custom") != (self.custom_partition is not None):
+            raise UserError("partition_method custom and custom_partition go together", "give both or neither")
+        if self.custom_partition is not None and self.pipeline_parallel_size is None:
+            raise UserError(
+                "custom_partition gives the layers of each stage, but pipeline_parallel_size is not given",
+                "give pipeline_parallel_size too",
+            )
+
+
+@dataclass(frozen=True)
+class DoctorArguments(Section):
+    """What a run needs of its hosts. Under torchrun, the links between the ranks are measured too."""
+
+    output_dir: str = flag(".", "folder that the run would write to: checked for free space, and shared by all hosts")
+    free_space: float = flag(2.0, "GiB that must be free in output_dir", at_least=0)
+    tensor_parallel_size: int = shared.TENSOR_PARALLEL_SIZE.field(1)
+    pipeline_parallel_size: int = shared.PIPELINE_PARALLEL_SIZE.field(1)
+
+
+@dataclass(frozen=True)
+class ConvertArguments(Section):
+    """What to read and write. All is checked before anything is written, and the output appears once it is complete."""
+
+    input: str = flag(
+        REQUIRED,
+        "what to convert: a model folder, a run or folder of an adapter, or (from-gguf) a .gguf file",
+        exists="the folder or file to convert",
+    )
+    output: str = flag(REQUIRED, "folder to write; must not be the input")
+    overwrite: bool = flag(False, "replace a model or adapter in output, once the new one is complete")
+    dry_run: bool = flag(False, "run all checks and report what would be written, but write nothing")
+
+
+@dataclass(frozen=True)
+class BaseArguments(Section):
+    """The base model of the adapter."""
+
+    base: str | None = flag(
+        None,
+        "base model of the adapter: a Hugging Face folder or megalora shards",
+        unset="the folder that the adapter names",
+    )
+
+
+@dataclass(frozen=True)
+class SafetensorsArguments(Section):
+    """How a Hugging Face folder is written."""
+
+    max_shard_size: float = flag(5.0, "maximum size of one safetensors file, in GB (10^9 bytes)", above=0)
+
+
+CONVERT_COMMANDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "to-shards": (
+        "base weights, Hugging Face folder to shards: mp_rank_XX_pp_rank_YYY/partial_model_optim.pt",
+        (ConvertArguments, LayoutArguments),
+    ),
+    "to-hf": ("base weights, shards to Hugging Face folder", (ConvertArguments, SafetensorsArguments)),
+    "reshard": ("base weights, shards to shards of another layout", (ConvertArguments, LayoutArguments)),
+    "from-gguf": (
+        "GGUF file to Hugging Face folder in float32; needs memory for the whole model",
+        (ConvertArguments,),
+    ),
+    "adapter to-peft": (
+        "adapter (run, checkpoint or shards) to PEFT folder; --base is the model name to record in it",
+        (ConvertArguments, BaseArguments),
+    ),
+    "adapter from-peft": (
+        "adapter, PEFT folder to shards: mp_rank_XX_pp_rank_YYY/lora_partial_model_optim.pt",
+        (ConvertArguments, BaseArguments, LayoutArguments),
+    ),
+    "adapter merge": (
+        "adapter (any of these) merged into a copy of its base, as Hugging Face folder; summed in float32",
+        (ConvertArguments, BaseArguments, SafetensorsArguments),
+    ),
+}
+"""The commands of `megalora convert`: what each does, and the sections of its flags."""

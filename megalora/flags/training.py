@@ -1,0 +1,196 @@
+"""Sections of `megalora finetune`: model, data, training, and the reference launch's spellings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megalora.choices import DTYPES, OPTIMIZERS
+from megalora.errors import UserError
+from megalora.flags import shared
+from megalora.flags.flag import REQUIRED, Section, flag, show
+from megalora.learning_rate import SCHEDULES as LEARNING_RATES
+
+
+@dataclass(frozen=True)
+class ModelArguments(Section):
+    """The model, its weights and its precision."""
+
+    model_path: str = flag(
+        REQUIRED,
+        "Hugging Face folder of the model: config.json, tokenizer, weights",
+        exists="a Hugging Face folder with config.json, tokenizer and weights",
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "folder to load the base weights from: Hugging Face safetensors or megalora shards",
+        unset="model_path",
+        exists="a Hugging Face folder or megalora shards",
+    )
+    resume_peft_from_checkpoint: str | None = flag(
+        None,
+        "adapter to load: output_dir of a run, megalora shards or a PEFT folder",
+        unset="a new adapter; in generation, no adapter",
+    )
+    lora_config: str | None = shared.LORA_CONFIG.field(None, unset="chosen by model_type")
+    dtype: str = flag("auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPUs", choices=("auto", *DTYPES))
+
+
+@dataclass(frozen=True)
+class DataArguments(Section):
+    """Training data, and how it becomes tokens."""
+
+    data_path: str = flag(
+        REQUIRED, "training data: a JSON or JSON lines file", exists="a JSON or JSON lines file; check the path"
+    )
+    eval_data_path: str | None = flag(
+        None,
+        "evaluation data, in the same formats",
+        unset="no evaluation",
+        exists="a JSON or JSON lines file; check the path",
+    )
+    seq_length: int = shared.SEQ_LENGTH.field(1024)
+    packing: bool = flag(True, "pack several whole documents into one row; attention never crosses documents")
+    template: str | None = shared.TEMPLATE.field(None, unset="the tokenizer's own")
+    on_bad_row: str = flag(
+        "error", "at a row that cannot be used: stop (error), or count it and go on (skip)", choices=("error", "skip")
+    )
+
+
+@dataclass(frozen=True)
+class TrainArguments(Section):
+    """Optimizer, length of the run, checkpoints and logs. A step is one optimizer step."""
+
+    output_dir: str = flag(REQUIRED, "folder of the run: checkpoints, adapter, metrics.jsonl, TensorBoard, logs")
+    overwrite_output_dir: bool = flag(False, "start a new run even if output_dir has checkpoints; they are removed")
+    per_device_train_batch_size: int = shared.PER_DEVICE_TRAIN_BATCH_SIZE.field(1)
+    gradient_accumulation_steps: int = shared.GRADIENT_ACCUMULATION_STEPS.field(1)
+    num_train_epochs: float | None = flag(
+        None,
+        "epochs to train for; with max_steps, the run ends at whichever comes first",
+        above=0,
+        unset="3.0, or no limit with max_steps",
+    )
+    max_steps: int | None = flag(None, "steps to train for", at_least=1, unset="set by num_train_epochs")
+    learning_rate: float = flag(2e-4, "peak learning rate", at_least=0)
+    lr_scheduler_type: str = flag("linear", "learning rate schedule after warmup", choices=tuple(LEARNING_RATES))
+    warmup_steps: int = flag(0, "steps of linear warmup of the learning rate", at_least=0)
+    weight_decay: float = flag(0.0, "AdamW weight decay", at_least=0)
+    adam_beta1: float = flag(0.9, "AdamW beta1", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW beta2", at_least=0, below=1)
+    adam_epsilon: float = flag(1e-8, "AdamW epsilon", above=0)
+    optimizer: str = flag("adamw", "adamw is torch's fused AdamW, apex is FusedAdam of NVIDIA Apex", choices=OPTIMIZERS)
+    max_grad_norm: float = flag(1.0, "clip gradients to this global norm; 0 turns clipping off", at_least=0)
+    seed: int = flag(42, "seed of adapter init, dropout and data order", at_least=0, at_most=2**63 - 1)
+    eval_steps: int | None = flag(None, "evaluate every this many steps", at_least=1, unset="only at the end")
+    save: bool = flag(True, "write checkpoints")
+    save_steps: int = flag(500, "write a checkpoint every this many steps, and after the last step", at_least=1)
+    save_total_limit: int | None = flag(None, "keep only this many of the newest checkpoints", at_least=1, unset="all")
+    logging_steps: int = flag(1, "log every this many steps", at_least=1)
+    cuda_graphs: bool | None = flag(
+        None,
+        "replay the layers as CUDA graphs: same numbers, less launch overhead",
+        unset="true where possible: on GPUs, without pipeline stages",
+    )
+    deterministic: bool = flag(
+        False, "make runs on GPUs bit-for-bit reproducible; attention's backward pass becomes slower"
+    )
+    wall_clock_breakdown: bool = flag(False, "log seconds per phase: forward, backward, communication, ...")
+    hang_timeout: float = flag(
+        600.0, "stop the run if no rank makes progress for this many seconds, and report where each is; 0 is never",
+        at_least=0,
+    )  # fmt: skip
+    log_dir: str | None = flag(None, "folder of the log files, one per rank", unset="logs in output_dir")
+    profile: bool = flag(
+        False, "record when each stage computes, as a Chrome trace and a drawing in output_dir/profile"
+    )
+    profile_steps: int = flag(2, "number of steps that profile records, starting with the second", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps is not None:
+            self._check_warmup(self.max_steps)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps of the whole run, given those of one epoch (at least 1).
+
+        The run ends at max_steps or after num_train_epochs (rounded up to a whole step), whichever is first;
+        neither given is 3 epochs. UserError where the run would end within its warmup.
+        """
+        assert steps_per_epoch >= 1, steps_per_epoch
+        if self.num_train_epochs is None:
+            steps = self.max_steps or 3 * steps_per_epoch
+        else:
+            # As written: 1.1 in binary is a little more, and 1.1 epochs of 100 steps would be 111.
+            steps = math.ceil(Fraction(str(self.num_train_epochs)) * steps_per_epoch)
+            steps = min(steps, self.max_steps or steps)
+        self._check_warmup(steps)
+        return steps
+
+    def _check_warmup(self, steps: int) -> None:
+        if self.warmup_steps and self.warmup_steps >= steps:
+            raise UserError(
+                f"warmup_steps ({self.warmup_steps}) is not less than the steps of the run ({steps}), so the learning "
+                f"rate would never reach learning_rate",
+                "give fewer warmup_steps, or train for more steps",
+            )
+
+
+@dataclass(frozen=True)
+class CompatibilityArguments(Section):
+    """Flags of the reference launch that are spellings of a flag above, or have a single supported value.
+
+    They end in the other sections (fp16 and bf16 in `dtype`) or in an error; no part of the package sees
+    them.
+    """
+
+    fp16: bool | None = flag(None, "true is dtype float16", unset="set by dtype")
+    bf16: bool | None = flag(
+        None, "true is dtype bfloat16; false keeps dtype auto from choosing it", unset="set by dtype"
+    )
+    split_method: str = flag("layer_split", "only layer_split is supported: stages are cut between layers")
+    input_names: tuple[str, ...] = flag(
+        ("input_ids", "attention_mask"),
+        "inputs of the model; must include input_ids",
+        choices=("input_ids", "attention_mask", "labels", "position_ids"),
+    )
+    no_tie_modules: bool = flag(True, "only true is supported: a tied head is a frozen copy on the last stage")
+    return_logits: bool = flag(False, "generation only (writes logits there); must be false in training")
+    text_generation: bool | None = flag(
+        None, "generation only, where it must be true: logits become text", unset="true in generation"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp16 and self.bf16:
+            raise UserError("fp16 and bf16 are both true", "give one of them")
+        if self.split_method != "layer_split":
+            raise UserError(
+                f"split_method {self.split_method} is not supported: stages are cut between layers",
+                "give layer_split, and choose where to cut by partition_method",
+            )
+        if "input_ids" not in self.input_names:
+            raise UserError(
+                f"input_names {show(self.input_names)} lacks input_ids, which every model here reads",
+                "add input_ids, or leave input_names out",
+            )
+        if not self.no_tie_modules:
+            raise UserError(
+                "no_tie_modules false is not supported: the base is frozen, so a tied head is copied to the last stage",
+                "give true, or leave no_tie_modules out",
+            )
+
+    def resolve_dtype(self, dtype: str | None) -> str:
+        """Return one dtype from dtype (None: not given), fp16 and bf16. UserError where they contradict each other."""
+        for name, is_dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+            said = getattr(self, name)
+            if said is not None and dtype is not None and (dtype != is_dtype if said else dtype == is_dtype):
+                raise UserError(f"{name} {show(said)} contradicts dtype {dtype}", "leave out one of them")
+        if self.fp16:
+            return "float16"
+        if self.bf16:
+            return "bfloat16"
+        if self.bf16 is False and dtype in (None, "auto"):
+            return "float32"
+        return dtype or "auto"

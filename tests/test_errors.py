@@ -1,0 +1,53 @@
+"""UserError: a message and a hint, each of one line, alone and across processes."""
+
+import pickle
+
+import pytest
+from spawn import spawn
+
+from megalora.errors import UserError
+from megalora.parallel.collectives import on_first, together
+from megalora.parallel.mesh import build_mesh
+
+
+def test_message_and_hint_are_one_line_each():
+    error = UserError("a thing\n  is wrong", "do\nanother")
+    assert (error.message, error.hint, str(error)) == ("a thing is wrong", "do another", "a thing is wrong: do another")
+    error = UserError("a thing is wrong")
+    assert (error.message, error.hint, str(error)) == ("a thing is wrong", None, "a thing is wrong")
+
+
+@pytest.mark.parametrize("hint", [None, "do another"])
+def test_pickled(hint):
+    error = UserError("a thing is wrong", hint)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.message, copy.hint, str(copy)) == (error.message, error.hint, str(error))
+
+
+def agreed(rank: int, world_size: int, failing: list[int], only_first: bool) -> tuple[str, str | None]:
+    world = build_mesh(rank, world_size, 1, 1).world
+
+    def work() -> None:
+        if rank in failing:
+            raise UserError("a thing is wrong", "do another")
+
+    with pytest.raises(UserError) as caught:
+        if only_first:
+            on_first(work, world)
+        else:
+            with together(world):
+                work()
+    return caught.value.message, caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("failing", "only_first", "message"),
+    [
+        ([0, 1], False, "a thing is wrong"),
+        ([0], False, "a thing is wrong"),
+        ([1], False, "a thing is wrong (on rank 1)"),
+        ([0], True, "a thing is wrong"),
+    ],
+)
+def test_ranks_agree_on_both(failing, only_first, message):
+    assert spawn(agreed, 2, failing, only_first) == [(message, "do another")] * 2
