@@ -31,17 +31,18 @@ from megalora.building import (
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
 from megalora.checkpoint.base.shards import AdapterCheckpoint, read_adapter
-from megalora.checkpoint.run.state import (
+from megalora.checkpoint.run.folder import (
     announce_removal,
     cancel_removal,
+    check_own,
+    claim,
     export_folder,
-    identity_difference,
     in_run,
-    newest_sound,
     removal_is_pending,
     remove_export,
     remove_run,
 )
+from megalora.checkpoint.run.state import identity_difference, newest_sound
 from megalora.cluster.launch import choose_device, distributed, fix_order_of_sums, restarts, tp_crossing
 from megalora.cluster.lock import RunLock
 from megalora.cluster.preemption import Preemption
@@ -207,11 +208,13 @@ def finetune(arguments: FinetuneArguments) -> None:
         with together(mesh.world):
             if first_step:
                 restore(trainer, start.checkpoint, splits)
-        if overwrite:  # now that nothing of the new run can be refused any more
-            on_first(lambda: remove_run(train.output_dir), mesh.world)
         with together(mesh.world):
             log = RankLog(train.log_dir or Path(train.output_dir) / "logs", mesh.rank, watch.hosts[mesh.rank])
             watch.tell(log.write, log.say, log.file)
+        on_first(lambda: claim(train.output_dir), mesh.world)
+        if overwrite:  # now that nothing of the new run can be refused any more
+            on_first(lambda: remove_run(train.output_dir), mesh.world)
+        with together(mesh.world):
             monitor = Monitor(train.output_dir, mesh.rank, total_steps, first_step, log.write)
         saver = RunSaver(
             train.output_dir,
@@ -317,6 +320,7 @@ def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
     """
 
     def ask() -> bool:
+        check_own(train.output_dir)
         if not train.overwrite_output_dir:
             cancel_removal(train.output_dir)
             return False

@@ -231,7 +231,7 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     "target layers": (lambda m: m.lora({"layers_to_transform": [7]}), ("layers_to_transform", "7")),
     "lora_config is no JSON": (
         lambda m: m.lora('{"r": 8,}'),
-        ("-lora_config.json: is not JSON", "mend the file"),
+        ("-lora_config.json: is not JSON", "correct this one"),
     ),
     "lora_config is missing": (lambda m: {"lora_config": m.path("none")}, ("lora_config", "-none", "name an existing")),
     "lora_config field": (lambda m: m.lora({"rank": 8}), ("-lora_config.json: unknown field 'rank'", "remove it")),

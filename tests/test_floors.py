@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-EDGES = {"errors", "batch"}  # plain types that every floor may use
+EDGES = {"errors", "batch", "files"}  # plain types that every floor may use
 GROUND = EDGES | {"lora", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "": set(),  # megalora/__init__.py: importing any part runs it, so it imports none
     "errors": set(),
     "batch": set(),
+    "files": {"errors"},
     "lora": EDGES,
     "parallel.mesh": EDGES,
     "ops": EDGES,
