@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from spawn import SpawnError, spawn
 
-from megalora import cli, finetune, saving
+from megalora import building, cli, finetune, saving, starting
 from megalora.errors import RankLost, UserError
 from megalora.training import Trainer
 
@@ -339,7 +339,8 @@ def test_json_of_other_types_than_expected(inputs, tmp_path):
 
 def on_one_rank(rank: int, world_size: int, command: list[str], bad_rank: int, what: str, kind: type):
     """A run in which a function of the program raises on one rank only."""
-    owner = Trainer if what == "step" else finetune
+    owners = {"step": Trainer, "load_base_weights": finetune, "AdapterOptimizer": building}
+    owner = owners.get(what, starting)
     raising = mock.patch.object(owner, what, side_effect=kind(f"{what} failed here"))
     with raising if rank == bad_rank else contextlib.nullcontext():
         return tiny.run(rank, world_size, [command])

@@ -18,7 +18,8 @@ LOWER = GROUND | {"parallel"}
 SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster"}
 # What the commands are put together from.
 PARTS = {"optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
-TOP = {"arguments", "finetune", "generate", "plan", "cli", "convert", "doctor", "__main__"}
+TOP = {"arguments", "starting", "stepping", "summary"}  # and the commands
+TOP |= {"finetune", "generate", "plan", "cli", "convert", "doctor", "__main__"}
 
 # What each part of the package may import of the package, besides itself.
 MAY_IMPORT = {
