@@ -1,6 +1,7 @@
 """Training runs of tiny random models on any mesh: what the layout tests compare.
 
-A run here goes through the same `build_trainer` as `megalora finetune`; only weights and rows are made up, from names and seeds, the same on every layout.
+A run here goes through the same `build_trainer` as `megalora finetune`; only weights and rows are made up, from names
+and seeds, the same on every layout.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     )  # fmt: skip
     settings = EngineSettings(
         work, lambda step: run.learning_rate, partition_method=run.partition_method,
-        custom_partition=run.custom_partition, uneven_heads=True, schedule=run.schedule, chunks=run.chunks,
+        custom_partition=run.custom_partition, uneven_heads=config.num_attention_heads % run.tp != 0,
+        schedule=run.schedule, chunks=run.chunks,
         lanes=run.lanes, seed=run.seed, cuda_graphs=False,
     )  # fmt: skip
     engine = build_trainer(config, mesh, lora, place, settings, fill)
