@@ -29,19 +29,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
-from megalora.building import Cut, build_stage, load_adapter, resolve_lora
+from megalora.building import Cut, EngineSettings, build_trainer, load_adapter, resolve_lora
 from megalora.models.config import config_from_dict
-from megalora.models.graphs import choose_graphs
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
-from megalora.optimizer import AdapterOptimizer, LossScale
-from megalora.parallel.grads import FlatGradients
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
-from megalora.parallel.split import named_splits
-from megalora.pipeline.p2p import Neighbours
-from megalora.pipeline.runner import PipelineRunner
-from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.nodes import Workload
 from megalora.training import Trainer
 
@@ -87,36 +80,16 @@ def make_trainer(
     cuda_graphs: bool | None = None,
 ) -> tuple[Trainer, Cut]:
     """This rank's trainer, as finetune makes it, and the cut into stages. fill gives its stage weights."""
-    device = torch.device(place.device)
-    stage, cut = build_stage(
-        config,
-        mesh,
-        resolve_lora(LoraConfig.from_dict(lora), config),
-        place,
-        recompute=work.recompute,
+    settings = EngineSettings(
+        work,
+        lambda step: LEARNING_RATE,
         partition_method=partition_method,
-        virtual_pipeline_size=chunks,
-        workload=work,
+        schedule=schedule,
+        chunks=chunks,
+        cuda_graphs=cuda_graphs,
     )
-    fill(stage)
-    if choose_graphs(cuda_graphs, place, mesh, config.head_dim)[0]:
-        stage.use_graphs()
-    parameters = stage.trainable()
-    shape = (work.tokens // (mesh.tp.size if place.sequence_parallel else 1), config.hidden_size)
-    neighbours = Neighbours(mesh, shape, place.dtype, device, ring=chunks > 1)
-    trainer = Trainer(
-        stage,
-        mesh,
-        PipelineRunner(stage, neighbours, SCHEDULES[schedule], cut.floor, device=device, chunks=chunks),
-        FlatGradients(parameters, named_splits(stage), mesh, device),
-        AdapterOptimizer(parameters),
-        learning_rate=lambda step: LEARNING_RATE,
-        max_grad_norm=1.0,
-        seed=0,
-        loss_scale=LossScale(False),
-        clock=lambda phase: contextlib.nullcontext(),
-    )
-    return trainer, cut
+    engine = build_trainer(config, mesh, resolve_lora(LoraConfig.from_dict(lora), config), place, settings, fill)
+    return engine.trainer, engine.cut
 
 
 def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data: Step, dtype: torch.dtype, options):

@@ -1,32 +1,44 @@
-"""From a config and a mesh to this rank's stage: what training and generation share."""
+"""From a config and a mesh to this rank's stage, and to the engine that trains it: what commands, tests and benchmarks
+share."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from megalora import choices
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.checkpoint.base.weights import BaseNames, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
+from megalora.models.graphs import choose_graphs
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
-from megalora.parallel.collectives import on_first
-from megalora.parallel.mesh import ParallelMesh
+from megalora.optimizer import AdapterOptimizer, LossScale
+from megalora.parallel.collectives import on_first, together
+from megalora.parallel.grads import FlatGradients
+from megalora.parallel.mesh import Clock, ParallelMesh
 from megalora.parallel.placement import Placement
-from megalora.parallel.split import named_splits
+from megalora.parallel.split import Split, named_splits
+from megalora.pipeline.actions import Action
+from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.partition import partition
+from megalora.pipeline.runner import PipelineRunner
+from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.devices import device_of
 from megalora.planning.memory import exchange_bytes
 from megalora.planning.nodes import Workload
 from megalora.planning.shapes import shape_of
 from megalora.planning.timing import LayerCosts, layer_costs
 from megalora.profiling import measured_costs, read_profile
+from megalora.training import Trainer
 
 DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
 
@@ -222,3 +234,120 @@ def load_adapter(stage: Stage, tensors: Mapping[str, torch.Tensor], where: str |
     splits = named_splits(stage)
     for name, parameter in stage.trainable().items():
         parameter.copy_(splits[name].slice(tensors[name]))
+
+
+# ---- the engine ----
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a model is cut, run and optimized.
+
+    workload        a microbatch: rows, seq_length and how it is computed
+    partition_method, custom_partition, uneven_heads, profile_file  as `build_stage` takes them
+    schedule        one of SCHEDULES
+    chunks          of a stage (virtual_pipeline_size)
+    lanes           as `Neighbours` takes it
+    learning_rate   a function of the step, counted from 0
+    max_grad_norm   0: gradients are not clipped
+    seed            of the dropout masks
+    optimizer       arguments of AdapterOptimizer; None: its defaults
+    cuda_graphs     None: wherever they serve
+    timed           whether the communication inside layers is timed, which excludes graphs over tensor parallelism
+    """
+
+    workload: Workload
+    learning_rate: Callable[[int], float]
+    partition_method: str = "uniform"
+    custom_partition: tuple[int, ...] | None = None
+    uneven_heads: bool = False
+    profile_file: str | None = None
+    schedule: str = "1f1b"
+    chunks: int = 1
+    lanes: bool | None = None
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    optimizer: Mapping[str, Any] | None = None
+    cuda_graphs: bool | None = None
+    timed: bool = False
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What trains the adapters of this rank. notes: lines for the user. Use `close` of the trainer at the end."""
+
+    trainer: Trainer
+    stage: Stage
+    cut: Cut
+    parameters: Mapping[str, nn.Parameter]
+    splits: Mapping[str, Split]
+    notes: tuple[str, ...]
+
+
+def build_trainer(
+    config: ModelSpec,
+    mesh: ParallelMesh,
+    lora: ResolvedLora,
+    place: Placement,
+    settings: EngineSettings,
+    fill: Callable[[Stage], None],
+    *,
+    clock: Clock | None = None,
+    watch: Callable[[Action], contextlib.AbstractContextManager] | None = None,
+) -> Engine:
+    """Build stage, runner, gradients, optimizer and trainer of this rank. Collective.
+
+    fill   gives the stage its weights: those of the base and the adapters
+    clock  times the phases; watch: a context in which each compute runs
+    Raises UserError, on every rank, where the model cannot be cut or run so.
+    """
+    device, work = torch.device(place.device), settings.workload
+    with together(mesh.world):
+        stage, cut = build_stage(
+            config,
+            mesh,
+            lora,
+            place,
+            partition_method=settings.partition_method,
+            custom_partition=settings.custom_partition,
+            virtual_pipeline_size=settings.chunks,
+            uneven_heads=settings.uneven_heads,
+            recompute=work.recompute,
+            workload=work,
+            profile_file=settings.profile_file,
+        )
+    with together(mesh.world):
+        fill(stage)
+    with together(mesh.world):
+        graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, config.head_dim, timed=settings.timed)
+    if graphs:
+        stage.use_graphs()
+    parameters, splits = stage.trainable(), named_splits(stage)
+    clock = clock or (lambda phase: contextlib.nullcontext())
+    tokens = work.tokens // (mesh.tp.size if place.sequence_parallel else 1)
+    shape, ring = (tokens, config.hidden_size), settings.chunks > 1
+    runner = PipelineRunner(
+        stage,
+        Neighbours(mesh, shape, place.dtype, device, ring=ring, lanes=settings.lanes),
+        SCHEDULES[settings.schedule],
+        cut.floor,
+        device=device,
+        chunks=settings.chunks,
+        clock=clock,
+        watch=watch,
+    )
+    with together(mesh.world):
+        optimizer = AdapterOptimizer(parameters, **(settings.optimizer or {}))
+    trainer = Trainer(
+        stage,
+        mesh,
+        runner,
+        FlatGradients(parameters, splits, mesh, device),
+        optimizer,
+        learning_rate=settings.learning_rate,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        loss_scale=LossScale(place.dtype == torch.float16),
+        clock=clock,
+    )
+    return Engine(trainer, stage, cut, parameters, splits, (note,) if note else ())

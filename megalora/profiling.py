@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megalora.errors import UserError
+from megalora.files import read_json, refuse_link, write_file
 from megalora.models.spec import MLP, ModelSpec
 from megalora.parallel.collectives import gather_objects
 from megalora.parallel.mesh import Axis, Clock
@@ -29,6 +30,7 @@ from megalora.planning.layouts import Plan
 from megalora.planning.timing import LayerCosts
 
 TRACE, DRAWING = "trace.json", "schedule.svg"
+TRACE_BYTES = 1 << 30  # a trace has a line for each compute of each rank
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,10 @@ def write_profile(
         "otherData": {"measured": asdict(measured)},
     }
     try:
+        refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TRACE).write_text(json.dumps(trace), encoding="utf-8")
-        (folder / DRAWING).write_text(svg(panels), encoding="utf-8")
+        write_file(folder / TRACE, json.dumps(trace).encode())
+        write_file(folder / DRAWING, svg(panels).encode())
     except OSError as error:
         raise UserError(f"profile {folder} cannot be written ({error.strerror}): make room or leave it out") from None
     return f"profile of {len(recorded[0])} steps: {folder / TRACE} (chrome://tracing, Perfetto), {folder / DRAWING}"
@@ -199,14 +202,15 @@ def write_profile(
 def read_profile(path: str | Path, config: ModelSpec) -> Measured:
     """The Measured of a trace. Raises UserError where the file is none, or of another model than that of `config`."""
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))["otherData"]["measured"]
+        trace = read_json(Path(path), f"name a {TRACE} of a run with --profile", what="profile_file", most=TRACE_BYTES)
+        fields = trace["otherData"]["measured"]
         fields = {
             name: tuple(map(_frozen, value)) if isinstance(value, list) else value for name, value in fields.items()
         }
         measured = Measured(**fields)
-    except OSError as error:
-        raise UserError(f"profile_file {path} cannot be read ({error.strerror}): name a {TRACE} of a run") from None
-    except (ValueError, KeyError, TypeError):
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"profile_file {path} is not a {TRACE} of a run with --profile: name one") from None
     theirs = f"{measured.model}, {measured.layers[-1][1]} layers"
     ours = f"{model_words(config)}, {config.num_hidden_layers} layers"

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from megalora.checkpoint.base.shards import AdapterCheckpoint, Layout, save_adapter
+from megalora.checkpoint.adapter.peft import write_peft
+from megalora.checkpoint.base.shards import AdapterCheckpoint, Layout, read_adapter, save_adapter
 from megalora.checkpoint.run.background import BackgroundSaves, HostCopy, SaveReport, WriteShard
+from megalora.checkpoint.run.folder import export_folder
 from megalora.checkpoint.run.state import CheckpointWriter
 from megalora.errors import UserError
 from megalora.optimizer import MOMENTS
@@ -136,3 +138,15 @@ def restore(trainer: Trainer, checkpoint: AdapterCheckpoint, splits: Mapping[str
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         where = checkpoint.where
         raise UserError(f"checkpoint {where}: lacks state of the run ({error!r}): take an older one") from None
+
+
+def export(checkpoint: Path, output_dir: str, model_path: str, mesh: ParallelMesh) -> Path:
+    """Write the adapter of a checkpoint as a PEFT folder beside the checkpoints; return that. Collective."""
+    folder = export_folder(output_dir)
+
+    def write() -> None:
+        adapter = read_adapter(checkpoint)
+        write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
+
+    on_first(write, mesh.world)
+    return folder

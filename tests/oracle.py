@@ -1,12 +1,11 @@
 """Training runs of tiny random models on any mesh: what the layout tests compare.
 
-A run here goes through the same Stage, PipelineRunner, FlatGradients and Trainer as `megalora finetune`; only
-weights and rows are made up, from names and seeds, the same on every layout.
+A run here goes through the same `build_trainer` as `megalora finetune`; only weights and rows are made up, from names
+and seeds, the same on every layout.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Sequence
@@ -16,22 +15,16 @@ import torch
 from shared_memory import SharedMemory
 
 from megalora.adapters.config import LoraConfig
-from megalora.building import first_trained_part, resolve_lora
+from megalora.building import EngineSettings, build_trainer, resolve_lora
 from megalora.data import Loader, build_rows, pack
 from megalora.data.template import Sample
 from megalora.models.config import config_from_dict
 from megalora.models.stage import Stage
-from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.exchange import Exchange
-from megalora.parallel.grads import FlatGradients
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
-from megalora.pipeline.p2p import Neighbours
-from megalora.pipeline.partition import partition
-from megalora.pipeline.runner import PipelineRunner
-from megalora.pipeline.schedule import SCHEDULES
-from megalora.training import Trainer
+from megalora.planning.nodes import Workload
 
 TINY = {
     "hidden_size": 48,
@@ -160,32 +153,22 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     lora = resolve_lora(LoraConfig.from_dict(run.lora), config)
     exchange = Exchange(mesh.tp, SharedMemory(mesh.tp)) if run.exchange else None
     place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange)
-    parts = partition(
-        run.partition_method, [1] * config.num_hidden_layers, run.pp * run.chunks, last_cost=1,
-        custom=run.custom_partition,
-    )  # fmt: skip
-    own, *further = parts[mesh.pp.rank :: run.pp]
-    stage = Stage(
-        config, own, place, lora, first=mesh.pp.is_first, last=mesh.pp.is_last, further=further,
+    work = Workload(
+        run.micro_batch_rows, run.seq_length, element=run.dtype.itemsize, sequence_parallel=run.sequence_parallel,
         recompute=run.recompute,
     )  # fmt: skip
-    floor = first_trained_part(config, lora, parts)
-    fill(stage)
-    parameters, splits = stage.trainable(), named_splits(stage)
-    gradients = FlatGradients(parameters, splits, mesh)
+    settings = EngineSettings(
+        work, lambda step: run.learning_rate, partition_method=run.partition_method,
+        custom_partition=run.custom_partition, uneven_heads=config.num_attention_heads % run.tp != 0,
+        schedule=run.schedule, chunks=run.chunks,
+        lanes=run.lanes, seed=run.seed, cuda_graphs=False,
+    )  # fmt: skip
+    engine = build_trainer(config, mesh, lora, place, settings, fill)
+    trainer, parameters, splits = engine.trainer, engine.parameters, engine.splits
     microbatches = run.rows // (mesh.dp.size * run.micro_batch_rows)
     loader = Loader(
         rows_of(run, config.vocab_size), micro_batch_rows=run.micro_batch_rows, num_microbatches=microbatches,
         dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, seed=run.seed,
-    )  # fmt: skip
-    tokens = run.micro_batch_rows * run.seq_length // (run.tp if run.sequence_parallel else 1)
-    shape, ring = (tokens, config.hidden_size), run.chunks > 1
-    neighbours = Neighbours(mesh, shape, run.dtype, run.device, ring=ring, lanes=run.lanes)
-    runner = PipelineRunner(stage, neighbours, SCHEDULES[run.schedule], floor, device=run.device, chunks=run.chunks)
-    trainer = Trainer(
-        stage, mesh, runner, gradients, AdapterOptimizer(parameters),
-        learning_rate=lambda step: run.learning_rate, max_grad_norm=1.0, seed=run.seed,
-        loss_scale=LossScale(run.dtype == torch.float16), clock=_no_clock,
     )  # fmt: skip
     before = {name: p.detach().clone() for name, p in parameters.items()}
     results = [trainer.step(step, loader.step(step)) for step in range(run.steps)]
@@ -205,8 +188,6 @@ def train_each(rank: int, world_size: int, runs: Sequence[Run]) -> list[Outcome]
     return [train(rank, world_size, run) for run in runs]
 
 
-def _no_clock(phase: str):
-    return contextlib.nullcontext()
 
 
 def reference(run: Run) -> Outcome:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from spawn import SpawnError, spawn
 from told import user_error
 
-from megalora import cli, saving
+from megalora import building, cli, saving, starting
 from megalora.errors import RankLost, UserError
 from megalora.training import Trainer
 
@@ -232,7 +232,7 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     "target layers": (lambda m: m.lora({"layers_to_transform": [7]}), ("layers_to_transform", "7")),
     "lora_config is no JSON": (
         lambda m: m.lora('{"r": 8,}'),
-        ("-lora_config.json: is not JSON", "mend the file"),
+        ("-lora_config.json: is not JSON", "correct this one"),
     ),
     "lora_config is missing": (lambda m: {"lora_config": m.path("none")}, ("lora_config", "-none", "name an existing")),
     "lora_config field": (lambda m: m.lora({"rank": 8}), ("-lora_config.json: unknown field 'rank'", "remove it")),
@@ -340,7 +340,8 @@ def test_json_of_other_types_than_expected(inputs, tmp_path):
 
 def on_one_rank(rank: int, world_size: int, command: list[str], bad_rank: int, what: str, kind: type):
     """A run in which a function of the program raises on one rank only."""
-    owner = Trainer if what == "step" else tiny.program
+    owners = {"step": Trainer, "load_base_weights": tiny.program, "AdapterOptimizer": building}
+    owner = owners.get(what, starting)
     raising = mock.patch.object(owner, what, side_effect=kind(f"{what} failed here"))
     with raising if rank == bad_rank else contextlib.nullcontext():
         return tiny.run(rank, world_size, [command])

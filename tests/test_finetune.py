@@ -17,6 +17,7 @@ from told import user_error
 from megalora.checkpoint.base.shards import read_adapter
 from megalora.monitor.timers import PHASES
 from megalora.optimizer import LossScale
+from megalora.parallel.grads import FlatGradients
 from megalora.pipeline.runner import PipelineRunner
 from megalora.training import Trainer
 
@@ -335,7 +336,7 @@ def test_bad_rows_are_skipped_when_asked(inputs, tmp_path):
 
 def broken(rank: int, world_size: int, command: list[str], bad_rank: int, steps: tuple[int, ...], where: str):
     """A run in which one rank's loss or gradient is not finite in those steps (counted from 1)."""
-    train, step, reduce = PipelineRunner.train, Trainer.step, tiny.program.FlatGradients.reduce
+    train, step, reduce = PipelineRunner.train, Trainer.step, FlatGradients.reduce
     now = [0]
 
     def counted(self, number, data, **options):
@@ -355,7 +356,7 @@ def broken(rank: int, world_size: int, command: list[str], bad_rank: int, steps:
         for owner, name, patch in (
             (PipelineRunner, "train", loss),
             (Trainer, "step", counted),
-            (tiny.program.FlatGradients, "reduce", gradient),
+            (FlatGradients, "reduce", gradient),
         ):
             patches.enter_context(mock.patch.object(owner, name, patch))
         return tiny.run(rank, world_size, [command])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import tiny
 import torch
@@ -12,19 +10,15 @@ from oracle import FAMILIES, TINY, Run, train
 from megalora import cli
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
-from megalora.building import build_stage, resolve_lora
+from megalora.building import EngineSettings, build_stage, build_trainer, resolve_lora
 from megalora.cluster.launch import fix_order_of_sums
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
-from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
-from megalora.pipeline.p2p import Neighbours
-from megalora.pipeline.runner import PipelineRunner
-from megalora.pipeline.schedule import SCHEDULES
-from megalora.training import Trainer
+from megalora.planning.nodes import Workload
 
 pytestmark = pytest.mark.gpu
 
@@ -96,21 +90,19 @@ def run_steps(steps, graphs: bool, family="llama", recompute="none", targets="al
     lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": targets}
     place = Placement(mesh.tp, False, dtype, torch.device("cuda"))
     resolved = resolve_lora(LoraConfig.from_dict(lora), config)
-    stage, cut = build_stage(config, mesh, resolved, place, recompute=recompute)
-    torch.manual_seed(0)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def fill(stage):
+        torch.manual_seed(0)
         for name, p in stage.named_parameters():
             p.normal_(std=0.1) if p.dim() == 2 else p.fill_(0.0 if name.endswith("bias") else 1.0)
-    if graphs:
-        stage.use_graphs()
-    parameters = stage.trainable()
-    neighbours = Neighbours(mesh, (1, 1), dtype, place.device)
-    runner = PipelineRunner(stage, neighbours, SCHEDULES["1f1b"], cut.floor, device=place.device)
-    trainer = Trainer(
-        stage, mesh, runner, FlatGradients(parameters, named_splits(stage), mesh), AdapterOptimizer(parameters),
-        learning_rate=lambda step: 1e-2, max_grad_norm=1.0, seed=5, loss_scale=LossScale(False),
-        clock=lambda phase: contextlib.nullcontext(),
+
+    settings = EngineSettings(
+        Workload(ROWS, LENGTH, element=dtype.itemsize, recompute=recompute), lambda step: 1e-2, seed=5,
+        cuda_graphs=graphs,
     )  # fmt: skip
+    engine = build_trainer(config, mesh, resolved, place, settings, fill)
+    trainer, stage, parameters = engine.trainer, engine.stage, engine.parameters
     results = [trainer.step(number, data) for number, data in enumerate(steps)]
     losses = [(result.loss, result.grad_norm) for result in results]
     losses.append(trainer.evaluate(steps[:1]))

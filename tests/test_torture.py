@@ -28,7 +28,8 @@ from tiny import exported, metrics
 
 from megalora.checkpoint.base import shards
 from megalora.checkpoint.base.shards import read_adapter
-from megalora.checkpoint.run.state import checkpoints_folder, newest_sound
+from megalora.checkpoint.run.folder import checkpoints_folder
+from megalora.checkpoint.run.state import newest_sound
 from megalora.saving import RunSaver
 from megalora.training import Trainer
 

@@ -5,7 +5,6 @@ Every field that changes the numbers of a LoRA on a linear layer is honoured; an
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from megalora.adapters.lora import Adapter
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.errors import UserError
+from megalora.files import read_json
 
 # Fields of a PEFT file that say nothing about the numbers.
 _IGNORED = {
@@ -82,14 +82,7 @@ class LoraConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> LoraConfig:
         """Reads lora_config.json or adapter_config.json. Raises UserError that names the file and the field."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"lora_config {path}: cannot be read ({error.strerror}): name an existing file") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"lora_config {path}: is not JSON ({error}): mend the file") from None
-        if not isinstance(data, dict):
-            raise UserError(f"lora_config {path}: holds a {type(data).__name__}, not an object: mend the file")
+        data = read_json(Path(path), "name an existing file, or correct this one", what="lora_config")
         return cls.from_dict(data, str(path))
 
     @classmethod

@@ -1,56 +1,15 @@
-"""Files that are on disk when the call returns, and pickles that can only hold tensors and plain values."""
+"""Tensors in files of torch.save: pickles that can only hold tensors and plain values."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from megalora.errors import UserError
-
-
-def write_file(file: Path, data: bytes | Callable[[BinaryIO], Any]) -> None:
-    """Writes and fsyncs a file, whole or not at all: aside first, then renamed. Raises OSError.
-
-    data  the contents, or what writes them to a stream
-    """
-    aside = aside_of(file)
-    try:
-        with aside.open("wb") as stream:
-            stream.write(data) if isinstance(data, bytes) else data(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
-
-
-def aside_of(file: Path) -> Path:
-    """Where `write_file` writes before it renames; it is left there only by a process that was killed."""
-    return file.with_name(f".{file.name}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some network file systems have it for files only
-            raise
-    finally:
-        os.close(descriptor)
+from megalora.files import check_regular
 
 
 def save_tensors(value: Any, stream: BinaryIO) -> None:
@@ -83,6 +42,7 @@ def unpickled(file: Path, mmap: bool = False) -> Any:
 
     mmap  tensors are views of the mapped file, read as they are touched
     """
+    check_regular(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
@@ -92,12 +52,3 @@ def unpickled(file: Path, mmap: bool = False) -> Any:
             f"{file}: cannot be read as tensors and plain values ({type(error).__name__}: {error!s:.120}): "
             "the file is damaged, or not one of ours; take another checkpoint"
         ) from None
-
-
-def sha256(file: Path) -> str:
-    """Hash of the contents, in hexadecimal. Raises OSError."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,8 +11,8 @@ from pathlib import Path
 from megalora.checkpoint.adapter import peft
 from megalora.checkpoint.base.hf import INDEX, check_stays, is_hf
 from megalora.checkpoint.base.shards import has_shards
-from megalora.checkpoint.disk import sync_folder
 from megalora.errors import UserError
+from megalora.files import atomic_folder
 
 _WEIGHTS = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .tflite .npz .ot .index.json .lock .tmp".split()
@@ -69,54 +67,16 @@ class TargetFolder:
 
         Raises UserError where the disk fails or is full.
         """
-        aside = self.path.with_name(f".{self.path.name}.tmp")
-        made = [folder for folder in self.path.parents if not folder.exists()]
         try:
-            with self._locked(aside):
-                try:
-                    yield aside
-                    self._put_in_place(aside)
-                except BaseException:
-                    shutil.rmtree(aside, ignore_errors=True)
-                    with contextlib.suppress(OSError):
-                        for folder in made:
-                            folder.rmdir()
-                    raise
+            with atomic_folder(self.path) as aside:
+                yield aside
+        except BlockingIOError:
+            raise UserError(f"output {self._shown}: is being written by another process: wait for it") from None
         except OSError as error:
             raise UserError(
                 f"output {self._shown}: cannot be written ({error.strerror or error}): free space, or name another "
                 "folder"
             ) from None
-
-    @contextlib.contextmanager
-    def _locked(self, aside: Path) -> Iterator[None]:
-        """Makes the folder aside, empty. The lock is let go of by a process that dies, however it dies."""
-        aside.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(aside, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"output {self._shown}: is being written by another process: wait for it") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):  # a file system without locks
-                    raise
-            for stale in aside.iterdir():  # of a process that was killed
-                shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _put_in_place(self, aside: Path) -> None:
-        for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
-            sync_folder(folder)
-        replaced = self.path.with_name(f".{self.path.name}.old.tmp")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self.path.exists():
-            self.path.rename(replaced)
-        aside.rename(self.path)
-        sync_folder(self.path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def companions(folder: str | Path) -> dict[str, Path]:

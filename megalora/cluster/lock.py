@@ -13,15 +13,12 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from megalora import files
 from megalora.cluster.watch import host_name
 from megalora.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # a platform without it
-    fcntl = None
-
 LOCK = ".lock"
+_SIGNATURE = "process "  # what a lock of ours begins with
 _AGAIN = 0.1  # seconds between two tries
 
 
@@ -38,17 +35,15 @@ class RunLock:
         """Keeps other runs out from now on. Returns a note where the file system cannot do that.
 
         wait  seconds that a run which is about to end is waited for
-        Raises UserError, which says who holds output_dir, or that it cannot be written.
+        Raises UserError, which says who holds output_dir, that it cannot be written, or that the lock is a link.
         """
-        if fcntl is None:
-            return self._not_locked("this system has no flock")
         deadline = time.monotonic() + wait
         while True:
             file = self._open()
             if file is None:
                 return self._not_locked("a read-only file system")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                obstacle = files.lock(file.fileno())
             except BlockingIOError:
                 with file:
                     holder = _content(file)
@@ -58,20 +53,21 @@ class RunLock:
                         f"wait for it or end it, or name another output_dir"
                     ) from None
                 time.sleep(_AGAIN)
-            except OSError as error:  # ENOLCK, EOPNOTSUPP, ENOSYS, ...
+                continue
+            if obstacle is not None:
                 if _content(file):  # of a node that does have locks on this file system: its run may be under way
                     file.close()
                 else:
                     self._remove(file)
-                return self._not_locked(error.strerror or str(error))
-            else:
-                if _lies_at(self._path, file):
-                    self._file = file
-                    _sign(file)
-                    return None
-                file.close()  # the run before has removed it between our opening and locking it
-                if time.monotonic() >= deadline:
-                    return self._not_locked("its name does not lead to the file that was made")
+                return self._not_locked(obstacle)
+            if _lies_at(self._path, file):
+                self._refuse_foreign(file)
+                self._file = file
+                _sign(file)
+                return None
+            file.close()  # the run before has removed it between our opening and locking it
+            if time.monotonic() >= deadline:
+                return self._not_locked("its name does not lead to the file that was made")
 
     def __enter__(self) -> RunLock:
         return self
@@ -98,7 +94,12 @@ class RunLock:
     def _create(self) -> TextIO:
         self._made = self._made or [f for f in (self._folder, *self._folder.parents) if not f.exists()]
         self._folder.mkdir(parents=True, exist_ok=True)
-        return self._path.open("a+", encoding="utf-8", errors="replace")
+        return files.open_own(self._path)
+
+    def _refuse_foreign(self, file: TextIO) -> None:
+        if (content := _content(file)) and not content.startswith(_SIGNATURE):
+            file.close()
+            raise UserError(f"{self._path}: was written by another program: remove it, or name another output_dir")
 
     def _remove(self, file: TextIO) -> None:
         with file, contextlib.suppress(OSError):
@@ -114,7 +115,7 @@ class RunLock:
 
 def _sign(file: TextIO) -> None:
     """Says in the file who holds it. A disk that is full costs the words, not the run."""
-    words = f"process {os.getpid()} on {host_name()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    words = f"{_SIGNATURE}{os.getpid()} on {host_name()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
     with contextlib.suppress(OSError):
         os.ftruncate(file.fileno(), 0)  # of what a run that was killed has left
         os.write(file.fileno(), words.encode())
@@ -131,6 +132,6 @@ def _content(file: TextIO) -> str:
 def _lies_at(path: Path, file: TextIO) -> bool:
     """Whether the open file is the one of that name."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except OSError:
         return False

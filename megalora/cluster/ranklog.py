@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TextIO
 
 from megalora.errors import UserError
+from megalora.files import open_own
 
 
 class RankLog:
     """{folder}/rank_00003.log, appended to by every start of the run.
 
     As a context manager it also sends there what ranks other than 0 print, libraries of any language included.
-    Raises UserError where the folder cannot be written.
+    Raises UserError where the folder cannot be written, or the file is a link.
     """
 
     def __init__(self, folder: str | Path, rank: int, host: str):
@@ -23,7 +24,7 @@ class RankLog:
         self.path = Path(folder) / f"rank_{rank:05d}.log"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file: TextIO = self.path.open("a", encoding="utf-8", buffering=1)
+            self.file: TextIO = open_own(self.path)
         except OSError as error:
             said = f"log_dir {folder} (in output_dir unless it is given) cannot be written ({error.strerror})"
             raise UserError(f"{said}: make it writable, or name another output_dir") from error

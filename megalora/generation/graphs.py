@@ -3,10 +3,13 @@ so that no kernel waits for Python."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from megalora.models.recorder import Graph, Recorder
 
 WARM_UP = 2  # steps before a recording: libraries set themselves up in the first
 
@@ -17,7 +20,7 @@ Decode = Callable[[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor
 class _Recording:
     """where: token ids, slots and places [3, n]; hidden, out: what comes from the stage before and what goes on."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     where: torch.Tensor
     hidden: torch.Tensor | None
     out: torch.Tensor
@@ -34,7 +37,6 @@ class DecodeGraphs:
     def __init__(self, decode: Decode, spare: int, device: torch.device, like: torch.Tensor | None):
         self._decode, self._spare, self._device, self._like = decode, spare, device, like
         self._recordings: dict[int, _Recording] = {}
-        self._pool = None  # one for all recordings: they never run at the same time
 
     def __call__(
         self, hidden: torch.Tensor | None, token_ids: Sequence[int], slots: Sequence[int], places: Sequence[int]
@@ -55,15 +57,11 @@ class DecodeGraphs:
         where = torch.zeros(3, width, dtype=torch.int64, device=self._device)
         where[1] = self._spare
         hidden = None if self._like is None else self._like.new_zeros(width, *self._like.shape)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._decode(hidden, *where)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = self._decode(hidden, *where)
-        self._pool = graph.pool()
+        # All recordings share one pool of memory: they never run at the same time.
+        out, graph = self._recorder.record(lambda: self._decode(hidden, *where), warm_up=WARM_UP)
         self._recordings[width] = _Recording(graph, where, hidden, out)
         return self._recordings[width]
+
+    @functools.cached_property
+    def _recorder(self) -> Recorder:
+        return Recorder(self._device, error_mode="global")

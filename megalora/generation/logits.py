@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from megalora.checkpoint.disk import write_file
 from megalora.errors import UserError
+from megalora.files import write_file
 from megalora.generation.replica import Prompt
 
 

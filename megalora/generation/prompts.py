@@ -5,7 +5,6 @@ All of this runs on rank 0 alone; the other ranks are sent token ids.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from megalora.data import ChatTemplate, read_rows, to_question
 from megalora.data.formats import Message
 from megalora.errors import UserError
+from megalora.files import read_json
 
 ROWS = (".json", ".jsonl")
 
@@ -99,13 +99,7 @@ def unseen_stops(tokenizer: Any, stops: Sequence[str]) -> list[int]:
 
 def _eos(file: Path) -> list[int]:
     """The eos_token_id of a JSON file: one, several or none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        value = value.get("eos_token_id")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}): check the file") from None
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: is no JSON object ({error}): download it again") from None
+    value = read_json(file, "download it again").get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise UserError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")

@@ -15,6 +15,10 @@ from megalora.errors import UserError
 from megalora.models import families, rotary
 from megalora.models.family import BOUNDS, Family, Fields
 from megalora.models.spec import MLP, Attention, ModelSpec
+from megalora.files import read_json
+from megalora.models import families
+from megalora.parallel.mesh import Axis
+from megalora.parallel.split import Part, even_part, shard_range
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
 _HARMLESS = frozenset(
@@ -55,16 +59,7 @@ def read_config(path: str | Path) -> ModelSpec:
     file = path / "config.json" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"model_path {path}: does not exist: name a Hugging Face folder")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"model_path {path}: {file.name} cannot be read ({error.strerror}): name an HF folder"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not JSON ({error}): download it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: holds a {type(raw).__name__}, not an object: download it again")
+    raw = read_json(file, "name a Hugging Face folder, or download it again", what="model_path")
     return config_from_dict(raw, str(file))
 
 

@@ -15,19 +15,17 @@ collectives are part of the graphs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
 
 import torch
 
 from megalora.errors import UserError
 from megalora.models.inputs import Inputs
+from megalora.models.recorder import Graph, Recorder
 from megalora.ops.attention import Packed, is_even, packs
 from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import ParallelMesh
-
-T = TypeVar("T")
 
 
 def choose_graphs(
@@ -112,7 +110,8 @@ class LayerGraphs:
 
     @functools.cached_property
     def _recorder(self) -> Recorder:
-        return Recorder(torch.device(self._place.device))
+        # "thread_local": other threads (a save that copies from the GPU) may go on meanwhile.
+        return Recorder(torch.device(self._place.device), error_mode="thread_local")
 
     def _give_up(self) -> None:
         """Frees all graphs of layers and the memory of their activations."""
@@ -132,38 +131,6 @@ class LayerGraphs:
         d_out = torch.empty_like(out)
         _, backward_graph = self._recorder.record(lambda: torch.autograd.backward(alive.pop(), d_out))
         return _Graph(static, forward_graph, out, d_out, backward_graph)
-
-
-class Graph(Protocol):
-    """Work that was recorded: `replay` does it again, on the same tensors."""
-
-    def replay(self) -> None: ...
-
-    def reset(self) -> None: ...
-
-
-class Recorder:
-    """Records work on a GPU as CUDA graphs, which share memory but for those whose results must last."""
-
-    def __init__(self, device: torch.device):
-        self._pool, self._lasting = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-
-    def record(self, work: Callable[[], T], lasting: bool = False) -> tuple[T, Graph]:
-        """(what `work` returns, a graph of it): the work itself is not done."""
-        graph, pool = torch.cuda.CUDAGraph(), self._lasting if lasting else self._pool
-        # "thread_local": other threads (a save that copies from the GPU) may go on meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
-        return result, graph
-
-    def forget(self, graphs: Sequence[Graph]) -> None:
-        """Gives back the memory of these, which are all but the lasting ones."""
-        torch.cuda.synchronize()
-        for graph in graphs:
-            graph.reset()
-        self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()
 
 
 def _layout(inputs: Inputs) -> Hashable:

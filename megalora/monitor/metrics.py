@@ -11,22 +11,28 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from megalora.files import open_own, refuse_link, write_file
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "eval_metrics.jsonl"
+_LINE_BYTES = 1 << 20  # a longer line is none of ours
 
 
 class JsonLines:
     """Appends records to `path`, flushed one by one. Lines of steps after `resumed_step` are removed.
 
     A number that is not finite has no JSON: it becomes null. A record whose loss or grad_norm is so gets
-    `"skipped": true`. last_step: of the last line that an earlier start wrote and that stays; 0: there is none.
+    `"skipped": true`. last_step: of the last line that an earlier start wrote and that stays; 0: there is none. damage:
+    which lines were not as they were written, and were left out. Raises OSError, and UserError where `path` is a link.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0):
-        self.last_step = _truncate(path, resumed_step) if path.exists() else 0
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_own(path)  # before anything is read: it refuses a link or a pipe
+        self.last_step, self.damage = _truncate(path, resumed_step)
+        self._file.close()
+        self._file = open_own(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Floats keep full precision (repr)."""
@@ -48,6 +54,7 @@ class EventWriter:
     """TensorBoard events in `folder`. `missing` says why there are none, None when there are."""
 
     def __init__(self, folder: Path, resumed_step: int = 0):
+        refuse_link(folder)
         self.missing: str | None = None
         self._writer = None
         try:
@@ -68,26 +75,38 @@ class EventWriter:
             self._writer.close()
 
 
-def _truncate(path: Path, last_step: int) -> int:
-    """Keep the lines of steps up to `last_step`; a line torn by a crash goes. Written aside, then renamed.
+def _truncate(path: Path, last_step: int) -> tuple[int, str | None]:
+    """Keep the lines of steps up to `last_step`, in their order; what is no such line goes.
 
-    Returns the step of the last line that is kept, 0 where none is.
+    Returns the step of the last line that is kept (0: none), and which lines were damaged. A last line without its end
+    was torn by a crash, which is no damage.
     """
-    aside, last_kept = path.with_name(path.name + ".tmp"), 0
-    with path.open("rb") as old, aside.open("wb") as new:
-        for line in old:
-            try:
-                step = int(json.loads(line)["step"])
-                kept = line.endswith(b"\n") and step <= last_step
-            except (ValueError, KeyError, TypeError):
-                kept = False
-            if kept:
-                new.write(line)
-                last_kept = step
-        new.flush()
-        os.fsync(new.fileno())
-    aside.replace(path)
-    return last_kept
+    steps, damaged = [0], []
+
+    def write_kept(new: BinaryIO) -> None:
+        with path.open("rb") as old:
+            for number, line in enumerate(iter(lambda: old.readline(_LINE_BYTES), b""), 1):
+                step = _step_of(line)
+                if step is None or (step <= steps[-1] and step <= last_step):
+                    damaged.append((number, line))
+                elif step <= last_step:
+                    new.write(line)
+                    steps.append(step)
+
+    write_file(path, write_kept)
+    if damaged and not damaged[-1][1].endswith(b"\n"):
+        damaged.pop()
+    numbers = ", ".join(str(number) for number, _ in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+    return steps[-1], f"{path}: line {numbers} was damaged and is left out" if damaged else None
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a whole line; None where it is none of ours."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _finite(value: Any) -> bool:

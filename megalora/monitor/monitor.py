@@ -43,6 +43,9 @@ class Monitor:
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written ({error}): give a folder that can") from error
         self._console = Console(total_steps, resumed_step, log=log)
+        for lines in (self._metrics, self._evaluations):
+            if lines.damage:
+                self.note(lines.damage)
         if self._events.missing:
             self.note(f"TensorBoard is not written: {self._events.missing}")
 

@@ -22,7 +22,9 @@ from megalora.checkpoint.base.shards import (
     save_adapter,
     save_base_shards,
 )
-from megalora.checkpoint.run.state import MANIFEST, TRACKER, CheckpointWriter, newest_sound, verified
+from megalora.checkpoint.manifest import MANIFEST
+from megalora.checkpoint.run.folder import TRACKER
+from megalora.checkpoint.run.state import CheckpointWriter, newest_sound, verified
 from megalora.errors import UserError
 from megalora.parallel.split import Split, shard_range
 

@@ -1,4 +1,4 @@
-"""Nothing in the project runs what a pickle says; a file is written whole or not at all."""
+"""Nothing in the project runs what a pickle says; tensors reach a stream whole, or its error is told."""
 
 import ast
 import errno
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalora.checkpoint.disk import aside_of, save_tensors, unpickled, write_file
+from megalora.checkpoint.disk import save_tensors, unpickled
 from megalora.errors import UserError
+from megalora.files import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("megalora", "tools", "examples", "benchmarks")
@@ -79,21 +80,6 @@ def test_a_hostile_pickle_is_refused(tmp_path, monkeypatch, container):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_file_is_whole_or_as_before(tmp_path):
-    file = tmp_path / "file"
-    write_file(file, b"old")
-
-    def half(stream):
-        stream.write(b"ne")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_file(file, half)
-    assert file.read_bytes() == b"old" and not aside_of(file).exists()
-    write_file(file, lambda stream: stream.write(b"new"))
-    assert [(child.name, child.read_bytes()) for child in tmp_path.iterdir()] == [("file", b"new")]
-
-
 class Disk(io.BytesIO):
     """With room for `room` bytes."""
 
@@ -119,3 +105,9 @@ def test_tensors_in_a_stream_are_those_of_torch(tmp_path):
         with pytest.raises(OSError, match="No space left on device") as raised:
             save_tensors(value, Disk(room))
         assert raised.value.errno == errno.ENOSPC
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "file.pt")
+    with pytest.raises(UserError, match="file.pt: is not a regular file"):
+        unpickled(tmp_path / "file.pt")

@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 
-from megalora.checkpoint.run.state import remove_run
-from megalora.cluster import lock as module
+from megalora import files
+from megalora.checkpoint.run.folder import MARKER, claim, remove_run
 from megalora.cluster.lock import LOCK, RunLock
 from megalora.cluster.watch import host_name
 from megalora.errors import UserError
@@ -48,8 +48,10 @@ def test_the_second_is_told_who_is_there_and_what_to_do(tmp_path):
 def test_what_lies_beside_the_lock_stays(tmp_path):
     with RunLock(tmp_path / "run") as lock:
         lock.take(0.0)
+        claim(tmp_path / "run")
         (tmp_path / "run/metrics.jsonl").write_text("")
         remove_run(tmp_path / "run")
+        (tmp_path / "run" / MARKER).unlink()
         refused(tmp_path / "run")
         (tmp_path / "run/notes.txt").write_text("")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
@@ -113,7 +115,7 @@ def test_a_file_system_without_locks_stops_no_run(tmp_path, number):
 
 
 def test_a_platform_without_locks_stops_no_run(tmp_path):
-    with mock.patch.object(module, "fcntl", None), RunLock(tmp_path / "run") as lock:
+    with mock.patch.object(files, "fcntl", None), RunLock(tmp_path / "run") as lock:
         assert "cannot be locked (this system has no flock)" in lock.take(0.0)
     assert list(tmp_path.iterdir()) == []
 
@@ -142,16 +144,16 @@ def test_a_file_system_that_does_not_know_its_files_again_stops_no_run(tmp_path)
 
 def test_a_folder_that_is_removed_as_the_lock_is_made_is_made_again(tmp_path):
     """The run before failed at its start."""
-    opened, calls = Path.open, []
+    opened, calls = files.open_own, []
 
-    def gone(path: Path, *arguments: object, **options: object) -> object:
+    def gone(path: Path) -> object:
         calls.append(path)
         if len(calls) == 1:
             path.parent.rmdir()
-        return opened(path, *arguments, **options)
+        return opened(path)
 
     with RunLock(tmp_path / "run") as lock:
-        with mock.patch.object(Path, "open", gone):
+        with mock.patch.object(files, "open_own", gone):
             assert lock.take(0.0) is None
         refused(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -179,6 +181,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     line = refused(tmp_path / "file/run")
     assert line.startswith(f"output_dir {tmp_path / 'file/run'}: cannot be written (Not a directory): make it writable")
-    with mock.patch.object(Path, "open", side_effect=OSError(errno.EROFS, "Read-only file system")):
+    with mock.patch.object(files, "open_own", side_effect=OSError(errno.EROFS, "Read-only file system")):
         with RunLock(tmp_path) as lock:
             assert "cannot be locked (a read-only file system)" in lock.take(0.0)
+
+
+def test_a_lock_is_not_taken_behind_a_link(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / LOCK).symlink_to(tmp_path / "theirs")
+    assert "is a symbolic link" in refused(tmp_path)
+    assert (tmp_path / "theirs").read_text() == "theirs" and (tmp_path / LOCK).is_symlink()
+
+
+def test_the_lock_of_another_program_is_not_emptied(tmp_path):
+    (tmp_path / LOCK).write_text("theirs")
+    assert "was written by another program: remove it, or name another output_dir" in refused(tmp_path)
+    assert (tmp_path / LOCK).read_text() == "theirs"

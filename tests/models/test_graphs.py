@@ -99,7 +99,7 @@ class WithoutGpu:
     def __init__(self, gradients: torch.Tensor):
         self.gradients, self.recorded, self.forgotten = gradients, 0, 0
 
-    def record(self, work, lasting=False):
+    def record(self, work, *, lasting=False):
         before = self.gradients.clone()
         result = work()
         self.gradients.copy_(before)

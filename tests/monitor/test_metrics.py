@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megalora.errors import UserError
 from megalora.monitor.metrics import EventWriter, JsonLines
 
 
@@ -47,6 +50,55 @@ def test_a_torn_line_goes(tmp_path):
         file.write('{"step": 2, "lo')
     write(path, 2, [3])
     assert [line["step"] for line in read(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": 1e999}\n', b"[" * 200_000 + b"\n", b'{"step": true}\n', b"7\n", b"\xff\n", b"x" * (3 << 20) + b"\n"],
+)
+def test_a_line_that_is_none_of_ours_is_left_out_and_said(tmp_path, line):
+    path = tmp_path / "m.jsonl"
+    write(path, 0, [1, 2])
+    whole = path.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    path.write_bytes(first + line + second)
+    lines = JsonLines(path, 2)
+    lines.close()
+    assert lines.last_step == 2 and path.read_bytes() == whole
+    assert lines.damage.startswith(f"{path}: line 2") and lines.damage.endswith("damaged and is left out")
+
+
+def test_half_a_line_lost_in_the_middle_is_said(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write(path, 0, range(1, 6))
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*whole[:2], whole[2][:20], *whole[3:]]))
+    lines = JsonLines(path, 5)
+    lines.close()
+    assert [line["step"] for line in read(path)] == [1, 2, 5] and "line 3 was damaged" in lines.damage
+
+
+def test_a_torn_last_line_is_no_damage(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write(path, 0, [1, 2])
+    path.write_bytes(path.read_bytes()[:-9])
+    lines = JsonLines(path, 2)
+    lines.close()
+    assert lines.last_step == 1 and lines.damage is None
+
+
+def test_lines_and_events_are_not_written_behind_a_link(tmp_path):
+    theirs, pipe = tmp_path / "theirs", tmp_path / "pipe"
+    theirs.write_text("theirs\n")
+    (tmp_path / "m.jsonl").symlink_to(theirs)
+    (tmp_path / "runs").symlink_to(tmp_path)
+    os.mkfifo(pipe)
+    for path in (tmp_path / "m.jsonl", pipe):
+        with pytest.raises(UserError, match=f"{path}: is (a symbolic link|not a regular file)"):
+            JsonLines(path)
+    with pytest.raises(UserError, match="runs: is a symbolic link"):
+        EventWriter(tmp_path / "runs")
+    assert theirs.read_text() == "theirs\n" and len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_fresh_run_starts_empty(tmp_path):

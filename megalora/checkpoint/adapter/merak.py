@@ -22,12 +22,13 @@ from megalora.checkpoint.base.shards import (
     CONFIG_FILE,
     AdapterCheckpoint,
     has_shards,
-    read_json,
     shard_files,
 )
 from megalora.checkpoint.disk import unpickled
-from megalora.checkpoint.run.state import MANIFEST, TRACKER
+from megalora.checkpoint.manifest import MANIFEST
+from megalora.checkpoint.run.folder import TRACKER
 from megalora.errors import UserError
+from megalora.files import read_bytes, read_json
 
 SINGLE_FILE = "lora_model_optim.pt"
 _TENSOR_RANK = re.compile(r"mp_rank_(\d{2,})")
@@ -43,7 +44,7 @@ def reference_folder(path: Path) -> Path | None:
     if _files(path):
         return path
     try:
-        iteration = (path / TRACKER).read_text(encoding="utf-8").strip()
+        iteration = read_bytes(path / TRACKER, most=1 << 10).decode().strip()
     except (OSError, ValueError):
         return None
     folder = path / (f"iter_{int(iteration):07d}" if re.fullmatch(r"\d{1,12}", iteration) else "release")

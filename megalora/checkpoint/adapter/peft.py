@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from megalora.adapters.config import LoraConfig
-from megalora.checkpoint.base.shards import AdapterCheckpoint, read_json
-from megalora.checkpoint.disk import unpickled, write_file
+from megalora.checkpoint.base.shards import AdapterCheckpoint
+from megalora.checkpoint.disk import unpickled
+from megalora.checkpoint.manifest import MANIFEST, entry_of, verify, write_manifest
 from megalora.errors import UserError
+from megalora.files import check_regular, read_json, refuse_link, write_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,12 +30,14 @@ _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 def read_peft(folder: str | Path) -> AdapterCheckpoint:
-    """The adapter in a PEFT folder; tensors have the dtype of the file.
+    """Return the adapter in a PEFT folder; tensors have the dtype of the file. Sums are checked where we wrote them.
 
     Raises UserError for a file that is missing or damaged, a field of the config that would change the
     numbers and is not supported, and a tensor that is no part of a LoRA on a linear.
     """
     folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        verify(folder, "adapter", f"export it again; if it was changed on purpose, remove {MANIFEST}")
     config = folder / CONFIG_FILE
     fields = read_json(config)
     if not fields.get("use_qalora"):
@@ -69,7 +73,7 @@ def write_peft(
     lora_config: Mapping[str, Any],
     base_model_name_or_path: str | None = None,
 ) -> None:
-    """Writes an adapter that `peft.PeftModel.from_pretrained` reads; the tensors keep dtype and bits.
+    """Write an adapter that `peft.PeftModel.from_pretrained` reads, and its sums; the tensors keep dtype and bits.
 
     tensors      whole tensors by our names
     lora_config  fields of LoraConfig.to_dict(), and the base_model_name_or_path of PEFT where it is known
@@ -86,9 +90,12 @@ def write_peft(
     fields |= _explicit_targets(fields, adapted)
     keys = {_peft_key(name, adapted): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
+        refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)  # until the new one: the files of two exports may lie side by side
         write_file(folder / WEIGHTS_FILE, save(keys, metadata={"format": "pt"}))
         write_file(folder / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+        write_manifest(folder, {name: entry_of(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)})
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}): free space, or name another folder") from None
 
@@ -122,6 +129,7 @@ def _our_name(key: str, file: Path) -> str:
 def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     file = folder / WEIGHTS_FILE
     if file.exists():
+        check_regular(file)
         try:
             return file, load_file(file)
         except (OSError, SafetensorError, ValueError) as error:

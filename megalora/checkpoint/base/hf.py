@@ -17,10 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megalora.errors import UserError
+from megalora.files import check_regular, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 16 << 20
+INDEX_BYTES = 64 << 20  # of the index: ten times that of the largest models
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -35,6 +37,7 @@ class Entry:
 
 def read_header(file: Path) -> dict[str, Entry]:
     """Every tensor of a safetensors file. Raises UserError where it is missing or damaged."""
+    check_regular(file)
     try:
         with safe_open(file, framework="pt"):  # checks sizes, offsets and that the file is whole
             pass
@@ -150,16 +153,12 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path]]:
 
 def _read_index(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except OSError as error:
-        raise UserError(f"{index}: cannot be read ({error.strerror}): check the file") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{index}: is not an index of safetensors ({error!r}): download it again") from None
+    weight_map = read_json(index, "download it again", most=INDEX_BYTES).get("weight_map")
     good = isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
     if not good:
         raise UserError(f"{index}: weight_map must map tensor names to file names: download it again")
-    return {name: _inside(folder, file, index) for name, file in weight_map.items()}
+    files = {name: _inside(folder, name, index) for name in dict.fromkeys(weight_map.values())}
+    return {name: files[file] for name, file in weight_map.items()}
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:

@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from megalora.checkpoint.disk import save_tensors, unpickled, write_file
+from megalora.checkpoint.disk import save_tensors, unpickled
 from megalora.errors import UserError
+from megalora.files import read_json, write_file
 from megalora.parallel.split import Split
 
 BASE_FILE = "partial_model_optim.pt"
@@ -416,19 +417,6 @@ def read_adapter(folder: str | Path) -> AdapterCheckpoint:
         trainer=first.trainer,
         where=str(folder),
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}): copy all of the checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not JSON ({error}): mend or replace the file") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: holds a {type(config).__name__}, not an object: mend or replace the file")
-    return config
 
 
 @dataclass(frozen=True)

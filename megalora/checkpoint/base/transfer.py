@@ -21,7 +21,7 @@ from megalora.checkpoint.base import hf
 from megalora.checkpoint.base.shards import BASE_FILE, LAYOUT_FILE, Layout, layout_json
 from megalora.checkpoint.base.streams import SafetensorsStream, TensorStream, TensorType, TorchStream
 from megalora.checkpoint.base.weights import BaseWeights
-from megalora.checkpoint.disk import write_file
+from megalora.files import write_file
 from megalora.parallel.split import Split
 
 BLOCK_BYTES = 16 << 20

@@ -7,27 +7,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from megalora.checkpoint.base.shards import read_json
-from megalora.checkpoint.disk import aside_of, sha256, sync_folder, write_file
+from megalora.checkpoint.manifest import MANIFEST, entry_of, verify, write_manifest
+from megalora.checkpoint.run.folder import ITERATION, PROBE, TRACKER, checkpoints_folder
 from megalora.errors import UserError
-
-MANIFEST = "manifest.json"
-TRACKER = "latest_checkpointed_iteration.txt"
-FORMAT = 1
-_PROBE = ".probe"
-_PENDING = ".overwrite"  # in output_dir: its run is to be removed, and is there still
-_ITERATION = re.compile(r"iter_(\d{7,})")
+from megalora.files import put_in_place, read_bytes, sync_folder, write_file
 
 
 @dataclass(frozen=True)
@@ -39,22 +29,13 @@ class SavedCheckpoint:
     identity: dict[str, str]
 
 
-def checkpoints_folder(output_dir: str | Path) -> Path:
-    return Path(output_dir) / "checkpoints"
-
-
-def export_folder(output_dir: str | Path) -> Path:
-    """Where a run leaves its adapter for PEFT."""
-    return Path(output_dir) / "peft"
-
-
 def iteration_folder(output_dir: str | Path, step: int) -> Path:
     return checkpoints_folder(output_dir) / f"iter_{step:07d}"
 
 
 def is_iteration(folder: Path) -> bool:
     """Whether the folder has the name of one checkpoint."""
-    return _ITERATION.fullmatch(folder.name) is not None
+    return ITERATION.fullmatch(folder.name) is not None
 
 
 # ---- writing ----
@@ -85,7 +66,7 @@ class CheckpointWriter:
 
     def check_writable(self) -> None:
         """Raises UserError where a save would fail at once. For one rank, before the run spends any time."""
-        probe = checkpoints_folder(self.output_dir) / _PROBE
+        probe = checkpoints_folder(self.output_dir) / PROBE
         try:
             probe.parent.mkdir(parents=True, exist_ok=True)
             write_file(probe, b"")
@@ -100,7 +81,7 @@ class CheckpointWriter:
         """Writes the checkpoint of `step`; returns its folder. Collective.
 
         write_shard  called on the ranks that write with the folder to write in; returns the folder it made
-        identity     what makes this run another than its neighbours (see `identity_difference`)
+        identity     fields that distinguish this run from others (see `identity_difference`)
         Where any rank fails, every rank raises UserError, and the checkpoints from before stay as they are.
         """
         final = iteration_folder(self.output_dir, step)
@@ -141,8 +122,9 @@ class CheckpointWriter:
 
     def _prepare(self, aside: Path) -> None:
         aside.parent.mkdir(parents=True, exist_ok=True)
-        for stale in aside.parent.glob("iter_*.tmp"):  # of a run that was killed while it saved
-            shutil.rmtree(stale)
+        for pattern in ("iter_*.tmp", ".iter_*.tmp"):  # of a run that was killed while it saved
+            for stale in aside.parent.glob(pattern):
+                shutil.rmtree(stale)
         aside.mkdir()
 
     def _prune(self, step: int) -> None:
@@ -187,7 +169,7 @@ def _write(aside: Path, write_shard: Callable[[Path], Path]) -> dict[str, dict[s
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            files[file.relative_to(aside).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
+            files[file.relative_to(aside).as_posix()] = entry_of(file)
     sync_folder(shard)
     return files
 
@@ -197,19 +179,9 @@ def _finish(step: int, aside: Path, final: Path, files: Mapping[str, Any], ident
     for name, entry in files.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != entry["size"]:
             raise UserError(_not_shared(aside))
-    body = {"format": FORMAT, "step": step, "identity": dict(identity), "files": dict(files)}
-    write_file(aside / MANIFEST, json.dumps(body | {"sha256": _digest(body)}, indent=1, sort_keys=True).encode())
-    if final.exists():  # a damaged one, which the run went back beyond
-        replaced = final.with_name(f"{final.name}.old.tmp")
-        final.rename(replaced)
-        shutil.rmtree(replaced, ignore_errors=True)
-    aside.rename(final)
-    sync_folder(final.parent)
+    write_manifest(aside, files, step=step, identity=dict(identity))
+    put_in_place(aside, final)  # a damaged one, which the run went back beyond, may be there
     write_file(final.parent / TRACKER, f"{step}\n".encode())
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 # ---- finding ----
@@ -238,38 +210,15 @@ def verified(folder: str | Path) -> SavedCheckpoint:
     manifest = folder / MANIFEST
     if not manifest.exists():
         raise UserError(f"checkpoint {folder}: has no {MANIFEST}, so it was not finished: take an older one")
-    body = read_json(manifest)
-    try:
-        digest = body.pop("sha256")
-        if digest != _digest(body):
-            raise ValueError("its own sum does not match")
-        if body["format"] != FORMAT:
-            raise ValueError(f"format {body['format']!r}, but this version reads {FORMAT}")
+    named = ITERATION.fullmatch(folder.name)
+
+    def read(body: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
         step, identity = int(body["step"]), dict(body["identity"])
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in body["files"].items()}
-        if not files:
-            raise ValueError("lists no file")
-        for name in files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"names {name!r}, which is outside the folder")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"checkpoint {folder}: {MANIFEST} is damaged ({error}): take an older one") from None
-    named = _ITERATION.fullmatch(folder.name)
-    if named and int(named[1]) != step:
-        raise UserError(f"checkpoint {folder}: was written as step {step}: give it the name iter_{step:07d} again")
-    for name, (size, digest) in files.items():
-        file = folder / name
-        try:
-            actual = file.stat().st_size
-            if actual != size:
-                raise UserError(f"checkpoint {folder}: {name} has {actual} bytes, not {size}: take an older one")
-            if sha256(file) != digest:
-                raise UserError(f"checkpoint {folder}: {name} is damaged (SHA-256 differs): take an older one")
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise UserError(f"checkpoint {folder}: {name} {reason}: take an older one") from None
+        if named and int(named[1]) != step:
+            raise UserError(f"checkpoint {folder}: was written as step {step}: rename it to iter_{step:07d} again")
+        return step, identity
+
+    step, identity = verify(folder, "checkpoint", "take an older one", read)
     return SavedCheckpoint(step, folder, identity)
 
 
@@ -278,13 +227,13 @@ def _iterations(output_dir: str | Path) -> list[tuple[int, Path]]:
     folder = checkpoints_folder(output_dir)
     if not folder.is_dir():
         return []
-    found = [(match, child) for child in folder.iterdir() if (match := _ITERATION.fullmatch(child.name))]
+    found = [(match, child) for child in folder.iterdir() if (match := ITERATION.fullmatch(child.name))]
     return sorted(((int(match[1]), child) for match, child in found), reverse=True)
 
 
 def _tracker_complaint(tracker: Path, found: SavedCheckpoint | None) -> str | None:
     try:
-        text = tracker.read_text(encoding="utf-8").strip()
+        text = read_bytes(tracker, most=1 << 10).decode().strip()
     except FileNotFoundError:
         return None if found is None else f"{tracker}: is missing: step {found.step} is the newest sound checkpoint"
     except (OSError, ValueError) as error:
@@ -303,77 +252,3 @@ def identity_difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> 
         for name in sorted({*found, *wanted})
         if found.get(name) != wanted.get(name)
     )
-
-
-# ---- removing ----
-
-_EXPORT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_RUN_FILES = ("metrics.jsonl", "eval_metrics.jsonl")
-
-
-def announce_removal(output_dir: str | Path) -> None:
-    """Notes in output_dir that the run in it is to be removed, for who is started again before that is done.
-
-    Raises UserError where it may not. For one rank.
-    """
-    try:
-        (Path(output_dir) / _PENDING).touch()
-    except OSError as error:
-        raise UserError(f"output_dir {output_dir}: cannot be written to ({error}): name another one") from None
-
-
-def cancel_removal(output_dir: str | Path) -> None:
-    """The run in output_dir stays: takes the note of `announce_removal` back, where there is one."""
-    with contextlib.suppress(OSError):  # on a read-only file system there is none
-        (Path(output_dir) / _PENDING).unlink(missing_ok=True)
-
-
-def removal_is_pending(output_dir: str | Path) -> bool:
-    return (Path(output_dir) / _PENDING).exists()
-
-
-def in_run(folder: str | Path, output_dir: str | Path) -> bool:
-    """Whether `remove_run` would remove what lies in `folder`, or some of it."""
-    folder, output_dir = Path(folder).resolve(), Path(output_dir).resolve()
-    removed = checkpoints_folder(output_dir), export_folder(output_dir)
-    return folder == output_dir or any(folder.is_relative_to(part) for part in removed)
-
-
-def remove_export(output_dir: str | Path) -> None:
-    """Removes the adapter for PEFT that a run of fewer steps has left. Raises UserError where it may not."""
-    folder = export_folder(output_dir)
-    try:
-        for name in _EXPORT_FILES:
-            (folder / name).unlink(missing_ok=True)
-        _remove_empty(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be cleared ({error}): remove it, or name another output_dir") from None
-
-
-def remove_run(output_dir: str | Path) -> None:
-    """Removes what a run of megalora writes into output_dir (checkpoints, events, metrics, export), no more.
-
-    Raises UserError where it may not. For one rank.
-    """
-    output_dir = Path(output_dir)
-    checkpoints, events = checkpoints_folder(output_dir), output_dir / "runs"
-    try:
-        for file in (checkpoints / TRACKER, checkpoints / _PROBE):
-            file.unlink(missing_ok=True)
-            aside_of(file).unlink(missing_ok=True)
-        for folder in checkpoints.glob("iter_*"):
-            if _ITERATION.fullmatch(folder.name.removesuffix(".tmp").removesuffix(".old")):
-                shutil.rmtree(folder)
-        for file in [*events.glob("events.out.tfevents.*"), *(output_dir / name for name in _RUN_FILES)]:
-            file.unlink(missing_ok=True)
-        remove_export(output_dir)
-        _remove_empty(checkpoints)
-        _remove_empty(events)
-        (output_dir / _PENDING).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {output_dir}: cannot be cleared ({error}): name another one") from None
-
-
-def _remove_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from random import Random
 
 import pytest
 import torch
@@ -163,6 +164,7 @@ def folder(tmp_path):
 def test_fields_that_change_the_numbers_are_refused(folder, field, value):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=f"adapter_config.json.*{field}"):
         read_peft(folder)
 
@@ -174,6 +176,7 @@ def rewrite(folder, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    (folder / "manifest.json").unlink()
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -198,6 +201,7 @@ def test_tensors_that_are_no_lora_are_named(folder, change, words):
 def test_damage_is_named(folder):
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     weights.write_bytes(weights.read_bytes()[:-1])
+    (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="adapter_model.safetensors: is damaged"):
         read_peft(folder)
     weights.rename(folder / "adapter_model.bin")
@@ -209,3 +213,28 @@ def test_damage_is_named(folder):
     config.write_text("[]")
     with pytest.raises(UserError, match="adapter_config.json: holds a list"):
         read_peft(folder)
+
+
+def test_every_flipped_bit_of_an_export_is_noticed(folder):
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_config.json", "manifest.json")]
+    random = Random(0)
+    for file in files:
+        whole = file.read_bytes()
+        for bit in random.sample(range(8 * len(whole)), 20):
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(data)
+            with pytest.raises(UserError, match=str(folder)):
+                read_peft(folder)
+        file.write_bytes(whole)
+    read_peft(folder)
+
+
+def test_an_export_is_not_written_behind_a_link(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(elsewhere)
+    found = read_peft(folder)
+    with pytest.raises(UserError, match="link: is a symbolic link"):
+        write_peft(tmp_path / "link", found.tensors, found.lora_config)
+    assert not any(elsewhere.iterdir())

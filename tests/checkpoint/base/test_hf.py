@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from megalora.checkpoint.base import hf
 from megalora.checkpoint.base.shards import Layout, save_base_shards
 from megalora.checkpoint.base.weights import BaseNames, load_base, model_fingerprint
 from megalora.errors import UserError
@@ -196,9 +197,9 @@ def test_missing_folder(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda text: "{", "not an index"),
-        (lambda text: "[]", "not an index"),
-        (lambda text: "{}", "not an index"),
+        (lambda text: "{", "is not JSON"),
+        (lambda text: "[]", "holds a list"),
+        (lambda text: "{}", "weight_map must"),
         (lambda text: '{"weight_map": {}}', "weight_map must"),
         (lambda text: '{"weight_map": {"a": 3}}', "weight_map must"),
         (lambda text: text.replace("model-00001", "../model-00001"), "no file of the folder"),
@@ -344,3 +345,30 @@ def test_peak_memory_is_the_slice_and_little_more(big_folder, form, spare, dim):
     assert grown <= own + largest + 300 * megabyte
     # Tighter than promised: its own slice, a buffer (for shards, of mapped pages), and what torch sets up.
     assert grown <= own + (spare + 24) * megabyte
+
+
+def test_an_index_of_a_million_names_looks_at_each_file_once(tmp_path, monkeypatch):
+    write_sharded(tmp_path, make_tensors())
+    index = tmp_path / hf.INDEX
+    fields = json.loads(index.read_text())
+    fields["weight_map"] |= {f"x{i}": "model-00001-of-00002.safetensors" for i in range(10**6)}
+    index.write_text(json.dumps(fields))
+    looked, check = [], hf.check_stays
+    monkeypatch.setattr(hf, "check_stays", lambda folder, file: looked.append(file) or check(folder, file))
+    with pytest.raises(UserError, match="lacks x"):
+        load(tmp_path)
+    assert len(looked) == 2
+
+
+def test_an_index_is_refused_by_its_size(tmp_path):
+    write_sharded(tmp_path, make_tensors())
+    with (tmp_path / hf.INDEX).open("r+b") as file:
+        file.truncate(hf.INDEX_BYTES + 1)
+    with pytest.raises(UserError, match="is larger than 67,108,864 bytes"):
+        load(tmp_path)
+
+
+def test_a_pipe_for_weights_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / hf.SINGLE)
+    with pytest.raises(UserError, match="model.safetensors: is not a regular file"):
+        load(tmp_path)

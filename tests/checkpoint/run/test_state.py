@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import threading
 
@@ -13,14 +14,9 @@ from hypothesis import strategies as st
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
 from megalora.checkpoint.base.shards import ADAPTER_FILE, CONFIG_FILE, Layout, save_adapter
-from megalora.checkpoint.run import state
-from megalora.checkpoint.run.state import (
-    CheckpointWriter,
-    identity_difference,
-    newest_sound,
-    remove_run,
-    verified,
-)
+from megalora.checkpoint.manifest import digest
+from megalora.checkpoint.run.folder import MARKER, claim, remove_run
+from megalora.checkpoint.run.state import CheckpointWriter, identity_difference, newest_sound, verified
 from megalora.errors import UserError
 from megalora.parallel.split import Split, shard_range
 
@@ -155,17 +151,17 @@ def test_output_dir_that_cannot_be_written(tmp_path):
         alone(tmp_path / "file").save(1, write_shard(1), IDENTITY)
 
 
-@pytest.mark.parametrize("call", ["write_file", "sync_folder"])
-@pytest.mark.parametrize("when", range(4))
+@pytest.mark.parametrize("call", ["fsync", "replace", "rename"])
+@pytest.mark.parametrize("when", range(8))
 def test_a_failure_at_any_moment_of_the_end_leaves_a_sound_run(run, monkeypatch, call, when):
-    real, count = getattr(state, call), iter(range(100))
+    real, count = getattr(os, call), iter(range(100))
 
     def fails(*args):
         if next(count) == when:
             raise OSError(errno.EIO, "Input/output error")
         return real(*args)
 
-    monkeypatch.setattr(state, call, fails)
+    monkeypatch.setattr(os, call, fails)
     try:
         alone(run).save(30, write_shard(30), IDENTITY)
     except UserError as error:
@@ -271,7 +267,7 @@ def test_a_manifest_may_not_name_files_outside(run):
     body = json.loads(manifest.read_text())
     del body["sha256"]
     body["files"]["../iter_0000010/manifest.json"] = {"size": 1, "sha256": ""}
-    manifest.write_text(json.dumps(body | {"sha256": state._digest(body)}))
+    manifest.write_text(json.dumps(body | {"sha256": digest(body)}))
     with pytest.raises(UserError, match="outside the folder"):
         verified(manifest.parent)
 
@@ -292,7 +288,7 @@ def test_any_manifest_gives_a_checkpoint_or_our_error(run, field, value):
     del body["sha256"]
     body[field] = value
     body = json.loads(json.dumps(body))
-    manifest.write_text(json.dumps(body | {"sha256": state._digest(body)}))
+    manifest.write_text(json.dumps(body | {"sha256": digest(body)}))
     try:
         verified(manifest.parent)
     except UserError:
@@ -307,17 +303,18 @@ def test_the_difference_of_two_runs_is_named():
 
 
 def test_remove_run_leaves_what_is_not_ours(run):
+    claim(run)
     (run / "runs").mkdir()
     write_peft(run / "peft", open_adapter(run).tensors, LORA)
     for name in ("metrics.jsonl", "notes.txt", "runs/events.out.tfevents.1.host", "checkpoints/mine.txt"):
         (run / name).write_text("")
     (run / "checkpoints" / "iter_0000030.tmp").mkdir()
     remove_run(run)
-    left = {str(p.relative_to(run)) for p in run.rglob("*")}
+    left = {str(p.relative_to(run)) for p in run.rglob("*")} - {MARKER}
     assert left == {"notes.txt", "checkpoints", "checkpoints/mine.txt"}
     (run / "checkpoints" / "mine.txt").unlink()
     remove_run(run)
-    assert {p.name for p in run.iterdir()} == {"notes.txt"}
+    assert {p.name for p in run.iterdir()} == {"notes.txt", MARKER}
     remove_run(run / "absent")
 
 

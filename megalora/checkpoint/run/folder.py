@@ -1,0 +1,157 @@
+"""What in an output_dir is a run's own: names, the marker that says so, and what is removed from there.
+
+A run claims the names below before it writes there: .megalora.json lists them. What has one of these names and is not
+claimed, or is a symbolic link, is not megalora's: a run refuses to start there rather than write or remove it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from megalora.checkpoint.manifest import MANIFEST
+from megalora.errors import UserError
+from megalora.files import aside_of, read_json, refuse_link, write_file
+
+MARKER = ".megalora.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+PROBE = ".probe"  # in the folder of the checkpoints
+ITERATION = re.compile(r"iter_(\d{7,})")
+EXPORT_FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST)
+_PENDING = ".overwrite"  # in output_dir: its run is to be removed, and is there still
+_CHECKPOINTS, _EXPORT, _EVENTS = "checkpoints", "peft", "runs"
+_LINES = ("metrics.jsonl", "eval_metrics.jsonl")
+_OWN = (_CHECKPOINTS, _EXPORT, _EVENTS, *_LINES)
+_APPENDED = ("logs", "profile", MARKER)  # nothing is removed there
+
+
+def checkpoints_folder(output_dir: str | Path) -> Path:
+    return Path(output_dir) / _CHECKPOINTS
+
+
+def export_folder(output_dir: str | Path) -> Path:
+    """Return where a run leaves its adapter for PEFT."""
+    return Path(output_dir) / _EXPORT
+
+
+# ---- what is a run's own ----
+
+
+def check_own(output_dir: str | Path) -> None:
+    """Raise UserError where a run would write over what no run of megalora has written, or behind a link."""
+    output_dir = Path(output_dir)
+    for name in (*_OWN, *_APPENDED):
+        refuse_link(output_dir / name)
+    owned = _owned(output_dir)
+    foreign = [name for name in _OWN if name not in owned and _holds_something(output_dir / name)]
+    if foreign:
+        raise UserError(
+            f"output_dir {output_dir}: holds {', '.join(foreign)} of another program, which a run would write over: "
+            f"move it elsewhere, or name another output_dir"
+        )
+
+
+def claim(output_dir: str | Path) -> None:
+    """Mark what a run writes in output_dir as its own. For one rank, after `check_own`. Raises UserError."""
+    output_dir = Path(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_file(output_dir / MARKER, (json.dumps({"format": 1, "owns": _OWN}) + "\n").encode())
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output_dir}: cannot be written ({error.strerror or error}): make it writable, or name another"
+        ) from None
+
+
+def _owned(output_dir: Path) -> frozenset[str]:
+    marker = output_dir / MARKER
+    if marker.exists():
+        owns = read_json(marker, "remove the file, and what lies beside it of the run").get("owns")
+        return frozenset(name for name in owns if isinstance(name, str)) if isinstance(owns, list) else frozenset()
+    # Runs of before there was a marker. No other program gives a checkpoint this name and a manifest.
+    checkpoints = checkpoints_folder(output_dir).glob(f"iter_*/{MANIFEST}")
+    return frozenset(_OWN) if any(ITERATION.fullmatch(file.parent.name) for file in checkpoints) else frozenset()
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+# ---- what is removed ----
+
+
+def announce_removal(output_dir: str | Path) -> None:
+    """Note in output_dir that the run in it is to be removed, for who is started again before that is done.
+
+    Raises UserError where it may not. For one rank.
+    """
+    try:
+        write_file(Path(output_dir) / _PENDING, b"")
+    except OSError as error:
+        raise UserError(f"output_dir {output_dir}: cannot be written to ({error}): name another one") from None
+
+
+def cancel_removal(output_dir: str | Path) -> None:
+    """Keep the run in output_dir: take the note of `announce_removal` back, if there is one."""
+    with contextlib.suppress(OSError):  # on a read-only file system there is none
+        (Path(output_dir) / _PENDING).unlink(missing_ok=True)
+
+
+def removal_is_pending(output_dir: str | Path) -> bool:
+    return (Path(output_dir) / _PENDING).exists()
+
+
+def in_run(folder: str | Path, output_dir: str | Path) -> bool:
+    """Return whether `remove_run` would remove what lies in `folder`, or some of it."""
+    folder, output_dir = Path(folder).resolve(), Path(output_dir).resolve()
+    removed = checkpoints_folder(output_dir), export_folder(output_dir)
+    return folder == output_dir or any(folder.is_relative_to(part) for part in removed)
+
+
+def remove_export(output_dir: str | Path) -> None:
+    """Remove the adapter for PEFT that an earlier run left: it could be mistaken for this run's. Raises UserError."""
+    check_own(output_dir)
+    folder = export_folder(output_dir)
+    try:
+        _clear_export(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be cleared ({error}): remove it, or name another output_dir") from None
+
+
+def remove_run(output_dir: str | Path) -> None:
+    """Remove what a run of megalora wrote into output_dir (checkpoints, events, metrics, export), no more.
+
+    Raises UserError where something there is not a run's, or may not be removed. For one rank.
+    """
+    output_dir = Path(output_dir)
+    check_own(output_dir)
+    checkpoints, events = checkpoints_folder(output_dir), output_dir / _EVENTS
+    try:
+        for file in (checkpoints / TRACKER, checkpoints / PROBE):
+            file.unlink(missing_ok=True)
+            aside_of(file).unlink(missing_ok=True)
+        for folder in [*checkpoints.glob("iter_*"), *checkpoints.glob(".iter_*.tmp")]:
+            if ITERATION.fullmatch(folder.name.removeprefix(".").removesuffix(".tmp").removesuffix(".old")):
+                shutil.rmtree(folder)
+        for file in [*events.glob("events.out.tfevents.*"), *(output_dir / name for name in _LINES)]:
+            file.unlink(missing_ok=True)
+        _clear_export(export_folder(output_dir))
+        _remove_empty(checkpoints)
+        _remove_empty(events)
+        (output_dir / _PENDING).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {output_dir}: cannot be cleared ({error}): name another one") from None
+
+
+def _clear_export(folder: Path) -> None:
+    for name in EXPORT_FILES:
+        (folder / name).unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,291 @@
+"""What a run starts from: an output_dir of its own, the rows, the adapter, and the step after which it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.building import check_vocabulary, resolve_dtype, resolve_lora, trained_shapes
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.base.shards import AdapterCheckpoint, read_adapter
+from megalora.checkpoint.run.folder import announce_removal, cancel_removal, check_own, in_run, removal_is_pending
+from megalora.checkpoint.run.state import identity_difference, newest_sound
+from megalora.cluster.launch import restarts
+from megalora.cluster.lock import RunLock
+from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer
+from megalora.errors import UserError
+from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
+from megalora.identity import base_identity, check_base, progress, run_identity
+from megalora.models.config import check_layout, read_config
+from megalora.models.spec import ModelSpec
+from megalora.parallel.collectives import on_first, together
+from megalora.parallel.mesh import ParallelMesh
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter to go on from. own: it is a checkpoint of this output_dir, so the run must be the same."""
+
+    checkpoint: AdapterCheckpoint
+    own: bool
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Everything that is decided before anything is built; the same on every rank.
+
+    weights    the folder of the base weights
+    overwrite  the run that is in output_dir is removed before the first step
+    identity   what must not change between the parts of one run; settings: what may
+    notes      lines for the user
+    """
+
+    config: ModelSpec
+    lora: ResolvedLora
+    dtype: torch.dtype
+    weights: str
+    loader: Loader
+    eval_loader: Loader | None
+    start: Start | None
+    overwrite: bool
+    identity: dict[str, str]
+    settings: dict[str, str]
+    first_step: int
+    total_steps: int
+    notes: tuple[str, ...]
+
+    @property
+    def continues(self) -> bool:
+        """Whether output_dir holds this run already."""
+        return self.start is not None and self.start.own
+
+
+def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, device: torch.device) -> Beginning:
+    """Look at everything that is asked for. Collective. Raises UserError, on every rank, for what the user can fix."""
+    model, data, train, parallel = arguments.model, arguments.data, arguments.train, arguments.parallel
+    dtype = resolve_dtype(model.dtype, device)
+    with together(mesh.world):
+        config = read_config(model.model_path)
+        check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
+        _check_length(config, data, train, parallel.sequence_parallel, mesh)
+    not_locked = _keep_others_out(lock, mesh)
+    notes = [not_locked] if not_locked else []
+    overwrite = _overwrites(model, train, mesh)
+    start = _find_start(model, train, overwrite, mesh)
+    with together(mesh.world):
+        lora = resolve_lora(_lora_config(model, start), config)
+        _check_same_adapter(lora, start, config)
+        template = ChatTemplate(load_tokenizer(model.model_path), data.template)
+        rows = _load_rows(data.data_path, template, data, train)
+        eval_rows = _load_rows(data.eval_data_path, template, data, train) if data.eval_data_path else None
+        for loaded in (rows, eval_rows):
+            if loaded is not None:
+                check_vocabulary(int(loaded.input_ids.max()), config, model.model_path)
+    loader = _loader(rows, train, mesh)
+    weights = model.resume_from_checkpoint or model.model_path
+    base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
+    identity = run_identity(base, lora.config, template, rows, loader.global_batch_rows, train.seed)
+    with together(mesh.world):
+        first_step, start_note = _first_step(start, identity)
+        total_steps = train.total_steps(loader.steps_per_epoch)
+        settings = _settings(train, dtype, total_steps)
+        if start is not None:
+            notes += [*start.checkpoint.notes, start_note]
+            if start.own and model.resume_peft_from_checkpoint is not None:
+                named = model.resume_peft_from_checkpoint
+                notes.append(f"resume_peft_from_checkpoint {named} is not read: the run in output_dir goes on")
+        if first_step:
+            notes += _changed(start.checkpoint, settings)
+    return Beginning(
+        config=config,
+        lora=lora,
+        dtype=dtype,
+        weights=weights,
+        loader=loader,
+        eval_loader=None if eval_rows is None else _loader(eval_rows, train, mesh, shuffle=False),
+        start=start,
+        overwrite=overwrite,
+        identity=identity,
+        settings=settings,
+        first_step=first_step,
+        total_steps=total_steps,
+        notes=tuple(notes),
+    )
+
+
+# ---- output_dir and the adapter to start from ----
+
+
+def _keep_others_out(lock: RunLock, mesh: ParallelMesh) -> str | None:
+    """Locks output_dir until this run ends; returns a note where that cannot be done. Collective."""
+    # The run before may be dying still. Of one that is started again, rank 0 may have been on another node, whose
+    # torchrun gives it 30 s before it kills it.
+    return on_first(lambda: lock.take(wait=30.0 if restarts() else 3.0), mesh.world)
+
+
+def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh) -> bool:
+    """Whether the run in output_dir is to be removed, once all that is asked for has been looked at. Collective.
+
+    Raises UserError where it holds the adapter to start from: until the first checkpoint that would be in memory alone.
+    """
+
+    def ask() -> bool:
+        check_own(train.output_dir)
+        if not train.overwrite_output_dir:
+            cancel_removal(train.output_dir)
+            return False
+        # A restart goes on with what the run has made, if it got so far as to remove what was there.
+        if restarts() > 0 and not removal_is_pending(train.output_dir):
+            return False
+        named = model.resume_peft_from_checkpoint
+        if named is not None and in_run(named, train.output_dir):
+            raise UserError(
+                f"resume_peft_from_checkpoint {named} lies in output_dir {train.output_dir}, which "
+                f"overwrite_output_dir true clears: copy the adapter elsewhere, or name another output_dir"
+            )
+        announce_removal(train.output_dir)
+        return True
+
+    return on_first(ask, mesh.world)
+
+
+def _find_start(model: ModelArguments, train: TrainArguments, overwrite: bool, mesh: ParallelMesh) -> Start | None:
+    """The newest sound checkpoint in output_dir, unless that is to be overwritten; else the adapter named by the user;
+    else None. Collective."""
+
+    def find() -> Start | None:
+        if not overwrite:
+            saved, complaints = newest_sound(train.output_dir)
+            if saved is not None:
+                return Start(replace(read_adapter(saved.folder), notes=tuple(complaints)), own=True)
+            if complaints:
+                raise UserError(
+                    f"output_dir {train.output_dir}: no checkpoint in it is sound: {'; '.join(complaints)}; give "
+                    f"--overwrite_output_dir true to start afresh"
+                )
+        named = model.resume_peft_from_checkpoint
+        return None if named is None else Start(open_adapter(named), own=False)
+
+    return on_first(find, mesh.world)
+
+
+def _lora_config(model: ModelArguments, start: Start | None) -> LoraConfig:
+    """From --lora_config, else the adapter that the run starts from, else the defaults of the model_type."""
+    if model.lora_config is not None:
+        lora_config = LoraConfig.from_json(model.lora_config)
+        if lora_config.inference_mode:
+            raise UserError(
+                f"lora_config {model.lora_config}: inference_mode = true trains nothing: set it to false, or run "
+                f"tools/generate.py"
+            )
+        return lora_config
+    if start is not None:
+        found = LoraConfig.from_dict(start.checkpoint.lora_config, start.checkpoint.where)
+        return replace(found, inference_mode=False)
+    return LoraConfig()
+
+
+def _check_same_adapter(lora: ResolvedLora, start: Start | None, config: ModelSpec) -> None:
+    """Raises UserError where --lora_config means another adapter than the one to start from."""
+    if start is None:
+        return
+    theirs = resolve_lora(LoraConfig.from_dict(start.checkpoint.lora_config, start.checkpoint.where), config)
+    ours = {name: (adapter.r, adapter.scaling) for name, adapter in lora.adapters.items()}
+    other = {name: (adapter.r, adapter.scaling) for name, adapter in theirs.adapters.items()}
+    for name in sorted(ours.keys() | other.keys()):
+        if ours.get(name) != other.get(name):
+            raise UserError(
+                f"adapter {start.checkpoint.where}: {name} has (r, scaling) = {other.get(name)}, but --lora_config "
+                f"means {ours.get(name)}: {_other_adapter(start)}"
+            )
+    if trained_shapes(lora, config) != trained_shapes(theirs, config):
+        raise UserError(
+            f"adapter {start.checkpoint.where}: bias = {theirs.config.bias!r}, but --lora_config says "
+            f"{lora.config.bias!r}: {_other_adapter(start)}"
+        )
+
+
+def _other_adapter(start: Start) -> str:
+    remedy = "leave --lora_config out, or name the one that the adapter was made with"
+    return f"{remedy}; or name another output_dir, or give --overwrite_output_dir true" if start.own else remedy
+
+
+def _first_step(start: Start | None, identity: Mapping[str, str]) -> tuple[int, str]:
+    """(steps already done, a line that says so). Raises UserError where output_dir holds another run."""
+    if start is None:
+        return 0, ""
+    before, where = progress(start.checkpoint), start.checkpoint.where
+    if before is None:
+        return 0, f"starting from the adapter {where}"
+    values = identity_difference(before.identity, identity)
+    if not values:
+        return before.step, f"continuing after step {before.step} of {where}"
+    if start.own:
+        raise UserError(
+            f"output_dir holds {where}, a checkpoint of another run ({values}): name another output_dir, or give "
+            f"--overwrite_output_dir true"
+        )
+    check_base(start.checkpoint, identity)
+    return 0, f"starting from the adapter {where} at step 0, because its run was another ({values})"
+
+
+def _settings(train: TrainArguments, dtype: torch.dtype, total_steps: int) -> dict[str, str]:
+    """What may change between the parts of one run, but hardly does by intention."""
+    named = (
+        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    )
+    values = {name: str(getattr(train, name)) for name in named}
+    return values | {"dtype": str(dtype).removeprefix("torch."), "steps of the run": str(total_steps)}
+
+
+def _changed(checkpoint: AdapterCheckpoint, settings: Mapping[str, str]) -> list[str]:
+    """A line where the run goes on with other settings than it had."""
+    before = (checkpoint.trainer or {}).get("settings")
+    difference = identity_difference(before, settings) if isinstance(before, dict) else ""
+    return [f"goes on with other settings ({difference})"] if difference else []
+
+
+# ---- rows ----
+
+
+def _check_length(
+    config: ModelSpec,
+    data: DataArguments,
+    train: TrainArguments,
+    sequence_parallel: bool,
+    mesh: ParallelMesh,
+) -> None:
+    if data.seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"seq_length ({data.seq_length}) is more than the model's max_position_embeddings "
+            f"({config.max_position_embeddings}): choose at most that"
+        )
+    tokens = train.per_device_train_batch_size * data.seq_length
+    if sequence_parallel and tokens % mesh.tp.size:
+        raise UserError(
+            f"per_device_train_batch_size ({train.per_device_train_batch_size}) * seq_length ({data.seq_length}) = "
+            f"{tokens} tokens are not a multiple of tensor_parallel_size ({mesh.tp.size}), as --sequence_parallel "
+            f"needs: change seq_length"
+        )
+
+
+def _load_rows(path: str, template: ChatTemplate, data: DataArguments, train: TrainArguments) -> PackedRows:
+    return load_dataset(
+        path, template, data.seq_length, packing=data.packing, on_bad_row=data.on_bad_row, seed=train.seed
+    )
+
+
+def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle: bool = True) -> Loader:
+    return Loader(
+        rows,
+        micro_batch_rows=train.per_device_train_batch_size,
+        num_microbatches=train.gradient_accumulation_steps,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        seed=train.seed,
+        shuffle=shuffle,
+    )

@@ -1,0 +1,184 @@
+"""The steps of a run: train, log, save, evaluate, and leave when a signal asks for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalora.building import Engine
+from megalora.checkpoint.run.folder import remove_export
+from megalora.cluster.preemption import Preemption
+from megalora.cluster.watch import Watch
+from megalora.data import steps_ahead
+from megalora.errors import Preempted
+from megalora.flags import FinetuneArguments
+from megalora.monitor import Monitor, Timers
+from megalora.monitor.meter import Meter
+from megalora.parallel.collectives import on_first, together
+from megalora.parallel.mesh import ParallelMesh
+from megalora.planning.devices import device_of
+from megalora.planning.layouts import Layout, predicted
+from megalora.planning.nodes import Workload
+from megalora.profiling import Profiler, model_words, recorded_steps, write_profile
+from megalora.saving import RunSaver, export
+from megalora.starting import Beginning
+from megalora.training import StepResult
+
+
+@dataclass
+class Session:
+    """A run that is built and opened: `run` does its steps. Every rank has one (collective).
+
+    loss, evaluation_loss, saved  what the last step, the last evaluation and the last save of this start gave
+    """
+
+    arguments: FinetuneArguments
+    beginning: Beginning
+    engine: Engine
+    work: Workload
+    mesh: ParallelMesh
+    monitor: Monitor
+    saver: RunSaver
+    meter: Meter
+    timers: Timers
+    watch: Watch
+    profiler: Profiler
+    preemption: Preemption
+    loss: float | None = None
+    evaluation_loss: float | None = None
+    saved: Path | None = None
+
+    def run(self) -> None:
+        """Do all steps that are left, and export the adapter. Raises UserError and Preempted, on every rank."""
+        begun, train, trainer = self.beginning, self.arguments.train, self.engine.trainer
+        first, total = begun.first_step, begun.total_steps
+        if first:
+            self.meter.go_on(begun.start.checkpoint.trainer)
+        batches = steps_ahead(begun.loader.step, first, total)
+        self._make_missed_evaluation()
+        if first < total:  # an adapter of fewer steps could be mistaken for this run's
+            on_first(lambda: remove_export(train.output_dir), self.mesh.world)
+        steps = train.profile_steps if train.profile else 0
+        profiled = recorded_steps(steps, first, total, self.engine.stage.uses_graphs)
+        for number in range(first, total):
+            self.watch.step(number)
+            with self.profiler.step(number in profiled, self.mesh.world):
+                with self.watch("data"):
+                    batch = next(batches)
+                result = trainer.step(number, batch, alarm=self._alarm())
+            step, leaving = number + 1, result.alarm and number + 1 < total
+            if result.alarm:  # if nothing has failed, a signal asks to leave
+                self._raise_what_failed()
+            self._log(step, result, profiled)
+            if train.save and (leaving or _every(train.save_steps, step) or step == total):
+                self._save(step)
+            if begun.eval_loader is not None and (_every(train.eval_steps, step) or step == total):
+                self._evaluate(step)
+            if leaving:
+                self._leave(step)
+            self._note_saves()
+        self._finish()
+
+    def _alarm(self) -> bool:
+        """Return whether all ranks must look, after this step, at what this one has noticed."""
+        return self.saver.failed or self.monitor.failed or self.preemption.asked
+
+    def _raise_what_failed(self) -> None:
+        """Wait for the save under way. Raises, on every rank, what could not be written. Collective."""
+        self.saver.settle()
+        with together(self.mesh.world):
+            self.monitor.check()
+
+    # ---- after a step
+
+    def _log(self, step: int, result: StepResult, profiled: Sequence[int]) -> None:
+        self.loss = result.loss
+        self.meter.count(result.tokens)
+        if result.skipped:
+            self.monitor.note(f"step {step} skipped: {result.skipped}")
+        if profiled and step - 1 == profiled[-1]:
+            with self.meter.apart(self.timers):
+                self.monitor.note(self._write_profile())
+        if step % self.arguments.train.logging_steps == 0 or step == self.beginning.total_steps:
+            self.monitor.step(self.meter.record(step, result, self.timers))
+        else:
+            self.monitor.progress(step)
+
+    def _save(self, step: int) -> None:
+        with self.watch("checkpoint"):
+            self.saved = self.saver.save(step, self.meter.state() | {"settings": self.beginning.settings})
+
+    def _evaluate(self, step: int) -> None:
+        loader = self.beginning.eval_loader
+        with self.meter.apart(self.timers):
+            loss = self.engine.trainer.evaluate(loader.step(i) for i in range(loader.steps_per_epoch))
+            perplexity = math.exp(loss) if loss < 700 else math.inf
+            self.monitor.evaluation({"step": step, "loss": loss, "perplexity": perplexity})
+        self.evaluation_loss = loss
+
+    def _note_saves(self) -> None:
+        for note in self.saver.notes():
+            self.monitor.note(note)
+
+    def _export(self, checkpoint: Path) -> Path:
+        return export(checkpoint, self.arguments.train.output_dir, self.arguments.model.model_path, self.mesh)
+
+    def _write_profile(self) -> str:
+        """Write the recorded steps beside what they were predicted to take; return a note. Collective."""
+        arguments, begun, stage, mesh = self.arguments, self.beginning, self.engine.stage, self.mesh
+        layout = Layout(
+            mesh.tp.size,
+            mesh.pp.size,
+            mesh.dp.size,
+            arguments.parallel.schedule,
+            arguments.parallel.virtual_pipeline_size,
+            arguments.train.gradient_accumulation_steps,
+            self.work,
+            cuda_graphs=stage.uses_graphs,
+            tp_comm_overlap=stage.place.exchange is not None,
+        )
+        recorded, device = self.profiler.collect(mesh.world), stage.place.device
+        folder = Path(arguments.train.output_dir) / "profile"
+        plan = predicted(begun.config, begun.lora, layout, self.engine.cut.layers, device)
+        model, kind = model_words(begun.config), device_of(device).name
+        return on_first(lambda: write_profile(folder, recorded, plan, model, kind), mesh.world)
+
+    # ---- the ends
+
+    def _make_missed_evaluation(self) -> None:
+        """Evaluate where the earlier start was stopped between a save and its evaluation. Collective."""
+        begun, train = self.beginning, self.arguments.train
+        if not begun.continues or begun.eval_loader is None:
+            return
+        first = begun.first_step
+        last = on_first(lambda: self.monitor.last_evaluation, self.mesh.world)
+        if last < first and (_every(train.eval_steps, first) or first >= begun.total_steps):
+            self._evaluate(first)
+
+    def _leave(self, step: int) -> None:
+        self.saver.settle()
+        if self.saved is not None:
+            self._export(self.saved)
+        kept = "with nothing saved (--save false)"
+        if self.saved is not None:
+            kept = f"saved in {self.saved}: the same command goes on from there"
+        signal = self.preemption.signal_name or "a signal"
+        raise Preempted(f"stopped by {signal} after step {step} of {self.beginning.total_steps}, {kept}")
+
+    def _finish(self) -> None:
+        first, total = self.beginning.first_step, self.beginning.total_steps
+        self._raise_what_failed()
+        self._note_saves()
+        if first >= total:
+            of = f"of {total}" if first == total else f"and {total} steps are asked for"
+            self.monitor.note(f"nothing to do: the run is complete at step {first} {of}")
+            if self.beginning.continues:  # it may have been stopped before the export, and an older one may be there
+                self.saved = Path(self.beginning.start.checkpoint.where)
+        if self.saved is not None:
+            self.monitor.note(f"adapter: {self.saved}, and for peft: {self._export(self.saved)}")
+
+
+def _every(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0

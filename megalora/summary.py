@@ -1,0 +1,130 @@
+"""What a run tells of itself at its start: the table, and notes on what is not as one might expect."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megalora.adapters.config import ResolvedLora
+from megalora.building import Cut, Engine, trained_shapes
+from megalora.data import Loader, PackedRows
+from megalora.flags import FinetuneArguments
+from megalora.models.spec import ModelSpec
+from megalora.monitor import causal_context, lora_flops_per_token
+from megalora.ops import extension
+from megalora.parallel.collectives import gather_objects
+from megalora.parallel.mesh import ParallelMesh
+from megalora.pipeline.schedule import SCHEDULES
+
+
+def start_up_table(
+    arguments: FinetuneArguments,
+    config: ModelSpec,
+    lora: ResolvedLora,
+    engine: Engine,
+    loader: Loader,
+    mesh: ParallelMesh,
+) -> dict[str, dict[str, Any]]:
+    """Return {section: {name: value}} of a run. Collective: memory is that of the fullest rank."""
+    rows = loader.rows
+    return {
+        "model": _model(arguments.model.model_path, config, lora),
+        "layout": _layout(arguments, engine, mesh),
+        "data": {
+            "rows": f"{rows.documents:,} documents in {rows.rows:,} rows of {rows.seq_length} tokens",
+            "tokens": f"{rows.tokens:,}, {rows.labelled_tokens:,} of them labelled",
+            "step": f"{loader.global_batch_rows} rows, {loader.steps_per_epoch} steps an epoch",
+        },
+    }
+
+
+def _model(path: str, config: ModelSpec, lora: ResolvedLora) -> dict[str, str]:
+    shapes = config.tensors
+    frozen = sum(math.prod(shape) for shape in shapes.values())
+    trainable = _lora_parameters(config, lora)
+    trainable += sum(math.prod(shape) for n, shape in trained_shapes(lora, config).items() if n.endswith(".bias"))
+    targets = sorted({name.rsplit(".", 1)[-1] for name in lora.adapters})
+    return {
+        "path": path,
+        "type": f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}",
+        "parameters": f"{frozen:,} frozen, {trainable:,} trained ({100 * trainable / frozen:.3f}%)",
+        "adapters": f"{len(lora.adapters)} linears ({', '.join(targets)}), r {lora.config.r}, "
+        f"alpha {lora.config.lora_alpha:g}, dropout {lora.config.lora_dropout:g}",
+    }
+
+
+def _layout(arguments: FinetuneArguments, engine: Engine, mesh: ParallelMesh) -> dict[str, str]:
+    parallel, microbatches = arguments.parallel, arguments.train.gradient_accumulation_steps
+    stage, cut, place = engine.stage, engine.cut, engine.stage.place
+    stored = sum(p.numel() * p.element_size() for p in stage.parameters())
+    trained = sum(p.numel() * p.element_size() for p in engine.parameters.values())
+    memory = max(gather_objects(stored + 3 * trained, mesh.world))  # gradient and two moments beside the masters
+    recompute = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
+    sequence = ", sequence parallel" if parallel.sequence_parallel else ""
+    sequence += ", TP communication overlapped" if place.exchange is not None else ""
+    waiting = ""
+    if mesh.pp.size > 1:
+        share = SCHEDULES[parallel.schedule].waiting(mesh.pp.size, microbatches, cut.floor, cut.shares)
+        waiting = f", stages wait {share:.0%} of the time"
+    device = torch.device(place.device).type
+    return {
+        "processes": f"{mesh.world_size} = tensor {mesh.tp.size} x pipeline {mesh.pp.size} x data "
+        f"{mesh.dp.size}{sequence}",
+        **{f"stage {number}": _stage(number, cut, mesh.pp.size) for number in range(mesh.pp.size)},
+        "schedule": f"{parallel.schedule}, {microbatches} microbatches{recompute}{waiting}",
+        "device": f"{device}, {str(place.dtype).removeprefix('torch.')}, "
+        f"{'compiled' if extension.has_kernels(device) else 'plain torch'} ops"
+        f"{', CUDA graphs' if stage.uses_graphs else ''}",
+        "memory": f"{memory / 2**30:.2f} GiB of weights and optimizer on the fullest rank",
+    }
+
+
+def _stage(number: int, cut: Cut, stages: int) -> str:
+    parts = " and ".join(f"{part[0]} to {part[-1]}" for part in cut.layers[number::stages])
+    return (
+        f"layers {parts}"
+        + (", embedding" if number == 0 else "")
+        + (", head" if number == stages - 1 else "")
+        + f", {sum(cut.shares[number::stages]):.1%} of the compute"
+        + (", no backward" if number + len(cut.layers) - stages < cut.floor else "")
+    )
+
+
+def not_sequence_parallel(tokens: int, tp: int) -> str:
+    """Return the note on a run over tensor parallelism without sequence parallelism."""
+    why = f"{tokens} tokens of a microbatch are not a multiple of {tp}" if tokens % tp else "as asked"
+    return f"tensor-parallel ranks hold all activations between layers: {why}"
+
+
+def skipped_rows(rows: PackedRows) -> list[str]:
+    """Return a line on each of the first rows that were left out, and one with their number."""
+    return [*rows.skipped[:5], f"{len(rows.skipped)} rows of the data were skipped"] if rows.skipped else []
+
+
+def mean_context(rows: PackedRows) -> float:
+    """Return how many keys a token attends to on average."""
+    documents = []
+    for lengths, tokens in zip(rows.document_lengths, rows.row_tokens, strict=True):
+        documents += lengths if sum(lengths) == tokens else lengths[:-1]  # the last is the padding tail
+    return causal_context(documents)
+
+
+def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> float:
+    """Return what training on a token of these rows costs (see `monitor.flops`)."""
+    frozen = sum(linear.in_features * linear.out_features for linear, _ in config.linears.values())
+    frozen += config.vocab_size * config.hidden_size  # the head, tied or not
+    return lora_flops_per_token(
+        frozen_matmul_parameters=frozen,
+        lora_parameters=_lora_parameters(config, lora),
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        context=mean_context(rows),
+    )
+
+
+def _lora_parameters(config: ModelSpec, lora: ResolvedLora) -> int:
+    linears = ((adapter.r, config.linears[name].linear) for name, adapter in lora.adapters.items())
+    return sum(r * (linear.in_features + linear.out_features) for r, linear in linears)

@@ -1,0 +1,64 @@
+"""Decoding by graphs, with a recorder that does the work again, without a GPU. On a GPU: test_steps.py."""
+
+from __future__ import annotations
+
+import torch
+
+from megalora.generation.graphs import WARM_UP, DecodeGraphs
+
+SPARE, HIDDEN = 9, 3
+
+
+class Again:
+    def __init__(self, work, result):
+        self.work, self.result = work, result
+
+    def replay(self):
+        self.result.copy_(self.work())
+
+
+class WithoutGpu:
+    def __init__(self):
+        self.warm_ups = []
+
+    def record(self, work, *, lasting=False, warm_up=0):
+        assert not lasting, "its results are overwritten by the next step"
+        self.warm_ups.append(warm_up)
+        result = work()
+        return result, Again(work, result)
+
+
+def decode(hidden, ids, slots, places):
+    """Depends on all that it is given, row by row."""
+    rows = torch.stack([ids, slots, places], 1).double()
+    return rows if hidden is None else rows + hidden
+
+
+def with_recorder(like):
+    graphs = DecodeGraphs(decode, SPARE, torch.device("cpu"), like)
+    graphs._recorder = WithoutGpu()
+    return graphs
+
+
+def test_a_step_is_recorded_once_for_each_power_of_two_and_reads_its_tokens_anew():
+    for like in (None, torch.zeros(HIDDEN, dtype=torch.float64)):
+        graphs = with_recorder(like)
+        for count in (1, 3, 4, 2, 3, 5, 1):
+            ids, slots, places = ([base + i for i in range(count)] for base in (10, 0, 50 + count))
+            hidden = None if like is None else torch.rand(count, HIDDEN, dtype=torch.float64)
+            wanted = decode(hidden, *map(torch.tensor, (ids, slots, places)))
+            assert graphs(hidden, ids, slots, places).equal(wanted), count
+        assert graphs._recorder.warm_ups == [WARM_UP] * 4, "for 1, 4, 2 and 8"
+
+
+def test_what_a_step_has_less_goes_to_the_spare_slot():
+    seen = []
+
+    def noted(hidden, ids, slots, places):
+        seen.append(slots.tolist())
+        return decode(hidden, ids, slots, places)
+
+    graphs = with_recorder(None)
+    graphs._decode = noted
+    graphs(None, [1, 2, 3], [0, 1, 2], [7, 7, 7])
+    assert seen == [[SPARE] * 4, [0, 1, 2, SPARE]]
