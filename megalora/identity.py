@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.checkpoint.base.shards import AdapterCheckpoint
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
 from megalora.data import ChatTemplate, PackedRows

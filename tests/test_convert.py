@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megalora import cli
 from megalora.building import load_base_weights, stage_layers
-from megalora.checkpoint.base.shards import BASE_FILE, Layout, save_base_shards
+from megalora.checkpoint.base.shards import save_base_shards
+from megalora.checkpoint.layout import BASE_FILE, Layout
 from megalora.models.config import read_config
 from megalora.models.stage import Stage, expected_weights
 from megalora.parallel.linear import Placement

@@ -15,7 +15,9 @@ from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
 
 from megalora.building import build_stage, load_base_weights, resolve_lora
-from megalora.checkpoint.base.shards import Layout, read_adapter, save_base_shards
+from megalora.checkpoint.adapter.shards import read_adapter
+from megalora.checkpoint.base.shards import save_base_shards
+from megalora.checkpoint.layout import Layout
 from megalora.lora import LoraConfig
 from megalora.models.config import read_config
 from megalora.parallel.linear import Placement

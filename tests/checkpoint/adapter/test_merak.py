@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.base.shards import Layout, save_adapter
+from megalora.checkpoint.adapter.shards import save_adapter
+from megalora.checkpoint.layout import Layout
 from megalora.errors import UserError
 from megalora.lora import LoraConfig
 from megalora.parallel.split import Split
