@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from megalora.checkpoint.base.shards import Layout, save_adapter
+from megalora.checkpoint.adapter.shards import save_adapter
+from megalora.checkpoint.layout import Layout
 from megalora.checkpoint.run.background import BackgroundSaves, HostCopy
 from megalora.checkpoint.run.state import CheckpointWriter
 from megalora.optimizer import MOMENTS

@@ -21,11 +21,12 @@ from megalora.building import base_names, check_adapter, resolve_lora, stage_lay
 from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint, save_adapter
 from megalora.checkpoint.base.gguf import read_gguf, write_hf
 from megalora.checkpoint.base.hf import is_hf
-from megalora.checkpoint.base.shards import AdapterCheckpoint, Layout, has_shards, save_adapter
 from megalora.checkpoint.base.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
 from megalora.checkpoint.base.weights import BaseWeights, open_base
+from megalora.checkpoint.layout import Layout, has_shards
 from megalora.checkpoint.target import TargetFolder, companions
 from megalora.data import load_tokenizer
 from megalora.errors import UserError

@@ -52,7 +52,7 @@ class FinetuneResult:
     steps            done in all, those of earlier starts included
     loss             of the last step of this start; None where nothing was left to do
     evaluation_loss  of the last evaluation of this start; None where none was made
-    checkpoint       the folder of the newest checkpoint of this start; None with --save false
+    checkpoint       the folder of the last checkpoint; None where the run saved none (--save false)
     adapter          the PEFT folder; None where there is no checkpoint
     metrics          metrics.jsonl
     """

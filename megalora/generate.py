@@ -12,12 +12,14 @@ from __future__ import annotations
 import datetime
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_dtype, resolve_lora
 from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.base.shards import AdapterCheckpoint
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate, load_tokenizer
@@ -34,7 +36,7 @@ from megalora.generation.text import Ear, Reader
 from megalora.identity import base_identity, check_base
 from megalora.models.config import check_layout, read_config
 from megalora.models.spec import ModelSpec
-from megalora.models.stage import NO_LORA
+from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
@@ -45,101 +47,151 @@ PATIENCE = datetime.timedelta(days=30)
 
 
 def generate(arguments: GenerateArguments) -> None:
-    """Runs `arguments` on this process of the mesh. Raises UserError, on every rank, for what the user can mend."""
-    model, parallel, options = arguments.model, arguments.parallel, arguments.generation
+    """Run `arguments` on this process of the mesh. Raises UserError, on every rank, for what the user can fix."""
+    parallel, options = arguments.parallel, arguments.generation
     device, remark = choose_device()
     watch = Watch(heartbeat_timeout=parallel.heartbeat_timeout)
     with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, watch, PATIENCE) as mesh:
-        world = mesh.world
-
-        # What is asked: the questions of the command line or of a file, or a dialogue (None).
-        questions = template = reader = output = asked = None
-        # Who replies: the adapted model (True) or the base, or both, one after another.
-        repliers, streamed = _repliers(arguments), _is_streamed(options)
-        with together(world):
-            config = read_config(model.model_path)
-            check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
-            context = _context(config, options)
-            if world.is_first or (options.stop and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
-                template = ChatTemplate(load_tokenizer(model.model_path), options.template)
-                reader = Reader(template.tokenizer, options.stop or ())
-            if world.is_first:
-                stop = stop_token_ids(model.model_path, template)
-                stop = (*stop, *unseen_stops(template.tokenizer, options.stop or ()))
-                questions = _questions(options)
-                token_ids = questions and [encode(template, question, context) for question in questions]
-                output = None if questions is None else _output(questions, options, repliers, streamed)
-                asked = (token_ids, stop)
-        token_ids, stop = broadcast_object(asked, world)
-
-        # Who answers: the model's shape, its adapter, this rank's part of both.
-        adapter = _adapter(arguments, config, template, mesh)
+        asked = _asked(arguments, mesh)
+        adapter = _adapter(arguments, asked.config, asked.template, mesh)
         later = _Later()
-        with together(world):
-            lora = NO_LORA if adapter is None else _resolved(adapter, config)
-            dtype = resolve_dtype(model.dtype, device)
-            place = Placement(mesh.tp, sequence_parallel=False, dtype=dtype, device=device)
-            stage, _ = build_stage(
-                config,
-                mesh,
-                lora,
-                place,
-                partition_method=parallel.partition_method,
-                custom_partition=parallel.custom_partition,
-                uneven_heads=parallel.uneven_heads,
-            )
-        with together(world):
-            load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
-            stage.keep_base()
-            if adapter is not None:
-                load_adapter(stage, adapter.tensors, adapter.where)
+        stage = _stage(arguments, asked.config, adapter, mesh, device)
+        with together(mesh.world):
             keep_logits = later.of(LogitsFolder(options.logits_dir).save) if options.return_logits else None
         replica = Replica(
             stage,
             mesh.pp,
             mesh.tp,
-            context,
+            asked.context,
             _sampling(options),
-            stop,
-            listened_to=streamed or options.stop is not None,
+            asked.stop,
+            listened_to=_is_streamed(options) or options.stop is not None,
             keep_logits=keep_logits,
         )
-        if world.is_first:
-            _say_notes(remark, adapter, token_ids, mesh)
+        if mesh.world.is_first:
+            _say_notes(remark, adapter, asked.token_ids, mesh)
 
         def shared_out(prompts: Sequence[Prompt], adapted: bool, listener: Listener | None) -> list[Reply]:
             replica.switch_adapter(adapted)
             return _shared_out(prompts, replica, mesh, options.max_new_tokens, listener, later)
 
-        # The replies.
-        if token_ids is None:
-            chat = ear = None
-            if world.is_first:
-                voice = Voice(sys.stdout, options.show_thinking)
-                chat = Chat(template, reader, voice, options.system, context, sys.stdin.fileno(), repliers)
-            if reader is not None:
-                ear = Ear(reader, show=chat and chat.show, interrupted=chat and chat.interrupted)
-            dialogue(world, chat, lambda prompt, adapted: shared_out([prompt], adapted, ear)[0])
-            return
-        prompts = [Prompt(number, ids) for number, ids in enumerate(token_ids)]
-        for first in range(0, len(prompts), ROUND * mesh.dp.size):
-            part = prompts[first : first + ROUND * mesh.dp.size]
-            for adapted in repliers:
-                ear = None
-                if output is not None:
-                    keep = later.of(output.keep(NAMES[adapted], reader))
-                    ear = Ear(reader, show=output.show if streamed else None, finished=keep)
-                elif reader is not None:
-                    ear = Ear(reader)
-                replies = shared_out(part, adapted, ear)
-                if output is not None:
-                    for prompt, reply in zip(part, replies, strict=True):
-                        keep(prompt, reply)
-                with together(world):
-                    later.check()
-        with together(world):
+        if asked.token_ids is None:
+            _talk(arguments, asked, mesh, shared_out)
+        else:
+            _reply(arguments, asked, mesh, shared_out, later)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked. token_ids: of each prompt; None: a dialogue. stop: token ids that end a reply.
+
+    template, reader, output  where this rank reads replies: rank 0, and with --stop the first rank of each replica
+    """
+
+    config: ModelSpec
+    context: int
+    template: ChatTemplate | None
+    reader: Reader | None
+    output: Output | None
+    token_ids: list[list[int]] | None
+    stop: tuple[int, ...]
+
+
+SharedOut = Callable[[Sequence[Prompt], bool, Listener | None], list[Reply]]
+
+
+def _asked(arguments: GenerateArguments, mesh: ParallelMesh) -> _Asked:
+    """Read the questions and their template; every rank gets the token ids. Collective."""
+    model, options, world = arguments.model, arguments.generation, mesh.world
+    template = reader = output = asked = None
+    with together(world):
+        config = read_config(model.model_path)
+        check_layout(config, mesh.tp.size, mesh.pp.size, arguments.parallel.uneven_heads)
+        context = _context(config, options)
+        if world.is_first or (options.stop and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
+            template = ChatTemplate(load_tokenizer(model.model_path), options.template)
+            reader = Reader(template.tokenizer, options.stop or ())
+        if world.is_first:
+            stop = stop_token_ids(model.model_path, template)
+            stop = (*stop, *unseen_stops(template.tokenizer, options.stop or ()))
+            questions = _questions(options)
+            token_ids = questions and [encode(template, question, context) for question in questions]
+            streamed = _is_streamed(options)
+            output = None if questions is None else _output(questions, options, _repliers(arguments), streamed)
+            asked = (token_ids, stop)
+    token_ids, stop = broadcast_object(asked, world)
+    return _Asked(config, context, template, reader, output, token_ids, stop)
+
+
+def _stage(
+    arguments: GenerateArguments,
+    config: ModelSpec,
+    adapter: AdapterCheckpoint | None,
+    mesh: ParallelMesh,
+    device: torch.device,
+) -> Stage:
+    """Build this rank's part of the model, with base and adapter in it. Collective."""
+    model, parallel = arguments.model, arguments.parallel
+    with together(mesh.world):
+        lora = NO_LORA if adapter is None else _resolved(adapter, config)
+        dtype = resolve_dtype(model.dtype, device)
+        place = Placement(mesh.tp, sequence_parallel=False, dtype=dtype, device=device)
+        stage, _ = build_stage(
+            config,
+            mesh,
+            lora,
+            place,
+            partition_method=parallel.partition_method,
+            custom_partition=parallel.custom_partition,
+            uneven_heads=parallel.uneven_heads,
+        )
+    with together(mesh.world):
+        load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
+        stage.keep_base()
+        if adapter is not None:
+            load_adapter(stage, adapter.tensors, adapter.where)
+    return stage
+
+
+# ---- the replies ----
+
+
+def _talk(arguments: GenerateArguments, asked: _Asked, mesh: ParallelMesh, shared_out: SharedOut) -> None:
+    """Reply to what is typed, until the input ends."""
+    options, chat, ear = arguments.generation, None, None
+    if mesh.world.is_first:
+        voice = Voice(sys.stdout, options.show_thinking)
+        repliers, stdin = _repliers(arguments), sys.stdin.fileno()
+        chat = Chat(asked.template, asked.reader, voice, options.system, asked.context, stdin, repliers)
+    if asked.reader is not None:
+        ear = Ear(asked.reader, show=chat and chat.show, interrupted=chat and chat.interrupted)
+    dialogue(mesh.world, chat, lambda prompt, adapted: shared_out([prompt], adapted, ear)[0])
+
+
+def _reply(
+    arguments: GenerateArguments, asked: _Asked, mesh: ParallelMesh, shared_out: SharedOut, later: _Later
+) -> None:
+    """Reply to all prompts, a round at a time, by each of the repliers."""
+    output, reader, streamed = asked.output, asked.reader, _is_streamed(arguments.generation)
+    prompts = [Prompt(number, ids) for number, ids in enumerate(asked.token_ids)]
+    for first in range(0, len(prompts), ROUND * mesh.dp.size):
+        part = prompts[first : first + ROUND * mesh.dp.size]
+        for adapted in _repliers(arguments):
+            ear = None
             if output is not None:
-                output.finish()
+                keep = later.of(output.keep(NAMES[adapted], reader))
+                ear = Ear(reader, show=output.show if streamed else None, finished=keep)
+            elif reader is not None:
+                ear = Ear(reader)
+            replies = shared_out(part, adapted, ear)
+            if output is not None:
+                for prompt, reply in zip(part, replies, strict=True):
+                    keep(prompt, reply)
+            with together(mesh.world):
+                later.check()
+    with together(mesh.world):
+        if output is not None:
+            output.finish()
 
 
 def _shared_out(

@@ -8,7 +8,7 @@ from typing import Any
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import base_names
-from megalora.checkpoint.base.shards import AdapterCheckpoint
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
 from megalora.data import ChatTemplate, PackedRows

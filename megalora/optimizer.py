@@ -128,8 +128,7 @@ class LossScale:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`, where both runs are in float16: another dtype's has no scale."""
         value, good_steps = state["loss_scale"], int(state["good_steps"])
-        of_other_dtype = value is None or (value == 1.0 and good_steps == 0)  # the latter as older versions wrote it
-        if self.enabled and not of_other_dtype:
+        if self.enabled and value is not None:
             self.value, self.good_steps = float(value), good_steps
 
     def update(self, overflowed: bool) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from megalora.checkpoint.adapter.peft import write_peft
-from megalora.checkpoint.base.shards import AdapterCheckpoint, Layout, read_adapter, save_adapter
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter, save_adapter
+from megalora.checkpoint.layout import Layout
 from megalora.checkpoint.run.background import BackgroundSaves, HostCopy, SaveReport, WriteShard
 from megalora.checkpoint.run.folder import export_folder
 from megalora.checkpoint.run.state import CheckpointWriter

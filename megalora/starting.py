@@ -10,7 +10,7 @@ import torch
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import check_vocabulary, resolve_dtype, resolve_lora, trained_shapes
 from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.base.shards import AdapterCheckpoint, read_adapter
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.run.folder import announce_removal, cancel_removal, check_own, in_run, removal_is_pending
 from megalora.checkpoint.run.state import identity_difference, newest_sound
 from megalora.cluster.launch import restarts

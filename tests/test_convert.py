@@ -15,7 +15,8 @@ from told import user_error
 
 from megalora import cli
 from megalora.building import load_base_weights, stage_layers
-from megalora.checkpoint.base.shards import BASE_FILE, Layout, save_base_shards
+from megalora.checkpoint.base.shards import save_base_shards
+from megalora.checkpoint.layout import BASE_FILE, Layout
 from megalora.models.config import read_config
 from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis

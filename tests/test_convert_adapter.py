@@ -17,8 +17,9 @@ from test_convert import done, make, refused, sums
 from megalora.adapters.config import LoraConfig
 from megalora.building import load_adapter, load_base_weights, resolve_lora
 from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.adapter.shards import save_adapter
 from megalora.checkpoint.base.hf import HfWeights
-from megalora.checkpoint.base.shards import Layout, save_adapter
+from megalora.checkpoint.layout import Layout
 from megalora.models.config import read_config
 from megalora.models.inputs import Inputs, rope_tables
 from megalora.models.stage import Stage

@@ -4,17 +4,21 @@ import contextlib
 import hashlib
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import tiny
 import torch
+from megalora.arguments import parse_finetune
 from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
 from told import user_error
 
-from megalora.checkpoint.base.shards import read_adapter
+from megalora import finetune
+from megalora.checkpoint.adapter.shards import read_adapter
 from megalora.monitor.timers import PHASES
 from megalora.optimizer import LossScale
 from megalora.parallel.grads import FlatGradients
@@ -416,3 +420,70 @@ def test_loss_scale():
     assert [scale.update(True) for _ in range(3)] == [True, True, False] and scale.value == 1.0
     off = LossScale(False)
     assert (off.value, off.update(True), off.value) == (1.0, False, 1.0)
+
+
+# ---- for callers of finetune()
+
+
+def result_of(command: list[str]) -> finetune.FinetuneResult:
+    with mock.patch.object(finetune, "choose_device", lambda: (torch.device("cpu"), None)):
+        return finetune.finetune(parse_finetune(command))
+
+
+def test_what_finetune_returns(inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = inputs.flags(run, eval_data_path=inputs.data, max_steps=3)
+    first, again = result_of(command), result_of(command)
+    checkpoint = run / "checkpoints/iter_0000003"
+    assert first == finetune.FinetuneResult(
+        output_dir=run,
+        steps=3,
+        loss=column(run, "loss")[-1],
+        evaluation_loss=metrics(run, "eval_metrics.jsonl")[-1]["loss"],
+        checkpoint=checkpoint,
+        adapter=run / "peft",
+        metrics=run / "metrics.jsonl",
+    )
+    assert again == replace(first, loss=None, evaluation_loss=None), "nothing was left to do"
+    unsaved = result_of(inputs.flags(tmp_path / "other", max_steps=1, save=False))
+    assert (unsaved.steps, unsaved.evaluation_loss, unsaved.checkpoint, unsaved.adapter) == (1, None, None, None)
+
+
+# ---- output_dirs that are not the run's own
+
+
+def test_nothing_of_other_programs_is_written_over(inputs, tmp_path):
+    """In a folder that has one of a run's names already, or leads elsewhere by a link."""
+    theirs = tmp_path / "theirs"
+    (theirs / "runs").mkdir(parents=True)
+    for name in ("metrics.jsonl", "runs/events.out.tfevents.1.host"):
+        (theirs / name).write_text("theirs")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "runs").symlink_to(theirs / "runs")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / ".lock").symlink_to(theirs / "metrics.jsonl")
+    commands = [
+        inputs.flags(folder, max_steps=1, overwrite_output_dir=overwrite)
+        for folder in (theirs, linked, locked)
+        for overwrite in (False, True)
+    ]
+    for command, done in zip(commands, tiny.run(0, 1, commands), strict=True):
+        (line,) = done.err.splitlines()
+        assert done.status == 2 and done.out == "", done
+        assert "of another program" in line or "is a symbolic link" in line, (command, line)
+    files = {path.relative_to(theirs).as_posix(): path.read_text() for path in theirs.rglob("*") if path.is_file()}
+    assert files == {"metrics.jsonl": "theirs", "runs/events.out.tfevents.1.host": "theirs"}
+    assert len([*linked.iterdir(), *locked.iterdir()]) == 2
+
+
+def test_a_damaged_line_of_metrics_does_not_stop_a_resume(inputs, tmp_path):
+    run, command = tmp_path / "run", inputs.flags(tmp_path / "run", max_steps=4, save_steps=2, logging_steps=1)
+    tune(1, command)
+    shutil.rmtree(run / "checkpoints/iter_0000004")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([lines[0], '{"step": 1e999}\n', "[" * 200_000 + "\n", *lines[1:]]))
+    (done,) = tune(1, command)
+    assert f"{run / 'metrics.jsonl'}: damaged lines are left out: 2, 3" in done.out.replace("\n", "")
+    assert column(run, "step") == [1, 2, 3, 4]

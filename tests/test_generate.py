@@ -15,7 +15,8 @@ from talking import END, NEW, PROMPT_TOKENS, QUESTIONS, Case, flags, make, rows,
 from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_lora
 from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.base.shards import Layout, save_adapter
+from megalora.checkpoint.adapter.shards import save_adapter
+from megalora.checkpoint.layout import Layout
 from megalora.generation import dialogue, output, replica
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps

@@ -233,11 +233,9 @@ def test_a_scale_is_taken_over_from_float16_alone():
     after = LossScale(True)
     after.load_state(before.state())
     assert (after.value, after.good_steps) == (2.0**15, 1)
-    as_older_versions_wrote_it = {"loss_scale": 1.0, "good_steps": 0}
-    for other in (LossScale(False).state(), as_older_versions_wrote_it):
-        after = LossScale(True)
-        after.load_state(other)
-        assert after.value == 2.0**16
+    after = LossScale(True)
+    after.load_state(LossScale(False).state())
+    assert after.value == 2.0**16
     after = LossScale(False)
     after.load_state(before.state())
     assert after.value == 1.0

@@ -16,7 +16,9 @@ from tiny import column, exported, largest_difference, metrics, tune
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, load_base_weights, resolve_lora
-from megalora.checkpoint.base.shards import Layout, read_adapter, save_base_shards
+from megalora.checkpoint.adapter.shards import read_adapter
+from megalora.checkpoint.base.shards import save_base_shards
+from megalora.checkpoint.layout import Layout
 from megalora.models.config import read_config
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement

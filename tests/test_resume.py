@@ -17,7 +17,7 @@ from tiny import column, exported, largest_difference, metrics, tune
 from told import user_error
 
 from megalora import cli
-from megalora.checkpoint.base.shards import read_adapter
+from megalora.checkpoint.adapter.shards import read_adapter
 from megalora.cluster.lock import LOCK
 from megalora.saving import RunSaver
 from megalora.training import Trainer

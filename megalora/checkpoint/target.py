@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megalora.checkpoint.adapter import peft
 from megalora.checkpoint.base.hf import INDEX, check_stays, is_hf
-from megalora.checkpoint.base.shards import has_shards
+from megalora.checkpoint.layout import has_shards
 from megalora.errors import UserError
 from megalora.files import atomic_folder
 

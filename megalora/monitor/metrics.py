@@ -97,7 +97,7 @@ def _truncate(path: Path, last_step: int) -> tuple[int, str | None]:
     if damaged and not damaged[-1][1].endswith(b"\n"):
         damaged.pop()
     numbers = ", ".join(str(number) for number, _ in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
-    return steps[-1], f"{path}: line {numbers} was damaged and is left out" if damaged else None
+    return steps[-1], f"{path}: damaged lines are left out: {numbers}" if damaged else None
 
 
 def _step_of(line: bytes) -> int | None:

@@ -15,7 +15,6 @@ RECV_BACKWARD = "recv_backward"
 COMPUTE = frozenset((FORWARD, RECOMPUTE, BACKWARD))
 SENDS = frozenset((SEND_FORWARD, SEND_BACKWARD))
 RECEIVES = frozenset((RECV_FORWARD, RECV_BACKWARD))
-COMMUNICATION = SENDS | RECEIVES
 
 _OTHER_END = {  # and how far the other end is up the model
     SEND_FORWARD: (RECV_FORWARD, 1),

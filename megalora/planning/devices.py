@@ -56,11 +56,6 @@ class Device:
         """The same device whose tensor-parallel neighbours are in other nodes."""
         return replace(self, link=self.network, collective=self.network, overlaps=False)
 
-    def without_links(self) -> Device:
-        """The same device with messages that take no time."""
-        never = float("inf")
-        return replace(self, link=never, network=never, collective=never, latency=0.0, meeting=0.0, overlaps=False)
-
     def scaled(self, factor: float) -> Device:
         """The same device with all compute `factor` times as slow."""
         return replace(

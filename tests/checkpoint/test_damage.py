@@ -11,17 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.base.shards import (
-    ADAPTER_FILE,
-    BASE_FILE,
-    CONFIG_FILE,
-    LAYOUT_FILE,
-    BaseShards,
-    Layout,
-    read_adapter,
-    save_adapter,
-    save_base_shards,
-)
+from megalora.checkpoint.adapter.shards import CONFIG_FILE, read_adapter, save_adapter
+from megalora.checkpoint.base.shards import LAYOUT_FILE, BaseShards, save_base_shards
+from megalora.checkpoint.layout import ADAPTER_FILE, BASE_FILE, Layout
 from megalora.checkpoint.manifest import MANIFEST
 from megalora.checkpoint.run.folder import TRACKER
 from megalora.checkpoint.run.state import CheckpointWriter, newest_sound, verified

@@ -17,14 +17,9 @@ from typing import Any
 
 import torch
 
-from megalora.checkpoint.base.shards import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    AdapterCheckpoint,
-    has_shards,
-    shard_files,
-)
+from megalora.checkpoint.adapter.shards import CONFIG_FILE, AdapterCheckpoint
 from megalora.checkpoint.disk import unpickled
+from megalora.checkpoint.layout import ADAPTER_FILE, has_shards, shard_files
 from megalora.checkpoint.manifest import MANIFEST
 from megalora.checkpoint.run.folder import TRACKER
 from megalora.errors import UserError

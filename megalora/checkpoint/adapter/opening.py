@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megalora.checkpoint.adapter import peft
 from megalora.checkpoint.adapter.merak import read_reference, reference_folder
-from megalora.checkpoint.base.shards import AdapterCheckpoint, has_shards, read_adapter
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
+from megalora.checkpoint.layout import has_shards
 from megalora.checkpoint.manifest import MANIFEST
 from megalora.checkpoint.run.state import is_iteration, newest_sound, verified
 from megalora.errors import UserError

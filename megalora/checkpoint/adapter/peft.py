@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from megalora.adapters.config import LoraConfig
-from megalora.checkpoint.base.shards import AdapterCheckpoint
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.disk import unpickled
 from megalora.checkpoint.manifest import MANIFEST, entry_of, verify, write_manifest
 from megalora.errors import UserError

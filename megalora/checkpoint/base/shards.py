@@ -1,111 +1,42 @@
-"""Shards: a folder `mp_rank_XX_pp_rank_YYY` for each tp rank XX and pp rank YYY, readable at any layout.
-
-    mp_rank_00_pp_rank_000/partial_model_optim.pt        base: {HF name: this rank's part}
-    mp_rank_00_pp_rank_000/layout.json                   base: where the parts lie
-    mp_rank_00_pp_rank_000/lora_config.json              adapters: the fields of PEFT's adapter_config.json
-    mp_rank_00_pp_rank_000/lora_partial_model_optim.pt   adapters: see `save_adapter`
-
-Parts may overlap: a KV head that several tp ranks read is on each of them. Base shards without layout.json
-are read where the shapes leave no doubt.
-"""
+"""Base weights in shards: where each part lies, and slices of the whole tensors, whichever layout wrote them."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from megalora.checkpoint.disk import save_tensors, unpickled
+from megalora.checkpoint.disk import unpickled
+from megalora.checkpoint.layout import (
+    BASE_FILE,
+    COPY_ALL,
+    FORMAT,
+    Layout,
+    chain,
+    check_place,
+    compact,
+    layout_from,
+    shard_files,
+    split_from,
+    split_to,
+)
 from megalora.errors import UserError
 from megalora.files import read_json, write_file
 from megalora.parallel.split import Split
 
-BASE_FILE = "partial_model_optim.pt"
-ADAPTER_FILE = "lora_partial_model_optim.pt"
-CONFIG_FILE = "lora_config.json"
 LAYOUT_FILE = "layout.json"
-FORMAT = 1
+LAYOUT_BYTES = 64 << 20  # of layout.json, which lists every tensor
 MAPPED_BYTES = 64 << 20
-T = TypeVar("T")
-_MOST_RANKS = 1 << 16
-_COPY_ALL = "copy all shards of one checkpoint"
-_FOLDER = re.compile(r"mp_rank_(\d{2,})_pp_rank_(\d{3,})")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The place of one shard: its tp and pp rank among `tp` x `pp`."""
-
-    tp: int = 1
-    pp: int = 1
-    tp_rank: int = 0
-    pp_rank: int = 0
-
-    @property
-    def folder(self) -> str:
-        return f"mp_rank_{self.tp_rank:02d}_pp_rank_{self.pp_rank:03d}"
-
-
-@dataclass(frozen=True)
-class AdapterCheckpoint:
-    """An adapter as a whole, whatever layout or library wrote it.
-
-    lora_config  fields of PEFT's adapter_config.json (for LoraConfig.from_dict)
-    tensors      whole, on the CPU, by parameter name: lora_A [r, in], lora_B [out, r], trained biases [out]
-    optimizer    by parameter name its moments, whole, by name ("exp_avg", "exp_avg_sq"); None: not saved
-    trainer      the plain values that the run saved beside (step, ...); None: not saved
-    where        the folder it was read from, for messages
-    notes        one line for each damaged checkpoint that was passed over to find this one
-    """
-
-    lora_config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-    optimizer: dict[str, dict[str, torch.Tensor]] | None = None
-    trainer: dict[str, Any] | None = None
-    where: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def has_shards(folder: Path) -> bool:
-    """Whether the folder holds any folder named as a shard."""
-    return folder.is_dir() and any(_FOLDER.fullmatch(child.name) for child in folder.iterdir())
-
-
-def shard_files(folder: Path, name: str) -> dict[tuple[int, int], Path]:
-    """The file `name` of every shard by (tp rank, pp rank); all ranks up to the highest must be there.
-
-    Raises UserError that names the folder or file that is missing.
-    """
-    if not has_shards(folder):
-        raise UserError(f"{folder}: holds no mp_rank_XX_pp_rank_YYY: name the folder of the shards")
-    found = [match for child in folder.iterdir() if (match := _FOLDER.fullmatch(child.name))]
-    places = [(int(match[1]), int(match[2])) for match in found]
-    tp, pp = (1 + max(ranks) for ranks in zip(*places, strict=True))
-    files = {}
-    for pp_rank in range(pp):
-        for tp_rank in range(tp):
-            shard = Layout(tp, pp, tp_rank, pp_rank).folder
-            if not (folder / shard / name).is_file():
-                what = f"{shard}/{name}" if (folder / shard).is_dir() else shard
-                raise UserError(f"{folder}: {what} is missing of {tp} x {pp} shards: copy all of them")
-            files[tp_rank, pp_rank] = folder / shard / name
-    return files
-
-
-# ---- base ----
 
 
 def save_base_shards(folder: str | Path, module: nn.Module, splits: Mapping[str, Split], layout: Layout) -> Path:
     """Writes the base parameters of this rank's stage; returns the shard's folder. Raises UserError."""
     shard = Path(folder) / layout.folder
-    state = {n: _compact(p) for n, p in module.named_parameters() if "lora_" not in n}
+    state = {n: compact(p) for n, p in module.named_parameters() if "lora_" not in n}
     try:
         shard.mkdir(parents=True, exist_ok=True)
         write_file(shard / LAYOUT_FILE, layout_json(layout, {n: splits[n] for n in state}))
@@ -117,7 +48,7 @@ def save_base_shards(folder: str | Path, module: nn.Module, splits: Mapping[str,
 
 def layout_json(layout: Layout, splits: Mapping[str, Split]) -> bytes:
     """The contents of layout.json beside the base shard of that layout, which holds these parts."""
-    places = {name: _split_to(split) for name, split in splits.items()}
+    places = {name: split_to(split) for name, split in splits.items()}
     return json.dumps({"format": FORMAT, "layout": vars(layout), "splits": places}).encode()
 
 
@@ -153,7 +84,7 @@ class BaseShards:
         written = {file: _read_layout(file.with_name(LAYOUT_FILE)) for file in files.values() if _has_layout(file)}
         for (tp_rank, pp_rank), file in files.items():
             if file in written:
-                _check_place(written[file][0], tp_rank, pp_rank, files, self.folder)
+                check_place(written[file][0], tp_rank, pp_rank, files, self.folder)
         tp = 1 + max(tp_rank for tp_rank, _ in files)
         for name, shapes in parts.items():
             if all(file in written for file in shapes):
@@ -212,26 +143,25 @@ class BaseShards:
         first = next(iter(splits.values()))
         for file, split in splits.items():
             if split is None or split.local_shape != parts[file]:
-                raise UserError(f"{file}: {name} {list(parts[file])} is not as {LAYOUT_FILE} says: {_COPY_ALL}")
+                raise UserError(f"{file}: {name} {list(parts[file])} is not as {LAYOUT_FILE} says: {COPY_ALL}")
             if (split.global_shape, split.dim) != (first.global_shape, first.dim):
-                raise UserError(f"{file}: {name} {list(parts[file])} does not fit the other shards: {_COPY_ALL}")
+                raise UserError(f"{file}: {name} {list(parts[file])} does not fit the other shards: {COPY_ALL}")
         shape, dim = first.global_shape, first.dim
         self.shapes[name] = shape
         if dim is None:
-            whole = tuple(slice(0, n) for n in shape)
-            self._pieces[name] = [_Piece(next(iter(splits)), whole, (0,) * len(shape))]
+            self._pieces[name] = [_Piece(next(iter(splits)), tuple(slice(0, n) for n in shape), (0,) * len(shape))]
             return
         runs = [(start, stop, (file, start - at)) for file, s in splits.items() for start, stop, at in s.runs]
-        chain, end = _chain(runs)
+        covered, end = chain(runs)
         if end != shape[dim]:
-            raise UserError(f"{self.folder}: no shard holds {name} from entry {end} of {shape[dim]}: {_COPY_ALL}")
+            raise UserError(f"{self.folder}: no shard holds {name} from entry {end} of {shape[dim]}: {COPY_ALL}")
         self._pieces[name] = [
             _Piece(
                 file,
                 tuple(slice(start, stop) if d == dim else slice(0, n) for d, n in enumerate(shape)),
                 tuple(origin if d == dim else 0 for d in range(len(shape))),
             )
-            for start, stop, (file, origin) in chain
+            for start, stop, (file, origin) in covered
         ]
 
     def _inferred(
@@ -269,12 +199,6 @@ def _copies(lengths: list[int], size: int) -> int | None:
     return sum(lengths) // size if alike else None
 
 
-def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU with a storage of its own: torch.save writes the whole storage of a view."""
-    tensor = tensor.detach().cpu()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
 def _has_layout(file: Path) -> bool:
     return file.with_name(LAYOUT_FILE).exists()
 
@@ -282,210 +206,11 @@ def _has_layout(file: Path) -> bool:
 def _read_layout(file: Path) -> tuple[Layout, dict[str, Split]]:
     """What `save_base_shards` wrote beside a shard."""
     try:
-        data = read_json(file)
+        data = read_json(file, COPY_ALL, most=LAYOUT_BYTES)
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r}, but this version reads {FORMAT}")
-        return _layout_from(data["layout"]), {name: _split_from(v) for name, v in data["splits"].items()}
+        return layout_from(data["layout"]), {name: split_from(v) for name, v in data["splits"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: does not say where the parts lie ({error!r}): {_COPY_ALL}") from None
-
-
-def _chain(ranges: Iterable[tuple[int, int, T]]) -> tuple[list[tuple[int, int, T]], int]:
-    """Of ranges [start, stop) with values, those that cover 0 to an end, without overlap; and the end."""
-    chain, end = [], 0
-    for start, stop, value in sorted(ranges, key=lambda r: r[:2]):
-        if start <= end < stop:
-            chain.append((end, stop, value))
-            end = stop
-    return chain, end
-
-
-def _split_to(split: Split) -> dict[str, Any]:
-    """The plain values that `_split_from` reads."""
-    place = {"global_shape": list(split.global_shape), "dim": split.dim}
-    if len(split.runs) > 1:
-        return place | {"pieces": [list(piece) for piece in split.pieces]}
-    start, stop, _ = split.runs[0] if split.runs else (0, 0, 0)
-    return place | {"start": start, "stop": stop}
-
-
-def _of(value: Any, kind: type | tuple[type, ...]) -> Any:
-    """The value, if of that type. Raises TypeError."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r:.40} is a {type(value).__name__}")
-    return value
-
-
-def _split_from(value: Any) -> Split:
-    shape, dim = tuple(_of(n, int) for n in _of(value["global_shape"], list)), value["dim"]
-    if dim is None:
-        return Split(shape)
-    if not 0 <= _of(dim, int) < len(shape):
-        raise ValueError(f"dimension {dim} of {shape}")
-    if "pieces" in value:
-        pieces = tuple(tuple(_of(n, int) for n in _of(piece, list)) for piece in _of(value["pieces"], list))
-    else:
-        start, stop = _of(value["start"], int), _of(value["stop"], int)
-        pieces = ((start, 1, stop - start, 0),)
-    for piece in pieces:
-        start, count, block, stride = piece
-        ends = (start, start + max(0, count - 1) * stride + block)
-        if min(*piece, count * block) < 0 or max(ends) > shape[dim] or count > shape[dim]:
-            raise ValueError(f"pieces {piece} along {dim} of {shape}")
-    return Split(shape, dim, pieces)
-
-
-def _layout_from(value: Any) -> Layout:
-    layout = Layout(**{key: _of(number, int) for key, number in value.items()})
-    if not (0 <= layout.tp_rank < layout.tp <= _MOST_RANKS and 0 <= layout.pp_rank < layout.pp <= _MOST_RANKS):
-        raise ValueError(f"{layout}")
-    return layout
-
-
-# ---- adapters ----
-
-
-def save_adapter(
-    folder: str | Path,
-    tensors: Mapping[str, torch.Tensor],
-    splits: Mapping[str, Split],
-    layout: Layout,
-    lora_config: Mapping[str, Any],
-    optimizer: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
-    trainer: Mapping[str, Any] | None = None,
-) -> Path:
-    """Writes this rank's part of an adapter and fsyncs it; returns the shard's folder. Raises OSError.
-
-    tensors    local part of each trained parameter, by name; `splits` says where it lies
-    optimizer  by the same names, moments of the same local shapes; None on all ranks or on none
-    trainer    plain values (numbers, strings, lists, dicts), the same on every rank
-    The file is {"format", "layout": {tp, pp, tp_rank, pp_rank}, "model": {name: part},
-    "splits": {name: {global_shape, dim, start, stop}} (where a part is several ranges, for start and stop a list of
-    pieces, [start, count, block, stride] each), "optimizer": {name: {"exp_avg": part, ...}} or None,
-    "trainer": {...} or None}.
-    """
-
-    def local(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        assert tuple(tensor.shape) == splits[name].local_shape, (name, tensor.shape, splits[name])
-        return _compact(tensor)
-
-    payload = {
-        "format": FORMAT,
-        "layout": dict(vars(layout)),
-        "model": {name: local(name, tensor) for name, tensor in tensors.items()},
-        "splits": {name: _split_to(splits[name]) for name in tensors},
-        "optimizer": None
-        if optimizer is None
-        else {name: {k: local(name, v) for k, v in moments.items()} for name, moments in optimizer.items()},
-        "trainer": None if trainer is None else dict(trainer),
-    }
-    shard = Path(folder) / layout.folder
-    shard.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(dict(lora_config), indent=2, sort_keys=True, ensure_ascii=False)
-    write_file(shard / CONFIG_FILE, config.encode())
-    write_file(shard / ADAPTER_FILE, lambda stream: save_tensors(payload, stream))
-    return shard
-
-
-def read_adapter(folder: str | Path) -> AdapterCheckpoint:
-    """The whole adapter from all of its shards. Raises UserError that names the file or folder at fault."""
-    folder = Path(folder)
-    files = shard_files(folder, ADAPTER_FILE)
-    shards = {file: _checked(unpickled(file), file) for file in files.values()}
-    for (tp_rank, pp_rank), file in files.items():
-        _check_place(shards[file].layout, tp_rank, pp_rank, files, folder)
-    first = next(iter(shards.values()))
-    model: dict[str, list[_Part]] = {}
-    moments: dict[str, dict[str, list[_Part]]] = {}
-    for file, shard in shards.items():
-        # By repr, because a NaN among the values is not equal to itself.
-        one_save = repr(shard.trainer) == repr(first.trainer)
-        if not one_save or (shard.optimizer is None) != (first.optimizer is None):
-            raise UserError(f"{file}: is of another checkpoint than its neighbours: {_COPY_ALL}")
-        for name, tensor in shard.model.items():
-            model.setdefault(name, []).append(_Part(file, shard.splits[name], tensor))
-        for name, state in (shard.optimizer or {}).items():
-            for key, tensor in state.items():
-                moments.setdefault(name, {}).setdefault(key, []).append(_Part(file, shard.splits[name], tensor))
-    optimizer = {name: {k: _joined(name, p) for k, p in state.items()} for name, state in moments.items()}
-    return AdapterCheckpoint(
-        lora_config=read_json(next(iter(files.values())).with_name(CONFIG_FILE)),
-        tensors={name: _joined(name, parts) for name, parts in model.items()},
-        optimizer=None if first.optimizer is None else optimizer,
-        trainer=first.trainer,
-        where=str(folder),
-    )
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """The contents of one adapter file, checked (see `save_adapter`)."""
-
-    layout: Layout
-    model: dict[str, torch.Tensor]
-    splits: dict[str, Split]
-    optimizer: dict[str, dict[str, torch.Tensor]] | None
-    trainer: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class _Part:
-    file: Path
-    split: Split
-    tensor: torch.Tensor
-
-
-def _check_place(layout: Layout, tp_rank: int, pp_rank: int, files: Collection[tuple[int, int]], folder: Path) -> None:
-    """That a shard lies where it was written, and that all others of its layout are there."""
-    here = Layout(layout.tp, layout.pp, tp_rank, pp_rank)
-    if layout != here:
-        raise UserError(f"{folder}: {here.folder} was written as {layout.folder}: give the folder that name again")
-    for place in itertools.product(range(layout.tp), range(layout.pp)):
-        if place not in files:
-            shard = Layout(layout.tp, layout.pp, *place).folder
-            raise UserError(f"{folder}: {shard} is missing of {layout.tp} x {layout.pp} shards: {_COPY_ALL}")
-    if len(files) != layout.tp * layout.pp:
-        raise UserError(f"{folder}: {len(files)} shards lie where {layout.tp} x {layout.pp} were written: {_COPY_ALL}")
-
-
-def _joined(name: str, parts: list[_Part]) -> torch.Tensor:
-    """The whole tensor; ranks that hold the same part agree, so that any of them serves."""
-    first = parts[0]
-    whole, dim = first.split.global_shape, first.split.dim
-    for part in parts:
-        fits = (part.split.global_shape, part.split.dim) == (whole, dim)
-        if not fits or part.tensor.dtype != first.tensor.dtype or tuple(part.tensor.shape) != part.split.local_shape:
-            raise UserError(f"{part.file}: {name} {list(part.tensor.shape)} does not fit the other shards: {_COPY_ALL}")
-    if dim is None:
-        return first.tensor
-    chain, end = _chain([(a, b, (part, a - at)) for part in parts for a, b, at in part.split.runs])
-    if end != whole[dim]:
-        folder = first.file.parent.parent
-        raise UserError(f"{folder}: no shard holds {name} from entry {end} of {whole[dim]}: {_COPY_ALL}")
-    return torch.cat([p.tensor.narrow(dim, a - origin, b - a) for a, b, (p, origin) in chain], dim)
-
-
-def _checked(payload: Any, file: Path) -> _Shard:
-    """What `save_adapter` wrote, or UserError: the payload may be any value at all."""
-
-    def tensors(value: Any) -> dict[str, torch.Tensor]:
-        return {_of(name, str): _of(tensor, torch.Tensor) for name, tensor in _of(value, dict).items()}
-
-    try:
-        if _of(payload, dict)["format"] != FORMAT:
-            raise ValueError(f"format {payload['format']!r}, but this version reads {FORMAT}")
-        model, moments = tensors(payload["model"]), payload["optimizer"]
-        shard = _Shard(
-            layout=_layout_from(payload["layout"]),
-            model=model,
-            splits={name: _split_from(payload["splits"][name]) for name in model},
-            optimizer=None if moments is None else {_of(n, str): tensors(v) for n, v in _of(moments, dict).items()},
-            trainer=_of(payload["trainer"], (dict, type(None))),
-        )
-        if not set(shard.optimizer or ()) <= set(model):
-            raise ValueError(f"optimizer state of {min(set(shard.optimizer or ()) - set(model))}, which is not there")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: is no adapter shard of megalora ({error!r}): name a run or a checkpoint") from None
-    return shard
+        raise UserError(f"{file}: does not say where the parts lie ({error!r}): {COPY_ALL}") from None

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from megalora.checkpoint.base.hf import HfWeights, is_hf
-from megalora.checkpoint.base.shards import BaseShards, has_shards
+from megalora.checkpoint.base.shards import BaseShards
+from megalora.checkpoint.layout import has_shards
 from megalora.errors import UserError
 from megalora.parallel.split import Split
 

@@ -10,7 +10,8 @@ import torch
 
 from megalora.adapters.config import LoraConfig
 from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.base.shards import Layout, save_adapter
+from megalora.checkpoint.adapter.shards import save_adapter
+from megalora.checkpoint.layout import Layout
 from megalora.errors import UserError
 from megalora.parallel.split import Split
 

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megalora.checkpoint.base import hf
-from megalora.checkpoint.base.shards import Layout, save_base_shards
+from megalora.checkpoint.base.shards import save_base_shards
 from megalora.checkpoint.base.weights import BaseNames, load_base, model_fingerprint
+from megalora.checkpoint.layout import Layout
 from megalora.errors import UserError
 from megalora.models.spec import FileNames
 from megalora.parallel.split import Split

@@ -13,17 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from megalora.checkpoint.base.shards import (
-    ADAPTER_FILE,
-    BASE_FILE,
-    CONFIG_FILE,
-    LAYOUT_FILE,
-    Layout,
-    read_adapter,
-    save_adapter,
-    save_base_shards,
-)
+from megalora.checkpoint.adapter.shards import CONFIG_FILE, read_adapter, save_adapter
+from megalora.checkpoint.base.shards import LAYOUT_FILE, save_base_shards
 from megalora.checkpoint.base.weights import BaseNames, load_base, model_fingerprint
+from megalora.checkpoint.layout import ADAPTER_FILE, BASE_FILE, Layout
 from megalora.errors import UserError
 from megalora.models.spec import FileNames
 from megalora.parallel.split import Split, shard_range

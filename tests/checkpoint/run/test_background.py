@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from megalora.checkpoint.base.shards import Layout, read_adapter, save_adapter
+from megalora.checkpoint.adapter.shards import read_adapter, save_adapter
+from megalora.checkpoint.layout import Layout
 from megalora.checkpoint.run.background import BackgroundSaves, HostCopy
 from megalora.checkpoint.run.state import CheckpointWriter, newest_sound
 from megalora.errors import UserError

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
-from megalora.checkpoint.base.shards import ADAPTER_FILE, CONFIG_FILE, Layout, save_adapter
+from megalora.checkpoint.adapter.shards import CONFIG_FILE, save_adapter
+from megalora.checkpoint.layout import ADAPTER_FILE, Layout
 from megalora.checkpoint.manifest import digest
 from megalora.checkpoint.run.folder import MARKER, claim, remove_run
 from megalora.checkpoint.run.state import CheckpointWriter, identity_difference, newest_sound, verified
