@@ -24,7 +24,7 @@ help:
 	@echo "make torture   kill a run 50 times at random moments; every resume must be exact (KILLS=50 SEED=0)"
 	@echo "make proof     every pipeline schedule at every size up to 16 stages, 4 chunks, 64 microbatches (minutes)"
 	@echo "make parity    greedy replies against transformers and peft: 20 prompts, each family and a real model"
-	@echo "make lint      ruff"
+	@echo "make lint      ruff, and clang-format where it is installed"
 	@echo "make clean     remove what was built; the environment and the demo's model stay"
 
 # ---- install: two stamps inside .venv, so that a repeated call does nothing ----
@@ -60,7 +60,7 @@ $(TORCH_STAMP):
 	@$(PIP) $(TORCH)
 	@touch $@
 
-$(PACKAGE_STAMP): $(TORCH_STAMP) setup.py pyproject.toml $(wildcard csrc/*) $(OPS)
+$(PACKAGE_STAMP): $(TORCH_STAMP) setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*) $(OPS)
 	@$(CHECK_MACHINE)
 	@echo "== megalora, its requirements and its compiled ops"
 	@$(PIP) 'setuptools>=68' wheel pybind11 ninja
@@ -88,6 +88,9 @@ parity: install
 
 lint: install
 	@$(RUN) ruff check .
+	@if $(RUN) command -v clang-format >/dev/null; then \
+		$(RUN) clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/*; \
+	else echo 'make lint: no clang-format here (pip install clang-format): csrc/ is not looked at'; fi
 
 clean:
 	rm -rf build dist *.egg-info megalora/_C*.so .pytest_cache .ruff_cache .hypothesis

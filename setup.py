@@ -79,17 +79,18 @@ def compiled_ops() -> dict:
             super().build_extensions()
 
     cuda = wanted == "1" and torch.version.cuda is not None and CUDA_HOME is not None
-    endings = ("*.cpp", "*.cu") if cuda else ("*.cpp",)
-    sources = sorted(str(path.relative_to(ROOT)) for ending in endings for path in (ROOT / "csrc").glob(ending))
+    patterns = ["*.cpp", "cpu/*.cpp"] + ["cuda/*.cpp", "cuda/*.cu"] * cuda
+    sources = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
     flags = {"cxx": COMPILE_FLAGS + ["-DMEGALORA_CUDA"] * cuda, "nvcc": CUDA_FLAGS}
     kind = CUDAExtension if cuda else CppExtension
     extension = kind(
         "megalora._C",
         sources,
+        include_dirs=[str(ROOT / "csrc")],  # its headers are named from there
         extra_compile_args=flags if cuda else COMPILE_FLAGS,
         extra_link_args=["-fopenmp"],
     )
-    extension.depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h"))
+    extension.depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
@@ -113,7 +114,7 @@ setup(
     ],
     extras_require={
         "demo": ["gguf"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "peft", "ruff"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "peft", "ruff", "clang-format==23.1.5"],
     },
     entry_points={"console_scripts": ["megalora = megalora.cli:main"]},
     **compiled_ops(),

@@ -1,14 +1,14 @@
-// The library `megalora._C`: schemas of the ops, and what Python asks of the build. Kernels are in a file a topic.
+// The library `megalora._C`: what Python asks of the build. The ops are in ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/library.h>
 #include <torch/version.h>
 
 #include <map>
 #include <string>
 #include <vector>
 
-#include "common.h"
+#include "cpu/multiversion.h"
+#include "kernel_limits.h"
 
 #if __has_include("megalora_sources.h")  // where setup.py builds it: a digest of csrc/, see megalora/ops/sources.py
 #include "megalora_sources.h"
@@ -27,6 +27,25 @@ std::string instruction_set() {
   return "default";
 }
 
+std::map<std::string, int64_t> limits() {
+  using namespace megalora;
+  return {
+      {"alignment", kAlignment},
+      {"octet", kOctet},
+      {"largest_rank", kLargestRank},
+      {"largest_rank_gated_down", kLargestRankGatedDown},
+      {"largest_rank_backward", kLargestRankBackward},
+      {"largest_rank_gated_backward", kLargestRankGatedBackward},
+      {"most_branches", kMostBranches},
+      {"shared_memory", kSharedMemory},
+      {"largest_norm", kLargestNorm},
+      {"most_skinny_rows", kMostSkinnyRows},
+      {"most_queries_per_head", kMostQueriesPerHead},
+      {"small_head_dim", kSmallHeadDim},
+      {"large_head_dim", kLargeHeadDim},
+  };
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
 #if defined(MEGALORA_CUDA)
@@ -43,20 +62,13 @@ pybind11::dict build_info() {
 #endif
   info["instruction_set"] = instruction_set();
   info["sources"] = MEGALORA_SOURCES;
+  info["limits"] = limits();
   return info;
 }
 
 }  // namespace
 
-TORCH_LIBRARY(megalora, m) {
-  m.def("dropout(Tensor x, Tensor token_index, int seed, int site, int step, int feature_offset, float p, "
-        "Tensor? live_step=None) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
-  m.def("dropout_add_(Tensor(a!) out, Tensor g, Tensor token_index, int seed, int site, int step, int feature_offset, "
-        "float p, Tensor? live_step=None) -> ()",
-        {at::Tag::pt2_compliant_tag});
-}
-
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("build_info", &build_info, "devices, torch, compiler, openmp, instruction_set and sources of this build.");
+  m.def("build_info", &build_info,
+        "devices, torch, compiler, openmp, instruction_set, sources and limits of this build.");
 }

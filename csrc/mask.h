@@ -1,53 +1,20 @@
-// The dropout mask on the CPU: what it depends on, and its lanes for some features of one token. Bits and arithmetic are
-// those of megalora/ops/dropout.py.
+// What a dropout mask depends on, for the kernels of both devices. Bits and arithmetic are those of
+// megalora/ops/dropout.py.
 #pragma once
 
 #include <cstdint>
-#include <optional>
-
-#include "inline.h"
-#include "philox.h"
-
-namespace at {
-class Tensor;
-}
 
 namespace megalora {
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "16-bit lanes are read from 32-bit words in memory");
-
-// threshold 0: nothing is dropped, and nothing need be drawn.
 struct Mask {
-  uint32_t key0, site, step, threshold;
-  int64_t feature_offset;
-  double scale;
+  const int64_t* token;  // [T]: each token's index in the global batch of the step
+  uint32_t key, site;    // the key of Philox4x32
+  uint32_t step;         // of its counter, beside the token and the block of eight features
+  uint32_t threshold;    // a feature is dropped where its 16-bit lane is below; 0: nothing is dropped or drawn
+  // On CUDA, where not null: the step is read there when a kernel runs (a CUDA graph is captured once for all steps).
+  const int64_t* live_step;
+  int64_t feature_offset;  // the global feature that is column 0 of this rank's slice
+  double scale;            // of kept values: the inverse of the share that is kept
 };
-
-// Checks what the ops are given (dropout.cpp).
-Mask make_mask(int64_t seed, int64_t site, int64_t step, int64_t feature_offset, double p,
-               const std::optional<at::Tensor>& live_step);
-
-using lane_t __attribute__((may_alias)) = uint16_t;
-
-// Room for the lanes of `features` features, wherever in a block of eight they begin.
-constexpr int64_t words_for(int64_t features) { return 4 * ((features + 14) / 8); }
-
-// Draws into `words`; returns the lanes of the features [feature, feature + n), counted without the offset.
-MEGALORA_INLINE const lane_t* draw_lanes(uint32_t* words, int64_t token_index, int64_t feature, int64_t n,
-                                         const Mask& mask) {
-  const auto token = static_cast<uint64_t>(token_index);
-  const auto token_low = static_cast<uint32_t>(token), token_high = static_cast<uint32_t>(token >> 32);
-  const int64_t global_feature = mask.feature_offset + feature, skip = global_feature % 8;
-  const auto first_block = static_cast<uint32_t>(global_feature / 8);
-  const auto blocks = static_cast<uint32_t>((skip + n + 7) / 8);
-  for (uint32_t block = 0; block < blocks; ++block) {
-    const auto drawn = philox4x32({token_low, first_block + block, mask.step, token_high}, mask.key0, mask.site);
-    words[4 * block] = drawn.w0;
-    words[4 * block + 1] = drawn.w1;
-    words[4 * block + 2] = drawn.w2;
-    words[4 * block + 3] = drawn.w3;
-  }
-  return reinterpret_cast<const lane_t*>(words) + skip;
-}
 
 }  // namespace megalora

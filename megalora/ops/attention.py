@@ -91,7 +91,7 @@ def attention(
 
 
 def _compiled(q: torch.Tensor) -> bool:
-    """Whether our kernel takes it (csrc/attention_cpu.cpp): torch's is less than half as fast."""
+    """Whether our kernel takes it (csrc/cpu/attention.cpp): torch's is less than half as fast."""
     return q.device.type == "cpu" and extension.has_kernels("cpu") and q.dtype != torch.float16 and len(q) > 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 
 
 def statistics_(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -63,4 +63,4 @@ def _compiled(logits: torch.Tensor) -> bool:
         return False
     if logits.device.type == "cpu":
         return logits.dtype != torch.float16
-    return logits.dtype != torch.float64 and logits.stride(0) * logits.element_size() % 16 == 0
+    return logits.dtype != torch.float64 and logits.stride(0) * logits.element_size() % limits.ALIGNMENT == 0

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from megalora.ops import extension
-
-_LARGEST_GROUP = 8  # of the CUDA kernel
+from megalora.ops import extension, limits
 
 
 def decode_attention(
@@ -53,7 +51,9 @@ def decode_attention(
 def has_kernel(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> bool:
     """Whether it is compiled for `group` = H / K query heads a key/value head; the reference waits for the host."""
     if device_type == "cuda" and not (
-        dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128) and group <= _LARGEST_GROUP
+        dtype in (torch.bfloat16, torch.float16)
+        and head_dim in (limits.SMALL_HEAD_DIM, limits.LARGE_HEAD_DIM)
+        and group <= limits.MOST_QUERIES_PER_HEAD
     ):
         return False
     return extension.has_kernels(device_type)

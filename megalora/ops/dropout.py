@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from megalora.errors import UserError
-from megalora.ops import extension
+from megalora.ops import extension, limits
 
 LANE_RANGE = 1 << 16  # a lane is one of 0 .. 65535
 WORD_MASK = 0xFFFFFFFF
@@ -97,9 +97,9 @@ def _compiled(spec: Dropout, *matrices: torch.Tensor) -> bool:
         return False
     return device_type == "cpu" or all(
         matrix.dtype != torch.float64
-        and matrix.shape[1] % 8 == spec.feature_offset % 8 == 0
+        and matrix.shape[1] % limits.OCTET == spec.feature_offset % limits.OCTET == 0
         and matrix.stride(1) == 1
-        and matrix.stride(0) * matrix.itemsize % 16 == matrix.data_ptr() % 16 == 0
+        and matrix.stride(0) * matrix.itemsize % limits.ALIGNMENT == matrix.data_ptr() % limits.ALIGNMENT == 0
         for matrix in matrices
     )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megalora.ops import limits
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import (
     kernels_take,
@@ -28,10 +29,6 @@ from megalora.ops.lora_linear import (
     mask_arguments,
 )
 from megalora.ops.swiglu import swiglu_backward
-
-_LARGEST_RANK = 48  # of the kernel that has dx and dA
-_LARGEST_RANK_GATED = 16  # of the one that goes on to gate and up, of each of its factors
-_MOST_BRANCHES = 4
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def lora_backward_(
     The mask is drawn once. `token_index` and `draw` as in lora_down_.
     """
     rank = dz_TR.shape[1]
-    if _on_gpu(dx_TI, x_TI, rank, draw, dA) and rank <= _LARGEST_RANK:
+    if _on_gpu(dx_TI, x_TI, rank, draw, dA) and rank <= limits.LARGEST_RANK_BACKWARD:
         arguments = (token_index, *mask_arguments(draw))
         torch.ops.megalora.lora_backward_(dx_TI, dz_TR, x_TI, A_RI, *arguments, list(dA), out_TI)
         return
@@ -129,7 +126,9 @@ def swiglu_lora_backward_(
 
 def fuses_gated(device_type: str, rank: int, ups: Sequence[int]) -> bool:
     """Whether swiglu_lora_backward_ is one pass there for so many ranks, of the input and of each branch of `ups`."""
-    return device_type == "cuda" and all(r % 8 == 0 and r <= _LARGEST_RANK_GATED for r in (rank, *ups))
+    return device_type == "cuda" and all(
+        r % limits.OCTET == 0 and r <= limits.LARGEST_RANK_GATED_BACKWARD for r in (rank, *ups)
+    )
 
 
 def _on_gpu(
@@ -140,7 +139,7 @@ def _on_gpu(
         dx_TI.device.type == "cuda"
         and kernels_take(dx_TI, rank, draw)
         and kernels_take(x, rank, draw)
-        and len(grads) <= _MOST_BRANCHES
+        and len(grads) <= limits.MOST_BRANCHES
         and all(grad.dtype == torch.float32 and grad.is_contiguous() for grad in grads)
     )
 
@@ -155,7 +154,7 @@ def _are_gate_and_up(ups: Sequence[UpBranch], size: int) -> bool:
     return (
         gate.stride() == up.stride()
         and gate.stride(1) == 1
-        and gate.stride(0) % 8 == 0
+        and gate.stride(0) % limits.OCTET == 0
         and up.data_ptr() - gate.data_ptr() == gate.shape[1] * gate.itemsize
-        and gate.data_ptr() % 16 == 0
+        and gate.data_ptr() % limits.ALIGNMENT == 0
     )

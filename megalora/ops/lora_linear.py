@@ -22,7 +22,7 @@ import functools
 
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 from megalora.ops.dropout import Dropout, dropout, dropout_add_, op_arguments
 
 # Columns come in multiples of this many. On a GPU, GEMMs on rows of an odd stride are up to a fifth slower.
@@ -113,10 +113,6 @@ def lora_up_weight_grad(
 
 
 _HALF = (torch.bfloat16, torch.float16)
-_LARGEST_RANK = 192  # of the kernels
-# Bytes that a block of theirs may ask for (csrc/tensor_cores.h). GPUs of compute capability 9.0 grant 227 KB, those of
-# 8.0 163 KB, and those of 8.6, 8.9 and 12.0 99 KB.
-_SHARED_MEMORY = 163 << 10
 _LARGEST_RANK_OF_WEIGHT_GRAD = 64  # above it, writing dropout(x) for a GEMM is quicker, as measured on an H100
 
 
@@ -131,9 +127,9 @@ def kernels_take(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
         return x_TI.dtype != torch.float16 and x_TI.stride(1) == 1
     return (
         x_TI.dtype in _HALF
-        and rank % 8 == x_TI.shape[1] % 8 == x_TI.stride(0) % 8 == 0
-        and rank <= _LARGEST_RANK
-        and (draw is None or draw.feature_offset % 8 == 0)
+        and all(n % limits.OCTET == 0 for n in (rank, x_TI.shape[1], x_TI.stride(0)))
+        and rank <= limits.LARGEST_RANK
+        and (draw is None or draw.feature_offset % limits.OCTET == 0)
         and fits_gpu(x_TI.device.index)
     )
 
@@ -144,7 +140,7 @@ def fits_gpu(index: int) -> bool:
 
     Nothing runs there for the answer: it may be asked while a graph is captured.
     """
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin >= _SHARED_MEMORY
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin >= limits.SHARED_MEMORY
 
 
 def mask_arguments(draw: Dropout | None) -> tuple[int, int, int, int, float, torch.Tensor | None]:

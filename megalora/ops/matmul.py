@@ -13,9 +13,8 @@ import math
 
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 
-_FEW_ROWS = 4
 # Multiplications below which looking a kernel up costs more than a better one gains (about 10 us).
 _SMALLEST = 1 << 18
 
@@ -45,13 +44,15 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> tor
 
 
 def _skinny(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether a kernel of our own takes it (csrc/decode*): a few rows, where reading b is all there is to do."""
-    if a.shape[0] > _FEW_ROWS or not a.stride(1) == b.stride(1) == 1 or not extension.has_kernels(a.device.type):
+    """Whether our kernel takes it (csrc/*/skinny_linear*): a few rows, where reading b is all there is to do."""
+    if a.shape[0] > limits.MOST_SKINNY_ROWS or not a.stride(1) == b.stride(1) == 1:
+        return False
+    if not extension.has_kernels(a.device.type):
         return False
     if a.device.type == "cpu":
         return a.dtype in (torch.float32, torch.bfloat16)
     octets = (a.shape[1], a.stride(0), b.stride(0), a.data_ptr() // a.itemsize, b.data_ptr() // b.itemsize)
-    return a.dtype in (torch.bfloat16, torch.float16) and all(n % 8 == 0 for n in octets)
+    return a.dtype in (torch.bfloat16, torch.float16) and all(n % limits.OCTET == 0 for n in octets)
 
 
 @extension.constant_when_compiled

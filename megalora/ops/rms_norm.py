@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0) -> torch.Tensor:
@@ -74,7 +74,7 @@ def _compiled(x: torch.Tensor, size: int, room: int) -> bool:
         return False
     if x.device.type == "cpu":
         return x.dtype != torch.float16
-    return x.dtype != torch.float64 and size % 8 == room % 8 == 0 and size <= 16384
+    return x.dtype != torch.float64 and size % limits.OCTET == room % limits.OCTET == 0 and size <= limits.LARGEST_NORM
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

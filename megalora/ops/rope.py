@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def _compiled(qkv: torch.Tensor, head_dim: int, cos: torch.Tensor) -> bool:
         return False
     if qkv.device.type == "cpu":
         return qkv.dtype != torch.float16
-    return qkv.dtype != torch.float64 and head_dim % 16 == 0
+    return qkv.dtype != torch.float64 and head_dim % (2 * limits.OCTET) == 0
 
 
 class _SplitRope(torch.autograd.Function):

@@ -7,9 +7,10 @@ ENDINGS = (".cpp", ".cu", ".h")
 
 
 def digest(folder: Path) -> str:
-    """Of the names and contents of the sources in `folder`: 16 hexadecimal digits."""
+    """Return 16 hexadecimal digits of the names and contents of the sources in `folder` and the folders inside it."""
     whole = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file()):
+    files = (path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
+    for name, file in sorted((path.relative_to(folder).as_posix(), path) for path in files):
         contents = file.read_bytes()
-        whole.update(f"{file.name}\0{len(contents)}\0".encode() + contents)
+        whole.update(f"{name}\0{len(contents)}\0".encode() + contents)
     return whole.hexdigest()[:16]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import kernels_take, lora_down_, lora_down_input_grad_, mask_arguments
-
-_LARGEST_RANK = 64  # of the kernel that has swiglu and the down-projection of the branch that reads it
 
 
 def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
@@ -40,7 +38,7 @@ def swiglu_down(
 
 def fuses_down(device_type: str, rank: int) -> bool:
     """Whether swiglu_down reads no x there."""
-    return device_type == "cuda" and rank <= _LARGEST_RANK
+    return device_type == "cuda" and rank <= limits.LARGEST_RANK_GATED_DOWN
 
 
 def _compiled(gate_up: torch.Tensor, room: int) -> bool:
@@ -49,7 +47,7 @@ def _compiled(gate_up: torch.Tensor, room: int) -> bool:
         return False
     if gate_up.device.type == "cpu":
         return gate_up.dtype != torch.float16
-    return gate_up.dtype != torch.float64 and gate_up.shape[1] % 16 == room % 8 == 0
+    return gate_up.dtype != torch.float64 and gate_up.shape[1] % (2 * limits.OCTET) == room % limits.OCTET == 0
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -113,6 +113,9 @@ def test_the_digest_is_of_names_and_contents(tmp_path):
     seen.append(sources.digest(tmp_path))
     (tmp_path / "a.cpp").unlink()
     seen.append(sources.digest(tmp_path))
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "k.cu").rename(tmp_path / "cuda" / "k.cu")
+    seen.append(sources.digest(tmp_path))
     assert len(set(seen)) == len(seen)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 from megalora.ops.dropout import Dropout, keep_mask
 
 pytestmark = [
@@ -24,7 +24,6 @@ SHAPES = [
     (2048, 1024, 64, 0.0),
     (640, 256, 32, 0.0),
 ]
-LARGEST_BACKWARD = 48
 
 
 class Case:
@@ -111,7 +110,7 @@ def parts_of(rank: int) -> list[int]:
 
 @pytest.mark.parametrize("apart", [False, True], ids=["in place", "apart"])
 def test_backward(case, apart):
-    if case.rank > LARGEST_BACKWARD:
+    if case.rank > limits.LARGEST_RANK_BACKWARD:
         pytest.skip("larger ranks go through two kernels")
     term = case.spec.scale * (case.dz.double() @ case.A.double())
     wanted = case.dx.double() + torch.where(case.keep, term, 0.0)
@@ -256,8 +255,8 @@ def test_ops_are_well_registered():
     "change, condition",
     [
         (lambda c: (c.dz, c.x.float()), "m.scalar_type() == at::kBFloat16"),
-        (lambda c: (c.dz, c.x[:, 1:9]), "% 16 == 0"),
-        (lambda c: (c.dz[:, :4], c.x), "m.size(1) % 8 == 0"),
+        (lambda c: (c.dz, c.x[:, 1:9]), "% kAlignment == 0"),
+        (lambda c: (c.dz[:, :4], c.x), "m.size(1) % kOctet == 0"),
         (lambda c: (c.dz[:-1], c.x), "dz_TR.size(0) == x_TK.size(0)"),
         (lambda c: (c.x.repeat(1, 4), c.x), "rank <= kLargestRank"),
     ],

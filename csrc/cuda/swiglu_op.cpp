@@ -1,0 +1,43 @@
+// SwiGLU on CUDA.
+#include "cuda/checks.h"
+#include "cuda/launch.h"
+
+namespace megalora::cuda {
+
+void swiglu_(const Tensor& gate_up, const Tensor& out) {
+  const c10::cuda::CUDAGuard guard(out.device());
+  MEGALORA_CHECK(gate_up.is_contiguous() && gate_up.dim() == 2 && out.dim() == 2, gate_up.sizes());
+  MEGALORA_CHECK(gate_up.size(1) == 2 * out.size(1) && out.size(1) % kOctet == 0, gate_up.sizes(), out.sizes());
+  check_rows(gate_up, out);
+  check_rows(out, out);
+  SwiGluParams params{};
+  params.gate_up = gate_up.const_data_ptr();
+  params.out = matrix_of(out);
+  params.rows = out.size(0);
+  params.size = out.size(1);
+  params.type = type_of(out);
+  if (out.numel() == 0) return;
+  launch_swiglu(params, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad) {
+  const c10::cuda::CUDAGuard guard(dy.device());
+  MEGALORA_CHECK(gate_up.is_contiguous() && grad.is_contiguous() && gate_up.sizes() == grad.sizes(), gate_up.sizes());
+  MEGALORA_CHECK(gate_up.size(1) == 2 * dy.size(1) && dy.size(1) % kOctet == 0, gate_up.sizes(), dy.sizes());
+  check_rows(gate_up, dy);
+  check_rows(dy, dy);
+  check_rows(grad, dy);
+  SwiGluBackwardParams params{};
+  params.dy = matrix_of(dy);
+  params.gate_up = gate_up.const_data_ptr();
+  params.grad = grad.mutable_data_ptr();
+  params.rows = dy.size(0);
+  params.size = dy.size(1);
+  params.type = type_of(dy);
+  if (dy.numel() == 0) return;
+  launch_swiglu_backward(params, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace megalora::cuda

@@ -1,0 +1,30 @@
+// Shapes and types of what the ops return, for tracing (the Meta device).
+#include <ATen/ops/empty.h>
+
+#include "ops.h"
+
+namespace megalora::meta {
+namespace {
+
+// Gradients of the adapters are float32, float64 where the tensors are.
+at::TensorOptions grad_options(const Tensor& x) {
+  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+}  // namespace
+
+Tensor dropout(const Tensor& x_TF, const MaskArguments&) { return at::empty_symint(x_TF.sym_sizes(), x_TF.options()); }
+
+Tensor lora_down_weight_grad(const Tensor& dz_TR, const Tensor& x_TK, const MaskArguments&) {
+  return at::empty_symint({dz_TR.sym_size(1), x_TK.sym_size(1)}, grad_options(x_TK));
+}
+
+Tensor lora_up_weight_grad(const Tensor& dy_TO, const Tensor& z_TR, double) {
+  return at::empty_symint({dy_TO.sym_size(1), z_TR.sym_size(1)}, grad_options(dy_TO));
+}
+
+Tensor skinny_linear(const Tensor& x_MI, const Tensor& weight_OI, const OptionalTensor&) {
+  return at::empty_symint({x_MI.sym_size(0), weight_OI.sym_size(0)}, x_MI.options());
+}
+
+}  // namespace megalora::meta

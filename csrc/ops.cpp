@@ -1,0 +1,129 @@
+// Every op: its schema, and the function that is it on each device. What an op computes is in megalora/ops/*.py.
+#include <torch/library.h>
+
+#include "masked.h"
+#include "ops.h"
+
+// The arguments of a mask (MaskArguments). A macro, so that schemas stay literals.
+#define MASK "Tensor token_index, int seed, int site, int step, int feature_offset, float p, Tensor? live_step"
+
+namespace {
+
+// The Meta function of an op that only writes into its arguments: nothing to do.
+void write_nothing(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  torch::jit::drop(*stack, op.schema().arguments().size());
+}
+
+}  // namespace
+
+TORCH_LIBRARY(megalora, m) {
+  const auto def = [&m](const char* schema) { m.def(schema, {at::Tag::pt2_compliant_tag}); };
+
+  // x, out, g [T, F], token_index [T] int64.
+  def("dropout(Tensor x, " MASK "=None) -> Tensor");
+  def("dropout_add_(Tensor(a!) out, Tensor g, " MASK "=None) -> ()");
+
+  // x, delta, sum [N, D]; weight [D]; y [N, D], rows of any stride; inverse [N] float32.
+  def("rms_norm_(Tensor x, Tensor? delta, Tensor weight, float eps, Tensor(a!)? sum, Tensor(b!) y, Tensor(c!) inverse) "
+      "-> ()");
+  def("rms_norm_backward_(Tensor dy, Tensor x, Tensor weight, Tensor inverse, Tensor? residual, Tensor(a!) dx) -> ()");
+
+  // gate_up, grad [T, 2 I]; out, dy [T, I], rows of any stride.
+  def("swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
+  def("swiglu_backward_(Tensor dy, Tensor gate_up, Tensor(a!) grad) -> ()");
+
+  // qkv [T, (H + 2 K) D]; q [T, H, D], k, v [T, K, D], heads and tokens of any stride; cos, sin [T, D / 2].
+  def("split_rope_(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) q, Tensor(b!) k, Tensor(c!) v) -> ()");
+  def("split_rope_backward_(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) qkv) -> ()");
+
+  // logits [N, V]; label [N] int64, of this part of the vocabulary where 0 <= label < V; stats [3, N] float32.
+  def("cross_entropy_stats_(Tensor logits, Tensor label, Tensor(a!) stats) -> ()");
+  def("cross_entropy_grad_(Tensor(a!) logits, Tensor label, Tensor max, Tensor total) -> ()");
+
+  // q, out, dout, dq [T, H, D]; k, v [T, K, D]; heads and tokens of any stride; lse [H, T]; dk, dv [T, H, D], the share
+  // of each query head, of the type of the arithmetic.
+  def("attention_(Tensor q, Tensor k, Tensor v, int[] bounds, int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  def("attention_backward_(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] bounds, "
+      "int window, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+
+  // The branches of LoRA linears that read one input x [T, K]: A [R, K], dz [T, R], z [T, R or more].
+  def("lora_down_(Tensor(a!) z, Tensor x, Tensor A, " MASK "=None, Tensor(b!)? copy=None) -> ()");
+  def("lora_down_weight_grad(Tensor dz, Tensor x, " MASK "=None) -> Tensor");
+  def("lora_down_input_grad_(Tensor(a!) dx, Tensor dz, Tensor A, " MASK "=None, Tensor(b!)? out=None) -> ()");
+  def("lora_up_weight_grad(Tensor dy, Tensor z, float scaling) -> Tensor");
+  // lora_down_input_grad_, and dA, cut into those of its branches, += dz^T dropout(x).
+  def("lora_backward_(Tensor(a!) dx, Tensor dz, Tensor x, Tensor A, " MASK
+      ", Tensor(b!)[] dA, Tensor(c!)? out=None) -> ()");
+  // x = silu(gate) * up, and z as lora_down_ makes it of x.
+  def("swiglu_lora_down_(Tensor(a!) z, Tensor gate_up, Tensor A, " MASK ", Tensor(b!) x) -> ()");
+  // grad [T, 2 K] = that of gate_up where x [T, K] = silu(gate) * up has the gradient dy plus the term of the branch;
+  // x is made again, 0 where it is dropped.
+  def("swiglu_lora_backward_(Tensor dy, Tensor gate_up, Tensor dz, Tensor A, " MASK
+      ", Tensor(a!) grad, Tensor(b!)? x) -> ()");
+  // swiglu_lora_backward_, and dA as well; and where z is given, of gate and up: dB += scaling grad^T z, each of its
+  // part.
+  def("swiglu_lora_gradients_(Tensor dy, Tensor gate_up, Tensor dz, Tensor A, " MASK
+      ", Tensor(a!) grad, Tensor(b!)[] dA, Tensor? z, Tensor(c!)[] dB, float[] scaling) -> ()");
+
+  // outs of one dtype, rows of any stride; sources float32, contiguous, of the same shapes.
+  def("scaled_copy_(Tensor(a!)[] outs, Tensor[] sources, float[] scales) -> ()");
+
+  // x [M, I], weight [O, I], bias [O] -> [M, O]; few rows, summed in float32.
+  def("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  // q, out [B, H, D], k, v [B, K, D], keys, values [S, K, C, D], slots, positions [B] int64; window 0: none.
+  def("decode_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
+      "Tensor positions, int window, Tensor(c!) out) -> ()");
+}
+
+namespace megalora {
+
+#define MEGALORA_IMPLEMENT_OPS_OF_CPU_AND_CUDA(device, m)                  \
+  m.impl("dropout", masked<&device::dropout>);                             \
+  m.impl("dropout_add_", masked<&device::dropout_add_>);                   \
+  m.impl("rms_norm_", &device::rms_norm_);                                 \
+  m.impl("rms_norm_backward_", &device::rms_norm_backward_);               \
+  m.impl("swiglu_", &device::swiglu_);                                     \
+  m.impl("swiglu_backward_", &device::swiglu_backward_);                   \
+  m.impl("split_rope_", &device::split_rope_);                             \
+  m.impl("split_rope_backward_", &device::split_rope_backward_);           \
+  m.impl("cross_entropy_stats_", &device::cross_entropy_stats_);           \
+  m.impl("cross_entropy_grad_", &device::cross_entropy_grad_);             \
+  m.impl("lora_down_", masked<&device::lora_down_>);                       \
+  m.impl("lora_down_weight_grad", masked<&device::lora_down_weight_grad>); \
+  m.impl("lora_down_input_grad_", masked<&device::lora_down_input_grad_>); \
+  m.impl("lora_up_weight_grad", &device::lora_up_weight_grad);             \
+  m.impl("skinny_linear", &device::skinny_linear);                         \
+  m.impl("decode_attention_", &device::decode_attention_)
+
+TORCH_LIBRARY_IMPL(megalora, CPU, m) {
+  MEGALORA_IMPLEMENT_OPS_OF_CPU_AND_CUDA(cpu, m);
+  m.impl("attention_", &cpu::attention_);
+  m.impl("attention_backward_", &cpu::attention_backward_);
+}
+
+#if defined(MEGALORA_CUDA)
+TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
+  MEGALORA_IMPLEMENT_OPS_OF_CPU_AND_CUDA(cuda, m);
+  m.impl("swiglu_lora_down_", masked<&cuda::swiglu_lora_down_>);
+  m.impl("lora_backward_", masked<&cuda::lora_backward_>);
+  m.impl("swiglu_lora_backward_", masked<&cuda::swiglu_lora_backward_>);
+  m.impl("swiglu_lora_gradients_", masked<&cuda::swiglu_lora_gradients_>);
+  m.impl("scaled_copy_", &cuda::scaled_copy_);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(megalora, Meta, m) {
+  m.impl("dropout", masked<&meta::dropout>);
+  m.impl("lora_down_weight_grad", masked<&meta::lora_down_weight_grad>);
+  m.impl("lora_up_weight_grad", &meta::lora_up_weight_grad);
+  m.impl("skinny_linear", &meta::skinny_linear);
+  for (const char* name :
+       {"dropout_add_", "rms_norm_", "rms_norm_backward_", "swiglu_", "swiglu_backward_", "split_rope_",
+        "split_rope_backward_", "cross_entropy_stats_", "cross_entropy_grad_", "attention_", "attention_backward_",
+        "lora_down_", "lora_down_input_grad_", "lora_backward_", "swiglu_lora_down_", "swiglu_lora_backward_",
+        "swiglu_lora_gradients_", "scaled_copy_", "decode_attention_"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&write_nothing>());
+  }
+}
+
+}  // namespace megalora

@@ -1,0 +1,86 @@
+// The ops as C++ functions: on CPU and CUDA, and for shapes alone (Meta). ops.cpp registers them under their schemas.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "mask.h"
+
+namespace megalora {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The arguments of an op that draws a mask, as its schema has them (megalora/ops/dropout.py, op_arguments).
+struct MaskArguments {
+  Tensor token_index;
+  int64_t seed, site, step, feature_offset;
+  double p;
+  OptionalTensor live_step;
+};
+
+// The mask of the rows of x [T, F]. Checks the arguments. On the CPU the live step is read now, else by the kernels.
+Mask make_mask(const MaskArguments& arguments, const Tensor& x);
+
+#define MEGALORA_OPS_OF_CPU_AND_CUDA                                                                                  \
+  Tensor dropout(const Tensor& x, const MaskArguments& mask);                                                         \
+  void dropout_add_(const Tensor& out, const Tensor& g, const MaskArguments& mask);                                   \
+  void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps,                      \
+                 const OptionalTensor& sum, const Tensor& y, const Tensor& inverse);                                  \
+  void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& inverse,             \
+                          const OptionalTensor& residual, const Tensor& dx);                                          \
+  void swiglu_(const Tensor& gate_up, const Tensor& out);                                                             \
+  void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad);                                 \
+  void split_rope_(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q, const Tensor& k,         \
+                   const Tensor& v);                                                                                  \
+  void split_rope_backward_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,  \
+                            const Tensor& qkv);                                                                       \
+  void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tensor& stats);                          \
+  void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total);        \
+  void lora_down_(const Tensor& z, const Tensor& x, const Tensor& A, const MaskArguments& mask,                       \
+                  const OptionalTensor& copy);                                                                        \
+  Tensor lora_down_weight_grad(const Tensor& dz, const Tensor& x, const MaskArguments& mask);                         \
+  void lora_down_input_grad_(const Tensor& dx, const Tensor& dz, const Tensor& A, const MaskArguments& mask,          \
+                             const OptionalTensor& out);                                                              \
+  Tensor lora_up_weight_grad(const Tensor& dy, const Tensor& z, double scaling);                                      \
+  Tensor skinny_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);                            \
+  void decode_attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, \
+                         const Tensor& slots, const Tensor& positions, int64_t window, const Tensor& out);
+
+namespace cpu {
+
+MEGALORA_OPS_OF_CPU_AND_CUDA
+void attention_(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window,
+                const Tensor& out, const Tensor& lse);
+void attention_backward_(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                         const Tensor& lse, at::IntArrayRef bounds, int64_t window, const Tensor& dq, const Tensor& dk,
+                         const Tensor& dv);
+
+}  // namespace cpu
+
+namespace cuda {
+
+MEGALORA_OPS_OF_CPU_AND_CUDA
+void swiglu_lora_down_(const Tensor& z, const Tensor& gate_up, const Tensor& A, const MaskArguments& mask,
+                       const Tensor& x);
+void lora_backward_(const Tensor& dx, const Tensor& dz, const Tensor& x, const Tensor& A, const MaskArguments& mask,
+                    at::TensorList dA, const OptionalTensor& out);
+void swiglu_lora_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& dz, const Tensor& A,
+                           const MaskArguments& mask, const Tensor& grad, const OptionalTensor& x);
+void swiglu_lora_gradients_(const Tensor& dy, const Tensor& gate_up, const Tensor& dz, const Tensor& A,
+                            const MaskArguments& mask, const Tensor& grad, at::TensorList dA, const OptionalTensor& z,
+                            at::TensorList dB, at::ArrayRef<double> scaling);
+void scaled_copy_(at::TensorList outs, at::TensorList sources, at::ArrayRef<double> scales);
+
+}  // namespace cuda
+
+namespace meta {
+
+Tensor dropout(const Tensor& x, const MaskArguments& mask);
+Tensor lora_down_weight_grad(const Tensor& dz, const Tensor& x, const MaskArguments& mask);
+Tensor lora_up_weight_grad(const Tensor& dy, const Tensor& z, double scaling);
+Tensor skinny_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+
+}  // namespace meta
+}  // namespace megalora

@@ -1,0 +1,127 @@
+// Parameters of the kernels of both devices: pointers, strides and sizes, and nothing of torch, so that nvcc alone can
+// compile what includes this. An op (cpu/*.cpp, cuda/*_op.cpp) checks its tensors and fills them in.
+//
+// Strides count elements; the elements of a row are adjacent. On CUDA rows start on kAlignment bytes and their sizes
+// are multiples of kOctet. "Wide" is the type of the arithmetic: float64 where the tensors are, else float32. What is
+// computed is said in megalora/ops/*.py.
+#pragma once
+
+#include <cstdint>
+
+#include "mask.h"
+
+namespace megalora {
+
+enum class Type { float64, float32, bfloat16, float16 };
+
+// A matrix by its rows.
+struct Matrix {
+  void* data;
+  int64_t stride;
+};
+
+// [T, heads, D] by its strides.
+struct Heads {
+  void* data;
+  int64_t count, token_stride, head_stride;
+};
+
+// out [T, F] = mask * scale * in, or out += that.
+struct DropoutParams {
+  Matrix in, out;
+  Mask mask;
+  int64_t tokens, features;
+  bool accumulate;
+  Type type;
+};
+
+// sum = x + delta (delta null: sum is not written, x is normed); y = weight * sum * inverse; inverse [N] wide. Rows of
+// delta and sum are `size` apart.
+struct RmsNormParams {
+  Matrix x, y;
+  const void *delta, *weight;
+  void *sum, *inverse;
+  double eps;
+  int64_t rows, size;
+  Type type;
+};
+
+// dx = d(rms_norm)(dy) + residual (null: none); inverse [N] wide. Rows of residual and dx are `size` apart.
+struct RmsNormBackwardParams {
+  Matrix dy, x;
+  const void *weight, *inverse, *residual;
+  void* dx;
+  int64_t rows, size;
+  Type type;
+};
+
+// out [N, I] = silu(gate) * up, gate_up [N, 2 I] contiguous, gate before up.
+struct SwiGluParams {
+  const void* gate_up;
+  Matrix out;
+  int64_t rows, size;
+  Type type;
+};
+
+// grad [N, 2 I] contiguous, of dy [N, I].
+struct SwiGluBackwardParams {
+  Matrix dy;
+  const void* gate_up;
+  void* grad;
+  int64_t rows, size;
+  Type type;
+};
+
+// Between qkv [T, (H + 2 K) D] contiguous and its heads, q and k rotated by (cos, sin) [T, D / 2], contiguous;
+// `backward` goes the other way and turns back.
+struct SplitRopeParams {
+  void* qkv;
+  Heads q, k, v;
+  const void *cos, *sin;
+  int64_t tokens, head_dim;
+  bool backward;
+  Type type;
+};
+
+// Over each row of logits [N, V] (V any size): stats [3, N] wide = maximum, sum of exp(logit - maximum), logit of the
+// label (0 where it is outside 0 .. V-1: it stands in another part of the vocabulary).
+struct CrossEntropyStatsParams {
+  Matrix logits;
+  const int64_t* label;
+  void* stats;
+  int64_t rows, vocab;
+  Type type;
+};
+
+// logits = exp(logit - max) / total - (1 at the label), in place; max, total [N] wide.
+struct CrossEntropyGradParams {
+  Matrix logits;
+  const int64_t* label;
+  const void *max, *total;
+  int64_t rows, vocab;
+  Type type;
+};
+
+// y [M, O] contiguous = x [M, I] weight [O, I]^T + bias [O] (null: none), summed in float32; 1 <= M <= kMostSkinnyRows.
+struct SkinnyLinearParams {
+  Matrix x, weight;
+  const void* bias;
+  void* y;
+  int64_t rows, in_features, out_features;
+  Type type;
+};
+
+// The attention of one new token of each of B sequences over a cache. q, out [B, H, D]; k, v [B, K, D]: their "tokens"
+// are the sequences. `group` query heads read one key/value head; window 0: none.
+struct DecodeAttentionParams {
+  Heads q, k, v, out;                // out is contiguous on CUDA
+  void *keys, *values;               // [S, K, C, D] contiguous
+  const int64_t *slots, *positions;  // [B]
+  int64_t sequences, kv_heads, group, capacity, head_dim, window;
+  Type type;
+  // On CUDA: [B, K, splits, group, 2 + D]: largest score, sum of weights and weighted values of each part of the keys.
+  float* partial;
+  int64_t splits;
+};
+
+}  // namespace megalora

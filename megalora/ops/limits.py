@@ -1,0 +1,24 @@
+"""What the compiled kernels take, at most: csrc/kernel_limits.h for Python, which says more of each.
+
+Python needs them where nothing is compiled, too (a plan for other machines). tests/ops/test_limits.py compares them
+with those that the library was built with.
+"""
+
+ALIGNMENT = 16  # bytes on which rows start, of CUDA kernels
+OCTET = 8  # sizes of rows are multiples of so many elements, of CUDA kernels
+
+# Ranks that the LoRA kernels take on CUDA, of all branches of an input together.
+LARGEST_RANK = 192
+LARGEST_RANK_GATED_DOWN = 64  # where the down-projection makes x = silu(gate) * up itself
+LARGEST_RANK_BACKWARD = 48  # of dx and dA in one pass
+LARGEST_RANK_GATED_BACKWARD = 16  # of the pass that goes on to gate and up: of each of its factors
+MOST_BRANCHES = 4  # that read one input
+SHARED_MEMORY = 163 << 10  # bytes that a block may ask for
+
+LARGEST_NORM = 16384  # elements of a row of RMSNorm on CUDA
+
+MOST_SKINNY_ROWS = 4  # of skinny_linear
+# Attention over the cache on CUDA: query heads of one key/value head, and the sizes of a head.
+MOST_QUERIES_PER_HEAD = 8
+SMALL_HEAD_DIM = 64
+LARGE_HEAD_DIM = 128
