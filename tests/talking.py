@@ -107,7 +107,10 @@ def make(family: str, folder: Path) -> Case:
         return template.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     base = [text(reply(model, question)) for question in QUESTIONS]
-    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    targets = {
+        "phi3": ["qkv_proj", "o_proj", "down_proj"],
+        "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
+    }.get(family, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
     lora = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(model, lora).eval()
     with torch.no_grad():

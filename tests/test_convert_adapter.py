@@ -195,7 +195,7 @@ def test_what_is_refused(tmp_path, capsys):
     out = ["--output", tmp_path / "out"]
     refused(capsys, "which is read", *merge, "--output", base, "--overwrite")
     refused(capsys, "which is read", *merge, "--output", tmp_path / "adapter", "--overwrite")
-    other = base_model(tmp_path / "other", "qwen2", hidden_size=56)
+    other = base_model(tmp_path / "other", "qwen2", hidden_size=64)
     refused(capsys, "has shape", *merge, *out, "--base", other)
     refused(capsys, "lacks", *merge, *out, "--base", base_model(tmp_path / "deep", "qwen2", num_hidden_layers=5))
     base.rename(tmp_path / "moved")

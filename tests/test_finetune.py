@@ -12,13 +12,13 @@ from unittest import mock
 import pytest
 import tiny
 import torch
-from megalora.arguments import parse_finetune
 from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
 from told import user_error
 
 from megalora import finetune
 from megalora.checkpoint.adapter.shards import read_adapter
+from megalora.flags import parse_finetune
 from megalora.monitor.timers import PHASES
 from megalora.optimizer import LossScale
 from megalora.parallel.grads import FlatGradients

@@ -27,6 +27,7 @@ import megalora.parallel.group_grad
 import megalora.parallel.linear
 import megalora.parallel.loss
 import megalora.pipeline.p2p
+import megalora.tasks.causal
 import megalora.training
 from megalora.data.loader import Loader
 from megalora.parallel.collectives import Pending
@@ -270,11 +271,11 @@ def _():
         expected["mean"] = data.label_count / len(data.microbatches)
         return data
 
-    def change(loss, hidden, head, labels, labelled):
-        return loss(hidden, head, labels, labelled) / max(1, len(labelled)) * expected["mean"]
+    def change(loss, hidden, head, inputs):
+        return loss(hidden, head, inputs) / max(1, len(inputs.labelled)) * expected["mean"]
 
     wrap(Loader, "step", remember)
-    wrap(megalora.models.stage, "cross_entropy_sum", change)
+    wrap(megalora.tasks.causal, "next_token_loss", change)
 
 
 @mutation("labels are not shifted", Run())

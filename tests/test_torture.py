@@ -26,8 +26,8 @@ import torch
 from spawn import SpawnError, spawn
 from tiny import exported, metrics
 
+from megalora.checkpoint.adapter import shards
 from megalora.checkpoint.adapter.shards import read_adapter
-from megalora.checkpoint.base import shards
 from megalora.checkpoint.run.folder import checkpoints_folder
 from megalora.checkpoint.run.state import newest_sound
 from megalora.saving import RunSaver

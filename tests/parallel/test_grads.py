@@ -93,7 +93,7 @@ def meshed(rank: int, world_size: int) -> tuple[dict, float]:
         "cut columns": even_part(4, tp).cut().split((2, 4), 1),
         "partial": whole_split((3, 2), tp, partial_grad=True),
         "same on all": whole_split((4,), tp),
-        "shared rows": KV[tp.rank].split((3, 2), 0),
+        "shared rows": KV[tp.rank].cut().split((3, 2), 0),
     }
     named = {n: nn.Parameter(torch.zeros(s.local_shape, dtype=torch.float64)) for n, s in splits.items()}
     flat = FlatGradients(named, splits, mesh)

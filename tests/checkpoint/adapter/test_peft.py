@@ -90,7 +90,8 @@ def test_the_library_loads_our_folder(tmp_path, name):
     assert found.tensors.keys() == tensors.keys()
     assert all(torch.equal(found.tensors[n], t) for n, t in tensors.items())
     fields = LoraConfig.from_dict(found.lora_config)
-    resolved = fields.resolve("llama", {n.removesuffix(".weight"): 0 for n in merged if "_proj.weight" in n})
+    linears = {n.removesuffix(".weight"): int(n.split(".")[2]) for n in merged if "_proj.weight" in n}
+    resolved = fields.resolve("llama", linears)
     assert {f"{n}.lora_A.weight" for n in resolved.adapters} <= tensors.keys()
     assert fields.inference_mode is False
 

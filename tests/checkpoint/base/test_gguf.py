@@ -11,6 +11,7 @@ from megalora import cli
 from megalora.checkpoint.base.gguf import read_gguf
 from megalora.errors import UserError
 from megalora.models.config import read_config
+from megalora.models.spec import mixers_of
 
 gguf = pytest.importorskip("gguf")
 SPECIAL = ["<|endoftext|>", "<|im_start|>"]
@@ -74,7 +75,8 @@ def test_a_gguf_becomes_a_folder(tmp_path):
     assert convert(file, tmp_path / "hf", "--dry_run") == 0 and not (tmp_path / "hf").exists()
     assert convert(file, tmp_path / "hf") == 0
     config = read_config(tmp_path / "hf")
-    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (LAYERS, HIDDEN, INNER)
+    _, mlp = mixers_of(config.stack.layers[0])
+    assert (config.num_hidden_layers, config.hidden_size, mlp.inner) == (LAYERS, HIDDEN, INNER)
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     theirs = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
     for ours, name in (
@@ -103,5 +105,5 @@ def test_what_cannot_be_read(tmp_path, capsys):
         with pytest.raises(UserError, match="cut.gguf: is damaged or not GGUF"):
             read_gguf(tmp_path / "cut.gguf")
     assert convert(tmp_path / "nowhere.gguf", tmp_path / "hf") == 2
-    assert "nowhere.gguf: cannot be read" in capsys.readouterr().err
+    assert "nowhere.gguf does not exist" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))

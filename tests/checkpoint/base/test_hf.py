@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,12 +65,15 @@ def write_sharded(folder, tensors: dict[str, torch.Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
+def names_of(expected, tied: bool = False) -> BaseNames:
+    return BaseNames(expected, "model.embed_tokens.weight", "lm_head.weight", tied, FileNames())
+
+
 def load(folder, tied=False, splits=None, expected=None, dtype=torch.float32) -> dict[str, torch.Tensor]:
     splits = splits or whole(SHAPES)
     module = make_module(splits, dtype)
     expected = expected or {n: s for n, s in SHAPES.items() if not (tied and n == "lm_head.weight")}
-    names = BaseNames(expected, "model.embed_tokens.weight", "lm_head.weight", tied, FileNames())
-    load_base(module, folder, splits=splits, names=names)
+    load_base(module, folder, splits=splits, names=names_of(expected, tied))
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
@@ -248,8 +252,9 @@ def test_any_header_gives_weights_or_our_error(folder, at, new):
 
 
 def test_fingerprint_sees_names_shapes_dtypes_and_values(folder, tmp_path):
-    first = model_fingerprint(folder, SHAPES, tied=False)
-    assert model_fingerprint(folder, SHAPES, tied=False) == first
+    names = names_of(SHAPES)
+    first = model_fingerprint(folder, names)
+    assert model_fingerprint(folder, names) == first
     seen = {first}
     for i, change in enumerate(
         [
@@ -262,7 +267,7 @@ def test_fingerprint_sees_names_shapes_dtypes_and_values(folder, tmp_path):
         other = tmp_path / str(i)
         other.mkdir()
         save_file(tensors, other / "model.safetensors")
-        seen.add(model_fingerprint(other, SHAPES, tied=False))
+        seen.add(model_fingerprint(other, names))
     assert len(seen) == 3
 
 
@@ -272,7 +277,8 @@ MEASURE = """
     import sys
     from pathlib import Path
     import torch
-    from megalora.checkpoint.base.weights import load_base
+    from megalora.checkpoint.base.weights import BaseNames, load_base
+    from megalora.models.spec import FileNames
     from megalora.parallel.split import Split
     folder, dim, rows, columns, count = sys.argv[1], int(sys.argv[2]), *map(int, sys.argv[3:6])
 
@@ -298,8 +304,8 @@ MEASURE = """
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
     before = peak()
     whole = dict.fromkeys(names, shape)
-    names = BaseNames(expected, "model.embed_tokens.weight", "lm_head.weight", tied, FileNames())
-    load_base(module, folder, splits=dict.fromkeys(names, split), expected=whole, tied=False)
+    expected = BaseNames(whole, "model.embed_tokens.weight", "lm_head.weight", False, FileNames())
+    load_base(module, folder, splits=dict.fromkeys(names, split), names=expected)
     grown = peak() - before
     assert all(bool((p == i).all()) for i, p in enumerate(module.parameters()))
     print(grown)
@@ -322,7 +328,7 @@ def big_folder(tmp_path_factory):
 
 def growth(folder, dim: int) -> int:
     """By how many bytes the peak resident memory of a process grows that loads a quarter of each tensor."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    root = str(Path(__file__).resolve().parents[3])
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEASURE), str(folder), str(dim), "24000", "2000", "5"],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
