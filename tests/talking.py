@@ -80,7 +80,7 @@ def make_model(fields: dict, folder: Path) -> torch.nn.Module:
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.15)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return model

@@ -16,7 +16,6 @@ from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
 from told import user_error
 
-from megalora import finetune
 from megalora.checkpoint.adapter.shards import read_adapter
 from megalora.flags import parse_finetune
 from megalora.monitor.timers import PHASES
@@ -425,9 +424,9 @@ def test_loss_scale():
 # ---- for callers of finetune()
 
 
-def result_of(command: list[str]) -> finetune.FinetuneResult:
-    with mock.patch.object(finetune, "choose_device", lambda: (torch.device("cpu"), None)):
-        return finetune.finetune(parse_finetune(command))
+def result_of(command: list[str]) -> tiny.program.FinetuneResult:
+    with mock.patch.object(tiny.program, "choose_device", lambda: (torch.device("cpu"), None)):
+        return tiny.program.finetune(parse_finetune(command))
 
 
 def test_what_finetune_returns(inputs, tmp_path, capsys):
@@ -435,7 +434,7 @@ def test_what_finetune_returns(inputs, tmp_path, capsys):
     command = inputs.flags(run, eval_data_path=inputs.data, max_steps=3)
     first, again = result_of(command), result_of(command)
     checkpoint = run / "checkpoints/iter_0000003"
-    assert first == finetune.FinetuneResult(
+    assert first == tiny.program.FinetuneResult(
         output_dir=run,
         steps=3,
         loss=column(run, "loss")[-1],
