@@ -1,10 +1,14 @@
-"""What the benchmarks share: the machine that they run on, and transformers' model of a config.json."""
+"""What the benchmarks share: the machine that they run on, the record of a result, transformers' model."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +35,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, help="JSON file for the result, as in benchmarks/results/")
 
 
 def machine(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -44,6 +48,46 @@ def machine(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 def where_of(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def commit() -> str:
+    """Return the commit of this tree, marked where files differ from it."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (", changed" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no git repository)"
+
+
+def record(
+    file: Path,
+    title: str,
+    about: str,
+    card: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    figures: object,
+) -> None:
+    """Write a result with its commit, card, torch and command line: what benchmarks/results.py makes a section of.
+
+    figures  the numbers behind the rows, as JSON can hold them
+    """
+    told = {
+        "title": title,
+        "about": about,
+        "commands": [shlex.join(["python", *sys.argv])],
+        "card": card,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "columns": list(columns),
+        "rows": [list(map(str, row)) for row in rows],
+        "figures": figures,
+    }
+    file.write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def read_fields(model: str | None) -> dict:

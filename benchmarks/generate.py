@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from common import add_machine, add_model, build_base, machine, read_fields, where_of
+from common import add_machine, add_model, build_base, machine, read_fields, record, where_of
 from train_step import build_peer, plain_weights
 
 from megalora.adapters.config import LoraConfig
@@ -150,7 +149,7 @@ def main() -> None:
     if options.prompts:
         peers = {"one_by_one": ("transformers one by one", 1), "batched": ("transformers batched", options.prompts)}
         cases[f"{options.prompts} prompts"] = (options.prompts, dict(peers[name] for name in options.peer))
-    record = {}
+    measured, rows = {}, []
     for case, (count, peers) in cases.items():
         contenders = {OURS: ours(replica, options.new_tokens)}
         contenders |= {name: peer(model, options.new_tokens, batch, device) for name, batch in peers.items()}
@@ -164,11 +163,12 @@ def main() -> None:
             note = "" if name == OURS else f"  ours is {ratio:.2f}x, {same} of {count} replies equal"
             spread = f"{min(seconds[name]):.3f} .. {max(seconds[name]):.3f} s"
             print(f"{case:12s} {name:24s} {tokens / median:9.1f} tokens/s  ({spread}){note}", flush=True)
-        record[case] = {"seconds": seconds, "tokens": tokens, "medians": medians}
+            rows.append((case, name, f"{tokens / median:.1f}", f"{ratio:.2f}", f"{same} of {count}"))
+        measured[case] = {"seconds": seconds, "tokens": tokens, "medians": medians}
 
     read = bytes_a_token(stage, (low + high + options.new_tokens) // 2)
     bandwidth = options.bandwidth * 1e9 if options.bandwidth else read_bandwidth(device)
-    reached = read * options.new_tokens / record["1 prompt"]["medians"][OURS]
+    reached = read * options.new_tokens / measured["1 prompt"]["medians"][OURS]
     print(
         f"1 prompt: {read / 1e6:.0f} MB a token at {bandwidth / 1e9:.1f} GB/s bound it to {bandwidth / read:.1f} "
         f"tokens/s; ours is at {reached / bandwidth:.0%} of that, prompt and all"
@@ -176,8 +176,10 @@ def main() -> None:
     where = where_of(device)
     print(f"{where}, {dtype}, torch {torch.__version__}, r {options.r}")
     if options.output:
-        record |= {"options": vars(options) | {"output": None}, "where": where, "torch": torch.__version__}
-        options.output.write_text(json.dumps(record | {"bytes_a_token": read, "bandwidth": bandwidth}, indent=1))
+        about = f"Greedy, {dtype}, prompts of {low} to {high} tokens, {options.new_tokens} new tokens, r {options.r}."
+        columns = ("case", "contender", "tokens/s", "times ours", "equal replies")
+        figures = {"options": vars(options), "cases": measured, "bytes_a_token": read, "bandwidth": bandwidth}
+        record(options.output, "Generation", about, where, columns, rows, figures)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The commands of benchmarks/README.md that need a GPU, in one call: one after another, with two GPUs or more the
+# The commands of benchmarks/RESULTS.md that need a GPU, in one call: one after another, with two GPUs or more the
 # single-GPU ones on two of them at a time.
 #
 #   benchmarks/gpu.sh CONFIG_8B.json CONFIG_70B.json FOLDER [one|several]

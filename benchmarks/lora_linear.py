@@ -13,18 +13,18 @@ the bit.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from common import add_machine, machine, where_of
+from common import add_machine, machine, record, where_of
 
 from megalora.adapters.lora import Adapter
 from megalora.ops.dropout import Dropout, keep_mask
 from megalora.parallel.group import LinearGroup
+from megalora.parallel.group_grad import apply_group
 from megalora.parallel.linear import ColumnParallelLinear
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement, Tokens
@@ -107,7 +107,7 @@ def megalora_linear(case: Case, r: int) -> Step:
         factor.grad = torch.zeros_like(factor)  # as a run has it: gradients are added to what is there
 
     def step() -> tuple[torch.Tensor, ...]:
-        y = group(X, tokens)
+        y = apply_group(group, X, tokens)
         (dX,) = torch.autograd.grad(y, X, case.dy)
         return y.detach(), dX[:, : shape.in_features], *(factor.grad for factor in factors)
 
@@ -294,18 +294,24 @@ def main() -> None:
                 f"  {name:28s} {median * 1e3:8.3f} ms, {median / base:5.2f} of its frozen linear, "
                 f"{above[name] * 1e3:7.3f} ms above it, {above[name] / above[EAGER]:5.2f} of eager's"
             )
-        record = {"shape": asdict(shape), "medians": medians, "above": above, "seconds": seconds}
+        measured = {"shape": asdict(shape), "medians": medians, "above": above, "seconds": seconds}
         if device.type == "cuda":
             case = Case(shape, device, dtype)
             found, equal = errors(case), repeats_are_equal(case)
             texts = [f"{n} {a:.2e} ({a / b:.2f} of eager's)" for n, (a, b) in found.items()]
             print(f"  error against float64: {', '.join(texts)}; 20 repeats {'equal' if equal else 'DIFFER'}")
-            record |= {"errors": found, "repeats_equal": equal}
-        records.append(record)
+            measured |= {"errors": found, "repeats_equal": equal}
+        records.append(measured)
     where = where_of(device)
     print(f"{where}, {dtype}, torch {torch.__version__}")
     if options.output:
-        options.output.write_text(json.dumps({"where": where, "dtype": str(dtype), "records": records}, indent=1))
+        rows = [
+            (str(Shape(**each["shape"])), name, f"{median * 1e3:.3f}", f"{each['above'][name] * 1e3:.3f}")
+            for each in records
+            for name, median in each["medians"].items()
+        ]
+        columns = ("shape", "contender", "ms", "above its frozen linear")
+        record(options.output, "One linear with its branch", f"{dtype}.", where, columns, rows, records)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from common import read_fields, where_of
+from common import read_fields, record, where_of
 from train_step import make_trainer, randomize
 
 from megalora.adapters.config import LoraConfig
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--partition_method", default="uniform", choices=("uniform", "cost"))
     parser.add_argument("--tp_comm_overlap", default="auto", choices=("auto", "true", "false"))
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
-    parser.add_argument("--output", type=Path, default=Path("multi_gpu.json"), help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, default=Path("multi_gpu.json"), help="JSON file for the result")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -210,12 +210,12 @@ def main() -> None:
         layout for layout in chosen if layout.processes > 1
     ]
     alone: dict[int, float] = {}  # tokens/s of one GPU, by microbatches
-    records, failed = [], []
+    records, rows, failed = [], [], []
     options.output.unlink(missing_ok=True)
     where = where_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     asked = {name: value for name, value in vars(options).items() if name not in ("output", "worker")}
-    print("| layout | tokens/s of a GPU | of one GPU | by its bubble | planned | GiB | planned | last loss |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("layout", "tokens/s of a GPU", "of one GPU", "by its bubble", "planned", "GiB", "planned", "last loss")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for layout in chosen:
         try:
             figures = run(layout, options)
@@ -235,7 +235,11 @@ def main() -> None:
         if figures["note"]:
             print(f"{layout.name}: {figures['note']}", file=sys.stderr, flush=True)
         records.append({"layout": asdict(layout), "each": each, "predicted": expected, **figures})
-        options.output.write_text(json.dumps({"where": where, "options": asked, "records": records}, indent=1))
+        rows.append(cells)
+        about = f"{options.rows} rows of {options.seq_length} tokens, recompute {options.recompute}."
+        figures = {"options": asked, "records": records}
+        card = f"{options.processes} x {where}"
+        record(options.output, "Several GPUs of one host", about, card, columns, rows, figures)
     print(f"{options.processes} x {where}, torch {torch.__version__}, {options.rows} rows of {options.seq_length}")
     if failed:
         raise SystemExit(f"these did not run: {', '.join(failed)}")

@@ -18,13 +18,12 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from common import add_machine, add_model, build_base, machine, read_fields, where_of
+from common import add_machine, add_model, build_base, machine, read_fields, record, where_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalora.adapters.config import LoraConfig
@@ -272,8 +271,14 @@ def main() -> None:
     where = where_of(device)
     print(f"{where}, {dtype}, torch {torch.__version__}")
     if options.output:
-        record = {"options": vars(options) | {"output": None}, "where": where, "torch": torch.__version__}
-        options.output.write_text(json.dumps(record | {"results": results}, indent=1))
+        rows = [
+            (CONTENDERS[name], f"{median:.4f}", f"{data.token_count / median:,.0f}", f"{peak:.1f}" if peak else "")
+            for name, median, peak in ((name, each["median"], each["peak_gib"]) for name, each in results.items())
+        ]
+        about = f"{options.rows} rows of {options.seq_length} tokens, r {options.r}, p {options.dropout}, {dtype}."
+        columns = ("contender", "seconds, median", "tokens/s", "GiB")
+        figures = {"options": vars(options), "results": results}
+        record(options.output, "A training step", about, where, columns, rows, figures)
 
 
 if __name__ == "__main__":

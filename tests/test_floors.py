@@ -171,3 +171,34 @@ def test_a_model_is_data_without_torch():
     module = "megalora.models.spec"
     names = {name for _, name in imports(MODULES[module].read_text(encoding="utf-8"), module, False)}
     assert all(name.partition(".")[0] in sys.stdlib_module_names for name in names), names
+
+
+LONGEST_FUNCTION, LONGEST_MODULE = 70, 450  # lines
+
+
+def too_long(source: str, module: str) -> list[str]:
+    bad = [f"{module} has {lines} lines" for lines in [source.count("\n")] if lines > LONGEST_MODULE]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > LONGEST_FUNCTION:
+                bad.append(f"{module}:{node.lineno} {node.name} has {lines} lines")
+    return bad
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_and_modules_are_short(module):
+    assert not too_long(MODULES[module].read_text(encoding="utf-8"), module)
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("x = 0\n" * LONGEST_MODULE, 0),
+        ("x = 0\n" * (LONGEST_MODULE + 1), 1),
+        ("def f():\n" + "    x = 0\n" * (LONGEST_FUNCTION - 1), 0),
+        ("class C:\n    def f(self):\n" + "        x = 0\n" * LONGEST_FUNCTION, 1),
+    ],
+)
+def test_the_lengths_are_counted(source, count):
+    assert len(too_long(source, "megalora.any")) == count

@@ -35,7 +35,7 @@ _HARMLESS = frozenset(
     use_bfloat16 use_cache""".split()
 )
 # Fields with the one value at which they do not change the numbers, whatever the family.
-_FIXED: Mapping[str, Any] = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
+FIXED: Mapping[str, Any] = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
 _SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
 
 
@@ -114,7 +114,7 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
 
     passed_over = {*_HARMLESS, *family.harmless, *rotary.CONFIG_FIELDS, *family.rope, *family.reads}
     passed_over |= {"partial_rotary_factor"} if family.partial is not None else set()
-    fixed = _FIXED | dict(family.fixed)
+    fixed = FIXED | dict(family.fixed)
     values = {**hf.to_dict(), **{k: v for k, v in raw.items() if v is not None}}
     general = set(PretrainedConfig().to_dict()) - raw.keys()
     for name, value in values.items():

@@ -8,7 +8,7 @@ The product is cut at the ranks' bounds, and the messages are plain copies into 
                                           | copies to others    |
 
 GPUs of one host do such copies by their copy engines (megalora.parallel.peer_memory), beside the products. NCCL's
-kernels gained nothing there (benchmarks/README.md): it seems that they wait for multiprocessors, which the product
+kernels gained nothing there (benchmarks/LOG.md): it seems that they wait for multiprocessors, which the product
 holds until it ends. Without an exchange messages are collectives, before or after the whole product.
 
 Legend: n ranks, T tokens on each, F = n T in all.

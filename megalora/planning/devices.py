@@ -2,7 +2,7 @@
 
 Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted by hand to steps of Llama-8B's
 shape on several H100s of 80 GB and, for the host, to a slice of Llama-70B without CUDA graphs (both in
-benchmarks/README.md). H200: the same chip, its memory by the data sheet's 4.8 TB/s in the
+benchmarks/LOG.md). H200: the same chip, its memory by the data sheet's 4.8 TB/s in the
 H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about the H100's proportions, FlashAttention-2 as
 published (arXiv 2307.08691). Links: of H100s as measured, 34 MB by copy engines in 90 us and by NCCL in 170 us; of
 A100s in the proportion of NVLink 3 to 4; networks one adapter of 400 or 200 Gb/s a GPU, at 80%. CPU: two threads of a

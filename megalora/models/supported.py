@@ -1,0 +1,187 @@
+"""What is supported, told by the families themselves: docs/models.md, and its short form in README.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from megalora.adapters.targets import DEFAULT_TARGET_MODULES
+from megalora.models import rotary
+from megalora.models.config import FIXED, known_families, spec_of
+from megalora.models.family import Family
+from megalora.models.spec import MLP, Attention, Fused, ModelSpec, Norm, ParallelResidual, Projection, mixers_of
+
+MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
+
+
+class Feature(NamedTuple):
+    """A feature that reads the spec, so that every family has it, and the tests that run it on every family."""
+
+    name: str
+    tests: str
+    limits: str
+    needs_gpu: bool = False
+
+
+FEATURES = (
+    Feature("TP", "tests/test_layouts.py", "tensor parallelism; must divide the attention heads or `--uneven_heads true`"),
+    Feature("SP", "tests/test_layouts.py", "sequence parallelism, with tensor parallelism"),
+    Feature("PP", "tests/test_layouts.py", "pipeline parallelism, every schedule; at least one layer a stage"),
+    Feature("DP", "tests/test_layouts.py", "data parallelism"),
+    Feature("recompute", "tests/test_layouts.py", "none, selective (attention) or full"),
+    Feature("packing", "tests/test_field_parity.py", "documents of a row never see one another; losses and gradients are HF's"),
+    Feature(
+        "CUDA graphs",
+        "tests/test_gpu_step.py",
+        "in bfloat16 and float16, without pipeline stages, with heads of a multiple of 8 up to 256 features",
+        needs_gpu=True,
+    ),
+    Feature("generate", "tests/test_generation_parity.py", "greedy replies are transformers', word for word"),
+    Feature("plan", "tests/planning/test_nodes.py", "memory counted to the byte, one case for each kind of layer"),
+    Feature("convert", "tests/test_convert.py", "safetensors to shards and back, every bit kept"),
+    Feature("PEFT", "tests/test_convert_adapter.py", "adapters read and written, and merged into the base"),
+)
+# Families with which the tests marked `gpu` have passed on a GPU.
+RUN_ON_GPU = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+
+def supports(family: Family, feature: Feature) -> str:
+    """Return the cell of the table: yes, or untested for what no GPU has run yet."""
+    return "untested" if feature.needs_gpu and not RUN_ON_GPU.issuperset(family.types) else "yes"
+
+
+def summary(family: Family) -> tuple[str, str]:
+    """Return (published models, what sets them apart): the first line of the family's module."""
+    document = sys.modules[family.read.__module__].__doc__ or ""
+    models, _, apart = document.strip().splitlines()[0].rstrip(".").partition(": ")
+    return models, apart
+
+
+def example(family: Family) -> ModelSpec:
+    """Return the spec of the family's default config in transformers."""
+    from transformers import CONFIG_MAPPING
+
+    kind = family.types[0]
+    fields = {name: value for name, value in CONFIG_MAPPING[kind]().to_dict().items() if value is not None}
+    return spec_of(family, fields | {"model_type": kind}, f"transformers' default config of {kind}")
+
+
+def families() -> tuple[Family, ...]:
+    """Return every family once, in order of names."""
+    return tuple(family for kind, family in sorted(known_families().items()) if kind == family.types[0])
+
+
+def feature_table(*, models: bool) -> list[str]:
+    """Return the table of families by features. models: with a column of published models."""
+    head = ["model_type", *(["models"] if models else []), *(feature.name for feature in FEATURES)]
+    rows = [
+        [_code(family.types), *([summary(family)[0]] if models else []), *(supports(family, each) for each in FEATURES)]
+        for family in families()
+    ]
+    return _table(head, rows)
+
+
+def readme_table() -> str:
+    """Return the table of README.md, with its markers."""
+    return "\n".join([MARKERS[0], *feature_table(models=True), MARKERS[1]])
+
+
+def models_page() -> str:
+    """Return docs/models.md."""
+    every = ", ".join(f"`{name}` = {_value(value)}" for name, value in FIXED.items())
+    parts = [
+        "# Supported models",
+        "Written by `python -m megalora.models` from `megalora/models/families/`: do not edit this page.",
+        "`model_type` is the field of `config.json`. The files are Hugging Face safetensors in bfloat16, float16 or float32. "
+        "A field of `config.json` that would change the numbers and is not listed here is refused by name.",
+        "\n".join(feature_table(models=False)),
+        "\n".join(_table(["feature", "what it covers", "tested in"], _features())),
+        "`untested`: the tests that need a GPU have not been run with this family.",
+        "## Architectures",
+        "In the family's default configuration of transformers; what depends on the config is listed below.",
+        "\n".join(_table(["model_type", "attention", "MLP", "norms", "residual", "linears"], map(_architecture, families()))),
+        "## Fields and names",
+        f"For every family: {every}. Rope types, unless said otherwise: {_code(rotary.FIELDS)}.",
+        *("\n".join(_family(family)) for family in families()),
+    ]
+    return "\n\n".join(parts)
+
+
+def _features() -> Iterable[list[str]]:
+    return ([each.name, each.limits, f"`{each.tests}`" + (" (GPU)" if each.needs_gpu else "")] for each in FEATURES)
+
+
+def _architecture(family: Family) -> list[str]:
+    spec = example(family)
+    layer = spec.stack.layers[0]
+    mlp = next(mixer for mixer in mixers_of(layer) if isinstance(mixer, MLP))
+    parallel = any(isinstance(step, ParallelResidual) for step in layer)
+    linears = [linear.name.rpartition(".")[2] for mixer in mixers_of(layer) for linear in mixer.linears]
+    return [
+        _code(family.types),
+        _attention(family, spec.attention),
+        f"{'gated' if mlp.gate is not None else 'plain'}, {mlp.act}",
+        _norm(spec.stack.final_norm),
+        "parallel" if parallel else "sequential",
+        _code(linears),
+    ]
+
+
+def _attention(family: Family, attention: Attention) -> str:
+    grouped = "num_key_value_heads" in family.reads
+    said = ["grouped queries" if grouped else "as many key/value heads as query heads"]
+    said += ["sliding window"] if "sliding_window" in family.reads else []
+    said += [f"{_norm(attention.q_norm)} on q and k"] if attention.q_norm is not None else []
+    share = attention.position.size / attention.head_dim
+    said += [f"{share:.0%} of each head rotates"] if share < 1 else []
+    said += ["q k v in one linear"] if _is_fused(attention.q) else []
+    return ", ".join(said)
+
+
+def _is_fused(projection: Projection | None) -> bool:
+    return isinstance(projection, Fused)
+
+
+def _norm(norm: Norm) -> str:
+    return {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind]
+
+
+def _family(family: Family) -> Iterable[str]:
+    models, apart = summary(family)
+    spec, kind = example(family), family.types[0]
+    targets = DEFAULT_TARGET_MODULES.get(kind)
+    yield f"### {kind}\n"
+    yield f"{models}: {apart}.\n"
+    yield f"- Default `target_modules`: {_code(targets) if targets else 'none, so `lora_config.json` must name them'}."
+    yield f"- Reads {_code(sorted(family.reads))}, and the rope fields."
+    if family.partial is not None:
+        yield f"- `partial_rotary_factor` is {family.partial:g} unless the config has it."
+    if family.rope:
+        yield f"- Rope fields of its own: {', '.join(f'`{theirs}` is `{ours}`' for theirs, ours in family.rope.items())}."
+    if family.fixed:
+        yield f"- The only values that are implemented: {_fixed(family.fixed)}."
+    if family.harmless:
+        yield f"- Has no effect on training: {_code(sorted(family.harmless))}."
+    yield f"- Names: layers `{spec.stack.prefix}.N`, embedding `{spec.embedding.weight}`, head `{spec.head.weight}`."
+    if family.files.prefix:
+        yield f"- Files without the prefix `{family.files.prefix}` are read too."
+    for start, ours in family.files.renames:
+        yield f"- `{start}…` in a file is read as `{ours}…`."
+
+
+def _fixed(fixed: Mapping[str, object]) -> str:
+    return ", ".join(f"`{name}` = {_value(value)}" for name, value in sorted(fixed.items()))
+
+
+def _value(value: object) -> str:
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
