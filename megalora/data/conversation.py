@@ -39,8 +39,12 @@ class Message:
     extra: Mapping[str, Any] = NOTHING
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the message as `tokenizer.apply_chat_template` takes it; thinking is `reasoning_content`."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        """Return the message as `tokenizer.apply_chat_template` takes it.
+
+        Thinking is `reasoning_content`; the content of a message that is all tool calls is None, as OpenAI has it.
+        """
+        content = None if self.tool_calls and not self.content else self.content
+        message: dict[str, Any] = {"role": self.role, "content": content}
         if self.thinking is not None:
             message["reasoning_content"] = self.thinking
         if self.tool_calls:
