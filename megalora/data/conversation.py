@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 TrainOn = Literal["all", "last", "prompt"]
-
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+MessageDict = dict[str, Any]  # as tokenizer.apply_chat_template takes it
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,8 @@ class Message:
     thinking    the reasoning before the content, where the row has a field of its own for it. Thinking that a row
                 writes into the content, as <think>...</think>, stays there
     tool_calls  in OpenAI's shape: {"type": "function", "function": {"name", "arguments": object}, "id"?}
-    trained     whether the loss reads this message; None: by the rule of the run (`Conversation.resolve`). A trained
-                system or user message is trained on its text alone; a tool message never is
+    trained     whether the loss reads this message; None: by the rule of the run (`Conversation.resolve`). The text
+                between two replies is trained where all of its system and user messages are and none is a tool's
     weight      of the message's tokens in the loss; 0 is the same as trained=False
     extra       fields that a template may read beside these (name, tool_call_id)
     """
@@ -36,15 +34,15 @@ class Message:
     tool_calls: tuple[dict[str, Any], ...] = ()
     trained: bool | None = None
     weight: float = 1.0
-    extra: Mapping[str, Any] = NOTHING
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> MessageDict:
         """Return the message as `tokenizer.apply_chat_template` takes it.
 
         Thinking is `reasoning_content`; the content of a message that is all tool calls is None, as OpenAI has it.
         """
         content = None if self.tool_calls and not self.content else self.content
-        message: dict[str, Any] = {"role": self.role, "content": content}
+        message: MessageDict = {"role": self.role, "content": content}
         if self.thinking is not None:
             message["reasoning_content"] = self.thinking
         if self.tool_calls:
@@ -67,12 +65,12 @@ class Conversation:
     text             a text without turns (`messages` is empty), with no template: every token is trained
     """
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
 
-    def to_dicts(self) -> list[dict[str, Any]]:
+    def to_dicts(self) -> list[MessageDict]:
         """Return the messages as `tokenizer.apply_chat_template` takes them."""
         return [message.to_dict() for message in self.messages]
 
