@@ -199,14 +199,57 @@ class ParallelArguments(LayoutArguments):
 class DataArguments(Section):
     """Rows to train on, and how they become tokens."""
 
-    data_path: str = flag(REQUIRED, "JSON or JSON lines file of the training rows")
-    eval_data_path: str | None = flag(None, "file of the evaluation rows, same formats", unset="no evaluation")
-    seq_length: int = flag(1024, "tokens of one row of a microbatch; a longer document is a bad row", at_least=2)
+    data_path: str = flag(
+        REQUIRED,
+        "training rows: files, folders or datasets separated by commas, each with :WEIGHT behind it or not "
+        "(json, jsonl, csv, tsv, parquet, arrow; also .gz, .zst)",
+    )
+    eval_data_path: str | None = flag(None, "evaluation rows, same formats", unset="no evaluation")
+    eval_fraction: float | None = flag(
+        None, "share of the training rows that is held out for evaluation", above=0, below=1, unset="none"
+    )
+    max_rows: int | None = flag(None, "read only the first rows of each file or dataset", at_least=1, unset="all")
+    columns: tuple[str, ...] | None = flag(
+        None, "names of fields in your rows, as ours=yours: output=reply instruction=ask", unset="ours"
+    )
+    ignore_columns: tuple[str, ...] | None = flag(
+        None, "fields of the rows that are left out, beside those known to be harmless", unset="none"
+    )
+    seq_length: int = flag(1024, "tokens of one row of a microbatch; for longer documents see on_long_row", at_least=2)
     packing: bool = flag(True, "put several whole documents in one row; attention never crosses them")
     template: str | None = flag(None, "name of the chat template", unset="the tokenizer's own")
-    on_bad_row: str = flag(
-        "error", "stop at a row that cannot be used, or count it and go on", choices=("error", "skip")
+    train_on: str = flag(
+        "all",
+        "what is learned: all replies, the last of each row, or the prompts too",
+        choices=("all", "last", "prompt"),
     )
+    on_bad_row: str = flag(
+        "error", "stop at rows that cannot be used, or count them and go on", choices=("error", "skip")
+    )
+    on_long_row: str = flag(
+        "error",
+        "what becomes of a row longer than seq_length: a bad row, left out, cut, or split at its turns",
+        choices=("error", "skip", "truncate", "split"),
+    )
+    data_cache: str | None = flag(
+        None, "folder that keeps the tokens of the rows, for other runs too", unset="~/.cache/megalora"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_fraction is not None and self.eval_data_path is not None:
+            raise UserError("eval_fraction and eval_data_path both name evaluation rows: leave one of them out")
+        for pair in self.columns or ():
+            if not re.fullmatch(r"[^=]+=[^=]+", pair):
+                raise UserError(f"columns {pair!r}: write it as ours=yours, such as output=reply")
+        if len(self.renamed_columns) != len(self.columns or ()):
+            raise UserError("columns names one of your fields twice: keep one")
+
+    @property
+    def renamed_columns(self) -> dict[str, str]:
+        """Our name of a field by the user's."""
+        pairs = (pair.split("=") for pair in self.columns or ())
+        return {yours.strip(): ours.strip() for ours, yours in pairs}
 
 
 @dataclass(frozen=True)
@@ -583,7 +626,12 @@ FINETUNE_IDLE = (
         lambda v: v["partition_method"] != "cost",
         "give --partition_method cost",
     ),
-    _Idle("eval_steps", "eval_data_path", lambda v: v["eval_data_path"] is None, "give --eval_data_path"),
+    _Idle(
+        "eval_steps",
+        "eval_data_path",
+        lambda v: v["eval_data_path"] is None and v["eval_fraction"] is None,
+        "give --eval_data_path or --eval_fraction",
+    ),
 )
 GENERATE_IDLE = (
     _CUSTOM,

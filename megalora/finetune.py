@@ -47,7 +47,18 @@ from megalora.cluster.lock import RunLock
 from megalora.cluster.preemption import Preemption
 from megalora.cluster.ranklog import RankLog
 from megalora.cluster.watch import Watch
-from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer, steps_ahead
+from megalora.data import (
+    ChatTemplate,
+    DataSettings,
+    FieldNames,
+    Loader,
+    PackedRows,
+    default_cache,
+    load_dataset,
+    load_split,
+    load_tokenizer,
+    steps_ahead,
+)
 from megalora.errors import Preempted, UserError
 from megalora.identity import base_identity, check_base, progress, run_identity
 from megalora.lora import LoraConfig, ResolvedLora
@@ -108,11 +119,10 @@ def finetune(arguments: FinetuneArguments) -> None:
             lora = resolve_lora(_lora_config(model, start), config)
             _check_same_adapter(lora, start, config)
             template = ChatTemplate(load_tokenizer(model.model_path), data.template)
-            rows = _load_rows(data.data_path, template, data, train)
-            eval_rows = _load_rows(data.eval_data_path, template, data, train) if data.eval_data_path else None
+            rows, eval_rows = _load_rows(template, data, train)
             for loaded in (rows, eval_rows):
                 if loaded is not None:
-                    check_vocabulary(int(loaded.input_ids.max()), config, model.model_path)
+                    check_vocabulary(loaded.max_token_id, config, model.model_path)
         loader = _loader(rows, train, mesh)
         weights = model.resume_from_checkpoint or model.model_path
         base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
@@ -231,8 +241,8 @@ def finetune(arguments: FinetuneArguments) -> None:
         with log, monitor, saver, steady_heap(), contextlib.closing(trainer), watch:
             summary = _summary(arguments, config, lora, stage, cut, rows, loader, mesh, device, dtype)
             monitor.summary(summary)
-            skipped = [note for loaded in (rows, eval_rows) if loaded is not None for note in _skipped(loaded)]
-            for note in [*notes, *skipped]:
+            of_rows = [note for loaded in (rows, eval_rows) if loaded is not None for note in loaded.notes]
+            for note in [*notes, *of_rows]:
                 monitor.note(note)
             meter = _Meter(_flops_per_token(config, lora, rows), mesh.world_size)
             saved = None
@@ -495,10 +505,24 @@ def _not_sequence_parallel(tokens: int, tp: int) -> str:
     return f"tensor-parallel ranks hold all activations between layers: {why}"
 
 
-def _load_rows(path: str, template: ChatTemplate, data: DataArguments, train: TrainArguments) -> PackedRows:
-    return load_dataset(
-        path, template, data.seq_length, packing=data.packing, on_bad_row=data.on_bad_row, seed=train.seed
+def _load_rows(
+    template: ChatTemplate, data: DataArguments, train: TrainArguments
+) -> tuple[PackedRows, PackedRows | None]:
+    """The rows to train on, and those of the evaluation."""
+    settings = DataSettings(
+        data.seq_length,
+        packing=data.packing,
+        on_bad_row=data.on_bad_row,
+        on_long_row=data.on_long_row,
+        train_on=data.train_on,
+        names=FieldNames(data.renamed_columns, frozenset(data.ignore_columns or ())),
+        max_rows=data.max_rows,
+        data_cache=Path(data.data_cache) if data.data_cache else default_cache(),
     )
+    rows, held_out = load_split(data.data_path, template, settings, train.seed, data.eval_fraction or 0.0)
+    if data.eval_data_path is None:
+        return rows, held_out
+    return rows, load_dataset(data.eval_data_path, template, settings, train.seed)
 
 
 def _workload(rows: PackedRows, train: TrainArguments, parallel: ParallelArguments, dtype: torch.dtype) -> Workload:
@@ -524,11 +548,6 @@ def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle
         seed=train.seed,
         shuffle=shuffle,
     )
-
-
-def _skipped(rows: PackedRows) -> list[str]:
-    """The first rows that were left out, and how many."""
-    return [*rows.skipped[:5], f"{len(rows.skipped)} rows of the data were skipped"] if rows.skipped else []
 
 
 def _evaluate(
@@ -630,10 +649,7 @@ class _Meter:
 
 def _context(rows: PackedRows) -> float:
     """Keys that a token attends to on average."""
-    documents = []
-    for lengths, tokens in zip(rows.document_lengths, rows.row_tokens, strict=True):
-        documents += lengths if sum(lengths) == tokens else lengths[:-1]  # the last is the padding tail
-    return causal_context(documents)
+    return causal_context(rows.lengths.tolist())
 
 
 def _flops_per_token(config: ModelConfig, lora: ResolvedLora, rows: PackedRows) -> float:

@@ -55,3 +55,10 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data: {folder} is not a folder (MEGALORA_SHARED names another)")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What commands keep for later runs stays in the folder of the tests."""
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache"))):
+        yield

@@ -346,7 +346,7 @@ def on_one_rank(rank: int, world_size: int, command: list[str], bad_rank: int, w
 
 
 SETUP = [
-    "read_config", "newest_sound", "resolve_lora", "load_tokenizer", "load_dataset", "base_identity",
+    "read_config", "newest_sound", "resolve_lora", "load_tokenizer", "load_split", "base_identity",
     "load_base_weights", "AdapterOptimizer",
 ]  # fmt: skip
 FIRST_ONLY = ("newest_sound", "base_identity")  # rank 0 does them for all
@@ -371,7 +371,7 @@ def noted(rank: int, world_size: int, command: list[str], bad_rank: int, what: s
     (folder / f"{rank}.txt").write_text(f"status {done.status}\n{done.err}")
 
 
-@pytest.mark.parametrize("what, bad_rank", [("load_base_weights", 0), ("load_dataset", 1), ("step", 1)])
+@pytest.mark.parametrize("what, bad_rank", [("load_base_weights", 0), ("load_split", 1), ("step", 1)])
 def test_a_bug_on_one_rank_leaves_no_rank_waiting(inputs, tmp_path, what, bad_rank):
     """Whatever is raised there: it shows its traceback, and the other rank, waiting for it, is ended by its watch."""
     command = inputs.flags(tmp_path / "run", tensor_parallel_size=2)

@@ -26,7 +26,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from ..errors import UserError
-from .formats import Message
+from .conversation import MessageDict as Message
 
 IGNORE = -100
 MARK = "megalora-reply-marker"

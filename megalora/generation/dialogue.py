@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megalora.data import ChatTemplate
-from megalora.data.formats import Message
+from megalora.data.conversation import MessageDict as Message
 from megalora.errors import UserError
 from megalora.generation.prompts import Question, ask, encode
 from megalora.generation.replica import Prompt, Reply

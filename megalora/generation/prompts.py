@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.data import ChatTemplate, read_rows, to_question
-from megalora.data.formats import Message
+from megalora.data.conversation import MessageDict as Message
 from megalora.errors import UserError
 
 ROWS = (".json", ".jsonl")
@@ -113,7 +113,7 @@ def _eos(file: Path) -> list[int]:
 
 
 def _of_row(row: object, system: str | None, where: str) -> Question:
-    messages = to_question(row, where)
+    messages = to_question(row, where).to_dicts()
     if system is not None and messages[0]["role"] == "system":
         raise UserError(f"{where}: has a system message of its own: leave --system out, or take it out of the row")
     return Question((*_system_message(system), *messages), where)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.data import ChatTemplate, load_dataset, read_rows
+from megalora.data import ChatTemplate, DataSettings, load_dataset, read_rows
 from megalora.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "data" / "self_cognition.json"
@@ -19,13 +19,13 @@ def template(chatml):
     return ChatTemplate(chatml)
 
 
-def load(path, template, seq_length=128, packing=True, on_bad_row="error", seed=1):
-    return load_dataset(path, template, seq_length, packing=packing, on_bad_row=on_bad_row, seed=seed)
+def load(path, template, seq_length=128, seed=1, **settings):
+    return load_dataset(path, template, DataSettings(seq_length, **settings), seed)
 
 
 def test_bundled_rows(template):
     rows = load(EXAMPLE, template, 512)
-    assert rows.documents == len(read_rows(EXAMPLE)) and rows.skipped == ()
+    assert rows.documents == len(list(read_rows(EXAMPLE))) and (rows.skipped, rows.notes) == (0, ())
     assert 0 < rows.labelled_tokens < rows.tokens <= rows.rows * 512
     one_each = load(EXAMPLE, template, 512, packing=False)
     assert one_each.rows == rows.documents > rows.rows
@@ -33,24 +33,24 @@ def test_bundled_rows(template):
 
 
 def test_labels_are_shifted_once(template, chatml, write_json):
-    rows = load(write_json([GOOD]), template)
+    row = load(write_json([GOOD]), template).row(0)
     document = template.encode([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am Mega."}])
     n = len(document.input_ids)
-    assert rows.input_ids[0, :n].tolist() == document.input_ids.tolist()
-    assert rows.labels[0, : n - 1].tolist() == document.labels[1:].tolist() and rows.labels[0, n - 1] == -100
-    assert chatml.decode([label for label in rows.labels[0].tolist() if label != -100]) == "I am Mega.<|im_end|>"
+    assert row.input_ids[:n].tolist() == document.input_ids.tolist()
+    assert row.labels[: n - 1].tolist() == document.labels[1:].tolist() and row.labels[n - 1] == -100
+    assert chatml.decode([label for label in row.labels.tolist() if label != -100]) == "I am Mega.<|im_end|>"
 
 
 def test_padding_is_a_token_that_the_model_has(template, write_json):
     rows = load(write_json([GOOD]), template)
-    assert set(rows.input_ids[0, rows.tokens :].tolist()) == {template.end_token_id}
+    assert set(rows.row(0).input_ids[rows.tokens :].tolist()) == {template.end_token_id}
 
 
 @pytest.mark.parametrize(
     "row, told",
     [
         (LONG, r"row 1: too long, \d+ tokens for --seq_length 128; raise --seq_length to at least \d+"),
-        ({"text": "a"}, "row 1: the row has no known shape"),
+        ({"words": "a"}, "row 1: the row has no known shape"),
         ({"instruction": "a", "output": ""}, "row 1: .* is empty"),
         ("a", "row 1: a row must be an object"),
     ],
@@ -60,7 +60,7 @@ def test_bad_rows_are_named_or_skipped(template, write_json, row, told):
     with pytest.raises(UserError, match=rf"data.json {told}.*--on_bad_row skip"):
         load(path, template)
     rows = load(path, template, on_bad_row="skip")
-    assert rows.documents == 2 and len(rows.skipped) == 1 and "data.json row 1: " in rows.skipped[0]
+    assert rows.documents == 2 and rows.skipped == 1 and "data.json row 1: " in rows.notes[1]
 
 
 def test_no_row_left(template, write_json):
@@ -71,7 +71,7 @@ def test_no_row_left(template, write_json):
 def test_a_row_just_as_long_as_seq_length_is_taken(template, write_json):
     path = write_json([GOOD])
     length = load(path, template).tokens
-    assert load(path, template, length).document_lengths == ((length,),)
+    assert load(path, template, length).row(0).lengths == (length,)
     with pytest.raises(UserError, match="too long"):
         load(path, template, length - 1)
 
