@@ -10,7 +10,7 @@ from megalora.checkpoint.base.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
 from megalora.data import ChatTemplate, PackedRows
-from megalora.data.template import tokenizer_identity
+from megalora.data.tokenizer import tokenizer_identity
 from megalora.errors import UserError
 from megalora.lora import LoraConfig
 from megalora.models.config import ModelConfig

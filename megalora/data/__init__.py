@@ -8,7 +8,8 @@ from .formats import to_conversation, to_question
 from .loader import Loader, Step, steps_ahead
 from .packing import PackedRows, build_rows, pack
 from .readers import read_rows
-from .template import ChatTemplate, Sample, load_tokenizer
+from .template import ChatTemplate, Sample
+from .tokenizer import load_tokenizer
 
 __all__ = [
     "ChatTemplate",

@@ -16,7 +16,6 @@ The reply pieces are found by rendering the conversation once more with a marker
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,38 +74,6 @@ class Segment:
 
     text: str
     trained: bool
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder (local files only; the fast one where there is one).
-
-    Raises UserError where the folder has no tokenizer files, or they cannot be read.
-    """
-    from transformers import AutoTokenizer  # a slow import, wanted only here
-
-    folder = Path(folder)
-    files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder} to read the tokenizer from; check the path")
-    if not any((folder / name).is_file() for name in files):
-        missing = ", ".join(files)
-        raise UserError(f"{folder} has no tokenizer (none of {missing}); copy it from the model's folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        works = len(tokenizer("a b", add_special_tokens=False)["input_ids"]) > 0
-    except Exception as error:  # transformers raises whatever its parsers raise
-        raise UserError(f"cannot read the tokenizer in {folder}: {error}; copy its files again") from None
-    if not works:
-        raise UserError(f"the tokenizer in {folder} gives no tokens for a text; copy its files again")
-    return tokenizer
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """The size of the vocabulary, and a hash of its tokens and of which are special."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    special = sorted(str(token) for token in tokenizer.all_special_tokens)
-    digest = hashlib.sha256(json.dumps([vocabulary, special, tokenizer.eos_token_id]).encode()).hexdigest()
-    return f"{len(vocabulary)} tokens, {digest[:16]}"
 
 
 class ChatTemplate:
