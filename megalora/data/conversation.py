@@ -5,7 +5,7 @@ Readers and formats make conversations; chat templates and generation read them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -69,6 +69,22 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
+
+    @classmethod
+    def from_dicts(cls, messages: Sequence[Mapping[str, Any]], **more: Any) -> Conversation:
+        """Build a conversation of messages as `tokenizer.apply_chat_template` takes them. more: of its other fields."""
+        named = ("role", "content", "reasoning_content", "tool_calls")
+        made = [
+            Message(
+                message["role"],
+                message.get("content") or "",
+                message.get("reasoning_content"),
+                tuple(message.get("tool_calls") or ()),
+                extra={name: value for name, value in message.items() if name not in named},
+            )
+            for message in messages
+        ]
+        return cls(tuple(made), **more)
 
     def to_dicts(self) -> list[MessageDict]:
         """Return the messages as `tokenizer.apply_chat_template` takes them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import UserError
 from .conversation import Conversation, TrainOn
@@ -56,10 +56,16 @@ class Encoder:
             try:
                 conversation = to_conversation(row, where, self.settings.names, report.seen)
                 conversation = conversation.resolve(self.settings.train_on)
-                pieces.append(self._segments(conversation))
-                named.append((number, where, conversation))
+                made = self.template.documents(conversation)
             except UserError as error:
                 report.problem(where, _without(str(error), where))
+                continue
+            pieces += [document.pieces for document in made]
+            named += [(number, where, document.conversation) for document in made]
+            report.seen["template special"] += sum(document.special_in_text for document in made)
+            if len(made) > 1:
+                report.seen["template split"] += 1
+                report.seen["template documents"] += len(made)
         documents: list[Sample] = []
         rows: list[int] = []
         for (number, where, conversation), sample in zip(named, self.template.tokenize(pieces), strict=True):
@@ -69,12 +75,6 @@ class Encoder:
         encoded = Documents.of(documents, rows)
         report.top = int(encoded.ids.max()) if len(encoded) else 0
         return encoded, report
-
-    def _segments(self, conversation: Conversation) -> list[Segment]:
-        """The pieces of a conversation's text, those that are trained marked."""
-        if conversation.text is not None:
-            return [Segment(_whole_text(conversation.text, self.template.tokenizer), True)]
-        return render(self.template, conversation)
 
     def _fitting(self, where: str, conversation: Conversation, sample: Sample, report: Report) -> Iterator[Sample]:
         """The documents of a row: itself, or what on_long_row makes of it; none where it cannot be used."""
@@ -104,40 +104,7 @@ class Encoder:
         yield from learned
 
     def _encode_one(self, conversation: Conversation) -> Sample:
-        return self.template.tokenize([self._segments(conversation)])[0]
-
-
-def render(template: ChatTemplate, conversation: Conversation) -> list[Segment]:
-    """Return the pieces of a conversation's text, with `trained` as its messages have it (`Conversation.resolve`).
-
-    Pieces alternate between the text before a reply and the reply. Raises UserError where the template refuses.
-    """
-    if conversation.tools or conversation.template_kwargs or any(m.tool_calls for m in conversation.messages):
-        raise UserError("tools and chat_template_kwargs are not handed to the template yet; leave the row out")
-    messages = [message.with_thinking_in_content().to_dict() for message in conversation.messages]
-    segments = template.segments(messages)
-    flags = _trained_pieces(conversation)
-    assert len(segments) == len(flags), "a reply without a piece of its own"
-    return [Segment(piece.text, trained) for piece, trained in zip(segments, flags, strict=True)]
-
-
-def _trained_pieces(conversation: Conversation) -> list[bool]:
-    """For the text before each reply and the reply: whether it is trained."""
-    flags: list[bool] = []
-    before = True
-    for message in conversation.messages:
-        if message.role == "assistant":
-            flags += [before, bool(message.trained)]
-            before = True
-        else:
-            before = before and bool(message.trained)
-    return flags
-
-
-def _whole_text(text: str, tokenizer: Any) -> str:
-    """The text between the tokens that begin and end one, where the tokenizer has them."""
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    return ("" if text.startswith(bos) else bos) + text + ("" if eos and text.endswith(eos) else eos)
+        return self.template.tokenize([self.template.segments(conversation)])[0]
 
 
 def _without(message: str, where: str) -> str:

@@ -59,7 +59,7 @@ class Renderer:
     """
 
     def __init__(self, source: str, description: str):
-        self._description = description
+        self._source, self._description = source, description
         if len(source) > MAX_SOURCE:
             raise UserError(f"{description} has {len(source):,} characters, more than {MAX_SOURCE:,}; give another one")
         self._environment = _Environment()
@@ -72,6 +72,9 @@ class Renderer:
             self._template = self._environment.from_string(source)
         except Exception as error:  # jinja's own errors, and Python's where the source nests too deep
             raise UserError(f"{description} is no jinja template that can be used: {told(error)}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Renderer, (self._source, self._description)  # what is compiled cannot be pickled
 
     def render(self, size: int, **variables: Any) -> Rendered:
         """Render with `variables`, whose texts have `size` characters in all.

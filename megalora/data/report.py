@@ -127,6 +127,17 @@ class Report:
             if name.startswith("long ") and name != "long documents":
                 into = f" into {self.seen['long documents']:,} documents" if name == "long split" else ""
                 notes.append(f"{count:,} rows longer than seq_length were {name.removeprefix('long ')}{into}")
+        if self.seen["template split"]:
+            rows, documents = self.seen["template split"], self.seen["template documents"]
+            notes.append(
+                f"{rows:,} rows became {documents:,} documents, because the template prints earlier replies otherwise "
+                "than they are generated (without their thinking): --history_thinking mask or keep makes one of each"
+            )
+        if self.seen["template special"]:
+            notes.append(
+                f"{self.seen['template special']:,} special tokens in the text of messages are tokenised as text: "
+                "--special_tokens_in_text true takes them for the tokens"
+            )
         return tuple(notes)
 
 

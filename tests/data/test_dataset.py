@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.data import ChatTemplate, DataSettings, load_dataset, read_rows
+from megalora.data import ChatTemplate, Conversation, DataSettings, Message, load_dataset, read_rows
 from megalora.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "data" / "self_cognition.json"
@@ -34,7 +34,7 @@ def test_bundled_rows(template):
 
 def test_labels_are_shifted_once(template, chatml, write_json):
     row = load(write_json([GOOD]), template).row(0)
-    document = template.encode([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am Mega."}])
+    (document,) = template.encode(Conversation((Message("user", "hello"), Message("assistant", "I am Mega."))))
     n = len(document.input_ids)
     assert row.input_ids[:n].tolist() == document.input_ids.tolist()
     assert row.labels[: n - 1].tolist() == document.labels[1:].tolist() and row.labels[n - 1] == -100

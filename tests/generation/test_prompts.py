@@ -16,13 +16,13 @@ class Template:
     stop_token_ids = (9, 3)
 
     def prompt(self, messages):
-        if messages[-1]["content"] == "refused":
+        if messages.messages[-1].content == "refused":
             raise UserError("the template refuses")
-        return [ord(character) for message in messages for character in message["content"]]
+        return [ord(character) for message in messages.messages for character in message.content]
 
 
 def messages(questions):
-    return [[(m["role"], m["content"]) for m in question.messages] for question in questions]
+    return [[(m.role, m.content) for m in question.conversation.messages] for question in questions]
 
 
 def test_a_text_file_has_one_a_line(tmp_path):
