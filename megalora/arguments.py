@@ -210,10 +210,10 @@ class DataArguments(Section):
     )
     max_rows: int | None = flag(None, "read only the first rows of each file or dataset", at_least=1, unset="all")
     columns: tuple[str, ...] | None = flag(
-        None, "names of fields in your rows, as ours=yours: output=reply instruction=ask", unset="ours"
+        None, "names of fields in your rows, as ours=yours: output=reply instruction=ask", verbatim=True, unset="ours"
     )
     ignore_columns: tuple[str, ...] | None = flag(
-        None, "fields of the rows that are left out, beside those known to be harmless", unset="none"
+        None, "fields of the rows that are left out, beside those known to be harmless", verbatim=True, unset="none"
     )
     seq_length: int = flag(1024, "tokens of one row of a microbatch; for longer documents see on_long_row", at_least=2)
     packing: bool = flag(True, "put several whole documents in one row; attention never crosses them")

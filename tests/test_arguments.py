@@ -116,6 +116,8 @@ def sample(flag):
         text, value = "false", False
     if "choices" in flag.limits:
         text = value = next(one for one in flag.limits["choices"] if one not in (flag.default, "custom"))
+    if flag.name == "columns":
+        text = value = "output=some text"
     if flag.limits.get("at_least", 0) > 1:
         text, value = str(flag.limits["at_least"]), flag.limits["at_least"]
     return (text, (value,)) if flag.many else (text, value)

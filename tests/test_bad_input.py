@@ -241,19 +241,19 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     "no data": (lambda m: {"data_path": m.path("none")}, ("cannot read the data file", "-none", "check the path")),
     "empty data": (lambda m: m.data(""), ("-rows.json holds no rows", "instruction")),
     "empty list": (lambda m: m.data([]), ("-rows.json holds no rows", "instruction")),
-    "data is no JSON": (lambda m: m.data('[{"instruction": "a"'), ("-rows.json line 1 column", "bad JSON", "mend")),
-    "row of no shape": (lambda m: m.data([ROW, {"text": "a"}]), ("-rows.json row 1", "no known shape", "on_bad_row")),
+    "data is no JSON": (lambda m: m.data('[{"instruction": "a"'), ("-rows.json line 1 column", "bad JSON", "fix")),
+    "row of no shape": (lambda m: m.data([ROW, {"words": "a"}]), ("-rows.json row 1", "no known shape", "on_bad_row")),
     "row without reply": (lambda m: m.data([ROW, ROW | {"output": " "}]), ("-rows.json row 1", "empty", "on_bad_row")),
     "row too long": (
         lambda m: m.data([ROW, ROW, ROW | {"output": "word " * 90}]),
         ("-rows.json row 2: too long", "--seq_length 64", "raise --seq_length to at least"),
     ),
     "all rows bad": (
-        lambda m: m.data([{"text": "a"}]) | {"on_bad_row": "skip"},
+        lambda m: m.data([{"words": "a"}]) | {"on_bad_row": "skip"},
         ("none of the 1 rows can be used", "-rows.json row 0", "no known shape"),
     ),
     "bad evaluation row": (
-        lambda m: {"eval_data_path": m.data([{"text": "a"}])["data_path"]},
+        lambda m: {"eval_data_path": m.data([{"words": "a"}])["data_path"]},
         ("-rows.json row 0", "no known shape", "on_bad_row"),
     ),
     "seq_length": (

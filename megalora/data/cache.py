@@ -14,11 +14,13 @@ finds it made.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -89,17 +91,17 @@ def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tu
     asked = time.time()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock"):
+        with _locked(root / f"{key}.lock") as alone:
             report = verified(folder)
             if report is not None:
                 return folder, report, False
             if failed.exists() and failed.stat().st_mtime >= asked:
                 raise BadRows(failed.read_text(encoding="utf-8"))
             failed.unlink(missing_ok=True)
-            for rest in root.glob(f"{key}.partial*"):  # of a process that was killed
-                shutil.rmtree(rest, ignore_errors=True)
-            partial = root / f"{key}.partial-{os.getpid()}"
-            partial.mkdir()
+            if alone:  # these are of processes that were killed
+                for rest in root.glob(f"{key}.partial*"):
+                    shutil.rmtree(rest, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=root))
             writer = Writer(partial)
             try:
                 report = make(writer)
@@ -110,11 +112,7 @@ def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tu
                 if isinstance(error, UserError):
                     write_text(failed, str(error))
                 raise
-            if folder.exists():
-                damaged = root / f"{key}.partial-damaged"
-                folder.rename(damaged)
-                shutil.rmtree(damaged, ignore_errors=True)
-            partial.rename(folder)
+            _put(partial, folder)
             return folder, report, True
     except OSError as error:
         raise UserError(
@@ -197,8 +195,29 @@ def _mapped(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<i4", mode="r")
 
 
+def _put(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`, in place of a damaged one; without locks another process may have been first."""
+    if folder.exists():
+        damaged = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        folder.rename(damaged / folder.name)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if verified(folder) is None:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file and yield whether it is held: without locks each process makes the documents itself."""
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held = True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            held = False
+        yield held

@@ -71,8 +71,6 @@ def _text(fields: Fields, question: bool) -> Conversation:
         raise UserError(f"{fields.place}: the text {what}; it must be a string with something in it")
     turns.check_text(text, f"{fields.place}: the text")
     fields.finish()
-    if question:
-        return Conversation((Message("user", text),))
     return Conversation((), text=text)
 
 
@@ -111,7 +109,7 @@ def _has_message_lists(fields: Fields) -> bool:
 
 
 def _is_text(fields: Fields, question: bool) -> bool:
-    return bool(fields.present(["text"]))
+    return not question and bool(fields.present(["text"]))
 
 
 def _is_exchange(fields: Fields, question: bool) -> bool:

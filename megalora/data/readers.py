@@ -101,7 +101,7 @@ def read_chunks(path: str, *, lines: bool = True) -> Iterator[Chunk]:
         yield Chunk(path, first, lines=rows) if raw else Chunk(path, first, rows)
         first += len(rows)
     if not first:
-        raise UserError(f"{path} holds no rows; write at least one")
+        raise UserError(f"{path} holds no rows; write at least one, such as {{instruction, input, output}}")
 
 
 def _batches(path: str, lines: bool) -> Iterator[tuple[list, bool]]:

@@ -98,9 +98,8 @@ class Report:
         count = sum(problem[0] for problem in bad.values())
         if count == 1:
             (_, first, _) = next(iter(bad.values()))
-            lines, remedy = [f"{first}; or {remedy}"], ""
-        else:
-            lines = [f"{count:,} of {self.rows:,} rows cannot be used; fix them, or {remedy}:", *lines]
+            return [f"{first}, or {remedy}" if ";" in first else f"{first}; fix the row, or {remedy}"]
+        lines = [f"{count:,} of {self.rows:,} rows cannot be used; fix them, or {remedy}:", *lines]
         if any("too long" in kind for kind in bad):
             lines.append(self.lengths_line())
         return lines

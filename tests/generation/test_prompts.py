@@ -100,7 +100,7 @@ def test_rows_need_no_reply(tmp_path):
         ("p.json", b"[]", r"p\.json holds no rows"),
         ("p.jsonl", b'{"text": 1}', r"p\.jsonl row 0: .* no known shape"),
         ("p.jsonl", b'{"prompt": 1}', r"p\.jsonl row 0: instruction and input must be strings"),
-        ("p.jsonl", b'{"messages": [{"role": "system", "content": "s"}]}', r"p\.jsonl row 0: no assistant turn"),
+        ("p.jsonl", b'{"messages": [{"role": "system", "content": "s"}]}', r"p\.jsonl row 0: roles in the wrong order"),
         ("p.jsonl", b'{"messages": []}', r"p\.jsonl row 0: messages must be a list"),
     ],
 )
