@@ -165,12 +165,12 @@ def file_digest(path: Path) -> str:
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays to a file, whole or not at all."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
+    number, aside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    with os.fdopen(number, "wb") as file:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    os.replace(aside, path)
 
 
 def load_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray] | None:
@@ -197,6 +197,9 @@ def _mapped(path: Path) -> np.ndarray:
 
 def _put(partial: Path, folder: Path) -> None:
     """Rename `partial` to `folder`, in place of a damaged one; without locks another process may have been first."""
+    if folder.exists() and verified(folder) is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+        return
     if folder.exists():
         damaged = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
         folder.rename(damaged / folder.name)

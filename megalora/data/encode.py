@@ -99,7 +99,9 @@ class Encoder:
             report.seen[f"long {done}"] += 1
             report.seen["long documents"] += len(documents)
         learned = [document for document in documents if (document.labels[1:] != IGNORE).any()]
-        if not learned:
+        if not learned and length > settings.seq_length:
+            report.problem(where, f"{reason}: nothing that is trained is left when it is cut; raise --seq_length")
+        elif not learned:
             report.problem(where, "no token to learn; fix the row")
         yield from learned
 

@@ -49,7 +49,7 @@ class PieceTokenizer:
         samples = []
         for pieces, parts in zip(documents, self._tokens(documents), strict=True):
             counts = [len(ids) for ids in parts]
-            input_ids = np.fromiter((token for ids in parts for token in ids), np.int32, sum(counts))
+            input_ids = np.array([token for ids in parts for token in ids], np.int32)
             trained = np.repeat(np.fromiter((piece.trained for piece in pieces), bool, len(pieces)), counts)
             samples.append(Sample(input_ids, np.where(trained, input_ids, np.int32(IGNORE))))
         return samples
@@ -97,6 +97,12 @@ class PieceTokenizer:
         raise UserError(f"the tokenizer has no token that stays apart before {text[:20]!r}; use one with byte fallback")
 
     def _call(self, texts: list[str], verbatim: bool) -> list[list[int]]:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None and not verbatim:  # by itself: no offsets, no copies
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = False
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         # verbose=False: documents longer than the tokenizer's model_max_length are judged elsewhere
         more = {"split_special_tokens": True} if verbatim else {}
         found = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **more)
