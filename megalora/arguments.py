@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 import re
 import textwrap
@@ -195,6 +196,26 @@ class ParallelArguments(LayoutArguments):
             )
 
 
+def _template_kwargs_flag() -> Any:
+    return flag(
+        None, """variables of the chat template, as JSON: '{"enable_thinking": false}'""", unset="the template's"
+    )
+
+
+def _special_tokens_flag() -> Any:
+    return flag(False, "special tokens written in messages are special tokens, not text")
+
+
+def _template_kwargs(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text is not None else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'chat_template_kwargs {text!r}: is not JSON ({error}); write {{"name": value}}') from None
+    if not isinstance(found, dict):
+        raise UserError(f'chat_template_kwargs {text!r}: is not a JSON object; write {{"name": value}}')
+    return found
+
+
 @dataclass(frozen=True)
 class DataArguments(Section):
     """Rows to train on, and how they become tokens."""
@@ -217,7 +238,14 @@ class DataArguments(Section):
     )
     seq_length: int = flag(1024, "tokens of one row of a microbatch; for longer documents see on_long_row", at_least=2)
     packing: bool = flag(True, "put several whole documents in one row; attention never crosses them")
-    template: str | None = flag(None, "name of the chat template", unset="the tokenizer's own")
+    template: str | None = flag(None, "chat template: a built-in name or a jinja file", unset="the tokenizer's own")
+    chat_template_kwargs: str | None = _template_kwargs_flag()
+    history_thinking: str = flag(
+        "split",
+        "an earlier reply whose thinking the template drops: a document of its own, not learned, or thinking kept",
+        choices=("split", "mask", "keep"),
+    )
+    special_tokens_in_text: bool = _special_tokens_flag()
     train_on: str = flag(
         "all",
         "what is learned: all replies, the last of each row, or the prompts too",
@@ -244,6 +272,12 @@ class DataArguments(Section):
                 raise UserError(f"columns {pair!r}: write it as ours=yours, such as output=reply")
         if len(self.renamed_columns) != len(self.columns or ()):
             raise UserError("columns names one of your fields twice: keep one")
+        _template_kwargs(self.chat_template_kwargs)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return _template_kwargs(self.chat_template_kwargs)
 
     @property
     def renamed_columns(self) -> dict[str, str]:
@@ -361,7 +395,11 @@ class GenerationArguments(Section):
         None, "texts that end a reply and are no part of it", verbatim=True, unset="none"
     )
     seed: int = flag(42, "seed of the sampling", at_least=0, at_most=2**63 - 1)
-    template: str | None = flag(None, "name of the chat template", unset="the tokenizer's own")
+    template: str | None = flag(
+        None, "chat template: a built-in name or a jinja file", unset="the adapter's own, else the tokenizer's"
+    )
+    chat_template_kwargs: str | None = _template_kwargs_flag()
+    special_tokens_in_text: bool = _special_tokens_flag()
     seq_length: int | None = flag(
         None,
         "longest prompt and reply together, tokens",
@@ -380,6 +418,12 @@ class GenerationArguments(Section):
             raise UserError("prompt and prompts_file are both given: give one of them")
         if self.compare_base and self.disable_adapter:
             raise UserError("compare_base and disable_adapter are both true: give one of them")
+        _template_kwargs(self.chat_template_kwargs)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return _template_kwargs(self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -785,9 +829,7 @@ def help_text(command: str) -> str:
         "generate": GENERATE_SECTIONS,
         "plan": (PlanArguments,),
         "doctor": (DoctorArguments,),
-    } | {
-        f"convert {name}": theirs for name, (_, theirs) in CONVERT_COMMANDS.items()
-    }
+    } | {f"convert {name}": theirs for name, (_, theirs) in CONVERT_COMMANDS.items()}
     if command == "convert":
         return _convert_help()
     sections = sections[command]

@@ -41,6 +41,7 @@ from megalora.checkpoint.run.state import (
     removal_is_pending,
     remove_export,
     remove_run,
+    tokenizer_folder,
 )
 from megalora.cluster.launch import choose_device, distributed, fix_order_of_sums, restarts, tp_crossing
 from megalora.cluster.lock import RunLock
@@ -56,11 +57,11 @@ from megalora.data import (
     default_cache,
     load_dataset,
     load_split,
-    load_tokenizer,
     steps_ahead,
 )
+from megalora.data.template import TemplateOptions
 from megalora.errors import Preempted, UserError
-from megalora.identity import base_identity, check_base, progress, run_identity
+from megalora.identity import base_identity, check_base, other_template, progress, run_identity
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
 from megalora.models.graphs import choose_graphs
@@ -118,7 +119,8 @@ def finetune(arguments: FinetuneArguments) -> None:
         with together(mesh.world):
             lora = resolve_lora(_lora_config(model, start), config)
             _check_same_adapter(lora, start, config)
-            template = ChatTemplate(load_tokenizer(model.model_path), data.template)
+            template = ChatTemplate.load(model.model_path, data.template, _template_options(data))
+            notes += template.notes
             rows, eval_rows = _load_rows(template, data, train)
             for loaded in (rows, eval_rows):
                 if loaded is not None:
@@ -131,7 +133,7 @@ def finetune(arguments: FinetuneArguments) -> None:
             first_step, start_note = _first_step(start, identity)
             total_steps = train.total_steps(loader.steps_per_epoch)
             if start is not None:
-                notes += [*start.checkpoint.notes, start_note]
+                notes += [*start.checkpoint.notes, start_note, *other_template(start.checkpoint, template)]
                 if start.own and model.resume_peft_from_checkpoint is not None:
                     named = model.resume_peft_from_checkpoint
                     notes.append(f"resume_peft_from_checkpoint {named} is not read: the run in output_dir goes on")
@@ -240,7 +242,10 @@ def finetune(arguments: FinetuneArguments) -> None:
         preemption.steps()
         with log, monitor, saver, steady_heap(), contextlib.closing(trainer), watch:
             summary = _summary(arguments, config, lora, stage, cut, rows, loader, mesh, device, dtype)
+            summary["data"]["template"] = f"{template.description} ({template.identity()})"
             monitor.summary(summary)
+            if train.save:
+                on_first(lambda: _leave_tokenizer(template, tokenizer_folder(train.output_dir)), mesh.world)
             of_rows = [note for loaded in (rows, eval_rows) if loaded is not None for note in loaded.notes]
             for note in [*notes, *of_rows]:
                 monitor.note(note)
@@ -278,14 +283,16 @@ def finetune(arguments: FinetuneArguments) -> None:
                 leaving = result.alarm and step < total_steps  # nothing has failed, so a signal asks for it
                 if train.save and (leaving or _every(train.save_steps, step) or step == total_steps):
                     with watch("checkpoint"):
-                        saved = saver.save(step, meter.state() | {"settings": settings})
+                        saved = saver.save(
+                            step, meter.state() | {"settings": settings, "chat_template": template.source}
+                        )
                 if eval_rows is not None and (_every(train.eval_steps, step) or step == total_steps):
                     with meter.apart(timers):
                         _evaluate(trainer, eval_rows, step, monitor, train, mesh)
                 if leaving:
                     saver.settle()
                     if saved is not None:
-                        _export(saved, train.output_dir, model.model_path, mesh)
+                        _export(saved, train.output_dir, model.model_path, template, mesh)
                     raise Preempted(_why_leaving(preemption, step, total_steps, saved))
                 for note in saver.notes():
                     monitor.note(note)
@@ -298,7 +305,7 @@ def finetune(arguments: FinetuneArguments) -> None:
                 if start.own:  # it may have been stopped before the export, and an older one may be there
                     saved = Path(start.checkpoint.where)
             if saved is not None:
-                exported = _export(saved, train.output_dir, model.model_path, mesh)
+                exported = _export(saved, train.output_dir, model.model_path, template, mesh)
                 monitor.note(f"adapter: {saved}, and for peft: {exported}")
 
 
@@ -458,16 +465,23 @@ def _every(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _export(checkpoint: Path, output_dir: str, model_path: str, mesh: ParallelMesh) -> Path:
+def _export(checkpoint: Path, output_dir: str, model_path: str, template: ChatTemplate, mesh: ParallelMesh) -> Path:
     """The adapter of a checkpoint as a PEFT folder beside the checkpoints. Collective."""
     folder = export_folder(output_dir)
 
     def export() -> None:
         adapter = read_adapter(checkpoint)
         write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
+        _leave_tokenizer(template, folder)
 
     on_first(export, mesh.world)
     return folder
+
+
+def _leave_tokenizer(template: ChatTemplate, folder: Path) -> None:
+    """The run's tokenizer and template, for whoever uses its adapter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    template.write(folder)
 
 
 def _reduced_megabytes(config: ModelConfig, data: DataArguments, train: TrainArguments, dtype: torch.dtype) -> float:
@@ -503,6 +517,10 @@ def _check_length(
 def _not_sequence_parallel(tokens: int, tp: int) -> str:
     why = f"{tokens} tokens of a microbatch are no multiple of {tp}" if tokens % tp else "as asked"
     return f"tensor-parallel ranks hold all activations between layers: {why}"
+
+
+def _template_options(data: DataArguments) -> TemplateOptions:
+    return TemplateOptions(data.template_variables, data.history_thinking, data.special_tokens_in_text)
 
 
 def _load_rows(

@@ -20,7 +20,9 @@ from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.base.shards import AdapterCheckpoint
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
-from megalora.data import ChatTemplate, load_tokenizer
+from megalora.data import ChatTemplate
+from megalora.data.template import TemplateOptions
+from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.generation.dialogue import NAMES, Chat, dialogue
 from megalora.generation.logits import LogitsFolder
@@ -30,7 +32,7 @@ from megalora.generation.replica import Listener, Prompt, Replica, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader
-from megalora.identity import base_identity, check_base
+from megalora.identity import adapter_template, base_identity, check_base
 from megalora.lora import LoraConfig, ResolvedLora
 from megalora.models.config import ModelConfig, check_layout, read_config
 from megalora.models.stage import NO_LORA
@@ -52,7 +54,7 @@ def generate(arguments: GenerateArguments) -> None:
         world = mesh.world
 
         # What is asked: the questions of the command line or of a file, or a dialogue (None).
-        questions = template = reader = output = asked = None
+        questions = template = reader = output = asked = opened = None
         # Who replies: the adapted model (True) or the base, or both, one after another.
         repliers, streamed = _repliers(arguments), _is_streamed(options)
         with together(world):
@@ -60,9 +62,17 @@ def generate(arguments: GenerateArguments) -> None:
             check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
             context = _context(config, options)
             if world.is_first or (options.stop and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
-                template = ChatTemplate(load_tokenizer(model.model_path), options.template)
-                reader = Reader(template.tokenizer, options.stop or ())
+                opened = open_tokenizer(model.model_path)
+                reader = Reader(opened.tokenizer, options.stop or ())
+
+        # Who answers: the adapter, and the chat template that it was trained with.
+        adapter, recorded = _adapter(arguments, config, opened, mesh)
+        with together(world):
             if world.is_first:
+                variables = TemplateOptions(
+                    options.template_variables, special_tokens_in_text=options.special_tokens_in_text
+                )
+                template = ChatTemplate.of(opened, options.template, variables, recorded)
                 stop = stop_token_ids(model.model_path, template)
                 stop = (*stop, *unseen_stops(template.tokenizer, options.stop or ()))
                 questions = _questions(options)
@@ -71,8 +81,7 @@ def generate(arguments: GenerateArguments) -> None:
                 asked = (token_ids, stop)
         token_ids, stop = broadcast_object(asked, world)
 
-        # Who answers: the model's shape, its adapter, this rank's part of both.
-        adapter = _adapter(arguments, config, template, mesh)
+        # The model's shape, and this rank's part of model and adapter.
         later = _Later()
         with together(world):
             lora = NO_LORA if adapter is None else _resolved(adapter, config)
@@ -104,7 +113,7 @@ def generate(arguments: GenerateArguments) -> None:
             keep_logits=keep_logits,
         )
         if world.is_first:
-            _say_notes(remark, adapter, token_ids, mesh)
+            _say_notes(remark, adapter, template, token_ids, mesh)
 
         def shared_out(prompts: Sequence[Prompt], adapted: bool, listener: Listener | None) -> list[Reply]:
             replica.switch_adapter(adapted)
@@ -220,17 +229,20 @@ def _repliers(arguments: GenerateArguments) -> tuple[bool, ...]:
 
 
 def _adapter(
-    arguments: GenerateArguments, config: ModelConfig, template: ChatTemplate | None, mesh: ParallelMesh
-) -> AdapterCheckpoint | None:
-    """The adapter that is asked for, without what only training needs of it. Collective; rank 0 has the template."""
+    arguments: GenerateArguments, config: ModelConfig, opened: OpenedTokenizer | None, mesh: ParallelMesh
+) -> tuple[AdapterCheckpoint | None, str | None]:
+    """The adapter that is asked for, without what only training needs of it, and the source of its chat template.
+
+    Collective; rank 0 has the tokenizer.
+    """
     model, path = arguments.model, arguments.model.resume_peft_from_checkpoint
     if True not in _repliers(arguments):
-        return None
+        return None, None
 
-    def read() -> AdapterCheckpoint:
+    def read() -> tuple[AdapterCheckpoint, str | None]:
         adapter = open_adapter(path)
-        check_base(adapter, base_identity(config, model.resume_from_checkpoint or model.model_path, template.tokenizer))
-        return replace(adapter, optimizer=None, trainer=None)
+        check_base(adapter, base_identity(config, model.resume_from_checkpoint or model.model_path, opened.tokenizer))
+        return replace(adapter, optimizer=None, trainer=None), adapter_template(adapter)
 
     return on_first(read, mesh.world)
 
@@ -267,10 +279,15 @@ def _output(
 
 
 def _say_notes(
-    remark: str | None, adapter: AdapterCheckpoint | None, token_ids: Sequence | None, mesh: ParallelMesh
+    remark: str | None,
+    adapter: AdapterCheckpoint | None,
+    template: ChatTemplate,
+    token_ids: Sequence | None,
+    mesh: ParallelMesh,
 ) -> None:
     notes = [remark] if remark else []
     notes += adapter.notes if adapter is not None else ()
+    notes += template.notes or (f"prompts are written with {template.description}",)
     at_a_time = 1 if token_ids is None else len(token_ids)
     if at_a_time < mesh.dp.size:
         notes.append(

@@ -54,12 +54,13 @@ class Rendered:
 class Renderer:
     """A compiled chat template. Raises UserError, naming `description`, where it cannot be compiled.
 
+    source         of the template
     variables      names that the template reads and does not set itself
     marks_replies  whether it says with {% generation %} what the assistant writes
     """
 
     def __init__(self, source: str, description: str):
-        self._source, self._description = source, description
+        self.source, self._description = source, description
         if len(source) > MAX_SOURCE:
             raise UserError(f"{description} has {len(source):,} characters, more than {MAX_SOURCE:,}; give another one")
         self._environment = _Environment()
@@ -71,10 +72,12 @@ class Renderer:
             )
             self._template = self._environment.from_string(source)
         except Exception as error:  # jinja's own errors, and Python's where the source nests too deep
-            raise UserError(f"{description} is no jinja template that can be used: {told(error)}") from None
+            raise UserError(
+                f"{description} is not valid jinja ({told(error)}); fix it, or give another --template"
+            ) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Renderer, (self._source, self._description)  # what is compiled cannot be pickled
+        return Renderer, (self.source, self._description)  # what is compiled cannot be pickled
 
     def render(self, size: int, **variables: Any) -> Rendered:
         """Render with `variables`, whose texts have `size` characters in all.

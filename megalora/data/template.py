@@ -28,7 +28,7 @@ from .pieces import IGNORE, PieceTokenizer, Sample, Segment
 from .rendering import Rendered, Renderer, size_of, told
 from .special import THINKING_TAGS, SpecialTokens
 from .template_choice import FIXED_DATE, OPTIONS, choose
-from .tokenizer import open_tokenizer, write_tokenizer
+from .tokenizer import OpenedTokenizer, open_tokenizer, write_tokenizer
 from .toolcalls import CALL_FORMS, CallForm, call_names, longest_word, tool_names
 from .transcript import MARK, Ending, Span, Transcript
 
@@ -90,14 +90,14 @@ class ChatTemplate:
         self.tokenizer, self.options, self.folder = tokenizer, options, folder
         chosen = choose(tokenizer, template, recorded)
         self.description, self.notes = chosen.description, (*notes, *chosen.notes)
-        self.source = _with_fixed_date(chosen.source)
-        self._copied_as_it_is = chosen.own and self.source == chosen.source
-        self._renderer = self._for_tools = Renderer(self.source, self.description)
+        self._names = dict(tokenizer.special_tokens_map)
+        self._renderer = self._for_tools = Renderer(_with_fixed_date(chosen.source), self.description)
         if chosen.for_tools is not None:
             self._for_tools = Renderer(_with_fixed_date(chosen.for_tools), f"{self.description} for tools")
-        self._names = dict(tokenizer.special_tokens_map)
-        self._pieces_of = PieceTokenizer(tokenizer)
         self._check_variables(options.variables)
+        self.source = _with_defaults(options.variables, self._renderer.source)
+        self._copied_as_it_is = chosen.own and self.source == chosen.source
+        self._pieces_of = PieceTokenizer(tokenizer)
         self._reads_thinking = False
         self._ending = self._find_ending()
         self.end_token_id: int = tokenizer.get_vocab()[self._ending.end_token]
@@ -110,7 +110,13 @@ class ChatTemplate:
         recorded: str | None = None,
     ) -> ChatTemplate:  # fmt: skip
         """Load the tokenizer of a Hugging Face folder and a template for it. Raises UserError."""
-        opened = open_tokenizer(folder)
+        return cls.of(open_tokenizer(folder), template, options, recorded)
+
+    @classmethod
+    def of(
+        cls, opened: OpenedTokenizer, template: str | None, options: TemplateOptions, recorded: str | None = None
+    ) -> ChatTemplate:
+        """Build the template of a tokenizer that was opened. Raises UserError."""
         return cls(opened.tokenizer, template, options, recorded=recorded, folder=opened.folder, notes=opened.notes)
 
     @property
@@ -122,9 +128,9 @@ class ChatTemplate:
     def identity(self) -> str:
         """Return a hash of the template's source and of the options that change what it gives."""
         hashed = self.source
-        if self.options != TemplateOptions():
-            values = [dict(self.options.variables), self.options.history_thinking, self.options.special_tokens_in_text]
-            hashed += json.dumps(values, sort_keys=True)
+        options = self.options.history_thinking, self.options.special_tokens_in_text
+        if options != (TemplateOptions().history_thinking, TemplateOptions().special_tokens_in_text):
+            hashed += repr(options)
         return hashlib.sha256(hashed.encode()).hexdigest()[:16]
 
     def write(self, folder: str | Path) -> None:
@@ -370,6 +376,24 @@ def _trains(conversation: Conversation, turn: int, trained: set[int], wanted: se
         if flag != message.trained:
             messages[number] = replace(message, trained=flag)
     return replace(conversation, messages=tuple(messages))
+
+
+def _with_defaults(variables: Mapping[str, Any], source: str) -> str:
+    """The template with values for variables that are not given, so that whoever uses it later has them too."""
+    set_here = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+        for name, value in sorted(variables.items())
+    )
+    return "".join(set_here) + source
+
+
+def _literal(value: Any) -> str:
+    """A value of JSON as jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
 
 
 def _with_fixed_date(source: str) -> str:

@@ -8,6 +8,7 @@ folder's own file is what the model was trained with, so the two are compared be
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -128,6 +129,21 @@ def write_tokenizer(source: str | Path, target: str | Path, chat_template: str |
         ) from None
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Return whether there are files of a tokenizer in a folder."""
+    return any((Path(folder) / name).is_file() for name in _VOCABULARIES)
+
+
+def remove_tokenizer(folder: str | Path) -> None:
+    """Remove the files that `write_tokenizer` writes. Raises OSError where one may not be removed."""
+    folder = Path(folder)
+    templates = [path for path in (folder / TEMPLATES_FOLDER).glob("*.jinja")]
+    for file in [*(folder / name for name in (*_FILES, TEMPLATE_FILE)), *templates]:
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds other things, or is not there
+        (folder / TEMPLATES_FOLDER).rmdir()
+
+
 def write_template(folder: str | Path, chat_template: str) -> None:
     """Make `chat_template` the one template of the tokenizer in `folder`, wherever transformers looks for one.
 
@@ -163,7 +179,7 @@ def read_text(file: Path) -> str:
 
 
 def _check_files(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not has_tokenizer(folder):
         missing = ", ".join(_VOCABULARIES)
         raise UserError(f"{folder} has no tokenizer (none of {missing}); copy it from the model's folder")
     for name in (*_FILES, TEMPLATE_FILE):

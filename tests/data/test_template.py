@@ -175,7 +175,7 @@ def test_templates_that_refuse_or_drop_the_system_text(chatml, tmp_path):
     [
         ("{{ messages[-1].content }}", "no special token"),
         ("{% for m in messages %}<|im_end|>{% endfor %}", "does not print the reply"),
-        ("{% for m in messages %", "refuses"),
+        ("{% for m in messages %", "not valid jinja"),
         ("{{ 'a' + missing }}", "refuses"),
     ],
 )

@@ -20,6 +20,7 @@ from typing import Any
 
 from megalora.checkpoint.base.shards import read_json
 from megalora.checkpoint.disk import aside_of, sha256, sync_folder, write_file
+from megalora.data.tokenizer import remove_tokenizer
 from megalora.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -46,6 +47,11 @@ def checkpoints_folder(output_dir: str | Path) -> Path:
 def export_folder(output_dir: str | Path) -> Path:
     """Where a run leaves its adapter for PEFT."""
     return Path(output_dir) / "peft"
+
+
+def tokenizer_folder(output_dir: str | Path) -> Path:
+    """Where a run leaves its tokenizer and chat template."""
+    return Path(output_dir) / "tokenizer"
 
 
 def iteration_folder(output_dir: str | Path, step: int) -> Path:
@@ -345,6 +351,7 @@ def remove_export(output_dir: str | Path) -> None:
     try:
         for name in _EXPORT_FILES:
             (folder / name).unlink(missing_ok=True)
+        remove_tokenizer(folder)
         _remove_empty(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be cleared ({error}): remove it, or name another output_dir") from None
@@ -367,6 +374,8 @@ def remove_run(output_dir: str | Path) -> None:
         for file in [*events.glob("events.out.tfevents.*"), *(output_dir / name for name in _RUN_FILES)]:
             file.unlink(missing_ok=True)
         remove_export(output_dir)
+        remove_tokenizer(tokenizer_folder(output_dir))
+        _remove_empty(tokenizer_folder(output_dir))
         _remove_empty(checkpoints)
         _remove_empty(events)
         (output_dir / _PENDING).unlink(missing_ok=True)
