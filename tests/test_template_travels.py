@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny
 from transformers import AutoTokenizer
 
+from megalora import cli
 from megalora.data import ChatTemplate, Conversation
 from megalora.data.template import TemplateOptions
 from megalora.data.tokenizer import read_template, tokenizer_identity
@@ -22,12 +22,12 @@ OTHER = (
 ASK = Conversation.from_dicts([{"role": "user", "content": "Who are you?"}])
 
 
-def command(*words: object, status: int = 0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    line = [sys.executable, "-m", "megalora", *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == status, done.stderr
-    return done
+def command(*words: object) -> tiny.Done:
+    """A command of this process, which must succeed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = cli.main(list(map(str, words)))
+    assert status == 0, err.getvalue()
+    return tiny.Done(status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_run_carries_it(trained):
         assert tokenizer_identity(copy) == tokenizer_identity(ChatTemplate.load(inputs.model).tokenizer)
 
 
-def generated(trained, *more: object, adapter: object = None) -> subprocess.CompletedProcess:
+def generated(trained, *more: object, adapter: object = None) -> tiny.Done:
     inputs, _, out, _ = trained
     named = ["--resume_peft_from_checkpoint", adapter or out]
     return command(
@@ -67,12 +67,12 @@ def test_generation_takes_the_adapters_own(trained, tmp_path):
     said = "the chat template that the adapter was trained with is used, not the one of the model's folder"
     for adapter in (out, next((out / "checkpoints").glob("iter_*")), out / "peft"):
         own = generated(trained, adapter=adapter)
-        assert said in own.stderr
-        assert generated(trained, "--template", template, adapter=adapter).stdout == own.stdout
+        assert said in own.err
+        assert generated(trained, "--template", template, adapter=adapter).out == own.out
     other = generated(trained, "--template", "chatml")
-    assert "the built-in template chatml is used; the adapter was trained with another one" in other.stderr
+    assert "the built-in template chatml is used; the adapter was trained with another one" in other.err
     base = generated(trained, "--disable_adapter", "true")
-    assert "prompts are written with the tokenizer's chat template" in base.stderr
+    assert "prompts are written with the tokenizer's chat template" in base.err
 
 
 def test_a_merged_model_carries_it(trained, tmp_path):
@@ -80,7 +80,7 @@ def test_a_merged_model_carries_it(trained, tmp_path):
     done = command(
         "convert", "adapter", "merge", "--input", out, "--output", tmp_path / "merged", "--base", inputs.model
     )
-    assert "has the chat template that the adapter was trained with" in done.stderr
+    assert "has the chat template that the adapter was trained with" in done.err
     merged = ChatTemplate.load(tmp_path / "merged")
     assert merged.source == OTHER and merged.description == "the tokenizer's chat template"
     assert merged.prompt(ASK) == ChatTemplate(merged.tokenizer, None, recorded=OTHER).prompt(ASK)

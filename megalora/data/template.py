@@ -231,6 +231,8 @@ class ChatTemplate:
     def _transcript(self, conversation: Conversation) -> Transcript:
         """The texts of a conversation, which is checked to be printed whole."""
         self._check_variables(conversation.template_kwargs)
+        if conversation.tools and "tools" not in self._for_tools.variables:
+            raise UserError(f"{self.description} does not print tools; give another {OPTIONS}")
         marked = conversation if self.options.special_tokens_in_text else self._special.mark(conversation)
         form = self._form_of_calls(marked)
 
@@ -314,7 +316,7 @@ class ChatTemplate:
     def _find_ending(self) -> Ending:
         """How a reply ends: the text that follows one, up to its first special token."""
         probe = Conversation((Message("user", "Hi"), Message("assistant", MARK)))
-        _, found, after = self._render(probe, add_generation_prompt=False).text.rpartition(MARK)
+        before, found, after = self._render(probe, add_generation_prompt=False).text.rpartition(MARK)
         if not found:
             raise UserError(f"{self.description} does not print the reply; give another {OPTIONS}")
         tokens = {*self.tokenizer.added_tokens_encoder, *self.tokenizer.all_special_tokens} - {"", *THINKING_TAGS}
@@ -325,7 +327,9 @@ class ChatTemplate:
                 f"generation could never stop; give another {OPTIONS} that ends replies with eos_token"
             )
         at, _, token = min(known)
-        return Ending(after, after[: at + len(token)], token, tuple(sorted(_special_tokens(self.tokenizer))))
+        start = self._render(replace(probe, messages=probe.messages[:1]), add_generation_prompt=True).text
+        lead = before[len(start) :] if before.startswith(start) and not before[len(start) :].strip() else ""
+        return Ending(after, after[: at + len(token)], token, tuple(sorted(_special_tokens(self.tokenizer))), lead)
 
     def _prints_thinking(self) -> bool:
         """Whether the template reads reasoning_content itself."""

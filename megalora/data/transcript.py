@@ -40,12 +40,14 @@ class Ending:
     end     up to its first special token, that included
     end_token  that token
     tokens  the special tokens, each of which may end a reply
+    lead    white space between a prompt and the reply, which generation has to write (Llama 2's space)
     """
 
     after: str
     end: str
     end_token: str
     tokens: tuple[str, ...]
+    lead: str = ""
 
     def cut(self, reply: str) -> str | None:
         """Return a last reply up to the token that ends it, or None where there is none."""
@@ -102,7 +104,11 @@ class Transcript:
         """Return the text that ends with the reply of message `turn`, and the replies in it, in order."""
         if self._marks_replies:
             whole = self._whole(turn)
-            return whole.text, self._marked(whole, turn + 1)
+            spans = self._marked(whole, turn + 1)
+            check_thinking(self._messages[turn])
+            if not _keeps(whole.text[spans[-1].start : spans[-1].stop], self._messages[turn]):
+                raise self._blame(f"drops a part of message {turn + 1}")
+            return whole.text, spans
         prompt, reply = self.prompt(turn), self.reply(turn)
         return prompt + reply, [*self.history(turn), Span(turn, len(prompt), len(prompt) + len(reply), True)]
 
@@ -173,19 +179,10 @@ class Transcript:
         text, prompt, reply = self.prompt(turn), self.prompt(earlier), self.reply(earlier)
         if text.startswith(prompt) and text.startswith(reply, len(prompt)):
             return Span(earlier, len(prompt), len(prompt) + len(reply), True)
-        mark = MARK
-        while mark in text:
-            mark += "+"
-        other = replace(self._messages[earlier], content=mark, thinking=None)
-        messages = (*self._messages[:earlier], other, *self._messages[earlier + 1 : turn])
-        try:
-            marked = self._render(replace(self._conversation, messages=messages), True).text
-        except UserError:
+        place = self._place(text, earlier, turn, True)
+        if place is None:
             return None
-        before, found, after = marked.partition(mark)
-        start, stop = len(before), len(text) - len(after)
-        if not found or start > stop or not (text.startswith(before) and text.endswith(after)):
-            return None
+        start, stop = place
         end = self._ending.end
         stop += len(end) if text.startswith(end, stop) else 0
         if text.startswith(prompt) and len(prompt) < start:
@@ -193,6 +190,26 @@ class Transcript:
         elif text.endswith(reply, 0, stop) and stop - len(reply) <= start:
             start = stop - len(reply)  # the same where the history differs otherwise (Mistral's system message)
         return Span(earlier, start, stop, text[start:stop] == reply)
+
+    def _place(self, text: str, turn: int, stop: int, add_generation_prompt: bool) -> tuple[int, int] | None:
+        """Where the content of message `turn` lies in `text`, which the messages before `stop` are rendered to.
+
+        It is found by rendering them once more with a marker in its place.
+        """
+        mark = MARK
+        while mark in text:
+            mark += "+"
+        other = replace(self._messages[turn], content=mark, thinking=None)
+        messages = (*self._messages[:turn], other, *self._messages[turn + 1 : stop])
+        try:
+            marked = self._render(replace(self._conversation, messages=messages), add_generation_prompt).text
+        except UserError:
+            return None
+        before, found, after = marked.partition(mark)
+        start, end = len(before), len(text) - len(after)
+        if not found or start > end or not (text.startswith(before) and text.endswith(after)):
+            return None
+        return start, end
 
     # What generation writes
 
@@ -203,20 +220,38 @@ class Transcript:
         reply = self._ending.cut(whole[len(prompt) :]) if whole.startswith(prompt) else None
         if reply is not None and _keeps(reply, message):
             return reply
-        content = message.with_thinking_in_content().content
+        opened = prompt.rstrip().endswith(THINK)  # generation starts inside the thinking, so training does too
         if message.tool_calls:
-            raise self._blame(f"renders message {turn + 1} so that its tool calls cannot be found behind the prompt")
+            return self._calls(turn, opened)
+        content = message.with_thinking_in_content().content
         thinks = content.lstrip().startswith(THINK)
-        if prompt.rstrip().endswith(END_OF_THINKING) and thinks:
+        if thinks and prompt.rstrip().endswith(END_OF_THINKING):
             raise UserError(
                 f"message {turn + 1} has thinking, but its prompt ends with {END_OF_THINKING}: thinking is off"
             )
-        if prompt.rstrip().endswith(THINK):  # generation starts inside the thinking, so training does too
-            if thinks:
-                content = content.lstrip().removeprefix(THINK).removeprefix("\n")
-            elif END_OF_THINKING not in content:
-                content = f"\n{END_OF_THINKING}\n\n{content}"  # no thinking: close the empty one, as Qwen3 does
-        return content + self._ending.end
+        if opened:
+            return _inside(content) + self._ending.end
+        place = self._place(whole, turn, turn + 1, False)
+        printed = content if place is None else whole[slice(*place)]
+        return self._ending.lead + (printed if _keeps(printed, message) else content) + self._ending.end
+
+    def _calls(self, turn: int, opened: bool) -> str:
+        """A message that calls tools, where the template does not print it behind its prompt."""
+        message, whole = self._messages[turn], self._whole(turn).text
+        base = self.prompt(turn).rstrip().removesuffix(THINK)
+        reply = self._ending.cut(whole[len(base) :]) if opened and whole.startswith(base) else None
+        if reply is None:
+            raise self._blame(f"renders message {turn + 1} so that its tool calls cannot be found behind the prompt")
+        if not _keeps(reply, message):  # it prints calls without the thinking before them
+            reply = message.with_thinking_in_content().content + reply
+        return _inside(reply)
+
+
+def _inside(reply: str) -> str:
+    """A reply behind a prompt that opens the thinking; where it has none the empty one is closed, as Qwen3 does."""
+    if reply.lstrip().startswith(THINK):
+        return reply.lstrip().removeprefix(THINK).removeprefix("\n")
+    return reply if END_OF_THINKING in reply else f"\n{END_OF_THINKING}\n\n{reply}"
 
 
 def check_thinking(message: Message) -> None:
