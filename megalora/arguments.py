@@ -376,23 +376,37 @@ class GenerationArguments(Section):
     output_file: str | None = flag(None, "file for the replies, JSON lines", unset="the terminal")
     system: str | None = flag(None, "system message put before each prompt", unset="the template's", empty=True)
     max_new_tokens: int = flag(256, "longest reply, tokens", at_least=1)
-    temperature: float = flag(0.0, "softmax temperature; 0 is greedy", at_least=0)
-    top_k: int | None = flag(None, "sample among this many likeliest tokens", at_least=1, unset="all")
+    temperature: float | None = flag(
+        None, "softmax temperature; 0 is greedy", at_least=0, unset="generation_config.json's, else 0"
+    )
+    top_k: int | None = flag(
+        None,
+        "sample among this many likeliest tokens; 0 is all",
+        at_least=0,
+        unset="generation_config.json's, else all",
+    )
     top_p: float | None = flag(
-        None, "sample among the likeliest tokens that hold this probability", above=0, at_most=1, unset="all"
+        None,
+        "sample among the likeliest tokens that hold this probability",
+        above=0,
+        at_most=1,
+        unset="generation_config.json's, else all",
     )
     min_p: float | None = flag(
         None,
         "sample among the tokens at least this probable, as a share of the likeliest",
-        above=0,
+        at_least=0,
         at_most=1,
-        unset="all",
+        unset="generation_config.json's, else all",
     )
-    repetition_penalty: float = flag(
-        1.0, "divides the logits of tokens that are there already, where positive; 1 is none", above=0
+    repetition_penalty: float | None = flag(
+        None,
+        "divides the logits of tokens that are there already, where positive; 1 is none",
+        above=0,
+        unset="generation_config.json's, else 1",
     )
     stop: tuple[str, ...] | None = flag(
-        None, "texts that end a reply and are no part of it", verbatim=True, unset="none"
+        None, r"texts that end a reply and are no part of it; \n, \t and \\ are escapes", verbatim=True, unset="none"
     )
     seed: int = flag(42, "seed of the sampling", at_least=0, at_most=2**63 - 1)
     template: str | None = flag(

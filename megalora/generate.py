@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from megalora.arguments import GenerateArguments, GenerationArguments
@@ -24,6 +24,7 @@ from megalora.data import ChatTemplate
 from megalora.data.template import TemplateOptions
 from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
+from megalora.generation.defaults import sampling_defaults, unescaped
 from megalora.generation.dialogue import NAMES, Chat, dialogue
 from megalora.generation.logits import LogitsFolder
 from megalora.generation.output import Output
@@ -40,6 +41,7 @@ from megalora.parallel.collectives import broadcast_object, gather_objects, on_f
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 ROUND = 512  # prompts of one replica between two exchanges of replies
 # How long a replica waits for the others' replies, or for the person at the terminal: the watch finds ranks that die.
 PATIENCE = datetime.timedelta(days=30)
@@ -57,13 +59,14 @@ def generate(arguments: GenerateArguments) -> None:
         questions = template = reader = output = asked = opened = None
         # Who replies: the adapted model (True) or the base, or both, one after another.
         repliers, streamed = _repliers(arguments), _is_streamed(options)
+        stops = tuple(map(unescaped, options.stop or ()))
         with together(world):
             config = read_config(model.model_path)
             check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
             context = _context(config, options)
             if world.is_first or (options.stop and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
                 opened = open_tokenizer(model.model_path)
-                reader = Reader(opened.tokenizer, options.stop or ())
+                reader = Reader(opened.tokenizer, stops)
 
         # Who answers: the adapter, and the chat template that it was trained with.
         adapter, recorded = _adapter(arguments, config, opened, mesh)
@@ -74,12 +77,13 @@ def generate(arguments: GenerateArguments) -> None:
                 )
                 template = ChatTemplate.of(opened, options.template, variables, recorded)
                 stop = stop_token_ids(model.model_path, template)
-                stop = (*stop, *unseen_stops(template.tokenizer, options.stop or ()))
+                stop = (*stop, *unseen_stops(template.tokenizer, stops))
+                sampling, sampled_by = _sampling(options, sampling_defaults(model.model_path))
                 questions = _questions(options)
                 token_ids = questions and [encode(template, question, context) for question in questions]
                 output = None if questions is None else _output(questions, options, repliers, streamed)
-                asked = (token_ids, stop)
-        token_ids, stop = broadcast_object(asked, world)
+                asked = (token_ids, stop, sampling)
+        token_ids, stop, sampling = broadcast_object(asked, world)
 
         # The model's shape, and this rank's part of model and adapter.
         later = _Later()
@@ -107,13 +111,13 @@ def generate(arguments: GenerateArguments) -> None:
             mesh.pp,
             mesh.tp,
             context,
-            _sampling(options),
+            sampling,
             stop,
             listened_to=streamed or options.stop is not None,
             keep_logits=keep_logits,
         )
         if world.is_first:
-            _say_notes(remark, adapter, template, token_ids, mesh)
+            _say_notes([remark, sampled_by], adapter, template, token_ids, mesh)
 
         def shared_out(prompts: Sequence[Prompt], adapted: bool, listener: Listener | None) -> list[Reply]:
             replica.switch_adapter(adapted)
@@ -212,10 +216,22 @@ def _questions(options: GenerationArguments) -> list[Question] | None:
     return None
 
 
-def _sampling(options: GenerationArguments) -> Sampling:
-    return Sampling(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed
+def _sampling(options: GenerationArguments, defaults: Mapping[str, float]) -> tuple[Sampling, str | None]:
+    """How replies are sampled: by the flags, and by `defaults` of the model where they say nothing; a line on those."""
+    taken = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    chosen = {name: taken.get(name, getattr(options, name)) for name in _SAMPLING}
+    sampling = Sampling(
+        chosen["temperature"] or 0.0,
+        int(chosen["top_k"]) if chosen["top_k"] else None,
+        chosen["top_p"],
+        chosen["min_p"] or None,
+        1.0 if chosen["repetition_penalty"] is None else chosen["repetition_penalty"],
+        options.seed,
     )
+    if sampling.temperature == 0:
+        taken = {name: value for name, value in taken.items() if name == "repetition_penalty"}
+    told = ", ".join(f"{name} {value:g}" for name, value in taken.items())
+    return sampling, f"generation_config.json of the model says {told}: flags go on top" if told else None
 
 
 # ---- who answers ----
@@ -279,13 +295,13 @@ def _output(
 
 
 def _say_notes(
-    remark: str | None,
+    remarks: Sequence[str | None],
     adapter: AdapterCheckpoint | None,
     template: ChatTemplate,
     token_ids: Sequence | None,
     mesh: ParallelMesh,
 ) -> None:
-    notes = [remark] if remark else []
+    notes = [remark for remark in remarks if remark]
     notes += adapter.notes if adapter is not None else ()
     notes += template.notes or (f"prompts are written with {template.description}",)
     at_a_time = 1 if token_ids is None else len(token_ids)

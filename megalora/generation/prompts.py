@@ -5,7 +5,6 @@ All of this runs on rank 0 alone; the other ranks are sent token ids.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from megalora.data import ChatTemplate, Conversation, Message, read_rows, to_question
 from megalora.errors import UserError
+from megalora.generation.defaults import eos_token_ids
 
 ROWS = (".json", ".jsonl")
 
@@ -83,32 +83,14 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 def stop_token_ids(folder: str | Path, template: ChatTemplate) -> tuple[int, ...]:
     """Where a reply ends: the template's end token, and the eos of generation_config.json, else of config.json, else of
     the tokenizer. Raises UserError for a file that is not what it should be."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(folder) / name
-        if file.is_file() and (found := _eos(file)):
-            return tuple(sorted({template.end_token_id, *found}))
-    return tuple(sorted(set(template.stop_token_ids)))
+    found = eos_token_ids(folder)
+    return tuple(sorted({template.end_token_id, *found} if found else set(template.stop_token_ids)))
 
 
 def unseen_stops(tokenizer: Any, stops: Sequence[str]) -> list[int]:
     """The token ids of the `stops` that are special tokens, which leave no text to be found in a reply."""
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[stop] for stop in stops if stop in vocabulary and not decode(tokenizer, [vocabulary[stop]])]
-
-
-def _eos(file: Path) -> list[int]:
-    """The eos_token_id of a JSON file: one, several or none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        value = value.get("eos_token_id")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}): check the file") from None
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: is no JSON object ({error}): download it again") from None
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UserError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
-    return ids
 
 
 def _of_row(row: object, system: str | None, where: str) -> Question:

@@ -219,6 +219,30 @@ def test_a_tokenizer_that_sets_a_space_before_any_text():
     check_prompts(template, messages)
 
 
+@pytest.mark.parametrize("pairs", [[], ["<0x0A><0x0A>"], ["\n\n"]])
+def test_a_vocabulary_with_a_piece_of_line_breaks(pairs):
+    """Where the newline before a piece would merge with its own, something else stands there."""
+    letters = [*map(chr, range(33, 127)), "\n"] if pairs == ["\n\n"] else [*map(chr, range(33, 127))]
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *pairs]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = {"<0x0A><0x0A>": [("<0x0A>", "<0x0A>")], "\n\n": [("\n", "\n")]}[pairs[0]] if pairs else []
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] + ':' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    template = ChatTemplate(tokenizer)
+    messages = [{"role": "user", "content": "a\n\n\n"}, {"role": "assistant", "content": "\n\nb"}]
+    check_prompts(template, [*messages, *messages])
+    sample = encode(template, messages)
+    reply = [token for token in sample.labels.tolist() if token != -100]
+    unprefixed = backend.encode("\n\nb").ids[1:]  # without the space that begins every text
+    assert reply == [*unprefixed, tokenizer.eos_token_id]
+
+
 def test_load_tokenizer(chatml, tmp_path):
     chatml.save_pretrained(tmp_path / "good")
     assert ChatTemplate(load_tokenizer(tmp_path / "good")).prompt(talk(HI[:1])) == ChatTemplate(chatml).prompt(
