@@ -82,8 +82,8 @@ def write_rows(path: Path, rows: int) -> None:
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
-            asked = " ".join(draw.choices(words, k=draw.randint(10, 40)))
-            said = " ".join(draw.choices(words, k=draw.randint(30, 110)))
+            asked = " ".join(draw.choices(words, k=draw.randint(10, 60)))
+            said = " ".join(draw.choices(words, k=draw.randint(50, 170)))
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
             file.write(json.dumps({"messages": messages}) + "\n")
 

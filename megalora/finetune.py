@@ -540,7 +540,7 @@ def _load_rows(
     rows, held_out = load_split(data.data_path, template, settings, train.seed, data.eval_fraction or 0.0)
     if data.eval_data_path is None:
         return rows, held_out
-    return rows, load_dataset(data.eval_data_path, template, settings, train.seed)
+    return rows, load_dataset(data.eval_data_path, template, replace(settings, check_names=False), train.seed)
 
 
 def _workload(rows: PackedRows, train: TrainArguments, parallel: ParallelArguments, dtype: torch.dtype) -> Workload:

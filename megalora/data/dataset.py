@@ -46,6 +46,7 @@ class DataSettings:
 
     data_cache  folder of the tokens; None: a temporary one, of this process alone
     processes   worker processes; None: one a core that this process may use
+    check_names whether a name of `names` that no row has is an error
     """
 
     seq_length: int
@@ -57,6 +58,7 @@ class DataSettings:
     max_rows: int | None = None
     data_cache: Path | None = None
     processes: int | None = None
+    check_names: bool = True
 
     @property
     def encoding(self) -> EncodeSettings:
@@ -131,7 +133,7 @@ def _load(
 
 def _encode(sources: list[Source], encoder: Encoder, settings: DataSettings, writer: Writer) -> dict[str, Any]:
     """Encode all rows into `writer`; return what is kept beside them. Raises UserError for rows that cannot be used."""
-    report = Report()
+    report, count = Report(), 0
     digest = hashlib.sha256(f"{settings.seq_length} {settings.packing}".encode())
     first_rows = []
     with _progress() as progress:
@@ -144,10 +146,13 @@ def _encode(sources: list[Source], encoder: Encoder, settings: DataSettings, wri
                     digest.update(len(sample.input_ids).to_bytes(8, "little"))
                     digest.update(sample.input_ids.astype("<i4").tobytes() + sample.labels.astype("<i4").tobytes())
                 writer.add(documents)
+                count += len(documents)
                 report.add(part)
                 progress(report.rows)
-    report.check(settings.on_bad_row, settings.names)
-    if report.rows == report.left_out:
+    if settings.check_names:
+        report.check_names(settings.names)
+    report.check_rows(settings.on_bad_row)
+    if not count:
         first = next(iter(report.problems.values()))[1]
         raise UserError(f"none of the {report.rows} rows can be used; the first: {first}")
     return {"report": report.to_json(), "first_rows": first_rows, "fingerprint": digest.hexdigest()}
@@ -213,7 +218,7 @@ def _key(sources: list[Source], template: ChatTemplate, settings: DataSettings) 
         "special": sorted(map(str, template.tokenizer.all_special_tokens)),
         "template": template.identity(),
         "settings": asdict(settings.encoding) | {"names": _names(settings.names)},
-        "rows": [settings.max_rows, settings.packing, settings.on_bad_row],
+        "rows": [settings.max_rows, settings.packing, settings.on_bad_row, settings.check_names],
         "versions": [tokenizers.__version__, transformers.__version__, code.hexdigest()],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]

@@ -108,7 +108,7 @@ class Fields:
         for name, value in values.items():
             if name in names.ignored:
                 seen[f"ignored {name}"] += 1
-                self._note(name, value)
+                self.note(name, value)
                 continue
             ours = names.columns.get(name, name)
             if ours is not name and ours != name:
@@ -173,10 +173,11 @@ class Fields:
             if empty(value):
                 continue
             if name in HARMLESS or (isinstance(value, str) and value in said):
-                self._note(name, value)
+                self.note(name, value)
                 continue
             raise self._refused(name)
 
-    def _note(self, name: str, value: Any) -> None:
+    def note(self, name: str, value: Any) -> None:
+        """Count a field that may not be learned."""
         if not empty(value):
             self.seen[f"field {self.level}{shown(name)}"] += 1

@@ -312,6 +312,8 @@ def _load_dataset(path: str) -> Any:
     """The one split of a dataset that is trained on."""
     what = "a dataset that was saved by `datasets`" if Path(path).exists() else "no file here, but may be on the hub"
     datasets = _import("datasets", f"{path} is {what}")
+    if int(datasets.__version__.partition(".")[0]) < 4:  # older ones run code that comes with a dataset
+        raise UserError(f"{path} is {what}: reading it needs datasets 4 or newer, here is {datasets.__version__}")
     try:
         if Path(path).exists():
             dataset = datasets.load_from_disk(path)

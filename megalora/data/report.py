@@ -32,10 +32,14 @@ class Report:
     lengths: Counter[int] = field(default_factory=Counter)
     longest: tuple[int, str] = (0, "")
     top: int = 0
+    _last: tuple[str, str] = ("", "")
 
     def problem(self, where: str, reason: str, *, wanted: bool = False) -> None:
-        """Count a row that is left out."""
+        """Count a row that is left out, or one of its documents: a row counts once a kind."""
         kind = kind_of(reason)
+        if self._last == (where, kind):
+            return
+        self._last = (where, kind)
         count, first, _ = self.problems.get(kind, (0, f"{where}: {reason}", wanted))
         self.problems[kind] = (count + 1, first, wanted)
 
@@ -82,12 +86,15 @@ class Report:
             fields["top"],
         )
 
-    def check(self, on_bad_row: str, names: FieldNames) -> None:
-        """Raise UserError for rows that cannot be used under on_bad_row "error", and for names that no row has."""
+    def check_names(self, names: FieldNames) -> None:
+        """Raise UserError for the user's names that no row has."""
         met = {name.partition(" ")[2] for name in self.seen if name.startswith(("column ", "ignored "))}
         for flag, wanted in ((COLUMNS_FLAG, names.columns), (IGNORE_FLAG, names.ignored)):
             for name in sorted(set(wanted) - met):
                 raise UserError(f"{flag}: no row has a field {shown(name)}; check the name, or take it out of {flag}")
+
+    def check_rows(self, on_bad_row: str) -> None:
+        """Raise UserError for rows that cannot be used under on_bad_row "error"."""
         bad = {kind: problem for kind, problem in self.problems.items() if not problem[2]}
         if bad and on_bad_row == "error":
             raise BadRows("\n".join(self._told(bad)))

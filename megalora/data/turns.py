@@ -64,6 +64,8 @@ def read_message(fields: Fields, tools: list[dict[str, Any]]) -> Message:
     is_trained = trained(fields)
     extra = {key: fields.take(key) for key in ("name", "tool_call_id") if key in fields}
     extra = {key: value for key, value in extra.items() if value is not None}
+    if role != "tool" and "name" in extra:  # few templates print it
+        fields.note("name", extra["name"])
     for key, value in extra.items():
         check_text(value, f"{fields.place}: {key}")
     if role != "assistant" and (calls or thinking is not None):

@@ -1,8 +1,8 @@
 """Worker processes: chunks of rows are encoded by several Python processes, and come back in order.
 
-A worker is `python -m megalora.data.workers`: an encoder and then chunks come to it on standard input, pickled, and
-what they are encoded to goes back on standard output. Processes of our own kind, since a fork of a process with CUDA
-or threads is unsafe, and since multiprocessing would run the user's script again in each.
+A worker is `python -m megalora.data.encode_worker`: an encoder and then chunks come to it on standard input, pickled,
+and what they are encoded to goes back on standard output. Processes of our own kind, since a fork of a process with
+CUDA or threads is unsafe, and since multiprocessing would run the user's script again in each.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Worker:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        command = [sys.executable, "-m", "megalora.data.workers"]
+        command = [sys.executable, "-m", "megalora.data.encode_worker"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=False
         )
@@ -98,25 +98,3 @@ class _Worker:
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
-
-
-def main() -> None:
-    """Encode chunks from standard input until it ends."""
-    results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what anything prints goes to standard error
-    encoder = pickle.load(sys.stdin.buffer)
-    while True:
-        try:
-            chunk = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer = (encoder.encode(chunk), None)
-        except Exception as error:  # raised again where the rows are asked for
-            answer = (None, error)
-        pickle.dump(answer, results, protocol=5)
-        results.flush()
-
-
-if __name__ == "__main__":
-    main()

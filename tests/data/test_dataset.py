@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megalora.data import (
     ChatTemplate,
@@ -28,8 +32,8 @@ def template(chatml):
     return ChatTemplate(chatml)
 
 
-def load(path, template, seq_length=128, seed=1, **settings):
-    return load_dataset(path, template, DataSettings(seq_length, **settings), seed)
+def load(path, template, seq_length=128, seed=1, **given):
+    return load_dataset(path, template, DataSettings(seq_length, **given), seed)
 
 
 def test_bundled_rows(template):
@@ -180,17 +184,17 @@ NUMBERED = [{"instruction": "hello", "output": f"number {number}."} for number i
 
 def test_a_share_for_evaluation(template, write_json):
     path = write_json(NUMBERED)
-    settings = DataSettings(128)
-    train, held = load_split(path, template, settings, 1, 0.25)
+    how = DataSettings(128)
+    train, held = load_split(path, template, how, 1, 0.25)
     assert (train.documents, held.documents) == (30, 10)
     assert sorted([*train.members.tolist(), *held.members.tolist()]) == list(range(40))
-    again, other = load_split(path, template, settings, 1, 0.25)[1], load_split(path, template, settings, 2, 0.25)[1]
+    again, other = load_split(path, template, how, 1, 0.25)[1], load_split(path, template, how, 2, 0.25)[1]
     assert again.members.tolist() == held.members.tolist() != other.members.tolist()
     whole = load(path, template)
     assert len({train.fingerprint, held.fingerprint, whole.fingerprint, other.fingerprint}) == 4
-    assert load_split(path, template, settings, 1)[0].fingerprint == whole.fingerprint
+    assert load_split(path, template, how, 1)[0].fingerprint == whole.fingerprint
     with pytest.raises(UserError, match="both sides need a row"):
-        load_split(path, template, settings, 1, 0.001)
+        load_split(path, template, how, 1, 0.001)
 
 
 def test_the_documents_of_a_row_are_on_one_side(template, write_json):
@@ -240,3 +244,36 @@ def test_ids_are_those_of_apply_chat_template(chatml, r1, write_json):
             ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
             found = rows.source.sample(index).input_ids.tolist()
             assert found == ids[: len(found)] and len(ids) - len(found) <= 1, "the newline behind the last end token"
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["\ud83d", "x" * 5000]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["messages", "conversations", "conversation", "role", "content", "from", "value", "text"])
+            | st.sampled_from(["system", "instruction", "input", "output", "history", "tools", "thinking", "weight"])
+            | st.text(max_size=3),
+            inner | st.sampled_from(["user", "gpt"]),
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(anything, min_size=1, max_size=8))
+def test_no_row_is_lost_without_a_count(template, tmp_path, rows):
+    """Random unicode, empty, huge and nested values."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([GOOD, *rows]))
+    loaded = load(path, template, on_bad_row="skip")
+    used = np.unique(loaded.source.rows)
+    assert len(used) + loaded.skipped == len(rows) + 1 and 0 in used
+    "\n".join(loaded.notes).encode()

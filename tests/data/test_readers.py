@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 from fractions import Fraction
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -162,6 +163,8 @@ def test_a_dataset_saved_to_disk(tmp_path):
     assert parse_sources(str(tmp_path / "one")) == [Source(str(tmp_path / "one"))]
     datasets.DatasetDict(train=rows).save_to_disk(str(tmp_path / "two"))
     assert len(list(read_rows(tmp_path / "two"))) == 20
+    with mock.patch.object(datasets, "__version__", "3.6.0"), pytest.raises(UserError, match="datasets 4 or newer"):
+        list(read_rows(tmp_path / "two"))
     datasets.DatasetDict(test=rows).save_to_disk(str(tmp_path / "three"))
     with pytest.raises(UserError, match="has the splits test, none named train"):
         list(read_rows(tmp_path / "three"))
