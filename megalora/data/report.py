@@ -152,7 +152,7 @@ class BadRows(UserError):
 
     def __init__(self, text: str):
         super().__init__(text)
-        self.args = (text,)  # with its line breaks
+        self.message, self.args = text, (text,)  # with its line breaks
 
 
 def _by_kind(problems: dict[str, tuple[int, str, bool]]) -> list[str]:
