@@ -408,7 +408,7 @@ class GenerationArguments(Section):
     stop: tuple[str, ...] | None = flag(
         None, r"texts that end a reply and are no part of it; \n, \t and \\ are escapes", verbatim=True, unset="none"
     )
-    seed: int = flag(42, "seed of the sampling", at_least=0, at_most=2**63 - 1)
+    seed: int | None = flag(None, "seed of the sampling", at_least=0, at_most=2**63 - 1, unset="42")
     template: str | None = flag(
         None, "chat template: a built-in name or a jinja file", unset="the adapter's own, else the tokenizer's"
     )
@@ -516,6 +516,17 @@ class DoctorArguments(Section):
 
 
 @dataclass(frozen=True)
+class PreviewArguments(Section):
+    """Which rows `megalora data` shows, as the run would see them; the rest are counted."""
+
+    model_path: str = flag(REQUIRED, "Hugging Face folder of the model: its tokenizer and chat template are used")
+    rows: int = flag(3, "rows that are shown, from the first on", at_least=0)
+    row: int | None = flag(
+        None, "show this row alone, by its number over all files", at_least=0, unset="the first rows"
+    )
+
+
+@dataclass(frozen=True)
 class CompatibilityArguments(Section):
     """Flags of the reference launch that state what always holds here, or spell a flag above in another way.
 
@@ -616,6 +627,17 @@ class Conversion:
     safetensors: SafetensorsArguments = field(default_factory=SafetensorsArguments)
 
 
+@dataclass(frozen=True)
+class Preview:
+    """Arguments of `megalora data`."""
+
+    shown: PreviewArguments
+    data: DataArguments
+
+
+PREVIEW_SECTIONS = (PreviewArguments, DataArguments)
+# What only the run itself does with the rows.
+_NOT_PREVIEWED = ("eval_data_path", "eval_fraction", "data_cache", "packing", "on_bad_row")
 FINETUNE_SECTIONS = (ModelArguments, ParallelArguments, DataArguments, TrainArguments, CompatibilityArguments)
 GENERATE_SECTIONS = (ModelArguments, ParallelArguments, GenerationArguments, CompatibilityArguments)
 CONVERT_COMMANDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
@@ -774,6 +796,21 @@ def parse_doctor(argv: Sequence[str]) -> DoctorArguments:
     return DoctorArguments(**{name: one.value for name, one in _read(argv, _table((DoctorArguments,)), {}).items()})
 
 
+def parse_preview(argv: Sequence[str]) -> Preview:
+    """Flags of `megalora data`. UserError as `parse_finetune`."""
+    table = {name: entry for name, entry in _table(PREVIEW_SECTIONS).items() if name not in _NOT_PREVIEWED}
+    elsewhere = {name: "megalora finetune" for name in _table(FINETUNE_SECTIONS) if name not in table}
+    given = _read(argv, table, elsewhere)
+    _require(given, table)
+    if "row" in given and "rows" in given:
+        raise UserError("row and rows are both given: leave one of them out")
+    shown, data = (
+        section(**{one.name: given[one.name].value for one in flags_of(section) if one.name in given})
+        for section in PREVIEW_SECTIONS
+    )
+    return Preview(shown, data)
+
+
 def parse_convert(argv: Sequence[str]) -> Conversion:
     """Command and flags of `megalora convert`. UserError as `parse_finetune`."""
     command = convert_command(argv)
@@ -837,12 +874,13 @@ def validate_world(parallel: ParallelArguments, world_size: int) -> int:
 
 
 def help_text(command: str) -> str:
-    """What `megalora COMMAND --help` prints, for finetune, generate, plan, doctor, convert and convert COMMAND."""
+    """What `megalora COMMAND --help` prints, for every command and convert COMMAND."""
     sections = {
         "finetune": FINETUNE_SECTIONS,
         "generate": GENERATE_SECTIONS,
         "plan": (PlanArguments,),
         "doctor": (DoctorArguments,),
+        "data": PREVIEW_SECTIONS,
     } | {f"convert {name}": theirs for name, (_, theirs) in CONVERT_COMMANDS.items()}
     if command == "convert":
         return _convert_help()
@@ -858,6 +896,8 @@ def help_text(command: str) -> str:
         lines += ["", *textwrap.wrap(f"{_title(section)}: {_first_paragraph(section)}", 110)]
         for entry in flags_of(section):
             if command == "generate" and entry.limits.get("training_only"):
+                continue
+            if command == "data" and entry.name in _NOT_PREVIEWED:
                 continue
             lines.append(f"  --{entry.name} {entry.values()}")
             lines += textwrap.wrap(
@@ -889,7 +929,7 @@ def _convert_help() -> str:
 def flags_table() -> str:
     """All flags as markdown tables, one a section, for the README."""
     lines = []
-    others = (ConvertArguments, BaseArguments, SafetensorsArguments, PlanArguments)
+    others = (ConvertArguments, BaseArguments, SafetensorsArguments, PreviewArguments, PlanArguments)
     for section in (*FINETUNE_SECTIONS[:-1], GenerationArguments, CompatibilityArguments, *others):
         lines += ["", f"**{_title(section)}**: {_first_paragraph(section)}", ""]
         lines += ["| flag | values | default | what it does |", "|---|---|---|---|"]

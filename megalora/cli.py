@@ -1,4 +1,4 @@
-"""`megalora finetune|generate|convert|plan|doctor FLAGS`: arguments in, exit status out.
+"""`megalora finetune|generate|data|convert|plan|doctor FLAGS`: arguments in, exit status out.
 
 The scripts in tools/ are this with the command filled in. Torch is only imported once the arguments are
 sound, so that `--help` and errors come at once.
@@ -21,6 +21,7 @@ from megalora.arguments import (
     parse_finetune,
     parse_generate,
     parse_plan,
+    parse_preview,
     validate_world,
 )
 from megalora.errors import Leaving, Preempted, UserError
@@ -38,6 +39,7 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
 
   finetune   train an adapter
   generate   reply to prompts, with or without an adapter
+  data       rows as a run would see them: what is trained, counts, lengths
   convert    weights and adapters between Hugging Face, PEFT and shards
   plan       memory, time and the best layout of a run, before it runs
   doctor     what would stop or slow a run on these hosts
@@ -88,8 +90,8 @@ def _command(words: list[str]) -> int:
         _say(f"megalora {__version__}")
     elif not words or words[0] in ("--help", "-h"):
         _say(_USAGE)
-    elif words[0] not in ("finetune", "generate", "convert", "plan", "doctor"):
-        commands = "finetune, generate, convert, plan or doctor"
+    elif words[0] not in ("finetune", "generate", "data", "convert", "plan", "doctor"):
+        commands = "finetune, generate, data, convert, plan or doctor"
         raise UserError(f"unknown command {words[0]}: give {commands} (megalora --help)")
     elif words[0] == "convert":
         _convert(words[1:])
@@ -97,6 +99,8 @@ def _command(words: list[str]) -> int:
         _say(help_text(words[0]))
     elif words[0] == "finetune":
         _finetune(words[1:])
+    elif words[0] == "data":
+        _data(words[1:])
     elif words[0] == "plan":
         _plan(words[1:])
     elif words[0] == "doctor":
@@ -123,6 +127,15 @@ def _generate(argv: Sequence[str]) -> None:
     from megalora.generate import generate
 
     generate(arguments)
+
+
+def _data(argv: Sequence[str]) -> None:
+    arguments = parse_preview(argv)
+    if _world_size() > 1:
+        raise UserError(f"data runs in one process, and here are {_world_size()}: start it without torchrun")
+    from megalora.preview import preview
+
+    preview(arguments)
 
 
 def _doctor(argv: Sequence[str]) -> int:

@@ -50,16 +50,12 @@ from megalora.cluster.ranklog import RankLog
 from megalora.cluster.watch import Watch
 from megalora.data import (
     ChatTemplate,
-    DataSettings,
-    FieldNames,
     Loader,
     PackedRows,
-    default_cache,
     load_dataset,
     load_split,
     steps_ahead,
 )
-from megalora.data.template import TemplateOptions
 from megalora.errors import Preempted, UserError
 from megalora.identity import base_identity, check_base, other_template, progress, run_identity
 from megalora.lora import LoraConfig, ResolvedLora
@@ -82,6 +78,7 @@ from megalora.planning.devices import device_of
 from megalora.planning.layouts import Layout, predicted
 from megalora.planning.nodes import Workload
 from megalora.profiling import Profiler, model_words, recorded_steps, write_profile
+from megalora.rows import data_settings, template_options
 from megalora.saving import RunSaver, restore
 from megalora.training import StepResult, Trainer, steady_heap
 
@@ -119,7 +116,7 @@ def finetune(arguments: FinetuneArguments) -> None:
         with together(mesh.world):
             lora = resolve_lora(_lora_config(model, start), config)
             _check_same_adapter(lora, start, config)
-            template = ChatTemplate.load(model.model_path, data.template, _template_options(data))
+            template = ChatTemplate.load(model.model_path, data.template, template_options(data))
             notes += template.notes
             rows, eval_rows = _load_rows(template, data, train)
             for loaded in (rows, eval_rows):
@@ -519,24 +516,11 @@ def _not_sequence_parallel(tokens: int, tp: int) -> str:
     return f"tensor-parallel ranks hold all activations between layers: {why}"
 
 
-def _template_options(data: DataArguments) -> TemplateOptions:
-    return TemplateOptions(data.template_variables, data.history_thinking, data.special_tokens_in_text)
-
-
 def _load_rows(
     template: ChatTemplate, data: DataArguments, train: TrainArguments
 ) -> tuple[PackedRows, PackedRows | None]:
     """The rows to train on, and those of the evaluation."""
-    settings = DataSettings(
-        data.seq_length,
-        packing=data.packing,
-        on_bad_row=data.on_bad_row,
-        on_long_row=data.on_long_row,
-        train_on=data.train_on,
-        names=FieldNames(data.renamed_columns, frozenset(data.ignore_columns or ())),
-        max_rows=data.max_rows,
-        data_cache=Path(data.data_cache) if data.data_cache else default_cache(),
-    )
+    settings = data_settings(data)
     rows, held_out = load_split(data.data_path, template, settings, train.seed, data.eval_fraction or 0.0)
     if data.eval_data_path is None:
         return rows, held_out

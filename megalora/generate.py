@@ -41,6 +41,7 @@ from megalora.parallel.collectives import broadcast_object, gather_objects, on_f
 from megalora.parallel.linear import Placement
 from megalora.parallel.mesh import ParallelMesh
 
+SEED = 42  # of the sampling, where none is given
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 ROUND = 512  # prompts of one replica between two exchanges of replies
 # How long a replica waits for the others' replies, or for the person at the terminal: the watch finds ranks that die.
@@ -117,7 +118,7 @@ def generate(arguments: GenerateArguments) -> None:
             keep_logits=keep_logits,
         )
         if world.is_first:
-            _say_notes([remark, sampled_by], adapter, template, token_ids, mesh)
+            _say_notes([remark, *sampled_by], adapter, template, token_ids, mesh)
 
         def shared_out(prompts: Sequence[Prompt], adapted: bool, listener: Listener | None) -> list[Reply]:
             replica.switch_adapter(adapted)
@@ -216,8 +217,8 @@ def _questions(options: GenerationArguments) -> list[Question] | None:
     return None
 
 
-def _sampling(options: GenerationArguments, defaults: Mapping[str, float]) -> tuple[Sampling, str | None]:
-    """How replies are sampled: by the flags, and by `defaults` of the model where they say nothing; a line on those."""
+def _sampling(options: GenerationArguments, defaults: Mapping[str, float]) -> tuple[Sampling, list[str]]:
+    """How replies are sampled: by the flags, and by `defaults` of the model where they say nothing; lines on that."""
     taken = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     chosen = {name: taken.get(name, getattr(options, name)) for name in _SAMPLING}
     sampling = Sampling(
@@ -226,12 +227,21 @@ def _sampling(options: GenerationArguments, defaults: Mapping[str, float]) -> tu
         chosen["top_p"],
         chosen["min_p"] or None,
         1.0 if chosen["repetition_penalty"] is None else chosen["repetition_penalty"],
-        options.seed,
+        SEED if options.seed is None else options.seed,
     )
     if sampling.temperature == 0:
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(options, name) is not None and options.temperature is None:
+                raise UserError(
+                    f"{name} {getattr(options, name):g} has no effect with temperature 0, which is what this model's "
+                    "generation_config.json leaves: give a --temperature above 0, or leave it out"
+                )
         taken = {name: value for name, value in taken.items() if name == "repetition_penalty"}
     told = ", ".join(f"{name} {value:g}" for name, value in taken.items())
-    return sampling, f"generation_config.json of the model says {told}: flags go on top" if told else None
+    lines = [f"generation_config.json of the model says {told}: flags go on top"] if told else []
+    if sampling.temperature == 0 and options.seed is not None and options.temperature is None:
+        lines.append("not applied in generation: seed, because the likeliest token is taken")
+    return sampling, lines
 
 
 # ---- who answers ----

@@ -31,7 +31,8 @@ from .documents import Documents
 from .encode import Encoder, EncodeSettings, OnLongRow
 from .fields import FieldNames
 from .packing import PackedRows, lay_out, pack
-from .readers import Chunk, NotLines, Source, dataset_fingerprint, parse_sources, read_chunks
+from .pieces import Sample
+from .readers import Chunk, NotLines, Source, dataset_fingerprint, parse_sources, read_chunks, read_rows
 from .report import Report
 from .sampler import EVALUATION_EPOCH, PACKING_EPOCH, SOURCE_EPOCH, permutation
 from .template import ChatTemplate
@@ -126,6 +127,35 @@ def _load(
             fingerprint = hashlib.sha256(json.dumps([fingerprint, name, identity]).encode()).hexdigest()
         parts.append(replace(rows, fingerprint=fingerprint, skipped=report.left_out))
     return replace(parts[0], notes=notes), parts[1]
+
+
+def scan(data_path: str | Path, template: ChatTemplate, settings: DataSettings) -> Iterator[tuple[Documents, Report]]:
+    """Yield the documents and the report of each chunk of rows, in order, as a run would have them; keep nothing.
+
+    Rows are numbered over all sources. Raises UserError for what cannot be read.
+    """
+    encoder, first = Encoder(template, settings.encoding), 0
+    for source in parse_sources(str(data_path)):
+        read = 0
+        for documents, report in _encoded(source.path, encoder, settings):
+            yield replace(documents, rows=documents.rows + first), report
+            read += report.rows
+        first += read
+
+
+def encode_row(data_path: str | Path, template: ChatTemplate, settings: DataSettings, row: int) -> list[Sample]:
+    """Return the documents of one row, numbered over all sources. Raises UserError where it is bad or not there."""
+    first = 0
+    for source in parse_sources(str(data_path)):
+        for number, value in enumerate(read_rows(source.path)):
+            if first + number == row:
+                chunk = Chunk(source.path, number, [value])
+                documents, report = Encoder(template, settings.encoding).encode(chunk)
+                if report.left_out:
+                    raise UserError(next(iter(report.problems.values()))[1])
+                return [documents.sample(place) for place in range(len(documents))]
+        first += number + 1
+    raise UserError(f"row {row}: there are {first:,} rows, numbered from 0; give a smaller number")
 
 
 # ---- tokens ----
