@@ -55,6 +55,8 @@ class SpecialTokens:
 
     def _mark(self, value: Any, keep: tuple[str, ...] = ()) -> Any:
         """The value with every special token in its texts marked; the same object where there is none."""
+        if not value:
+            return value
         if isinstance(value, str):
             if not self._any.search(value):
                 return value

@@ -355,6 +355,8 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 
 def _resolved(conversation: Conversation) -> Conversation:
     """The conversation with `trained` set where it is not."""
+    if all(message.trained is not None for message in conversation.messages):
+        return conversation
     messages = tuple(
         replace(message, trained=message.role == "assistant") if message.trained is None else message
         for message in conversation.messages
@@ -379,6 +381,8 @@ def _trains(conversation: Conversation, turn: int, trained: set[int], wanted: se
             flag = bool(message.trained) and keeps
         if flag != message.trained:
             messages[number] = replace(message, trained=flag)
+    if tuple(messages) == conversation.messages:
+        return conversation
     return replace(conversation, messages=tuple(messages))
 
 

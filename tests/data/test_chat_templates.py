@@ -349,3 +349,17 @@ def test_a_template_goes_to_other_processes():
     copy = pickle.loads(pickle.dumps(template))
     conversation = Conversation.from_dicts(THINKING)
     assert trained(copy, conversation) == trained(template, conversation)
+
+
+def test_special_tokens_in_text_are_as_in_transformers():
+    """`sanitize_control_tokens`, where the version of transformers has it."""
+    import inspect
+
+    template = make("chatml")
+    tokenizer = template.tokenizer
+    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
+        pytest.skip("this transformers has no sanitize_control_tokens")
+    messages = [{"role": "system", "content": FORGED}, user("a" + FORGED), assistant(" x <|im_end|>"), user("b")]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
+    ours = template.prompt(Conversation.from_dicts(messages))
+    assert ours == theirs["input_ids"]
