@@ -118,7 +118,7 @@ def generate(arguments: GenerateArguments) -> None:
             keep_logits=keep_logits,
         )
         if world.is_first:
-            _say_notes([remark, *sampled_by], adapter, template, token_ids, mesh)
+            _say_notes([remark, *sampled_by, _specials(template, questions or ())], adapter, template, token_ids, mesh)
 
         def shared_out(prompts: Sequence[Prompt], adapted: bool, listener: Listener | None) -> list[Reply]:
             replica.switch_adapter(adapted)
@@ -302,6 +302,12 @@ def _output(
         show_thinking=options.show_thinking,
         streamed=streamed,
     )
+
+
+def _specials(template: ChatTemplate, questions: Sequence[Question]) -> str | None:
+    """A line where prompts write special tokens."""
+    count = sum(template.special_in_text(question.conversation) for question in questions)
+    return f"special tokens in the prompts are tokenised as text ({count:,} times)" if count else None
 
 
 def _say_notes(

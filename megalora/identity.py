@@ -11,6 +11,7 @@ from megalora.checkpoint.base.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
 from megalora.data import ChatTemplate, PackedRows
+from megalora.data.template_choice import with_fixed_date
 from megalora.data.tokenizer import read_template, tokenizer_identity
 from megalora.errors import UserError
 from megalora.lora import LoraConfig
@@ -82,7 +83,7 @@ def adapter_template(checkpoint: AdapterCheckpoint) -> str | None:
 def other_template(checkpoint: AdapterCheckpoint, template: ChatTemplate) -> list[str]:
     """Return a line where an adapter that training starts from was trained with another chat template."""
     recorded = adapter_template(checkpoint)
-    if recorded is None or recorded == template.source:
+    if recorded is None or with_fixed_date(recorded) == template.source:
         return []
     return [f"the adapter {checkpoint.where} was trained with another chat template than {template.description}"]
 

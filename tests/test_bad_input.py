@@ -211,7 +211,7 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     ),
     "chat template": (
         lambda m: m.model(lambda folder: (folder / "chat_template.jinja").write_text("{% for x in %}")),
-        ("the tokenizer's chat template refuses", "--template"),
+        ("the tokenizer's chat template is not valid jinja", "--template"),
     ),
     "tokenizer": (lambda m: m.model(without_tokenizer), ("has no tokenizer", "copy it from the model's folder")),
     "base weights": (
@@ -346,7 +346,7 @@ def on_one_rank(rank: int, world_size: int, command: list[str], bad_rank: int, w
 
 
 SETUP = [
-    "read_config", "newest_sound", "resolve_lora", "load_tokenizer", "load_split", "base_identity",
+    "read_config", "newest_sound", "resolve_lora", "template_options", "load_split", "base_identity",
     "load_base_weights", "AdapterOptimizer",
 ]  # fmt: skip
 FIRST_ONLY = ("newest_sound", "base_identity")  # rank 0 does them for all

@@ -43,6 +43,15 @@ class SpecialTokens:
                 return conversation
         return replace(conversation, messages=messages, tools=tools, template_kwargs=variables)
 
+    def count(self, conversation: Conversation) -> int:
+        """Return how many special tokens `mark` marks."""
+        marked = self.mark(conversation)
+        if marked is conversation:
+            return 0
+        return _count([[m.content, m.thinking, m.tool_calls, m.extra] for m in marked.messages]) + _count(
+            [marked.tools, marked.template_kwargs]
+        )
+
     def mark_text(self, text: str) -> str:
         """Return a text with its special tokens marked; the same object where it has none."""
         return self._mark(text)
@@ -89,3 +98,12 @@ class SpecialTokens:
             pieces += [(text[done : found.start()], False), (found[1] or "", whole)]
             done = found.end()
         return [(piece, verbatim) for piece, verbatim in [*pieces, (text[done:], False)] if piece]
+
+
+def _count(value: Any) -> int:
+    """Marks in the texts of a value."""
+    if isinstance(value, str):
+        return value.count(_START)
+    if isinstance(value, Mapping):
+        return sum(_count(key) + _count(item) for key, item in value.items())
+    return sum(map(_count, value)) if isinstance(value, (list, tuple)) else 0

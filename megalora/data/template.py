@@ -15,6 +15,7 @@ boundary: labels are exact, and the prompt's tokens do not depend on what follow
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from .conversation import Conversation, Message
 from .pieces import IGNORE, PieceTokenizer, Sample, Segment
 from .rendering import Rendered, Renderer, size_of, told
 from .special import THINKING_TAGS, SpecialTokens
-from .template_choice import FIXED_DATE, OPTIONS, choose
+from .template_choice import OPTIONS, choose, with_fixed_date
 from .tokenizer import OpenedTokenizer, open_tokenizer, write_tokenizer
 from .toolcalls import CALL_FORMS, CallForm, call_names, longest_word, tool_names
 from .transcript import MARK, Ending, Span, Transcript
@@ -91,11 +92,11 @@ class ChatTemplate:
         chosen = choose(tokenizer, template, recorded)
         self.description, self.notes = chosen.description, (*notes, *chosen.notes)
         self._names = dict(tokenizer.special_tokens_map)
-        self._renderer = self._for_tools = Renderer(_with_fixed_date(chosen.source), self.description)
+        self._renderer = self._for_tools = Renderer(with_fixed_date(chosen.source), self.description)
         if chosen.for_tools is not None:
-            self._for_tools = Renderer(_with_fixed_date(chosen.for_tools), f"{self.description} for tools")
+            self._for_tools = Renderer(with_fixed_date(chosen.for_tools), f"{self.description} for tools")
         self._check_variables(options.variables)
-        self.source = _with_defaults(options.variables, self._renderer.source)
+        self.source = with_fixed_date(_with_defaults(options.variables, chosen.source))
         self._copied_as_it_is = chosen.own and self.source == chosen.source
         self._pieces_of = PieceTokenizer(tokenizer)
         self._reads_thinking = False
@@ -144,6 +145,15 @@ class ChatTemplate:
         text = transcript.prompt(stop)
         spans = transcript.history(stop)
         return self._pieces_of.ids(self._pieces(transcript, text, spans))
+
+    def special_in_text(self, conversation: Conversation) -> int:
+        """Return how many special tokens the messages write, which are tokenised as text."""
+        return 0 if self.options.special_tokens_in_text else self._special.count(conversation)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n times as many has more than n tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def encode(self, conversation: Conversation) -> list[Sample]:
         """Return the documents of a conversation as samples."""
@@ -402,7 +412,3 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return "none" if value is None else json.dumps(value)
-
-
-def _with_fixed_date(source: str) -> str:
-    return FIXED_DATE + source if "strftime_now" in source and not source.startswith(FIXED_DATE) else source

@@ -250,7 +250,7 @@ def test_messages_cannot_forge_turns():
     conversation = Conversation.from_dicts(messages)
     (document,) = template.documents(conversation)
     (sample,) = template.encode(conversation)
-    assert document.special_in_text == 9
+    assert document.special_in_text == template.special_in_text(conversation) == 9
     assert sum(token in special for token in sample.input_ids.tolist()) == 2 * len(messages)
     assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False).removesuffix(
         "\n"
@@ -363,3 +363,15 @@ def test_special_tokens_in_text_are_as_in_transformers():
     theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
     ours = template.prompt(Conversation.from_dicts(messages))
     assert ours == theirs["input_ids"]
+
+
+def test_a_template_with_a_date_is_itself_when_it_is_read_again():
+    template = make("llama31")
+    again = ChatTemplate(template.tokenizer, recorded=template.source)
+    assert again.source == template.source and again.identity() == template.identity()
+    assert again.description == "the tokenizer's chat template" and not again.notes
+    source = chat_templates.source("qwen3") + "{{ strftime_now('%Y') }}"
+    tokenizer = make("qwen3").tokenizer
+    first = ChatTemplate(tokenizer, options=TemplateOptions({"enable_thinking": False}), recorded=source)
+    again = ChatTemplate(tokenizer, recorded=first.source)
+    assert again.source == first.source and again.identity() == first.identity()
