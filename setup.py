@@ -106,7 +106,7 @@ setup(
         "sentencepiece",
         "protobuf",
         "tensorboard",
-        "jinja2",
+        "jinja2>=3.1.6",  # older sandboxes have known escapes
         "numpy",
         "rich",
         "pyyaml",
