@@ -112,6 +112,7 @@ setup(
         "pyyaml",
     ],
     extras_require={
+        "data": ["pyarrow", "zstandard", "datasets>=4"],  # parquet and arrow, .zst, datasets saved to disk
         "demo": ["gguf"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "peft", "ruff"],
     },

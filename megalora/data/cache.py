@@ -93,7 +93,7 @@ def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tu
     asked = time.time()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock") as alone:
+        with locked(root / f"{key}.lock") as alone:
             report = verified(folder, contents=not _since(checked, asked))
             if report is not None:
                 checked.touch()
@@ -225,7 +225,7 @@ def _put(partial: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[bool]:
     """Hold the lock of a file and yield whether it is held: without locks each process makes the documents itself."""
     with path.open("a") as file:
         try:

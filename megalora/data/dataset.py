@@ -25,7 +25,7 @@ import tokenizers
 import transformers
 
 from ..errors import UserError
-from .cache import Writer, cached, file_digest, load_arrays, open_documents, save_arrays
+from .cache import Writer, cached, file_digest, load_arrays, locked, open_documents, save_arrays
 from .conversation import TrainOn
 from .documents import Documents
 from .encode import Encoder, EncodeSettings, OnLongRow
@@ -323,12 +323,17 @@ def _layout(
     """(members, row_ends) of the packed rows, found beside the tokens or made."""
     digest = hashlib.sha256(json.dumps([name, seed, identity]).encode()).hexdigest()[:16]
     path = folder / f"layout-{digest}.npz"
-    found = load_arrays(path, ("members", "row_ends"))
-    if found is not None:
-        return found[0], found[1]
+    with locked(folder.with_name(f"{folder.name}.lock")):  # one rank makes it, the others find it
+        found = load_arrays(path, ("members", "row_ends"))
+        if found is None:
+            found = _packed(documents, chosen, settings, seed)
+            save_arrays(path, members=found[0], row_ends=found[1])
+    return found[0], found[1]
+
+
+def _packed(documents: Documents, chosen: np.ndarray, settings: DataSettings, seed: int) -> list[np.ndarray]:
+    """[members, row_ends] of the packed rows."""
     order = chosen[np.asarray(permutation(len(chosen), seed, PACKING_EPOCH), dtype=np.int64)]
     bins = pack(documents.lengths[order].tolist(), settings.seq_length, settings.packing)
     members = order[np.fromiter((index for row in bins for index in row), np.int64, len(order))]
-    row_ends = np.cumsum([len(row) for row in bins], dtype=np.int64)
-    save_arrays(path, members=members, row_ends=row_ends)
-    return members, row_ends
+    return [members, np.cumsum([len(row) for row in bins], dtype=np.int64)]
