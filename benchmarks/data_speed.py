@@ -107,7 +107,7 @@ def by_map(options: argparse.Namespace, row_to_ids: Callable[[Any, dict], dict])
     datasets.disable_progress_bars()
     cache = options.folder / "datasets"
     shutil.rmtree(cache, ignore_errors=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True, trust_remote_code=False)
     rows = datasets.load_dataset(
         "json", data_files=str(options.folder / "rows.jsonl"), split="train", cache_dir=str(cache)
     )

@@ -44,6 +44,7 @@ from megalora.parallel.collectives import broadcast_object, gather_objects, on_f
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 
+SEED = 42  # of the sampling, where none is given
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 ROUND = 512  # prompts of one replica between two exchanges of replies
 # How long a replica waits for the others' replies, or for the person at the terminal: the watch finds ranks that die.
@@ -154,6 +155,7 @@ def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, 
             sampling, sampled_by = _sampling(options, sampling_defaults(model_path))
             notes = (*sampled_by, *(template.notes or (f"prompts are written with {template.description}",)))
             questions = _questions(options)
+            notes = (*notes, *_special_tokens(template, questions or ()))
             token_ids = questions and [encode(template, question, opened.context) for question in questions]
             streamed = _is_streamed(options)
             output = None if questions is None else _output(questions, options, _repliers(arguments), streamed)
@@ -303,7 +305,7 @@ def _questions(options: GenerationArguments) -> list[Question] | None:
 
 
 def _sampling(options: GenerationArguments, defaults: Mapping[str, float]) -> tuple[Sampling, list[str]]:
-    """Return how to sample: by the flags, and by the model's `defaults` where they say nothing; and a line on those."""
+    """Return how to sample: by the flags, and by the model's `defaults` where they say nothing; and lines on that."""
     taken = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     chosen = {name: taken.get(name, getattr(options, name)) for name in _SAMPLING}
     sampling = Sampling(
@@ -312,12 +314,22 @@ def _sampling(options: GenerationArguments, defaults: Mapping[str, float]) -> tu
         chosen["top_p"],
         chosen["min_p"] or None,
         1.0 if chosen["repetition_penalty"] is None else chosen["repetition_penalty"],
-        options.seed,
+        SEED if options.seed is None else options.seed,
     )
     if sampling.temperature == 0:
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(options, name) is not None and options.temperature is None:
+                raise UserError(
+                    f"{name} {getattr(options, name):g} has no effect with temperature 0, which is what this model's "
+                    "generation_config.json leaves",
+                    f"give a temperature above 0, or leave {name} out",
+                )
         taken = {name: value for name, value in taken.items() if name == "repetition_penalty"}
     told = ", ".join(f"{name} {value:g}" for name, value in taken.items())
-    return sampling, [f"generation_config.json of the model says {told}: flags go on top"] if told else []
+    lines = [f"generation_config.json of the model says {told}: flags go on top"] if told else []
+    if sampling.temperature == 0 and options.seed is not None and options.temperature is None:
+        lines.append("not applied in generation: seed, because the likeliest token is taken")
+    return sampling, lines
 
 
 # ---- who answers ----
@@ -375,6 +387,12 @@ def _output(
         show_thinking=options.show_thinking,
         streamed=streamed,
     )
+
+
+def _special_tokens(template: ChatTemplate, questions: Sequence[Question]) -> list[str]:
+    """Return a line where prompts contain special tokens."""
+    count = sum(template.special_in_text(question.conversation) for question in questions)
+    return [f"special tokens in the prompts are tokenised as text ({count:,} times)"] if count else []
 
 
 def _say_notes(

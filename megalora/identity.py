@@ -13,6 +13,7 @@ from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
 from megalora.data import ChatTemplate, PackedRows
+from megalora.data.template_choice import with_fixed_date
 from megalora.data.tokenizer import tokenizer_identity
 from megalora.errors import UserError
 from megalora.models.spec import ModelSpec
@@ -83,7 +84,7 @@ def adapter_template(checkpoint: AdapterCheckpoint) -> str | None:
 def other_template(checkpoint: AdapterCheckpoint, template: ChatTemplate) -> list[str]:
     """Return a line where an adapter that training starts from was trained with another chat template."""
     recorded = adapter_template(checkpoint)
-    if recorded is None or recorded == template.source:
+    if recorded is None or with_fixed_date(recorded) == template.source:
         return []
     return [f"the adapter {checkpoint.where} was trained with another chat template than {template.description}"]
 

@@ -1,4 +1,4 @@
-"""Flags of the data -> how rows are read, rendered and encoded."""
+"""Flags of the data -> how rows are read, rendered and encoded: the same for a run and for a preview of its rows."""
 
 from __future__ import annotations
 

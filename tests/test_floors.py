@@ -19,7 +19,7 @@ SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster"}
 # What the commands are put together from.
 PARTS = {"optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
 TOP = {"rows", "starting", "stepping", "summary"}  # and the commands
-TOP |= {"finetune", "generate", "plan", "cli", "commands", "convert", "doctor", "__main__"}
+TOP |= {"finetune", "generate", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
 
 # What each part of the package may import of the package, besides itself.
 MAY_IMPORT = {

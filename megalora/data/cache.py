@@ -5,7 +5,9 @@
                        runs.bin        labelled runs, int32
                        index.npz       ends, run_ends, rows
                        layout-*.npz    which document lies in which row, by seed
-    {data_cache}/{key}.lock            held while it is made
+    {data_cache}/{key}.lock            held while it is made or verified
+    {data_cache}/{key}.checked         touched when that was done: who waited meanwhile need not do it again
+    {data_cache}/{key}.failed          the error that ended it, for who waited meanwhile
 
 The key is a hash of everything that the documents depend on. A cache that is missing, incomplete or damaged is made
 again. It is written aside and renamed, so that a reader never sees half of it; who comes second waits for the lock and
@@ -87,15 +89,16 @@ def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tu
     others wait. Raises UserError where the folder cannot be written, and what `make` raises; who waited for a process
     that failed raises the same UserError and does not try again.
     """
-    folder, failed = root / key, root / f"{key}.failed"
+    folder, failed, checked = root / key, root / f"{key}.failed", root / f"{key}.checked"
     asked = time.time()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock") as alone:
-            report = verified(folder)
+        with locked(root / f"{key}.lock") as alone:
+            report = verified(folder, contents=not _since(checked, asked))
             if report is not None:
+                checked.touch()
                 return folder, report, False
-            if failed.exists() and failed.stat().st_mtime >= asked:
+            if _since(failed, asked):
                 raise BadRows(failed.read_text(encoding="utf-8"))
             failed.unlink(missing_ok=True)
             if alone:  # these are of processes that were killed
@@ -113,6 +116,7 @@ def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tu
                     write_text(failed, str(error))
                 raise
             _put(partial, folder)
+            checked.touch()
             return folder, report, True
     except OSError as error:
         raise UserError(
@@ -121,8 +125,11 @@ def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tu
         ) from None
 
 
-def verified(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a cache whose files are all as they were written, else None."""
+def verified(folder: Path, *, contents: bool = True) -> dict[str, Any] | None:
+    """Return the report of a cache whose files are all as they were written, else None.
+
+    contents  False: their sizes are enough, since another process has just looked at the rest
+    """
     try:
         digest, _, text = (folder / "manifest.json").read_text(encoding="utf-8").partition("\n")
         if hashlib.sha256(text.encode()).hexdigest() != digest:
@@ -131,7 +138,7 @@ def verified(folder: Path) -> dict[str, Any] | None:
         for name, (size, _) in manifest["files"].items():
             if (folder / name).stat().st_size != size:
                 return None
-        if any(file_digest(folder / name) != sha for name, (_, sha) in manifest["files"].items()):
+        if contents and any(file_digest(folder / name) != sha for name, (_, sha) in manifest["files"].items()):
             return None
         return manifest["report"]
     except (OSError, ValueError, UnicodeDecodeError):
@@ -195,12 +202,17 @@ def _mapped(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<i4", mode="r")
 
 
+def _since(marker: Path, moment: float) -> bool:
+    """Whether a marker was touched since, by the process that this one has waited for."""
+    return marker.exists() and marker.stat().st_mtime >= moment
+
+
 def _put(partial: Path, folder: Path) -> None:
     """Rename `partial` to `folder`, in place of a damaged one; without locks another process may have been first."""
-    if folder.exists() and verified(folder) is not None:
-        shutil.rmtree(partial, ignore_errors=True)
-        return
     if folder.exists():
+        if verified(folder) is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            return
         damaged = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
         folder.rename(damaged / folder.name)
         shutil.rmtree(damaged, ignore_errors=True)
@@ -213,7 +225,7 @@ def _put(partial: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[bool]:
     """Hold the lock of a file and yield whether it is held: without locks each process makes the documents itself."""
     with path.open("a") as file:
         try:

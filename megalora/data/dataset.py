@@ -25,13 +25,14 @@ import tokenizers
 import transformers
 
 from ..errors import UserError
-from .cache import Writer, cached, file_digest, load_arrays, open_documents, save_arrays
+from .cache import Writer, cached, file_digest, load_arrays, locked, open_documents, save_arrays
 from .conversation import TrainOn
 from .documents import Documents
 from .encode import Encoder, EncodeSettings, OnLongRow
 from .fields import FieldNames
 from .packing import PackedRows, lay_out, pack
-from .readers import Chunk, NotLines, Source, dataset_fingerprint, parse_sources, read_chunks
+from .pieces import Sample
+from .readers import Chunk, NotLines, Source, dataset_fingerprint, parse_sources, read_chunks, read_rows
 from .report import Report
 from .sampler import EVALUATION_EPOCH, PACKING_EPOCH, SOURCE_EPOCH, permutation
 from .template import ChatTemplate
@@ -126,6 +127,35 @@ def _load(
             fingerprint = hashlib.sha256(json.dumps([fingerprint, name, identity]).encode()).hexdigest()
         parts.append(replace(rows, fingerprint=fingerprint, skipped=report.left_out))
     return replace(parts[0], notes=notes), parts[1]
+
+
+def scan(data_path: str | Path, template: ChatTemplate, settings: DataSettings) -> Iterator[tuple[Documents, Report]]:
+    """Yield the documents and the report of each chunk of rows, in order, as a run would have them; keep nothing.
+
+    Rows are numbered over all sources. Raises UserError for what cannot be read.
+    """
+    encoder, first = Encoder(template, settings.encoding), 0
+    for source in parse_sources(str(data_path)):
+        read = 0
+        for documents, report in _encoded(source.path, encoder, settings):
+            yield replace(documents, rows=documents.rows + first), report
+            read += report.rows
+        first += read
+
+
+def encode_row(data_path: str | Path, template: ChatTemplate, settings: DataSettings, row: int) -> list[Sample]:
+    """Return the documents of one row, numbered over all sources. Raises UserError where it is bad or not there."""
+    first = 0
+    for source in parse_sources(str(data_path)):
+        for number, value in enumerate(read_rows(source.path)):
+            if first + number == row:
+                chunk = Chunk(source.path, number, [value])
+                documents, report = Encoder(template, settings.encoding).encode(chunk)
+                if report.left_out:
+                    raise UserError(next(iter(report.problems.values()))[1])
+                return [documents.sample(place) for place in range(len(documents))]
+        first += number + 1
+    raise UserError(f"row {row}: there are {first:,} rows, numbered from 0; give a smaller number")
 
 
 # ---- tokens ----
@@ -293,12 +323,17 @@ def _layout(
     """(members, row_ends) of the packed rows, found beside the tokens or made."""
     digest = hashlib.sha256(json.dumps([name, seed, identity]).encode()).hexdigest()[:16]
     path = folder / f"layout-{digest}.npz"
-    found = load_arrays(path, ("members", "row_ends"))
-    if found is not None:
-        return found[0], found[1]
+    with locked(folder.with_name(f"{folder.name}.lock")):  # one rank makes it, the others find it
+        found = load_arrays(path, ("members", "row_ends"))
+        if found is None:
+            found = _packed(documents, chosen, settings, seed)
+            save_arrays(path, members=found[0], row_ends=found[1])
+    return found[0], found[1]
+
+
+def _packed(documents: Documents, chosen: np.ndarray, settings: DataSettings, seed: int) -> list[np.ndarray]:
+    """[members, row_ends] of the packed rows."""
     order = chosen[np.asarray(permutation(len(chosen), seed, PACKING_EPOCH), dtype=np.int64)]
     bins = pack(documents.lengths[order].tolist(), settings.seq_length, settings.packing)
     members = order[np.fromiter((index for row in bins for index in row), np.int64, len(order))]
-    row_ends = np.cumsum([len(row) for row in bins], dtype=np.int64)
-    save_arrays(path, members=members, row_ends=row_ends)
-    return members, row_ends
+    return [members, np.cumsum([len(row) for row in bins], dtype=np.int64)]

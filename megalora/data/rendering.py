@@ -30,6 +30,7 @@ MAX_SOURCE = 1 << 20  # characters of a template; the longest in use have 20,000
 MAX_WORK = 1 << 26  # characters that a rendering may go over, and
 WORK_PER_CHARACTER = 256  # so many more for each character of its input
 MAX_SECONDS = 5.0  # of this thread's processor time, for one rendering
+_BETWEEN_LOOKS = 1 << 22  # characters of the budget from one look at the clock to the next
 _STEP = 64  # characters that an iteration or a call counts as, beside its operands
 _LONGEST_NUMBER = 10_000  # in a call: what pads, repeats or indents
 _WIDTH = re.compile(r"\d{5,}|[%{][^{}a-z]*[*{]")  # in a format string: a large width, or one that is an argument
@@ -138,7 +139,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=self._printed
         )
-        self.budget, self._deadline, self.written = 0, 0.0, 0
+        self.budget = self._look_at = self.written = 0
+        self._deadline: float | None = None
         self.generated: list[tuple[int, int]] = []
         self.filters = {name: self._charged(name, work) for name, work in self.filters.items()}
         self.filters |= {"tojson": self._charged("tojson", _to_json), _WEIGHED: self._weighed}
@@ -148,7 +150,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def begin(self, budget: int) -> None:
         """Start a rendering."""
-        self.budget, self._deadline, self.written, self.generated = budget, time.thread_time() + MAX_SECONDS, 0, []
+        self.budget, self._deadline, self.written, self.generated = budget, None, 0, []
+        self._look_at = max(budget - _BETWEEN_LOOKS, 0)
 
     def collected(self, blocks: Any) -> Any:
         """The blocks of a rendering, with `written` kept up to date."""
@@ -158,10 +161,18 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def charge(self, characters: int) -> None:
         self.budget -= characters + _STEP
+        if self.budget < self._look_at:
+            self._look()
+
+    def _look(self) -> None:
+        """Look at the budget and the clock, which is too slow to be asked at every step."""
         if self.budget < 0:
             raise Refused("it does not end, or does far more than render a conversation")
-        if self.budget & 0xFFF < _STEP and time.thread_time() > self._deadline:
+        now = time.thread_time()
+        self._deadline = now + MAX_SECONDS if self._deadline is None else self._deadline
+        if now > self._deadline:
             raise Refused(f"it takes longer than {MAX_SECONDS:g} s")
+        self._look_at = max(self.budget - _BETWEEN_LOOKS, 0)
 
     # What the compiled template calls
 
@@ -179,7 +190,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     @jinja2.pass_context  # which keeps the compiler from calling it by itself
     def _weighed(self, context: Any, value: Any) -> Any:
         """A side of a comparison, or a list, tuple or dict that the template makes."""
-        self._weigh(value)
+        if isinstance(value, str):
+            self.charge(len(value) // 16)
+        elif not isinstance(value, _SCALARS):
+            self._weigh(value)
         return value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -140,8 +140,9 @@ class Report:
                 "than they are generated (without their thinking): --history_thinking mask or keep makes one of each"
             )
         if self.seen["template special"]:
+            count = self.seen["template special"]
             notes.append(
-                f"{self.seen['template special']:,} special tokens in the text of messages are tokenised as text: "
+                f"special tokens in the text of messages are tokenised as text ({count:,} time{'s' * (count > 1)}): "
                 "--special_tokens_in_text true takes them for the tokens"
             )
         return tuple(notes)

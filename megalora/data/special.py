@@ -41,11 +41,20 @@ class SpecialTokens:
         if tools is conversation.tools and variables is conversation.template_kwargs:
             if all(new is old for new, old in zip(messages, conversation.messages, strict=True)):
                 return conversation
+        _refuse_marks(_texts(conversation))
         return replace(conversation, messages=messages, tools=tools, template_kwargs=variables)
+
+    def count(self, conversation: Conversation) -> int:
+        """Return how many special tokens `mark` marks."""
+        marked = self.mark(conversation)
+        return 0 if marked is conversation else _count(_texts(marked), _START)
 
     def mark_text(self, text: str) -> str:
         """Return a text with its special tokens marked; the same object where it has none."""
-        return self._mark(text)
+        marked = self._mark(text)
+        if marked is not text:
+            _refuse_marks(text)
+        return marked
 
     def _mark_message(self, message: Message) -> Message:
         keep = THINKING_TAGS if message.role == "assistant" else ()
@@ -55,11 +64,11 @@ class SpecialTokens:
 
     def _mark(self, value: Any, keep: tuple[str, ...] = ()) -> Any:
         """The value with every special token in its texts marked; the same object where there is none."""
+        if not value:
+            return value
         if isinstance(value, str):
             if not self._any.search(value):
                 return value
-            if _START in value or _END in value:
-                raise UserError("a text has a special token and U+FDD0 or U+FDD1, which mark one; remove them")
             return self._any.sub(lambda at: at[0] if at[0] in keep else f"{_START}{at[0]}{_END}", value)
         if isinstance(value, Mapping):
             new = {self._mark(key, keep): self._mark(item, keep) for key, item in value.items()}
@@ -87,3 +96,25 @@ class SpecialTokens:
             pieces += [(text[done : found.start()], False), (found[1] or "", whole)]
             done = found.end()
         return [(piece, verbatim) for piece, verbatim in [*pieces, (text[done:], False)] if piece]
+
+
+def _texts(conversation: Conversation) -> list[Any]:
+    """All that a conversation says."""
+    fields = [
+        [message.content, message.thinking, message.tool_calls, message.extra] for message in conversation.messages
+    ]
+    return [fields, conversation.tools, conversation.template_kwargs]
+
+
+def _refuse_marks(value: Any) -> None:
+    if _count(value, _START) or _count(value, _END):
+        raise UserError("the row has a special token in a text and U+FDD0 or U+FDD1, which mark one; remove them")
+
+
+def _count(value: Any, mark: str) -> int:
+    """How often a mark is in the texts of a value."""
+    if isinstance(value, str):
+        return value.count(mark)
+    if isinstance(value, Mapping):
+        return sum(_count(key, mark) + _count(item, mark) for key, item in value.items())
+    return sum(_count(item, mark) for item in value) if isinstance(value, (list, tuple)) else 0

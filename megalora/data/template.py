@@ -15,6 +15,7 @@ boundary: labels are exact, and the prompt's tokens do not depend on what follow
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from .conversation import Conversation, Message
 from .pieces import IGNORE, PieceTokenizer, Sample, Segment
 from .rendering import Rendered, Renderer, size_of, told
 from .special import THINKING_TAGS, SpecialTokens
-from .template_choice import FIXED_DATE, OPTIONS, choose
+from .template_choice import OPTIONS, choose, with_fixed_date
 from .tokenizer import OpenedTokenizer, open_tokenizer
 from .toolcalls import CALL_FORMS, CallForm, call_names, longest_word, tool_names
 from .transcript import MARK, Ending, Span, Transcript
@@ -92,11 +93,11 @@ class ChatTemplate:
         chosen = choose(tokenizer, template, recorded)
         self.description, self.notes = chosen.description, (*notes, *chosen.notes)
         self._names = dict(tokenizer.special_tokens_map)
-        self._renderer = self._for_tools = Renderer(_with_fixed_date(chosen.source), self.description)
+        self._renderer = self._for_tools = Renderer(with_fixed_date(chosen.source), self.description)
         if chosen.for_tools is not None:
-            self._for_tools = Renderer(_with_fixed_date(chosen.for_tools), f"{self.description} for tools")
+            self._for_tools = Renderer(with_fixed_date(chosen.for_tools), f"{self.description} for tools")
         self._check_variables(options.variables)
-        self.source = _with_defaults(options.variables, self._renderer.source)
+        self.source = with_fixed_date(_with_defaults(options.variables, chosen.source))
         self._copied_as_it_is = chosen.own and self.source == chosen.source
         self._pieces_of = PieceTokenizer(tokenizer)
         self._reads_thinking = False
@@ -145,6 +146,15 @@ class ChatTemplate:
         text = transcript.prompt(stop)
         spans = transcript.history(stop)
         return self._pieces_of.ids(self._pieces(transcript, text, spans))
+
+    def special_in_text(self, conversation: Conversation) -> int:
+        """Return how many special tokens the messages write, which are tokenised as text."""
+        return 0 if self.options.special_tokens_in_text else self._special.count(conversation)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n times as many has more than n tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def encode(self, conversation: Conversation) -> list[Sample]:
         """Return the documents of a conversation as samples."""
@@ -356,6 +366,8 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 
 def _resolved(conversation: Conversation) -> Conversation:
     """The conversation with `trained` set where it is not."""
+    if all(message.trained is not None for message in conversation.messages):
+        return conversation
     messages = tuple(
         replace(message, trained=message.role == "assistant") if message.trained is None else message
         for message in conversation.messages
@@ -380,6 +392,8 @@ def _trains(conversation: Conversation, turn: int, trained: set[int], wanted: se
             flag = bool(message.trained) and keeps
         if flag != message.trained:
             messages[number] = replace(message, trained=flag)
+    if tuple(messages) == conversation.messages:
+        return conversation
     return replace(conversation, messages=tuple(messages))
 
 
@@ -399,7 +413,3 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return "none" if value is None else json.dumps(value)
-
-
-def _with_fixed_date(source: str) -> str:
-    return FIXED_DATE + source if "strftime_now" in source and not source.startswith(FIXED_DATE) else source

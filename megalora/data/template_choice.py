@@ -63,7 +63,8 @@ def choose(tokenizer: Any, template: str | None, recorded: str | None = None) ->
     """
     several = tokenizer.chat_template
     several = several if isinstance(several, Mapping) else {"default": several} if several else {}
-    several = {name: source.removeprefix("\ufeff") for name, source in several.items()}
+    several = {name: source.removeprefix("\ufeff").removeprefix(FIXED_DATE) for name, source in several.items()}
+    recorded = recorded and recorded.removeprefix(FIXED_DATE)
     if template is not None:
         chosen = _named(tokenizer, template, several)
         if recorded is not None and chosen.source != recorded:
@@ -84,13 +85,18 @@ def choose(tokenizer: Any, template: str | None, recorded: str | None = None) ->
     return Choice(source, "the built-in template plain (the tokenizer has no chat template)", (note,))
 
 
+def with_fixed_date(source: str) -> str:
+    """Return a template's source with the date of every run, where it prints one."""
+    return FIXED_DATE + source if "strftime_now" in source and not source.startswith(FIXED_DATE) else source
+
+
 def _named(tokenizer: Any, name: str, several: Mapping[str, str]) -> Choice:
     if name in BUILT_IN:
         return Choice(_bos(tokenizer) + BUILT_IN[name], f"the built-in template {name}")
     if name in several and not Path(name).exists():
         return Choice(several[name], f"the tokenizer's chat template {name}")
     try:
-        return Choice(read_text(Path(name)), f"the template {name}")
+        return Choice(read_text(Path(name)).removeprefix(FIXED_DATE), f"the template {name}")
     except UserError as error:
         names = f"; the tokenizer's are {', '.join(sorted(several))}" if len(several) > 1 else ""
         reason = f"{name} is no built-in template and cannot be read as a jinja file ({error})"

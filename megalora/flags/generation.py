@@ -62,7 +62,7 @@ class GenerationArguments(Section):
         verbatim=True,
         unset="none",
     )
-    seed: int = flag(42, "seed of the sampling", at_least=0, at_most=2**63 - 1)
+    seed: int | None = flag(None, "seed of the sampling", at_least=0, at_most=2**63 - 1, unset="42")
     template: str | None = shared.TEMPLATE.field(None, unset="the adapter's own, or the tokenizer's")
     chat_template_kwargs: str | None = shared.CHAT_TEMPLATE_KWARGS.field(None, unset="the template's defaults")
     special_tokens_in_text: bool = shared.SPECIAL_TOKENS_IN_TEXT.field(False)

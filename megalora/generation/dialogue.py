@@ -157,6 +157,8 @@ class Chat:
         said = ask(text, self._system, "the message").conversation.messages
         messages = (*self._history, said[-1]) if self._history else said
         token_ids = encode(self._template, Question(Conversation(messages), "the dialogue"), self._context)
+        if self._template.special_in_text(Conversation((said[-1],))):
+            print("megalora: special tokens in the message are tokenised as text", file=sys.stderr, flush=True)
         self._history = messages
         return Turn(token_ids, self._repliers)
 

@@ -63,6 +63,12 @@ def read_questions(path: str | Path, system: str | None) -> list[Question]:
 
 def encode(template: ChatTemplate, question: Question, context: int) -> list[int]:
     """The tokens that the reply starts from. Raises UserError where they leave no room for one in the context."""
+    size = sum(len(message.content) for message in question.conversation.messages)
+    if size > context * template.longest_token:  # before it is rendered, which takes long
+        raise UserError(
+            f"{question.where}: {size:,} characters leave no room for a reply in a context of {context} tokens: "
+            "shorten it"
+        )
     try:
         ids = template.prompt(question.conversation)
     except UserError as error:

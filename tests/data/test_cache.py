@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -11,6 +13,7 @@ import pytest
 from stacked import stacked
 
 from megalora.data import ChatTemplate, DataSettings, FieldNames, load_dataset
+from megalora.data import cache as cache_module
 from megalora.data import dataset as dataset_module
 from megalora.data.encode import Encoder
 from megalora.errors import UserError
@@ -98,6 +101,19 @@ def test_damage_is_noticed(template, write_json, tmp_path, made, name, damage):
     assert made.call_count == (2 if name == "layout" else 3)
     assert len([folder for folder in cache.iterdir() if folder.is_dir()]) == 1, "no remains"
     assert [file.read_bytes() for file in cache.glob("*/ids.bin")]
+
+
+def test_ranks_that_waited_do_not_verify_again(template, write_json, tmp_path):
+    path, cache = write_json(ROWS), tmp_path / "cache"
+    load(path, template, cache)
+    (marker,) = cache.glob("*.checked")
+    with mock.patch.object(cache_module, "file_digest", side_effect=cache_module.file_digest) as digest:
+        os.utime(marker, (0, 0))
+        load(path, template, cache)
+        assert digest.call_count == 3 and marker.stat().st_mtime > 0, "ids, runs and index"
+        os.utime(marker, (time.time() + 60,) * 2)  # as if it had been touched while this one waited
+        load(path, template, cache)
+        assert digest.call_count == 3
 
 
 def test_two_at_once(template, write_json, tmp_path, made):

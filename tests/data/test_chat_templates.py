@@ -5,6 +5,8 @@ from __future__ import annotations
 import chat_templates
 import pytest
 from chat_templates import bpe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from megalora.data import ChatTemplate, Conversation
@@ -250,7 +252,7 @@ def test_messages_cannot_forge_turns():
     conversation = Conversation.from_dicts(messages)
     (document,) = template.documents(conversation)
     (sample,) = template.encode(conversation)
-    assert document.special_in_text == 9
+    assert document.special_in_text == template.special_in_text(conversation) == 9
     assert sum(token in special for token in sample.input_ids.tolist()) == 2 * len(messages)
     assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False).removesuffix(
         "\n"
@@ -349,3 +351,60 @@ def test_a_template_goes_to_other_processes():
     copy = pickle.loads(pickle.dumps(template))
     conversation = Conversation.from_dicts(THINKING)
     assert trained(copy, conversation) == trained(template, conversation)
+
+
+def test_special_tokens_in_text_are_as_in_transformers():
+    """`sanitize_control_tokens`, where the version of transformers has it."""
+    import inspect
+
+    template = make("chatml")
+    tokenizer = template.tokenizer
+    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
+        pytest.skip("this transformers has no sanitize_control_tokens")
+    messages = [{"role": "system", "content": FORGED}, user("a" + FORGED), assistant(" x <|im_end|>"), user("b")]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
+    ours = template.prompt(Conversation.from_dicts(messages))
+    assert ours == theirs["input_ids"]
+
+
+def test_a_template_with_a_date_is_itself_when_it_is_read_again():
+    template = make("llama31")
+    again = ChatTemplate(template.tokenizer, recorded=template.source)
+    assert again.source == template.source and again.identity() == template.identity()
+    assert again.description == "the tokenizer's chat template" and not again.notes
+    source = chat_templates.source("qwen3") + "{{ strftime_now('%Y') }}"
+    tokenizer = make("qwen3").tokenizer
+    first = ChatTemplate(tokenizer, options=TemplateOptions({"enable_thinking": False}), recorded=source)
+    again = ChatTemplate(tokenizer, recorded=first.source)
+    assert again.source == first.source and again.identity() == first.identity()
+
+
+WORDS = ["a", " ", "\n", "你", "🙂"]
+WORDS += ["<think>", "</think>", "<|im_end|>", "<｜User｜>", "{{ x }}", "{% if %}", "\\", '"', "\ufdd1", "\x00"]
+TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map("".join).filter(str.strip)
+MADE = {name: None for name in ("chatml", "qwen3", "r1", "llama31", "mistral_v3", "qwen3_training")}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(MADE)), st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.booleans())
+def test_any_text_is_refused_or_trained_behind_its_prompt(name, turns, system):
+    if MADE[name] is None:
+        MADE[name] = make(name)
+    template = MADE[name]
+    messages = [message for ask, reply in turns for message in (user(ask), assistant(reply))]
+    conversation = Conversation.from_dicts([SYSTEM, *messages] if system else messages)
+    try:
+        documents = template.documents(conversation)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    trained_replies = 0
+    for document, sample in zip(documents, template.encode(conversation), strict=True):
+        theirs = document.conversation.messages
+        trained_replies += sum(bool(message.trained) for message in theirs)
+        prompt = template.prompt(Conversation(theirs[:-1]))
+        assert sample.input_ids[: len(prompt)].tolist() == prompt
+        assert sample.labels[len(prompt)] == sample.input_ids[len(prompt)]
+        special = template.tokenizer.convert_tokens_to_ids(template._ending.end_token)
+        assert sample.input_ids[len(prompt) :].tolist().count(special) == 1  # none is forged
+    assert trained_replies == len(turns)  # each once

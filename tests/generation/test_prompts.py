@@ -14,6 +14,7 @@ class Template:
     """Stands in for ChatTemplate: a token a character."""
 
     end_token_id = 9
+    longest_token = 4
     stop_token_ids = (9, 3)
 
     def prompt(self, messages):
@@ -125,6 +126,8 @@ def test_a_prompt_needs_room_for_a_reply():
     assert len(encode(Template(), question, 6)) == 5
     with pytest.raises(UserError, match="prompt: 5 tokens leave no room for a reply in a context of 5"):
         encode(Template(), question, 5)
+    with pytest.raises(UserError, match="prompt: 21 characters leave no room for a reply in a context of 5 tokens"):
+        encode(Template(), ask("1" * 21, None, "prompt"), 5)
     with pytest.raises(UserError, match="^prompt: the template refuses"):
         encode(Template(), ask("refused", None, "prompt"), 50)
 
