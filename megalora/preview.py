@@ -49,7 +49,8 @@ def preview(arguments: Preview) -> None:
         report.add(part)
     for line in (*counts.lines(report), *report.notes()):
         printer.line(line)
-    report.check(settings.on_bad_row, settings.names)
+    report.check_names(settings.names)
+    report.check_rows(settings.on_bad_row)
 
 
 def _by_row(documents: Documents, wanted: range) -> Iterator[tuple[int, list[Sample]]]:
