@@ -80,7 +80,7 @@ def peer(model: torch.nn.Module, new_tokens: int, batch: int, device) -> Generat
 def bytes_a_token(stage: Stage, length: int) -> int:
     """What one token of one sequence must read: every weight of the layers and the head, and `length` cached tokens."""
     config = stage.config
-    read = [group.matrix for group in stage.groups]
+    read = [group.matrix.whole for group in stage.groups]
     read += [stage.head.weight, *(p for name, p in stage.named_parameters() if "norm" in name)]
     weights = sum(x.numel() * x.element_size() for x in read)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length

@@ -38,6 +38,7 @@ from megalora.planning.nodes import Workload
 from megalora.planning.shapes import shape_of
 from megalora.planning.timing import LayerCosts, layer_costs
 from megalora.profiling import measured_costs, read_profile
+from megalora.tasks import TASKS
 from megalora.training import Trainer
 
 DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
@@ -119,6 +120,7 @@ def build_stage(
         last=mesh.pp.is_last,
         further=further,
         recompute=recompute,
+        loss=TASKS[lora.config.task_type].loss,
     )
     return stage, Cut(tuple(layers), first_trained_part(config, lora, layers), tuple(costs.shares(layers)))
 

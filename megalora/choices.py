@@ -5,4 +5,5 @@ Each is the one definition of these names; what they stand for is defined by the
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # building.DTYPES
 OPTIMIZERS = ("adamw", "apex")  # optimizer.AdapterOptimizer
+TASKS = ("CAUSAL_LM",)  # tasks.TASKS
 RECOMPUTE = ("none", "selective", "full")  # models.stage

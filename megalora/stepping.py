@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from megalora.planning.nodes import Workload
 from megalora.profiling import Profiler, model_words, recorded_steps, write_profile
 from megalora.saving import RunSaver, export
 from megalora.starting import Beginning
+from megalora.tasks import TASKS
 from megalora.training import StepResult
 
 
@@ -116,8 +116,8 @@ class Session:
         loader = self.beginning.eval_loader
         with self.meter.apart(self.timers):
             loss = self.engine.trainer.evaluate(loader.step(i) for i in range(loader.steps_per_epoch))
-            perplexity = math.exp(loss) if loss < 700 else math.inf
-            self.monitor.evaluation({"step": step, "loss": loss, "perplexity": perplexity})
+            task = TASKS[self.beginning.lora.config.task_type]
+            self.monitor.evaluation({"step": step, **task.report(loss)})
         self.evaluation_loss = loss
 
     def _note_saves(self) -> None:

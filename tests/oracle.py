@@ -56,10 +56,20 @@ FAMILIES = {
         "num_key_value_heads": None, "rms_norm_eps": None,
     },
 }  # fmt: skip
-for _family in FAMILIES.values():
+# Fields of TINY that a family's config does not have.
+LACKS = {"gpt_neox": ("num_key_value_heads", "rms_norm_eps", "head_dim"), "phi3": ("head_dim",)}
+
+
+def fields_of(family: str, **more: object) -> dict:
+    """config.json of a tiny model of the family, with `more` where the family has such fields."""
+    fields = TINY | FAMILIES[family] | more
+    return {name: value for name, value in fields.items() if name not in LACKS.get(family, ())}
+
+
+for _family in FAMILIES:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
-    config_from_dict(TINY | _family)
+    config_from_dict(fields_of(_family))
 ALL_LINEAR = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
 
@@ -149,7 +159,7 @@ def rows_of(run: Run, vocab_size: int):
 def train(rank: int, world_size: int, run: Run) -> Outcome:
     """Runs `run` on this rank of `world_size`."""
     mesh = build_mesh(rank, world_size, run.tp, run.pp)
-    config = config_from_dict(TINY | FAMILIES[run.family] | run.model)
+    config = config_from_dict(fields_of(run.family, **run.model))
     lora = resolve_lora(LoraConfig.from_dict(run.lora), config)
     exchange = Exchange(mesh.tp, SharedMemory(mesh.tp)) if run.exchange else None
     place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange)

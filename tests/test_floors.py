@@ -17,7 +17,7 @@ LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
 SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster"}
 # What the commands are put together from.
-PARTS = {"optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
+PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
 TOP = {"rows", "starting", "stepping", "summary"}  # and the commands
 TOP |= {"finetune", "generate", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megalora.adapters.lora import Adapter
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
+from megalora.choices import TASKS
 from megalora.errors import UserError
 from megalora.files import read_json
 
@@ -48,7 +49,6 @@ _NEUTRAL: Mapping[str, tuple] = {
     "ensure_weight_tying": (False,),
     "layers_pattern": (None, [], "layers", ["layers"]),
 }
-_TASK_TYPES = ("CAUSAL_LM",)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class LoraConfig:
             values.pop("task_type", None)
         else:  # the reference's documentation writes "CAUSAL LM"
             task = str(task).upper().replace(" ", "_")
-            need("task_type", task in _TASK_TYPES, "CAUSAL_LM (the only task that megalora trains)")
+            need("task_type", task in TASKS, f"{' or '.join(TASKS)} (what megalora trains)")
             values["task_type"] = task
         return cls(**values)
 
