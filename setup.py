@@ -107,12 +107,13 @@ setup(
         "sentencepiece",
         "protobuf",
         "tensorboard",
-        "jinja2",
+        "jinja2>=3.1.6",  # older sandboxes have known escapes
         "numpy",
         "rich",
         "pyyaml",
     ],
     extras_require={
+        "data": ["pyarrow", "zstandard", "datasets>=4"],  # parquet and arrow, .zst, datasets saved to disk
         "demo": ["gguf"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "peft", "ruff", "clang-format==23.1.5"],
     },

@@ -104,7 +104,8 @@ def build_base(fields: dict, dtype: torch.dtype, device: torch.device, folder: s
 
     torch.manual_seed(0)
     if folder and any(Path(folder).glob("*.safetensors")):
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        return model.to(device)
     config = transformers.CONFIG_MAPPING[fields["model_type"]](**fields)
     with device:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -119,7 +119,7 @@ def check(folder: Path) -> None:
     """Read the folder back as any user would; fail where it is not the model it should be."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for token, index in SPECIAL_TOKENS.items():
         if tokenizer(token).input_ids != [index]:
             fail(f"the saved tokenizer reads {token} as {tokenizer(token).input_ids}, not [{index}]")
@@ -134,7 +134,7 @@ def check(folder: Path) -> None:
     if chat != CHAT:
         fail(f"the chat template gives {chat!r}")
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     inputs = tokenizer(chat, return_tensors="pt", return_token_type_ids=False)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=16)
     reply = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""`megalora finetune|generate|convert|plan|doctor FLAGS`: words of a command line in, exit status out.
+"""`megalora finetune|generate|data|convert|plan|doctor FLAGS`: words of a command line in, exit status out.
 
 The scripts in tools/ are this with the command filled in. Neither the flags nor torch are imported before they are
 needed, so that `--help` and errors come at once.
@@ -30,6 +30,7 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
 
   finetune   train an adapter
   generate   reply to prompts, with or without an adapter
+  data       show rows as a run would see them: what is trained on, counts, lengths
   convert    convert weights and adapters between Hugging Face, PEFT, GGUF and megalora shards
   plan       estimate memory and time of a run, and find its best layout
   doctor     find problems of these hosts that would stop or slow down a run
@@ -116,6 +117,15 @@ def _generate(argv: list[str]) -> int:
     return 0
 
 
+def _data(argv: list[str]) -> int:
+    if _asks_for_help(argv):
+        return _help("data")
+    from megalora import commands, flags
+
+    commands.data(flags.parse_preview(argv))
+    return 0
+
+
 def _convert(argv: list[str]) -> int:
     from megalora import commands, flags
 
@@ -148,6 +158,7 @@ def _doctor(argv: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "finetune": _finetune,
     "generate": _generate,
+    "data": _data,
     "convert": _convert,
     "plan": _plan,
     "doctor": _doctor,

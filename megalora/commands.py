@@ -55,6 +55,15 @@ def replies(arguments: flags.GenerateArguments) -> list[dict[str, Any]]:
             return [json.loads(line) for line in lines]
 
 
+def data(arguments: flags.Preview) -> None:
+    """Print rows as a run would see them, with counts and lengths."""
+    _one_process("data")
+    _check_paths(arguments.shown)
+    from megalora.preview import preview
+
+    preview(arguments)
+
+
 def plan(arguments: flags.PlanArguments) -> list[Plan]:
     """Print the ranked table of layouts, and return them, best first."""
     _one_process("plan")

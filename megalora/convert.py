@@ -27,11 +27,12 @@ from megalora.checkpoint.base.hf import is_hf
 from megalora.checkpoint.base.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
 from megalora.checkpoint.base.weights import BaseWeights, open_base
 from megalora.checkpoint.layout import Layout, has_shards
+from megalora.checkpoint.run.folder import tokenizer_folder
 from megalora.checkpoint.target import TargetFolder, companions
 from megalora.data import load_tokenizer
 from megalora.errors import UserError
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
-from megalora.identity import base_identity, check_base
+from megalora.identity import adapter_template, base_identity, check_base
 from megalora.models.config import check_layout, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
@@ -39,6 +40,7 @@ from megalora.monitor.progress import ByteProgress
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
+from megalora.tokenizer_files import has_tokenizer, read_template, write_template, write_tokenizer
 
 
 def convert(arguments: Conversion) -> None:
@@ -95,8 +97,15 @@ def _max_file_bytes(arguments: Conversion) -> int:
     return int(arguments.safetensors.max_shard_size * 1e9)
 
 
-def _write_base(arguments: Conversion, target: TargetFolder, weights: BaseWeights, plan: Plan, model: str) -> None:
-    """Weights as planned, and what lies beside them in the folder of the model."""
+def _write_base(
+    arguments: Conversion,
+    target: TargetFolder,
+    weights: BaseWeights,
+    plan: Plan,
+    model: str,
+    chat_template: str | None = None,
+) -> None:
+    """Weights as planned, and what lies beside them in the model's folder, with `chat_template` where given."""
     beside = companions(model)
     nbytes = plan.nbytes + sum(file.stat().st_size for file in beside.values())
     target.check_room(nbytes)
@@ -110,6 +119,10 @@ def _write_base(arguments: Conversion, target: TargetFolder, weights: BaseWeight
         for name, file in beside.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
+        if chat_template is not None and chat_template != read_template(folder):
+            write_template(folder, chat_template)
+            what = f"{arguments.paths.output} has the chat template that the adapter was trained with"
+            print(f"megalora: {what}, not the one of {model}", file=sys.stderr, flush=True)
     files = len(plan.files) + len(plan.texts) + len(beside)
     _say_done(arguments, f"{files} files, {nbytes / 1e9:.2f} GB, {time.monotonic() - began:.1f} s")
 
@@ -124,8 +137,21 @@ def _adapter_to_peft(arguments: Conversion) -> None:
 
     def write(folder: Path) -> None:
         write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base)
+        _write_tokenizer(adapter, arguments, folder)
 
     _write_adapter(arguments, target, adapter, write)
+
+
+def _write_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folder: Path) -> None:
+    """The tokenizer of the run, or else of the model, and the chat template that the adapter was trained with."""
+    where, template = Path(adapter.where), adapter_template(adapter)
+    base = arguments.base.base or adapter.lora_config.get("base_model_name_or_path")
+    places = [tokenizer_folder(where.parent.parent), where, *([Path(base)] if base else [])]
+    source = next((place for place in places if has_tokenizer(place)), None)
+    if source is not None:
+        write_tokenizer(source, folder, template)
+    elif template is not None:
+        write_template(folder, template)
 
 
 def _adapter_from_peft(arguments: Conversion) -> None:
@@ -138,6 +164,7 @@ def _adapter_from_peft(arguments: Conversion) -> None:
         for at, splits in places.items():
             here = {name: splits[name].slice(tensor) for name, tensor in adapter.tensors.items() if name in splits}
             save_adapter(folder, here, splits, at, adapter.lora_config)
+        _write_tokenizer(adapter, arguments, folder)
 
     _write_adapter(arguments, target, adapter, write)
 
@@ -153,7 +180,7 @@ def _adapter_merge(arguments: Conversion) -> None:
     scalings = {name: one.scaling for name, one in lora.adapters.items()}
     merged = MergedWeights(weights, scalings, adapter.tensors)
     plan = plan_hf(tensor_types(merged, config.tensors), _max_file_bytes(arguments))
-    _write_base(arguments, target, merged, plan, base)
+    _write_base(arguments, target, merged, plan, base, adapter_template(adapter))
 
 
 def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:

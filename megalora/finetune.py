@@ -20,7 +20,7 @@ from megalora.building import (
     load_adapter,
     load_base_weights,
 )
-from megalora.checkpoint.run.folder import claim, export_folder, remove_run
+from megalora.checkpoint.run.folder import claim, export_folder, remove_run, tokenizer_folder
 from megalora.cluster.launch import choose_device, distributed, fix_order_of_sums, tp_crossing
 from megalora.cluster.lock import RunLock
 from megalora.cluster.preemption import Preemption
@@ -41,7 +41,7 @@ from megalora.profiling import Profiler
 from megalora.saving import RunSaver, restore
 from megalora.starting import Beginning, begin
 from megalora.stepping import Session
-from megalora.summary import flops_per_token, mean_context, not_sequence_parallel, skipped_rows, start_up_table
+from megalora.summary import flops_per_token, mean_context, not_sequence_parallel, start_up_table
 from megalora.training import steady_heap
 
 
@@ -95,10 +95,12 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         log, monitor, saver = _files(arguments, beginning, engine, mesh, watch)
         preemption.steps()
         with log, monitor, saver, steady_heap(), contextlib.closing(engine.trainer), watch:
-            table = start_up_table(arguments, beginning.config, beginning.lora, engine, beginning.loader, mesh)
+            table = start_up_table(
+                arguments, beginning.config, beginning.lora, engine, beginning.loader, beginning.template, mesh
+            )
             monitor.summary(table)
             loaders = [one for one in (beginning.loader, beginning.eval_loader) if one is not None]
-            for note in [*notes, *(note for loader in loaders for note in skipped_rows(loader.rows))]:
+            for note in [*notes, *(note for loader in loaders for note in loader.rows.notes)]:
                 monitor.note(note)
             flops = flops_per_token(beginning.config, beginning.lora, beginning.loader.rows)
             meter = Meter(flops, mesh.world_size)
@@ -222,6 +224,8 @@ def _files(
     on_first(lambda: claim(train.output_dir), mesh.world)
     if beginning.overwrite:
         on_first(lambda: remove_run(train.output_dir), mesh.world)
+    if train.save:
+        on_first(lambda: beginning.template.write(tokenizer_folder(train.output_dir)), mesh.world)
     with together(mesh.world):
         monitor = Monitor(train.output_dir, mesh.rank, beginning.total_steps, beginning.first_step, log.write)
     saver = RunSaver(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +22,12 @@ from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
-from megalora.data import ChatTemplate, load_tokenizer
+from megalora.data import ChatTemplate
+from megalora.data.template import TemplateOptions
+from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import GenerateArguments, GenerationArguments
+from megalora.generation.defaults import sampling_defaults, unescaped
 from megalora.generation.dialogue import NAMES, Chat, dialogue
 from megalora.generation.logits import LogitsFolder
 from megalora.generation.output import Output
@@ -33,7 +36,7 @@ from megalora.generation.replica import Listener, Prompt, Replica, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader
-from megalora.identity import base_identity, check_base
+from megalora.identity import adapter_template, base_identity, check_base
 from megalora.models.config import check_layout, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
@@ -41,6 +44,8 @@ from megalora.parallel.collectives import broadcast_object, gather_objects, on_f
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 
+SEED = 42  # of the sampling, where none is given
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 ROUND = 512  # prompts of one replica between two exchanges of replies
 # How long a replica waits for the others' replies, or for the person at the terminal: the watch finds ranks that die.
 PATIENCE = datetime.timedelta(days=30)
@@ -52,75 +57,111 @@ def generate(arguments: GenerateArguments) -> None:
     device, remark = choose_device()
     watch = Watch(heartbeat_timeout=parallel.heartbeat_timeout)
     with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, watch, PATIENCE) as mesh:
-        asked = _asked(arguments, mesh)
-        adapter = _adapter(arguments, asked.config, asked.template, mesh)
+        opened = _open(arguments, mesh)
+        adapter, recorded = _adapter(arguments, opened, mesh)
+        asked = _asked(arguments, opened, recorded, mesh)
         later = _Later()
-        stage = _stage(arguments, asked.config, adapter, mesh, device)
+        stage = _stage(arguments, opened.config, adapter, mesh, device)
         with together(mesh.world):
             keep_logits = later.of(LogitsFolder(options.logits_dir).save) if options.return_logits else None
         replica = Replica(
             stage,
             mesh.pp,
             mesh.tp,
-            asked.context,
-            _sampling(options),
+            opened.context,
+            asked.sampling,
             asked.stop,
             listened_to=_is_streamed(options) or options.stop is not None,
             keep_logits=keep_logits,
         )
         if mesh.world.is_first:
-            _say_notes(remark, adapter, asked.token_ids, mesh)
+            _say_notes([*([remark] if remark else []), *asked.notes], adapter, asked.token_ids, mesh)
 
         def shared_out(prompts: Sequence[Prompt], adapted: bool, listener: Listener | None) -> list[Reply]:
             replica.switch_adapter(adapted)
             return _shared_out(prompts, replica, mesh, options.max_new_tokens, listener, later)
 
         if asked.token_ids is None:
-            _talk(arguments, asked, mesh, shared_out)
+            _talk(arguments, opened, asked, mesh, shared_out)
         else:
-            _reply(arguments, asked, mesh, shared_out, later)
+            _reply(arguments, opened, asked, mesh, shared_out, later)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The model's shape, and its tokenizer where this rank reads replies.
+
+    context            longest prompt and reply together, in tokens
+    tokenizer, reader  on rank 0, and with --stop on the first rank of each replica
+    stops              strings that end a reply
+    """
+
+    config: ModelSpec
+    context: int
+    tokenizer: OpenedTokenizer | None
+    reader: Reader | None
+    stops: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Asked:
     """What is asked. token_ids: of each prompt; None: a dialogue. stop: token ids that end a reply.
 
-    template, reader, output  where this rank reads replies: rank 0, and with --stop the first rank of each replica
+    template, output, notes  on rank 0 alone
     """
 
-    config: ModelSpec
-    context: int
     template: ChatTemplate | None
-    reader: Reader | None
     output: Output | None
+    notes: tuple[str, ...]
     token_ids: list[list[int]] | None
     stop: tuple[int, ...]
+    sampling: Sampling
 
 
 SharedOut = Callable[[Sequence[Prompt], bool, Listener | None], list[Reply]]
 
 
-def _asked(arguments: GenerateArguments, mesh: ParallelMesh) -> _Asked:
-    """Read the questions and their template; every rank gets the token ids. Collective."""
+def _open(arguments: GenerateArguments, mesh: ParallelMesh) -> _Opened:
+    """Read the model's config, and the tokenizer where it is needed. Collective."""
     model, options, world = arguments.model, arguments.generation, mesh.world
-    template = reader = output = asked = None
+    stops = tuple(map(unescaped, options.stop or ()))
+    tokenizer = reader = None
     with together(world):
         config = read_config(model.model_path)
         check_layout(config, mesh.tp.size, mesh.pp.size, arguments.parallel.uneven_heads)
         context = _context(config, options)
-        if world.is_first or (options.stop and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
-            template = ChatTemplate(load_tokenizer(model.model_path), options.template)
-            reader = Reader(template.tokenizer, options.stop or ())
+        if world.is_first or (stops and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
+            tokenizer = open_tokenizer(model.model_path)
+            reader = Reader(tokenizer.tokenizer, stops)
+    return _Opened(config, context, tokenizer, reader, stops)
+
+
+def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, mesh: ParallelMesh) -> _Asked:
+    """Read the questions and render them; every rank gets the token ids. Collective.
+
+    recorded  source of the chat template that the adapter was trained with
+    """
+    model_path, options, world = arguments.model.model_path, arguments.generation, mesh.world
+    template = output = asked = None
+    notes: tuple[str, ...] = ()
+    with together(world):
         if world.is_first:
-            stop = stop_token_ids(model.model_path, template)
-            stop = (*stop, *unseen_stops(template.tokenizer, options.stop or ()))
+            variables = TemplateOptions(
+                options.template_variables, special_tokens_in_text=options.special_tokens_in_text
+            )
+            template = ChatTemplate.of(opened.tokenizer, options.template, variables, recorded)
+            stop = stop_token_ids(model_path, template)
+            stop = (*stop, *unseen_stops(template.tokenizer, opened.stops))
+            sampling, sampled_by = _sampling(options, sampling_defaults(model_path))
+            notes = (*sampled_by, *(template.notes or (f"prompts are written with {template.description}",)))
             questions = _questions(options)
-            token_ids = questions and [encode(template, question, context) for question in questions]
+            notes = (*notes, *_special_tokens(template, questions or ()))
+            token_ids = questions and [encode(template, question, opened.context) for question in questions]
             streamed = _is_streamed(options)
             output = None if questions is None else _output(questions, options, _repliers(arguments), streamed)
-            asked = (token_ids, stop)
-    token_ids, stop = broadcast_object(asked, world)
-    return _Asked(config, context, template, reader, output, token_ids, stop)
+            asked = (token_ids, stop, sampling)
+    token_ids, stop, sampling = broadcast_object(asked, world)
+    return _Asked(template, output, notes, token_ids, stop, sampling)
 
 
 def _stage(
@@ -156,23 +197,30 @@ def _stage(
 # ---- the replies ----
 
 
-def _talk(arguments: GenerateArguments, asked: _Asked, mesh: ParallelMesh, shared_out: SharedOut) -> None:
+def _talk(
+    arguments: GenerateArguments, opened: _Opened, asked: _Asked, mesh: ParallelMesh, shared_out: SharedOut
+) -> None:
     """Reply to what is typed, until the input ends."""
     options, chat, ear = arguments.generation, None, None
     if mesh.world.is_first:
         voice = Voice(sys.stdout, options.show_thinking)
         repliers, stdin = _repliers(arguments), sys.stdin.fileno()
-        chat = Chat(asked.template, asked.reader, voice, options.system, asked.context, stdin, repliers)
-    if asked.reader is not None:
-        ear = Ear(asked.reader, show=chat and chat.show, interrupted=chat and chat.interrupted)
+        chat = Chat(asked.template, opened.reader, voice, options.system, opened.context, stdin, repliers)
+    if opened.reader is not None:
+        ear = Ear(opened.reader, show=chat and chat.show, interrupted=chat and chat.interrupted)
     dialogue(mesh.world, chat, lambda prompt, adapted: shared_out([prompt], adapted, ear)[0])
 
 
 def _reply(
-    arguments: GenerateArguments, asked: _Asked, mesh: ParallelMesh, shared_out: SharedOut, later: _Later
+    arguments: GenerateArguments,
+    opened: _Opened,
+    asked: _Asked,
+    mesh: ParallelMesh,
+    shared_out: SharedOut,
+    later: _Later,
 ) -> None:
     """Reply to all prompts, a round at a time, by each of the repliers."""
-    output, reader, streamed = asked.output, asked.reader, _is_streamed(arguments.generation)
+    output, reader, streamed = asked.output, opened.reader, _is_streamed(arguments.generation)
     prompts = [Prompt(number, ids) for number, ids in enumerate(asked.token_ids)]
     for first in range(0, len(prompts), ROUND * mesh.dp.size):
         part = prompts[first : first + ROUND * mesh.dp.size]
@@ -256,10 +304,32 @@ def _questions(options: GenerationArguments) -> list[Question] | None:
     return None
 
 
-def _sampling(options: GenerationArguments) -> Sampling:
-    return Sampling(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed
+def _sampling(options: GenerationArguments, defaults: Mapping[str, float]) -> tuple[Sampling, list[str]]:
+    """Return how to sample: by the flags, and by the model's `defaults` where they say nothing; and lines on that."""
+    taken = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    chosen = {name: taken.get(name, getattr(options, name)) for name in _SAMPLING}
+    sampling = Sampling(
+        chosen["temperature"] or 0.0,
+        int(chosen["top_k"]) if chosen["top_k"] else None,
+        chosen["top_p"],
+        chosen["min_p"] or None,
+        1.0 if chosen["repetition_penalty"] is None else chosen["repetition_penalty"],
+        SEED if options.seed is None else options.seed,
     )
+    if sampling.temperature == 0:
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(options, name) is not None and options.temperature is None:
+                raise UserError(
+                    f"{name} {getattr(options, name):g} has no effect with temperature 0, which is what this model's "
+                    "generation_config.json leaves",
+                    f"give a temperature above 0, or leave {name} out",
+                )
+        taken = {name: value for name, value in taken.items() if name == "repetition_penalty"}
+    told = ", ".join(f"{name} {value:g}" for name, value in taken.items())
+    lines = [f"generation_config.json of the model says {told}: flags go on top"] if told else []
+    if sampling.temperature == 0 and options.seed is not None and options.temperature is None:
+        lines.append("not applied in generation: seed, because the likeliest token is taken")
+    return sampling, lines
 
 
 # ---- who answers ----
@@ -273,17 +343,17 @@ def _repliers(arguments: GenerateArguments) -> tuple[bool, ...]:
 
 
 def _adapter(
-    arguments: GenerateArguments, config: ModelSpec, template: ChatTemplate | None, mesh: ParallelMesh
-) -> AdapterCheckpoint | None:
-    """The adapter that is asked for, without what only training needs of it. Collective; rank 0 has the template."""
+    arguments: GenerateArguments, opened: _Opened, mesh: ParallelMesh
+) -> tuple[AdapterCheckpoint | None, str | None]:
+    """Return the adapter, without what only training needs of it, and the source of its chat template. Collective."""
     model, path = arguments.model, arguments.model.resume_peft_from_checkpoint
     if True not in _repliers(arguments):
-        return None
+        return None, None
 
-    def read() -> AdapterCheckpoint:
-        adapter = open_adapter(path)
-        check_base(adapter, base_identity(config, model.resume_from_checkpoint or model.model_path, template.tokenizer))
-        return replace(adapter, optimizer=None, trainer=None)
+    def read() -> tuple[AdapterCheckpoint, str | None]:
+        adapter, weights = open_adapter(path), model.resume_from_checkpoint or model.model_path
+        check_base(adapter, base_identity(opened.config, weights, opened.tokenizer.tokenizer))
+        return replace(adapter, optimizer=None, trainer=None), adapter_template(adapter)
 
     return on_first(read, mesh.world)
 
@@ -319,11 +389,16 @@ def _output(
     )
 
 
+def _special_tokens(template: ChatTemplate, questions: Sequence[Question]) -> list[str]:
+    """Return a line where prompts contain special tokens."""
+    count = sum(template.special_in_text(question.conversation) for question in questions)
+    return [f"special tokens in the prompts are tokenised as text ({count:,} times)"] if count else []
+
+
 def _say_notes(
-    remark: str | None, adapter: AdapterCheckpoint | None, token_ids: Sequence | None, mesh: ParallelMesh
+    notes: Sequence[str], adapter: AdapterCheckpoint | None, token_ids: Sequence | None, mesh: ParallelMesh
 ) -> None:
-    notes = [remark] if remark else []
-    notes += adapter.notes if adapter is not None else ()
+    notes = [*notes, *(adapter.notes if adapter is not None else ())]
     at_a_time = 1 if token_ids is None else len(token_ids)
     if at_a_time < mesh.dp.size:
         notes.append(

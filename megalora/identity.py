@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megalora.adapters.config import LoraConfig
@@ -12,9 +13,11 @@ from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
 from megalora.data import ChatTemplate, PackedRows
-from megalora.data.template import tokenizer_identity
+from megalora.data.template_choice import with_fixed_date
+from megalora.data.tokenizer import tokenizer_identity
 from megalora.errors import UserError
 from megalora.models.spec import ModelSpec
+from megalora.tokenizer_files import read_template
 
 _OF_THE_BASE = ("model", "tokenizer")
 
@@ -68,6 +71,22 @@ def progress(checkpoint: AdapterCheckpoint) -> Progress | None:
     if not isinstance(step, int) or not isinstance(identity, dict):
         raise UserError(f"checkpoint {checkpoint.where}: does not say its step and its run: take another one")
     return Progress(step, {str(name): str(value) for name, value in identity.items()})
+
+
+def adapter_template(checkpoint: AdapterCheckpoint) -> str | None:
+    """Return the chat template that an adapter was trained with, if it says so: a run's checkpoint or a PEFT folder."""
+    recorded = (checkpoint.trainer or {}).get("chat_template")
+    if isinstance(recorded, str):
+        return recorded
+    return read_template(checkpoint.where) if Path(checkpoint.where).is_dir() else None
+
+
+def other_template(checkpoint: AdapterCheckpoint, template: ChatTemplate) -> list[str]:
+    """Return a line where an adapter that training starts from was trained with another chat template."""
+    recorded = adapter_template(checkpoint)
+    if recorded is None or with_fixed_date(recorded) == template.source:
+        return []
+    return [f"the adapter {checkpoint.where} was trained with another chat template than {template.description}"]
 
 
 def check_base(checkpoint: AdapterCheckpoint, base: Mapping[str, str]) -> None:

@@ -141,13 +141,23 @@ def restore(trainer: Trainer, checkpoint: AdapterCheckpoint, splits: Mapping[str
         raise UserError(f"checkpoint {where}: lacks state of the run ({error!r}): take an older one") from None
 
 
-def export(checkpoint: Path, output_dir: str, model_path: str, mesh: ParallelMesh) -> Path:
-    """Write the adapter of a checkpoint as a PEFT folder beside the checkpoints; return that. Collective."""
+def export(
+    checkpoint: Path,
+    output_dir: str,
+    model_path: str,
+    mesh: ParallelMesh,
+    write_tokenizer: Callable[[Path], None],
+) -> Path:
+    """Write the adapter of a checkpoint as a PEFT folder beside the checkpoints; return that. Collective.
+
+    write_tokenizer  called on the first rank: writes the run's tokenizer and chat template into a folder
+    """
     folder = export_folder(output_dir)
 
     def write() -> None:
         adapter = read_adapter(checkpoint)
         write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
+        write_tokenizer(folder)
 
     on_first(write, mesh.world)
     return folder

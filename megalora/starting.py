@@ -15,14 +15,15 @@ from megalora.checkpoint.run.folder import announce_removal, cancel_removal, che
 from megalora.checkpoint.run.state import identity_difference, newest_sound
 from megalora.cluster.launch import restarts
 from megalora.cluster.lock import RunLock
-from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_tokenizer
+from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_split
 from megalora.errors import UserError
 from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
-from megalora.identity import base_identity, check_base, progress, run_identity
+from megalora.identity import base_identity, check_base, other_template, progress, run_identity
 from megalora.models.config import check_layout, read_config
 from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh
+from megalora.rows import data_settings, template_options
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Beginning:
     weights    the folder of the base weights
     overwrite  the run that is in output_dir is removed before the first step
     identity   what must not change between the parts of one run; settings: what may
+    template   the chat template of all rows, which the run's checkpoints and export carry
     notes      lines for the user
     """
 
@@ -47,6 +49,7 @@ class Beginning:
     lora: ResolvedLora
     dtype: torch.dtype
     weights: str
+    template: ChatTemplate
     loader: Loader
     eval_loader: Loader | None
     start: Start | None
@@ -78,12 +81,12 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     with together(mesh.world):
         lora = resolve_lora(_lora_config(model, start), config)
         _check_same_adapter(lora, start, config)
-        template = ChatTemplate(load_tokenizer(model.model_path), data.template)
-        rows = _load_rows(data.data_path, template, data, train)
-        eval_rows = _load_rows(data.eval_data_path, template, data, train) if data.eval_data_path else None
+        template = ChatTemplate.load(model.model_path, data.template, template_options(data))
+        rows, eval_rows = _load_rows(template, data, train)
         for loaded in (rows, eval_rows):
             if loaded is not None:
-                check_vocabulary(int(loaded.input_ids.max()), config, model.model_path)
+                check_vocabulary(loaded.max_token_id, config, model.model_path)
+    notes += template.notes
     loader = _loader(rows, train, mesh)
     weights = model.resume_from_checkpoint or model.model_path
     base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
@@ -93,7 +96,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         total_steps = train.total_steps(loader.steps_per_epoch)
         settings = _settings(train, dtype, total_steps)
         if start is not None:
-            notes += [*start.checkpoint.notes, start_note]
+            notes += [*start.checkpoint.notes, start_note, *other_template(start.checkpoint, template)]
             if start.own and model.resume_peft_from_checkpoint is not None:
                 named = model.resume_peft_from_checkpoint
                 notes.append(f"resume_peft_from_checkpoint {named} is not read: the run in output_dir goes on")
@@ -104,6 +107,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         lora=lora,
         dtype=dtype,
         weights=weights,
+        template=template,
         loader=loader,
         eval_loader=None if eval_rows is None else _loader(eval_rows, train, mesh, shuffle=False),
         start=start,
@@ -273,10 +277,15 @@ def _check_length(
         )
 
 
-def _load_rows(path: str, template: ChatTemplate, data: DataArguments, train: TrainArguments) -> PackedRows:
-    return load_dataset(
-        path, template, data.seq_length, packing=data.packing, on_bad_row=data.on_bad_row, seed=train.seed
-    )
+def _load_rows(
+    template: ChatTemplate, data: DataArguments, train: TrainArguments
+) -> tuple[PackedRows, PackedRows | None]:
+    """Return the rows to train on, and those of the evaluation."""
+    settings = data_settings(data)
+    rows, held_out = load_split(data.data_path, template, settings, train.seed, data.eval_fraction or 0.0)
+    if data.eval_data_path is None:
+        return rows, held_out
+    return rows, load_dataset(data.eval_data_path, template, replace(settings, check_names=False), train.seed)
 
 
 def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle: bool = True) -> Loader:

@@ -107,8 +107,10 @@ class Session:
             self.monitor.progress(step)
 
     def _save(self, step: int) -> None:
+        begun = self.beginning
+        carried = {"settings": begun.settings, "chat_template": begun.template.source}
         with self.watch("checkpoint"):
-            self.saved = self.saver.save(step, self.meter.state() | {"settings": self.beginning.settings})
+            self.saved = self.saver.save(step, self.meter.state() | carried)
 
     def _evaluate(self, step: int) -> None:
         loader = self.beginning.eval_loader
@@ -123,7 +125,14 @@ class Session:
             self.monitor.note(note)
 
     def _export(self, checkpoint: Path) -> Path:
-        return export(checkpoint, self.arguments.train.output_dir, self.arguments.model.model_path, self.mesh)
+        arguments = self.arguments
+        return export(
+            checkpoint,
+            arguments.train.output_dir,
+            arguments.model.model_path,
+            self.mesh,
+            self.beginning.template.write,
+        )
 
     def _write_profile(self) -> str:
         """Write the recorded steps beside what they were predicted to take; return a note. Collective."""

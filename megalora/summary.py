@@ -9,7 +9,7 @@ import torch
 
 from megalora.adapters.config import ResolvedLora
 from megalora.building import Cut, Engine, trained_shapes
-from megalora.data import Loader, PackedRows
+from megalora.data import ChatTemplate, Loader, PackedRows
 from megalora.flags import FinetuneArguments
 from megalora.models.spec import ModelSpec
 from megalora.monitor import causal_context, lora_flops_per_token
@@ -25,6 +25,7 @@ def start_up_table(
     lora: ResolvedLora,
     engine: Engine,
     loader: Loader,
+    template: ChatTemplate,
     mesh: ParallelMesh,
 ) -> dict[str, dict[str, Any]]:
     """Return {section: {name: value}} of a run. Collective: memory is that of the fullest rank."""
@@ -35,6 +36,7 @@ def start_up_table(
         "data": {
             "rows": f"{rows.documents:,} documents in {rows.rows:,} rows of {rows.seq_length} tokens",
             "tokens": f"{rows.tokens:,}, {rows.labelled_tokens:,} of them labelled",
+            "template": f"{template.description} ({template.identity()})",
             "step": f"{loader.global_batch_rows} rows, {loader.steps_per_epoch} steps an epoch",
         },
     }
@@ -98,17 +100,9 @@ def not_sequence_parallel(tokens: int, tp: int) -> str:
     return f"tensor-parallel ranks hold all activations between layers: {why}"
 
 
-def skipped_rows(rows: PackedRows) -> list[str]:
-    """Return a line on each of the first rows that were left out, and one with their number."""
-    return [*rows.skipped[:5], f"{len(rows.skipped)} rows of the data were skipped"] if rows.skipped else []
-
-
 def mean_context(rows: PackedRows) -> float:
     """Return how many keys a token attends to on average."""
-    documents = []
-    for lengths, tokens in zip(rows.document_lengths, rows.row_tokens, strict=True):
-        documents += lengths if sum(lengths) == tokens else lengths[:-1]  # the last is the padding tail
-    return causal_context(documents)
+    return causal_context(rows.lengths.tolist())
 
 
 def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> float:

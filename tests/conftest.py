@@ -4,6 +4,7 @@ skips that say why."""
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -27,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     hypothesis.settings.register_profile("untimed", deadline=None)  # a machine under load is slow, not wrong
     hypothesis.settings.load_profile("untimed")
+    cache = tempfile.TemporaryDirectory(prefix="megalora-tests-")  # what commands keep for later runs
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    config.add_cleanup(cache.cleanup)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from oracle import FAMILIES, TINY
 
-from megalora.data import ChatTemplate, load_tokenizer
+from megalora.data import ChatTemplate, Conversation, load_tokenizer
 from megalora.errors import UserError
 from megalora.flags import parse_generate
 from megalora.generation import replica
@@ -95,7 +95,7 @@ def make(family: str, folder: Path) -> Case:
     def reply(model, *texts: str) -> list[int]:
         roles = ["user", "assistant"] * len(texts)
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-        ids = torch.tensor([template.prompt(messages)])
+        ids = torch.tensor([template.prompt(Conversation.from_dicts(messages))])
         with torch.no_grad():
             out = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
@@ -120,7 +120,9 @@ def make(family: str, folder: Path) -> Case:
     tuned.save_pretrained(folder / "adapter")
     replies = [reply(tuned, question) for question in QUESTIONS]
     follow_up = text(reply(tuned, QUESTIONS[0], text(replies[0]), QUESTIONS[1]))
-    prompts = [template.prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
+    prompts = [
+        template.prompt(Conversation.from_dicts([{"role": "user", "content": question}])) for question in QUESTIONS
+    ]
     return Case(folder / "model", folder / "adapter", base, [*map(text, replies)], replies, prompts, follow_up)
 
 

@@ -212,7 +212,7 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     ),
     "chat template": (
         lambda m: m.model(lambda folder: (folder / "chat_template.jinja").write_text("{% for x in %}")),
-        ("the tokenizer's chat template refuses", "--template"),
+        ("the tokenizer's chat template is not valid jinja", "--template"),
     ),
     "tokenizer": (lambda m: m.model(without_tokenizer), ("has no tokenizer", "copy it from the model's folder")),
     "base weights": (
@@ -242,19 +242,19 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     "no data": (lambda m: {"data_path": m.path("none")}, ("-none", "check the path")),
     "empty data": (lambda m: m.data(""), ("-rows.json holds no rows", "instruction")),
     "empty list": (lambda m: m.data([]), ("-rows.json holds no rows", "instruction")),
-    "data is no JSON": (lambda m: m.data('[{"instruction": "a"'), ("-rows.json line 1 column", "bad JSON", "mend")),
-    "row of no shape": (lambda m: m.data([ROW, {"text": "a"}]), ("-rows.json row 1", "no known shape", "on_bad_row")),
+    "data is no JSON": (lambda m: m.data('[{"instruction": "a"'), ("-rows.json line 1 column", "bad JSON", "fix")),
+    "row of no shape": (lambda m: m.data([ROW, {"words": "a"}]), ("-rows.json row 1", "no known shape", "on_bad_row")),
     "row without reply": (lambda m: m.data([ROW, ROW | {"output": " "}]), ("-rows.json row 1", "empty", "on_bad_row")),
     "row too long": (
         lambda m: m.data([ROW, ROW, ROW | {"output": "word " * 90}]),
         ("-rows.json row 2: too long", "--seq_length 64", "raise --seq_length to at least"),
     ),
     "all rows bad": (
-        lambda m: m.data([{"text": "a"}]) | {"on_bad_row": "skip"},
+        lambda m: m.data([{"words": "a"}]) | {"on_bad_row": "skip"},
         ("none of the 1 rows can be used", "-rows.json row 0", "no known shape"),
     ),
     "bad evaluation row": (
-        lambda m: {"eval_data_path": m.data([{"text": "a"}])["data_path"]},
+        lambda m: {"eval_data_path": m.data([{"words": "a"}])["data_path"]},
         ("-rows.json row 0", "no known shape", "on_bad_row"),
     ),
     "seq_length": (
@@ -348,7 +348,7 @@ def on_one_rank(rank: int, world_size: int, command: list[str], bad_rank: int, w
 
 
 SETUP = [
-    "read_config", "newest_sound", "resolve_lora", "load_tokenizer", "load_dataset", "base_identity",
+    "read_config", "newest_sound", "resolve_lora", "template_options", "load_split", "base_identity",
     "load_base_weights", "AdapterOptimizer",
 ]  # fmt: skip
 FIRST_ONLY = ("newest_sound", "base_identity")  # rank 0 does them for all
@@ -373,7 +373,7 @@ def noted(rank: int, world_size: int, command: list[str], bad_rank: int, what: s
     (folder / f"{rank}.txt").write_text(f"status {done.status}\n{done.err}")
 
 
-@pytest.mark.parametrize("what, bad_rank", [("load_base_weights", 0), ("load_dataset", 1), ("step", 1)])
+@pytest.mark.parametrize("what, bad_rank", [("load_base_weights", 0), ("load_split", 1), ("step", 1)])
 def test_a_bug_on_one_rank_leaves_no_rank_waiting(inputs, tmp_path, what, bad_rank):
     """Whatever is raised there: it shows its traceback, and the other rank, waiting for it, is ended by its watch."""
     command = inputs.flags(tmp_path / "run", tensor_parallel_size=2)

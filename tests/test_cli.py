@@ -82,7 +82,7 @@ def test_version_and_help(monkeypatch, capsys):
 def test_unknown_command(capsys):
     assert cli.main(["train"]) == 2
     said = user_error(capsys.readouterr().err)
-    assert said.startswith("unknown command train: give finetune, generate, convert, plan or doctor")
+    assert said.startswith("unknown command train: give finetune, generate, data, convert, plan or doctor")
 
 
 def test_finetune_is_handed_its_arguments(monkeypatch):
@@ -107,10 +107,11 @@ def test_world_size_is_checked_before_the_run(monkeypatch, capsys):
 
 def test_paths_are_checked_before_the_run(monkeypatch, capsys):
     seen = fake(monkeypatch, "finetune")
-    words = ["finetune", "--model_path", ".", "--data_path", "nowhere.json", "--output_dir", "o"]
+    words = ["finetune", "--model_path", "nowhere", "--data_path", "d", "--output_dir", "o"]
     assert cli.main(words) == 2
     said = user_error(capsys.readouterr().err)
-    assert said == "data_path nowhere.json does not exist: name a JSON or JSON lines file; check the path" and not seen
+    named = "a Hugging Face folder with config.json, tokenizer and weights"
+    assert said == f"model_path nowhere does not exist: name {named}" and not seen
     # The run itself finds out, once it has noted that it overwrites what is there.
     assert cli.main([*words, "--overwrite_output_dir"]) == 0 and seen.pop()
     # Of several hosts one alone may lack it: the ranks find out together.
@@ -121,7 +122,11 @@ def test_paths_are_checked_before_the_run(monkeypatch, capsys):
 
 def test_one_process_is_enough(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for words in (["plan", "--model_path", ".", "--gpus", "8"], ["convert", "to-hf", "--input", ".", "--output", "o"]):
+    for words in (
+        ["plan", "--model_path", ".", "--gpus", "8"],
+        ["convert", "to-hf", "--input", ".", "--output", "o"],
+        ["data", "--model_path", ".", "--data_path", "d"],
+    ):
         assert cli.main(words) == 2
         assert user_error(capsys.readouterr().err).endswith(
             f"{words[0]} runs in one process, but 2 were started: start it without torchrun"
@@ -146,7 +151,7 @@ def process(*words: str) -> subprocess.CompletedProcess:
         ["convert", "adapter", "merge", "--help"],
         ["generate", "--tmperature", "1"],
         ["finetune"],
-        ["finetune", "--model_path", ".", "--data_path", "nowhere.json", "--output_dir", "o"],
+        ["finetune", "--model_path", "nowhere", "--data_path", "d", "--output_dir", "o"],
         ["generate", "--model_path", "nowhere"],
         ["convert", "to-hf", "--input", "nowhere", "--output", "o"],
     ],

@@ -324,13 +324,13 @@ def test_the_length_of_a_run(inputs, tmp_path):
 
 
 def test_bad_rows_are_skipped_when_asked(inputs, tmp_path):
-    rows = [*tiny.questions(5), {"instruction": "Who?", "output": ""}, {"text": "no shape"}, *tiny.questions(3)]
+    rows = [*tiny.questions(5), {"instruction": "Who?", "output": ""}, {"words": "no shape"}, *tiny.questions(3)]
     data = tiny.write_json(tmp_path / "rows.json", rows)
     out = tune(1, inputs.flags(tmp_path / "run", data_path=data, on_bad_row="skip", max_steps=1, save=False))[0].out
-    assert f"{data} row 5" in out and f"{data} row 6" in out and "2 rows of the data were skipped" in out
+    assert f"{data} row 5" in out and f"{data} row 6" in out and "2 of 10 rows are left out" in out
     flags = {"eval_data_path": data, "on_bad_row": "skip", "max_steps": 1, "save": False}
     out = tune(1, inputs.flags(tmp_path / "other", **flags))[0].out
-    assert f"{data} row 5" in out and "2 rows of the data were skipped" in out
+    assert f"{data} row 5" in out and "2 of 10 rows are left out" in out
     assert "8 documents" in out
 
 

@@ -11,15 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-EDGES = {"errors", "batch", "choices", "files"}  # plain types that every floor may use
+EDGES = {"errors", "batch", "choices", "files", "tokenizer_files"}  # plain types that every floor may use
 GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
 SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster"}
 # What the commands are put together from.
 PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
-TOP = {"starting", "stepping", "summary"}  # and the commands
-TOP |= {"finetune", "generate", "plan", "cli", "commands", "convert", "doctor", "__main__"}
+TOP = {"rows", "starting", "stepping", "summary"}  # and the commands
+TOP |= {"finetune", "generate", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
 
 # What each part of the package may import of the package, besides itself.
 MAY_IMPORT = {
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
     "files": {"errors"},
+    "tokenizer_files": {"errors", "files"},
     "adapters": EDGES,
     "choices": set(),
     "learning_rate": set(),

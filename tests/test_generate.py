@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from unittest import mock
 
 import pytest
@@ -398,3 +399,28 @@ def run_broken(rank: int, world_size: int, command: list[str]) -> list[str]:
     replica_choose = replica.choose
     with mock.patch.object(replica, "choose", choose):
         return run(rank, world_size, command)
+
+
+def test_sampling_is_the_models_own_where_no_flag_says_otherwise(case, asked, tmp_path, capsys):
+    """generation_config.json: read, said, and overridden by flags."""
+    case, models_own = case("llama"), {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "eos_token_id": [0, END]}
+    model = tmp_path / "model"
+    shutil.copytree(case.model, model)
+    (model / "generation_config.json").write_text(json.dumps(models_own))
+    out = [tmp_path / f"{i}.jsonl" for i in range(4)]
+
+    def reply(file, folder, *more):
+        named = ["--prompts_file", asked, "--output_file", file, "--resume_peft_from_checkpoint", case.adapter]
+        words = ["--model_path", folder, "--max_new_tokens", NEW, *named, *more]
+        run(0, 1, [str(word) for word in words])
+        return [row["response"] for row in rows(file)]
+
+    own = reply(out[0], model)
+    assert (
+        "generation_config.json of the model says temperature 0.8, top_p 0.9: flags go on top"
+        in capsys.readouterr().err
+    )
+    assert own == reply(out[1], case.model, "--temperature", 0.8, "--top_p", 0.9) != case.tuned
+    assert reply(out[2], model, "--temperature", 0) == case.tuned
+    assert "generation_config.json of the model says" not in capsys.readouterr().err
+    assert reply(out[3], model, "--top_p", 1) == reply(out[1], case.model, "--temperature", 0.8)

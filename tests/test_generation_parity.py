@@ -13,7 +13,7 @@ from oracle import FAMILIES
 from spawn import spawn
 from talking import END, FORMS, make_model, rows, run
 
-from megalora.data import ChatTemplate, load_tokenizer
+from megalora.data import ChatTemplate, Conversation, load_tokenizer
 
 NEW = 64
 REAL = Path(__file__).resolve().parents[1] / "models/SmolLM2-135M-Instruct"
@@ -42,7 +42,7 @@ Bye""".split("\n")
 def answers(model: torch.nn.Module, template: ChatTemplate, questions: list[str], ends: list[int]) -> list[str]:
     found = []
     for question in questions:
-        ids = torch.tensor([template.prompt([{"role": "user", "content": question}])])
+        ids = torch.tensor([template.prompt(Conversation.from_dicts([{"role": "user", "content": question}]))])
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
             eos_token_id=ends, pad_token_id=ends[0],

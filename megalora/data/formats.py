@@ -1,247 +1,251 @@
-"""Rows: what a data file holds, read and brought to one shape, a list of `{"role", "content"}` messages.
+"""Formats: a row as a file holds it -> a `Conversation`.
 
-A file is a JSON list of rows, one row, JSON Lines, or rows one after another with white space between; UTF-8,
-with or without a byte order mark. A row has one of the shapes in `FORMATS`, told apart by the field that
-names it. To add one, write a function that turns a row into (role, text) turns and add its line to the table.
+A row has one of the shapes in `FORMATS`, told apart by the fields that it has. To add one, write a function that turns
+the fields of a row into messages and add its line to the table. Every field of every level is read, refused by name, or
+counted as harmless (see fields.py).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import UserError
+from . import turns
+from .conversation import Conversation, Message
+from .fields import FieldNames, Fields, json_type, names_of
 
-Message = dict[str, str]
-Turns = Iterator[tuple[str, Any]]
+_RIGHT_ORDER = "[system] user assistant [user assistant ...], with tool results between two assistant messages"
 
 
-def read_rows(path: str | Path) -> list[Any]:
-    """The raw rows of the file at `path`, as JSON gives them (an object each, where the file is sound).
+def to_conversation(
+    row: Any, where: str, names: FieldNames | None = None, seen: Counter[str] | None = None, *, question: bool = False
+) -> Conversation:
+    """Return one row as a conversation.
 
-    Raises UserError (file, line, column) where the file is missing, empty, not UTF-8 or not JSON.
+    where     the row's name in an error, such as "data.json row 17"
+    names     the user's word on the names of fields
+    seen      counts the harmless fields that are there and not read ("field id"), and the columns that were met
+    question  the row is asked for a reply: a last reply is left out, and need not be there; a row may be a text alone
+
+    Raises UserError for a row that is malformed or of no known shape, that has a field which is not known, whose roles
+    are out of order, or that has an empty text.
     """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot read the data file {path}: {reason}; check the path") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = f"{path} line {data.count(10, 0, error.start) + 1}"  # 10 is the newline
-        raise UserError(f"{place}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    try:
-        values = list(_values(text))
-    except json.JSONDecodeError as error:
-        place = f"{path} line {error.lineno} column {error.colno}"
-        raise UserError(f"{place}: bad JSON: {error.msg}; mend the file there") from None
-    except (RecursionError, ValueError) as error:  # nested too deep, a number of thousands of digits
-        raise UserError(f"{path}: JSON that cannot be read: {error}; mend the file") from None
-    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-    if not rows:
-        raise UserError(f"{path} holds no rows; a row is one of {_known_shapes()}")
-    return rows
-
-
-def _values(text: str) -> Iterator[Any]:
-    """The JSON values of `text` in order, with nothing but white space between them."""
-    decoder, at = json.JSONDecoder(), 0
-    while True:
-        while at < len(text) and text[at] in " \t\r\n":
-            at += 1
-        if at == len(text):
-            return
-        value, at = decoder.raw_decode(text, at)
-        yield value
-
-
-def to_messages(row: Any, where: str) -> list[Message]:
-    """One row as messages: a system message or none, then user and assistant in turn, the assistant last.
-
-    Raises UserError naming `where` (such as "data.json row 17") for a row that is empty, malformed or of no
-    known shape, whose roles are out of order, or that has an empty text.
-    """
-    if not isinstance(row, dict) or not row:
-        kind = "an empty object" if row == {} else f"a JSON {_json_type(row)}"
-        raise UserError(f"{where}: a row must be an object with fields, this is {kind}")
-    _refuse(row, where)
-    found = [key for key in FORMATS if key in row]
-    if len(found) != 1:
-        what = f"two shapes ({' and '.join(found)})" if found else f"no known shape (fields {_names(row)})"
-        raise UserError(f"{where}: the row has {what}; known shapes: {_known_shapes()}")
-    turns = list(FORMATS[found[0]].turns(row, where))
-    if row.get("system") and not (turns and turns[0] == ("system", row["system"])):
-        turns.insert(0, ("system", row["system"]))
-    return _check(turns, where)
-
-
-def to_question(row: Any, where: str) -> list[Message]:
-    """One row as the messages that a reply is asked for: those of `to_messages` without the last reply, which need not
-    be there; or {prompt: text}, or a text alone. Raises UserError as `to_messages`."""
-    if isinstance(row, str):
+    if question and isinstance(row, str):
         row = {"prompt": row}
-    if isinstance(row, dict) and "prompt" in row and not any(key in row for key in FORMATS):
-        row = {"instruction": row["prompt"], **{key: value for key, value in row.items() if key == "system"}}
-    return to_messages(_replied(row), where)[:-1]
+    if not isinstance(row, dict) or not row:
+        kind = "an empty object" if row == {} else f"a JSON {json_type(row)}"
+        raise UserError(f"{where}: a row must be an object with fields, this is {kind}")
+    fields = Fields(row, where, "", names or FieldNames(), Counter() if seen is None else seen)
+    found = [shape for shape in FORMATS if shape.fits(fields, question)]
+    if len(found) != 1:
+        known = ", ".join(shape.example for shape in FORMATS)
+        fields.refuse_known()
+        what = f"no known shape (fields {names_of(row)})"
+        if found:
+            what = f"two shapes ({' and '.join(shape.example for shape in found)})"
+        raise UserError(f"{where}: the row has {what}; known shapes: {known}; --columns maps other names")
+    return found[0].read(fields, question)
 
 
-def _replied(row: Any) -> Any:
-    """The row with something for a reply where it ends without one."""
-    if not isinstance(row, dict):
-        return row
-    for field in ("messages", "conversations", "conversation"):
-        turns = row.get(field)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            last = turns[-1]
-            role, text = ("role", "content") if field == "messages" else ("from", "value")
-            if field == "conversation":
-                return row if last.get("output") else {**row, field: [*turns[:-1], {**last, "output": _REPLY}]}
-            asks = _ROLES.get(last.get(role)) == "user"
-            return {**row, field: [*turns, {role: "assistant", text: _REPLY}]} if asks else row
-    if not row.get("output") and ("instruction" in row or "input" in row):
-        return {**row, "output": _REPLY}
-    return row
+def to_question(row: Any, where: str) -> Conversation:
+    """Return one row as the conversation that a reply is asked for. Raises UserError as `to_conversation`."""
+    return to_conversation(row, where, question=True)
 
 
-_REPLY = "..."
+@dataclass(frozen=True)
+class Format:
+    """A shape of a row: which fields tell it, how it is read, and how it looks in a message."""
 
-
-def _check(turns: list[tuple[str, Any]], where: str) -> list[Message]:
-    """Texts are texts, none is empty, and the roles come in order."""
-    for number, (role, text) in enumerate(turns, 1):
-        which = f"{where}: the {role} text of message {number}"
-        if not isinstance(text, str):
-            raise UserError(f"{which} is a JSON {_json_type(text)}; it must be a string")
-        if not text.strip():
-            raise UserError(f"{which} is empty; fill it in or remove the row")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{which} has half of a surrogate pair (as \\ud83d); mend it") from None
-    if "assistant" not in [role for role, _ in turns]:
-        raise UserError(f"{where}: no assistant turn, so there is nothing to learn; add the reply")
-    spoken = turns[1:] if turns[0][0] == "system" else turns
-    expected = [("user", "assistant")[i % 2] for i in range(len(spoken))]
-    roles = [role for role, _ in spoken]
-    if roles != expected or roles[-1] != "assistant":
-        order = " ".join(role for role, _ in turns[:8]) + (" ..." if len(turns) > 8 else "")
-        right = "[system] user assistant [user assistant ...]"
-        raise UserError(f"{where}: roles in the wrong order ({order}); a row is {right}")
-    return [{"role": role, "content": text} for role, text in turns]
-
-
-def _alpaca(row: dict, where: str) -> Turns:
-    if row.get("history"):
-        shape = FORMATS["conversation"].example
-        raise UserError(f"{where}: field history is not read; write the turns as {shape}")
-    return _conversation_turn(row, where)
-
-
-def _conversation(row: dict, where: str) -> Turns:
-    system = None
-    for turn in _objects(row["conversation"], "conversation", where):
-        if turn.get("system") and turn["system"] == system:  # repeated in each turn, as some exporters do
-            turn = {**turn, "system": None}
-        system = turn.get("system") or system
-        if turn.get("system"):
-            yield "system", turn["system"]
-        yield from _conversation_turn({**turn, "system": None}, where)
-
-
-def _conversation_turn(turn: dict, where: str) -> Turns:
-    """{instruction?, input?, output}: the user's text is the instruction, and the input on the next line."""
-    parts = [turn.get("instruction"), turn.get("input")]
-    for part in parts:
-        if part is not None and not isinstance(part, str):
-            kind = _json_type(part)
-            raise UserError(f"{where}: instruction and input must be strings, one is a JSON {kind}")
-    yield "user", "\n".join(part for part in parts if part)
-    if "output" not in turn:
-        raise UserError(f"{where}: a turn has no output (its fields: {_names(turn)}); add the reply")
-    yield "assistant", turn["output"]
-
-
-def _messages(row: dict, where: str) -> Turns:
-    return _roles(row, "messages", "role", "content", where)
-
-
-def _conversations(row: dict, where: str) -> Turns:
-    return _roles(row, "conversations", "from", "value", where)
-
-
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-
-
-def _roles(row: dict, field: str, role_key: str, text_key: str, where: str) -> Turns:
-    for number, message in enumerate(_objects(row[field], field, where), 1):
-        if role_key not in message or text_key not in message:
-            has = _names(message)
-            raise UserError(f"{where}: message {number} needs {role_key} and {text_key}, it has {has}")
-        name = message[role_key]
-        role = _ROLES.get(name) if isinstance(name, str) else None
-        if role is None:
-            known = ", ".join(_ROLES)
-            raise UserError(f"{where}: message {number} has the role {name!r}; known roles: {known}")
-        _refuse(message, f"{where}: message {number}")
-        yield role, message[text_key]
-
-
-# What would change what is learned, and is not read -> what to do instead.
-_NOT_READ = {
-    "tools": "write them into the system message",
-    "tool_calls": "write the call into the content, as the model is to say it",
-    "reasoning_content": "write it into the content, as <think>...</think> before the answer",
-    "weight": "leave out what is not to be learned",
-    "system_prompt": "name it system",
-}
-
-
-def _refuse(fields: dict, where: str) -> None:
-    for name, remedy in _NOT_READ.items():
-        if fields.get(name) not in (None, "", [], {}, 1):
-            raise UserError(f"{where}: field {name} is not read; {remedy}")
-
-
-def _objects(value: Any, field: str, where: str) -> list[dict]:
-    if not isinstance(value, list) or not value:
-        what = "an empty list" if value == [] else f"a JSON {_json_type(value)}"
-        raise UserError(f"{where}: {field} must be a list of turns, this is {what}")
-    for number, item in enumerate(value, 1):
-        if not isinstance(item, dict):
-            kind = _json_type(item)
-            raise UserError(f"{where}: turn {number} of {field} must be an object, this is a JSON {kind}")
-    return value
-
-
-class Format(NamedTuple):
-    """A row shape: how to read it, and how it looks (for error messages)."""
-
-    turns: Callable[[dict, str], Turns]
+    fits: Callable[[Fields, bool], bool]
+    read: Callable[[Fields, bool], Conversation]
     example: str
 
 
-# The field that tells the shape -> the shape.
-FORMATS = {
-    "output": Format(_alpaca, "{instruction, input, output}"),
-    "conversation": Format(_conversation, "{conversation: [{system?, instruction?, input, output}]}"),
-    "messages": Format(_messages, "{messages: [{role, content}]}"),
-    "conversations": Format(_conversations, "{conversations: [{from, value}]}"),
-}
+def _text(fields: Fields, question: bool) -> Conversation:
+    text = fields.take("text")
+    if not isinstance(text, str) or not text.strip():
+        what = "is empty" if text is None or isinstance(text, str) else f"is a JSON {json_type(text)}"
+        raise UserError(f"{fields.place}: the text {what}; it must be a string with something in it")
+    turns.check_text(text, f"{fields.place}: the text")
+    fields.finish()
+    return Conversation((), text=text)
 
 
-def _known_shapes() -> str:
-    return ", ".join(shape.example for shape in FORMATS.values())
+def _exchange(fields: Fields, question: bool) -> Conversation:
+    """A row that is one exchange, with the earlier ones in `history`."""
+    if _has_message_lists(fields):
+        return _prompt_and_completion(fields, question)
+    head = _Head(fields)
+    history = _history(fields.take("history"), fields, head)
+    messages = [*history, *turns.read_exchange(fields, reply_needed=not question)]
+    return head.finish(messages, question)
 
 
-def _names(row: dict) -> str:
-    names = ", ".join(list(row)[:8]) or "none"
-    return names if len(names) <= 120 else names[:120] + "..."
+def _prompt_and_completion(fields: Fields, question: bool) -> Conversation:
+    """TRL's conversational rows: prompt and completion are lists of messages."""
+    head = _Head(fields)
+    messages = []
+    for name in ("prompt", "completion", "response"):
+        value = fields.take(name)
+        if value is not None:
+            messages += _message_list(value, name, fields, head, question)
+    return head.finish(messages, question)
 
 
-def _json_type(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+def _turns(fields: Fields, question: bool) -> Conversation:
+    """A row with a list of turns."""
+    head = _Head(fields)
+    name = fields.present(turns.LIST_FIELDS)[0]
+    value = fields.take(name)
+    messages = _message_list([] if value is None else value, name, fields, head, question)
+    return head.finish(messages, question)
+
+
+def _has_message_lists(fields: Fields) -> bool:
+    return isinstance(fields.peek("prompt"), list)
+
+
+def _is_text(fields: Fields, question: bool) -> bool:
+    return not question and bool(fields.present(["text"]))
+
+
+def _is_exchange(fields: Fields, question: bool) -> bool:
+    asked = question and not fields.present((*turns.LIST_FIELDS, "text"))
+    wanted = (*turns.REPLY_FIELDS, *turns.QUESTION_FIELDS, "input") if asked else turns.REPLY_FIELDS
+    return bool(fields.present(wanted))
+
+
+def _is_turns(fields: Fields, question: bool) -> bool:
+    return bool(fields.present(turns.LIST_FIELDS))
+
+
+FORMATS = (
+    Format(_is_turns, _turns, "{messages: [{role, content}]}, {conversations: [{from, value}]}, {conversation: [...]}"),
+    Format(_is_exchange, _exchange, "{instruction, input, output}, {prompt, completion}, {query, response, history}"),
+    Format(_is_text, _text, "{text}"),
+)
+
+
+class _Head:
+    """What a row says beside its turns: system, tools, variables of the template, and whether it is trained."""
+
+    def __init__(self, fields: Fields):
+        self.fields = fields
+        self.system = turns.system_text(fields)
+        self.tools = turns.read_tools(fields.take(*turns.TOOL_FIELDS), fields.place)
+        self.template_kwargs = _template_kwargs(fields)
+
+    def finish(self, messages: list[Message], question: bool) -> Conversation:
+        """Return the conversation of `messages`, with every field of the row judged."""
+        fields = self.fields
+        if turns.trained(fields) is False:
+            messages = [replace(message, trained=False, weight=0.0) for message in messages]
+        if self.system is not None and not (messages and messages[0].role == "system"):
+            messages = [Message("system", self.system), *messages]
+        elif self.system is not None and messages[0].content != self.system:
+            raise UserError(f"{fields.place}: two system texts, in the row and in its first message; keep one")
+        fields.finish([message.content for message in messages])
+        messages = list(turns.merge_calls(messages))
+        if question and messages and messages[-1].role == "assistant":
+            messages.pop()
+        _check_order(messages, fields.place, question)
+        return Conversation(tuple(messages), tuple(self.tools), self.template_kwargs)
+
+
+def _message_list(value: Any, name: str, fields: Fields, head: _Head, question: bool) -> list[Message]:
+    """The messages of a list of turns: messages with a role, or exchanges."""
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a CSV file
+        value = turns.from_json(value, f"{fields.place}: {name}")
+    if not isinstance(value, list) or not value:
+        what = "an empty list" if value == [] else f"a JSON {json_type(value)}"
+        raise UserError(f"{fields.place}: {name} must be a list of turns, this is {what}")
+    messages: list[Message] = []
+    system = None
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, dict):
+            kind = json_type(turn)
+            raise UserError(f"{fields.place}: turn {number} of {name} must be an object, this is a JSON {kind}")
+        inner = Fields(turn, f"{fields.place}: message {number}", f"{name}[].", fields.names, fields.seen)
+        if turns.is_message(inner):
+            messages += [turns.read_message(inner, head.tools)]
+            continue
+        own = turns.system_text(inner)
+        if own is not None and own != system:  # some exporters repeat it in each turn
+            messages.append(Message("system", own))
+            system = own
+        last = number == len(value)
+        exchange = turns.read_exchange(inner, reply_needed=not (question and last))
+        if turns.trained(inner) is False:
+            exchange = [replace(message, trained=False, weight=0.0) for message in exchange]
+        inner.finish(message.content for message in exchange)
+        messages += exchange
+    return messages
+
+
+def _history(value: Any, fields: Fields, head: _Head) -> list[Message]:
+    """Earlier exchanges: [[question, reply], ...], or messages."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        value = turns.from_json(value, f"{fields.place}: history")
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return _message_list(value, "history", fields, head, False)
+    if not isinstance(value, list) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in value
+    ):
+        raise UserError(f"{fields.place}: history must be a list of [question, reply] pairs of strings")
+    messages = []
+    for question, reply in value:
+        for role, text in (("user", question), ("assistant", reply)):
+            turns.check_text(text, f"{fields.place}: the history")
+            if not text.strip():
+                raise UserError(f"{fields.place}: a text of the history is empty; fill it in or remove the pair")
+            messages.append(Message(role, text))
+    return messages
+
+
+def _template_kwargs(fields: Fields) -> dict[str, Any]:
+    kwargs = fields.take("chat_template_kwargs", "template_kwargs")
+    if isinstance(kwargs, str):
+        kwargs = turns.from_json(kwargs, f"{fields.place}: chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise UserError(f"{fields.place}: chat_template_kwargs is a JSON {json_type(kwargs)}; it must be an object")
+    kwargs = dict(kwargs or {})
+    for reserved in ("messages", "tools", "add_generation_prompt", "tokenize", "chat_template"):
+        if reserved in kwargs:
+            raise UserError(f"{fields.place}: chat_template_kwargs may not set {reserved}; leave it out")
+    thinking = fields.take("enable_thinking")
+    if thinking is not None:
+        if not isinstance(thinking, bool):
+            raise UserError(f"{fields.place}: enable_thinking is {str(thinking)[:40]!r}; it must be true or false")
+        if kwargs.get("enable_thinking", thinking) is not thinking:
+            raise UserError(f"{fields.place}: enable_thinking contradicts chat_template_kwargs; keep one")
+        kwargs["enable_thinking"] = thinking
+    return kwargs
+
+
+def _check_order(messages: Sequence[Message], where: str, question: bool) -> None:
+    """Raise UserError unless the roles come in an order that can be trained (or asked)."""
+    roles = [message.role for message in messages]
+    if not question and "assistant" not in roles:
+        raise UserError(f"{where}: no assistant turn, so there is nothing to learn; add the reply")
+    allowed = {
+        None: {"system", "user"},
+        "system": {"system", "user"},
+        "user": {"assistant"},
+        "assistant": {"user", "system", "tool"},
+        "tool": {"tool", "assistant"},
+    }
+    before = None
+    sound = bool(roles) and (roles[-1] in ("user", "tool") if question else roles[-1] == "assistant")
+    for role in roles:
+        sound = sound and role in allowed[before]
+        before = role
+    if not sound:
+        order = " ".join(roles[:8]) + (" ..." if len(roles) > 8 else "")
+        last = " and the last is to be answered" if question else ""
+        raise UserError(f"{where}: roles in the wrong order ({order}); a row is {_RIGHT_ORDER}{last}")

@@ -1,6 +1,6 @@
 """Loader: packed rows -> the batches of a step, for one dp rank.
 
-Every rank holds all rows, so the counts over the whole global batch need no communication.
+Every rank has all rows before it, mapped from a file, so the counts over the whole global batch need no communication.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from ..batch import Batch
-from .packing import PackedRows, build_rows
+from .packing import PackedRows, Row, build_rows
 from .sampler import permutation, rows_in_microbatch, steps_per_epoch
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ class Loader:
         self.shuffle = shuffle
         self.global_batch_rows = micro_batch_rows * num_microbatches * dp_size
         self.steps_per_epoch = steps_per_epoch(rows.rows, self.global_batch_rows)
-        self._empty = build_rows([], [[]], rows.seq_length, rows.pad_token_id)
+        self._empty = build_rows([], [[]], rows.seq_length, rows.pad_token_id).row(0)
         self._order: tuple[int, list[int]] = (0, self._epoch_order(0))  # a cache: (epoch, its order)
 
     def step(self, step: int) -> Step:
@@ -79,8 +80,8 @@ class Loader:
         ]
         return Step(
             microbatches,
-            label_count=sum(self.rows.row_labels[row] for row in chosen),
-            token_count=sum(self.rows.row_tokens[row] for row in chosen),
+            label_count=int(self.rows.row_labels[chosen].sum()),
+            token_count=int(self.rows.row_tokens[chosen].sum()),
         )
 
     def _epoch_order(self, epoch: int) -> list[int]:
@@ -88,22 +89,30 @@ class Loader:
 
     def _batch(self, chosen: list[int], places: range) -> Batch:
         """The rows at `places` of the step, whose rows are `chosen`; places beyond those are empty rows."""
-        sources = [(self.rows, chosen[r]) if r < len(chosen) else (self._empty, 0) for r in places]
-        lengths = [length for source, row in sources for length in _attended(source, row)]
+        rows = [self.rows.row(chosen[r]) if r < len(chosen) else self._empty for r in places]
+        tokens = [int(self.rows.row_tokens[chosen[r]]) if r < len(chosen) else 0 for r in places]
+        lengths = [length for row, used in zip(rows, tokens, strict=True) for length in _attended(row, used)]
         seq_length = self.rows.seq_length
         return Batch(
-            input_ids=torch.cat([source.input_ids[row] for source, row in sources]).long(),
-            labels=torch.cat([source.labels[row] for source, row in sources]).long(),
-            position_ids=torch.cat([source.position_ids[row] for source, row in sources]).long(),
+            input_ids=_joined([row.input_ids for row in rows]),
+            labels=_joined([row.labels for row in rows]),
+            position_ids=_joined([row.position_ids for row in rows]),
             cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             token_index=torch.arange(places.start * seq_length, places.stop * seq_length),
         )
 
 
-def _attended(rows: PackedRows, row: int) -> list[int]:
-    """The row's documents for attention: its padding tail in short pieces, since attention costs length squared."""
-    lengths, padding = list(rows.document_lengths[row]), rows.seq_length - rows.row_tokens[row]
-    if padding:
+def _joined(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _attended(row: Row, tokens: int) -> list[int]:
+    """The row's documents for attention: its padding tail in short pieces, since attention costs length squared.
+
+    tokens: those of the row that are not padding
+    """
+    lengths = list(row.lengths)
+    if tokens < len(row.input_ids):
         tail = lengths.pop()
         lengths += [PADDING_PIECE] * (tail // PADDING_PIECE)
         lengths += [tail % PADDING_PIECE] if tail % PADDING_PIECE else []

@@ -19,46 +19,92 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from .documents import Documents
 from .template import IGNORE, Sample
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """R rows of S = seq_length tokens, ready to be batched.
+class Row:
+    """One row of S = seq_length tokens.
 
-    input_ids, labels (shifted), position_ids   [R, S] int32
-    document_lengths   per row, the lengths of its documents with the padding tail; each sums to S
-    row_tokens, row_labels   per row, how many tokens are not padding and how many labels are not -100
-    documents, tokens, labelled_tokens   counts over all rows (padding not counted)
-    skipped   a line for each row of the file that was left out, with the reason
+    input_ids, labels (shifted), position_ids   [S] int32
+    lengths   of its documents, the padding tail the last; they sum to S
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """R rows of seq_length tokens, laid out when they are asked for (`row`).
+
+    source      the documents, in memory or mapped from a file
+    members     [M] int64, documents in the order of the rows that they lie in
+    row_ends    [R] int64, where each row ends in `members`
+    row_tokens, row_labels   [R] int64, how many tokens are not padding and how many labels are not -100
+    max_token_id   the largest token id of the documents
+    notes       lines for the start-up: rows that were left out, fields that are not read, rows that were cut
+    skipped     how many rows of the file were left out
     fingerprint   sha256 of the documents in the file's order, seq_length and packing: the data's identity
     """
 
     seq_length: int
     pad_token_id: int
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    document_lengths: tuple[tuple[int, ...], ...]
-    row_tokens: tuple[int, ...]
-    row_labels: tuple[int, ...]
-    documents: int
-    skipped: tuple[str, ...] = ()
+    source: Documents
+    members: np.ndarray
+    row_ends: np.ndarray
+    row_tokens: np.ndarray
+    row_labels: np.ndarray
+    max_token_id: int
+    notes: tuple[str, ...] = ()
+    skipped: int = 0
     fingerprint: str = ""
 
     @property
     def rows(self) -> int:
-        return len(self.document_lengths)
+        return len(self.row_ends)
+
+    @property
+    def documents(self) -> int:
+        return len(self.members)
 
     @property
     def tokens(self) -> int:
-        return sum(self.row_tokens)
+        return int(self.row_tokens.sum())
 
     @property
     def labelled_tokens(self) -> int:
-        return sum(self.row_labels)
+        return int(self.row_labels.sum())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[M] int64, tokens of the documents of `members`."""
+        return self.source.lengths[self.members]
+
+    def row(self, index: int) -> Row:
+        """Return row `index`."""
+        input_ids = np.full(self.seq_length, self.pad_token_id, dtype=np.int32)
+        labels = np.full(self.seq_length, IGNORE, dtype=np.int32)
+        position_ids = np.empty(self.seq_length, dtype=np.int32)
+        lengths, at = [], 0
+        start = int(self.row_ends[index - 1]) if index else 0
+        for member in self.members[start : int(self.row_ends[index])].tolist():
+            document = self.source.sample(member)
+            stop = at + len(document.input_ids)
+            assert stop <= self.seq_length, "a row is over-full"
+            input_ids[at:stop] = document.input_ids
+            labels[at:stop] = shift(document.labels)
+            position_ids[at:stop] = np.arange(stop - at, dtype=np.int32)
+            lengths.append(stop - at)
+            at = stop
+        if at < self.seq_length:
+            position_ids[at:] = np.arange(self.seq_length - at, dtype=np.int32)
+            lengths.append(self.seq_length - at)
+        return Row(input_ids, labels, position_ids, tuple(lengths))
 
 
 def pack(lengths: Sequence[int], seq_length: int, packing: bool = True) -> list[list[int]]:
@@ -119,36 +165,22 @@ def build_rows(
     documents: Sequence[Sample], bins: Sequence[Sequence[int]], seq_length: int, pad_token_id: int
 ) -> PackedRows:
     """Lay `documents` out as `bins` (from `pack`) says."""
-    shape = (len(bins), seq_length)
-    input_ids = np.full(shape, pad_token_id, dtype=np.int32)
-    labels = np.full(shape, IGNORE, dtype=np.int32)
-    position_ids = np.empty(shape, dtype=np.int32)
-    positions = np.arange(seq_length, dtype=np.int32)
-    all_lengths, row_tokens = [], []
-    for row, members in enumerate(bins):
-        lengths, at = [], 0
-        for index in members:
-            document = documents[index]
-            stop = at + len(document.input_ids)
-            assert stop <= seq_length, "a row is over-full"
-            input_ids[row, at:stop] = document.input_ids
-            labels[row, at:stop] = shift(document.labels)
-            position_ids[row, at:stop] = positions[: stop - at]
-            lengths.append(stop - at)
-            at = stop
-        row_tokens.append(at)
-        if at < seq_length:
-            position_ids[row, at:] = positions[: seq_length - at]
-            lengths.append(seq_length - at)
-        all_lengths.append(tuple(lengths))
-    return PackedRows(
-        seq_length=seq_length,
-        pad_token_id=pad_token_id,
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(position_ids),
-        document_lengths=tuple(all_lengths),
-        row_tokens=tuple(row_tokens),
-        row_labels=tuple((labels != IGNORE).sum(axis=1).tolist()),
-        documents=sum(len(members) for members in bins),
-    )
+    source = Documents.of(documents, range(len(documents)))
+    members = np.asarray([index for row in bins for index in row], dtype=np.int64)
+    row_ends = np.cumsum([len(row) for row in bins], dtype=np.int64)
+    top = int(source.ids.max()) if len(source.ids) else 0
+    return lay_out(source, members, row_ends, seq_length, pad_token_id, top)
+
+
+def lay_out(
+    source: Documents,
+    members: np.ndarray,
+    row_ends: np.ndarray,
+    seq_length: int,
+    pad_token_id: int,
+    max_token_id: int,
+) -> PackedRows:
+    """Return the rows whose documents are `members`, cut at `row_ends`; see `PackedRows`."""
+    sums = (np.concatenate(([0], np.cumsum(counts[members]))) for counts in (source.lengths, source.label_counts))
+    tokens, labels = (np.diff(total[row_ends], prepend=0).astype(np.int64) for total in sums)
+    return PackedRows(seq_length, pad_token_id, source, members, row_ends, tokens, labels, max_token_id)

@@ -16,6 +16,8 @@ from __future__ import annotations
 from hashlib import blake2b
 
 PACKING_EPOCH = -1  # the order in which documents are packed, before any epoch
+EVALUATION_EPOCH = -2  # the rows that are held out for evaluation
+SOURCE_EPOCH = -3  # the documents of source n that a weight with a fraction repeats: SOURCE_EPOCH - n
 
 
 def permutation(rows: int, seed: int, epoch: int) -> list[int]:

@@ -1,129 +1,125 @@
-"""Chat template: messages -> tokens and labels, the same for training and for generation.
+"""Chat template: conversations -> tokens and labels, the same for training and for generation.
 
 A document is the prompt exactly as generation gets it, then the last reply and its end token:
 
     <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\n  I am Mega.<|im_end|>
     |------------------------ prompt: -100 ---------------------------|------ labels ------|
 
-Replies in the history are labelled too, with their end token, as the template renders them there (a template
-that drops the thinking of earlier turns drops it here). The thinking of the last reply is always trained on.
+Replies in the history are labelled too, where the template prints them there as they are generated. One that it prints
+otherwise (most thinking models drop the thinking of earlier turns) is trained as `history_thinking` says: in a document
+that it ends ("split"), not at all ("mask"), or in a history that keeps the thinking ("keep").
 
 Text is cut at every boundary of a reply and each piece is tokenised by itself, so that no token straddles a
 boundary: labels are exact, and the prompt's tokens do not depend on what follows. `prompt` cuts the same way.
-The reply pieces are found by rendering the conversation once more with a marker in place of that reply.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from jinja2.exceptions import TemplateError
+from typing import Any, Literal
 
 from ..errors import UserError
-from .formats import Message
+from ..tokenizer_files import write_tokenizer
+from .conversation import Conversation, Message
+from .pieces import IGNORE, PieceTokenizer, Sample, Segment
+from .rendering import Rendered, Renderer, size_of, told
+from .special import THINKING_TAGS, SpecialTokens
+from .template_choice import OPTIONS, choose, with_fixed_date
+from .tokenizer import OpenedTokenizer, open_tokenizer
+from .toolcalls import CALL_FORMS, CallForm, call_names, longest_word, tool_names
+from .transcript import MARK, Ending, Span, Transcript
 
-IGNORE = -100
-MARK = "megalora-reply-marker"
+__all__ = ["IGNORE", "ChatTemplate", "Document", "Sample", "Segment", "TemplateOptions"]
 
-# Every built-in starts with the tokenizer's own beginning-of-text token, where it sets one before any text.
-BUILT_IN = {
-    "plain": (
-        "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-}
+HistoryThinking = Literal["split", "mask", "keep"]
 
-# Templates that print today's date (Llama 3.2) print this one, the date Llama 3's own template falls back to:
-# a run is the same run tomorrow, and generation gets the prompt of training. The macro hides the function of
-# that name which transformers hands to templates.
-FIXED_DATE = (
-    "{% macro strftime_now(form) %}{{ form"
-    " | replace('%d', '26') | replace('%m', '07') | replace('%b', 'Jul') | replace('%B', 'July')"
-    " | replace('%y', '24') | replace('%Y', '2024') | replace('%A', 'Friday') | replace('%a', 'Fri')"
-    " | replace('%H', '00') | replace('%M', '00') | replace('%S', '00') }}{% endmacro %}"
-)
-OPTIONS = f"--template ({' | '.join(BUILT_IN)} | a jinja file)"
+_SET_BY_THE_RUN = frozenset(["messages", "tools", "documents", "add_generation_prompt"])
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One document. input_ids [n] int32; labels [n] int32, not shifted: labels[t] is input_ids[t] or -100."""
+class Document:
+    """The pieces of one document, and the conversation that it is: its messages say in `trained` what it trains."""
 
-    input_ids: np.ndarray
-    labels: np.ndarray
+    conversation: Conversation
+    pieces: list[Segment]
+
+    @property
+    def special_in_text(self) -> int:
+        """How many special tokens of the messages are tokenised as text."""
+        return sum(piece.verbatim for piece in self.pieces)
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A piece of a document's text that is tokenised by itself; `trained` pieces carry labels."""
+class TemplateOptions:
+    """How a template is used; the flags of the same names.
 
-    text: str
-    trained: bool
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder (local files only; the fast one where there is one).
-
-    Raises UserError where the folder has no tokenizer files, or they cannot be read.
+    variables               of the template, for rows that do not set them themselves, such as enable_thinking
+    history_thinking        what becomes of replies that the template prints without their thinking in the history
+    special_tokens_in_text  special tokens that messages write are special tokens, not text
     """
-    from transformers import AutoTokenizer  # a slow import, wanted only here
 
-    folder = Path(folder)
-    files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder} to read the tokenizer from; check the path")
-    if not any((folder / name).is_file() for name in files):
-        missing = ", ".join(files)
-        raise UserError(f"{folder} has no tokenizer (none of {missing}); copy it from the model's folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        works = len(tokenizer("a b", add_special_tokens=False)["input_ids"]) > 0
-    except Exception as error:  # transformers raises whatever its parsers raise
-        raise UserError(f"cannot read the tokenizer in {folder}: {error}; copy its files again") from None
-    if not works:
-        raise UserError(f"the tokenizer in {folder} gives no tokens for a text; copy its files again")
-    return tokenizer
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """The size of the vocabulary, and a hash of its tokens and of which are special."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    special = sorted(str(token) for token in tokenizer.all_special_tokens)
-    digest = hashlib.sha256(json.dumps([vocabulary, special, tokenizer.eos_token_id]).encode()).hexdigest()
-    return f"{len(vocabulary)} tokens, {digest[:16]}"
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    history_thinking: HistoryThinking = "split"
+    special_tokens_in_text: bool = False
 
 
 class ChatTemplate:
-    """Renders messages and tokenises them, with labels.
+    """Renders conversations and tokenises them, with labels. It can be pickled.
 
-    template: None (the tokenizer's own; "plain" where it has none), a name in `BUILT_IN`, or the path of a
-    jinja file. `description` says in words which one is used. Raises UserError for an unknown template, and
-    for one that does not end a reply with a special token.
+    template  None (the tokenizer's own; "plain" where it has none), a name in `BUILT_IN`, or the path of a jinja file
+    recorded  the jinja source that an adapter was trained with; it is used where `template` is None
+    folder    of the tokenizer's files
+    notes     lines that the user should read, of loading the tokenizer; those of choosing the template are added
+    `description` says in words which one is used. Raises UserError for an unknown template, one that cannot be
+    compiled, one that does not end a reply with a special token, and variables that it does not read.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None):
-        self.tokenizer = tokenizer
-        source, self.description = _choose(tokenizer, template)
-        self._jinja = FIXED_DATE + source if "strftime_now" in source else source
-        self._guard = _guard_ids(tokenizer)
-        self._after_reply = self._probe()
-        self._end, self.end_token_id = self._end_marker()
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        options: TemplateOptions = TemplateOptions(),
+        *,
+        recorded: str | None = None,
+        folder: Path | None = None,
+        notes: Sequence[str] = (),
+    ):
+        self.tokenizer, self.options, self.folder = tokenizer, options, folder
+        chosen = choose(tokenizer, template, recorded)
+        self.description, self.notes = chosen.description, (*notes, *chosen.notes)
+        self._names = dict(tokenizer.special_tokens_map)
+        self._renderer = self._for_tools = Renderer(with_fixed_date(chosen.source), self.description)
+        if chosen.for_tools is not None:
+            self._for_tools = Renderer(with_fixed_date(chosen.for_tools), f"{self.description} for tools")
+        self._check_variables(options.variables)
+        self.source = with_fixed_date(_with_defaults(options.variables, chosen.source))
+        self._copied_as_it_is = chosen.own and self.source == chosen.source
+        self._pieces_of = PieceTokenizer(tokenizer)
+        self._reads_thinking = False
+        self._ending = self._find_ending()
+        self.end_token_id: int = tokenizer.get_vocab()[self._ending.end_token]
+        self._reads_thinking = self._prints_thinking()
+        self._special = SpecialTokens(self._structure())
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, template: str | None = None, options: TemplateOptions = TemplateOptions(),
+        recorded: str | None = None,
+    ) -> ChatTemplate:  # fmt: skip
+        """Load the tokenizer of a Hugging Face folder and a template for it. Raises UserError."""
+        return cls.of(open_tokenizer(folder), template, options, recorded)
+
+    @classmethod
+    def of(
+        cls, opened: OpenedTokenizer, template: str | None, options: TemplateOptions, recorded: str | None = None
+    ) -> ChatTemplate:
+        """Build the template of a tokenizer that was opened. Raises UserError."""
+        return cls(opened.tokenizer, template, options, recorded=recorded, folder=opened.folder, notes=opened.notes)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -132,169 +128,288 @@ class ChatTemplate:
         return (self.end_token_id,) if eos in (None, self.end_token_id) else (self.end_token_id, eos)
 
     def identity(self) -> str:
-        """A hash of the template's source."""
-        return hashlib.sha256(self._jinja.encode()).hexdigest()[:16]
+        """Return a hash of the template's source and of the options that change what it gives."""
+        hashed = self.source
+        options = self.options.history_thinking, self.options.special_tokens_in_text
+        if options != (TemplateOptions().history_thinking, TemplateOptions().special_tokens_in_text):
+            hashed += repr(options)
+        return hashlib.sha256(hashed.encode()).hexdigest()[:16]
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens that generation starts from: `messages` (the user's last) and the start of a reply."""
-        return self._tokenize_texts([self._prompt_segments(messages)])[0][0]
+    def write(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into a folder, with this template. Raises UserError."""
+        assert self.folder is not None, "a template that was not loaded from a folder"
+        write_tokenizer(self.folder, folder, None if self._copied_as_it_is else self.source)
 
-    def encode(self, messages: Sequence[Message]) -> Sample:
-        """The document of a conversation whose last message is the assistant's."""
-        return self.tokenize([self.segments(messages)])[0]
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Return the tokens that generation starts from: the messages (the user's last) and the start of a reply."""
+        transcript, stop = self._transcript(conversation), len(conversation.messages)
+        text = transcript.prompt(stop)
+        spans = transcript.history(stop)
+        return self._pieces_of.ids(self._pieces(transcript, text, spans))
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """The pieces of a document's text, not yet tokenised. Raises UserError where the template refuses."""
-        prompt = self._prompt_segments(messages[:-1])
-        return [*prompt, Segment(self._last_reply(messages, "".join(piece.text for piece in prompt)), True)]
+    def special_in_text(self, conversation: Conversation) -> int:
+        """Return how many special tokens the messages write, which are tokenised as text."""
+        return 0 if self.options.special_tokens_in_text else self._special.count(conversation)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n times as many has more than n tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def encode(self, conversation: Conversation) -> list[Sample]:
+        """Return the documents of a conversation as samples."""
+        return self.tokenize([document.pieces for document in self.documents(conversation)])
+
+    def documents(self, conversation: Conversation) -> list[Document]:
+        """Return what of a conversation is trained, in one document or several.
+
+        Of messages with trained=None the assistant's are trained. A text without turns is trained whole, between the
+        tokens that begin and end one. Raises UserError where the template refuses the conversation or drops a part of
+        it, and for thinking that is not closed.
+        """
+        conversation = _resolved(conversation)
+        if conversation.text is not None:
+            return [Document(conversation, self._of_text(conversation.text))]
+        replies = [turn for turn, message in enumerate(conversation.messages) if message.role == "assistant"]
+        if not replies:
+            raise UserError("no message of the assistant, so there is nothing to learn; add the reply")
+        transcript = self._transcript(conversation)
+        wanted = left = {turn for turn in replies if conversation.messages[turn].trained}
+        found, turn = [], replies[-1]
+        while True:
+            text, spans = self._document(transcript, turn)
+            trained = {span.turn for span in spans if span.as_generated and span.turn in left}
+            part = _trains(conversation, turn, trained, wanted if turn == replies[-1] else set(replies))
+            found.append(Document(part, self._pieces(transcript, text, spans, part)))
+            left = left - trained
+            if not left or self.options.history_thinking == "mask":
+                return found[::-1]
+            turn = max(left)
+
+    def segments(self, conversation: Conversation) -> list[Segment]:
+        """Return the document that ends with the last message, as `documents` gave it with its `conversation`."""
+        if conversation.text is not None:
+            return self._of_text(conversation.text)
+        conversation = _resolved(conversation)
+        transcript = self._transcript(conversation)
+        text, spans = self._document(transcript, len(conversation.messages) - 1)
+        return self._pieces(transcript, text, spans, conversation)
 
     def tokenize(self, documents: Sequence[Sequence[Segment]]) -> list[Sample]:
-        """Documents given as pieces -> samples, in one call to the tokenizer (faster than one by one)."""
-        samples = []
-        for ids, trained in self._tokenize_texts(documents):
-            input_ids = np.asarray(ids, dtype=np.int32)
-            labels = np.where(np.asarray(trained, dtype=bool), input_ids, np.int32(IGNORE))
-            samples.append(Sample(input_ids, labels))
-        return samples
+        """Turn documents given as pieces into samples, in few calls to the tokenizer (faster than one by one)."""
+        return self._pieces_of.samples(documents)
 
-    # Text
+    # Pieces
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _document(self, transcript: Transcript, turn: int) -> tuple[str, list[Span]]:
+        return transcript.kept(turn) if self.options.history_thinking == "keep" else transcript.document(turn)
+
+    def _pieces(
+        self, transcript: Transcript, text: str, spans: Sequence[Span], conversation: Conversation | None = None
+    ) -> list[Segment]:
+        """A text cut at its replies. conversation: says what is trained; None: nothing is."""
+        messages = () if conversation is None else conversation.messages
+        pieces, done, turn = [], 0, 0
+        for span in spans:
+            between = messages[turn : span.turn]
+            asked = bool(between) and all(message.trained and message.role != "assistant" for message in between)
+            replied = bool(messages) and bool(messages[span.turn].trained) and span.as_generated
+            pieces += [Segment(text[done : span.start], asked), Segment(text[span.start : span.stop], replied)]
+            done, turn = span.stop, span.turn + 1
+        if done < len(text):
+            pieces.append(Segment(text[done:], False))
+        return self._without_marks(pieces) if transcript.marked else pieces
+
+    def _without_marks(self, pieces: Sequence[Segment]) -> list[Segment]:
+        return [
+            Segment(text, piece.trained, verbatim)
+            for piece in pieces
+            for text, verbatim in self._special.cut(piece.text)
+        ]
+
+    def _of_text(self, text: str) -> list[Segment]:
+        """A text between the tokens that begin and end one, where the tokenizer has them."""
+        bos, eos = self._names.get("bos_token", ""), self._names.get("eos_token", "")
+        if self.options.special_tokens_in_text:
+            bos, eos = "" if text.startswith(bos) else bos, "" if eos and text.endswith(eos) else eos
+            return [Segment(f"{bos}{text}{eos}", True)]
+        marked = self._special.mark_text(text)
+        whole = [Segment(f"{bos}{marked}{eos}", True)]
+        return whole if marked is text else self._without_marks(whole)
+
+    # Rendering
+
+    def _transcript(self, conversation: Conversation) -> Transcript:
+        """The texts of a conversation, which is checked to be printed whole."""
+        self._check_variables(conversation.template_kwargs)
+        if conversation.tools and "tools" not in self._for_tools.variables:
+            raise UserError(f"{self.description} does not print tools; give another {OPTIONS}")
+        marked = conversation if self.options.special_tokens_in_text else self._special.mark(conversation)
+        form = self._form_of_calls(marked)
+
+        def render(part: Conversation, add_generation_prompt: bool) -> Rendered:
+            return self._render(part, add_generation_prompt, form)
+
+        def blame(what: str) -> UserError:
+            return UserError(f"{self.description} {what}; give another {OPTIONS}")
+
+        renderer = self._for_tools if conversation.tools else self._renderer
+        transcript = Transcript(
+            marked, render, self._ending, renderer.marks_replies, blame, marked=marked is not conversation
+        )
+        self._check_printed(marked, transcript.prompt(transcript.last_turn))
+        return transcript
+
+    def _render(
+        self, conversation: Conversation, add_generation_prompt: bool, form: CallForm = CALL_FORMS[0]
+    ) -> Rendered:
+        messages = conversation.messages
+        if not self._reads_thinking:
+            messages = tuple(message.with_thinking_in_content() for message in messages)
+        variables = {
+            **self._names,
+            "tools": None,
+            "documents": None,
+            **self.options.variables,
+            **conversation.template_arguments(),
+            "messages": [form.written(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        renderer = self._for_tools if conversation.tools else self._renderer
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self._jinja,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            has_system = any(message["role"] == "system" for message in messages)
+            return renderer.render(size_of(variables["messages"]) + size_of(variables["tools"]), **variables)
+        except Exception as error:  # whatever the template raises, and the sandbox
+            has_system = any(message.role == "system" for message in messages)
             remedy = "move the system text into the first user turn, or " if has_system else ""
-            raise UserError(
-                f"{self.description} refuses the conversation: {error}; {remedy}give another {OPTIONS}"
-            ) from None
+            reason = f"{self.description} refuses the conversation: {told(error)}"
+            raise UserError(f"{reason}; {remedy}give another {OPTIONS}") from None
 
-    def _prompt_segments(self, messages: Sequence[Message]) -> list[Segment]:
-        text = self._render(messages, add_generation_prompt=True)
-        for message in messages:
-            if message["role"] == "system" and message["content"].strip() not in text:
+    def _form_of_calls(self, conversation: Conversation) -> CallForm:
+        """How the template takes tool calls: the first form that prints them all."""
+        names = call_names(conversation)
+        if not names:
+            return CALL_FORMS[0]
+        problem = None
+        for form in CALL_FORMS:
+            try:
+                text = self._render(conversation, False, form).text
+            except UserError as error:
+                problem = problem or error
+                continue
+            if all(name in text for name in names):
+                return form
+        if problem is not None:
+            raise problem
+        raise UserError(f"{self.description} does not print tool calls; give another {OPTIONS}")
+
+    def _check_printed(self, conversation: Conversation, text: str) -> None:
+        """Raise UserError where a system text, tool or tool result is not in the text."""
+        for message in conversation.messages:
+            if message.role == "system" and message.content.strip() not in text:
                 remedy = f"move it into the first user turn, or give another {OPTIONS}"
                 raise UserError(f"{self.description} drops the system text; {remedy}")
-        segments, done = [], 0
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start, stop = self._find_reply(messages, turn, text)
-                segments += [Segment(text[done:start], False), Segment(text[start:stop], True)]
-                done = stop
-        return [*segments, Segment(text[done:], False)]
+            if message.role == "tool" and longest_word(message.content) not in text:
+                raise UserError(f"{self.description} does not print the results of tools; give another {OPTIONS}")
+        for name in tool_names(conversation):
+            if name not in text:
+                raise UserError(f"{self.description} does not print the tools ({name}); give another {OPTIONS}")
 
-    def _find_reply(self, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int]:
-        """Where the reply of `turn` and its end marker lie in `text`, which `messages` render to."""
-        mark = MARK
-        while mark in text:
-            mark += "+"
-        marked = [*messages[:turn], {"role": "assistant", "content": mark}, *messages[turn + 1 :]]
-        before, _, after = self._render(marked, add_generation_prompt=True).partition(mark)
-        start, stop = len(before), len(text) - len(after)
-        prompt = self._render(messages[:turn], add_generation_prompt=True)
-        if text.startswith(prompt) and len(prompt) < start:
-            start = len(prompt)  # what goes before a reply (Llama 2's space) generation has to write
-        if start > stop or not (text.startswith(before) and text.endswith(after)):
-            what = f"renders message {turn + 1} so that its reply cannot be found in the text"
-            raise UserError(f"{self.description} {what}; give another {OPTIONS}")
-        return start, stop + len(self._end) if text.startswith(self._end, stop) else stop
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        for name in variables:
+            if name in _SET_BY_THE_RUN or name in self._names:
+                raise UserError(f"chat_template_kwargs: {name} is set by the run itself; leave it out")
+            if name not in self._renderer.variables | self._for_tools.variables:
+                what = f"chat_template_kwargs: {self.description} does not read {name}"
+                raise UserError(f"{what}; leave it out, or give another {OPTIONS}")
 
-    def _last_reply(self, messages: Sequence[Message], prompt: str) -> str:
-        """The text to learn after `prompt`: the template's own if it goes on from there and loses nothing."""
-        content = messages[-1]["content"]
-        full = self._render(messages, add_generation_prompt=False)
-        reply = full[len(prompt) :]
-        keeps_thinking = "</think>" not in content or "</think>" in reply
-        if full.startswith(prompt) and reply.endswith(self._after_reply) and keeps_thinking:
-            return reply[: len(reply) - len(self._after_reply)] + self._end
-        if prompt.rstrip().endswith("<think>"):  # generation starts inside the thinking, so training does too
-            if content.lstrip().startswith("<think>"):
-                content = content.lstrip().removeprefix("<think>").removeprefix("\n")
-            elif "</think>" not in content:
-                content = "\n</think>\n\n" + content  # no thinking: close the empty one, as Qwen3 does
-        return content + self._end
+    # What the template is like
 
-    def _probe(self) -> str:
-        """The text that follows a reply at the end of a conversation, such as "<|im_end|>\\n"."""
-        probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
-        _, found, after = self._render(probe, add_generation_prompt=False).rpartition(MARK)
+    def _find_ending(self) -> Ending:
+        """How a reply ends: the text that follows one, up to its first special token."""
+        probe = Conversation((Message("user", "Hi"), Message("assistant", MARK)))
+        before, found, after = self._render(probe, add_generation_prompt=False).text.rpartition(MARK)
         if not found:
             raise UserError(f"{self.description} does not print the reply; give another {OPTIONS}")
-        return after
-
-    def _end_marker(self) -> tuple[str, int]:
-        """What ends a reply: the text after it up to its first special token, and that token's id."""
-        after, vocabulary = self._after_reply, self.tokenizer.get_vocab()
-        tokens = {*self.tokenizer.added_tokens_encoder, *self.tokenizer.all_special_tokens}
-        found = [(after.index(token), -len(token), token) for token in tokens if token and token in after]
-        if not found:
+        tokens = {*self.tokenizer.added_tokens_encoder, *self.tokenizer.all_special_tokens} - {"", *THINKING_TAGS}
+        known = [(after.index(token), -len(token), token) for token in tokens if token in after]
+        if not known:
             raise UserError(
                 f"{self.description} ends a reply with {after!r}, with no special token of the tokenizer: "
                 f"generation could never stop; give another {OPTIONS} that ends replies with eos_token"
             )
-        at, _, token = min(found)
-        return after[: at + len(token)], vocabulary[token]
+        at, _, token = min(known)
+        start = self._render(replace(probe, messages=probe.messages[:1]), add_generation_prompt=True).text
+        lead = before[len(start) :] if before.startswith(start) and not before[len(start) :].strip() else ""
+        return Ending(after, after[: at + len(token)], token, tuple(sorted(_special_tokens(self.tokenizer))), lead)
 
-    # Tokens
+    def _prints_thinking(self) -> bool:
+        """Whether the template reads reasoning_content itself."""
+        self._reads_thinking = True
+        probe = Conversation((Message("user", "Hi"), Message("assistant", "Hi", thinking=MARK)))
+        try:
+            return MARK in self._render(probe, add_generation_prompt=False).text
+        except UserError:
+            return False
 
-    def _tokenize_texts(self, documents: Sequence[Sequence[Segment]]) -> list[tuple[list[int], list[bool]]]:
-        """Per document: token ids, and for each whether it is trained on."""
-        texts = [
-            "\n" + piece.text if number and self._guard is not None else piece.text
-            for pieces in documents
-            for number, piece in enumerate(pieces)
-        ]
-        if not texts:
-            return []
-        # verbose=False: documents longer than the tokenizer's model_max_length are judged elsewhere
-        encoding = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        encoded, result = iter(encoding["input_ids"]), []
-        for pieces in documents:
-            ids, trained = [], []
-            for number, piece in enumerate(pieces):
-                piece_ids = next(encoded)
-                if number and self._guard is not None:
-                    assert piece_ids[: len(self._guard)] == self._guard, "the guard merged with the text"
-                    piece_ids = piece_ids[len(self._guard) :]
-                ids += piece_ids
-                trained += [piece.trained] * len(piece_ids)
-            result.append((ids, trained))
-        return result
+    def _structure(self) -> set[str]:
+        """The tokens that give a conversation its structure: special ones, and added ones that stand around turns."""
+        probe = Conversation((Message("user", "Hi"), Message("assistant", MARK)))
+        text = self._render(probe, add_generation_prompt=False).text
+        around = {token for token in self.tokenizer.added_tokens_encoder if token in text} - set(THINKING_TAGS)
+        return _special_tokens(self.tokenizer) | around
 
 
-def _choose(tokenizer: Any, template: str | None) -> tuple[str, str]:
-    """The jinja source, and a phrase that says where it is from."""
-    own = tokenizer.chat_template
-    if template is None and own:
-        source = own if isinstance(own, str) else tokenizer.get_chat_template()
-        return source, "the tokenizer's chat template"
-    name = template or "plain"
-    if name in BUILT_IN:
-        why = "" if template else " (the tokenizer has no chat template)"
-        return _bos(tokenizer) + BUILT_IN[name], f"the built-in template {name}{why}"
-    try:
-        return Path(name).read_text(encoding="utf-8"), f"the template {name}"
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"{name} is no built-in template and cannot be read as a jinja file ({error})"
-        raise UserError(f"--template: {reason}; give {OPTIONS}") from None
+def _special_tokens(tokenizer: Any) -> set[str]:
+    flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {str(token) for token in (*flagged, *tokenizer.all_special_tokens) if str(token)}
 
 
-def _bos(tokenizer: Any) -> str:
-    """Jinja for the beginning-of-text token, where the tokenizer itself sets one before a text."""
-    bos = tokenizer.bos_token_id
-    return "{{ bos_token }}" if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
+def _resolved(conversation: Conversation) -> Conversation:
+    """The conversation with `trained` set where it is not."""
+    if all(message.trained is not None for message in conversation.messages):
+        return conversation
+    messages = tuple(
+        replace(message, trained=message.role == "assistant") if message.trained is None else message
+        for message in conversation.messages
+    )
+    return replace(conversation, messages=messages)
 
 
-def _guard_ids(tokenizer: Any) -> list[int] | None:
-    """Tokens of "\\n" where the tokenizer sets a space before any text (sentencepiece), else None.
+def _trains(conversation: Conversation, turn: int, trained: set[int], wanted: set[int]) -> Conversation:
+    """The messages up to `turn`, of which the replies `trained` are trained.
 
-    There a piece from the middle of a text is tokenised behind a newline, which is taken off again, so that
-    it gets no space of its own. A newline is a byte token in such vocabularies and merges with nothing.
+    What is before a reply keeps its own flag where that reply is trained, or is not among those that are `wanted` (in
+    this document or another).
     """
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
-    return tokenizer("\n", add_special_tokens=False)["input_ids"] if first.startswith("\u2581") else None
+    messages = list(conversation.messages[: turn + 1])
+    keeps = False
+    for number in range(turn, -1, -1):
+        message = messages[number]
+        if message.role == "assistant":
+            keeps = number in trained or number not in wanted
+            flag = number in trained
+        else:
+            flag = bool(message.trained) and keeps
+        if flag != message.trained:
+            messages[number] = replace(message, trained=flag)
+    if tuple(messages) == conversation.messages:
+        return conversation
+    return replace(conversation, messages=tuple(messages))
+
+
+def _with_defaults(variables: Mapping[str, Any], source: str) -> str:
+    """The template with values for variables that are not given, so that whoever uses it later has them too."""
+    set_here = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+        for name, value in sorted(variables.items())
+    )
+    return "".join(set_here) + source
+
+
+def _literal(value: Any) -> str:
+    """A value of JSON as jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)

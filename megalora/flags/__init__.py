@@ -11,14 +11,16 @@ from megalora.flags.parsing import (
     Conversion,
     FinetuneArguments,
     GenerateArguments,
+    Preview,
     parse_convert,
     parse_doctor,
     parse_finetune,
     parse_generate,
     parse_plan,
+    parse_preview,
     split_convert,
 )
-from megalora.flags.tools import CONVERT_COMMANDS, ConvertArguments, DoctorArguments, PlanArguments
+from megalora.flags.tools import CONVERT_COMMANDS, ConvertArguments, DoctorArguments, PlanArguments, PreviewArguments
 from megalora.flags.training import CompatibilityArguments, DataArguments, ModelArguments, TrainArguments
 
 __all__ = [
@@ -37,12 +39,15 @@ __all__ = [
     "ModelArguments",
     "ParallelArguments",
     "PlanArguments",
+    "Preview",
+    "PreviewArguments",
     "TrainArguments",
     "parse_convert",
     "parse_doctor",
     "parse_finetune",
     "parse_generate",
     "parse_plan",
+    "parse_preview",
     "split_convert",
     "validate_world",
 ]

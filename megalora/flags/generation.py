@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megalora.errors import UserError
 from megalora.flags import shared
@@ -23,32 +24,48 @@ class GenerationArguments(Section):
     output_file: str | None = flag(None, "JSON lines file for the replies", unset="the terminal")
     system: str | None = flag(None, "system message before each prompt", unset="the template's", empty=True)
     max_new_tokens: int = flag(256, "maximum length of a reply, in tokens", at_least=1)
-    temperature: float = flag(0.0, "sampling temperature; 0 is greedy decoding", at_least=0)
-    top_k: int | None = flag(None, "sample from the k most likely tokens", at_least=1, unset="all tokens")
+    temperature: float | None = flag(
+        None,
+        "sampling temperature; 0 is greedy decoding",
+        at_least=0,
+        unset="that of the model's generation_config.json, or 0",
+    )
+    top_k: int | None = flag(
+        None,
+        "sample from the k most likely tokens; 0 is all tokens",
+        at_least=0,
+        unset="that of generation_config.json, or all tokens",
+    )
     top_p: float | None = flag(
         None,
         "sample from the most likely tokens whose probabilities sum to this (nucleus sampling)",
         above=0,
         at_most=1,
-        unset="all tokens",
+        unset="that of generation_config.json, or all tokens",
     )
     min_p: float | None = flag(
         None,
         "sample from tokens at least this probable, relative to the most likely one",
-        above=0,
+        at_least=0,
         at_most=1,
-        unset="all tokens",
+        unset="that of generation_config.json, or all tokens",
     )
-    repetition_penalty: float = flag(
-        1.0,
+    repetition_penalty: float | None = flag(
+        None,
         "penalty on tokens that already occur: divides positive logits, multiplies negative ones; 1 is off",
         above=0,
+        unset="that of generation_config.json, or 1",
     )
     stop: tuple[str, ...] | None = flag(
-        None, "strings that end a reply; they are not part of it", verbatim=True, unset="none"
+        None,
+        r"strings that end a reply; they are not part of it; \n, \t and \\ are escapes",
+        verbatim=True,
+        unset="none",
     )
-    seed: int = flag(42, "seed of the sampling", at_least=0, at_most=2**63 - 1)
-    template: str | None = shared.TEMPLATE.field(None, unset="the tokenizer's own")
+    seed: int | None = flag(None, "seed of the sampling", at_least=0, at_most=2**63 - 1, unset="42")
+    template: str | None = shared.TEMPLATE.field(None, unset="the adapter's own, or the tokenizer's")
+    chat_template_kwargs: str | None = shared.CHAT_TEMPLATE_KWARGS.field(None, unset="the template's defaults")
+    special_tokens_in_text: bool = shared.SPECIAL_TOKENS_IN_TEXT.field(False)
     seq_length: int | None = flag(
         None,
         "maximum length of prompt and reply together, in tokens",
@@ -67,3 +84,9 @@ class GenerationArguments(Section):
             raise UserError("prompt and prompts_file are both given", "give one of them")
         if self.compare_base and self.disable_adapter:
             raise UserError("compare_base and disable_adapter are both true", "give one of them")
+        shared.template_variables(self.chat_template_kwargs)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return shared.template_variables(self.chat_template_kwargs)

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from megalora.flags.flag import Flag, flags_of, table_of
 from megalora.flags.generation import GenerationArguments
 from megalora.flags.layout import LayoutArguments
-from megalora.flags.parsing import FINETUNE_SECTIONS, GENERATE_SECTIONS
+from megalora.flags.parsing import FINETUNE_SECTIONS, GENERATE_SECTIONS, NOT_PREVIEWED, PREVIEW_SECTIONS
 from megalora.flags.tools import (
     CONVERT_COMMANDS,
     BaseArguments,
     ConvertArguments,
     DoctorArguments,
     PlanArguments,
+    PreviewArguments,
     SafetensorsArguments,
 )
 
@@ -23,6 +24,7 @@ _WIDTH = 110
 _SECTIONS = {
     "finetune": FINETUNE_SECTIONS,
     "generate": GENERATE_SECTIONS,
+    "data": PREVIEW_SECTIONS,
     "plan": (PlanArguments,),
     "doctor": (DoctorArguments,),
 } | {f"convert {name}": sections for name, (_, sections) in CONVERT_COMMANDS.items()}
@@ -31,6 +33,7 @@ _SECTIONS = {
 _PAGE = {
     "megalora finetune": FINETUNE_SECTIONS,
     "megalora generate": (GenerationArguments,),
+    "megalora data": (PreviewArguments,),
     "megalora plan": (PlanArguments,),
     "megalora doctor": (DoctorArguments,),
     "megalora convert": (ConvertArguments, BaseArguments, LayoutArguments, SafetensorsArguments),
@@ -49,12 +52,13 @@ command line override it. The Python functions `megalora.finetune`, `generate`, 
 _BELOW = {
     "megalora generate": "Also the flags of Model and Parallel above. Training flags are accepted, and named as not "
     "applied.",
+    "megalora data": "Also the flags of Data above, but " + ", ".join(NOT_PREVIEWED) + ".",
     "megalora convert": "Each command takes some of these; `megalora convert COMMAND --help` lists them.",
 }
 
 
 def help_text(command: str) -> str:
-    """Return what `megalora COMMAND --help` prints, for finetune, generate, plan, doctor, convert, convert COMMAND."""
+    """Return what `megalora COMMAND --help` prints, for every command and convert COMMAND."""
     if command == "convert":
         return _convert_help()
     lines = [
@@ -69,6 +73,7 @@ def help_text(command: str) -> str:
         lines += ["", *textwrap.wrap(f"{_title(section)}: {_first_paragraph(section)}", _WIDTH)]
         for one in flags_of(section):
             applies = not (command == "generate" and one.definition.training_only)
+            applies = applies and not (command == "data" and one.name in NOT_PREVIEWED)
             if applies and table[one.name] is one:
                 lines += _help_lines(one)
     if command == "generate":

@@ -22,6 +22,7 @@ from megalora.flags.tools import (
     ConvertArguments,
     DoctorArguments,
     PlanArguments,
+    PreviewArguments,
     SafetensorsArguments,
 )
 from megalora.flags.training import CompatibilityArguments, DataArguments, ModelArguments, TrainArguments
@@ -63,6 +64,19 @@ class Conversion:
     safetensors: SafetensorsArguments = field(default_factory=SafetensorsArguments)
 
 
+@dataclass(frozen=True)
+class Preview:
+    """Arguments of `megalora data`."""
+
+    shown: PreviewArguments
+    data: DataArguments
+
+
+PREVIEW_SECTIONS = (PreviewArguments, DataArguments)
+NOT_PREVIEWED = ("eval_data_path", "eval_fraction", "data_cache", "packing", "on_bad_row")
+"""Flags of the data that only the run itself takes."""
+
+
 def parse_finetune(source: Source) -> FinetuneArguments:
     """Return the arguments of `megalora finetune`."""
     table = table_of(FINETUNE_SECTIONS)
@@ -102,6 +116,17 @@ def parse_generate(source: Source) -> GenerateArguments:
 def parse_doctor(source: Source) -> DoctorArguments:
     """Return the arguments of `megalora doctor`."""
     return _section(read(source, table_of([DoctorArguments]), {}), DoctorArguments)
+
+
+def parse_preview(source: Source) -> Preview:
+    """Return the arguments of `megalora data`."""
+    table = {name: one for name, one in table_of(PREVIEW_SECTIONS).items() if name not in NOT_PREVIEWED}
+    elsewhere = {name: "megalora finetune" for name in table_of(FINETUNE_SECTIONS) if name not in table}
+    given = read(source, table, elsewhere)
+    require(given, table, _dashes(source))
+    if "row" in given and "rows" in given:
+        raise UserError("row and rows are both given", "give one of them")
+    return Preview(*(_section(given, section) for section in PREVIEW_SECTIONS))
 
 
 def parse_plan(source: Source) -> PlanArguments:

@@ -45,7 +45,12 @@ FINETUNE_RULES = (
     Rule("save_total_limit", "save", lambda v: not v["save"], "set save to true"),
     Rule("profile_steps", "profile", lambda v: not v["profile"], "set profile to true"),
     Rule("profile_file", "partition_method", lambda v: v["partition_method"] != "cost", "set partition_method to cost"),
-    Rule("eval_steps", "eval_data_path", lambda v: v["eval_data_path"] is None, "give eval_data_path"),
+    Rule(
+        "eval_steps",
+        "eval_data_path",
+        lambda v: v["eval_data_path"] is None and v["eval_fraction"] is None,
+        "give eval_data_path or eval_fraction",
+    ),
 )
 GENERATE_RULES = (
     _CUSTOM,

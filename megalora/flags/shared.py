@@ -1,12 +1,18 @@
 """Definitions of flags that several sections share."""
 
+import json
+from typing import Any
+
 from megalora.choices import RECOMPUTE
+from megalora.errors import UserError
 from megalora.flags.flag import Definition
 from megalora.pipeline.partition import METHODS
 from megalora.pipeline.schedule import SCHEDULES
 
 LORA_CONFIG = Definition("lora_config.json of a new adapter", training_only=True)
-TEMPLATE = Definition("name of the chat template")
+TEMPLATE = Definition("chat template: a built-in name or a jinja file")
+CHAT_TEMPLATE_KWARGS = Definition("""variables of the chat template, as a JSON object: '{"enable_thinking": false}'""")
+SPECIAL_TOKENS_IN_TEXT = Definition("read special tokens that messages contain as special tokens, not as text")
 
 TENSOR_PARALLEL_SIZE = Definition("processes that share each layer", at_least=1)
 PIPELINE_PARALLEL_SIZE = Definition("pipeline stages that the layers are divided into", at_least=1)
@@ -33,6 +39,18 @@ PROFILE_FILE = Definition(
     "trace.json of a run with profile: use its measured times instead of estimates", training_only=True
 )
 
-SEQ_LENGTH = Definition("tokens in one row of a microbatch; a longer document is a bad row", at_least=2)
+SEQ_LENGTH = Definition("tokens in one row of a microbatch", at_least=2)
 PER_DEVICE_TRAIN_BATCH_SIZE = Definition("rows in one microbatch of one data-parallel rank", at_least=1)
 GRADIENT_ACCUMULATION_STEPS = Definition("microbatches in one step of one data-parallel rank", at_least=1)
+
+
+def template_variables(text: str | None) -> dict[str, Any]:
+    """Return the value of chat_template_kwargs: variables of the chat template. Raises UserError."""
+    remedy = 'write {"name": value}'
+    try:
+        found = json.loads(text) if text is not None else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"chat_template_kwargs {text!r} is not JSON ({error})", remedy) from None
+    if not isinstance(found, dict):
+        raise UserError(f"chat_template_kwargs {text!r} is not a JSON object", remedy)
+    return found

@@ -1,4 +1,4 @@
-"""Sections of `megalora plan`, `megalora doctor` and `megalora convert`."""
+"""Sections of `megalora plan`, `megalora data`, `megalora doctor` and `megalora convert`."""
 
 from __future__ import annotations
 
@@ -69,6 +69,21 @@ class PlanArguments(Section):
                 "custom_partition gives the layers of each stage, but pipeline_parallel_size is not given",
                 "give pipeline_parallel_size too",
             )
+
+
+@dataclass(frozen=True)
+class PreviewArguments(Section):
+    """Which rows to show as the run would see them; all rows are counted."""
+
+    model_path: str = flag(
+        REQUIRED,
+        "Hugging Face folder of the model, for its tokenizer and chat template",
+        exists="a Hugging Face folder with a tokenizer",
+    )
+    rows: int = flag(3, "number of rows to show, from the first", at_least=0)
+    row: int | None = flag(
+        None, "show only this row, by its number over all files, from 0", at_least=0, unset="the first rows"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from megalora.choices import DTYPES, OPTIMIZERS
 from megalora.errors import UserError
@@ -42,20 +44,73 @@ class DataArguments(Section):
     """Training data, and how it becomes tokens."""
 
     data_path: str = flag(
-        REQUIRED, "training data: a JSON or JSON lines file", exists="a JSON or JSON lines file; check the path"
+        REQUIRED,
+        "training data: files, folders or datasets separated by commas, each with an optional :WEIGHT "
+        "(json, jsonl, csv, tsv, parquet, arrow; also .gz, .zst)",
     )
-    eval_data_path: str | None = flag(
+    eval_data_path: str | None = flag(None, "evaluation data, in the same formats", unset="no evaluation")
+    eval_fraction: float | None = flag(
+        None, "fraction of the training rows to hold out for evaluation", above=0, below=1, unset="none"
+    )
+    max_rows: int | None = flag(None, "read only the first rows of each file or dataset", at_least=1, unset="all")
+    columns: tuple[str, ...] | None = flag(
         None,
-        "evaluation data, in the same formats",
-        unset="no evaluation",
-        exists="a JSON or JSON lines file; check the path",
+        "names of the fields of your rows, as ours=yours: output=reply instruction=ask",
+        verbatim=True,
+        unset="ours",
+    )
+    ignore_columns: tuple[str, ...] | None = flag(
+        None, "fields of the rows to ignore, besides those known to be harmless", verbatim=True, unset="none"
     )
     seq_length: int = shared.SEQ_LENGTH.field(1024)
     packing: bool = flag(True, "pack several whole documents into one row; attention never crosses documents")
     template: str | None = shared.TEMPLATE.field(None, unset="the tokenizer's own")
-    on_bad_row: str = flag(
-        "error", "at a row that cannot be used: stop (error), or count it and go on (skip)", choices=("error", "skip")
+    chat_template_kwargs: str | None = shared.CHAT_TEMPLATE_KWARGS.field(None, unset="the template's defaults")
+    history_thinking: str = flag(
+        "split",
+        "for an earlier reply whose thinking the template drops: train it as a document of its own (split), do not "
+        "train it (mask), or keep its thinking (keep)",
+        choices=("split", "mask", "keep"),
     )
+    special_tokens_in_text: bool = shared.SPECIAL_TOKENS_IN_TEXT.field(False)
+    train_on: str = flag(
+        "all",
+        "tokens to train on: all replies, the last reply of each row, or the prompts too",
+        choices=("all", "last", "prompt"),
+    )
+    on_bad_row: str = flag(
+        "error", "at rows that cannot be used: stop (error), or count them and go on (skip)", choices=("error", "skip")
+    )
+    on_long_row: str = flag(
+        "error",
+        "at a row longer than seq_length: count it as bad (error), leave it out, cut it, or split it at its turns",
+        choices=("error", "skip", "truncate", "split"),
+    )
+    data_cache: str | None = flag(
+        None, "folder for the tokens of the rows, which other runs read too", unset="~/.cache/megalora"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_fraction is not None and self.eval_data_path is not None:
+            raise UserError("eval_fraction and eval_data_path both name evaluation rows", "give one of them")
+        for pair in self.columns or ():
+            if not re.fullmatch(r"[^=]+=[^=]+", pair):
+                raise UserError(f"columns {pair!r} is not ours=yours", "write it like output=reply")
+        if len(self.renamed_columns) != len(self.columns or ()):
+            raise UserError("columns names one of your fields twice", "keep one")
+        shared.template_variables(self.chat_template_kwargs)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return shared.template_variables(self.chat_template_kwargs)
+
+    @property
+    def renamed_columns(self) -> dict[str, str]:
+        """Our name of a field by the user's."""
+        pairs = (pair.split("=") for pair in self.columns or ())
+        return {yours.strip(): ours.strip() for ours, yours in pairs}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megalora.data import ChatTemplate
-from megalora.data.formats import Message
+from megalora.data import ChatTemplate, Conversation, Message
 from megalora.errors import UserError
 from megalora.generation.prompts import Question, ask, encode
 from megalora.generation.replica import Prompt, Reply
@@ -155,9 +154,11 @@ class Chat:
         return NothingYet()
 
     def _hear(self, text: str) -> Turn:
-        said = ask(text, self._system, "the message").messages
+        said = ask(text, self._system, "the message").conversation.messages
         messages = (*self._history, said[-1]) if self._history else said
-        token_ids = encode(self._template, Question(messages, "the dialogue"), self._context)
+        token_ids = encode(self._template, Question(Conversation(messages), "the dialogue"), self._context)
+        if self._template.special_in_text(Conversation((said[-1],))):
+            print("megalora: special tokens in the message are tokenised as text", file=sys.stderr, flush=True)
         self._history = messages
         return Turn(token_ids, self._repliers)
 
@@ -198,7 +199,7 @@ class Chat:
         self._voice.end(reply.finish_reason)
         if adapted == self._turn.adapted[0]:
             answer = self._reader.answer(reply, Prompt(0, self._turn.token_ids))
-            self._history = (*self._history, {"role": "assistant", "content": answer.closed})
+            self._history = (*self._history, Message("assistant", answer.closed))
             if answer.remark and not self._voice.shows_thinking:
                 print(f"megalora: {answer.remark}", file=sys.stderr, flush=True)
         if adapted == self._turn.adapted[-1]:

@@ -6,14 +6,13 @@ All of this runs on rank 0 alone; the other ranks are sent token ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalora.data import ChatTemplate, read_rows, to_question
-from megalora.data.formats import Message
+from megalora.data import ChatTemplate, Conversation, Message, read_rows, to_question
 from megalora.errors import UserError
-from megalora.files import read_json
+from megalora.generation.defaults import eos_token_ids
 
 ROWS = (".json", ".jsonl")
 
@@ -22,13 +21,13 @@ ROWS = (".json", ".jsonl")
 class Question:
     """A conversation whose last message is the user's. where: its name in an error."""
 
-    messages: tuple[Message, ...]
+    conversation: Conversation
     where: str
 
     @property
     def text(self) -> str:
         """The last thing that the user says."""
-        return self.messages[-1]["content"]
+        return self.conversation.messages[-1].content
 
 
 def ask(text: str, system: str | None, where: str) -> Question:
@@ -40,7 +39,7 @@ def ask(text: str, system: str | None, where: str) -> Question:
             part.encode("utf-8")
         except UnicodeEncodeError:  # bytes of the command line or terminal that Python could not decode
             raise UserError(f"{where} or its system message is not UTF-8: set the terminal to UTF-8") from None
-    return Question((*_system_message(system), {"role": "user", "content": text}), where)
+    return Question(Conversation((*_system_message(system), Message("user", text))), where)
 
 
 def read_questions(path: str | Path, system: str | None) -> list[Question]:
@@ -64,8 +63,14 @@ def read_questions(path: str | Path, system: str | None) -> list[Question]:
 
 def encode(template: ChatTemplate, question: Question, context: int) -> list[int]:
     """The tokens that the reply starts from. Raises UserError where they leave no room for one in the context."""
+    size = sum(len(message.content) for message in question.conversation.messages)
+    if size > context * template.longest_token:  # before it is rendered, which takes long
+        raise UserError(
+            f"{question.where}: {size:,} characters leave no room for a reply in a context of {context} tokens: "
+            "shorten it"
+        )
     try:
-        ids = template.prompt(question.messages)
+        ids = template.prompt(question.conversation)
     except UserError as error:
         raise UserError(f"{question.where}: {error}") from None
     if len(ids) >= context:
@@ -84,11 +89,8 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 def stop_token_ids(folder: str | Path, template: ChatTemplate) -> tuple[int, ...]:
     """Where a reply ends: the template's end token, and the eos of generation_config.json, else of config.json, else of
     the tokenizer. Raises UserError for a file that is not what it should be."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(folder) / name
-        if file.is_file() and (found := _eos(file)):
-            return tuple(sorted({template.end_token_id, *found}))
-    return tuple(sorted(set(template.stop_token_ids)))
+    found = eos_token_ids(folder)
+    return tuple(sorted({template.end_token_id, *found} if found else set(template.stop_token_ids)))
 
 
 def unseen_stops(tokenizer: Any, stops: Sequence[str]) -> list[int]:
@@ -97,24 +99,15 @@ def unseen_stops(tokenizer: Any, stops: Sequence[str]) -> list[int]:
     return [vocabulary[stop] for stop in stops if stop in vocabulary and not decode(tokenizer, [vocabulary[stop]])]
 
 
-def _eos(file: Path) -> list[int]:
-    """The eos_token_id of a JSON file: one, several or none."""
-    value = read_json(file, "download it again").get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UserError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
-    return ids
-
-
 def _of_row(row: object, system: str | None, where: str) -> Question:
-    messages = to_question(row, where)
-    if system is not None and messages[0]["role"] == "system":
+    asked = to_question(row, where)
+    if system is not None and asked.messages[0].role == "system":
         raise UserError(f"{where}: has a system message of its own: leave --system out, or take it out of the row")
-    return Question((*_system_message(system), *messages), where)
+    return Question(replace(asked, messages=(*_system_message(system), *asked.messages)), where)
 
 
 def _system_message(system: str | None) -> Sequence[Message]:
-    return () if system is None else ({"role": "system", "content": system},)
+    return () if system is None else (Message("system", system),)
 
 
 def _text(path: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.generation.prompts import decode
+from megalora.generation.prompts import decode, unseen_stops
 from megalora.generation.replica import INTERRUPTED, STOP, Prompt, Reply
 
 Decode = Callable[[Sequence[int]], str]
@@ -64,20 +64,19 @@ class Characters:
 
     def add(self, token_id: int) -> str:
         self._ids.append(token_id)
-        known, text = self._texts()
-        if len(text) <= len(known) or text.endswith(UNFINISHED):
+        text = self.rest()
+        if not text or text.endswith(UNFINISHED):
             return ""
         self._before, self._given = self._given, len(self._ids)
-        return text[len(known) :]
+        return text
 
     def rest(self) -> str:
         """What is held back: the reply has ended."""
-        known, text = self._texts()
-        return text[len(known) :]
-
-    def _texts(self) -> tuple[str, str]:
         # Decoders look at a token's neighbours (a space before a word): a few tokens before the new ones are enough.
-        return self._decode(self._ids[self._before : self._given]), self._decode(self._ids[self._before :])
+        known, text = self._decode(self._ids[self._before : self._given]), self._decode(self._ids[self._before :])
+        if text.startswith(known):
+            return text[len(known) :]
+        return self._decode(self._ids[self._given :])  # sentencepiece: bytes of no character spoil those before them
 
 
 class Until:
@@ -156,11 +155,13 @@ class Reader:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self._tokenizer, self._stops = tokenizer, tuple(stops)
+        tags = unseen_stops(tokenizer, (THINK, END_OF_THINKING))  # they are shown, even where they are special tokens
+        self._tags = {token_id: tokenizer.decode([token_id]) for token_id in tags}
 
     def answer(self, reply: Reply, prompt: Prompt) -> Answer:
         """A whole reply to `prompt`."""
         until = Until(self._stops)
-        whole = until.add(self._decode(reply.token_ids)) + until.rest()
+        whole = until.add(self._text(reply.token_ids)) + until.rest()
         thinking = self._thinking(prompt)
         pieces = [*thinking.add(whole), *thinking.rest()]
         thought = "".join(piece.text for piece in pieces if piece.thinking)
@@ -171,8 +172,24 @@ class Reader:
         """Reads the reply to `prompt` while it comes."""
         return Following(Characters(self._decode), Until(self._stops), self._thinking(prompt))
 
+    def _text(self, token_ids: Sequence[int]) -> str:
+        """The text of a whole reply."""
+        text = self._decode(token_ids)
+        if UNFINISHED not in text:
+            return text
+        characters = Characters(self._decode)
+        return "".join([*map(characters.add, token_ids), characters.rest()])
+
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return decode(self._tokenizer, token_ids)
+        if not self._tags:
+            return decode(self._tokenizer, token_ids)
+        parts: list[list[int] | str] = [[]]
+        for token in token_ids:
+            if token in self._tags:
+                parts += [self._tags[token], []]
+            else:
+                parts[-1].append(token)
+        return "".join(part if isinstance(part, str) else decode(self._tokenizer, part) for part in parts)
 
     def _thinking(self, prompt: Prompt) -> Thinking:
         end = self._tokenizer.decode(list(prompt.token_ids[-8:]))  # some templates begin the thinking themselves

@@ -6,7 +6,7 @@ import gzip
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from chat_templates import bpe
 from transformers import PreTrainedTokenizerFast
 
 from megalora.data import load_tokenizer
@@ -28,28 +28,6 @@ LLAMA3 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-CORPUS = [
-    "user\nassistant\nsystem\n\n",
-    "hello world, who are you? I am Mega.\n\n\n",
-    "你是谁？我是 Mega。",
-] * 20
-
-
-def bpe(special: list[str], bos: str | None = None) -> Tokenizer:
-    """Byte-level BPE with some merges (newlines merge too); sets `bos` before a text, as Llama 3 does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
-    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stacked import stacked
 
 from megalora.data import Loader, Sample, build_rows, steps_ahead
 
@@ -65,7 +66,7 @@ def test_every_row_exactly_once_an_epoch(count, micro, accumulation, dp, seed, s
             labels, tokens = labels + steps[0].label_count, tokens + steps[0].token_count
             ids = torch.tensor([batch[index][0] for index in range(len(batch))]).view(-1, SEQ)
             seen += [tuple(row) for row in ids.tolist() if any(row)]
-        everything = [tuple(row) for row in rows.input_ids.tolist()]
+        everything = [tuple(row) for row in stacked(rows).input_ids.tolist()]
         assert sorted(seen) == sorted(everything) and (shuffle or seen == everything)
         assert (labels, tokens) == (rows.labelled_tokens, rows.tokens)
 
@@ -93,7 +94,7 @@ def test_rows_of_a_step_lie_as_the_sampler_says():
         microbatch, rank, place = r // 4, r // 2 % 2, r % 2
         batch = ranks[rank].step(0).microbatches[microbatch]
         here = slice(place * SEQ, (place + 1) * SEQ)
-        assert batch.input_ids[here].tolist() == rows.input_ids[r].tolist()
+        assert batch.input_ids[here].tolist() == rows.row(r).input_ids.tolist()
         assert batch.token_index[here].tolist() == list(range(r * SEQ, (r + 1) * SEQ))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stacked import stacked
 
 from megalora.data import Sample, build_rows, pack
 
@@ -54,14 +55,15 @@ def test_the_drawing():
     documents = [sample([11, 12, 13, 14], 2), sample([21, 22, 23], 2), sample([31, 32], 1)]
     rows = build_rows(documents, [[0, 1], [2]], 8, 0)
     none = -100
-    assert rows.input_ids.tolist() == [[11, 12, 13, 14, 21, 22, 23, 0], [31, 32, 0, 0, 0, 0, 0, 0]]
-    assert rows.labels.tolist() == [
+    laid = stacked(rows)
+    assert laid.input_ids.tolist() == [[11, 12, 13, 14, 21, 22, 23, 0], [31, 32, 0, 0, 0, 0, 0, 0]]
+    assert laid.labels.tolist() == [
         [none, 13, 14, none, 22, 23, none, none],
         [32, none, none, none, none, none, none, none],
     ]
-    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]]
-    assert rows.document_lengths == ((4, 3, 1), (2, 6))
-    assert (rows.row_tokens, rows.row_labels) == ((7, 2), (4, 1))
+    assert laid.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5]]
+    assert laid.lengths == ((4, 3, 1), (2, 6))
+    assert (rows.row_tokens.tolist(), rows.row_labels.tolist()) == ([7, 2], [4, 1])
     assert (rows.documents, rows.rows, rows.tokens, rows.labelled_tokens) == (3, 2, 9, 5)
 
 
@@ -71,16 +73,18 @@ def test_unpacking_gives_the_documents_back(shapes, packing):
     documents = [sample(np.arange(n) + 100 * i + 1, trained) for i, (n, trained) in enumerate(shapes)]
     bins = pack([n for n, _ in shapes], 16, packing)
     rows = build_rows(documents, bins, 16, 0)
-    for row, members in enumerate(bins):
-        assert sum(rows.document_lengths[row]) == 16
+    for number, members in enumerate(bins):
+        row = rows.row(number)
+        assert sum(row.lengths) == 16
         at = 0
-        for number, index in enumerate(members):
+        for place, index in enumerate(members):
             document, n = documents[index], len(documents[index].input_ids)
-            assert rows.document_lengths[row][number] == n
-            assert rows.input_ids[row, at : at + n].tolist() == document.input_ids.tolist()
-            assert rows.labels[row, at : at + n].tolist() == [*document.labels[1:].tolist(), -100]
-            assert rows.position_ids[row, at : at + n].tolist() == list(range(n))
+            assert row.lengths[place] == n
+            assert row.input_ids[at : at + n].tolist() == document.input_ids.tolist()
+            assert row.labels[at : at + n].tolist() == [*document.labels[1:].tolist(), -100]
+            assert row.position_ids[at : at + n].tolist() == list(range(n))
             at += n
-        assert rows.row_tokens[row] == at and (rows.labels[row, at:] == -100).all()
-        assert rows.position_ids[row, at:].tolist() == list(range(16 - at))
+        assert rows.row_tokens[number] == at and (row.labels[at:] == -100).all()
+        assert row.position_ids[at:].tolist() == list(range(16 - at))
+        assert rows.row_labels[number] == (row.labels != -100).sum()
     assert rows.labelled_tokens == sum(int((d.labels[1:] != -100).sum()) for d in documents)

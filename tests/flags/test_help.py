@@ -11,7 +11,8 @@ from megalora.flags.flag import flags_of
 from megalora.flags.help import flags_page, help_text
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["finetune", "generate", "plan", "doctor", "convert", *(f"convert {name}" for name in CONVERT_COMMANDS)]
+COMMANDS = ["finetune", "generate", "data", "plan", "doctor", "convert"]
+COMMANDS += [f"convert {name}" for name in CONVERT_COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

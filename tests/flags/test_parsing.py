@@ -121,6 +121,10 @@ def sample(flag):
     limits = flag.definition
     if limits.choices:
         text = value = next(one for one in limits.choices if one not in (flag.default, "custom"))
+    if flag.name == "chat_template_kwargs":
+        text = value = '{"enable_thinking": false}'
+    if flag.name == "columns":
+        text = value = "output=some text"
     if (limits.at_least or 0) > 1:
         text, value = str(limits.at_least), limits.at_least
     return (text, (value,)) if flag.many else (text, value)
@@ -244,8 +248,8 @@ IDLE = [
     (tune, "--sequence_parallel", "--sequence_parallel true", "tensor_parallel_size 1"),
     (tune, "--virtual_pipeline_size 2", "--virtual_pipeline_size 2", "schedule 1f1b"),
     (tune, "--custom_partition 4", "--custom_partition 4", "partition_method cost"),
-    (generate, "--model_path m --top_p 0.9", "--top_p 0.9", "temperature 0.0"),
-    (generate, "--model_path m --top_k 9", "--top_k 9", "temperature 0.0"),
+    (generate, "--model_path m --top_p 0.9 --temperature 0", "--top_p 0.9", "temperature 0.0"),
+    (generate, "--model_path m --top_k 9 --temperature 0", "--top_k 9", "temperature 0.0"),
     (generate, "--model_path m --output_file f", "--output_file f", "without prompt"),
     (
         generate,
@@ -311,7 +315,7 @@ def test_all_missing_flags_are_named():
 def test_generation():
     arguments = generate("--model_path m --prompt hi --system '' --temperature 0.7 --top_p 0.9 --seed 1")
     assert arguments.generation.system == "" and arguments.not_applied == ()
-    assert generate("--model_path m --seed 1").not_applied == ("seed",)  # greedy draws nothing
+    assert generate("--model_path m --temperature 0 --seed 1").not_applied == ("seed",)  # greedy draws nothing
     assert "prompts_file" in message(generate, "--model_path m --prompt a --prompts_file b")
     assert "false is not supported" in message(generate, "--model_path m --text_generation false")
     assert generate("--model_path m").generation.stop is None

@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from megalora.errors import UserError
+from megalora.generation.defaults import sampling_defaults, unescaped
 from megalora.generation.prompts import ask, encode, read_questions, stop_token_ids, unseen_stops
 
 
@@ -13,16 +14,17 @@ class Template:
     """Stands in for ChatTemplate: a token a character."""
 
     end_token_id = 9
+    longest_token = 4
     stop_token_ids = (9, 3)
 
     def prompt(self, messages):
-        if messages[-1]["content"] == "refused":
+        if messages.messages[-1].content == "refused":
             raise UserError("the template refuses")
-        return [ord(character) for message in messages for character in message["content"]]
+        return [ord(character) for message in messages.messages for character in message.content]
 
 
 def messages(questions):
-    return [[(m["role"], m["content"]) for m in question.messages] for question in questions]
+    return [[(m.role, m.content) for m in question.conversation.messages] for question in questions]
 
 
 def test_a_text_file_has_one_a_line(tmp_path):
@@ -100,7 +102,7 @@ def test_rows_need_no_reply(tmp_path):
         ("p.json", b"[]", r"p\.json holds no rows"),
         ("p.jsonl", b'{"text": 1}', r"p\.jsonl row 0: .* no known shape"),
         ("p.jsonl", b'{"prompt": 1}', r"p\.jsonl row 0: instruction and input must be strings"),
-        ("p.jsonl", b'{"messages": [{"role": "system", "content": "s"}]}', r"p\.jsonl row 0: no assistant turn"),
+        ("p.jsonl", b'{"messages": [{"role": "system", "content": "s"}]}', r"p\.jsonl row 0: roles in the wrong order"),
         ("p.jsonl", b'{"messages": []}', r"p\.jsonl row 0: messages must be a list"),
     ],
 )
@@ -124,6 +126,8 @@ def test_a_prompt_needs_room_for_a_reply():
     assert len(encode(Template(), question, 6)) == 5
     with pytest.raises(UserError, match="prompt: 5 tokens leave no room for a reply in a context of 5"):
         encode(Template(), question, 5)
+    with pytest.raises(UserError, match="prompt: 21 characters leave no room for a reply in a context of 5 tokens"):
+        encode(Template(), ask("1" * 21, None, "prompt"), 5)
     with pytest.raises(UserError, match="^prompt: the template refuses"):
         encode(Template(), ask("refused", None, "prompt"), 50)
 
@@ -144,6 +148,37 @@ def test_stops(tmp_path, generation, config, expected):
         if fields is not None:
             (tmp_path / name).write_text(json.dumps(fields))
     assert stop_token_ids(tmp_path, Template()) == expected
+
+
+def config(tmp_path, **fields):
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    return tmp_path
+
+
+def test_sampling_that_the_model_asks_for(tmp_path):
+    assert sampling_defaults(tmp_path) == {}
+    asked = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
+    assert sampling_defaults(config(tmp_path, do_sample=True, **asked, bos_token_id=1)) == asked
+    assert sampling_defaults(config(tmp_path, **asked, repetition_penalty=1.05)) == {"repetition_penalty": 1.05}
+    assert sampling_defaults(config(tmp_path, do_sample=True, temperature=None)) == {"temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 2), ("top_k", 1.5), ("top_k", True),
+     ("min_p", -0.1), ("repetition_penalty", 0), ("temperature", 1e999)],
+)  # fmt: skip
+def test_sampling_that_cannot_be(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"generation_config.json: {name} = .*must be"):
+        sampling_defaults(config(tmp_path, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(r"\n", "\n"), (r"a\tb", "a\tb"), (r"\\n", r"\n"), (r"\d\\", "\\d\\"), ("\n", "\n"), ("\\", "\\"), ("你", "你")],
+)
+def test_escapes(given, meant):
+    assert unescaped(given) == meant
 
 
 @pytest.mark.parametrize("text", ["[", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}'])

@@ -11,6 +11,9 @@ from megalora.generation.text import Characters, Ear, Reader, Thinking, Until
 class Bytes:
     """A tokenizer with a token a byte; 256 is special."""
 
+    def get_vocab(self):
+        return {"<|end|>": 256}
+
     def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=None):
         special = b"" if skip_special_tokens else b"<|end|>"
         return b"".join(special if i == 256 else bytes([i]) for i in ids).decode(errors="replace")
@@ -65,6 +68,47 @@ def test_a_real_tokenizer(tmp_path):
     token_ids = [0, 1, 2, *(3 + byte for byte in "你".encode()), 1]
     characters = Characters(backend.decode)
     assert [characters.add(token) for token in token_ids] == ["hello", " world", "!", "", "", "你", " world"]
+
+
+def byte_fallback():
+    """As sentencepiece: a character of no vocabulary is byte tokens, which become text together or not at all."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["\u2581hello", "\u2581world", "!", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(tag, special=True) for tag in TAGS]})
+    return tokenizer
+
+
+TAGS = ["<think>", "</think>"]
+
+
+def test_a_reply_cut_inside_a_character_loses_no_whole_one():
+    tokenizer = byte_fallback()
+    cut = [0, *(3 + byte for byte in "你好".encode()[:-1])]
+    assert "你" not in tokenizer.decode(cut)  # which is what the library makes of it
+    answer = Reader(tokenizer).answer(Reply(tuple(cut), LENGTH), Prompt(0, [1]))
+    assert answer.text.startswith("hello你\ufffd")
+    again = Reader(tokenizer).answer(Reply((*cut, 1), LENGTH), Prompt(0, [1]))
+    assert again.text.startswith("hello你\ufffd") and again.text.endswith(" world")
+    pieces, _ = show(Reader(tokenizer), Prompt(0, [1]), cut)
+    assert "".join(piece.text for piece in pieces) == answer.text
+
+
+def test_thinking_tags_that_are_special_tokens():
+    tokenizer = byte_fallback()
+    start, end = tokenizer.convert_tokens_to_ids(TAGS)
+    assert tokenizer.decode([start, 0, end, 1], skip_special_tokens=True) == "hello world"
+    answer = Reader(tokenizer).answer(Reply((start, 0, end, 1), STOP), Prompt(0, [1]))
+    assert (answer.thinking, answer.text) == ("hello", "world")
+    pieces, _ = show(Reader(tokenizer), Prompt(0, [1]), [start, 0, end, 1])
+    assert [piece.thinking for piece in pieces if piece.text] == [True, False]
 
 
 @given(TEXTS, st.lists(st.text("ab \n<", min_size=1, max_size=4), max_size=3), st.randoms())

@@ -98,7 +98,7 @@ def _write_model(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:  # of another kind for each thing that it cannot do
         raise UserError(
             f"{file}: transformers cannot read it ({error!s:.200}): take the model's safetensors instead"
@@ -107,7 +107,7 @@ def _write_model(file: Path, folder: Path) -> None:
     for no_longer_so in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         fields.pop(no_longer_so, None)
     config = type(loaded.config).from_dict(fields)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
     model.load_state_dict(loaded.state_dict(), strict=True)
     tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
@@ -150,7 +150,7 @@ def _check_tokenizer(gguf: Gguf, folder: Path) -> None:
     """Reads the tokenizer back as any user would: every id must be the token that it is in the file."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     count = len(gguf.tokens)
     if len(tokenizer) != count or tokenizer.convert_ids_to_tokens(list(range(count))) != gguf.tokens:
         raise UserError(f"{gguf.file}: its tokens are not those of the tokenizer built of it: take the safetensors")

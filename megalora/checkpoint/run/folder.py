@@ -15,6 +15,7 @@ from pathlib import Path
 from megalora.checkpoint.manifest import MANIFEST
 from megalora.errors import UserError
 from megalora.files import aside_of, read_json, refuse_link, write_file
+from megalora.tokenizer_files import remove_tokenizer
 
 MARKER = ".megalora.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -22,9 +23,9 @@ PROBE = ".probe"  # in the folder of the checkpoints
 ITERATION = re.compile(r"iter_(\d{7,})")
 EXPORT_FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST)
 _PENDING = ".overwrite"  # in output_dir: its run is to be removed, and is there still
-_CHECKPOINTS, _EXPORT, _EVENTS = "checkpoints", "peft", "runs"
+_CHECKPOINTS, _EXPORT, _TOKENIZER, _EVENTS = "checkpoints", "peft", "tokenizer", "runs"
 _LINES = ("metrics.jsonl", "eval_metrics.jsonl")
-_OWN = (_CHECKPOINTS, _EXPORT, _EVENTS, *_LINES)
+_OWN = (_CHECKPOINTS, _EXPORT, _TOKENIZER, _EVENTS, *_LINES)
 _APPENDED = ("logs", "profile", MARKER)  # nothing is removed there
 
 
@@ -35,6 +36,11 @@ def checkpoints_folder(output_dir: str | Path) -> Path:
 def export_folder(output_dir: str | Path) -> Path:
     """Return where a run leaves its adapter for PEFT."""
     return Path(output_dir) / _EXPORT
+
+
+def tokenizer_folder(output_dir: str | Path) -> Path:
+    """Return where a run leaves its tokenizer and chat template."""
+    return Path(output_dir) / _TOKENIZER
 
 
 # ---- what is a run's own ----
@@ -107,7 +113,7 @@ def removal_is_pending(output_dir: str | Path) -> bool:
 def in_run(folder: str | Path, output_dir: str | Path) -> bool:
     """Return whether `remove_run` would remove what lies in `folder`, or some of it."""
     folder, output_dir = Path(folder).resolve(), Path(output_dir).resolve()
-    removed = checkpoints_folder(output_dir), export_folder(output_dir)
+    removed = (checkpoints_folder(output_dir), export_folder(output_dir), tokenizer_folder(output_dir))
     return folder == output_dir or any(folder.is_relative_to(part) for part in removed)
 
 
@@ -122,7 +128,7 @@ def remove_export(output_dir: str | Path) -> None:
 
 
 def remove_run(output_dir: str | Path) -> None:
-    """Remove what a run of megalora wrote into output_dir (checkpoints, events, metrics, export), no more.
+    """Remove what a run of megalora wrote into output_dir (checkpoints, events, metrics, export, tokenizer), no more.
 
     Raises UserError where something there is not a run's, or may not be removed. For one rank.
     """
@@ -139,8 +145,9 @@ def remove_run(output_dir: str | Path) -> None:
         for file in [*events.glob("events.out.tfevents.*"), *(output_dir / name for name in _LINES)]:
             file.unlink(missing_ok=True)
         _clear_export(export_folder(output_dir))
-        _remove_empty(checkpoints)
-        _remove_empty(events)
+        remove_tokenizer(tokenizer_folder(output_dir))
+        for folder in (tokenizer_folder(output_dir), checkpoints, events):
+            _remove_empty(folder)
         (output_dir / _PENDING).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir {output_dir}: cannot be cleared ({error}): name another one") from None
@@ -149,6 +156,7 @@ def remove_run(output_dir: str | Path) -> None:
 def _clear_export(folder: Path) -> None:
     for name in EXPORT_FILES:
         (folder / name).unlink(missing_ok=True)
+    remove_tokenizer(folder)
     _remove_empty(folder)
 
 

@@ -1,0 +1,238 @@
+"""Cache: the documents of a data set on disk, memory-mapped, verified, and made once for all ranks and runs.
+
+    {data_cache}/{key}/manifest.json   sizes and SHA-256 of the files, the report of the rows
+                       ids.bin         token ids, int32           (see documents.py)
+                       runs.bin        labelled runs, int32
+                       index.npz       ends, run_ends, rows
+                       layout-*.npz    which document lies in which row, by seed
+    {data_cache}/{key}.lock            held while it is made or verified
+    {data_cache}/{key}.checked         touched when that was done: who waited meanwhile need not do it again
+    {data_cache}/{key}.failed          the error that ended it, for who waited meanwhile
+
+The key is a hash of everything that the documents depend on. A cache that is missing, incomplete or damaged is made
+again. It is written aside and renamed, so that a reader never sees half of it; who comes second waits for the lock and
+finds it made.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .documents import Documents
+from .report import BadRows
+
+_BLOCK = 1 << 24  # bytes hashed at a time
+_HASHERS = 4  # threads
+
+
+def default_cache() -> Path:
+    """Return the folder of the tokens where none is named: megalora/data in the user's cache (XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megalora" / "data"
+
+
+class Writer:
+    """Writes documents to a folder as they come."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._ids, self._runs = (folder / "ids.bin").open("wb"), (folder / "runs.bin").open("wb")
+        self._parts: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, documents: Documents) -> None:
+        self._ids.write(np.ascontiguousarray(documents.ids, dtype="<i4").data)
+        self._runs.write(np.ascontiguousarray(documents.runs, dtype="<i4").data)
+        self._parts.append((documents.lengths, np.diff(documents.run_ends, prepend=0), documents.rows))
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Write the index and the manifest, all of it to the disk."""
+        for file in (self._ids, self._runs):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        columns = list(zip(*self._parts, strict=True)) or [[]] * 3
+        lengths, counts, rows = (
+            np.concatenate(parts).astype(np.int64) if len(parts) else np.empty(0, np.int64) for parts in columns
+        )
+        save_arrays(self.folder / "index.npz", ends=np.cumsum(lengths), run_ends=np.cumsum(counts), rows=rows)
+        files = {
+            name: [(self.folder / name).stat().st_size, file_digest(self.folder / name)]
+            for name in ("ids.bin", "runs.bin", "index.npz")
+        }
+        text = json.dumps({"files": files, "report": report})
+        write_text(self.folder / "manifest.json", f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+    def abandon(self) -> None:
+        self._ids.close()
+        self._runs.close()
+
+
+def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
+    """Return the folder of the documents of `key`, their report, and whether they were made now.
+
+    make(writer) adds all documents and returns the report. Only one process at a time makes the documents of a key; the
+    others wait. Raises UserError where the folder cannot be written, and what `make` raises; who waited for a process
+    that failed raises the same UserError and does not try again.
+    """
+    folder, failed, checked = root / key, root / f"{key}.failed", root / f"{key}.checked"
+    asked = time.time()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / f"{key}.lock") as alone:
+            report = verified(folder, contents=not _since(checked, asked))
+            if report is not None:
+                checked.touch()
+                return folder, report, False
+            if _since(failed, asked):
+                raise BadRows(failed.read_text(encoding="utf-8"))
+            failed.unlink(missing_ok=True)
+            if alone:  # these are of processes that were killed
+                for rest in root.glob(f"{key}.partial*"):
+                    shutil.rmtree(rest, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=root))
+            writer = Writer(partial)
+            try:
+                report = make(writer)
+                writer.finish(report)
+            except BaseException as error:
+                writer.abandon()
+                shutil.rmtree(partial, ignore_errors=True)
+                if isinstance(error, UserError):
+                    write_text(failed, str(error))
+                raise
+            _put(partial, folder)
+            checked.touch()
+            return folder, report, True
+    except OSError as error:
+        raise UserError(
+            f"cannot write the tokens of the rows to {root}: {error.strerror or error}; make room or name another "
+            "folder with --data_cache"
+        ) from None
+
+
+def verified(folder: Path, *, contents: bool = True) -> dict[str, Any] | None:
+    """Return the report of a cache whose files are all as they were written, else None.
+
+    contents  False: their sizes are enough, since another process has just looked at the rest
+    """
+    try:
+        digest, _, text = (folder / "manifest.json").read_text(encoding="utf-8").partition("\n")
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            return None
+        manifest = json.loads(text)
+        for name, (size, _) in manifest["files"].items():
+            if (folder / name).stat().st_size != size:
+                return None
+        if contents and any(file_digest(folder / name) != sha for name, (_, sha) in manifest["files"].items()):
+            return None
+        return manifest["report"]
+    except (OSError, ValueError, UnicodeDecodeError):
+        return None
+
+
+def open_documents(folder: Path) -> Documents:
+    """Map the documents of a folder that was written or verified before."""
+    with np.load(folder / "index.npz") as index:
+        ends, run_ends, rows = index["ends"], index["run_ends"], index["rows"]
+    return Documents(_mapped(folder / "ids.bin"), ends, _mapped(folder / "runs.bin").reshape(-1, 2), run_ends, rows)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of the SHA-256 of a file's blocks, which several threads hash."""
+    size = path.stat().st_size
+
+    def block(start: int) -> bytes:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            digest, left = hashlib.sha256(), 16 * _BLOCK
+            while left and (data := file.read(min(_BLOCK, left))):
+                digest.update(data)
+                left -= len(data)
+            return digest.digest()
+
+    with ThreadPoolExecutor(_HASHERS) as threads:
+        parts = list(threads.map(block, range(0, size, 16 * _BLOCK)))
+    return hashlib.sha256(b"".join(parts) + size.to_bytes(8, "little")).hexdigest()
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays to a file, whole or not at all."""
+    number, aside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    with os.fdopen(number, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def load_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray] | None:
+    """Return the arrays of a file, None where it is missing or damaged (the format has checksums of its own)."""
+    try:
+        with np.load(path) as file:
+            return [file[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _mapped(path: Path) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty(0, np.int32)
+    return np.memmap(path, dtype="<i4", mode="r")
+
+
+def _since(marker: Path, moment: float) -> bool:
+    """Whether a marker was touched since, by the process that this one has waited for."""
+    return marker.exists() and marker.stat().st_mtime >= moment
+
+
+def _put(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`, in place of a damaged one; without locks another process may have been first."""
+    if folder.exists():
+        if verified(folder) is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        damaged = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        folder.rename(damaged / folder.name)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if verified(folder) is None:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file and yield whether it is held: without locks each process makes the documents itself."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held = True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            held = False
+        yield held

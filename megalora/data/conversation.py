@@ -1,0 +1,115 @@
+"""Conversation: what a row says, in one shape, before any tokenizer or template sees it.
+
+Readers and formats make conversations; chat templates and generation read them. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+TrainOn = Literal["all", "last", "prompt"]
+MessageDict = dict[str, Any]  # as tokenizer.apply_chat_template takes it
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message.
+
+    content     the text; empty only where the message has thinking or tool_calls, or is a system message left empty
+    thinking    the reasoning before the content, where the row has a field of its own for it. Thinking that a row
+                writes into the content, as <think>...</think>, stays there
+    tool_calls  in OpenAI's shape: {"type": "function", "function": {"name", "arguments": object}, "id"?}
+    trained     whether the loss reads this message; None: by the rule of the run (`Conversation.resolve`). The text
+                between two replies is trained where all of its system and user messages are and none is a tool's
+    weight      of the message's tokens in the loss; 0 is the same as trained=False
+    extra       fields that a template may read beside these (name, tool_call_id)
+    """
+
+    role: Role
+    content: str
+    thinking: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    trained: bool | None = None
+    weight: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> MessageDict:
+        """Return the message as `tokenizer.apply_chat_template` takes it.
+
+        Thinking is `reasoning_content`; the content of a message that is all tool calls is None, as OpenAI has it.
+        """
+        content = None if self.tool_calls and not self.content else self.content
+        message: MessageDict = {"role": self.role, "content": content}
+        if self.thinking is not None:
+            message["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            message["tool_calls"] = [dict(call) for call in self.tool_calls]
+        return {**message, **self.extra}
+
+    def with_thinking_in_content(self) -> Message:
+        """Return the message with its thinking written into the content, for templates that read only that."""
+        if self.thinking is None:
+            return self
+        return replace(self, content=f"<think>\n{self.thinking}\n</think>\n\n{self.content}", thinking=None)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a row, in order, the last one the assistant's; or a plain text.
+
+    tools            functions that the assistant may call, in OpenAI's shape: {"type": "function", "function": {...}}
+    template_kwargs  variables of the chat template for this row, such as enable_thinking
+    text             a text without turns (`messages` is empty), with no template: every token is trained
+    """
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
+
+    @classmethod
+    def from_dicts(cls, messages: Sequence[Mapping[str, Any]], **more: Any) -> Conversation:
+        """Build a conversation of messages as `tokenizer.apply_chat_template` takes them. more: of its other fields."""
+        named = ("role", "content", "reasoning_content", "tool_calls")
+        made = [
+            Message(
+                message["role"],
+                message.get("content") or "",
+                message.get("reasoning_content"),
+                tuple(message.get("tool_calls") or ()),
+                extra={name: value for name, value in message.items() if name not in named},
+            )
+            for message in messages
+        ]
+        return cls(tuple(made), **more)
+
+    def to_dicts(self) -> list[MessageDict]:
+        """Return the messages as `tokenizer.apply_chat_template` takes them."""
+        return [message.to_dict() for message in self.messages]
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `tokenizer.apply_chat_template` that this row asks for."""
+        tools = {"tools": [dict(tool) for tool in self.tools]} if self.tools else {}
+        return {**tools, **self.template_kwargs}
+
+    def resolve(self, train_on: TrainOn) -> Conversation:
+        """Return the conversation with `trained` set for every message.
+
+        A message that says so itself keeps what it says. Else "all" trains the assistant's messages, "last" the last
+        of them, "prompt" also the system's and the user's. A tool's result is never trained.
+        """
+        last = max((i for i, message in enumerate(self.messages) if message.role == "assistant"), default=-1)
+        roles = {"all": {"assistant"}, "last": {"assistant"}, "prompt": {"assistant", "system", "user"}}[train_on]
+
+        def trained(index: int, message: Message) -> bool:
+            if message.role == "tool" or message.weight == 0:
+                return False
+            if message.trained is not None:
+                return message.trained
+            return message.role in roles and (train_on != "last" or index == last)
+
+        messages = tuple(replace(message, trained=trained(i, message)) for i, message in enumerate(self.messages))
+        return replace(self, messages=messages)

@@ -1,0 +1,87 @@
+"""Documents: token ids and labels of many documents in a few flat arrays, in memory or mapped from a file.
+
+Three documents of 4, 3 and 2 tokens, the labelled ones marked with a dot below:
+
+    ids       a1 a2 a3 a4 b1 b2 b3 c1 c2        ends      4  7  9
+                     .  .     .  .     .        runs      2:4  1:3  1:2     (start:stop within the document)
+                                                run_ends  1  2  3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .template import IGNORE, Sample
+
+
+@dataclass(frozen=True)
+class Documents:
+    """D documents of T tokens in all, with K runs of labelled tokens.
+
+    ids       [T] int32
+    ends      [D] int64, where each document ends in `ids`
+    runs      [K, 2] int32, (start, stop) of the labelled runs, counted from the document's start
+    run_ends  [D] int64, where each document's runs end in `runs`
+    rows      [D] int64, the number of the row that each came from, over all sources
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray
+    runs: np.ndarray
+    run_ends: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], rows: Sequence[int]) -> Documents:
+        """Build from documents with labels that are not shifted, and their row numbers."""
+        runs = [label_runs(sample.labels) for sample in samples]
+        return cls(
+            _concatenated([sample.input_ids for sample in samples], np.int32),
+            np.cumsum([len(sample.input_ids) for sample in samples], dtype=np.int64),
+            _concatenated(runs, np.int32).reshape(-1, 2),
+            np.cumsum([len(part) for part in runs], dtype=np.int64),
+            np.asarray(rows, dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[D] int64, tokens of each document."""
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """[D] int64, labels of each document once they are shifted: the first token is never predicted."""
+        counts = self.runs[:, 1] - np.maximum(self.runs[:, 0], 1)
+        sums = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        return np.diff(sums[self.run_ends], prepend=0)
+
+    def sample(self, index: int) -> Sample:
+        """Return one document. Its labels are not shifted."""
+        start, stop = _bounds(self.ends, index)
+        ids = np.array(self.ids[start:stop])
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        first, last = _bounds(self.run_ends, index)
+        for begin, end in self.runs[first:last].tolist():
+            labels[begin:end] = ids[begin:end]
+        return Sample(ids, labels)
+
+
+def label_runs(labels: np.ndarray) -> np.ndarray:
+    """Return the [k, 2] int32 (start, stop) of the labelled runs of a document's labels [n]."""
+    marks = np.diff((labels != IGNORE).astype(np.int8), prepend=0, append=0)
+    return np.stack([np.flatnonzero(marks == 1), np.flatnonzero(marks == -1)], axis=1).astype(np.int32)
+
+
+def _bounds(ends: np.ndarray, index: int) -> tuple[int, int]:
+    return int(ends[index - 1]) if index else 0, int(ends[index])
+
+
+def _concatenated(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.empty(0, dtype)

@@ -1,0 +1,29 @@
+"""A worker process (see workers.py): chunks of rows on standard input, what they are encoded to on standard output."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+
+
+def main() -> None:
+    """Encode chunks until standard input ends."""
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints goes to standard error
+    encoder = pickle.load(sys.stdin.buffer)
+    while True:
+        try:
+            chunk = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = (encoder.encode(chunk), None)
+        except Exception as error:  # raised again where the rows are asked for
+            answer = (None, error)
+        pickle.dump(answer, results, protocol=5)
+        results.flush()
+
+
+if __name__ == "__main__":
+    main()

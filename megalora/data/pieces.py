@@ -1,0 +1,130 @@
+"""Pieces of text -> tokens: every piece is tokenised by itself, in few calls to the tokenizer for many documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+
+IGNORE = -100
+# What stands before a piece from the middle of a text, where the tokenizer sets a space before any text. A newline is
+# one byte token in most such vocabularies and merges with nothing; the second is of none, so it is a few byte tokens.
+_GUARDS = ("\n", "\ue0f3")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document. input_ids [n] int32; labels [n] int32, not shifted: labels[t] is input_ids[t] or -100."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a document's text that is tokenised by itself.
+
+    trained   it carries labels
+    verbatim  it is a special token that a message writes, and is tokenised as text
+    """
+
+    text: str
+    trained: bool
+    verbatim: bool = False
+
+
+class PieceTokenizer:
+    """Tokenises documents that are given as pieces."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._guards = _guards(tokenizer)
+
+    def samples(self, documents: Sequence[Sequence[Segment]]) -> list[Sample]:
+        """Return documents as samples. Raises UserError for a special token that cannot be tokenised as text."""
+        samples = []
+        for pieces, parts in zip(documents, self._tokens(documents), strict=True):
+            counts = [len(ids) for ids in parts]
+            input_ids = np.array([token for ids in parts for token in ids], np.int32)
+            trained = np.repeat(np.fromiter((piece.trained for piece in pieces), bool, len(pieces)), counts)
+            samples.append(Sample(input_ids, np.where(trained, input_ids, np.int32(IGNORE))))
+        return samples
+
+    def ids(self, pieces: Sequence[Segment]) -> list[int]:
+        """Return the tokens of one document."""
+        return [token for ids in self._tokens([pieces])[0] for token in ids]
+
+    def _tokens(self, documents: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
+        """Per document and piece: token ids."""
+        flat = [(piece, number > 0) for pieces in documents for number, piece in enumerate(pieces)]
+        found: list[list[int]] = [[]] * len(flat)
+        for verbatim in (False, True):
+            places = [place for place, (piece, _) in enumerate(flat) if piece.verbatim == verbatim]
+            texts = [flat[place][0].text for place in places]
+            inner = [flat[place][1] for place in places]
+            for place, ids in zip(places, self._encode(texts, inner, verbatim), strict=True):
+                found[place] = ids
+        tokens = iter(found)
+        return [[next(tokens) for _ in pieces] for pieces in documents]
+
+    def _encode(self, texts: list[str], inner: list[bool], verbatim: bool) -> list[list[int]]:
+        """inner: the piece is from the middle of a text, so that it gets no space of its own."""
+        if not texts:
+            return []
+        if not self._guards:
+            return self._call(texts, verbatim)
+        guard, its_ids = self._guards[0]
+        encoded = self._call(
+            [guard + text if not_first else text for text, not_first in zip(texts, inner, strict=True)], verbatim
+        )
+        for place, not_first in enumerate(inner):
+            if not_first:
+                ids = encoded[place]
+                cut = _behind(ids, its_ids)
+                encoded[place] = self._otherwise(texts[place], verbatim) if cut is None else cut
+        return encoded
+
+    def _otherwise(self, text: str, verbatim: bool) -> list[int]:
+        """A piece whose first token merges with the first guard."""
+        for guard, its_ids in self._guards[1:]:
+            cut = _behind(self._call([guard + text], verbatim)[0], its_ids)
+            if cut is not None:
+                return cut
+        raise UserError(f"the tokenizer has no token that stays apart before {text[:20]!r}; use one with byte fallback")
+
+    def _call(self, texts: list[str], verbatim: bool) -> list[list[int]]:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None and not verbatim:  # by itself: no offsets, no copies
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = False
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        # verbose=False: documents longer than the tokenizer's model_max_length are judged elsewhere
+        more = {"split_special_tokens": True} if verbatim else {}
+        found = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **more)
+        found = found["input_ids"]
+        if verbatim:
+            for text, ids in zip(texts, found, strict=True):
+                if self._tokenizer.convert_tokens_to_ids(text.removeprefix(_GUARDS[0]).removeprefix(_GUARDS[1])) in ids:
+                    raise UserError(
+                        f"the tokenizer cannot write {text.strip()!r} as text; take it out of the messages, or give "
+                        "--special_tokens_in_text true for the token itself"
+                    )
+        return found
+
+
+def _behind(ids: list[int], guard: list[int]) -> list[int] | None:
+    return ids[len(guard) :] if ids[: len(guard)] == guard else None
+
+
+def _guards(tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """(text, its tokens) of what may stand before a piece; none where the tokenizer sets no space before a text."""
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
+    if not first.startswith("\u2581"):
+        return []
+    known = [(guard, tokenizer(guard, add_special_tokens=False)["input_ids"]) for guard in _GUARDS]
+    return [(guard, ids) for guard, ids in known if ids] or [(_GUARDS[0], [])]

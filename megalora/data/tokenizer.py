@@ -1,0 +1,245 @@
+"""Tokenizers: loaded from a folder without running its code, and held to the files they are made from.
+
+transformers builds a tokenizer from several files and its own class for the model, and some of its versions get some
+classes wrong (spaces lost, digits cut differently). What the `tokenizers` or `sentencepiece` library reads in the
+folder's own file is what the model was trained with, so the two are compared before a token is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..tokenizer_files import (
+    CONFIG_FILE,
+    FILES,
+    SENTENCEPIECE_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    VOCABULARIES,
+    has_tokenizer,
+    read_fields,
+)
+
+_LARGEST_FILE = 512 << 20  # bytes; the largest in use are of 34 MB
+
+_WORDS = ("a b", " a", "a ", "a  b", "  ", "a   b    c", "\t", "a\tb", "Hello, world! It's 5 o'clock.", "HELLO wOrLd")
+_LINES = ("\n", "a\nb", "a\n\nb", "\n\n\n", "a \n b", "\r\n", " \n", "a\n    b\n        c\n")
+_SCRIPTS = (
+    "你好，世界。",
+    "你 好",
+    "こんにちは",
+    "안녕하세요",
+    "Привет",
+    "مرحبا",
+    "é è ñ ü",
+    "e\u0301",
+    "ﬁ",
+    "🙂👍🏽",
+    "👩‍👩‍👧 a",
+    "𝒳",
+)
+_NUMBERS = ("0 1 12 123 1234 12345", "3.14159", "1,000,000", "2024-07-26", "x=1;y=-2", "１２３")
+_CODE = (
+    "def f(x):\n    return x**2  # ok\n",
+    'if (a&&b){c[0]="d";}',
+    "<div class='x'>",
+    "a_b.c::d->e",
+    "$x^2_{i}$ \\frac{1}{2}",
+)
+PROBES = (*_WORDS, *_LINES, *_SCRIPTS, *_NUMBERS, *_CODE)
+
+
+@dataclass(frozen=True)
+class OpenedTokenizer:
+    """A tokenizer of transformers, the folder it is from, and lines that the user should read about it."""
+
+    tokenizer: Any
+    folder: Path
+    notes: tuple[str, ...] = ()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Return the tokenizer of a Hugging Face folder, as `open_tokenizer` does, without its notes."""
+    return open_tokenizer(folder).tokenizer
+
+
+def open_tokenizer(folder: str | Path) -> OpenedTokenizer:
+    """Load the tokenizer of a Hugging Face folder from local files only; never run code of the folder.
+
+    Where transformers gives other tokens than the folder's own tokenizer.json, the file's tokens are used and a note
+    says so. Raises UserError where there are no tokenizer files, where they cannot be read or would need code of the
+    folder, and where the tokens of the file cannot be had.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder} to read the tokenizer from; check the path")
+    _check_files(folder)
+    code = _own_code(folder)
+    tokenizer = _load(folder, code)
+    notes = (
+        [f"{folder}: its own tokenizer code ({code}) is not run; transformers' class reads its files"] if code else []
+    )
+    if (folder / TOKENIZER_FILE).is_file():
+        tokenizer, note = _like_its_file(tokenizer, folder)
+        notes += [note] if note else []
+    elif (folder / SENTENCEPIECE_FILE).is_file():
+        note = _like_sentencepiece(tokenizer, folder / SENTENCEPIECE_FILE)
+        notes += [note] if note else []
+    return OpenedTokenizer(tokenizer, folder, tuple(notes))
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Return the size of the vocabulary, and a hash of its tokens and of which are special."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    special = sorted(str(token) for token in tokenizer.all_special_tokens)
+    digest = hashlib.sha256(json.dumps([vocabulary, special, tokenizer.eos_token_id]).encode()).hexdigest()
+    return f"{len(vocabulary)} tokens, {digest[:16]}"
+
+
+# ---- loading ----
+
+
+def _check_files(folder: Path) -> None:
+    if not has_tokenizer(folder):
+        missing = ", ".join(VOCABULARIES)
+        raise UserError(f"{folder} has no tokenizer (none of {missing}); copy it from the model's folder")
+    for name in (*FILES, TEMPLATE_FILE):
+        file = folder / name
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file}: is not a regular file; copy the tokenizer's files again")
+        if file.exists() and file.stat().st_size > _LARGEST_FILE:
+            raise UserError(f"{file}: {file.stat().st_size / 1e9:.1f} GB are no tokenizer; copy its files again")
+
+
+def _own_code(folder: Path) -> str | None:
+    """The Python class of the folder that its tokenizer_config.json asks transformers to run, if it does."""
+    file = folder / CONFIG_FILE
+    found = read_fields(file).get("auto_map") if file.is_file() else None
+    if isinstance(found, dict):
+        found = found.get("AutoTokenizer")
+    if isinstance(found, (list, tuple)):
+        found = next((name for name in found if name), None)
+    return None if not found else str(found)
+
+
+def _load(folder: Path, code: str | None) -> Any:
+    """The tokenizer of the class that transformers chooses; where that class fails, tokenizer.json by itself."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # a slow import, wanted only here
+
+    tokenizer = error = None
+    alone = [PreTrainedTokenizerFast] if (folder / TOKENIZER_FILE).is_file() and not code else []
+    for kind in (AutoTokenizer, *alone):
+        try:
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            works = len(tokenizer("a b", add_special_tokens=False)["input_ids"]) > 0
+            break
+        except Exception as raised:  # transformers raises whatever its parsers raise
+            error = error or raised
+    if tokenizer is None and code:
+        never = f"it asks to run its own code ({code}), which megalora never does"
+        raise UserError(f"cannot read the tokenizer in {folder}: {never}; use a tokenizer that transformers has")
+    if tokenizer is None:
+        raise UserError(f"cannot read the tokenizer in {folder}: {error!s:.300}; copy its files again")
+    if not works:
+        raise UserError(f"the tokenizer in {folder} gives no tokens for a text; copy its files again")
+    return tokenizer
+
+
+# ---- comparing with the file ----
+
+
+def _like_its_file(tokenizer: Any, folder: Path) -> tuple[Any, str | None]:
+    """The tokenizer, or one that gives the tokens of tokenizer.json where this one does not; and a line on that."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / TOKENIZER_FILE
+    try:
+        own = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{file}: is no tokenizer ({error!s:.200}); copy it again") from None
+    own.no_padding()
+    own.no_truncation()
+    special = [token.content for token in own.get_added_tokens_decoder().values()]
+    probes = (*PROBES, *special, *(f"a{token}b" for token in special), *(f" {token} \n" for token in special[:64]))
+
+    def encode(text: str) -> list[int]:
+        return own.encode(text, add_special_tokens=False).ids
+
+    different = _difference(tokenizer, encode, probes)
+    if different is None:
+        return tokenizer, None
+    what = f"{file}: transformers' {type(tokenizer).__name__} gives other tokens than the file itself"
+    try:
+        alone = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        still = _difference(alone, encode, probes)
+    except Exception as error:
+        still = f"{different}; reading the file alone: {error!s:.200}"
+    if still is not None:
+        raise UserError(f"{what} ({still}); use another version of transformers")
+    return alone, f"{what} ({different}); the file's are used"
+
+
+def _like_sentencepiece(tokenizer: Any, file: Path) -> str | None:
+    """Make the tokenizer give the tokens of the sentencepiece model that it is made from; a line where it did not.
+
+    Raises UserError where that cannot be had.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        if _is_tiktoken(file):
+            return None
+        raise UserError(f"{file}: is no sentencepiece model ({error!s:.200}); copy it again") from None
+    different = _difference(tokenizer, model.encode, PROBES)
+    if different is None:
+        return None
+    what = f"{file}: transformers' {type(tokenizer).__name__} gives other tokens than the sentencepiece model itself"
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.normalizer, backend.pre_tokenizer = _sentencepiece_normalizer(model), None
+        if _difference(tokenizer, model.encode, PROBES) is None:
+            return f"{what} ({different}); the model's are used"
+    raise UserError(f"{what} ({different}); use another version of transformers, or a folder with a tokenizer.json")
+
+
+def _sentencepiece_normalizer(model: Any) -> Any:
+    """What a sentencepiece model does to a text first, as its own file says it."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, normalizers
+
+    rules = sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto()).normalizer_spec
+    steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:  # even where the text begins with a space
+        steps.append(normalizers.Prepend("\u2581"))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+
+
+def _is_tiktoken(file: Path) -> bool:
+    """Whether tokenizer.model is a table of base64 tokens and ranks, as of Llama 3's original release."""
+    with file.open("rb") as lines:
+        words = lines.readline(4096).split()
+    return len(words) == 2 and words[1].isdigit()
+
+
+def _difference(tokenizer: Any, encode: Callable[[str], Sequence[int]], probes: Sequence[str]) -> str | None:
+    """The first text whose tokens differ, in words."""
+    found = tokenizer(list(probes), add_special_tokens=False)["input_ids"]
+    for text, ids in zip(probes, found, strict=True):
+        if list(encode(text)) != list(ids):
+            return f"{text!r} is {_shown(encode(text))} in the file, {_shown(ids)} in transformers"
+    return None
+
+
+def _shown(ids: Sequence[int]) -> str:
+    shown = " ".join(map(str, list(ids)[:8]))
+    return f"[{shown}{' ...' if len(ids) > 8 else ''}]"

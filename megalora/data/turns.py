@@ -1,0 +1,292 @@
+"""Turns: one object of a list of turns -> messages. Roles, text parts, thinking, tool calls and per-turn masks.
+
+Two kinds of turn are known: a message with a role ({role, content} or {from, value}), and an exchange, a question and
+its reply in one object ({instruction?, input?, output}, {query, response}, ...).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..errors import UserError
+from .conversation import Message
+from .fields import Fields, empty, json_type, names_of
+
+ROLE_FIELDS = ("role", "from")
+TEXT_FIELDS = ("content", "value")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+QUESTION_FIELDS = ("instruction", "prompt", "query", "question")
+REPLY_FIELDS = ("output", "completion", "response", "answer")
+THINKING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+TOOL_FIELDS = ("tools", "functions")
+LIST_FIELDS = ("messages", "conversations", "conversation")
+
+_ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "ai", "llm"),
+    "tool": ("tool", "observation", "function", "ipython", "tool_response", "function_response", "tool_result"),
+    "call": ("function_call", "tool_call"),
+}
+ROLES = {name: role for role, names in _ROLES.items() for name in names}
+
+_TRAINED_FIELDS = ("train", "trained", "trainable", "loss")
+_MASKED_FIELDS = ("masked", "mask")
+_WEIGHT_FIELDS = ("weight", "loss_weight", "loss_scale")
+
+
+def is_message(fields: Fields) -> bool:
+    """Return whether an object of a list of turns is a message with a role, not an exchange."""
+    exchange = (*QUESTION_FIELDS, "input", *REPLY_FIELDS)
+    return bool(fields.present((*ROLE_FIELDS, *TEXT_FIELDS))) or not fields.present(exchange)
+
+
+def read_message(fields: Fields, tools: list[dict[str, Any]]) -> Message:
+    """Return the message of a turn {role, content}; tools that a system message declares are added to `tools`.
+
+    Raises UserError (naming `fields.place`) for an unknown role, a text that is not one, a field that is not read.
+    """
+    name, role = _role(fields)
+    text, thinking, calls = _parts(fields.take(*TEXT_FIELDS), f"{fields.place}: the {name} text", fields, role)
+    thinking = _one_thinking(fields, thinking, text)
+    calls += tool_calls(fields.take("tool_calls"), fields.place)
+    call = fields.take("function_call")
+    calls += tool_calls([call], fields.place) if call is not None else []
+    if role == "call":
+        role = "assistant"
+        text, inner, written = _written_calls(text, fields.place)
+        thinking, calls = thinking or inner, calls + written
+    if role == "system":
+        tools += read_tools(fields.take(*TOOL_FIELDS), fields.place)
+    is_trained = trained(fields)
+    extra = {key: fields.take(key) for key in ("name", "tool_call_id") if key in fields}
+    extra = {key: value for key, value in extra.items() if value is not None}
+    if role != "tool" and "name" in extra:  # few templates print it
+        fields.note("name", extra["name"])
+    for key, value in extra.items():
+        check_text(value, f"{fields.place}: {key}")
+    if role != "assistant" and (calls or thinking is not None):
+        what = "tool calls" if calls else "thinking"
+        raise UserError(f"{fields.place}: a {role} message has {what}; only the assistant's may")
+    if role in ("user", "assistant") and not text.strip() and not calls and thinking is None:
+        raise UserError(f"{fields.place}: the {name} text is empty; fill it in or remove the row")
+    fields.finish([text])
+    weight = 0.0 if is_trained is False else 1.0
+    return Message(role, text, thinking, tuple(calls), trained=is_trained, weight=weight, extra=extra)
+
+
+def read_exchange(fields: Fields, *, reply_needed: bool) -> list[Message]:
+    """Return the user's message and the reply of an exchange; with `reply_needed` False the reply may be missing.
+
+    The user's text is the instruction (prompt, query, question), and the input on the next line. `fields` is not
+    finished: there may be more in the object.
+    """
+    parts = [fields.take(*QUESTION_FIELDS), fields.take("input")]
+    for part in parts:
+        if part is not None and not isinstance(part, str):
+            kind = json_type(part)
+            raise UserError(f"{fields.place}: instruction and input must be strings, one is a JSON {kind}")
+    text = "\n".join(part for part in parts if part)
+    if not text.strip():
+        raise UserError(f"{fields.place}: the user text is empty; fill it in or remove the row")
+    check_text(text, f"{fields.place}: the user text")
+    question = Message("user", text)
+    if not fields.present(REPLY_FIELDS):
+        if reply_needed:
+            left = names_of(fields.left())
+            raise UserError(f"{fields.place}: a turn has no output (its other fields: {left}); add the reply")
+        return [question]
+    name = fields.present(REPLY_FIELDS)[0]
+    reply = fields.take(*REPLY_FIELDS)
+    if reply is None and not reply_needed:
+        return [question]
+    if not isinstance(reply, str) or not reply.strip():
+        what = "is empty; fill it in or remove the row"
+        if reply is not None and not isinstance(reply, str):
+            what = f"is a JSON {json_type(reply)}; it must be a string"
+        raise UserError(f"{fields.place}: the assistant text ({name}) {what}")
+    check_text(reply, f"{fields.place}: the assistant text")
+    return [question, Message("assistant", reply, _one_thinking(fields, [], reply))]
+
+
+def system_text(fields: Fields) -> str | None:
+    """Return the text of a system field, None where there is none."""
+    text = fields.take(*SYSTEM_FIELDS)
+    if text is not None:
+        check_text(text, f"{fields.place}: the system text")
+    return text if text is None or text.strip() else None
+
+
+def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
+    """Return declared functions in OpenAI's shape, from a list of functions or its JSON text."""
+    tools = []
+    for tool in _listed(value, place, "tools"):
+        function = tool.get("function") if tool.get("type", "function") == "function" and "function" in tool else tool
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(
+                f"{place}: a tool must be a function, with its name, description and parameters; this one has "
+                f"{names_of(tool)}"
+            )
+        tools.append(tool if function is not tool else {"type": "function", "function": tool})
+    return tools
+
+
+def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Return tool calls in OpenAI's shape with arguments as an object, from a list (or its JSON text) of calls."""
+    calls = []
+    for call in _listed(value, place, "tool_calls"):
+        outer = dict(call)
+        function = outer.pop("function", None)
+        if function is None:
+            function = {key: outer.pop(key) for key in ("name", "arguments", "parameters") if key in outer}
+        if not isinstance(function, dict):
+            kind = json_type(function)
+            raise UserError(f"{place}: the function of a tool call is a JSON {kind}; it must be an object")
+        function = dict(function)
+        name, arguments = function.pop("name", None), function.pop("arguments", function.pop("parameters", {}))
+        kind, identity = outer.pop("type", "function") or "function", outer.pop("id", None)
+        outer.pop("index", None)
+        left = [key for key, item in (*outer.items(), *function.items()) if not empty(item)]
+        if left or kind != "function" or not isinstance(name, str) or not name:
+            wrong = f"has the fields {names_of(left)}" if left else f"is of type {kind!r}, named {name!r}"
+            raise UserError(f"{place}: a tool call {wrong}; it must be {{name, arguments}}, with id and type at most")
+        if isinstance(arguments, str):
+            arguments = from_json(arguments or "{}", f"{place}: the arguments of the call of {name}")
+        if not isinstance(arguments, dict):
+            kind = json_type(arguments)
+            raise UserError(f"{place}: the arguments of the call of {name} are a JSON {kind}; they must be an object")
+        made = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        calls.append(made if identity is None else {"id": identity, **made})
+    return calls
+
+
+def merge_calls(messages: Sequence[Message]) -> Iterator[Message]:
+    """Yield the messages with a reply and the function_call turn behind it as one: a text, then the calls."""
+    waiting: Message | None = None
+    for message in messages:
+        both = waiting is not None and message.role == waiting.role == "assistant"
+        if both and message.tool_calls and not message.content and (waiting.trained == message.trained):
+            if waiting.thinking is None or message.thinking is None:
+                thinking = message.thinking if waiting.thinking is None else waiting.thinking
+                waiting = replace(waiting, thinking=thinking, tool_calls=waiting.tool_calls + message.tool_calls)
+                continue
+        if waiting is not None:
+            yield waiting
+        waiting = message
+    if waiting is not None:
+        yield waiting
+
+
+def _role(fields: Fields) -> tuple[str, str]:
+    """The role as the row has it, and ours."""
+    if not fields.present(ROLE_FIELDS) or not fields.present((*TEXT_FIELDS, "tool_calls", "function_call")):
+        has = names_of(fields.left())
+        raise UserError(f"{fields.place} needs role and content, or from and value; it has {has}")
+    name = fields.take(*ROLE_FIELDS)
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise UserError(f"{fields.place} has the role {repr(name)[:40]}; known roles: {', '.join(ROLES)}")
+    return name.strip(), role
+
+
+def _parts(value: Any, what: str, fields: Fields, role: str) -> tuple[str, list[str], list[dict[str, Any]]]:
+    """(text, thinking, tool calls) of a content: a string, or a list of parts with a type each."""
+    if value is None:
+        return "", [], []
+    if role == "tool" and not isinstance(value, str) and not _is_parts(value):
+        value = json.dumps(value, ensure_ascii=False)  # a result given as JSON itself
+    if isinstance(value, str):
+        check_text(value, what)
+        return value, [], []
+    if not _is_parts(value):
+        raise UserError(f"{what} is a JSON {json_type(value)}; it must be a string, or a list of text parts")
+    texts, thinking, calls = [], [], []
+    for part in value:
+        inner = Fields(part, what, f"{fields.level}content[].", fields.names, fields.seen)
+        kind = inner.take("type")
+        if kind in ("text", "input_text", "output_text", None):
+            texts.append(check_text(inner.take("text", "value", "content") or "", what))
+        elif kind in THINKING_FIELDS:
+            thinking.append(check_text(inner.take(*THINKING_FIELDS, "text", "value", "content") or "", what))
+        elif kind in ("tool_call", "function_call"):
+            calls += _written_calls(check_text(inner.take("value", "text", "content") or "", what), fields.place)[2]
+        else:
+            raise UserError(f"{what} has a part of type {str(kind)[:40]!r}; only text is trained: leave such rows out")
+        inner.finish()
+    return "".join(texts), thinking, calls
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
+
+
+def _one_thinking(fields: Fields, parts: list[str], text: str) -> str | None:
+    """The thinking of a message: of its `parts` or of a field of its own. In its `text` there must be none then."""
+    own = fields.take(*THINKING_FIELDS)
+    if own is not None:
+        parts = [*parts, check_text(own, f"{fields.place}: the thinking")]
+    if len(parts) > 1 or (parts and text.lstrip().startswith("<think>")):
+        raise UserError(f"{fields.place}: has thinking twice; write it once")
+    return parts[0] if parts and parts[0].strip() else None
+
+
+def _written_calls(text: str, place: str) -> tuple[str, str | None, list[dict[str, Any]]]:
+    """(text, thinking, calls) of a function_call turn: JSON of one call or several, with <think>...</think> before."""
+    thinking, rest = None, text.strip()
+    if rest.startswith("<think>") and "</think>" in rest:
+        thinking, _, rest = rest.removeprefix("<think>").partition("</think>")
+        thinking = thinking.strip() or None
+    value = from_json(rest, f"{place}: the function call")
+    return "", thinking, tool_calls(value if isinstance(value, list) else [value], place)
+
+
+def _listed(value: Any, place: str, what: str) -> list[dict[str, Any]]:
+    """A list of objects, given as itself or as its JSON text."""
+    if isinstance(value, str):
+        value = from_json(value, f"{place}: {what}") if value.strip() else None
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError(f"{place}: {what} must be a list of objects, this is a JSON {json_type(value)}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, TypeError, RecursionError) as error:
+        raise UserError(f"{place}: {what} cannot be written as JSON ({type(error).__name__}); fix the row") from None
+    return value
+
+
+def from_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not JSON ({error}); fix the row") from None
+
+
+def trained(fields: Fields) -> bool | None:
+    """Return what a turn or row itself says about being trained, None where it says nothing."""
+    said: dict[str, bool] = {}
+    for names, meaning in ((_TRAINED_FIELDS, True), (_MASKED_FIELDS, False), (_WEIGHT_FIELDS, True)):
+        found = fields.take_named(*names)
+        if found is None:
+            continue
+        name, value = found
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            kind = "0 and 1" if names is _WEIGHT_FIELDS else "true and false"
+            raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}; only {kind} are supported")
+        said[name] = bool(value) is meaning
+    if len(set(said.values())) > 1:
+        raise UserError(f"{fields.place}: {' and '.join(said)} contradict each other; keep one")
+    return next(iter(said.values()), None)
+
+
+def check_text(text: Any, what: str) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"{what} is a JSON {json_type(text)}; it must be a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} has half of a surrogate pair (as \\ud83d); fix it") from None
+    return text

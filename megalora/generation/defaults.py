@@ -1,0 +1,95 @@
+"""How a model wants to be sampled: generation_config.json, whose values hold where the command line says nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megalora.errors import UserError
+
+FILE = "generation_config.json"
+_LARGEST_FILE = 1 << 20  # bytes
+
+# Fields of sampling -> (what is right, in words, whether a value is right).
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "temperature": ("a number, at least 0", lambda value: _number(value) and value >= 0),
+    "top_k": ("a whole number, at least 0", lambda value: _number(value) and value == int(value) and value >= 0),
+    "top_p": ("a number above 0, at most 1", lambda value: _number(value) and 0 < value <= 1),
+    "min_p": ("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1),
+    "repetition_penalty": ("a number above 0", lambda value: _number(value) and value > 0),
+}
+
+
+def sampling_defaults(folder: str | Path) -> dict[str, float]:
+    """Return the fields of sampling that a model's generation_config.json sets, by the names of the flags.
+
+    As in transformers, temperature, top_k, top_p and min_p hold where do_sample is true only. Raises UserError for a
+    value that is none.
+    """
+    file = Path(folder) / FILE
+    fields = _read(file)
+    found = {}
+    for name, (right, is_right) in _FIELDS.items():
+        value = fields.get(name)
+        if value is None:
+            continue
+        if not is_right(value):
+            raise UserError(f"{file}: {name} = {value!r}: must be {right}")
+        if name == "repetition_penalty" or fields.get("do_sample") is True:
+            found[name] = value
+    if fields.get("do_sample") is True:
+        found.setdefault("temperature", 1.0)
+    return found
+
+
+def eos_token_ids(folder: str | Path) -> list[int]:
+    """Return where replies of a model end: the eos of generation_config.json, else of config.json; none where neither
+    says. Raises UserError for a file that is not what it should be."""
+    for name in (FILE, "config.json"):
+        if found := _eos(Path(folder) / name):
+            return found
+    return []
+
+
+def unescaped(text: str) -> str:
+    r"""Return a text with \n, \t, \r and \\ as the characters that they mean; any other backslash stays."""
+    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    out, at = [], 0
+    while at < len(text):
+        pair = text[at : at + 2]
+        known = len(pair) == 2 and pair[0] == "\\" and pair[1] in meant
+        out.append(meant[pair[1]] if known else text[at])
+        at += 2 if known else 1
+    return "".join(out)
+
+
+def _eos(file: Path) -> list[int]:
+    """The eos_token_id of a JSON file: one, several or none."""
+    value = _read(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UserError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
+    return ids
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The fields of a JSON file; none where there is no file."""
+    if not file.exists():
+        return {}
+    if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
+        raise UserError(f"{file}: is no file of at most {_LARGEST_FILE:,} bytes; download it again")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): check the file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is no JSON object ({error}): download it again") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: is no JSON object: download it again")
+    return fields
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

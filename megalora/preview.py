@@ -1,0 +1,160 @@
+"""Preview, top to bottom: tokenizer and template, the rows as the run would see them, counts and lengths.
+
+megalora data --model_path DIR --data_path rows.json --row 5
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from megalora.data import ChatTemplate
+from megalora.data.dataset import encode_row, scan
+from megalora.data.documents import Documents
+from megalora.data.pieces import IGNORE, Sample
+from megalora.data.report import Report
+from megalora.flags import Preview
+from megalora.rows import data_settings, template_options
+
+_UNFINISHED = "\ufffd"  # what decoding gives for bytes that are no whole character
+_BAR = 50  # characters of the longest bar of the histogram
+_BUCKETS = 12
+# Styles of neighbouring tokens alternate, so that their borders are seen.
+_TRAINED, _CONTEXT = ("black on green", "black on bright_green"), ("default", "dim")
+
+
+def preview(arguments: Preview) -> None:
+    """Show rows as the run would see them, and count all of them. Raises UserError as the run would for bad rows."""
+    shown, data = arguments.shown, arguments.data
+    template = ChatTemplate.load(shown.model_path, data.template, template_options(data))
+    settings, printer = data_settings(data), _Printer(template.tokenizer, sys.stdout)
+    printer.line(f"chat template: {template.description} ({template.identity()})")
+    for note in template.notes:
+        printer.line(note)
+    if shown.row is not None:
+        printer.row(shown.row, encode_row(data.data_path, template, settings, shown.row))
+        return
+    counts, report = _Counts(), Report()
+    for documents, part in scan(data.data_path, template, settings):
+        for row, samples in _by_row(documents, range(shown.rows)):
+            printer.row(row, samples)
+        counts.add(documents)
+        report.add(part)
+    for line in (*counts.lines(report), *report.notes()):
+        printer.line(line)
+    report.check_names(settings.names)
+    report.check_rows(settings.on_bad_row)
+
+
+def _by_row(documents: Documents, wanted: range) -> Iterator[tuple[int, list[Sample]]]:
+    """The documents of the rows that are wanted, row by row."""
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(documents.rows.tolist()):
+        if row in wanted:
+            places.setdefault(row, []).append(place)
+    for row, theirs in places.items():
+        yield row, [documents.sample(place) for place in theirs]
+
+
+@dataclass
+class _Counts:
+    """Documents, tokens and lengths of what has been read."""
+
+    documents: int = 0
+    tokens: int = 0
+    trained: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+
+    def add(self, documents: Documents) -> None:
+        self.documents += len(documents)
+        self.tokens += int(documents.lengths.sum())
+        self.trained += int(documents.label_counts.sum())
+        self.lengths.update(documents.lengths.tolist())
+
+    def lines(self, report: Report) -> list[str]:
+        """Counts, and a histogram of the lengths."""
+        share = self.trained / self.tokens if self.tokens else 0.0
+        lines = [
+            "",
+            f"{report.rows:,} rows, {report.left_out:,} of them left out; {self.documents:,} documents",
+            f"{self.tokens:,} tokens, {self.trained:,} of them trained ({share:.1%})",
+        ]
+        if self.lengths:
+            lines += [report.lengths_line(), "", "tokens of a document", *self._histogram()]
+        return lines
+
+    def _histogram(self) -> list[str]:
+        longest = max(self.lengths)
+        width = max(1, -(-longest // _BUCKETS))
+        counted: Counter[int] = Counter()
+        for length, count in self.lengths.items():
+            counted[(length - 1) // width] += count
+        most, lines = max(counted.values()), []
+        for bucket in range(max(counted) + 1):
+            bar = "#" * -(-_BAR * counted[bucket] // most)
+            lines.append(
+                f"{bucket * width + 1:>8,} to {(bucket + 1) * width:>8,}  {counted[bucket]:>9,}  {bar}".rstrip()
+            )
+        return lines
+
+
+class _Printer:
+    """Writes documents: coloured on a terminal, elsewhere each run of tokens behind `train` or `-`, line by line."""
+
+    def __init__(self, tokenizer: Any, file: TextIO):
+        self._tokenizer = tokenizer
+        self._coloured = file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._console = Console(file=file, highlight=False, soft_wrap=True, force_terminal=self._coloured)
+
+    def line(self, text: str) -> None:
+        self._console.print(Text(_printable(text)))
+
+    def row(self, row: int, samples: Sequence[Sample]) -> None:
+        """Write the documents of a row."""
+        for place, sample in enumerate(samples, 1):
+            self._document(f"row {row}" + (f", document {place} of {len(samples)}" if len(samples) > 1 else ""), sample)
+
+    def _document(self, name: str, sample: Sample) -> None:
+        trained = int((sample.labels != IGNORE).sum())
+        self.line(f"\n{name}: {len(sample.input_ids):,} tokens, {trained:,} of them trained")
+        flags = (sample.labels != IGNORE).tolist()
+        pieces = list(self._pieces(sample.input_ids.tolist(), flags))
+        if self._coloured:
+            text = Text()
+            for number, (piece, flag) in enumerate(pieces):
+                text.append(_printable(piece), (_TRAINED if flag else _CONTEXT)[number % 2])
+            self._console.print(text)
+            return
+        runs: list[tuple[str, bool]] = []
+        for piece, flag in pieces:
+            joined = bool(runs) and runs[-1][1] == flag
+            runs = [*runs[:-1], (runs[-1][0] + piece, flag)] if joined else [*runs, (piece, flag)]
+        for text, flag in runs:
+            for line in _printable(text).split("\n"):
+                self._console.print(Text(f"{'train' if flag else '    -'} | {line}"))
+
+    def _pieces(self, ids: Sequence[int], flags: Sequence[bool]) -> Iterator[tuple[str, bool]]:
+        """The text of each token, or of a few that make one character, and whether it is trained."""
+        before, start = 0, 0
+        for stop in range(1, len(ids) + 1):
+            last = stop == len(ids) or flags[stop] != flags[start]
+            known, text = self._decode(ids[before:start]), self._decode(ids[before:stop])
+            text = text[len(known) :] if text.startswith(known) else self._decode(ids[start:stop])
+            if last or not text.endswith(_UNFINISHED):
+                yield text, flags[start]
+                before, start = start, stop
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+
+def _printable(text: str) -> str:
+    """The text without characters that would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

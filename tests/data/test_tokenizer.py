@@ -1,0 +1,177 @@
+"""A tokenizer gives the tokens of its own file, and nothing of its folder is ever run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from megalora.data.tokenizer import PROBES, open_tokenizer
+from megalora.errors import UserError
+from megalora.tokenizer_files import read_template, write_tokenizer
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2's and Qwen's files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *alphabet, "\u0120b", "\u010a\u010a"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("\u0120", "b"), ("\u010a", "\u010a")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+    return backend
+
+
+def byte_level_by_digits() -> Tokenizer:
+    """As DeepSeek's: cut differently than any class of transformers cuts by itself."""
+    backend = byte_level()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return backend
+
+
+def like_sentencepiece() -> Tokenizer:
+    """As Llama 2's tokenizer.json."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581b"]
+    backend = Tokenizer(
+        models.BPE(
+            {word: i for i, word in enumerate(words)}, [("\u2581", "b")], unk_token="<unk>", byte_fallback=True,
+            fuse_unk=True,
+        )
+    )  # fmt: skip
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return backend
+
+
+def folder_of(folder, backend, model_type=None, **config):
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(NAMES | config))
+    if model_type is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", None])
+@pytest.mark.parametrize(
+    "name",
+    ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer", "CodeLlamaTokenizerFast", None],
+)
+@pytest.mark.parametrize("backend", [byte_level, byte_level_by_digits, like_sentencepiece])
+def test_tokens_are_those_of_the_file(tmp_path, backend, name, model_type):
+    """Whatever class the folder names, for whatever model: transformers gives some of these other tokens."""
+    own = backend()
+    folder = folder_of(tmp_path, own, model_type, **({} if name is None else {"tokenizer_class": name}))
+    opened = open_tokenizer(folder)
+    for text in (*PROBES, "<s>a b</s> <unk>\n"):
+        assert (
+            opened.tokenizer(text, add_special_tokens=False)["input_ids"]
+            == own.encode(text, add_special_tokens=False).ids
+        )
+    assert opened.tokenizer.eos_token == "</s>"
+
+
+def test_a_file_that_wins_is_said(tmp_path):
+    """Qwen2's class of transformers puts its own pre-tokenizer in the place of the file's."""
+    folder = folder_of(tmp_path, byte_level_by_digits(), "qwen2", tokenizer_class="Qwen2TokenizerFast")
+    opened = open_tokenizer(folder)
+    if opened.notes:  # a version of transformers that reads it right has nothing to say
+        assert "gives other tokens than the file itself" in opened.notes[0] and "the file's are used" in opened.notes[0]
+
+
+def test_a_tokenizer_that_no_class_reads_right_is_refused(tmp_path, monkeypatch):
+    import megalora.data.tokenizer as tokenizer
+
+    folder = folder_of(tmp_path, byte_level())
+    monkeypatch.setattr(tokenizer, "_difference", lambda *_: "'a b' is [1 2] in the file, [3] in transformers")
+    with pytest.raises(UserError, match=r"'a b' is \[1 2\] in the file.*another version of transformers"):
+        open_tokenizer(folder)
+
+
+def test_a_sentencepiece_model_alone(tmp_path, monkeypatch):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    (tmp_path / "corpus.txt").write_text("\n".join(["hello world who are you", "I am Mega", "be brief"] * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMES | {"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = open_tokenizer(tmp_path).tokenizer
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("hello  world", " who\n\nare you 你好 🙂"):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == model.encode(text)
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts, **_: {"input_ids": [[7]] * len(texts)})
+    with pytest.raises(UserError, match="other tokens than the sentencepiece model itself"):
+        open_tokenizer(tmp_path)
+
+
+CODE = "import pathlib\npathlib.Path({file!r}).write_text('run')\nclass Mine: pass\n"
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_code_of_the_folder_is_never_run(tmp_path, with_file):
+    folder = folder_of(
+        tmp_path / "model", byte_level(), auto_map={"AutoTokenizer": ["mine.Mine", None]}, tokenizer_class="Mine"
+    )
+    (folder / "mine.py").write_text(CODE.format(file=str(tmp_path / "ran")))
+    if not with_file:
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"asks to run its own code \(mine.Mine\), which megalora never does"):
+        open_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_class_that_transformers_has_reads_a_folder_with_code(tmp_path):
+    auto_map = {"AutoTokenizer": ["mine.Mine", None]}
+    folder = folder_of(tmp_path / "model", byte_level(), auto_map=auto_map, tokenizer_class="GPT2Tokenizer")
+    (folder / "mine.py").write_text(CODE.format(file=str(tmp_path / "ran")))
+    opened = open_tokenizer(folder)
+    assert "its own tokenizer code (mine.Mine) is not run" in opened.notes[0]
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "copy").mkdir()
+    write_tokenizer(folder, tmp_path / "copy")
+    assert "auto_map" not in json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "\xff"])
+def test_a_config_that_is_no_config(tmp_path, text):
+    folder = folder_of(tmp_path, byte_level())
+    (folder / "tokenizer_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="tokenizer_config.json") as raised:
+        open_tokenizer(folder)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_a_pipe_in_place_of_a_file(tmp_path):
+    import os
+
+    folder = folder_of(tmp_path, byte_level())
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "special_tokens_map.json")
+    with pytest.raises(UserError, match="special_tokens_map.json: is not a regular file"):
+        open_tokenizer(folder)
+
+
+def test_a_copy_carries_the_template(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = folder_of(tmp_path / "model", byte_level(), chat_template="own {{ messages[0].content }}")
+    for template in (None, "other {{ messages[0].content }}"):
+        target = tmp_path / str(template)
+        target.mkdir()
+        write_tokenizer(folder, target, template)
+        copy = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+        said = copy.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        assert said == ("own a" if template is None else "other a")
+        assert read_template(target) == (template or "own {{ messages[0].content }}")
+        assert copy("a  b")["input_ids"] == open_tokenizer(folder).tokenizer("a  b")["input_ids"]

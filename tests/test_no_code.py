@@ -1,0 +1,104 @@
+"""No command ever runs Python of a folder that it reads, nor asks whether it may."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+LOADERS = ("from_pretrained", "from_config")
+
+
+def _calls(source: str):
+    """Calls of transformers' loaders: X.from_pretrained(...) and X.from_config(...)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADERS:
+            yield node
+
+
+def test_every_loader_says_that_it_trusts_no_code():
+    seen = 0
+    for folder in ("megalora", "tools", "benchmarks", "examples"):
+        for file in sorted((tiny.ROOT / folder).rglob("*.py")):
+            for call in _calls(file.read_text(encoding="utf-8")):
+                given = {word.arg: word.value for word in call.keywords}
+                trusts = given.get("trust_remote_code")
+                assert isinstance(trusts, ast.Constant) and trusts.value is False, f"{file}:{call.lineno}"
+                seen += 1
+    assert seen >= 5
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A model whose tokenizer asks for Python that lies beside it (a config.json that does is refused by itself)."""
+    folder = tmp_path_factory.mktemp("hostile")
+    inputs = tiny.make_inputs(folder)
+    ran = folder / "ran"
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).write_text('run')\nclass Mine:\n    pass\n"
+    (inputs.model / "mine.py").write_text(code)
+    names = {name: "mine.Mine" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor")}
+    _add(inputs.model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Mine", "mine.Mine"]})
+    _add(inputs.model / "tokenizer_config.json", tokenizer_class="Mine")
+    for name in ("processor_config.json", "preprocessor_config.json", "generation_config.json"):
+        file = inputs.model / name
+        file.write_text(json.dumps({"auto_map": names, "custom_generate": "mine.py"}))
+    return inputs, ran
+
+
+def _add(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+COMMANDS = {
+    "finetune": lambda inputs, out: inputs.flags(out),
+    "generate": lambda inputs, out: ["--model_path", str(inputs.model), "--prompt", "hi", "--max_new_tokens", "1"],
+    "dialogue": lambda inputs, out: ["--model_path", str(inputs.model), "--max_new_tokens", "1"],
+    "plan": lambda inputs, out: ["--model_path", str(inputs.model), "--gpus", "1"],
+    "doctor": lambda inputs, out: ["--model_path", str(inputs.model)],
+    "convert to-shards": lambda inputs, out: ["--input", str(inputs.model), "--output", str(out)],
+    "convert to-hf": lambda inputs, out: ["--input", str(inputs.model), "--output", str(out)],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_or_asks(hostile, tmp_path, command):
+    """With standard input open and full of yes."""
+    inputs, ran = hostile
+    words = [*("generate" if command == "dialogue" else command).split(), *COMMANDS[command](inputs, tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "megalora", *words],
+        input="y\n" * 1000, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_environment(),
+    )  # fmt: skip
+    assert not ran.exists()
+    assert "[y/N]" not in done.stdout + done.stderr and "custom code" not in done.stderr
+    assert "Traceback" not in done.stderr
+    if command in ("finetune", "generate", "dialogue"):
+        assert done.returncode == 2 and "asks to run its own code (mine.Mine), which megalora never does" in done.stderr
+
+
+def test_merging_does_not_run_it_either(hostile, tmp_path):
+    inputs, ran = hostile
+    adapter = tmp_path / "adapter"
+    clean = tmp_path / "model"
+    shutil.copytree(inputs.model, clean)
+    fields = json.loads((clean / "tokenizer_config.json").read_text())
+    fields.pop("auto_map")
+    (clean / "tokenizer_config.json").write_text(json.dumps(fields | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    tiny.tune(1, inputs.flags(adapter, model_path=clean, max_steps=1))
+    words = ["convert", "adapter", "merge", "--input", str(adapter), "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "megalora", *words, "--base", str(inputs.model)],
+        input="y\n" * 100, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_environment(),
+    )  # fmt: skip
+    assert done.returncode == 2 and "never does" in done.stderr and not ran.exists()
+
+
+def _environment():
+    import os
+
+    return os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
