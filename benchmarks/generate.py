@@ -82,7 +82,7 @@ def bytes_a_token(stage: Stage, length: int) -> int:
     read = [group.matrix.whole for group in stage.groups]
     read += [stage.head.weight, *(p for name, p in stage.named_parameters() if "norm" in name)]
     weights = sum(x.numel() * x.element_size() for x in read)
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+    cache = 2 * config.num_hidden_layers * config.attention.kv_heads * config.head_dim * length
     return weights + cache * stage.place.dtype.itemsize
 
 
