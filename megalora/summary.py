@@ -105,7 +105,7 @@ def skipped_rows(rows: PackedRows) -> list[str]:
 
 def mean_context(rows: PackedRows) -> float:
     """Return how many keys a token attends to on average."""
-    documents = []
+    documents: list[int] = []
     for lengths, tokens in zip(rows.document_lengths, rows.row_tokens, strict=True):
         documents += lengths if sum(lengths) == tokens else lengths[:-1]  # the last is the padding tail
     return causal_context(documents)
