@@ -24,7 +24,7 @@ help:
 	@echo "make torture   kill a run 50 times at random moments; every resume must be exact (KILLS=50 SEED=0)"
 	@echo "make proof     every pipeline schedule at every size up to 16 stages, 4 chunks, 64 microbatches (minutes)"
 	@echo "make parity    greedy replies against transformers and peft: 20 prompts, each family and a real model"
-	@echo "make lint      ruff, and clang-format where it is installed"
+	@echo "make lint      ruff, mypy, and clang-format where it is installed"
 	@echo "make clean     remove what was built; the environment and the demo's model stay"
 
 # ---- install: two stamps inside .venv, so that a repeated call does nothing ----
@@ -88,10 +88,11 @@ parity: install
 
 lint: install
 	@$(RUN) ruff check .
+	@$(RUN) mypy
 	@if $(RUN) command -v clang-format >/dev/null; then \
 		$(RUN) clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/*; \
 	else echo 'make lint: no clang-format here (pip install clang-format): csrc/ is not looked at'; fi
 
 clean:
-	rm -rf build dist *.egg-info megalora/_C*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info megalora/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find megalora tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -115,7 +115,16 @@ setup(
     extras_require={
         "data": ["pyarrow", "zstandard", "datasets>=4"],  # parquet and arrow, .zst, datasets saved to disk
         "demo": ["gguf"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "peft", "ruff", "clang-format==23.1.5"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "peft",
+            "ruff",
+            "mypy>=2",
+            "types-PyYAML",
+            "clang-format==23.1.5",
+        ],
     },
     entry_points={"console_scripts": ["megalora = megalora.cli:main"]},
     **compiled_ops(),

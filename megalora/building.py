@@ -159,6 +159,9 @@ def stage_layers(
 
     costs  for partition_method cost; None: those of the forward of the model alone
     """
+    of_layers: Sequence[float]
+    first: float
+    last: float
     if partition_method == "cost":
         costs = costs or layer_seconds(config, NO_LORA, 1, torch.device("cpu"))
         of_layers, first, last = costs.layers, costs.first, costs.last

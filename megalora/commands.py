@@ -106,5 +106,6 @@ def _check_paths(*sections: Any) -> None:
     if environment_int("LOCAL_WORLD_SIZE", 1) != environment_int("WORLD_SIZE", 1):
         return
     for section in sections:
-        for flag in flags_of(type(section)):
+        kind: type = type(section)
+        for flag in flags_of(kind):
             flag.check_exists(getattr(section, flag.name))

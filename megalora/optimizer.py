@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class AdapterOptimizer:
         self._parameters = dict(parameters)
         self._steps = 0
         self._optimizer: torch.optim.Optimizer | None = None
-        build = _apex_adam() if kind == "apex" else torch.optim.AdamW
+        build: Callable[..., torch.optim.Optimizer] = _apex_adam() if kind == "apex" else torch.optim.AdamW
         if not parameters:
             return
         groups = [
@@ -59,7 +59,8 @@ class AdapterOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if isinstance(self._optimizer, torch.optim.AdamW):
-            self._optimizer.found_inf = None if skip is None else skip.float()  # as torch.amp.GradScaler hands it over
+            # As torch.amp.GradScaler hands it over: an attribute that AdamW does not declare.
+            self._optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
             self._optimizer.step()
         elif skip is None or not skip.item():
             self._optimizer.step()

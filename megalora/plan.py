@@ -151,8 +151,8 @@ def _layouts(plans: list[Plan], too_large: list[TooLarge]) -> Table:
             f"{one.timeline.bubble:.1%}",
             f"{one.tokens_per_second:,.0f}",
         )
-    for one in too_large[: max(1, _SHOWN - len(plans))]:
-        table.add_row(*_sizes(one.layout), f"{_gib(one.memory.total):.1f}", "does not fit", "", "")
+    for large in too_large[: max(1, _SHOWN - len(plans))]:
+        table.add_row(*_sizes(large.layout), f"{_gib(large.memory.total):.1f}", "does not fit", "", "")
     return table
 
 

@@ -123,7 +123,7 @@ class RunSaver:
         self._saves.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._saves.__exit__(*error)
 
 

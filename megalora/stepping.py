@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megalora.building import Engine
 from megalora.checkpoint.run.folder import remove_export
 from megalora.cluster.preemption import Preemption
@@ -148,7 +150,7 @@ class Session:
             cuda_graphs=stage.uses_graphs,
             tp_comm_overlap=stage.place.exchange is not None,
         )
-        recorded, device = self.profiler.collect(mesh.world), stage.place.device
+        recorded, device = self.profiler.collect(mesh.world), torch.device(stage.place.device)
         folder = Path(arguments.train.output_dir) / "profile"
         plan = predicted(begun.config, begun.lora, layout, self.engine.cut.layers, device)
         model, kind = model_words(begun.config), device_of(device).name

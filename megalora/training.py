@@ -38,9 +38,14 @@ def steady_heap() -> Iterator[None]:
 class StepData(Protocol):
     """This rank's microbatches of a step, with counts over the whole global batch."""
 
-    microbatches: list[Batch]
-    label_count: int
-    token_count: int
+    @property
+    def microbatches(self) -> list[Batch]: ...
+
+    @property
+    def label_count(self) -> int: ...
+
+    @property
+    def token_count(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Trainer:
         """Clips and updates on the device, without a word from the host; nothing where loss or norm is not finite."""
         loss_sum, square, _ = sums.unbind()
         norm = square.sqrt() / self.loss_scale.value
-        factor = 1.0 / self.loss_scale.value
+        factor: float | torch.Tensor = 1.0 / self.loss_scale.value
         if self._max_grad_norm > 0:
             factor = factor * (self._max_grad_norm / norm).clamp(max=1.0)
         if self._max_grad_norm > 0 or factor != 1.0:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from megalora.adapters.lora import Adapter
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
@@ -175,9 +176,9 @@ class LoraConfig:
             values["task_type"] = task
         return cls(**values)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The fields of an adapter_config.json that PEFT reads back as the same adapter."""
-        out = {"peft_type": "LORA"}
+        out: dict[str, Any] = {"peft_type": "LORA"}
         for f in fields(self):
             value = getattr(self, f.name)
             out[f.name] = (

@@ -23,7 +23,7 @@ class Adapter:
 
 
 def initial_factor(
-    parameter: str, shape: tuple[int, int], seed: int, init_lora_weights: bool | str, r: int
+    parameter: str, shape: tuple[int, ...], seed: int, init_lora_weights: bool | str, r: int
 ) -> torch.Tensor:
     """The whole initial matrix [shape] float32 of a lora_A or lora_B weight, from (seed, parameter name) alone.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from megalora.files import check_regular
 def save_tensors(value: Any, stream: BinaryIO) -> None:
     """torch.save, for a thread beside others: it holds the interpreter for no copy of tensors. Raises OSError."""
     guarded = _Guarded(stream)
-    torch.save(value, guarded)
+    torch.save(value, cast(BinaryIO, guarded))  # it only writes
     if guarded.error is not None:
         raise guarded.error
 

@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,8 @@ def fix_order_of_sums(device: torch.device) -> None:
         raise UserError("deterministic = true changes nothing on a CPU, where repeats are equal anyhow: leave it out")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel here writes what is read
+    # Every kernel here writes what is read. The flag is a property of the module's class, which its types do not show.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def restarts() -> int:
@@ -66,7 +68,8 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
         name = store.get(f"megalora/answer/{mine}").decode()
         store.set(f"{name}/heard/{rank}", "")
         return name
-    missing, answered, deadline = set(range(1, world_size)), {}, time.monotonic() + TIMEOUT.total_seconds()
+    missing, deadline = set(range(1, world_size)), time.monotonic() + TIMEOUT.total_seconds()
+    answered: dict[int, str] = {}
     while missing:
         for other in [*missing]:
             if store.check([f"{mine}/heard/{other}"]):
@@ -130,7 +133,8 @@ def distributed(
     in_order = False
     try:
         mesh = build_mesh(rank, world_size, tp, pp, watch, patience)
-        watch.begin(None if store is None else store.clone(), mesh.world)
+        own_store: Any = store  # torch's types lack clone()
+        watch.begin(None if store is None else own_store.clone(), mesh.world)
         with watch:
             yield mesh
             watch.done()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megalora.errors import Preempted
 
@@ -23,7 +25,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     @property
     def asked(self) -> bool:

@@ -6,6 +6,7 @@ others said. The other judges: it needs no answer from anyone, so a lost link or
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -17,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
@@ -195,7 +196,7 @@ class Watch:
         beats = {rank: Beat.from_json(value.decode()) for rank, value in zip(ready, values, strict=True)}
         table.update(beats, time.monotonic())
 
-    def _mark(self, **changes: object) -> None:
+    def _mark(self, **changes: Any) -> None:
         """A new beat: as the last one in what is not said anew."""
         with self._lock:
             self._beat = replace(
@@ -305,7 +306,7 @@ class Watch:
 class _Phase:
     __slots__ = ("_inner", "_phase", "_position")
 
-    def __init__(self, position: Position, phase: str, inner: object):
+    def __init__(self, position: Position, phase: str, inner: contextlib.AbstractContextManager | None):
         self._position, self._phase, self._inner = position, phase, inner
 
     def __enter__(self) -> None:
@@ -313,7 +314,7 @@ class _Phase:
         if self._inner is not None:
             self._inner.__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._inner is not None:
             self._inner.__exit__(*error)
         self._position.leave()

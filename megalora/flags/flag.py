@@ -74,7 +74,8 @@ class Section:
     """Base of the sections of flags: a value from Python is held to the same limits as one from the command line."""
 
     def __post_init__(self) -> None:
-        for one in flags_of(type(self)):
+        section: type = type(self)
+        for one in flags_of(section):
             one.check(getattr(self, one.name), one.name)
 
 
@@ -179,8 +180,8 @@ class Flag:
 
     def _problem(self, item: Any) -> tuple[str, str] | None:
         """(what is wrong with one value, what to do) or None."""
-        accepted = {bool: bool, int: int, float: (int, float), str: str}[self.type]
-        if not isinstance(item, accepted) or (self.type is not bool and isinstance(item, bool)):
+        accepted: dict[type, tuple[Any, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+        if not isinstance(item, accepted[self.type]) or (self.type is not bool and isinstance(item, bool)):
             said = repr(item) if isinstance(item, str) else show(item)
             return f"{said} is not {self.kind()}", f"give {self.expected()}"
         choices = self.definition.choices

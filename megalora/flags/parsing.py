@@ -146,7 +146,7 @@ def parse_convert(command: str, source: Source) -> Conversion:
     table = table_of(sections)
     elsewhere = {
         name: f"megalora convert {other}"
-        for other, (_, theirs) in reversed(CONVERT_COMMANDS.items())
+        for other, (_, theirs) in reversed([*CONVERT_COMMANDS.items()])
         for name in table_of(theirs)
         if name not in table
     }

@@ -33,8 +33,10 @@ def read(
     source     words of a command line, or values by name from Python
     elsewhere  what the flags belong to that `table` lacks, for the error
     """
-    read_source = _read_keywords if isinstance(source, Mapping) else _read_command_line
-    config, given = read_source(source, table, elsewhere)
+    if isinstance(source, Mapping):
+        config, given = _read_keywords(source, table, elsewhere)
+    else:
+        config, given = _read_command_line(source, table, elsewhere)
     if config is None:
         return given
     from_file = _read_yaml(config, table, elsewhere)
@@ -66,8 +68,8 @@ def require(given: Mapping[str, Given], table: Mapping[str, Flag], dashes: str) 
     """Raise UserError that names every required flag that was not given, after `dashes`."""
     missing = [one for one in table.values() if one.required and one.name not in given]
     if missing:
-        *names, last = (f"{dashes}{one.name}" for one in missing)
-        names = f"{', '.join(names)} and {last}" if names else last
+        *others, last = (f"{dashes}{one.name}" for one in missing)
+        names = f"{', '.join(others)} and {last}" if others else last
         raise UserError(f"{names} must be given", "; ".join(f"{one.name} is the {one.help}" for one in missing))
 
 
@@ -169,7 +171,7 @@ def _load_yaml(path: str) -> list[tuple[Any, Any]]:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise UserError(f"config {path}{where} is not valid YAML ({problem})", advice) from error
-    if node is not None and not isinstance(node, yaml.MappingNode):
+    if isinstance(node, (yaml.ScalarNode, yaml.SequenceNode)):
         raise UserError(f"config {path} holds a {node.id}, not flags", advice)
     return pairs
 

@@ -36,13 +36,14 @@ _HARMLESS = frozenset(
 )
 # Fields with the one value at which they do not change the numbers, whatever the family.
 FIXED: Mapping[str, Any] = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {})  # values of a field that say nothing
 _SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
 
 
 @functools.cache
 def known_families() -> Mapping[str, Family]:
     """Return every Family in `megalora.models.families`, by model_type."""
-    found = {}
+    found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(families.__path__):
         family = importlib.import_module(f"{families.__name__}.{module.name}").FAMILY
         found |= dict.fromkeys(family.types, family)
@@ -114,7 +115,7 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
 
     passed_over = {*_HARMLESS, *family.harmless, *rotary.CONFIG_FIELDS, *family.rope, *family.reads}
     passed_over |= {"partial_rotary_factor"} if family.partial is not None else set()
-    fixed = FIXED | dict(family.fixed)
+    fixed = {**FIXED, **family.fixed}
     values = {**hf.to_dict(), **{k: v for k, v in raw.items() if v is not None}}
     general = set(PretrainedConfig().to_dict()) - raw.keys()
     for name, value in values.items():
@@ -123,7 +124,7 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
                 raise UserError(f"{where}: {name} = {value!r} is not implemented: only {fixed[name]!r} is")
         elif name in passed_over or name in general or name.startswith("_"):
             continue
-        elif not any(value is empty or value == empty for empty in (None, False, "", [], {})):
+        elif not any(value is empty or value == empty for empty in _EMPTY):
             given = "" if name in raw else " (transformers' default)"
             raise UserError(
                 f"{where}: field {name!r} = {value!r}{given} is not read for model_type {raw['model_type']!r} and may "

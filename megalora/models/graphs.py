@@ -84,7 +84,8 @@ class LayerGraphs:
         """layers(inputs)."""
         layout, size = _layout(inputs), _size(inputs)
         known, graph = layout in self._largest, self._graphs.get(layout)
-        self._largest[layout] = tuple(map(max, self._largest.get(layout, size), size))
+        bounds, longest = self._largest.get(layout, size)
+        self._largest[layout] = max(bounds, size[0]), max(longest, size[1])
         # The layers read what refresh() wrote: its graph, whose tensors stay where they are, is captured first.
         if self._running or self._refresh_graph is None:
             return self._layers(inputs)
@@ -162,7 +163,9 @@ class _Graph:
         for place, value in zip(_tensors(self.static), _tensors(inputs), strict=True):
             place.copy_(value)
         _put_bounds(self.static.packed.cu_seqlens, inputs)
-        self.static.tokens.step.fill_(inputs.tokens.step)
+        step = self.static.tokens.step
+        assert isinstance(step, torch.Tensor)
+        step.fill_(inputs.tokens.step)
 
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:

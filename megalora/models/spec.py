@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     """Rows (or columns) of a tensor: `count` blocks of `block` rows, their starts `stride` apart, from `start` on."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count(), which nobody calls
     block: int
     stride: int
 

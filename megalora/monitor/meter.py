@@ -13,9 +13,14 @@ from megalora.monitor.timers import Timers
 class Step(Protocol):
     """What is logged of a step (see `megalora.training.StepResult`)."""
 
-    loss: float
-    grad_norm: float
-    learning_rate: float
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def grad_norm(self) -> float: ...
+
+    @property
+    def learning_rate(self) -> float: ...
 
 
 class Meter:
@@ -57,7 +62,7 @@ class Meter:
     def record(self, step: int, result: Step, timers: Timers) -> dict[str, Any]:
         """The record of a logged step; tokens counts all of them since the last record."""
         speed = self._tokens / max(1e-9, time.perf_counter() - self._start)
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
             "learning_rate": result.learning_rate,

@@ -13,14 +13,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from megalora.ops import extension
 
 # On Hopper cuDNN's kernels are well ahead of FlashAttention-2; torch takes the first that can run.
-_GPU_BACKENDS = [
+_GPU_BACKENDS: list[SDPBackend] = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
 # cuDNN plans each new shape for tens of milliseconds: training repeats its shapes, the prompts of generation do not.
-_GPU_BACKENDS_OF_ANY_SHAPE = [backend for backend in _GPU_BACKENDS if backend != SDPBackend.CUDNN_ATTENTION]
+_GPU_BACKENDS_OF_ANY_SHAPE: list[SDPBackend] = [b for b in _GPU_BACKENDS if b != SDPBackend.CUDNN_ATTENTION]
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: 
 
     q [N, H, D]; k, v [S, K, D]. Returns [N, H, D].
     """
-    heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return _causal(*heads, window).squeeze(0).transpose(0, 1)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return _causal(q, k, v, window).squeeze(0).transpose(0, 1)
 
 
 def _runs(bounds: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -141,8 +141,8 @@ def _runs(bounds: Sequence[int]) -> list[tuple[int, int, int]]:
 def _run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: tuple[int, int, int], window: int | None
 ) -> torch.Tensor:
-    heads = [x.unflatten(0, run[1:]).transpose(1, 2) for x in (q, k, v)]
-    return _causal(*heads, window).transpose(1, 2).flatten(0, 1)
+    q, k, v = [x.unflatten(0, run[1:]).transpose(1, 2) for x in (q, k, v)]
+    return _causal(q, k, v, window).transpose(1, 2).flatten(0, 1)
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None) -> torch.Tensor:

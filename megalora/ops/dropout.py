@@ -106,8 +106,8 @@ def _compiled(spec: Dropout, *matrices: torch.Tensor) -> bool:
 
 def op_arguments(spec: Dropout) -> tuple[int, int, int, int, float, torch.Tensor | None]:
     """What the compiled ops take of it: seed, site, step, feature_offset, p, live_step."""
-    live = isinstance(spec.step, torch.Tensor)
-    return spec.key, spec.site, 0 if live else spec.step, spec.feature_offset, spec.p, spec.step if live else None
+    step, live_step = (0, spec.step) if isinstance(spec.step, torch.Tensor) else (spec.step, None)
+    return spec.key, spec.site, step, spec.feature_offset, spec.p, live_step
 
 
 # ---- the reference, in plain torch, on any device

@@ -27,7 +27,7 @@ def load() -> bool:
 
 def constant_when_compiled(function: Callable[..., bool]) -> Callable[..., bool]:
     """What torch.compiler.assume_constant_result does, without the second that its import of the compiler takes."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any attribute
     return function
 
 

@@ -19,6 +19,7 @@ O out_features of all linears together.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -140,7 +141,8 @@ def fits_gpu(index: int) -> bool:
 
     Nothing runs there for the answer: it may be asked while a graph is captured.
     """
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin >= limits.SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's types lack this property
+    return properties.shared_memory_per_block_optin >= limits.SHARED_MEMORY
 
 
 def mask_arguments(draw: Dropout | None) -> tuple[int, int, int, int, float, torch.Tensor | None]:

@@ -70,7 +70,7 @@ def local_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return x[axis.rank * part : (axis.rank + 1) * part]
 
 
-def broadcast_object(value: object, axis: Axis, source: int = 0) -> object:
+def broadcast_object(value: T, axis: Axis, source: int = 0) -> T:
     """`value` of the rank at position `source` of the axis, on every rank of it (any picklable object)."""
     if axis.size == 1:
         return value

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -86,7 +87,8 @@ class LinearGroup:
 
     def mask(self, tokens: Tokens) -> tuple[torch.Tensor, Dropout | None]:
         """Return (the tokens of the group's input on this rank, the dropout of it)."""
-        offset = self.linears[0].feature_offset if self.row_parallel else 0
+        first = self.linears[0]
+        offset = first.feature_offset if isinstance(first, RowParallelLinear) else 0
         return tokens.index if self.row_parallel else tokens.local, tokens.draw(self.dropout, self.site, offset)
 
     def product(self, source: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +138,8 @@ class LinearGroup:
         if not self._ready:
             self.matrix.clear_branch()
             self._ready = True
-        copies, place = [], {"dtype": self.place.dtype, "device": self.place.device}
+        copies: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        place: dict[str, Any] = {"dtype": self.place.dtype, "device": self.place.device}
         adapted = [linear for linear in self.linears if linear.lora_A is not None]
         for linear, tail in zip(self.linears, self._tails(), strict=True):
             if linear.lora_B is not None:

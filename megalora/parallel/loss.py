@@ -24,8 +24,11 @@ CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
 class Labels(Protocol):
     """What a microbatch is to predict, as `cross_entropy_sum` takes it."""
 
-    labels: torch.Tensor | None
-    labelled: torch.Tensor | None
+    @property
+    def labels(self) -> torch.Tensor | None: ...
+
+    @property
+    def labelled(self) -> torch.Tensor | None: ...
 
 
 def next_token_loss(hidden: torch.Tensor, head: VocabParallelHead, inputs: Labels) -> torch.Tensor:

@@ -180,7 +180,9 @@ def joined_cut(parts: Sequence[tuple[Part, int, Sequence[Piece]]]) -> Cut:
         (at + (part.own_start - part.start) * unit, at + (part.own_stop - part.start) * unit)
         for at, (part, unit, _) in zip(before, parts, strict=False)
     )
-    pieces = tuple(tuple(piece) for _, _, places in parts for piece in places)
+    pieces = tuple(
+        (start, count, block, stride) for _, _, places in parts for start, count, block, stride in places
+    )
     return Cut(pieces, own, any(part.shared for part, _, _ in parts))
 
 

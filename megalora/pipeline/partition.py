@@ -58,8 +58,8 @@ def _balanced(costs: Sequence[float], stages: int, first_cost: float, last_cost:
     """Counts that minimise the dearest stage, then the sum of squares; dynamic programming over prefixes."""
     n = len(costs)
     prefix = [0.0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
+    for layer_cost in costs:
+        prefix.append(prefix[-1] + layer_cost)
 
     def cost(stage: int, a: int, b: int) -> float:
         extra = (first_cost if stage == 0 else 0) + (last_cost if stage == stages - 1 else 0)

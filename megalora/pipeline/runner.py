@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -105,6 +105,7 @@ class PipelineRunner:
         return self._run(programme[self._pp.rank], _Step(inputs, 1.0, self._pp.size * self._chunks))
 
     def _run(self, actions: Sequence[Action], step: _Step) -> torch.Tensor:
+        compute: Mapping[str, Callable[[Action, torch.Tensor | None, _Step], torch.Tensor | None]]
         compute = {FORWARD: self._forward, RECOMPUTE: self._recompute, BACKWARD: self._backward}
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for action in receives_early(actions, self._neighbours.ahead):
@@ -138,7 +139,7 @@ class PipelineRunner:
             step.in_flight[action.microbatch, action.chunk] = kept
         return self._give(action, out.detach(), step)
 
-    def _recompute(self, action: Action, received: None, step: _Step) -> None:
+    def _recompute(self, action: Action, received: torch.Tensor | None, step: _Step) -> None:
         kept = step.in_flight[action.microbatch, action.chunk]
         with self._clock("backward"):
             kept.out = self._stage(kept.entered, kept.inputs, action.chunk)

@@ -128,6 +128,7 @@ def with_messages(orders: Sequence[Sequence[Action]], floor: int, chunks: int) -
     placed: list[list[tuple[tuple, Action]]] = [[] for _ in orders]
     for event in simulate(naive, seconds).events:
         action = event.action
+        when: tuple  # sort key: at equal start a message goes before a compute
         if action.op in SENDS:
             when = (event.start, 0, event.stage, action.op, action.chunk, action.microbatch)
             other, receive = other_end(event.stage, stages, action)

@@ -154,7 +154,9 @@ class Planner:
 
         Raises UserError where the cluster and what is wanted allow no layout at all.
         """
-        plans, too_large, reasons = [], [], []
+        plans: list[Plan] = []
+        too_large: list[TooLarge] = []
+        reasons: list[str] = []
         for tp, pp in self._sizes(wanted, reasons):
             fitting, least = [], None
             for layout in self._layouts(tp, pp, wanted):
@@ -311,7 +313,8 @@ class Planner:
         key = layout.pace, layout.pp * layout.chunks, method
         if key in self._cuts:
             return self._cuts[key]
-        of_layers, first, last = costs.layers, costs.first, costs.last
+        of_layers: Sequence[float] = costs.layers
+        first, last = costs.first, costs.last
         if method == "parameters":
             of_layers, first, last = [layer.frozen for layer in shape.layers], shape.embedding, shape.embedding
         self._cuts[key] = partition(

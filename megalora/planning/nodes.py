@@ -404,7 +404,8 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
     gathered = tokens.whole if tokens.gathers else 0
     parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.hidden * e
     product = 2 * labelled * shape.hidden * shape.vocabulary
-    before, after = (), (Message("reduce", tokens.whole),) if shape.tp > 1 else ()
+    before: tuple[Message, ...] = ()
+    after: tuple[Message, ...] = (Message("reduce", tokens.whole),) if shape.tp > 1 else ()
     if tokens.gathers:
         before, after = (Message("gather", tokens.whole),), (Message("scatter", tokens.whole),)
     norm = Node(

@@ -31,7 +31,12 @@ _FACTOR = re.compile(r"(?:\d+\.)?(?P<linear>.+)\.(?P<factor>lora_[AB])(?:\.(?P<a
 _BIAS = re.compile(r"(?:\d+\.)?(?P<name>.+\.bias)")
 # Fields that Merak writes and does not act on (finetuning/lora/utils.py, _find_and_replace): every adapted linear has
 # the one rank and alpha, whatever they say.
-_NOT_APPLIED = {"rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None, "layers_pattern": None}
+_NOT_APPLIED: Mapping[str, Any] = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "layers_pattern": None,
+}
 
 
 def reference_folder(path: Path) -> Path | None:
@@ -61,7 +66,7 @@ def read_reference(folder: Path) -> AdapterCheckpoint:
         if again := sorted(tensors.keys() & whole.keys()):
             raise UserError(f"{folder}: two stages hold {again[0]}: copy all files of one checkpoint")
         tensors |= whole
-    return AdapterCheckpoint(config | _NOT_APPLIED, tensors, where=str(folder))
+    return AdapterCheckpoint({**config, **_NOT_APPLIED}, tensors, where=str(folder))
 
 
 def _files(folder: Path) -> dict[tuple[int, int], Path]:

@@ -103,7 +103,7 @@ class HfWeights:
         if count * row_bytes > self._buffer.numel():
             self._buffer = torch.empty(max(BLOCK_BYTES, row_bytes), dtype=torch.uint8)
         block = self._buffer[: count * row_bytes].view(dtype).view(count, *entry.shape[1:])
-        block_bytes = memoryview(self._buffer.numpy())
+        block_bytes = self._buffer.numpy().data
         try:
             with open(self._files[name], "rb", buffering=0) as stream:
                 for start in range(rows.start, rows.stop, step):

@@ -158,11 +158,12 @@ class _Order:
     def __init__(self, table: Mapping[str, TensorType]):
         self.table = table
         self._names: Iterator[str] = iter(table)
-        self._name, self._left = None, 0
+        self._name: str | None = None
+        self._left = 0
 
     def take(self, name: str, block: torch.Tensor) -> list[str]:
         """The tensors that begin with this block: its own, if it is the first."""
-        begun = []
+        begun: list[str] = []
         if self._left == 0:
             self._name = next(self._names, None)
             assert self._name == name, (self._name, name)
@@ -179,7 +180,7 @@ class _Order:
 
 
 def _bytes_of(block: torch.Tensor) -> memoryview:
-    return memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+    return block.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write_all(stream: io.RawIOBase, data: bytes | memoryview) -> None:
@@ -214,8 +215,9 @@ class _Skeleton(pickle.Pickler):
             return NotImplemented
         shape = value.kind.shape
         strides = torch.empty(shape, device="meta").stride()
+        hooks: collections.OrderedDict[int, Any] = collections.OrderedDict()
         # storage, offset, size, stride, requires_grad, backward hooks
-        arguments = (_Values(value), 0, shape, strides, False, collections.OrderedDict())
+        arguments = (_Values(value), 0, shape, strides, False, hooks)
         return torch._utils._rebuild_tensor_v2, arguments
 
 

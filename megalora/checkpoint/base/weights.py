@@ -49,7 +49,8 @@ class BaseNames:
 class BaseWeights(Protocol):
     """A place that base weights are read from."""
 
-    shapes: Mapping[str, tuple[int, ...]]  # of each whole tensor
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # of each whole tensor
 
     def where(self, name: str) -> str: ...
 

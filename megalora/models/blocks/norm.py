@@ -14,6 +14,9 @@ from megalora.parallel.placement import Placement
 class Norm(nn.Module):
     """A norm of the last dimension: `weight`, and `bias` where the spec has one, frozen."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, norm: spec.Norm, place: Placement):
         super().__init__()
         self.eps = norm.eps

@@ -46,9 +46,10 @@ class LayerPlace:
 
         Units are heads where the linear is fused by heads, else features; outputs of one Fused stand side by side.
         """
+        plain = [(made, part) for _, made, part in outputs if isinstance(made, spec.Linear)]
+        if len(plain) == len(outputs):
+            return tuple(self.column(made, part) for made, part in plain)
         fused = [(name, made, part) for name, made, part in outputs if isinstance(made, spec.Fused)]
-        if not fused:
-            return tuple(self.column(made, part) for _, made, part in outputs)
         assert len(fused) == len(outputs) and len({made for _, made, _ in fused}) == 1, outputs
         rows = fused[0][1].rows
         cut = joined_cut(
