@@ -43,7 +43,7 @@ FEATURES = (
     Feature("PEFT", "tests/test_convert_adapter.py", "adapters read and written, and merged into the base"),
 )
 # Families with which the tests marked `gpu` have passed on a GPU.
-RUN_ON_GPU = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+RUN_ON_GPU = frozenset({"gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 
 
 def supports(family: Family, feature: Feature) -> str:
