@@ -288,6 +288,9 @@ class Head:
         return f"{self.name}.weight"
 
 
+BUFFERS = ("rotary_emb.inv_freq",)  # that older versions of transformers saved
+
+
 @dataclass(frozen=True)
 class FileNames:
     """How the names of a file may differ from ours.
@@ -298,7 +301,7 @@ class FileNames:
     """
 
     renames: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    ignored: tuple[str, ...] = BUFFERS
     prefix: str = ""
 
     def ours(self, name: str, expected: Collection[str]) -> str | None:

@@ -2,8 +2,8 @@
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder
-from megalora.models.spec import MLP, Attention, ByHead, FileNames, Fused, Linear, ModelSpec, Norm, ParallelResidual
-from megalora.models.spec import Residual, Stack
+from megalora.models.spec import BUFFERS, MLP, Attention, ByHead, FileNames, Fused, Linear, ModelSpec, Norm
+from megalora.models.spec import ParallelResidual, Residual, Stack
 
 
 def read(hf: Fields) -> ModelSpec:
@@ -35,9 +35,5 @@ FAMILY = Family(
     harmless=frozenset({"classifier_dropout"}),
     rope={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
     partial=0.25,
-    files=FileNames(
-        renames=(("lm_head.", "embed_out."),),
-        ignored=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
-        prefix="gpt_neox.",
-    ),
+    files=FileNames((("lm_head.", "embed_out."),), (*BUFFERS, "attention.bias", "attention.masked_bias"), "gpt_neox."),
 )
