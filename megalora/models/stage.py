@@ -71,7 +71,7 @@ class Stage(nn.Module):
         if first:
             hang(self, config.embedding.name, embedding)
         blocks = {
-            i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora), recompute == "selective")
+            i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, recompute == "selective"))
             for i in chain(*self._chunks)
         }
         norm = NORMS[stack.final_norm.kind](stack.final_norm, place) if last else None

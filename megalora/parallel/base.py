@@ -21,17 +21,8 @@ class FrozenMatrix(Protocol):
     columns: int
     room: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held on the device."""
-        ...
-
-    def fill(self, rows: slice, columns: slice, values: torch.Tensor) -> None:
-        """Take over a block of W while the base is loaded. values: of any float dtype, on any device."""
-        ...
-
-    def view(self, rows: slice) -> torch.Tensor | None:
-        """Return W's rows as a tensor that shares the matrix's memory, None where they are not held as values."""
+    def view(self, rows: slice) -> torch.Tensor:
+        """Return W's rows as a tensor that shares the matrix's memory: loading writes W through it."""
         ...
 
     def branch(self, rows: slice, columns: slice) -> torch.Tensor:
@@ -61,13 +52,6 @@ class DenseMatrix:
     def __init__(self, rows: int, columns: int, room: int, dtype: torch.dtype, device: torch.device | str):
         self.rows, self.columns, self.room = rows, columns, room
         self.whole = torch.empty(rows, columns + room, dtype=dtype, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return self.whole.nbytes
-
-    def fill(self, rows: slice, columns: slice, values: torch.Tensor) -> None:
-        self.whole[:, : self.columns][rows, columns].copy_(values)
 
     def view(self, rows: slice) -> torch.Tensor:
         return self.whole[rows, : self.columns]

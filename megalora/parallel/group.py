@@ -70,9 +70,7 @@ class LinearGroup:
         for linear, size, rank in zip(self.linears, self.sizes, self.ranks, strict=True):
             self.rows.append(slice(row, row + size))
             self.branches.append(slice(column, column + rank))
-            view = self.matrix.view(self.rows[-1])
-            if view is not None:
-                linear.take_weight(view)
+            linear.take_weight(self.matrix.view(self.rows[-1]))
             row, column = row + size, column + rank
 
     @property

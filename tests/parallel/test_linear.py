@@ -547,3 +547,23 @@ def test_a_cut_gated_pair_is_its_groups_in_turn(sequence_parallel, name):
     for (y, ours), (turned, theirs) in spawn(gated_cut, 2, name, sequence_parallel):
         assert y.equal(turned)
         equal(ours, theirs)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_weight_that_the_file_has_transposed_is_the_same_matrix(tp):
+    """Conv1D stores [in, out]: the parameter is as the file has it, the matrix [out, in] as of any other linear."""
+    file = tensor(5, IN, OUTS[0])
+    for rank in range(tp):
+        place = Placement(Axis(rank, tuple(range(tp))), False, torch.float64, "cpu")
+        column, part = even_part(OUTS[0], place.tp), even_part(IN, place.tp)
+        options = {"bias": False, "adapter": None, "trains_bias": False, "place": place, "transposed": True}
+        for linear, local in (
+            (ColumnParallelLinear("m", IN, OUTS[0], column, **options), file.t()[column.start : column.stop]),
+            (RowParallelLinear("m", IN, OUTS[0], part, **options), file.t()[:, part.start : part.stop]),
+        ):
+            group = LinearGroup([linear], 0, place)
+            split = linear.shard_dims()["weight"]
+            assert split.global_shape == (IN, OUTS[0]) and tuple(linear.weight.shape) == split.local_shape
+            with torch.no_grad():
+                linear.weight.copy_(split.slice(file))
+            assert group.matrix.whole.equal(local)

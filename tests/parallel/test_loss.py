@@ -68,6 +68,23 @@ def test_any_chunk_gives_the_loss_of_the_whole(name, chunk, monkeypatch):
     equal(ours(labels, ALONE), expected(labels))
 
 
+@pytest.mark.parametrize("chunk", [13, 5 * 13 + 1, 1 << 23])
+@pytest.mark.parametrize("name", ["most", "all", "one"])
+def test_each_label_counts_by_its_coefficient(name, chunk, monkeypatch):
+    monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", chunk)
+    labels = torch.tensor(LABELS[name])
+    labelled = (labels != -100).nonzero().squeeze(-1)
+    coefficients = tensor(3, len(labelled)).abs() + 0.1
+    hidden, theirs = (tensor(1, T, H).requires_grad_() for _ in range(2))
+    total = cross_entropy_sum(hidden, head_of(13, ALONE), labels, labelled, coefficients)
+    (1.7 * total).backward()
+    logits = (theirs @ tensor(2, 13, H).t())[labelled]
+    losses = torch.nn.functional.cross_entropy(logits, labels[labelled], reduction="none")
+    wanted = (losses * coefficients).sum()
+    (1.7 * wanted).backward()
+    equal((total.detach(), hidden.grad), (wanted.detach(), theirs.grad))
+
+
 def test_no_label_gives_nothing():
     total, grad = ours(torch.tensor(LABELS["none"]), ALONE)
     assert total == 0 and grad.shape == (T, H) and not grad.any()

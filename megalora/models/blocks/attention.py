@@ -19,10 +19,10 @@ from megalora.parallel.split import cut_heads
 
 
 class AttentionBlock:
-    """recompute: run the rotation and the attention again in backward instead of keeping what they keep."""
+    """reduces: of the output, as LinearGroup takes it."""
 
-    def __init__(self, attention: spec.Attention, at: LayerPlace, recompute: bool = False, reduces: bool = True):
-        self.layer, self.spec, self.recompute = at.index, attention, recompute
+    def __init__(self, attention: spec.Attention, at: LayerPlace, reduces: bool = True):
+        self.layer, self.spec, self.recompute = at.index, attention, at.recompute_attention
         dim = attention.head_dim
         cut = cut_heads(attention.heads, attention.kv_heads, at.place.tp)
         outputs = [("q", attention.q, cut.query), ("k", attention.k, cut.kv), ("v", attention.v, cut.kv)]

@@ -23,9 +23,9 @@ Stream = tuple[torch.Tensor, torch.Tensor | None]
 class Layer:
     """The steps of one layer, one after another."""
 
-    def __init__(self, layer: spec.Layer, at: LayerPlace, recompute_attention: bool):
+    def __init__(self, layer: spec.Layer, at: LayerPlace):
         kinds = {spec.Residual: _Step, spec.ParallelResidual: _ParallelStep}
-        self.steps = [kinds[type(step)](step, at, recompute_attention) for step in layer]
+        self.steps = [kinds[type(step)](step, at) for step in layer]
 
     @property
     def blocks(self) -> list[AttentionBlock | MLPBlock]:
@@ -45,9 +45,9 @@ class Layer:
 class _Step:
     """x -> x + mixer(norm(x))."""
 
-    def __init__(self, step: spec.Residual, at: LayerPlace, recompute_attention: bool):
+    def __init__(self, step: spec.Residual, at: LayerPlace):
         self.norm = at.norm(step.norm)
-        self.blocks = [BLOCKS[type(step.mixer)](step.mixer, at, recompute_attention)]
+        self.blocks = [BLOCKS[type(step.mixer)](step.mixer, at)]
 
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
         (block,) = self.blocks
@@ -58,12 +58,12 @@ class _Step:
 class _ParallelStep:
     """x -> x + the sum over branches of mixer(norm(x)), which are reduced over tp together."""
 
-    def __init__(self, step: spec.ParallelResidual, at: LayerPlace, recompute_attention: bool):
+    def __init__(self, step: spec.ParallelResidual, at: LayerPlace):
         self.place = at.place
         self.norms = [at.norm(branch.norm) for branch in step.branches]
         reduces = at.place.tp.size == 1
         self.blocks = [
-            BLOCKS[type(branch.mixer)](branch.mixer, at, recompute_attention, reduces=reduces)
+            BLOCKS[type(branch.mixer)](branch.mixer, at, reduces=reduces)
             for branch in step.branches
         ]
 

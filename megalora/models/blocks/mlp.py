@@ -16,8 +16,9 @@ INNER_STEP = 8  # in which the inner features are cut: rows of eights are what k
 
 
 class MLPBlock:
-    def __init__(self, mlp: spec.MLP, at: LayerPlace, recompute: bool = False, reduces: bool = True):
-        """recompute: has no effect here, a gated MLP keeps its inputs only."""
+    """reduces: of down, as LinearGroup takes it."""
+
+    def __init__(self, mlp: spec.MLP, at: LayerPlace, reduces: bool = True):
         part = even_part(mlp.inner, at.place.tp, INNER_STEP)
         outputs = [("gate", mlp.gate, part)] if mlp.gate is not None else []
         ups = at.columns([*outputs, ("up", mlp.up, part)])

@@ -21,13 +21,17 @@ SITES = ("qkv", "out", "up", "down")
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Layer `index` of a stack: its parameters are registered below `root`."""
+    """Layer `index` of a stack: its parameters are registered below `root`.
+
+    recompute_attention  run rotation and attention again in backward instead of keeping what they keep
+    """
 
     root: nn.Module
     stack: spec.Stack
     index: int
     place: Placement
     lora: ResolvedLora
+    recompute_attention: bool = False
 
     def site(self, name: str) -> int:
         """Return the dropout site of the layer's input `name`, one of SITES."""

@@ -130,6 +130,24 @@ def test_tied_head_is_the_embedding(tmp_path, present):
     assert torch.equal(loaded["lm_head.weight"], tensors["model.embed_tokens.weight"][3:7])
 
 
+def test_other_names_of_a_file_are_read(tmp_path):
+    """A bare model lacks the prefix; a head may have another name; two names of one tensor are refused."""
+    tensors = make_tensors()
+    bare = {name.removeprefix("model.").replace("lm_head.", "embed_out."): t for name, t in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors")
+    names = BaseNames(
+        SHAPES, "model.embed_tokens.weight", "lm_head.weight", False,
+        FileNames(renames=(("embed_out.", "lm_head."),), prefix="model."),
+    )  # fmt: skip
+    splits = whole(SHAPES)
+    module = make_module(splits, torch.float32)
+    load_base(module, tmp_path, splits=splits, names=names)
+    assert all(torch.equal(parameter, tensors[name]) for name, parameter in module.named_parameters())
+    save_file(bare | {"lm_head.weight": tensors["lm_head.weight"].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="two names of one tensor"):
+        load_base(module, tmp_path, splits=splits, names=names)
+
+
 def test_ignores_rotary_buffers(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     save_file(make_tensors() | extra, tmp_path / "model.safetensors")
