@@ -108,7 +108,7 @@ def mean_context(rows: PackedRows) -> float:
 def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> float:
     """Return what training on a token of these rows costs (see `monitor.flops`)."""
     frozen = sum(linear.in_features * linear.out_features for linear, _ in config.linears.values())
-    frozen += config.vocab_size * config.hidden_size  # the head, tied or not
+    frozen += config.vocab_size * config.embedding.width  # the head, tied or not
     return lora_flops_per_token(
         frozen_matmul_parameters=frozen,
         lora_parameters=_lora_parameters(config, lora),

@@ -59,7 +59,7 @@ class Steps:
     def _run(self, hidden: torch.Tensor | None, ids: torch.Tensor, places: torch.Tensor, cache: Cache) -> torch.Tensor:
         tables = {rotary: (cos[places], sin[places]) for rotary, (cos, sin) in self._rope.items()}
         tokens = Tokens(places, places, seed=None, step=0)  # no dropout, so nothing is drawn from them
-        return self._stage(hidden, Inputs(ids, None, None, (), tables, tokens, cache))
+        return self._stage(hidden, Inputs(ids, None, None, (), tables, tokens, cache, position_ids=places))
 
 
 def _can_be_recorded(stage: Stage) -> bool:

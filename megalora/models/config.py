@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megalora.errors import UserError
-from megalora.models import families, rotary
-from megalora.models.family import BOUNDS, Family, Fields
-from megalora.models.spec import MLP, Attention, ModelSpec
 from megalora.files import read_json
-from megalora.models import families
-from megalora.parallel.mesh import Axis
-from megalora.parallel.split import Part, even_part, shard_range
+from megalora.models import families, rotary
+from megalora.models.family import BOUNDS, Family, Fields, RemoteConfig
+from megalora.models.spec import MLP, Attention, ModelSpec
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
 _HARMLESS = frozenset(
@@ -77,10 +74,13 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
 
 def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Return the ModelSpec that `family` reads from the fields of a config.json. Raises UserError as `read_config`."""
+    raw = family.in_our_names(raw, where)
     rope = rotary.read_rope(raw, family.rope, family.partial, where)
     hf = _hf_config(raw, family, rope, where)
     _refuse_unread(raw, hf, family, where)
     spec = family.read(Fields(hf, family, rope, where))
+    if not spec.rotaries and rope["rope_type"] != "default":
+        raise UserError(f"{where}: rope_type = {rope['rope_type']!r}, but this model has no rotary positions: remove it")
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     return replace(spec, model_type=raw["model_type"], dtype=dtype, files=family.files)
 
@@ -89,19 +89,25 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
     """Return transformers' config object: its class holds the defaults of fields that the file leaves out."""
     from transformers import CONFIG_MAPPING  # slow to import, and not needed to name a bad flag
 
+    kind = None if family.remote else CONFIG_MAPPING[family.config_class or raw["model_type"]]
+    names = getattr(kind, "attribute_map", {})  # of fields, ours -> the file's
+    for size in (size for size in _SIZES if size in family.reads):
+        name = size if size in raw else names.get(size, size)
+        value = raw.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{where}: {name} = {value!r}: must be a positive integer")
+        if value > BOUNDS[size].most:  # before transformers makes a list as long
+            raise UserError(f"{where}: {name} = {value!r}: must be at most {BOUNDS[size].most}")
+    if kind is None:
+        return RemoteConfig(family.defaults, raw)
     # The old form of the rope fields is understood by transformers 4 and 5 alike, the new one by 5 only.
     plain = {k: v for k, v in raw.items() if k not in rotary.CONFIG_FIELDS and family.rope.get(k) != "rope_theta"}
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     theta = next((alias for alias, ours in family.rope.items() if ours == "rope_theta"), "rope_theta")
     plain[theta] = rope["rope_theta"]
     plain["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
-    for name in _SIZES:
-        if not isinstance(raw.get(name), int) or isinstance(raw[name], bool) or raw[name] <= 0:
-            raise UserError(f"{where}: {name} = {raw.get(name)!r}: must be a positive integer")
-        if raw[name] > BOUNDS[name].most:  # before transformers makes a list as long
-            raise UserError(f"{where}: {name} = {raw[name]!r}: must be at most {BOUNDS[name].most}")
     try:
-        return CONFIG_MAPPING[raw["model_type"]](**plain)
+        return kind(**{**family.defaults, **plain})
     except ImportError:  # nothing of the user's: an installation that lacks something, or Ctrl-C while it was imported
         raise
     except Exception as error:
@@ -114,6 +120,7 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
     from transformers import PretrainedConfig
 
     passed_over = {*_HARMLESS, *family.harmless, *rotary.CONFIG_FIELDS, *family.rope, *family.reads}
+    passed_over |= {theirs for ours, theirs in getattr(hf, "attribute_map", {}).items() if ours in family.reads}
     passed_over |= {"partial_rotary_factor"} if family.partial is not None else set()
     fixed = {**FIXED, **family.fixed}
     values = {**hf.to_dict(), **{k: v for k, v in raw.items() if v is not None}}
@@ -132,7 +139,7 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
             )
     architectures = raw.get("architectures") or []
     for name in architectures if isinstance(architectures, list) else [architectures]:
-        if not str(name).endswith(("ForCausalLM", "LMHeadModel")):
+        if not str(name).endswith(("ForCausalLM", "LMHeadModel")) and name not in family.architectures:
             raise UserError(f"{where}: architectures names {name}: only a causal language model can be trained")
 
 

@@ -34,6 +34,10 @@ BOUNDS: Mapping[str, Bound] = {
     "max_window_layers": Bound(True, 0, 1 << 12),
     "rms_norm_eps": Bound(False, 1e-30, 1.0),
     "layer_norm_eps": Bound(False, 1e-30, 1.0),
+    "layer_norm_epsilon": Bound(False, 1e-30, 1.0),
+    "n_inner": _SIZE,
+    "rotary_dim": Bound(True, 2, 1 << 14),
+    "window_size": Bound(True, 1, 1 << 32),
 }
 
 
@@ -49,6 +53,11 @@ class Family:
     rope         other names of rope fields in this family's config.json -> `rope_parameters`' own
     partial      the default of partial_rotary_factor where the family has that field
     files        how names in its files differ from ours
+    aliases      other names of fields in this family's config.json -> those that `read` uses
+    config_class the model_type whose config class in transformers has the defaults; None: the family's own
+    defaults     of fields where they differ from that class
+    remote       config.json names code that transformers lacks: `defaults` are all of its fields. No such code is run
+    architectures  names in config.json's `architectures` beside those of causal language models
     A field of the family's config class that is none of these is refused, unless it is unset.
     """
 
@@ -60,6 +69,40 @@ class Family:
     rope: Mapping[str, str] = field(default_factory=dict)
     partial: float | None = None
     files: FileNames = field(default_factory=FileNames)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    config_class: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    remote: bool = False
+    architectures: frozenset[str] = frozenset()
+
+    def in_our_names(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the fields of a config.json under the names that `read` uses.
+
+        Raises UserError where two names of one field have different values.
+        """
+        found: dict[str, Any] = {}
+        for name, value in raw.items():
+            ours = self.aliases.get(name, name)
+            if found.get(ours) is not None and value is not None and found[ours] != value:
+                raise UserError(f"{where}: {name} = {value!r} and {ours} = {found[ours]!r} are one field: keep one of them")
+            found[ours] = value if found.get(ours) is None else found[ours]
+        return found
+
+
+class RemoteConfig:
+    """The config of a model that transformers lacks: the fields that its family declares, and those of the file."""
+
+    def __init__(self, defaults: Mapping[str, Any], given: Mapping[str, Any]):
+        self._fields = {**defaults, **given}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in self.__dict__.get("_fields", ()):
+            raise AttributeError(name)
+        return self._fields[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, as transformers' config objects do."""
+        return dict(self._fields)
 
 
 class Fields:

@@ -170,7 +170,8 @@ class _Graph:
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:
     """Those that layers read and that differ from one microbatch of a layout to the next; the bounds apart."""
-    return [inputs.input_ids, inputs.tokens.index, *(table for pair in inputs.tables.values() for table in pair)]
+    positions = [] if inputs.position_ids is None else [inputs.position_ids]
+    return [inputs.input_ids, inputs.tokens.index, *positions, *(t for pair in inputs.tables.values() for t in pair)]
 
 
 def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
@@ -182,6 +183,7 @@ def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
 
 def _copy(inputs: Inputs, place: Placement, bounds: int, longest: int) -> Inputs:
     input_ids, index, *tables = (tensor.clone() for tensor in _tensors(inputs))
+    position_ids = None if inputs.position_ids is None else tables.pop(0)
     step = torch.tensor(inputs.tokens.step, dtype=torch.int64, device=index.device)
     tokens = replace(inputs.tokens, index=index, local=place.own_tokens(index), step=step)
     cu_seqlens = inputs.packed.cu_seqlens.new_empty(bounds)
@@ -194,6 +196,7 @@ def _copy(inputs: Inputs, place: Placement, bounds: int, longest: int) -> Inputs
         tables=dict(zip(inputs.tables, zip(tables[::2], tables[1::2], strict=True), strict=True)),
         tokens=tokens,
         packed=Packed(cu_seqlens, longest),
+        position_ids=position_ids,
     )
 
 

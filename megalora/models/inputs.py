@@ -37,6 +37,7 @@ class Inputs:
     tokens     places of the tokens and what dropout is drawn from
     cache      earlier keys and values, or None (training)
     packed     the bounds for kernels that read them on the device, where some do
+    position_ids  [F] int64, each token's place in its document; None where no layer of the model reads it
     """
 
     input_ids: torch.Tensor
@@ -47,6 +48,7 @@ class Inputs:
     tokens: Tokens
     cache: Cache | None = None
     packed: Packed | None = None
+    position_ids: torch.Tensor | None = None
 
 
 def rope_tables(spec: ModelSpec, position_ids: torch.Tensor, dtype: torch.dtype) -> RopeTables:
@@ -64,4 +66,5 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
     tables = rope_tables(config, batch.position_ids, place.dtype)
     index = batch.token_index
     tokens = Tokens(index, place.own_tokens(index), seed, step)
-    return Inputs(batch.input_ids, batch.labels, labelled, bounds, tables, tokens, packed=packed)
+    positions = batch.position_ids if config.reads_positions else None
+    return Inputs(batch.input_ids, batch.labels, labelled, bounds, tables, tokens, packed=packed, position_ids=positions)

@@ -10,122 +10,22 @@ megalora/planning/nodes.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-
-class Piece(NamedTuple):
-    """Rows (or columns) of a tensor: `count` blocks of `block` rows, their starts `stride` apart, from `start` on."""
-
-    start: int
-    count: int  # type: ignore[assignment]  # hides tuple.count(), which nobody calls
-    block: int
-    stride: int
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer: weight [out_features, in_features], or [in_features, out_features] where it is transposed."""
-
-    name: str
-    in_features: int
-    out_features: int
-    bias: bool = False
-    transposed: bool = False
-
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the name and shape of each tensor in the file."""
-        shape = (self.out_features, self.in_features)
-        yield f"{self.name}.weight", shape[::-1] if self.transposed else shape
-        if self.bias:
-            yield f"{self.name}.bias", (self.out_features,)
-
-
-class Rows(Protocol):
-    """Where the outputs of a fused linear lie among its rows."""
-
-    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
-        """Return the rows of units [start, stop) of output `part`, in order."""
-        ...
-
-    def unit(self, part: str) -> int:
-        """Return the rows of one unit of output `part`: a head's size, or 1."""
-        ...
-
-
-@dataclass(frozen=True)
-class Blocked:
-    """Outputs one after another: q, then k, then v; or gate, then up.
-
-    parts  (name, units) of each, in file order; a unit is `size` rows
-    """
-
-    parts: tuple[tuple[str, int], ...]
-    size: int = 1
-
-    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
-        before = 0
-        for name, units in self.parts:
-            if name == part:
-                return [Piece(before + start * self.size, 1, (stop - start) * self.size, 0)]
-            before += units * self.size
-        raise KeyError(part)
-
-    def unit(self, part: str) -> int:
-        return self.size
-
-
-@dataclass(frozen=True)
-class ByHead:
-    """For each head its q, its k and its v (in `order`), of `size` rows each."""
-
-    size: int
-    order: tuple[str, ...] = ("q", "k", "v")
-
-    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
-        head = len(self.order) * self.size
-        return [Piece(start * head + self.order.index(part) * self.size, stop - start, self.size, head)]
-
-    def unit(self, part: str) -> int:
-        return self.size
-
-
-@dataclass(frozen=True)
-class ByGroup:
-    """For each key/value head the `queries` query heads that read it, then its k, then its v, of `size` rows each."""
-
-    queries: int
-    size: int
-
-    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
-        group = (self.queries + 2) * self.size
-        if part == "q":
-            places = [divmod(head, self.queries) for head in range(start, stop)]
-            return [Piece(g * group + h * self.size, 1, self.size, 0) for g, h in places]
-        offset = (self.queries + (part == "v")) * self.size
-        return [Piece(start * group + offset, stop - start, self.size, group)]
-
-    def unit(self, part: str) -> int:
-        return self.size
-
-
-@dataclass(frozen=True)
-class Fused:
-    """One linear with several outputs, whose places among its rows `rows` knows."""
-
-    linear: Linear
-    rows: Rows
-
-
-Projection = Linear | Fused
-
-
-def linears_of(projections: Sequence[Projection | None]) -> tuple[Linear, ...]:
-    """Return the linears behind `projections`, each once, in order."""
-    found = [p.linear if isinstance(p, Fused) else p for p in projections if p is not None]
-    return tuple(dict.fromkeys(found))
+from megalora.models.linears import (  # noqa: F401 (a spec is composed of them: families import all from here)
+    Blocked,
+    ByGroup,
+    ByHead,
+    Fused,
+    Linear,
+    Piece,
+    Projection,
+    Rows,
+    linears_of,
+)
 
 
 @dataclass(frozen=True)
@@ -252,11 +152,11 @@ def mixers_of(layer: Layer) -> tuple[Mixer, ...]:
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers, `{prefix}.{index}.` each, and the norm behind the last."""
+    """The layers, `{prefix}.{index}.` each, and the norm behind the last (None: what the last layer gives is normed)."""
 
     prefix: str
     layers: tuple[Layer, ...]
-    final_norm: Norm
+    final_norm: Norm | None
 
     def of_layer(self, index: int, name: str) -> str:
         """Return the full name of what a layer calls `name`."""
@@ -264,12 +164,12 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Embedding:
-    """The table of words: `{name}.weight` [vocab_size, hidden_size]."""
+class Positions:
+    """Learned positions: `{name}.weight` [rows, hidden_size]; position p has row p + offset."""
 
     name: str
-    vocab_size: int
-    hidden_size: int
+    rows: int
+    offset: int = 0
 
     @property
     def weight(self) -> str:
@@ -277,15 +177,61 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class Head:
-    """Logits: `{name}.weight` [vocab_size, hidden_size]; tied: it is the embedding's, and not in the file."""
+class Embedding:
+    """What enters the first layer: dropout(norm(project(words) + positions)), each of them where there is one.
+
+    name     `{name}.weight` [vocab_size, width], the words; width is hidden_size unless they are projected to it
+    project  from the words' width to hidden_size; frozen, and without an adapter
+    """
 
     name: str
-    tied: bool = False
+    vocab_size: int
+    hidden_size: int
+    positions: Positions | None = None
+    norm: Norm | None = None
+    project: Linear | None = None
 
     @property
     def weight(self) -> str:
         return f"{self.name}.weight"
+
+    @property
+    def width(self) -> int:
+        return self.hidden_size if self.project is None else self.project.in_features
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name and shape of each tensor in the file."""
+        yield self.weight, (self.vocab_size, self.width)
+        if self.positions is not None:
+            yield self.positions.weight, (self.positions.rows, self.hidden_size)
+        for part in (self.norm, self.project):
+            yield from () if part is None else part.tensors()
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits: `{name}.weight` [vocab_size, width] of project(hidden), with `{name}.bias` [vocab_size] where it has one.
+
+    tied     the weight is the embedding's, and not in the file
+    project  from hidden_size to the words' width; frozen, and without an adapter
+    """
+
+    name: str
+    tied: bool = False
+    bias: bool = False
+    project: Linear | None = None
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+    def tensors(self, vocab_size: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name and shape of each tensor in the file."""
+        if not self.tied:
+            yield self.weight, (vocab_size, width)
+        if self.bias:
+            yield f"{self.name}.bias", (vocab_size,)
+        yield from () if self.project is None else self.project.tensors()
 
 
 BUFFERS = ("rotary_emb.inv_freq",)  # that older versions of transformers saved
@@ -379,7 +325,13 @@ class ModelSpec:
         """Every distinct norm."""
         branches = (branch for layer in set(self.stack.layers) for step in layer for branch in step.branches)
         found = (norm for branch in branches for norm in (branch.norm, *branch.mixer.norms))
-        return tuple(dict.fromkeys((*found, self.stack.final_norm)))
+        ends = (self.embedding.norm, self.stack.final_norm)
+        return tuple(dict.fromkeys((*found, *(norm for norm in ends if norm is not None))))
+
+    @property
+    def reads_positions(self) -> bool:
+        """Whether a part of the model reads the position of a token itself, not a table made of it."""
+        return self.embedding.positions is not None
 
     @cached_property
     def rotaries(self) -> tuple[Rotary, ...]:
@@ -400,16 +352,14 @@ class ModelSpec:
     @cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor of the file, by full name, with its shape; without the head where it is tied."""
-        whole = (self.vocab_size, self.hidden_size)
-        found: dict[str, tuple[int, ...]] = {self.embedding.weight: whole}
+        found: dict[str, tuple[int, ...]] = dict(self.embedding.tensors())
         for index, layer in enumerate(self.stack.layers):
             for mixer in mixers_of(layer):
                 for linear in mixer.linears:
                     found |= {self.stack.of_layer(index, name): shape for name, shape in linear.tensors()}
-        if not self.head.tied:
-            found[self.head.weight] = whole
+        found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))
         for index, layer in enumerate(self.stack.layers):
             for branch in (branch for step in layer for branch in step.branches):
                 for norm in (branch.norm, *branch.mixer.norms):
                     found |= {self.stack.of_layer(index, name): shape for name, shape in norm.tensors()}
-        return found | dict(self.stack.final_norm.tensors())
+        return found if self.stack.final_norm is None else found | dict(self.stack.final_norm.tensors())

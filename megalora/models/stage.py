@@ -15,17 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.models.blocks.attention import AttentionBlock
+from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock
 from megalora.models.blocks.layer import Layer
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.choices import RECOMPUTE
-from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.models.spec import ModelSpec
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
 from megalora.models.spec import ModelSpec
-from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
+from megalora.parallel.embedding import VocabParallelHead
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.linear import ParallelLinear
 from megalora.parallel.loss import next_token_loss
@@ -64,27 +63,26 @@ class Stage(nn.Module):
         self.config, self.place, self.lora, self.loss = config, place, lora, loss
         self.recompute_layers = recompute == "full"
         self._graphs: LayerGraphs | None = None
-        stack, words = config.stack, (config.vocab_size, config.hidden_size)
+        stack = config.stack
         # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in `_parts`:
         # modules here would be registered a second time.
-        embedding = VocabParallelEmbedding(*words, place) if first else None
-        if first:
-            hang(self, config.embedding.name, embedding)
+        embedding = EmbeddingBlock(self, config.embedding, place) if first else None
         blocks = {
             i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, recompute == "selective"))
             for i in chain(*self._chunks)
         }
-        norm = NORMS[stack.final_norm.kind](stack.final_norm, place) if last else None
-        head = VocabParallelHead(*words, place) if last else None
-        if last:
+        norm = head = None
+        if last and stack.final_norm is not None:
+            norm = NORMS[stack.final_norm.kind](stack.final_norm, place)
             hang(self, stack.final_norm.name, norm)
-            hang(self, config.head.name, head)
-        if config.head.tied and first and last:
-            head.weight = embedding.weight
+        if last:
+            head = HeadBlock(self, config, place)
+        if config.head.tied and embedding is not None and head is not None:
+            head.words.weight = embedding.words.weight
         self._parts = _Parts(embedding, blocks, norm, head)
 
     @property
-    def embedding(self) -> VocabParallelEmbedding | None:
+    def embedding(self) -> EmbeddingBlock | None:
         return self._parts.embedding
 
     @property
@@ -94,7 +92,7 @@ class Stage(nn.Module):
 
     @property
     def head(self) -> VocabParallelHead | None:
-        return self._parts.head
+        return None if self._parts.head is None else self._parts.head.words
 
     @property
     def attention(self) -> AttentionBlock:
@@ -111,9 +109,9 @@ class Stage(nn.Module):
         """hidden [T, hidden_size] from the stage before; None on the first, which looks input_ids up.
 
         Returns what the next stage reads, [T, hidden_size]; on the last stage the sum of the token losses (a scalar)
-        where inputs has labels, else the final hidden states, normed. Of several chunks it runs one.
+        where inputs has labels, else what the head reads of the final hidden states. Of several chunks it runs one.
         """
-        last = self._parts.norm is not None and chunk == len(self._chunks) - 1
+        last = self._parts.head is not None and chunk == len(self._chunks) - 1
         if self._graphs is not None and torch.is_grad_enabled():
             hidden = self._graphs(inputs)
         else:
@@ -125,7 +123,7 @@ class Stage(nn.Module):
     def _layers(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int) -> torch.Tensor:
         """All of a chunk but the head and the loss."""
         if self.embedding is not None and chunk == 0:
-            hidden = self.embedding(inputs.input_ids)
+            hidden = self.embedding(inputs)
         delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
         for layer in (self.layers[i] for i in self._chunks[chunk]):
             if self.recompute_layers and torch.is_grad_enabled():
@@ -134,9 +132,12 @@ class Stage(nn.Module):
                 )
             else:
                 hidden, delta = layer(hidden, delta, inputs)
-        if self._parts.norm is None or chunk < len(self._chunks) - 1:
-            return hidden if delta is None else hidden + delta
-        return self._parts.norm.after(hidden, delta)[1]
+        ends = self._parts.head is not None and chunk == len(self._chunks) - 1
+        if ends and self._parts.norm is not None:
+            hidden = self._parts.norm.after(hidden, delta)[1]
+        elif delta is not None:
+            hidden = hidden + delta
+        return self._parts.head.reads(hidden) if ends else hidden
 
     def use_graphs(self) -> None:
         """Runs the layers as CUDA graphs from here on (see megalora.models.graphs): for a stage that is a whole model."""
@@ -189,7 +190,7 @@ class Stage(nn.Module):
 
 @dataclass(frozen=True)
 class _Parts:
-    embedding: VocabParallelEmbedding | None
+    embedding: EmbeddingBlock | None
     layers: dict[int, Layer]
     norm: Norm | None
-    head: VocabParallelHead | None
+    head: HeadBlock | None

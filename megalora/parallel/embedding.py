@@ -44,11 +44,22 @@ class VocabParallelEmbedding(_VocabParallel):
 
 
 class VocabParallelHead(_VocabParallel):
-    """lm_head. Training reads its weight through `parallel.loss`; `forward` gives logits, for generation."""
+    """lm_head. Training reads its weight and bias through `parallel.loss`; `forward` gives logits, for generation."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, place: Placement, bias: bool = False):
+        super().__init__(vocab_size, hidden_size, place)
+        self.register_parameter("bias", None)
+        if bias:
+            self._bias_split = even_part(vocab_size, place.tp).cut().split((vocab_size,), 0)
+            values = torch.empty(self._bias_split.local_shape, dtype=place.dtype, device=place.device)
+            self.bias = nn.Parameter(values, requires_grad=False)
+
+    def shard_dims(self) -> dict[str, Split]:
+        return super().shard_dims() | ({} if self.bias is None else {"bias": self._bias_split})
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, hidden_size], whole on each rank -> logits [N, vocab_size], whole on each rank."""
-        logits = matmul_nt(hidden, self.weight)
+        logits = matmul_nt(hidden, self.weight, self.bias)
         tp = self.place.tp
         if tp.size == 1:
             return logits

@@ -43,7 +43,7 @@ def cross_entropy_sum(
     labelled: torch.Tensor,
     coefficients: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum over the labelled tokens of -c log softmax(hidden W^T)[label], a float32 (or float64) scalar.
+    """Return the sum over the labelled tokens of -c log softmax(hidden W^T + b)[label], a float32 (or float64) scalar.
 
     hidden    [T, hidden_size]: this rank's tokens under sequence parallelism, else all F of them
     labels    [F] int64, already shifted; -100 where there is nothing to predict
@@ -73,7 +73,7 @@ class _CrossEntropySum(torch.autograd.Function):
             part = slice(start, start + chunk)
             rows = labelled[part]
             h = full[part] if everything else full.index_select(0, rows)
-            logits = matmul_nt(h, head.weight)
+            logits = matmul_nt(h, head.weight, head.bias)
             label = labels[rows] - head.start
             local, total, target = statistics_(logits, label)
             maximum = local

@@ -401,32 +401,35 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
     labelled = round(tokens.full * work.labelled)
     chunk = min(labelled, max(1, CHUNK_LOGITS.get(shape.device_type, CHUNK_LOGITS["cpu"]) // shape.vocabulary))
     logits = chunk * shape.vocabulary * e
-    gathered = tokens.whole if tokens.gathers else 0
-    parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.hidden * e
-    product = 2 * labelled * shape.hidden * shape.vocabulary
+    read, whole = tokens.local * shape.width * e, tokens.full * shape.width * e  # what the head reads
+    gathered = whole if tokens.gathers else 0
+    parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.width * e
+    product = 2 * labelled * shape.width * shape.vocabulary
     before: tuple[Message, ...] = ()
-    after: tuple[Message, ...] = (Message("reduce", tokens.whole),) if shape.tp > 1 else ()
+    after: tuple[Message, ...] = (Message("reduce", whole),) if shape.tp > 1 else ()
     if tokens.gathers:
-        before, after = (Message("gather", tokens.whole),), (Message("scatter", tokens.whole),)
+        before, after = (Message("gather", whole),), (Message("scatter", whole),)
     norm = Node(
         "final norm",
         tokens.stream + tokens.local * _STATISTIC * (2 if shape.final_norm[1] == "layer" else 1) if flowing else 0,
         Pass(live=2 * tokens.stream, traffic=4 * tokens.stream, calls=1),
         Pass(live=2 * tokens.stream, traffic=3 * tokens.stream, calls=1) if flowing else NOTHING,
     )
+    if shape.final_norm[1] == "none":
+        norm = _output(tokens, flowing)
     loss = Node(
         "loss",
-        tokens.whole if flowing else 0,
+        whole if flowing else 0,
         Pass(
-            live=tokens.stream + gathered + logits + parts,
+            live=read + gathered + logits + parts,
             flops=product * (2 if flowing else 1),
             traffic=3 * labelled * shape.vocabulary * e,
             messages=before,
             calls=12,
         ),
         Pass(
-            live=tokens.whole + (tokens.stream if tokens.gathers else 0),
-            traffic=2 * tokens.whole,
+            live=whole + (read if tokens.gathers else 0),
+            traffic=2 * whole,
             messages=after,
             calls=2,
         )

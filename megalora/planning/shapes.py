@@ -6,6 +6,7 @@ The rank is the widest one: where heads, channels or the vocabulary are cut unev
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -165,8 +166,11 @@ class Shape:
     """The whole model on one tensor-parallel rank.
 
     rotary      features that each of its rotations turns
-    final_norm  elements of the norm behind the last layer, and its kind
+    final_norm  elements of the norm behind the last layer (0: there is none), and its kind
     vocabulary  rows of the embedding, and of the head, on this rank
+    width       columns of the embedding, and of the head
+    before      elements of what else is in front of the first layer: positions, norm, projection
+    behind      elements of what else the last layer's result goes through: projection, bias of the head
     lowest      the first layer that has something to train; the number of layers where none has
     device_type "cuda" or "cpu": the room of a group, and what a few ops keep, depend on it
     """
@@ -179,6 +183,9 @@ class Shape:
     tied: bool
     tp: int
     device_type: str
+    width: int
+    before: int = 0
+    behind: int = 0
 
     @property
     def lowest(self) -> int:
@@ -187,21 +194,27 @@ class Shape:
     @property
     def embedding(self) -> int:
         """Elements of the embedding, and of the head."""
-        return self.vocabulary * self.hidden
+        return self.vocabulary * self.width
 
 
 def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = "cuda") -> Shape:
     """Return the Shape of `config` with the adapters of `lora`, cut over `tp` ranks, on a device of that type."""
-    rank = _Rank(config, lora, tp, device_type)
+    rank, final = _Rank(config, lora, tp, device_type), config.stack.final_norm
+    vocabulary, width = -(-config.vocab_size // tp), config.embedding.width
+    before = sum(math.prod(shape) for _, shape in config.embedding.tensors()) - config.vocab_size * width
+    projection = 0 if config.head.project is None else sum(math.prod(s) for _, s in config.head.project.tensors())
     return Shape(
         tuple(rank.layer(index, layer) for index, layer in enumerate(config.stack.layers)),
         config.hidden_size,
         tuple(rotary.size for rotary in config.rotaries),
-        (_elements(config.stack.final_norm), config.stack.final_norm.kind),
-        -(-config.vocab_size // tp),
+        (0, "none") if final is None else (_elements(final), final.kind),
+        vocabulary,
         config.head.tied,
         tp,
         device_type,
+        width,
+        before,
+        projection + vocabulary * config.head.bias,
     )
 
 

@@ -1,0 +1,80 @@
+"""The ends of a model: what enters the first layer, and what the head reads. All of it is frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megalora.models import spec
+from megalora.models.blocks.norm import NORMS
+from megalora.models.inputs import Inputs
+from megalora.models.names import hang
+from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
+from megalora.parallel.placement import Placement
+
+
+class Frozen(nn.Module):
+    """Frozen tensors that every tp rank holds whole: `weight`, and `bias` where there is one."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: tuple[int, ...], bias: tuple[int, ...] | None, place: Placement):
+        super().__init__()
+        for name, shape in (("weight", weight), ("bias", bias)):
+            values = None if shape is None else torch.empty(shape, dtype=place.dtype, device=place.device)
+            self.register_parameter(name, None if values is None else nn.Parameter(values, requires_grad=False))
+
+
+class Projection:
+    """A frozen linear between the widths of the words and of the layers, on each rank's own tokens."""
+
+    def __init__(self, root: nn.Module, linear: spec.Linear, place: Placement):
+        shapes = {name.rpartition(".")[2]: shape for name, shape in linear.tensors()}
+        self._module = Frozen(shapes["weight"], shapes.get("bias"), place)
+        hang(root, linear.name, self._module)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in_features] -> [T, out_features]."""
+        return nn.functional.linear(x, self._module.weight, self._module.bias)
+
+
+class EmbeddingBlock:
+    """norm(project(words) + positions), each where the spec has it. The words are cut over tp, the rest is whole."""
+
+    def __init__(self, root: nn.Module, embedding: spec.Embedding, place: Placement):
+        self.spec, self._place = embedding, place
+        self.words = VocabParallelEmbedding(embedding.vocab_size, embedding.width, place)
+        hang(root, embedding.name, self.words)
+        self._project = None if embedding.project is None else Projection(root, embedding.project, place)
+        self._positions: Frozen | None = None
+        if (positions := embedding.positions) is not None:
+            self._positions = Frozen((positions.rows, embedding.hidden_size), None, place)
+            hang(root, positions.name, self._positions)
+        self._norm = None if embedding.norm is None else NORMS[embedding.norm.kind](embedding.norm, place)
+        if embedding.norm is not None:
+            hang(root, embedding.norm.name, self._norm)
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """Return [T, hidden_size] of this rank's tokens under sequence parallelism, else of all."""
+        hidden = self.words(inputs.input_ids)
+        if self._project is not None:
+            hidden = self._project(hidden)
+        if self._positions is not None:
+            rows = self._place.own_tokens(inputs.position_ids) + self.spec.positions.offset
+            hidden = hidden + nn.functional.embedding(rows, self._positions.weight)
+        return hidden if self._norm is None else self._norm(hidden)
+
+
+class HeadBlock:
+    """What turns the final hidden states into logits: a projection where the spec has one, and the words' matrix."""
+
+    def __init__(self, root: nn.Module, config: spec.ModelSpec, place: Placement):
+        head, width = config.head, config.embedding.width
+        self.words = VocabParallelHead(config.vocab_size, width, place, bias=head.bias)
+        hang(root, head.name, self.words)
+        self._project = None if head.project is None else Projection(root, head.project, place)
+
+    def reads(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the words' matrix reads, [T, width], of the normed hidden states [T, hidden_size]."""
+        return hidden if self._project is None else self._project(hidden)
