@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,14 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             f"implemented: choose none or lora_only"
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
-    return lora_config.resolve(config.model_type, layers, (config.head.name, config.embedding.name))
+    resolved = lora_config.resolve(config.model_type, layers, (config.head.name, config.embedding.name))
+    transposed = any(config.linears[name].linear.transposed for name in resolved.adapters)
+    if lora_config.fan_in_fan_out and not transposed:
+        raise UserError(
+            f"lora_config: fan_in_fan_out = true is for weights stored as [in, out], and none that is adapted in this "
+            f"{config.model_type} model is: remove the field"
+        )
+    return replace(resolved, config=replace(lora_config, fan_in_fan_out=transposed))
 
 
 @dataclass(frozen=True)

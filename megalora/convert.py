@@ -178,7 +178,8 @@ def _adapter_merge(arguments: Conversion) -> None:
         check_base(adapter, base_identity(config, base, load_tokenizer(base)))
     _, weights = _read_base(base)
     scalings = {name: one.scaling for name, one in lora.adapters.items()}
-    merged = MergedWeights(weights, scalings, adapter.tensors)
+    transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
+    merged = MergedWeights(weights, scalings, adapter.tensors, transposed)
     plan = plan_hf(tensor_types(merged, config.tensors), _max_file_bytes(arguments))
     _write_base(arguments, target, merged, plan, base, adapter_template(adapter))
 

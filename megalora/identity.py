@@ -50,7 +50,7 @@ def run_identity(
         **{
             f"lora_config.{name}": str(value)
             for name, value in lora_config.to_dict().items()
-            if name not in ("peft_type", "task_type", "inference_mode")
+            if name not in ("peft_type", "task_type", "inference_mode", "fan_in_fan_out")
         },
     }
 

@@ -160,7 +160,7 @@ def test_a_value_out_of_range_is_refused_by_name(fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_dora": True}, {"fan_in_fan_out": True}, {"modules_to_save": ["lm_head"]}, {"exclude_modules": ["q_proj"]},
+        {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"exclude_modules": ["q_proj"]},
         {"layer_replication": [[0, 4]]}, {"lora_bias": True}, {"megatron_config": {"a": 1}},
         {"trainable_token_indices": [1]}, {"target_parameters": ["w"]}, {"loftq_config": {"bits": 4}},
         {"eva_config": {"rho": 2}}, {"corda_config": {}}, {"use_qalora": True}, {"arrow_config": {"a": 1}},

@@ -31,7 +31,6 @@ _IGNORED = {
 }
 # Fields that would change the numbers, with the values at which they do not.
 _NEUTRAL: Mapping[str, tuple] = {
-    "fan_in_fan_out": (False,),
     "modules_to_save": (None, []),
     "exclude_modules": (None, []),
     "layer_replication": (None,),
@@ -65,6 +64,7 @@ class LoraConfig:
     init_lora_weights True: A uniform (Kaiming, a = sqrt 5), B zero; "gaussian": A normal with deviation 1 / r, B zero;
                       False: both uniform
     inference_mode    the adapter is for use, not for training
+    fan_in_fan_out    adapted weights are [in, out] in the model's file (GPT-2): told by the model, it need not be given
     """
 
     r: int = 8
@@ -79,6 +79,7 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     inference_mode: bool = False
     task_type: str = "CAUSAL_LM"
+    fan_in_fan_out: bool = False
 
     @classmethod
     def from_json(cls, path: str | Path) -> LoraConfig:
@@ -127,7 +128,7 @@ class LoraConfig:
             v("init_lora_weights") in (True, False, "gaussian"),
             "true, false or gaussian",
         )
-        for name in ("use_rslora", "inference_mode"):
+        for name in ("use_rslora", "inference_mode", "fan_in_fan_out"):
             need(name, isinstance(v(name), bool), "true or false")
         if isinstance(v("layers_to_transform"), int):
             values["layers_to_transform"] = [v("layers_to_transform")]

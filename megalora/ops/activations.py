@@ -1,20 +1,67 @@
-"""Activations of plain MLPs, by HF's name (transformers.activations.ACT2FN)."""
+"""Activations of plain MLPs, by HF's name (transformers.activations.ACT2FN): all of them that have no parameters.
+
+An activation keeps one tensor for its backward pass: what it reads, or its result (`KEEPS_RESULT`).
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional
 
-_gelu_tanh = functools.partial(functional.gelu, approximate="tanh")
+Activation = Callable[[torch.Tensor], torch.Tensor]
 
-ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+
+class _FromInput(torch.autograd.Function):
+    """An activation of several operations that keeps what it reads, and runs again in backward."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (dx,) = torch.autograd.grad(ctx.function(x), x, dy)
+        return dx, None
+
+
+def _composed(function: Activation) -> Activation:
+    return lambda x: _FromInput.apply(x, function)
+
+
+_gelu_tanh = functools.partial(functional.gelu, approximate="tanh")
+_silu = functional.silu
+
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": functional.gelu,
-    "gelu_new": _gelu_tanh,
+    "gelu_10": _composed(lambda x: functional.gelu(x).clip(-10, 10)),
+    "gelu_accurate": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": functional.gelu,
+    "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": functional.hardswish,
+    "laplace": _composed(lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))),
+    "leaky_relu": functional.leaky_relu,
+    "linear": lambda x: x,
+    "mish": functional.mish,
+    "quick_gelu": _composed(lambda x: x * torch.sigmoid(1.702 * x)),
     "relu": functional.relu,
-    "silu": functional.silu,
+    "relu2": _composed(lambda x: functional.relu(x).square()),
+    "relu6": functional.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": _silu,
+    "sqrtsoftplus": _composed(lambda x: functional.softplus(x).sqrt()),
+    "swish": _silu,
+    "tanh": torch.tanh,
 }
+KEEPS_RESULT = frozenset({"relu", "sigmoid", "tanh"})

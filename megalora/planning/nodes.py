@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from megalora.ops import extension
+from megalora.ops.activations import KEEPS_RESULT
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
@@ -247,11 +248,11 @@ class _LayerNodes:
                 self._linears(mixer.up, "normed", flowing, fused=fused),
                 self._linears(mixer.down, "gated", after, fused=fused),
             ]
-        # relu keeps its result, which down reads; the others keep what they read.
-        kept = self.tokens.full * mixer.down.inputs * self.work.element
+        # Some keep their result, which down reads; the others keep what they read.
+        kept = self.tokens.full * mixer.down.inputs * self.work.element * (mixer.act != "linear")
         both = Pass(live=kept, traffic=2 * kept, calls=1)
         act = self._node("activation", kept, both, replace(both, live=2 * kept, traffic=3 * kept), after)
-        source = "kept" if mixer.act == "relu" and after else "new"
+        source = "kept" if mixer.act in KEEPS_RESULT and after else "new"
         return [self._linears(mixer.up, "normed", flowing), act, self._linears(mixer.down, source, after)]
 
     def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -16,10 +16,17 @@ class MergedWeights:
     base      of any floating-point dtype, which the result has too; the sum is in float32 (float64 where W is)
     scalings  s of each adapted linear, by its name
     tensors   the whole adapter by parameter name: lora_A [r, in], lora_B [out, r], trained biases [out]
+    transposed  names of linears whose weight is [in, out] in the file
     """
 
-    def __init__(self, base: BaseWeights, scalings: Mapping[str, float], tensors: Mapping[str, torch.Tensor]):
-        self._base, self._scalings, self._tensors = base, scalings, tensors
+    def __init__(
+        self,
+        base: BaseWeights,
+        scalings: Mapping[str, float],
+        tensors: Mapping[str, torch.Tensor],
+        transposed: Collection[str] = (),
+    ):
+        self._base, self._scalings, self._tensors, self._transposed = base, scalings, tensors, frozenset(transposed)
         self.shapes = base.shapes
 
     def where(self, name: str) -> str:
@@ -45,7 +52,8 @@ class MergedWeights:
             wide = torch.promote_types(out.dtype, torch.float32)
             a, b = (self._tensors[f"{linear}.{factor}.weight"].to(wide) for factor in ("lora_A", "lora_B"))
             rows, columns = index
-            out.copy_(out.to(wide).addmm_(b[rows], a[:, columns], alpha=self._scalings[linear]))
+            left, right = (a.t(), b.t()) if linear in self._transposed else (b, a)
+            out.copy_(out.to(wide).addmm_(left[rows], right[:, columns], alpha=self._scalings[linear]))
         if not out.isfinite().all():
             raise UserError(
                 f"{self.where(name)}: {name} with the adapter in it is not finite in {out.dtype}: the adapter is "

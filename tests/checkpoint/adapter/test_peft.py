@@ -150,7 +150,6 @@ def folder(tmp_path):
         ("peft_type", "IA3"),
         ("use_dora", True),
         ("lora_bias", True),
-        ("fan_in_fan_out", True),
         ("modules_to_save", ["lm_head"]),
         ("layer_replication", [[0, 2]]),
         ("loftq_config", {"loftq_bits": 4}),
