@@ -15,7 +15,7 @@ from torch import nn
 
 from megalora import choices
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.checkpoint.base.weights import BaseNames, load_base
+from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
 from megalora.models.graphs import choose_graphs
@@ -194,6 +194,21 @@ def check_vocabulary(largest: int, config: ModelSpec, model_path: str) -> None:
             f"model_path {model_path}: its tokenizer gives token id {largest}, but the model's vocab_size "
             f"({config.vocab_size}) ends before: take tokenizer and model from one folder, or resize the embedding"
         )
+
+
+def settle_head(config: ModelSpec, folder: str | Path) -> tuple[ModelSpec, str | None]:
+    """Return the spec with the head that the weights in `folder` have, and a line for the user where it is another.
+
+    A config may tie the head to the embedding although the files hold a head of its own: as transformers, it is used.
+    Raises UserError as `open_base`. For one rank: it may read both matrices.
+    """
+    if not config.head.tied or not has_own_head(folder, base_names(config)):
+        return config, None
+    note = (
+        f"{folder}: config.json says tie_word_embeddings, but {config.head.weight} in the files is not "
+        f"{config.embedding.weight}: the head of the files is used"
+    )
+    return replace(config, head=replace(config.head, tied=False)), note
 
 
 def load_base_weights(stage: Stage, folder: str | Path) -> None:

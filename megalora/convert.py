@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.building import base_names, check_adapter, resolve_lora, stage_layers
+from megalora.building import base_names, check_adapter, resolve_lora, settle_head, stage_layers
 from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
@@ -89,8 +89,16 @@ def _from_gguf(arguments: Conversion) -> None:
 
 def _read_base(folder: str) -> tuple[ModelSpec, BaseWeights]:
     """The model in a folder of safetensors or shards, checked to be whole."""
-    config = read_config(folder)
+    config = _read_model(folder)
     return config, open_base(folder, base_names(config))
+
+
+def _read_model(folder: str) -> ModelSpec:
+    """The model's spec, with the head that its weights have; a line says where that is another than config.json's."""
+    config, note = settle_head(read_config(folder), folder)
+    if note is not None:
+        print(f"megalora: {note}", file=sys.stderr, flush=True)
+    return config
 
 
 def _max_file_bytes(arguments: Conversion) -> int:
@@ -173,10 +181,10 @@ def _adapter_merge(arguments: Conversion) -> None:
     adapter = open_adapter(arguments.paths.input)
     base = _base_of(adapter, arguments)
     target = _target(arguments.paths, base)
-    config, lora = _its_base(adapter, arguments)
+    _, lora = _its_base(adapter, arguments)
+    config, weights = _read_base(base)
     if adapter.trainer is not None:  # it says what it was trained on
         check_base(adapter, base_identity(config, base, load_tokenizer(base)))
-    _, weights = _read_base(base)
     scalings = {name: one.scaling for name, one in lora.adapters.items()}
     transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
     merged = MergedWeights(weights, scalings, adapter.tensors, transposed)

@@ -44,6 +44,7 @@ FLOOR = 100e6  # bytes/s between hosts below which a link is named anyway: gigab
 LATE = 5e-3  # seconds of one way between hosts above which it is named
 MESSAGE = {"cpu": 1 << 20, "cuda": 32 << 20}  # bytes of the bandwidth test; PINGS messages are that of latency
 PINGS = 10
+ROUNDS = 5  # of the bandwidth test
 
 
 @dataclass(frozen=True)
@@ -291,10 +292,11 @@ class Link:
     between: str
     inside: bool
     latency: float
-    bandwidth: float
+    bandwidth: float | None  # bytes a second; None: not measurable, the message took no longer than an empty one
 
     def __str__(self) -> str:
-        return f"{self.between}: {self.bandwidth / 1e9:.2f} GB/s, {self.latency * 1e6:.0f} us"
+        speed = "bandwidth not measurable" if self.bandwidth is None else f"{self.bandwidth / 1e9:.2f} GB/s"
+        return f"{self.between}: {speed}, {self.latency * 1e6:.0f} us"
 
 
 def links(mesh: ParallelMesh, hosts: Sequence[str], device: torch.device) -> list[Finding]:
@@ -328,17 +330,19 @@ def judge_links(found: Sequence[Link]) -> list[Finding]:
         kind = [link for link in found if link.inside == inside]
         if not kind:
             continue
-        usual = statistics.median(link.bandwidth for link in kind)
-        slow = [
-            link
-            for link in kind
-            if link.bandwidth < usual / SLOW or (not inside and (link.bandwidth < FLOOR or link.latency > LATE))
-        ]
+        measured = [link for link in kind if link.bandwidth is not None]
+        usual = statistics.median(link.bandwidth for link in measured) if measured else 0.0
+        slow = [link for link in measured if link.bandwidth < usual / SLOW or (not inside and link.bandwidth < FLOOR)]
+        slow += [link for link in kind if link not in slow and not inside and link.latency > LATE]
         where = "inside a host" if inside else "between hosts"
         for link in slow:
             text = f"{link}: slow; look at the cable, the port and the interface of both hosts"
             findings.append(Finding(f"{link.axis} link", WARNING, text))
-        good = [link for link in kind if link not in slow]
+        unknown = [link for link in kind if link.bandwidth is None and link not in slow]
+        if unknown:
+            text = f"{len(unknown)} {where} too noisy to measure, for example {unknown[0]}: run it again on idle hosts"
+            findings.append(Finding("links", WARNING, text))
+        good = [link for link in measured if link not in slow]
         if good:
             worst = min(good, key=lambda link: link.bandwidth)
             findings.append(Finding("links", OK, f"{len(good)} {where}, the slowest {worst}"))
@@ -346,15 +350,13 @@ def judge_links(found: Sequence[Link]) -> list[Finding]:
 
 
 def _reduction(axis: Axis, device: torch.device) -> float:
-    """Bytes a second that a ring of this size moves over each link."""
+    """Return the bytes a second that a ring of this size moves over each link: the median of ROUNDS reductions."""
     size = MESSAGE[device.type]
     tensor = torch.zeros(size // 4, device=device)
     small = torch.zeros(1, device=device)
     all_reduce(small, axis)
-    begun = time.perf_counter()
-    all_reduce(tensor, axis)
-    _finished(device)
-    return 2 * (axis.size - 1) / axis.size * size / (time.perf_counter() - begun)
+    seconds = statistics.median(_timed(lambda: all_reduce(tensor, axis), device) for _ in range(ROUNDS))
+    return 2 * (axis.size - 1) / axis.size * size / seconds
 
 
 def _measure(name: str, pair: tuple[int, int], world: Axis, hosts: Sequence[str], device: torch.device) -> Link:
@@ -363,19 +365,32 @@ def _measure(name: str, pair: tuple[int, int], world: Axis, hosts: Sequence[str]
     if world.rank in pair:
         small, large = torch.zeros(1, device=device), torch.zeros(MESSAGE[device.type] // 4, device=device)
         _ping(pair, world.rank, small)
-        begun = time.perf_counter()
-        for _ in range(PINGS):
-            _ping(pair, world.rank, small)
-        latency = (time.perf_counter() - begun) / PINGS / 2
-        begun = time.perf_counter()
-        _ping(pair, world.rank, large)
-        _finished(device)
-        seconds = max((time.perf_counter() - begun) / 2 - latency, 1e-9)
-        times = (latency, large.numel() * large.element_size() / seconds)
-    latency, bandwidth = gather_objects(times, world)[pair[0]]
+        empty = [_timed(lambda: _ping(pair, world.rank, small), device) / 2 for _ in range(PINGS)]
+        full = [_timed(lambda: _ping(pair, world.rank, large), device) / 2 for _ in range(ROUNDS)]
+        times = (statistics.median(empty), bandwidth(empty, full, large.numel() * large.element_size()))
+    latency, speed = gather_objects(times, world)[pair[0]]
     a, b = pair
     between = f"rank {a} on {hosts[a]} - rank {b} on {hosts[b]}"
-    return Link(name, pair, between, hosts[a] == hosts[b], latency, bandwidth)
+    return Link(name, pair, between, hosts[a] == hosts[b], latency, speed)
+
+
+def bandwidth(empty: Sequence[float], full: Sequence[float], nbytes: int) -> float | None:
+    """Return bytes a second from one-way times of empty messages and of messages of `nbytes`, in seconds.
+
+    It is nbytes over the difference of the medians; None where that difference is within the spread of the times, so
+    that a number would be noise.
+    """
+    seconds = statistics.median(full) - statistics.median(empty)
+    spread = statistics.median(abs(one - statistics.median(times)) for times in (empty, full) for one in times)
+    return nbytes / seconds if seconds > max(spread, 1e-6) else None
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `work` takes, on the device too."""
+    begun = time.perf_counter()
+    work()
+    _finished(device)
+    return time.perf_counter() - begun
 
 
 def _ping(pair: tuple[int, int], rank: int, tensor: torch.Tensor) -> None:

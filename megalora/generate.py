@@ -17,7 +17,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.building import build_stage, load_adapter, load_base_weights, resolve_dtype, resolve_lora
+from megalora.building import (
+    build_stage,
+    load_adapter,
+    load_base_weights,
+    resolve_dtype,
+    resolve_lora,
+    settle_head,
+)
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.cluster.launch import choose_device, distributed
@@ -37,7 +44,7 @@ from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader
 from megalora.identity import adapter_template, base_identity, check_base
-from megalora.models.config import check_layout, read_config
+from megalora.models.config import check_layout, check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
@@ -94,6 +101,7 @@ class _Opened:
     context            longest prompt and reply together, in tokens
     tokenizer, reader  on rank 0, and with --stop on the first rank of each replica
     stops              strings that end a reply
+    notes              lines for the user
     """
 
     config: ModelSpec
@@ -101,6 +109,7 @@ class _Opened:
     tokenizer: OpenedTokenizer | None
     reader: Reader | None
     stops: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -129,11 +138,14 @@ def _open(arguments: GenerateArguments, mesh: ParallelMesh) -> _Opened:
     with together(world):
         config = read_config(model.model_path)
         check_layout(config, mesh.tp.size, mesh.pp.size, arguments.parallel.uneven_heads)
-        context = _context(config, options)
+        longer = None if options.seq_length is None else check_length(config, options.seq_length)
+        context = options.seq_length or config.max_position_embeddings
+    config, own_head = on_first(lambda: settle_head(config, model.resume_from_checkpoint or model.model_path), world)
+    with together(world):
         if world.is_first or (stops and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
             tokenizer = open_tokenizer(model.model_path)
             reader = Reader(tokenizer.tokenizer, stops)
-    return _Opened(config, context, tokenizer, reader, stops)
+    return _Opened(config, context, tokenizer, reader, stops, tuple(note for note in (longer, own_head) if note))
 
 
 def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, mesh: ParallelMesh) -> _Asked:
@@ -153,7 +165,8 @@ def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, 
             stop = stop_token_ids(model_path, template)
             stop = (*stop, *unseen_stops(template.tokenizer, opened.stops))
             sampling, sampled_by = _sampling(options, sampling_defaults(model_path))
-            notes = (*sampled_by, *(template.notes or (f"prompts are written with {template.description}",)))
+            notes = (*opened.notes, *sampled_by)
+            notes = (*notes, *(template.notes or (f"prompts are written with {template.description}",)))
             questions = _questions(options)
             notes = (*notes, *_special_tokens(template, questions or ()))
             token_ids = questions and [encode(template, question, opened.context) for question in questions]
@@ -283,17 +296,6 @@ class _Later:
 
 
 # ---- what is asked ----
-
-
-def _context(config: ModelSpec, options: GenerationArguments) -> int:
-    """Longest prompt and reply together, in tokens."""
-    longest = config.max_position_embeddings
-    if options.seq_length is not None and options.seq_length > longest:
-        raise UserError(
-            f"seq_length ({options.seq_length}) is more than the model's max_position_embeddings ({longest}): choose "
-            f"at most that"
-        )
-    return options.seq_length or longest
 
 
 def _questions(options: GenerationArguments) -> list[Question] | None:

@@ -13,7 +13,7 @@ from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import DTYPES, resolve_lora
 from megalora.errors import UserError
 from megalora.flags import PlanArguments
-from megalora.models.config import read_config
+from megalora.models.config import check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.planning.devices import DEVICES, Device
 from megalora.planning.draw import Panel, boxes_of, svg
@@ -37,11 +37,7 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     config = read_config(arguments.model_path)
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     lora = resolve_lora(lora_config, config)
-    if arguments.seq_length > config.max_position_embeddings:
-        raise UserError(
-            f"seq_length ({arguments.seq_length}) is more than the model's max_position_embeddings "
-            f"({config.max_position_embeddings}): choose at most that"
-        )
+    check_length(config, arguments.seq_length)
     device = DEVICES[arguments.device]
     memory = arguments.memory or device.capacity
     if arguments.reserve >= memory:

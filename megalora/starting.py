@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.building import check_vocabulary, resolve_dtype, resolve_lora, trained_shapes
+from megalora.building import check_vocabulary, resolve_dtype, resolve_lora, settle_head, trained_shapes
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.run.folder import announce_removal, cancel_removal, check_own, in_run, removal_is_pending
@@ -19,7 +19,7 @@ from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_s
 from megalora.errors import UserError
 from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
 from megalora.identity import base_identity, check_base, other_template, progress, run_identity
-from megalora.models.config import check_layout, read_config
+from megalora.models.config import check_layout, check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh
@@ -73,9 +73,11 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     with together(mesh.world):
         config = read_config(model.model_path)
         check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
-        _check_length(config, data, train, parallel.sequence_parallel, mesh)
+        notes = _check_length(config, data, train, parallel.sequence_parallel, mesh)
+    weights = model.resume_from_checkpoint or model.model_path
+    config, own_head = on_first(lambda: settle_head(config, weights), mesh.world)
     not_locked = _keep_others_out(lock, mesh)
-    notes = [not_locked] if not_locked else []
+    notes += [note for note in (own_head, not_locked) if note]
     overwrite = _overwrites(model, train, mesh)
     start = _find_start(model, train, overwrite, mesh)
     with together(mesh.world):
@@ -88,7 +90,6 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
                 check_vocabulary(loaded.max_token_id, config, model.model_path)
     notes += template.notes
     loader = _loader(rows, train, mesh)
-    weights = model.resume_from_checkpoint or model.model_path
     base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
     identity = run_identity(base, lora.config, template, rows, loader.global_batch_rows, train.seed)
     with together(mesh.world):
@@ -262,12 +263,9 @@ def _check_length(
     train: TrainArguments,
     sequence_parallel: bool,
     mesh: ParallelMesh,
-) -> None:
-    if data.seq_length > config.max_position_embeddings:
-        raise UserError(
-            f"seq_length ({data.seq_length}) is more than the model's max_position_embeddings "
-            f"({config.max_position_embeddings}): choose at most that"
-        )
+) -> list[str]:
+    """Return lines for the user on the length of a row. Raises UserError where it cannot be trained."""
+    longer = check_length(config, data.seq_length)
     tokens = train.per_device_train_batch_size * data.seq_length
     if sequence_parallel and tokens % mesh.tp.size:
         raise UserError(
@@ -275,6 +273,7 @@ def _check_length(
             f"{tokens} tokens are not a multiple of tensor_parallel_size ({mesh.tp.size}), as --sequence_parallel "
             f"needs: change seq_length"
         )
+    return [longer] if longer else []
 
 
 def _load_rows(

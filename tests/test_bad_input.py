@@ -257,10 +257,6 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
         lambda m: {"eval_data_path": m.data([{"words": "a"}])["data_path"]},
         ("-rows.json row 0", "no known shape", "on_bad_row"),
     ),
-    "seq_length": (
-        lambda m: {"seq_length": 4096},
-        ("seq_length (4096)", "max_position_embeddings (2048)", "choose at most that"),
-    ),
     "sequence parallel": (
         lambda m: TP2 | {"sequence_parallel": True, "seq_length": 63},
         ("seq_length (63)", "multiple of tensor_parallel_size (2)", "change seq_length"),

@@ -4,13 +4,15 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 from spawn import spawn
 
 from megalora import building
 from megalora.adapters.config import LoraConfig
-from megalora.building import build_stage, resolve_lora, stage_layers
-from megalora.models.config import config_from_dict
+from megalora.building import build_stage, load_base_weights, resolve_lora, settle_head, stage_layers
+from megalora.models.config import config_from_dict, read_config
+from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
 from megalora.parallel.placement import Placement
 from megalora.planning.nodes import Workload
@@ -72,3 +74,25 @@ def test_ranks_on_unlike_devices_cut_alike():
 def test_cost_without_a_run_is_that_of_the_forward():
     layers = stage_layers(CONFIG, 3, "cost", None)
     assert [i for part in layers for i in part] == list(range(12))
+
+
+def test_a_head_in_the_files_of_a_tied_model_is_used(tmp_path):
+    """As transformers does; a copy of the embedding is a tie (a loss from the wrong head is silently wrong)."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.save_model(tmp_path / "tied", tie_word_embeddings=True)
+    tied = read_config(folder)
+    assert settle_head(tied, folder) == (tied, None), "the files hold one matrix"
+    tensors = load_file(folder / "model.safetensors")
+    for changed in (False, True):
+        head = tensors["model.embed_tokens.weight"].clone()
+        head[-1, -1] += float(changed)
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+        config, note = settle_head(tied, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+        stage = Stage(config, range(2), Placement(Axis(0, (0,)), False, torch.float32, "cpu"))
+        load_base_weights(stage, folder)
+        assert torch.equal(stage.head.weight, theirs.lm_head.weight)
+        assert torch.equal(stage.head.weight, head)
+        assert config.head.tied is not changed and ("the head of the files is used" in (note or "")) is changed

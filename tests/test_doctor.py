@@ -86,6 +86,17 @@ def test_slow_links_are_named():
     assert alone.state == "warning", "nothing to compare it with"
 
 
+def test_a_bandwidth_that_cannot_be_measured_is_no_number():
+    """A message that takes no longer than an empty one would be infinitely fast."""
+    empty, full = [1.0e-3, 1.1e-3, 0.9e-3], [3.0e-3, 3.1e-3, 2.9e-3]
+    assert doctor.bandwidth(empty, full, 1 << 20) == pytest.approx((1 << 20) / 2e-3)
+    assert doctor.bandwidth(empty, [1.0e-3, 9e-3, 0.5e-3], 1 << 20) is None
+    assert doctor.bandwidth(empty, [0.8e-3] * 3, 1 << 20) is None
+    good, unknown = link((0, 1), False, 1e9), link((1, 2), False, None)
+    (warned, ok) = doctor.judge_links([good, unknown])
+    assert (warned.state, ok.state) == ("warning", "ok") and "bandwidth not measurable" in warned.text
+
+
 def test_the_code_version_follows_the_files():
     assert doctor.code_version() == doctor.code_version() and "files " in doctor.code_version()
 

@@ -196,3 +196,23 @@ def test_shellcheck():
     files = sorted(str(file.relative_to(ROOT)) for file in SCRIPTS.glob("*.sh"))
     done = subprocess.run(["shellcheck", "-x", *files], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("has_torch", [True, False])
+def test_an_active_environment_without_torch_gives_way_to_the_projects_own(start, tmp_path, has_torch):
+    """A conda base is active in many shells."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "scripts", copy / "scripts")
+    own = copy / ".venv/bin/python"
+    own.parent.mkdir(parents=True)
+    own.write_text("#!/bin/bash\necho own=1\n")
+    own.chmod(0o755)
+    active = tmp_path / "conda/bin/python"
+    active.parent.mkdir(parents=True)
+    active.write_text(f"#!/bin/bash\nif [ \"$1\" = -c ]; then exit {int(not has_torch)}; fi\necho active=1\n")
+    active.chmod(0o755)
+    path = f"{active.parent}:{tmp_path / 'bin'}:/usr/bin:/bin"
+    environment = {"PYTHON": "", "CONDA_PREFIX": str(active.parents[1]), "PATH": path}
+    given, _, done = start(environment, script=copy / "scripts/slurm/run.sh")
+    assert given == ({"active": "1"} if has_torch else {"own": "1"}), done.stderr
+    assert ("lacks torch or transformers: .venv is used" in done.stderr) is not has_torch

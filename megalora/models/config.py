@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,15 +22,15 @@ from megalora.models.spec import MLP, Attention, ModelSpec
 _HARMLESS = frozenset(
     """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
     architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label initializer_range internal_version is_decoder is_llama_config label2id
-    length_penalty max_length max_sequence_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
-    pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version transformers.js_config typical_p unsloth_fixed unsloth_version
-    use_bfloat16 use_cache""".split()
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype dual_chunk_attention_config
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range internal_version is_decoder is_llama_config
+    label2id length_penalty max_length max_sequence_length min_length model_type no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
 # Fields with the one value at which they do not change the numbers, whatever the family.
 FIXED: Mapping[str, Any] = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
@@ -82,7 +83,43 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     if not spec.rotaries and rope["rope_type"] != "default":
         raise UserError(f"{where}: rope_type = {rope['rope_type']!r}, but this model has no rotary positions: remove it")
     dtype = raw.get("dtype") or raw.get("torch_dtype")
-    return replace(spec, model_type=raw["model_type"], dtype=dtype, files=family.files)
+    longest = int(min(rotary.extended_length(rope, spec.max_position_embeddings), _undivided_length(raw, where)))
+    return replace(
+        spec, model_type=raw["model_type"], dtype=dtype, files=family.files, max_position_embeddings=longest
+    )
+
+
+def _undivided_length(raw: Mapping[str, Any], where: str) -> float:
+    """Return the tokens up to which dual chunk attention is plain attention, as transformers computes it always."""
+    fields = raw.get("dual_chunk_attention_config")
+    if fields is None:
+        return math.inf
+    length = fields.get("original_max_position_embeddings") if isinstance(fields, Mapping) else None
+    if not isinstance(length, int) or isinstance(length, bool) or length <= 0:
+        raise UserError(
+            f"{where}: dual_chunk_attention_config does not say its original_max_position_embeddings, below which it "
+            f"changes nothing: take config.json from the model's own folder, or remove the field"
+        )
+    return length
+
+
+def check_length(spec: ModelSpec, seq_length: int) -> str | None:
+    """Return a line for the user where documents may be longer than the model is made for; None where not.
+
+    Raises UserError where the model has no positions beyond.
+    """
+    longest = spec.max_position_embeddings
+    if seq_length <= longest:
+        return None
+    if spec.embedding.positions is not None:
+        raise UserError(
+            f"seq_length ({seq_length}) is more than the model's max_position_embeddings ({longest}), and it has no "
+            f"positions beyond: choose at most that"
+        )
+    return (
+        f"seq_length ({seq_length}) is more than the {longest} tokens that the model is made for: replies to longer "
+        f"texts may be poor, unless rope_scaling in config.json extends them"
+    )
 
 
 def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], where: str) -> Any:

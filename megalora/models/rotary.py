@@ -35,6 +35,7 @@ def read_rope(raw: Mapping[str, Any], aliases: Mapping[str, str], partial: float
     """
     raw = {aliases.get(name, name): value for name, value in raw.items()}
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+    _refuse_two(raw, where)
     given = new if new is not None else old if old is not None else {}
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: rope_{'parameters' if new is not None else 'scaling'} is not an object: correct it")
@@ -49,6 +50,11 @@ def read_rope(raw: Mapping[str, Any], aliases: Mapping[str, str], partial: float
     kind = fields["rope_type"]
     if not isinstance(kind, str) or kind not in FIELDS:
         raise UserError(f"{where}: rope_type = {kind!r} is not implemented: megalora knows {', '.join(FIELDS)}")
+    if fields.get("attn_factor") is not None:
+        raise UserError(
+            f"{where}: rope field 'attn_factor' is not one that transformers reads, and it computes the model without "
+            f"it: remove it to train the model as transformers does, or rename it to attention_factor to apply it"
+        )
     known = FIELDS[kind] | {"rope_type", "rope_theta"} | ({_PARTIAL} if partial is not None else set())
     for name, value in fields.items():
         if value is not None and name not in known:
@@ -59,6 +65,32 @@ def read_rope(raw: Mapping[str, Any], aliases: Mapping[str, str], partial: float
         if name in FIELDS[kind] and name != "truncate" and value is not None:
             _check_number(fields, name, where)
     return fields
+
+
+def _refuse_two(raw: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where the new form and the old one are both there and say different things."""
+    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if not isinstance(new, Mapping) or not isinstance(old, Mapping):
+        return
+
+    def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+        kind = {"rope_type": fields.get("rope_type") or fields.get("type") or "default"}
+        return {k: v for k, v in fields.items() if k not in ("type", "rope_theta") and v is not None} | kind
+
+    if plain(new) != plain(old):
+        raise UserError(
+            f"{where}: rope_parameters = {dict(new)!r} and rope_scaling = {dict(old)!r} say different things, and "
+            f"versions of transformers differ in which they read: keep one of them (write the fields of rope_scaling "
+            f"into rope_parameters, beside rope_theta)"
+        )
+
+
+def extended_length(rope: Mapping[str, Any], max_position_embeddings: int) -> int:
+    """Return the tokens of the longest document that scaled rotations reach: original * factor (YaRN, linear)."""
+    if rope["rope_type"] not in ("yarn", "linear"):
+        return max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or max_position_embeddings
+    return max(max_position_embeddings, int(original * (rope.get("factor") or 1.0)))
 
 
 def _check_number(fields: Mapping[str, Any], name: str, where: str, most: float = math.inf) -> None:

@@ -6,7 +6,7 @@
 #   TP, PP                     --tensor_parallel_size and --pipeline_parallel_size, where FLAGS do not give them
 #   MAX_RESTARTS               how often torchrun starts the ranks again after one has died (default 3)
 #   PREFLIGHT                  0: no `megalora doctor` on each node before the start
-#   PYTHON                     interpreter (default: the active environment's, else .venv's, else python3)
+#   PYTHON                     interpreter (default: the active environment's if it has torch and transformers, else .venv's, else python3)
 #   MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME
 #                              kept where they are set; NCCL_IB_HCA and all other NCCL settings are never touched
 #   NNODES, NODE_RANK          several machines without Slurm: the same call on each, with MASTER_ADDR
@@ -44,9 +44,20 @@ fail() {
 }
 
 find_python() {
+    local active=""
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-        command -v python || fail "an environment is active, but has no python: set PYTHON to an interpreter that has megalora"
-    elif [ -x "$root/.venv/bin/python" ]; then
+        active=$(command -v python) || active=""
+        # A conda "base" is active in many shells: one that lacks what megalora needs is not meant.
+        if [ -n "$active" ] && { [ ! -x "$root/.venv/bin/python" ] || "$active" -c "import torch, transformers" 2>/dev/null; }; then
+            echo "$active"
+            return
+        fi
+        if [ ! -x "$root/.venv/bin/python" ]; then
+            fail "an environment is active, but has no python: set PYTHON to an interpreter that has megalora"
+        fi
+        note "the active environment (${VIRTUAL_ENV:-$CONDA_PREFIX}) lacks torch or transformers: .venv is used"
+    fi
+    if [ -x "$root/.venv/bin/python" ]; then
         echo "$root/.venv/bin/python"
     else
         command -v python3 || fail "no python3 here: set PYTHON to an interpreter that has megalora"

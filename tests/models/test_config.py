@@ -10,7 +10,7 @@ from megalora.errors import UserError
 from oracle import FAMILIES, TINY
 from dataclasses import replace
 from megalora.models.family import Fields
-from megalora.models.config import spec_of, check_layout, config_from_dict, known_families, read_config
+from megalora.models.config import check_length, spec_of, check_layout, config_from_dict, known_families, read_config
 from megalora.models.spec import mixers_of
 from megalora.parallel.split import cut_heads
 from megalora.parallel.mesh import Axis
@@ -211,7 +211,6 @@ def named(name: str) -> str:
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"pretraining_tp": 2}, "pretraining_tp"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
         ({"rope_interleaved": True}, "rope_interleaved"),
@@ -426,3 +425,39 @@ def test_heads_are_cut_so_that_each_rank_has_what_it_reads(heads, kv_heads):
         assert counted == list(range(kv_heads)), "each KV head is counted by one rank"
         held = sum(cut.kv.stop - cut.kv.start for cut in cuts)
         assert {cut.kv.shared for cut in cuts} == {held > kv_heads}
+
+
+def test_two_forms_of_rope_that_disagree_are_refused():
+    """Model cards tell people to add rope_scaling; where rope_parameters is there already, one of them is not read."""
+    new = {"rope_type": "default", "rope_theta": 5e5}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    with pytest.raises(UserError, match="rope_parameters = .* and rope_scaling = .* say different things"):
+        config_from_dict(LLAMA | {"rope_parameters": new, "rope_scaling": yarn})
+    both = {"rope_parameters": yarn | {"rope_theta": 5e5}, "rope_scaling": yarn | {"type": "yarn"}}
+    assert config_from_dict(LLAMA | both) == config_from_dict(LLAMA | {"rope_theta": 5e5, "rope_scaling": yarn})
+
+
+@pytest.mark.parametrize(
+    "fields, longest",
+    [
+        ({}, 128),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}, 256),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 512),
+        ({"dual_chunk_attention_config": {"chunk_size": 16, "original_max_position_embeddings": 64}}, 64),
+    ],
+)
+def test_how_long_a_document_may_be(fields, longest):
+    """Scaled rotations reach original * factor; beyond, rotations go on and a line says so."""
+    spec = config_from_dict(LLAMA | fields)
+    assert check_length(spec, longest) is None
+    assert f"more than the {longest} tokens" in check_length(spec, longest + 1)
+
+
+def test_what_transformers_does_not_read_of_a_rope_is_said():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attn_factor": 0.88}
+    with pytest.raises(UserError, match="'attn_factor' is not one that transformers reads.*rename it to attention_fac"):
+        config_from_dict(QWEN3 | {"rope_scaling": scaling})
+
+
+def test_slices_of_a_product_are_no_other_numbers():
+    assert config_from_dict(LLAMA | {"pretraining_tp": 4}) == config_from_dict(LLAMA)

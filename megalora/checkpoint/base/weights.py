@@ -19,6 +19,7 @@ from megalora.errors import UserError
 from megalora.parallel.split import Split
 
 SAMPLE = 32
+HEAD_ROWS = 4096  # that are compared at a time
 
 
 class FileNames(Protocol):
@@ -82,11 +83,7 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
     Raises UserError that names key, file and shape.
     """
     folder = Path(folder)
-    weights: BaseWeights
-    if has_shards(folder) and not is_hf(folder):
-        weights = BaseShards(folder, names.shapes)
-    else:
-        weights = HfWeights(folder)
+    weights = _as_they_lie(folder, names)
     files: dict[str, str] = {}
     renamed = False
     for name in weights.shapes:
@@ -98,6 +95,7 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
                 f"{weights.where(name)}: holds {name} and {files[ours]}, two names of one tensor: keep one of them"
             )
         files[ours], renamed = name, renamed or ours != name
+    _check_prefix(folder, weights, files, names)
     for problem, found in (
         ("lacks", names.shapes.keys() - files.keys()),
         ("holds the unexpected", {files[ours] for ours in files.keys() - names.shapes.keys()}),
@@ -118,6 +116,55 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
                 f"means {list(shape)}: take weights and config.json from one model"
             )
     return weights
+
+
+def _check_prefix(folder: Path, weights: BaseWeights, files: Mapping[str, str], names: BaseNames) -> None:
+    """Raise UserError where the names of the files are those of the model but for what they begin with."""
+    if names.shapes.keys() & files.keys():
+        return
+    probe = max(names.shapes, key=len)  # of a layer
+    end = probe.partition(".")[2]  # as the bare model calls it
+    for name in weights.shapes:
+        for expected in (probe, end):
+            if name != expected and name.endswith(f".{expected}"):
+                raise UserError(
+                    f"base weights {folder}: holds {name} where the model has {probe}: the names have another prefix, "
+                    f"as in a part of a larger model or a wrapper; save the language model itself (save_pretrained of "
+                    f"the part that has {probe})"
+                )
+
+
+def has_own_head(folder: str | Path, names: BaseNames) -> bool:
+    """Return whether the base weights in `folder`, of a config that ties the head, hold one that is not the embedding.
+
+    Raises UserError where they cannot be read.
+    """
+    weights = _as_they_lie(Path(folder), names)
+    found: dict[str | None, str] = {}
+    for name in weights.shapes:
+        found[names.files.ours(name, {*names.shapes, names.head})] = name
+    if names.head not in found or names.embedding not in found:
+        return False
+    pair = found[names.head], found[names.embedding]
+    shape = tuple(weights.shapes[pair[0]])
+    if shape != tuple(weights.shapes[pair[1]]):
+        return True
+    for start in range(0, shape[0], HEAD_ROWS):
+        rows = slice(start, min(start + HEAD_ROWS, shape[0]))
+        parts = [torch.empty(rows.stop - start, *shape[1:]) for _ in pair]
+        for name, part in zip(pair, parts, strict=True):
+            weights.copy(name, (rows, *(slice(0, n) for n in shape[1:])), part)
+        if not torch.equal(*parts):
+            return True
+    return False
+
+
+def _as_they_lie(folder: Path, names: BaseNames) -> BaseWeights:
+    """Return the base weights by the names of their files, safetensors or shards."""
+    if has_shards(folder) and not is_hf(folder):
+        head = names.shapes.get(names.embedding)  # of a tied model, which some files hold all the same
+        return BaseShards(folder, {**({names.head: head} if head else {}), **names.shapes})
+    return HfWeights(folder)
 
 
 @torch.no_grad()

@@ -14,6 +14,6 @@ FAMILY = Family(
     ("llama",),
     read,
     reads=LLAMA_FIELDS | {"attention_bias", "mlp_bias"},
-    fixed=LLAMA_FIXED | {"pretraining_tp": 1},
+    fixed=LLAMA_FIXED,
     files=LLAMA_FILES,
 )

@@ -397,3 +397,10 @@ def test_a_pipe_for_weights_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / hf.SINGLE)
     with pytest.raises(UserError, match="model.safetensors: is not a regular file"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "base_model.model."])
+def test_a_wrong_prefix_is_named(tmp_path, prefix):
+    save_file({prefix + name: tensor for name, tensor in make_tensors().items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"holds {prefix}model.* where the model has model.*another prefix"):
+        load(tmp_path)
