@@ -23,7 +23,8 @@ from train_step import build_peer, plain_weights
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, load_adapter, resolve_lora
-from megalora.generation.replica import Prompt, Replica
+from megalora.generation.replica import Replica
+from megalora.generation.requests import Prompt
 from megalora.generation.sampling import Sampling
 from megalora.models.config import config_from_dict
 from megalora.models.stage import NO_LORA, Stage

@@ -39,7 +39,8 @@ from megalora.generation.dialogue import NAMES, Chat, dialogue
 from megalora.generation.logits import LogitsFolder
 from megalora.generation.output import Output
 from megalora.generation.prompts import Question, ask, encode, read_questions, stop_token_ids, unseen_stops
-from megalora.generation.replica import Listener, Prompt, Replica, Reply
+from megalora.generation.replica import Replica
+from megalora.generation.requests import Listener, Prompt, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megalora.data import ChatTemplate, Conversation, Message
 from megalora.errors import UserError
 from megalora.generation.prompts import Question, ask, encode
-from megalora.generation.replica import Prompt, Reply
+from megalora.generation.requests import Prompt, Reply
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Piece, Reader
 from megalora.parallel.collectives import broadcast_object

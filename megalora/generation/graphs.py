@@ -13,12 +13,12 @@ from megalora.models.recorder import Graph, Recorder
 
 WARM_UP = 2  # steps before a recording: libraries set themselves up in the first
 
-Decode = Callable[[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Decode = Callable[[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """where: token ids, slots and places [3, n]; hidden, out: what comes from the stage before and what goes on."""
+    """where: token ids, slots, places and adapters [4, n]; hidden, out: of the stage before, and what goes on."""
 
     graph: Graph
     where: torch.Tensor
@@ -29,7 +29,8 @@ class _Recording:
 class DecodeGraphs:
     """A decoding step that is recorded for 1, 2, 4, 8, ... sequences; what a step has less, it feeds to `spare`.
 
-    decode  (hidden [n, hidden_size] or None, ids, slots, places [n]) -> [n, hidden_size], of fixed shapes throughout
+    decode  (hidden [n, hidden_size] or None, ids, slots, places, adapters [n]) -> [n, hidden_size], of fixed shapes
+            throughout
     spare   a slot of the cache that no sequence uses
     like    a tensor of the dtype and on the device of `hidden`, [hidden_size]; None on the first stage
     """
@@ -39,22 +40,28 @@ class DecodeGraphs:
         self._recordings: dict[int, _Recording] = {}
 
     def __call__(
-        self, hidden: torch.Tensor | None, token_ids: Sequence[int], slots: Sequence[int], places: Sequence[int]
+        self,
+        hidden: torch.Tensor | None,
+        token_ids: Sequence[int],
+        slots: Sequence[int],
+        places: Sequence[int],
+        adapters: Sequence[int],
     ) -> torch.Tensor:
         """What `decode` gives. It is overwritten by the next step."""
         count = len(token_ids)
         width = 1 << (count - 1).bit_length()
         idle = width - count
         recording = self._recordings.get(width) or self._record(width)
-        rows = [[*token_ids, *[0] * idle], [*slots, *[self._spare] * idle], [*places, *[0] * idle]]
-        recording.where.copy_(torch.tensor(rows))
+        fillers = (0, self._spare, 0, 0)
+        rows = zip((token_ids, slots, places, adapters), fillers, strict=True)
+        recording.where.copy_(torch.tensor([[*row, *[filler] * idle] for row, filler in rows]))
         if hidden is not None:
             recording.hidden[:count] = hidden
         recording.graph.replay()
         return recording.out[:count]
 
     def _record(self, width: int) -> _Recording:
-        where = torch.zeros(3, width, dtype=torch.int64, device=self._device)
+        where = torch.zeros(4, width, dtype=torch.int64, device=self._device)
         where[1] = self._spare
         hidden = None if self._like is None else self._like.new_zeros(width, *self._like.shape)
         # All recordings share one pool of memory: they never run at the same time.

@@ -9,7 +9,7 @@ from safetensors.torch import save
 
 from megalora.errors import UserError
 from megalora.files import write_file
-from megalora.generation.replica import Prompt
+from megalora.generation.requests import Prompt
 
 
 class LogitsFolder:

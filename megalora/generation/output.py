@@ -14,7 +14,7 @@ from typing import TextIO
 
 from megalora.errors import UserError
 from megalora.generation.prompts import Question
-from megalora.generation.replica import Prompt, Reply
+from megalora.generation.requests import Prompt, Reply
 from megalora.generation.terminal import Voice, side_by_side, written
 from megalora.generation.text import Answer, Piece, Reader
 

@@ -3,23 +3,27 @@
 Every rank of a replica holds the same sequences and runs the same steps. Prompts that find a free slot of the cache
 are fed whole, in one step together; then all running sequences go on by one token a step. The last stage says which
 token comes next to all; whoever listens on the first rank may end a reply before the model does.
+
+`replies` replies to prompts that are all there; `serve` to requests as they come, each with a sampling of its own and,
+where the stage shares several adapters, by the adapter that it names.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from megalora.errors import UserError
 from megalora.generation.cache import Span
-from megalora.generation.sampling import NOT_FINITE, Sampling, Seen, choose, draw
+from megalora.generation.requests import FAILED, INTERRUPTED, LENGTH, STOP, Inbox, Listener, Prompt, Reply, Request
+from megalora.generation.sampling import NOT_FINITE, Logprobs, Sampling, Seen, choose, draw, logprobs
 from megalora.generation.steps import Steps
 from megalora.models.stage import Stage
+from megalora.parallel.collectives import broadcast_object
 from megalora.parallel.mesh import Axis
 
 MAX_RUNNING = 64  # sequences that run at a time,
@@ -29,48 +33,35 @@ STEP_TOKENS = 8192  # prompts join a step up to this many tokens: it bounds the 
 REFILL = 8  # new prompts join when one slot in this many is free: few steps, each of many tokens
 WORTH_KEEPING = 32  # a prompt that begins with at least this many tokens of what a free slot holds goes on from there
 
-STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
+KEEP_ALIVE = 60.0  # seconds that the ranks wait for a request before they tell one another that there is none
+
 _VERDICTS = (None, STOP, INTERRUPTED)  # of a listener, as they are told to the other ranks
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """number: of the prompt in the run, which its random numbers come from; token_ids: at least one."""
-
-    number: int
-    token_ids: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """token_ids without the one that stopped it; finish_reason: why it ends, STOP, LENGTH or INTERRUPTED."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: str
-
-
-class Listener(Protocol):
-    """Hears the replies while they are made."""
-
-    def hear(self, prompt: Prompt, token_id: int) -> str | None:
-        """The next token of the reply to a prompt. Returns STOP or INTERRUPTED to end the reply with it."""
-        ...
-
-    def done(self, prompt: Prompt, reply: Reply) -> None:
-        """The reply is whole."""
-        ...
 
 
 @dataclass
 class _Sequence:
-    """A prompt under way. kept: its tokens in the cache; room: longest reply."""
+    """A request under way. kept: its tokens in the cache; room: longest reply."""
 
-    prompt: Prompt
+    request: Request
     slot: int
     room: int
     kept: int
     reply: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: Logprobs | None = None  # of the newest token
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.request.prompt
+
+
+@dataclass
+class _Queue:
+    """waiting: requests without a slot; free: slots of the cache; running: sequences that have one."""
+
+    free: list[int]
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[_Sequence] = field(default_factory=list)
 
 
 class Replica:
@@ -99,16 +90,17 @@ class Replica:
         self._context, self._sampling, self._stop = context, sampling, frozenset(stop_token_ids)
         self._listened_to, self._keep_logits = listened_to, keep_logits
         self._steps: Steps | None = None
-        self._held: list[list[int]] = []  # tokens that each slot of the cache holds
+        self._held: list[tuple[int, list[int]]] = []  # whose tokens each slot of the cache holds: (adapter, tokens)
         self._seen: Seen | None = None
         self._adapted = True
+        self._more = False  # whether requests wait in the inbox
 
     def switch_adapter(self, on: bool) -> None:
         """Replies from now on are those of the adapted model, as at first, or of the base."""
         if on != self._adapted:
             self._adapted = on
             self._stage.switch_adapters(on)
-            self._held = [[] for _ in self._held]  # keys and values are another model's now
+            self._held = [(0, []) for _ in self._held]  # keys and values are another model's now
 
     @torch.inference_mode()
     def replies(self, prompts: Sequence[Prompt], max_new_tokens: int, listener: Listener | None = None) -> list[Reply]:
@@ -120,28 +112,63 @@ class Replica:
         if not prompts:
             return []
         self._make_room(prompts, max_new_tokens)
-        waiting, free, running = deque(prompts), list(range(self._steps.slots)), []
+        requests = (Request(prompt, self._sampling, max_new_tokens, self._stop) for prompt in prompts)
+        queue = _Queue([*range(self._steps.slots)], deque(requests))
         done: dict[int, Reply] = {}
-        while waiting or running:
-            if waiting and (not running or len(free) >= max(1, self._steps.slots // REFILL)):
-                fed = self._seat(waiting, free, max_new_tokens)
-                tokens = self._prefill(fed)
-                running += fed
-            else:
-                fed = running
-                tokens = self._decode(fed)
-            for sequence, token in zip(fed, tokens, strict=True):
-                self._take(sequence, token)
-            self._listen(fed, listener)
-            for sequence in fed:
-                if sequence.finish_reason is not None:
-                    reply = Reply(tuple(sequence.reply), sequence.finish_reason)
-                    done[sequence.prompt.number] = reply
-                    free.append(sequence.slot)
-                    if listener is not None:
-                        listener.done(sequence.prompt, reply)
-            running = [sequence for sequence in running if sequence.finish_reason is None]
+        while queue.waiting or queue.running:
+            for sequence in self._advance(queue, listener):
+                if sequence.finish_reason == FAILED:
+                    raise self._not_finite(sequence.prompt)
+                done[sequence.prompt.number] = reply = _reply(sequence)
+                if listener is not None:
+                    listener.done(sequence.prompt, reply)
         return [done[prompt.number] for prompt in prompts]
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Make the cache that `serve` needs: `slots` sequences at a time, each of up to `capacity` tokens."""
+        self._context = min(self._context, capacity)
+        self._renew_cache(slots, self._context)
+        if self._chooses:
+            self._seen = Seen(slots, self._stage.config.vocab_size, self._stage.place.device)
+
+    @torch.inference_mode()
+    def serve(self, inbox: Inbox | None, listener: Listener | None, world: Axis) -> None:
+        """Reply to requests as they come, until the inbox says that no more will. Collective over `world`.
+
+        world  this replica alone; inbox and listener are its first rank's
+        A request whose logits are not finite ends as FAILED, and the others go on. After `reserve`.
+        """
+        queue = _Queue([*range(self._steps.slots)])
+        while True:
+            if not queue.running and not queue.waiting:
+                found = broadcast_object(None if inbox is None else inbox.wait(KEEP_ALIVE), world)
+                if found is None:
+                    return
+                queue.waiting.extend(found)
+                self._more = False
+                continue
+            if self._more and self._joins(queue) and not queue.waiting:
+                queue.waiting.extend(broadcast_object([] if inbox is None else inbox.take(len(queue.free)), world))
+            for sequence in self._advance(queue, listener, inbox):
+                if listener is not None:
+                    listener.done(sequence.prompt, _reply(sequence))
+
+    def _advance(self, queue: _Queue, listener: Listener | None, inbox: Inbox | None = None) -> list[_Sequence]:
+        """One step: of new prompts, or of all running sequences. Returns those that it ends."""
+        if queue.waiting and self._joins(queue):
+            fed = self._seat(queue)
+            tokens = self._prefill(fed)
+            queue.running += fed
+        else:
+            fed = list(queue.running)
+            tokens = self._decode(fed)
+        for sequence, token in zip(fed, tokens, strict=True):
+            self._take(sequence, token)
+        self._listen(fed, listener, inbox)
+        ended = [sequence for sequence in fed if sequence.finish_reason is not None]
+        queue.free += [sequence.slot for sequence in ended]
+        queue.running = [sequence for sequence in queue.running if sequence.finish_reason is None]
+        return ended
 
     # ---- who runs ----
 
@@ -159,26 +186,34 @@ class Replica:
             return
         if slots <= FEW:
             capacity = min(self._context, max(2 * capacity, CACHE_TOKENS // FEW))
-        self._steps = None  # before the next one is made: there may not be room for both
-        self._steps = Steps(self._stage, slots, capacity)
-        self._held = [[] for _ in range(slots)]
+        self._renew_cache(slots, capacity)
         if self._sampling.repetition_penalty != 1.0 and self._chooses:
             self._seen = Seen(slots, words, self._stage.place.device)
 
-    def _seat(self, waiting: deque[Prompt], free: list[int], max_new_tokens: int) -> list[_Sequence]:
+    def _renew_cache(self, slots: int, capacity: int) -> None:
+        self._steps = None  # before the next one is made: there may not be room for both
+        self._steps = Steps(self._stage, slots, capacity)
+        self._held = [(0, []) for _ in range(slots)]
+
+    def _joins(self, queue: _Queue) -> bool:
+        """Whether the next step is one of new prompts, where some wait."""
+        return not queue.running or len(queue.free) >= max(1, self._steps.slots // REFILL)
+
+    def _seat(self, queue: _Queue) -> list[_Sequence]:
         """Takes waiting prompts into free slots, as many as one step feeds."""
         seated: list[_Sequence] = []
-        fed = 0
-        while waiting and free and (fed == 0 or fed + len(waiting[0].token_ids) <= STEP_TOKENS):
-            prompt = waiting.popleft()
-            room = min(max_new_tokens, self._context - len(prompt.token_ids))
+        fed, waiting, free = 0, queue.waiting, queue.free
+        while waiting and free and (fed == 0 or fed + len(waiting[0].prompt.token_ids) <= STEP_TOKENS):
+            request = waiting.popleft()
+            prompt = request.prompt
+            room = min(request.max_new_tokens, self._context - len(prompt.token_ids))
             assert room > 0, "a prompt must be shorter than the context"
             slot, kept = self._slot_for(prompt, free)
             free.remove(slot)
-            self._held[slot] = list(prompt.token_ids)
-            if self._seen is not None:
+            self._held[slot] = prompt.adapter, list(prompt.token_ids)
+            if self._seen is not None and request.sampling.repetition_penalty != 1.0:
                 self._seen.start(slot, prompt.token_ids)
-            seated.append(_Sequence(prompt, slot, room, kept))
+            seated.append(_Sequence(request, slot, room, kept))
             fed += len(prompt.token_ids) - kept
         return seated
 
@@ -186,37 +221,42 @@ class Replica:
         """(slot, tokens of the prompt that it holds already), in a dialogue the turns before."""
         if self._keep_logits is not None:  # of all tokens: all are fed
             return free[-1], 0
-        common = {slot: _common(self._held[slot], prompt.token_ids) for slot in free}
-        best = max(free, key=lambda slot: common[slot])
+        mine = [slot for slot in free if self._held[slot][0] == prompt.adapter]
+        common = {slot: _common(self._held[slot][1], prompt.token_ids) for slot in mine}
+        best = max(mine, key=lambda slot: common[slot], default=free[-1])
         # The last token of the prompt is fed in any case: the reply starts from it.
-        kept = min(common[best], len(prompt.token_ids) - 1)
+        kept = min(common.get(best, 0), len(prompt.token_ids) - 1)
         return (best, kept) if kept >= WORTH_KEEPING else (free[-1], 0)
 
     def _take(self, sequence: _Sequence, token: int) -> None:
         """The model's next token of a sequence: it ends the reply, or goes on it."""
         sequence.kept = len(sequence.prompt.token_ids) + len(sequence.reply)
-        if token in self._stop:
-            sequence.finish_reason = STOP
+        if token in sequence.request.stop_token_ids or token == NOT_FINITE:
+            sequence.finish_reason = FAILED if token == NOT_FINITE else STOP
             return
         sequence.reply.append(token)
         if len(sequence.reply) == sequence.room:
             sequence.finish_reason = LENGTH
 
-    def _listen(self, fed: Sequence[_Sequence], listener: Listener | None) -> None:
-        """What the listener says to the new tokens, on every rank."""
+    def _listen(self, fed: Sequence[_Sequence], listener: Listener | None, inbox: Inbox | None) -> None:
+        """What the listener says to the new tokens, and whether the inbox has requests, on every rank."""
         if not self._listened_to:
             return
         verdicts = [0] * len(fed)
         if listener is not None:
             for i, sequence in enumerate(fed):
-                if sequence.finish_reason != STOP:
-                    verdicts[i] = _VERDICTS.index(listener.hear(sequence.prompt, sequence.reply[-1]))
+                if sequence.finish_reason not in (STOP, FAILED):
+                    verdict = listener.hear(sequence.prompt, sequence.reply[-1], sequence.logprobs)
+                    verdicts[i] = _VERDICTS.index(verdict)
+        verdicts.append(int(inbox is not None and inbox.waiting()))
         if self._pp.size * self._tp.size > 1:
             told = torch.tensor(verdicts, device=self._stage.place.device)
             if self._pp.is_first:
                 _broadcast(told, self._tp, self._tp.ranks[0])
             _broadcast(told, self._pp, self._pp.ranks[0])
             verdicts = told.tolist()
+        *verdicts, more = verdicts
+        self._more = bool(more)
         for sequence, verdict in zip(fed, verdicts, strict=True):
             if verdict:
                 sequence.finish_reason = _VERDICTS[verdict]
@@ -227,7 +267,8 @@ class Replica:
         """Feeds the prompts, or what the cache does not hold of them; the first token of each reply."""
         spans = [Span(sequence.slot, sequence.kept, len(sequence.prompt.token_ids)) for sequence in fed]
         ids = [token for sequence in fed for token in sequence.prompt.token_ids[sequence.kept :]]
-        hidden = self._steps.prefill(self._received(len(ids)), ids, spans)
+        adapters = [sequence.prompt.adapter for sequence in fed]
+        hidden = self._steps.prefill(self._received(len(ids)), ids, spans, adapters)
         logits = None
         if self._pp.is_last:
             lengths = [span.stop - span.start for span in spans]
@@ -244,8 +285,9 @@ class Replica:
         ids = [sequence.reply[-1] for sequence in fed]
         slots, places = [sequence.slot for sequence in fed], [sequence.kept for sequence in fed]
         for slot, token in zip(slots, ids, strict=True):
-            self._held[slot].append(token)
-        hidden = self._steps.decode(self._received(len(ids)), ids, slots, places)
+            self._held[slot][1].append(token)
+        adapters = [sequence.prompt.adapter for sequence in fed]
+        hidden = self._steps.decode(self._received(len(ids)), ids, slots, places, adapters)
         if self._pp.is_last:
             return self._chosen(fed, self._stage.head(hidden))
         self._send(hidden)
@@ -257,28 +299,49 @@ class Replica:
 
     def _chosen(self, fed: Sequence[_Sequence], logits: torch.Tensor | None) -> list[int]:
         """The next token of each sequence, on every rank, from the logits [n, vocab_size] of the last stage."""
-        chosen = torch.empty(len(fed), dtype=torch.int64, device=self._stage.place.device)
+        device = self._stage.place.device
+        chosen = torch.empty(len(fed), dtype=torch.int64, device=device)
         if self._chooses:
-            slots = torch.tensor([sequence.slot for sequence in fed], device=logits.device)
-            if self._seen is not None:
-                logits = self._seen.penalised(logits, slots, self._sampling.repetition_penalty)
-            seed = self._sampling.seed
-            draws = [draw(seed, sequence.prompt.number, len(sequence.reply)) for sequence in fed]
-            chosen = choose(logits, self._sampling, draws)
-            if self._seen is not None:
-                self._seen.add(slots, chosen)
+            for sampling, rows in _by_sampling(fed).items():
+                every = len(rows) == len(fed)
+                chosen_rows = self._choose(logits if every else logits[rows], sampling, [fed[row] for row in rows])
+                chosen[slice(None) if every else rows] = chosen_rows
         if self._pp.is_last:
             _broadcast(chosen, self._tp, self._tp.ranks[0])
         _broadcast(chosen, self._pp, self._pp.ranks[-1])
-        tokens = chosen.tolist()
-        if NOT_FINITE in tokens:
-            number = fed[tokens.index(NOT_FINITE)].prompt.number + 1
-            dtype = str(self._stage.place.dtype).removeprefix("torch.")
-            raise UserError(
-                f"dtype {dtype}: the logits of prompt {number} are not finite: give --dtype bfloat16 or float32, or "
-                f"check the weights"
-            )
-        return tokens
+        self._tell_logprobs(fed, logits, chosen)
+        return chosen.tolist()
+
+    def _choose(self, logits: torch.Tensor, sampling: Sampling, fed: Sequence[_Sequence]) -> torch.Tensor:
+        """The next token [n] of sequences that are sampled alike, from their logits [n, vocab_size]."""
+        penalised = self._seen is not None and sampling.repetition_penalty != 1.0
+        slots = torch.tensor([sequence.slot for sequence in fed], device=logits.device) if penalised else None
+        if penalised:
+            logits = self._seen.penalised(logits, slots, sampling.repetition_penalty)
+        chosen = choose(logits, sampling, [_draw(sequence) for sequence in fed])
+        if penalised:
+            self._seen.add(slots, chosen.clamp(min=0))
+        return chosen
+
+    def _tell_logprobs(self, fed: Sequence[_Sequence], logits: torch.Tensor | None, chosen: torch.Tensor) -> None:
+        """Give the sequences that ask for them the log-probabilities of their tokens, where a listener may be."""
+        rows = [row for row, sequence in enumerate(fed) if sequence.request.logprobs is not None]
+        if not rows:
+            return
+        told: list[Logprobs] = []
+        if self._chooses:
+            told = logprobs(logits[rows], chosen[rows], [fed[row].request.logprobs for row in rows])
+        if self._tp.is_first:
+            told = broadcast_object(told, self._pp, self._pp.size - 1)
+        for row, one in zip(rows, told, strict=False):
+            fed[row].logprobs = one
+
+    def _not_finite(self, prompt: Prompt) -> UserError:
+        dtype = str(self._stage.place.dtype).removeprefix("torch.")
+        return UserError(
+            f"dtype {dtype}: the logits of prompt {prompt.number + 1} are not finite: give --dtype bfloat16 or "
+            f"float32, or check the weights"
+        )
 
     def _hand_over_logits(self, fed: Sequence[_Sequence], hidden: Sequence[torch.Tensor]) -> None:
         for sequence, its_hidden in zip(fed, hidden, strict=True):
@@ -297,6 +360,24 @@ class Replica:
 
     def _send(self, hidden: torch.Tensor) -> None:
         dist.send(hidden, self._pp.ranks[self._pp.rank + 1], self._pp.group)
+
+
+def _reply(sequence: _Sequence) -> Reply:
+    return Reply(tuple(sequence.reply), sequence.finish_reason)
+
+
+def _by_sampling(fed: Sequence[_Sequence]) -> dict[Sampling, list[int]]:
+    """The rows of the sequences that are sampled alike, but for their seeds."""
+    rows: dict[Sampling, list[int]] = {}
+    for row, sequence in enumerate(fed):
+        rows.setdefault(replace(sequence.request.sampling, seed=0), []).append(row)
+    return rows
+
+
+def _draw(sequence: _Sequence) -> float:
+    prompt = sequence.prompt
+    stream = prompt.number if prompt.stream is None else prompt.stream
+    return draw(sequence.request.sampling.seed, stream, len(sequence.reply))
 
 
 def _common(held: Sequence[int], token_ids: Sequence[int]) -> int:

@@ -69,6 +69,27 @@ def _sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor) -> to
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probability of a token, and the likeliest tokens at its place: (token id, log-probability), best first.
+
+    Of the model itself: before temperature, penalty and what else narrows the choice.
+    """
+
+    chosen: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+def logprobs(logits: torch.Tensor, chosen: torch.Tensor, counts: Sequence[int]) -> list[Logprobs]:
+    """The Logprobs of the tokens `chosen` [n] from logits [n, vocab_size], each with counts[i] likeliest tokens."""
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    own = logs.gather(1, chosen.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
+    best = logs.topk(min(max(counts), logs.shape[1]))
+    ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    pairs = [tuple(zip(ids, values, strict=True)) for ids, values in ranked]
+    return [Logprobs(value, some[:count]) for value, some, count in zip(own, pairs, counts, strict=True)]
+
+
 class Seen:
     """Which tokens each of `slots` sequences holds, for the repetition penalty."""
 

@@ -34,31 +34,65 @@ class Steps:
             first = stage.embedding is not None
             self._graphs = DecodeGraphs(self._decode, slots, self._device, None if first else like)
 
-    def prefill(self, hidden: torch.Tensor | None, token_ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
-        """Feeds token_ids, the tokens of the spans one after another."""
+    def prefill(
+        self,
+        hidden: torch.Tensor | None,
+        token_ids: Sequence[int],
+        spans: Sequence[Span],
+        adapters: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Feeds token_ids, the tokens of the spans one after another.
+
+        adapters  the adapter of each sequence where the stage shares several (Stage.share_adapters), else not read
+        """
         place = self._stage.place
         step = PrefillStep.of(self._cache, spans, self._stage.config.head_dim, place.dtype, self._device)
-        return self._run(hidden, torch.tensor(token_ids, device=self._device), step.places, step)
+        of_tokens = None
+        if self._stage.shares_adapters:
+            lengths = torch.tensor([span.stop - span.start for span in spans])
+            of_tokens = torch.tensor(adapters).repeat_interleave(lengths).to(self._device)
+        return self._run(hidden, torch.tensor(token_ids, device=self._device), step.places, of_tokens, step)
 
     def decode(
-        self, hidden: torch.Tensor | None, token_ids: Sequence[int], slots: Sequence[int], places: Sequence[int]
+        self,
+        hidden: torch.Tensor | None,
+        token_ids: Sequence[int],
+        slots: Sequence[int],
+        places: Sequence[int],
+        adapters: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Feeds one token of each sequence: token_ids[i] takes places[i] of slots[i]; no slot twice.
 
+        adapters  as `prefill` takes them
         What it gives may be overwritten by the next step.
         """
+        where = token_ids, slots, places, adapters or [0] * len(token_ids)
         if self._graphs is not None:
-            return self._graphs(hidden, token_ids, slots, places)
-        return self._decode(hidden, *torch.tensor([token_ids, slots, places], device=self._device))
+            return self._graphs(hidden, *where)
+        return self._decode(hidden, *torch.tensor(where, device=self._device))
 
     def _decode(
-        self, hidden: torch.Tensor | None, ids: torch.Tensor, slots: torch.Tensor, places: torch.Tensor
+        self,
+        hidden: torch.Tensor | None,
+        ids: torch.Tensor,
+        slots: torch.Tensor,
+        places: torch.Tensor,
+        adapters: torch.Tensor,
     ) -> torch.Tensor:
-        return self._run(hidden, ids, places, DecodeStep(self._cache, slots, places))
+        of_tokens = adapters if self._stage.shares_adapters else None
+        return self._run(hidden, ids, places, of_tokens, DecodeStep(self._cache, slots, places))
 
-    def _run(self, hidden: torch.Tensor | None, ids: torch.Tensor, places: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def _run(
+        self,
+        hidden: torch.Tensor | None,
+        ids: torch.Tensor,
+        places: torch.Tensor,
+        adapters: torch.Tensor | None,
+        cache: Cache,
+    ) -> torch.Tensor:
         tables = {rotary: (cos[places], sin[places]) for rotary, (cos, sin) in self._rope.items()}
-        tokens = Tokens(places, places, seed=None, step=0)  # no dropout, so nothing is drawn from them
+        # No dropout, so nothing is drawn from the places.
+        tokens = Tokens(places, places, seed=None, step=0, adapters=adapters)
         return self._stage(hidden, Inputs(ids, None, None, (), tables, tokens, cache, position_ids=places))
 
 

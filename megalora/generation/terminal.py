@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
-from megalora.generation.replica import INTERRUPTED, LENGTH
+from megalora.generation.requests import INTERRUPTED, LENGTH
 from megalora.generation.text import END_OF_THINKING, THINK, Answer, Piece
 
 DIM, PLAIN = "\033[2m", "\033[0m"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalora.generation.prompts import decode, unseen_stops
-from megalora.generation.replica import INTERRUPTED, STOP, Prompt, Reply
+from megalora.generation.requests import INTERRUPTED, STOP, Prompt, Reply
+from megalora.generation.sampling import Logprobs
 
 Decode = Callable[[Sequence[int]], str]
 THINK, END_OF_THINKING = "<think>", "</think>"
@@ -237,7 +238,7 @@ class Ear:
         self._reader, self._show, self._interrupted, self._finished = reader, show, interrupted, finished
         self._following: dict[int, Following] = {}
 
-    def hear(self, prompt: Prompt, token_id: int) -> str | None:
+    def hear(self, prompt: Prompt, token_id: int, logprobs: Logprobs | None = None) -> str | None:
         if prompt.number not in self._following:
             self._following[prompt.number] = self._reader.follow(prompt)
         following = self._following[prompt.number]

@@ -5,7 +5,7 @@ Parameter names are those of the HF file, with global layer indices on every sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -62,6 +62,7 @@ class Stage(nn.Module):
         self._chunks = tuple(tuple(chunk) for chunk in (layers, *further))
         self.config, self.place, self.lora, self.loss = config, place, lora, loss
         self.recompute_layers = recompute == "full"
+        self.shares_adapters = False  # whether a token's adapter is looked up in Tokens.adapters
         self._graphs: LayerGraphs | None = None
         stack = config.stack
         # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in `_parts`:
@@ -175,6 +176,12 @@ class Stage(nn.Module):
         """To be called with the base loaded and no adapter yet, where `switch_adapters` is to be used."""
         for group in self.groups:
             group.keep_base()
+
+    def share_adapters(self, owners: Mapping[str, Sequence[int]]) -> None:
+        """Let several adapters share the branches (see LinearGroup.share): a batch may then mix their tokens."""
+        for group in self.groups:
+            group.share(owners)
+        self.shares_adapters = True
 
     def switch_adapters(self, on: bool) -> None:
         """The stage of the adapted model, or of the base alone (generation), after `refresh_adapters`."""

@@ -12,7 +12,7 @@ I in_features, O out_features of the group on this rank, R rank of its branches 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class LinearGroup:
         self.down: torch.Tensor | None = None  # A of all branches [R, I] in the compute dtype
         self.bias: torch.Tensor | None = None  # of all linears [O] in the compute dtype (a group has all or none)
         self._base_bias: torch.Tensor | None = None  # the same before an adapter was loaded, where it changes them
+        self._owners: torch.Tensor | None = None  # of several adapters: the one that each column of z [R] belongs to
         self.rows: list[slice] = []  # of each linear in the matrix
         self.branches: list[slice] = []  # its columns of z
         row = column = 0
@@ -109,6 +110,9 @@ class LinearGroup:
                 X, x = source.new_empty(source.shape[0], columns + self.room), source
             lora_down_(X, A, token_index, draw, x)
         assert X.shape[1] == columns + self.room, (X.shape, columns, self.room)
+        if tokens.adapters is not None and self._owners is not None:
+            z = X[:, columns : columns + len(self._owners)]
+            z.masked_fill_(self._owners != tokens.adapters.unsqueeze(1), 0.0)
         bias = None if self.row_parallel else self.bias  # else it is added once, to the sum
 
         def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -155,6 +159,16 @@ class LinearGroup:
     def _tails(self) -> list[torch.Tensor]:
         """Return where s B of each linear stands."""
         return [self.matrix.branch(rows, columns) for rows, columns in zip(self.rows, self.branches, strict=True)]
+
+    def share(self, owners: Mapping[str, Sequence[int]]) -> None:
+        """Let several adapters share the branches: each token is given the columns of its own (see Tokens.adapters).
+
+        owners  by the name of an adapted linear, which adapter (from 1) each column of its branch belongs to
+        """
+        assert not self.place.gathers, "adapters share branches in generation, where tokens are not sharded"
+        columns = [owner for linear in self.linears if linear.rank for owner in owners[linear.name]]
+        assert len(columns) == sum(self.ranks)
+        self._owners = torch.tensor(columns, device=self.place.device) if columns else None
 
     def keep_base(self) -> None:
         """Before an adapter is loaded, to `switch` later: the base's own biases, where an adapter brings others."""

@@ -20,12 +20,15 @@ class Tokens:
     local       [T] int64, the part of `index` that this rank holds under sequence parallelism, else all of it
     seed, step  of the run: with `index` they fix every dropout mask; seed None means no dropout (evaluation). A step
                 may be an int64 scalar on the device (see Dropout)
+    adapters    [F] int64, which of several adapters applies to each token, 0 for none; None: the one adapter applies to
+                all (see LinearGroup.share). In generation, where no token is sharded
     """
 
     index: torch.Tensor
     local: torch.Tensor
     seed: int | None
     step: int | torch.Tensor
+    adapters: torch.Tensor | None = None
 
     def draw(self, p: float, site: int, feature_offset: int = 0) -> Dropout | None:
         """Return the dropout of one input, None where there is none. site, feature_offset: see Dropout."""

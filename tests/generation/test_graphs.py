@@ -6,7 +6,7 @@ import torch
 
 from megalora.generation.graphs import WARM_UP, DecodeGraphs
 
-SPARE, HIDDEN = 9, 3
+SPARE, HIDDEN = 9, 4
 
 
 class Again:
@@ -28,9 +28,9 @@ class WithoutGpu:
         return result, Again(work, result)
 
 
-def decode(hidden, ids, slots, places):
+def decode(hidden, ids, slots, places, adapters):
     """Depends on all that it is given, row by row."""
-    rows = torch.stack([ids, slots, places], 1).double()
+    rows = torch.stack([ids, slots, places, adapters], 1).double()
     return rows if hidden is None else rows + hidden
 
 
@@ -44,21 +44,21 @@ def test_a_step_is_recorded_once_for_each_power_of_two_and_reads_its_tokens_anew
     for like in (None, torch.zeros(HIDDEN, dtype=torch.float64)):
         graphs = with_recorder(like)
         for count in (1, 3, 4, 2, 3, 5, 1):
-            ids, slots, places = ([base + i for i in range(count)] for base in (10, 0, 50 + count))
+            ids, slots, places, owners = ([base + i for i in range(count)] for base in (10, 0, 50 + count, 2))
             hidden = None if like is None else torch.rand(count, HIDDEN, dtype=torch.float64)
-            wanted = decode(hidden, *map(torch.tensor, (ids, slots, places)))
-            assert graphs(hidden, ids, slots, places).equal(wanted), count
+            wanted = decode(hidden, *map(torch.tensor, (ids, slots, places, owners)))
+            assert graphs(hidden, ids, slots, places, owners).equal(wanted), count
         assert graphs._recorder.warm_ups == [WARM_UP] * 4, "for 1, 4, 2 and 8"
 
 
 def test_what_a_step_has_less_goes_to_the_spare_slot():
     seen = []
 
-    def noted(hidden, ids, slots, places):
+    def noted(hidden, ids, slots, places, adapters):
         seen.append(slots.tolist())
-        return decode(hidden, ids, slots, places)
+        return decode(hidden, ids, slots, places, adapters)
 
     graphs = with_recorder(None)
     graphs._decode = noted
-    graphs(None, [1, 2, 3], [0, 1, 2], [7, 7, 7])
+    graphs(None, [1, 2, 3], [0, 1, 2], [7, 7, 7], [0, 0, 0])
     assert seen == [[SPARE] * 4, [0, 1, 2, SPARE]]

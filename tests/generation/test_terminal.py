@@ -2,7 +2,7 @@
 
 import io
 
-from megalora.generation.replica import INTERRUPTED, LENGTH, STOP
+from megalora.generation.requests import INTERRUPTED, LENGTH, STOP
 from megalora.generation.terminal import DIM, PLAIN, Voice, side_by_side, written
 from megalora.generation.text import Answer, Piece
 

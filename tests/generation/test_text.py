@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalora.generation.replica import INTERRUPTED, LENGTH, STOP, Prompt, Reply
+from megalora.generation.requests import INTERRUPTED, LENGTH, STOP, Prompt, Reply
 from megalora.generation.text import Characters, Ear, Reader, Thinking, Until
 
 

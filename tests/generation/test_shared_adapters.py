@@ -1,0 +1,206 @@
+"""Requests of several adapters and of the base in one batch: each gets what its own adapter alone gives."""
+
+from __future__ import annotations
+
+import torch
+from spawn import spawn
+
+from megalora.adapters.config import LoraConfig
+from megalora.adapters.shared import share
+from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
+from megalora.generation import replica
+from megalora.generation.replica import Replica
+from megalora.generation.requests import FAILED, INTERRUPTED, LENGTH, STOP, Prompt, Request
+from megalora.generation.sampling import Sampling
+from megalora.models.config import config_from_dict
+from megalora.models.stage import NO_LORA
+from megalora.parallel.mesh import build_mesh
+from megalora.parallel.placement import Placement
+from megalora.parallel.split import named_splits
+
+FIELDS = {
+    "model_type": "qwen2",  # with biases
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+ADAPTERS = (
+    {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"},
+    {"r": 5, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 1}},
+    {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["gate_proj", "o_proj", "v_proj"]},
+)
+NEW = 12
+GREEDY = Sampling()
+PROMPTS = [[5 + i, 9, 40 - i, *range(3, 3 + i)] for i in range(7)]
+
+
+def make_stage(lora, mesh):
+    stage, _ = build_stage(config_from_dict(FIELDS), mesh, lora, Placement(mesh.tp, False, torch.float64, "cpu"))
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            if "lora_" not in name:  # the same on every layout: of its name, and sliced
+                parameter.copy_(sliced(stage, name, draw(name, stage.config.tensors[name])))
+    return stage
+
+
+def sliced(stage, name, whole):
+    splits = named_splits(stage)
+    return splits[name].slice(whole) if name in splits else whole
+
+
+def draw(name, shape):
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(shape, generator=generator).double() * 0.3 + ("norm" in name)
+
+
+def adapters():
+    config = config_from_dict(FIELDS)
+    found = []
+    for number, fields in enumerate(ADAPTERS):
+        lora = resolve_lora(LoraConfig.from_dict(fields), config)
+        shapes = trained_shapes(lora, config)
+        found.append((lora, {name: draw(f"{number}{name}", shape).float() for name, shape in shapes.items()}))
+    return found
+
+
+class Inbox:
+    """Requests in small helpings, while others run."""
+
+    def __init__(self, requests):
+        self.left = list(requests)
+
+    def wait(self, seconds):
+        return self.take(2) or None
+
+    def waiting(self):
+        return bool(self.left)
+
+    def take(self, count):
+        taken, self.left = self.left[: min(count, 2)], self.left[min(count, 2) :]
+        return taken
+
+
+class Ear:
+    def __init__(self, interrupt=()):
+        self.heard, self.logprobs, self.replies, self.interrupt = {}, {}, {}, dict(interrupt)
+
+    def hear(self, prompt, token_id, logprobs):
+        self.heard.setdefault(prompt.number, []).append(token_id)
+        self.logprobs.setdefault(prompt.number, []).append(logprobs)
+        return INTERRUPTED if self.interrupt.get(prompt.number) == len(self.heard[prompt.number]) else None
+
+    def done(self, prompt, reply):
+        self.replies[prompt.number] = reply
+
+
+def alone():
+    """The greedy reply of the base and of each adapter, loaded alone, to each prompt."""
+    mesh = build_mesh(0, 1)
+    found = []
+    for lora, tensors in [(NO_LORA, {}), *adapters()]:
+        stage = make_stage(lora, mesh)
+        load_adapter(stage, tensors, "here")
+        one = Replica(stage, mesh.pp, mesh.tp, 64, Sampling(), ())
+        found.append([reply.token_ids for reply in one.replies([Prompt(i, p) for i, p in enumerate(PROMPTS)], NEW)])
+    return found
+
+
+def serve(rank, world_size, tp, requests, interrupt=(), slots=4):
+    mesh = build_mesh(rank, world_size, tp, world_size // tp)
+    shared = share(adapters())
+    stage = make_stage(shared.lora, mesh)
+    load_adapter(stage, shared.tensors, "here")
+    stage.share_adapters(shared.owners)
+    one = Replica(stage, mesh.pp, mesh.tp, 64, Sampling(), (), listened_to=True)
+    one.reserve(slots, 64)
+    inbox, ear = (Inbox(requests), Ear(interrupt)) if rank == 0 else (None, None)
+    one.serve(inbox, ear, mesh.world)
+    return ear and (ear.replies, ear.heard, ear.logprobs)
+
+
+def request(number, adapter, prompt, new=NEW, sampling=GREEDY, stop=(), logprobs=None, stream=None):
+    return Request(Prompt(number, prompt, adapter, stream), sampling, new, frozenset(stop), logprobs)
+
+
+def mixed():
+    return [
+        request(len(PROMPTS) * i + adapter, adapter, prompt, logprobs=2 if adapter == 1 else None)
+        for i, prompt in enumerate(PROMPTS)
+        for adapter in (i % 4, (i + 1) % 4)
+    ]
+
+
+def test_a_mixed_batch_gives_each_its_own():
+    """On one process, and over tensor and pipeline parallel ranks; requests join while others run."""
+    expected, requests = alone(), mixed()
+    assert len({tuple(replies) for replies in expected}) == 4, "the adapters reply alike"
+    ranks = [serve(0, 1, 1, requests), spawn(serve, 4, 2, requests)[0]]
+    for replies, heard, logprobs in ranks:
+        for one in requests:
+            number, adapter = one.prompt.number, one.prompt.adapter
+            wanted = expected[adapter][PROMPTS.index(one.prompt.token_ids)]
+            assert replies[number].token_ids == wanted and replies[number].finish_reason == LENGTH
+            assert heard[number] == list(wanted)
+            if adapter != 1:
+                assert set(logprobs[number]) == {None}
+            for token, told in zip(wanted, logprobs[number] if adapter == 1 else (), strict=False):
+                assert told.likeliest[0] == (token, told.chosen) and len(told.likeliest) == 2
+                assert told.likeliest[1][1] <= told.chosen < 0
+    for a, b in zip(*(one[2].values() for one in ranks), strict=True):
+        torch.testing.assert_close([t.chosen for t in a if t], [t.chosen for t in b if t])
+
+
+def test_each_request_has_its_own_way():
+    """Sampling, seed, length, stop tokens and interruption of one do not touch the others."""
+    hot = Sampling(temperature=1.5, top_k=20, seed=7)
+    greedy = alone()[2]
+    stop = greedy[1][4]
+    requests = [
+        request(0, 2, PROMPTS[0]),
+        request(1, 2, PROMPTS[1], stop=[stop]),
+        request(2, 2, PROMPTS[2], new=3),
+        request(3, 2, PROMPTS[3], sampling=hot, stream=0),
+        request(4, 2, PROMPTS[4]),
+        request(5, 2, PROMPTS[3], sampling=hot, stream=0),
+        request(6, 2, PROMPTS[3], sampling=hot, stream=1),
+        request(7, 2, PROMPTS[0], sampling=Sampling(repetition_penalty=5.0)),
+        request(8, 2, PROMPTS[0], new=500),
+    ]
+    replies, heard, _ = serve(0, 1, 1, requests, interrupt={4: 5}, slots=3)
+    assert replies[0].token_ids == greedy[0]
+    cut = greedy[1].index(stop)
+    assert (replies[1].token_ids, replies[1].finish_reason) == (greedy[1][:cut], STOP)
+    assert (replies[2].token_ids, replies[2].finish_reason) == (greedy[2][:3], LENGTH)
+    assert (replies[4].token_ids, replies[4].finish_reason) == (greedy[4][:5], INTERRUPTED)
+    assert replies[3] == replies[5] != replies[6]
+    assert len(set(replies[7].token_ids)) == NEW and replies[7] != replies[0]
+    assert len(replies[8].token_ids) == 64 - len(PROMPTS[0]), "the context ends it"
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(monkeypatch):
+    choose, broken = replica.choose, Sampling(temperature=1.0, top_k=3)
+
+    def spoiled(logits, sampling, draws):
+        return torch.full((len(logits),), -1) if sampling == broken else choose(logits, sampling, draws)
+
+    monkeypatch.setattr(replica, "choose", spoiled)
+    replies, heard, _ = serve(0, 1, 1, [request(0, 1, PROMPTS[0]), request(1, 1, PROMPTS[1], sampling=broken)])
+    assert (replies[1].token_ids, replies[1].finish_reason) == ((), FAILED) and 1 not in heard
+    assert replies[0].token_ids == alone()[1][0]
+
+
+def test_a_slot_of_another_adapter_is_no_beginning(monkeypatch):
+    """Keys and values of the same tokens are another adapter's: they are made anew."""
+    monkeypatch.setattr(replica, "WORTH_KEEPING", 1)
+    expected = alone()
+    requests = [request(number, number % 4, PROMPTS[6]) for number in range(8)]
+    replies, *_ = serve(0, 1, 1, requests, slots=1)
+    for number in range(8):
+        assert replies[number].token_ids == expected[number % 4][6], number
+
