@@ -26,8 +26,7 @@ from megalora.cluster.lock import RunLock
 from megalora.cluster.preemption import Preemption
 from megalora.cluster.ranklog import RankLog
 from megalora.cluster.watch import Watch
-from megalora.flags import FinetuneArguments, TrainArguments
-from megalora.learning_rate import learning_rate_factor
+from megalora.flags import FinetuneArguments
 from megalora.models.stage import Stage
 from megalora.monitor import Monitor, Timers
 from megalora.monitor.meter import Meter
@@ -174,7 +173,7 @@ def _engine(
 
     settings = EngineSettings(
         work,
-        learning_rate=lambda step: _learning_rate(train, step, beginning.total_steps),
+        learning_rate=lambda step: train.learning_rate_at(step, beginning.total_steps),
         partition_method=parallel.partition_method,
         custom_partition=parallel.custom_partition,
         uneven_heads=parallel.uneven_heads,
@@ -199,10 +198,6 @@ def _engine(
         if beginning.first_step:
             restore(engine.trainer, start.checkpoint, engine.splits)
     return engine
-
-
-def _learning_rate(train: TrainArguments, step: int, total_steps: int) -> float:
-    return train.learning_rate * learning_rate_factor(train.lr_scheduler_type, step, total_steps, train.warmup_steps)
 
 
 def _reduced_megabytes(beginning: Beginning, tokens: int) -> float:

@@ -68,6 +68,11 @@ class RunSaver:
         self._copies = HostCopy(everything if enabled and writer.writes else ())
         self._waited: dict[int, float] = {}  # seconds for the save before, by step
         self._saves = BackgroundSaves(writer)
+        self._writer = writer
+
+    def spare(self, step: int) -> None:
+        """Keep the checkpoint of `step`, whatever save_total_limit says, in place of the one spared before."""
+        self._writer.spared = step
 
     @property
     def failed(self) -> bool:

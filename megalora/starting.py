@@ -240,10 +240,13 @@ def _first_step(start: Start | None, identity: Mapping[str, str]) -> tuple[int, 
 def _settings(train: TrainArguments, dtype: torch.dtype, total_steps: int) -> dict[str, str]:
     """What may change between the parts of one run, but hardly does by intention."""
     named = (
-        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer"),
+        *("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optimizer"),
         *("adam_beta1", "adam_beta2", "adam_epsilon"),
     )
     values = {name: str(getattr(train, name)) for name in named}
+    values["warmup_steps"] = str(train.warmup(total_steps))
+    # Newer ones only where they say something: older checkpoints lack them.
+    values |= {name: str(value) for name, value in train.learning_rate_shape.items()}
     return values | {"dtype": str(dtype).removeprefix("torch."), "steps of the run": str(total_steps)}
 
 

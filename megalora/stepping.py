@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from megalora.building import Engine
 from megalora.checkpoint.run.folder import remove_export
+from megalora.checkpoint.run.state import iteration_folder
 from megalora.cluster.preemption import Preemption
 from megalora.cluster.watch import Watch
 from megalora.data import steps_ahead
 from megalora.errors import Preempted
+from megalora.evaluations import Evaluations
 from megalora.flags import FinetuneArguments
 from megalora.monitor import Monitor, Timers
 from megalora.monitor.meter import Meter
@@ -51,6 +53,8 @@ class Session:
     loss: float | None = None
     evaluation_loss: float | None = None
     saved: Path | None = None
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    _saved_steps: set[int] = field(default_factory=set)
 
     def run(self) -> None:
         """Do all steps that are left, and export the adapter. Raises UserError and Preempted, on every rank."""
@@ -59,12 +63,14 @@ class Session:
         if first:
             self.meter.go_on(begun.start.checkpoint.trainer)
         batches = steps_ahead(begun.loader.step, first, total)
-        self._make_missed_evaluation()
+        self._take_up_evaluations()
         if first < total:  # an adapter of fewer steps could be mistaken for this run's
             on_first(lambda: remove_export(train.output_dir), self.mesh.world)
         steps = train.profile_steps if train.profile else 0
         profiled = recorded_steps(steps, first, total, self.engine.stage.uses_graphs)
         for number in range(first, total):
+            if self._stops_early():
+                break
             self.watch.step(number)
             with self.profiler.step(number in profiled, self.mesh.world):
                 with self.watch("data"):
@@ -113,6 +119,7 @@ class Session:
         carried = {"settings": begun.settings, "chat_template": begun.template.source}
         with self.watch("checkpoint"):
             self.saved = self.saver.save(step, self.meter.state() | carried)
+        self._saved_steps.add(step)
 
     def _evaluate(self, step: int) -> None:
         loader = self.beginning.eval_loader
@@ -121,6 +128,13 @@ class Session:
             task = TASKS[self.beginning.lora.config.task_type]
             self.monitor.evaluation({"step": step, **task.report(loss)})
         self.evaluation_loss = loss
+        train = self.arguments.train
+        if self.evaluations.add(step, loss) and train.keep_best:
+            if step not in self._saved_steps:
+                self._save(step)
+            self.saver.spare(step)
+        if self.evaluations.exhausted(train.early_stopping_patience) and train.save and step not in self._saved_steps:
+            self._save(step)  # the run ends here
 
     def _note_saves(self) -> None:
         for note in self.saver.notes():
@@ -158,15 +172,28 @@ class Session:
 
     # ---- the ends
 
-    def _make_missed_evaluation(self) -> None:
-        """Evaluate where the earlier start was stopped between a save and its evaluation. Collective."""
+    def _take_up_evaluations(self) -> None:
+        """Go on from the evaluations of earlier starts, and make the one before which such a start was stopped, after
+        its save. Collective."""
         begun, train = self.beginning, self.arguments.train
         if not begun.continues or begun.eval_loader is None:
             return
         first = begun.first_step
-        last = on_first(lambda: self.monitor.last_evaluation, self.mesh.world)
+        made = on_first(lambda: self.monitor.earlier_evaluations, self.mesh.world)
+        self.evaluations, self._saved_steps = Evaluations(made), {first}
+        if self.evaluations.best is not None and train.keep_best:
+            self.saver.spare(self.evaluations.best.step)
+        last = made[-1][0] if made else 0
         if last < first and (_every(train.eval_steps, first) or first >= begun.total_steps):
             self._evaluate(first)
+
+    def _stops_early(self) -> bool:
+        patience, best = self.arguments.train.early_stopping_patience, self.evaluations.best
+        if not self.evaluations.exhausted(patience):
+            return False
+        lowest = "none was a finite number" if best is None else f"the lowest is {best.loss:.4f}, of step {best.step}"
+        self.monitor.note(f"stopped early: no lower evaluation loss in the last {patience} evaluations; {lowest}")
+        return True
 
     def _leave(self, step: int) -> None:
         self.saver.settle()
@@ -187,8 +214,22 @@ class Session:
             self.monitor.note(f"nothing to do: the run is complete at step {first} {of}")
             if self.beginning.continues:  # it may have been stopped before the export, and an older one may be there
                 self.saved = Path(self.beginning.start.checkpoint.where)
+        elif self.evaluations.exhausted(self.arguments.train.early_stopping_patience) and self.beginning.continues:
+            self.saved = self.saved or Path(self.beginning.start.checkpoint.where)
         if self.saved is not None:
-            self.monitor.note(f"adapter: {self.saved}, and for peft: {self._export(self.saved)}")
+            chosen = self._best_saved() or self.saved
+            self.monitor.note(f"adapter: {chosen}, and for peft: {self._export(chosen)}")
+
+    def _best_saved(self) -> Path | None:
+        """Return the checkpoint with the lowest evaluation loss where it is to be kept and is there. Collective."""
+        best = self.evaluations.best
+        if best is None or not self.arguments.train.keep_best:
+            return None
+        folder = iteration_folder(self.arguments.train.output_dir, best.step)
+        there = on_first(folder.is_dir, self.mesh.world)
+        if not there:
+            self.monitor.note(f"the checkpoint with the lowest evaluation loss, of step {best.step}, is not there")
+        return folder if there else None
 
 
 def _every(interval: int | None, step: int) -> bool:

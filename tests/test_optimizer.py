@@ -9,11 +9,14 @@ from torch import nn
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
 from megalora.errors import UserError
-from megalora.learning_rate import learning_rate_factor
+from megalora.learning_rate import WITH_LEAST, Shape, learning_rate_factor
 from megalora.optimizer import AdapterOptimizer, LossScale
 
 
@@ -188,6 +191,23 @@ def test_schedules_are_those_of_transformers_after_warmup(kind, total, warmup):
         assert all(a < b for a, b in zip(ours[:warmup], [*ours[1:warmup], 1.0], strict=True))
     if warmup < total:
         assert max(ours) == ours[warmup] == 1.0
+
+
+@pytest.mark.parametrize("least", [0.0, 0.25])
+def test_the_schedules_with_a_least_rate_are_those_of_transformers(least):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    decay = {"num_decay_steps": 6, "decay_type": "linear", "min_lr_ratio": least}
+    made = {
+        "cosine_with_min_lr": get_cosine_with_min_lr_schedule_with_warmup(optimizer, 4, 24, min_lr_rate=least),
+        "polynomial": get_polynomial_decay_schedule_with_warmup(optimizer, 4, 24, lr_end=least, power=2.0),
+        "warmup_stable_decay": get_wsd_schedule(optimizer, 4, num_training_steps=24, **decay),
+    }
+    assert [*made] == [*WITH_LEAST]
+    for kind, theirs in made.items():
+        shape = Shape(least, decay=0.3, power=2.0)
+        ours = [learning_rate_factor(kind, step, 24, 4, shape) for step in range(4, 25)]
+        assert ours == pytest.approx([theirs.lr_lambdas[0](step) for step in range(4, 25)], abs=1e-12), kind
+        assert learning_rate_factor(kind, 60, 24, 4, shape) == pytest.approx(least)
 
 
 @pytest.mark.parametrize("kind, end", [("linear", 0.0), ("cosine", 0.0), ("constant", 1.0)])

@@ -8,6 +8,7 @@ from typing import Any
 
 from megalora.errors import UserError
 from megalora.flags.flag import show
+from megalora.learning_rate import WITH_LEAST
 from megalora.pipeline.schedule import SCHEDULES
 
 
@@ -41,15 +42,43 @@ FINETUNE_RULES = (
         lambda v: v["sequence_parallel"] and v["tensor_parallel_size"] == 1,
         "set tensor_parallel_size to 2 or more",
     ),
+    Rule(
+        "min_lr_rate",
+        "lr_scheduler_type",
+        lambda v: v["lr_scheduler_type"] not in WITH_LEAST,
+        f"set lr_scheduler_type to {', '.join(WITH_LEAST[:-1])} or {WITH_LEAST[-1]}",
+    ),
+    Rule(
+        "lr_decay_ratio",
+        "lr_scheduler_type",
+        lambda v: v["lr_scheduler_type"] != "warmup_stable_decay",
+        "set lr_scheduler_type to warmup_stable_decay",
+    ),
+    Rule(
+        "lr_power",
+        "lr_scheduler_type",
+        lambda v: v["lr_scheduler_type"] != "polynomial",
+        "set lr_scheduler_type to polynomial",
+    ),
     Rule("save_steps", "save", lambda v: not v["save"], "set save to true"),
     Rule("save_total_limit", "save", lambda v: not v["save"], "set save to true"),
     Rule("profile_steps", "profile", lambda v: not v["profile"], "set profile to true"),
     Rule("profile_file", "partition_method", lambda v: v["partition_method"] != "cost", "set partition_method to cost"),
+    Rule("keep_best", "save", lambda v: v["keep_best"] and not v["save"], "set save to true"),
+    *(
+        Rule(
+            name,
+            "eval_data_path",
+            lambda v, name=name: v[name] and v["eval_data_path"] is None and v["eval_fraction"] is None,
+            "give eval_data_path or eval_fraction",
+        )
+        for name in ("eval_steps", "early_stopping_patience", "keep_best")
+    ),
     Rule(
+        "early_stopping_patience",
         "eval_steps",
-        "eval_data_path",
-        lambda v: v["eval_data_path"] is None and v["eval_fraction"] is None,
-        "give eval_data_path or eval_fraction",
+        lambda v: v["eval_steps"] is None,
+        "give eval_steps: without it only one evaluation is made, at the end",
     ),
 )
 GENERATE_RULES = (
@@ -82,7 +111,8 @@ CONVERT_RULES = (_CUSTOM,)
 
 def no_effect(name: str, value: Any, values: Mapping[str, Any], label: str | None = None) -> UserError:
     """Return the error for flag `name`, which was given as `value`; `values` are those of all flags."""
-    rule = next(rule for rule in (*FINETUNE_RULES, *GENERATE_RULES) if rule.flag == name)
+    rules = (rule for rule in (*FINETUNE_RULES, *GENERATE_RULES) if rule.flag == name)
+    rule = next(rule for rule in rules if rule.because in values and rule.when(values))
     reason = values[rule.because]
     cause = f"without {rule.because}" if reason is None else f"with {rule.because} {show(reason)}"
     return UserError(f"{label or name} {show(value)} has no effect {cause}", f"{rule.remedy}, or leave {name} out")

@@ -11,8 +11,9 @@ from typing import Any
 from megalora.choices import DTYPES, OPTIMIZERS
 from megalora.errors import UserError
 from megalora.flags import shared
-from megalora.flags.flag import REQUIRED, Section, flag, show
+from megalora.flags.flag import REQUIRED, Section, flag, flags_of, show
 from megalora.learning_rate import SCHEDULES as LEARNING_RATES
+from megalora.learning_rate import Shape, learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,19 @@ class TrainArguments(Section):
     learning_rate: float = flag(2e-4, "peak learning rate", at_least=0)
     lr_scheduler_type: str = flag("linear", "learning rate schedule after warmup", choices=tuple(LEARNING_RATES))
     warmup_steps: int = flag(0, "steps of linear warmup of the learning rate", at_least=0)
+    warmup_ratio: float | None = flag(
+        None, "warmup_steps as a fraction of the steps of the run", at_least=0, below=1, unset="set by warmup_steps"
+    )
+    min_lr_rate: float = flag(
+        0.0, "last learning rate as a fraction of learning_rate, for the schedules that have one", at_least=0, at_most=1
+    )
+    lr_decay_ratio: float = flag(
+        0.2,
+        "for warmup_stable_decay: fraction of the steps after warmup over which the rate falls, in a line",
+        above=0,
+        at_most=1,
+    )
+    lr_power: float = flag(1.0, "for polynomial: exponent of the fraction of steps that are left", above=0)
     weight_decay: float = flag(0.0, "AdamW weight decay", at_least=0)
     adam_beta1: float = flag(0.9, "AdamW beta1", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "AdamW beta2", at_least=0, below=1)
@@ -139,6 +153,15 @@ class TrainArguments(Section):
     max_grad_norm: float = flag(1.0, "clip gradients to this global norm; 0 turns clipping off", at_least=0)
     seed: int = flag(42, "seed of adapter init, dropout and data order", at_least=0, at_most=2**63 - 1)
     eval_steps: int | None = flag(None, "evaluate every this many steps", at_least=1, unset="only at the end")
+    early_stopping_patience: int | None = flag(
+        None,
+        "stop after this many evaluations in a row without a lower loss",
+        at_least=1,
+        unset="train to the last step",
+    )
+    keep_best: bool = flag(
+        False, "keep the checkpoint with the lowest evaluation loss, and export that one instead of the last"
+    )
     save: bool = flag(True, "write checkpoints")
     save_steps: int = flag(500, "write a checkpoint every this many steps, and after the last step", at_least=1)
     save_total_limit: int | None = flag(None, "keep only this many of the newest checkpoints", at_least=1, unset="all")
@@ -164,6 +187,8 @@ class TrainArguments(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.warmup_ratio and self.warmup_steps:
+            raise UserError("warmup_ratio and warmup_steps both say how long the warmup is", "give one of them")
         if self.max_steps is not None:
             self._check_warmup(self.max_steps)
 
@@ -182,6 +207,25 @@ class TrainArguments(Section):
             steps = min(steps, self.max_steps or steps)
         self._check_warmup(steps)
         return steps
+
+    def warmup(self, total_steps: int) -> int:
+        """Return the steps of warmup in a run of `total_steps`: warmup_ratio is rounded up to a whole step, but the
+        last step is none of them."""
+        if self.warmup_ratio is None:
+            return self.warmup_steps
+        return min(math.ceil(Fraction(str(self.warmup_ratio)) * total_steps), total_steps - 1)
+
+    @property
+    def learning_rate_shape(self) -> dict[str, float]:
+        """What the schedule takes besides its name, where it is not the default."""
+        values = {"min_lr_rate": self.min_lr_rate, "lr_decay_ratio": self.lr_decay_ratio, "lr_power": self.lr_power}
+        return {one.name: values[one.name] for one in flags_of(type(self)) if values.get(one.name, one.default) != one.default}
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """Return the learning rate of a step, counted from 0, in a run of `total_steps`."""
+        shape = Shape(self.min_lr_rate, self.lr_decay_ratio, self.lr_power)
+        factor = learning_rate_factor(self.lr_scheduler_type, step, total_steps, self.warmup(total_steps), shape)
+        return self.learning_rate * factor
 
     def _check_warmup(self, steps: int) -> None:
         if self.warmup_steps and self.warmup_steps >= steps:

@@ -75,6 +75,18 @@ class EventWriter:
             self._writer.close()
 
 
+def losses(path: Path) -> list[tuple[int, float]]:
+    """Return (step, loss) of every line that has both; a loss of null, which was not finite, is NaN. Raises OSError."""
+    found = []
+    with path.open("rb") as lines:
+        for line in iter(lambda: lines.readline(_LINE_BYTES), b""):
+            step = _step_of(line)
+            loss = json.loads(line).get("loss", "") if step is not None else ""
+            if loss is None or (isinstance(loss, (int, float)) and not isinstance(loss, bool)):
+                found.append((step, math.nan if loss is None else float(loss)))
+    return found
+
+
 def _truncate(path: Path, last_step: int) -> tuple[int, str | None]:
     """Keep the lines of steps up to `last_step`, in their order; what is no such line goes.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megalora.errors import UserError
 from megalora.monitor.console import Console
-from megalora.monitor.metrics import EVALUATIONS, METRICS, EventWriter, JsonLines
+from megalora.monitor.metrics import EVALUATIONS, METRICS, EventWriter, JsonLines, losses
 
 
 class Monitor:
@@ -43,6 +43,7 @@ class Monitor:
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written ({error}): give a folder that can") from error
         self._console = Console(total_steps, resumed_step, log=log)
+        self._earlier = losses(folder / EVALUATIONS)
         for lines in (self._metrics, self._evaluations):
             if lines.damage:
                 self.note(lines.damage)
@@ -76,9 +77,9 @@ class Monitor:
             self._console.evaluation(record)
 
     @property
-    def last_evaluation(self) -> int:
-        """The step of the last evaluation that an earlier start has made; on rank 0."""
-        return self._evaluations.last_step
+    def earlier_evaluations(self) -> list[tuple[int, float]]:
+        """(step, loss) of the evaluations that earlier starts have made; on rank 0."""
+        return self._earlier
 
     @property
     def failed(self) -> bool:

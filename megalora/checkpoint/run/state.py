@@ -48,6 +48,7 @@ class CheckpointWriter:
     is_main  this rank makes the folder, the manifest and the tracker (exactly one rank)
     gather   collective: the objects of all ranks, in rank order, on every rank
     save_total_limit  how many of the newest checkpoints are kept; None: all
+    spared            the step of a checkpoint that is kept besides these, or None
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class CheckpointWriter:
         self.output_dir = Path(output_dir)
         self.writes, self._is_main, self._gather = writes, is_main, gather
         self._limit = save_total_limit
+        self.spared: int | None = None
 
     def check_writable(self) -> None:
         """Raises UserError where a save would fail at once. For one rank, before the run spends any time."""
@@ -128,7 +130,7 @@ class CheckpointWriter:
         aside.mkdir()
 
     def _prune(self, step: int) -> None:
-        older = [folder for saved, folder in _iterations(self.output_dir) if saved < step]
+        older = [folder for saved, folder in _iterations(self.output_dir) if saved < step and saved != self.spared]
         for folder in older[self._limit - 1 :]:
             doomed = folder.with_name(folder.name + ".tmp")  # never half a checkpoint under its own name
             try:
