@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from megalora import __version__
 from megalora.errors import Leaving, Preempted, UserError
@@ -20,13 +20,16 @@ from megalora.errors import Leaving, Preempted, UserError
 USER_ERROR, BUG, INTERRUPTED, FAULTS = 2, 1, 130, 4
 """Exit statuses; 0 is success."""
 
+if TYPE_CHECKING:
+    from megalora.flags import ParallelArguments
+
 _GRACE_SECONDS = 3.0
 
 _USAGE = f"""\
 megalora {__version__}: LoRA fine-tuning with tensor, pipeline and data parallelism
 
 usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
-       torchrun --nproc_per_node N -m megalora COMMAND ...    on N processes
+       megalora COMMAND --nproc N ...    on N processes of this host; on several hosts: torchrun -m megalora COMMAND ...
 
   finetune   train an adapter
   generate   reply to prompts, with or without an adapter
@@ -66,7 +69,7 @@ def run(command: Callable[[], int | None]) -> int:
 
         if rank == 0:
             print(f"megalora: {left}", file=sys.stderr, flush=True)
-        return exit_status()
+        return exit_status(left)
     except Leaving as left:
         return left.status
     except KeyboardInterrupt:
@@ -100,7 +103,11 @@ def _finetune(argv: list[str]) -> int:
         return _help("finetune")
     from megalora import commands, flags
 
-    commands.finetune(flags.parse_finetune(argv))
+    arguments = flags.parse_finetune(argv)
+    if _starts_processes(arguments.parallel):
+        commands.check_finetune(arguments, arguments.parallel.nproc)
+        return _run_here(arguments.parallel.nproc, ["finetune", *argv])
+    commands.finetune(arguments)
     return 0
 
 
@@ -110,11 +117,28 @@ def _generate(argv: list[str]) -> int:
     from megalora import commands, flags
 
     arguments = flags.parse_generate(argv)
+    if _starts_processes(arguments.parallel):
+        commands.check_generate(arguments, arguments.parallel.nproc)
+        asks = arguments.generation.prompt is None and arguments.generation.prompts_file is None
+        return _run_here(arguments.parallel.nproc, ["generate", *argv], interactive=asks)
     if arguments.not_applied:
         # On standard error: standard output is for the replies.
         _say(f"megalora: not applied in generation: {', '.join(arguments.not_applied)}", sys.stderr)
     commands.generate(arguments)
     return 0
+
+
+def _starts_processes(parallel: ParallelArguments) -> bool:
+    """Whether this process is to start those of `nproc`, and is none of them."""
+    from megalora.cluster.environment import NPROC
+
+    return parallel.nproc is not None and os.environ.get(NPROC) != str(parallel.nproc)
+
+
+def _run_here(processes: int, words: list[str], interactive: bool = False) -> int:
+    from megalora.cluster.local import run_here
+
+    return run_here(processes, words, interactive=interactive)
 
 
 def _data(argv: list[str]) -> int:

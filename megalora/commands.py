@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalora import flags
-from megalora.cluster.environment import environment_int
+from megalora.cluster.environment import NPROC, check_launcher, environment_int
 from megalora.errors import UserError
 from megalora.flags.flag import flags_of
 
@@ -20,23 +20,35 @@ if TYPE_CHECKING:
 
 def finetune(arguments: flags.FinetuneArguments) -> FinetuneResult:
     """Train an adapter, and return its last metrics and the paths of what was written."""
-    flags.validate_world(arguments.parallel, environment_int("WORLD_SIZE", 1))
-    if not arguments.train.overwrite_output_dir:
-        # A run that overwrites first notes so in output_dir: started again by torchrun, it would otherwise take the
-        # older run there for its own.
-        _check_paths(arguments.model, arguments.data)
+    _check_started(arguments.parallel)
+    check_finetune(arguments, environment_int("WORLD_SIZE", 1))
     from megalora.finetune import finetune
 
     return finetune(arguments)
 
 
+def check_finetune(arguments: flags.FinetuneArguments, processes: int) -> None:
+    """Raise UserError for what can be known to be wrong on `processes` processes without torch."""
+    flags.validate_world(arguments.parallel, processes)
+    if not arguments.train.overwrite_output_dir:
+        # A run that overwrites first notes so in output_dir: started again by torchrun, it would otherwise take the
+        # older run there for its own.
+        _check_paths(arguments.model, arguments.data)
+
+
 def generate(arguments: flags.GenerateArguments) -> None:
     """Write replies to standard output or to a file, or chat in the terminal."""
-    flags.validate_world(arguments.parallel, environment_int("WORLD_SIZE", 1))
-    _check_paths(arguments.model, arguments.generation)
+    _check_started(arguments.parallel)
+    check_generate(arguments, environment_int("WORLD_SIZE", 1))
     from megalora.generate import generate
 
     generate(arguments)
+
+
+def check_generate(arguments: flags.GenerateArguments, processes: int) -> None:
+    """Raise UserError for what can be known to be wrong on `processes` processes without torch."""
+    flags.validate_world(arguments.parallel, processes)
+    _check_paths(arguments.model, arguments.generation)
 
 
 def replies(arguments: flags.GenerateArguments) -> list[dict[str, Any]]:
@@ -88,6 +100,16 @@ def doctor(arguments: flags.DoctorArguments) -> bool:
     from megalora.doctor import doctor
 
     return doctor(arguments)
+
+
+def _check_started(parallel: flags.ParallelArguments) -> None:
+    """Raise UserError where this is not one of the processes that its launcher or nproc say it is."""
+    check_launcher()
+    if parallel.nproc is not None and environment_int(NPROC, 0) != parallel.nproc:
+        raise UserError(
+            f"nproc {parallel.nproc} belongs to the command line, which starts the processes",
+            "leave it out, and start this script with torchrun",
+        )
 
 
 def _one_process(command: str) -> None:

@@ -35,3 +35,9 @@ class Preempted(Leaving):
     """A signal asked the run to leave. `str(error)` says after which step, and what is saved."""
 
     status = 75  # EX_TEMPFAIL; scripts/slurm/launch.sh turns it into a requeue
+
+
+class Interrupted(Preempted):
+    """Ctrl-C asked the run to leave."""
+
+    status = 130

@@ -44,7 +44,9 @@ WITH_LEAST = ("cosine_with_min_lr", "polynomial", "warmup_stable_decay")
 """The schedules that read Shape.least."""
 
 
-def learning_rate_factor(kind: str, step: int, total_steps: int, warmup_steps: int, shape: Shape | None = None) -> float:
+def learning_rate_factor(
+    kind: str, step: int, total_steps: int, warmup_steps: int, shape: Shape | None = None
+) -> float:
     """Return the factor of the peak rate at `step`, counted from 0.
 
     kind  one of SCHEDULES. Before it, the rate rises over warmup_steps, from 1 / (warmup_steps + 1), so that no step

@@ -11,10 +11,10 @@ import torch
 from megalora.building import Engine
 from megalora.checkpoint.run.folder import remove_export
 from megalora.checkpoint.run.state import iteration_folder
-from megalora.cluster.preemption import Preemption
+from megalora.cluster.preemption import CTRL_C, Preemption
 from megalora.cluster.watch import Watch
 from megalora.data import steps_ahead
-from megalora.errors import Preempted
+from megalora.errors import Interrupted, Preempted
 from megalora.evaluations import Evaluations
 from megalora.flags import FinetuneArguments
 from megalora.monitor import Monitor, Timers
@@ -203,7 +203,8 @@ class Session:
         if self.saved is not None:
             kept = f"saved in {self.saved}: the same command goes on from there"
         signal = self.preemption.signal_name or "a signal"
-        raise Preempted(f"stopped by {signal} after step {step} of {self.beginning.total_steps}, {kept}")
+        kind = Interrupted if signal == CTRL_C else Preempted
+        raise kind(f"stopped by {signal} after step {step} of {self.beginning.total_steps}, {kept}")
 
     def _finish(self) -> None:
         first, total = self.beginning.first_step, self.beginning.total_steps

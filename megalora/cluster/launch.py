@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalora.cluster.environment import environment_int
+from megalora.cluster.environment import LISTENS, environment_int
 from megalora.cluster.watch import Watch
 from megalora.errors import Preempted, UserError
 from megalora.parallel.mesh import ParallelMesh, build_mesh, layout
@@ -51,7 +51,13 @@ def restarts() -> int:
 
 def open_store(rank: int, world_size: int) -> dist.Store:
     """A part of the store at MASTER_ADDR:MASTER_PORT, which torchrun or rank 0 serves, for this start of the run."""
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    if LISTENS in os.environ:  # of `megalora --nproc`: not on all interfaces
+        port, listens = environment_int("MASTER_PORT", 0), environment_int(LISTENS, -1)
+        store: dist.Store = dist.TCPStore(
+            "127.0.0.1", port, world_size, True, TIMEOUT, wait_for_workers=False, master_listen_fd=listens
+        )
+    else:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
     return dist.PrefixStore(agree_on_name(store, rank, world_size), store)
 
 

@@ -53,6 +53,12 @@ class ParallelArguments(LayoutArguments):
     """How the model is divided over the processes. Data-parallel size = world size / (tensor * pipeline)."""
 
     partition_method: str = shared.PARTITION_METHOD.field("cost")
+    nproc: int | None = flag(
+        None,
+        "start this many processes on this host, one per GPU, instead of torchrun",
+        at_least=1,
+        unset="those of torchrun, or one",
+    )
     sequence_parallel: bool | None = shared.SEQUENCE_PARALLEL.field(
         None, unset="true where tensor_parallel_size divides the tokens of a microbatch"
     )
@@ -116,5 +122,7 @@ def validate_world(parallel: LayoutArguments, world_size: int) -> int:
     raise UserError(
         f"World size ({world_size}) is not a multiple of tensor_parallel_size ({tensor}) * "
         f"pipeline_parallel_size ({pipeline}) = {model}",
-        f"start {counts} processes, or choose sizes whose product divides {world_size}",
+        f"start {counts} processes, or choose sizes whose product divides {world_size}"
+        if world_size > 1
+        else f"start {counts} processes: --nproc {counts.split()[0]} on this host, torchrun on several",
     )

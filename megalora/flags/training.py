@@ -219,7 +219,8 @@ class TrainArguments(Section):
     def learning_rate_shape(self) -> dict[str, float]:
         """What the schedule takes besides its name, where it is not the default."""
         values = {"min_lr_rate": self.min_lr_rate, "lr_decay_ratio": self.lr_decay_ratio, "lr_power": self.lr_power}
-        return {one.name: values[one.name] for one in flags_of(type(self)) if values.get(one.name, one.default) != one.default}
+        defaults = {one.name: one.default for one in flags_of(TrainArguments)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """Return the learning rate of a step, counted from 0, in a run of `total_steps`."""
