@@ -15,9 +15,9 @@ from megalora.cluster.preemption import CTRL_C, Preemption
 from megalora.cluster.watch import Watch
 from megalora.data import steps_ahead
 from megalora.errors import Interrupted, Preempted
-from megalora.evaluations import Evaluations
 from megalora.flags import FinetuneArguments
 from megalora.monitor import Monitor, Timers
+from megalora.monitor.evaluations import Evaluations
 from megalora.monitor.meter import Meter
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh

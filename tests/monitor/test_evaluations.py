@@ -9,7 +9,7 @@ import tiny
 from tiny import metrics, tune
 
 from megalora.checkpoint.adapter.shards import read_adapter
-from megalora.evaluations import Evaluations
+from megalora.monitor.evaluations import Evaluations
 from megalora.training import Trainer
 
 LOSSES = [3.0, 2.0, 2.5, 2.0, 1.0]
