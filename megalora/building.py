@@ -23,6 +23,7 @@ from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.collectives import on_first, together
+from megalora.parallel.formats import BaseFormat
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.mesh import Clock, ParallelMesh
 from megalora.parallel.placement import Placement
@@ -49,6 +50,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return DTYPES[name]
+
+
+def resolve_base(name: str, config: ModelSpec) -> BaseFormat:
+    """Return the format of the frozen linears for one stage; "auto" is that of the model's files."""
+    if name == "auto":
+        return BaseFormat(config.stored, as_stored=config.stored != "dense")
+    return BaseFormat(name)
 
 
 def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:

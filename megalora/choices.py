@@ -4,6 +4,7 @@ Each is the one definition of these names; what they stand for is defined by the
 """
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # building.DTYPES
+BASE_FORMATS = ("dense", "fp8", "nf4")  # parallel.formats.BaseFormat
 OPTIMIZERS = ("adamw", "apex")  # optimizer.AdapterOptimizer
 TASKS = ("CAUSAL_LM",)  # tasks.TASKS
 RECOMPUTE = ("none", "selective", "full")  # models.stage

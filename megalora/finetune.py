@@ -19,6 +19,7 @@ from megalora.building import (
     largest_exchange,
     load_adapter,
     load_base_weights,
+    resolve_base,
 )
 from megalora.checkpoint.run.folder import claim, export_folder, remove_run, tokenizer_folder
 from megalora.cluster.launch import choose_device, distributed, fix_order_of_sums, tp_crossing
@@ -135,7 +136,8 @@ def _placement(
             device,
             largest_exchange(beginning.config, beginning.lora, mesh.tp.size, work, dtype, device),
         )
-    return Placement(mesh.tp, parallel.sequence_parallel, dtype, device, exchange), note
+    base = resolve_base(arguments.model.base_format, beginning.config)
+    return Placement(mesh.tp, parallel.sequence_parallel, dtype, device, exchange, base), note
 
 
 def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
@@ -149,6 +151,7 @@ def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
         element=beginning.dtype.itemsize,
         sequence_parallel=arguments.parallel.sequence_parallel,
         recompute=arguments.parallel.recompute,
+        base_format=beginning.base_format,
     )
 
 

@@ -21,6 +21,7 @@ from megalora.building import (
     build_stage,
     load_adapter,
     load_base_weights,
+    resolve_base,
     resolve_dtype,
     resolve_lora,
     settle_head,
@@ -44,7 +45,7 @@ from megalora.generation.requests import Listener, Prompt, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader
-from megalora.identity import adapter_template, base_identity, check_base
+from megalora.identity import adapter_template, base_identity, check_base, other_base_format
 from megalora.models.config import check_layout, check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
@@ -190,7 +191,8 @@ def _stage(
     with together(mesh.world):
         lora = NO_LORA if adapter is None else _resolved(adapter, config)
         dtype = resolve_dtype(model.dtype, device)
-        place = Placement(mesh.tp, sequence_parallel=False, dtype=dtype, device=device)
+        base = resolve_base(model.base_format, config)
+        place = Placement(mesh.tp, sequence_parallel=False, dtype=dtype, device=device, base=base)
         stage, _ = build_stage(
             config,
             mesh,
@@ -356,7 +358,9 @@ def _adapter(
     def read() -> tuple[AdapterCheckpoint, str | None]:
         adapter, weights = open_adapter(path), model.resume_from_checkpoint or model.model_path
         check_base(adapter, base_identity(opened.config, weights, opened.tokenizer.tokenizer))
-        return replace(adapter, optimizer=None, trainer=None), adapter_template(adapter)
+        base_format = resolve_base(model.base_format, opened.config).name
+        notes = (*adapter.notes, *other_base_format(adapter, base_format))
+        return replace(adapter, optimizer=None, trainer=None, notes=notes), adapter_template(adapter)
 
     return on_first(read, mesh.world)
 

@@ -20,6 +20,7 @@ from megalora.models.spec import ModelSpec
 from megalora.tokenizer_files import read_template
 
 _OF_THE_BASE = ("model", "tokenizer")
+_BASE_FORMAT = "base format"
 
 
 def base_identity(config: ModelSpec, weights: str, tokenizer: Any) -> dict[str, str]:
@@ -34,6 +35,7 @@ def base_identity(config: ModelSpec, weights: str, tokenizer: Any) -> dict[str, 
 
 def run_identity(
     base: Mapping[str, str],
+    base_format: str,
     lora_config: LoraConfig,
     template: ChatTemplate,
     rows: PackedRows,
@@ -43,6 +45,7 @@ def run_identity(
     """What must not change between the parts of one run; the layout may. base: of `base_identity`."""
     return {
         **base,
+        _BASE_FORMAT: base_format,
         "chat template": template.identity(),
         "data": rows.fingerprint[:16],
         "rows of a step": str(rows_of_a_step),
@@ -70,7 +73,8 @@ def progress(checkpoint: AdapterCheckpoint) -> Progress | None:
     step, identity = checkpoint.trainer.get("step"), checkpoint.trainer.get("identity")
     if not isinstance(step, int) or not isinstance(identity, dict):
         raise UserError(f"checkpoint {checkpoint.where}: does not say its step and its run: take another one")
-    return Progress(step, {str(name): str(value) for name, value in identity.items()})
+    # A checkpoint that says nothing of the base's format is of a time when all were dense.
+    return Progress(step, {_BASE_FORMAT: "dense", **{str(name): str(value) for name, value in identity.items()}})
 
 
 def adapter_template(checkpoint: AdapterCheckpoint) -> str | None:
@@ -87,6 +91,15 @@ def other_template(checkpoint: AdapterCheckpoint, template: ChatTemplate) -> lis
     if recorded is None or with_fixed_date(recorded) == template.source:
         return []
     return [f"the adapter {checkpoint.where} was trained with another chat template than {template.description}"]
+
+
+def other_base_format(checkpoint: AdapterCheckpoint, base_format: str) -> list[str]:
+    """Return a line where an adapter was trained on the base in another format than `base_format`."""
+    theirs = progress(checkpoint)
+    recorded = base_format if theirs is None else theirs.identity[_BASE_FORMAT]
+    if recorded == base_format:
+        return []
+    return [f"the adapter {checkpoint.where} was trained on the base in {recorded}, and is used on it in {base_format}"]
 
 
 def check_base(checkpoint: AdapterCheckpoint, base: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.building import DTYPES, resolve_lora
+from megalora.building import DTYPES, resolve_base, resolve_lora
 from megalora.errors import UserError
 from megalora.flags import PlanArguments
 from megalora.models.config import check_length, read_config
@@ -37,6 +37,7 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     config = read_config(arguments.model_path)
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     lora = resolve_lora(lora_config, config)
+    base_format = resolve_base(arguments.base_format, config).name
     check_length(config, arguments.seq_length)
     device = DEVICES[arguments.device]
     memory = arguments.memory or device.capacity
@@ -45,11 +46,11 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     if arguments.profile_file is not None:
         device = device.scaled(_slowness(arguments, config, lora, device))
     cluster = Cluster(arguments.gpus, arguments.gpus_per_node, int((memory - arguments.reserve) * _GIB), device)
-    plans, too_large = Planner(config, lora, cluster, _type(arguments)).search(_wanted(arguments))
+    plans, too_large = Planner(config, lora, cluster, _type(arguments)).search(_wanted(arguments, base_format))
     if not plans:
         raise UserError(_nothing_fits(too_large[0], cluster, memory))
     console = Console(highlight=False, width=None if Console().is_terminal else _WIDTH)
-    console.print(_title(config, lora, arguments, memory))
+    console.print(_title(config, lora, base_format, arguments, memory))
     console.print(_layouts(plans, too_large))
     best = plans[0]
     passes = "forward + again + backward" if best.layout.work.recompute != "none" else "forward + backward"
@@ -65,14 +66,19 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     return plans
 
 
-def _wanted(arguments: PlanArguments) -> Wanted:
+def _wanted(arguments: PlanArguments, base_format: str) -> Wanted:
     microbatches, step_rows = arguments.gradient_accumulation_steps, arguments.global_batch_size
     rows = arguments.per_device_train_batch_size
     if step_rows is None and microbatches is None:
         step_rows = -(-_STEP_ROWS // arguments.gpus) * arguments.gpus  # so that any number of replicas can share them
     if step_rows is None:
         rows = rows or 1
-    work = Workload(1, arguments.seq_length, element=DTYPES[arguments.dtype].itemsize)
+    work = Workload(
+        1,
+        arguments.seq_length,
+        element=DTYPES[arguments.dtype].itemsize,
+        base_format=base_format,
+    )
     return Wanted(
         work,
         step_rows,
@@ -126,12 +132,13 @@ def _type(arguments: PlanArguments) -> str:
 # ---- what is printed ----
 
 
-def _title(config: ModelSpec, lora: ResolvedLora, arguments: PlanArguments, memory: float) -> str:
+def _title(config: ModelSpec, lora: ResolvedLora, base_format: str, arguments: PlanArguments, memory: float) -> str:
     targets = ", ".join(sorted({name.rpartition(".")[2] for name in lora.adapters}))
     nodes = -(-arguments.gpus // arguments.gpus_per_node)
+    base = "" if base_format == "dense" else f", base in {base_format}"
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}; adapters r "
-        f"{lora.config.r} on {targets}; {arguments.seq_length} tokens a row, {arguments.dtype}\n"
+        f"{lora.config.r} on {targets}; {arguments.seq_length} tokens a row, {arguments.dtype}{base}\n"
         f"{arguments.gpus} x {arguments.device} on {nodes} node{'s' if nodes > 1 else ''}, {memory:g} GiB each, "
         f"{arguments.reserve:g} of them left free (CUDA, NCCL, fragments)"
     )
@@ -207,6 +214,7 @@ def _flags(chosen: Plan, arguments: PlanArguments) -> str:
         "partition_method": arguments.partition_method if layout.pp > 1 else None,
         "schedule": layout.schedule if layout.pp > 1 else None,
         "virtual_pipeline_size": layout.chunks if layout.chunks > 1 else None,
+        "base_format": None if arguments.base_format == "auto" else arguments.base_format,
         "recompute": work.recompute if work.recompute != "none" else None,
         "seq_length": work.seq_length,
         "per_device_train_batch_size": work.rows,

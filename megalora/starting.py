@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.building import check_vocabulary, resolve_dtype, resolve_lora, settle_head, trained_shapes
+from megalora.building import (
+    check_vocabulary,
+    resolve_base,
+    resolve_dtype,
+    resolve_lora,
+    settle_head,
+    trained_shapes,
+)
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.run.folder import announce_removal, cancel_removal, check_own, in_run, removal_is_pending
@@ -18,7 +25,7 @@ from megalora.cluster.lock import RunLock
 from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_split
 from megalora.errors import UserError
 from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
-from megalora.identity import base_identity, check_base, other_template, progress, run_identity
+from megalora.identity import base_identity, check_base, other_base_format, other_template, progress, run_identity
 from megalora.models.config import check_layout, check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
@@ -38,6 +45,7 @@ class Start:
 class Beginning:
     """Everything that is decided before anything is built; the same on every rank.
 
+    base_format  of the frozen linears, one of choices.BASE_FORMATS
     weights    the folder of the base weights
     overwrite  the run that is in output_dir is removed before the first step
     identity   what must not change between the parts of one run; settings: what may
@@ -48,6 +56,7 @@ class Beginning:
     config: ModelSpec
     lora: ResolvedLora
     dtype: torch.dtype
+    base_format: str
     weights: str
     template: ChatTemplate
     loader: Loader
@@ -91,13 +100,15 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     notes += template.notes
     loader = _loader(rows, train, mesh)
     base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
-    identity = run_identity(base, lora.config, template, rows, loader.global_batch_rows, train.seed)
+    base_format = resolve_base(model.base_format, config).name
+    identity = run_identity(base, base_format, lora.config, template, rows, loader.global_batch_rows, train.seed)
     with together(mesh.world):
         first_step, start_note = _first_step(start, identity)
         total_steps = train.total_steps(loader.steps_per_epoch)
         settings = _settings(train, dtype, total_steps)
         if start is not None:
             notes += [*start.checkpoint.notes, start_note, *other_template(start.checkpoint, template)]
+            notes += other_base_format(start.checkpoint, base_format)
             if start.own and model.resume_peft_from_checkpoint is not None:
                 named = model.resume_peft_from_checkpoint
                 notes.append(f"resume_peft_from_checkpoint {named} is not read: the run in output_dir goes on")
@@ -107,6 +118,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         config=config,
         lora=lora,
         dtype=dtype,
+        base_format=base_format,
         weights=weights,
         template=template,
         loader=loader,

@@ -61,6 +61,8 @@ def _layout(arguments: FinetuneArguments, engine: Engine, mesh: ParallelMesh) ->
     parallel, microbatches = arguments.parallel, arguments.train.gradient_accumulation_steps
     stage, cut, place = engine.stage, engine.cut, engine.stage.place
     stored = sum(p.numel() * p.element_size() for p in stage.parameters())
+    if place.base.name != "dense":
+        stored += sum(group.matrix.nbytes for group in stage.groups)
     trained = sum(p.numel() * p.element_size() for p in engine.parameters.values())
     memory = max(gather_objects(stored + 3 * trained, mesh.world))  # gradient and two moments beside the masters
     recompute = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
@@ -77,6 +79,7 @@ def _layout(arguments: FinetuneArguments, engine: Engine, mesh: ParallelMesh) ->
         **{f"stage {number}": _stage(number, cut, mesh.pp.size) for number in range(mesh.pp.size)},
         "schedule": f"{parallel.schedule}, {microbatches} microbatches{recompute}{waiting}",
         "device": f"{device}, {str(place.dtype).removeprefix('torch.')}, "
+        f"{'' if place.base.name == 'dense' else f'base in {place.base.name}, '}"
         f"{'compiled' if extension.has_kernels(device) else 'plain torch'} ops"
         f"{', CUDA graphs' if stage.uses_graphs else ''}",
         "memory": f"{memory / 2**30:.2f} GiB of weights and optimizer on the fullest rank",

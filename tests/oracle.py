@@ -21,6 +21,7 @@ from megalora.data.template import Sample
 from megalora.models.config import config_from_dict
 from megalora.models.stage import Stage
 from megalora.parallel.exchange import Exchange
+from megalora.parallel.formats import BaseFormat
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
@@ -99,6 +100,7 @@ class Run:
     seed: int = 7
     # Adam divides each gradient by its size: where that is near zero, rounding grows to a share of this rate.
     learning_rate: float = 1e-2
+    base_format: str = "dense"
 
     def on(self, **layout) -> Run:
         return replace(self, **layout)
@@ -130,6 +132,23 @@ def whole_tensor(name: str, shape: tuple[int, ...], scale: float) -> torch.Tenso
     return values + 1.0 if name.endswith("norm.weight") else values
 
 
+@dataclass(frozen=True)
+class RandomWeight:
+    """A weight of random values, as a file would hold it (a megalora.parallel.base.WeightSource)."""
+
+    whole: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    def copy(self, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        out.copy_(self.whole[index])
+
+    def stored(self) -> None:
+        return None
+
+
 def fill(stage: Stage) -> None:
     """Random base weights, initial adapters, and a B that is not zero."""
     stage.reset_adapters(seed=11)
@@ -140,7 +159,11 @@ def fill(stage: Stage) -> None:
                 continue
             tied = stage.config.head.tied and name == stage.config.head.weight
             source = stage.config.embedding.weight if tied else name
-            parameters[name].copy_(split.slice(whole_tensor(source, split.global_shape, 0.15)))
+            whole = whole_tensor(source, split.global_shape, 0.15)
+            if name in parameters:
+                parameters[name].copy_(split.slice(whole))
+            else:  # quantised as it is filled
+                stage.get_submodule(name.removesuffix(".weight")).fill_weight(RandomWeight(whole))
 
 
 def rows_of(run: Run, vocab_size: int):
@@ -162,7 +185,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     config = config_from_dict(fields_of(run.family, **run.model))
     lora = resolve_lora(LoraConfig.from_dict(run.lora), config)
     exchange = Exchange(mesh.tp, SharedMemory(mesh.tp)) if run.exchange else None
-    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange)
+    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange, BaseFormat(run.base_format))
     work = Workload(
         run.micro_batch_rows, run.seq_length, element=run.dtype.itemsize, sequence_parallel=run.sequence_parallel,
         recompute=run.recompute,
@@ -196,8 +219,6 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
 def train_each(rank: int, world_size: int, runs: Sequence[Run]) -> list[Outcome]:
     """Several runs, one after another, on the same processes: to start them takes longer than a run."""
     return [train(rank, world_size, run) for run in runs]
-
-
 
 
 def reference(run: Run) -> Outcome:

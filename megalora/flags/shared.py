@@ -3,12 +3,17 @@
 import json
 from typing import Any
 
-from megalora.choices import RECOMPUTE
+from megalora.choices import BASE_FORMATS, RECOMPUTE
 from megalora.errors import UserError
 from megalora.flags.flag import Definition
 from megalora.pipeline.partition import METHODS
 from megalora.pipeline.schedule import SCHEDULES
 
+BASE_FORMAT = Definition(
+    "how the frozen linears are held: in the compute dtype (dense), in 8 bits (fp8) or in 4 bits (nf4); auto is as the "
+    "files have them",
+    choices=("auto", *BASE_FORMATS),
+)
 LORA_CONFIG = Definition("lora_config.json of a new adapter", training_only=True)
 TEMPLATE = Definition("chat template: a built-in name or a jinja file")
 CHAT_TEMPLATE_KWARGS = Definition("""variables of the chat template, as a JSON object: '{"enable_thinking": false}'""")

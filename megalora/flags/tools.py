@@ -56,6 +56,7 @@ class PlanArguments(Section):
     schedule: str | None = shared.SCHEDULE.field(None, unset="searched")
     virtual_pipeline_size: int | None = shared.VIRTUAL_PIPELINE_SIZE.field(None, unset="searched")
     recompute: str | None = shared.RECOMPUTE_FLAG.field(None, unset="searched")
+    base_format: str = shared.BASE_FORMAT.field("auto")
     dtype: str = flag("bfloat16", "compute dtype", choices=tuple(name for name in DTYPES if name != "float64"))
     profile_file: str | None = shared.PROFILE_FILE.field(None, unset="estimated times of device")
     draw: str | None = flag(None, "SVG file to draw one step of the best layout to", unset="no drawing")

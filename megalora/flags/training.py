@@ -37,6 +37,7 @@ class ModelArguments(Section):
         unset="a new adapter; in generation, no adapter",
     )
     lora_config: str | None = shared.LORA_CONFIG.field(None, unset="chosen by model_type")
+    base_format: str = shared.BASE_FORMAT.field("auto")
     dtype: str = flag("auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPUs", choices=("auto", *DTYPES))
 
 

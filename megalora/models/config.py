@@ -16,6 +16,7 @@ from megalora.errors import UserError
 from megalora.files import read_json
 from megalora.models import families, rotary
 from megalora.models.family import BOUNDS, Family, Fields, RemoteConfig
+from megalora.models.quantisation import stored_format
 from megalora.models.spec import MLP, Attention, ModelSpec
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
@@ -29,7 +30,7 @@ _HARMLESS = frozenset(
     num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
     pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    quantization_config tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
 # Fields with the one value at which they do not change the numbers, whatever the family.
@@ -85,7 +86,12 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     longest = int(min(rotary.extended_length(rope, spec.max_position_embeddings), _undivided_length(raw, where)))
     return replace(
-        spec, model_type=raw["model_type"], dtype=dtype, files=family.files, max_position_embeddings=longest
+        spec,
+        model_type=raw["model_type"],
+        dtype=dtype,
+        stored=stored_format(raw, where),
+        files=family.files,
+        max_position_embeddings=longest,
     )
 
 

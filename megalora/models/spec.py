@@ -276,6 +276,7 @@ class ModelSpec:
     max_position_embeddings  tokens of the longest document it is made for
     model_type     as config.json names it
     dtype          of the weights in the file, as config.json names it, or None
+    stored         the format of the linears in the file, one of choices.BASE_FORMATS
     """
 
     embedding: Embedding
@@ -284,6 +285,7 @@ class ModelSpec:
     max_position_embeddings: int
     model_type: str = ""
     dtype: str | None = None
+    stored: str = "dense"
     files: FileNames = field(default_factory=FileNames)
 
     @property

@@ -1,8 +1,8 @@
 """The frozen matrix of a group of linears: what of the base a step reads, with the columns that carry its adapters.
 
 A group's product is with P = [W | s B] (see megalora.ops.lora_linear): W of all its linears, one below the other, and
-behind it `room` columns for the branches. A format of the base (dense today) decides how W is held and multiplied; the
-branch stays exact in the compute dtype.
+behind it `room` columns for the branches. The format of the base decides how W is held and multiplied: dense here, in 8
+or 4 bits in megalora.parallel.quantised; the branch stays exact in the compute dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +11,25 @@ from typing import Protocol
 
 import torch
 
+from megalora.ops.fp8 import Fp8Weight
 from megalora.ops.matmul import matmul, matmul_nt
+from megalora.ops.nf4 import Nf4Weight
+from megalora.parallel.split import Split
+
+
+class WeightSource(Protocol):
+    """One weight in the base's files, whole: [out, in], or [in, out] where the files have it transposed."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def copy(self, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        """Copy `weight[index]` into `out` (its shape; any dtype and device)."""
+        ...
+
+    def stored(self) -> Nf4Weight | Fp8Weight | None:
+        """Return the weight as the files hold it where that is quantised, on the CPU; else None."""
+        ...
 
 
 class FrozenMatrix(Protocol):
@@ -21,8 +39,21 @@ class FrozenMatrix(Protocol):
     columns: int
     room: int
 
-    def view(self, rows: slice) -> torch.Tensor:
-        """Return W's rows as a tensor that shares the matrix's memory: loading writes W through it."""
+    def view(self, rows: slice) -> torch.Tensor | None:
+        """Return W's rows as a tensor that shares the matrix's memory; None where they are held in another form."""
+        ...
+
+    def weight(self, rows: slice) -> torch.Tensor:
+        """Return W's rows [rows, columns] in the compute dtype, to be read: a view, or decoded."""
+        ...
+
+    def fill(self, rows: slice, source: WeightSource, split: Split, transposed: bool) -> None:
+        """Set W's rows to the part `split` of the whole weight `source`, stored as [in, out] where `transposed`."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of W and of the branch."""
         ...
 
     def branch(self, rows: slice, columns: slice) -> torch.Tensor:
@@ -55,6 +86,18 @@ class DenseMatrix:
 
     def view(self, rows: slice) -> torch.Tensor:
         return self.whole[rows, : self.columns]
+
+    def weight(self, rows: slice) -> torch.Tensor:
+        return self.view(rows)
+
+    def fill(self, rows: slice, source: WeightSource, split: Split, transposed: bool) -> None:
+        part = self.view(rows).t() if transposed else self.view(rows)
+        for theirs, ours in split.blocks():
+            source.copy(theirs, part[ours])
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes
 
     def branch(self, rows: slice, columns: slice) -> torch.Tensor:
         return self.whole[rows, self.columns + columns.start : self.columns + columns.stop]

@@ -21,7 +21,6 @@ from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import lora_down_, room_for
 from megalora.ops.scaled_copy import scaled_copy_
 from megalora.ops.swiglu import swiglu, swiglu_down
-from megalora.parallel.base import DenseMatrix, FrozenMatrix
 from megalora.parallel.collectives import all_reduce
 from megalora.parallel.exchange import gather_product, product_scatter
 from megalora.parallel.linear import ParallelLinear, RowParallelLinear
@@ -59,7 +58,7 @@ class LinearGroup:
         self.ranks = [linear.rank for linear in linears]
         self.room = room_for(sum(self.ranks), torch.device(place.device).type)
         self.dropout = max((linear.adapter.dropout for linear in linears if linear.adapter is not None), default=0.0)
-        self.matrix: FrozenMatrix = DenseMatrix(sum(self.sizes), self.in_features, self.room, place.dtype, place.device)
+        self.matrix = place.base.matrix(sum(self.sizes), self.in_features, self.room, place.dtype, place.device)
         self._ready = self.room == 0 and linears[0].bias is None  # whether refresh() has been here
         self.down: torch.Tensor | None = None  # A of all branches [R, I] in the compute dtype
         self.bias: torch.Tensor | None = None  # of all linears [O] in the compute dtype (a group has all or none)
@@ -71,7 +70,7 @@ class LinearGroup:
         for linear, size, rank in zip(self.linears, self.sizes, self.ranks, strict=True):
             self.rows.append(slice(row, row + size))
             self.branches.append(slice(column, column + rank))
-            linear.take_weight(self.matrix.view(self.rows[-1]))
+            linear.take_rows(self.matrix, self.rows[-1])
             row, column = row + size, column + rank
 
     @property

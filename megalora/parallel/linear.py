@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megalora.adapters.lora import Adapter, initial_factor
+from megalora.parallel.base import FrozenMatrix, WeightSource
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Cut, Part, Split, whole_split
 
@@ -23,7 +24,8 @@ class LoraFactor(nn.Module):
 class ParallelLinear(nn.Module):
     """The parameters of one frozen linear on this rank, by their HF names, with its adapter.
 
-    weight      [O_i, I], or [I, O_i] where the file has it transposed: a view of its group's matrix, given by the group
+    weight      [O_i, I], or [I, O_i] where the file has it transposed: a view of its group's matrix, given by the
+                group; None where that holds it quantised
     name        full name in the model: the initial adapter is drawn from it
     local_rows, local_columns  of the linear on this rank, [O_i, I] whichever way the file stores it
     """
@@ -42,9 +44,7 @@ class ParallelLinear(nn.Module):
         super().__init__()
         self.name, self.adapter, self.transposed = name, adapter, transposed
         self._splits = {"weight": weight_split}
-        self.local_rows, self.local_columns = (
-            weight_split.local_shape[::-1] if transposed else weight_split.local_shape
-        )
+        self.local_rows, self.local_columns = weight_split.local_shape[::-1] if transposed else weight_split.local_shape
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         if bias_split is not None:
@@ -63,9 +63,17 @@ class ParallelLinear(nn.Module):
         """How each parameter is cut: the one place that loading, saving and gradient reduction read."""
         return self._splits
 
-    def take_weight(self, view: torch.Tensor) -> None:
-        """Register the linear's part [O_i, I] of its group's matrix as `weight`, as the file stores it."""
-        self.weight = nn.Parameter(view.t() if self.transposed else view, requires_grad=False)
+    def take_rows(self, matrix: FrozenMatrix, rows: slice) -> None:
+        """Take `rows` of the group's matrix as the linear's weight; register them as `weight` where they are dense."""
+        self._matrix, self._rows = matrix, rows
+        view = matrix.view(rows)
+        if view is not None:
+            self.weight = nn.Parameter(view.t() if self.transposed else view, requires_grad=False)
+
+    @torch.no_grad()
+    def fill_weight(self, source: WeightSource) -> None:
+        """Set the weight to this rank's part of `source`, quantised where the matrix is."""
+        self._matrix.fill(self._rows, source, self._splits["weight"], self.transposed)
 
     @property
     def rank(self) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from megalora.ops.dropout import Dropout
 from megalora.parallel.collectives import local_tokens
 from megalora.parallel.exchange import Exchange
+from megalora.parallel.formats import BaseFormat
 from megalora.parallel.mesh import Axis
 
 
@@ -42,6 +43,7 @@ class Placement:
     """Where a layer's parameters live: tp axis, sequence parallelism, compute dtype, device.
 
     exchange  how tokens travel beside the products, under sequence parallelism; None: by collectives, before and after
+    base      the format of the frozen weights; one object for a stage, whose matrices share memory through it
     """
 
     tp: Axis
@@ -49,6 +51,7 @@ class Placement:
     dtype: torch.dtype
     device: torch.device | str
     exchange: Exchange | None = None
+    base: BaseFormat = field(default_factory=BaseFormat, compare=False)
 
     @property
     def master_dtype(self) -> torch.dtype:

@@ -2,11 +2,12 @@
 
 Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted by hand to steps of Llama-8B's
 shape on several H100s of 80 GB and, for the host, to a slice of Llama-70B without CUDA graphs (both in
-benchmarks/LOG.md). H200: the same chip, its memory by the data sheet's 4.8 TB/s in the
-H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about the H100's proportions, FlashAttention-2 as
-published (arXiv 2307.08691). Links: of H100s as measured, 34 MB by copy engines in 90 us and by NCCL in 170 us; of
-A100s in the proportion of NVLink 3 to 4; networks one adapter of 400 or 200 Gb/s a GPU, at 80%. CPU: two threads of a
-shared EPYC host. Waiting for the slowest rank: fitted to tensor parallel 2 with 2048 and 8192 tokens on H100s.
+benchmarks/LOG.md); e4m3 as sustained with the other factor quantised before each product. H200: the same chip, its
+memory by the data sheet's 4.8 TB/s in the H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about
+the H100's proportions, FlashAttention-2 as published (arXiv 2307.08691). Links: of H100s as measured, 34 MB by copy
+engines in 90 us and by NCCL in 170 us; of A100s in the proportion of NVLink 3 to 4; networks one adapter of 400 or 200
+Gb/s a GPU, at 80%. CPU: two threads of a shared EPYC host. Waiting for the slowest rank: fitted to tensor parallel 2
+with 2048 and 8192 tokens on H100s.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Device:
     """One kind of device and its links. All per second.
 
     gemm, gemm32   FLOPs of matrix products in 16-bit and in 32-bit floats
+    gemm8          FLOPs of matrix products in e4m3; 0: they are done in 16 bits
     attention      FLOPs of attention, forward and backward
     memory         bytes read or written
     link, network  bytes to a neighbour in the node, by copies, and in another, one direction
@@ -37,6 +39,7 @@ class Device:
     name: str
     gemm: float
     gemm32: float
+    gemm8: float
     attention: float
     memory: float
     link: float
@@ -62,6 +65,7 @@ class Device:
             self,
             gemm=self.gemm / factor,
             gemm32=self.gemm32 / factor,
+            gemm8=self.gemm8 / factor,
             attention=self.attention / factor,
             memory=self.memory / factor,
             call=self.call * factor,
@@ -71,10 +75,10 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", 700e12, 50e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80, True),
-        Device("h200", 700e12, 50e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141, True),
-        Device("a100", 250e12, 17e12, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.08, 60e-6, 80, True),
-        Device("cpu", 0.15e12, 0.15e12, 0.05e12, 10e9, 2e9, 1e9, 2e9, 100e-6, 0.0, 10e-6, 16, False),
+        Device("h100", 700e12, 50e12, 1180e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80, True),
+        Device("h200", 700e12, 50e12, 1180e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141, True),
+        Device("a100", 250e12, 17e12, 0, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.08, 60e-6, 80, True),
+        Device("cpu", 0.15e12, 0.15e12, 0, 0.05e12, 10e9, 2e9, 1e9, 2e9, 100e-6, 0.0, 10e-6, 16, False),
     )
 }
 

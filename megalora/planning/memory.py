@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalora.planning.nodes import Workload, chunk_nodes, kept_bytes, peak_bytes
+from megalora.planning.quantised import linear_bytes, scratch_bytes
 from megalora.planning.shapes import Shape
 
 # cuBLAS keeps this much on Hopper, through torch's allocator (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG).
@@ -23,11 +24,12 @@ _MESSAGES = 6  # hidden states on their way at once: two sends and a receive eac
 class Memory:
     """Bytes at the moment of the step that needs the most.
 
-    weights      frozen, in the compute dtype, with the columns that carry s B
+    weights      frozen, in the compute dtype or the base's format, with the columns that carry s B
     adapters     masters, and the copies of A (and biases) in the compute dtype
     optimizer    gradients and two moments
     activations  of the microbatches in flight, and what the one at work needs besides
-    buffers      messages between stages and of sequence parallelism, workspace of the matrix products
+    buffers      messages between stages and of sequence parallelism, workspace of the matrix products, the scratch that
+                 quantised weights are decoded or turned in
     """
 
     weights: int
@@ -71,7 +73,9 @@ def stage_memory(
     if first and last and shape.tied:
         ends -= shape.embedding
     frozen, trained = sum(layer.frozen for layer in layers), sum(layer.trained for layer in layers)
-    room = sum(group.room * group.output for layer in layers for group in layer.groups)
+    groups = [group for layer in layers for group in layer.groups]
+    room = sum(group.room * group.output for group in groups)
+    linears = sum(group.inputs * group.output for group in groups)
     copies = sum(layer.copies for layer in layers) - room
     nodes = [
         chunk_nodes(shape, chunk, work, first=first and i == 0, last=last and i == len(chunks) - 1)
@@ -82,12 +86,14 @@ def stage_memory(
     alone = first and last and len(chunks) == 1
     exchanges = work.sequence_parallel and shape.tp > 1 and shape.device_type == "cuda"
     exchanged = exchange_bytes(shape, work.tokens, e) if exchanges else 0
+    held = sum(linear_bytes(group, work.base_format, e) for group in groups)
     return Memory(
-        weights=(frozen + room + ends) * e,
+        weights=(frozen - linears + room + ends) * e + held,
         adapters=trained * _MASTER + copies * e,
         optimizer=3 * trained * _MASTER,
         activations=max(peak_bytes(part) for part in nodes)
         + max(0, in_flight - 1) * waiting
         + (0 if first else max(0, inputs - 1) * stream),
-        buffers=_GEMM_WORKSPACE.get(shape.device_type, 0) + (0 if alone else _MESSAGES * stream) + exchanged,
+        buffers=_GEMM_WORKSPACE.get(shape.device_type, 0) + (0 if alone else _MESSAGES * stream) + exchanged
+        + scratch_bytes(groups, work.base_format, e, shape.device_type),
     )

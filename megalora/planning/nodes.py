@@ -17,6 +17,7 @@ from megalora.ops.activations import KEEPS_RESULT
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
+from megalora.planning.quantised import on_base
 from megalora.planning.shapes import MLP, Attention, Group, Layer, Shape
 
 _STATISTIC = 4  # bytes of a float32: the norms' inverses, the logsumexp of attention
@@ -32,6 +33,7 @@ class Workload:
     element            bytes of an element in the compute dtype (2 for bfloat16)
     sequence_parallel  whether activations between the linears are cut over tp
     recompute          "none", "selective" or "full"
+    base_format        of the frozen linears, one of choices.BASE_FORMATS
     """
 
     rows: int
@@ -41,6 +43,7 @@ class Workload:
     element: int = 2
     sequence_parallel: bool = False
     recompute: str = "none"
+    base_format: str = "dense"
 
     @property
     def tokens(self) -> int:
@@ -75,6 +78,7 @@ class Pass:
 
     live       bytes that exist while it runs, besides what nodes keep: gradients on their way, workspaces
     flops      of matrix products
+    flops8     of matrix products in e4m3
     attention  FLOPs of attention
     traffic    bytes that all else reads and writes
     messages   over tensor parallel
@@ -83,6 +87,7 @@ class Pass:
 
     live: int = 0
     flops: float = 0
+    flops8: float = 0
     attention: float = 0
     traffic: float = 0
     messages: tuple[Message, ...] = ()
@@ -191,6 +196,7 @@ def _sum(passes) -> Pass:
     return Pass(
         max((p.live for p in passes), default=0),
         sum(p.flops for p in passes),
+        sum(p.flops8 for p in passes),
         sum(p.attention for p in passes),
         sum(p.traffic for p in passes),
         tuple(message for p in passes for message in p.messages),
@@ -313,6 +319,7 @@ class _LayerNodes:
             messages=messages,
             calls=1 + gated + (group.rank > 0) + (group.row_parallel and group.biases > 0) + len(messages),
         )
+        forward = on_base(forward, group, self.work, device, tokens.full, matrix, backward=False)
         # The gradient of the residual stream waits meanwhile, for a row-parallel group it is dy itself.
         gradients = group.trained * (e + _STATISTIC)
         dy = (y_full if tokens.gathers and not in_region else 0) if group.row_parallel else y_full
@@ -338,6 +345,8 @@ class _LayerNodes:
             # dX; dx with dA; dB of each branch, where no other pass makes it.
             calls=1 + (group.rank > 0) + (0 if fused and normed else group.adapted) + len(messages),
         )
+        if needs_dx:  # else the product is with the branch alone
+            backward = on_base(backward, group, self.work, device, tokens.full, product, backward=True)
         return self._node("linears", kept, forward, backward, flowing or group.trains)
 
     def _messages(self, group: Group, sums: bool, product: float, whole: bool) -> tuple[Message, ...]:

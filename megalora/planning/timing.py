@@ -27,7 +27,8 @@ def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) 
     """Of passes one after another: the device's time or the host's, whichever is more, and the messages."""
     passes = list(passes)
     rate = device.gemm if element == 2 else device.gemm32
-    computed = sum(p.flops / rate + p.attention / device.attention + p.traffic / device.memory for p in passes)
+    products = sum(p.flops / rate + p.flops8 / (device.gemm8 or rate) for p in passes)
+    computed = products + sum(p.attention / device.attention + p.traffic / device.memory for p in passes)
     computed *= 1 + (device.meeting if tp > 1 else 0)
     issued = sum(p.calls for p in passes) * device.call
     messages = (message for p in passes for message in p.messages)

@@ -35,6 +35,9 @@ class MergedWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self._base.dtype(name)
 
+    def stored(self, name: str) -> None:
+        """Nothing is quantised with an adapter in it."""
+
     @torch.no_grad()
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
         """Copies the merged `tensor[index]` into `out` (its shape, its dtype).

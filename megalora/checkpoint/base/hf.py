@@ -90,6 +90,9 @@ class HfWeights:
             raise UserError(f"{self.where(name)}: {name} has dtype {dtype}: use a model in {', '.join(DTYPES)}")
         return DTYPES[dtype]
 
+    def stored(self, name: str) -> None:
+        """Files of floating-point numbers hold no quantised weights."""
+
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
         """Copies `tensor[index]` into `out` (its shape; any dtype and device), one block of rows at a time.
 

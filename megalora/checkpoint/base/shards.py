@@ -113,6 +113,9 @@ class BaseShards:
             target = tuple(slice(s.start - a.start, s.stop - a.start) for s, a in zip(both, index, strict=True))
             self._copy_rows(name, piece.file, source, out[target])
 
+    def stored(self, name: str) -> None:
+        """Shards hold no quantised weights."""
+
     def _copy_rows(self, name: str, file: Path, index: tuple[slice, ...], out: torch.Tensor) -> None:
         rows, done = out.shape[0], 0
         while done < rows:

@@ -16,6 +16,9 @@ from megalora.checkpoint.base.hf import HfWeights, is_hf
 from megalora.checkpoint.base.shards import BaseShards
 from megalora.checkpoint.layout import has_shards
 from megalora.errors import UserError
+from megalora.ops.fp8 import Fp8Weight
+from megalora.ops.nf4 import Nf4Weight
+from megalora.parallel.linear import ParallelLinear
 from megalora.parallel.split import Split
 
 SAMPLE = 32
@@ -59,6 +62,25 @@ class BaseWeights(Protocol):
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None: ...
 
+    def stored(self, name: str) -> Nf4Weight | Fp8Weight | None: ...  # as it is on disk, where that is quantised
+
+
+class _Weight:
+    """One of them (a megalora.parallel.base.WeightSource)."""
+
+    def __init__(self, weights: BaseWeights, name: str):
+        self._weights, self._name = weights, name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.dtype(self._name)
+
+    def copy(self, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        self._weights.copy(self._name, index, out)
+
+    def stored(self) -> Nf4Weight | Fp8Weight | None:
+        return self._weights.stored(self._name)
+
 
 class _Renamed:
     """Base weights by our names. files: our name of a tensor -> its name in the file."""
@@ -75,6 +97,9 @@ class _Renamed:
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
         self._weights.copy(self._files[name], index, out)
+
+    def stored(self, name: str) -> Nf4Weight | Fp8Weight | None:
+        return self._weights.stored(self._files[name])
 
 
 def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
@@ -169,16 +194,22 @@ def _as_they_lie(folder: Path, names: BaseNames) -> BaseWeights:
 
 @torch.no_grad()
 def load_base(module: nn.Module, folder: str | Path, *, splits: Mapping[str, Split], names: BaseNames) -> None:
-    """Fill the base parameters of a stage in place: all but the adapters (`lora_`), trained biases too.
+    """Fill the base of a stage in place: the weights of its linears, and all parameters but the adapters' (`lora_`).
 
     splits  which slice of the whole tensor each parameter is (`named_splits(module)`)
     names   those of the whole model; a tied head is read from the embedding
     Parameters may be uninitialised, of any float dtype, on any device. Beyond them only a block of rows is in
-    memory at a time. Raises UserError as `open_base`.
+    memory at a time, or one weight where it is quantised. Raises UserError as `open_base`.
     """
     weights = open_base(folder, names)
+    linears = {
+        f"{prefix}.weight": linear for prefix, linear in module.named_modules() if isinstance(linear, ParallelLinear)
+    }
+    for name, linear in linears.items():
+        assert splits[name].global_shape == tuple(names.shapes[name]), (name, splits[name])
+        linear.fill_weight(_Weight(weights, name))
     for name, parameter in module.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or name in linears:
             continue
         source = names.embedding if names.tied and name == names.head else name
         split, whole = splits[name], names.shapes.get(source)

@@ -1,0 +1,94 @@
+"""Weights in 8 bits: e4m3 (4 bits of exponent, 3 of mantissa) with a scale a row or a block of values.
+
+A value is code * scale, computed in float32. Quantised here, a row has one scale: its largest magnitude is e4m3's
+largest number, 448. Files of other tools bring blocks of 128 x 128 (DeepSeek) or one scale a row or a weight
+(compressed-tensors).
+
+Legend: T tokens, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+_CHUNK = 1 << 22  # values that are worked on at a time: bounds what is held beside the weight
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A whole weight.
+
+    codes  [out, in] e4m3
+    scale  [ceil(out / block[0]), ceil(in / block[1])] float32
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    block: tuple[int, int]
+
+    def rows(self, runs: Sequence[tuple[int, int]], columns: tuple[int, int]) -> list[Fp8Rows]:
+        """Return the part of rows `runs`, one after another, and `columns`, ranges [start, stop) of the whole."""
+        (left, right), (high, wide) = columns, self.block
+        parts = []
+        for start, stop in runs:
+            blocks = torch.arange(start, stop, device=self.scale.device) // high
+            scale = self.scale[blocks, left // wide : -(-right // wide)]
+            parts.append(Fp8Rows(self.codes[start:stop, left:right], scale, wide, left % wide))
+        return parts
+
+
+@dataclass(frozen=True)
+class Fp8Rows:
+    """Rows of a weight, of the columns that a rank holds.
+
+    codes  [rows, columns] e4m3
+    scale  [rows, blocks] float32: of each row and block of `block` columns, the first of which is cut off by `phase`
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    block: int
+    phase: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def decode_(self, out: torch.Tensor) -> None:
+        """Write the values into out [rows, columns], of any floating dtype, rows of any stride."""
+        rows, columns = self.codes.shape
+        if self.scale.shape[1] > 1:
+            block = (torch.arange(columns, device=out.device) + self.phase) // self.block
+        step = max(1, _CHUNK // max(1, columns))
+        for first in range(0, rows, step):
+            part = slice(first, min(first + step, rows))
+            scale = self.scale[part] if self.scale.shape[1] == 1 else self.scale[part][:, block]
+            out[part].copy_(self.codes[part].float().mul_(scale))
+
+
+@torch.no_grad()
+def quantise_fp8(W: torch.Tensor) -> Fp8Weight:
+    """Return rows W [rows, in], of any floating dtype, in e4m3 with a scale a row; on W's device.
+
+    Not finite values give scales that are not.
+    """
+    codes = torch.empty(W.shape, dtype=E4M3, device=W.device)
+    scale = torch.empty(W.shape[0], 1, dtype=torch.float32, device=W.device)
+    step = max(1, _CHUNK // max(1, W.shape[1]))
+    for first in range(0, W.shape[0], step):
+        part = slice(first, first + step)
+        codes[part], scale[part] = quantise_rows(W[part])
+    return Fp8Weight(codes, scale, (1, max(1, W.shape[1])))
+
+
+def quantise_rows(x: torch.Tensor, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (codes [T, I] e4m3, scale [T, 1] float32) of x [T, I] (times factor [I] float32), each row by its own."""
+    wide = x.float() if factor is None else x.float() * factor
+    absmax = wide.abs().amax(1, keepdim=True)
+    scale = torch.where(absmax == 0, 1.0, absmax / LARGEST)
+    return (wide / scale).clamp_(-LARGEST, LARGEST).to(E4M3), scale

@@ -1,0 +1,35 @@
+"""The formats of the frozen base, by name: which matrix a group of linears gets."""
+
+from __future__ import annotations
+
+import torch
+
+from megalora.choices import BASE_FORMATS
+from megalora.parallel.base import DenseMatrix, FrozenMatrix
+from megalora.parallel.quantised import Fp8Matrix, Nf4Matrix, Scratch
+
+
+class BaseFormat:
+    """Makes the frozen matrices of one stage: all in one format, one of choices.BASE_FORMATS, with one scratch.
+
+    as_stored  weights that the files hold in floating point stay so in a quantised matrix (checkpoints that leave a few
+               linears unquantised); else they are quantised
+    """
+
+    def __init__(self, name: str = "dense", *, as_stored: bool = False):
+        assert name in BASE_FORMATS, name
+        self.name, self.as_stored, self._scratch = name, as_stored, Scratch()
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that the matrices share."""
+        return self._scratch.nbytes
+
+    def matrix(
+        self, rows: int, columns: int, room: int, dtype: torch.dtype, device: torch.device | str
+    ) -> FrozenMatrix:
+        """Return a matrix [rows, columns + room] for that compute dtype, its weights not filled yet."""
+        if self.name == "dense":
+            return DenseMatrix(rows, columns, room, dtype, device)
+        kind = Fp8Matrix if self.name == "fp8" else Nf4Matrix
+        return kind(rows, columns, room, dtype, device, self._scratch, as_stored=self.as_stored)

@@ -1,0 +1,227 @@
+"""Frozen matrices in 8 and in 4 bits (formats: megalora.ops.fp8, megalora.ops.nf4).
+
+A matrix is decoded before each product into a scratch [W | s B] that all matrices of a stage share, so that a product
+with a quantised base is the product with a dense one of the decoded values: the same on every device and layout, but
+for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megalora.ops.fp8 import Fp8Rows, Fp8Weight, quantise_fp8
+from megalora.ops.matmul import matmul, matmul_nt
+from megalora.ops.nf4 import Nf4Rows, Nf4Weight, quantise_nf4
+from megalora.parallel.base import WeightSource
+from megalora.parallel.split import Split
+
+Range = tuple[int, int]
+Stored = Nf4Weight | Fp8Weight | None
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Rows of a weight that is not quantised: codes [rows, columns], the values."""
+
+    codes: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes
+
+    def decode_(self, out: torch.Tensor) -> None:
+        """Write the values into out [rows, columns]."""
+        out.copy_(self.codes)
+
+
+Rows = Nf4Rows | Fp8Rows | DenseRows
+
+
+class Scratch:
+    """Memory that the matrices of a stage use in turn: what is in it holds until the next product.
+
+    All of them say what they need before the first product, so that the memory stays where it is (CUDA graphs).
+    """
+
+    def __init__(self) -> None:
+        self._nbytes = 0
+        self._memory: torch.Tensor | None = None
+
+    def reserve(self, nbytes: int) -> None:
+        """Have room for so many bytes."""
+        assert self._memory is None or nbytes <= self._memory.nbytes, "the scratch is in use already"
+        self._nbytes = max(self._nbytes, nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+        """Return the memory as a tensor of that shape and dtype; what was taken before is overwritten."""
+        if self._memory is None:
+            self._memory = torch.empty(self._nbytes, dtype=torch.uint8, device=device)
+        return self._memory[: shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
+
+
+class _QuantisedMatrix:
+    """What the formats share. Parts: the rows of one linear, or several that follow each other in its weight."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        room: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        scratch: Scratch,
+        *,
+        as_stored: bool = False,
+    ):
+        self.rows, self.columns, self.room = rows, columns, room
+        self._dtype, self._device, self._scratch, self._as_stored = dtype, device, scratch, as_stored
+        self._branch = torch.empty(rows, room, dtype=dtype, device=device)
+        self._parts: dict[int, Rows] = {}  # by their first row
+        scratch.reserve(rows * (columns + room) * dtype.itemsize)
+
+    def view(self, rows: slice) -> None:
+        return None
+
+    def weight(self, rows: slice) -> torch.Tensor:
+        out = torch.empty(rows.stop - rows.start, self.columns, dtype=self._dtype, device=self._device)
+        for first, part in self._parts.items():
+            if rows.start <= first < rows.stop:
+                part.decode_(out[first - rows.start :][: len(part.codes)])
+        return out
+
+    def fill(self, rows: slice, source: WeightSource, split: Split, transposed: bool) -> None:
+        runs, columns = _ranges(split, transposed)
+        first, stored = rows.start, source.stored()
+        if stored is None and self._as_stored:
+            parts = _dense_rows(source, split, transposed, self._dtype, self._device)
+        else:
+            parts = self._read(source, stored, split.global_shape, runs, columns, transposed)
+        for part in parts:
+            self._put(first, part)
+            first += len(part.codes)
+        assert first == rows.stop, (rows, runs)
+
+    def _read(
+        self,
+        source: WeightSource,
+        stored: Stored,
+        shape: tuple[int, ...],
+        runs: Sequence[Range],
+        columns: Range,
+        transposed: bool,
+    ) -> Sequence[Rows]:
+        """Return the rows `runs` and `columns` of W, quantised as the file has them (`stored`), or here."""
+        raise NotImplementedError
+
+    def _put(self, first: int, part: Rows) -> None:
+        self._parts[first] = part
+
+    @property
+    def nbytes(self) -> int:
+        return self._branch.nbytes + sum(part.nbytes for part in self._parts.values())
+
+    def branch(self, rows: slice, columns: slice) -> torch.Tensor:
+        return self._branch[rows, columns]
+
+    def clear_branch(self) -> None:
+        self._branch.zero_()
+
+    def multiply(
+        self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return matmul_nt(X, self._decoded(), bias, out)
+
+    def multiply_transposed(
+        self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
+    ) -> torch.Tensor:
+        return matmul(dY, self._branch if branch_only else self._decoded(), out)
+
+    def _decoded(self) -> torch.Tensor:
+        """Return [W | s B] in the scratch."""
+        whole = self._scratch.take((self.rows, self.columns + self.room), self._dtype, self._device)
+        for first, part in self._parts.items():
+            part.decode_(whole[first : first + len(part.codes), : self.columns])
+        whole[:, self.columns :].copy_(self._branch)
+        return whole
+
+
+class Nf4Matrix(_QuantisedMatrix):
+    """W in NF4."""
+
+    def _read(
+        self,
+        source: WeightSource,
+        stored: Stored,
+        shape: tuple[int, ...],
+        runs: Sequence[Range],
+        columns: Range,
+        transposed: bool,
+    ) -> Sequence[Rows]:
+        if isinstance(stored, Nf4Weight):
+            stored = stored.to(self._device)
+        else:  # the absmax are quantised relative to the mean of all, so the whole weight is needed
+            stored = quantise_nf4(_whole(source, shape, transposed, self._device))
+        return stored.rows(runs, columns)
+
+
+class Fp8Matrix(_QuantisedMatrix):
+    """W in e4m3, with a scale a row, or with the scales of the file."""
+
+    def _read(
+        self,
+        source: WeightSource,
+        stored: Stored,
+        shape: tuple[int, ...],
+        runs: Sequence[Range],
+        columns: Range,
+        transposed: bool,
+    ) -> Sequence[Rows]:
+        if isinstance(stored, Fp8Weight):
+            parts = stored.rows(runs, columns)
+        elif transposed:
+            parts = quantise_fp8(_whole(source, shape, transposed, self._device)).rows(runs, columns)
+        else:  # rows are independent of each other
+            parts = []
+            for start, stop in runs:
+                block = torch.empty(stop - start, shape[1], dtype=source.dtype, device=self._device)
+                source.copy((slice(start, stop), slice(0, shape[1])), block)
+                parts += quantise_fp8(block).rows([(0, stop - start)], columns)
+        place: dict[str, Any] = {"device": self._device}
+        return [Fp8Rows(p.codes.contiguous().to(**place), p.scale.to(**place), p.block, p.phase) for p in parts]
+
+
+def _dense_rows(
+    source: WeightSource, split: Split, transposed: bool, dtype: torch.dtype, device: torch.device | str
+) -> list[Rows]:
+    part = torch.empty(split.local_shape, dtype=dtype, device=device)
+    for theirs, ours in split.blocks():
+        source.copy(theirs, part[ours])
+    return [DenseRows(part.t().contiguous() if transposed else part)]
+
+
+def _ranges(split: Split, transposed: bool) -> tuple[list[Range], Range]:
+    """Return (rows, columns) of W [out, in] that are this rank's: ranges of the rows, one of the columns."""
+    shape = split.global_shape[::-1] if transposed else split.global_shape
+    dim = split.dim if split.dim is None or not transposed else 1 - split.dim
+    if dim == 0:
+        return [(run.start, run.stop) for run in split.runs], (0, shape[1])
+    rows = [(0, shape[0])]
+    if dim is None:
+        return rows, (0, shape[1])
+    assert len(split.runs) <= 1, "a row-parallel weight is cut into ranges"
+    return rows, split.runs[0][:2] if split.runs else (0, 0)
+
+
+def _whole(source: WeightSource, shape: tuple[int, ...], transposed: bool, device: torch.device | str) -> torch.Tensor:
+    """Return the whole weight [out, in] in the file's dtype."""
+    weight = torch.empty(shape, dtype=source.dtype, device=device)
+    source.copy(tuple(slice(0, n) for n in shape), weight)
+    return weight.t().contiguous() if transposed else weight

@@ -1,0 +1,70 @@
+"""A base in 8 or in 4 bits: the bytes of its weights and scratch, and what its products take beside a dense one's.
+
+It follows megalora.parallel.quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from megalora.ops import nf4
+from megalora.planning.shapes import Group
+
+
+def linear_bytes(group: Group, base_format: str, element: int) -> int:
+    """Return the bytes of the frozen weights of a group, without its branch."""
+    elements = group.inputs * group.output
+    if base_format == "dense":
+        return elements * element
+    if base_format == "fp8":
+        return elements + 4 * group.output
+    blocks = group.output * -(-group.inputs // nf4.BLOCK)
+    return elements // 2 + blocks + 4 * -(-blocks // nf4.NESTED_BLOCK)
+
+
+def multiplies_fp8(base_format: str, element: int, device_type: str) -> bool:
+    """Return whether products take e4m3 codes as they are, rather than decoded weights."""
+    return base_format == "fp8" and element == 2 and device_type == "cuda"
+
+
+def scratch_bytes(groups: Sequence[Group], base_format: str, element: int, device_type: str) -> int:
+    """Return the bytes that the quantised matrices of a stage share: one decoded, or its codes turned."""
+    if base_format == "dense":
+        return 0
+    each = 1 if multiplies_fp8(base_format, element, device_type) else element
+    return each * max(((group.inputs + group.room) * group.output for group in groups), default=0)
+
+
+class _Workload(Protocol):
+    @property
+    def base_format(self) -> str: ...
+
+    @property
+    def element(self) -> int: ...
+
+
+P = TypeVar("P", bound=Any)  # a megalora.planning.nodes.Pass
+
+
+def on_base(
+    one: P, group: Group, work: _Workload, device_type: str, tokens: int, product: float, *, backward: bool
+) -> P:
+    """Return what a pass with a group's matrix takes where the base is quantised.
+
+    one      what it takes with a dense base, the FLOPs of `product` among it
+    """
+    name, e = work.base_format, work.element
+    if name == "dense":
+        return one
+    if not multiplies_fp8(name, e, device_type):
+        decoded = linear_bytes(group, name, e) + group.output * (group.inputs + 2 * group.room) * e
+        return replace(one, traffic=one.traffic + decoded)
+    traffic = tokens * (e + 1) * (group.output if backward else group.inputs)  # the other factor is quantised,
+    if group.rank:  # the branch added by a product of its own,
+        traffic += tokens * e * group.output * (1 if backward else 2)
+    if backward:  # the codes turned
+        traffic += 2 * group.inputs * group.output
+    calls = one.calls + (3 if backward else 2)
+    return replace(one, flops=one.flops - product, flops8=product, traffic=one.traffic + traffic, calls=calls)

@@ -1,0 +1,78 @@
+"""Matrices in 8 and 4 bits behind the interface of a dense one."""
+
+import pytest
+import torch
+from oracle import RandomWeight
+
+from megalora.ops.nf4 import quantise_nf4
+from megalora.parallel.formats import BaseFormat
+from megalora.parallel.split import Split
+
+OUT, IN, ROOM = 96, 80, 8
+FORMATS = pytest.mark.parametrize("name", ["fp8", "nf4"])
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def filled(base: BaseFormat, W: torch.Tensor, split: Split, transposed: bool = False, source=None):
+    rows, columns = split.local_shape[::-1] if transposed else split.local_shape
+    matrix = base.matrix(rows, columns, ROOM, torch.float64, "cpu")
+    matrix.fill(slice(0, rows), source or RandomWeight(W), split, transposed)
+    matrix.clear_branch()
+    return matrix
+
+
+@FORMATS
+def test_products_are_those_of_the_decoded_values_with_the_branch_behind_them(name):
+    base = BaseFormat(name)
+    W = random(OUT, IN)
+    matrix, other = filled(base, W, Split((OUT, IN))), filled(base, 2 * W, Split((OUT, IN)))
+    matrix.branch(slice(4, 20), slice(1, 4)).copy_(random(16, 3))
+    P = torch.cat((matrix.weight(slice(0, OUT)), torch.zeros(OUT, ROOM)), 1)
+    P[4:20, IN + 1 : IN + 4] = random(16, 3)
+    X, dY, bias = random(5, IN + ROOM), random(5, OUT), random(OUT)
+    for _ in range(2):  # the scratch is the other's in between
+        torch.testing.assert_close(matrix.multiply(X, bias), X @ P.t() + bias)
+        torch.testing.assert_close(matrix.multiply_transposed(dY), dY @ P)
+        torch.testing.assert_close(matrix.multiply_transposed(dY, branch_only=True), dY @ P[:, IN:])
+        out = torch.empty(5, OUT, dtype=torch.float64)
+        assert matrix.multiply(X, out=out) is out
+        torch.testing.assert_close(out, X @ P.t())
+        other.multiply(X)
+    assert 0.01 < (P[:, :IN] - W).norm() / W.norm() < 0.1
+    assert matrix.nbytes < {"fp8": 1.3, "nf4": 0.8}[name] * OUT * IN + OUT * ROOM * 8
+
+
+@FORMATS
+def test_a_part_has_the_values_of_the_whole_whichever_way_it_is_stored(name):
+    base = BaseFormat(name)
+    W = random(OUT, IN)
+    D = filled(base, W, Split((OUT, IN))).weight(slice(0, OUT))
+    for split, part in (
+        (Split.range((OUT, IN), 0, 13, 50), D[13:50]),
+        (Split.range((OUT, IN), 1, 13, 50), D[:, 13:50]),
+        (Split((OUT, IN), 0, ((3, 2, 5, 20), (60, 1, 7, 0))), torch.cat((D[3:8], D[23:28], D[60:67]))),
+    ):
+        assert filled(base, W, split).weight(slice(0, len(part))).equal(part)
+        turned = Split(split.global_shape[::-1], 1 - split.dim, split.pieces)
+        assert filled(base, W.t().contiguous(), turned, transposed=True).weight(slice(0, len(part))).equal(part)
+
+
+class Stored(RandomWeight):
+    def stored(self):
+        return quantise_nf4(self.whole)
+
+
+def test_what_a_file_has_quantised_is_taken_as_it_is_and_the_rest_as_asked():
+    """A checkpoint in which some linears are left in floating point."""
+    W = random(OUT, IN)
+    split = Split((OUT, IN))
+    for source, as_stored, is_exact in (
+        (RandomWeight(W), True, True),
+        (RandomWeight(W), False, False),
+        (Stored(W), True, False),
+    ):
+        found = filled(BaseFormat("nf4", as_stored=as_stored), W, split, source=source).weight(slice(0, OUT))
+        assert found.equal(W) is is_exact

@@ -1,0 +1,67 @@
+"""What a plan reckons for a base in 8 or in 4 bits, beside what the matrices really hold."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import RandomWeight, fields_of
+
+from megalora.adapters.config import LoraConfig
+from megalora.building import resolve_lora
+from megalora.models.config import config_from_dict
+from megalora.models.stage import Stage
+from megalora.parallel.formats import BaseFormat
+from megalora.parallel.linear import ParallelLinear
+from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
+from megalora.planning.devices import DEVICES
+from megalora.planning.memory import stage_memory
+from megalora.planning.nodes import Workload
+from megalora.planning.shapes import shape_of
+from megalora.planning.timing import chunk_seconds
+
+LARGE = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
+GIB = 2**30
+
+
+def lora(config):
+    return resolve_lora(LoraConfig.from_dict({"r": 16, "target_modules": "all-linear"}), config)
+
+
+@pytest.mark.parametrize("name", ["fp8", "nf4"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_bytes_are_those_of_the_matrices(name, tp):
+    sizes = {"vocab_size": 132, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    config = config_from_dict(fields_of("llama", **sizes))
+    base = BaseFormat(name)
+    stage = Stage(config, range(2), Placement(Axis(0, tuple(range(tp))), False, torch.float32, "cpu", None, base))
+    for linear in stage.modules():
+        if isinstance(linear, ParallelLinear):
+            linear.fill_weight(RandomWeight(torch.randn(linear.shard_dims()["weight"].global_shape)))
+    held = sum(group.matrix.nbytes for group in stage.groups)
+    rest = sum(p.nbytes for p in stage.parameters())
+    work, shape = Workload(1, 64, element=4, base_format=name), shape_of(config, stage.lora, tp, "cpu")
+    planned = stage_memory(shape, [range(2)], work, first=True, last=True)
+    dense = stage_memory(shape, [range(2)], replace(work, base_format="dense"), first=True, last=True)
+    # The scales of blocks of absmax are those of the whole weight on every rank: a few bytes for each 16,384 values.
+    assert abs(planned.weights - (held + rest)) <= 0.01 * held
+    assert base.scratch_bytes == planned.buffers - dense.buffers > 0
+
+
+def test_an_8b_fits_and_is_fast_as_it_should():
+    config = config_from_dict(LARGE)
+    shape, device = shape_of(config, lora(config), 1), DEVICES["h100"]
+
+    def of(name: str, tokens_rows: int = 4):
+        work = Workload(tokens_rows, 2048, base_format=name)
+        memory = stage_memory(shape, [range(32)], work, first=True, last=True)
+        return memory, chunk_seconds(shape, range(32), work, device, first=True, last=True).total
+
+    dense, fp8, nf4 = of("dense"), of("fp8"), of("nf4")
+    assert nf4[0].weights < 5.7 * GIB and 8 * GIB < fp8[0].weights < 9 * GIB < dense[0].weights
+    assert 1.2 < dense[1] / fp8[1] < 1.6
+    assert 1.0 < nf4[1] / dense[1] < 1.1
