@@ -264,11 +264,11 @@ MISTAKES = {
     "labels never shifted": ("megalora.data.packing.shift", lambda labels: labels),
     "documents of a row see one another": (
         "megalora.models.blocks.attention.attention",
-        lambda q, k, v, bounds, window, packed: _attention(q, k, v, range(0, q.shape[0] + 1, SEQ_LENGTH), window),
+        lambda q, k, v, bounds, window, *_: _attention(q, k, v, range(0, q.shape[0] + 1, SEQ_LENGTH), window),
     ),
     "a window one too wide": (
         "megalora.models.blocks.attention.attention",
-        lambda q, k, v, bounds, window, packed: _attention(q, k, v, bounds, window + 1),
+        lambda q, k, v, bounds, window, *_: _attention(q, k, v, bounds, window + 1),
     ),
     "positions do not turn": (
         "megalora.models.blocks.attention.split_rope",

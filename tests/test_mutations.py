@@ -407,7 +407,7 @@ def _():
     wrap(
         megalora.models.blocks.attention,
         "attention",
-        lambda attention, q, k, v, bounds, window, packed: attention(q, k, v, (0, len(q)), window),
+        lambda attention, q, k, v, bounds, window, *_: attention(q, k, v, (0, len(q)), window),
     )
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalora.ops.attention import Packed, attention, cached_attention, pack
+from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, pack
 from megalora.ops.decode_attention import decode_attention
 
 
@@ -79,19 +79,21 @@ class PrefillStep:
         places = torch.cat([torch.arange(span.start, span.stop) for span in spans])
         return cls(cache, spans, slots.to(device), places.to(device), bounds, pack(bounds, head_dim, dtype, device))
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores = PLAIN
+    ) -> torch.Tensor:
         """Keeps k, v [F, K, D] of the new tokens of `layer`; attention of q [F, H, D] over all tokens kept."""
         keys, values = self.cache.layer(layer, k)
         keys[self.slots, :, self.places] = k
         values[self.slots, :, self.places] = v
         if all(span.start == 0 for span in self.spans):
-            return attention(q, k, v, self.bounds, window, self.packed)
+            return attention(q, k, v, self.bounds, window, self.packed, scores)
         outputs = []
         for span, (begin, end) in zip(self.spans, itertools.pairwise(self.bounds), strict=True):
             # What the window of the first new token does not reach, none of them sees.
             seen = slice(0 if window is None else max(0, span.start + 1 - window), span.stop)
             k_seen, v_seen = (x[span.slot, :, seen].transpose(0, 1) for x in (keys, values))
-            outputs.append(cached_attention(q[begin:end], k_seen, v_seen, window))
+            outputs.append(cached_attention(q[begin:end], k_seen, v_seen, window, scores))
         return torch.cat(outputs)
 
 
@@ -103,6 +105,9 @@ class DecodeStep:
     slots: torch.Tensor
     positions: torch.Tensor
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores = PLAIN
+    ) -> torch.Tensor:
         """As PrefillStep.attend."""
-        return decode_attention(q, k, v, *self.cache.layer(layer, k), self.slots, self.positions, window)
+        cached = self.cache.layer(layer, k)
+        return decode_attention(q, k, v, *cached, self.slots, self.positions, window, scores)

@@ -27,7 +27,7 @@ class Steps:
         recorded = _can_be_recorded(stage)
         self._cache = KVCache(slots + recorded, capacity)
         positions = torch.arange(capacity, device=self._device)
-        self._rope = rope_tables(stage.config, positions, stage.place.dtype)
+        self._rope = rope_tables(stage.config, positions, stage.place.dtype, (0, capacity))
         self._graphs: DecodeGraphs | None = None
         if recorded:
             like = torch.empty(stage.config.hidden_size, dtype=stage.place.dtype, device=self._device)

@@ -11,7 +11,7 @@ import torch
 from megalora.batch import Batch, to_device
 from megalora.models.rotary import rope_table
 from megalora.models.spec import ModelSpec, Rotary
-from megalora.ops.attention import Packed, pack
+from megalora.ops.attention import Packed, Scores, pack
 from megalora.parallel.placement import Placement, Tokens
 
 RopeTables = Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]]
@@ -20,7 +20,9 @@ RopeTables = Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]]
 class Cache(Protocol):
     """Keys and values of earlier tokens (generation)."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores
+    ) -> torch.Tensor:
         """Keeps k, v [F, K, D] of the new tokens of `layer`; attention of q [F, H, D] over all tokens kept."""
         ...
 
@@ -51,9 +53,11 @@ class Inputs:
     position_ids: torch.Tensor | None = None
 
 
-def rope_tables(spec: ModelSpec, position_ids: torch.Tensor, dtype: torch.dtype) -> RopeTables:
-    """Return the tables of every rotation in the model at positions [F]."""
-    return {rotary: rope_table(rotary, position_ids, dtype) for rotary in spec.rotaries}
+def rope_tables(
+    spec: ModelSpec, position_ids: torch.Tensor, dtype: torch.dtype, bounds: tuple[int, ...]
+) -> RopeTables:
+    """Return the tables of every rotation in the model at positions [F] of documents with these cumulative bounds."""
+    return {rotary: rope_table(rotary, position_ids, dtype, bounds) for rotary in spec.rotaries}
 
 
 def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: int | None, step: int) -> Inputs:
@@ -63,7 +67,7 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
     packed = pack(bounds, config.head_dim, place.dtype, torch.device(place.device))
     labelled = to_device((batch.labels != -100).nonzero().squeeze(-1), place.device)
     batch = batch.to(place.device)
-    tables = rope_tables(config, batch.position_ids, place.dtype)
+    tables = rope_tables(config, batch.position_ids, place.dtype, bounds)
     index = batch.token_index
     tokens = Tokens(index, place.own_tokens(index), seed, step)
     positions = batch.position_ids if config.reads_positions else None

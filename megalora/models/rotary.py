@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,8 +120,19 @@ def rotary(hf: Any, rope: Mapping[str, Any], head_dim: int, where: str) -> Rotar
     return Rotary(tuple(frequencies.tolist()), float(factor))
 
 
-def rope_table(position: Rotary, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (cos, sin) [F, n / 2] of positions [F]; angles in float32, as HF computes them."""
-    frequencies = torch.tensor(position.inverse_frequencies, dtype=torch.float32)
-    angles = position_ids.to(torch.float32).unsqueeze(-1) * to_device(frequencies, position_ids.device)
+def rope_table(
+    position: Rotary, position_ids: torch.Tensor, dtype: torch.dtype, bounds: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (cos, sin) [F, n / 2] of positions [F]; angles in float32, as HF computes them.
+
+    bounds  cumulative bounds of the documents in F: longrope has other frequencies for long ones
+    """
+    device = position_ids.device
+    frequencies = to_device(torch.tensor(position.inverse_frequencies, dtype=torch.float32), device)
+    if position.long is not None:
+        lengths = torch.tensor(bounds[1:]) - torch.tensor(bounds[:-1])
+        is_long = to_device((lengths > position.long_from).repeat_interleave(lengths), device)
+        long = to_device(torch.tensor(position.long, dtype=torch.float32), device)
+        frequencies = torch.where(is_long.unsqueeze(-1), long, frequencies)
+    angles = position_ids.to(torch.float32).unsqueeze(-1) * frequencies
     return (angles.cos() * position.factor).to(dtype), (angles.sin() * position.factor).to(dtype)

@@ -4,8 +4,8 @@ A family (megalora.models.families) composes these from a config; modules, loadi
 generation read them. Sizes are those of the whole model, names those of the Hugging Face file: a layer's are relative to
 its place in the stack, `{prefix}.{index}.`.
 
-To add a kind of mixer, norm or position, add its dataclass here, its block in megalora/models/blocks and its counts in
-megalora/planning/nodes.py.
+Linears are in megalora.models.linears; norms, positions and mixers in megalora.models.mixers. To add a kind of these,
+add its dataclass there, its block in megalora/models/blocks and its counts in megalora/planning/nodes.py.
 """
 
 from __future__ import annotations
@@ -26,118 +26,33 @@ from megalora.models.linears import (  # noqa: F401 (a spec is composed of them:
     Rows,
     linears_of,
 )
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation of the last `size` features, with a frozen weight.
-
-    kind  "rms": RMSNorm, rounded to the compute dtype before the weight is applied; "layer": LayerNorm
-    bias  a bias beside the weight (LayerNorm)
-    """
-
-    name: str
-    size: int
-    eps: float
-    kind: str = "rms"
-    bias: bool = False
-
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the name and shape of each tensor in the file."""
-        yield f"{self.name}.weight", (self.size,)
-        if self.bias:
-            yield f"{self.name}.bias", (self.size,)
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary positions in HF's half-rotated layout.
-
-    inverse_frequencies  [n / 2] float32 values, an angle is position * frequency; the first n features of a head rotate
-    factor               what cos and sin are multiplied by (YaRN; 1 elsewhere)
-    """
-
-    inverse_frequencies: tuple[float, ...]
-    factor: float = 1.0
-
-    @property
-    def size(self) -> int:
-        """n, the features that rotate."""
-        return 2 * len(self.inverse_frequencies)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Causal self-attention over heads, scaled by 1 / sqrt(head_dim).
-
-    q, k, v         a linear each, or the same Fused with parts "q", "k" and "v"
-    window          a token sees itself and the window - 1 tokens before it; None: all before it
-    q_norm, k_norm  over each head, before the rotation
-    """
-
-    q: Projection
-    k: Projection
-    v: Projection
-    out: Linear
-    heads: int
-    kv_heads: int
-    head_dim: int
-    position: Rotary
-    window: int | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        return (*linears_of((self.q, self.k, self.v)), self.out)
-
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
-
-
-@dataclass(frozen=True)
-class MLP:
-    """down(act(gate) * up), or down(act(up)) where there is no gate.
-
-    gate, up  a linear each, or the same Fused with parts "gate" and "up"
-    inner     features between
-    act       HF's name of the activation
-    """
-
-    up: Projection
-    down: Linear
-    inner: int
-    act: str
-    gate: Projection | None = None
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        return (*linears_of((self.gate, self.up)), self.down)
-
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        return ()
-
+from megalora.models.mixers import MLP, Alibi, Attention, Norm, Position, Rotary  # noqa: F401
 
 Mixer = Attention | MLP
 
 
 @dataclass(frozen=True)
 class Residual:
-    """x -> x + mixer(norm(x))."""
+    """x -> x + scale * output_norm(mixer(norm(x))); a norm that is None does nothing."""
 
     mixer: Mixer
-    norm: Norm
+    norm: Norm | None
+    output_norm: Norm | None = None
+    scale: float = 1.0
 
     @property
     def branches(self) -> tuple[Residual, ...]:
         return (self,)
 
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """All that it has, the mixer's own at the end."""
+        return (*(norm for norm in (self.norm, self.output_norm) if norm is not None), *self.mixer.norms)
+
 
 @dataclass(frozen=True)
 class ParallelResidual:
-    """x -> x + the sum over branches of mixer(norm(x)), all of the same x."""
+    """x -> x + the sum over branches of mixer(norm(x)), all of the same x: branches may share their norm."""
 
     branches: tuple[Residual, ...]
 
@@ -178,10 +93,11 @@ class Positions:
 
 @dataclass(frozen=True)
 class Embedding:
-    """What enters the first layer: dropout(norm(project(words) + positions)), each of them where there is one.
+    """What enters the first layer: dropout(norm(project(scale * words) + positions)), each of them where there is one.
 
     name     `{name}.weight` [vocab_size, width], the words; width is hidden_size unless they are projected to it
     project  from the words' width to hidden_size; frozen, and without an adapter
+    rounded  the scale is rounded to the compute dtype first (gemma)
     """
 
     name: str
@@ -190,6 +106,8 @@ class Embedding:
     positions: Positions | None = None
     norm: Norm | None = None
     project: Linear | None = None
+    scale: float = 1.0
+    rounded: bool = False
 
     @property
     def weight(self) -> str:
@@ -210,16 +128,20 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Head:
-    """Logits: `{name}.weight` [vocab_size, width] of project(hidden), with `{name}.bias` [vocab_size] where it has one.
+    """Logits: softcap * tanh(s / softcap) of s = scale * (`{name}.weight` [vocab_size, width] project(hidden) + bias).
 
     tied     the weight is the embedding's, and not in the file
+    bias     `{name}.bias` [vocab_size]
     project  from hidden_size to the words' width; frozen, and without an adapter
+    softcap  None: logits are s
     """
 
     name: str
     tied: bool = False
     bias: bool = False
     project: Linear | None = None
+    scale: float = 1.0
+    softcap: float | None = None
 
     @property
     def weight(self) -> str:
@@ -326,7 +248,7 @@ class ModelSpec:
     def norms(self) -> tuple[Norm, ...]:
         """Every distinct norm."""
         branches = (branch for layer in set(self.stack.layers) for step in layer for branch in step.branches)
-        found = (norm for branch in branches for norm in (branch.norm, *branch.mixer.norms))
+        found = (norm for branch in branches for norm in branch.norms)
         ends = (self.embedding.norm, self.stack.final_norm)
         return tuple(dict.fromkeys((*found, *(norm for norm in ends if norm is not None))))
 
@@ -339,7 +261,8 @@ class ModelSpec:
     def rotaries(self) -> tuple[Rotary, ...]:
         """Every distinct rotation, in order of layers."""
         of_layers = (mixer for layer in self.stack.layers for mixer in mixers_of(layer))
-        return tuple(dict.fromkeys(mixer.position for mixer in of_layers if isinstance(mixer, Attention)))
+        positions = (mixer.position for mixer in of_layers if isinstance(mixer, Attention))
+        return tuple(dict.fromkeys(position for position in positions if isinstance(position, Rotary)))
 
     @cached_property
     def linears(self) -> Mapping[str, PlacedLinear]:
@@ -362,6 +285,6 @@ class ModelSpec:
         found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))
         for index, layer in enumerate(self.stack.layers):
             for branch in (branch for step in layer for branch in step.branches):
-                for norm in (branch.norm, *branch.mixer.norms):
+                for norm in branch.norms:
                     found |= {self.stack.of_layer(index, name): shape for name, shape in norm.tensors()}
         return found if self.stack.final_norm is None else found | dict(self.stack.final_norm.tensors())

@@ -1,4 +1,4 @@
-"""Activations of plain MLPs, by HF's name (transformers.activations.ACT2FN): all of them that have no parameters.
+"""Activations of MLPs, by HF's name (transformers.activations.ACT2FN): all of them that have no parameters.
 
 An activation keeps one tensor for its backward pass: what it reads, or its result (`KEEPS_RESULT`).
 """
@@ -65,3 +65,31 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "tanh": torch.tanh,
 }
 KEEPS_RESULT = frozenset({"relu", "sigmoid", "tanh"})
+
+
+def gated_activation(gate_up: torch.Tensor, act: Activation) -> torch.Tensor:
+    """gate_up [T, 2 I], gate before up -> act(gate) * up [T, I], keeping its input only."""
+    return _GatedActivation.apply(gate_up, act)
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, act):
+        ctx.save_for_backward(gate_up)
+        ctx.act = act
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up)
+        dgate, dup = grad.chunk(2, dim=-1)
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.act(leaf)
+            (of_gate,) = torch.autograd.grad(activated, leaf, dy * up)
+        dgate.copy_(of_gate)
+        torch.mul(activated.detach(), dy, out=dup)
+        return grad, None

@@ -1,16 +1,21 @@
-"""Causal attention within documents: a kernel of our own on the CPU; elsewhere torch's SDPA, one call a run of
-documents of one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths."""
+"""Attention within documents: a kernel of our own on the CPU; elsewhere torch's SDPA, one call a run of documents of
+one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths. What these kernels do not
+compute, softcap and ALiBi, goes in tiles of plain torch there (megalora.ops.tiled_attention)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops import extension
+from megalora.ops.tiled_attention import PLAIN, Run, Scores, tiled_attention, tiled_cached_attention
+
+__all__ = ["PLAIN", "Packed", "Scores", "attention", "cached_attention", "is_even", "pack", "packs"]
 
 # On Hopper cuDNN's kernels are well ahead of FlashAttention-2; torch takes the first that can run.
 _GPU_BACKENDS: list[SDPBackend] = [
@@ -70,24 +75,28 @@ def attention(
     bounds: Sequence[int],
     window: int | None = None,
     packed: Packed | None = None,
+    scores: Scores = PLAIN,
 ) -> torch.Tensor:
-    """Softmax attention in which a token sees its own document up to itself.
+    """Softmax attention in which a token sees its own document up to itself, or all of it where scores are not causal.
 
-    q [T, H, D]; k, v [T, K, D] with K dividing H (query head h reads head h * K // H); scale 1 / sqrt(D).
+    q [T, H, D]; k, v [T, K, D] with K dividing H (query head h reads head h * K // H).
     bounds  cumulative bounds of the documents in T, as ints, from 0 to T
-    window  a token sees itself and the window - 1 tokens before it; None: all before it
+    window  a token sees itself and the window - 1 tokens before it, not causal: and as many behind it; None: all
     packed  the same bounds on the device: documents of several lengths, and windows, are then one call
+    scores  scale, softcap, ALiBi and causality
     Returns [T, H, D].
     """
-    if _compiled(q):
-        return _TiledAttention.apply(q, k, v, tuple(bounds), len(q) if window is None else window)
+    if _compiled(q) and scores.simple and scores.scale is None and scores.causal:
+        return _CompiledAttention.apply(q, k, v, tuple(bounds), len(q) if window is None else window)
     runs = _runs(bounds)
-    if packed is not None and (len(runs) > 1 or (window is not None and window < runs[0][2])):
-        return _flash(q, k, v, packed, window)
+    if not scores.simple or (q.device.type == "cpu" and not scores.causal):
+        return tiled_attention(q, k, v, runs, window, scores)
+    if packed is not None and (len(runs) > 1 or (window is not None and window < runs[0].length)):
+        return _flash(q, k, v, packed, window, scores)
     if len(runs) == 1:  # no slices: in backward each would be a copy
-        return _run(q, k, v, runs[0], window)
+        return _run(q, k, v, runs[0], window, scores)
     parts = [slice(start, start + count * length) for start, count, length in runs]
-    return torch.cat([_run(q[p], k[p], v[p], run, window) for p, run in zip(parts, runs, strict=True)])
+    return torch.cat([_run(q[p], k[p], v[p], run, window, scores) for p, run in zip(parts, runs, strict=True)])
 
 
 def _compiled(q: torch.Tensor) -> bool:
@@ -95,7 +104,7 @@ def _compiled(q: torch.Tensor) -> bool:
     return q.device.type == "cpu" and extension.has_kernels("cpu") and q.dtype != torch.float16 and len(q) > 0
 
 
-class _TiledAttention(torch.autograd.Function):
+class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bounds, window):
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
@@ -117,59 +126,73 @@ class _TiledAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Attention of the last N tokens of one sequence over all S of it (generation; N <= S).
+def cached_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, scores: Scores = PLAIN
+) -> torch.Tensor:
+    """Causal attention of the last N tokens of one sequence over all S of it (generation; N <= S).
 
     q [N, H, D]; k, v [S, K, D]. Returns [N, H, D].
     """
+    assert scores.causal
+    if not scores.simple:
+        return tiled_cached_attention(q, k, v, window, scores)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return _causal(q, k, v, window).squeeze(0).transpose(0, 1)
+    return _sdpa(q, k, v, window, scores).squeeze(0).transpose(0, 1)
 
 
-def _runs(bounds: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(start, count, length) of each run of neighbouring documents of one length."""
-    runs: list[tuple[int, int, int]] = []
+def _runs(bounds: Sequence[int]) -> list[Run]:
+    """Return each run of neighbouring documents of one length."""
+    runs: list[Run] = []
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
         length = stop - start
-        if runs and runs[-1][2] == length:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
+        if runs and runs[-1].length == length:
+            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
         else:
-            runs.append((start, 1, length))
+            runs.append(Run(start, 1, length))
     return runs
 
 
 def _run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: tuple[int, int, int], window: int | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, window: int | None, scores: Scores
 ) -> torch.Tensor:
     q, k, v = [x.unflatten(0, run[1:]).transpose(1, 2) for x in (q, k, v)]
-    return _causal(q, k, v, window).transpose(1, 2).flatten(0, 1)
+    return _sdpa(q, k, v, window, scores).transpose(1, 2).flatten(0, 1)
 
 
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None) -> torch.Tensor:
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None, scores: Scores
+) -> torch.Tensor:
     """As `attention`. torch.nn.attention.varlen is this op too, but before torch 2.12 without heads that share keys."""
     bounds, longest = packed.cu_seqlens, packed.longest
-    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    causal, dropout = True, 0.0
+    sides: dict[str, int] = {}
+    if window is not None:
+        sides = {"window_size_left": window - 1, "window_size_right": 0 if scores.causal else window - 1}
+    dropout = 0.0
     forward = torch.ops.aten._flash_attention_forward
-    return forward(q, k, v, bounds, bounds, longest, longest, dropout, causal, False, **sides)[0]
+    return forward(
+        q, k, v, bounds, bounds, longest, longest, dropout, scores.causal, False, scale=scores.scale, **sides
+    )[0]
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores) -> torch.Tensor:
     """q [B, H, N, D], k, v [B, K, S, D] -> [B, H, N, D]; query n stands at position S - N + n."""
     if q.device.type == "cuda":
         backends = _GPU_BACKENDS_OF_ANY_SHAPE if torch.is_inference_mode_enabled() else _GPU_BACKENDS
         with sdpa_kernel(backends, set_priority=True):
-            return _attend(q, k, v, window)
-    return _attend(q, k, v, window)
+            return _attend(q, k, v, window, scores)
+    return _attend(q, k, v, window, scores)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores) -> torch.Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    gqa = q.shape[1] != k.shape[1]
-    if queries == keys and (window is None or keys <= window):
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    if queries == 1 and (window is None or keys <= window):
-        return scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+    how: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1], "scale": scores.scale}
+    everywhere = window is None or keys <= window
+    if everywhere and (not scores.causal or queries == 1):
+        return scaled_dot_product_attention(q, k, v, **how)
+    if everywhere and queries == keys:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, **how)
     behind = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-    seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    return scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=gqa)
+    seen = behind >= 0 if scores.causal else behind > -keys
+    if window is not None:
+        seen = seen & (behind.abs() < window)
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen, **how)

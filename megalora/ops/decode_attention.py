@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from megalora.ops import extension, limits
+from megalora.ops.tiled_attention import PLAIN, Scores
 
 
 def decode_attention(
@@ -21,14 +22,18 @@ def decode_attention(
     slots_B: torch.Tensor,
     positions_B: torch.Tensor,
     window: int | None = None,
+    scores: Scores = PLAIN,
 ) -> torch.Tensor:
-    """Keeps k and v in the cache and gives the attention of q [B, H, D] over the tokens up to them; scale 1 / sqrt(D).
+    """Keeps k and v in the cache and gives the attention of q [B, H, D] over the tokens up to them.
 
     Sequence b lies in slot slots[b], and its new token takes place positions[b] there; both [B] int64, no slot twice.
     K divides H: query head h reads head h * K // H. window: a token sees itself and the window - 1 tokens before it;
-    None: all before it.
+    None: all before it. scores: as `attention` takes them, causal.
     """
-    if _compiled(q_BHD, k_BKD, v_BKD):
+    assert scores.causal
+    if scores.simple and _compiled(q_BHD, k_BKD, v_BKD):
+        if scores.scale is not None:  # the kernel has its own
+            q_BHD = q_BHD * (scores.scale * q_BHD.shape[2] ** 0.5)
         out = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
         torch.ops.megalora.decode_attention_(
             q_BHD, k_BKD, v_BKD, keys_SKCD, values_SKCD, slots_B, positions_B, window or 0, out
@@ -41,11 +46,26 @@ def decode_attention(
     seen = ((behind >= 0) if window is None else (behind >= 0) & (behind < window))[:, None, :]
     # A mask does not hide what is not finite, and nobody has written there yet.
     keys, values = (x[slots_B, :, :longest].masked_fill(~seen.unsqueeze(-1), 0) for x in (keys_SKCD, values_SKCD))
+    if not scores.simple:
+        return _capped(q_BHD, keys, values, seen, behind, scores)
     gqa = q_BHD.shape[1] != k_BKD.shape[1]
     out = torch.nn.functional.scaled_dot_product_attention(
-        q_BHD.unsqueeze(2), keys, values, attn_mask=seen.unsqueeze(2), enable_gqa=gqa
+        q_BHD.unsqueeze(2), keys, values, attn_mask=seen.unsqueeze(2), enable_gqa=gqa, scale=scores.scale
     )
     return out.squeeze(2)
+
+
+def _capped(q_BHD, keys, values, seen, behind, scores: Scores) -> torch.Tensor:
+    """keys, values [B, K, n, D], seen [B, 1, n], behind [B, n] -> [B, H, D], with softcap and ALiBi."""
+    wide, group = torch.promote_types(q_BHD.dtype, torch.float32), q_BHD.shape[1] // keys.shape[1]
+    q = q_BHD.unflatten(1, (-1, group)).to(wide)
+    s = q @ keys.to(wide).transpose(2, 3) * (q.shape[3] ** -0.5 if scores.scale is None else scores.scale)
+    if scores.softcap is not None:
+        s = torch.tanh(s / scores.softcap) * scores.softcap
+    if scores.slopes is not None:
+        s = s - scores.slopes.view(1, -1, group, 1) * behind[:, None, None].abs()
+    weights = s.masked_fill(~seen.unsqueeze(2), float("-inf")).softmax(-1).to(q_BHD.dtype)
+    return (weights @ values).flatten(1, 2)
 
 
 def has_kernel(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> bool:

@@ -9,28 +9,42 @@ import torch
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, room: int = 0
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    room: int = 0,
+    offset: bool = False,
 ) -> torch.Tensor:
     """Return weight * (x - mean) / sqrt(variance + eps) + bias over the last dimension, with room behind it.
 
-    x [..., D]; weight, bias [D], frozen: they get no gradient. Returns [..., D + room].
+    x [..., D]; weight, bias [D], frozen: they get no gradient; None: none. offset: the weight is 1 + w, in x's dtype.
+    Returns [..., D + room].
     """
-    return _LayerNorm.apply(x, weight, bias, eps, room)
+    return _LayerNorm.apply(x, weight, bias, eps, room, offset)
 
 
 def add_layer_norm(
-    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, room: int = 0
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    room: int = 0,
+    offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x + delta [N, D], layer_norm(x + delta) [N, D + room]) of x, delta [N, D]."""
     total = x + delta
-    return total, layer_norm(total, weight, bias, eps, room)
+    return total, layer_norm(total, weight, bias, eps, room, offset)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, room):
-        normed, mean, inverse = torch.ops.aten.native_layer_norm(x, weight.shape, weight, bias, eps)
+    def forward(ctx, x, weight, bias, eps, room, offset):
+        used = 1 + weight if offset else weight
+        normed, mean, inverse = torch.ops.aten.native_layer_norm(x, x.shape[-1:], used, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, inverse)
+        ctx.offset = offset
         if not room:
             return normed
         y = x.new_empty(*x.shape[:-1], x.shape[-1] + room)
@@ -40,7 +54,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, mean, inverse = ctx.saved_tensors
+        used = 1 + weight if ctx.offset else weight
         dy = dy[..., : x.shape[-1]].contiguous()
         backward = torch.ops.aten.native_layer_norm_backward
-        dx = backward(dy, x, weight.shape, mean, inverse, weight, bias, [True, False, False])[0]
-        return dx, None, None, None, None
+        dx = backward(dy, x, x.shape[-1:], mean, inverse, used, bias, [True, False, False])[0]
+        return dx, None, None, None, None, None

@@ -1,36 +1,60 @@
 """RMSNorm with a frozen weight (Zhang and Sennrich 2019), as HF computes it, alone or with the residual sum before it.
 
+HF's models round in three ways: to the compute dtype before the weight is applied (llama); after it, the weight applied
+in float32 (olmo2, glm: `precise`); and after it, where the weight is 1 + w (gemma: `precise` and `offset`).
+
 Only the normed input and one number a row are kept for backward. `room` columns are left behind the result for whoever
 reads it, undefined there (see megalora.ops.lora_linear).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from megalora.ops import extension, limits
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0) -> torch.Tensor:
+class Rounding(NamedTuple):
+    """offset: the weight is 1 + w; precise: the result is rounded behind the weight, not before it."""
+
+    offset: bool = False
+    precise: bool = False
+
+    def weight(self, w: torch.Tensor) -> torch.Tensor:
+        """Return what is multiplied by, in the dtype in which it is: float32 (float64) where precise, else w's."""
+        if self.precise:
+            w = w.to(torch.promote_types(w.dtype, torch.float32))
+        return 1 + w if self.offset else w
+
+
+LLAMA = Rounding()
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0, rounding: Rounding = LLAMA
+) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in at least float32.
 
     x [..., D]; weight [D], frozen: it gets no gradient. Returns [..., D + room].
     """
-    return _RmsNorm.apply(x, weight, eps, room)
+    return _RmsNorm.apply(x, weight, eps, room, rounding)
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0, rounding: Rounding = LLAMA
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + delta [N, D], rms_norm(x + delta) [N, D + room]), in one pass where compiled; x, delta [N, D]."""
-    return _AddRmsNorm.apply(x, delta, weight, eps, room)
+    return _AddRmsNorm.apply(x, delta, weight, eps, room, rounding)
 
 
-def _forward(x, delta, weight, eps, room):
+def _forward(x, delta, weight, eps, room, rounding):
     """(sum, y with room, inverse [..., 1]); sum is x where delta is None."""
     size = x.shape[-1]
+    weight = rounding.weight(weight)
     y = x.new_empty(*x.shape[:-1], size + room)
-    if _compiled(x, size, room):
+    if _compiled(x, size, room) and weight.dtype == x.dtype:
         rows = x.numel() // size
         inverse = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         total = x if delta is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -47,15 +71,19 @@ def _forward(x, delta, weight, eps, room):
     total = x if delta is None else x + delta
     precise = total.to(torch.promote_types(x.dtype, torch.float32))
     inverse = torch.linalg.vecdot(precise, precise).div_(size).add_(eps).rsqrt_().unsqueeze(-1)
-    torch.mul(weight, (precise * inverse).to(x.dtype), out=y[..., :size])
+    if rounding.precise:
+        y[..., :size].copy_((precise * inverse).mul_(weight))
+    else:
+        torch.mul(weight, (precise * inverse).to(x.dtype), out=y[..., :size])
     return total, y, inverse
 
 
-def _backward(dy, x, weight, inverse, residual):
+def _backward(dy, x, weight, inverse, residual, rounding):
     """d(x), plus `residual` where there is one. With n = x r and dn = dy w: dx = r (dn - n mean(dn n))."""
     size = x.shape[-1]
+    weight = rounding.weight(weight)
     room = dy.shape[-1] - size
-    if _compiled(x, size, room) and dy.stride(-1) == 1:
+    if _compiled(x, size, room) and weight.dtype == x.dtype and dy.stride(-1) == 1:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         before = None if residual is None else _rows(residual).contiguous()
         torch.ops.megalora.rms_norm_backward_(_rows(dy)[:, :size], _rows(x), weight, inverse, before, _rows(dx))
@@ -83,28 +111,30 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, room):
+    def forward(ctx, x, weight, eps, room, rounding):
         x = x.contiguous() if extension.has_kernels(x.device.type) else x
-        _, y, inverse = _forward(x, None, weight, eps, room)
+        _, y, inverse = _forward(x, None, weight, eps, room, rounding)
         ctx.save_for_backward(x, weight, inverse)
+        ctx.rounding = rounding
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, inverse = ctx.saved_tensors
-        return _backward(dy, x, weight, inverse, None), None, None, None
+        return _backward(dy, x, weight, inverse, None, ctx.rounding), None, None, None, None
 
 
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, delta, weight, eps, room):
-        total, y, inverse = _forward(x, delta, weight, eps, room)
+    def forward(ctx, x, delta, weight, eps, room, rounding):
+        total, y, inverse = _forward(x, delta, weight, eps, room, rounding)
         ctx.save_for_backward(total, weight, inverse)
+        ctx.rounding = rounding
         ctx.set_materialize_grads(False)
         return total, y
 
     @staticmethod
     def backward(ctx, dtotal, dy):
         x, weight, inverse = ctx.saved_tensors
-        dx = dtotal if dy is None else _backward(dy, x, weight, inverse, dtotal)
-        return dx, dx, None, None, None
+        dx = dtotal if dy is None else _backward(dy, x, weight, inverse, dtotal, ctx.rounding)
+        return dx, dx, None, None, None, None

@@ -44,10 +44,22 @@ class VocabParallelEmbedding(_VocabParallel):
 
 
 class VocabParallelHead(_VocabParallel):
-    """lm_head. Training reads its weight and bias through `parallel.loss`; `forward` gives logits, for generation."""
+    """lm_head. Training reads `logits` and the weight through `parallel.loss`; `forward` gives all logits (generation).
 
-    def __init__(self, vocab_size: int, hidden_size: int, place: Placement, bias: bool = False):
+    bias, scale, softcap  logits are softcap * tanh(s / softcap) of s = scale * (h W^T + bias); softcap None: s itself
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        place: Placement,
+        bias: bool = False,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ):
         super().__init__(vocab_size, hidden_size, place)
+        self.scale, self.softcap = scale, softcap
         self.register_parameter("bias", None)
         if bias:
             self._bias_split = even_part(vocab_size, place.tp).cut().split((vocab_size,), 0)
@@ -57,9 +69,20 @@ class VocabParallelHead(_VocabParallel):
     def shard_dims(self) -> dict[str, Split]:
         return super().shard_dims() | ({} if self.bias is None else {"bias": self._bias_split})
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, hidden_size], whole on each rank -> logits [N, vocab_size / tp] of this rank's rows."""
+        logits = matmul_nt(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits *= self.scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Return d logits / d s of `logits`, in their shape and dtype; None where it is 1."""
+        return None if self.softcap is None else logits.div(self.softcap).square_().neg_().add_(1)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, hidden_size], whole on each rank -> logits [N, vocab_size], whole on each rank."""
-        logits = matmul_nt(hidden, self.weight, self.bias)
+        logits = self.logits(hidden)
         tp = self.place.tp
         if tp.size == 1:
             return logits

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megalora.ops.cross_entropy import gradient_, statistics_
-from megalora.ops.matmul import matmul, matmul_nt
+from megalora.ops.matmul import matmul
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.embedding import VocabParallelHead
 
@@ -43,7 +43,7 @@ def cross_entropy_sum(
     labelled: torch.Tensor,
     coefficients: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum over the labelled tokens of -c log softmax(hidden W^T + b)[label], a float32 (or float64) scalar.
+    """Return the sum over the labelled tokens of -c log softmax(logits)[label], a float32 (or float64) scalar.
 
     hidden    [T, hidden_size]: this rank's tokens under sequence parallelism, else all F of them
     labels    [F] int64, already shifted; -100 where there is nothing to predict
@@ -73,7 +73,8 @@ class _CrossEntropySum(torch.autograd.Function):
             part = slice(start, start + chunk)
             rows = labelled[part]
             h = full[part] if everything else full.index_select(0, rows)
-            logits = matmul_nt(h, head.weight, head.bias)
+            logits = head.logits(h)
+            slope = head.slope(logits) if needs_grad else None
             label = labels[rows] - head.start
             local, total, target = statistics_(logits, label)
             maximum = local
@@ -86,6 +87,10 @@ class _CrossEntropySum(torch.autograd.Function):
                 d = gradient_(logits, label, local, maximum, total)
                 if coefficients is not None:
                     d.mul_(coefficients[part].to(d.dtype).unsqueeze(-1))
+                if slope is not None:
+                    d.mul_(slope)
+                if head.scale != 1.0:
+                    d.mul_(head.scale)
                 dhidden.index_copy_(0, rows, matmul(d, head.weight))
         ctx.tp, ctx.gathers = tp, gathers
         ctx.save_for_backward(dhidden)

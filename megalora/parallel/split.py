@@ -216,6 +216,13 @@ def cut_heads(heads: int, kv_heads: int, tp: Axis) -> HeadCut:
     return HeadCut(even_part(heads, tp), Part(start, stop, max(start, before), stop, shared))
 
 
+def kv_copies(heads: int, kv_heads: int, tp: Axis) -> list[int]:
+    """Return how many ranks hold each KV head of this rank, itself included (see `cut_heads`)."""
+    ranges = [cut_heads(heads, kv_heads, Axis(rank, tp.ranks)).kv for rank in range(tp.size)]
+    mine = ranges[tp.rank]
+    return [sum(kv.start <= head < kv.stop for kv in ranges) for head in range(mine.start, mine.stop)]
+
+
 def named_splits(module: nn.Module) -> dict[str, Split]:
     """Return the Split of every parameter below `module`, by parameter name.
 

@@ -69,7 +69,8 @@ def stage_memory(
     layers = [shape.layers[i] for chunk in chunks for i in chunk]
     e = work.element
     ends = shape.embedding + shape.before if first else 0
-    ends += shape.embedding + shape.final_norm[0] + shape.behind if last else 0
+    final = 0 if shape.final_norm is None else shape.final_norm.elements
+    ends += shape.embedding + final + shape.behind if last else 0
     if first and last and shape.tied:
         ends -= shape.embedding
     frozen, trained = sum(layer.frozen for layer in layers), sum(layer.trained for layer in layers)

@@ -9,7 +9,7 @@ parallelism), e bytes of an element in the compute dtype, C room of a group (see
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megalora.ops import extension
@@ -17,98 +17,13 @@ from megalora.ops.activations import KEEPS_RESULT
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
+from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, kept_bytes, peak_bytes
 from megalora.planning.quantised import on_base
-from megalora.planning.shapes import MLP, Attention, Group, Layer, Shape
+from megalora.planning.shapes import MLP, Attention, Branch, Group, Layer, Norm, Shape
+
+__all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "kept_bytes", "peak_bytes"]
 
 _STATISTIC = 4  # bytes of a float32: the norms' inverses, the logsumexp of attention
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One microbatch, and how it is run.
-
-    rows, seq_length   F = rows * seq_length
-    context            keys that a token sees on average, without a window; None: each row is one document
-    labelled           part of the tokens that have a label: the head is computed for these only
-    element            bytes of an element in the compute dtype (2 for bfloat16)
-    sequence_parallel  whether activations between the linears are cut over tp
-    recompute          "none", "selective" or "full"
-    base_format        of the frozen linears, one of choices.BASE_FORMATS
-    """
-
-    rows: int
-    seq_length: int
-    context: float | None = None
-    labelled: float = 1.0
-    element: int = 2
-    sequence_parallel: bool = False
-    recompute: str = "none"
-    base_format: str = "dense"
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.seq_length
-
-    def seen(self, window: int | None) -> float:
-        """Keys that a token sees on average in a layer with that window."""
-        length = self.seq_length
-        if window is None or window >= length:
-            return (length + 1) / 2 if self.context is None else self.context
-        whole = (window * (window + 1) / 2 + (length - window) * window) / length
-        return whole if self.context is None else min(whole, self.context)
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message between tensor-parallel ranks.
-
-    kind    "reduce": a sum that all get; "gather", "scatter": of sequence parallelism
-    size    bytes of the whole activation
-    beside  FLOPs of the product that it may run beside (see megalora.parallel.exchange); 0: it waits alone
-    """
-
-    kind: str
-    size: int
-    beside: float = 0.0
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one pass through a node, forward or backward, takes.
-
-    live       bytes that exist while it runs, besides what nodes keep: gradients on their way, workspaces
-    flops      of matrix products
-    flops8     of matrix products in e4m3
-    attention  FLOPs of attention
-    traffic    bytes that all else reads and writes
-    messages   over tensor parallel
-    calls      operations that the host issues
-    """
-
-    live: int = 0
-    flops: float = 0
-    flops8: float = 0
-    attention: float = 0
-    traffic: float = 0
-    messages: tuple[Message, ...] = ()
-    calls: int = 0
-
-
-NOTHING = Pass()
-
-
-@dataclass(frozen=True)
-class Node:
-    """One autograd node, or a part that is computed again in backward: then `inner` is what that makes.
-
-    kept  bytes from its forward to the end of its backward
-    """
-
-    name: str
-    kept: int
-    forward: Pass
-    backward: Pass = NOTHING
-    inner: tuple[Node, ...] = field(default=())
 
 
 def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, last: bool) -> list[Node]:
@@ -121,7 +36,8 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
     nodes: list[Node] = []
     if first:
         summed = (Message("reduce", tokens.whole),) if shape.tp > 1 else ()
-        nodes.append(Node("embedding", 0, Pass(traffic=2 * tokens.stream, messages=summed, calls=1)))
+        passes = 2 if shape.scaled else 1
+        nodes.append(Node("embedding", 0, Pass(traffic=2 * passes * tokens.stream, messages=summed, calls=passes)))
     for index in layers:
         layer = shape.layers[index]
         nodes += _layer_nodes(layer, bare, work, index == layers.start, flowing)
@@ -134,29 +50,6 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
     turned = sum(shape.rotary)
     nodes.append(Node("inputs", tokens.full * (turned * work.element + 8) if flowing else 0, NOTHING))
     return nodes
-
-
-def kept_bytes(nodes: list[Node]) -> int:
-    """What a microbatch between its forward and its backward holds."""
-    return sum(node.kept for node in nodes)
-
-
-def peak_bytes(nodes: list[Node], base: int = 0, gradient: int = 0) -> int:
-    """The most that is held at once during the forward and then the backward of one microbatch.
-
-    base      what else is held
-    gradient  held during the forward only: the gradient that waits for a part that is computed again
-    """
-    top = running = base
-    for node in nodes:
-        running += node.kept
-        top = max(top, running + gradient + node.forward.live)
-    for node in reversed(nodes):
-        top = max(top, running + node.backward.live)
-        if node.inner:
-            top = max(top, peak_bytes(list(node.inner), running, node.backward.live))
-        running -= node.kept
-    return top
 
 
 # ---- the parts of a stage ----
@@ -229,42 +122,70 @@ class _LayerNodes:
         nodes: list[Node] = []
         for number, step in enumerate(self.layer.steps):
             name = "norm of the input" if self.entering and number == 0 else "norm"
-            for mixer in step.mixers:
-                nodes.append(self._norm(name, step.kind, mixer.groups[0], flowing))
-                added = self._attention(mixer, flowing) if isinstance(mixer, Attention) else self._mlp(mixer, flowing)
-                nodes += added
+            for branch in step.branches:
+                mixer = branch.mixer
+                source = "normed" if branch.norm is not None and not branch.shares else "kept"
+                if branch.norm is None:
+                    nodes.append(self._sum(name))
+                    source = "new"
+                elif not branch.shares:
+                    nodes.append(self._norm(name, branch.norm, mixer.groups[0], flowing))
+                if isinstance(mixer, Attention):
+                    nodes += self._attention(mixer, source, flowing)
+                else:
+                    nodes += self._mlp(mixer, source, flowing)
+                nodes += self._behind(branch, flowing or any(group.trains for group in mixer.groups))
                 name = "norm of the same"
             flowing = flowing or any(group.trains for mixer in step.mixers for group in mixer.groups)
         return nodes
 
-    def _attention(self, mixer: Attention, flowing: bool) -> list[Node]:
+    def _sum(self, name: str) -> Node:
+        """The residual stream in one piece, for a mixer without a norm."""
+        if name == "norm of the input":
+            return Node("sum", 0, NOTHING)
+        return Node("sum", 0, Pass(live=self.tokens.stream, traffic=3 * self.tokens.stream, calls=1))
+
+    def _behind(self, branch: Branch, flowing: bool) -> list[Node]:
+        """What is done to the result of a mixer: its norm keeps it."""
+        stream, nodes = self.tokens.stream, []
+        both = Pass(live=stream, traffic=2 * stream, calls=1)
+        if branch.output_norm is not None:
+            kept = stream + self.tokens.local * _STATISTIC * branch.output_norm.statistics
+            nodes.append(self._node("output norm", kept, both, replace(both, live=2 * stream), flowing))
+        if branch.scaled:
+            nodes.append(self._node("scale", 0, both, both, flowing))
+        return nodes
+
+    def _attention(self, mixer: Attention, source: str, flowing: bool) -> list[Node]:
         after = flowing or mixer.qkv.trains
-        source = "recomputed" if self.work.recompute == "selective" and after else "kept" if after else "new"
+        context = "recomputed" if self.work.recompute == "selective" and after else "kept" if after else "new"
         return [
-            self._linears(mixer.qkv, "normed", flowing),
+            self._linears(mixer.qkv, source, flowing),
             self._core(mixer, after),
-            self._linears(mixer.out, source, after),
+            self._linears(mixer.out, context, after),
         ]
 
-    def _mlp(self, mixer: MLP, flowing: bool) -> list[Node]:
+    def _mlp(self, mixer: MLP, source: str, flowing: bool) -> list[Node]:
         after = flowing or mixer.up.trains
-        if mixer.gated:
+        if mixer.swiglu:
             fused = self._fused(mixer)
             return [
-                self._linears(mixer.up, "normed", flowing, fused=fused),
+                self._linears(mixer.up, source, flowing, fused=fused),
                 self._linears(mixer.down, "gated", after, fused=fused),
             ]
-        # Some keep their result, which down reads; the others keep what they read.
-        kept = self.tokens.full * mixer.down.inputs * self.work.element * (mixer.act != "linear")
-        both = Pass(live=kept, traffic=2 * kept, calls=1)
-        act = self._node("activation", kept, both, replace(both, live=2 * kept, traffic=3 * kept), after)
-        source = "kept" if mixer.act in KEEPS_RESULT and after else "new"
-        return [self._linears(mixer.up, "normed", flowing), act, self._linears(mixer.down, source, after)]
+        # Some keep their result, which down reads; the others keep what they read, and what is gated both gate and up.
+        inner = self.tokens.full * mixer.down.inputs * self.work.element
+        kept = 2 * inner if mixer.gates else inner * (mixer.act != "linear")
+        forward = Pass(live=inner, traffic=kept + inner, calls=1 + mixer.gates)
+        backward = Pass(live=inner + kept, traffic=2 * kept + inner, calls=1 + 3 * mixer.gates)
+        act = self._node("activation", kept, forward, backward, after)
+        read = "kept" if mixer.act in KEEPS_RESULT and not mixer.gates and after else "new"
+        return [self._linears(mixer.up, source, flowing), act, self._linears(mixer.down, read, after)]
 
     def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:
         return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)
 
-    def _norm(self, name: str, kind: str, group: Group, flowing: bool) -> Node:
+    def _norm(self, name: str, norm: Norm, group: Group, flowing: bool) -> Node:
         """The sum is kept (or what comes in, where there is nothing to add) and one number a token, two by LayerNorm.
 
         "norm of the same": one that reads what another norm of this step has kept already.
@@ -272,7 +193,7 @@ class _LayerNodes:
         tokens, e = self.tokens, self.work.element
         normed = tokens.local * (group.inputs + group.room) * e
         added = 0 if name != "norm" else 2
-        statistics = tokens.local * _STATISTIC * (2 if kind == "layer" else 1)
+        statistics = tokens.local * _STATISTIC * norm.statistics
         return self._node(
             name,
             (0 if name == "norm of the same" else tokens.stream) + statistics,
@@ -284,9 +205,9 @@ class _LayerNodes:
     def _linears(self, group: Group, source: str, flowing: bool, *, fused: bool = False) -> Node:
         """What the group is given is kept where there is an A, and z apart from it where it has no room for z.
 
-        source  what the group is given: "normed", x with room (q k v, gate up); x alone, the result of attention or of
-                an activation: "kept" by what made it, "recomputed" in backward, or "new"; "gated": gate_up, of which
-                it makes x, and which it keeps also for the gradient
+        source  what the group is given: "normed", x with room (q k v, gate up); x alone, the result of attention, of an
+                activation or the residual stream: "kept" by another, "recomputed" in backward, or "new"; "gated":
+                gate_up, of which it makes x, and which it keeps also for the gradient
         fused   the backward passes of gate up and down are one pass through what is gated
         """
         tokens, e = self.tokens, self.work.element
@@ -300,7 +221,7 @@ class _LayerNodes:
             kept = held * group.inputs * e if group.rank and source != "kept" else 0
         else:
             kept = x if group.rank else 0
-        if group.rank and (gathers or group.row_parallel):
+        if group.rank and (gathers or group.row_parallel or alone):
             kept += tokens.full * group.room * e
         device = self.shape.device_type
         reads_z = group.rank and not (gated and fuses_down(device, group.rank))  # x again, for z
@@ -372,20 +293,22 @@ class _LayerNodes:
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
         flops = 4 * layer.heads * dim * work.seen(layer.window) * full
         kept = qkv + q + statistics
-        if layer.qk_norm:
+        if layer.qk_rows:
             # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
-            copies = q + kv if _kernels(self.shape.device_type) else 0
-            kept += copies + full * (layer.heads + layer.kv_heads) * _STATISTIC + (qkv - kv)
+            copies = q + kv if layer.qk_kernel and _kernels(self.shape.device_type) else 0
+            kept += copies + full * layer.qk_rows * layer.qk_statistics * _STATISTIC + (qkv - kv)
         dout = q
         workspace = full * layer.heads * dim * 4  # dq is summed in float32
+        sums = (Message("reduce", full * _STATISTIC),) * 2 if layer.qk_across and self.shape.tp > 1 else ()
         core = self._node(
             "attention",
             kept,
-            Pass(live=qkv, attention=flops, traffic=2 * qkv, calls=4),
+            Pass(live=qkv, attention=flops, traffic=2 * qkv, messages=sums, calls=4),
             Pass(
                 live=tokens.stream + dout + max(q + qkv + workspace, 2 * qkv),
                 attention=2.5 * flops,
                 traffic=2 * q + 2 * qkv,
+                messages=sums,
                 calls=4,
             ),
             flowing,
@@ -410,7 +333,7 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
     e = work.element
     labelled = round(tokens.full * work.labelled)
     chunk = min(labelled, max(1, CHUNK_LOGITS.get(shape.device_type, CHUNK_LOGITS["cpu"]) // shape.vocabulary))
-    logits = chunk * shape.vocabulary * e
+    logits = chunk * shape.vocabulary * e * (1 + shape.capped)
     read, whole = tokens.local * shape.width * e, tokens.full * shape.width * e  # what the head reads
     gathered = whole if tokens.gathers else 0
     parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.width * e
@@ -419,14 +342,14 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
     after: tuple[Message, ...] = (Message("reduce", whole),) if shape.tp > 1 else ()
     if tokens.gathers:
         before, after = (Message("gather", whole),), (Message("scatter", whole),)
-    norm = Node(
-        "final norm",
-        tokens.stream + tokens.local * _STATISTIC * (2 if shape.final_norm[1] == "layer" else 1) if flowing else 0,
-        Pass(live=2 * tokens.stream, traffic=4 * tokens.stream, calls=1),
-        Pass(live=2 * tokens.stream, traffic=3 * tokens.stream, calls=1) if flowing else NOTHING,
-    )
-    if shape.final_norm[1] == "none":
-        norm = _output(tokens, flowing)
+    norm = _output(tokens, flowing)
+    if shape.final_norm is not None:
+        norm = Node(
+            "final norm",
+            tokens.stream + tokens.local * _STATISTIC * shape.final_norm.statistics if flowing else 0,
+            Pass(live=2 * tokens.stream, traffic=4 * tokens.stream, calls=1),
+            Pass(live=2 * tokens.stream, traffic=3 * tokens.stream, calls=1) if flowing else NOTHING,
+        )
     loss = Node(
         "loss",
         whole if flowing else 0,

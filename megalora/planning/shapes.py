@@ -73,8 +73,27 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A megalora.models.spec.Norm on one rank.
+
+    elements    of its weights and bias
+    statistics  numbers that it keeps of a row: the inverse root, and LayerNorm's mean
+    """
+
+    elements: int
+    statistics: int
+
+
+@dataclass(frozen=True)
 class Attention:
-    """A megalora.models.spec.Attention on one rank: its groups, and its heads there."""
+    """A megalora.models.spec.Attention on one rank: its groups, and its heads there.
+
+    norms          elements of the norms of q and k
+    qk_rows        rows a token that these normalise: the heads, or 2 where each goes over all heads; 0: there are none
+    qk_statistics  numbers that they keep of such a row
+    qk_kernel      they are the ops of RMSNorm
+    qk_across      each goes over all heads, those of other ranks too
+    """
 
     qkv: Group
     out: Group
@@ -82,30 +101,37 @@ class Attention:
     kv_heads: int
     head_dim: int
     window: int | None
-    qk_norm: bool
+    norms: int = 0
+    qk_rows: int = 0
+    qk_statistics: int = 0
+    qk_kernel: bool = False
+    qk_across: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.qkv, self.out
 
-    @property
-    def norms(self) -> int:
-        """Elements of its norms."""
-        return 2 * self.head_dim if self.qk_norm else 0
-
 
 @dataclass(frozen=True)
 class MLP:
-    """A megalora.models.spec.MLP on one rank. gated: down reads act(gate) * up, else act(up)."""
+    """A megalora.models.spec.MLP on one rank.
+
+    gates  down reads act(gate) * up, else act(up)
+    """
 
     up: Group
     down: Group
-    gated: bool
+    gates: bool
     act: str
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.up, self.down
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether what is gated is made by the ops of SwiGLU, inside the group of down."""
+        return self.gates and self.act == "silu"
 
     @property
     def norms(self) -> int:
@@ -116,15 +142,35 @@ Mixer = Attention | MLP
 
 
 @dataclass(frozen=True)
-class Step:
-    """A residual: one mixer, or several that run beside each other on the same stream, each behind its norm.
+class Branch:
+    """One mixer behind its norm.
 
-    norms  elements of each mixer's norm (weight and bias); kind, of which norm
+    shares  the norm is that of a branch before it, and computed there
+    scaled  the result is multiplied by a number
     """
 
-    mixers: tuple[Mixer, ...]
-    norms: tuple[int, ...]
-    kind: str
+    mixer: Mixer
+    norm: Norm | None
+    output_norm: Norm | None = None
+    shares: bool = False
+    scaled: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Elements of its norms, the mixer's included."""
+        before = 0 if self.norm is None or self.shares else self.norm.elements
+        return before + (0 if self.output_norm is None else self.output_norm.elements) + self.mixer.norms
+
+
+@dataclass(frozen=True)
+class Step:
+    """A residual: one branch, or several that run beside each other on the same stream."""
+
+    branches: tuple[Branch, ...]
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        return tuple(branch.mixer for branch in self.branches)
 
 
 @dataclass(frozen=True)
@@ -145,7 +191,7 @@ class Layer:
     @property
     def frozen(self) -> int:
         """Elements of all that is frozen: linears and norms."""
-        norms = sum(sum(step.norms) for step in self.steps) + sum(mixer.norms for mixer in self.mixers)
+        norms = sum(branch.elements for step in self.steps for branch in step.branches)
         return sum(group.frozen for group in self.groups) + norms
 
     @property
@@ -166,11 +212,13 @@ class Shape:
     """The whole model on one tensor-parallel rank.
 
     rotary      features that each of its rotations turns
-    final_norm  elements of the norm behind the last layer (0: there is none), and its kind
+    final_norm  the norm behind the last layer
     vocabulary  rows of the embedding, and of the head, on this rank
     width       columns of the embedding, and of the head
     before      elements of what else is in front of the first layer: positions, norm, projection
     behind      elements of what else the last layer's result goes through: projection, bias of the head
+    capped      logits have a softcap, whose slope is kept beside them
+    scaled      the rows of the embedding are multiplied by a number
     lowest      the first layer that has something to train; the number of layers where none has
     device_type "cuda" or "cpu": the room of a group, and what a few ops keep, depend on it
     """
@@ -178,7 +226,7 @@ class Shape:
     layers: tuple[Layer, ...]
     hidden: int
     rotary: tuple[int, ...]
-    final_norm: tuple[int, str]
+    final_norm: Norm | None
     vocabulary: int
     tied: bool
     tp: int
@@ -186,6 +234,8 @@ class Shape:
     width: int
     before: int = 0
     behind: int = 0
+    capped: bool = False
+    scaled: bool = False
 
     @property
     def lowest(self) -> int:
@@ -207,7 +257,7 @@ def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = 
         tuple(rank.layer(index, layer) for index, layer in enumerate(config.stack.layers)),
         config.hidden_size,
         tuple(rotary.size for rotary in config.rotaries),
-        (0, "none") if final is None else (_elements(final), final.kind),
+        _norm(final),
         vocabulary,
         config.head.tied,
         tp,
@@ -215,11 +265,15 @@ def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = 
         width,
         before,
         projection + vocabulary * config.head.bias,
+        config.head.softcap is not None,
+        config.embedding.scale != 1.0,
     )
 
 
-def _elements(norm: spec.Norm) -> int:
-    return norm.size * (1 + norm.bias)
+def _norm(norm: spec.Norm | None) -> Norm | None:
+    if norm is None:
+        return None
+    return Norm(norm.size * (1 + norm.bias), 2 if norm.kind == "layer" else 1)
 
 
 class _Rank:
@@ -231,12 +285,16 @@ class _Rank:
 
     def layer(self, index: int, layer: spec.Layer) -> Layer:
         """Return the shape of one layer."""
-        steps = []
-        for step in layer:
-            mixers = tuple(self._mixer(index, branch.mixer) for branch in step.branches)
-            norms = [branch.norm for branch in step.branches]
-            steps.append(Step(mixers, tuple(map(_elements, norms)), norms[0].kind))
-        return Layer(tuple(steps), self._config.hidden_size)
+        return Layer(tuple(self._step(index, step) for step in layer), self._config.hidden_size)
+
+    def _step(self, index: int, step: spec.Residual | spec.ParallelResidual) -> Step:
+        before: set[spec.Norm | None] = set()
+        branches = []
+        for branch in step.branches:
+            norm, output, mixer = _norm(branch.norm), _norm(branch.output_norm), self._mixer(index, branch.mixer)
+            branches.append(Branch(mixer, norm, output, branch.norm in before, branch.scale != 1.0))
+            before.add(branch.norm)
+        return Step(tuple(branches))
 
     def _mixer(self, index: int, mixer: spec.Mixer) -> Mixer:
         if isinstance(mixer, spec.Attention):
@@ -254,14 +312,19 @@ class _Rank:
         heads, kv_heads = self._heads(mixer.heads, mixer.kv_heads)
         dim = mixer.head_dim
         outputs = [("q", mixer.q, heads * dim), ("k", mixer.k, kv_heads * dim), ("v", mixer.v, kv_heads * dim)]
-        return Attention(
+        groups = (
             self._columns(index, outputs),
             self._group(index, heads * dim, [(mixer.out, mixer.out.out_features)], row_parallel=True),
-            heads,
-            kv_heads,
-            dim,
-            mixer.window,
-            mixer.q_norm is not None,
+        )
+        norm = mixer.q_norm
+        if norm is None:
+            return Attention(*groups, heads, kv_heads, dim, mixer.window)
+        across = not norm.heads and norm.size != dim
+        elements = (heads + kv_heads) * dim if norm.heads or across else 2 * dim * (1 + norm.bias)
+        rows, statistics = 2 if across else heads + kv_heads, 2 if norm.kind == "layer" else 1
+        kernel = norm.kind == "rms" and not across
+        return Attention(
+            *groups, heads, kv_heads, dim, mixer.window, elements, rows, statistics, kernel, across
         )
 
     @functools.cache  # noqa: B019 (a _Rank lives as long as one shape_of)

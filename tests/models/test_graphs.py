@@ -150,9 +150,9 @@ class World:
         return loss.item(), self.gradients.buffer.clone()
 
 
-def on_the_device(q, k, v, bounds, window=None, packed=None):
+def on_the_device(q, k, v, bounds, window, packed, scores):
     """Attention on a CPU reads the bounds on the host; here those on the device, as kernels do."""
-    return attention(q, k, v, packed.cu_seqlens.unique().tolist(), window)
+    return attention(q, k, v, packed.cu_seqlens.unique().tolist(), window, scores=scores)
 
 
 LENGTHS = [EVEN, PIECES, EVEN, PIECES, MORE_PIECES, PIECES, EVEN, MORE_PIECES, [24], EVEN, [24]]

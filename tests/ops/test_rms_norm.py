@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from megalora.ops.rms_norm import add_rms_norm, rms_norm
+from megalora.ops.rms_norm import Rounding, add_rms_norm, rms_norm
 
 
 def formula(x, weight, eps):
@@ -150,3 +152,34 @@ def test_inputs_are_left_alone_and_what_is_kept_with_the_residual():
     torch.autograd.grad((total, y), (x, delta), (dtotal, dy))
     assert sorted(kept) == sorted([x.numel(), weight.numel(), 50])
     assert x.equal(before[0]) and delta.equal(before[1]) and dtotal.equal(copies[0]) and dy.equal(copies[1])
+
+
+ROUNDINGS = {"olmo2": (Olmo2RMSNorm, Rounding(precise=True)), "gemma": (Gemma2RMSNorm, Rounding(True, True))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_the_other_roundings_are_those_of_transformers(name, dtype):
+    (x, weight), (norm, rounding) = inputs(6, 32, dtype=dtype), ROUNDINGS[name]
+    theirs = norm(32, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        theirs.weight.copy_(weight)
+    ours, right = rms_norm(x, weight, 1e-5, rounding=rounding), theirs(x)
+    assert ours.dtype == dtype
+    few = 0 if dtype == torch.float32 else 2  # of 192: the mean is summed in another order
+    assert (ours != right).sum() <= few if few else torch.allclose(ours, right, rtol=1e-6)
+    dy = torch.randn(6, 32).to(dtype)
+    (a,), (b,) = (torch.autograd.grad(y, x, dy) for y in (ours, right))
+    torch.testing.assert_close(a, b, rtol=2e-2 if few else 1e-5, atol=1e-2 if few else 1e-5)
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_gradcheck_with_a_residual_and_room(name):
+    x, weight = inputs(3, 6)
+    delta, rounding = torch.randn(3, 6, dtype=torch.float64, requires_grad=True), ROUNDINGS[name][1]
+
+    def both(x, delta):
+        total, y = add_rms_norm(x, delta, weight, 1e-5, 8, rounding)
+        return total, y[:, :6]
+
+    assert torch.autograd.gradcheck(both, (x, delta))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_to_neighbours
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from megalora.ops.rope import rope, split_rope
@@ -116,3 +117,23 @@ def test_split_leaves_its_input_alone_and_keeps_the_tables_alone():
         parts = split_rope(qkv, cos, sin, 2, 1)
     sum(y.sum() for y in parts).backward()
     assert qkv.equal(before) and sorted(kept) == sorted([cos.data_ptr(), sin.data_ptr()])
+
+
+@pytest.mark.parametrize("size", [10, 4])
+def test_neighbours_rotate_as_in_transformers(size):
+    """The first `size` features of heads of 10, alone and cut out of qkv."""
+    qkv = torch.randn(7, (3 + 2 * 2) * 10, dtype=torch.float64, requires_grad=True)
+    cos, sin = tables(7, size)
+    q, k, v = qkv.unflatten(-1, (-1, 10)).split([3, 2, 2], dim=1)
+    wide = [torch.cat((t, t), -1) for t in (cos, sin)]
+    theirs = [*apply_to_neighbours(q, k, *wide, unsqueeze_dim=1), v]
+    dy = [torch.randn_like(x) for x in theirs]
+    (wanted,) = torch.autograd.grad(theirs, qkv, dy)
+    for ours in (
+        split_rope(qkv, cos, sin, 3, 2, True),
+        [*(rope(x, cos, sin, True) for x in qkv.unflatten(-1, (-1, 10)).split([3, 2, 2], dim=1)[:2]), v],
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+        (found,) = torch.autograd.grad(ours, qkv, dy, retain_graph=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)

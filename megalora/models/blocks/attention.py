@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
-from megalora.ops.attention import attention
+from megalora.ops.attention import Scores, attention
 from megalora.ops.rope import rope, split_rope
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
-from megalora.parallel.split import cut_heads
+from megalora.parallel.split import cut_heads, kv_copies
 
 
 class AttentionBlock:
@@ -39,8 +39,17 @@ class AttentionBlock:
         ]
         each = self.heads // self.kv_heads
         self.reads = None if reads == [h // each for h in range(len(reads))] else reads
-        self.q_norm = None if attention.q_norm is None else at.norm(attention.q_norm)
-        self.k_norm = None if attention.k_norm is None else at.norm(attention.k_norm)
+        copies = kv_copies(attention.heads, attention.kv_heads, at.place.tp)
+        self.q_norm = self.k_norm = None
+        if attention.q_norm is not None:
+            self.q_norm = at.head_norm(attention.q_norm, dim, cut.query, [1] * self.heads)
+        if attention.k_norm is not None:
+            self.k_norm = at.head_norm(attention.k_norm, dim, cut.kv, copies)
+        slopes = None
+        if isinstance(attention.position, spec.Alibi):
+            own = attention.position.slopes[cut.query.start : cut.query.stop]
+            slopes = torch.tensor(own, dtype=at.place.master_dtype, device=at.place.device)
+        self.scores = Scores(attention.scale, attention.softcap, slopes, attention.causal)
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -62,15 +71,24 @@ class AttentionBlock:
 
     def _core(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """qkv [F, (H + 2 K) D] -> [F, H D]."""
-        cos, sin = inputs.tables[self.spec.position]
-        dim, window = self.spec.head_dim, self.spec.window
-        if self.q_norm is None:
-            q, k, v = split_rope(qkv, cos, sin, self.heads, self.kv_heads)
-        else:
-            q, k, v = qkv.unflatten(-1, (-1, dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            q, k = rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin)
+        window = self.spec.window
+        q, k, v = self._rotated(qkv, inputs)
         if self.reads is not None:
             k, v = k[:, self.reads], v[:, self.reads]
         if inputs.cache is not None:
-            return inputs.cache.attend(self.layer, q, k, v, window).flatten(1)
-        return attention(q, k, v, inputs.bounds, window, inputs.packed).flatten(1)
+            return inputs.cache.attend(self.layer, q, k, v, window, self.scores).flatten(1)
+        return attention(q, k, v, inputs.bounds, window, inputs.packed, self.scores).flatten(1)
+
+    def _rotated(self, qkv: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the heads of qkv, q [F, H, D] and k, v [F, K, D], with q and k normed and rotated."""
+        position = self.spec.position
+        rotates = isinstance(position, spec.Rotary)
+        if rotates and self.q_norm is None:
+            tables = inputs.tables[position]
+            return split_rope(qkv, *tables, self.heads, self.kv_heads, position.interleaved)
+        q, k, v = qkv.unflatten(-1, (-1, self.spec.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotates:
+            q, k = (rope(x, *inputs.tables[position], position.interleaved) for x in (q, k))
+        return q, k, v

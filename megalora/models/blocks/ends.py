@@ -40,12 +40,15 @@ class Projection:
 
 
 class EmbeddingBlock:
-    """norm(project(words) + positions), each where the spec has it. The words are cut over tp, the rest is whole."""
+    """norm(project(scale * words) + positions), each where the spec has it. Words are cut over tp, the rest whole."""
 
     def __init__(self, root: nn.Module, embedding: spec.Embedding, place: Placement):
         self.spec, self._place = embedding, place
         self.words = VocabParallelEmbedding(embedding.vocab_size, embedding.width, place)
         hang(root, embedding.name, self.words)
+        self._scale = embedding.scale
+        if embedding.rounded:
+            self._scale = torch.tensor(embedding.scale, dtype=place.dtype).item()
         self._project = None if embedding.project is None else Projection(root, embedding.project, place)
         self._positions: Frozen | None = None
         if (positions := embedding.positions) is not None:
@@ -58,6 +61,8 @@ class EmbeddingBlock:
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Return [T, hidden_size] of this rank's tokens under sequence parallelism, else of all."""
         hidden = self.words(inputs.input_ids)
+        if self._scale != 1.0:
+            hidden = hidden * self._scale
         if self._project is not None:
             hidden = self._project(hidden)
         if self._positions is not None:
@@ -71,7 +76,9 @@ class HeadBlock:
 
     def __init__(self, root: nn.Module, config: spec.ModelSpec, place: Placement):
         head, width = config.head, config.embedding.width
-        self.words = VocabParallelHead(config.vocab_size, width, place, bias=head.bias)
+        self.words = VocabParallelHead(
+            config.vocab_size, width, place, bias=head.bias, scale=head.scale, softcap=head.softcap
+        )
         hang(root, head.name, self.words)
         self._project = None if head.project is None else Projection(root, head.project, place)
 

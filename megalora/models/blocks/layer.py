@@ -11,6 +11,7 @@ import torch
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.mlp import MLPBlock
+from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.parallel.group import LinearGroup
@@ -43,35 +44,52 @@ class Layer:
 
 
 class _Step:
-    """x -> x + mixer(norm(x))."""
+    """x -> x + scale * output_norm(mixer(norm(x)))."""
 
     def __init__(self, step: spec.Residual, at: LayerPlace):
-        self.norm = at.norm(step.norm)
+        self.norm = None if step.norm is None else at.norm(step.norm)
         self.blocks = [BLOCKS[type(step.mixer)](step.mixer, at)]
+        self.output_norm = None if step.output_norm is None else at.norm(step.output_norm)
+        self.scale = step.scale
 
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
         (block,) = self.blocks
-        hidden, x = self.norm.after(hidden, delta, block.room)
-        return hidden, block(x, inputs)
+        if self.norm is None:
+            hidden = x = hidden if delta is None else hidden + delta
+        else:
+            hidden, x = self.norm.after(hidden, delta, block.room)
+        added = block(x, inputs)
+        if self.output_norm is not None:
+            added = self.output_norm(added)
+        return hidden, added if self.scale == 1.0 else added * self.scale
 
 
 class _ParallelStep:
-    """x -> x + the sum over branches of mixer(norm(x)), which are reduced over tp together."""
+    """x -> x + the sum over branches of mixer(norm(x)), which are reduced over tp together.
+
+    Branches that share a norm read its one result; the first has room behind it.
+    """
 
     def __init__(self, step: spec.ParallelResidual, at: LayerPlace):
         self.place = at.place
-        self.norms = [at.norm(branch.norm) for branch in step.branches]
+        shared: dict[spec.Norm, Norm] = {}
+        for branch in step.branches:
+            assert branch.norm is not None and branch.output_norm is None and branch.scale == 1.0, branch
+            if branch.norm not in shared:
+                shared[branch.norm] = at.norm(branch.norm)
+        self.norms = [shared[branch.norm] for branch in step.branches]
         reduces = at.place.tp.size == 1
-        self.blocks = [
-            BLOCKS[type(branch.mixer)](branch.mixer, at, reduces=reduces)
-            for branch in step.branches
-        ]
+        self.blocks = [BLOCKS[type(branch.mixer)](branch.mixer, at, reduces=reduces) for branch in step.branches]
 
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
-        total = None
+        total, normed, size = None, {}, hidden.shape[-1]
         for norm, block in zip(self.norms, self.blocks, strict=True):
-            hidden, x = norm.after(hidden, delta, block.room)
-            delta, term = None, block(x, inputs)
+            if norm in normed:
+                x = normed[norm][..., :size]
+            else:
+                hidden, x = norm.after(hidden, delta, block.room)
+                normed[norm], delta = x, None
+            term = block(x, inputs)
             total = term if total is None else total + term
         if self.place.tp.size == 1:
             return hidden, total

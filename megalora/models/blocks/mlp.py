@@ -7,7 +7,7 @@ import torch
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
-from megalora.ops.activations import ACTIVATIONS
+from megalora.ops.activations import ACTIVATIONS, gated_activation
 from megalora.parallel.group import GatedPair, LinearGroup
 from megalora.parallel.group_grad import apply_group, apply_pair
 from megalora.parallel.split import even_part
@@ -23,12 +23,12 @@ class MLPBlock:
         outputs = [("gate", mlp.gate, part)] if mlp.gate is not None else []
         ups = at.columns([*outputs, ("up", mlp.up, part)])
         down = at.row(mlp.down, part)
-        gated = mlp.gate is not None
-        assert not gated or mlp.act == "silu", mlp.act
+        gated = mlp.gate is not None and mlp.act == "silu"  # by the ops of SwiGLU
         self.up = LinearGroup(ups, at.site("up"), at.place)
         self.down = LinearGroup((down,), at.site("down"), at.place, gated=gated, reduces=reduces)
         self._pair = GatedPair(self.up, self.down) if gated else None
-        self._act = None if gated else ACTIVATIONS[mlp.act]
+        self._act = ACTIVATIONS[mlp.act]
+        self._gates = mlp.gate is not None
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -47,4 +47,6 @@ class MLPBlock:
         """X [T, hidden_size + room] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         if self._pair is not None:
             return apply_pair(self._pair, X, inputs.tokens)
-        return apply_group(self.down, self._act(apply_group(self.up, X, inputs.tokens)), inputs.tokens)
+        up = apply_group(self.up, X, inputs.tokens)
+        inner = gated_activation(up, self._act) if self._gates else self._act(up)
+        return apply_group(self.down, inner, inputs.tokens)

@@ -1,4 +1,4 @@
-"""Norms with frozen weights; whole on every tp rank."""
+"""Norms with frozen weights: of the residual stream, whole on every tp rank; and of q and k, over heads."""
 
 from __future__ import annotations
 
@@ -7,22 +7,38 @@ from torch import nn
 
 from megalora.models import spec
 from megalora.ops.layer_norm import add_layer_norm, layer_norm
-from megalora.ops.rms_norm import add_rms_norm, rms_norm
+from megalora.ops.rms_norm import Rounding, add_rms_norm, rms_norm
+from megalora.parallel.norm import rms_norm_across
 from megalora.parallel.placement import Placement
+from megalora.parallel.split import Part, Split
 
 
 class Norm(nn.Module):
-    """A norm of the last dimension: `weight`, and `bias` where the spec has one, frozen."""
+    """A norm of the last dimension: `weight`, and `bias` where the spec has one, frozen.
+
+    part  this rank's heads, or features, where the weight is cut over tp; None: it is whole
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, norm: spec.Norm, place: Placement):
+    def __init__(self, norm: spec.Norm, place: Placement, part: Part | None = None):
         super().__init__()
-        self.eps = norm.eps
+        self.eps, self.offset = norm.eps, norm.offset
+        self.rounding = Rounding(norm.offset, norm.precise)
+        self._splits: dict[str, Split] = {}
         for name, shape in norm.tensors():
+            name = name.rpartition(".")[2]
+            if part is not None:
+                self._splits[name] = part.cut().split(shape, 0)
+                shape = self._splits[name].local_shape
             values = torch.empty(shape, dtype=place.dtype, device=place.device)
-            self.register_parameter(name.rpartition(".")[2], nn.Parameter(values, requires_grad=False))
+            self.register_parameter(name, nn.Parameter(values, requires_grad=False))
+        if not norm.bias:
+            self.register_parameter("bias", None)
+
+    def shard_dims(self) -> dict[str, Split]:
+        return self._splits
 
     def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
         """Return the norm of x [..., size]: [..., size + room], undefined in the room."""
@@ -37,27 +53,67 @@ class Norm(nn.Module):
 
 class RMSNorm(Norm):
     def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, room)
+        return rms_norm(x, self.weight, self.eps, room, self.rounding)
 
     def after(self, x, delta, room=0):
         if delta is None:
             return x, self(x, room)
-        return add_rms_norm(x, delta, self.weight, self.eps, room)
+        return add_rms_norm(x, delta, self.weight, self.eps, room, self.rounding)
 
 
 class LayerNorm(Norm):
-    def __init__(self, norm: spec.Norm, place: Placement):
-        super().__init__(norm, place)
-        if not norm.bias:
-            self.register_parameter("bias", None)
-
     def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, room)
+        return layer_norm(x, self.weight, self.bias, self.eps, room, self.offset)
 
     def after(self, x, delta, room=0):
         if delta is None:
             return x, self(x, room)
-        return add_layer_norm(x, delta, self.weight, self.bias, self.eps, room)
+        return add_layer_norm(x, delta, self.weight, self.bias, self.eps, room, self.offset)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class NormOfEachHead(Norm):
+    """LayerNorm of each head, with a weight of its own for each: `weight` [heads, size], or one tensor a head.
+
+    modules  of the heads of this rank whose weights are apart: {full name below the norm's: module}
+    """
+
+    def __init__(self, norm: spec.Norm, place: Placement, part: Part):
+        assert norm.kind == "layer" and not norm.bias and not norm.offset, norm
+        if not norm.apart:
+            super().__init__(norm, place, part)
+            self.apart: dict[int, nn.Module] = {}
+            return
+        nn.Module.__init__(self)
+        self.eps, self._splits = norm.eps, {}
+        one = spec.Norm(norm.name, norm.size, norm.eps, norm.kind)
+        self.apart = {head: LayerNorm(one, place) for head in range(part.start, part.stop)}
+
+    def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
+        """x [F, heads of this rank, size], of which it returns the norm, in the same shape."""
+        weight = torch.stack([one.weight for one in self.apart.values()]) if self.apart else self.weight
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (layer_norm(x.to(wide), None, None, self.eps) * weight).to(x.dtype)
+
+
+class NormAcrossHeads(Norm):
+    """RMSNorm over the features of all heads together, those of other ranks too.
+
+    part    this rank's features
+    copies  how many ranks hold each of this rank's heads
+    """
+
+    def __init__(self, norm: spec.Norm, place: Placement, part: Part, copies: list[int]):
+        assert norm.kind == "rms", norm
+        super().__init__(norm, place, part)
+        self.size, self.tp = norm.size, place.tp
+        dim = part.size // len(copies)
+        self.share = 1 / torch.tensor(copies, dtype=place.master_dtype, device=place.device).repeat_interleave(dim)
+
+    def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
+        """x [F, heads of this rank, size of a head], of which it returns the norm, in the same shape."""
+        flat = x.flatten(1)
+        normed = rms_norm_across(flat, self.weight, self.eps, self.size, self.share, self.tp, self.rounding)
+        return normed.view(x.shape)

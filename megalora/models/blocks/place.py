@@ -8,7 +8,7 @@ from torch import nn
 
 from megalora.adapters.config import ResolvedLora
 from megalora.models import spec
-from megalora.models.blocks.norm import NORMS, Norm
+from megalora.models.blocks.norm import NORMS, Norm, NormAcrossHeads, NormOfEachHead
 from megalora.models.names import hang
 from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalora.parallel.placement import Placement
@@ -64,6 +64,21 @@ class LayerPlace:
     def norm(self, norm: spec.Norm) -> Norm:
         """Build a norm of the layer."""
         module = NORMS[norm.kind](norm, self.place)
+        hang(self.root, self.stack.of_layer(self.index, norm.name), module)
+        return module
+
+    def head_norm(self, norm: spec.Norm, head_dim: int, heads: Part, copies: list[int]) -> Norm:
+        """Build a norm of q or k [F, heads, head_dim] of this rank's `heads`, each of which `copies` ranks hold."""
+        if norm.heads:
+            module: Norm = NormOfEachHead(norm, self.place, heads)
+            for head, one in module.apart.items():
+                hang(self.root, self.stack.of_layer(self.index, f"{norm.name}.{head}"), one)
+            if norm.apart:
+                return module
+        elif norm.size != head_dim:
+            module = NormAcrossHeads(norm, self.place, heads.times(head_dim), copies)
+        else:
+            return self.norm(norm)
         hang(self.root, self.stack.of_layer(self.index, norm.name), module)
         return module
 

@@ -1,0 +1,138 @@
+"""Norms, positions and mixers of a spec. No torch here.
+
+To add a kind, add its dataclass here, its block in megalora/models/blocks and its counts in megalora/planning/nodes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megalora.models.linears import Linear, Projection, linears_of
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of the last `size` features, with frozen weights.
+
+    kind     "rms": RMSNorm; "layer": LayerNorm
+    bias     a bias beside the weight (LayerNorm)
+    offset   the weight is 1 + what the file has (gemma, nemotron)
+    precise  the weight is applied in float32, before the result is rounded to the compute dtype; else after (RMSNorm)
+    heads    so many weights, one for each head of q or k: [heads, size] (cohere); 0: one for all
+    apart    each head's weight is a tensor of its own, `{name}.{head}.weight` [size] (stablelm)
+    """
+
+    name: str
+    size: int
+    eps: float
+    kind: str = "rms"
+    bias: bool = False
+    offset: bool = False
+    precise: bool = False
+    heads: int = 0
+    apart: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name and shape of each tensor in the file."""
+        if self.apart:
+            yield from ((f"{self.name}.{head}.weight", (self.size,)) for head in range(self.heads))
+            return
+        shape = (self.heads, self.size) if self.heads else (self.size,)
+        yield f"{self.name}.weight", shape
+        if self.bias:
+            yield f"{self.name}.bias", shape
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions: an angle is position * frequency; the first n features of a head rotate, in pairs.
+
+    inverse_frequencies  [n / 2] float32 values
+    factor               what cos and sin are multiplied by (YaRN, longrope; 1 elsewhere)
+    interleaved          pairs are neighbours (x[2 j], x[2 j + 1]); else halves (x[j], x[j + n / 2])
+    long, long_from      other frequencies for documents of more than `long_from` tokens (longrope)
+    """
+
+    inverse_frequencies: tuple[float, ...]
+    factor: float = 1.0
+    interleaved: bool = False
+    long: tuple[float, ...] | None = None
+    long_from: int = 0
+
+    @property
+    def size(self) -> int:
+        """n, the features that rotate."""
+        return 2 * len(self.inverse_frequencies)
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """ALiBi: a score gets -slope * |query - key|; a slope for each query head."""
+
+    slopes: tuple[float, ...]
+
+
+Position = Rotary | Alibi
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention over heads.
+
+    q, k, v         a linear each, or the same Fused with parts "q", "k" and "v"
+    position        how scores know positions; None: not at all (NoPE)
+    window          a token sees itself and the window - 1 tokens before it; None: all before it. Not causal: as many
+                    behind it too
+    q_norm, k_norm  before the rotation: over each head, or where their size is that of all heads over these together
+    scale           what scores are multiplied by; None: 1 / sqrt(head_dim)
+    softcap         a scaled score s becomes softcap * tanh(s / softcap)
+    causal          a token sees none behind it
+    """
+
+    q: Projection
+    k: Projection
+    v: Projection
+    out: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    position: Position | None
+    window: int | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    causal: bool = True
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (*linears_of((self.q, self.k, self.v)), self.out)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """down(act(gate) * up), or down(act(up)) where there is no gate.
+
+    gate, up  a linear each, or the same Fused with parts "gate" and "up"
+    inner     features between
+    act       HF's name of the activation
+    """
+
+    up: Projection
+    down: Linear
+    inner: int
+    act: str
+    gate: Projection | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (*linears_of((self.gate, self.up)), self.down)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return ()

@@ -1,0 +1,116 @@
+"""One node of what a stage computes: bytes and work of its two passes, and what a list of nodes holds at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One microbatch, and how it is run.
+
+    rows, seq_length   F = rows * seq_length
+    context            keys that a token sees on average, without a window; None: each row is one document
+    labelled           part of the tokens that have a label: the head is computed for these only
+    element            bytes of an element in the compute dtype (2 for bfloat16)
+    sequence_parallel  whether activations between the linears are cut over tp
+    recompute          "none", "selective" or "full"
+    base_format        of the frozen linears, one of choices.BASE_FORMATS
+    """
+
+    rows: int
+    seq_length: int
+    context: float | None = None
+    labelled: float = 1.0
+    element: int = 2
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    base_format: str = "dense"
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_length
+
+    def seen(self, window: int | None) -> float:
+        """Keys that a token sees on average in a layer with that window."""
+        length = self.seq_length
+        if window is None or window >= length:
+            return (length + 1) / 2 if self.context is None else self.context
+        whole = (window * (window + 1) / 2 + (length - window) * window) / length
+        return whole if self.context is None else min(whole, self.context)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message between tensor-parallel ranks.
+
+    kind    "reduce": a sum that all get; "gather", "scatter": of sequence parallelism
+    size    bytes of the whole activation
+    beside  FLOPs of the product that it may run beside (see megalora.parallel.exchange); 0: it waits alone
+    """
+
+    kind: str
+    size: int
+    beside: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass through a node, forward or backward, takes.
+
+    live       bytes that exist while it runs, besides what nodes keep: gradients on their way, workspaces
+    flops      of matrix products
+    flops8     of matrix products in e4m3
+    attention  FLOPs of attention
+    traffic    bytes that all else reads and writes
+    messages   over tensor parallel
+    calls      operations that the host issues
+    """
+
+    live: int = 0
+    flops: float = 0
+    flops8: float = 0
+    attention: float = 0
+    traffic: float = 0
+    messages: tuple[Message, ...] = ()
+    calls: int = 0
+
+
+NOTHING = Pass()
+
+
+@dataclass(frozen=True)
+class Node:
+    """One autograd node, or a part that is computed again in backward: then `inner` is what that makes.
+
+    kept  bytes from its forward to the end of its backward
+    """
+
+    name: str
+    kept: int
+    forward: Pass
+    backward: Pass = NOTHING
+    inner: tuple[Node, ...] = field(default=())
+
+
+def kept_bytes(nodes: list[Node]) -> int:
+    """What a microbatch between its forward and its backward holds."""
+    return sum(node.kept for node in nodes)
+
+
+def peak_bytes(nodes: list[Node], base: int = 0, gradient: int = 0) -> int:
+    """The most that is held at once during the forward and then the backward of one microbatch.
+
+    base      what else is held
+    gradient  held during the forward only: the gradient that waits for a part that is computed again
+    """
+    top = running = base
+    for node in nodes:
+        running += node.kept
+        top = max(top, running + gradient + node.forward.live)
+    for node in reversed(nodes):
+        top = max(top, running + node.backward.live)
+        if node.inner:
+            top = max(top, peak_bytes(list(node.inner), running, node.backward.live))
+        running -= node.kept
+    return top
