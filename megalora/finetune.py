@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megalora import __version__
 from megalora.building import (
     Engine,
     EngineSettings,
@@ -28,6 +29,7 @@ from megalora.cluster.preemption import Preemption
 from megalora.cluster.ranklog import RankLog
 from megalora.cluster.watch import Watch
 from megalora.flags import FinetuneArguments
+from megalora.flags.writing import run_yaml
 from megalora.models.stage import Stage
 from megalora.monitor import Monitor, Timers
 from megalora.monitor.meter import Meter
@@ -71,6 +73,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     train = arguments.train
     tokens = train.per_device_train_batch_size * arguments.data.seq_length  # of a microbatch
     parallel = arguments.parallel.for_tokens(tokens)
+    flags = run_yaml(arguments, str(Path.cwd()), __version__)
     arguments = replace(arguments, parallel=parallel)
     device, remark = choose_device()
     if train.deterministic:
@@ -92,18 +95,16 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         notes += engine.notes
         crossing = tp_crossing(mesh.world_size, tp, pp, watch.hosts, _reduced_megabytes(beginning, tokens))
         notes += [crossing] if crossing else []
-        log, monitor, saver = _files(arguments, beginning, engine, mesh, watch)
+        log, monitor, saver = _files(arguments, flags, beginning, engine, mesh, watch)
         preemption.steps()
         with log, monitor, saver, steady_heap(), contextlib.closing(engine.trainer), watch:
-            table = start_up_table(
-                arguments, beginning.config, beginning.lora, engine, beginning.loader, beginning.template, mesh
-            )
+            table = start_up_table(arguments, beginning, engine, work, mesh)
             monitor.summary(table)
             loaders = [one for one in (beginning.loader, beginning.eval_loader) if one is not None]
             for note in [*notes, *(note for loader in loaders for note in loader.rows.notes)]:
                 monitor.note(note)
             flops = flops_per_token(beginning.config, beginning.lora, beginning.loader.rows)
-            meter = Meter(flops, mesh.world_size)
+            meter = Meter(flops, mesh.world_size, beginning.loader.steps_per_epoch)
             session = Session(
                 arguments, beginning, engine, work, mesh, monitor, saver, meter, timers, watch, profiler, preemption
             )
@@ -212,14 +213,19 @@ def _reduced_megabytes(beginning: Beginning, tokens: int) -> float:
 
 
 def _files(
-    arguments: FinetuneArguments, beginning: Beginning, engine: Engine, mesh: ParallelMesh, watch: Watch
+    arguments: FinetuneArguments,
+    flags: str,
+    beginning: Beginning,
+    engine: Engine,
+    mesh: ParallelMesh,
+    watch: Watch,
 ) -> tuple[RankLog, Monitor, RunSaver]:
     """Open what the run writes, once nothing of it can be refused any more; an old run makes way. Collective."""
     train = arguments.train
     with together(mesh.world):
         log = RankLog(train.log_dir or Path(train.output_dir) / "logs", mesh.rank, watch.hosts[mesh.rank])
         watch.tell(log.write, log.say, log.file)
-    on_first(lambda: claim(train.output_dir), mesh.world)
+    note = on_first(lambda: claim(train.output_dir, flags), mesh.world)
     if beginning.overwrite:
         on_first(lambda: remove_run(train.output_dir), mesh.world)
     if train.save:
@@ -238,4 +244,6 @@ def _files(
         first=monitor.sync,
         enabled=train.save,
     )
+    if note:
+        monitor.note(note)
     return log, monitor, saver

@@ -22,11 +22,12 @@ from megalora.monitor.meter import Meter
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.planning.devices import device_of
-from megalora.planning.layouts import Layout, predicted
+from megalora.planning.layouts import predicted
 from megalora.planning.nodes import Workload
 from megalora.profiling import Profiler, model_words, recorded_steps, write_profile
 from megalora.saving import RunSaver, export
 from megalora.starting import Beginning
+from megalora.summary import layout_of
 from megalora.tasks import TASKS
 from megalora.training import StepResult
 
@@ -153,17 +154,7 @@ class Session:
     def _write_profile(self) -> str:
         """Write the recorded steps beside what they were predicted to take; return a note. Collective."""
         arguments, begun, stage, mesh = self.arguments, self.beginning, self.engine.stage, self.mesh
-        layout = Layout(
-            mesh.tp.size,
-            mesh.pp.size,
-            mesh.dp.size,
-            arguments.parallel.schedule,
-            arguments.parallel.virtual_pipeline_size,
-            arguments.train.gradient_accumulation_steps,
-            self.work,
-            cuda_graphs=stage.uses_graphs,
-            tp_comm_overlap=stage.place.exchange is not None,
-        )
+        layout = layout_of(arguments, self.work, stage, mesh)
         recorded, device = self.profiler.collect(mesh.world), torch.device(stage.place.device)
         folder = Path(arguments.train.output_dir) / "profile"
         plan = predicted(begun.config, begun.lora, layout, self.engine.cut.layers, device)

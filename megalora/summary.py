@@ -9,36 +9,65 @@ import torch
 
 from megalora.adapters.config import ResolvedLora
 from megalora.building import Cut, Engine, trained_shapes
-from megalora.data import ChatTemplate, Loader, PackedRows
-from megalora.flags import FinetuneArguments
+from megalora.data import Loader, PackedRows
+from megalora.flags import FinetuneArguments, TrainArguments
 from megalora.models.spec import ModelSpec
+from megalora.models.stage import Stage
 from megalora.monitor import causal_context, lora_flops_per_token
 from megalora.ops import extension
 from megalora.parallel.collectives import gather_objects
 from megalora.parallel.mesh import ParallelMesh
 from megalora.pipeline.schedule import SCHEDULES
+from megalora.planning.layouts import Layout, predicted
+from megalora.planning.nodes import Workload
+from megalora.starting import Beginning
 
 
 def start_up_table(
-    arguments: FinetuneArguments,
-    config: ModelSpec,
-    lora: ResolvedLora,
-    engine: Engine,
-    loader: Loader,
-    template: ChatTemplate,
-    mesh: ParallelMesh,
+    arguments: FinetuneArguments, begun: Beginning, engine: Engine, work: Workload, mesh: ParallelMesh
 ) -> dict[str, dict[str, Any]]:
     """Return {section: {name: value}} of a run. Collective: memory is that of the fullest rank."""
-    rows = loader.rows
+    rows, template = begun.loader.rows, begun.template
     return {
-        "model": _model(arguments.model.model_path, config, lora),
-        "layout": _layout(arguments, engine, mesh),
+        "model": _model(arguments.model.model_path, begun.config, begun.lora),
+        "layout": _layout(arguments, begun, engine, work, mesh),
         "data": {
             "rows": f"{rows.documents:,} documents in {rows.rows:,} rows of {rows.seq_length} tokens",
             "tokens": f"{rows.tokens:,}, {rows.labelled_tokens:,} of them labelled",
             "template": f"{template.description} ({template.identity()})",
-            "step": f"{loader.global_batch_rows} rows, {loader.steps_per_epoch} steps an epoch",
+            "evaluation": _evaluation_rows(begun.eval_loader),
         },
+        "training": _training(arguments.train, begun),
+    }
+
+
+def layout_of(arguments: FinetuneArguments, work: Workload, stage: Stage, mesh: ParallelMesh) -> Layout:
+    """Return the layout of a run, as the planner takes it."""
+    return Layout(
+        mesh.tp.size,
+        mesh.pp.size,
+        mesh.dp.size,
+        arguments.parallel.schedule,
+        arguments.parallel.virtual_pipeline_size,
+        arguments.train.gradient_accumulation_steps,
+        work,
+        cuda_graphs=stage.uses_graphs,
+        tp_comm_overlap=stage.place.exchange is not None,
+    )
+
+
+def _evaluation_rows(loader: Loader | None) -> str:
+    return "none" if loader is None else f"{loader.rows.documents:,} documents in {loader.rows.rows:,} rows"
+
+
+def _training(train: TrainArguments, begun: Beginning) -> dict[str, str]:
+    loader, total_steps = begun.loader, begun.total_steps
+    warmup, each = train.warmup(total_steps), loader.steps_per_epoch
+    rise = f" after {warmup:,} steps of warmup" if warmup else ""
+    return {
+        "steps": f"{total_steps:,} of {loader.global_batch_rows} row{'s' * (loader.global_batch_rows > 1)} each: "
+        f"{total_steps / each:.4g} epochs of {each:,} steps",
+        "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler_type}{rise}",
     }
 
 
@@ -57,7 +86,9 @@ def _model(path: str, config: ModelSpec, lora: ResolvedLora) -> dict[str, str]:
     }
 
 
-def _layout(arguments: FinetuneArguments, engine: Engine, mesh: ParallelMesh) -> dict[str, str]:
+def _layout(
+    arguments: FinetuneArguments, begun: Beginning, engine: Engine, work: Workload, mesh: ParallelMesh
+) -> dict[str, str]:
     parallel, microbatches = arguments.parallel, arguments.train.gradient_accumulation_steps
     stage, cut, place = engine.stage, engine.cut, engine.stage.place
     stored = sum(p.numel() * p.element_size() for p in stage.parameters())
@@ -72,17 +103,25 @@ def _layout(arguments: FinetuneArguments, engine: Engine, mesh: ParallelMesh) ->
     if mesh.pp.size > 1:
         share = SCHEDULES[parallel.schedule].waiting(mesh.pp.size, microbatches, cut.floor, cut.shares)
         waiting = f", stages wait {share:.0%} of the time"
-    device = torch.device(place.device).type
+    where = torch.device(place.device)
+    plan = predicted(begun.config, begun.lora, layout_of(arguments, work, stage, mesh), cut.layers, where)
+    device = where.type
     return {
         "processes": f"{mesh.world_size} = tensor {mesh.tp.size} x pipeline {mesh.pp.size} x data "
         f"{mesh.dp.size}{sequence}",
-        **{f"stage {number}": _stage(number, cut, mesh.pp.size) for number in range(mesh.pp.size)},
-        "schedule": f"{parallel.schedule}, {microbatches} microbatches{recompute}{waiting}",
+        **(
+            {f"stage {number}": _stage(number, cut, mesh.pp.size) for number in range(mesh.pp.size)}
+            if mesh.pp.size > 1
+            else {}
+        ),
+        "schedule": (f"{parallel.schedule}, " if mesh.pp.size > 1 else "")
+        + f"{microbatches} microbatch{'es' * (microbatches > 1)} a step{recompute}{waiting}",
         "device": f"{device}, {str(place.dtype).removeprefix('torch.')}, "
         f"{'' if place.base.name == 'dense' else f'base in {place.base.name}, '}"
         f"{'compiled' if extension.has_kernels(device) else 'plain torch'} ops"
         f"{', CUDA graphs' if stage.uses_graphs else ''}",
-        "memory": f"{memory / 2**30:.2f} GiB of weights and optimizer on the fullest rank",
+        "memory": f"{memory / 2**30:.2f} GiB of weights and optimizer on the fullest rank, "
+        f"{plan.memory / 2**30:.2f} GiB at the peak of a step by the plan",
     }
 
 

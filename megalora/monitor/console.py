@@ -88,15 +88,16 @@ class Console:
             record.get("tokens_per_second"),
         )
         rate = f"{_number(speed, ',.0f')} tokens/s"
+        epoch = f" (epoch {record['epoch']:.2f})" if "epoch" in record else ""
         parts = [
-            f"step {step}/{self._total}",
+            f"step {step}/{self._total}{epoch}",
             f"loss {loss}",
             f"lr {_number(record.get('learning_rate'), '.3e')}",
             f"grad norm {_number(record.get('grad_norm'), '.4f')}",
             rate,
         ]
         if record.get("tflops") is not None:
-            parts.append(f"{_number(record['tflops'], '.1f')} TFLOP/s")
+            parts.append(_rate(record["tflops"] * 1e12))
         parts.append(f"{self._time_left(step)} left")
         if self._terminal:
             self.progress(step, f"loss {loss}  {rate}")
@@ -127,6 +128,14 @@ class Console:
         done = max(step - self._resumed, 1)
         seconds = round((self._clock() - self._start) / done * (self._total - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _rate(flops: float) -> str:
+    """Return FLOPs a second in the unit that fits: 412.3 TFLOP/s, 38.1 GFLOP/s."""
+    for unit, size in (("T", 1e12), ("G", 1e9)):
+        if flops >= size:
+            return f"{flops / size:.1f} {unit}FLOP/s"
+    return f"{flops / 1e6:.1f} MFLOP/s"
 
 
 def _number(value: Any, form: str) -> str:

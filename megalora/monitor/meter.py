@@ -26,8 +26,8 @@ class Step(Protocol):
 class Meter:
     """Tokens and seconds since the last logged step."""
 
-    def __init__(self, flops_per_token: float, devices: int):
-        self._flops_per_token, self._devices = flops_per_token, devices
+    def __init__(self, flops_per_token: float, devices: int, steps_per_epoch: int):
+        self._flops_per_token, self._devices, self._steps_per_epoch = flops_per_token, devices, steps_per_epoch
         self._restart()
 
     def _restart(self) -> None:
@@ -64,6 +64,7 @@ class Meter:
         speed = self._tokens / max(1e-9, time.perf_counter() - self._start)
         record: dict[str, Any] = {
             "step": step,
+            "epoch": step / self._steps_per_epoch,
             "loss": result.loss,
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,

@@ -25,6 +25,7 @@ EXPORT_FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST)
 _PENDING = ".overwrite"  # in output_dir: its run is to be removed, and is there still
 _CHECKPOINTS, _EXPORT, _TOKENIZER, _EVENTS = "checkpoints", "peft", "tokenizer", "runs"
 _LINES = ("metrics.jsonl", "eval_metrics.jsonl")
+RUN_FILE = "run.yaml"  # the flags of the run; another's file of that name is left alone
 _OWN = (_CHECKPOINTS, _EXPORT, _TOKENIZER, _EVENTS, *_LINES)
 _APPENDED = ("logs", "profile", MARKER)  # nothing is removed there
 
@@ -60,16 +61,26 @@ def check_own(output_dir: str | Path) -> None:
         )
 
 
-def claim(output_dir: str | Path) -> None:
-    """Mark what a run writes in output_dir as its own. For one rank, after `check_own`. Raises UserError."""
+def claim(output_dir: str | Path, flags: str = "") -> str | None:
+    """Mark what a run writes in output_dir as its own. For one rank, after `check_own`. Raises UserError.
+
+    flags  the text of run.yaml. It is not written where the user has a file of that name there: a note that says so is
+           returned.
+    """
     output_dir = Path(output_dir)
+    file = output_dir / RUN_FILE
+    foreign = file.is_symlink() or (file.exists() and RUN_FILE not in _owned(output_dir))
+    owns = _OWN if foreign else (*_OWN, RUN_FILE)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_file(output_dir / MARKER, (json.dumps({"format": 1, "owns": _OWN}) + "\n").encode())
+        write_file(output_dir / MARKER, (json.dumps({"format": 1, "owns": owns}) + "\n").encode())
+        if flags and not foreign:
+            write_file(file, flags.encode())
     except OSError as error:
         raise UserError(
             f"output_dir {output_dir}: cannot be written ({error.strerror or error}): make it writable, or name another"
         ) from None
+    return f"{file} is yours: the flags of this run are not written there" if flags and foreign else None
 
 
 def _owned(output_dir: Path) -> frozenset[str]:

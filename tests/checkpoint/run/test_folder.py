@@ -78,3 +78,14 @@ def test_a_marker_that_says_nothing_gives_nothing(tmp_path):
         (tmp_path / MARKER).write_text(json.dumps(value))
         with pytest.raises(UserError, match="of another program"):
             check_own(tmp_path)
+
+
+def test_run_yaml_of_the_user_is_left_alone(tmp_path):
+    (tmp_path / "run.yaml").write_text("mine: 1\n")
+    check_own(tmp_path)
+    assert "run.yaml is yours" in claim(tmp_path, "seed: 1\n")
+    assert (tmp_path / "run.yaml").read_text() == "mine: 1\n"
+    (tmp_path / "run.yaml").unlink()
+    for flags in ("seed: 1\n", "seed: 2\n"):
+        assert claim(tmp_path, flags) is None
+        assert (tmp_path / "run.yaml").read_text() == flags
