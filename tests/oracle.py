@@ -57,17 +57,29 @@ FAMILIES = {
         "num_key_value_heads": None, "rms_norm_eps": None,
     },
 }  # fmt: skip
+# Models of experts, which tests of their own go through (tests/test_experts.py).
+EXPERTS = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40, "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "norm_topk_prob": True, "head_dim": 8,
+    },
+}  # fmt: skip
 # Fields of TINY that a family's config does not have.
 LACKS = {"gpt_neox": ("num_key_value_heads", "rms_norm_eps", "head_dim"), "phi3": ("head_dim",)}
 
 
 def fields_of(family: str, **more: object) -> dict:
     """config.json of a tiny model of the family, with `more` where the family has such fields."""
-    fields = TINY | FAMILIES[family] | more
+    fields = TINY | (FAMILIES | EXPERTS)[family] | more
     return {name: value for name, value in fields.items() if name not in LACKS.get(family, ())}
 
 
-for _family in FAMILIES:
+for _family in FAMILIES | EXPERTS:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
     config_from_dict(fields_of(_family))

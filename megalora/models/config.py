@@ -17,7 +17,7 @@ from megalora.files import read_json
 from megalora.models import families, rotary
 from megalora.models.family import BOUNDS, Family, Fields, RemoteConfig
 from megalora.models.quantisation import stored_format
-from megalora.models.spec import MLP, Attention, ModelSpec
+from megalora.models.spec import MLP, Attention, Experts, ModelSpec
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
 _HARMLESS = frozenset(
@@ -77,7 +77,7 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
 def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Return the ModelSpec that `family` reads from the fields of a config.json. Raises UserError as `read_config`."""
     raw = family.in_our_names(raw, where)
-    rope = rotary.read_rope(raw, family.rope, family.partial, where)
+    rope = rotary.read_rope(raw, family.rope, family.partial, where, family.theta)
     hf = _hf_config(raw, family, rope, where)
     _refuse_unread(raw, hf, family, where)
     spec = family.read(Fields(hf, family, rope, where))
@@ -209,6 +209,12 @@ def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False
     if inner < tp:
         raise UserError(
             f"tensor_parallel_size ({tp}) is more than intermediate_size ({inner}): choose less"
+        )
+    fewest = min((mixer.count for mixer in config.mixers if isinstance(mixer, Experts)), default=tp)
+    if fewest < tp:
+        raise UserError(
+            f"tensor_parallel_size ({tp}) is more than the number of experts ({fewest}), of which each rank holds "
+            f"whole ones: choose at most {fewest}"
         )
     if config.num_hidden_layers < pp:
         raise UserError(

@@ -32,6 +32,12 @@ BOUNDS: Mapping[str, Bound] = {
     "max_position_embeddings": Bound(True, 1, 1 << 32),
     "sliding_window": Bound(True, 1, 1 << 32),
     "max_window_layers": Bound(True, 0, 1 << 12),
+    "num_experts": Bound(True, 1, 1 << 14),
+    "num_local_experts": Bound(True, 1, 1 << 14),
+    "num_experts_per_tok": Bound(True, 1, 1 << 10),
+    "moe_intermediate_size": _SIZE,
+    "shared_expert_intermediate_size": _SIZE,
+    "decoder_sparse_step": Bound(True, 1, 1 << 12),
     "rms_norm_eps": Bound(False, 1e-30, 1.0),
     "layer_norm_eps": Bound(False, 1e-30, 1.0),
     "layer_norm_epsilon": Bound(False, 1e-30, 1.0),
@@ -51,6 +57,7 @@ class Family:
     fixed        fields with the one value that is implemented
     harmless     fields that say nothing about the numbers of a training step, beside those that no family reads
     rope         other names of rope fields in this family's config.json -> `rope_parameters`' own
+    theta        the default of rope_theta
     partial      the default of partial_rotary_factor where the family has that field
     files        how names in its files differ from ours
     aliases      other names of fields in this family's config.json -> those that `read` uses
@@ -67,6 +74,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     rope: Mapping[str, str] = field(default_factory=dict)
+    theta: float = 10000.0
     partial: float | None = None
     files: FileNames = field(default_factory=FileNames)
     aliases: Mapping[str, str] = field(default_factory=dict)

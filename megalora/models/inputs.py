@@ -40,6 +40,8 @@ class Inputs:
     cache      earlier keys and values, or None (training)
     packed     the bounds for kernels that read them on the device, where some do
     position_ids  [F] int64, each token's place in its document; None where no layer of the model reads it
+    chosen     of a part that is computed again in backward: what its routers chose, by name, so that the second pass
+               takes every token where the first one did; None where nothing is computed again
     """
 
     input_ids: torch.Tensor
@@ -51,6 +53,7 @@ class Inputs:
     cache: Cache | None = None
     packed: Packed | None = None
     position_ids: torch.Tensor | None = None
+    chosen: dict[str, torch.Tensor] | None = None
 
 
 def rope_tables(

@@ -6,9 +6,10 @@ To add a kind, add its dataclass here, its block in megalora/models/blocks and i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megalora.models.linears import Linear, Projection, linears_of
+from megalora.models.routers import Router
 
 
 @dataclass(frozen=True)
@@ -136,3 +137,44 @@ class MLP:
     @property
     def norms(self) -> tuple[Norm, ...]:
         return ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The weighted sum of the gated MLPs that a router chooses for a token, and of one that all tokens go through.
+
+    expert       of which each has its own, with {expert} for its index in the names
+    shared       the MLP of all tokens; shared_gate: its result times sigmoid(gate), one number a token
+    """
+
+    router: Router
+    count: int
+    expert: MLP
+    shared: MLP | None = None
+    shared_gate: Linear | None = None
+
+    def at(self, index: int) -> MLP:
+        """Return the MLP of one expert."""
+
+        def named(linear: Linear) -> Linear:
+            return replace(linear, name=linear.name.format(expert=index))
+
+        mlp = self.expert
+        assert isinstance(mlp.gate, Linear) and isinstance(mlp.up, Linear)
+        return replace(mlp, gate=named(mlp.gate), up=named(mlp.up), down=named(mlp.down))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        of_experts = (linear for index in range(self.count) for linear in self.at(index).linears)
+        shared = () if self.shared is None else self.shared.linears
+        gate = () if self.shared_gate is None else (self.shared_gate,)
+        return (self.router.linear, *of_experts, *shared, *gate)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return ()
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of what is neither linear nor norm."""
+        if self.router.correction is not None:
+            yield self.router.correction, (self.count,)

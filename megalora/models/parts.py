@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megalora.models.family import Fields
+from megalora.models.routers import Router
 from megalora.models.spec import (
     MLP,
     Attention,
@@ -77,20 +79,53 @@ def fused(name: str, in_features: int, parts: Sequence[tuple[str, int]], size: i
     return Fused(Linear(name, in_features, size * sum(units for _, units in parts), bias), Blocked(tuple(parts), size))
 
 
-def gated_mlp(hf: Fields, bias: bool = False) -> MLP:
-    """Return llama's MLP: gate, up and down apart."""
-    size, inner = hf.hidden_size, hf.intermediate_size
-    gate, up = (Linear(f"mlp.{name}_proj", size, inner, bias) for name in ("gate", "up"))
-    return MLP(up, Linear("mlp.down_proj", inner, size, bias), inner, "silu", gate)
+def gated_mlp(
+    hf: Fields,
+    bias: bool = False,
+    *,
+    at: str = "mlp",
+    inner: int | None = None,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> MLP:
+    """Return llama's MLP: gate, up and down apart, below `at`, with `inner` features between (intermediate_size)."""
+    size, inner = hf.hidden_size, inner or hf.intermediate_size
+    gate, up, down = (f"{at}.{name}" for name in names)
+    return MLP(
+        Linear(up, size, inner, bias), Linear(down, inner, size, bias), inner, "silu", Linear(gate, size, inner, bias)
+    )
 
 
-def llama_like(hf: Fields, attention: Callable[[int], Attention], mlp: Mixer) -> ModelSpec:
-    """Return a decoder with llama's names, RMSNorms and sequential residuals; `attention` is that of each layer."""
+# Fields of the loss that balances experts, which is part of the loss only where output_router_logits is true.
+ROUTER_FIXED = {"output_router_logits": False}
+ROUTER_HARMLESS = frozenset({"router_aux_loss_coef"})
+
+
+def router(hf: Fields, name: str, count: int, **how: Any) -> Router:
+    """Return a router of `count` experts, of which num_experts_per_tok are chosen. Raises UserError for more than all."""
+    top = hf.num_experts_per_tok
+    if top > count:
+        hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count}): correct it")
+    return Router(Linear(name, hf.hidden_size, count), top, **how)
+
+
+def sparse_layers(hf: Fields) -> tuple[bool, ...]:
+    """Return whether each layer has experts, by mlp_only_layers and decoder_sparse_step (Qwen)."""
+    dense, step = set(hf.mlp_only_layers or ()), hf.decoder_sparse_step
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(hf.num_hidden_layers))
+
+
+def llama_like(
+    hf: Fields, attention: Callable[[int], Mixer], mlp: Mixer | Callable[[int], Mixer]
+) -> ModelSpec:
+    """Return a decoder with llama's names, RMSNorms and sequential residuals.
+
+    attention  of each layer; mlp: of all layers, or of each
+    """
 
     def layer(index: int) -> Layer:
         return (
             Residual(attention(index), rms(hf, "input_layernorm")),
-            Residual(mlp, rms(hf, "post_attention_layernorm")),
+            Residual(mlp(index) if callable(mlp) else mlp, rms(hf, "post_attention_layernorm")),
         )
 
     return decoder(

@@ -26,11 +26,14 @@ CONFIG_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 _PARTIAL = "partial_rotary_factor"
 
 
-def read_rope(raw: Mapping[str, Any], aliases: Mapping[str, str], partial: float | None, where: str) -> dict[str, Any]:
+def read_rope(
+    raw: Mapping[str, Any], aliases: Mapping[str, str], partial: float | None, where: str, theta: float = 10000.0
+) -> dict[str, Any]:
     """Return the rotary fields in one form, from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
 
     aliases  other names of the fields in this family's config.json
     partial  the family's default of partial_rotary_factor, the share of a head that rotates; None: all of it always
+    theta    the family's default of rope_theta
     Raises UserError for a rope type or field that is not implemented, or a value out of range.
     """
     raw = {aliases.get(name, name): value for name, value in raw.items()}
@@ -42,7 +45,7 @@ def read_rope(raw: Mapping[str, Any], aliases: Mapping[str, str], partial: float
     fields = dict(given)
     fields["rope_type"] = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)
-    fields.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    fields.setdefault("rope_theta", raw.get("rope_theta", theta))
     if partial is not None:
         fields.setdefault(_PARTIAL, raw.get(_PARTIAL, partial))
         _check_number(fields, _PARTIAL, where, most=1.0)

@@ -26,9 +26,9 @@ from megalora.models.linears import (  # noqa: F401 (a spec is composed of them:
     Rows,
     linears_of,
 )
-from megalora.models.mixers import MLP, Alibi, Attention, Norm, Position, Rotary  # noqa: F401
+from megalora.models.mixers import MLP, Alibi, Attention, Experts, Norm, Position, Rotary  # noqa: F401
 
-Mixer = Attention | MLP
+Mixer = Attention | MLP | Experts
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,8 @@ class ModelSpec:
         found: dict[str, tuple[int, ...]] = dict(self.embedding.tensors())
         for index, layer in enumerate(self.stack.layers):
             for mixer in mixers_of(layer):
-                for linear in mixer.linears:
-                    found |= {self.stack.of_layer(index, name): shape for name, shape in linear.tensors()}
+                for part in (*mixer.linears, *((mixer,) if isinstance(mixer, Experts) else ())):
+                    found |= {self.stack.of_layer(index, name): shape for name, shape in part.tensors()}
         found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))
         for index, layer in enumerate(self.stack.layers):
             for branch in (branch for step in layer for branch in step.branches):

@@ -6,7 +6,7 @@ Parameter names are those of the HF file, with global layer indices on every sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -25,6 +25,7 @@ from megalora.models.inputs import Inputs
 from megalora.models.names import hang
 from megalora.models.spec import ModelSpec
 from megalora.parallel.embedding import VocabParallelHead
+from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.linear import ParallelLinear
 from megalora.parallel.loss import next_token_loss
@@ -102,7 +103,7 @@ class Stage(nn.Module):
         return next(block for block in blocks if isinstance(block, AttentionBlock))
 
     @property
-    def groups(self) -> list[LinearGroup]:
+    def groups(self) -> list[LinearGroup | ExpertGroup]:
         """All linears of the layers, in groups that read one input."""
         return [group for layer in self.layers.values() for group in layer.groups]
 
@@ -128,8 +129,9 @@ class Stage(nn.Module):
         delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
         for layer in (self.layers[i] for i in self._chunks[chunk]):
             if self.recompute_layers and torch.is_grad_enabled():
+                again = replace(inputs, chosen={})
                 hidden, delta = checkpoint(
-                    layer, hidden, delta, inputs, use_reentrant=False, preserve_rng_state=False
+                    layer, hidden, delta, again, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 hidden, delta = layer(hidden, delta, inputs)

@@ -10,7 +10,7 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
-from megalora.models.spec import MLP, Attention, Fused, ModelSpec, Norm, ParallelResidual, Projection, mixers_of
+from megalora.models.spec import MLP, Attention, Experts, Fused, ModelSpec, Norm, ParallelResidual, Projection, mixers_of
 
 MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
 
@@ -115,17 +115,25 @@ def _features() -> Iterable[list[str]]:
 def _architecture(family: Family) -> list[str]:
     spec = example(family)
     layer = spec.stack.layers[0]
-    mlp = next(mixer for mixer in mixers_of(layer) if isinstance(mixer, MLP))
+    mixer = next(mixer for mixer in mixers_of(layer) if isinstance(mixer, MLP | Experts))
+    mlp = mixer.expert if isinstance(mixer, Experts) else mixer
+    kind = f"{'gated' if mlp.gate is not None else 'plain'}, {mlp.act}"
     parallel = any(isinstance(step, ParallelResidual) for step in layer)
-    linears = [linear.name.rpartition(".")[2] for mixer in mixers_of(layer) for linear in mixer.linears]
+    names = (linear.name.rpartition(".")[2] for mixer in mixers_of(layer) for linear in mixer.linears)
+    linears = list(dict.fromkeys(names))
     return [
         _code(family.types),
         _attention(family, spec.attention),
-        f"{'gated' if mlp.gate is not None else 'plain'}, {mlp.act}",
+        _experts(mixer, kind) if isinstance(mixer, Experts) else kind,
         _norm(spec.stack.final_norm),
         "parallel" if parallel else "sequential",
         _code(linears),
     ]
+
+
+def _experts(experts: Experts, kind: str) -> str:
+    shared = "" if experts.shared is None else ", and one that all tokens go through"
+    return f"the best {experts.router.top} of {experts.count} experts for each token{shared}: {kind}"
 
 
 def _attention(family: Family, attention: Attention) -> str:

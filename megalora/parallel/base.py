@@ -114,3 +114,11 @@ class DenseMatrix:
         self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
     ) -> torch.Tensor:
         return matmul(dY, self.whole[:, self.columns :] if branch_only else self.whole, out)
+
+
+class DenseView(DenseMatrix):
+    """One of several matrices that lie in one tensor: `whole` [rows, columns + room] shares its memory."""
+
+    def __init__(self, whole: torch.Tensor, columns: int):
+        self.rows, self.columns, self.room = whole.shape[0], columns, whole.shape[1] - columns
+        self.whole = whole

@@ -36,7 +36,8 @@ class LinearGroup:
     gated    the input is silu(gate) * up of what the group is given, gate_up [T, 2 I]: made here, and made again in
              backward rather than kept
     reduces  a row-parallel group sums its result over the tp ranks (see `product`); else it gives this rank's term, and
-             whoever sums terms of several groups adds their biases
+             whoever sums terms of several groups adds their biases. A column-parallel group that does not reduce is
+             given all tokens, and the gradient of its input is this rank's term
     The group is row-parallel where its one linear is, else column-parallel.
     """
 
@@ -76,7 +77,7 @@ class LinearGroup:
     @property
     def gathers(self) -> bool:
         """Whether tokens are gathered before a column-parallel product, or scattered behind a row-parallel one."""
-        return self.place.gathers and (self.reduces or not self.row_parallel)
+        return self.place.gathers and self.reduces
 
     @functools.cached_property
     def trainables(self) -> dict[Trainable, torch.nn.Parameter]:
@@ -87,7 +88,8 @@ class LinearGroup:
         """Return (the tokens of the group's input on this rank, the dropout of it)."""
         first = self.linears[0]
         offset = first.feature_offset if isinstance(first, RowParallelLinear) else 0
-        return tokens.index if self.row_parallel else tokens.local, tokens.draw(self.dropout, self.site, offset)
+        full = self.row_parallel or not self.reduces
+        return tokens.index if full else tokens.local, tokens.draw(self.dropout, self.site, offset)
 
     def product(self, source: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (y [F or T, O], the full X that it is the product of). Not for autograd.

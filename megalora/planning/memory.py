@@ -74,7 +74,7 @@ def stage_memory(
     if first and last and shape.tied:
         ends -= shape.embedding
     frozen, trained = sum(layer.frozen for layer in layers), sum(layer.trained for layer in layers)
-    groups = [group for layer in layers for group in layer.groups]
+    groups = [group for layer in layers for times, group in layer.counted for _ in range(times)]
     room = sum(group.room * group.output for group in groups)
     linears = sum(group.inputs * group.output for group in groups)
     copies = sum(layer.copies for layer in layers) - room

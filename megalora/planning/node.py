@@ -15,6 +15,7 @@ class Workload:
     element            bytes of an element in the compute dtype (2 for bfloat16)
     sequence_parallel  whether activations between the linears are cut over tp
     recompute          "none", "selective" or "full"
+    busy               pairs that fall to the busiest rank's experts, in even shares (1: routing is even)
     base_format        of the frozen linears, one of choices.BASE_FORMATS
     """
 
@@ -25,6 +26,7 @@ class Workload:
     element: int = 2
     sequence_parallel: bool = False
     recompute: str = "none"
+    busy: float = 1.0
     base_format: str = "dense"
 
     @property

@@ -17,9 +17,10 @@ from megalora.ops.activations import KEEPS_RESULT
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
+from megalora.planning.experts import routed_nodes
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, kept_bytes, peak_bytes
 from megalora.planning.quantised import on_base
-from megalora.planning.shapes import MLP, Attention, Branch, Group, Layer, Norm, Shape
+from megalora.planning.shapes import MLP, Attention, Branch, Experts, Group, Layer, Mixer, Norm, Shape
 
 __all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "kept_bytes", "peak_bytes"]
 
@@ -129,11 +130,9 @@ class _LayerNodes:
                     nodes.append(self._sum(name))
                     source = "new"
                 elif not branch.shares:
-                    nodes.append(self._norm(name, branch.norm, mixer.groups[0], flowing))
-                if isinstance(mixer, Attention):
-                    nodes += self._attention(mixer, source, flowing)
-                else:
-                    nodes += self._mlp(mixer, source, flowing)
+                    room = 0 if isinstance(mixer, Experts) else mixer.groups[0].room
+                    nodes.append(self._norm(name, branch.norm, mixer.groups[0].inputs + room, flowing))
+                nodes += self._mixer(mixer, source, flowing)
                 nodes += self._behind(branch, flowing or any(group.trains for group in mixer.groups))
                 name = "norm of the same"
             flowing = flowing or any(group.trains for mixer in step.mixers for group in mixer.groups)
@@ -155,6 +154,39 @@ class _LayerNodes:
         if branch.scaled:
             nodes.append(self._node("scale", 0, both, both, flowing))
         return nodes
+
+    def _mixer(self, mixer: Mixer, source: str, flowing: bool) -> list[Node]:
+        if isinstance(mixer, Attention):
+            return self._attention(mixer, source, flowing)
+        return self._experts(mixer, flowing) if isinstance(mixer, Experts) else self._mlp(mixer, source, flowing)
+
+    def _experts(self, mixer: Experts, flowing: bool) -> list[Node]:
+        """All that lies between one gather and one sum over tp runs over all tokens, without messages."""
+        tokens, shape = self.tokens, self.shape
+        inner = replace(
+            self,
+            shape=replace(shape, tp=1),
+            tokens=replace(tokens, local=tokens.full, stream=tokens.whole, gathers=False),
+        )
+        messages = self._messages(mixer.router, True, 0.0, True)
+        gathers = tuple(replace(message, kind="gather") for message in messages) if tokens.gathers else ()
+        sums = Pass(live=tokens.whole, messages=messages, calls=len(messages))
+        fetch = Pass(live=tokens.whole if gathers else 0, messages=gathers, calls=len(gathers))
+        nodes = [Node("gathered tokens", 0, fetch, sums if flowing else NOTHING)]
+        nodes += routed_nodes(mixer, self.work, tokens.full, shape.device_type, flowing)
+        if mixer.shared is not None:
+            after = flowing or mixer.shared.up.trains
+            fused = inner._fused(mixer.shared)
+            nodes += [
+                inner._linears(mixer.shared.up, "kept", flowing, fused=fused),
+                inner._linears(mixer.shared.down, "gated", after, fused=fused),
+            ]
+        if mixer.gate is not None:
+            kept = tokens.whole + 2 * tokens.full * self.work.element
+            product = Pass(live=tokens.whole, traffic=3 * tokens.whole, calls=3)
+            nodes += [inner._linears(mixer.gate, "kept", flowing)]
+            nodes += [inner._node("shared gate", kept, product, product, flowing or mixer.trains)]
+        return [*nodes, Node("sum of experts", 0, sums, fetch if flowing or mixer.trains else NOTHING)]
 
     def _attention(self, mixer: Attention, source: str, flowing: bool) -> list[Node]:
         after = flowing or mixer.qkv.trains
@@ -185,13 +217,15 @@ class _LayerNodes:
     def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:
         return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)
 
-    def _norm(self, name: str, norm: Norm, group: Group, flowing: bool) -> Node:
+    def _norm(self, name: str, norm: Norm, width: int, flowing: bool) -> Node:
         """The sum is kept (or what comes in, where there is nothing to add) and one number a token, two by LayerNorm.
+
+        width: features of the result, with room.
 
         "norm of the same": one that reads what another norm of this step has kept already.
         """
         tokens, e = self.tokens, self.work.element
-        normed = tokens.local * (group.inputs + group.room) * e
+        normed = tokens.local * width * e
         added = 0 if name != "norm" else 2
         statistics = tokens.local * _STATISTIC * norm.statistics
         return self._node(

@@ -138,7 +138,57 @@ class MLP:
         return 0
 
 
-Mixer = Attention | MLP
+@dataclass(frozen=True)
+class Experts:
+    """A megalora.models.spec.Experts on one rank.
+
+    router       whole on every rank; wide: in float32
+    up, down     of one expert, of which the rank holds `held`
+    count, top   experts in all, and how many a token chooses
+    shared, gate the MLP of all tokens and the linear that gates it
+    """
+
+    router: Group
+    up: Group
+    down: Group
+    held: int
+    count: int
+    top: int
+    wide: bool
+    shared: MLP | None
+    gate: Group | None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(group for _, group in self.counted)
+
+    @property
+    def counted(self) -> tuple[tuple[int, Group], ...]:
+        """Every group, and how many of it the rank holds."""
+        shared = () if self.shared is None else self.shared.groups
+        gate = () if self.gate is None else (self.gate,)
+        alone = tuple((1, group) for group in (self.router, *shared, *gate))
+        return ((self.held, self.up), (self.held, self.down), *alone)
+
+    @property
+    def trains(self) -> bool:
+        return any(group.trains for group in self.groups)
+
+    @property
+    def norms(self) -> int:
+        return 0
+
+    def rows(self, tokens: int, busy: float = 1.0) -> int:
+        """Return how many pairs of `tokens` tokens fall to the rank, `busy` times its even share."""
+        return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count * busy))
+
+
+Mixer = Attention | MLP | Experts
+
+
+def counted(mixer: Mixer) -> tuple[tuple[int, Group], ...]:
+    """Return the groups of a mixer, and how many of each the rank holds."""
+    return mixer.counted if isinstance(mixer, Experts) else tuple((1, group) for group in mixer.groups)
 
 
 @dataclass(frozen=True)
@@ -189,18 +239,28 @@ class Layer:
         return tuple(group for mixer in self.mixers for group in mixer.groups)
 
     @property
+    def counted(self) -> tuple[tuple[int, Group], ...]:
+        """Every group, and how many of it the rank holds."""
+        return tuple(pair for mixer in self.mixers for pair in counted(mixer))
+
+    @property
     def frozen(self) -> int:
         """Elements of all that is frozen: linears and norms."""
         norms = sum(branch.elements for step in self.steps for branch in step.branches)
-        return sum(group.frozen for group in self.groups) + norms
+        return sum(times * group.frozen for times, group in self.counted) + norms
 
     @property
     def trained(self) -> int:
-        return sum(group.trained for group in self.groups)
+        return sum(times * group.trained for times, group in self.counted)
 
     @property
     def copies(self) -> int:
-        return sum(group.copies for group in self.groups)
+        return sum(times * group.copies for times, group in self.counted)
+
+    @property
+    def rooms(self) -> int:
+        """Elements of the columns that carry the branches."""
+        return sum(times * group.room * group.output for times, group in self.counted)
 
     @property
     def trains(self) -> bool:
@@ -299,6 +359,30 @@ class _Rank:
     def _mixer(self, index: int, mixer: spec.Mixer) -> Mixer:
         if isinstance(mixer, spec.Attention):
             return self._attention(index, mixer)
+        return self._experts(index, mixer) if isinstance(mixer, spec.Experts) else self._mlp(index, mixer)
+
+    def _experts(self, index: int, mixer: spec.Experts) -> Experts:
+        """Of experts whose adapters differ in rank (rank_pattern) the largest counts."""
+        size = self._config.hidden_size
+
+        def group(linears: Sequence[spec.Linear], inputs: int) -> Group:
+            return self._group(index, inputs, [(linear, linear.out_features) for linear in linears], row_parallel=False)
+
+        mlps = [mixer.at(i).linears for i in range(mixer.count)]
+        ups, downs = [group(mlp[:2], size) for mlp in mlps], [group(mlp[2:], mixer.expert.inner) for mlp in mlps]
+        return Experts(
+            group([mixer.router.linear], size),
+            max(ups, key=lambda one: one.rank),
+            max(downs, key=lambda one: one.rank),
+            -(-mixer.count // len(self._ranks)),
+            mixer.count,
+            mixer.router.top,
+            mixer.router.wide,
+            None if mixer.shared is None else self._mlp(index, mixer.shared),
+            None if mixer.shared_gate is None else group([mixer.shared_gate], size),
+        )
+
+    def _mlp(self, index: int, mixer: spec.MLP) -> MLP:
         inner = self._inner(mixer.inner)
         ups = [("gate", mixer.gate, inner)] if mixer.gate is not None else []
         return MLP(

@@ -40,7 +40,7 @@ def without(raw: dict, *names: str) -> dict:
 
 
 def test_the_families():
-    assert set(known_families()) == {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox"}
+    assert {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox"} <= set(known_families())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])

@@ -10,14 +10,16 @@ import torch
 
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
+from megalora.models.blocks.experts import ExpertsBlock
 from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
+from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
 
-BLOCKS = {spec.Attention: AttentionBlock, spec.MLP: MLPBlock}
+BLOCKS = {spec.Attention: AttentionBlock, spec.MLP: MLPBlock, spec.Experts: ExpertsBlock}
 Stream = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -29,11 +31,11 @@ class Layer:
         self.steps = [kinds[type(step)](step, at) for step in layer]
 
     @property
-    def blocks(self) -> list[AttentionBlock | MLPBlock]:
+    def blocks(self) -> list[AttentionBlock | MLPBlock | ExpertsBlock]:
         return [block for step in self.steps for block in step.blocks]
 
     @property
-    def groups(self) -> list[LinearGroup]:
+    def groups(self) -> list[LinearGroup | ExpertGroup]:
         """Its linears, in groups that read one input, in order of computation."""
         return [group for block in self.blocks for group in block.groups]
 

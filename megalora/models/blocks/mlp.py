@@ -16,16 +16,22 @@ INNER_STEP = 8  # in which the inner features are cut: rows of eights are what k
 
 
 class MLPBlock:
-    """reduces: of down, as LinearGroup takes it."""
+    """reduces: of down, as LinearGroup takes it.
 
-    def __init__(self, mlp: spec.MLP, at: LayerPlace, reduces: bool = True):
+    gathered  the input has all tokens, and its gradient is a term of a sum over tp (see LinearGroup)
+    site      name of down's input
+    """
+
+    def __init__(
+        self, mlp: spec.MLP, at: LayerPlace, reduces: bool = True, *, gathered: bool = False, site: str = "down"
+    ):
         part = even_part(mlp.inner, at.place.tp, INNER_STEP)
         outputs = [("gate", mlp.gate, part)] if mlp.gate is not None else []
         ups = at.columns([*outputs, ("up", mlp.up, part)])
         down = at.row(mlp.down, part)
         gated = mlp.gate is not None and mlp.act == "silu"  # by the ops of SwiGLU
-        self.up = LinearGroup(ups, at.site("up"), at.place)
-        self.down = LinearGroup((down,), at.site("down"), at.place, gated=gated, reduces=reduces)
+        self.up = LinearGroup(ups, at.site("up"), at.place, reduces=not gathered)
+        self.down = LinearGroup((down,), at.site(site), at.place, gated=gated, reduces=reduces)
         self._pair = GatedPair(self.up, self.down) if gated else None
         self._act = ACTIVATIONS[mlp.act]
         self._gates = mlp.gate is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,6 +11,7 @@ from megalora.adapters.config import ResolvedLora
 from megalora.models import spec
 from megalora.models.blocks.norm import NORMS, Norm, NormAcrossHeads, NormOfEachHead
 from megalora.models.names import hang
+from megalora.parallel.experts import ExpertLinear, ReplicatedLinear
 from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Cut, Part, joined_cut
@@ -34,8 +36,11 @@ class LayerPlace:
     recompute_attention: bool = False
 
     def site(self, name: str) -> int:
-        """Return the dropout site of the layer's input `name`, one of SITES."""
-        return len(SITES) * self.index + SITES.index(name)
+        """Return the dropout site of the layer's input `name`: by SITES, or by a hash of the full name."""
+        if name in SITES:
+            return len(SITES) * self.index + SITES.index(name)
+        digest = hashlib.sha256(self.stack.of_layer(self.index, name).encode()).digest()
+        return int.from_bytes(digest[:4], "little") | 1 << 31  # apart from the numbers of SITES
 
     def column(self, linear: spec.Linear, cut: Cut | Part) -> ColumnParallelLinear:
         """Build a column-parallel linear of this rank's out_features `cut`."""
@@ -44,6 +49,28 @@ class LayerPlace:
     def row(self, linear: spec.Linear, part: Part) -> RowParallelLinear:
         """Build a row-parallel linear of this rank's in_features `part`."""
         return self._linear(RowParallelLinear, linear, part)
+
+    def expert(self, linear: spec.Linear) -> ExpertLinear:
+        """Build a linear of an expert that this rank holds."""
+        return self._whole(ExpertLinear, linear)
+
+    def replicated(self, linear: spec.Linear) -> ReplicatedLinear:
+        """Build a linear that every rank holds whole, and whose gradients are terms of a sum over tp."""
+        return self._whole(ReplicatedLinear, linear)
+
+    def parameter(self, name: str, parameter: nn.Parameter) -> None:
+        """Register a parameter of the layer that is neither linear nor norm, beside the module that has its stem."""
+        *path, last = self.stack.of_layer(self.index, name).split(".")
+        self.root.get_submodule(".".join(path)).register_parameter(last, parameter)
+
+    def _whole(self, kind: type, linear: spec.Linear):
+        name = self.stack.of_layer(self.index, linear.name)
+        module = kind(
+            name, linear.in_features, linear.out_features, bias=linear.bias, adapter=self.lora.adapter(name),
+            trains_bias=self.lora.trains_bias(name), place=self.place, transposed=linear.transposed,
+        )  # fmt: skip
+        hang(self.root, name, module)
+        return module
 
     def columns(self, outputs: list[tuple[str, spec.Projection, Part]]) -> tuple[ColumnParallelLinear, ...]:
         """Build the linears of several outputs: (name, what makes it, this rank's units of it) each.

@@ -1,0 +1,132 @@
+"""Experts: a router, whole experts on each tp rank, and the MLP that all tokens go through, in one sum over tp.
+
+The tokens are gathered as for a dense MLP, every rank routes all of them and computes its own experts, and one
+reduction sums them: the messages of a dense MLP. The router is whole on every rank.
+
+Legend: T tokens on this rank, F tokens of the microbatch, E experts in all, k choices of each token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from megalora.errors import UserError
+from megalora.models import spec
+from megalora.models.blocks.mlp import MLPBlock
+from megalora.models.blocks.place import LayerPlace
+from megalora.models.inputs import Inputs
+from megalora.parallel.experts import ExpertGroup, share_storage
+from megalora.parallel.experts_grad import ExpertPair, apply_experts, gather_tokens
+from megalora.parallel.formats import BaseFormat
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.group_grad import apply_group, reduce_terms
+from megalora.parallel.split import shard_range
+
+
+class ExpertsBlock:
+    """reduces: of the sum, as LinearGroup takes it."""
+
+    room = 0  # columns that are wanted behind the input: the gathered tokens are read by several groups
+
+    def __init__(self, experts: spec.Experts, at: LayerPlace, reduces: bool = True):
+        self.place, self.reduces = at.place, reduces
+        if at.place.base.name != "dense":
+            raise UserError(
+                f"base_format = {at.place.base.name}: the weights of experts cannot be quantised yet: use "
+                f"--base_format dense"
+            )
+        self.router = RouterBlock(experts, at)
+        first, stop = shard_range(experts.count, at.place.tp.rank, at.place.tp.size)
+        mlps = [experts.at(index) for index in range(first, stop)]
+        linears = [[at.expert(linear) for linear in mlp.linears] for mlp in mlps]
+        share_storage([linear for own in linears for linear in own])
+        up = ExpertGroup([own[:2] for own in linears], at.site("up"), at.place)
+        down = ExpertGroup([own[2:] for own in linears], at.site("experts.down"), at.place)
+        self.experts = ExpertPair(up, down, first)
+        self.shared = None
+        if experts.shared is not None:
+            self.shared = MLPBlock(experts.shared, at, reduces=False, gathered=True, site="shared.down")
+        self.gate = None
+        if experts.shared_gate is not None:
+            gate = at.replicated(experts.shared_gate)
+            self.gate = LinearGroup((gate,), at.site("up"), at.place, reduces=False)
+
+    @property
+    def groups(self) -> tuple[LinearGroup | ExpertGroup, ...]:
+        shared = () if self.shared is None else self.shared.groups
+        gate = () if self.gate is None else (self.gate,)
+        return (self.router.group, self.experts.up, self.experts.down, *shared, *gate)
+
+    @property
+    def output(self) -> LinearGroup:
+        raise NotImplementedError("experts beside another branch of a parallel residual: no family has that")
+
+    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """X [T, hidden_size] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        x = gather_tokens(X, self.place)
+        weights, chosen = self.router(x, inputs)
+        terms = apply_experts(self.experts, x, weights, chosen, inputs.tokens)
+        biases = []
+        if self.shared is not None:
+            shared = self.shared(x, inputs)
+            if self.gate is not None:
+                shared = shared * torch.sigmoid(apply_group(self.gate, x, inputs.tokens))
+            terms = terms + shared
+            biases = [self.shared.output.bias]
+        return reduce_terms(terms, self.place, biases) if self.reduces and self.place.tp.size > 1 else terms
+
+
+class RouterBlock:
+    """Weights and experts of each token, the same on every tp rank: all compute the same of the same tokens.
+
+    load  [E] int64, how often each expert was chosen in training since it was last read
+    """
+
+    def __init__(self, experts: spec.Experts, at: LayerPlace):
+        self.spec, self.count = experts.router, experts.count
+        self.name = at.stack.of_layer(at.index, self.spec.linear.name)
+        self.wide = torch.promote_types(at.place.dtype, torch.float32)
+        self.dtype = self.wide if self.spec.wide else at.place.dtype
+        at = replace(at, place=replace(at.place, dtype=self.dtype, base=BaseFormat()))  # never quantised
+        self.group = LinearGroup((at.replicated(self.spec.linear),), at.site("up"), at.place, reduces=False)
+        self.correction: nn.Parameter | None = None
+        if self.spec.correction is not None:
+            values = torch.empty(self.count, dtype=self.wide, device=at.place.device)
+            self.correction = nn.Parameter(values, requires_grad=False)
+            at.parameter(self.spec.correction, self.correction)
+        self.load = torch.zeros(self.count, dtype=torch.int64, device=at.place.device)
+
+    def __call__(self, x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [F, hidden_size] -> (weights [F, k] of float32 or float64, chosen [F, k] int64)."""
+        router = self.spec
+        logits = apply_group(self.group, x.to(self.dtype), inputs.tokens).to(self.wide)
+        scores = torch.softmax(logits, -1) if router.score == "softmax" else torch.sigmoid(logits)
+        chosen = self._chosen(scores.detach(), inputs)
+        weights = scores.gather(1, chosen)
+        if router.renormalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * router.scale, chosen
+
+    def _chosen(self, scores: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        if inputs.chosen is not None and self.name in inputs.chosen:
+            return inputs.chosen[self.name]
+        chosen = choose(scores if self.correction is None else scores + self.correction, self.spec)
+        if inputs.chosen is not None:
+            inputs.chosen[self.name] = chosen
+        if inputs.tokens.seed is not None:
+            self.load.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
+        return chosen
+
+
+def choose(scores: torch.Tensor, router: spec.Router) -> torch.Tensor:
+    """Return the experts [F, k] of each token by scores [F, E], best first, ties to the lower index."""
+    if router.groups > 1:
+        grouped = scores.unflatten(1, (router.groups, -1))
+        worth = grouped.topk(router.group_top, -1).values.sum(-1)
+        kept = worth.sort(dim=-1, descending=True, stable=True).indices[:, : router.kept_groups]
+        allowed = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, kept, True)
+        scores = grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, : router.top]

@@ -1,0 +1,33 @@
+"""How the experts of a token are chosen, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalora.models.linears import Linear
+
+
+@dataclass(frozen=True)
+class Router:
+    """Chooses `top` experts for each token, and the weights of their results. Ties go to the lower index.
+
+    linear       logits, one an expert
+    score        "softmax" over all experts, or "sigmoid"
+    renormalise  the chosen scores are divided by their sum
+    scale        what the weights are multiplied by
+    wide         logits are computed in float32, else in the compute dtype (scores always in float32)
+    correction   name of a bias that is added to the scores for the choice alone
+    groups       experts are chosen from the best `kept_groups` of so many groups; a group is as good as the sum of its
+                 best `group_top` scores
+    """
+
+    linear: Linear
+    top: int
+    score: str = "softmax"
+    renormalise: bool = False
+    scale: float = 1.0
+    wide: bool = False
+    correction: str | None = None
+    groups: int = 1
+    kept_groups: int = 1
+    group_top: int = 1

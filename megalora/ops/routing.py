@@ -1,0 +1,78 @@
+"""Tokens to the experts that they chose, and back: every token is taken, in a stable order, and none is dropped.
+
+A pair is one choice of one token: pair t * k + j is the j-th choice of token t. The pairs of the experts of this rank
+are sorted by expert, those of one expert by token; a row of what the experts read and write is one pair.
+
+Legend: F tokens, k choices of each, E experts of this rank, M rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megalora.ops.grouped import Bounds, runs_grouped
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where the rows of this rank's experts come from.
+
+    pair    [M] int64, the pair of each row
+    expert  [M] int64, its expert, counted from the first of this rank
+    bounds  the end of each expert's rows (see megalora.ops.grouped)
+    places  [F, k] int64, the row of each pair, and whether it is one of this rank's, bool; None where M is just those
+    """
+
+    pair: torch.Tensor
+    expert: torch.Tensor
+    bounds: Bounds
+    tokens: int
+    choices: int
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def token(self) -> torch.Tensor:
+        """[M] int64, the token of each row."""
+        return self.pair // self.choices
+
+
+def route(chosen: torch.Tensor, first: int, stop: int, dtype: torch.dtype) -> Routes:
+    """Return the Routes to experts [first, stop) of `chosen` [F, k] int64, experts whose rows are of `dtype`.
+
+    On a GPU all F * k pairs are rows, those of other ranks' experts behind the last bound: how many there are stays on
+    the device.
+    """
+    tokens, choices = chosen.shape
+    flat, count = chosen.flatten() - first, stop - first
+    local = torch.where((flat >= 0) & (flat < count), flat, count)
+    expert, pair = local.sort(stable=True)
+    bounds = torch.searchsorted(expert, torch.arange(count, device=chosen.device), right=True)
+    if runs_grouped(chosen.device, dtype):
+        place = torch.empty_like(pair)
+        place[pair] = torch.arange(pair.shape[0], device=pair.device)
+        places = place.view_as(chosen), (local < count).view_as(chosen)
+        return Routes(pair, expert, bounds.int(), tokens, choices, places)
+    ends = tuple(bounds.tolist())
+    rows = ends[-1]
+    return Routes(pair[:rows], expert[:rows], ends, tokens, choices)
+
+
+def combine(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """Return the sum [F, N] over each token's rows [M, N]. Not for autograd."""
+    if routes.places is None:
+        out = rows.new_zeros(routes.tokens, rows.shape[1])
+        return out.index_add_(0, routes.token, rows)
+    places, own = routes.places
+    return rows[places].masked_fill_(~own[..., None], 0.0).sum(1)
+
+
+def by_pair(values: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """Return values [M], one a row, as [F, k]: 0 for pairs of other ranks. Not for autograd."""
+    if routes.places is None:
+        out = values.new_zeros(routes.tokens * routes.choices)
+        out[routes.pair] = values
+        return out.view(routes.tokens, routes.choices)
+    places, own = routes.places
+    return torch.where(own, values[places], 0.0)

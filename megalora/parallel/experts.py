@@ -1,0 +1,288 @@
+"""The linears of a layer's experts: whole experts on each tensor-parallel rank, all of one kind in one stacked matrix.
+
+gate and up of all of a rank's experts are one group, down is another: P [E, O, I + C] = [W_e | s B_e], one grouped
+product for all tokens (megalora.ops.grouped). The parameters stay those of each expert, by its names in the file.
+`megalora.parallel.experts_grad` applies the groups.
+
+Legend: M rows (pairs of token and expert), E experts of this rank, I in_features, O out_features of the group, R rank
+of its branches together, C columns of room for z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from megalora.adapters.lora import Adapter
+from megalora.ops import limits
+from megalora.ops.dropout import Dropout, dropout
+from megalora.ops.grouped import Bounds, grouped, grouped_nt, grouped_outer
+from megalora.ops.lora_linear import room_for
+from megalora.ops.scaled_copy import scaled_copy_
+from megalora.parallel.base import DenseView
+from megalora.parallel.linear import ParallelLinear
+from megalora.parallel.placement import Placement
+from megalora.parallel.split import Split, whole_split
+
+
+class ExpertLinear(ParallelLinear):
+    """A linear of one expert, whole on the one rank that has the expert: other ranks do not know it."""
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        adapter: Adapter | None,
+        trains_bias: bool,
+        place: Placement,
+        transposed: bool = False,
+    ):
+        r = 0 if adapter is None else adapter.r
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        super().__init__(
+            name,
+            _whole(shape),
+            _whole((out_features,)) if bias else None,
+            (_whole((r, in_features)), _whole((out_features, r))),
+            adapter,
+            trains_bias,
+            transposed,
+            place,
+        )
+
+
+def _whole(shape: tuple[int, ...]) -> Split:
+    return Split.range(shape, 0, 0, shape[0])
+
+
+class ReplicatedLinear(ParallelLinear):
+    """A linear that every tp rank holds whole and computes for all tokens, of which each uses its own experts' part: so
+    every gradient is one term of a sum over tp."""
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        adapter: Adapter | None,
+        trains_bias: bool,
+        place: Placement,
+        transposed: bool = False,
+    ):
+        r, tp = 0 if adapter is None else adapter.r, place.tp
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        super().__init__(
+            name,
+            whole_split(shape, tp),
+            whole_split((out_features,), tp, partial_grad=True) if bias else None,
+            (
+                whole_split((r, in_features), tp, partial_grad=True),
+                whole_split((out_features, r), tp, partial_grad=True),
+            ),
+            adapter,
+            trains_bias,
+            transposed,
+            place,
+        )
+
+
+def share_storage(linears: Sequence[ParallelLinear]) -> None:
+    """Move the factors of `linears` into one tensor, in order: then one operation can read those of all experts."""
+    parameters = [p for linear in linears for p in linear.trainables().values()]
+    if not parameters:
+        return
+    flat = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+
+
+def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return `tensors` of one shape as one view [n, ...] of the memory they lie in; None where they lie unevenly."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first[None]
+    step, rest = divmod(tensors[1].data_ptr() - first.data_ptr(), first.itemsize)
+    even = (
+        step > 0
+        and rest == 0
+        and all(
+            tensor.shape == first.shape
+            and tensor.is_contiguous()
+            and tensor.data_ptr() == first.data_ptr() + i * step * first.itemsize
+            and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            for i, tensor in enumerate(tensors)
+        )
+    )
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if even else None
+
+
+class ExpertGroup:
+    """Linears of all of a rank's experts that read one input: [gate, up] or [down] of each. Owns their matrix.
+
+    experts  of each expert its linears, alike in shape; ranks of adapters may differ (then padded with zeros)
+    site     number of the input, as of a LinearGroup
+    """
+
+    def __init__(self, experts: Sequence[Sequence[ParallelLinear]], site: int, place: Placement):
+        self.experts, self.site, self.place = [tuple(linears) for linears in experts], site, place
+        first = self.experts[0]
+        self.in_features, self.sizes = first[0].local_columns, [linear.local_rows for linear in first]
+        self.parts = list(zip(*self.experts, strict=True))  # of each kind of linear, those of all experts
+        device_type = torch.device(place.device).type
+        self.ranks = [padded_rank(max(linear.rank for linear in part), device_type) for part in self.parts]
+        self.rank = sum(self.ranks)
+        self.room = room_for(self.rank, device_type)
+        adapters = [linear.adapter for linear in self.linears if linear.adapter is not None]
+        self.dropout = max((adapter.dropout for adapter in adapters), default=0.0)
+        count, self.output = len(self.experts), sum(self.sizes)
+        self.matrix = torch.empty(
+            count, self.output, self.in_features + self.room, dtype=place.dtype, device=place.device
+        )
+        self.down: torch.Tensor | None = None  # A of all branches [E, R, I] in the compute dtype
+        self.bias: torch.Tensor | None = None  # [E, O] in the compute dtype
+        self._ready = False
+        self.rows = _ranges(self.sizes)
+        self.branches = _ranges(self.ranks)
+        for matrix, linears in zip(self.matrix, self.experts, strict=True):
+            view = DenseView(matrix, self.in_features)
+            for linear, rows in zip(linears, self.rows, strict=True):
+                linear.take_rows(view, rows)
+
+    @property
+    def linears(self) -> list[ParallelLinear]:
+        return [linear for linears in self.experts for linear in linears]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Put s B_e beside W_e, and A in the compute dtype aside: as `LinearGroup.refresh`."""
+        if not self._ready:
+            self.matrix[:, :, self.in_features :].zero_()
+            if self.rank:
+                shape = len(self.experts), self.rank, self.in_features
+                self.down = torch.zeros(shape, dtype=self.place.dtype, device=self.place.device)
+            self._ready = True
+        if self.down is not None:
+            self.down = torch.zeros_like(self.down)  # a new tensor: the old one may still be in use
+        for part, rows, columns in zip(self.parts, self.rows, self.branches, strict=True):
+            if self.down is not None:
+                _put(self.down[:, columns], [(linear, "lora_A") for linear in part], scaled=False)
+            _put(self._tail(rows, columns), [(linear, "lora_B") for linear in part], scaled=True)
+        biased = [[linear.bias for linear in linears] for linears in self.experts]
+        if biased[0][0] is not None:
+            self.bias = torch.stack([torch.cat([b.detach() for b in row]).to(self.place.dtype) for row in biased])
+
+    def _tail(self, rows: slice, columns: slice) -> torch.Tensor:
+        start = self.in_features
+        return self.matrix[:, rows, start + columns.start : start + columns.stop]
+
+    def keep_base(self) -> None:
+        """Nothing of the base changes: biases of experts are not trained."""
+
+    @torch.no_grad()
+    def switch(self, adapted: bool) -> None:
+        """Put the branches in force, or the base alone, in place. After `refresh`."""
+        for part, rows, columns in zip(self.parts, self.rows, self.branches, strict=True):
+            tail = self._tail(rows, columns)
+            _put(tail, [(linear, "lora_B") for linear in part], scaled=True) if adapted else tail.zero_()
+
+    def scaling(self, part: int) -> float | torch.Tensor:
+        """Return s of the linears of a part: one number, or [E, 1, 1] where they differ."""
+        scales = [0.0 if linear.adapter is None else linear.adapter.scaling for linear in self.parts[part]]
+        if len(set(scales)) == 1:
+            return scales[0]
+        return torch.tensor(scales, dtype=self.place.master_dtype, device=self.place.device)[:, None, None]
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The factors of all experts that want a gradient."""
+        return [p for linear in self.linears for p in linear.trainables().values() if p.requires_grad]
+
+    def draw(self, tokens: Any) -> Dropout | None:
+        """Return the dropout of the group's input."""
+        return tokens.draw(self.dropout, self.site)
+
+    def project(self, X: torch.Tensor, bounds: Bounds, index: torch.Tensor, draw: Dropout | None) -> None:
+        """Write z = dropout(x) A_e^T behind x, in place: X [M, I + C], index [M] int64."""
+        if self.down is None:
+            return
+        x, z = X[:, : self.in_features], X[:, self.in_features :]
+        dropped = x if draw is None else dropout(x, index, draw)
+        z[:, : self.rank] = grouped_nt(dropped, self.down, bounds)
+        z[:, self.rank :].zero_()
+
+    def multiply(self, X: torch.Tensor, bounds: Bounds, expert: torch.Tensor) -> torch.Tensor:
+        """Return X P_e^T + b_e [M, O] for X [M, I + C]; expert [M] int64."""
+        assert self._ready, "refresh() comes before the first use"
+        y = grouped_nt(X, self.matrix, bounds)
+        if self.bias is None:
+            return y
+        return y.add_(self.bias[expert.clamp(max=len(self.experts) - 1)])
+
+    def multiply_transposed(self, dy: torch.Tensor, bounds: Bounds, branch_only: bool) -> torch.Tensor:
+        """Return dy P_e [M, I + C], or its last C columns alone."""
+        return grouped(dy, self.matrix[:, :, self.in_features :] if branch_only else self.matrix, bounds)
+
+    def add_up_grads(self, dy: torch.Tensor, z: torch.Tensor, bounds: Bounds) -> None:
+        """Add s dy_e^T z_e to the gradient of each B_e: dy [M, O], z [M, R]."""
+        for i, (part, rows, columns) in enumerate(zip(self.parts, self.rows, self.branches, strict=True)):
+            if self.ranks[i]:
+                dB = grouped_outer(dy[:, rows], z[:, columns], bounds)
+                _add([(linear, "lora_B") for linear in part], dB.to(self.place.master_dtype).mul_(self.scaling(i)))
+
+    def add_down_grads(self, dz: torch.Tensor, x_dropped: torch.Tensor, bounds: Bounds) -> None:
+        """Add dz_e^T x_e to the gradient of each A_e: dz [M, R], x_dropped [M, I]."""
+        dA = grouped_outer(dz, x_dropped, bounds)
+        for part, columns in zip(self.parts, self.branches, strict=True):
+            if columns.stop > columns.start:
+                _add([(linear, "lora_A") for linear in part], dA[:, columns])
+
+
+def padded_rank(rank: int, device_type: str) -> int:
+    """Return the columns that a branch of `rank` takes: grouped GEMMs of a GPU want rows on 16 bytes."""
+    return -(-rank // limits.OCTET) * limits.OCTET if device_type == "cuda" else rank
+
+
+def _ranges(sizes: Sequence[int]) -> list[slice]:
+    stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [slice(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+
+Factor = tuple[ParallelLinear, str]  # a linear and which factor of it, "lora_A" or "lora_B"
+
+
+def _weights(factors: Sequence[Factor]) -> list[nn.Parameter | None]:
+    return [None if linear.adapter is None else getattr(linear, name).weight for linear, name in factors]
+
+
+def _put(places: torch.Tensor, factors: Sequence[Factor], *, scaled: bool) -> None:
+    """Copy the factor of each expert, times s where `scaled`, to its place [E, ...]; a smaller rank leaves zeros."""
+    weights = _weights(factors)
+    scales = [linear.adapter.scaling if scaled and linear.adapter is not None else 1.0 for linear, _ in factors]
+    whole = None if None in weights else stacked([w.detach() for w in weights])
+    if whole is not None and whole.shape == places.shape and len(set(scales)) == 1:
+        places.copy_(whole if scales[0] == 1.0 else whole * scales[0])
+        return
+    present = [(place, w, s) for place, w, s in zip(places, weights, scales, strict=True) if w is not None]
+    scaled_copy_([(place[: w.shape[0], : w.shape[1]], w.detach(), s) for place, w, s in present])
+
+
+def _add(factors: Sequence[Factor], grads: torch.Tensor) -> None:
+    """Add grads [E, ...] to the gradient of each expert's factor, where it wants one."""
+    pairs = [(w, g) for w, g in zip(_weights(factors), grads, strict=True) if w is not None and w.requires_grad]
+    for weight, _ in pairs:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    whole = stacked([weight.grad for weight, _ in pairs]) if len(pairs) == len(factors) else None
+    if whole is not None and whole.shape == grads.shape:
+        whole.add_(grads)
+        return
+    for weight, grad in pairs:
+        weight.grad.add_(grad[: weight.shape[0], : weight.shape[1]])

@@ -1,0 +1,68 @@
+"""What the router and the experts of one layer compute and keep: see megalora.models.blocks.experts."""
+
+from __future__ import annotations
+
+from megalora.planning.node import NOTHING, Node, Pass, Workload
+from megalora.planning.shapes import Experts, Group
+
+_WIDE, _INDEX = 4, 8  # bytes of a float32 score, of an int64
+
+
+def routed_nodes(mixer: Experts, work: Workload, tokens: int, device_type: str, flowing: bool) -> list[Node]:
+    """Return the nodes of the router and of the rank's experts; flowing: their input requires a gradient.
+
+    tokens  F, all of the microbatch; the rank's experts take their even share of the pairs, times `work.busy`. On a GPU
+            every pair has a row, whatever the rank
+    """
+    rows = mixer.rows(tokens, work.busy)
+    held = tokens * mixer.top if device_type == "cuda" else rows
+    return [_router(mixer, work, tokens, flowing), _pair(mixer, work, tokens, rows, held, flowing)]
+
+
+def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
+    """Scores, weights and choices are kept, the input once more where it is read in float32 for an adapter."""
+    group, wide = mixer.router, max(_WIDE, work.element)
+    e = wide if mixer.wide else work.element
+    scores, chosen = tokens * mixer.count * wide, tokens * mixer.top
+    copied = tokens * group.inputs * e if mixer.wide and group.rank else 0
+    kept = copied + (tokens * group.room * e if group.rank else 0) + scores + chosen * (_INDEX + 2 * wide)
+    product = 2 * tokens * (group.inputs + group.room) * group.output
+    forward = Pass(live=3 * scores, flops=product, traffic=tokens * group.inputs * e + 8 * scores, calls=12)
+    backward = Pass(
+        live=2 * scores + tokens * group.inputs * e, flops=product, traffic=2 * tokens * group.inputs * e, calls=8
+    )
+    return Node("router", kept, forward, backward) if flowing or group.trains else Node("router", 0, forward)
+
+
+def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flowing: bool) -> Node:
+    """x, gate_up, both z and where each row comes from are kept; the rest is made again."""
+    up, down, e = mixer.up, mixer.down, work.element
+    trains = up.trains or down.trains
+    x, inner = held * up.inputs * e, held * down.inputs * e
+    kept = tokens * up.inputs * e + held * (up.output + up.room + down.room) * e + 2 * _INDEX * held
+    kept += 0 if held == rows else tokens * mixer.top * (_INDEX + 1)
+    out = tokens * up.inputs * e
+
+    def product(group: Group) -> float:
+        return 2 * rows * (group.inputs + group.room) * group.output
+
+    def branch(group: Group) -> float:
+        return 2 * rows * group.rank * group.inputs
+
+    flops = product(up) + product(down) + branch(up) + branch(down)
+    forward = Pass(
+        live=max(x + held * up.room * e + held * up.output * e, 2 * inner + x) + out,
+        flops=flops,
+        traffic=4 * x + 6 * inner,
+        calls=20,
+    )
+    if not (flowing or trains):
+        return Node("experts", 0, forward)
+    grads = 2 * rows * (up.rank * (up.inputs + up.output / 2) + down.rank * (down.inputs + down.output))
+    backward = Pass(
+        live=out + 2 * x + 4 * inner + mixer.held * (up.trained + down.trained) * (e + _WIDE),
+        flops=flops + grads,
+        traffic=6 * x + 12 * inner,
+        calls=40,
+    )
+    return Node("experts", kept, forward, backward if flowing or trains else NOTHING)

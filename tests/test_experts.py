@@ -1,0 +1,240 @@
+"""Models of experts: the same numbers on every layout, and those of transformers.
+
+transformers keeps a layer's experts in two stacked weights, and peft adapts those as a whole, so the other side here
+is the merged model: with W + s B A for W, dA = s B^T dW and dB = s dW A^T.
+"""
+
+from __future__ import annotations
+
+import re
+
+import oracle
+import pytest
+import torch
+import transformers
+from oracle import ALL_LINEAR, EXPERTS, Run, fields_of, largest_difference, reference, train, train_each
+from spawn import spawn
+from test_field_parity import documents
+
+from megalora.adapters.config import LoraConfig
+from megalora.batch import Batch
+from megalora.building import resolve_lora
+from megalora.errors import UserError
+from megalora.models.blocks.experts import choose
+from megalora.models.config import check_layout, config_from_dict
+from megalora.models.inputs import training_inputs
+from megalora.models.linears import Linear
+from megalora.models.routers import Router
+from megalora.models.stage import Stage
+from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
+
+TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def layouts(family: str) -> list[Run]:
+    """Of four processes."""
+    return [
+        Run(family, tp=4, micro_batch_rows=2),
+        Run(family, tp=2, pp=2, sequence_parallel=True, recompute="full"),
+        Run(family, tp=2, sequence_parallel=True, exchange=True, micro_batch_rows=2),
+    ]
+
+
+def all_on_the_first(rank: int, world_size: int, run: Run):
+    """A run whose routers see no difference: every token goes to the experts of the lowest numbers."""
+    fill = oracle.fill
+
+    def tied(stage: Stage) -> None:
+        fill(stage)
+        for name, parameter in stage.named_parameters():
+            if re.search(r"\.gate\.weight$", name):
+                parameter.data.zero_()
+
+    oracle.fill = tied
+    try:
+        return train(rank, world_size, run)
+    finally:
+        oracle.fill = fill
+
+
+def each(rank: int, world_size: int, runs: list[Run], tied: Run):
+    return train_each(rank, world_size, runs), all_on_the_first(rank, world_size, tied)
+
+
+def test_every_layout_gives_the_numbers_of_one_process():
+    runs = [run for family in EXPERTS for run in layouts(family)]
+    tied = Run("qwen3_moe", tp=4, sequence_parallel=True, lora=ALL_LINEAR | {"target_modules": TARGETS})
+    ranks = spawn(each, 4, runs, tied)
+    for i, run in enumerate(runs):
+        assert largest_difference(reference(run), [outcomes[i] for outcomes, _ in ranks]) <= 1e-12, run
+    alone = all_on_the_first(0, 1, tied.on(tp=1, sequence_parallel=False))
+    assert largest_difference(alone, [outcome for _, outcome in ranks]) <= 1e-12
+    idle = [name for name, (_, gradient) in alone.gradients.items() if not gradient.any()]
+    assert {name.split(".")[5] for name in idle} == {"2", "3", "4", "5"}, "top 2 of 6, all equal: experts 0 and 1"
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_recompute_changes_nothing(family):
+    run = Run(family, recompute="full")
+    assert largest_difference(reference(run), [train(0, 1, run)]) <= 1e-12
+
+
+def test_ranks_and_scales_of_single_experts():
+    lora = ALL_LINEAR | {
+        "use_rslora": True,
+        "rank_pattern": {r"experts\.[12]\.gate_proj": 5, r"experts\.3\.down_proj": 1},
+        "alpha_pattern": {r"experts\.0\.up_proj": 11},
+    }
+    run = Run("qwen3_moe", lora=lora)
+    assert reference(run).adapters["model.layers.0.mlp.experts.3.down_proj.lora_A.weight"][1].shape == (1, 24)
+
+
+# ---- transformers
+
+
+def plain_names(model) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
+    """Our name of each weight -> where it lies in transformers' module, and the parameter that holds it."""
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        name = name.replace("mlp.gate.", "block_sparse_moe.gate.") if model.config.model_type == "mixtral" else name
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            for e, weight in enumerate(parameter):
+                for half, part in zip(weight.chunk(2), NAMES[model.config.model_type][:2], strict=True):
+                    found[f"{stem_of(stem, model)}{e}.{part}.weight"] = half, parameter
+        elif name.endswith("experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            for e, weight in enumerate(parameter):
+                found[f"{stem_of(stem, model)}{e}.{NAMES[model.config.model_type][2]}.weight"] = weight, parameter
+        else:
+            found[name] = parameter, parameter
+    return found
+
+
+NAMES = {kind: ("gate_proj", "up_proj", "down_proj") for kind in EXPERTS} | {"mixtral": ("w1", "w3", "w2")}
+
+
+def stem_of(stem: str, model) -> str:
+    return stem.replace("mlp.", "block_sparse_moe.") if model.config.model_type == "mixtral" else stem
+
+
+@pytest.fixture
+def precise_norm(monkeypatch):
+    """RMSNorm and the routers' softmax of transformers in the dtype of their input."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for family in EXPERTS:
+        modeling = getattr(getattr(transformers.models, family), f"modeling_{family}")
+        for name in [name for name in vars(modeling) if name.endswith("RMSNorm") and name[0] != "_"]:
+            monkeypatch.setattr(getattr(modeling, name), "forward", forward)
+        for name in [name for name in vars(modeling) if name.lower().endswith("topkrouter")]:
+            router = getattr(modeling, name)
+            monkeypatch.setattr(router, "forward", in_double(router.forward))
+
+
+def in_double(forward):
+    """The router `forward` whose float32 is float64."""
+    softmax, wide = torch.nn.functional.softmax, torch.float64
+
+    def run(self, x):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None: softmax(x.to(wide), dim))
+            patch.setattr(torch.Tensor, "float", lambda self: self.to(wide))
+            patch.setattr(torch.Tensor, "type", lambda self, dtype: self.to(wide))
+            return forward(self, x)
+
+    return run
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
+    lora, dtype = ALL_LINEAR | {"lora_dropout": 0.0}, torch.float64
+    config = config_from_dict(fields_of(family))
+    resolved = resolve_lora(LoraConfig.from_dict(lora), config)
+    stage = Stage(config, range(config.num_hidden_layers), Placement(Axis(), False, dtype, "cpu"), resolved)
+    oracle.fill(stage)
+    stage.refresh_adapters()
+    ours = dict(stage.named_parameters())
+    fields = fields_of(family)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields),
+        attn_implementation="sdpa",
+        experts_implementation="eager",
+    ).to(dtype)
+    places = plain_names(model)
+    assert set(places) == {name for name in config.tensors}
+    with torch.no_grad():
+        for name, (place, _) in places.items():
+            place.copy_(merged(name, ours, resolved))
+    ours_loss, theirs_loss = 0.0, 0.0
+    for row in documents(config.vocab_size):
+        for document in row:
+            ids, labels = (torch.from_numpy(x).long() for x in (document.input_ids, document.labels))
+            count = len(ids)
+            shifted = torch.cat([labels[1:], torch.tensor([-100])])
+            batch = Batch(
+                ids, shifted, torch.arange(count), torch.tensor([0, count], dtype=torch.int32), torch.arange(count)
+            )
+            loss = stage(None, training_inputs(batch, config, stage.place, seed=1, step=0))
+            loss.backward()
+            ours_loss += loss.item()
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
+            loss.backward()
+            theirs_loss += loss.item()
+    assert abs(ours_loss - theirs_loss) <= 1e-10 * abs(theirs_loss)
+    for name, adapter in resolved.adapters.items():
+        place, holder = places[f"{name}.weight"]
+        offset = place.storage_offset() - holder.storage_offset()
+        dW = holder.grad.contiguous().as_strided(place.shape, place.stride(), offset)
+        A, B = (ours[f"{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        for factor, expected in ((A, adapter.scaling * B.T @ dW), (B, adapter.scaling * dW @ A.T)):
+            assert expected.abs().max() > 1e-9, name
+            assert (factor.grad - expected).abs().max() <= 1e-10 * expected.abs().max(), name
+
+
+def merged(name: str, ours: dict, lora) -> torch.Tensor:
+    linear = name.removesuffix(".weight")
+    adapter = lora.adapter(linear)
+    if adapter is None:
+        return ours[name]
+    A, B = (ours[f"{linear}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+    return ours[name] + adapter.scaling * B @ A
+
+
+# ---- the choice
+
+
+def test_ties_go_to_the_lower_index():
+    scores = torch.tensor([[0.2, 0.2, 0.1, 0.2], [0.1, 0.3, 0.3, 0.3]])
+    assert choose(scores, Router(Linear("gate", 8, 4), 2)).tolist() == [[0, 1], [1, 2]]
+
+
+def test_groups_limit_the_choice():
+    scores = torch.tensor([[0.9, 0.1, 0.5, 0.45, 0.3, 0.2]])
+    by_best = Router(Linear("gate", 8, 6), 2, groups=3, kept_groups=1, group_top=1)
+    by_two = Router(Linear("gate", 8, 6), 3, groups=3, kept_groups=2, group_top=2)
+    assert choose(scores, by_best).tolist() == [[0, 1]]
+    assert choose(scores, by_two).tolist() == [[0, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "family, fields, said",
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok (9) is more than the number of experts (5)"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not implemented"),
+        ("qwen3_moe", {"output_router_logits": True}, "output_router_logits = True is not implemented"),
+        ("qwen2_moe", {"num_experts": 0}, "num_experts = 0: must be a whole number from 1"),
+    ],
+)
+def test_bad_configs_are_refused_by_name(family, fields, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        config_from_dict(fields_of(family, **fields))
+
+
+def test_fewer_experts_than_ranks_are_refused():
+    with pytest.raises(UserError, match=re.escape("tensor_parallel_size (8) is more than the number of experts (5)")):
+        check_layout(config_from_dict(fields_of("mixtral")), 8, 1)
