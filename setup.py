@@ -33,6 +33,8 @@ CUDA_FLAGS = [
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 ]
 
+SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client"]
+
 
 def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', (ROOT / "megalora/__init__.py").read_text(), re.MULTILINE)[1]
@@ -99,6 +101,7 @@ setup(
     version=version(),
     description="LoRA fine-tuning with tensor, pipeline and data parallelism, alike on every layout",
     packages=find_packages(include=["megalora", "megalora.*"]),
+    package_data={"megalora.web": ["static/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9",
@@ -115,11 +118,14 @@ setup(
     extras_require={
         "data": ["pyarrow", "zstandard", "datasets>=4"],  # parquet and arrow, .zst, datasets saved to disk
         "demo": ["gguf"],
+        "serve": SERVE,  # also megalora board
         "test": [
             "pytest",
             "pytest-xdist",
             "hypothesis",
             "peft",
+            "openai",
+            *SERVE,
             "ruff",
             "mypy>=2",
             "types-PyYAML",

@@ -1,4 +1,4 @@
-"""`megalora finetune|generate|data|convert|plan|doctor FLAGS`: words of a command line in, exit status out.
+"""`megalora COMMAND FLAGS`: words of a command line in, exit status out.
 
 The scripts in tools/ are this with the command filled in. Neither the flags nor torch are imported before they are
 needed, so that `--help` and errors come at once.
@@ -22,6 +22,7 @@ USER_ERROR, BUG, INTERRUPTED, FAULTS = 2, 1, 130, 4
 
 if TYPE_CHECKING:
     from megalora.flags import ParallelArguments
+    from megalora.flags.web import ServedArguments
 
 _GRACE_SECONDS = 3.0
 
@@ -33,6 +34,7 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
 
   finetune   train an adapter
   generate   reply to prompts, with or without an adapter
+  serve      serve the base and its adapters to OpenAI clients, with a chat page
   data       show rows as a run would see them: what is trained on, counts, lengths
   convert    convert weights and adapters between Hugging Face, PEFT, GGUF and megalora shards
   plan       estimate memory and time of a run, and find its best layout
@@ -128,7 +130,7 @@ def _generate(argv: list[str]) -> int:
     return 0
 
 
-def _starts_processes(parallel: ParallelArguments) -> bool:
+def _starts_processes(parallel: ParallelArguments | ServedArguments) -> bool:
     """Whether this process is to start those of `nproc`, and is none of them."""
     from megalora.cluster.environment import NPROC
 
@@ -139,6 +141,19 @@ def _run_here(processes: int, words: list[str], interactive: bool = False) -> in
     from megalora.cluster.local import run_here
 
     return run_here(processes, words, interactive=interactive)
+
+
+def _serve(argv: list[str]) -> int:
+    if _asks_for_help(argv):
+        return _help("serve")
+    from megalora import commands, flags
+
+    arguments = flags.parse_serve(argv)
+    if _starts_processes(arguments.served):
+        commands.check_serve(arguments, arguments.served.nproc)
+        return _run_here(arguments.served.nproc, ["serve", *argv])
+    commands.serve(arguments)
+    return 0
 
 
 def _data(argv: list[str]) -> int:
@@ -182,6 +197,7 @@ def _doctor(argv: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "finetune": _finetune,
     "generate": _generate,
+    "serve": _serve,
     "data": _data,
     "convert": _convert,
     "plan": _plan,

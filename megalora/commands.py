@@ -12,6 +12,7 @@ from megalora import flags
 from megalora.cluster.environment import NPROC, check_launcher, environment_int
 from megalora.errors import UserError
 from megalora.flags.flag import flags_of
+from megalora.web.server import require_web
 
 if TYPE_CHECKING:
     from megalora.finetune import FinetuneResult
@@ -65,6 +66,29 @@ def replies(arguments: flags.GenerateArguments) -> list[dict[str, Any]]:
             return []
         with file.open(encoding="utf-8") as lines:  # not splitlines: a reply may hold other separators of lines
             return [json.loads(line) for line in lines]
+
+
+def check_serve(arguments: flags.Serving, processes: int) -> None:
+    """Raise UserError for what can be seen wrong before any of `processes` processes is started."""
+    layout = arguments.layout
+    needed = layout.tensor_parallel_size * layout.pipeline_parallel_size
+    if processes != needed:
+        raise UserError(
+            f"megalora serve runs one copy of the model: tensor_parallel_size * pipeline_parallel_size = {needed}, but "
+            f"there are {processes} processes",
+            f"start {needed}, or another server on another port for each further copy",
+        )
+    _check_paths(arguments.served)
+    require_web()
+
+
+def serve(arguments: flags.Serving) -> None:
+    """Serve a model and its adapters over HTTP, until a signal asks to stop."""
+    check_launcher()
+    check_serve(arguments, environment_int("WORLD_SIZE", 1))
+    from megalora.serve import serve
+
+    serve(arguments)
 
 
 def data(arguments: flags.Preview) -> None:

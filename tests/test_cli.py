@@ -82,7 +82,7 @@ def test_version_and_help(monkeypatch, capsys):
 def test_unknown_command(capsys):
     assert cli.main(["train"]) == 2
     said = user_error(capsys.readouterr().err)
-    assert said.startswith("unknown command train: give finetune, generate, data, convert, plan or doctor")
+    assert said.startswith("unknown command train: give finetune, generate, serve, data, convert, plan or doctor")
 
 
 def test_finetune_is_handed_its_arguments(monkeypatch):

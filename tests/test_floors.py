@@ -15,11 +15,13 @@ EDGES = {"errors", "batch", "choices", "files", "tokenizer_files"}  # plain type
 GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
-SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster"}
+SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster", "web"}
 # What the commands are put together from.
 PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
+PARTS |= {"serving"}
 TOP = {"rows", "starting", "stepping", "summary"}  # and the commands
 TOP |= {"finetune", "generate", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
+TOP |= {"serve", "board", "report"}
 
 # What each part of the package may import of the package, besides itself.
 MAY_IMPORT = {

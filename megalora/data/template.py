@@ -147,6 +147,17 @@ class ChatTemplate:
         spans = transcript.history(stop)
         return self._pieces_of.ids(self._pieces(transcript, text, spans))
 
+    def text_prompt(self, text: str) -> list[int]:
+        """Return the tokens of a text that generation goes on from, behind those that the tokenizer begins one with.
+
+        Special tokens in it are text, as in messages. Raises UserError for a text with the marks of `SpecialTokens`.
+        """
+        marked = text if self.options.special_tokens_in_text else self._special.mark_text(text)
+        pieces = [Segment(text, False)] if marked is text else self._without_marks([Segment(marked, False)])
+        bare, begun = (self.tokenizer("a", add_special_tokens=own)["input_ids"] for own in (False, True))
+        at = next((i for i in range(len(begun)) if begun[i : i + len(bare)] == bare), 0)
+        return [*begun[:at], *self._pieces_of.ids(pieces)]
+
     def special_in_text(self, conversation: Conversation) -> int:
         """Return how many special tokens the messages write, which are tokenised as text."""
         return 0 if self.options.special_tokens_in_text else self._special.count(conversation)

@@ -12,19 +12,25 @@ from megalora.flags.parsing import (
     FinetuneArguments,
     GenerateArguments,
     Preview,
+    Serving,
+    parse_board,
     parse_convert,
     parse_doctor,
     parse_finetune,
     parse_generate,
     parse_plan,
     parse_preview,
+    parse_report,
+    parse_serve,
     split_convert,
 )
 from megalora.flags.tools import CONVERT_COMMANDS, ConvertArguments, DoctorArguments, PlanArguments, PreviewArguments
 from megalora.flags.training import CompatibilityArguments, DataArguments, ModelArguments, TrainArguments
+from megalora.flags.web import BoardArguments, ReportArguments, ServeArguments, ServedArguments
 
 __all__ = [
     "CONVERT_COMMANDS",
+    "BoardArguments",
     "FINETUNE_SECTIONS",
     "GENERATE_SECTIONS",
     "CompatibilityArguments",
@@ -41,13 +47,20 @@ __all__ = [
     "PlanArguments",
     "Preview",
     "PreviewArguments",
+    "ReportArguments",
+    "ServeArguments",
+    "ServedArguments",
+    "Serving",
     "TrainArguments",
+    "parse_board",
     "parse_convert",
     "parse_doctor",
     "parse_finetune",
     "parse_generate",
     "parse_plan",
     "parse_preview",
+    "parse_report",
+    "parse_serve",
     "split_convert",
     "validate_world",
 ]

@@ -8,7 +8,13 @@ from collections.abc import Iterable
 from megalora.flags.flag import Flag, flags_of, table_of
 from megalora.flags.generation import GenerationArguments
 from megalora.flags.layout import LayoutArguments
-from megalora.flags.parsing import FINETUNE_SECTIONS, GENERATE_SECTIONS, NOT_PREVIEWED, PREVIEW_SECTIONS
+from megalora.flags.parsing import (
+    FINETUNE_SECTIONS,
+    GENERATE_SECTIONS,
+    NOT_PREVIEWED,
+    PREVIEW_SECTIONS,
+    SERVE_SECTIONS,
+)
 from megalora.flags.tools import (
     CONVERT_COMMANDS,
     BaseArguments,
@@ -18,12 +24,14 @@ from megalora.flags.tools import (
     PreviewArguments,
     SafetensorsArguments,
 )
+from megalora.flags.web import ServeArguments, ServedArguments
 
 _WIDTH = 110
 
 _SECTIONS = {
     "finetune": FINETUNE_SECTIONS,
     "generate": GENERATE_SECTIONS,
+    "serve": SERVE_SECTIONS,
     "data": PREVIEW_SECTIONS,
     "plan": (PlanArguments,),
     "doctor": (DoctorArguments,),
@@ -33,6 +41,7 @@ _SECTIONS = {
 _PAGE = {
     "megalora finetune": FINETUNE_SECTIONS,
     "megalora generate": (GenerationArguments,),
+    "megalora serve": (ServedArguments, ServeArguments),
     "megalora data": (PreviewArguments,),
     "megalora plan": (PlanArguments,),
     "megalora doctor": (DoctorArguments,),
@@ -52,6 +61,8 @@ command line override it. The Python functions `megalora.finetune`, `generate`, 
 _BELOW = {
     "megalora generate": "Also the flags of Model and Parallel above. Training flags are accepted, and named as not "
     "applied.",
+    "megalora serve": "Also the flags of Layout below. tensor_parallel_size * pipeline_parallel_size is the number of "
+    "processes: one copy of the model.",
     "megalora data": "Also the flags of Data above, but " + ", ".join(NOT_PREVIEWED) + ".",
     "megalora convert": "Each command takes some of these; `megalora convert COMMAND --help` lists them.",
 }
@@ -61,11 +72,13 @@ def help_text(command: str) -> str:
     """Return what `megalora COMMAND --help` prints, for every command and convert COMMAND."""
     if command == "convert":
         return _convert_help()
+    runs = command in ("board", "report")
     lines = [
-        f"usage: megalora {command} [RUN.yaml] --FLAG VALUE ...",
+        f"usage: megalora {command} {'RUN ...' if runs else '[RUN.yaml]'} --FLAG VALUE ...",
         "",
         "Flags may be written with _ or -. A boolean is true or false; the bare flag is true.",
-        "RUN.yaml (or --config RUN.yaml) holds the same names, one `name: value` per line; flags on the",
+        f"{'--config RUN.yaml' if runs else 'RUN.yaml (or --config RUN.yaml)'} holds the same names, one `name: value` "
+        "per line; flags on the",
         "command line override it.",
     ]
     table = table_of(_SECTIONS[command])

@@ -53,12 +53,7 @@ class ParallelArguments(LayoutArguments):
     """How the model is divided over the processes. Data-parallel size = world size / (tensor * pipeline)."""
 
     partition_method: str = shared.PARTITION_METHOD.field("cost")
-    nproc: int | None = flag(
-        None,
-        "start this many processes on this host, one per GPU, instead of torchrun",
-        at_least=1,
-        unset="those of torchrun, or one",
-    )
+    nproc: int | None = shared.NPROC.field(None, unset="those of torchrun, or one")
     sequence_parallel: bool | None = shared.SEQUENCE_PARALLEL.field(
         None, unset="true where tensor_parallel_size divides the tokens of a microbatch"
     )

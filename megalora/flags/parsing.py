@@ -26,6 +26,7 @@ from megalora.flags.tools import (
     SafetensorsArguments,
 )
 from megalora.flags.training import CompatibilityArguments, DataArguments, ModelArguments, TrainArguments
+from megalora.flags.web import BoardArguments, ReportArguments, ServeArguments, ServedArguments
 
 Source = Sequence[str] | Mapping[str, Any]
 
@@ -72,6 +73,16 @@ class Preview:
     data: DataArguments
 
 
+@dataclass(frozen=True)
+class Serving:
+    """Arguments of `megalora serve`."""
+
+    served: ServedArguments
+    layout: LayoutArguments
+    server: ServeArguments
+
+
+SERVE_SECTIONS = (ServedArguments, LayoutArguments, ServeArguments)
 PREVIEW_SECTIONS = (PreviewArguments, DataArguments)
 NOT_PREVIEWED = ("eval_data_path", "eval_fraction", "data_cache", "packing", "on_bad_row")
 """Flags of the data that only the run itself takes."""
@@ -111,6 +122,38 @@ def parse_generate(source: Source) -> GenerateArguments:
     if "seed" in given and generation.temperature == 0:
         not_applied.append("seed")
     return GenerateArguments(model, parallel, generation, tuple(not_applied))
+
+
+def parse_serve(source: Source) -> Serving:
+    """Return the arguments of `megalora serve`."""
+    table = table_of(SERVE_SECTIONS)
+    elsewhere = {name: "megalora generate" for name in table_of(GENERATE_SECTIONS) if name not in table}
+    given = without_idle(read(source, table, elsewhere), table, CONVERT_RULES)
+    require(given, table, _dashes(source))
+    return Serving(*(_section(given, section) for section in SERVE_SECTIONS))
+
+
+def parse_board(source: Source) -> BoardArguments:
+    """Return the arguments of `megalora board`."""
+    return _of_runs(source, BoardArguments)
+
+
+def parse_report(source: Source) -> ReportArguments:
+    """Return the arguments of `megalora report`."""
+    return _of_runs(source, ReportArguments)
+
+
+def _of_runs(source: Source, section: type) -> Any:
+    """Build a section whose `runs` may stand before all flags."""
+    if not isinstance(source, Mapping):
+        words = list(source)
+        count = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
+        if count and not words[0].endswith((".yaml", ".yml")):
+            source = ["--runs", *words]
+    table = table_of([section])
+    given = read(source, table, {})
+    require(given, table, _dashes(source))
+    return _section(given, section)
 
 
 def parse_doctor(source: Source) -> DoctorArguments:

@@ -103,14 +103,15 @@ class Until:
 
 
 class Thinking:
-    """Tells thinking from answer. inside: the prompt ends with <think>, so the reply begins in the thinking.
+    """Tells thinking from answer.
 
+    inside  the prompt ends with <think>, so the reply begins in the thinking; None: all is answer, tags and all
     Only a tag at the very beginning opens it. White space beside the tags belongs to neither.
     """
 
-    def __init__(self, inside: bool):
-        self._state = "thinking" if inside else "start"
-        self._held, self._bare = "", True  # bare: nothing but white space since the last tag
+    def __init__(self, inside: bool | None):
+        self._state = "plain" if inside is None else "thinking" if inside else "start"
+        self._held, self._bare = "", inside is not None  # bare: nothing but white space since the last tag
 
     def add(self, text: str) -> list[Piece]:
         self._held += text
@@ -169,9 +170,13 @@ class Reader:
         said = "".join(piece.text for piece in pieces if not piece.thinking)
         return Answer(said, thought or None, whole, reply.finish_reason, thinking.inside)
 
-    def follow(self, prompt: Prompt) -> Following:
-        """Reads the reply to `prompt` while it comes."""
-        return Following(Characters(self._decode), Until(self._stops), self._thinking(prompt))
+    def follow(self, prompt: Prompt, stops: Sequence[str] | None = None, *, thinking: bool = True) -> Following:
+        """Reads the reply to `prompt` while it comes.
+
+        stops     in place of the reader's own; thinking: tell it from the answer
+        """
+        until = Until(self._stops if stops is None else stops)
+        return Following(Characters(self._decode), until, self._thinking(prompt) if thinking else Thinking(None))
 
     def _text(self, token_ids: Sequence[int]) -> str:
         """The text of a whole reply."""

@@ -1,0 +1,192 @@
+"""Between the thread that answers HTTP and the one that runs the replica: requests one way, tokens the other.
+
+The replica sees an Inbox and a Listener. What it tells goes to the event loop once a step, to the ticket of each
+request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from megalora.generation.requests import INTERRUPTED, Prompt, Reply, Request
+from megalora.generation.sampling import Logprobs
+from megalora.serving.errors import ApiError
+
+RETRY_SECONDS = 1
+_LOOK = 0.2  # seconds between two looks at what a signal handler may have set: it cannot notify
+
+
+@dataclass(frozen=True)
+class Token:
+    """The next token of a reply."""
+
+    token_id: int
+    logprobs: Logprobs | None
+
+
+@dataclass(frozen=True)
+class End:
+    """A reply is whole. finish_reason: of Reply."""
+
+    finish_reason: str
+
+
+@dataclass
+class Ticket:
+    """One request on its way. tell: takes its events, on the event loop.
+
+    cancelled  set to leave it off: nothing is told any more
+    """
+
+    request: Request
+    tell: Callable[[Token | End], None]
+    loop: asyncio.AbstractEventLoop
+    cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+
+
+class Backlog:
+    """A megalora.generation.requests.Inbox and Listener. slots: requests that run at a time; waiting: that may wait."""
+
+    def __init__(self, slots: int, waiting: int):
+        self._slots, self._limit = slots, waiting
+        self._numbers = itertools.count()
+        self._changed = threading.Condition(threading.RLock())
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[int, Ticket] = {}
+        self._told: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Token | End]]] = {}
+        self._closed = self._aborted = False
+
+    # ---- for the side of HTTP ----
+
+    def submit(self, requests: Sequence[Request], tell: Callable[[int, Token | End], None]) -> list[Ticket]:
+        """Put requests in line, all or none. Raises ApiError 429 where the line is full, 503 where it is closed.
+
+        tell  takes the place of a request among these, and its next event; called on the running event loop
+        Their prompts get numbers of their own.
+        """
+        loop = asyncio.get_running_loop()
+        with self._changed:
+            if self._closed:
+                raise ApiError(503, "the server is stopping: send the request to another")
+            if not self._fits(len(requests)):
+                raise ApiError(429, f"{len(self._waiting)} requests wait already: try again later", None, "queue_full")
+            tickets = []
+            for place, request in enumerate(requests):
+                numbered = replace(request, prompt=replace(request.prompt, number=next(self._numbers)))
+                tickets.append(Ticket(numbered, functools.partial(tell, place), loop))
+            self._waiting.extend(tickets)
+            self._changed.notify()
+        return tickets
+
+    def has_room(self, more: int) -> bool:
+        """Return whether a request could still wait, behind `more` that are about to be submitted."""
+        with self._changed:
+            return self._fits(more + 1)
+
+    def _fits(self, more: int) -> bool:
+        return len(self._waiting) + more <= self._limit + max(0, self._slots - len(self._running))
+
+    def cancel(self, tickets: Sequence[Ticket]) -> None:
+        """Leave requests off: those that run end with their next token."""
+        with self._changed:
+            for ticket in tickets:
+                ticket.cancelled = True
+            if any(ticket.cancelled for ticket in self._waiting):
+                self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many requests (run, wait)."""
+        with self._changed:
+            return len(self._running), len(self._waiting)
+
+    @property
+    def open(self) -> tuple[int, int]:
+        """As `counts`, about, and without a lock: for a signal handler."""
+        return len(self._running), len(self._waiting)
+
+    def close(self) -> None:
+        """Take no more requests; those that are there are replied to. Without a lock: for a signal handler."""
+        self._closed = True
+
+    def abort(self) -> None:
+        """Take no more requests, and end those that are there with their next token. Without a lock too."""
+        self._closed = self._aborted = True
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    # ---- for the replica ----
+
+    def wait(self, seconds: float) -> list[Request] | None:
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while not self.waiting():
+                left = deadline - time.monotonic()
+                if self._closed:
+                    return None
+                if left <= 0:
+                    return []
+                self._changed.wait(min(left, _LOOK))
+            return self._taken(self._slots)
+
+    def waiting(self) -> bool:
+        if self._aborted:
+            self.end_all()
+        self._flush()
+        return bool(self._waiting)
+
+    def take(self, count: int) -> list[Request]:
+        with self._changed:
+            return self._taken(count)
+
+    def hear(self, prompt: Prompt, token_id: int, logprobs: Logprobs | None) -> str | None:
+        ticket = self._running[prompt.number]
+        if ticket.cancelled or self._aborted:
+            return INTERRUPTED
+        self._event(ticket, Token(token_id, logprobs))
+        return None
+
+    def done(self, prompt: Prompt, reply: Reply) -> None:
+        with self._changed:
+            ticket = self._running.pop(prompt.number)
+        self._event(ticket, End(reply.finish_reason))
+        self._flush()
+
+    def end_all(self, running: bool = False) -> None:
+        """Tell those who wait, or all, that there will be no reply (any more)."""
+        self._closed = True
+        with self._changed:
+            tickets, self._waiting = [*self._waiting, *(self._running.values() if running else ())], deque()
+        for ticket in tickets:
+            self._event(ticket, End(INTERRUPTED))
+        self._flush()
+
+    def _taken(self, count: int) -> list[Request]:
+        taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        self._running.update((ticket.request.prompt.number, ticket) for ticket in taken)
+        return [ticket.request for ticket in taken]
+
+    def _event(self, ticket: Ticket, event: Token | End) -> None:
+        if not ticket.cancelled:
+            self._told.setdefault(ticket.loop, []).append((ticket, event))
+
+    def _flush(self) -> None:
+        told, self._told = self._told, {}
+        for loop, events in told.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_deliver, events)
+
+
+def _deliver(events: Sequence[tuple[Ticket, Token | End]]) -> None:
+    for ticket, event in events:
+        if not ticket.cancelled:
+            ticket.tell(event)

@@ -1,0 +1,78 @@
+"""The models that a server has by name: the base and its adapters, each with the template that it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megalora.data import ChatTemplate
+from megalora.errors import UserError
+from megalora.generation.prompts import Question, encode
+from megalora.generation.text import Reader
+from megalora.serving.bodies import Asked
+from megalora.serving.errors import bad
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One name. adapter: as Prompt has it, 0 the base. stop_token_ids: each of them ends a reply of a chat."""
+
+    name: str
+    adapter: int
+    template: ChatTemplate
+    stop_token_ids: tuple[int, ...]
+
+    def prompts(self, asked: Asked, context: int) -> list[list[int]]:
+        """Return the token ids of each prompt. Slow: it renders and tokenises. Raises ApiError, also for too many."""
+        try:
+            if asked.conversation is not None:
+                return [encode(self.template, Question(asked.conversation, "messages"), context)]
+            return [self._continued(prompt, context) for prompt in asked.prompts]
+        except UserError as error:
+            code = "context_length_exceeded" if "leave no room" in str(error) else None
+            raise bad(str(error), "prompt" if asked.conversation is None else "messages", code) from None
+
+    def _continued(self, prompt: str | tuple[int, ...], context: int) -> list[int]:
+        if isinstance(prompt, str) and len(prompt) <= context * self.template.longest_token:
+            ids = self.template.text_prompt(prompt)
+        elif isinstance(prompt, str):
+            raise UserError(f"{len(prompt):,} characters leave no room for a reply in a context of {context} tokens")
+        else:
+            ids = list(prompt)
+        if len(ids) >= context:
+            raise UserError(f"{len(ids)} tokens leave no room for a reply in a context of {context}: shorten it")
+        return ids
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """models    by name, the base first
+    reader    of replies, which all models share with their tokenizer
+    words     the model's vocab_size: token ids are below it
+    special   id of each special token that leaves no text, by the token
+    context   longest prompt and reply together, in tokens
+    defaults  of the sampling, where a request says nothing
+    created   when the server started, in seconds since 1970
+    """
+
+    models: Mapping[str, ServedModel]
+    reader: Reader
+    words: int
+    special: Mapping[str, int]
+    context: int
+    defaults: Mapping[str, float]
+    created: int
+
+    def listed(self) -> list[dict[str, object]]:
+        """Return the models as /v1/models lists them."""
+        base = next(iter(self.models))
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": self.created,
+                "owned_by": "megalora",
+                "parent": None if name == base else base,
+            }
+            for name in self.models
+        ]

@@ -1,0 +1,138 @@
+"""The replies to one HTTP request: from the tokens that the replica tells to parts of text, reply by reply."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from megalora.generation.requests import FAILED, INTERRUPTED, LENGTH, Prompt, Request
+from megalora.generation.sampling import Logprobs
+from megalora.generation.text import Following, Piece
+from megalora.serving.backlog import Backlog, End, Ticket, Token
+from megalora.serving.bodies import Asked
+from megalora.serving.errors import ApiError, bad
+from megalora.serving.metrics import ServerMetrics
+from megalora.serving.models import Catalogue, ServedModel
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of one reply.
+
+    tokens         with their log-probabilities, where these are asked for
+    finish_reason  "stop" or "length", with its last part
+    """
+
+    choice: int
+    content: str
+    reasoning: str
+    tokens: tuple[tuple[int, Logprobs], ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass
+class _Choice:
+    """One reply under way. held: tokens whose log-probabilities no part has told yet."""
+
+    following: Following
+    tokens: int = 0
+    held: list[tuple[int, Logprobs]] = field(default_factory=list)
+    ended: bool = False
+
+
+class Replies:
+    """Submits the prompts of a request, n times each, and reads what comes. Choices are numbered prompt by prompt.
+
+    Raises ApiError where they cannot be submitted.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        catalogue: Catalogue,
+        backlog: Backlog,
+        metrics: ServerMetrics,
+    ):
+        self.asked, self.model = asked, model
+        self.prompt_tokens = sum(map(len, prompts))
+        self._backlog, self._metrics, self._started = backlog, metrics, time.monotonic()
+        self._events: asyncio.Queue[tuple[int, Token | End]] = asyncio.Queue()
+        chat = asked.conversation is not None
+        stops = {*model.stop_token_ids, *(catalogue.special[stop] for stop in asked.stop if stop in catalogue.special)}
+        requests, self._choices = [], []
+        for ids in prompts:
+            if max(ids) >= catalogue.words or min(ids) < 0:
+                raise bad(f"prompt has a token id that is not from 0 to {catalogue.words - 1}", "prompt")
+            room = catalogue.context - len(ids)
+            for stream in range(asked.choices):
+                prompt = Prompt(0, ids, model.adapter, stream)
+                longest = min(asked.max_new_tokens or room, room)
+                requests.append(Request(prompt, asked.sampling, longest, frozenset(stops), asked.logprobs))
+                self._choices.append(_Choice(catalogue.reader.follow(prompt, asked.stop, thinking=chat)))
+        self._tickets: list[Ticket] = backlog.submit(requests, lambda *event: self._events.put_nowait(event))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the replies have so far."""
+        return sum(choice.tokens for choice in self._choices)
+
+    async def parts(self) -> AsyncIterator[Part]:
+        """The parts of all replies as they come. Raises ApiError 500 where one fails. Leaving off cancels the rest."""
+        left, first = len(self._choices), True
+        try:
+            while left:
+                place, event = await self._events.get()
+                if first and isinstance(event, Token):
+                    first = False
+                    self._metrics.first_token(time.monotonic() - self._started)
+                part = self._token(place, event) if isinstance(event, Token) else self._end(place, event)
+                if part is not None:
+                    left -= part.finish_reason is not None
+                    yield part
+            seconds = time.monotonic() - self._started
+            self._metrics.replied(self.model.name, self.prompt_tokens, self.tokens, seconds)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Leave off what is not whole."""
+        left = [ticket for ticket, choice in zip(self._tickets, self._choices, strict=True) if not choice.ended]
+        if left:
+            self._backlog.cancel(left)
+
+    def _token(self, place: int, token: Token) -> Part | None:
+        choice = self._choices[place]
+        if choice.ended:
+            return None
+        choice.tokens += 1
+        if token.logprobs is not None:
+            choice.held.append((token.token_id, token.logprobs))
+        pieces = choice.following.add(token.token_id)
+        if choice.following.stopped:
+            self._backlog.cancel([self._tickets[place]])
+            choice.ended = True
+            return self._part(place, [*pieces, *choice.following.rest()], "stop")
+        return self._part(place, pieces) if pieces else None
+
+    def _end(self, place: int, end: End) -> Part | None:
+        choice = self._choices[place]
+        if choice.ended:
+            return None
+        choice.ended = True
+        if end.finish_reason == FAILED:
+            raise ApiError(500, f"the logits of {self.model.name} are not finite: check its weights and the dtype")
+        if end.finish_reason == INTERRUPTED:
+            raise ApiError(503, "the server stopped before the reply was whole")
+        return self._part(place, choice.following.rest(), "length" if end.finish_reason == LENGTH else "stop")
+
+    def _part(self, place: int, pieces: Sequence[Piece], finish_reason: str | None = None) -> Part:
+        choice = self._choices[place]
+        content = "".join(piece.text for piece in pieces if not piece.thinking)
+        reasoning = "".join(piece.text for piece in pieces if piece.thinking)
+        tokens, choice.held = tuple(choice.held), []
+        return Part(place, content, reasoning, tokens, finish_reason)
+
