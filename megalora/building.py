@@ -25,6 +25,7 @@ from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.formats import BaseFormat
 from megalora.parallel.grads import FlatGradients
+from megalora.parallel.linear import MAGNITUDE
 from megalora.parallel.mesh import Clock, ParallelMesh
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
@@ -238,6 +239,10 @@ def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int
         if (adapter := lora.adapter(name)) is not None:
             shapes[f"{name}.lora_A.weight"] = (adapter.r, linear.in_features)
             shapes[f"{name}.lora_B.weight"] = (linear.out_features, adapter.r)
+            if adapter.bias:
+                shapes[f"{name}.lora_B.bias"] = (linear.out_features,)
+            if adapter.dora:
+                shapes[f"{name}.{MAGNITUDE}"] = (linear.out_features,)
     return shapes
 
 
@@ -353,6 +358,7 @@ def build_trainer(
         )
     with together(mesh.world):
         fill(stage)
+    stage.settle()
     with together(mesh.world):
         graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, config.head_dim, timed=settings.timed)
     if graphs:

@@ -185,9 +185,8 @@ def _adapter_merge(arguments: Conversion) -> None:
     config, weights = _read_base(base)
     if adapter.trainer is not None:  # it says what it was trained on
         check_base(adapter, base_identity(config, base, load_tokenizer(base)))
-    scalings = {name: one.scaling for name, one in lora.adapters.items()}
     transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
-    merged = MergedWeights(weights, scalings, adapter.tensors, transposed)
+    merged = MergedWeights(weights, lora.adapters, adapter.tensors, transposed)
     plan = plan_hf(tensor_types(merged, config.tensors), _max_file_bytes(arguments))
     _write_base(arguments, target, merged, plan, base, adapter_template(adapter))
 

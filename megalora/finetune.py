@@ -191,6 +191,7 @@ def _engine(
             "betas": (train.adam_beta1, train.adam_beta2),
             "eps": train.adam_epsilon,
             "weight_decay": train.weight_decay,
+            "loraplus_lr_ratio": train.loraplus_lr_ratio,
         },
         cuda_graphs=train.cuda_graphs,
         timed=train.wall_clock_breakdown or train.profile,

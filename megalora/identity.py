@@ -19,6 +19,8 @@ from megalora.errors import UserError
 from megalora.models.spec import ModelSpec
 from megalora.tokenizer_files import read_template
 
+_LATER = ("exclude_modules", "use_dora", "lora_bias")
+_NOT_OF_A_RUN = ("peft_type", "task_type", "inference_mode", "fan_in_fan_out")
 _OF_THE_BASE = ("model", "tokenizer")
 _BASE_FORMAT = "base format"
 
@@ -53,9 +55,14 @@ def run_identity(
         **{
             f"lora_config.{name}": str(value)
             for name, value in lora_config.to_dict().items()
-            if name not in ("peft_type", "task_type", "inference_mode", "fan_in_fan_out")
+            if name not in _NOT_OF_A_RUN and not _is_silent(name, value)
         },
     }
+
+
+def _is_silent(name: str, value: Any) -> bool:
+    """Whether it is a field that runs of earlier versions lack, with the value that they had."""
+    return name in _LATER and value == getattr(LoraConfig, name)
 
 
 @dataclass(frozen=True)

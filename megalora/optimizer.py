@@ -18,6 +18,8 @@ class AdapterOptimizer:
     """AdamW over named parameters; a stage may have none.
 
     kind  "adamw": torch's fused one; "apex": NVIDIA apex's FusedAdam, an error where it cannot be imported
+    loraplus_lr_ratio  the learning rate of lora_B, biases and magnitudes over that of lora_A (LoRA+, Hayou et al. 2024;
+                       grouped as peft's create_loraplus_optimizer)
     Biases are not decayed (as HF's Trainer).
     """
 
@@ -29,6 +31,7 @@ class AdapterOptimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        loraplus_lr_ratio: float = 1.0,
     ):
         assert kind in OPTIMIZERS, kind
         self._parameters = dict(parameters)
@@ -37,15 +40,15 @@ class AdapterOptimizer:
         build: Callable[..., torch.optim.Optimizer] = _apex_adam() if kind == "apex" else torch.optim.AdamW
         if not parameters:
             return
-        groups = [
-            {
-                "params": [p for n, p in parameters.items() if n.endswith(".bias") == bias],
-                "weight_decay": decay,
-            }
-            for bias, decay in ((False, weight_decay), (True, 0.0))
-        ]
+        grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, p in parameters.items():
+            quick = "lora_B" in name or p.dim() == 1
+            place = 0.0 if name.endswith(".bias") else weight_decay, loraplus_lr_ratio if quick else 1.0
+            grouped.setdefault(place, []).append(p)
+        groups = [{"params": ps, "weight_decay": decay} for (decay, _), ps in grouped.items()]
+        self._ratios = [ratio for _, ratio in grouped]
         options = {} if kind == "apex" else {"fused": True}
-        self._optimizer = build([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, **options)
+        self._optimizer = build(groups, lr=0.0, betas=betas, eps=eps, **options)
 
     def step(self, learning_rate: float, skip: torch.Tensor | None = None) -> None:
         """One update with the gradients that the parameters hold.
@@ -56,8 +59,8 @@ class AdapterOptimizer:
         self._steps += 1
         if self._optimizer is None:
             return
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
+            group["lr"] = learning_rate * ratio
         if isinstance(self._optimizer, torch.optim.AdamW):
             # As torch.amp.GradScaler hands it over: an attribute that AdamW does not declare.
             self._optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]

@@ -113,6 +113,13 @@ def _read(arguments: Serving, config: ModelSpec) -> _Read:
 
 def _resolved(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:
     lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where)
+    if lora_config.use_dora or lora_config.lora_bias:
+        field = "use_dora" if lora_config.use_dora else "lora_bias"
+        raise UserError(
+            f"adapter {name} ({adapter.where}) has {field} = true, whose magnitudes or biases requests of several "
+            "adapters in one batch cannot share",
+            "merge it (megalora convert adapter merge) and serve the merged model",
+        )
     if lora_config.bias != "none":
         raise UserError(
             f"adapter {name} ({adapter.where}) trains biases (bias = {lora_config.bias!r}), which requests of several "

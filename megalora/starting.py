@@ -253,7 +253,7 @@ def _settings(train: TrainArguments, dtype: torch.dtype, total_steps: int) -> di
     """What may change between the parts of one run, but hardly does by intention."""
     named = (
         *("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optimizer"),
-        *("adam_beta1", "adam_beta2", "adam_epsilon"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon", "loraplus_lr_ratio"),
     )
     values = {name: str(getattr(train, name)) for name in named}
     values["warmup_steps"] = str(train.warmup(total_steps))

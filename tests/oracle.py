@@ -113,6 +113,7 @@ class Run:
     # Adam divides each gradient by its size: where that is near zero, rounding grows to a share of this rate.
     learning_rate: float = 1e-2
     base_format: str = "dense"
+    loraplus_lr_ratio: float = 1.0
 
     def on(self, **layout) -> Run:
         return replace(self, **layout)
@@ -206,7 +207,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
         work, lambda step: run.learning_rate, partition_method=run.partition_method,
         custom_partition=run.custom_partition, uneven_heads=config.num_attention_heads % run.tp != 0,
         schedule=run.schedule, chunks=run.chunks,
-        lanes=run.lanes, seed=run.seed, cuda_graphs=False,
+        lanes=run.lanes, seed=run.seed, cuda_graphs=False, optimizer={"loraplus_lr_ratio": run.loraplus_lr_ratio},
     )  # fmt: skip
     engine = build_trainer(config, mesh, lora, place, settings, fill)
     trainer, parameters, splits = engine.trainer, engine.parameters, engine.splits

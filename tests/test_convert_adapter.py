@@ -44,6 +44,11 @@ LORAS = {
 }  # fmt: skip
 
 
+KINDS = {
+    "dora": {"target_modules": "all-linear", "use_dora": True, "bias": "lora_only", "rank_pattern": {"q_proj": 5}},
+    "a bias of B": {"target_modules": ["q_proj", "o_proj"], "lora_bias": True},
+    "exclusions": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.1.mlp.down_proj"]},
+}
 # What families call the linears of LORAS, where they do not call them as llama does.
 NAMES = {
     "phi3": {"q_proj": "qkv_proj", "v_proj": "qkv_proj", "up_proj": "gate_up_proj"},
@@ -56,7 +61,7 @@ NAMES = {
 
 def lora_of(family: str, name: str) -> dict:
     """LORAS[name] in the family's own names."""
-    text = json.dumps(LORAS[name])
+    text = json.dumps((LORAS | KINDS)[name])
     for theirs, ours in NAMES.get(family, {}).items():
         text = re.sub(rf"\b{theirs}\b", ours, text)
     lora = json.loads(text)
@@ -83,7 +88,8 @@ def train_with_peft(base, folder, lora, dtype=None):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(torch.randn_like(parameter) * 0.2)
+                away = parameter if parameter.dim() == 1 else 0.0  # magnitudes and biases stay of their size
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + away)
     model.save_pretrained(folder)
     return model
 
@@ -118,8 +124,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lora", LORAS)
+CASES = [(family, lora) for family in FAMILIES for lora in LORAS] + [("llama", kind) for kind in KINDS]
+
+
+@pytest.mark.parametrize("family, lora", CASES)
 def test_peft_and_shards_both_ways(tmp_path, capsys, family, lora):
     base = base_model(tmp_path / "base", family, **({"attention_bias": True} if family == "llama" else {}))
     theirs = train_with_peft(base, tmp_path / "theirs", lora_of(family, lora))
@@ -141,10 +149,10 @@ def test_peft_and_shards_both_ways(tmp_path, capsys, family, lora):
     assert torch.equal(logits_of(reloaded), logits_of(theirs))
 
 
-@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("lora", [*LORAS, *KINDS])
 def test_merged(tmp_path, capsys, lora):
     base = base_model(tmp_path / "base", "llama", attention_bias=True)
-    theirs = train_with_peft(base, tmp_path / "adapter", LORAS[lora])
+    theirs = train_with_peft(base, tmp_path / "adapter", (LORAS | KINDS)[lora])
     before = sums(base)
     told = done(capsys, "adapter", "merge", "--input", tmp_path / "adapter", "--output", tmp_path / "merged")
     assert str(tmp_path / "merged") in told and sums(base) == before
@@ -152,7 +160,7 @@ def test_merged(tmp_path, capsys, lora):
     close(logits_of(merged), logits_of(theirs))
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
     # What is not adapted is as it was, bit for bit.
-    trained = {name.replace("lora_A.", "") for name in open_adapter(tmp_path / "adapter").tensors}
+    trained = {re.sub("lora_[AB][.]", "", name) for name in open_adapter(tmp_path / "adapter").tensors}
     now = sums(tmp_path / "merged")
     assert now.keys() == before.keys()
     assert {name for name in now if now[name] != before[name]} == trained & now.keys()

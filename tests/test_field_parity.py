@@ -126,7 +126,8 @@ def peft_model(case: Case, **model_options) -> peft.PeftModel:
 def plain_name(name: str) -> str:
     """peft's name of a parameter -> ours."""
     name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".default.", ".")
+    name = name.replace(".base_layer.", ".").replace(".default.", ".")
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def theirs(case: Case, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
@@ -214,6 +215,14 @@ CASES = {
             "alpha_pattern": {"v_proj": 11, "model.layers.1.self_attn.o_proj": 3},
         },
     ),
+    "dora": Case("llama", lora={"use_dora": True}),
+    "dora, bias all, k and down": Case(
+        "qwen2", lora={"use_dora": True, "bias": "all", "target_modules": ["k_proj", "down_proj"], "use_rslora": True}
+    ),
+    "dora, fused and parallel": Case("gpt_neox", lora={"use_dora": True, "rank_pattern": {"dense": 2}}),
+    "a bias of B": Case("qwen2", lora={"lora_bias": True}),
+    "a bias of B where the base has none": Case("llama", lora={"lora_bias": True, "exclude_modules": ["v_proj"]}),
+    "all but an expression": Case("qwen3", lora={"exclude_modules": r".*layers\.[12]\.mlp\..*"}),
     "upper layers, q and v": Case(
         "mistral", lora={"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 3]}
     ),
@@ -228,6 +237,12 @@ def test_float64_with_a_precise_norm(name, precise_norm):
 @pytest.mark.parametrize("name", [*FAMILIES, "rope yarn, all fields", "qwen2, bias all", "window of two"])
 def test_float32_as_it_is(name):
     compare(CASES[name], torch.float32, 1e-5)
+
+
+def test_dora_at_tp4(precise_norm):
+    """k and v heads that two ranks hold, row-parallel norms summed over tp."""
+    dora = {"use_dora": True, "bias": "all"}
+    compare(Case("qwen2", {"num_key_value_heads": 2}, dora), torch.float64, 1e-10, tp=4)
 
 
 QWEN_1_5B = Case(  # 12 heads, 2 KV heads and biases as they are, all sizes a sixteenth

@@ -212,6 +212,28 @@ def test_schedules_beside_the_other_means():
             assert largest_difference(reference(run), list(outcomes)) <= 1e-12, run
 
 
+def test_kinds_of_adapters_give_the_numbers_of_one_process():
+    """DoRA, a bias of B, LoRA+, exclusions: with one start of the processes."""
+    runs = [
+        Run("llama", **TP2_SP, pp=2, **lora(use_dora=True, rank_pattern={"q_proj": 5})),
+        Run("qwen2", **TP4, **lora(use_dora=True, bias="all", init_lora_weights="orthogonal", r=4)),
+        Run("qwen2", **TP4, sequence_parallel=True, recompute="full", **lora(use_dora=True, bias="lora_only")),
+        # Terms of a parallel residual, with dp2 and with pp2.
+        Run("gpt_neox", tp=2, **lora(use_dora=True, bias="lora_only", target_modules=["dense", "dense_4h_to_h"])),
+        Run("gpt_neox", **TP2_SP, pp=2, **lora(use_dora=True)),
+        Run("llama", **TP4, exchange=True, sequence_parallel=True, **lora(use_dora=True)),
+        Run("qwen3", **TP2_SP, pp=2, **lora(lora_bias=True, exclude_modules=["gate_proj", "v_proj"])),
+        # Without the k rows of a fused linear: the gradient of their bias is near zero.
+        Run("gpt_neox", **TP4, **lora(lora_bias=True, exclude_modules=["query_key_value"])),
+        Run("mistral", **TP4, loraplus_lr_ratio=16.0, learning_rate=1e-3, **lora(target_modules=["k_proj", "o_proj"])),
+    ]
+    runs = [run.on(steps=2) for run in runs]
+    for run, outcomes in zip(runs, zip(*spawn(train_each, 4, runs), strict=True), strict=True):
+        assert largest_difference(reference(run), list(outcomes)) <= 1e-12, run
+    plain = reference(runs[-1].on(loraplus_lr_ratio=1.0))
+    assert largest_difference(plain, [reference(runs[-1])]) > 1e-3, "the rate of B matters"
+
+
 @pytest.mark.parametrize(
     "run, dp",
     [

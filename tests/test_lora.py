@@ -5,6 +5,8 @@ import math
 
 import peft
 import pytest
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.lora import Adapter, initial_factor
@@ -138,6 +140,8 @@ def test_a_model_type_without_default_asks_for_names():
         {"lora_dropout": 1}, {"lora_dropout": -0.1}, {"lora_dropout": "0.1"}, {"lora_dropout": True},
         {"target_modules": []}, {"target_modules": [1]}, {"target_modules": 3}, {"target_modules": "(q_proj"},
         {"bias": "some"}, {"bias": True}, {"bias": None},
+        {"use_dora": "yes"}, {"lora_bias": 1}, {"exclude_modules": "(q_proj"}, {"exclude_modules": [1]},
+        {"init_lora_weights": "corda"}, {"init_lora_weights": "pissa_niter_4"},
         {"use_rslora": "yes"}, {"use_rslora": 1}, {"inference_mode": "no"},
         {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq"},
         {"init_lora_weights": "eva"}, {"init_lora_weights": None},
@@ -160,8 +164,7 @@ def test_a_value_out_of_range_is_refused_by_name(fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"exclude_modules": ["q_proj"]},
-        {"layer_replication": [[0, 4]]}, {"lora_bias": True}, {"megatron_config": {"a": 1}},
+        {"modules_to_save": ["lm_head"]}, {"layer_replication": [[0, 4]]}, {"megatron_config": {"a": 1}},
         {"trainable_token_indices": [1]}, {"target_parameters": ["w"]}, {"loftq_config": {"bits": 4}},
         {"eva_config": {"rho": 2}}, {"corda_config": {}}, {"use_qalora": True}, {"arrow_config": {"a": 1}},
         {"alora_invocation_tokens": [1]}, {"lora_aplha": 16}, {"dropout": 0.1}, {"velora_config": {"a": 1}},
@@ -172,6 +175,54 @@ def test_a_field_that_is_not_honoured_is_refused_by_name(fields):
     (name,) = fields
     with pytest.raises(UserError, match=rf"^my\.json: .*{name}"):
         LoraConfig.from_dict(fields, "my.json")
+
+
+def test_exclusions_are_pefts():
+    """Names, or an expression over the whole name."""
+    names = set(resolved(target_modules="all-linear"))
+    for excluded in (["q_proj", "layers.1.mlp.down_proj"], r".*layers\.[02]\..*", []):
+        found = set(resolved(target_modules="all-linear", exclude_modules=excluded))
+        config = peft.LoraConfig(target_modules=sorted(names), exclude_modules=excluded)
+        assert found == {name for name in names if check_target_module_exists(config, name) is True}
+
+
+def test_an_orthogonal_start_is_nothing_of_two_factors_that_are_something():
+    """As peft's: the span of B is orthogonal to that of A, B A = 0."""
+    a, b = (
+        initial_factor(f"x.q_proj.lora_{f}.weight", shape, 3, "orthogonal", 6)
+        for f, shape in (("A", (6, 40)), ("B", (24, 6)))
+    )
+    assert (b @ a).abs().max() < 1e-6 and a.norm() > 0.1 and b.norm() > 0.1
+    other = initial_factor("x.k_proj.lora_A.weight", (6, 40), 3, "orthogonal", 6)
+    assert not (other == a).all()
+    theirs = peft.tuners.lora.Linear(torch.nn.Linear(400, 300), "one", r=6, config=peft.LoraConfig(r=6), lora_alpha=6)
+    theirs.orthogonal_init("one")
+    ours = initial_factor("y.lora_A.weight", (6, 400), 3, "orthogonal", 6)
+    assert abs(ours.norm() / theirs.lora_A["one"].weight.norm() - 1) < 0.1
+
+
+def test_how_a_trained_adapter_began():
+    """It says nothing of the numbers, unless the start has changed the base."""
+    assert LoraConfig.from_dict({"init_lora_weights": "eva"}, trained=True) == LoraConfig()
+    assert LoraConfig.from_dict({"init_lora_weights": "orthogonal"}, trained=True).init_lora_weights == "orthogonal"
+    for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq"):
+        with pytest.raises(UserError, match=f"'{init}': the adapter is relative to a base that its start has changed"):
+            LoraConfig.from_dict({"init_lora_weights": init}, trained=True)
+    with pytest.raises(UserError, match="use_qalora = True is not implemented: the adapter cannot be used"):
+        LoraConfig.from_dict({"use_qalora": True}, trained=True)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"init_lora_weights": "orthogonal", "r": 5}, "needs even ranks, and 5 is odd"),
+        ({"lora_bias": True, "use_dora": True}, "goes with neither use_dora nor"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "goes with neither use_dora nor"),
+    ],
+)
+def test_what_does_not_go_together(fields, said):
+    with pytest.raises(UserError, match=said):
+        LoraConfig.from_dict(fields)
 
 
 def test_layers_pattern_is_honoured_or_refused():

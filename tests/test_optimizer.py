@@ -60,6 +60,35 @@ def test_equals_plain_adamw_with_undecayed_biases(weight_decay):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-13)
 
 
+def test_loraplus_groups_as_peft_does():
+    """The rate of B, of biases and of magnitudes is the ratio times that of A."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    ours, theirs = parameters(), parameters()
+    for named in (ours, theirs):
+        named["q_proj.lora_magnitude_vector"] = nn.Parameter(torch.arange(8, dtype=torch.float64))
+
+    linear = nn.Module()
+    for name, p in theirs.items():
+        holder = linear
+        for part in name.split(".")[1:-1]:
+            holder.add_module(part, nn.Module())
+            holder = getattr(holder, part)
+        holder.register_parameter(name.rpartition(".")[2], p)
+    model = nn.ModuleDict({"q_proj": linear})
+    optimizer = AdapterOptimizer(ours, weight_decay=0.1, loraplus_lr_ratio=16.0)
+    plain = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1, weight_decay=0.1
+    )
+    for step in range(3):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step(0.01)
+        plain.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-13, msg=name)
+
+
 def test_equals_the_formula():
     """Loshchilov and Hutter 2019, algorithm 2, with the defaults."""
     p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))

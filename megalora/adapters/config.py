@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,9 @@ _IGNORED = {
 # Fields that would change the numbers, with the values at which they do not.
 _NEUTRAL: Mapping[str, tuple] = {
     "modules_to_save": (None, []),
-    "exclude_modules": (None, []),
     "layer_replication": (None,),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
-    "lora_bias": (False,),
     "megatron_config": (None,),
     "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
@@ -49,6 +46,9 @@ _NEUTRAL: Mapping[str, tuple] = {
     "ensure_weight_tying": (False,),
     "layers_pattern": (None, [], "layers", ["layers"]),
 }
+_INITS = ("gaussian", "orthogonal")
+PREPARED = ("pissa", "olora")  # inits that change the base, which `megalora convert adapter init` makes
+_CHANGE_BASE = (*PREPARED, "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class LoraConfig:
     r, lora_alpha     rank and scale; rank_pattern and alpha_pattern map a pattern of module names to other values
     use_rslora        s = alpha / sqrt(r) instead of alpha / r
     bias              which biases are trained: "none", "all", or "lora_only", those of adapted modules
+    exclude_modules   names, or a regular expression over the whole module name, of targets that are not adapted
+    use_dora          train magnitudes beside A and B (see megalora.adapters.dora)
+    lora_bias         train a bias of B
     init_lora_weights True: A uniform (Kaiming, a = sqrt 5), B zero; "gaussian": A normal with deviation 1 / r, B zero;
-                      False: both uniform
+                      False: both uniform; "orthogonal": neither zero, but B A
     inference_mode    the adapter is for use, not for training
     fan_in_fan_out    adapted weights are [in, out] in the model's file (GPT-2): told by the model, it need not be given
     """
@@ -71,8 +74,11 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
@@ -88,94 +94,26 @@ class LoraConfig:
         return cls.from_dict(data, str(path))
 
     @classmethod
-    def from_dict(cls, data: Mapping, where: str = "lora_config") -> LoraConfig:
-        """From the fields of a PEFT file. Raises UserError for a field that is unknown, unsupported or out of range."""
+    def from_dict(cls, data: Mapping, where: str = "lora_config", *, trained: bool = False) -> LoraConfig:
+        """From the fields of a PEFT file. Raises UserError for a field that is unknown, unsupported or out of range.
+
+        trained  they are of an adapter that exists: how it was initialised does not matter, what it is does
+        """
         known = {f.name for f in fields(cls)}
         values = {}
+        remedy = "the adapter cannot be used" if trained else "remove the field"
         for name, value in data.items():
             if name in known:
                 values[name] = value
             elif name in _NEUTRAL:
                 if value not in _NEUTRAL[name]:
-                    raise UserError(f"{where}: {name} = {value!r} is not supported: remove the field")
+                    raise UserError(f"{where}: {name} = {value!r} is not implemented: {remedy}")
             elif name not in _IGNORED and value not in (None, False, [], {}):
-                raise UserError(
-                    f"{where}: unknown field {name!r}: megalora knows {', '.join(sorted(known))}; remove it"
-                )
+                raise UserError(f"{where}: unknown field {name!r}: megalora knows {', '.join(sorted(known))}; {remedy}")
         if str(data.get("peft_type", "LORA")).upper() != "LORA":
             raise UserError(f"{where}: peft_type = {data['peft_type']!r}: only LORA adapters can be used")
-        return cls._checked(values, where)
-
-    @classmethod
-    def _checked(cls, values: dict, where: str) -> LoraConfig:
-        def need(name: str, good: bool, what: str) -> None:
-            if name in values and not good:
-                raise UserError(f"{where}: {name} = {values[name]!r}: must be {what}")
-
-        def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-        def positive_int(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-        v = values.get
-        need("r", positive_int(v("r")), "a positive integer")
-        need("lora_alpha", number(v("lora_alpha")) and 0 < v("lora_alpha") < math.inf, "a positive number")
-        need("lora_dropout", number(v("lora_dropout")) and 0 <= v("lora_dropout") < 1, "a number in [0, 1)")
-        need("bias", v("bias") in ("none", "all", "lora_only"), "none, all or lora_only")
-        need(
-            "init_lora_weights",
-            v("init_lora_weights") in (True, False, "gaussian"),
-            "true, false or gaussian",
-        )
-        for name in ("use_rslora", "inference_mode", "fan_in_fan_out"):
-            need(name, isinstance(v(name), bool), "true or false")
-        if isinstance(v("layers_to_transform"), int):
-            values["layers_to_transform"] = [v("layers_to_transform")]
-        layers = v("layers_to_transform")
-        if layers is not None:
-            good = (
-                isinstance(layers, (list, tuple))
-                and len(layers) > 0
-                and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
-            )
-            need("layers_to_transform", good, "a layer index or a list of them")
-            values["layers_to_transform"] = tuple(sorted(set(layers)))
-        targets = v("target_modules")
-        if isinstance(targets, (list, tuple, set)):
-            need(
-                "target_modules",
-                len(targets) > 0 and all(isinstance(t, str) for t in targets),
-                "a list of names",
-            )
-            values["target_modules"] = tuple(sorted(targets))
-        elif targets is not None:
-            need(
-                "target_modules",
-                isinstance(targets, str),
-                "a list of names, all-linear or a regular expression",
-            )
-            if targets != "all-linear":
-                _compiled(targets, f"{where}: target_modules")
-        for name in ("rank_pattern", "alpha_pattern"):
-            pattern = v(name)
-            if pattern is None:
-                values.pop(name, None)
-                continue
-            ok = isinstance(pattern, dict) and all(
-                (positive_int(x) if name == "rank_pattern" else number(x) and x > 0) for x in pattern.values()
-            )
-            need(name, ok, "an object of positive numbers by module name pattern")
-            for key in pattern:
-                _compiled(key, f"{where}: {name}")
-        task = v("task_type")
-        if task is None:
-            values.pop("task_type", None)
-        else:  # the reference's documentation writes "CAUSAL LM"
-            task = str(task).upper().replace(" ", "_")
-            need("task_type", task in TASKS, f"{' or '.join(TASKS)} (what megalora trains)")
-            values["task_type"] = task
-        return cls(**values)
+        _settle_init(values, where, trained)
+        return cls(**_checked(values, where))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of an adapter_config.json that PEFT reads back as the same adapter."""
@@ -227,6 +165,7 @@ class LoraConfig:
                 )
             exactly = () if isinstance(targets, str) else targets  # as peft: a full name stands for itself
             matched = [n for n in matched if n in exactly or linears[n] in self.layers_to_transform]
+        matched = [n for n in matched if not self._excludes(n)]
         if not matched:
             raise UserError(
                 f"lora_config: target_modules {self.target_modules!r} matches no linear of this model: "
@@ -242,7 +181,13 @@ class LoraConfig:
     def _adapter(self, name: str) -> Adapter:
         r = int(_by_pattern(self.rank_pattern, name, self.r))
         alpha = float(_by_pattern(self.alpha_pattern, name, self.lora_alpha))
-        return Adapter(r, alpha / math.sqrt(r) if self.use_rslora else alpha / r, self.lora_dropout)
+        scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        return Adapter(r, scaling, self.lora_dropout, self.lora_bias, self.use_dora)
+
+    def _excludes(self, name: str) -> bool:
+        if isinstance(self.exclude_modules, str):
+            return re.fullmatch(self.exclude_modules, name) is not None
+        return any(name == one or name.endswith(f".{one}") for one in self.exclude_modules or ())
 
 
 @dataclass(frozen=True)
@@ -258,6 +203,109 @@ class ResolvedLora:
     def trains_bias(self, name: str) -> bool:
         """Whether the bias of the linear `name` (adapted or not) is trained."""
         return self.config.bias == "all" or (self.config.bias == "lora_only" and name in self.adapters)
+
+
+def _settle_init(values: dict[str, Any], where: str, trained: bool) -> None:
+    """Raise UserError for an init that is not implemented; one that has no effect on a trained adapter becomes True."""
+    init = values.get("init_lora_weights")
+    if not isinstance(init, str) or init in _INITS:
+        return
+    if init.lower().startswith(_CHANGE_BASE):
+        if trained:
+            raise UserError(
+                f"{where}: init_lora_weights = {init!r}: the adapter is relative to a base that its start has changed: "
+                f"convert it to a plain LoRA (megalora convert adapter to-lora with its initial adapter, or peft's "
+                f"save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        if init.lower().startswith(PREPARED):
+            raise UserError(
+                f"{where}: init_lora_weights = {init!r} changes the base weights: make base and adapter with megalora "
+                f"convert adapter init, and train from these"
+            )
+    elif trained and init == "eva":
+        values["init_lora_weights"] = True
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields as LoraConfig takes them. Raises UserError for a value out of range."""
+
+    def need(name: str, good: bool, what: str) -> None:
+        if name in values and not good:
+            raise UserError(f"{where}: {name} = {values[name]!r}: must be {what}")
+
+    v = values.get
+    need("r", _is_positive_int(v("r")), "a positive integer")
+    need("lora_alpha", _is_number(v("lora_alpha")) and 0 < v("lora_alpha") < math.inf, "a positive number")
+    need("lora_dropout", _is_number(v("lora_dropout")) and 0 <= v("lora_dropout") < 1, "a number in [0, 1)")
+    need("bias", v("bias") in ("none", "all", "lora_only"), "none, all or lora_only")
+    init = v("init_lora_weights")
+    need("init_lora_weights", isinstance(init, bool) or init in _INITS, f"true, false or {' or '.join(_INITS)}")
+    for name in ("use_rslora", "inference_mode", "fan_in_fan_out", "use_dora", "lora_bias"):
+        need(name, isinstance(v(name), bool), "true or false")
+    _check_layers(values, need)
+    _check_modules(values, need, where)
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = v(name)
+        if pattern is None:
+            values.pop(name, None)
+            continue
+        whole = name == "rank_pattern"
+        ok = isinstance(pattern, dict) and all(
+            _is_positive_int(x) if whole else _is_number(x) and x > 0 for x in pattern.values()
+        )
+        need(name, ok, "an object of positive numbers by module name pattern")
+        for key in pattern:
+            _compiled(key, f"{where}: {name}")
+    odd = [r for r in (v("r") or LoraConfig.r, *(v("rank_pattern") or {}).values()) if r % 2]
+    if init == "orthogonal" and odd:
+        raise UserError(f"{where}: init_lora_weights = 'orthogonal' needs even ranks, and {odd[0]} is odd: change it")
+    if v("lora_bias") and (v("use_dora") or isinstance(init, str)):
+        raise UserError(
+            f"{where}: lora_bias = true goes with neither use_dora nor an init_lora_weights other than true and false, "
+            f"as in peft: leave one out"
+        )
+    task = v("task_type")
+    if task is None:
+        values.pop("task_type", None)
+    else:  # the reference's documentation writes "CAUSAL LM"
+        task = str(task).upper().replace(" ", "_")
+        need("task_type", task in TASKS, f"{' or '.join(TASKS)} (what megalora trains)")
+        values["task_type"] = task
+    return values
+
+
+def _check_layers(values: dict[str, Any], need: Callable[[str, bool, str], None]) -> None:
+    layers = values.get("layers_to_transform")
+    if layers is None:
+        return
+    if isinstance(layers, int):
+        layers = values["layers_to_transform"] = [layers]
+    good = isinstance(layers, (list, tuple)) and len(layers) > 0
+    good = good and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
+    need("layers_to_transform", good, "a layer index or a list of them")
+    values["layers_to_transform"] = tuple(sorted(set(layers)))
+
+
+def _check_modules(values: dict[str, Any], need: Callable[[str, bool, str], None], where: str) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        modules = values.get(name)
+        if isinstance(modules, (list, tuple, set)):
+            empty = name == "exclude_modules"  # which excludes nothing
+            good = (empty or len(modules) > 0) and all(isinstance(t, str) for t in modules)
+            need(name, good, "a list of names")
+            values[name] = tuple(sorted(modules)) or None
+        elif modules is not None:
+            need(name, isinstance(modules, str), "a list of names, all-linear or a regular expression")
+            if modules != "all-linear" or name == "exclude_modules":
+                _compiled(modules, f"{where}: {name}")
 
 
 def _compiled(pattern: str, where: str) -> re.Pattern:

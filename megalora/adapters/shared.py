@@ -33,12 +33,13 @@ class SharedAdapters:
 def share(adapters: Sequence[tuple[ResolvedLora, Mapping[str, torch.Tensor]]]) -> SharedAdapters:
     """Return `adapters`, each with its tensors lora_A [r, in] and lora_B [out, r] by parameter name, as one.
 
-    They train no biases, which each token would need of its own.
+    They train no biases and no magnitudes (DoRA), which each token would need of its own.
     """
     owners: dict[str, list[int]] = {}
     parts: dict[str, list[torch.Tensor]] = {}
     for number, (lora, tensors) in enumerate(adapters, 1):
-        assert lora.config.bias == "none", lora.config.bias
+        config = lora.config
+        assert config.bias == "none" and not config.use_dora and not config.lora_bias, config
         for name, adapter in lora.adapters.items():
             owners.setdefault(name, []).extend([number] * adapter.r)
             parts.setdefault(f"{name}.lora_A.weight", []).append(tensors[f"{name}.lora_A.weight"])

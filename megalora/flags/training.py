@@ -151,6 +151,9 @@ class TrainArguments(Section):
     adam_beta2: float = flag(0.999, "AdamW beta2", at_least=0, below=1)
     adam_epsilon: float = flag(1e-8, "AdamW epsilon", above=0)
     optimizer: str = flag("adamw", "adamw is torch's fused AdamW, apex is FusedAdam of NVIDIA Apex", choices=OPTIMIZERS)
+    loraplus_lr_ratio: float = flag(
+        1.0, "LoRA+: learning rate of lora_B, biases and DoRA magnitudes over that of lora_A", above=0
+    )
     max_grad_norm: float = flag(1.0, "clip gradients to this global norm; 0 turns clipping off", at_least=0)
     seed: int = flag(42, "seed of adapter init, dropout and data order", at_least=0, at_most=2**63 - 1)
     eval_steps: int | None = flag(None, "evaluate every this many steps", at_least=1, unset="only at the end")

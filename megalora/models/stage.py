@@ -24,6 +24,8 @@ from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
 from megalora.models.spec import ModelSpec
+from megalora.parallel.base import FrozenMatrix
+from megalora.parallel.decomposition import Decomposition, settle_norms
 from megalora.parallel.embedding import VocabParallelHead
 from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
@@ -65,6 +67,7 @@ class Stage(nn.Module):
         self.recompute_layers = recompute == "full"
         self.shares_adapters = False  # whether a token's adapter is looked up in Tokens.adapters
         self._graphs: LayerGraphs | None = None
+        self._settles = False  # initial magnitudes are to be set
         stack = config.stack
         # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in `_parts`:
         # modules here would be registered a second time.
@@ -173,6 +176,8 @@ class Stage(nn.Module):
     def _refresh_groups(self) -> None:
         for group in self.groups:
             group.refresh()
+        if decomposed := self._decomposed:
+            settle_norms(decomposed, self.place)
 
     def keep_base(self) -> None:
         """To be called with the base loaded and no adapter yet, where `switch_adapters` is to be used."""
@@ -190,8 +195,23 @@ class Stage(nn.Module):
         for group in self.groups:
             group.switch(on)
 
+    @property
+    def _decomposed(self) -> list[tuple[Decomposition, FrozenMatrix, torch.Tensor, bool]]:
+        groups = (group for group in self.groups if isinstance(group, LinearGroup))
+        return [(g.dora, g.matrix, g.down, g.row_parallel) for g in groups if g.dora is not None]
+
+    def settle(self) -> None:
+        """Set the magnitudes (DoRA) of initial adapters, once base and factors are there. Collective over tp."""
+        if not self._settles:
+            return
+        self._settles = False
+        self._refresh_groups()
+        for found, *_ in self._decomposed:
+            found.reset()
+
     def reset_adapters(self, seed: int) -> None:
-        """Initial adapters, the same on every layout."""
+        """Initial adapters, the same on every layout; call `settle` after it, once the base is loaded."""
+        self._settles = bool(self._decomposed)
         for module in self.modules():
             if isinstance(module, ParallelLinear):
                 module.reset_adapter(seed, self.lora.config.init_lora_weights)

@@ -23,7 +23,7 @@ from megalora.ops.grouped import Bounds, grouped, grouped_nt, grouped_outer
 from megalora.ops.lora_linear import room_for
 from megalora.ops.scaled_copy import scaled_copy_
 from megalora.parallel.base import DenseView
-from megalora.parallel.linear import ParallelLinear
+from megalora.parallel.linear import AdapterSplits, ParallelLinear
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, whole_split
 
@@ -49,7 +49,7 @@ class ExpertLinear(ParallelLinear):
             name,
             _whole(shape),
             _whole((out_features,)) if bias else None,
-            (_whole((r, in_features)), _whole((out_features, r))),
+            AdapterSplits(_whole((r, in_features)), _whole((out_features, r)), *[_whole((out_features,))] * 2),
             adapter,
             trains_bias,
             transposed,
@@ -83,9 +83,10 @@ class ReplicatedLinear(ParallelLinear):
             name,
             whole_split(shape, tp),
             whole_split((out_features,), tp, partial_grad=True) if bias else None,
-            (
+            AdapterSplits(
                 whole_split((r, in_features), tp, partial_grad=True),
                 whole_split((out_features, r), tp, partial_grad=True),
+                *[whole_split((out_features,), tp, partial_grad=True)] * 2,
             ),
             adapter,
             trains_bias,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,11 +22,23 @@ from megalora.ops.lora_linear import lora_down_, room_for
 from megalora.ops.scaled_copy import scaled_copy_
 from megalora.ops.swiglu import swiglu, swiglu_down
 from megalora.parallel.collectives import all_reduce
+from megalora.parallel.decomposition import Decomposition
 from megalora.parallel.exchange import gather_product, product_scatter
 from megalora.parallel.linear import ParallelLinear, RowParallelLinear
 from megalora.parallel.placement import Placement, Tokens
 
-Trainable = tuple[int, str]  # which linear of a group, and "lora_A", "lora_B" or "bias"
+Trainable = tuple[int, str]  # which linear of a group, and its name in ParallelLinear.trainables()
+
+
+class Product(NamedTuple):
+    """What a group makes of its source: y [F or T, O], the full X that it is the product of, and what DoRA keeps.
+
+    kept  of y, for the gradients of magnitudes (see Decomposition.apply); None without DoRA
+    """
+
+    y: torch.Tensor
+    X: torch.Tensor
+    kept: torch.Tensor | None = None
 
 
 class LinearGroup:
@@ -60,9 +72,10 @@ class LinearGroup:
         self.room = room_for(sum(self.ranks), torch.device(place.device).type)
         self.dropout = max((linear.adapter.dropout for linear in linears if linear.adapter is not None), default=0.0)
         self.matrix = place.base.matrix(sum(self.sizes), self.in_features, self.room, place.dtype, place.device)
-        self._ready = self.room == 0 and linears[0].bias is None  # whether refresh() has been here
+        self._has_bias = any(linear.bias is not None or linear.lora_bias is not None for linear in linears)
+        self._ready = self.room == 0 and not self._has_bias  # whether refresh() has been here
         self.down: torch.Tensor | None = None  # A of all branches [R, I] in the compute dtype
-        self.bias: torch.Tensor | None = None  # of all linears [O] in the compute dtype (a group has all or none)
+        self.bias: torch.Tensor | None = None  # of all linears [O] in the compute dtype
         self._base_bias: torch.Tensor | None = None  # the same before an adapter was loaded, where it changes them
         self._owners: torch.Tensor | None = None  # of several adapters: the one that each column of z [R] belongs to
         self.rows: list[slice] = []  # of each linear in the matrix
@@ -73,11 +86,18 @@ class LinearGroup:
             self.branches.append(slice(column, column + rank))
             linear.take_rows(self.matrix, self.rows[-1])
             row, column = row + size, column + rank
+        decomposed = any(linear.magnitude is not None for linear in linears)
+        self.dora = Decomposition(linears, self.rows, self.branches) if decomposed else None
 
     @property
     def gathers(self) -> bool:
         """Whether tokens are gathered before a column-parallel product, or scattered behind a row-parallel one."""
         return self.place.gathers and self.reduces
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that the group adds itself: all, unless whoever sums its terms does."""
+        return self.bias if self.reduces or not self.row_parallel else None
 
     @functools.cached_property
     def trainables(self) -> dict[Trainable, torch.nn.Parameter]:
@@ -91,8 +111,8 @@ class LinearGroup:
         full = self.row_parallel or not self.reduces
         return tokens.index if full else tokens.local, tokens.draw(self.dropout, self.site, offset)
 
-    def product(self, source: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (y [F or T, O], the full X that it is the product of). Not for autograd.
+    def product(self, source: torch.Tensor, tokens: Tokens) -> Product:
+        """Return the Product of `source`. Not for autograd.
 
         source is x with room behind it, [T or F, I + C] (its tail is overwritten); or x alone, [T or F, I]; or gate_up
         [F, 2 I] where the group is gated.
@@ -114,22 +134,26 @@ class LinearGroup:
         if tokens.adapters is not None and self._owners is not None:
             z = X[:, columns : columns + len(self._owners)]
             z.masked_fill_(self._owners != tokens.adapters.unsqueeze(1), 0.0)
-        bias = None if self.row_parallel else self.bias  # else it is added once, to the sum
+        # Of a row-parallel group it is added once, to the sum; with DoRA behind the factors.
+        bias = None if self.row_parallel or self.dora is not None else self.bias
 
         def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
             return self.matrix.multiply(rows, bias, out)
 
-        if not self.row_parallel:
-            if self.gathers:
-                return gather_product(X, product, self.matrix.rows, tp, exchange, kept=columns)
-            return product(X), X
-        if not self.reduces:
-            return product(X), X
-        if self.gathers:
+        if not self.row_parallel and self.gathers:
+            y, X = gather_product(X, product, self.matrix.rows, tp, exchange, kept=columns)
+        elif not self.row_parallel or not self.reduces:
+            y = product(X)
+        elif self.gathers:
             y = product_scatter(X, product, self.matrix.rows, tp, exchange)
         else:
             y = all_reduce(product(X), tp)
-        return y if self.bias is None else y.add_(self.bias), X
+        if self.dora is not None:
+            y, kept = self.dora.apply(y, self.own_bias)
+            return Product(y, X, kept)
+        if self.row_parallel and self.own_bias is not None:
+            y.add_(self.own_bias)
+        return Product(y, X)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -151,11 +175,13 @@ class LinearGroup:
             self.down = torch.empty(sum(self.ranks), self.in_features, **place)
             parts = self.down.split([linear.rank for linear in adapted])
             copies += [(part, linear.lora_A.weight, 1.0) for part, linear in zip(parts, adapted, strict=True)]
-        if self.linears[0].bias is not None:
+        if self._has_bias:
             self.bias = torch.empty(sum(self.sizes), **place)
             parts = self.bias.split(self.sizes)
-            copies += [(part, linear.bias, 1.0) for part, linear in zip(parts, self.linears, strict=True)]
+            copies += [(p, one.bias, 1.0) for p, one in zip(parts, self.linears, strict=True) if one.bias is not None]
         scaled_copy_(copies)
+        if any(linear.lora_bias is not None for linear in self.linears):
+            self.bias.copy_(self._biases(adapted=True))
 
     def _tails(self) -> list[torch.Tensor]:
         """Return where s B of each linear stands."""
@@ -173,9 +199,9 @@ class LinearGroup:
 
     def keep_base(self) -> None:
         """Before an adapter is loaded, to `switch` later: the base's own biases, where an adapter brings others."""
-        biases = [linear.bias for linear in self.linears]
-        if any(bias is not None and bias.requires_grad for bias in biases):
-            self._base_bias = _concatenated(biases, self.place.dtype)
+        trained = (linear.bias is not None and linear.bias.requires_grad for linear in self.linears)
+        if any(trained) or any(linear.lora_bias is not None for linear in self.linears):
+            self._base_bias = self._biases(adapted=False)
 
     @torch.no_grad()
     def switch(self, adapted: bool) -> None:
@@ -184,14 +210,21 @@ class LinearGroup:
         for linear, tail in zip(self.linears, self._tails(), strict=True):
             if linear.lora_B is not None:
                 tail.copy_(linear.lora_B.weight * linear.adapter.scaling) if adapted else tail.zero_()
+        if self.dora is not None:
+            self.dora.switch(adapted)
         if self._base_bias is not None:
-            tuned = _concatenated([linear.bias for linear in self.linears], self.place.dtype)
-            self.bias.copy_(tuned if adapted else self._base_bias)
+            self.bias.copy_(self._biases(adapted=True) if adapted else self._base_bias)
 
-
-def _concatenated(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Return a copy: what it was made of may change while it is in use."""
-    return torch.cat([part.detach() for part in parts]).to(dtype)
+    def _biases(self, adapted: bool) -> torch.Tensor:
+        """Return a copy of all biases [O] in the compute dtype, 0 where a linear has none; adapted: with those of B."""
+        parts = []
+        for linear, size in zip(self.linears, self.sizes, strict=True):
+            place = {"dtype": self.place.master_dtype, "device": self.place.device}
+            whole = torch.zeros(size, **place) if linear.bias is None else linear.bias.detach().to(**place)
+            if adapted and linear.lora_bias is not None:
+                whole = whole + linear.adapter.scaling * linear.lora_bias.detach()
+            parts.append(whole)
+        return torch.cat(parts).to(self.place.dtype)
 
 
 class GatedPair:

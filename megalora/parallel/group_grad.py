@@ -15,14 +15,14 @@ from megalora.ops.lora_linear import lora_down_input_grad_, lora_up_weight_grad
 from megalora.ops.swiglu import swiglu, swiglu_backward
 from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, reduce_scatter
 from megalora.parallel.exchange import gather_product, product_scatter
-from megalora.parallel.group import GatedPair, LinearGroup, Trainable
+from megalora.parallel.group import GatedPair, LinearGroup, Product, Trainable
 from megalora.parallel.placement import Placement, Tokens
 
 
 def apply_group(group: LinearGroup, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """Return y [F or T, O] of `source`, as `LinearGroup.product` says, for autograd."""
     if not torch.is_grad_enabled():  # nothing is kept for a backward that does not come
-        return group.product(source, tokens)[0]
+        return group.product(source, tokens).y
     return GroupedLinearFunction.apply(source, group, tokens, *group.trainables.values())
 
 
@@ -30,7 +30,7 @@ def apply_pair(pair: GatedPair, source: torch.Tensor, tokens: Tokens) -> torch.T
     """Return y [T, O] of `source` [T, I + C] or [T, I], as of the groups one after the other, for autograd."""
     first, second = pair.first, pair.second
     if not torch.is_grad_enabled():
-        return second.product(first.product(source, tokens)[0], tokens)[0]
+        return second.product(first.product(source, tokens).y, tokens).y
     trainables = (*first.trainables.values(), *second.trainables.values())
     return GatedPairFunction.apply(source, pair, tokens, *trainables)
 
@@ -48,12 +48,13 @@ def reduce_terms(terms: torch.Tensor, place: Placement, biases: Sequence[torch.T
 
 class _Kept(NamedTuple):
     """Tensors saved for backward: `source` (where a gradient reads it), `z` [F, R] (unless it is in the source), A as
-    it was, and the token index of the input."""
+    it was, the token index of the input, and what DoRA reads of the result."""
 
     source: torch.Tensor | None
     z: torch.Tensor | None
     A: torch.Tensor | None
     token_index: torch.Tensor
+    of_result: torch.Tensor | None
 
 
 Needs = Mapping[Trainable, bool]  # which of group.trainables want a gradient
@@ -93,19 +94,27 @@ class _Sums:
         """Of the i-th linear."""
         return self._into.get((i, "lora_B"))
 
-    def dbias(self, i: int) -> torch.Tensor | None:
-        return self._into.get((i, "bias"))
+    def dbiases(self, i: int) -> list[tuple[torch.Tensor, str]]:
+        """Return the gradients of the biases of the i-th linear: (into, "bias" or "lora_bias")."""
+        return [(self._into[i, kind], kind) for kind in ("bias", "lora_bias") if (i, kind) in self._into]
+
+    @property
+    def dmagnitudes(self) -> dict[int, torch.Tensor]:
+        """By linear."""
+        return {i: into for (i, kind), into in self._into.items() if kind == "magnitude"}
 
 
 def _keep(
-    group: LinearGroup, source: torch.Tensor, full: torch.Tensor, tokens: Tokens, needs_dx: bool, needs: Needs
+    group: LinearGroup, source: torch.Tensor, product: Product, tokens: Tokens, needs_dx: bool, needs: Needs
 ) -> _Kept:
-    """Return what is kept of a product of `source` whose X is `full`."""
+    """Return what is kept of a product of `source`."""
+    full = product.X
     keeps = _any(needs, "lora_A") or (group.gated and needs_dx)
     # z is kept apart where X is not what is kept; without gradients nothing is kept.
     apart = (needs_dx or any(needs.values())) and (full is not source or not keeps)
     z = full[:, group.in_features :].clone() if group.down is not None and apart else None
-    return _Kept(source if keeps else None, z, group.down, group.mask(tokens)[0])
+    of_result = product.kept if _any(needs, "magnitude") else None
+    return _Kept(source if keeps else None, z, group.down, group.mask(tokens)[0], of_result)
 
 
 def _up_branches(group: LinearGroup, kept: _Kept, sums: _Sums) -> list[UpBranch]:
@@ -140,6 +149,8 @@ def _backward(
     columns, dA = group.in_features, sums.dA
     width = columns + group.room if needs_dx else group.room
     goes_on, dX = needs_dx or A is not None, None
+    if group.dora is not None:
+        dy = group.dora.backward(dy, kept.of_result, group.own_bias is not None, _own_magnitudes(group, sums))
 
     def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return group.matrix.multiply_transposed(rows, out, branch_only=not needs_dx)
@@ -151,9 +162,7 @@ def _backward(
             dy = all_gather(dy, tp)
     for branch in _up_branches(group, kept, sums) if own_ups else ():
         lora_up_weight_grad(dy[:, branch.rows], branch.z, branch.scaling, branch.dB)
-    for i, rows in enumerate(group.rows):
-        if sums.dbias(i) is not None:
-            sums.dbias(i).add_(dy[:, rows].sum(0, dtype=sums.dbias(i).dtype))
+    _add_bias_grads(group, dy, sums)
     if not goes_on:
         return None
     if dX is None:
@@ -182,6 +191,23 @@ def _backward(
     if dA:  # runs while dX is reduced
         add_down_weight_grad_(dA, dz, kept.source[:, :columns], token_index, draw)
     return pending.wait()
+
+
+def _own_magnitudes(group: LinearGroup, sums: _Sums) -> Mapping[int, torch.Tensor]:
+    """Return the gradients of magnitudes that this rank adds to: where all of tp hold the same, the first does."""
+    tp = group.place.tp
+    same = group.row_parallel and group.reduces and not group.gathers
+    return {} if same and not tp.is_first else sums.dmagnitudes
+
+
+def _add_bias_grads(group: LinearGroup, dy: torch.Tensor, sums: _Sums) -> None:
+    """Add the gradients of the biases, from that of the group's product [F, O]."""
+    for i, (linear, rows) in enumerate(zip(group.linears, group.rows, strict=True)):
+        for into, kind in sums.dbiases(i):
+            total = dy[:, rows].sum(0, dtype=into.dtype)
+            if group.dora is not None:
+                total = group.dora.bias_gradient(total, rows)
+            into.add_(total, alpha=linear.adapter.scaling if kind == "lora_bias" else 1.0)
 
 
 def _gated_backward(
@@ -217,11 +243,11 @@ class GroupedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, source, group, tokens, *trainables):
-        y, full = group.product(source, tokens)
+        product = group.product(source, tokens)
         ctx.group, ctx.draw, ctx.width = group, group.mask(tokens)[1], source.shape[1]
         needs_dx, _, _, *flags = ctx.needs_input_grad
-        ctx.save_for_backward(*_keep(group, source, full, tokens, needs_dx, _needs(group, flags)))
-        return y
+        ctx.save_for_backward(*_keep(group, source, product, tokens, needs_dx, _needs(group, flags)))
+        return product.y
 
     @staticmethod
     def backward(ctx, dy):
@@ -240,13 +266,13 @@ class GatedPairFunction(torch.autograd.Function):
         first, second = pair.first, pair.second
         ctx.pair, ctx.draws, ctx.width = pair, [group.mask(tokens)[1] for group in (first, second)], source.shape[1]
         needs_dx, needs_first, needs_second = _cut_needs(ctx.needs_input_grad, pair)
-        gate_up, full = first.product(source, tokens)
-        kept = _keep(first, source, full, tokens, needs_dx, needs_first)
-        del full  # what was gathered is not needed beside the second product
-        y, X = second.product(gate_up, tokens)
+        product = first.product(source, tokens)
+        gate_up, kept = product.y, _keep(first, source, product, tokens, needs_dx, needs_first)
+        del product  # what was gathered is not needed beside the second product
+        product = second.product(gate_up, tokens)
         needs_dx = needs_dx or any(needs_first.values())
-        ctx.save_for_backward(*kept, *_keep(second, gate_up, X, tokens, needs_dx, needs_second))
-        return y
+        ctx.save_for_backward(*kept, *_keep(second, gate_up, product, tokens, needs_dx, needs_second))
+        return product.y
 
     @staticmethod
     def backward(ctx, dy):
@@ -256,7 +282,9 @@ class GatedPairFunction(torch.autograd.Function):
         kept_first, kept_second = _Kept(*saved[:count]), _Kept(*saved[count:])
         sums_first, sums_second = _Sums(first, needs_first), _Sums(second, needs_second)
         goes_on = needs_dx or any(needs_first.values())
-        ups = _up_branches(first, kept_first, sums_first)
+        # With DoRA the dB of the first is of its dy times factors, which is made later.
+        own_ups = first.dora is not None
+        ups = [] if own_ups else _up_branches(first, kept_first, sums_first)
         dgate_up = _backward(second, kept_second, ctx.draws[1], dy, goes_on, sums_second, ups_before=ups)
         ctx.maybe_clear_saved_tensors()  # gate_up goes before the first group's products need memory
         del saved, kept_second, ups
@@ -264,7 +292,7 @@ class GatedPairFunction(torch.autograd.Function):
         if goes_on:
             dense = ctx.width == first.in_features
             dsource = _backward(
-                first, kept_first, ctx.draws[0], dgate_up, needs_dx, sums_first, dense=dense, own_ups=False
+                first, kept_first, ctx.draws[0], dgate_up, needs_dx, sums_first, dense=dense, own_ups=own_ups
             )
         return dsource, None, None, *sums_first.told, *sums_second.told
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -12,13 +14,30 @@ from megalora.parallel.base import FrozenMatrix, WeightSource
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Cut, Part, Split, whole_split
 
+MAGNITUDE = "lora_magnitude_vector"  # peft's name
+
 
 class LoraFactor(nn.Module):
-    """One factor of a branch: `weight`, a trainable master."""
+    """One factor of a branch: `weight`, and `bias` where it has one; trainable masters."""
 
-    def __init__(self, shape: tuple[int, ...], place: Placement):
+    def __init__(self, shape: tuple[int, ...], place: Placement, bias: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape, dtype=place.master_dtype, device=place.device))
+        place_of = {"dtype": place.master_dtype, "device": place.device}
+        self.weight = nn.Parameter(torch.empty(shape, **place_of))
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **place_of)) if bias else None)
+
+
+class AdapterSplits(NamedTuple):
+    """Where the trained parameters of an adapter lie: lora_A, lora_B, and vectors of out_features.
+
+    vector     of a bias of lora_B
+    magnitude  of DoRA
+    """
+
+    lora_A: Split
+    lora_B: Split
+    vector: Split
+    magnitude: Split
 
 
 class ParallelLinear(nn.Module):
@@ -35,7 +54,7 @@ class ParallelLinear(nn.Module):
         name: str,
         weight_split: Split,
         bias_split: Split | None,
-        factor_splits: tuple[Split, Split],
+        adapter_splits: AdapterSplits,
         adapter: Adapter | None,
         trains_bias: bool,
         transposed: bool,
@@ -54,10 +73,18 @@ class ParallelLinear(nn.Module):
             self.bias = nn.Parameter(bias, requires_grad=trains_bias)
         self.lora_A: LoraFactor | None = None
         self.lora_B: LoraFactor | None = None
+        self.register_parameter(MAGNITUDE, None)
         if adapter is not None:
-            self._splits["lora_A.weight"], self._splits["lora_B.weight"] = factor_splits
-            self.lora_A = LoraFactor(factor_splits[0].local_shape, place)
-            self.lora_B = LoraFactor(factor_splits[1].local_shape, place)
+            self._splits["lora_A.weight"], self._splits["lora_B.weight"] = adapter_splits[:2]
+            self.lora_A = LoraFactor(adapter_splits.lora_A.local_shape, place)
+            self.lora_B = LoraFactor(adapter_splits.lora_B.local_shape, place, adapter.bias)
+            if adapter.bias:
+                self._splits["lora_B.bias"] = adapter_splits.vector
+            if adapter.dora:
+                self._splits[MAGNITUDE] = adapter_splits.magnitude
+                shape = adapter_splits.magnitude.local_shape
+                vector = torch.empty(shape, dtype=place.master_dtype, device=place.device)
+                self.register_parameter(MAGNITUDE, nn.Parameter(vector))
 
     def shard_dims(self) -> dict[str, Split]:
         """How each parameter is cut: the one place that loading, saving and gradient reduction read."""
@@ -80,21 +107,37 @@ class ParallelLinear(nn.Module):
         return 0 if self.adapter is None else self.adapter.r
 
     def trainables(self) -> dict[str, nn.Parameter]:
-        """Return what is trained of this linear, by name: lora_A, lora_B, bias."""
+        """Return what is trained of this linear, by name: lora_A, lora_B, lora_bias, magnitude, bias."""
         found = {} if self.lora_A is None else {"lora_A": self.lora_A.weight, "lora_B": self.lora_B.weight}
+        if self.lora_bias is not None:
+            found["lora_bias"] = self.lora_bias
+        if self.magnitude is not None:
+            found["magnitude"] = self.magnitude
         if self.bias is not None and self.bias.requires_grad:
             found["bias"] = self.bias
         return found
 
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """m [O_i] of DoRA."""
+        return getattr(self, MAGNITUDE)
+
+    @property
+    def lora_bias(self) -> nn.Parameter | None:
+        """The bias [O_i] of lora_B."""
+        return None if self.lora_B is None else self.lora_B.bias
+
     @torch.no_grad()
     def reset_adapter(self, seed: int, init_lora_weights: bool | str) -> None:
-        """Fill the adapter with its initial values, the same on every layout."""
+        """Fill the adapter with its initial values, the same on every layout; all but magnitudes (`Stage.settle`)."""
         if self.adapter is None:
             return
         for key, factor in (("lora_A.weight", self.lora_A), ("lora_B.weight", self.lora_B)):
             split = self._splits[key]
             whole = initial_factor(f"{self.name}.{key}", split.global_shape, seed, init_lora_weights, self.adapter.r)
             factor.weight.copy_(split.slice(whole))
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
 
 
 def _weight_split(cut: Cut, shape: tuple[int, int], dim: int, transposed: bool) -> Split:
@@ -128,7 +171,12 @@ class ColumnParallelLinear(ParallelLinear):
             _weight_split(cut, (out_features, in_features), 0, transposed),
             cut.split((out_features,), 0) if bias else None,
             # dz_i = s dy_i B_i, so dA_i is one term of the sum over tp.
-            (whole_split((r, in_features), place.tp, partial_grad=True), cut.split((out_features, r), 0)),
+            AdapterSplits(
+                whole_split((r, in_features), place.tp, partial_grad=True),
+                cut.split((out_features, r), 0),
+                cut.split((out_features,), 0),
+                cut.split((out_features,), 0),
+            ),
             adapter,
             trains_bias,
             transposed,
@@ -161,8 +209,13 @@ class RowParallelLinear(ParallelLinear):
             name,
             _weight_split(cut, (out_features, in_features), 1, transposed),
             whole_split((out_features,), place.tp) if bias else None,
-            # z_i is one term of a sum, and so is dB_i = s dy^T z_i.
-            (cut.split((r, in_features), 1), whole_split((out_features, r), place.tp, partial_grad=True)),
+            # z_i is one term of a sum, and so is dB_i = s dy^T z_i; a magnitude is reduced from the tokens of a rank.
+            AdapterSplits(
+                cut.split((r, in_features), 1),
+                whole_split((out_features, r), place.tp, partial_grad=True),
+                whole_split((out_features,), place.tp),
+                whole_split((out_features,), place.tp, partial_grad=True),
+            ),
             adapter,
             trains_bias,
             transposed,

@@ -18,9 +18,10 @@ from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
 from megalora.planning.experts import routed_nodes
+from megalora.planning.groups import Group, with_factors
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, kept_bytes, peak_bytes
 from megalora.planning.quantised import on_base
-from megalora.planning.shapes import MLP, Attention, Branch, Experts, Group, Layer, Mixer, Norm, Shape
+from megalora.planning.shapes import MLP, Attention, Branch, Experts, Layer, Mixer, Norm, Shape
 
 __all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "kept_bytes", "peak_bytes"]
 
@@ -190,9 +191,11 @@ class _LayerNodes:
 
     def _attention(self, mixer: Attention, source: str, flowing: bool) -> list[Node]:
         after = flowing or mixer.qkv.trains
+        # The norms of q and k keep views of q k v, and what is computed again begins with it.
+        read = mixer.qk_rows > 0 or self.work.recompute == "selective"
         context = "recomputed" if self.work.recompute == "selective" and after else "kept" if after else "new"
         return [
-            self._linears(mixer.qkv, source, flowing),
+            self._linears(mixer.qkv, source, flowing, read=read),
             self._core(mixer, after),
             self._linears(mixer.out, context, after),
         ]
@@ -202,7 +205,7 @@ class _LayerNodes:
         if mixer.swiglu:
             fused = self._fused(mixer)
             return [
-                self._linears(mixer.up, source, flowing, fused=fused),
+                self._linears(mixer.up, source, flowing, fused=fused, read=True),
                 self._linears(mixer.down, "gated", after, fused=fused),
             ]
         # Some keep their result, which down reads; the others keep what they read, and what is gated both gate and up.
@@ -212,7 +215,8 @@ class _LayerNodes:
         backward = Pass(live=inner + kept, traffic=2 * kept + inner, calls=1 + 3 * mixer.gates)
         act = self._node("activation", kept, forward, backward, after)
         read = "kept" if mixer.act in KEEPS_RESULT and not mixer.gates and after else "new"
-        return [self._linears(mixer.up, source, flowing), act, self._linears(mixer.down, read, after)]
+        up = self._linears(mixer.up, source, flowing, read=kept > 0 and (mixer.gates or mixer.act not in KEEPS_RESULT))
+        return [up, act, self._linears(mixer.down, read, after)]
 
     def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:
         return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)
@@ -236,13 +240,14 @@ class _LayerNodes:
             flowing,
         )
 
-    def _linears(self, group: Group, source: str, flowing: bool, *, fused: bool = False) -> Node:
+    def _linears(self, group: Group, source: str, flowing: bool, *, fused: bool = False, read: bool = False) -> Node:
         """What the group is given is kept where there is an A, and z apart from it where it has no room for z.
 
         source  what the group is given: "normed", x with room (q k v, gate up); x alone, the result of attention, of an
                 activation or the residual stream: "kept" by another, "recomputed" in backward, or "new"; "gated":
                 gate_up, of which it makes x, and which it keeps also for the gradient
         fused   the backward passes of gate up and down are one pass through what is gated
+        read    what reads the result keeps it
         """
         tokens, e = self.tokens, self.work.element
         gathers, gated, normed = tokens.gathers and not group.row_parallel, source == "gated", source == "normed"
@@ -302,7 +307,9 @@ class _LayerNodes:
         )
         if needs_dx:  # else the product is with the branch alone
             backward = on_base(backward, group, self.work, device, tokens.full, product, backward=True)
-        return self._node("linears", kept, forward, backward, flowing or group.trains)
+        node = self._node("linears", kept, forward, backward, flowing or group.trains)
+        local = tokens.local if group.row_parallel and tokens.gathers else tokens.full
+        return with_factors(node, group, local, e, keeps=not read)
 
     def _messages(self, group: Group, sums: bool, product: float, whole: bool) -> tuple[Message, ...]:
         """Of a product whose terms are summed over the ranks (`sums`), or that wants all tokens. whole: not z alone."""

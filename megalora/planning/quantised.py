@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from megalora.ops import nf4
-from megalora.planning.shapes import Group
+from megalora.planning.groups import Group
 
 
 def linear_bytes(group: Group, base_format: str, element: int) -> int:

@@ -17,59 +17,7 @@ from megalora.models.spec import ModelSpec
 from megalora.ops.lora_linear import room_for
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import cut_heads, even_part
-
-
-@dataclass(frozen=True)
-class Group:
-    """A megalora.parallel.group.LinearGroup in numbers.
-
-    inputs, outputs  features of the input, and of each linear, on this rank
-    ranks            of each linear's adapter, 0 without one
-    room             columns behind the input for the branches
-    biases           features of biases (0: none); trained_biases, those of them that are trained
-    """
-
-    inputs: int
-    outputs: tuple[int, ...]
-    ranks: tuple[int, ...]
-    room: int
-    row_parallel: bool
-    biases: int
-    trained_biases: int
-
-    @property
-    def output(self) -> int:
-        return sum(self.outputs)
-
-    @property
-    def rank(self) -> int:
-        return sum(self.ranks)
-
-    @property
-    def adapted(self) -> int:
-        """How many of the linears carry an adapter."""
-        return sum(rank > 0 for rank in self.ranks)
-
-    @property
-    def trains(self) -> bool:
-        return self.rank > 0 or self.trained_biases > 0
-
-    @property
-    def frozen(self) -> int:
-        """Elements of the frozen weights and biases."""
-        return self.inputs * self.output + self.biases - self.trained_biases
-
-    @property
-    def trained(self) -> int:
-        """Elements of the adapters and trained biases."""
-        pairs = zip(self.ranks, self.outputs, strict=True)
-        return sum(rank * (self.inputs + out) for rank, out in pairs) + self.trained_biases
-
-    @property
-    def copies(self) -> int:
-        """Elements held beside the parameters in the compute dtype: A of all branches, the room of the matrix (whose
-        columns hold s B), the biases."""
-        return self.rank * self.inputs + self.room * self.output + self.biases
+from megalora.planning.groups import Group
 
 
 @dataclass(frozen=True)
@@ -434,6 +382,7 @@ class _Rank:
         adapters = [self._lora.adapter(name) for name in names]
         ranks = tuple(0 if adapter is None else adapter.r for adapter in adapters)
         biases = [(name, local) for name, (linear, local) in zip(names, rows, strict=True) if linear.bias]
+        found = [(a, local) for a, (_, local) in zip(adapters, rows, strict=True) if a is not None]
         return Group(
             inputs,
             tuple(local for _, local in rows),
@@ -442,4 +391,6 @@ class _Rank:
             row_parallel,
             sum(local for _, local in biases),
             sum(local for name, local in biases if self._lora.trains_bias(name)),
+            sum(local for adapter, local in found if adapter.bias),
+            sum(local for adapter, local in found if adapter.dora),
         )

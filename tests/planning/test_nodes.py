@@ -33,6 +33,7 @@ ROWS, LENGTH = 2, 16
 LORAS = {
     "q,v": {"target_modules": ["q_proj", "v_proj"]},
     "all linears": {"target_modules": "all-linear"},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
     "down of the upper half": {"target_modules": ["down_proj"], "layers_to_transform": [2, 3]},
     "o and gate": {"target_modules": ["o_proj", "gate_proj"]},
 }
@@ -110,7 +111,7 @@ def check(lora: str, recompute: str, layers: range, tp: Axis, sequence_parallel:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("lora", [name for name in LORAS if name != "dora"])
 @pytest.mark.parametrize("layers", [range(0, 4), range(0, 2), range(2, 4), range(1, 3)])
 def test_kept_is_what_autograd_holds(lora, recompute, layers):
     check(lora, recompute, layers, Axis(), False)
@@ -120,6 +121,31 @@ def test_kept_is_what_autograd_holds(lora, recompute, layers):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_and_on_a_tensor_parallel_rank(two_ranks, recompute, sequence_parallel):
     check("all linears", recompute, range(0, 4), two_ranks, sequence_parallel)
+
+
+DORAS = {
+    "llama": {},
+    "norms on the heads": {"model_type": "qwen3", "head_dim": 8},
+    "biases of q, k and v": {"model_type": "qwen2"},
+    "parallel residual, biases": {
+        "model_type": "gpt_neox", "num_key_value_heads": None, "rms_norm_eps": None, "rotary_pct": 0.5,
+    },
+    "kept result": {
+        "model_type": "gpt_neox", "num_key_value_heads": None, "rms_norm_eps": None, "rotary_pct": 0.5,
+        "hidden_act": "relu", "use_parallel_residual": False, "attention_bias": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("model", DORAS)
+def test_and_with_magnitudes(model, recompute):
+    check("dora", recompute, range(0, 4), Axis(), False, **DORAS[model])
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_and_with_magnitudes_on_a_tensor_parallel_rank(two_ranks, sequence_parallel):
+    check("dora", "none", range(0, 4), two_ranks, sequence_parallel)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Protocol
 
 import torch
 
+from megalora.adapters.dora import factors, square_norms
 from megalora.checkpoint.base.weights import BaseWeights
 from megalora.errors import UserError
+
+
+class Merged(Protocol):
+    """What merging reads of the adapter of one linear (megalora.adapters.lora.Adapter)."""
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def bias(self) -> bool: ...
+
+    @property
+    def dora(self) -> bool: ...
 
 
 class MergedWeights:
     """The weights `base`, where W of an adapted linear is W + s B A and a trained bias stands for the base's.
 
+    With DoRA it is m / ||W + s B A|| (W + s B A), row by row; with a bias of B, the base's bias is b + s times that.
+
     base      of any floating-point dtype, which the result has too; the sum is in float32 (float64 where W is)
-    scalings  s of each adapted linear, by its name
-    tensors   the whole adapter by parameter name: lora_A [r, in], lora_B [out, r], trained biases [out]
+    adapters  of each adapted linear, by its name
+    tensors   the whole adapter by parameter name: lora_A [r, in], lora_B [out, r], ..., trained biases [out]
     transposed  names of linears whose weight is [in, out] in the file
+    Raises UserError where a bias of B has no bias of the base to be added to.
     """
 
     def __init__(
         self,
         base: BaseWeights,
-        scalings: Mapping[str, float],
+        adapters: Mapping[str, Merged],
         tensors: Mapping[str, torch.Tensor],
         transposed: Collection[str] = (),
     ):
-        self._base, self._scalings, self._tensors, self._transposed = base, scalings, tensors, frozenset(transposed)
+        self._base, self._adapters, self._tensors, self._transposed = base, adapters, tensors, frozenset(transposed)
         self.shapes = base.shapes
+        for name, adapter in adapters.items():
+            if adapter.bias and f"{name}.bias" not in self.shapes:
+                raise UserError(
+                    f"adapter: {name} has a bias of lora_B (lora_bias), but the model has no bias there to merge it "
+                    f"into: use the adapter as it is"
+                )
 
     def where(self, name: str) -> str:
         return self._base.where(name)
@@ -46,19 +70,41 @@ class MergedWeights:
         """
         assert out.dtype == self.dtype(name), (name, out.dtype)
         linear, _, leaf = name.rpartition(".")
-        if name in self._tensors:
-            out.copy_(self._tensors[name][index])
+        adapter = self._adapters.get(linear)
+        own = self._tensors.get(name)
+        if own is not None:
+            out.copy_(own[index])
         else:
             self._base.copy(name, index, out)
-            if leaf != "weight" or linear not in self._scalings:
-                return
+        if adapter is not None and leaf == "weight":
+            self._add(linear, adapter, index, out)
+        elif adapter is not None and adapter.bias:
             wide = torch.promote_types(out.dtype, torch.float32)
-            a, b = (self._tensors[f"{linear}.{factor}.weight"].to(wide) for factor in ("lora_A", "lora_B"))
-            rows, columns = index
-            left, right = (a.t(), b.t()) if linear in self._transposed else (b, a)
-            out.copy_(out.to(wide).addmm_(left[rows], right[:, columns], alpha=self._scalings[linear]))
+            added = self._tensors[f"{linear}.lora_B.bias"][index].to(wide)
+            out.copy_(out.to(wide).add_(added, alpha=adapter.scaling))
+        elif own is None:
+            return
         if not out.isfinite().all():
             raise UserError(
                 f"{self.where(name)}: {name} with the adapter in it is not finite in {out.dtype}: the adapter is "
                 "damaged, or too large for that dtype; take another checkpoint of its run"
             )
+
+    def _add(self, linear: str, adapter: Merged, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        """Merge into `out`, which has weight[index] of the base."""
+        wide = torch.promote_types(out.dtype, torch.float32)
+        a, b = (self._tensors[f"{linear}.{factor}.weight"].to(wide) for factor in ("lora_A", "lora_B"))
+        transposed = linear in self._transposed
+        rows, columns = index[::-1] if transposed else index
+        W = out.t() if transposed else out
+        merged = torch.addmm(W.to(wide), b[rows], a[:, columns], alpha=adapter.scaling)
+        if adapter.dora:
+            whole = slice(0, a.shape[1])
+            if columns != whole:  # the norm is of whole rows
+                full = torch.empty(W.shape[0], a.shape[1], dtype=out.dtype)
+                part = (whole, rows) if transposed else (rows, whole)
+                self._base.copy(f"{linear}.weight", part, full.t() if transposed else full)
+            norms = square_norms((W if columns == whole else full).to(wide), a, b[rows] * adapter.scaling).sqrt()
+            magnitude = self._tensors[f"{linear}.lora_magnitude_vector"][rows].to(wide)
+            merged.mul_(factors(magnitude, norms).unsqueeze(1))
+        W.copy_(merged)

@@ -27,6 +27,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
+_OF_LINEARS = (*_FACTORS, ".lora_B.bias", ".lora_magnitude_vector", ".bias")
 
 
 def read_peft(folder: str | Path) -> AdapterCheckpoint:
@@ -44,7 +45,7 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
         fields.pop("qalora_group_size", None)  # peft writes it always
     # peft saves true in every folder and, when it loads one, goes by its own argument instead.
     fields["inference_mode"] = False
-    lora_config = LoraConfig.from_dict(fields, str(config)).to_dict()
+    lora_config = LoraConfig.from_dict(fields, str(config), trained=True).to_dict()
     base = fields.get("base_model_name_or_path")
     if isinstance(base, str):
         lora_config["base_model_name_or_path"] = base
@@ -121,8 +122,9 @@ def _peft_key(name: str, adapted: set[str]) -> str:
 
 def _our_name(key: str, file: Path) -> str:
     name = key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
-    if not key.startswith(PREFIX) or not name.endswith((*_FACTORS, ".bias")):
-        raise UserError(f"{file}: {key} is no lora_A, lora_B or bias of a linear: use an adapter of linears only")
+    name = name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as early versions of peft wrote it
+    if not key.startswith(PREFIX) or not name.endswith(_OF_LINEARS):
+        raise UserError(f"{file}: {key} is no known part of a LoRA on a linear: use an adapter of linears only")
     return name
 
 

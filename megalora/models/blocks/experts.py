@@ -38,6 +38,13 @@ class ExpertsBlock:
                 f"base_format = {at.place.base.name}: the weights of experts cannot be quantised yet: use "
                 f"--base_format dense"
             )
+        config = at.lora.config
+        if config.use_dora or config.lora_bias:
+            field = "use_dora" if config.use_dora else "lora_bias"
+            raise UserError(
+                f"lora_config: {field} = true is not implemented for the linears of experts: leave it out, or name other "
+                f"target_modules in a model without experts"
+            )
         self.router = RouterBlock(experts, at)
         first, stop = shard_range(experts.count, at.place.tp.rank, at.place.tp.size)
         mlps = [experts.at(index) for index in range(first, stop)]
