@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megalora import __version__
+from megalora.auto_layout import choose
 from megalora.building import (
     Engine,
     EngineSettings,
@@ -32,6 +34,7 @@ from megalora.flags import FinetuneArguments
 from megalora.flags.writing import run_yaml
 from megalora.models.stage import Stage
 from megalora.monitor import Monitor, Timers
+from megalora.monitor.console import Console
 from megalora.monitor.meter import Meter
 from megalora.monitor.metrics import METRICS
 from megalora.parallel.collectives import on_first, together
@@ -43,7 +46,7 @@ from megalora.profiling import Profiler
 from megalora.saving import RunSaver, restore
 from megalora.starting import Beginning, begin
 from megalora.stepping import Session
-from megalora.summary import flops_per_token, mean_context, not_sequence_parallel, start_up_table
+from megalora.summary import flops_per_token, forecast, mean_context, not_sequence_parallel, start_up_table
 from megalora.training import steady_heap
 
 
@@ -70,12 +73,13 @@ class FinetuneResult:
 
 def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     """Run `arguments` on this process of the mesh. Raises UserError, on every rank, for what the user can fix."""
+    flags = run_yaml(arguments, str(Path.cwd()), __version__)
+    device, remark = choose_device()
+    arguments, chosen = choose(arguments, device)
     train = arguments.train
     tokens = train.per_device_train_batch_size * arguments.data.seq_length  # of a microbatch
     parallel = arguments.parallel.for_tokens(tokens)
-    flags = run_yaml(arguments, str(Path.cwd()), __version__)
     arguments = replace(arguments, parallel=parallel)
-    device, remark = choose_device()
     if train.deterministic:
         fix_order_of_sums(device)
     timers, profiler = Timers(train.wall_clock_breakdown, device), Profiler(device)
@@ -83,7 +87,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     watch = Watch(clock, heartbeat_timeout=parallel.heartbeat_timeout, hang_timeout=train.hang_timeout)
     tp, pp, lock = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, RunLock(train.output_dir)
     with Preemption() as preemption, lock, distributed(device, tp, pp, watch) as mesh:
-        notes = [remark] if remark else []
+        notes = [*([remark] if remark else []), *chosen]
         if tp > 1 and not parallel.sequence_parallel:
             notes.append(not_sequence_parallel(tokens, tp))
         beginning = begin(arguments, lock, mesh, device)
@@ -95,13 +99,18 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         notes += engine.notes
         crossing = tp_crossing(mesh.world_size, tp, pp, watch.hosts, _reduced_megabytes(beginning, tokens))
         notes += [crossing] if crossing else []
+        loaders = [one for one in (beginning.loader, beginning.eval_loader) if one is not None]
+        notes += [note for loader in loaders for note in loader.rows.notes]
+        table = start_up_table(arguments, beginning, engine, work, mesh)
+        if train.dry_run:
+            engine.trainer.close()
+            notes.append(forecast(arguments, beginning, engine, work, mesh))
+            return _told(arguments, beginning, table, notes, mesh)
         log, monitor, saver = _files(arguments, flags, beginning, engine, mesh, watch)
         preemption.steps()
         with log, monitor, saver, steady_heap(), contextlib.closing(engine.trainer), watch:
-            table = start_up_table(arguments, beginning, engine, work, mesh)
             monitor.summary(table)
-            loaders = [one for one in (beginning.loader, beginning.eval_loader) if one is not None]
-            for note in [*notes, *(note for loader in loaders for note in loader.rows.notes)]:
+            for note in notes:
                 monitor.note(note)
             flops = flops_per_token(beginning.config, beginning.lora, beginning.loader.rows)
             meter = Meter(flops, mesh.world_size, beginning.loader.steps_per_epoch)
@@ -118,6 +127,23 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         adapter=None if session.saved is None else export_folder(train.output_dir),
         metrics=Path(train.output_dir) / METRICS,
     )
+
+
+def _told(
+    arguments: FinetuneArguments,
+    beginning: Beginning,
+    table: dict[str, dict[str, Any]],
+    notes: list[str],
+    mesh: ParallelMesh,
+) -> FinetuneResult:
+    """Show what a run will be, which is not made (dry_run)."""
+    if mesh.world.is_first:
+        console = Console(beginning.total_steps, beginning.first_step)
+        console.summary(table)
+        for note in notes:
+            console.note(note)
+    folder = Path(arguments.train.output_dir)
+    return FinetuneResult(folder, beginning.first_step, None, None, None, None, folder / METRICS)
 
 
 # ---- the engine ----

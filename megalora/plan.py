@@ -12,7 +12,7 @@ from rich.table import Table
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import DTYPES, resolve_base, resolve_lora
 from megalora.errors import UserError
-from megalora.flags import PlanArguments
+from megalora.flags import ParallelArguments, PlanArguments
 from megalora.models.config import check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.planning.devices import DEVICES, Device
@@ -48,7 +48,7 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     cluster = Cluster(arguments.gpus, arguments.gpus_per_node, int((memory - arguments.reserve) * _GIB), device)
     plans, too_large = Planner(config, lora, cluster, _type(arguments)).search(_wanted(arguments, base_format))
     if not plans:
-        raise UserError(_nothing_fits(too_large[0], cluster, memory))
+        raise UserError(nothing_fits(too_large[0], cluster, memory))
     console = Console(highlight=False, width=None if Console().is_terminal else _WIDTH)
     console.print(_title(config, lora, base_format, arguments, memory))
     console.print(_layouts(plans, too_large))
@@ -206,26 +206,31 @@ def _gib(size: int) -> float:
 
 def _flags(chosen: Plan, arguments: PlanArguments) -> str:
     """The best layout as flags of `megalora finetune`."""
+    base = "" if arguments.base_format == "auto" else f" --base_format {arguments.base_format}"
+    return f"  {layout_flags(chosen, arguments)}{base} --seq_length {chosen.layout.work.seq_length}"
+
+
+def layout_flags(chosen: Plan, asked: PlanArguments | ParallelArguments) -> str:
+    """Return the layout of a plan as flags of `megalora finetune`; what is asked gives how layers are dealt."""
     layout, work = chosen.layout, chosen.layout.work
-    flags = {
+    flags: dict[str, Any] = {
         "tensor_parallel_size": layout.tp,
         "pipeline_parallel_size": layout.pp,
         "sequence_parallel": "false" if layout.tp > 1 and not work.sequence_parallel else None,
-        "partition_method": arguments.partition_method if layout.pp > 1 else None,
+        "partition_method": asked.partition_method if layout.pp > 1 else None,
         "schedule": layout.schedule if layout.pp > 1 else None,
         "virtual_pipeline_size": layout.chunks if layout.chunks > 1 else None,
-        "base_format": None if arguments.base_format == "auto" else arguments.base_format,
         "recompute": work.recompute if work.recompute != "none" else None,
-        "seq_length": work.seq_length,
         "per_device_train_batch_size": work.rows,
         "gradient_accumulation_steps": layout.microbatches,
     }
-    if arguments.custom_partition is not None:
-        flags["custom_partition"] = " ".join(map(str, arguments.custom_partition))
-    return "  " + " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
+    if asked.custom_partition is not None:
+        flags["custom_partition"] = " ".join(map(str, asked.custom_partition))
+    return " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
 
 
-def _nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> str:
+def nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> str:
+    """Return the message that no layout fits: what the one that needs the least would need."""
     layout, parts = least.layout, least.memory
     needs = (
         f"weights {_gib(parts.weights):.1f}, adapters and optimizer {_gib(parts.adapters + parts.optimizer):.1f}, "

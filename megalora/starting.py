@@ -152,7 +152,8 @@ def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
     def ask() -> bool:
         check_own(train.output_dir)
         if not train.overwrite_output_dir:
-            cancel_removal(train.output_dir)
+            if not train.dry_run:
+                cancel_removal(train.output_dir)
             return False
         # A restart goes on with what the run has made, if it got so far as to remove what was there.
         if restarts() > 0 and not removal_is_pending(train.output_dir):
@@ -163,7 +164,8 @@ def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
                 f"resume_peft_from_checkpoint {named} lies in output_dir {train.output_dir}, which "
                 f"overwrite_output_dir true clears: copy the adapter elsewhere, or name another output_dir"
             )
-        announce_removal(train.output_dir)
+        if not train.dry_run:
+            announce_removal(train.output_dir)
         return True
 
     return on_first(ask, mesh.world)

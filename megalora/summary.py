@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from megalora.ops import extension
 from megalora.parallel.collectives import gather_objects
 from megalora.parallel.mesh import ParallelMesh
 from megalora.pipeline.schedule import SCHEDULES
+from megalora.planning.devices import device_of
 from megalora.planning.layouts import Layout, predicted
 from megalora.planning.nodes import Workload
 from megalora.starting import Beginning
@@ -39,6 +41,26 @@ def start_up_table(
         },
         "training": _training(arguments.train, begun),
     }
+
+
+def forecast(
+    arguments: FinetuneArguments, begun: Beginning, engine: Engine, work: Workload, mesh: ParallelMesh
+) -> str:
+    """Return a line on the steps that a run would make: their learning rates, and the time that the plan gives them."""
+    train, first, total = arguments.train, begun.first_step, begun.total_steps
+    if first >= total:
+        return f"nothing to do: the run is complete at step {first}"
+    where = torch.device(engine.stage.place.device)
+    seconds = predicted(
+        begun.config, begun.lora, layout_of(arguments, work, engine.stage, mesh), engine.cut.layers, where
+    ).seconds
+    steps = sorted({first, min(total - 1, max(first, train.warmup(total))), (first + total) // 2, total - 1})
+    rates = ", ".join(f"{train.learning_rate_at(step, total):.3g} at step {step + 1}" for step in steps)
+    time = datetime.timedelta(seconds=round(seconds * (total - first)))
+    return (
+        f"dry run: {total - first:,} steps of {seconds:.3g} s, {time} in all by the plan for {device_of(where).name}; "
+        f"learning rate {rates}; nothing was trained or written"
+    )
 
 
 def layout_of(arguments: FinetuneArguments, work: Workload, stage: Stage, mesh: ParallelMesh) -> Layout:

@@ -54,6 +54,14 @@ class ParallelArguments(LayoutArguments):
 
     partition_method: str = shared.PARTITION_METHOD.field("cost")
     nproc: int | None = shared.NPROC.field(None, unset="those of torchrun, or one")
+    layout: str | None = flag(
+        None,
+        "auto lets the planner choose what is not given of the layout, at the same rows of a step; manual takes the "
+        "flags as they are",
+        choices=("auto", "manual"),
+        unset="auto on several GPUs where no flag of the layout is given, else manual",
+        training_only=True,
+    )
     sequence_parallel: bool | None = shared.SEQUENCE_PARALLEL.field(
         None, unset="true where tensor_parallel_size divides the tokens of a microbatch"
     )

@@ -47,6 +47,7 @@ PROFILE_FILE = Definition(
 
 SEQ_LENGTH = Definition("tokens in one row of a microbatch", at_least=2)
 PER_DEVICE_TRAIN_BATCH_SIZE = Definition("rows in one microbatch of one data-parallel rank", at_least=1)
+GLOBAL_BATCH_SIZE = Definition("rows in one step over all processes", at_least=1)
 GRADIENT_ACCUMULATION_STEPS = Definition("microbatches in one step of one data-parallel rank", at_least=1)
 
 

@@ -35,10 +35,8 @@ class PlanArguments(Section):
     )
     gpus_per_node: int = flag(8, "GPUs per node (connected by NVLink)", at_least=1)
     seq_length: int = shared.SEQ_LENGTH.field(1024)
-    global_batch_size: int | None = flag(
+    global_batch_size: int | None = shared.GLOBAL_BATCH_SIZE.field(
         None,
-        "rows in one step over all GPUs",
-        at_least=1,
         unset="128 rounded up to a multiple of gpus, or set by gradient_accumulation_steps",
     )
     per_device_train_batch_size: int | None = shared.PER_DEVICE_TRAIN_BATCH_SIZE.field(

@@ -123,6 +123,10 @@ class TrainArguments(Section):
     overwrite_output_dir: bool = flag(False, "start a new run even if output_dir has checkpoints; they are removed")
     per_device_train_batch_size: int = shared.PER_DEVICE_TRAIN_BATCH_SIZE.field(1)
     gradient_accumulation_steps: int = shared.GRADIENT_ACCUMULATION_STEPS.field(1)
+    global_batch_size: int | None = shared.GLOBAL_BATCH_SIZE.field(
+        None,
+        unset="per_device_train_batch_size * gradient_accumulation_steps of each data-parallel rank",
+    )
     num_train_epochs: float | None = flag(
         None,
         "epochs to train for; with max_steps, the run ends at whichever comes first",
@@ -169,6 +173,9 @@ class TrainArguments(Section):
     save: bool = flag(True, "write checkpoints")
     save_steps: int = flag(500, "write a checkpoint every this many steps, and after the last step", at_least=1)
     save_total_limit: int | None = flag(None, "keep only this many of the newest checkpoints", at_least=1, unset="all")
+    dry_run: bool = flag(
+        False, "do everything up to the first step, and tell what the run will be; train nothing, and write nothing"
+    )
     logging_steps: int = flag(1, "log every this many steps", at_least=1)
     cuda_graphs: bool | None = flag(
         None,
@@ -191,6 +198,12 @@ class TrainArguments(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise UserError(
+                f"global_batch_size ({self.global_batch_size}) and gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}) both say how many rows a step has",
+                "give one of them",
+            )
         if self.warmup_ratio and self.warmup_steps:
             raise UserError("warmup_ratio and warmup_steps both say how long the warmup is", "give one of them")
         if self.max_steps is not None:

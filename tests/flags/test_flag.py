@@ -23,6 +23,7 @@ HOMONYMS = {
     "output_dir": "of a run; what the doctor looks at",
     "return_logits": "false in training; writes them in generation",
     "model_path": "a folder; plan takes a config.json alone too",
+    "dry_run": "trains nothing; converts nothing",
     "dtype": "auto or one of four; plan counts for three",
 }
 

@@ -1,0 +1,84 @@
+"""--layout auto, --global_batch_size and --dry_run: what is chosen, and that it changes no number."""
+
+import pytest
+import tiny
+import torch
+from tiny import column, tune
+
+from megalora.auto_layout import choose
+from megalora.errors import UserError
+from megalora.flags import parse_finetune
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny.make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def chosen(inputs, tmp_path, monkeypatch):
+    def of(processes, device=CPU, **flags):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        return choose(parse_finetune(inputs.flags(tmp_path / "run", **flags)), device)
+
+    return of
+
+
+def test_the_rows_of_a_step_stay(chosen):
+    for flags in ({"gradient_accumulation_steps": 3}, {"per_device_train_batch_size": 2}, {"global_batch_size": 12}):
+        arguments, (note,) = chosen(4, layout="auto", **flags)
+        parallel, train = arguments.parallel, arguments.train
+        dp = 4 // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+        rows = dp * train.per_device_train_batch_size * train.gradient_accumulation_steps
+        assert rows == {"gradient_accumulation_steps": 12, "per_device_train_batch_size": 8}.get([*flags][0], 12)
+        assert note.startswith("layout auto: tensor ") and "to fix it: --tensor_parallel_size" in note
+
+
+def test_what_is_given_stays(chosen):
+    arguments, _ = chosen(4, layout="auto", tensor_parallel_size=2, recompute="full", global_batch_size=8)
+    assert (arguments.parallel.tensor_parallel_size, arguments.parallel.recompute) == (2, "full")
+    with pytest.raises(UserError, match="no layout of 4 GPUs"):
+        chosen(4, layout="auto", tensor_parallel_size=3)
+
+
+def test_nothing_is_chosen_unasked(chosen):
+    """On CPUs, on one GPU, and where a flag of the layout is given."""
+    for processes, device, flags in (
+        (4, CPU, {}),
+        (1, torch.device("cuda"), {}),
+        (4, torch.device("cuda"), {"tensor_parallel_size": 2}),
+        (4, torch.device("cuda"), {"layout": "manual"}),
+    ):
+        arguments, notes = chosen(processes, device, **flags)
+        assert not notes and arguments.parallel.tensor_parallel_size == flags.get("tensor_parallel_size", 1)
+
+
+def test_global_batch_size_is_dealt_to_the_ranks(chosen):
+    arguments, _ = chosen(4, global_batch_size=12, tensor_parallel_size=2, per_device_train_batch_size=2)
+    assert arguments.train.gradient_accumulation_steps == 3
+    with pytest.raises(UserError, match=r"global_batch_size \(10\) is not a multiple of the 4 rows .* choose 8"):
+        chosen(4, global_batch_size=10, tensor_parallel_size=2, per_device_train_batch_size=2)
+
+
+def test_a_chosen_layout_gives_the_same_numbers(inputs, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    tune(1, inputs.flags(one, global_batch_size=4, max_steps=3))
+    (done,) = tune(2, inputs.flags(two, layout="auto", global_batch_size=4, max_steps=3))
+    assert "layout auto: " in done.out
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=1e-4)
+
+
+def test_a_dry_run_tells_and_writes_nothing(inputs, tmp_path):
+    folder = tmp_path / "run"
+    (done,) = tune(1, inputs.flags(folder, dry_run=True, warmup_steps=2, eval_fraction=0.2))
+    assert "dry run: 10 steps of" in done.out and "learning rate 0.00167 at step 1, 0.005 at step 3" in done.out
+    assert "documents in" in done.out and "GiB at the peak" in done.out
+    assert not folder.exists()
+    tune(1, inputs.flags(folder, max_steps=2))
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    (done,) = tune(1, inputs.flags(folder, dry_run=True, overwrite_output_dir=True))
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file != folder} == {
+        file: time for file, time in before.items() if file != folder
+    }
