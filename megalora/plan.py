@@ -38,7 +38,7 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     lora = resolve_lora(lora_config, config)
     base_format = resolve_base(arguments.base_format, config).name
-    check_length(config, arguments.seq_length)
+    longer = check_length(config, arguments.seq_length)
     device = DEVICES[arguments.device]
     memory = arguments.memory or device.capacity
     if arguments.reserve >= memory:
@@ -51,6 +51,8 @@ def plan(arguments: PlanArguments) -> list[Plan]:
         raise UserError(nothing_fits(too_large[0], cluster, memory))
     console = Console(highlight=False, width=None if Console().is_terminal else _WIDTH)
     console.print(_title(config, lora, base_format, arguments, memory))
+    if longer is not None:
+        console.print(longer)
     console.print(_layouts(plans, too_large))
     best = plans[0]
     passes = "forward + again + backward" if best.layout.work.recompute != "none" else "forward + backward"

@@ -73,7 +73,6 @@ def test_what_does_not_fit_is_named(capsys, model):
     "words, parts",
     [
         ("--gpus 2 --memory 3", ["reserve (4 GiB)", "memory (3 GiB)"]),
-        ("--gpus 2 --seq_length 8192", ["seq_length (8192)", "4096"]),
         ("--gpus 6 --tensor_parallel_size 4", ["tensor_parallel_size (4)", "gpus (6)"]),
         ("--gpus 2 --schedule 2f2b", ["--schedule", "interleaved_1f1b"]),
         ("--gpus 2 --tensor_parallel_size 2 --seq_length 63 --sequence_parallel true --per_device_train_batch_size 1 "
@@ -107,3 +106,8 @@ def test_help_and_values(capsys):
     assert (arguments.sequence_parallel, arguments.memory, arguments.recompute) == (False, 40.0, None)
     with pytest.raises(UserError, match="pipeline_parallel_size"):
         parse_plan("--model_path m --gpus 8 --partition_method custom --custom_partition 4 4".split())
+
+
+def test_it_says_where_rows_are_longer_than_the_model_is_made_for(capsys, model):
+    status, out, _ = run(capsys, "--model_path", model, "--gpus", "2", "--seq_length", "8192")
+    assert status == 0 and "seq_length (8192) is more than the 4096 tokens that the model is made for" in out
