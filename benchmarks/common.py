@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from megalora.parallel.linear import ParallelLinear
+
 SMOLLM2_135M = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -96,6 +98,29 @@ def read_fields(model: str | None) -> dict:
         return SMOLLM2_135M
     path = Path(model)
     return json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def fill_quantised(module: torch.nn.Module) -> None:
+    """Random weights for the linears whose base is quantised: they have no parameter to be filled."""
+    device = next(module.parameters()).device
+    for linear in module.modules():
+        if isinstance(linear, ParallelLinear) and linear.weight is None:
+            shape = linear.shard_dims()["weight"].global_shape
+            linear.fill_weight(_RandomWeight(torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02))
+
+
+class _RandomWeight:
+    """As a file would hold it (a megalora.parallel.base.WeightSource)."""
+
+    def __init__(self, whole: torch.Tensor):
+        self._whole, self.dtype = whole, whole.dtype
+
+    def copy(self, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        out.copy_(self._whole[index])
+
+    def stored(self) -> None:
+        return None
 
 
 def build_base(fields: dict, dtype: torch.dtype, device: torch.device, folder: str | None) -> torch.nn.Module:

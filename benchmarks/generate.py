@@ -80,9 +80,8 @@ def peer(model: torch.nn.Module, new_tokens: int, batch: int, device) -> Generat
 def bytes_a_token(stage: Stage, length: int) -> int:
     """What one token of one sequence must read: every weight of the layers and the head, and `length` cached tokens."""
     config = stage.config
-    read = [group.matrix.whole for group in stage.groups]
-    read += [stage.head.weight, *(p for name, p in stage.named_parameters() if "norm" in name)]
-    weights = sum(x.numel() * x.element_size() for x in read)
+    read = [stage.head.weight, *(p for name, p in stage.named_parameters() if "norm" in name)]
+    weights = sum(x.numel() * x.element_size() for x in read) + sum(group.matrix.nbytes for group in stage.groups)
     cache = 2 * config.num_hidden_layers * config.attention.kv_heads * config.head_dim * length
     return weights + cache * stage.place.dtype.itemsize
 

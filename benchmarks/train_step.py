@@ -5,11 +5,11 @@
         --target_modules all-linear                                      # GPU, bfloat16
 
 The model is the shape of a config.json with random weights (an HF folder with weights gives its own). Each row is one
-document. A step is zero_grad, forward, backward, gradient clipping and AdamW. Contenders: ours; peft, eager with
-torch's own choice of attention; liger, the same with Liger's kernels and cuDNN's attention (where liger_kernel is
-installed). On a CPU they make their steps in turn and on the same weights; on a GPU one runs after the other, each with
-the memory to itself. Prints the median of each, its peak memory on a GPU (what torch has reserved), and how much faster
-ours is; --output writes JSON.
+document. A step is zero_grad, forward, backward, gradient clipping and AdamW. Contenders: ours; fp8 and nf4, ours on a
+base in 8 or 4 bits; peft, eager with torch's own choice of attention; liger, the same with Liger's kernels and cuDNN's
+attention (where liger_kernel is installed). On a CPU they make their steps in turn and on the same weights; on a GPU one
+runs after the other, each with the memory to itself. Prints the median of each, its peak memory on a GPU (what torch
+has reserved), and how much faster ours is; --output writes JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import add_machine, add_model, build_base, machine, read_fields, record, where_of
+from common import add_machine, add_model, build_base, fill_quantised, machine, read_fields, record, where_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalora.adapters.config import LoraConfig
@@ -32,13 +32,20 @@ from megalora.building import Cut, EngineSettings, build_trainer, load_adapter, 
 from megalora.models.config import config_from_dict
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
+from megalora.parallel.formats import BaseFormat
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 from megalora.planning.nodes import Workload
 from megalora.training import Trainer
 
 LEARNING_RATE = 1e-4
-CONTENDERS = {"ours": "megalora", "peft": "transformers + peft", "liger": "the same + Liger + cuDNN"}
+CONTENDERS = {
+    "ours": "megalora",
+    "fp8": "megalora, base in fp8",
+    "nf4": "megalora, base in nf4",
+    "peft": "transformers + peft",
+    "liger": "the same + Liger + cuDNN",
+}
 
 
 class Step:
@@ -91,7 +98,15 @@ def make_trainer(
     return engine.trainer, engine.cut
 
 
-def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data: Step, dtype: torch.dtype, options):
+def ours(
+    weights: dict[str, torch.Tensor] | None,
+    fields: dict,
+    lora: dict,
+    data: Step,
+    dtype: torch.dtype,
+    options,
+    base_format: str = "dense",
+):
     """A function that makes one step of ours and returns its loss; weights None: random ones."""
     mesh = ParallelMesh()
 
@@ -108,8 +123,8 @@ def ours(weights: dict[str, torch.Tensor] | None, fields: dict, lora: dict, data
         config_from_dict(fields),
         mesh,
         lora,
-        Placement(mesh.tp, False, dtype, data.ids.device),
-        Workload(*data.ids.shape, element=dtype.itemsize, recompute=options.recompute),
+        Placement(mesh.tp, False, dtype, data.ids.device, base=BaseFormat(base_format)),
+        Workload(*data.ids.shape, element=dtype.itemsize, recompute=options.recompute, base_format=base_format),
         fill,
         cuda_graphs=vars(options).get("cuda_graphs"),
     )
@@ -126,6 +141,7 @@ def randomize(module: torch.nn.Module) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             parameter.normal_(std=0.02)
+    fill_quantised(module)
 
 
 def peers(model: torch.nn.Module, data: Step, attention: Callable = contextlib.nullcontext) -> Callable[[], float]:
@@ -242,6 +258,8 @@ def main() -> None:
     names = options.contenders or ["ours", "peft", *(["liger"] if device.type == "cuda" and has_liger() else [])]
     make = {
         "ours": lambda: ours(None, fields, lora, data, dtype, options),
+        "fp8": lambda: ours(None, fields, lora, data, dtype, options, "fp8"),
+        "nf4": lambda: ours(None, fields, lora, data, dtype, options, "nf4"),
         "peft": lambda: peers(build_peer(fields, lora, dtype, device, options), data),
         "liger": lambda: peers(with_liger(build_peer(fields, lora, dtype, device, options)), data, cudnn_attention),
     }

@@ -26,6 +26,11 @@ constexpr int64_t kSharedMemory = 163 << 10;
 
 constexpr int64_t kLargestNorm = 16384;
 
+// ---- quantised weights on CUDA
+
+constexpr int64_t kLargestFp8Row = 65536;  // of a factor that is quantised: a row is held in the registers of one block
+constexpr int64_t kTurned = 16;            // codes are turned in squares of so many bytes
+
 // ---- generation
 
 constexpr int64_t kMostSkinnyRows = 4;  // of skinny_linear, on CPU and CUDA; a GEMM reads the weight once, too

@@ -39,6 +39,8 @@ std::map<std::string, int64_t> limits() {
       {"most_branches", kMostBranches},
       {"shared_memory", kSharedMemory},
       {"largest_norm", kLargestNorm},
+      {"largest_fp8_row", kLargestFp8Row},
+      {"turned", kTurned},
       {"most_skinny_rows", kMostSkinnyRows},
       {"most_queries_per_head", kMostQueriesPerHead},
       {"small_head_dim", kSmallHeadDim},

@@ -68,6 +68,16 @@ TORCH_LIBRARY(megalora, m) {
   // outs of one dtype, rows of any stride; sources float32, contiguous, of the same shapes.
   def("scaled_copy_(Tensor(a!)[] outs, Tensor[] sources, float[] scales) -> ()");
 
+  // Quantised weights (megalora/ops/fp8.py, nf4.py), on CUDA: x [T, I], factor [I] float32, codes [T, I] e4m3, scale [T]
+  // float32; codes [R, C] of bytes, out [C, R]; codes [R, C], scale [R, blocks], out [R, C]; codes [R, C / 2], absmax
+  // [R, C / 64]; x [M, I + C], codes [O, I], scale [O], branch [O, C] -> [M, O].
+  def("fp8_quantise_(Tensor x, Tensor? factor, Tensor(a!) codes, Tensor(b!) scale) -> ()");
+  def("fp8_turn_(Tensor codes, Tensor(a!) out) -> ()");
+  def("fp8_decode_(Tensor codes, Tensor scale, int block, int phase, Tensor(a!) out) -> ()");
+  def("nf4_decode_(Tensor codes, Tensor absmax, Tensor? scale, Tensor? numbers, Tensor? offset, int nested_block, "
+      "int first, int width, Tensor(a!) out) -> ()");
+  def("fp8_skinny_linear(Tensor x, Tensor codes, Tensor scale, Tensor branch, Tensor? bias) -> Tensor");
+
   // x [M, I], weight [O, I], bias [O] -> [M, O]; few rows, summed in float32.
   def("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   // q, out [B, H, D], k, v [B, K, D], keys, values [S, K, C, D], slots, positions [B] int64; window 0: none.
@@ -109,6 +119,11 @@ TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
   m.impl("swiglu_lora_backward_", masked<&cuda::swiglu_lora_backward_>);
   m.impl("swiglu_lora_gradients_", masked<&cuda::swiglu_lora_gradients_>);
   m.impl("scaled_copy_", &cuda::scaled_copy_);
+  m.impl("fp8_quantise_", &cuda::fp8_quantise_);
+  m.impl("fp8_turn_", &cuda::fp8_turn_);
+  m.impl("fp8_decode_", &cuda::fp8_decode_);
+  m.impl("nf4_decode_", &cuda::nf4_decode_);
+  m.impl("fp8_skinny_linear", &cuda::fp8_skinny_linear);
 }
 #endif
 
@@ -117,11 +132,12 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
   m.impl("lora_down_weight_grad", masked<&meta::lora_down_weight_grad>);
   m.impl("lora_up_weight_grad", &meta::lora_up_weight_grad);
   m.impl("skinny_linear", &meta::skinny_linear);
+  m.impl("fp8_skinny_linear", &meta::fp8_skinny_linear);
   for (const char* name :
        {"dropout_add_", "rms_norm_", "rms_norm_backward_", "swiglu_", "swiglu_backward_", "split_rope_",
         "split_rope_backward_", "cross_entropy_stats_", "cross_entropy_grad_", "attention_", "attention_backward_",
         "lora_down_", "lora_down_input_grad_", "lora_backward_", "swiglu_lora_down_", "swiglu_lora_backward_",
-        "swiglu_lora_gradients_", "scaled_copy_", "decode_attention_"}) {
+        "swiglu_lora_gradients_", "scaled_copy_", "decode_attention_", "fp8_quantise_", "fp8_turn_", "fp8_decode_", "nf4_decode_"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&write_nothing>());
   }
 }

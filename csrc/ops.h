@@ -72,6 +72,13 @@ void swiglu_lora_gradients_(const Tensor& dy, const Tensor& gate_up, const Tenso
                             const MaskArguments& mask, const Tensor& grad, at::TensorList dA, const OptionalTensor& z,
                             at::TensorList dB, at::ArrayRef<double> scaling);
 void scaled_copy_(at::TensorList outs, at::TensorList sources, at::ArrayRef<double> scales);
+void fp8_quantise_(const Tensor& x, const OptionalTensor& factor, const Tensor& codes, const Tensor& scale);
+void fp8_turn_(const Tensor& codes, const Tensor& out);
+void fp8_decode_(const Tensor& codes, const Tensor& scale, int64_t block, int64_t phase, const Tensor& out);
+void nf4_decode_(const Tensor& codes, const Tensor& absmax, const OptionalTensor& scale, const OptionalTensor& numbers,
+                 const OptionalTensor& offset, int64_t nested_block, int64_t first, int64_t width, const Tensor& out);
+Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
+                         const OptionalTensor& bias);
 
 }  // namespace cuda
 
@@ -81,6 +88,8 @@ Tensor dropout(const Tensor& x, const MaskArguments& mask);
 Tensor lora_down_weight_grad(const Tensor& dz, const Tensor& x, const MaskArguments& mask);
 Tensor lora_up_weight_grad(const Tensor& dy, const Tensor& z, double scaling);
 Tensor skinny_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
+                         const OptionalTensor& bias);
 
 }  // namespace meta
 }  // namespace megalora

@@ -111,6 +111,53 @@ struct SkinnyLinearParams {
   Type type;
 };
 
+// codes [T, I] e4m3, scale [T] float32: x [T, I] (times factor [I] float32, null: 1) = codes * scale, row by row.
+struct Fp8QuantiseParams {
+  Matrix x;
+  const float* factor;
+  uint8_t* codes;  // rows are `columns` apart
+  float* scale;
+  int64_t rows, columns;
+  Type type;
+};
+
+// out [columns, rows] = in [rows, columns], of bytes; both sizes are multiples of kTurned.
+struct TurnParams {
+  Matrix in, out;
+  int64_t rows, columns;
+};
+
+// out [rows, columns] = codes * scale [rows, blocks a row]: block (column + phase) / block of each row.
+struct Fp8DecodeParams {
+  Matrix codes, out;
+  const float* scale;
+  int64_t rows, columns, blocks, block, phase;
+  Type type;
+};
+
+// out [rows, columns] of NF4 codes [rows, columns / 2], whose absmax [rows, columns / 64] are codes with scale, numbers
+// and offset, or float32 (then `scale` is null). first: the number of the first block in the whole weight, of
+// which a row has `width`.
+struct Nf4DecodeParams {
+  const uint8_t* codes;
+  const void* absmax;
+  const float *scale, *numbers, *offset;
+  Matrix out;
+  int64_t rows, columns, first, width, nested_block;
+  Type type;
+};
+
+// y [M, O] contiguous = x [M, I + C] [codes * scale | branch]^T + bias [O] (null: none); codes [O, I] e4m3, scale [O]
+// float32, branch [O, C].
+struct Fp8SkinnyParams {
+  Matrix x, codes, branch;
+  const float* scale;
+  const void* bias;
+  void* y;
+  int64_t rows, in_features, out_features, room;
+  Type type;
+};
+
 // The attention of one new token of each of B sequences over a cache. q, out [B, H, D]; k, v [B, K, D]: their "tokens"
 // are the sequences. `group` query heads read one key/value head; window 0: none.
 struct DecodeAttentionParams {

@@ -17,6 +17,13 @@ void launch_cross_entropy_stats(const CrossEntropyStatsParams& params, cudaStrea
 void launch_cross_entropy_grad(const CrossEntropyGradParams& params, cudaStream_t stream);
 
 // bfloat16 or float16.
+void launch_fp8_quantise(const Fp8QuantiseParams& params, cudaStream_t stream);
+void launch_turn(const TurnParams& params, cudaStream_t stream);
+void launch_fp8_decode(const Fp8DecodeParams& params, cudaStream_t stream);
+void launch_nf4_decode(const Nf4DecodeParams& params, cudaStream_t stream);
+void launch_fp8_skinny(const Fp8SkinnyParams& params, cudaStream_t stream);
+
+// bfloat16 or float16.
 void launch_skinny_linear(const SkinnyLinearParams& params, cudaStream_t stream);
 
 // bfloat16 or float16; heads of kSmallHeadDim or kLargeHeadDim, group at most kMostQueriesPerHead.

@@ -9,14 +9,24 @@ Legend: T tokens, I in_features, O out_features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from megalora.ops import extension, limits
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 _CHUNK = 1 << 22  # values that are worked on at a time: bounds what is held beside the weight
+
+
+def takes_decoded(out: torch.Tensor) -> bool:
+    """Return whether kernels that decode write into out: 16-bit floats on a GPU, in octets."""
+    octets = (out.shape[1], out.stride(0), out.data_ptr() // out.itemsize)
+    return out.is_cuda and out.itemsize == 2 and out.stride(1) == 1 and all(n % limits.OCTET == 0 for n in octets)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,9 @@ class Fp8Rows:
     def decode_(self, out: torch.Tensor) -> None:
         """Write the values into out [rows, columns], of any floating dtype, rows of any stride."""
         rows, columns = self.codes.shape
+        if extension.has_kernels("cuda") and takes_decoded(out) and self.codes.stride(0) % limits.OCTET == 0:
+            torch.ops.megalora.fp8_decode_(self.codes, self.scale, self.block, self.phase, out)
+            return
         if self.scale.shape[1] > 1:
             block = (torch.arange(columns, device=out.device) + self.phase) // self.block
         step = max(1, _CHUNK // max(1, columns))
@@ -92,3 +105,46 @@ def quantise_rows(x: torch.Tensor, factor: torch.Tensor | None = None) -> tuple[
     absmax = wide.abs().amax(1, keepdim=True)
     scale = torch.where(absmax == 0, 1.0, absmax / LARGEST)
     return (wide / scale).clamp_(-LARGEST, LARGEST).to(E4M3), scale
+
+
+# ---- products of GPUs that multiply e4m3
+
+
+@functools.cache
+def multiplies(index: int | None) -> bool:
+    """Return whether this GPU multiplies e4m3 with a scale a row of each factor."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def quantise_factor(x: torch.Tensor, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what quantise_rows does, but for rounding, of one factor of a product on a GPU: x [T, I] in 16 bits."""
+    x = x if x.stride(1) == 1 and x.stride(0) % limits.OCTET == 0 else x.contiguous()
+    if not (extension.has_kernels("cuda") and x.shape[1] <= limits.LARGEST_FP8_ROW):
+        return quantise_rows(x, factor)
+    codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    torch.ops.megalora.fp8_quantise_(x, factor, codes, scale)
+    return codes, scale
+
+
+def product(
+    x: tuple[torch.Tensor, torch.Tensor],
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return x W^T + bias [T, O] in bfloat16: x (codes [T, I], scale [T, 1]), codes [O, I], scale [1, O], bias [O]."""
+    mm: Any = torch._scaled_mm  # its types lack what it takes
+    if out is None or not out.is_contiguous():
+        y = mm(x[0], codes.t(), x[1], scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return y if out is None else out.copy_(y)
+    return mm(x[0], codes.t(), x[1], scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True, out=out)
+
+
+def turn(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the transpose of codes [O, I] into out [I, O]: products read both factors along what they sum over."""
+    if extension.has_kernels("cuda") and all(n % limits.TURNED == 0 for n in (*codes.shape, out.stride(0))):
+        torch.ops.megalora.fp8_turn_(codes, out)
+    else:
+        out.view(torch.uint8).copy_(codes.view(torch.uint8).t())

@@ -17,6 +17,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megalora.ops import extension
+from megalora.ops.fp8 import takes_decoded
+
 BLOCK, NESTED_BLOCK = 64, 256
 _CHUNK = 1 << 22  # values that are worked on at a time: bounds what is held beside the weight
 
@@ -185,6 +188,12 @@ class Nf4Rows:
 
     def decode_(self, out: torch.Tensor) -> None:
         """Write the values into out [rows, columns], of any floating dtype, rows of any stride."""
+        if extension.has_kernels("cuda") and self.aligned and self.block == BLOCK and takes_decoded(out):
+            m, blocks = self.meaning, (self.first // self.block, self.width // self.block)
+            torch.ops.megalora.nf4_decode_(
+                self.codes, self.absmax, m.scale, m.numbers, m.offset, m.nested_block, *blocks, out
+            )
+            return
         step = max(1, _CHUNK // max(1, self.columns))
         for first in range(0, len(self.codes), step):
             self._decode(slice(first, min(first + step, len(self.codes))), out)

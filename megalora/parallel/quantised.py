@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megalora.ops.fp8 import Fp8Rows, Fp8Weight, quantise_fp8
+from megalora.ops import extension, fp8, limits
+from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
 from megalora.ops.matmul import matmul, matmul_nt
 from megalora.ops.nf4 import Nf4Rows, Nf4Weight, quantise_nf4
 from megalora.parallel.base import WeightSource
@@ -85,7 +86,10 @@ class _QuantisedMatrix:
         self._dtype, self._device, self._scratch, self._as_stored = dtype, device, scratch, as_stored
         self._branch = torch.empty(rows, room, dtype=dtype, device=device)
         self._parts: dict[int, Rows] = {}  # by their first row
-        scratch.reserve(rows * (columns + room) * dtype.itemsize)
+
+    def _scratch_bytes(self) -> int:
+        """Return what a product needs of the scratch."""
+        return self.rows * (self.columns + self.room) * self._dtype.itemsize
 
     def view(self, rows: slice) -> None:
         return None
@@ -123,6 +127,7 @@ class _QuantisedMatrix:
 
     def _put(self, first: int, part: Rows) -> None:
         self._parts[first] = part
+        self._scratch.reserve(self._scratch_bytes())
 
     @property
     def nbytes(self) -> int:
@@ -173,7 +178,64 @@ class Nf4Matrix(_QuantisedMatrix):
 
 
 class Fp8Matrix(_QuantisedMatrix):
-    """W in e4m3, with a scale a row, or with the scales of the file."""
+    """W in e4m3, with a scale a row, or with the scales of the file.
+
+    With a scale a row, GPUs that multiply e4m3 take the codes as they are, and the other factor is quantised row by row:
+    faster than bfloat16, and less exact (docs/quantised.md). The scales of the rows of W come out of x W^T; into dY W
+    they go with dY, so that both products are with the same codes. The second reads them turned, in the scratch.
+    """
+
+    def __init__(self, *arguments: Any, **more: Any):
+        super().__init__(*arguments, **more)
+        device = torch.device(self._device)
+        sizes = (self.rows, self.columns, self.room)
+        self._multiplies = (
+            device.type == "cuda"
+            and self._dtype == torch.bfloat16
+            and all(n % 16 == 0 for n in sizes)
+            and fp8.multiplies(device.index)
+        )
+        if self._multiplies:
+            self._codes = torch.empty(self.rows, self.columns, dtype=E4M3, device=device)
+            self._scale = torch.empty(1, self.rows, dtype=torch.float32, device=device)
+            self._ones = torch.ones(1, self.columns + self.room, dtype=torch.float32, device=device)
+
+    def _scratch_bytes(self) -> int:
+        return self.rows * (self.columns + self.room) if self._multiplies else super()._scratch_bytes()
+
+    def _put(self, first: int, part: Rows) -> None:
+        """Copy the rows into one matrix of codes, where all are to be multiplied as they are."""
+        if self._multiplies and not (isinstance(part, Fp8Rows) and part.scale.shape[1] == 1):
+            self._multiplies = False
+        if self._multiplies and isinstance(part, Fp8Rows):
+            rows = slice(first, first + len(part.codes))
+            self._codes[rows].copy_(part.codes)
+            self._scale[0, rows].copy_(part.scale[:, 0])
+            part = Fp8Rows(self._codes[rows], self._scale[0, rows].unsqueeze(1), part.block, part.phase)
+        super()._put(first, part)
+
+    def multiply(
+        self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not self._multiplies:
+            return super().multiply(X, bias, out)
+        if len(X) <= limits.MOST_SKINNY_ROWS and extension.has_kernels("cuda") and X.stride(1) == 1:
+            y = torch.ops.megalora.fp8_skinny_linear(X, self._codes, self._scale, self._branch, bias)
+            return y if out is None else out.copy_(y)
+        y = fp8.product(fp8.quantise_factor(X[:, : self.columns]), self._codes, self._scale, bias, out)
+        return y.addmm_(X[:, self.columns :], self._branch.t()) if self.room else y
+
+    def multiply_transposed(
+        self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
+    ) -> torch.Tensor:
+        if branch_only or not self._multiplies:
+            return super().multiply_transposed(dY, out, branch_only=branch_only)
+        turned = self._scratch.take((self.columns + self.room, self.rows), E4M3, self._device)
+        fp8.turn(self._codes, turned[: self.columns])
+        dX = fp8.product(fp8.quantise_factor(dY, self._scale[0]), turned, self._ones, None, out)
+        if self.room:  # behind dX there is what lay in the scratch
+            torch.mm(dY, self._branch, out=dX[:, self.columns :])
+        return dX
 
     def _read(
         self,

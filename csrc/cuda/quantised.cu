@@ -1,0 +1,246 @@
+// Quantised weights on a GPU: rows to e4m3, codes turned for the product of the backward pass, codes back to 16-bit floats.
+// Every kernel is bound by memory: it reads and writes each byte once.
+#include <cuda_fp8.h>
+
+#include "cuda/halves.h"
+#include "cuda/launch.h"
+#include "kernel_limits.h"
+
+namespace megalora {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFF;
+constexpr float kLargest = 448.0f;  // of e4m3
+
+__device__ __forceinline__ uint32_t e4m3(float a, float b, float c, float d) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2({a, b}, __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2({c, d}, __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+
+__device__ __forceinline__ float2 e4m3_pair(uint32_t codes) {
+  const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+  return __half22float2(__half2(pair));
+}
+
+// ---- a block quantises a row, which it holds in registers: kHeld octets a thread
+
+template <bool bfloat16, int kRowThreads, int kHeld>
+__global__ void __launch_bounds__(kRowThreads) fp8_quantise_kernel(Fp8QuantiseParams params) {
+  const int64_t row = blockIdx.x;
+  const auto* x = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.x.data) + row * params.x.stride);
+  const auto* factor = reinterpret_cast<const float4*>(params.factor);
+  const int octets = static_cast<int>(params.columns / 8);
+  uint4 held[kHeld];
+  float largest = 0.0f;
+  const auto values = [&](int i, int at, float(&v)[8]) {
+    unpack<bfloat16>(held[i], v);
+    if (factor == nullptr) return;
+    const float4 low = factor[2 * at], high = factor[2 * at + 1];
+    v[0] *= low.x, v[1] *= low.y, v[2] *= low.z, v[3] *= low.w;
+    v[4] *= high.x, v[5] *= high.y, v[6] *= high.z, v[7] *= high.w;
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * kRowThreads;
+    if (at < octets) held[i] = x[at];
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * kRowThreads;
+    if (at >= octets) break;
+    float v[8];
+    values(i, at, v);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(v[j]));
+  }
+  __shared__ float warps[kRowThreads / kLanes];
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+  }
+  if (threadIdx.x % kLanes == 0) warps[threadIdx.x / kLanes] = largest;
+  __syncthreads();
+  largest = warps[threadIdx.x % (kRowThreads / kLanes)];
+#pragma unroll
+  for (int step = kRowThreads / kLanes / 2; step > 0; step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+  }
+  const float inverse = largest == 0.0f ? 1.0f : kLargest / largest;
+  if (threadIdx.x == 0) params.scale[row] = largest == 0.0f ? 1.0f : largest / kLargest;
+  auto* codes = reinterpret_cast<uint2*>(params.codes + row * params.columns);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * kRowThreads;
+    if (at >= octets) break;
+    float v[8];
+    values(i, at, v);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] *= inverse;
+    codes[at] = {e4m3(v[0], v[1], v[2], v[3]), e4m3(v[4], v[5], v[6], v[7])};
+  }
+}
+
+template <bool bfloat16>
+void launch_rows(const Fp8QuantiseParams& params, cudaStream_t stream) {
+  const auto launch = [&](auto kernel, int threads) {
+    kernel<<<static_cast<unsigned>(params.rows), threads, 0, stream>>>(params);
+  };
+  static_assert(kLargestFp8Row == 8 * 8 * 1024);
+  const int64_t octets = params.columns / 8;
+  if (octets <= 512) return launch(fp8_quantise_kernel<bfloat16, 512, 1>, 512);
+  if (octets <= 2 * 512) return launch(fp8_quantise_kernel<bfloat16, 512, 2>, 512);
+  if (octets <= 4 * 512) return launch(fp8_quantise_kernel<bfloat16, 512, 4>, 512);
+  if (octets <= 4 * 1024) return launch(fp8_quantise_kernel<bfloat16, 1024, 4>, 1024);
+  return launch(fp8_quantise_kernel<bfloat16, 1024, 8>, 1024);
+}
+
+// ---- a block turns a square of kSquare x kSquare bytes, a thread 4 x 4 of it
+
+constexpr int kSquare = 64, kWords = kSquare / 4;
+
+__global__ void __launch_bounds__(kWords* kWords) turn_kernel(TurnParams params) {
+  __shared__ uint32_t square[kSquare][kWords + 1];
+  const auto* in = static_cast<const uint8_t*>(params.in.data);
+  const int64_t left = static_cast<int64_t>(blockIdx.x) * kSquare, top = static_cast<int64_t>(blockIdx.y) * kSquare;
+  const int down = threadIdx.x / kWords, across = threadIdx.x % kWords;
+  const int64_t row = top + 4 * down, column = left + 4 * across;
+  if (row < params.rows && column < params.columns) {
+    uint32_t w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = *reinterpret_cast<const uint32_t*>(in + (row + i) * params.in.stride + column);
+    const uint32_t a = __byte_perm(w[0], w[1], 0x5140), b = __byte_perm(w[2], w[3], 0x5140);
+    const uint32_t c = __byte_perm(w[0], w[1], 0x7362), d = __byte_perm(w[2], w[3], 0x7362);
+    square[4 * across][down] = __byte_perm(a, b, 0x5410);
+    square[4 * across + 1][down] = __byte_perm(a, b, 0x7632);
+    square[4 * across + 2][down] = __byte_perm(c, d, 0x5410);
+    square[4 * across + 3][down] = __byte_perm(c, d, 0x7632);
+  }
+  __syncthreads();
+  const int line = threadIdx.x / 4, quarter = threadIdx.x % 4;
+  if (left + line >= params.columns || top + 16 * quarter >= params.rows) return;
+  const uint32_t* words = &square[line][4 * quarter];
+  auto* out = static_cast<uint8_t*>(params.out.data) + (left + line) * params.out.stride + top + 16 * quarter;
+  *reinterpret_cast<uint4*>(out) = {words[0], words[1], words[2], words[3]};
+}
+
+// ---- codes to 16-bit floats, eight a thread, kDecodedRows rows a block
+
+constexpr int kDecodeThreads = 256, kDecodedRows = 8;
+
+template <bool bfloat16>
+__device__ __forceinline__ void write(const Matrix& out, int64_t row, int64_t column, const float (&v)[8]) {
+  const uint4 words = {pack<bfloat16>(v[0], v[1]), pack<bfloat16>(v[2], v[3]), pack<bfloat16>(v[4], v[5]),
+                       pack<bfloat16>(v[6], v[7])};
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.data) + row * out.stride + column) = words;
+}
+
+template <bool bfloat16>
+__global__ void __launch_bounds__(kDecodeThreads) fp8_decode_kernel(Fp8DecodeParams params) {
+  const int64_t column = 8 * (static_cast<int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x);
+  if (column >= params.columns) return;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kDecodedRows;
+  const auto* codes = static_cast<const uint8_t*>(params.codes.data) + column;
+#pragma unroll
+  for (int i = 0; i < kDecodedRows; ++i) {
+    const int64_t row = first + i;
+    if (row >= params.rows) return;
+    const uint2 words = *reinterpret_cast<const uint2*>(codes + row * params.codes.stride);
+    const float* scale = params.scale + row * params.blocks;
+    float v[8];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 pair = e4m3_pair((j < 2 ? words.x : words.y) >> (j % 2 * 16) & 0xFFFF);
+      v[2 * j] = pair.x, v[2 * j + 1] = pair.y;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      v[j] *= scale[params.blocks == 1 ? 0 : (column + j + params.phase) / params.block];
+    }
+    write<bfloat16>(params.out, row, column, v);
+  }
+}
+
+constexpr int kBlock = 64, kNestedNumbers = 256;
+__constant__ float kNumbers[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+template <bool bfloat16>
+__global__ void __launch_bounds__(kDecodeThreads) nf4_decode_kernel(Nf4DecodeParams params) {
+  __shared__ float numbers[16], nested[kNestedNumbers];
+  if (threadIdx.x < 16) numbers[threadIdx.x] = kNumbers[threadIdx.x];
+  if (params.scale != nullptr && threadIdx.x < kNestedNumbers) nested[threadIdx.x] = params.numbers[threadIdx.x];
+  __syncthreads();
+  const int64_t column = 8 * (static_cast<int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x);
+  if (column >= params.columns) return;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kDecodedRows, blocks = params.columns / kBlock;
+  const float offset = params.scale == nullptr ? 0.0f : *params.offset;
+#pragma unroll
+  for (int i = 0; i < kDecodedRows; ++i) {
+    const int64_t row = first + i;
+    if (row >= params.rows) return;
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(params.codes + (row * params.columns + column) / 2);
+    const int64_t at = row * blocks + column / kBlock;
+    float absmax;
+    if (params.scale == nullptr) {
+      absmax = static_cast<const float*>(params.absmax)[at];
+    } else {  // rounded after each step, as in the reference
+      const int64_t block = params.first + row * params.width + column / kBlock;
+      const float number = nested[static_cast<const uint8_t*>(params.absmax)[at]];
+      absmax = __fadd_rn(__fmul_rn(number, params.scale[block / params.nested_block]), offset);
+    }
+    float v[8];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // the first of two is in the high half of a byte
+      v[2 * j] = numbers[word >> (8 * j + 4) & 15] * absmax;
+      v[2 * j + 1] = numbers[word >> (8 * j) & 15] * absmax;
+    }
+    write<bfloat16>(params.out, row, column, v);
+  }
+}
+
+dim3 decode_grid(int64_t rows, int64_t columns) {
+  return {static_cast<unsigned>((columns / 8 + kDecodeThreads - 1) / kDecodeThreads),
+          static_cast<unsigned>((rows + kDecodedRows - 1) / kDecodedRows)};
+}
+
+}  // namespace
+
+void launch_fp8_quantise(const Fp8QuantiseParams& params, cudaStream_t stream) {
+  return params.type == Type::bfloat16 ? launch_rows<true>(params, stream) : launch_rows<false>(params, stream);
+}
+
+void launch_turn(const TurnParams& params, cudaStream_t stream) {
+  const dim3 grid{static_cast<unsigned>((params.columns + kSquare - 1) / kSquare),
+                  static_cast<unsigned>((params.rows + kSquare - 1) / kSquare)};
+  turn_kernel<<<grid, kWords * kWords, 0, stream>>>(params);
+}
+
+void launch_fp8_decode(const Fp8DecodeParams& params, cudaStream_t stream) {
+  const auto kernel = params.type == Type::bfloat16 ? fp8_decode_kernel<true> : fp8_decode_kernel<false>;
+  kernel<<<decode_grid(params.rows, params.columns), kDecodeThreads, 0, stream>>>(params);
+}
+
+void launch_nf4_decode(const Nf4DecodeParams& params, cudaStream_t stream) {
+  const auto kernel = params.type == Type::bfloat16 ? nf4_decode_kernel<true> : nf4_decode_kernel<false>;
+  kernel<<<decode_grid(params.rows, params.columns), kDecodeThreads, 0, stream>>>(params);
+}
+
+}  // namespace megalora

@@ -1,0 +1,159 @@
+// Quantised weights on CUDA.
+#include <ATen/ops/empty.h>
+
+#include "cuda/checks.h"
+#include "cuda/launch.h"
+
+namespace megalora::cuda {
+namespace {
+
+constexpr int64_t kBlock = 64;  // of NF4
+
+bool is_half(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf; }
+
+// e4m3 codes, or bytes.
+bool is_codes(const Tensor& x) { return x.scalar_type() == at::kFloat8_e4m3fn || x.scalar_type() == at::kByte; }
+
+void check_floats(const Tensor& x, int64_t count, const Tensor& like) {
+  MEGALORA_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(), "got ", x.scalar_type(), " ", x.strides());
+  MEGALORA_CHECK(x.numel() == count && x.device() == like.device(), x.sizes(), " on ", x.device());
+}
+
+void check_out(const Tensor& out, const Tensor& like) {
+  MEGALORA_CHECK(out.dim() == 2 && is_half(out) && out.size(1) % kOctet == 0, out.sizes(), " of ", out.scalar_type());
+  MEGALORA_CHECK(out.device() == like.device(), out.device(), " and ", like.device());
+  check_rows(out, out);
+}
+
+}  // namespace
+
+void fp8_quantise_(const Tensor& x, const OptionalTensor& factor, const Tensor& codes, const Tensor& scale) {
+  check_matrix(x, x);
+  MEGALORA_CHECK(x.size(1) <= kLargestFp8Row, x.sizes());
+  MEGALORA_CHECK(is_codes(codes) && codes.is_contiguous() && codes.sizes() == x.sizes(), codes.sizes());
+  MEGALORA_CHECK(codes.device() == x.device(), codes.device());
+  check_floats(scale, x.size(0), x);
+  if (factor) check_floats(*factor, x.size(1), x);
+  if (x.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(x.device());
+  Fp8QuantiseParams params{};
+  params.x = matrix_of(x);
+  params.factor = factor ? factor->const_data_ptr<float>() : nullptr;
+  params.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  params.scale = scale.mutable_data_ptr<float>();
+  params.rows = x.size(0);
+  params.columns = x.size(1);
+  params.type = type_of(x);
+  launch_fp8_quantise(params, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void fp8_turn_(const Tensor& codes, const Tensor& out) {
+  MEGALORA_CHECK(codes.dim() == 2 && out.dim() == 2 && is_codes(codes) && is_codes(out), codes.sizes());
+  MEGALORA_CHECK(codes.size(0) == out.size(1) && codes.size(1) == out.size(0), codes.sizes(), " and ", out.sizes());
+  MEGALORA_CHECK(codes.size(0) % kTurned == 0 && codes.size(1) % kTurned == 0, codes.sizes());
+  check_rows(codes, codes);
+  check_rows(out, codes);
+  if (codes.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(codes.device());
+  launch_turn({matrix_of(codes), matrix_of(out), codes.size(0), codes.size(1)}, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void fp8_decode_(const Tensor& codes, const Tensor& scale, int64_t block, int64_t phase, const Tensor& out) {
+  check_out(out, codes);
+  MEGALORA_CHECK(is_codes(codes) && codes.sizes() == out.sizes() && codes.stride(1) == 1, codes.sizes());
+  MEGALORA_CHECK(codes.stride(0) % kOctet == 0 && reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % kOctet == 0,
+                 codes.strides());
+  MEGALORA_CHECK(scale.dim() == 2 && block > 0 && phase >= 0, scale.sizes());
+  MEGALORA_CHECK(scale.size(1) == 1 || (out.size(1) - 1 + phase) / block < scale.size(1), scale.sizes());
+  check_floats(scale, out.size(0) * scale.size(1), out);
+  if (out.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(out.device());
+  Fp8DecodeParams params{};
+  params.codes = matrix_of(codes);
+  params.out = matrix_of(out);
+  params.scale = scale.const_data_ptr<float>();
+  params.rows = out.size(0);
+  params.columns = out.size(1);
+  params.blocks = scale.size(1);
+  params.block = block;
+  params.phase = phase;
+  params.type = type_of(out);
+  launch_fp8_decode(params, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void nf4_decode_(const Tensor& codes, const Tensor& absmax, const OptionalTensor& scale, const OptionalTensor& numbers,
+                 const OptionalTensor& offset, int64_t nested_block, int64_t first, int64_t width, const Tensor& out) {
+  check_out(out, codes);
+  MEGALORA_CHECK(out.size(1) % kBlock == 0, out.sizes());
+  MEGALORA_CHECK(codes.scalar_type() == at::kByte && codes.is_contiguous() && codes.numel() == out.numel() / 2,
+                 codes.sizes());
+  MEGALORA_CHECK(absmax.is_contiguous() && absmax.numel() == out.numel() / kBlock, absmax.sizes());
+  MEGALORA_CHECK(absmax.scalar_type() == (scale ? at::kByte : at::kFloat), absmax.scalar_type());
+  MEGALORA_CHECK(scale.has_value() == numbers.has_value() && scale.has_value() == offset.has_value(), "all or none");
+  if (out.numel() == 0) return;
+  if (scale) {
+    check_floats(*scale, scale->numel(), out);
+    check_floats(*numbers, 256, out);
+    check_floats(*offset, 1, out);
+    const int64_t last = first + (out.size(0) - 1) * width + out.size(1) / kBlock - 1;
+    MEGALORA_CHECK(nested_block > 0 && last / nested_block < scale->numel(), scale->sizes());
+  }
+  const c10::cuda::CUDAGuard guard(out.device());
+  Nf4DecodeParams params{};
+  params.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  params.absmax = absmax.const_data_ptr();
+  if (scale) {
+    params.scale = scale->const_data_ptr<float>();
+    params.numbers = numbers->const_data_ptr<float>();
+    params.offset = offset->const_data_ptr<float>();
+  }
+  params.out = matrix_of(out);
+  params.rows = out.size(0);
+  params.columns = out.size(1);
+  params.first = first;
+  params.width = width;
+  params.nested_block = nested_block;
+  params.type = type_of(out);
+  launch_nf4_decode(params, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
+                         const OptionalTensor& bias) {
+  check_matrix(x, x);
+  MEGALORA_CHECK(x.size(0) <= kMostSkinnyRows, x.sizes());
+  MEGALORA_CHECK(codes.dim() == 2 && is_codes(codes) && codes.size(1) % 16 == 0, codes.sizes());
+  MEGALORA_CHECK(branch.dim() == 2 && branch.size(0) == codes.size(0) && branch.size(1) % kOctet == 0, branch.sizes());
+  MEGALORA_CHECK(x.size(1) == codes.size(1) + branch.size(1), x.sizes(), " for ", codes.sizes(), branch.sizes());
+  check_rows(codes, codes);
+  check_rows(branch, x);
+  check_floats(scale, codes.size(0), x);
+  Tensor dense;
+  if (bias) {
+    dense = bias->contiguous();
+    MEGALORA_CHECK(dense.numel() == codes.size(0) && dense.scalar_type() == x.scalar_type(), dense.sizes());
+  }
+  const c10::cuda::CUDAGuard guard(x.device());
+  Tensor y = at::empty({x.size(0), codes.size(0)}, x.options());
+  if (y.numel() == 0) return y;
+  Fp8SkinnyParams params{};
+  params.x = matrix_of(x);
+  params.codes = matrix_of(codes);
+  params.branch = matrix_of(branch);
+  params.scale = scale.const_data_ptr<float>();
+  params.bias = dense.defined() ? dense.const_data_ptr() : nullptr;
+  params.y = y.mutable_data_ptr();
+  params.rows = x.size(0);
+  params.in_features = codes.size(1);
+  params.out_features = codes.size(0);
+  params.room = branch.size(1);
+  params.type = type_of(x);
+  launch_fp8_skinny(params, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+}  // namespace megalora::cuda

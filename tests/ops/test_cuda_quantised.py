@@ -1,0 +1,92 @@
+"""The CUDA kernels of quantised weights against the torch references on the CPU."""
+
+import pytest
+import torch
+
+from megalora.ops import extension
+from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, product, quantise_factor, quantise_rows, turn
+from megalora.ops.nf4 import quantise_nf4
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def needs_the_kernels():
+    if not extension.has_kernels("cuda"):
+        pytest.skip("megalora's CUDA kernels are not built: make install with a CUDA toolkit")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rows, columns", [(300, 4096), (7, 48), (9, 6144), (33, 28672), (5, 57344)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_are_quantised_as_the_reference_does_it(rows, columns, scaled):
+    x = (randn(rows, columns + 64) * torch.rand(rows, 1)).bfloat16().cuda()[:, :columns]
+    x[3] = 0
+    factor = torch.rand(columns).cuda() if scaled else None
+    codes, scale = quantise_factor(x, factor)
+    wanted, wanted_scale = quantise_rows(x, factor)
+    torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
+    # The kernel multiplies by the inverse of the scale: now and then another code, the next one.
+    assert (codes.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() < 1e-4
+    assert (codes.float() - wanted.float()).abs().max() <= 32
+
+
+def test_not_a_number_stays_one():
+    x = randn(4, 64).bfloat16().cuda()
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    codes, scale = quantise_factor(x)
+    assert (codes.float() * scale).isnan().any(1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("rows, columns", [(4096, 4096), (48, 80), (16, 16), (80, 144)])
+def test_codes_are_turned(rows, columns):
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8).cuda()
+    out = torch.zeros(columns + 64, rows, dtype=torch.uint8, device="cuda")
+    turn(codes.view(E4M3), out[:columns].view(E4M3))
+    assert out[:columns].equal(codes.t()) and not out[columns:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoding_gives_the_bits_of_the_reference(dtype):
+    weight = quantise_nf4(randn(300, 512) * 0.02)
+    for columns in ((0, 512), (128, 320)):
+        width = columns[1] - columns[0]
+        here, there = torch.empty(300, width, dtype=dtype), torch.empty(300, width + 64, dtype=dtype, device="cuda")
+        weight.rows([(0, 300)], columns)[0].decode_(here)
+        weight.to("cuda").rows([(0, 300)], columns)[0].decode_(there[:, :width])
+        assert there[:, :width].cpu().equal(here)
+    blocks = Fp8Weight(randn(300, 512).to(E4M3), torch.rand(38, 64), (8, 8))
+    (part,) = blocks.rows([(3, 290)], (16, 512))
+    here, there = torch.empty(287, 496, dtype=dtype), torch.empty(287, 496, dtype=dtype, device="cuda")
+    part.decode_(here)
+    Fp8Rows(part.codes.contiguous().cuda(), part.scale.contiguous().cuda(), part.block, part.phase).decode_(there)
+    assert there.cpu().equal(here)
+
+
+def test_a_weight_is_quantised_alike_on_both_devices():
+    W = randn(300, 512).bfloat16()
+    here, there = quantise_nf4(W), quantise_nf4(W.cuda())
+    assert there.codes.cpu().equal(here.codes) and there.absmax.codes.cpu().equal(here.absmax.codes)
+    assert there.absmax.scale.cpu().equal(here.absmax.scale)
+    wanted, scale = quantise_rows(W)
+    codes, scale_there = quantise_rows(W.cuda())
+    assert codes.cpu().view(torch.uint8).equal(wanted.view(torch.uint8)) and scale_there.cpu().equal(scale)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 37, 512])
+def test_a_few_rows_and_many_have_the_product_of_the_decoded_weight(rows):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU does not multiply e4m3 with a scale a row")
+    W, x, branch = randn(256, 128, seed=1).cuda(), randn(rows, 128 + 64).bfloat16().cuda(), randn(256, 64, seed=2)
+    branch = branch.bfloat16().cuda()
+    codes, scale = quantise_rows(W)
+    wanted = x[:, :128].float() @ (codes.float() * scale).t()
+    if rows <= 4:
+        y = torch.ops.megalora.fp8_skinny_linear(x, codes, scale.view(1, -1), branch, None)
+        wanted, tolerance = wanted + x[:, 128:].float() @ branch.float().t(), 4e-3
+    else:
+        y, tolerance = product(quantise_factor(x[:, :128]), codes, scale.view(1, -1)), 4e-2
+    assert (y.float() - wanted).norm() / wanted.norm() < tolerance
