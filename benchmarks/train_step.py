@@ -7,9 +7,9 @@
 The model is the shape of a config.json with random weights (an HF folder with weights gives its own). Each row is one
 document. A step is zero_grad, forward, backward, gradient clipping and AdamW. Contenders: ours; fp8 and nf4, ours on a
 base in 8 or 4 bits; peft, eager with torch's own choice of attention; liger, the same with Liger's kernels and cuDNN's
-attention (where liger_kernel is installed). On a CPU they make their steps in turn and on the same weights; on a GPU one
-runs after the other, each with the memory to itself. Prints the median of each, its peak memory on a GPU (what torch
-has reserved), and how much faster ours is; --output writes JSON.
+attention (where liger_kernel is installed). On a CPU they make their steps in turn and on the same weights; on a GPU
+one runs after the other, each with the memory to itself. Prints the median of each, its peak memory on a GPU (what
+torch has reserved), and how much faster ours is; --output writes JSON.
 """
 
 from __future__ import annotations

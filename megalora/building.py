@@ -19,6 +19,7 @@ from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
 from megalora.models.graphs import choose_graphs
+from megalora.models.mixers import Experts
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
@@ -54,10 +55,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_base(name: str, config: ModelSpec) -> BaseFormat:
-    """Return the format of the frozen linears for one stage; "auto" is that of the model's files."""
-    if name == "auto":
-        return BaseFormat(config.stored, as_stored=config.stored != "dense")
-    return BaseFormat(name)
+    """Return the format of the frozen linears for one stage; "auto" is that of the model's files.
+
+    Raises UserError where the model cannot be held so.
+    """
+    found = config.stored if name == "auto" else name
+    if found != "dense" and any(isinstance(mixer, Experts) for mixer in config.mixers):
+        raise UserError(
+            f"base_format {found}: the experts of {config.model_type} are held in the compute dtype only: give "
+            f"--base_format dense"
+        )
+    return BaseFormat(found, as_stored=name == "auto" and found != "dense")
 
 
 def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:

@@ -180,7 +180,7 @@ class Nf4Matrix(_QuantisedMatrix):
 class Fp8Matrix(_QuantisedMatrix):
     """W in e4m3, with a scale a row, or with the scales of the file.
 
-    With a scale a row, GPUs that multiply e4m3 take the codes as they are, and the other factor is quantised row by row:
+    With a scale a row, GPUs that multiply e4m3 take the codes as they are, and the other factor is quantised by row:
     faster than bfloat16, and less exact (docs/quantised.md). The scales of the rows of W come out of x W^T; into dY W
     they go with dY, so that both products are with the same codes. The second reads them turned, in the scratch.
     """
