@@ -35,6 +35,8 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
   finetune   train an adapter
   generate   reply to prompts, with or without an adapter
   serve      serve the base and its adapters to OpenAI clients, with a chat page
+  board      show runs in the browser, live
+  report     write a run's curves and settings into one HTML file
   data       show rows as a run would see them: what is trained on, counts, lengths
   convert    convert weights and adapters between Hugging Face, PEFT, GGUF and megalora shards
   plan       estimate memory and time of a run, and find its best layout
@@ -156,6 +158,24 @@ def _serve(argv: list[str]) -> int:
     return 0
 
 
+def _board(argv: list[str]) -> int:
+    if _asks_for_help(argv):
+        return _help("board")
+    from megalora import commands, flags
+
+    commands.board(flags.parse_board(argv))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    if _asks_for_help(argv):
+        return _help("report")
+    from megalora import commands, flags
+
+    _say(f"megalora: wrote {commands.report(flags.parse_report(argv))}")
+    return 0
+
+
 def _data(argv: list[str]) -> int:
     if _asks_for_help(argv):
         return _help("data")
@@ -198,6 +218,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "finetune": _finetune,
     "generate": _generate,
     "serve": _serve,
+    "board": _board,
+    "report": _report,
     "data": _data,
     "convert": _convert,
     "plan": _plan,

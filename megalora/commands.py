@@ -91,6 +91,23 @@ def serve(arguments: flags.Serving) -> None:
     serve(arguments)
 
 
+def board(arguments: flags.BoardArguments) -> None:
+    """Serve a page that shows runs, until a signal asks to stop."""
+    _one_process("board")
+    require_web()
+    from megalora.board import board
+
+    board(arguments)
+
+
+def report(arguments: flags.ReportArguments) -> Path:
+    """Write a page that shows runs into one file, and return it."""
+    _one_process("report")
+    from megalora.report import report
+
+    return report(arguments)
+
+
 def data(arguments: flags.Preview) -> None:
     """Print rows as a run would see them, with counts and lengths."""
     _one_process("data")

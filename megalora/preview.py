@@ -125,7 +125,7 @@ class _Printer:
         trained = int((sample.labels != IGNORE).sum())
         self.line(f"\n{name}: {len(sample.input_ids):,} tokens, {trained:,} of them trained")
         flags = (sample.labels != IGNORE).tolist()
-        pieces = list(self._pieces(sample.input_ids.tolist(), flags))
+        pieces = list(token_texts(self._tokenizer, sample.input_ids.tolist(), flags))
         if self._coloured:
             text = Text()
             for number, (piece, flag) in enumerate(pieces):
@@ -140,19 +140,21 @@ class _Printer:
             for line in _printable(text).split("\n"):
                 self._console.print(Text(f"{'train' if flag else '    -'} | {line}"))
 
-    def _pieces(self, ids: Sequence[int], flags: Sequence[bool]) -> Iterator[tuple[str, bool]]:
-        """The text of each token, or of a few that make one character, and whether it is trained."""
-        before, start = 0, 0
-        for stop in range(1, len(ids) + 1):
-            last = stop == len(ids) or flags[stop] != flags[start]
-            known, text = self._decode(ids[before:start]), self._decode(ids[before:stop])
-            text = text[len(known) :] if text.startswith(known) else self._decode(ids[start:stop])
-            if last or not text.endswith(_UNFINISHED):
-                yield text, flags[start]
-                before, start = start, stop
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+def token_texts(tokenizer: Any, ids: Sequence[int], flags: Sequence[bool]) -> Iterator[tuple[str, bool]]:
+    """Yield the text of each token, or of a few that make one character, and its flag: whether it is trained."""
+
+    def decode(some: Sequence[int]) -> str:
+        return tokenizer.decode(list(some), clean_up_tokenization_spaces=False)
+
+    before, start = 0, 0
+    for stop in range(1, len(ids) + 1):
+        last = stop == len(ids) or flags[stop] != flags[start]
+        known, text = decode(ids[before:start]), decode(ids[before:stop])
+        text = text[len(known) :] if text.startswith(known) else decode(ids[start:stop])
+        if last or not text.endswith(_UNFINISHED):
+            yield text, flags[start]
+            before, start = start, stop
 
 
 def _printable(text: str) -> str:

@@ -15,13 +15,13 @@ EDGES = {"errors", "batch", "choices", "files", "tokenizer_files"}  # plain type
 GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
-SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster", "web"}
+SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster", "web", "runs"}
 # What the commands are put together from.
 PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
 PARTS |= {"serving"}
 TOP = {"auto_layout", "rows", "starting", "stepping", "summary"}  # and the commands
 TOP |= {"finetune", "generate", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
-TOP |= {"serve", "board", "report"}
+TOP |= {"serve", "board", "report", "samples"}
 
 # What each part of the package may import of the package, besides itself.
 MAY_IMPORT = {

@@ -24,7 +24,7 @@ from megalora.flags.tools import (
     PreviewArguments,
     SafetensorsArguments,
 )
-from megalora.flags.web import ServeArguments, ServedArguments
+from megalora.flags.web import BoardArguments, ReportArguments, ServeArguments, ServedArguments
 
 _WIDTH = 110
 
@@ -32,6 +32,8 @@ _SECTIONS = {
     "finetune": FINETUNE_SECTIONS,
     "generate": GENERATE_SECTIONS,
     "serve": SERVE_SECTIONS,
+    "board": (BoardArguments,),
+    "report": (ReportArguments,),
     "data": PREVIEW_SECTIONS,
     "plan": (PlanArguments,),
     "doctor": (DoctorArguments,),
@@ -42,6 +44,8 @@ _PAGE = {
     "megalora finetune": FINETUNE_SECTIONS,
     "megalora generate": (GenerationArguments,),
     "megalora serve": (ServedArguments, ServeArguments),
+    "megalora board": (BoardArguments,),
+    "megalora report": (ReportArguments,),
     "megalora data": (PreviewArguments,),
     "megalora plan": (PlanArguments,),
     "megalora doctor": (DoctorArguments,),

@@ -125,10 +125,8 @@ class _Server:
             replies.cancel()
 
     async def _encoded(self, model: ServedModel, asked: Asked) -> list[list[int]]:
-        """The prompts as token ids. Raises ApiError, 429 where too many are in line for it."""
-        if not self._backlog.has_room(self._encoding):
-            waiting = self._backlog.counts()[1] + self._encoding
-            raise ApiError(429, f"{waiting} requests wait already: try again later", None, "queue_full")
+        """The prompts as token ids. Raises ApiError, 429 where those in line for it will fill the backlog."""
+        self._backlog.check(self._encoding + 1)
         self._encoding += 1
         try:
             loop = asyncio.get_running_loop()

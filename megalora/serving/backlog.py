@@ -74,10 +74,7 @@ class Backlog:
         """
         loop = asyncio.get_running_loop()
         with self._changed:
-            if self._closed:
-                raise ApiError(503, "the server is stopping: send the request to another")
-            if not self._fits(len(requests)):
-                raise ApiError(429, f"{len(self._waiting)} requests wait already: try again later", None, "queue_full")
+            self.check(len(requests))
             tickets = []
             for place, request in enumerate(requests):
                 numbered = replace(request, prompt=replace(request.prompt, number=next(self._numbers)))
@@ -86,13 +83,13 @@ class Backlog:
             self._changed.notify()
         return tickets
 
-    def has_room(self, more: int) -> bool:
-        """Return whether a request could still wait, behind `more` that are about to be submitted."""
+    def check(self, count: int) -> None:
+        """Raise ApiError where so many requests could not be submitted now."""
         with self._changed:
-            return self._fits(more + 1)
-
-    def _fits(self, more: int) -> bool:
-        return len(self._waiting) + more <= self._limit + max(0, self._slots - len(self._running))
+            if self._closed:
+                raise ApiError(503, "the server is stopping: send the request to another")
+            if len(self._waiting) + count > self._limit + max(0, self._slots - len(self._running)):
+                raise ApiError(429, f"{len(self._waiting)} requests wait already: try again later", None, "queue_full")
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
         """Leave requests off: those that run end with their next token."""

@@ -11,7 +11,7 @@ from megalora.flags.flag import flags_of
 from megalora.flags.help import flags_page, help_text
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["finetune", "generate", "serve", "data", "plan", "doctor", "convert"]
+COMMANDS = ["finetune", "generate", "serve", "board", "report", "data", "plan", "doctor", "convert"]
 COMMANDS += [f"convert {name}" for name in CONVERT_COMMANDS]
 
 

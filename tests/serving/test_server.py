@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+from browser import browser
 from safetensors.torch import load_file, save_file
 from server import started
 from talking import NEW, QUESTIONS, flags, make, rows, run
@@ -340,6 +341,30 @@ def text_of(answer, stream):
         return json.loads(answer)["choices"][0]["message"]["content"]
     lines = [line for line in answer.split(b"\n") if line.strip().startswith(b"data: {")]
     return "".join(json.loads(line.strip()[6:])["choices"][0]["delta"].get("content", "") for line in lines)
+
+
+def test_the_chat_page(server, case, tmp_path):
+    """The base beside an adapter: both reply to what is typed, and go on from there; a mistake is said."""
+    with browser(tmp_path / "profile") as page:
+        page.screen(1000, 700)
+        page.open(f"http://127.0.0.1:{server.port}/")
+        page.wait("document.querySelectorAll('.pane').length === 2")
+        assert page.run("[...document.querySelectorAll('.pane > select')].map(s => s.value)") == ["base", "third"]
+        page.run(f"$('temperature').value = 0, $('max_tokens').value = {NEW}, $('message').value = '{QUESTIONS[0]}'")
+        page.run("$('send').click()")
+        page.wait("document.querySelectorAll('.turn[data-done]').length === 2")
+        replies = page.run("[...document.querySelectorAll('.answer')].map(a => a.textContent)")
+        assert replies == [case[2]["base"][0], case[2]["third"][0]]
+        page.run("$('message').value = 'x', $('send').click()")
+        page.wait("document.querySelectorAll('.turn[data-done]').length === 4 && $('stop').hidden")
+        page.run(f"$('message').value = '{'long ' * 40}', $('send').click()")
+        page.wait("document.querySelectorAll('.fault').length === 2")
+        assert "leave no room" in page.run("document.querySelector('.fault').textContent")
+        page.run("$('anew').click()")
+        assert page.run("document.querySelectorAll('.turn').length") == 0
+        page.screen(390, 800)
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        assert [error for error in page.errors if "400" not in error] == []
 
 
 @pytest.mark.slow

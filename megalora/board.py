@@ -1,0 +1,153 @@
+"""The board: a page over output folders, live while they grow. It only reads.
+
+    megalora board build/demo build/other
+    megalora board runs/                    every run in a folder
+
+What the page asks for: /api/runs, /api/series, /api/runs/N/notes and /api/runs/N/rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from megalora.errors import UserError
+from megalora.flags import BoardArguments
+from megalora.runs.folder import Run, find_runs, names_of
+from megalora.web.guard import LOCAL_NAMES, Guard
+from megalora.web.pages import page_routes
+from megalora.web.server import address_of, bind, is_loopback, served, token_for
+
+POINTS, MOST_POINTS = 800, 4000
+SAMPLE_ROWS = 3
+CONNECTIONS = 200
+_REST = 0.01  # seconds between two pieces of a large file: pages come first
+
+
+def board(arguments: BoardArguments) -> None:
+    """Serve the page until a signal. Raises UserError for what the user can fix."""
+    runs = Runs(arguments.runs)
+    token = token_for(arguments.host, arguments.token)
+    hosts = LOCAL_NAMES if is_loopback(arguments.host) else None
+    stopped = threading.Event()
+    with bind(arguments.host, arguments.port) as listening:
+        before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with served(build_app(runs, hosts, token), listening, CONNECTIONS):
+                address = address_of(listening, arguments.host)
+                query = "" if token is None else f"?token={token}"
+                print(f"megalora: {len(runs.all())} runs at {address}/{query}", file=sys.stderr, flush=True)
+                while not stopped.wait(_REST if runs.read_on() else 0.5):
+                    pass
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+
+class Runs:
+    """The runs of some folders, by their place in the list; new ones are found as they begin."""
+
+    def __init__(self, folders: Sequence[str]):
+        self._folders, self._runs = tuple(folders), dict[Any, Run]()
+        self._lock = threading.Lock()
+        find_runs(self._folders)  # raises for a folder that is not there
+
+    def all(self) -> list[Run]:
+        """Return the runs, with what is new in them."""
+        with self._lock:
+            try:
+                found = find_runs(self._folders)
+            except (UserError, OSError):
+                found = [run.folder for run in self._runs.values()]
+            for folder, name in zip(found, names_of(found), strict=True):
+                self._runs.setdefault(folder, Run(folder, name)).name = name
+            for run in self._runs.values():
+                run.look()
+            return list(self._runs.values())
+
+    def read_on(self) -> bool:
+        """Read a piece of each large file, and return whether there is more."""
+        more = False
+        for run in list(self._runs.values()):
+            with self._lock:
+                more = run.read_on() or more
+        return more
+
+    def series(self, fields: Sequence[str], first: float, last: float, points: int) -> dict[str, dict[str, Any]]:
+        """Return (steps, values) by field and by the place of the run, of the runs that have them."""
+        with self._lock:
+            found: dict[str, dict[str, Any]] = {}
+            for field in fields:
+                curves = {str(n): run.series(field, first, last, points) for n, run in enumerate(self._runs.values())}
+                found[field] = {number: curve for number, curve in curves.items() if curve[0]}
+            return found
+
+
+def build_app(runs: Runs, hosts: frozenset[str] | None, token: str | None) -> Starlette:
+    """Return the application. hosts, token: as `Guard` takes them."""
+    rows: dict[Any, Any] = {}
+
+    def one(request: Request) -> Run:
+        all_runs, number = runs.all(), request.path_params["number"]
+        if number >= len(all_runs):
+            raise HTTPException(404, "there is no such run")
+        return all_runs[number]
+
+    # Functions that are not async run in threads, so that a slow one does not hold up the others.
+    def summaries(request: Request) -> Response:
+        return JSONResponse([run.summary() | {"settings": run.settings()} for run in runs.all()])
+
+    def series(request: Request) -> Response:
+        query = request.query_params
+        fields = query.getlist("field")[:50]
+        first, last = (_number(query.get(name), default) for name, default in (("from", 0.0), ("to", math.inf)))
+        points = min(MOST_POINTS, max(10, int(_number(query.get("points"), POINTS))))
+        return JSONResponse(runs.series(fields, first, last, points))
+
+    def notes(request: Request) -> Response:
+        return JSONResponse([dataclasses.asdict(note) for note in one(request).notes()])
+
+    def samples(request: Request) -> Response:
+        run = one(request)
+        if run.folder not in rows:
+            rows[run.folder] = documents_of(run)
+        return JSONResponse(rows[run.folder])
+
+    routes = [
+        Route("/api/runs", summaries),
+        Route("/api/series", series),
+        Route("/api/runs/{number:int}/notes", notes),
+        Route("/api/runs/{number:int}/rows", samples),
+        *page_routes("board.html"),
+    ]
+    return Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, token=token)])
+
+
+def documents_of(run: Run) -> dict[str, Any]:
+    """Return {"documents"}: the first rows of a run, or {"problem"}: why there are none."""
+    from megalora.samples import sample_documents  # transformers takes seconds to import
+
+    try:
+        return {"documents": [dataclasses.asdict(one) for one in sample_documents(run.folder, SAMPLE_ROWS)]}
+    except UserError as error:
+        return {"problem": str(error)}
+
+
+def _number(text: str | None, default: float) -> float:
+    try:
+        value = default if text is None else float(text)
+    except ValueError:
+        return default
+    return default if math.isnan(value) else value

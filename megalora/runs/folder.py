@@ -1,0 +1,189 @@
+"""One run's output_dir: its curves, the flags it was started with, and what its logs note."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalora.errors import UserError
+from megalora.runs.series import GrowingFile, thinned
+
+METRICS, EVALUATIONS, SETTINGS = "metrics.jsonl", "eval_metrics.jsonl", "run.yaml"
+EVALUATION = "eval/"  # before the names of numbers of evaluations
+MOST_RUNS = 200
+_SETTINGS_BYTES, _LOG_BYTES, _MOST_LOGS, _MOST_NOTES = 1 << 20, 1 << 18, 64, 300
+_STEP = re.compile(r"step (\d+)/(\d+) ")
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+_ROUTINE = re.compile(r"step \d+(/\d+)? (\(epoch|loss|by phase)|step \d+: evaluation")
+_FAULT = re.compile(r"error|Traceback|nan|not finite|skipped|lost|died|hang|damaged|killed|Error", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line of a log that is not of a step. fault: it speaks of something that went wrong."""
+
+    time: str
+    text: str
+    rank: int
+    fault: bool
+
+
+class Run:
+    """A run that is looked at. name: for people; the folder's, with as much before it as tells runs apart."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+        self._total: tuple[str, int | None] | None = None
+        self._files = {"": GrowingFile(folder / METRICS), EVALUATION: GrowingFile(folder / EVALUATIONS)}
+
+    def look(self) -> None:
+        """Read what is new."""
+        for file in self._files.values():
+            file.look()
+
+    def read_on(self) -> bool:
+        """Read a piece of what is left of large files, and return whether there is more."""
+        return any([file.read_on() for file in self._files.values() if not file.complete])
+
+    @property
+    def version(self) -> str:
+        """A text that changes when there is something new."""
+        return "-".join(str(file.version) for file in self._files.values())
+
+    @property
+    def complete(self) -> bool:
+        return all(file.complete or not file.columns.steps for file in self._files.values())
+
+    def fields(self) -> list[str]:
+        """Return the names of all numbers."""
+        return [prefix + name for prefix, file in self._files.items() for name in file.columns.steps]
+
+    def series(self, name: str, first: float, last: float, points: int) -> tuple[Sequence[float], Sequence[float]]:
+        """Return (steps, values) of one of `fields`, as `thinned` does."""
+        prefix = EVALUATION if name.startswith(EVALUATION) else ""
+        return thinned(self._files[prefix].columns, name.removeprefix(prefix), first, last, points)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a list of runs shows."""
+        columns = self._files[""].columns
+        latest = {name: self.series(name, columns.last_step, columns.last_step, 1)[1] for name in columns.steps}
+        try:
+            updated: float | None = (self.folder / METRICS).stat().st_mtime
+        except OSError:
+            updated = None
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "version": self.version,
+            "complete": self.complete,
+            "last_step": columns.last_step,
+            "total_steps": self._total_steps(),
+            "seconds_ago": None if updated is None else max(0.0, time.time() - updated),
+            "latest": {name: values[-1] for name, values in latest.items() if values},
+            "fields": self.fields(),
+        }
+
+    def settings(self) -> dict[str, str]:
+        """Return the flags that the run was started with, as text by name. Empty where there are none to be read."""
+        import yaml
+
+        try:
+            found = yaml.safe_load(_tail(self.folder / SETTINGS, _SETTINGS_BYTES))
+        except (OSError, yaml.YAMLError, ValueError, RecursionError):
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        return {str(name): _shown(value) for name, value in found.items()}
+
+    def notes(self) -> list[Note]:
+        """Return the newest lines of the logs that are not of steps: of rank 0 all, of others what speaks of faults."""
+        found: list[Note] = []
+        for rank, file in self._logs():
+            before = ""
+            for line in _lines(file):
+                stamp = _STAMP.match(line)
+                before = stamp[0].strip() if stamp else before
+                text = line[stamp.end() :] if stamp else line
+                fault = bool(_FAULT.search(text)) and not _ROUTINE.match(text)
+                if text.strip() and not _ROUTINE.match(text) and (rank == 0 or fault):
+                    found.append(Note(before, text[:2000], rank, fault))
+        return sorted(found, key=lambda note: note.time)[-_MOST_NOTES:]
+
+    def _total_steps(self) -> int | None:
+        """The last step that rank 0's log counts up to."""
+        if self._total is None or self._total[0] != self.version:  # logs grow with the numbers
+            lines = [line for _, file in self._logs()[:1] for line in _lines(file)]
+            found = next((match for line in reversed(lines) if (match := _STEP.search(line))), None)
+            self._total = self.version, None if found is None else int(found[2])
+        return self._total[1]
+
+    def _logs(self) -> list[tuple[int, Path]]:
+        try:
+            files = sorted((self.folder / "logs").glob("rank_*.log"))[:_MOST_LOGS]
+        except OSError:
+            return []
+        numbered = [(re.fullmatch(r"rank_(\d{1,9})\.log", file.name), file) for file in files]
+        return [(int(match[1]), file) for match, file in numbered if match]
+
+
+def find_runs(folders: Sequence[str]) -> list[Path]:
+    """Return the runs: each folder that is one, or those in it. Raises UserError where a folder is not there."""
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"runs {folder} is not a folder", "name the output_dir of a run, or a folder of runs")
+        found += [folder] if is_run(folder) else sorted(inner for inner in folder.iterdir() if is_run(inner))
+    return list(dict.fromkeys(folder.resolve() for folder in found))[:MOST_RUNS]
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is the output_dir of a run."""
+    return (folder / METRICS).is_file() or (folder / SETTINGS).is_file()
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each folder: its own, with as many of the folders above it as tell it from the others."""
+    parts = [folder.parts for folder in folders]
+    names = []
+    for own in parts:
+        count = 1
+        while count < len(own) and sum(own[-count:] == other[-count:] for other in parts) > 1:
+            count += 1
+        names.append("/".join(own[-count:]).lstrip("/"))
+    return names
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        yield from _tail(file, _LOG_BYTES).splitlines()
+    except OSError:
+        return
+
+
+def _tail(file: Path, most: int) -> str:
+    """The end of a regular file. Raises OSError."""
+    with open(file, "rb", opener=_open) as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - most))
+        return stream.read(most).decode("utf-8", "replace")
+
+
+def _open(path: str, flags: int) -> int:
+    """Open without waiting, so that a pipe of that name holds nothing up."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path}: is not a regular file")
+    return descriptor
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

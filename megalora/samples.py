@@ -1,0 +1,60 @@
+"""The first rows of a run as it was trained on them: read, rendered and tokenised as its own flags say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megalora.data import ChatTemplate
+from megalora.data.dataset import encode_row
+from megalora.data.pieces import IGNORE
+from megalora.errors import UserError
+from megalora.flags import parse_finetune
+from megalora.preview import token_texts
+from megalora.rows import data_settings, template_options
+from megalora.runs.folder import SETTINGS
+
+MOST_PIECES = 4000  # of a document
+_STARTED = re.compile(r"^# megalora [^\n]*started in ([^\n]*); flags")
+
+
+@dataclass(frozen=True)
+class SampleDocument:
+    """A document of a row. pieces: (text of a token, whether it is trained)."""
+
+    row: int
+    tokens: int
+    trained: int
+    pieces: tuple[tuple[str, bool], ...]
+
+
+def sample_documents(run: Path, rows: int) -> list[SampleDocument]:
+    """Return the documents of the first `rows` rows of a run. Raises UserError where its flags or files are missing."""
+    file = run / SETTINGS
+    if not file.is_file():
+        raise UserError(f"{file} is not there", "rows can be shown of runs that megalora finetune has started")
+    arguments = parse_finetune({"config": str(file)})
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        started = _STARTED.match(lines.readline())
+    folder = Path(started[1]) if started else Path()
+    data = replace(arguments.data, data_path=_from(folder, arguments.data.data_path))
+    template = ChatTemplate.load(folder / arguments.model.model_path, data.template, template_options(data))
+    settings, found = data_settings(data), []
+    for row in range(rows):
+        try:
+            samples = encode_row(data.data_path, template, settings, row)
+        except UserError:
+            if row == 0:
+                raise
+            break  # there are fewer rows
+        for sample in samples:
+            ids, flags = sample.input_ids.tolist(), (sample.labels != IGNORE).tolist()
+            pieces = token_texts(template.tokenizer, ids[:MOST_PIECES], flags[:MOST_PIECES])
+            found.append(SampleDocument(row, len(flags), sum(flags), tuple(pieces)))
+    return found
+
+
+def _from(folder: Path, data_path: str) -> str:
+    """The files of --data_path as seen from another folder than the one that the run was started in."""
+    return ",".join(str(folder / part) for part in data_path.split(","))

@@ -1,0 +1,56 @@
+"""What of an output_dir the board shows besides its curves."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from runs_on_disk import make_run
+
+from megalora.errors import UserError
+from megalora.runs.folder import Run, find_runs, names_of
+
+
+def test_what_a_run_says(tmp_path):
+    run = Run(make_run(tmp_path / "out", steps=3, evaluations=2), "out")
+    assert run.summary()["last_step"] == 0 and run.fields() == [], "nobody has looked yet"
+    run.look()
+    said = run.summary()
+    assert (said["last_step"], said["total_steps"], said["latest"]["loss"]) == (3, 40, 1 / 3)
+    assert set(said["fields"]) == {"loss", "learning_rate", "phases/forward", "eval/loss"}
+    assert run.series("eval/loss", 0, 99, 10) == ([1, 2], [1.0, 0.5])
+    assert run.settings() == {"learning_rate": "0.001", "output_dir": "out", "input_names": "a b", "save": "true"}
+    notes = run.notes()
+    assert [(note.text, note.rank, note.fault) for note in notes] == [
+        ("---- rank 0 on host, process 7", 0, False),
+        ("the adapter is new", 0, False),
+        ("rank 1 died", 1, True),
+    ]
+    version = run.version
+    run.look()
+    assert run.version == version
+
+
+def test_folders_of_runs_and_their_names(tmp_path):
+    for place in ("a/out", "b/out", "b/other", "b/none"):
+        (tmp_path / place).mkdir(parents=True)
+    runs = [make_run(tmp_path / place) for place in ("a/out", "b/out", "b/other")]
+    found = find_runs([str(tmp_path / "a/out"), str(tmp_path / "b"), str(runs[0])])
+    assert found == [runs[0], runs[2], runs[1]]
+    assert names_of(found) == ["a/out", "other", "b/out"]
+    with pytest.raises(UserError, match="is not a folder: name the output_dir of a run"):
+        find_runs([str(tmp_path / "nowhere")])
+
+
+def test_hostile_folders(tmp_path):
+    folder = make_run(tmp_path / "out")
+    (folder / "run.yaml").write_text("!!python/object/apply:os.system [false]")
+    assert Run(folder, "").settings() == {}
+    (folder / "run.yaml").write_text("- 1")
+    assert Run(folder, "").settings() == {}
+    (folder / "run.yaml").unlink()
+    os.mkfifo(folder / "run.yaml")
+    os.mkfifo(folder / "logs" / "rank_00002.log")
+    (folder / "logs" / "rank_x.log").write_text("error")
+    run = Run(folder, "")
+    assert run.settings() == {} and len(run.notes()) == 3

@@ -1,0 +1,116 @@
+"""The server before a replica that says what it is told to: thinking apart, failures, and ends before the time."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import threading
+import time
+
+import pytest
+from talking import END, tokenizer
+
+from megalora.data import ChatTemplate
+from megalora.generation.requests import FAILED, STOP, Reply
+from megalora.generation.text import Reader
+
+pytest.importorskip("starlette")
+
+from megalora.serving.app import build_app  # noqa: E402
+from megalora.serving.backlog import Backlog  # noqa: E402
+from megalora.serving.models import Catalogue, ServedModel  # noqa: E402
+from megalora.web.guard import LOCAL_NAMES  # noqa: E402
+from megalora.web.server import bind, served  # noqa: E402
+
+TOKENIZER = tokenizer()
+THINKING = "<think>\nLet me see.\n</think>\n\nIt is 4."
+SLOTS, WAITING = 2, 3
+
+
+class Replica(threading.Thread):
+    """Replies to each request with `text`, a token at a time; holds where `go` is not set."""
+
+    def __init__(self, backlog):
+        super().__init__(daemon=True)
+        self.backlog, self.text, self.end, self.go = backlog, THINKING, STOP, threading.Event()
+        self.go.set()
+
+    def run(self):
+        while (requests := self.backlog.wait(1)) is not None:
+            for request in requests:
+                said, end = [], self.end
+                for token in TOKENIZER(self.text)["input_ids"]:
+                    while not self.go.wait(0.01) and not self.backlog._aborted:
+                        pass
+                    if verdict := self.backlog.hear(request.prompt, token, None):
+                        end = verdict
+                        break
+                    said.append(token)
+                self.backlog.waiting()
+                self.backlog.done(request.prompt, Reply(tuple(said), end))
+
+
+@contextlib.contextmanager
+def serving():
+    template = ChatTemplate(TOKENIZER)
+    models = {"m": ServedModel("m", 0, template, (END,))}
+    catalogue = Catalogue(models, Reader(TOKENIZER), len(TOKENIZER), {}, 500, {}, 0)
+    backlog = Backlog(SLOTS, WAITING)
+    replica = Replica(backlog)
+    replica.start()
+    with bind("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+
+        def ask(**more):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            body = {"model": "m", "messages": [{"role": "user", "content": "2 + 2?"}]} | more
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            data = response.read().decode()
+            connection.close()
+            if not more.get("stream"):
+                return response.status, json.loads(data)
+            return response.status, [json.loads(line[6:]) for line in data.splitlines() if line.startswith("data: {")]
+
+        with served(build_app(catalogue, backlog, LOCAL_NAMES, None), listening, 100):
+            yield replica, backlog, ask
+        backlog.abort()
+    replica.join(10)
+
+
+def test_the_server():
+    with serving() as (replica, backlog, ask):
+        status, answer = ask()
+        assert status == 200
+        message = {"role": "assistant", "content": "It is 4.", "reasoning_content": "Let me see."}
+        assert answer["choices"][0]["message"] == message
+        assert answer["usage"]["completion_tokens"] == len(THINKING)
+        status, chunks = ask(stream=True)
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert deltas[0]["role"] == "assistant"
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Let me see."
+        assert "".join(delta.get("content", "") for delta in deltas) == "It is 4."
+        assert ask(stop="see")[1]["choices"][0]["message"]["reasoning_content"] == "Let me"
+
+        replica.text, replica.end = "ab", FAILED
+        status, answer = ask()
+        assert (status, answer["error"]["type"]) == (500, "server_error") and "not finite" in answer["error"]["message"]
+        status, chunks = ask(stream=True)
+        assert status == 200 and "not finite" in chunks[-1]["error"]["message"], "the head was sent before"
+
+        replica.text, replica.end = "x" * 50, STOP
+        replica.go.clear()
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            asked = [pool.submit(ask) for _ in range(10)]
+            deadline = time.monotonic() + 10
+            while sum(one.done() for one in asked) < 10 - SLOTS - WAITING and time.monotonic() < deadline:
+                time.sleep(0.01)
+            backlog.close()
+            assert ask()[0] == 503
+            backlog.abort()
+            statuses = sorted(one.result()[0] for one in asked)
+        told = 10 - SLOTS - WAITING
+        assert statuses == [429] * told + [503] * (10 - told)
+    assert not replica.is_alive() and backlog.counts() == (0, 0)
