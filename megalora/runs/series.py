@@ -55,7 +55,8 @@ class GrowingFile:
         self._forget()
 
     def _forget(self) -> None:
-        self._read, self._mark, self._identity = 0, b"", None
+        self._read, self._mark = 0, b""
+        self._identity: tuple[int, int] | None = None
         self._whole = Columns()
         self._sample: Columns | None = None
         self.complete = False
