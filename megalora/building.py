@@ -368,7 +368,9 @@ def build_trainer(
         fill(stage)
     stage.settle()
     with together(mesh.world):
-        graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, config.head_dim, timed=settings.timed)
+        graphs, note = choose_graphs(
+            settings.cuda_graphs, place, mesh, config.head_dim, config.has_experts, timed=settings.timed
+        )
     if graphs:
         stage.use_graphs()
     parameters, splits = stage.trainable(), named_splits(stage)

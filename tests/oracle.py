@@ -68,9 +68,28 @@ EXPERTS = {
         "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "norm_topk_prob": True, "head_dim": 8,
     },
+    "deepseek_v2": {
+        "model_type": "deepseek_v2", "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "q_lora_rank": None,
+        "kv_lora_rank": 20, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "num_key_value_heads": 8,
+        "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1,
+        "moe_intermediate_size": 24, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "q_lora_rank": 28,
+        "kv_lora_rank": 20, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 8,
+        "n_group": 4, "topk_group": 2, "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "yarn", "factor": 4.0, "mscale": 0.8, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+            "original_max_position_embeddings": 64,
+        },
+    },
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.
-LACKS = {"gpt_neox": ("num_key_value_heads", "rms_norm_eps", "head_dim"), "phi3": ("head_dim",)}
+LACKS = {
+    "deepseek_v2": ("head_dim",), "deepseek_v3": ("head_dim",),
+    "gpt_neox": ("num_key_value_heads", "rms_norm_eps", "head_dim"), "phi3": ("head_dim",),
+}  # fmt: skip
 
 
 def fields_of(family: str, **more: object) -> dict:

@@ -109,7 +109,8 @@ def plain_names(model) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
                 found[f"{stem_of(stem, model)}{e}.{NAMES[model.config.model_type][2]}.weight"] = weight, parameter
         else:
             found[name] = parameter, parameter
-    return found
+    corrections = {n: (b, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    return found | corrections
 
 
 NAMES = {kind: ("gate_proj", "up_proj", "down_proj") for kind in EXPERTS} | {"mixtral": ("w1", "w3", "w2")}
@@ -185,7 +186,8 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
             loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
             loss.backward()
             theirs_loss += loss.item()
-    assert abs(ours_loss - theirs_loss) <= 1e-10 * abs(theirs_loss)
+    tolerance = 1e-5 if family == "deepseek_v2" else 1e-10  # whose rotations transformers computes in float32
+    assert abs(ours_loss - theirs_loss) <= tolerance * abs(theirs_loss)
     for name, adapter in resolved.adapters.items():
         place, holder = places[f"{name}.weight"]
         offset = place.storage_offset() - holder.storage_offset()
@@ -193,7 +195,7 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
         A, B = (ours[f"{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
         for factor, expected in ((A, adapter.scaling * B.T @ dW), (B, adapter.scaling * dW @ A.T)):
             assert expected.abs().max() > 1e-9, name
-            assert (factor.grad - expected).abs().max() <= 1e-10 * expected.abs().max(), name
+            assert (factor.grad - expected).abs().max() <= tolerance * expected.abs().max(), name
 
 
 def merged(name: str, ours: dict, lora) -> torch.Tensor:
@@ -238,3 +240,11 @@ def test_bad_configs_are_refused_by_name(family, fields, said):
 def test_fewer_experts_than_ranks_are_refused():
     with pytest.raises(UserError, match=re.escape("tensor_parallel_size (8) is more than the number of experts (5)")):
         check_layout(config_from_dict(fields_of("mixtral")), 8, 1)
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_what_experts_cannot_carry_is_refused(field):
+    config = config_from_dict(fields_of("mixtral"))
+    lora = resolve_lora(LoraConfig.from_dict(ALL_LINEAR | {field: True}), config)
+    with pytest.raises(UserError, match="use_dora and lora_bias are not implemented for the linears of experts"):
+        Stage(config, range(4), Placement(Axis(), False, torch.float32, "cpu"), lora)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from oracle import FAMILIES, TINY, Run, fields_of, train
+from oracle import EXPERTS, FAMILIES, TINY, Run, fields_of, train
 
 from megalora import cli
 from megalora.adapters.config import LoraConfig
@@ -39,7 +39,7 @@ def sizes(family: str, **more: object) -> dict:
     return SIZES | more | ({"rotary_pct": 0.5} if family == "gpt_neox" else {})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | EXPERTS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_a_step_on_the_gpu(family, dtype, tolerance):
     lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
@@ -125,7 +125,7 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | EXPERTS)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("targets", [Q_AND_V, "all-linear"], ids=["qv", "all"])
 def test_graphs_give_the_same_bits(family, recompute, targets, deterministic):

@@ -17,7 +17,7 @@ from megalora.files import read_json
 from megalora.models import families, rotary
 from megalora.models.family import BOUNDS, Family, Fields, RemoteConfig
 from megalora.models.quantisation import stored_format
-from megalora.models.spec import MLP, Attention, Experts, ModelSpec
+from megalora.models.spec import MLP, Attention, Experts, LatentAttention, ModelSpec
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
 _HARMLESS = frozenset(
@@ -84,13 +84,15 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     if not spec.rotaries and rope["rope_type"] != "default":
         raise UserError(f"{where}: rope_type = {rope['rope_type']!r}, but this model has no rotary positions: remove it")
     dtype = raw.get("dtype") or raw.get("torch_dtype")
+    further = range(spec.num_hidden_layers, spec.num_hidden_layers + spec.predicting)
+    passed = tuple(spec.stack.of_layer(index, "") for index in further)
     longest = int(min(rotary.extended_length(rope, spec.max_position_embeddings), _undivided_length(raw, where)))
     return replace(
         spec,
         model_type=raw["model_type"],
         dtype=dtype,
         stored=stored_format(raw, where),
-        files=family.files,
+        files=replace(family.files, passed=passed),
         max_position_embeddings=longest,
     )
 
@@ -188,7 +190,7 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
 
 def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False) -> None:
     """Raise UserError where the model cannot be cut into tp x pp parts, or would be unevenly without being asked."""
-    attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention)]
+    attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention | LatentAttention)]
     heads = next((a.heads for a in attentions if a.heads % tp), config.num_attention_heads)
     inner = min((mixer.inner for mixer in config.mixers if isinstance(mixer, MLP)), default=tp)
     if heads % tp and not (uneven_heads and tp <= heads):

@@ -37,6 +37,18 @@ BOUNDS: Mapping[str, Bound] = {
     "num_experts_per_tok": Bound(True, 1, 1 << 10),
     "moe_intermediate_size": _SIZE,
     "shared_expert_intermediate_size": _SIZE,
+    "n_routed_experts": Bound(True, 1, 1 << 14),
+    "n_shared_experts": Bound(True, 0, 1 << 10),
+    "n_group": Bound(True, 1, 1 << 14),
+    "topk_group": Bound(True, 1, 1 << 14),
+    "first_k_dense_replace": Bound(True, 0, 1 << 12),
+    "routed_scaling_factor": Bound(False, 1e-30, 1e30),
+    "q_lora_rank": _SIZE,
+    "kv_lora_rank": _SIZE,
+    "qk_nope_head_dim": Bound(True, 1, 1 << 14),
+    "qk_rope_head_dim": Bound(True, 2, 1 << 14),
+    "v_head_dim": Bound(True, 1, 1 << 14),
+    "num_nextn_predict_layers": Bound(True, 0, 1 << 8),
     "decoder_sparse_step": Bound(True, 1, 1 << 12),
     "rms_norm_eps": Bound(False, 1e-30, 1.0),
     "layer_norm_eps": Bound(False, 1e-30, 1.0),
@@ -60,6 +72,7 @@ class Family:
     theta        the default of rope_theta
     partial      the default of partial_rotary_factor where the family has that field
     files        how names in its files differ from ours
+    example      what transformers' default config lacks to be a model, for docs/models.md
     aliases      other names of fields in this family's config.json -> those that `read` uses
     config_class the model_type whose config class in transformers has the defaults; None: the family's own
     defaults     of fields where they differ from that class
@@ -77,6 +90,7 @@ class Family:
     theta: float = 10000.0
     partial: float | None = None
     files: FileNames = field(default_factory=FileNames)
+    example: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     config_class: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -149,6 +163,11 @@ class Fields:
         if head_dim not in self._rotaries:
             self._rotaries[head_dim] = rotary.rotary(self._hf, self._rope, head_dim, self._where)
         return self._rotaries[head_dim]
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        """The rope fields, in one form (see megalora.models.rotary.read_rope)."""
+        return self._rope
 
     def reads(self, name: str) -> bool:
         """Return whether the family declares the field."""

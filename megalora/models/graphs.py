@@ -24,16 +24,24 @@ from megalora.errors import UserError
 from megalora.models.inputs import Inputs
 from megalora.models.recorder import Graph, Recorder
 from megalora.ops.attention import Packed, is_even, packs
+from megalora.ops.grouped import runs_grouped
 from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import ParallelMesh
 
 
 def choose_graphs(
-    wanted: bool | None, place: Placement, mesh: ParallelMesh, head_dim: int, *, timed: bool = False
+    wanted: bool | None,
+    place: Placement,
+    mesh: ParallelMesh,
+    head_dim: int,
+    experts: bool = False,
+    *,
+    timed: bool = False,
 ) -> tuple[bool, str | None]:
     """(whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they serve.
 
-    timed  the communication inside layers is to be timed (wall_clock_breakdown, profile)
+    experts  the model has experts
+    timed    the communication inside layers is to be timed (wall_clock_breakdown, profile)
     Raises UserError where they are wanted and cannot be.
     """
     on_gpu = torch.device(place.device).type == "cuda"
@@ -48,6 +56,8 @@ def choose_graphs(
         obstacle = f"attention in {str(place.dtype).removeprefix('torch.')} is another call for other documents"
     elif not packs(head_dim, place.dtype, torch.device(place.device)):
         obstacle = f"attention with heads of {head_dim} is another call for other documents"
+    elif experts and not runs_grouped(torch.device(place.device), place.dtype):
+        obstacle = "experts run in one grouped product, without counts on the host, in bfloat16 only"
     if wanted and obstacle:
         raise UserError(f"cuda_graphs = true, but {obstacle}: leave the flag out")
     if obstacle or wanted is False:

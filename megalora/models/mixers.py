@@ -116,6 +116,54 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Causal self-attention whose queries, and keys and values, are made of one short latent a token each (MLA).
+
+    A query head is [plain | turned] features of q_up(q_norm(q_down(x))), or of q_up(x) where there is no q_down. Keys:
+    kv_down(x) is [latent | turned]; kv_up(kv_norm(latent)) has for each head [plain | value] features, and all heads
+    share the turned ones. The turned features rotate.
+
+    scale  what scores are multiplied by; None: 1 / sqrt(plain + turned)
+    """
+
+    q_down: Linear | None
+    q_norm: Norm | None
+    q_up: Linear
+    kv_down: Linear
+    kv_norm: Norm
+    kv_up: Linear
+    out: Linear
+    heads: int
+    plain: int
+    turned: int
+    value: int
+    position: Rotary
+    scale: float | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.plain + self.turned
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def latent(self) -> int:
+        """Features of the latent of keys and values."""
+        return self.kv_norm.size
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        down = () if self.q_down is None else (self.q_down,)
+        return (*down, self.q_up, self.kv_down, self.kv_up, self.out)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return tuple(norm for norm in (self.q_norm, self.kv_norm) if norm is not None)
+
+
+@dataclass(frozen=True)
 class MLP:
     """down(act(gate) * up), or down(act(up)) where there is no gate.
 

@@ -102,7 +102,7 @@ ROUTER_HARMLESS = frozenset({"router_aux_loss_coef"})
 
 def router(hf: Fields, name: str, count: int, **how: Any) -> Router:
     """Return a router of `count` experts, of which num_experts_per_tok are chosen. Raises UserError for more than all."""
-    top = hf.num_experts_per_tok
+    top = hf.required("num_experts_per_tok")
     if top > count:
         hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count}): correct it")
     return Router(Linear(name, hf.hidden_size, count), top, **how)

@@ -26,9 +26,18 @@ from megalora.models.linears import (  # noqa: F401 (a spec is composed of them:
     Rows,
     linears_of,
 )
-from megalora.models.mixers import MLP, Alibi, Attention, Experts, Norm, Position, Rotary  # noqa: F401
+from megalora.models.mixers import (  # noqa: F401
+    MLP,
+    Alibi,
+    Attention,
+    Experts,
+    LatentAttention,
+    Norm,
+    Position,
+    Rotary,
+)
 
-Mixer = Attention | MLP | Experts
+Mixer = Attention | LatentAttention | MLP | Experts
 
 
 @dataclass(frozen=True)
@@ -166,11 +175,13 @@ class FileNames:
     renames  (start, ours) of other starts of names that files are known to have
     ignored  ends of names of tensors that say nothing: buffers that older versions saved
     prefix   of the bare model, which files saved from it lack
+    passed   starts of names of parts that are no part of this model (layers that predict further tokens)
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = BUFFERS
     prefix: str = ""
+    passed: tuple[str, ...] = ()
 
     def ours(self, name: str, expected: Collection[str]) -> str | None:
         """Return our name of a tensor of the file, None for one that says nothing. expected: all of our names."""
@@ -181,7 +192,7 @@ class FileNames:
                 return ours + name[len(start) :]
         if self.prefix + name in expected:
             return self.prefix + name
-        return None if name.endswith(self.ignored) else name
+        return None if name.endswith(self.ignored) or name.startswith(self.passed) else name
 
 
 class PlacedLinear(NamedTuple):
@@ -199,6 +210,7 @@ class ModelSpec:
     model_type     as config.json names it
     dtype          of the weights in the file, as config.json names it, or None
     stored         the format of the linears in the file, one of choices.BASE_FORMATS
+    predicting     layers behind the last that only predict further tokens, which files may hold: they are passed over
     """
 
     embedding: Embedding
@@ -208,6 +220,7 @@ class ModelSpec:
     model_type: str = ""
     dtype: str | None = None
     stored: str = "dense"
+    predicting: int = 0
     files: FileNames = field(default_factory=FileNames)
 
     @property
@@ -235,9 +248,10 @@ class ModelSpec:
         return self.attention.head_dim
 
     @cached_property
-    def attention(self) -> Attention:
+    def attention(self) -> Attention | LatentAttention:
         """The first layer's attention: what head sizes and counts are told from where one number is asked for."""
-        return next(mixer for layer in self.stack.layers for mixer in mixers_of(layer) if isinstance(mixer, Attention))
+        of_layers = (mixer for layer in self.stack.layers for mixer in mixers_of(layer))
+        return next(mixer for mixer in of_layers if isinstance(mixer, Attention | LatentAttention))
 
     @cached_property
     def mixers(self) -> tuple[Mixer, ...]:
@@ -253,6 +267,10 @@ class ModelSpec:
         return tuple(dict.fromkeys((*found, *(norm for norm in ends if norm is not None))))
 
     @property
+    def has_experts(self) -> bool:
+        return any(isinstance(mixer, Experts) for mixer in self.mixers)
+
+    @property
     def reads_positions(self) -> bool:
         """Whether a part of the model reads the position of a token itself, not a table made of it."""
         return self.embedding.positions is not None
@@ -261,7 +279,7 @@ class ModelSpec:
     def rotaries(self) -> tuple[Rotary, ...]:
         """Every distinct rotation, in order of layers."""
         of_layers = (mixer for layer in self.stack.layers for mixer in mixers_of(layer))
-        positions = (mixer.position for mixer in of_layers if isinstance(mixer, Attention))
+        positions = (mixer.position for mixer in of_layers if isinstance(mixer, Attention | LatentAttention))
         return tuple(dict.fromkeys(position for position in positions if isinstance(position, Rotary)))
 
     @cached_property

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock
+from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
@@ -100,10 +101,10 @@ class Stage(nn.Module):
         return None if self._parts.head is None else self._parts.head.words
 
     @property
-    def attention(self) -> AttentionBlock:
+    def attention(self) -> AttentionBlock | LatentAttentionBlock:
         """The first attention block."""
         blocks = (block for layer in self.layers.values() for block in layer.blocks)
-        return next(block for block in blocks if isinstance(block, AttentionBlock))
+        return next(block for block in blocks if isinstance(block, AttentionBlock | LatentAttentionBlock))
 
     @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:

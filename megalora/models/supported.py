@@ -10,7 +10,8 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
-from megalora.models.spec import MLP, Attention, Experts, Fused, ModelSpec, Norm, ParallelResidual, Projection, mixers_of
+from megalora.models.spec import MLP, Attention, Experts, Fused, LatentAttention, ModelSpec, Norm
+from megalora.models.spec import ParallelResidual, Projection, mixers_of
 
 MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
 
@@ -64,7 +65,7 @@ def example(family: Family) -> ModelSpec:
 
     kind = family.types[0]
     fields = {name: value for name, value in CONFIG_MAPPING[kind]().to_dict().items() if value is not None}
-    return spec_of(family, fields | {"model_type": kind}, f"transformers' default config of {kind}")
+    return spec_of(family, fields | {"model_type": kind, **family.example}, f"transformers' default config of {kind}")
 
 
 def families() -> tuple[Family, ...]:
@@ -136,7 +137,10 @@ def _experts(experts: Experts, kind: str) -> str:
     return f"the best {experts.router.top} of {experts.count} experts for each token{shared}: {kind}"
 
 
-def _attention(family: Family, attention: Attention) -> str:
+def _attention(family: Family, attention: Attention | LatentAttention) -> str:
+    if isinstance(attention, LatentAttention):
+        queries = "queries too, where q_lora_rank is set" if "q_lora_rank" in family.reads else "queries directly"
+        return f"keys and values from one latent a token ({queries})"
     grouped = "num_key_value_heads" in family.reads
     said = ["grouped queries" if grouped else "as many key/value heads as query heads"]
     said += ["sliding window"] if "sliding_window" in family.reads else []

@@ -59,6 +59,29 @@ def route(chosen: torch.Tensor, first: int, stop: int, dtype: torch.dtype) -> Ro
     return Routes(pair[:rows], expert[:rows], ends, tokens, choices)
 
 
+def take(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return scores [F, k] of what each token chose: scores [F, E], chosen [F, k], each row of it without repeats."""
+    return _Take.apply(scores, chosen)
+
+
+class _Take(torch.autograd.Function):
+    """gather; its own backward has no order of sums that is fixed on a GPU, and here there is nothing to sum."""
+
+    @staticmethod
+    def forward(ctx, scores, chosen):
+        ctx.save_for_backward(chosen)
+        ctx.count = scores.shape[1]
+        return scores.gather(1, chosen)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (chosen,) = ctx.saved_tensors
+        place = chosen + ctx.count * torch.arange(chosen.shape[0], device=chosen.device)[:, None]
+        grad = dy.new_zeros(chosen.shape[0] * ctx.count)
+        grad[place.flatten()] = dy.flatten()
+        return grad.view(-1, ctx.count), None
+
+
 def combine(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
     """Return the sum [F, N] over each token's rows [M, N]. Not for autograd."""
     if routes.places is None:

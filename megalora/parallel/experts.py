@@ -10,13 +10,15 @@ of its branches together, C columns of room for z.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from megalora.adapters.lora import Adapter
+from megalora.errors import UserError
 from megalora.ops import limits
 from megalora.ops.dropout import Dropout, dropout
 from megalora.ops.grouped import Bounds, grouped, grouped_nt, grouped_outer
@@ -142,6 +144,11 @@ class ExpertGroup:
         self.rank = sum(self.ranks)
         self.room = room_for(self.rank, device_type)
         adapters = [linear.adapter for linear in self.linears if linear.adapter is not None]
+        if any(adapter.dora or adapter.bias for adapter in adapters):
+            raise UserError(
+                "lora_config: use_dora and lora_bias are not implemented for the linears of experts: leave the field "
+                "out, or name other target_modules"
+            )
         self.dropout = max((adapter.dropout for adapter in adapters), default=0.0)
         count, self.output = len(self.experts), sum(self.sizes)
         self.matrix = torch.empty(
@@ -150,6 +157,7 @@ class ExpertGroup:
         self.down: torch.Tensor | None = None  # A of all branches [E, R, I] in the compute dtype
         self.bias: torch.Tensor | None = None  # [E, O] in the compute dtype
         self._ready = False
+        self._gradients: dict[tuple[int, str], tuple[list[int | None], torch.Tensor | None]] = {}
         self.rows = _ranges(self.sizes)
         self.branches = _ranges(self.ranks)
         for matrix, linears in zip(self.matrix, self.experts, strict=True):
@@ -184,6 +192,10 @@ class ExpertGroup:
         start = self.in_features
         return self.matrix[:, rows, start + columns.start : start + columns.stop]
 
+    def share(self, owners: Mapping[str, Sequence[int]]) -> None:
+        """Let several adapters share the branches, as `LinearGroup.share`: not implemented for experts."""
+        raise UserError("several adapters at once are not implemented for models of experts: load one at a time")
+
     def keep_base(self) -> None:
         """Nothing of the base changes: biases of experts are not trained."""
 
@@ -194,17 +206,27 @@ class ExpertGroup:
             tail = self._tail(rows, columns)
             _put(tail, [(linear, "lora_B") for linear in part], scaled=True) if adapted else tail.zero_()
 
-    def scaling(self, part: int) -> float | torch.Tensor:
+    @functools.cache  # noqa: B019 (a group lives as long as its stage)
+    def _scaling(self, part: int) -> float | torch.Tensor:
         """Return s of the linears of a part: one number, or [E, 1, 1] where they differ."""
         scales = [0.0 if linear.adapter is None else linear.adapter.scaling for linear in self.parts[part]]
         if len(set(scales)) == 1:
             return scales[0]
         return torch.tensor(scales, dtype=self.place.master_dtype, device=self.place.device)[:, None, None]
 
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """The factors of all experts that want a gradient."""
-        return [p for linear in self.linears for p in linear.trainables().values() if p.requires_grad]
+    @functools.cached_property
+    def _trained(self) -> dict[tuple[int, str], list[nn.Parameter | None]]:
+        """Of each part and factor the parameters of all experts; None where one has none."""
+        found = {}
+        for i, part in enumerate(self.parts):
+            for name in ("lora_A", "lora_B"):
+                found[i, name] = [None if linear.adapter is None else getattr(linear, name).weight for linear in part]
+        return found
+
+    @functools.cached_property
+    def anchor(self) -> nn.Parameter | None:
+        """One of the factors, for autograd to see that the group trains; None where it does not."""
+        return next((w for weights in self._trained.values() for w in weights if w is not None), None)
 
     def draw(self, tokens: Any) -> Dropout | None:
         """Return the dropout of the group's input."""
@@ -233,17 +255,35 @@ class ExpertGroup:
 
     def add_up_grads(self, dy: torch.Tensor, z: torch.Tensor, bounds: Bounds) -> None:
         """Add s dy_e^T z_e to the gradient of each B_e: dy [M, O], z [M, R]."""
-        for i, (part, rows, columns) in enumerate(zip(self.parts, self.rows, self.branches, strict=True)):
+        for i, (rows, columns) in enumerate(zip(self.rows, self.branches, strict=True)):
             if self.ranks[i]:
                 dB = grouped_outer(dy[:, rows], z[:, columns], bounds)
-                _add([(linear, "lora_B") for linear in part], dB.to(self.place.master_dtype).mul_(self.scaling(i)))
+                self._add(i, "lora_B", dB.to(self.place.master_dtype).mul_(self._scaling(i)))
 
     def add_down_grads(self, dz: torch.Tensor, x_dropped: torch.Tensor, bounds: Bounds) -> None:
         """Add dz_e^T x_e to the gradient of each A_e: dz [M, R], x_dropped [M, I]."""
         dA = grouped_outer(dz, x_dropped, bounds)
-        for part, columns in zip(self.parts, self.branches, strict=True):
-            if columns.stop > columns.start:
-                _add([(linear, "lora_A") for linear in part], dA[:, columns])
+        for i, columns in enumerate(self.branches):
+            if self.ranks[i]:
+                self._add(i, "lora_A", dA[:, columns])
+
+    def _add(self, part: int, name: str, grads: torch.Tensor) -> None:
+        """Add grads [E, ...] to the gradient of the factor `name` of each linear of a part, where it wants one."""
+        weights = self._trained[part, name]
+        for weight in weights:
+            if weight is not None and weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        ends = [None if w is None else w.grad.data_ptr() for w in (weights[0], weights[-1])]
+        known = self._gradients.get((part, name))
+        if known is None or known[0] != ends:  # gradients lie elsewhere now
+            whole = None if None in weights else stacked([weight.grad for weight in weights])
+            known = self._gradients[part, name] = ends, whole
+        if known[1] is not None and known[1].shape == grads.shape:
+            known[1].add_(grads)
+            return
+        for weight, grad in zip(weights, grads, strict=True):
+            if weight is not None:
+                weight.grad.add_(grad[: weight.shape[0], : weight.shape[1]])
 
 
 def padded_rank(rank: int, device_type: str) -> int:
@@ -273,17 +313,3 @@ def _put(places: torch.Tensor, factors: Sequence[Factor], *, scaled: bool) -> No
         return
     present = [(place, w, s) for place, w, s in zip(places, weights, scales, strict=True) if w is not None]
     scaled_copy_([(place[: w.shape[0], : w.shape[1]], w.detach(), s) for place, w, s in present])
-
-
-def _add(factors: Sequence[Factor], grads: torch.Tensor) -> None:
-    """Add grads [E, ...] to the gradient of each expert's factor, where it wants one."""
-    pairs = [(w, g) for w, g in zip(_weights(factors), grads, strict=True) if w is not None and w.requires_grad]
-    for weight, _ in pairs:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-    whole = stacked([weight.grad for weight, _ in pairs]) if len(pairs) == len(factors) else None
-    if whole is not None and whole.shape == grads.shape:
-        whole.add_(grads)
-        return
-    for weight, grad in pairs:
-        weight.grad.add_(grad[: weight.shape[0], : weight.shape[1]])

@@ -45,9 +45,9 @@ def apply_experts(
     """Return this rank's term [F, hidden_size] of the experts' sum: x [F, hidden_size], weights and chosen [F, k]."""
     if not torch.is_grad_enabled():
         return _forward(pair, x, weights, chosen, tokens)[0]
-    trained = [*pair.up.trained, *pair.down.trained]
     # Gradients of factors are added where they lie; one of them makes autograd call backward.
-    return _Experts.apply(x, weights, trained[0] if trained else None, pair, chosen, tokens)
+    anchor = pair.down.anchor if pair.up.anchor is None else pair.up.anchor
+    return _Experts.apply(x, weights, anchor, pair, chosen, tokens)
 
 
 def gather_tokens(x: torch.Tensor, place: Placement) -> torch.Tensor:
@@ -112,7 +112,7 @@ class _Experts(torch.autograd.Function):
         needs_x, needs_weights = ctx.needs_input_grad[:2]
         dy = dout[routes.token]
         X = _gated(pair, gate_up, row_weights)
-        trains_up = bool(up.trained)
+        trains_up = up.anchor is not None
         dh = _backward(
             down, dy, X[:, : down.in_features], z_down, ctx.factors[1], routes, down_index, down.draw(tokens),
             needs_x or trains_up or needs_weights,
@@ -148,7 +148,7 @@ def _backward(
 
     x  [M, I], read where factors want gradients; z [M, C] of the forward; A [E, R, I] as it was then
     """
-    bounds, trains = routes.bounds, A is not None and bool(group.trained)
+    bounds, trains = routes.bounds, group.anchor is not None
     if trains:
         group.add_up_grads(dy, z, bounds)
     if not (needs_dx or trains):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megalora.errors import UserError
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import lora_down_, room_for
 from megalora.ops.scaled_copy import scaled_copy_
@@ -24,7 +25,7 @@ from megalora.ops.swiglu import swiglu, swiglu_down
 from megalora.parallel.collectives import all_reduce
 from megalora.parallel.decomposition import Decomposition
 from megalora.parallel.exchange import gather_product, product_scatter
-from megalora.parallel.linear import ParallelLinear, RowParallelLinear
+from megalora.parallel.linear import ParallelLinear, RowParallelLinear, TokenLinear
 from megalora.parallel.placement import Placement, Tokens
 
 Trainable = tuple[int, str]  # which linear of a group, and its name in ParallelLinear.trainables()
@@ -50,7 +51,8 @@ class LinearGroup:
     reduces  a row-parallel group sums its result over the tp ranks (see `product`); else it gives this rank's term, and
              whoever sums terms of several groups adds their biases. A column-parallel group that does not reduce is
              given all tokens, and the gradient of its input is this rank's term
-    The group is row-parallel where its one linear is, else column-parallel.
+    The group is row-parallel where its one linear is, else column-parallel; linears that are whole on every rank
+    (TokenLinear) neither gather nor sum.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LinearGroup:
     ):
         self.linears, self.site, self.place, self.gated = tuple(linears), site, place, gated
         self.row_parallel = isinstance(linears[0], RowParallelLinear)
+        self.own_tokens = isinstance(linears[0], TokenLinear)
         assert not (self.row_parallel and len(linears) > 1)
         self.reduces = reduces
         self.in_features = linears[0].local_columns
@@ -92,7 +95,7 @@ class LinearGroup:
     @property
     def gathers(self) -> bool:
         """Whether tokens are gathered before a column-parallel product, or scattered behind a row-parallel one."""
-        return self.place.gathers and self.reduces
+        return self.place.gathers and self.reduces and not self.own_tokens
 
     @property
     def own_bias(self) -> torch.Tensor | None:
@@ -196,6 +199,17 @@ class LinearGroup:
         columns = [owner for linear in self.linears if linear.rank for owner in owners[linear.name]]
         assert len(columns) == sum(self.ranks)
         self._owners = torch.tensor(columns, device=self.place.device) if columns else None
+
+    def adapted_weight(self) -> torch.Tensor:
+        """Return W + s B A [O, I] of all linears with the branch in force, in the compute dtype: a copy if adapted."""
+        if self._owners is not None:
+            raise UserError("several adapters at once are not implemented for latent attention: load one at a time")
+        if self.dora is not None:
+            raise UserError("generation from latent attention with DoRA is not implemented: merge the adapter first")
+        weight = self.matrix.weight(slice(0, sum(self.sizes)))
+        if self.down is None:
+            return weight
+        return weight + self.matrix.branch(slice(0, sum(self.sizes)), slice(0, sum(self.ranks))) @ self.down
 
     def keep_base(self) -> None:
         """Before an adapter is loaded, to `switch` later: the base's own biases, where an adapter brings others."""

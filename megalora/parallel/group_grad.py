@@ -178,7 +178,7 @@ def _backward(
     # Apart where x came without room, so that what made it gets a gradient as dense as its own result.
     out = dX.new_empty(dX.shape[0], columns) if dense and dz is not None else None
     dsource = (dX[:, :columns] if dense else dX) if out is None else out
-    if group.row_parallel or group.gathers or not group.reduces or tp.size == 1:
+    if group.row_parallel or group.gathers or group.own_tokens or not group.reduces or tp.size == 1:
         if dA:
             lora_backward_(dX[:, :columns], dz, kept.source[:, :columns], A, token_index, draw, dA, out)
         elif dz is not None:

@@ -184,6 +184,43 @@ class ColumnParallelLinear(ParallelLinear):
         )
 
 
+class TokenLinear(ParallelLinear):
+    """y = x W^T + s (dropout(x) A^T) B^T + b of a rank's own tokens, whole on every rank.
+
+    Without sequence parallelism every rank computes the same, gradients included; with it each its own tokens, and
+    gradients are terms of a sum over tp.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        adapter: Adapter | None,
+        trains_bias: bool,
+        place: Placement,
+        transposed: bool = False,
+    ):
+        r, tp, partial = 0 if adapter is None else adapter.r, place.tp, place.gathers
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        super().__init__(
+            name,
+            whole_split(shape, tp),
+            whole_split((out_features,), tp, partial_grad=partial) if bias else None,
+            AdapterSplits(
+                whole_split((r, in_features), tp, partial),
+                whole_split((out_features, r), tp, partial),
+                *[whole_split((out_features,), tp, partial)] * 2,
+            ),
+            adapter,
+            trains_bias,
+            transposed,
+            place,
+        )
+
+
 class RowParallelLinear(ParallelLinear):
     """y = reduce_i(x_i W_i^T + s (dropout(x_i) A_i^T) B^T) + b: W, A cut on in_features, B and b whole.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from megalora.planning.groups import Group
+from megalora.planning.mixers import Experts
 from megalora.planning.node import NOTHING, Node, Pass, Workload
-from megalora.planning.shapes import Experts, Group
 
 _WIDE, _INDEX = 4, 8  # bytes of a float32 score, of an int64
 

@@ -19,9 +19,11 @@ from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
 from megalora.planning.experts import routed_nodes
 from megalora.planning.groups import Group, with_factors
+from megalora.planning.latent import latent_nodes
+from megalora.planning.mixers import MLP, Attention, Experts, LatentAttention, Mixer, Norm
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, kept_bytes, peak_bytes
 from megalora.planning.quantised import on_base
-from megalora.planning.shapes import MLP, Attention, Branch, Experts, Layer, Mixer, Norm, Shape
+from megalora.planning.shapes import Branch, Layer, Shape
 
 __all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "kept_bytes", "peak_bytes"]
 
@@ -159,6 +161,8 @@ class _LayerNodes:
     def _mixer(self, mixer: Mixer, source: str, flowing: bool) -> list[Node]:
         if isinstance(mixer, Attention):
             return self._attention(mixer, source, flowing)
+        if isinstance(mixer, LatentAttention):
+            return latent_nodes(self, mixer, source, flowing)
         return self._experts(mixer, flowing) if isinstance(mixer, Experts) else self._mlp(mixer, source, flowing)
 
     def _experts(self, mixer: Experts, flowing: bool) -> list[Node]:

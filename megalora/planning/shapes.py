@@ -18,125 +18,7 @@ from megalora.ops.lora_linear import room_for
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import cut_heads, even_part
 from megalora.planning.groups import Group
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A megalora.models.spec.Norm on one rank.
-
-    elements    of its weights and bias
-    statistics  numbers that it keeps of a row: the inverse root, and LayerNorm's mean
-    """
-
-    elements: int
-    statistics: int
-
-
-@dataclass(frozen=True)
-class Attention:
-    """A megalora.models.spec.Attention on one rank: its groups, and its heads there.
-
-    norms          elements of the norms of q and k
-    qk_rows        rows a token that these normalise: the heads, or 2 where each goes over all heads; 0: there are none
-    qk_statistics  numbers that they keep of such a row
-    qk_kernel      they are the ops of RMSNorm
-    qk_across      each goes over all heads, those of other ranks too
-    """
-
-    qkv: Group
-    out: Group
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None
-    norms: int = 0
-    qk_rows: int = 0
-    qk_statistics: int = 0
-    qk_kernel: bool = False
-    qk_across: bool = False
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return self.qkv, self.out
-
-
-@dataclass(frozen=True)
-class MLP:
-    """A megalora.models.spec.MLP on one rank.
-
-    gates  down reads act(gate) * up, else act(up)
-    """
-
-    up: Group
-    down: Group
-    gates: bool
-    act: str
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return self.up, self.down
-
-    @property
-    def swiglu(self) -> bool:
-        """Whether what is gated is made by the ops of SwiGLU, inside the group of down."""
-        return self.gates and self.act == "silu"
-
-    @property
-    def norms(self) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A megalora.models.spec.Experts on one rank.
-
-    router       whole on every rank; wide: in float32
-    up, down     of one expert, of which the rank holds `held`
-    count, top   experts in all, and how many a token chooses
-    shared, gate the MLP of all tokens and the linear that gates it
-    """
-
-    router: Group
-    up: Group
-    down: Group
-    held: int
-    count: int
-    top: int
-    wide: bool
-    shared: MLP | None
-    gate: Group | None
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return tuple(group for _, group in self.counted)
-
-    @property
-    def counted(self) -> tuple[tuple[int, Group], ...]:
-        """Every group, and how many of it the rank holds."""
-        shared = () if self.shared is None else self.shared.groups
-        gate = () if self.gate is None else (self.gate,)
-        alone = tuple((1, group) for group in (self.router, *shared, *gate))
-        return ((self.held, self.up), (self.held, self.down), *alone)
-
-    @property
-    def trains(self) -> bool:
-        return any(group.trains for group in self.groups)
-
-    @property
-    def norms(self) -> int:
-        return 0
-
-    def rows(self, tokens: int, busy: float = 1.0) -> int:
-        """Return how many pairs of `tokens` tokens fall to the rank, `busy` times its even share."""
-        return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count * busy))
-
-
-Mixer = Attention | MLP | Experts
-
-
-def counted(mixer: Mixer) -> tuple[tuple[int, Group], ...]:
-    """Return the groups of a mixer, and how many of each the rank holds."""
-    return mixer.counted if isinstance(mixer, Experts) else tuple((1, group) for group in mixer.groups)
+from megalora.planning.mixers import MLP, Attention, Experts, LatentAttention, Mixer, Norm, counted
 
 
 @dataclass(frozen=True)
@@ -307,6 +189,8 @@ class _Rank:
     def _mixer(self, index: int, mixer: spec.Mixer) -> Mixer:
         if isinstance(mixer, spec.Attention):
             return self._attention(index, mixer)
+        if isinstance(mixer, spec.LatentAttention):
+            return self._latent(index, mixer)
         return self._experts(index, mixer) if isinstance(mixer, spec.Experts) else self._mlp(index, mixer)
 
     def _experts(self, index: int, mixer: spec.Experts) -> Experts:
@@ -328,6 +212,27 @@ class _Rank:
             mixer.router.wide,
             None if mixer.shared is None else self._mlp(index, mixer.shared),
             None if mixer.shared_gate is None else group([mixer.shared_gate], size),
+        )
+
+    def _latent(self, index: int, mixer: spec.LatentAttention) -> LatentAttention:
+        heads = max(even_part(mixer.heads, axis).size for axis in self._ranks)
+        size, q, kv, out = self._config.hidden_size, mixer.q_up, mixer.kv_up, mixer.out
+        downs = [linear for linear in (mixer.q_down, mixer.kv_down) if linear is not None]
+
+        def group(linears: Sequence[tuple[spec.Linear, int]], inputs: int, row_parallel: bool = False) -> Group:
+            return self._group(index, inputs, linears, row_parallel)
+
+        return LatentAttention(
+            group([(linear, linear.out_features) for linear in downs], size),
+            group([(q, heads * mixer.head_dim)], q.in_features),
+            group([(kv, heads * (mixer.plain + mixer.value))], kv.in_features),
+            group([(out, out.out_features)], heads * mixer.value, True),
+            mixer.q_down is None,
+            heads,
+            mixer.head_dim,
+            mixer.turned,
+            mixer.value,
+            sum(norm.size for norm in mixer.norms),
         )
 
     def _mlp(self, index: int, mixer: spec.MLP) -> MLP:

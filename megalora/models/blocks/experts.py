@@ -18,6 +18,7 @@ from megalora.models import spec
 from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
+from megalora.ops.routing import take
 from megalora.parallel.experts import ExpertGroup, share_storage
 from megalora.parallel.experts_grad import ExpertPair, apply_experts, gather_tokens
 from megalora.parallel.formats import BaseFormat
@@ -37,13 +38,6 @@ class ExpertsBlock:
             raise UserError(
                 f"base_format = {at.place.base.name}: the weights of experts cannot be quantised yet: use "
                 f"--base_format dense"
-            )
-        config = at.lora.config
-        if config.use_dora or config.lora_bias:
-            field = "use_dora" if config.use_dora else "lora_bias"
-            raise UserError(
-                f"lora_config: {field} = true is not implemented for the linears of experts: leave it out, or name other "
-                f"target_modules in a model without experts"
             )
         self.router = RouterBlock(experts, at)
         first, stop = shard_range(experts.count, at.place.tp.rank, at.place.tp.size)
@@ -112,7 +106,7 @@ class RouterBlock:
         logits = apply_group(self.group, x.to(self.dtype), inputs.tokens).to(self.wide)
         scores = torch.softmax(logits, -1) if router.score == "softmax" else torch.sigmoid(logits)
         chosen = self._chosen(scores.detach(), inputs)
-        weights = scores.gather(1, chosen)
+        weights = take(scores, chosen)
         if router.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * router.scale, chosen

@@ -11,6 +11,7 @@ import torch
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.experts import ExpertsBlock
+from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
@@ -19,7 +20,13 @@ from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
 
-BLOCKS = {spec.Attention: AttentionBlock, spec.MLP: MLPBlock, spec.Experts: ExpertsBlock}
+Block = AttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock
+BLOCKS = {
+    spec.Attention: AttentionBlock,
+    spec.LatentAttention: LatentAttentionBlock,
+    spec.MLP: MLPBlock,
+    spec.Experts: ExpertsBlock,
+}
 Stream = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -31,7 +38,7 @@ class Layer:
         self.steps = [kinds[type(step)](step, at) for step in layer]
 
     @property
-    def blocks(self) -> list[AttentionBlock | MLPBlock | ExpertsBlock]:
+    def blocks(self) -> list[Block]:
         return [block for step in self.steps for block in step.blocks]
 
     @property

@@ -12,7 +12,7 @@ from megalora.models import spec
 from megalora.models.blocks.norm import NORMS, Norm, NormAcrossHeads, NormOfEachHead
 from megalora.models.names import hang
 from megalora.parallel.experts import ExpertLinear, ReplicatedLinear
-from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear, TokenLinear
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Cut, Part, joined_cut
 
@@ -53,6 +53,10 @@ class LayerPlace:
     def expert(self, linear: spec.Linear) -> ExpertLinear:
         """Build a linear of an expert that this rank holds."""
         return self._whole(ExpertLinear, linear)
+
+    def token(self, linear: spec.Linear) -> TokenLinear:
+        """Build a linear that every rank holds whole, for its own tokens."""
+        return self._whole(TokenLinear, linear)
 
     def replicated(self, linear: spec.Linear) -> ReplicatedLinear:
         """Build a linear that every rank holds whole, and whose gradients are terms of a sum over tp."""

@@ -1,0 +1,134 @@
+"""Layers of experts on one GPU: the grouped products alone, and steps of a slice, in the shape of a config.json.
+
+    python benchmarks/experts.py                      # Qwen3-30B-A3B's shape, 4096 tokens, all linears and experts r 16
+    python benchmarks/experts.py --layers 2 6 --seq_length 2048 --profile
+
+Products: the three products of gate up, and of down, forward and backward, over uneven groups of rows, against one
+dense product of the same FLOPs. Steps: those of two depths; their difference is the time of a layer, from which the
+whole model's tokens a second follow (all layers and what the embedding, head and optimizer take beside them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from common import add_machine, machine, where_of
+from train_step import Step, ours
+
+from megalora.ops.grouped import grouped, grouped_nt, grouped_outer
+
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+}  # fmt: skip
+REPEATS = 20
+
+
+def seconds(work, device: torch.device, repeats: int = REPEATS) -> float:
+    """Return the median time of `work`, in seconds."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    found = []
+    for _ in range(repeats + 3):
+        wait()
+        begun = time.perf_counter()
+        work()
+        wait()
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found[3:])
+
+
+def products(fields: dict, tokens: int, rank: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, float]]:
+    """Return (name, share of the rate of a dense product) of each grouped product of a layer."""
+    experts, hidden, inner = fields["num_experts"], fields["hidden_size"], fields["moe_intermediate_size"]
+    rows = tokens * fields["num_experts_per_tok"]
+    torch.manual_seed(0)
+    counts = torch.multinomial(torch.rand(experts) + 0.5, rows, replacement=True).bincount(minlength=experts)
+    ends = counts.cumsum(0)
+    bounds = ends.to(device, torch.int32) if device.type == "cuda" else tuple(ends.tolist())
+    room = 64 if device.type == "cuda" else 8
+    found = []
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype) * 0.02
+
+    for name, inputs, outputs in (("gate up", hidden, 2 * inner), ("down", inner, hidden)):
+        X, P, dy = random(rows, inputs + room), random(experts, outputs, inputs + room), random(rows, outputs)
+        one = P[0].contiguous()
+        dense = seconds(lambda X=X, one=one: X @ one.t(), device)
+        found.append((f"{name}, forward", dense / seconds(lambda X=X, P=P: grouped_nt(X, P, bounds), device)))
+        dense = seconds(lambda dy=dy, one=one: dy @ one, device)
+        found.append((f"{name}, backward", dense / seconds(lambda dy=dy, P=P: grouped(dy, P, bounds), device)))
+        A, z = random(experts, rank, inputs), random(rows, rank)
+        x = X[:, :inputs]
+        branch = seconds(lambda x=x, A=A: grouped_nt(x, A, bounds), device)
+        grads = seconds(lambda z=z, x=x: grouped_outer(z, x, bounds), device)
+        ups = seconds(lambda dy=dy, z=z: grouped_outer(dy, z, bounds), device)
+        found += [(f"{name}: z, us", 1e6 * branch), (f"{name}: dA, us", 1e6 * grads), (f"{name}: dB, us", 1e6 * ups)]
+        found.append((f"{name}: dense forward, us", 1e6 * dense))
+    return found
+
+
+def step_seconds(fields: dict, layers: int, options, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Return (seconds of a training step of so many layers, GiB held at most)."""
+    fields = fields | {"num_hidden_layers": layers}
+    lora = {
+        "r": options.r,
+        "lora_alpha": 2 * options.r,
+        "lora_dropout": options.dropout,
+        "target_modules": "all-linear",
+    }
+    data = Step(options.rows, options.seq_length, fields["vocab_size"], False, device)
+    step = ours(None, fields, lora, data, dtype, options)
+    found = seconds(step, device, options.steps)
+    if options.profile and device.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+            torch.cuda.synchronize()
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70))
+    held = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return found, held
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="config.json (default: the shape of Qwen3-30B-A3B)")
+    parser.add_argument("--layers", type=int, nargs=2, default=[2, 6])
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--seq_length", type=int, default=4096)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--recompute", default="none")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
+    parser.add_argument("--cuda_graphs", type=lambda word: {"true": True, "false": False}[word])
+    add_machine(parser)
+    options = parser.parse_args()
+    device, dtype = machine(options)
+    fields = QWEN3_30B_A3B if options.model is None else json.loads(options.model.read_text())
+    tokens = options.rows * options.seq_length
+    print(f"{where_of(device)}, {dtype}, {tokens} tokens, r {options.r}")
+    for name, share in products(fields, tokens, options.r, device, dtype):
+        print(f"  {name:28} {share:9.2f}")
+    few, many = options.layers
+    (short, _), (long, held) = (step_seconds(fields, n, options, device, dtype) for n in (few, many))
+    layer = (long - short) / (many - few)
+    whole = short + (fields["num_hidden_layers"] - few) * layer
+    steps = f"steps of {few} and {many} layers {1e3 * short:.1f} and {1e3 * long:.1f} ms"
+    print(f"  a layer {1e3 * layer:.2f} ms; {steps}, {held:.1f} GiB")
+    print(f"  {fields['num_hidden_layers']} layers: {whole:.3f} s a step, {tokens / whole:.0f} tokens a second")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Latent attention (MLA): the projections to latents whole on every rank, over its own tokens; those up from them cut by
+heads, the output row-parallel.
+
+In generation the cache holds a token's latent and its rotated key features, one vector for all heads, and the products
+with kv_up move to the queries and the result: q k = (q U_k) latent, and p v = (p latent) U_v.
+
+Legend: T tokens on this rank, F tokens of the microbatch, H heads of this rank, L features of the latent of keys and
+values, P plain and R turned features of a query head, V features of a value head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from megalora.models import spec
+from megalora.models.blocks.place import LayerPlace
+from megalora.models.inputs import Inputs
+from megalora.ops.attention import Scores, attention
+from megalora.ops.rope import rope
+from megalora.parallel.experts_grad import gather_tokens
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.group_grad import apply_group
+from megalora.parallel.split import even_part
+
+
+class LatentAttentionBlock:
+    """reduces: of the output, as LinearGroup takes it."""
+
+    def __init__(self, attention: spec.LatentAttention, at: LayerPlace, reduces: bool = True):
+        self.layer, self.spec, self.place = at.index, attention, at.place
+        self.recompute = at.recompute_attention
+        part = even_part(attention.heads, at.place.tp)
+        self.heads = self.kv_heads = part.size
+        q_up = at.column(attention.q_up, part.times(attention.head_dim))
+        kv_down = at.token(attention.kv_down)
+        site = at.site("qkv")
+        if attention.q_down is None:
+            self.direct: LinearGroup | None = LinearGroup((q_up,), site, at.place)
+            self.down = LinearGroup((kv_down,), site, at.place)
+        else:
+            self.direct = None
+            self.down = LinearGroup((at.token(attention.q_down), kv_down), site, at.place)
+            self.q_norm = at.norm(attention.q_norm)
+            self.q_up = LinearGroup((q_up,), at.site("attention.q_latent"), at.place)
+        self.kv_norm = at.norm(attention.kv_norm)
+        kv_up = at.column(attention.kv_up, part.times(attention.plain + attention.value))
+        self.kv_up = LinearGroup((kv_up,), at.site("attention.kv_latent"), at.place)
+        out = at.row(attention.out, part.times(attention.value))
+        self.output = LinearGroup((out,), at.site("out"), at.place, reduces=reduces)
+        self.scores = Scores(attention.scale)
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        q = (self.down, self.q_up) if self.direct is None else (self.direct, self.down)
+        return (*q, self.kv_up, self.output)
+
+    @property
+    def room(self) -> int:
+        """Columns that are wanted behind the input."""
+        return (self.down if self.direct is None else self.direct).room
+
+    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """X [T, hidden_size + room] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        L, R, tokens = self.spec.latent, self.spec.turned, inputs.tokens
+        if self.direct is None:
+            latent_q, latent, turned = apply_group(self.down, X, tokens).split([self.q_norm.weight.shape[0], L, R], -1)
+            q = apply_group(self.q_up, self.q_norm(latent_q, self.q_up.room), tokens)
+        else:
+            q = apply_group(self.direct, X, tokens)
+            latent, turned = apply_group(self.down, X[:, : self.down.in_features], tokens).split([L, R], -1)
+        turned = gather_tokens(turned, self.place)
+        if inputs.cache is not None:
+            context = self._cached(q, self.kv_norm(latent), turned, inputs)
+        else:
+            kv = apply_group(self.kv_up, self.kv_norm(latent, self.kv_up.room), tokens)
+            if self.recompute and torch.is_grad_enabled():
+                arguments = q, kv, turned, inputs
+                context = checkpoint(self._core, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                context = self._core(q, kv, turned, inputs)
+        return apply_group(self.output, context, tokens)
+
+    def _core(self, q: torch.Tensor, kv: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """q [F, H (P + R)], kv [F, H (P + V)], turned [F, R] -> [F, H V]."""
+        P, V = self.spec.plain, self.spec.value
+        q, turned = self._rotated(q, turned, inputs)
+        plain, v = kv.unflatten(-1, (self.heads, P + V)).split([P, V], -1)
+        k = torch.cat([plain, turned.expand(-1, self.heads, -1)], -1)
+        width = max(k.shape[-1], V)
+        q, k, v = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        scores = Scores(self.spec.scale or self.spec.head_dim**-0.5) if width > self.spec.head_dim else self.scores
+        return attention(q, k, v, inputs.bounds, None, inputs.packed, scores)[..., :V].flatten(1)
+
+    def _rotated(self, q: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (q [F, H, P + R], turned [F, 1, R]) with the turned features rotated."""
+        table, interleaved = inputs.tables[self.spec.position], self.spec.position.interleaved
+        plain, q_turned = q.unflatten(-1, (self.heads, -1)).split([self.spec.plain, self.spec.turned], -1)
+        q = torch.cat([plain, rope(q_turned, *table, interleaved)], -1)
+        return q, rope(turned.unsqueeze(1), *table, interleaved)
+
+    def _cached(self, q: torch.Tensor, latent: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """As `_core` over a cache of latents: latent [F, L], normed."""
+        P, V, L = self.spec.plain, self.spec.value, self.spec.latent
+        q, turned = self._rotated(q, turned, inputs)
+        k_up, v_up = self.kv_up.adapted_weight().unflatten(0, (self.heads, P + V)).split([P, V], 1)
+        plain, q_turned = q.split([P, self.spec.turned], -1)
+        q = torch.cat([torch.einsum("fhp,hpl->fhl", plain, k_up), q_turned], -1)
+        entry = torch.cat([latent.unsqueeze(1), turned], -1)
+        scores = Scores(self.spec.scale or self.spec.head_dim**-0.5)
+        context = inputs.cache.attend(self.layer, q, entry, entry, None, scores)[..., :L]
+        return torch.einsum("fhl,hvl->fhv", context, v_up).flatten(1)

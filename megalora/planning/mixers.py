@@ -1,0 +1,153 @@
+"""Norms and mixers of one tensor-parallel rank in numbers: see megalora.planning.shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalora.planning.groups import Group
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A megalora.models.spec.Norm on one rank.
+
+    elements    of its weights and bias
+    statistics  numbers that it keeps of a row: the inverse root, and LayerNorm's mean
+    """
+
+    elements: int
+    statistics: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A megalora.models.spec.Attention on one rank: its groups, and its heads there.
+
+    norms          elements of the norms of q and k
+    qk_rows        rows a token that these normalise: the heads, or 2 where each goes over all heads; 0: there are none
+    qk_statistics  numbers that they keep of such a row
+    qk_kernel      they are the ops of RMSNorm
+    qk_across      each goes over all heads, those of other ranks too
+    """
+
+    qkv: Group
+    out: Group
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    norms: int = 0
+    qk_rows: int = 0
+    qk_statistics: int = 0
+    qk_kernel: bool = False
+    qk_across: bool = False
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.out
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """A megalora.models.spec.LatentAttention on one rank, and its heads there.
+
+    down    from the input to the latents: of queries (not where `direct`: q_up reads the input), of keys and values
+    norms   elements of the norms of the latents
+    """
+
+    down: Group
+    q_up: Group
+    kv_up: Group
+    out: Group
+    direct: bool
+    heads: int
+    head_dim: int
+    turned: int
+    value: int
+    norms: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The first reads the input with room behind it."""
+        return (self.q_up, self.down, self.kv_up, self.out) if self.direct else (
+            self.down, self.q_up, self.kv_up, self.out
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A megalora.models.spec.MLP on one rank.
+
+    gates  down reads act(gate) * up, else act(up)
+    """
+
+    up: Group
+    down: Group
+    gates: bool
+    act: str
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.up, self.down
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether what is gated is made by the ops of SwiGLU, inside the group of down."""
+        return self.gates and self.act == "silu"
+
+    @property
+    def norms(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A megalora.models.spec.Experts on one rank.
+
+    router       whole on every rank; wide: in float32
+    up, down     of one expert, of which the rank holds `held`
+    count, top   experts in all, and how many a token chooses
+    shared, gate the MLP of all tokens and the linear that gates it
+    """
+
+    router: Group
+    up: Group
+    down: Group
+    held: int
+    count: int
+    top: int
+    wide: bool
+    shared: MLP | None
+    gate: Group | None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(group for _, group in self.counted)
+
+    @property
+    def counted(self) -> tuple[tuple[int, Group], ...]:
+        """Every group, and how many of it the rank holds."""
+        shared = () if self.shared is None else self.shared.groups
+        gate = () if self.gate is None else (self.gate,)
+        alone = tuple((1, group) for group in (self.router, *shared, *gate))
+        return ((self.held, self.up), (self.held, self.down), *alone)
+
+    @property
+    def trains(self) -> bool:
+        return any(group.trains for group in self.groups)
+
+    @property
+    def norms(self) -> int:
+        return 0
+
+    def rows(self, tokens: int, busy: float = 1.0) -> int:
+        """Return how many pairs of `tokens` tokens fall to the rank, `busy` times its even share."""
+        return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count * busy))
+
+
+Mixer = Attention | LatentAttention | MLP | Experts
+
+
+def counted(mixer: Mixer) -> tuple[tuple[int, Group], ...]:
+    """Return the groups of a mixer, and how many of each the rank holds."""
+    return mixer.counted if isinstance(mixer, Experts) else tuple((1, group) for group in mixer.groups)
