@@ -8,6 +8,7 @@ In one process, on the CPU; base weights pass through in blocks, so that memory 
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -23,7 +24,8 @@ from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, save_adapter
 from megalora.checkpoint.base.gguf import read_gguf, write_hf
-from megalora.checkpoint.base.hf import is_hf
+from megalora.checkpoint.base.hf import AsStored, is_hf
+from megalora.checkpoint.base.quantised import holds_quantised
 from megalora.checkpoint.base.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
 from megalora.checkpoint.base.weights import BaseWeights, open_base
 from megalora.checkpoint.layout import Layout, has_shards
@@ -54,6 +56,7 @@ def convert(arguments: Conversion) -> None:
 def _to_shards(arguments: Conversion) -> None:
     target = _target(arguments.paths)
     config, weights = _read_base(arguments.paths.input)
+    _refuse_quantised(arguments.paths.input)
     tensors = tensor_types(weights, config.tensors)
     plan = plan_shards(tensors, _places(config, arguments.layout))
     _write_base(arguments, target, weights, plan, arguments.paths.input)
@@ -62,6 +65,17 @@ def _to_shards(arguments: Conversion) -> None:
 def _to_hf(arguments: Conversion) -> None:
     target = _target(arguments.paths)
     config, weights = _read_base(arguments.paths.input)
+    if holds_quantised(arguments.paths.input):  # with the scales, and named as they are
+        weights = AsStored(arguments.paths.input)
+    plan = plan_hf(tensor_types(weights, config.tensors), _max_file_bytes(arguments))
+    _write_base(arguments, target, weights, plan, arguments.paths.input)
+
+
+def _dequantise(arguments: Conversion) -> None:
+    target = _target(arguments.paths)
+    config, weights = _read_base(arguments.paths.input)
+    if not holds_quantised(arguments.paths.input):
+        raise UserError(f"input {arguments.paths.input}: is not quantised: use it as it is")
     plan = plan_hf(tensor_types(weights, config.tensors), _max_file_bytes(arguments))
     _write_base(arguments, target, weights, plan, arguments.paths.input)
 
@@ -91,6 +105,15 @@ def _read_base(folder: str) -> tuple[ModelSpec, BaseWeights]:
     """The model in a folder of safetensors or shards, checked to be whole."""
     config = _read_model(folder)
     return config, open_base(folder, base_names(config))
+
+
+def _refuse_quantised(folder: str) -> None:
+    """Raise UserError where weights are quantised: shards hold floating-point numbers only."""
+    if holds_quantised(folder):
+        raise UserError(
+            f"input {folder}: is quantised, and shards hold floating-point numbers only: write it in 16 bits first "
+            f"(megalora convert dequantise)"
+        )
 
 
 def _read_model(folder: str) -> ModelSpec:
@@ -127,12 +150,22 @@ def _write_base(
         for name, file in beside.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
+        if not isinstance(weights, AsStored):
+            _forget_quantisation(folder)
         if chat_template is not None and chat_template != read_template(folder):
             write_template(folder, chat_template)
             what = f"{arguments.paths.output} has the chat template that the adapter was trained with"
             print(f"megalora: {what}, not the one of {model}", file=sys.stderr, flush=True)
     files = len(plan.files) + len(plan.texts) + len(beside)
     _say_done(arguments, f"{files} files, {nbytes / 1e9:.2f} GB, {time.monotonic() - began:.1f} s")
+
+
+def _forget_quantisation(folder: Path) -> None:
+    """Take out of a copied config.json that the weights are quantised, where they no longer are."""
+    file = folder / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if any([fields.pop(name, None) is not None for name in ("quantization_config", "compression_config")]):
+        file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- adapters: a run, shards or a PEFT folder, whole in memory ----
@@ -275,6 +308,7 @@ _COMMANDS = {
     "to-shards": _to_shards,
     "to-hf": _to_hf,
     "reshard": _reshard,
+    "dequantise": _dequantise,
     "from-gguf": _from_gguf,
     "adapter to-peft": _adapter_to_peft,
     "adapter from-peft": _adapter_from_peft,

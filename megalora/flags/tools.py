@@ -134,6 +134,10 @@ CONVERT_COMMANDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     ),
     "to-hf": ("base weights, shards to Hugging Face folder", (ConvertArguments, SafetensorsArguments)),
     "reshard": ("base weights, shards to shards of another layout", (ConvertArguments, LayoutArguments)),
+    "dequantise": (
+        "quantised base weights (bitsandbytes 4-bit, fp8) to Hugging Face folder in 16 bits",
+        (ConvertArguments, SafetensorsArguments),
+    ),
     "from-gguf": (
         "GGUF file to Hugging Face folder in float32; needs memory for the whole model",
         (ConvertArguments,),

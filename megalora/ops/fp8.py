@@ -119,7 +119,8 @@ def multiplies(index: int | None) -> bool:
 def quantise_factor(x: torch.Tensor, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what quantise_rows does, but for rounding, of one factor of a product on a GPU: x [T, I] in 16 bits."""
     x = x if x.stride(1) == 1 and x.stride(0) % limits.OCTET == 0 else x.contiguous()
-    if not (extension.has_kernels("cuda") and x.shape[1] <= limits.LARGEST_FP8_ROW):
+    takes = x.itemsize == 2 and x.shape[1] % limits.OCTET == 0 and x.shape[1] <= limits.LARGEST_FP8_ROW
+    if not (takes and extension.has_kernels("cuda")):
         return quantise_rows(x, factor)
     codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)

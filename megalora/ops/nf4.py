@@ -102,13 +102,15 @@ class Absmax:
 class Nf4Weight:
     """A whole weight.
 
-    codes   [ceil(out * in / 2)] uint8, the first of two values in the high half
+    codes   [ceil(out * in / 2)] uint8, the first of two values in the high half; those of rows from `origin` on, where
+            it was read in part
     """
 
     shape: tuple[int, int]
     codes: torch.Tensor
     absmax: Absmax
     block: int = BLOCK
+    origin: int = 0
 
     def rows(self, runs: Sequence[tuple[int, int]], columns: tuple[int, int]) -> list[Nf4Rows]:
         """Return the part of rows `runs`, one after another, and `columns`, ranges [start, stop) of the whole.
@@ -129,7 +131,7 @@ class Nf4Weight:
 
     def _nibbles(self, first: int, last: int, left: int, right: int) -> torch.Tensor:
         """Return the values' indices of a part, two a byte again, each row from a new byte on."""
-        width = self.shape[1]
+        width, first, last = self.shape[1], first - self.origin, last - self.origin
         if width % 2 == left % 2 == right % 2 == 0:
             return self.codes.view(-1, width // 2)[first:last, left // 2 : right // 2].contiguous()
         ends = (first * width) // 2, (last * width + 1) // 2
@@ -139,7 +141,7 @@ class Nf4Weight:
 
     def to(self, device: torch.device | str) -> Nf4Weight:
         """Return the same on `device`."""
-        return Nf4Weight(self.shape, self.codes.to(device), self.absmax.to(device), self.block)
+        return replace(self, codes=self.codes.to(device), absmax=self.absmax.to(device))
 
 
 def _largest_phase(width: int, left: int, block: int) -> int:

@@ -24,6 +24,8 @@ INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 16 << 20
 INDEX_BYTES = 64 << 20  # of the index: ten times that of the largest models
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Those of quantised weights and their scales too.
+STORED = {**DTYPES, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32}
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,31 @@ class HfWeights:
         return DTYPES[dtype]
 
     def stored(self, name: str) -> None:
-        """Files of floating-point numbers hold no quantised weights."""
+        """Return None: a tensor here is what the file says, not a part of a quantised weight."""
+
+    def kind(self, name: str) -> str:
+        """The dtype of tensor `name` as the file spells it."""
+        return self._entries[name].dtype
+
+    def raw(self, name: str) -> torch.Tensor:
+        """Return a whole tensor in the dtype of the file, for small ones of any dtype of STORED."""
+        shape = self._entries[name].shape
+        out = torch.empty(shape or (1,), dtype=self._stored_dtype(name))
+        self.copy(name, tuple(slice(0, n) for n in out.shape), out)
+        return out.view(shape)
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        kind = self._entries[name].dtype
+        if kind not in STORED:
+            raise UserError(f"{self.where(name)}: {name} has dtype {kind}: use a model in {', '.join(DTYPES)}")
+        return STORED[kind]
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
         """Copies `tensor[index]` into `out` (its shape; any dtype and device), one block of rows at a time.
 
         Whole rows are read even where `index` cuts them: a cut along dim 1 takes bytes from the whole tensor.
         """
-        entry, dtype = self._entries[name], self.dtype(name)
+        entry, dtype = self._entries[name], self._stored_dtype(name)
         rows, columns = index[0], index[1:]
         row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
         step = max(1, BLOCK_BYTES // max(1, row_bytes))
@@ -119,6 +138,14 @@ class HfWeights:
             raise UserError(
                 f"{self.where(name)}: {name} cannot be read ({error.strerror or error}): check the file"
             ) from None
+
+
+class AsStored(HfWeights):
+    """The same with every tensor in the dtype of the file, parts of quantised weights too: to be copied bit for bit."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of tensor `name` in the file. Raises UserError for one that is not known."""
+        return self._stored_dtype(name)
 
 
 def _read_exactly(stream, buffer: memoryview) -> None:

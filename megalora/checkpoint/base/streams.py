@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megalora.checkpoint.base.hf import DTYPES
+from megalora.checkpoint.base.hf import STORED
 
 ALIGNMENT = 64  # of the tensors in a file of torch.save, as torch has it: they can be used where they are mapped
 _HEADER_BYTES, _ZIP64_BYTES, _PADDING_ID = 30, 20, b"FB"
@@ -68,7 +68,7 @@ class SafetensorsStream:
     """
 
     def __init__(self, file: Path, table: Mapping[str, TensorType]):
-        names = {dtype: name for name, dtype in DTYPES.items()}
+        names = {dtype: name for name, dtype in STORED.items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, kind in table.items():

@@ -145,7 +145,7 @@ def transfer(weights: BaseWeights, plan: Plan, folder: Path, progress: Callable[
                 if part.numel():
                     streams[file.path].append(name, part)
                     progress(part.nbytes)
-                if file.last == name and rows.stop == plan.tensors[name].shape[0]:
+                if file.last == name and rows.stop == (plan.tensors[name].shape or (1,))[0]:
                     streams.pop(file.path).close()
     finally:
         for stream in streams.values():
@@ -165,7 +165,7 @@ def _blocks(weights: BaseWeights, tensors: Mapping[str, TensorType]) -> Iterator
     largest = max([BLOCK_BYTES, *map(_row_bytes, tensors.values())])
     buffers = itertools.cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
     for name, kind in tensors.items():
-        count, columns = kind.shape[0], kind.shape[1:]
+        count, columns = (kind.shape or (1,))[0], kind.shape[1:]
         step = max(1, BLOCK_BYTES // max(1, _row_bytes(kind)))
         for start in range(0, count, step):
             rows = range(start, min(start + step, count))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megalora.checkpoint.base.hf import HfWeights, is_hf
+from megalora.checkpoint.base.quantised import QuantisedWeights, is_quantised
 from megalora.checkpoint.base.shards import BaseShards
 from megalora.checkpoint.layout import has_shards
 from megalora.errors import UserError
@@ -189,7 +190,8 @@ def _as_they_lie(folder: Path, names: BaseNames) -> BaseWeights:
     if has_shards(folder) and not is_hf(folder):
         head = names.shapes.get(names.embedding)  # of a tied model, which some files hold all the same
         return BaseShards(folder, {**({names.head: head} if head else {}), **names.shapes})
-    return HfWeights(folder)
+    weights = HfWeights(folder)
+    return QuantisedWeights(weights) if is_quantised(weights) else weights
 
 
 @torch.no_grad()
