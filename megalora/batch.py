@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -18,6 +19,7 @@ class Batch:
                   tail of a row stands apart, in short documents
     token_index   [T] int64, row_in_step * seq_length + offset: the token's place in the global batch of the step,
                   the same on every layout (dropout draws from it)
+    columns       [T] or [T, k] int64 each, what else a model reads of each token, by name (token types, boxes)
     """
 
     input_ids: torch.Tensor
@@ -25,9 +27,11 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     token_index: torch.Tensor
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{f.name: to_device(getattr(self, f.name), device) for f in fields(self)})
+        moved = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if f.name != "columns"}
+        return Batch(**moved, columns={name: to_device(column, device) for name, column in self.columns.items()})
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

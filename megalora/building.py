@@ -20,7 +20,7 @@ from megalora.errors import UserError
 from megalora.models.config import check_layout
 from megalora.models.graphs import choose_graphs
 from megalora.models.mixers import Experts
-from megalora.models.spec import ModelSpec
+from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.collectives import on_first, together
@@ -76,7 +76,7 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             f"implemented: choose none or lora_only"
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
-    resolved = lora_config.resolve(config.model_type, layers, (config.head.name, config.embedding.name))
+    resolved = lora_config.resolve(config.model_type, layers, (*config.head.names, config.embedding.name))
     transposed = any(config.linears[name].linear.transposed for name in resolved.adapters)
     if lora_config.fan_in_fan_out and not transposed:
         raise UserError(
@@ -84,6 +84,15 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             f"{config.model_type} model is: remove the field"
         )
     return replace(resolved, config=replace(lora_config, fan_in_fan_out=transposed))
+
+
+def check_task(task: str, config: ModelSpec, where: str) -> None:
+    """Raise UserError where a model cannot be trained for a task."""
+    if task not in config.tasks:
+        raise UserError(
+            f"{where}: task_type {task} does not fit a {config.model_type}",
+            f"choose {' or '.join(config.tasks)}, or another model",
+        )
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,7 @@ def build_stage(
     costs = on_first(reckon, mesh.world)  # ranks on unlike devices must not cut the model differently
     layers = stage_layers(config, parts, partition_method, custom_partition, costs)
     own, *further = layers[mesh.pp.rank :: mesh.pp.size]
+    task = TASKS[lora.config.task_type]
     stage = Stage(
         config,
         own,
@@ -144,15 +154,18 @@ def build_stage(
         last=mesh.pp.is_last,
         further=further,
         recompute=recompute,
-        loss=TASKS[lora.config.task_type].loss,
+        loss=task.loss,
+        sums=task.sums,
     )
     return stage, Cut(tuple(layers), first_trained_part(config, lora, layers), tuple(costs.shares(layers)))
 
 
 def first_trained_part(config: ModelSpec, lora: ResolvedLora, parts: Sequence[range]) -> int:
     """Return the first of `parts`, each a range of layers, that has something to train; their number where none has."""
-    trained = (name.rpartition(".lora_")[0] or name.rpartition(".")[0] for name in trained_shapes(lora, config))
-    lowest = min((config.linears[name].layer for name in trained), default=config.num_hidden_layers)
+    modules = [name.rpartition(".lora_")[0] or name.rpartition(".")[0] for name in trained_shapes(lora, config)]
+    lowest = min((config.linears[name].layer for name in modules if name in config.linears), default=None)
+    if lowest is None:  # a head of its own, or nothing
+        lowest = config.num_hidden_layers - bool(modules)
     return next((s for s, part in enumerate(parts) if lowest < part.stop), len(parts))
 
 
@@ -219,7 +232,7 @@ def settle_head(config: ModelSpec, folder: str | Path) -> tuple[ModelSpec, str |
     A config may tie the head to the embedding although the files hold a head of its own: as transformers, it is used.
     Raises UserError as `open_base`. For one rank: it may read both matrices.
     """
-    if not config.head.tied or not has_own_head(folder, base_names(config)):
+    if not isinstance(config.head, Head) or not config.head.tied or not has_own_head(folder, base_names(config)):
         return config, None
     note = (
         f"{folder}: config.json says tie_word_embeddings, but {config.head.weight} in the files is not "
@@ -235,7 +248,10 @@ def load_base_weights(stage: Stage, folder: str | Path) -> None:
 
 def base_names(config: ModelSpec) -> BaseNames:
     """Return the names and shapes that the files of a model's base weights must have."""
-    return BaseNames(config.tensors, config.embedding.weight, config.head.weight, config.head.tied, config.files)
+    embedding, head = config.embedding.weight, config.head
+    if isinstance(head, ClassHead):
+        return BaseNames(config.tensors, embedding, "", False, config.files, frozenset(head.trained))
+    return BaseNames(config.tensors, embedding, head.weight, head.tied, config.files)
 
 
 def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -251,7 +267,7 @@ def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int
                 shapes[f"{name}.lora_B.bias"] = (linear.out_features,)
             if adapter.dora:
                 shapes[f"{name}.{MAGNITUDE}"] = (linear.out_features,)
-    return shapes
+    return shapes | (dict(config.head.trained) if isinstance(config.head, ClassHead) else {})
 
 
 def check_adapter(

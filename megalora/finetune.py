@@ -195,6 +195,7 @@ def _engine(
     train, parallel, start = arguments.train, arguments.parallel, beginning.start
 
     def fill(stage: Stage) -> None:
+        stage.reset_head(train.seed)
         load_base_weights(stage, beginning.weights)
         if start is None:
             stage.reset_adapters(train.seed)

@@ -12,10 +12,12 @@ from megalora.building import base_names
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
-from megalora.data import ChatTemplate, PackedRows
+from megalora.data import ChatTemplate, PackedRows, Rendering
+from megalora.data.classes import labels_of
 from megalora.data.template_choice import with_fixed_date
 from megalora.data.tokenizer import tokenizer_identity
 from megalora.errors import UserError
+from megalora.files import read_json
 from megalora.models.spec import ModelSpec
 from megalora.tokenizer_files import read_template
 
@@ -39,7 +41,7 @@ def run_identity(
     base: Mapping[str, str],
     base_format: str,
     lora_config: LoraConfig,
-    template: ChatTemplate,
+    template: Rendering,
     rows: PackedRows,
     rows_of_a_step: int,
     seed: int,
@@ -92,10 +94,22 @@ def adapter_template(checkpoint: AdapterCheckpoint) -> str | None:
     return read_template(checkpoint.where) if Path(checkpoint.where).is_dir() else None
 
 
-def other_template(checkpoint: AdapterCheckpoint, template: ChatTemplate) -> list[str]:
+def adapter_labels(checkpoint: AdapterCheckpoint) -> tuple[str, ...]:
+    """Return the labels that a classifier's adapter was trained with, where it says so: a checkpoint or a PEFT folder.
+
+    Raises UserError where its config.json cannot be read.
+    """
+    recorded = (checkpoint.trainer or {}).get("labels")
+    if isinstance(recorded, list):
+        return tuple(map(str, recorded))
+    file = Path(checkpoint.where) / "config.json"
+    return labels_of(read_json(file), str(file), defaults=True) if file.is_file() else ()
+
+
+def other_template(checkpoint: AdapterCheckpoint, template: Rendering) -> list[str]:
     """Return a line where an adapter that training starts from was trained with another chat template."""
     recorded = adapter_template(checkpoint)
-    if recorded is None or with_fixed_date(recorded) == template.source:
+    if recorded is None or not isinstance(template, ChatTemplate) or with_fixed_date(recorded) == template.source:
         return []
     return [f"the adapter {checkpoint.where} was trained with another chat template than {template.description}"]
 

@@ -4,14 +4,49 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalora.data import DataSettings, FieldNames, default_cache
+from megalora.choices import CLASSIFICATION
+from megalora.data import ChatTemplate, DataSettings, FieldNames, Rendering, default_cache
+from megalora.data.classes import ClassRows, choose_labels
 from megalora.data.template import TemplateOptions
+from megalora.data.tokenizer import open_tokenizer
+from megalora.errors import UserError
 from megalora.flags import DataArguments
+from megalora.models.spec import ModelSpec
+from megalora.parallel.collectives import on_first, together
+from megalora.parallel.mesh import Axis
+
+# Flags of the chat template, with what they are where they are not given.
+_OF_TEMPLATES = {
+    "template": None,
+    "chat_template_kwargs": None,
+    "history_thinking": "split",
+    "special_tokens_in_text": False,
+}
 
 
 def template_options(data: DataArguments) -> TemplateOptions:
     """Return how the chat template is used."""
     return TemplateOptions(data.template_variables, data.history_thinking, data.special_tokens_in_text)
+
+
+def rendering(
+    task: str, config: ModelSpec, model_path: str, data: DataArguments, labels: tuple[str, ...], world: Axis
+) -> Rendering:
+    """Return how the rows of a task become documents. Collective over `world`.
+
+    labels  those of the adapter that the run starts from, where it is a classifier's
+    Raises UserError, on every rank, for labels that cannot be used, and flags that mean nothing for the task.
+    """
+    with together(world):
+        if task not in CLASSIFICATION:
+            return ChatTemplate.load(model_path, data.template, template_options(data))
+        for name, unset in _OF_TEMPLATES.items():
+            if getattr(data, name) != unset:
+                raise UserError(f"{name} has no effect for task_type {task}: it has no chat template", "leave it out")
+        opened = open_tokenizer(model_path)
+    names = FieldNames(data.renamed_columns, frozenset(data.ignore_columns or ()))
+    labels = labels or on_first(lambda: choose_labels(task, model_path, data.data_path, names), world)
+    return ClassRows(opened, task, labels, last=config.causal, columns=config.columns)
 
 
 def data_settings(data: DataArguments) -> DataSettings:

@@ -9,6 +9,7 @@ import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import (
+    check_task,
     check_vocabulary,
     resolve_base,
     resolve_dtype,
@@ -22,15 +23,24 @@ from megalora.checkpoint.run.folder import announce_removal, cancel_removal, che
 from megalora.checkpoint.run.state import identity_difference, newest_sound
 from megalora.cluster.launch import restarts
 from megalora.cluster.lock import RunLock
-from megalora.data import ChatTemplate, Loader, PackedRows, load_dataset, load_split
+from megalora.data import Loader, PackedRows, Rendering, load_dataset, load_split
+from megalora.data.classes import ClassRows
 from megalora.errors import UserError
 from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
-from megalora.identity import base_identity, check_base, other_base_format, other_template, progress, run_identity
+from megalora.identity import (
+    adapter_labels,
+    base_identity,
+    check_base,
+    other_base_format,
+    other_template,
+    progress,
+    run_identity,
+)
 from megalora.models.config import check_layout, check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh
-from megalora.rows import data_settings, template_options
+from megalora.rows import data_settings, rendering
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Beginning:
     weights    the folder of the base weights
     overwrite  the run that is in output_dir is removed before the first step
     identity   what must not change between the parts of one run; settings: what may
-    template   the chat template of all rows, which the run's checkpoints and export carry
+    template   how rows become documents, which the run's checkpoints and export carry
     notes      lines for the user
     """
 
@@ -58,7 +68,7 @@ class Beginning:
     dtype: torch.dtype
     base_format: str
     weights: str
-    template: ChatTemplate
+    template: Rendering
     loader: Loader
     eval_loader: Loader | None
     start: Start | None
@@ -84,15 +94,21 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
         notes = _check_length(config, data, train, parallel.sequence_parallel, mesh)
     weights = model.resume_from_checkpoint or model.model_path
-    config, own_head = on_first(lambda: settle_head(config, weights), mesh.world)
     not_locked = _keep_others_out(lock, mesh)
-    notes += [note for note in (own_head, not_locked) if note]
+    notes += [not_locked] if not_locked else []
     overwrite = _overwrites(model, train, mesh)
     start = _find_start(model, train, overwrite, mesh)
     with together(mesh.world):
-        lora = resolve_lora(_lora_config(model, start), config)
+        lora_config = _lora_config(model, start)
+        check_task(lora_config.task_type, config, "lora_config")
+        recorded = () if start is None else adapter_labels(start.checkpoint)
+    template = rendering(lora_config.task_type, config, model.model_path, data, recorded, mesh.world)
+    config = config.for_task(lora_config.task_type, template.labels if isinstance(template, ClassRows) else ())
+    config, own_head = on_first(lambda: settle_head(config, weights), mesh.world)
+    notes += [own_head] if own_head else []
+    with together(mesh.world):
+        lora = resolve_lora(lora_config, config)
         _check_same_adapter(lora, start, config)
-        template = ChatTemplate.load(model.model_path, data.template, template_options(data))
         rows, eval_rows = _load_rows(template, data, train)
         for loaded in (rows, eval_rows):
             if loaded is not None:
@@ -294,7 +310,7 @@ def _check_length(
 
 
 def _load_rows(
-    template: ChatTemplate, data: DataArguments, train: TrainArguments
+    template: Rendering, data: DataArguments, train: TrainArguments
 ) -> tuple[PackedRows, PackedRows | None]:
     """Return the rows to train on, and those of the evaluation."""
     settings = data_settings(data)

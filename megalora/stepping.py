@@ -117,7 +117,7 @@ class Session:
 
     def _save(self, step: int) -> None:
         begun = self.beginning
-        carried = {"settings": begun.settings, "chat_template": begun.template.source}
+        carried = {"settings": begun.settings, **begun.template.record}
         with self.watch("checkpoint"):
             self.saved = self.saver.save(step, self.meter.state() | carried)
         self._saved_steps.add(step)
@@ -125,10 +125,11 @@ class Session:
     def _evaluate(self, step: int) -> None:
         loader = self.beginning.eval_loader
         with self.meter.apart(self.timers):
-            loss = self.engine.trainer.evaluate(loader.step(i) for i in range(loader.steps_per_epoch))
-            task = TASKS[self.beginning.lora.config.task_type]
-            self.monitor.evaluation({"step": step, **task.report(loss)})
-        self.evaluation_loss = loss
+            task, labels = TASKS[self.beginning.lora.config.task_type], self.beginning.config.labels
+            steps = (loader.step(i) for i in range(loader.steps_per_epoch))
+            report = task.report(*self.engine.trainer.measure(steps, task.width(labels)), labels)
+            self.monitor.evaluation({"step": step, **report})
+        loss = self.evaluation_loss = report["loss"]
         train = self.arguments.train
         if self.evaluations.add(step, loss) and train.keep_best:
             if step not in self._saved_steps:

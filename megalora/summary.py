@@ -12,7 +12,7 @@ from megalora.adapters.config import ResolvedLora
 from megalora.building import Cut, Engine, trained_shapes
 from megalora.data import Loader, PackedRows
 from megalora.flags import FinetuneArguments, TrainArguments
-from megalora.models.spec import ModelSpec
+from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import Stage
 from megalora.monitor import causal_context, lora_flops_per_token
 from megalora.ops import extension
@@ -36,7 +36,7 @@ def start_up_table(
         "data": {
             "rows": f"{rows.documents:,} documents in {rows.rows:,} rows of {rows.seq_length} tokens",
             "tokens": f"{rows.tokens:,}, {rows.labelled_tokens:,} of them labelled",
-            "template": f"{template.description} ({template.identity()})",
+            "task" if begun.config.labels else "template": f"{template.description} ({template.identity()})",
             "evaluation": _evaluation_rows(begun.eval_loader),
         },
         "training": _training(arguments.train, begun),
@@ -95,9 +95,11 @@ def _training(train: TrainArguments, begun: Beginning) -> dict[str, str]:
 
 def _model(path: str, config: ModelSpec, lora: ResolvedLora) -> dict[str, str]:
     shapes = config.tensors
-    frozen = sum(math.prod(shape) for shape in shapes.values())
+    trained = config.head.trained if isinstance(config.head, ClassHead) else {}
+    frozen = sum(math.prod(shape) for name, shape in shapes.items() if name not in trained)
     trainable = _lora_parameters(config, lora)
-    trainable += sum(math.prod(shape) for n, shape in trained_shapes(lora, config).items() if n.endswith(".bias"))
+    factors = (".lora_A.weight", ".lora_B.weight")
+    trainable += sum(math.prod(shape) for n, shape in trained_shapes(lora, config).items() if not n.endswith(factors))
     targets = sorted({name.rsplit(".", 1)[-1] for name in lora.adapters})
     return {
         "path": path,
@@ -172,7 +174,8 @@ def mean_context(rows: PackedRows) -> float:
 def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> float:
     """Return what training on a token of these rows costs (see `monitor.flops`)."""
     frozen = sum(linear.in_features * linear.out_features for linear, _ in config.linears.values())
-    frozen += config.vocab_size * config.embedding.width  # the head, tied or not
+    if isinstance(config.head, Head):
+        frozen += config.vocab_size * config.embedding.width  # tied or not
     return lora_flops_per_token(
         frozen_matmul_parameters=frozen,
         lora_parameters=_lora_parameters(config, lora),

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -168,19 +168,35 @@ class Trainer:
 
     def evaluate(self, steps: Iterable[StepData]) -> float:
         """The mean loss over the labelled tokens of `steps`, without dropout."""
-        self._stage.refresh_adapters()
-        total, labels = 0.0, 0
-        for data in steps:
-            loss_sum = self._runner.evaluate(len(data.microbatches), self._inputs(data, None, 0))
-            total += self._over_world(loss_sum, torch.zeros_like(loss_sum)).tolist()[0]
-            labels += data.label_count
-        return total / max(1, labels)
+        sums, labels = self.measure(steps, 1)
+        return sums[0] / max(1, labels)
 
-    def _inputs(self, data: StepData, seed: int | None, step: int) -> Callable[[int], object]:
+    def measure(self, steps: Iterable[StepData], width: int) -> tuple[list[float], int]:
+        """Return what the task's `sums` add up to over `steps`, [width], and their labelled tokens; without dropout.
+
+        width 1 is the loss alone.
+        """
+        self._stage.refresh_adapters()
+        totals, labels = [0.0] * width, 0
+        for data in steps:
+            inputs = self._inputs(data, None, 0, measures=width > 1)
+            sums = self._runner.evaluate(len(data.microbatches), inputs, () if width == 1 else (width,))
+            if width == 1:
+                found = self._over_world(sums, torch.zeros_like(sums)).tolist()[:1]
+            else:
+                found = all_reduce(sums / self._mesh.tp.size, self._mesh.world).tolist()
+            totals = [total + one for total, one in zip(totals, found, strict=True)]
+            labels += data.label_count
+        return totals, labels
+
+    def _inputs(
+        self, data: StepData, seed: int | None, step: int, measures: bool = False
+    ) -> Callable[[int], object]:
         def inputs(m: int) -> object:
             with self._clock("data"):
                 batch = data.microbatches[m]
-                return training_inputs(batch, self._stage.config, self._stage.place, seed=seed, step=step)
+                found = training_inputs(batch, self._stage.config, self._stage.place, seed=seed, step=step)
+                return replace(found, measures=True) if measures else found
 
         return inputs
 

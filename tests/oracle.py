@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from shared_memory import SharedMemory
 
@@ -19,6 +20,7 @@ from megalora.building import EngineSettings, build_trainer, resolve_lora
 from megalora.data import Loader, build_rows, pack
 from megalora.data.template import Sample
 from megalora.models.config import config_from_dict
+from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
 from megalora.parallel.exchange import Exchange
 from megalora.parallel.formats import BaseFormat
@@ -102,6 +104,7 @@ for _family in FAMILIES | EXPERTS:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
     config_from_dict(fields_of(_family))
+LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 ALL_LINEAR = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
 
@@ -129,6 +132,7 @@ class Run:
     micro_batch_rows: int = 1
     seq_length: int = 24
     seed: int = 7
+    task: str = "CAUSAL_LM"
     # Adam divides each gradient by its size: where that is near zero, rounding grows to a share of this rate.
     learning_rate: float = 1e-2
     base_format: str = "dense"
@@ -198,24 +202,35 @@ def fill(stage: Stage) -> None:
                 stage.get_submodule(name.removesuffix(".weight")).fill_weight(RandomWeight(whole))
 
 
-def rows_of(run: Run, vocab_size: int):
+def rows_of(run: Run, config: ModelSpec):
     """Packed rows of random documents, about two steps' worth of them."""
+    vocab_size = config.vocab_size
     generator = torch.Generator().manual_seed(run.seed)
     documents = []
     for _ in range(5 * run.rows):
         length = int(torch.randint(3, run.seq_length, (), generator=generator))
         ids = torch.randint(0, vocab_size, (length,), generator=generator)
         labels = torch.where(torch.arange(length) >= length // 3, ids, -100)
-        documents.append(Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32")))
+        sample = Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32"))
+        documents.append(sample if run.task == "CAUSAL_LM" else classified(sample, config, run.task))
     bins = pack([len(d.input_ids) for d in documents], run.seq_length)
     return build_rows(documents, bins, run.seq_length, 0)
+
+
+def classified(sample: Sample, config: ModelSpec, task: str) -> Sample:
+    """The same tokens, with classes made of them at the labelled ones, or at the one that the head of a text reads."""
+    ids, kept = sample.input_ids, sample.labels != -100
+    if task == "SEQ_CLS":
+        kept = np.arange(len(ids)) == (len(ids) - 1 if config.causal else 0)
+    columns = {"classes": np.where(kept, (ids + 7 * np.arange(len(ids))) % len(LABELS), -100).astype("int32")}
+    return Sample(ids, np.full_like(sample.labels, -100), columns)
 
 
 def train(rank: int, world_size: int, run: Run) -> Outcome:
     """Runs `run` on this rank of `world_size`."""
     mesh = build_mesh(rank, world_size, run.tp, run.pp)
-    config = config_from_dict(fields_of(run.family, **run.model))
-    lora = resolve_lora(LoraConfig.from_dict(run.lora), config)
+    config = config_from_dict(fields_of(run.family, **run.model)).for_task(run.task, LABELS)
+    lora = resolve_lora(LoraConfig.from_dict(run.lora | {"task_type": run.task}), config)
     exchange = Exchange(mesh.tp, SharedMemory(mesh.tp)) if run.exchange else None
     place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange, BaseFormat(run.base_format))
     work = Workload(
@@ -232,7 +247,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     trainer, parameters, splits = engine.trainer, engine.parameters, engine.splits
     microbatches = run.rows // (mesh.dp.size * run.micro_batch_rows)
     loader = Loader(
-        rows_of(run, config.vocab_size), micro_batch_rows=run.micro_batch_rows, num_microbatches=microbatches,
+        rows_of(run, config), micro_batch_rows=run.micro_batch_rows, num_microbatches=microbatches,
         dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, seed=run.seed,
     )  # fmt: skip
     before = {name: p.detach().clone() for name, p in parameters.items()}

@@ -149,7 +149,7 @@ def test_a_model_type_without_default_asks_for_names():
         {"rank_pattern": {"(": 4}}, {"alpha_pattern": {"q_proj": -1}}, {"alpha_pattern": {"q_proj": "1"}},
         {"layers_to_transform": []}, {"layers_to_transform": [-1]}, {"layers_to_transform": ["0"]},
         {"layers_to_transform": [True]}, {"layers_to_transform": "all"},
-        {"task_type": "SEQ_CLS"}, {"task_type": "CAUSALLM"},
+        {"task_type": "FEATURE_EXTRACTION"}, {"task_type": "CAUSALLM"},
         {"peft_type": "IA3"},
     ],
     ids=str,

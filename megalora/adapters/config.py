@@ -14,7 +14,7 @@ from typing import Any
 
 from megalora.adapters.lora import Adapter
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
-from megalora.choices import TASKS
+from megalora.choices import CLASSIFICATION, TASKS
 from megalora.errors import UserError
 from megalora.files import read_json
 
@@ -49,6 +49,9 @@ _NEUTRAL: Mapping[str, tuple] = {
 _INITS = ("gaussian", "orthogonal")
 PREPARED = ("pissa", "olora")  # inits that change the base, which `megalora convert adapter init` makes
 _CHANGE_BASE = (*PREPARED, "corda", "loftq")
+
+
+HEADS = ("classifier", "score")  # peft's modules_to_save of a classifier: its head, which is trained in full
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class LoraConfig:
 
         trained  they are of an adapter that exists: how it was initialised does not matter, what it is does
         """
+        data = {**data}
+        if _task(data.get("task_type")) in CLASSIFICATION and set(data.get("modules_to_save") or ()) <= {*HEADS}:
+            data.pop("modules_to_save", None)
         known = {f.name for f in fields(cls)}
         values = {}
         remedy = "the adapter cannot be used" if trained else "remove the field"
@@ -123,6 +129,8 @@ class LoraConfig:
             out[f.name] = (
                 list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             )
+        if self.task_type in CLASSIFICATION:
+            out["modules_to_save"] = list(HEADS)
         return out
 
     def resolve(self, model_type: str, linears: Mapping[str, int], ends: Sequence[str] = ()) -> ResolvedLora:
@@ -205,6 +213,11 @@ class ResolvedLora:
         return self.config.bias == "all" or (self.config.bias == "lora_only" and name in self.adapters)
 
 
+def _task(name: object) -> str:
+    """A task as peft names it: the reference's documentation writes "CAUSAL LM"."""
+    return str(name).upper().replace(" ", "_")
+
+
 def _settle_init(values: dict[str, Any], where: str, trained: bool) -> None:
     """Raise UserError for an init that is not implemented; one that has no effect on a trained adapter becomes True."""
     init = values.get("init_lora_weights")
@@ -275,8 +288,8 @@ def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
     task = v("task_type")
     if task is None:
         values.pop("task_type", None)
-    else:  # the reference's documentation writes "CAUSAL LM"
-        task = str(task).upper().replace(" ", "_")
+    else:
+        task = _task(task)
         need("task_type", task in TASKS, f"{' or '.join(TASKS)} (what megalora trains)")
         values["task_type"] = task
     return values

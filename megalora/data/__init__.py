@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cache import default_cache
 from .conversation import Conversation, Message
-from .dataset import DataSettings, load_dataset, load_split
+from .dataset import DataSettings, Rendering, load_dataset, load_split
 from .fields import FieldNames
 from .formats import to_conversation, to_question
 from .packing import PackedRows, build_rows, pack
@@ -28,6 +28,7 @@ __all__ = [
     "Loader",
     "Message",
     "PackedRows",
+    "Rendering",
     "Sample",
     "Step",
     "build_rows",

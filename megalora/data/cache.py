@@ -3,6 +3,7 @@
     {data_cache}/{key}/manifest.json   sizes and SHA-256 of the files, the report of the rows
                        ids.bin         token ids, int32           (see documents.py)
                        runs.bin        labelled runs, int32
+                       column-*.bin    what else is read of each token, int32, by name
                        index.npz       ends, run_ends, rows
                        layout-*.npz    which document lies in which row, by seed
     {data_cache}/{key}.lock            held while it is made or verified
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -52,16 +53,21 @@ class Writer:
     def __init__(self, folder: Path):
         self.folder = folder
         self._ids, self._runs = (folder / "ids.bin").open("wb"), (folder / "runs.bin").open("wb")
+        self._columns: dict[str, tuple[BinaryIO, tuple[int, ...]]] = {}  # name -> file, shape behind the tokens
         self._parts: list[tuple[np.ndarray, ...]] = []
 
     def add(self, documents: Documents) -> None:
         self._ids.write(np.ascontiguousarray(documents.ids, dtype="<i4").data)
         self._runs.write(np.ascontiguousarray(documents.runs, dtype="<i4").data)
+        for name, column in documents.columns.items():
+            if name not in self._columns:
+                self._columns[name] = (self.folder / f"column-{name}.bin").open("wb"), column.shape[1:]
+            self._columns[name][0].write(np.ascontiguousarray(column, dtype="<i4").data)
         self._parts.append((documents.lengths, np.diff(documents.run_ends, prepend=0), documents.rows))
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write the index and the manifest, all of it to the disk."""
-        for file in (self._ids, self._runs):
+        for file in self._files:
             file.flush()
             os.fsync(file.fileno())
             file.close()
@@ -72,14 +78,19 @@ class Writer:
         save_arrays(self.folder / "index.npz", ends=np.cumsum(lengths), run_ends=np.cumsum(counts), rows=rows)
         files = {
             name: [(self.folder / name).stat().st_size, file_digest(self.folder / name)]
-            for name in ("ids.bin", "runs.bin", "index.npz")
+            for name in ("ids.bin", "runs.bin", *(f"column-{name}.bin" for name in self._columns), "index.npz")
         }
-        text = json.dumps({"files": files, "report": report})
+        columns_of = {name: list(shape) for name, (_, shape) in self._columns.items()}
+        text = json.dumps({"files": files, "report": report, "columns": columns_of})
         write_text(self.folder / "manifest.json", f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
     def abandon(self) -> None:
-        self._ids.close()
-        self._runs.close()
+        for file in self._files:
+            file.close()
+
+    @property
+    def _files(self) -> list[BinaryIO]:
+        return [self._ids, self._runs, *(file for file, _ in self._columns.values())]
 
 
 def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
@@ -149,7 +160,13 @@ def open_documents(folder: Path) -> Documents:
     """Map the documents of a folder that was written or verified before."""
     with np.load(folder / "index.npz") as index:
         ends, run_ends, rows = index["ends"], index["run_ends"], index["rows"]
-    return Documents(_mapped(folder / "ids.bin"), ends, _mapped(folder / "runs.bin").reshape(-1, 2), run_ends, rows)
+    _, _, text = (folder / "manifest.json").read_text(encoding="utf-8").partition("\n")
+    columns = {
+        name: _mapped(folder / f"column-{name}.bin").reshape(-1, *shape)
+        for name, shape in json.loads(text)["columns"].items()
+    }
+    ids, runs = _mapped(folder / "ids.bin"), _mapped(folder / "runs.bin").reshape(-1, 2)
+    return Documents(ids, ends, runs, run_ends, rows, columns)
 
 
 def file_digest(path: Path) -> str:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import tokenizers
@@ -26,6 +26,7 @@ import transformers
 
 from ..errors import UserError
 from .cache import Writer, cached, file_digest, load_arrays, locked, open_documents, save_arrays
+from .classes import ClassRows
 from .conversation import TrainOn
 from .documents import Documents
 from .encode import Encoder, EncodeSettings, OnLongRow
@@ -37,6 +38,20 @@ from .report import Report
 from .sampler import EVALUATION_EPOCH, PACKING_EPOCH, SOURCE_EPOCH, permutation
 from .template import ChatTemplate
 from .workers import encode_all
+
+Rendering = ChatTemplate | ClassRows  # how rows become documents
+
+
+class Encodes(Protocol):
+    """Turns chunks of rows into documents. It can be pickled."""
+
+    def encode(self, chunk: Chunk) -> tuple[Documents, Report]: ...
+
+
+def encoder_of(rendering: Rendering, settings: EncodeSettings) -> Encodes:
+    """Return what encodes the rows of a run."""
+    return Encoder(rendering, settings) if isinstance(rendering, ChatTemplate) else rendering.encoder(settings)
+
 
 _INLINE = 4  # chunks that are encoded here before worker processes are worth their start
 
@@ -66,7 +81,7 @@ class DataSettings:
         return EncodeSettings(self.seq_length, self.on_long_row, self.train_on, self.names)
 
 
-def load_dataset(data_path: str | Path, template: ChatTemplate, settings: DataSettings, seed: int) -> PackedRows:
+def load_dataset(data_path: str | Path, template: Rendering, settings: DataSettings, seed: int) -> PackedRows:
     """Return the rows of `data_path`, tokenised and packed in an order drawn from `seed`.
 
     A bad row is malformed, of an unknown shape, refused by the template, longer than seq_length (on_long_row "error"),
@@ -77,7 +92,7 @@ def load_dataset(data_path: str | Path, template: ChatTemplate, settings: DataSe
 
 
 def load_split(
-    data_path: str | Path, template: ChatTemplate, settings: DataSettings, seed: int, eval_fraction: float = 0.0
+    data_path: str | Path, template: Rendering, settings: DataSettings, seed: int, eval_fraction: float = 0.0
 ) -> tuple[PackedRows, PackedRows | None]:
     """Return the rows to train on and those held out for evaluation, a share `eval_fraction` of all, drawn by seed.
 
@@ -92,14 +107,14 @@ def load_split(
 
 def _load(
     sources: list[Source],
-    template: ChatTemplate,
+    template: Rendering,
     settings: DataSettings,
     seed: int,
     eval_fraction: float,
     root: Path,
 ) -> tuple[PackedRows, PackedRows | None]:
     started = time.monotonic()
-    encoder = Encoder(template, settings.encoding)
+    encoder = encoder_of(template, settings.encoding)
     folder, made, now = cached(
         root, _key(sources, template, settings), lambda writer: _encode(sources, encoder, settings, writer)
     )
@@ -129,12 +144,12 @@ def _load(
     return replace(parts[0], notes=notes), parts[1]
 
 
-def scan(data_path: str | Path, template: ChatTemplate, settings: DataSettings) -> Iterator[tuple[Documents, Report]]:
+def scan(data_path: str | Path, template: Rendering, settings: DataSettings) -> Iterator[tuple[Documents, Report]]:
     """Yield the documents and the report of each chunk of rows, in order, as a run would have them; keep nothing.
 
     Rows are numbered over all sources. Raises UserError for what cannot be read.
     """
-    encoder, first = Encoder(template, settings.encoding), 0
+    encoder, first = encoder_of(template, settings.encoding), 0
     for source in parse_sources(str(data_path)):
         read = 0
         for documents, report in _encoded(source.path, encoder, settings):
@@ -143,14 +158,14 @@ def scan(data_path: str | Path, template: ChatTemplate, settings: DataSettings) 
         first += read
 
 
-def encode_row(data_path: str | Path, template: ChatTemplate, settings: DataSettings, row: int) -> list[Sample]:
+def encode_row(data_path: str | Path, template: Rendering, settings: DataSettings, row: int) -> list[Sample]:
     """Return the documents of one row, numbered over all sources. Raises UserError where it is bad or not there."""
     first = 0
     for source in parse_sources(str(data_path)):
         for number, value in enumerate(read_rows(source.path)):
             if first + number == row:
                 chunk = Chunk(source.path, number, [value])
-                documents, report = Encoder(template, settings.encoding).encode(chunk)
+                documents, report = encoder_of(template, settings.encoding).encode(chunk)
                 if report.left_out:
                     raise UserError(next(iter(report.problems.values()))[1])
                 return [documents.sample(place) for place in range(len(documents))]
@@ -161,7 +176,7 @@ def encode_row(data_path: str | Path, template: ChatTemplate, settings: DataSett
 # ---- tokens ----
 
 
-def _encode(sources: list[Source], encoder: Encoder, settings: DataSettings, writer: Writer) -> dict[str, Any]:
+def _encode(sources: list[Source], encoder: Encodes, settings: DataSettings, writer: Writer) -> dict[str, Any]:
     """Encode all rows into `writer`; return what is kept beside them. Raises UserError for rows that cannot be used."""
     report, count = Report(), 0
     digest = hashlib.sha256(f"{settings.seq_length} {settings.packing}".encode())
@@ -175,6 +190,8 @@ def _encode(sources: list[Source], encoder: Encoder, settings: DataSettings, wri
                     sample = documents.sample(index)
                     digest.update(len(sample.input_ids).to_bytes(8, "little"))
                     digest.update(sample.input_ids.astype("<i4").tobytes() + sample.labels.astype("<i4").tobytes())
+                    for name, column in sorted(sample.columns.items()):
+                        digest.update(name.encode() + column.astype("<i4").tobytes())
                 writer.add(documents)
                 count += len(documents)
                 report.add(part)
@@ -188,7 +205,7 @@ def _encode(sources: list[Source], encoder: Encoder, settings: DataSettings, wri
     return {"report": report.to_json(), "first_rows": first_rows, "fingerprint": digest.hexdigest()}
 
 
-def _encoded(path: str, encoder: Encoder, settings: DataSettings) -> Iterator[tuple[Documents, Report]]:
+def _encoded(path: str, encoder: Encodes, settings: DataSettings) -> Iterator[tuple[Documents, Report]]:
     """The documents and reports of the chunks of one source, in order."""
     done = 0  # chunks that went through before a file turned out not to be JSON Lines
     for lines in (True, False):
@@ -203,7 +220,7 @@ def _encoded(path: str, encoder: Encoder, settings: DataSettings) -> Iterator[tu
 
 
 def _encode_chunks(
-    path: str, encoder: Encoder, settings: DataSettings, lines: bool
+    path: str, encoder: Encodes, settings: DataSettings, lines: bool
 ) -> Iterator[tuple[Documents, Report]]:
     chunks = _limited(read_chunks(path, lines=lines), settings.max_rows)
     first = list(islice(chunks, _INLINE))
@@ -234,7 +251,7 @@ def _limited(chunks: Iterator[Chunk], max_rows: int | None) -> Iterator[Chunk]:
         return
 
 
-def _key(sources: list[Source], template: ChatTemplate, settings: DataSettings) -> str:
+def _key(sources: list[Source], template: Rendering, settings: DataSettings) -> str:
     """A hash of all that the tokens of the rows depend on: content, tokenizer, template, settings, and this code."""
     backend = getattr(template.tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else repr(sorted(template.tokenizer.get_vocab().items()))

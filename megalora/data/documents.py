@@ -9,14 +9,15 @@ Three documents of 4, 3 and 2 tokens, the labelled ones marked with a dot below:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .template import IGNORE, Sample
 
+CLASSES = "classes"  # the column of what is to be learned where that is no token
 
 @dataclass(frozen=True)
 class Documents:
@@ -27,6 +28,7 @@ class Documents:
     runs      [K, 2] int32, (start, stop) of the labelled runs, counted from the document's start
     run_ends  [D] int64, where each document's runs end in `runs`
     rows      [D] int64, the number of the row that each came from, over all sources
+    columns   [T] or [T, k] int32 each, as Sample.columns; every document has the same
     """
 
     ids: np.ndarray
@@ -34,6 +36,7 @@ class Documents:
     runs: np.ndarray
     run_ends: np.ndarray
     rows: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, samples: Sequence[Sample], rows: Sequence[int]) -> Documents:
@@ -45,6 +48,10 @@ class Documents:
             _concatenated(runs, np.int32).reshape(-1, 2),
             np.cumsum([len(part) for part in runs], dtype=np.int64),
             np.asarray(rows, dtype=np.int64),
+            {
+                name: _concatenated([sample.columns[name] for sample in samples], np.int32)
+                for name in (samples[0].columns if samples else ())
+            },
         )
 
     def __len__(self) -> int:
@@ -57,7 +64,13 @@ class Documents:
 
     @property
     def label_counts(self) -> np.ndarray:
-        """[D] int64, labels of each document once they are shifted: the first token is never predicted."""
+        """[D] int64, labels of each document once they are shifted: the first token is never predicted.
+
+        Classes are not shifted.
+        """
+        if CLASSES in self.columns:
+            found = np.concatenate(([0], np.cumsum(np.asarray(self.columns[CLASSES]) != IGNORE, dtype=np.int64)))
+            return np.diff(found[self.ends], prepend=0)
         counts = self.runs[:, 1] - np.maximum(self.runs[:, 0], 1)
         sums = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         return np.diff(sums[self.run_ends], prepend=0)
@@ -70,7 +83,7 @@ class Documents:
         first, last = _bounds(self.run_ends, index)
         for begin, end in self.runs[first:last].tolist():
             labels[begin:end] = ids[begin:end]
-        return Sample(ids, labels)
+        return Sample(ids, labels, {name: np.array(column[start:stop]) for name, column in self.columns.items()})
 
 
 def label_runs(labels: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..batch import Batch
-from .packing import PackedRows, Row, build_rows
+from .packing import PackedRows, Row, lay_out
 from .sampler import permutation, rows_in_microbatch, steps_per_epoch
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Loader:
         self.shuffle = shuffle
         self.global_batch_rows = micro_batch_rows * num_microbatches * dp_size
         self.steps_per_epoch = steps_per_epoch(rows.rows, self.global_batch_rows)
-        self._empty = build_rows([], [[]], rows.seq_length, rows.pad_token_id).row(0)
+        self._empty = lay_out(rows.source, rows.members[:0], np.zeros(1, np.int64), *rows.filling).row(0)
         self._order: tuple[int, list[int]] = (0, self._epoch_order(0))  # a cache: (epoch, its order)
 
     def step(self, step: int) -> Step:
@@ -99,6 +99,7 @@ class Loader:
             position_ids=_joined([row.position_ids for row in rows]),
             cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             token_index=torch.arange(places.start * seq_length, places.stop * seq_length),
+            columns={name: _joined([row.columns[name] for row in rows]) for name in rows[0].columns},
         )
 
 

@@ -15,12 +15,12 @@ the document.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .documents import Documents
+from .documents import CLASSES, Documents
 from .template import IGNORE, Sample
 
 
@@ -30,12 +30,14 @@ class Row:
 
     input_ids, labels (shifted), position_ids   [S] int32
     lengths   of its documents, the padding tail the last; they sum to S
+    columns   [S] or [S, k] int32 each, as Sample.columns; 0 in the padding
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     lengths: tuple[int, ...]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,21 @@ class PackedRows:
         """[M] int64, tokens of the documents of `members`."""
         return self.source.lengths[self.members]
 
+    @property
+    def filling(self) -> tuple[int, int, int]:
+        """(seq_length, pad_token_id, max_token_id): what rows of other documents of the source need (see `lay_out`)."""
+        return self.seq_length, self.pad_token_id, self.max_token_id
+
     def row(self, index: int) -> Row:
         """Return row `index`."""
         input_ids = np.full(self.seq_length, self.pad_token_id, dtype=np.int32)
         labels = np.full(self.seq_length, IGNORE, dtype=np.int32)
         position_ids = np.empty(self.seq_length, dtype=np.int32)
+        columns = {
+            name: np.zeros((self.seq_length, *column.shape[1:]), dtype=np.int32)
+            for name, column in self.source.columns.items()
+            if name != CLASSES
+        }
         lengths, at = [], 0
         start = int(self.row_ends[index - 1]) if index else 0
         for member in self.members[start : int(self.row_ends[index])].tolist():
@@ -97,14 +109,17 @@ class PackedRows:
             stop = at + len(document.input_ids)
             assert stop <= self.seq_length, "a row is over-full"
             input_ids[at:stop] = document.input_ids
-            labels[at:stop] = shift(document.labels)
+            classes = document.columns.get(CLASSES)
+            labels[at:stop] = shift(document.labels) if classes is None else classes
+            for name, column in columns.items():
+                column[at:stop] = document.columns[name]
             position_ids[at:stop] = np.arange(stop - at, dtype=np.int32)
             lengths.append(stop - at)
             at = stop
         if at < self.seq_length:
             position_ids[at:] = np.arange(self.seq_length - at, dtype=np.int32)
             lengths.append(self.seq_length - at)
-        return Row(input_ids, labels, position_ids, tuple(lengths))
+        return Row(input_ids, labels, position_ids, tuple(lengths), columns)
 
 
 def pack(lengths: Sequence[int], seq_length: int, packing: bool = True) -> list[list[int]]:

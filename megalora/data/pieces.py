@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,15 @@ _GUARDS = ("\n", "\ue0f3")
 
 @dataclass(frozen=True)
 class Sample:
-    """One document. input_ids [n] int32; labels [n] int32, not shifted: labels[t] is input_ids[t] or -100."""
+    """One document. input_ids [n] int32; labels [n] int32, not shifted: labels[t] is input_ids[t] or -100.
+
+    columns  what else a task or a model reads of each token, by name: [n] or [n, k] int32. "classes" is what is to be
+             learned where that is no token: the class of each token, -100 where there is none
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,31 @@ def _table(separator: str) -> Callable[[BinaryIO, str], Iterator[Any]]:
     return rows
 
 
+def _conll(file: BinaryIO, name: str) -> Iterator[Any]:
+    """A word and its tag a line, the first and the last of its columns; blank lines between sentences."""
+    words: list[str] = []
+    tags: list[str] = []
+    number = 0
+    try:
+        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), 1):
+            columns = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+            if columns and columns[0] == "-DOCSTART-":
+                continue
+            if not line.strip():
+                if words:
+                    yield {"tokens": words, "tags": tags}
+                words, tags = [], []
+                continue
+            if len(columns) < 2:
+                raise UserError(f"{name} line {number}: a word without a tag; write them with a blank or tab between")
+            words.append(columns[0])
+            tags.append(columns[-1])
+    except UnicodeDecodeError:
+        raise UserError(f"{name} after line {number}: not UTF-8; save the file as UTF-8") from None
+    if words:
+        yield {"tokens": words, "tags": tags}
+
+
 def _parquet(file: BinaryIO, name: str) -> Iterator[Any]:
     pyarrow = _import("pyarrow", f"{name} is a parquet file")
     parquet = _import("pyarrow.parquet", f"{name} is a parquet file")
@@ -206,6 +231,7 @@ READERS: dict[str, Callable[[BinaryIO, str], Iterator[Any]]] = {
     ".ndjson": _json,
     ".csv": _table(","),
     ".tsv": _table("\t"),
+    **dict.fromkeys((".conll", ".bio", ".iob", ".iob2"), _conll),
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".feather": _arrow,

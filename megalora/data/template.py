@@ -127,6 +127,11 @@ class ChatTemplate:
         eos = self.tokenizer.eos_token_id
         return (self.end_token_id,) if eos in (None, self.end_token_id) else (self.end_token_id, eos)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint carries of it."""
+        return {"chat_template": self.source}
+
     def identity(self) -> str:
         """Return a hash of the template's source and of the options that change what it gives."""
         hashed = self.source

@@ -35,6 +35,8 @@ _HARMLESS = frozenset(
 )
 # Fields with the one value at which they do not change the numbers, whatever the family.
 FIXED: Mapping[str, Any] = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
+# Ends of the classes of transformers that differ in the head alone, which the task decides.
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForTokenClassification", "ForSequenceClassification")
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})  # values of a field that say nothing
 _SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
 
@@ -184,8 +186,11 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
             )
     architectures = raw.get("architectures") or []
     for name in architectures if isinstance(architectures, list) else [architectures]:
-        if not str(name).endswith(("ForCausalLM", "LMHeadModel")) and name not in family.architectures:
-            raise UserError(f"{where}: architectures names {name}: only a causal language model can be trained")
+        if not str(name).endswith((*_DECODERS, *family.architectures)):
+            raise UserError(
+                f"{where}: architectures names {name}, whose mathematics is not implemented: take the folder of a "
+                f"{raw['model_type']} with another head, or correct the field"
+            )
 
 
 def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False) -> None:

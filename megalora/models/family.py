@@ -56,6 +56,7 @@ BOUNDS: Mapping[str, Bound] = {
     "n_inner": _SIZE,
     "rotary_dim": Bound(True, 2, 1 << 14),
     "window_size": Bound(True, 1, 1 << 32),
+    "classifier_dropout": Bound(False, 0.0, 0.99),
 }
 
 
@@ -77,7 +78,7 @@ class Family:
     config_class the model_type whose config class in transformers has the defaults; None: the family's own
     defaults     of fields where they differ from that class
     remote       config.json names code that transformers lacks: `defaults` are all of its fields. No such code is run
-    architectures  names in config.json's `architectures` beside those of causal language models
+    architectures  ends of names in config.json's `architectures` beside those that every decoder may have
     A field of the family's config class that is none of these is refused, unless it is unset.
     """
 

@@ -42,6 +42,7 @@ class Inputs:
     position_ids  [F] int64, each token's place in its document; None where no layer of the model reads it
     chosen     of a part that is computed again in backward: what its routers chose, by name, so that the second pass
                takes every token where the first one did; None where nothing is computed again
+    measures   the sums of the task's metrics are asked for, not the loss alone
     """
 
     input_ids: torch.Tensor
@@ -54,6 +55,7 @@ class Inputs:
     packed: Packed | None = None
     position_ids: torch.Tensor | None = None
     chosen: dict[str, torch.Tensor] | None = None
+    measures: bool = False
 
 
 def rope_tables(

@@ -11,6 +11,7 @@ from megalora.models.spec import (
     MLP,
     Attention,
     Blocked,
+    ClassHead,
     Embedding,
     FileNames,
     Fused,
@@ -22,15 +23,17 @@ from megalora.models.spec import (
     Norm,
     Residual,
     Stack,
+    TaskHead,
 )
 
 # What the fields of a llama-shaped config are called, and those with which its attention could be another.
 LLAMA_FIELDS = frozenset(
     """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
-    rms_norm_eps max_position_embeddings tie_word_embeddings""".split()
+    rms_norm_eps max_position_embeddings tie_word_embeddings classifier_dropout""".split()
 )
 LLAMA_FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
 LLAMA_FILES = FileNames(prefix="model.")
+CLASSES = 2  # of a classification head until the task says how many there are
 
 
 def head_dim(hf: Fields) -> int:
@@ -136,11 +139,28 @@ def llama_like(
     )
 
 
-def decoder(hf: Fields, stack: Stack, *, embedding: str, head: str) -> ModelSpec:
-    """Return the spec of a decoder-only model from its stack and the names of its ends."""
+def decoder(hf: Fields, stack: Stack, *, embedding: str, head: str, token_head: str = "score") -> ModelSpec:
+    """Return the spec of a decoder-only model from its stack and the names of its ends.
+
+    token_head  what transformers calls its head for token classification
+    """
     return ModelSpec(
         Embedding(embedding, hf.vocab_size, hf.hidden_size),
         stack,
         Head(head, bool(hf.tie_word_embeddings)),
         hf.max_position_embeddings,
+        task_heads=decoder_heads(hf, token_head),
+    )
+
+
+def decoder_heads(hf: Fields, token_head: str = "score", sequence_head: str = "score") -> tuple[TaskHead, ...]:
+    """Return the classification heads that transformers gives every decoder, with its defaults.
+
+    The score of a sequence is that of its last token, without bias or dropout.
+    """
+    own = hf.classifier_dropout if hf.reads("classifier_dropout") else None
+    dropout = 0.1 if own is None else float(own)
+    return (
+        TaskHead("TOKEN_CLS", ClassHead(Linear(token_head, hf.hidden_size, CLASSES, bias=True), dropout)),
+        TaskHead("SEQ_CLS", ClassHead(Linear(sequence_head, hf.hidden_size, CLASSES))),
     )

@@ -10,11 +10,12 @@ add its dataclass there, its block in megalora/models/blocks and its counts in m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+from megalora.models.heads import BUFFERS, ClassHead, FileNames, Head, TaskHead  # noqa: F401
 from megalora.models.linears import (  # noqa: F401 (a spec is composed of them: families import all from here)
     Blocked,
     ByGroup,
@@ -135,66 +136,6 @@ class Embedding:
             yield from () if part is None else part.tensors()
 
 
-@dataclass(frozen=True)
-class Head:
-    """Logits: softcap * tanh(s / softcap) of s = scale * (`{name}.weight` [vocab_size, width] project(hidden) + bias).
-
-    tied     the weight is the embedding's, and not in the file
-    bias     `{name}.bias` [vocab_size]
-    project  from hidden_size to the words' width; frozen, and without an adapter
-    softcap  None: logits are s
-    """
-
-    name: str
-    tied: bool = False
-    bias: bool = False
-    project: Linear | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
-    def tensors(self, vocab_size: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the name and shape of each tensor in the file."""
-        if not self.tied:
-            yield self.weight, (vocab_size, width)
-        if self.bias:
-            yield f"{self.name}.bias", (vocab_size,)
-        yield from () if self.project is None else self.project.tensors()
-
-
-BUFFERS = ("rotary_emb.inv_freq",)  # that older versions of transformers saved
-
-
-@dataclass(frozen=True)
-class FileNames:
-    """How the names of a file may differ from ours.
-
-    renames  (start, ours) of other starts of names that files are known to have
-    ignored  ends of names of tensors that say nothing: buffers that older versions saved
-    prefix   of the bare model, which files saved from it lack
-    passed   starts of names of parts that are no part of this model (layers that predict further tokens)
-    """
-
-    renames: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = BUFFERS
-    prefix: str = ""
-    passed: tuple[str, ...] = ()
-
-    def ours(self, name: str, expected: Collection[str]) -> str | None:
-        """Return our name of a tensor of the file, None for one that says nothing. expected: all of our names."""
-        if name in expected:
-            return name
-        for start, ours in self.renames:
-            if name.startswith(start):
-                return ours + name[len(start) :]
-        if self.prefix + name in expected:
-            return self.prefix + name
-        return None if name.endswith(self.ignored) or name.startswith(self.passed) else name
-
-
 class PlacedLinear(NamedTuple):
     """A linear of the model and the layer that holds it."""
 
@@ -211,17 +152,50 @@ class ModelSpec:
     dtype          of the weights in the file, as config.json names it, or None
     stored         the format of the linears in the file, one of choices.BASE_FORMATS
     predicting     layers behind the last that only predict further tokens, which files may hold: they are passed over
+    task_heads     heads that it can have instead, for other tasks (see `for_task`)
     """
 
     embedding: Embedding
     stack: Stack
-    head: Head
+    head: Head | ClassHead
     max_position_embeddings: int
     model_type: str = ""
     dtype: str | None = None
     stored: str = "dense"
     predicting: int = 0
     files: FileNames = field(default_factory=FileNames)
+    task_heads: tuple[TaskHead, ...] = ()
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees itself and those before it alone."""
+        return self.attention.causal
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it reads of each token beside its id and position."""
+        return ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of its classes; none of a language model."""
+        return self.head.labels if isinstance(self.head, ClassHead) else ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that it can be trained for, by peft's names."""
+        language = ("CAUSAL_LM",) if isinstance(self.head, Head) else ()
+        return (*language, *(task for task, _ in self.task_heads))
+
+    def for_task(self, task: str, labels: Sequence[str] = ()) -> ModelSpec:
+        """Return the model with the head of one of `tasks`; labels: names of its classes, where it has such."""
+        found = dict(self.task_heads).get(task)
+        if found is None:
+            return self
+        out = replace(found.out, out_features=len(labels))
+        others = {f"{name}." for head in (self.head, *dict(self.task_heads).values()) for name in head.names}
+        passed = (*self.files.passed, *sorted(others - {f"{name}." for name in found.names}))
+        return replace(self, head=replace(found, out=out, labels=tuple(labels)), files=replace(self.files, passed=passed))
 
     @property
     def hidden_size(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.models.blocks.attention import AttentionBlock
+from megalora.models.blocks.classes import ClassScores
 from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer
@@ -24,7 +26,7 @@ from megalora.choices import RECOMPUTE
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
-from megalora.models.spec import ModelSpec
+from megalora.models.spec import ClassHead, ModelSpec
 from megalora.parallel.base import FrozenMatrix
 from megalora.parallel.decomposition import Decomposition, settle_norms
 from megalora.parallel.embedding import VocabParallelHead
@@ -34,7 +36,8 @@ from megalora.parallel.linear import ParallelLinear
 from megalora.parallel.loss import next_token_loss
 from megalora.parallel.placement import Placement
 
-Loss = Callable[[torch.Tensor, VocabParallelHead, Inputs], torch.Tensor]
+Head = VocabParallelHead | ClassScores
+Loss = Callable[[torch.Tensor, Any, Inputs], torch.Tensor]
 NO_LORA = ResolvedLora(LoraConfig(), {})
 
 
@@ -45,6 +48,7 @@ class Stage(nn.Module):
                belongs to the first chunk, the norm and the head to the last
     recompute  "none"; "selective": rotation and attention run again in backward; "full": whole layers do
     loss       (final hidden states, head, inputs) -> the summed loss of a microbatch
+    sums       the same -> what an evaluation adds up, where it asks for more than the loss (Inputs.measures)
     Parameters are uninitialised: `checkpoint` fills the base, `reset_adapters` the adapters.
     """
 
@@ -60,11 +64,12 @@ class Stage(nn.Module):
         further: Sequence[Iterable[int]] = (),
         recompute: str = "none",
         loss: Loss = next_token_loss,
+        sums: Loss | None = None,
     ):
         super().__init__()
         assert recompute in RECOMPUTE, recompute
         self._chunks = tuple(tuple(chunk) for chunk in (layers, *further))
-        self.config, self.place, self.lora, self.loss = config, place, lora, loss
+        self.config, self.place, self.lora, self.loss, self.sums = config, place, lora, loss, sums
         self.recompute_layers = recompute == "full"
         self.shares_adapters = False  # whether a token's adapter is looked up in Tokens.adapters
         self._graphs: LayerGraphs | None = None
@@ -77,13 +82,16 @@ class Stage(nn.Module):
             i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, recompute == "selective"))
             for i in chain(*self._chunks)
         }
-        norm = head = None
+        norm = None
+        head: HeadBlock | ClassScores | None = None
         if last and stack.final_norm is not None:
             norm = NORMS[stack.final_norm.kind](stack.final_norm, place)
             hang(self, stack.final_norm.name, norm)
-        if last:
+        if last and isinstance(config.head, ClassHead):
+            head = ClassScores(self, config.head, place)
+        elif last:
             head = HeadBlock(self, config, place)
-        if config.head.tied and embedding is not None and head is not None:
+        if isinstance(head, HeadBlock) and config.head.tied and embedding is not None:
             head.words.weight = embedding.words.weight
         self._parts = _Parts(embedding, blocks, norm, head)
 
@@ -97,7 +105,7 @@ class Stage(nn.Module):
         return self._parts.layers
 
     @property
-    def head(self) -> VocabParallelHead | None:
+    def head(self) -> Head | None:
         return None if self._parts.head is None else self._parts.head.words
 
     @property
@@ -123,7 +131,7 @@ class Stage(nn.Module):
         else:
             hidden = self._layers(hidden, inputs, chunk)
         if last and inputs.labels is not None:
-            return self.loss(hidden, self.head, inputs)
+            return (self.sums if inputs.measures else self.loss)(hidden, self.head, inputs)
         return hidden
 
     def _layers(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int) -> torch.Tensor:
@@ -210,6 +218,11 @@ class Stage(nn.Module):
         for found, *_ in self._decomposed:
             found.reset()
 
+    def reset_head(self, seed: int) -> None:
+        """Fill what is trained of a classifier's head with its initial values, the same on every layout."""
+        if isinstance(self.head, ClassScores):
+            self.head.reset(seed)
+
     def reset_adapters(self, seed: int) -> None:
         """Initial adapters, the same on every layout; call `settle` after it, once the base is loaded."""
         self._settles = bool(self._decomposed)
@@ -223,4 +236,4 @@ class _Parts:
     embedding: EmbeddingBlock | None
     layers: dict[int, Layer]
     norm: Norm | None
-    head: HeadBlock | None
+    head: HeadBlock | ClassScores | None

@@ -175,7 +175,7 @@ def _family(family: Family) -> Iterable[str]:
         yield f"- The only values that are implemented: {_fixed(family.fixed)}."
     if family.harmless:
         yield f"- Has no effect on training: {_code(sorted(family.harmless))}."
-    yield f"- Names: layers `{spec.stack.prefix}.N`, embedding `{spec.embedding.weight}`, head `{spec.head.weight}`."
+    yield f"- Names: layers `{spec.stack.prefix}.N`, embedding `{spec.embedding.weight}`, head `{spec.head.names[0]}.weight`."
     if family.files.prefix:
         yield f"- Files without the prefix `{family.files.prefix}` are read too."
     for start, ours in family.files.renames:

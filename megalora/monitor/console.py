@@ -110,9 +110,10 @@ class Console:
             self.note(f"step {step} by phase: {seconds}")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One evaluation: step, loss, perplexity."""
-        loss, perplexity = _number(record.get("loss"), ".4f"), _number(record.get("perplexity"), ".4g")
-        self.note(f"step {record['step']}: evaluation loss {loss}, perplexity {perplexity}")
+        """One evaluation: its step, its loss, and the other metrics of the task."""
+        told = [f"{name} {_number(value, '.4g')}" for name, value in record.items() if name not in ("step", "loss")]
+        loss = _number(record.get("loss"), ".4f")
+        self.note(f"step {record['step']}: evaluation {', '.join([f'loss {loss}', *told])}")
 
     def note(self, text: str) -> None:
         """One line, above the bar where there is one."""

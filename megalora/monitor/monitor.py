@@ -71,7 +71,7 @@ class Monitor:
             self._console.step(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One evaluation: step, loss, perplexity, as plain numbers. Written to eval_metrics.jsonl."""
+        """One evaluation: step, loss and the task's other metrics, as plain numbers. Written to eval_metrics.jsonl."""
         if self._active:
             self._write(self._evaluations, record, "eval")
             self._console.evaluation(record)

@@ -99,15 +99,20 @@ class PipelineRunner:
         return self._run(programme[self._pp.rank], _Step(inputs, scale, self._floor))
 
     @torch.no_grad()
-    def evaluate(self, microbatches: int, inputs: Callable[[int], object]) -> torch.Tensor:
-        """The sum of the losses of every microbatch as a float64 scalar; 0 on stages that have no loss."""
-        programme = forward_only(self._pp.size, microbatches, self._chunks)
-        return self._run(programme[self._pp.rank], _Step(inputs, 1.0, self._pp.size * self._chunks))
+    def evaluate(
+        self, microbatches: int, inputs: Callable[[int], object], shape: tuple[int, ...] = ()
+    ) -> torch.Tensor:
+        """Return the sum over microbatches of what the last stage gives: its loss, a float64 scalar; 0 elsewhere.
 
-    def _run(self, actions: Sequence[Action], step: _Step) -> torch.Tensor:
+        shape  of what it gives, where that is no scalar
+        """
+        programme = forward_only(self._pp.size, microbatches, self._chunks)
+        return self._run(programme[self._pp.rank], _Step(inputs, 1.0, self._pp.size * self._chunks), shape)
+
+    def _run(self, actions: Sequence[Action], step: _Step, shape: tuple[int, ...] = ()) -> torch.Tensor:
         compute: Mapping[str, Callable[[Action, torch.Tensor | None, _Step], torch.Tensor | None]]
         compute = {FORWARD: self._forward, RECOMPUTE: self._recompute, BACKWARD: self._backward}
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = torch.zeros(shape, dtype=torch.float64, device=self._device)
         for action in receives_early(actions, self._neighbours.ahead):
             if action.op in RECEIVES:
                 self._neighbours.expect(action)

@@ -70,10 +70,11 @@ def stage_memory(
     e = work.element
     ends = shape.embedding + shape.before if first else 0
     final = 0 if shape.final_norm is None else shape.final_norm.elements
-    ends += shape.embedding + final + shape.behind if last else 0
+    ends += shape.head + final + shape.behind if last else 0
     if first and last and shape.tied:
         ends -= shape.embedding
     frozen, trained = sum(layer.frozen for layer in layers), sum(layer.trained for layer in layers)
+    trained += shape.scoring if last else 0
     groups = [group for layer in layers for times, group in layer.counted for _ in range(times)]
     room = sum(group.room * group.output for group in groups)
     linears = sum(group.inputs * group.output for group in groups)

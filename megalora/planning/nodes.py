@@ -375,14 +375,14 @@ def _output(tokens: _Tokens, flowing: bool) -> Node:
 
 def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[Node]:
     """Final norm and loss: the logits live chunk by chunk, the gradient of the hidden states comes out of forward."""
-    e = work.element
+    e, rows = work.element, shape.classes or shape.vocabulary
     labelled = round(tokens.full * work.labelled)
-    chunk = min(labelled, max(1, CHUNK_LOGITS.get(shape.device_type, CHUNK_LOGITS["cpu"]) // shape.vocabulary))
-    logits = chunk * shape.vocabulary * e * (1 + shape.capped)
+    chunk = min(labelled, max(1, CHUNK_LOGITS.get(shape.device_type, CHUNK_LOGITS["cpu"]) // rows))
+    logits = chunk * rows * e * (1 + shape.capped)
     read, whole = tokens.local * shape.width * e, tokens.full * shape.width * e  # what the head reads
     gathered = whole if tokens.gathers else 0
     parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.width * e
-    product = 2 * labelled * shape.width * shape.vocabulary
+    product = 2 * labelled * shape.width * rows
     before: tuple[Message, ...] = ()
     after: tuple[Message, ...] = (Message("reduce", whole),) if shape.tp > 1 else ()
     if tokens.gathers:
@@ -401,7 +401,7 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
         Pass(
             live=read + gathered + logits + parts,
             flops=product * (2 if flowing else 1),
-            traffic=3 * labelled * shape.vocabulary * e,
+            traffic=3 * labelled * rows * e,
             messages=before,
             calls=12,
         ),

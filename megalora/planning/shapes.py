@@ -109,6 +109,8 @@ class Shape:
     behind      elements of what else the last layer's result goes through: projection, bias of the head
     capped      logits have a softcap, whose slope is kept beside them
     scaled      the rows of the embedding are multiplied by a number
+    classes     of a classifier, which has a head of its own instead of one on the vocabulary; 0: it has none
+    scoring     elements that are trained of a classifier's head
     lowest      the first layer that has something to train; the number of layers where none has
     device_type "cuda" or "cpu": the room of a group, and what a few ops keep, depend on it
     """
@@ -126,6 +128,13 @@ class Shape:
     behind: int = 0
     capped: bool = False
     scaled: bool = False
+    classes: int = 0
+    scoring: int = 0
+
+    @property
+    def head(self) -> int:
+        """Elements of the matrix of a head on the vocabulary."""
+        return 0 if self.classes else self.embedding
 
     @property
     def lowest(self) -> int:
@@ -133,7 +142,7 @@ class Shape:
 
     @property
     def embedding(self) -> int:
-        """Elements of the embedding, and of the head."""
+        """Elements of the embedding."""
         return self.vocabulary * self.width
 
 
@@ -142,7 +151,11 @@ def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = 
     rank, final = _Rank(config, lora, tp, device_type), config.stack.final_norm
     vocabulary, width = -(-config.vocab_size // tp), config.embedding.width
     before = sum(math.prod(shape) for _, shape in config.embedding.tensors()) - config.vocab_size * width
-    projection = 0 if config.head.project is None else sum(math.prod(s) for _, s in config.head.project.tensors())
+    head = config.head
+    trained = head.trained if isinstance(head, spec.ClassHead) else {}
+    behind = sum(math.prod(s) for name, s in head.tensors(vocabulary, width) if name not in trained)
+    if isinstance(head, spec.Head) and not head.tied:
+        behind -= vocabulary * width
     return Shape(
         tuple(rank.layer(index, layer) for index, layer in enumerate(config.stack.layers)),
         config.hidden_size,
@@ -154,9 +167,11 @@ def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = 
         device_type,
         width,
         before,
-        projection + vocabulary * config.head.bias,
-        config.head.softcap is not None,
+        behind,
+        isinstance(head, spec.Head) and head.softcap is not None,
         config.embedding.scale != 1.0,
+        len(config.labels),
+        sum(map(math.prod, trained.values())),
     )
 
 

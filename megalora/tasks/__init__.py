@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megalora.tasks.causal import CausalLM
+from megalora.tasks.classes import Classification
 from megalora.tasks.task import Task
 
-TASKS: Mapping[str, Task] = {"CAUSAL_LM": CausalLM()}  # the names are choices.TASKS
+TASKS: Mapping[str, Task] = {  # the names are choices.TASKS
+    "CAUSAL_LM": CausalLM(),
+    "TOKEN_CLS": Classification(tags=True),
+    "SEQ_CLS": Classification(tags=False),
+}
 
-__all__ = ["TASKS", "CausalLM", "Task"]
+__all__ = ["TASKS", "CausalLM", "Classification", "Task"]

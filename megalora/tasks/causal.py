@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +20,13 @@ class CausalLM:
     def loss(self, hidden: torch.Tensor, head: VocabParallelHead, inputs: Inputs) -> torch.Tensor:
         return next_token_loss(hidden, head, inputs)
 
-    def report(self, loss: float) -> dict[str, float]:
+    def sums(self, hidden: torch.Tensor, head: VocabParallelHead, inputs: Inputs) -> torch.Tensor:
+        return self.loss(hidden, head, inputs).double().unsqueeze(0)
+
+    def width(self, labels: Sequence[str]) -> int:
+        return 1
+
+    def report(self, sums: Sequence[float], count: int, labels: Sequence[str] = ()) -> dict[str, float]:
         """Return the loss and its perplexity, e to the loss."""
+        loss = sums[0] / max(1, count)
         return {"loss": loss, "perplexity": math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf}

@@ -242,7 +242,7 @@ def named(name: str) -> str:
         ({"vocab_size": 1.5}, "vocab_size"),
         ({"num_attention_heads": None}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"architectures": ["LlamaForQuestionAnswering"]}, "architectures"),
         ({"model_type": "gemma"}, "gemma"),
         ({"model_type": "llama4"}, "llama4"),
         ({"model_type": None}, "model_type"),

@@ -24,7 +24,7 @@ def test_the_names_are_those_that_lora_config_takes():
 
 @pytest.mark.parametrize("loss, perplexity", [(0.0, 1.0), (2.0, math.exp(2.0)), (701.0, math.inf)])
 def test_perplexity(loss, perplexity):
-    assert CausalLM().report(loss) == {"loss": loss, "perplexity": perplexity}
+    assert CausalLM().report([loss * 4], 4) == {"loss": loss, "perplexity": perplexity}
 
 
 def test_a_stage_computes_the_loss_of_its_task(monkeypatch):

@@ -50,7 +50,8 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     if isinstance(base, str):
         lora_config["base_model_name_or_path"] = base
     file, raw = _read_tensors(folder)
-    tensors = {_our_name(key, file): tensor for key, tensor in raw.items()}
+    saved = tuple(f"{name}." for name in fields.get("modules_to_save") or ())
+    tensors = {_our_name(key, file, saved): tensor for key, tensor in raw.items()}
     adapted = _adapted(tensors)
     for linear in sorted(adapted):
         factors = [tensors.get(linear + suffix) for suffix in _FACTORS]
@@ -102,7 +103,12 @@ def write_peft(
 
 
 def _explicit_targets(fields: Mapping[str, Any], adapted: set[str]) -> dict[str, Any]:
-    """The targets as peft takes them: it has other defaults, and refuses layers beside a pattern."""
+    """The targets as peft takes them: it has other defaults, and refuses layers beside a pattern.
+
+    A classifier's are full names: of "all-linear" and "dense" peft takes its head too, and then refuses to train that.
+    """
+    if fields.get("modules_to_save"):
+        return {"target_modules": sorted(adapted), "layers_to_transform": None}
     if isinstance(fields.get("target_modules"), str) and fields.get("layers_to_transform") is not None:
         return {"target_modules": sorted(adapted), "layers_to_transform": None}
     if fields.get("target_modules") is None:
@@ -120,10 +126,11 @@ def _peft_key(name: str, adapted: set[str]) -> str:
     return PREFIX + (f"{linear}.base_layer.bias" if name.endswith(".bias") and linear in adapted else name)
 
 
-def _our_name(key: str, file: Path) -> str:
+def _our_name(key: str, file: Path, saved: tuple[str, ...] = ()) -> str:
+    """saved: starts of the names of modules that are trained in full."""
     name = key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
     name = name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as early versions of peft wrote it
-    if not key.startswith(PREFIX) or not name.endswith(_OF_LINEARS):
+    if not key.startswith(PREFIX) or not (name.endswith(_OF_LINEARS) or name.startswith(saved)):
         raise UserError(f"{file}: {key} is no known part of a LoRA on a linear: use an adapter of linears only")
     return name
 

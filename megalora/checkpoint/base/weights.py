@@ -42,6 +42,7 @@ class BaseNames:
     embedding, head  names of the two matrices that may be one
     tied             the head is the embedding: it is not read where the file has it
     files            how names in files differ from ours
+    optional         tensors that are trained in full: files need not have them, and they are no part of the base
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -49,6 +50,7 @@ class BaseNames:
     head: str
     tied: bool
     files: FileNames
+    optional: frozenset[str] = frozenset()
 
 
 class BaseWeights(Protocol):
@@ -123,7 +125,7 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
         files[ours], renamed = name, renamed or ours != name
     _check_prefix(folder, weights, files, names)
     for problem, found in (
-        ("lacks", names.shapes.keys() - files.keys()),
+        ("lacks", names.shapes.keys() - files.keys() - names.optional),
         ("holds the unexpected", {files[ours] for ours in files.keys() - names.shapes.keys()}),
     ):
         if found:
@@ -135,6 +137,8 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
             )
     weights = _Renamed(weights, files) if renamed else weights
     for name, shape in sorted(names.shapes.items()):
+        if name not in weights.shapes:
+            continue
         weights.dtype(name)  # refuses one that cannot be read
         if tuple(weights.shapes[name]) != tuple(shape):
             raise UserError(
@@ -214,6 +218,8 @@ def load_base(module: nn.Module, folder: str | Path, *, splits: Mapping[str, Spl
         if "lora_" in name or name in linears:
             continue
         source = names.embedding if names.tied and name == names.head else name
+        if source in names.optional and source not in weights.shapes:
+            continue  # drawn
         split, whole = splits[name], names.shapes.get(source)
         assert whole is not None and split.global_shape == tuple(whole), (name, split, whole)
         assert tuple(parameter.shape) == split.local_shape, (name, parameter.shape, split)
@@ -229,7 +235,7 @@ def model_fingerprint(folder: str | Path, names: BaseNames) -> str:
     """
     weights = open_base(folder, names)
     digest = hashlib.sha256()
-    for name in sorted(names.shapes):
+    for name in sorted(names.shapes.keys() - names.optional):
         shape, dtype = weights.shapes[name], weights.dtype(name)
         digest.update(json.dumps([name, list(shape), str(dtype)]).encode())
         for row in sorted({0, shape[0] // 2}):

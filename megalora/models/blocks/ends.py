@@ -76,6 +76,7 @@ class HeadBlock:
 
     def __init__(self, root: nn.Module, config: spec.ModelSpec, place: Placement):
         head, width = config.head, config.embedding.width
+        assert isinstance(head, spec.Head)
         self.words = VocabParallelHead(
             config.vocab_size, width, place, bias=head.bias, scale=head.scale, softcap=head.softcap
         )

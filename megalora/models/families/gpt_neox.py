@@ -21,7 +21,7 @@ def read(hf: Fields) -> ModelSpec:
     steps = (Residual(attention, norm("input_layernorm")), Residual(mlp, norm("post_attention_layernorm")))
     layer = (ParallelResidual(steps),) if hf.use_parallel_residual else steps
     stack = Stack("gpt_neox.layers", (layer,) * hf.num_hidden_layers, norm("gpt_neox.final_layer_norm"))
-    return decoder(hf, stack, embedding="gpt_neox.embed_in", head="embed_out")
+    return decoder(hf, stack, embedding="gpt_neox.embed_in", head="embed_out", token_head="classifier")
 
 
 FAMILY = Family(
@@ -29,10 +29,9 @@ FAMILY = Family(
     read,
     reads=frozenset(
         """hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size layer_norm_eps hidden_act
-        max_position_embeddings tie_word_embeddings use_parallel_residual attention_bias""".split()
+        max_position_embeddings tie_word_embeddings use_parallel_residual attention_bias classifier_dropout""".split()
     ),
     fixed={"attention_dropout": 0.0, "hidden_dropout": 0.0},
-    harmless=frozenset({"classifier_dropout"}),
     rope={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
     partial=0.25,
     files=FileNames((("lm_head.", "embed_out."),), (*BUFFERS, "attention.bias", "attention.masked_bias"), "gpt_neox."),

@@ -148,8 +148,6 @@ def folder(tmp_path):
     ("field", "value"),
     [
         ("peft_type", "IA3"),
-        ("use_dora", True),
-        ("lora_bias", True),
         ("modules_to_save", ["lm_head"]),
         ("layer_replication", [[0, 2]]),
         ("loftq_config", {"loftq_bits": 4}),
@@ -158,7 +156,7 @@ def folder(tmp_path):
         ("use_qalora", True),
         ("trainable_token_indices", [1]),
         ("something_new", 3),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "FEATURE_EXTRACTION"),
     ],
 )
 def test_fields_that_change_the_numbers_are_refused(folder, field, value):

@@ -1,0 +1,208 @@
+"""Rows with labels: words with a tag each, or texts with one label, from the shapes that data sets have.
+
+| task | shapes |
+|---|---|
+| TOKEN_CLS | {tokens, tags}, {words, ner_tags}, a CoNLL file; {text, spans: [{start, end, label}]} |
+| SEQ_CLS   | {text, label}, {sentence1, sentence2, label}, {premise, hypothesis, label} |
+
+A tag or label is a name, or the number of one. Spans become tags in the BIO scheme.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+from .fields import FieldNames, Fields, json_type, names_of
+
+OUTSIDE = "O"
+Label = str | int
+
+_WORDS = ("tokens", "words")
+_TAGS = ("tags", "ner_tags", "pos_tags", "labels")
+_TEXTS = ("text", "sentence", "sentence1", "premise", "question1")
+_SECOND = ("text_pair", "sentence2", "hypothesis", "question2")
+_SPANS = ("spans", "entities", "label")
+_LABELS = ("label", "labels", "class", "intent")
+_PARTS = re.compile(r"\w+|[^\w\s]")  # a word, or a punctuation mark
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a text. spaced: a space, or nothing, stands before it."""
+
+    text: str
+    spaced: bool = True
+
+
+@dataclass(frozen=True)
+class TaggedWords:
+    """Words and the tag of each; tags None: they are to be found."""
+
+    words: tuple[Word, ...]
+    tags: tuple[Label, ...] | None
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        return self.tags or ()
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text, or a pair of them, and its label; label None: it is to be found."""
+
+    text: str
+    second: str | None
+    label: Label | None
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        return () if self.label is None else (self.label,)
+
+
+def read_tagged(
+    row: Any, where: str, names: FieldNames | None = None, seen: Counter[str] | None = None, *, question: bool = False
+) -> TaggedWords:
+    """Return one row as words and their tags. question: tags are asked for, and need not be there.
+
+    Raises UserError for a row that is malformed, that has another number of tags than of words, whose spans overlap or
+    end beyond the text, or that has a field which is not read.
+    """
+    fields = _fields(row, where, names, seen, question)
+    if fields.present(_WORDS):
+        words = _texts(fields.take(*_WORDS), fields.place, "tokens")
+        tags = fields.take(*_TAGS)
+        if tags is None and question:
+            found = None
+        elif not isinstance(tags, list) or not all(_is_label(tag) for tag in tags):
+            raise UserError(f"{fields.place}: tags must be a list with a tag, a string or a number, for each token")
+        elif len(tags) != len(words):
+            raise UserError(f"{fields.place}: {len(words)} tokens but {len(tags)} tags; give each token one tag")
+        else:
+            found = tuple(tags)
+        fields.finish()
+        return TaggedWords(tuple(Word(word) for word in words), found)
+    if not fields.present(_TEXTS):
+        raise UserError(
+            f"{fields.place}: no known shape (fields {names_of(row)}); known shapes: {{tokens, tags}}, "
+            "{text, spans}; --columns maps other names"
+        )
+    text = _text(fields.take(*_TEXTS), fields.place)
+    given, named = fields.present(_SPANS), fields.take_named(*_SPANS)
+    if not given and not question:
+        raise UserError(f"{fields.place}: has a text but no spans; give spans, [] where the text has no entity")
+    fields.finish()
+    spans = [] if named is None else _spans(named[1], text, fields.place)
+    words, tags = _tagged(text, spans)
+    return TaggedWords(words, tags if given else None)
+
+
+def read_labelled(
+    row: Any, where: str, names: FieldNames | None = None, seen: Counter[str] | None = None, *, question: bool = False
+) -> LabelledText:
+    """Return one row as a text with its label. question: the label is asked for, and need not be there.
+
+    Raises UserError for a row that is malformed, lacks a text or label, or has a field which is not read.
+    """
+    fields = _fields(row, where, names, seen, question)
+    if not fields.present(_TEXTS):
+        raise UserError(
+            f"{fields.place}: no known shape (fields {names_of(row)}); known shapes: {{text, label}}, "
+            "{sentence1, sentence2, label}; --columns maps other names"
+        )
+    text, second = _text(fields.take(*_TEXTS), fields.place), fields.take(*_SECOND)
+    if second is not None:
+        second = _text(second, fields.place)
+    label = fields.take(*_LABELS)
+    if label is None and not question:
+        raise UserError(f"{fields.place}: has no label; add one, or leave the row out")
+    if label is not None and not _is_label(label):
+        raise UserError(f"{fields.place}: label is a JSON {json_type(label)}; it must be one name or number")
+    fields.finish()
+    return LabelledText(text, second, label)
+
+
+def _fields(
+    row: Any, where: str, names: FieldNames | None, seen: Counter[str] | None, question: bool
+) -> Fields:
+    if question and isinstance(row, str):
+        row = {"text": row}
+    if question and isinstance(row, dict) and "prompt" in row and "text" not in row:
+        row = {("text" if name == "prompt" else name): value for name, value in row.items()}
+    if not isinstance(row, dict) or not row:
+        kind = "an empty object" if row == {} else f"a JSON {json_type(row)}"
+        raise UserError(f"{where}: a row must be an object with fields, this is {kind}")
+    return Fields(row, where, "", names or FieldNames(), Counter() if seen is None else seen)
+
+
+def _is_label(value: Any) -> bool:
+    return (isinstance(value, str) and bool(value)) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        what = "is empty" if value is None or isinstance(value, str) else f"is a JSON {json_type(value)}"
+        raise UserError(f"{place}: the text {what}; it must be a string with something in it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: the text has half of a surrogate pair; fix its encoding") from None
+    return value
+
+
+def _texts(value: Any, place: str, name: str) -> list[str]:
+    if not isinstance(value, list) or not value:
+        what = "an empty list" if value == [] else f"a JSON {json_type(value)}"
+        raise UserError(f"{place}: {name} must be a list of words, this is {what}")
+    return [_text(word, f"{place}: token {number}") for number, word in enumerate(value)]
+
+
+def _spans(value: Any, text: str, place: str) -> list[tuple[int, int, str]]:
+    """The spans of a text, in order: {start, end, label} or [start, end, label] each, counted in characters."""
+    if not isinstance(value, list):
+        raise UserError(f"{place}: spans must be a list of {{start, end, label}}, this is a JSON {json_type(value)}")
+    spans = []
+    for number, span in enumerate(value):
+        parts = span
+        if isinstance(span, Mapping):
+            parts = [span.get("start"), span.get("end"), span.get("label", span.get("type", span.get("entity")))]
+        if not isinstance(parts, list) or len(parts) != 3 or not isinstance(parts[2], str) or not parts[2]:
+            raise UserError(f"{place}: span {number} is not {{start, end, label}}; correct it")
+        start, end, label = parts
+        sound = all(isinstance(n, int) and not isinstance(n, bool) for n in (start, end))
+        if not sound or not 0 <= start < end <= len(text) or not text[start:end].strip():
+            raise UserError(
+                f"{place}: span {number} ({label}) goes from {start!r} to {end!r} in a text of {len(text)} characters; "
+                "correct it"
+            )
+        spans.append((start, end, label))
+    spans.sort()
+    for (_, end, label), (start, _, other) in zip(spans[:-1], spans[1:], strict=True):
+        if start < end:
+            raise UserError(f"{place}: the spans {label} and {other} overlap; keep one of them")
+    return spans
+
+
+def _tagged(text: str, spans: Sequence[tuple[int, int, str]]) -> tuple[tuple[Word, ...], tuple[Label, ...]]:
+    """The words of a text, cut at the bounds of its spans too, and their tags: B-label, I-label or O."""
+    bounds = sorted({bound for start, end, _ in spans for bound in (start, end)})
+    words, tags = [], []
+    for match in _PARTS.finditer(text):
+        inner = [bound for bound in bounds if match.start() < bound < match.end()]
+        edges = [match.start(), *inner, match.end()]
+        for start, end in zip(edges[:-1], edges[1:], strict=True):
+            spaced = start == 0 or text[start - 1].isspace()
+            words.append(Word(text[start:end], spaced))
+            tags.append(_tag(start, spans, text))
+    return tuple(words), tuple(tags)
+
+
+def _tag(start: int, spans: Sequence[tuple[int, int, str]], text: str) -> str:
+    for first, end, label in spans:
+        if first <= start < end:
+            return f"B-{label}" if not text[first:start].strip() else f"I-{label}"
+    return OUTSIDE

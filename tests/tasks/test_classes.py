@@ -1,0 +1,156 @@
+"""Classifiers: every layout gives the numbers of one process, and those are the numbers of transformers and peft.
+
+transformers reads one document at a time, ours a packed batch. Heads are drawn from their names on both sides.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+import peft
+import pytest
+import torch
+import transformers
+from oracle import (
+    ALL_LINEAR,
+    LABELS,
+    Run,
+    classified,
+    fields_of,
+    in_file_order,
+    largest_difference,
+    reference,
+    train_each,
+    whole_tensor,
+)
+from spawn import spawn
+
+from megalora.adapters.config import LoraConfig
+from megalora.building import resolve_lora
+from megalora.data import Sample, build_rows
+from megalora.data.loader import Loader
+from megalora.models.config import config_from_dict
+from megalora.models.inputs import training_inputs
+from megalora.models.stage import Stage
+from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
+from megalora.parallel.split import named_splits
+from megalora.tasks import TASKS
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
+
+CLASSES = {
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+LAYOUTS = (  # of 4 processes
+    {"tp": 2, "pp": 2},
+    {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full", "schedule": "gpipe"},
+    {"tp": 4, "recompute": "selective"},
+    {"pp": 2},
+)
+RUNS = [Run(family, task=task) for family, task in itertools.product(("llama", "gpt_neox"), CLASSES)]
+
+
+def test_layouts_of_four_processes():
+    runs = [run.on(**LAYOUTS[number % len(LAYOUTS)]) for number, run in enumerate(RUNS)]
+    outcomes = spawn(train_each, 4, runs)
+    for number, run in enumerate(runs):
+        assert largest_difference(reference(run), [ranks[number] for ranks in outcomes]) <= 1e-12, run
+
+
+def test_the_head_is_trained_and_its_dropout_counts():
+    run = RUNS[0]
+    outcome = reference(run)
+    assert {"score.weight", "score.bias"} <= outcome.adapters.keys()
+    assert reference(run.on(model={"classifier_dropout": 0.0})).losses != outcome.losses
+
+
+# ---- transformers and peft
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    task: str
+    model: dict = field(default_factory=dict)
+
+
+PARITY = [Case(run.family, run.task, {"classifier_dropout": 0.0}) for run in RUNS]
+LORA = {"r": 3, "lora_alpha": 6, "target_modules": ALL_LINEAR["target_modules"]}
+
+
+def documents(config, task: str) -> list[Sample]:
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for length in (17, 12, 8, 40, 5, 30, 2):
+        ids = torch.randint(0, config.vocab_size, (length,), generator=generator)
+        labels = torch.where(torch.arange(length) >= length // 3, ids, -100)
+        found.append(classified(Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32")), config, task))
+    return found
+
+
+def ours(case: Case, dtype: torch.dtype):
+    """(loss sum, gradients, scores of the labelled tokens in the order of documents)"""
+    config = config_from_dict(fields_of(case.family, **case.model)).for_task(case.task, LABELS)
+    lora = resolve_lora(LoraConfig.from_dict(LORA | {"task_type": case.task}), config)
+    place, task = Placement(Axis(), False, dtype, "cpu"), TASKS[case.task]
+    stage = Stage(config, range(config.num_hidden_layers), place, lora, loss=task.loss, sums=task.sums)
+    parameters = dict(stage.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, split in named_splits(stage).items():
+            parameters[name].copy_(split.slice(whole_tensor(name, split.global_shape, 0.15)))
+    stage.refresh_adapters()
+    packed = build_rows(documents(config, case.task), [[0, 1, 2], [3], [4, 5], [6]], 40, pad_token_id=0)
+    loader = Loader(packed, micro_batch_rows=4, num_microbatches=1, dp_rank=0, dp_size=1, seed=0, shuffle=False)
+    step = loader.step(0)
+    inputs = training_inputs(step.microbatches[0], config, place, seed=1, step=0)
+    loss = stage(None, inputs)
+    loss.backward()
+    with torch.no_grad():
+        stage.loss = lambda hidden, head, inputs: head(hidden, inputs)
+        scores = stage(None, inputs)
+    splits = named_splits(stage)
+    return loss.item(), {name: in_file_order(splits[name], p.grad) for name, p in stage.trainable().items()}, scores
+
+
+def theirs(case: Case, dtype: torch.dtype):
+    raw = fields_of(case.family, **case.model) | {"num_labels": len(LABELS), "pad_token_id": None}
+    kind = raw.pop("model_type")
+    config = transformers.CONFIG_MAPPING[kind](**raw)
+    model = CLASSES[case.task].from_config(config, attn_implementation="sdpa")
+    spec = config_from_dict(fields_of(case.family, **case.model)).for_task(case.task, LABELS)
+    lora = peft.LoraConfig(task_type=case.task, **LORA | {"target_modules": sorted(spec.linears)})
+    model = peft.get_peft_model(model, lora).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.copy_(whole_tensor(plain_name(name), tuple(parameter.shape), 0.15))
+    model.train()
+    total, scores = 0.0, []
+    for document in documents(spec, case.task):
+        ids, classes = torch.from_numpy(document.input_ids).long(), torch.from_numpy(document.columns["classes"]).long()
+        logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits
+        logits = logits[0][classes != -100] if case.task == "TOKEN_CLS" else logits
+        classes = classes[classes != -100]
+        scores.append(logits)
+        total = total + torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
+    total.backward()
+    gradients = {plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return total.item(), gradients, torch.cat(scores)
+
+
+def plain_name(name: str) -> str:
+    """peft's name of a parameter -> ours."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+    return name.replace(".modules_to_save", "").replace(".original_module", "")
+
+
+@pytest.mark.parametrize("case", PARITY, ids=lambda case: f"{case.family}-{case.task}")
+def test_the_numbers_of_transformers_and_peft(case):
+    loss, gradients, scores = ours(case, torch.float32)
+    their_loss, their_gradients, their_scores = theirs(case, torch.float32)
+    assert gradients.keys() == their_gradients.keys()
+    assert abs(loss - their_loss) <= 1e-5 * abs(their_loss)
+    assert (scores - their_scores).abs().max() <= 1e-5 * their_scores.abs().max()
+    for name, gradient in gradients.items():
+        scale = their_gradients[name].abs().max()
+        assert scale > 1e-6 and (gradient - their_gradients[name]).abs().max() <= 1e-5 * scale, name
