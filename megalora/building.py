@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from megalora.pipeline.partition import partition
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.devices import device_of
+from megalora.planning.fitting import AS_GIVEN, Fit, Fitting, StageUse
 from megalora.planning.memory import exchange_bytes
 from megalora.planning.nodes import Workload
 from megalora.planning.shapes import shape_of
@@ -100,12 +101,14 @@ class Cut:
     """How the model is cut into parts: their layers, the first that has something to train, and the share of a step's
     compute that each is reckoned to have.
 
-    A part is a stage, or with several chunks a stage, chunk c of stage s of p is part c p + s.
+    A part is a stage, or with several chunks a stage, chunk c of stage s of p is part c p + s. fit: what of this rank's
+    stage is computed again, and what it needs; None where nothing is trained.
     """
 
     layers: tuple[range, ...]
     floor: int
     shares: tuple[float, ...]
+    fit: Fit | None = field(default=None, compare=False)  # every rank has its own
 
 
 def build_stage(
@@ -118,14 +121,16 @@ def build_stage(
     custom_partition: tuple[int, ...] | None = None,
     virtual_pipeline_size: int = 1,
     uneven_heads: bool = False,
-    recompute: str = "none",
     workload: Workload | None = None,
     profile_file: str | None = None,
+    schedule: str = "1f1b",
+    fitting: Fitting = AS_GIVEN,
 ) -> tuple[Stage, Cut]:
     """This rank's stage, its parameters not filled yet. Collective. Raises UserError where the model cannot be cut so.
 
     workload      a microbatch of the run, for the stages' costs; None where nothing is trained
     profile_file  a trace of megalora.profiling: the costs are made to add up to what it measured
+    schedule      one of SCHEDULES, and `fitting`: what of the workload's layers is computed again
     """
     check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
     parts = mesh.pp.size * virtual_pipeline_size
@@ -145,6 +150,15 @@ def build_stage(
     layers = stage_layers(config, parts, partition_method, custom_partition, costs)
     own, *further = layers[mesh.pp.rank :: mesh.pp.size]
     task = TASKS[lora.config.task_type]
+    floor, fit, again = first_trained_part(config, lora, layers), None, {}
+    if workload is not None:
+        shape, stages = shape_of(config, lora, mesh.tp.size, torch.device(place.device).type), mesh.pp.size
+        peak = SCHEDULES[schedule].peak(mesh.pp.rank, stages, fitting.microbatches, floor, virtual_pipeline_size)
+        use = StageUse(
+            shape, (own, *further), mesh.pp.is_first, mesh.pp.is_last, max(1, peak.activations), peak.inputs
+        )
+        fit = fitting.choose(use, workload)
+        again = {"recompute": fit.work.recompute, "tile": fit.work.tile, "offloaded": fit.work.offloaded}
     stage = Stage(
         config,
         own,
@@ -153,11 +167,11 @@ def build_stage(
         first=mesh.pp.is_first,
         last=mesh.pp.is_last,
         further=further,
-        recompute=recompute,
         loss=task.loss,
         sums=task.sums,
+        **again,
     )
-    return stage, Cut(tuple(layers), first_trained_part(config, lora, layers), tuple(costs.shares(layers)))
+    return stage, Cut(tuple(layers), floor, tuple(costs.shares(layers)), fit)
 
 
 def first_trained_part(config: ModelSpec, lora: ResolvedLora, parts: Sequence[range]) -> int:
@@ -318,6 +332,7 @@ class EngineSettings:
     optimizer       arguments of AdapterOptimizer; None: its defaults
     cuda_graphs     None: wherever they serve
     timed           whether the communication inside layers is timed, which excludes graphs over tensor parallelism
+    fitting         what of the workload's layers is computed again
     """
 
     workload: Workload
@@ -334,6 +349,21 @@ class EngineSettings:
     optimizer: Mapping[str, Any] | None = None
     cuda_graphs: bool | None = None
     timed: bool = False
+    fitting: Fitting = AS_GIVEN
+
+    @property
+    def of_stage(self) -> dict[str, Any]:
+        """The arguments of `build_stage`."""
+        return {
+            "partition_method": self.partition_method,
+            "custom_partition": self.custom_partition,
+            "virtual_pipeline_size": self.chunks,
+            "uneven_heads": self.uneven_heads,
+            "workload": self.workload,
+            "profile_file": self.profile_file,
+            "schedule": self.schedule,
+            "fitting": self.fitting,
+        }
 
 
 @dataclass(frozen=True)
@@ -367,26 +397,14 @@ def build_trainer(
     """
     device, work = torch.device(place.device), settings.workload
     with together(mesh.world):
-        stage, cut = build_stage(
-            config,
-            mesh,
-            lora,
-            place,
-            partition_method=settings.partition_method,
-            custom_partition=settings.custom_partition,
-            virtual_pipeline_size=settings.chunks,
-            uneven_heads=settings.uneven_heads,
-            recompute=work.recompute,
-            workload=work,
-            profile_file=settings.profile_file,
-        )
+        stage, cut = build_stage(config, mesh, lora, place, **settings.of_stage)
     with together(mesh.world):
         fill(stage)
     stage.settle()
     with together(mesh.world):
-        graphs, note = choose_graphs(
-            settings.cuda_graphs, place, mesh, config.head_dim, config.has_experts, timed=settings.timed
-        )
+        timed, offloads, wanted = settings.timed, stage.offloads, settings.cuda_graphs
+        few = config.head_dim, config.has_experts
+        graphs, note = choose_graphs(wanted, place, mesh, *few, timed=timed, offloads=offloads)
     if graphs:
         stage.use_graphs()
     parameters, splits = stage.trainable(), named_splits(stage)

@@ -119,7 +119,9 @@ class Run:
     lanes: bool = False
     sequence_parallel: bool = False
     exchange: bool = False
-    recompute: str = "none"
+    recompute: str | tuple[str, ...] = "none"
+    tile: int = 0
+    offloaded: frozenset[int] = frozenset()
     schedule: str = "1f1b"
     partition_method: str = "uniform"
     custom_partition: tuple[int, ...] | None = None
@@ -235,7 +237,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange, BaseFormat(run.base_format))
     work = Workload(
         run.micro_batch_rows, run.seq_length, element=run.dtype.itemsize, sequence_parallel=run.sequence_parallel,
-        recompute=run.recompute,
+        recompute=run.recompute, tile=run.tile, offloaded=run.offloaded,
     )  # fmt: skip
     settings = EngineSettings(
         work, lambda step: run.learning_rate, partition_method=run.partition_method,
@@ -274,8 +276,9 @@ def reference(run: Run) -> Outcome:
     Asserts that it is worth comparing with: finite, no step skipped, every adapter with a gradient and moved.
     """
     plain = run.on(
-        tp=1, pp=1, chunks=1, lanes=False, sequence_parallel=False, exchange=False, recompute="none", schedule="1f1b",
-        partition_method="uniform", custom_partition=None, micro_batch_rows=1,
+        tp=1, pp=1, chunks=1, lanes=False, sequence_parallel=False, exchange=False, recompute="none",
+        tile=0, offloaded=frozenset(), schedule="1f1b", partition_method="uniform", custom_partition=None,
+        micro_batch_rows=1,
     )  # fmt: skip
     outcome = _references.get(repr(plain))
     if outcome is None:

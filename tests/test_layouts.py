@@ -80,6 +80,33 @@ def test_recompute_changes_nothing_on_one_process(family, recompute):
     check(Run(family, recompute=recompute), dp=1)
 
 
+MIXED = ("full", "layer", "mlp", "norms")
+LEVELS = [("norms", 0), ("mlp", 0), ("layer", 0), ("full", 16), (MIXED, 8)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_parts_computed_again_change_no_bit(family):
+    """Without tiles to the bit; a tile sums the gradients of factors in another order."""
+    base = Run(family, micro_batch_rows=2, steps=2)
+    plain = train(0, 1, base)
+    for recompute, tile in LEVELS:
+        offloaded = frozenset({0, 1} if recompute in ("layer", "full", MIXED) else ())
+        ours = train(0, 1, base.on(recompute=recompute, tile=tile, offloaded=offloaded))
+        assert ours.losses[0] == plain.losses[0], (recompute, tile)
+        assert largest_difference(plain, [ours]) <= (1e-12 if tile else 0.0), (recompute, tile)
+
+
+def test_parts_computed_again_on_a_mesh():
+    runs = [
+        Run("llama", **TP2_SP, pp=2, recompute=MIXED, tile=8, offloaded=frozenset({0, 1})),
+        Run("qwen2", tp=4, recompute=MIXED[::-1], tile=8, micro_batch_rows=2, offloaded=frozenset({2, 3})),
+        Run("gpt_neox", **TP2_SP, pp=2, schedule="gpipe", recompute="layer", tile=8, offloaded=frozenset({1})),
+        Run("qwen3", tp=2, recompute="mlp", tile=8, **lora(layers_to_transform=[1, 2])),  # dp 2
+    ]
+    for run, outcomes in zip(runs, zip(*spawn(train_each, 4, runs), strict=True), strict=True):
+        assert largest_difference(reference(run), list(outcomes)) <= 1e-12, run
+
+
 def lora(**fields) -> dict:
     return {"lora": ALL_LINEAR | fields}
 

@@ -37,11 +37,13 @@ def choose_graphs(
     experts: bool = False,
     *,
     timed: bool = False,
+    offloads: bool = False,
 ) -> tuple[bool, str | None]:
     """(whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they serve.
 
-    experts  the model has experts
-    timed    the communication inside layers is to be timed (wall_clock_breakdown, profile)
+    experts   the model has experts
+    timed     the communication inside layers is to be timed (wall_clock_breakdown, profile)
+    offloads  activations are kept in host memory
     Raises UserError where they are wanted and cannot be.
     """
     on_gpu = torch.device(place.device).type == "cuda"
@@ -50,6 +52,8 @@ def choose_graphs(
         obstacle = "there is no GPU"
     elif mesh.pp.size > 1:
         obstacle = "a pipeline stage holds several microbatches at a time, and graphs hold one"
+    elif offloads:
+        obstacle = "activations are kept in host memory"
     elif timed and mesh.tp.size > 1:
         obstacle = "wall_clock_breakdown and profile time the collectives inside layers"
     elif place.dtype not in (torch.bfloat16, torch.float16):

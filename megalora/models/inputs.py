@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,8 @@ class Inputs:
     chosen     of a part that is computed again in backward: what its routers chose, by name, so that the second pass
                takes every token where the first one did; None where nothing is computed again
     measures   the sums of the task's metrics are asked for, not the loss alone
+    attention_kept  what attention goes through where its result is kept while the rest is computed again, or None
+    unread     nobody reads the result of the mixer at work (see megalora.models.recompute): its last product is left out
     """
 
     input_ids: torch.Tensor
@@ -56,6 +58,12 @@ class Inputs:
     position_ids: torch.Tensor | None = None
     chosen: dict[str, torch.Tensor] | None = None
     measures: bool = False
+    attention_kept: Callable[..., torch.Tensor] | None = None
+    unread: bool = False
+
+    def attend(self, attention: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
+        """Return attention(*sources), for all tensors that need a gradient; every attention in training goes this way."""
+        return attention(*sources) if self.attention_kept is None else self.attention_kept(attention, *sources)
 
 
 def rope_tables(

@@ -5,14 +5,13 @@ Parameter names are those of the HF file, with global layer indices on every sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.models.blocks.attention import AttentionBlock
@@ -22,10 +21,12 @@ from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
-from megalora.choices import RECOMPUTE
+from megalora.choices import RECOMPUTE_LEVELS
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
+from megalora.models.offload import HostMemory
+from megalora.models.recompute import TILE, Recomputer
 from megalora.models.spec import ClassHead, ModelSpec
 from megalora.parallel.base import FrozenMatrix
 from megalora.parallel.decomposition import Decomposition, settle_norms
@@ -46,7 +47,10 @@ class Stage(nn.Module):
 
     further    the layers of its further chunks, which follow later in the model (interleaved schedules): the embedding
                belongs to the first chunk, the norm and the head to the last
-    recompute  "none"; "selective": rotation and attention run again in backward; "full": whole layers do
+    recompute  what of each layer runs again in backward, one of choices.RECOMPUTE_LEVELS: one for all layers, or that of
+               each layer of the model
+    tile       tokens at once where what treats every token alone runs again; 0: all
+    offloaded  the layers of which what is kept goes to host memory, where they are computed again whole
     loss       (final hidden states, head, inputs) -> the summed loss of a microbatch
     sums       the same -> what an evaluation adds up, where it asks for more than the loss (Inputs.measures)
     Parameters are uninitialised: `checkpoint` fills the base, `reset_adapters` the adapters.
@@ -62,16 +66,19 @@ class Stage(nn.Module):
         first: bool = True,
         last: bool = True,
         further: Sequence[Iterable[int]] = (),
-        recompute: str = "none",
+        recompute: str | Sequence[str] = "none",
+        tile: int = TILE,
+        offloaded: Collection[int] = (),
         loss: Loss = next_token_loss,
         sums: Loss | None = None,
     ):
         super().__init__()
-        assert recompute in RECOMPUTE, recompute
+        levels = [recompute] * len(config.stack.layers) if isinstance(recompute, str) else recompute
+        assert set(levels) <= set(RECOMPUTE_LEVELS), recompute
         self._chunks = tuple(tuple(chunk) for chunk in (layers, *further))
         self.config, self.place, self.lora, self.loss, self.sums = config, place, lora, loss, sums
-        self.recompute_layers = recompute == "full"
         self.shares_adapters = False  # whether a token's adapter is looked up in Tokens.adapters
+        self._host = HostMemory(place.device) if offloaded else None
         self._graphs: LayerGraphs | None = None
         self._settles = False  # initial magnitudes are to be set
         stack = config.stack
@@ -79,7 +86,7 @@ class Stage(nn.Module):
         # modules here would be registered a second time.
         embedding = EmbeddingBlock(self, config.embedding, place) if first else None
         blocks = {
-            i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, recompute == "selective"))
+            i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, levels[i], tile, i in offloaded))
             for i in chain(*self._chunks)
         }
         norm = None
@@ -139,14 +146,9 @@ class Stage(nn.Module):
         if self.embedding is not None and chunk == 0:
             hidden = self.embedding(inputs)
         delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
+        recomputer = Recomputer(self._host)
         for layer in (self.layers[i] for i in self._chunks[chunk]):
-            if self.recompute_layers and torch.is_grad_enabled():
-                again = replace(inputs, chosen={})
-                hidden, delta = checkpoint(
-                    layer, hidden, delta, again, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden, delta = layer(hidden, delta, inputs)
+            hidden, delta = layer(hidden, delta, inputs, recomputer)
         ends = self._parts.head is not None and chunk == len(self._chunks) - 1
         if ends and self._parts.norm is not None:
             hidden = self._parts.norm.after(hidden, delta)[1]
@@ -166,6 +168,13 @@ class Stage(nn.Module):
         if self._graphs is not None:
             self._graphs.close()
         self._graphs = None
+        if self._host is not None:
+            self._host.close()
+
+    @property
+    def offloads(self) -> bool:
+        """Whether it keeps activations in host memory."""
+        return self._host is not None
 
     @property
     def uses_graphs(self) -> bool:

@@ -114,7 +114,7 @@ class LinearGroup:
         full = self.row_parallel or not self.reduces
         return tokens.index if full else tokens.local, tokens.draw(self.dropout, self.site, offset)
 
-    def product(self, source: torch.Tensor, tokens: Tokens) -> Product:
+    def product(self, source: torch.Tensor, tokens: Tokens, unread: bool = False) -> Product:
         """Return the Product of `source`. Not for autograd.
 
         source is x with room behind it, [T or F, I + C] (its tail is overwritten); or x alone, [T or F, I]; or gate_up
@@ -122,6 +122,7 @@ class LinearGroup:
         Column-parallel: source has this rank's T tokens, y all F. Row-parallel: source has all F, y is reduced to this
         rank's T (or is this rank's term of all F, where the group does not reduce).
         Under sequence parallelism the X of a column-parallel group is sure to have its z, and only until the next call.
+        unread: nobody reads y but DoRA, without which its values are any; the group is row-parallel.
         """
         assert self._ready, "refresh() comes before the first use"
         tp, columns, exchange = self.place.tp, self.in_features, self.place.exchange
@@ -137,6 +138,10 @@ class LinearGroup:
         if tokens.adapters is not None and self._owners is not None:
             z = X[:, columns : columns + len(self._owners)]
             z.masked_fill_(self._owners != tokens.adapters.unsqueeze(1), 0.0)
+        if unread and self.dora is None:
+            assert self.row_parallel
+            rows = X.shape[0] // (tp.size if self.gathers else 1)
+            return Product(X.new_empty(1).expand(rows, self.matrix.rows), X)
         # Of a row-parallel group it is added once, to the sum; with DoRA behind the factors.
         bias = None if self.row_parallel or self.dora is not None else self.bias
 
@@ -157,6 +162,11 @@ class LinearGroup:
         if self.row_parallel and self.own_bias is not None:
             y.add_(self.own_bias)
         return Product(y, X)
+
+    def fill_room(self, X: torch.Tensor, tokens: Tokens) -> None:
+        """Put z behind x [T or F, I + C], in place, as `product` does."""
+        if self.down is not None:
+            lora_down_(X, self.down, *self.mask(tokens))
 
     @torch.no_grad()
     def refresh(self) -> None:

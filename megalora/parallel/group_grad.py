@@ -19,20 +19,20 @@ from megalora.parallel.group import GatedPair, LinearGroup, Product, Trainable
 from megalora.parallel.placement import Placement, Tokens
 
 
-def apply_group(group: LinearGroup, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+def apply_group(group: LinearGroup, source: torch.Tensor, tokens: Tokens, unread: bool = False) -> torch.Tensor:
     """Return y [F or T, O] of `source`, as `LinearGroup.product` says, for autograd."""
     if not torch.is_grad_enabled():  # nothing is kept for a backward that does not come
         return group.product(source, tokens).y
-    return GroupedLinearFunction.apply(source, group, tokens, *group.trainables.values())
+    return GroupedLinearFunction.apply(source, group, tokens, unread, *group.trainables.values())
 
 
-def apply_pair(pair: GatedPair, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+def apply_pair(pair: GatedPair, source: torch.Tensor, tokens: Tokens, unread: bool = False) -> torch.Tensor:
     """Return y [T, O] of `source` [T, I + C] or [T, I], as of the groups one after the other, for autograd."""
     first, second = pair.first, pair.second
     if not torch.is_grad_enabled():
         return second.product(first.product(source, tokens).y, tokens).y
     trainables = (*first.trainables.values(), *second.trainables.values())
-    return GatedPairFunction.apply(source, pair, tokens, *trainables)
+    return GatedPairFunction.apply(source, pair, tokens, unread, *trainables)
 
 
 def reduce_terms(terms: torch.Tensor, place: Placement, biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -242,34 +242,34 @@ class GroupedLinearFunction(torch.autograd.Function):
     Nothing is kept for a frozen weight."""
 
     @staticmethod
-    def forward(ctx, source, group, tokens, *trainables):
-        product = group.product(source, tokens)
+    def forward(ctx, source, group, tokens, unread, *trainables):
+        product = group.product(source, tokens, unread)
         ctx.group, ctx.draw, ctx.width = group, group.mask(tokens)[1], source.shape[1]
-        needs_dx, _, _, *flags = ctx.needs_input_grad
+        needs_dx, _, _, _, *flags = ctx.needs_input_grad
         ctx.save_for_backward(*_keep(group, source, product, tokens, needs_dx, _needs(group, flags)))
         return product.y
 
     @staticmethod
     def backward(ctx, dy):
-        needs_dx, _, _, *flags = ctx.needs_input_grad
+        needs_dx, _, _, _, *flags = ctx.needs_input_grad
         group, sums = ctx.group, _Sums(ctx.group, _needs(ctx.group, flags))
         dense = ctx.width == group.in_features
         dsource = _backward(group, _Kept(*ctx.saved_tensors), ctx.draw, dy, needs_dx, sums, dense=dense)
-        return dsource, None, None, *sums.told
+        return dsource, None, None, None, *sums.told
 
 
 class GatedPairFunction(torch.autograd.Function):
     """Both groups as GroupedLinearFunction; the dB of the first is computed where its dy is made."""
 
     @staticmethod
-    def forward(ctx, source, pair, tokens, *trainables):
+    def forward(ctx, source, pair, tokens, unread, *trainables):
         first, second = pair.first, pair.second
         ctx.pair, ctx.draws, ctx.width = pair, [group.mask(tokens)[1] for group in (first, second)], source.shape[1]
         needs_dx, needs_first, needs_second = _cut_needs(ctx.needs_input_grad, pair)
         product = first.product(source, tokens)
         gate_up, kept = product.y, _keep(first, source, product, tokens, needs_dx, needs_first)
         del product  # what was gathered is not needed beside the second product
-        product = second.product(gate_up, tokens)
+        product = second.product(gate_up, tokens, unread)
         needs_dx = needs_dx or any(needs_first.values())
         ctx.save_for_backward(*kept, *_keep(second, gate_up, product, tokens, needs_dx, needs_second))
         return product.y
@@ -294,7 +294,7 @@ class GatedPairFunction(torch.autograd.Function):
             dsource = _backward(
                 first, kept_first, ctx.draws[0], dgate_up, needs_dx, sums_first, dense=dense, own_ups=own_ups
             )
-        return dsource, None, None, *sums_first.told, *sums_second.told
+        return dsource, None, None, None, *sums_first.told, *sums_second.told
 
 
 class _ReduceTerms(torch.autograd.Function):
@@ -312,5 +312,5 @@ class _ReduceTerms(torch.autograd.Function):
 
 def _cut_needs(needs: Sequence[bool], pair: GatedPair) -> tuple[bool, Needs, Needs]:
     """Return which gradients are wanted: (of the source, of the first group's trainables, of the second's)."""
-    end = 3 + len(pair.first.trainables)
-    return needs[0], _needs(pair.first, needs[3:end]), _needs(pair.second, needs[end:])
+    end = 4 + len(pair.first.trainables)
+    return needs[0], _needs(pair.first, needs[4:end]), _needs(pair.second, needs[end:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,6 +36,11 @@ class Tokens:
         if self.seed is None or p == 0.0:
             return None
         return Dropout(p=p, seed=self.seed, site=site, step=self.step, feature_offset=feature_offset)
+
+    def rows(self, rows: slice) -> Tokens:
+        """Return the `rows` of the local tokens, with those of all ranks that are gathered with them."""
+        ranks = self.index.shape[0] // self.local.shape[0]
+        return replace(self, index=self.index.view(ranks, -1)[:, rows].flatten(), local=self.local[rows])
 
 
 @dataclass(frozen=True)

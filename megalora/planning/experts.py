@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from megalora.planning.groups import Group
 from megalora.planning.mixers import Experts
 from megalora.planning.node import NOTHING, Node, Pass, Workload
 
 _WIDE, _INDEX = 4, 8  # bytes of a float32 score, of an int64
+
+
+def experts_nodes(layer: Any, mixer: Experts, flowing: bool) -> list[Node]:
+    """Return the nodes of a mixture of experts: all between one gather and one sum over tp runs over all tokens.
+
+    layer  the megalora.planning.nodes._LayerNodes of its layer
+    """
+    tokens, shape = layer.tokens, layer.shape
+    inner = replace(
+        layer,
+        shape=replace(shape, tp=1),
+        tokens=replace(tokens, local=tokens.full, stream=tokens.whole, gathers=False),
+    )
+    messages = layer._messages(mixer.router, True, 0.0, True)
+    gathers = tuple(replace(message, kind="gather") for message in messages) if tokens.gathers else ()
+    sums = Pass(live=tokens.whole, messages=messages, calls=len(messages))
+    fetch = Pass(live=tokens.whole if gathers else 0, messages=gathers, calls=len(gathers))
+    nodes = [Node("gathered tokens", 0, fetch, sums if flowing else NOTHING)]
+    nodes += routed_nodes(mixer, layer.work, tokens.full, shape.device_type, flowing)
+    if mixer.shared is not None:
+        after = flowing or mixer.shared.up.trains
+        fused = inner._fused(mixer.shared)
+        nodes += [
+            inner._linears(mixer.shared.up, "kept", flowing, fused=fused),
+            inner._linears(mixer.shared.down, "gated", after, fused=fused),
+        ]
+    if mixer.gate is not None:
+        kept = tokens.whole + 2 * tokens.full * layer.work.element
+        product = Pass(live=tokens.whole, traffic=3 * tokens.whole, calls=3)
+        nodes += [inner._linears(mixer.gate, "kept", flowing)]
+        nodes += [inner._node("shared gate", kept, product, product, flowing or mixer.trains)]
+    return [*nodes, Node("sum of experts", 0, sums, fetch if flowing or mixer.trains else NOTHING)]
 
 
 def routed_nodes(mixer: Experts, work: Workload, tokens: int, device_type: str, flowing: bool) -> list[Node]:

@@ -71,6 +71,7 @@ def _core(layer: Any, mixer: LatentAttention, flowing: bool) -> list[Node]:
     forward = Pass(live=came, attention=flops, traffic=2 * came + 4 * head, calls=10)
     backward = Pass(live=layer.tokens.stream + 5 * head, attention=2.5 * flops, traffic=8 * head, calls=14)
     core = layer._node("attention", kept, forward, backward, flowing)
+    core = replace(core, result=head + full * mixer.heads * _STATISTIC)
     if work.recompute != "selective" or not flowing:
         return [core]
     again = replace(forward, live=layer.tokens.stream + head)

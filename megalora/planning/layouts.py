@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalora.adapters.config import ResolvedLora
+from megalora.choices import RECOMPUTE as RECOMPUTE_METHODS
 from megalora.errors import UserError
 from megalora.models.config import check_layout
 from megalora.models.spec import ModelSpec
-from megalora.models.stage import RECOMPUTE as RECOMPUTE_METHODS
 from megalora.pipeline.actions import FORWARD, RECOMPUTE, SENDS, Action
 from megalora.pipeline.partition import partition
 from megalora.pipeline.schedule import SCHEDULES, Peak, Schedule

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from megalora.models.recompute import TILE
 
 
 @dataclass(frozen=True)
@@ -14,9 +17,12 @@ class Workload:
     labelled           part of the tokens that have a label: the head is computed for these only
     element            bytes of an element in the compute dtype (2 for bfloat16)
     sequence_parallel  whether activations between the linears are cut over tp
-    recompute          "none", "selective" or "full"
+    recompute          what is computed again in backward, one of choices.RECOMPUTE_LEVELS: one for all layers, or that
+                       of each layer of the model
     busy               pairs that fall to the busiest rank's experts, in even shares (1: routing is even)
     base_format        of the frozen linears, one of choices.BASE_FORMATS
+    tile               tokens at once where what treats every token alone is computed again; 0: all
+    offloaded          layers of which what is kept is in host memory
     """
 
     rows: int
@@ -25,9 +31,15 @@ class Workload:
     labelled: float = 1.0
     element: int = 2
     sequence_parallel: bool = False
-    recompute: str = "none"
+    recompute: str | tuple[str, ...] = "none"
     busy: float = 1.0
     base_format: str = "dense"
+    tile: int = TILE
+    offloaded: frozenset[int] = frozenset()
+
+    def level(self, layer: int) -> str:
+        """Return what of a layer is computed again."""
+        return self.recompute if isinstance(self.recompute, str) else self.recompute[layer]
 
     @property
     def tokens(self) -> int:
@@ -85,7 +97,11 @@ NOTHING = Pass()
 class Node:
     """One autograd node, or a part that is computed again in backward: then `inner` is what that makes.
 
-    kept  bytes from its forward to the end of its backward
+    kept     bytes from its forward to the end of its backward
+    forward  where there is an `inner`: of the first run; inner has what the second run takes
+    host     bytes that it keeps in host memory meanwhile
+    result   bytes of `kept` that are the result of attention, with its statistics
+    fetched  bytes that are on the device because of it: during its forward on their way out, during its backward back
     """
 
     name: str
@@ -93,6 +109,9 @@ class Node:
     forward: Pass
     backward: Pass = NOTHING
     inner: tuple[Node, ...] = field(default=())
+    result: int = 0
+    host: int = 0
+    fetched: int = 0
 
 
 def kept_bytes(nodes: list[Node]) -> int:
@@ -109,10 +128,29 @@ def peak_bytes(nodes: list[Node], base: int = 0, gradient: int = 0) -> int:
     top = running = base
     for node in nodes:
         running += node.kept
-        top = max(top, running + gradient + node.forward.live)
+        top = max(top, running + gradient + node.forward.live + node.fetched)
     for node in reversed(nodes):
-        top = max(top, running + node.backward.live)
+        top = max(top, running + node.backward.live + node.fetched)
         if node.inner:
-            top = max(top, peak_bytes(list(node.inner), running, node.backward.live))
+            top = max(top, peak_bytes(list(node.inner), running + node.fetched, node.backward.live))
         running -= node.kept
     return top
+
+
+def host_bytes(nodes: list[Node]) -> int:
+    """What a microbatch between its forward and its backward holds in host memory."""
+    return sum(node.host for node in nodes)
+
+
+def sum_of(passes: Iterable[Pass]) -> Pass:
+    """Return passes one after another as one."""
+    passes = list(passes)
+    return Pass(
+        max((p.live for p in passes), default=0),
+        sum(p.flops for p in passes),
+        sum(p.flops8 for p in passes),
+        sum(p.attention for p in passes),
+        sum(p.traffic for p in passes),
+        tuple(message for p in passes for message in p.messages),
+        sum(p.calls for p in passes),
+    )

@@ -17,15 +17,16 @@ from megalora.ops.activations import KEEPS_RESULT
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
-from megalora.planning.experts import routed_nodes
+from megalora.planning.experts import experts_nodes
 from megalora.planning.groups import Group, with_factors
 from megalora.planning.latent import latent_nodes
 from megalora.planning.mixers import MLP, Attention, Experts, LatentAttention, Mixer, Norm
-from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, kept_bytes, peak_bytes
+from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
 from megalora.planning.quantised import on_base
-from megalora.planning.shapes import Branch, Layer, Shape
+from megalora.planning.recomputed import Run, again_of, attention_again, part_of, tiled
+from megalora.planning.shapes import Branch, Layer, Shape, Step
 
-__all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "kept_bytes", "peak_bytes"]
+__all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "host_bytes", "kept_bytes", "peak_bytes"]
 
 _STATISTIC = 4  # bytes of a float32: the norms' inverses, the logsumexp of attention
 
@@ -44,10 +45,8 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
         nodes.append(Node("embedding", 0, Pass(traffic=2 * passes * tokens.stream, messages=summed, calls=passes)))
     for index in layers:
         layer = shape.layers[index]
-        nodes += _layer_nodes(layer, bare, work, index == layers.start, flowing)
-        if index == layers.start + 1 and work.recompute == "full" and len(shape.layers[index - 1].steps) == 1:
-            # A layer of one step gives its input on as it came: the two layers keep one tensor.
-            nodes[-1] = replace(nodes[-1], kept=max(0, nodes[-1].kept - tokens.stream)) if flowing else nodes[-1]
+        run = replace(work, recompute=work.level(index), offloaded=frozenset())
+        nodes += _layer_nodes(layer, bare, run, index == layers.start, flowing, index in work.offloaded)
         flowing = flowing or layer.trains
     nodes += _tail(shape, work, tokens, flowing) if last else [_output(tokens, flowing)]
     # Rotation tables and token numbers of the microbatch: every layer reads the same ones.
@@ -76,70 +75,73 @@ class _Tokens:
         size = shape.hidden * work.element
         return cls(local, work.tokens, local * size, work.tokens * size, gathers)
 
-
-def _computed_again(name: str, inner: list[Node], kept: int, tokens: _Tokens, gradient: int | None = None) -> Node:
-    """A part of which only the inputs are kept; `gradient` bytes come in while it is computed again."""
-    forward = _sum(node.forward for node in inner)
-    again = replace(forward, live=tokens.stream if gradient is None else gradient)
-    # Where the part's first node keeps the part's own input, that is not held twice.
-    head = inner[0]
-    shared = min(head.kept, tokens.stream) if head.name == "norm of the input" else 0
-    inner = [replace(head, kept=head.kept - shared), *inner[1:]]
-    return Node(name, kept, forward, again, tuple(inner))
-
-
-def _sum(passes) -> Pass:
-    passes = list(passes)
-    return Pass(
-        max((p.live for p in passes), default=0),
-        sum(p.flops for p in passes),
-        sum(p.flops8 for p in passes),
-        sum(p.attention for p in passes),
-        sum(p.traffic for p in passes),
-        tuple(message for p in passes for message in p.messages),
-        sum(p.calls for p in passes),
-    )
+    def part(self, local: int) -> _Tokens:
+        """Return `local` tokens of each rank."""
+        ranks, size = self.full // self.local, self.stream // self.local
+        return _Tokens(local, local * ranks, local * size, local * ranks * size, self.gathers)
 
 
 @lru_cache(maxsize=4096)
-def _layer_nodes(layer: Layer, shape: Shape, work: Workload, entering: bool, flowing: bool) -> tuple[Node, ...]:
+def _layer_nodes(
+    layer: Layer, shape: Shape, work: Workload, entering: bool, flowing: bool, offloads: bool
+) -> tuple[Node, ...]:
     """entering: the layer is the first of its chunk, so the residual stream comes in one piece. flowing: what comes in
     requires a gradient."""
     tokens = _Tokens.of(shape, work)
-    nodes = _LayerNodes(layer, shape, work, tokens, entering).build(flowing)
-    if work.recompute == "full" and (flowing or layer.trains):
-        nodes = [_computed_again("layer", nodes, tokens.stream * (1 if entering else 2), tokens)]
-    return tuple(nodes)
+    first = _LayerNodes(layer, shape, work, tokens, entering)
+    runs = first.runs(flowing)
+    if work.recompute not in ("mlp", "layer", "full") or not (flowing or layer.trains):
+        return tuple(node for run in runs for node in run.nodes)
+    size = work.tile // (tokens.full // tokens.local)
+    # As backward makes them: the stream comes in one piece, and the last product of an MLP is not read.
+    again = replace(first, entering=True, again=True).runs(flowing)
+    if size and tokens.local > size:
+        tile = replace(first, tokens=tokens.part(size), entering=True, again=True)
+        again = [tiled(run, short, tokens.stream) for run, short in zip(again, tile.runs(flowing), strict=True)]
+    if work.recompute == "mlp":
+        pairs = zip(runs, again, strict=True)
+        parts = [part_of([run], [second], tokens.stream) if run.by_token else run.nodes for run, second in pairs]
+        return tuple(node for part in parts for node in part)
+    kept = 0
+    if work.recompute == "layer":
+        kept = sum(node.result for run in runs for node in run.nodes)
+        again = [attention_again(run) for run in again]
+    return tuple(part_of(runs, again, tokens.stream, kept, offloads))
 
 
 @dataclass(frozen=True)
 class _LayerNodes:
-    """shape: of the model, without its layers."""
+    """shape: of the model, without its layers. again: as they run for the second time."""
 
     layer: Layer
     shape: Shape
     work: Workload
     tokens: _Tokens
     entering: bool
+    again: bool = False
 
-    def build(self, flowing: bool) -> list[Node]:
-        nodes: list[Node] = []
+    def runs(self, flowing: bool) -> list[Run]:
+        """Return the nodes of each step."""
+        found: list[Run] = []
         for number, step in enumerate(self.layer.steps):
-            name = "norm of the input" if self.entering and number == 0 else "norm"
+            name = "norm of the input" if self.entering and (number == 0 or self.again) else "norm"
+            nodes: list[Node] = []
             for branch in step.branches:
                 mixer = branch.mixer
-                source = "normed" if branch.norm is not None and not branch.shares else "kept"
+                source = "kept" if branch.shares else "made again" if self._makes_again(step) else "normed"
                 if branch.norm is None:
                     nodes.append(self._sum(name))
                     source = "new"
                 elif not branch.shares:
                     room = 0 if isinstance(mixer, Experts) else mixer.groups[0].room
                     nodes.append(self._norm(name, branch.norm, mixer.groups[0].inputs + room, flowing))
-                nodes += self._mixer(mixer, source, flowing)
+                nodes += self._mixer(mixer, source, flowing, branch.output_norm is not None)
                 nodes += self._behind(branch, flowing or any(group.trains for group in mixer.groups))
                 name = "norm of the same"
+            by_token = len(step.branches) == 1 and isinstance(step.branches[0].mixer, MLP)
+            found.append(Run(nodes, by_token))
             flowing = flowing or any(group.trains for mixer in step.mixers for group in mixer.groups)
-        return nodes
+        return found
 
     def _sum(self, name: str) -> Node:
         """The residual stream in one piece, for a mixer without a norm."""
@@ -158,40 +160,20 @@ class _LayerNodes:
             nodes.append(self._node("scale", 0, both, both, flowing))
         return nodes
 
-    def _mixer(self, mixer: Mixer, source: str, flowing: bool) -> list[Node]:
+    def _makes_again(self, step: Step) -> bool:
+        """Whether backward makes what the step's linears read again."""
+        alone = len(step.branches) == 1 and isinstance(step.branches[0].mixer, Attention | MLP)
+        return self.work.recompute in ("norms", "mlp") and alone and not self.again
+
+    def _mixer(self, mixer: Mixer, source: str, flowing: bool, read: bool) -> list[Node]:
+        """read: backward needs the mixer's result."""
         if isinstance(mixer, Attention):
             return self._attention(mixer, source, flowing)
         if isinstance(mixer, LatentAttention):
             return latent_nodes(self, mixer, source, flowing)
-        return self._experts(mixer, flowing) if isinstance(mixer, Experts) else self._mlp(mixer, source, flowing)
-
-    def _experts(self, mixer: Experts, flowing: bool) -> list[Node]:
-        """All that lies between one gather and one sum over tp runs over all tokens, without messages."""
-        tokens, shape = self.tokens, self.shape
-        inner = replace(
-            self,
-            shape=replace(shape, tp=1),
-            tokens=replace(tokens, local=tokens.full, stream=tokens.whole, gathers=False),
-        )
-        messages = self._messages(mixer.router, True, 0.0, True)
-        gathers = tuple(replace(message, kind="gather") for message in messages) if tokens.gathers else ()
-        sums = Pass(live=tokens.whole, messages=messages, calls=len(messages))
-        fetch = Pass(live=tokens.whole if gathers else 0, messages=gathers, calls=len(gathers))
-        nodes = [Node("gathered tokens", 0, fetch, sums if flowing else NOTHING)]
-        nodes += routed_nodes(mixer, self.work, tokens.full, shape.device_type, flowing)
-        if mixer.shared is not None:
-            after = flowing or mixer.shared.up.trains
-            fused = inner._fused(mixer.shared)
-            nodes += [
-                inner._linears(mixer.shared.up, "kept", flowing, fused=fused),
-                inner._linears(mixer.shared.down, "gated", after, fused=fused),
-            ]
-        if mixer.gate is not None:
-            kept = tokens.whole + 2 * tokens.full * self.work.element
-            product = Pass(live=tokens.whole, traffic=3 * tokens.whole, calls=3)
-            nodes += [inner._linears(mixer.gate, "kept", flowing)]
-            nodes += [inner._node("shared gate", kept, product, product, flowing or mixer.trains)]
-        return [*nodes, Node("sum of experts", 0, sums, fetch if flowing or mixer.trains else NOTHING)]
+        if isinstance(mixer, Experts):
+            return experts_nodes(self, mixer, flowing)
+        return self._mlp(mixer, source, flowing, unread=self.again and not read)
 
     def _attention(self, mixer: Attention, source: str, flowing: bool) -> list[Node]:
         after = flowing or mixer.qkv.trains
@@ -204,13 +186,13 @@ class _LayerNodes:
             self._linears(mixer.out, context, after),
         ]
 
-    def _mlp(self, mixer: MLP, source: str, flowing: bool) -> list[Node]:
+    def _mlp(self, mixer: MLP, source: str, flowing: bool, unread: bool) -> list[Node]:
         after = flowing or mixer.up.trains
         if mixer.swiglu:
             fused = self._fused(mixer)
             return [
                 self._linears(mixer.up, source, flowing, fused=fused, read=True),
-                self._linears(mixer.down, "gated", after, fused=fused),
+                self._linears(mixer.down, "gated", after, fused=fused, unread=unread),
             ]
         # Some keep their result, which down reads; the others keep what they read, and what is gated both gate and up.
         inner = self.tokens.full * mixer.down.inputs * self.work.element
@@ -220,7 +202,7 @@ class _LayerNodes:
         act = self._node("activation", kept, forward, backward, after)
         read = "kept" if mixer.act in KEEPS_RESULT and not mixer.gates and after else "new"
         up = self._linears(mixer.up, source, flowing, read=kept > 0 and (mixer.gates or mixer.act not in KEEPS_RESULT))
-        return [up, act, self._linears(mixer.down, read, after)]
+        return [up, act, self._linears(mixer.down, read, after, unread=unread)]
 
     def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:
         return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)
@@ -244,17 +226,28 @@ class _LayerNodes:
             flowing,
         )
 
-    def _linears(self, group: Group, source: str, flowing: bool, *, fused: bool = False, read: bool = False) -> Node:
+    def _linears(
+        self,
+        group: Group,
+        source: str,
+        flowing: bool,
+        *,
+        fused: bool = False,
+        read: bool = False,
+        unread: bool = False,
+    ) -> Node:
         """What the group is given is kept where there is an A, and z apart from it where it has no room for z.
 
-        source  what the group is given: "normed", x with room (q k v, gate up); x alone, the result of attention, of an
-                activation or the residual stream: "kept" by another, "recomputed" in backward, or "new"; "gated":
-                gate_up, of which it makes x, and which it keeps also for the gradient
+        source  what the group is given: "normed", x with room (q k v, gate up), kept or "made again" in backward; x
+                alone, the result of attention, of an activation or the residual stream: "kept" by another, "recomputed"
+                in backward, or "new"; "gated": gate_up, of which it makes x, and which it keeps also for the gradient
         fused   the backward passes of gate up and down are one pass through what is gated
         read    what reads the result keeps it
+        unread  forward makes z alone
         """
         tokens, e = self.tokens, self.work.element
-        gathers, gated, normed = tokens.gathers and not group.row_parallel, source == "gated", source == "normed"
+        again, gated = source == "made again", source == "gated"
+        gathers, normed = tokens.gathers and not group.row_parallel, again or source == "normed"
         alone = not gated and not normed
         held = tokens.full if group.row_parallel else tokens.local
         x = held * (group.inputs + group.room) * e
@@ -263,15 +256,15 @@ class _LayerNodes:
         elif alone:
             kept = held * group.inputs * e if group.rank and source != "kept" else 0
         else:
-            kept = x if group.rank else 0
+            kept = x if group.rank and not again else 0
+            kept += 0 if flowing or not (group.rank and again) else tokens.stream  # which the norm does not keep
         if group.rank and (gathers or group.row_parallel or alone):
             kept += tokens.full * group.room * e
         device = self.shape.device_type
         reads_z = group.rank and not (gated and fuses_down(device, group.rank))  # x again, for z
         fused = bool(group.rank) and fused  # one pass through what is gated, with dB of gate and up
         made = x if gated or (alone and group.room) else 0  # with room, for the forward only
-        y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
-        reads_x = held * group.inputs * e
+        y_full, reads_x = tokens.full * group.output * e, held * group.inputs * e
         in_region = self.shape.device_type == "cuda"  # what is gathered lies in the memory of the exchange there
         matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
         branch = 2 * tokens.full * group.rank
@@ -284,15 +277,31 @@ class _LayerNodes:
             calls=1 + gated + (group.rank > 0) + (group.row_parallel and group.biases > 0) + len(messages),
         )
         forward = on_base(forward, group, self.work, device, tokens.full, matrix, backward=False)
+        if unread and not group.magnitudes:
+            forward = replace(forward, live=made, flops=branch * group.inputs, flops8=0, messages=())
+        backward = self._linears_backward(group, source, flowing, fused)
+        node = self._node("linears", kept, forward, backward, flowing or group.trains)
+        local = tokens.local if group.row_parallel and tokens.gathers else tokens.full
+        return with_factors(node, group, local, e, keeps=not read)
+
+    def _linears_backward(self, group: Group, source: str, needs_dx: bool, fused: bool) -> Pass:
+        """The backward pass of `_linears`."""
+        tokens, e, device = self.tokens, self.work.element, self.shape.device_type
+        again, gated = source == "made again", source == "gated"
+        gathers, normed = tokens.gathers and not group.row_parallel, again or source == "normed"
+        held, in_region = tokens.full if group.row_parallel else tokens.local, device == "cuda"
+        x, reads_x = held * (group.inputs + group.room) * e, held * group.inputs * e
+        y_full, dx_full = tokens.full * group.output * e, tokens.full * (group.inputs + group.room) * e
+        matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
+        branch = 2 * tokens.full * group.rank
         # The gradient of the residual stream waits meanwhile, for a row-parallel group it is dy itself.
         gradients = group.trained * (e + _STATISTIC)
         dy = (y_full if tokens.gathers and not in_region else 0) if group.row_parallel else y_full
         scattered = tokens.local * (group.inputs + group.room) * e if gathers else 0
-        needs_dx = flowing
         after = 0  # beside dX: the gradient of gate_up and x again; or what goes on from o
         if gated:
             after = (3 if group.rank and not fused else 2) * reads_x
-        elif alone and group.rank:
+        elif not normed and group.rank:
             after = reads_x
         traffic = y_full + reads_x + (2 * reads_x if needs_dx else 0) if group.rank else 0
         if fused and needs_dx and gated:
@@ -302,18 +311,16 @@ class _LayerNodes:
         product = matrix if needs_dx else 2 * tokens.full * group.room * group.output
         messages = self._messages(group, not group.row_parallel, product, needs_dx)
         backward = Pass(
-            live=tokens.stream + dy + (dx_full + scattered + after if needs_dx else 0) + gradients,
+            live=tokens.stream + dy + (dx_full + scattered + after if needs_dx else 0) + gradients + x * again,
             flops=product + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
-            traffic=traffic + (5 * reads_x if gated and needs_dx else 0),
+            traffic=traffic + (5 * reads_x if gated and needs_dx else 0) + (3 * reads_x if again else 0),
             messages=messages,
             # dX; dx with dA; dB of each branch, where no other pass makes it.
             calls=1 + (group.rank > 0) + (0 if fused and normed else group.adapted) + len(messages),
         )
         if needs_dx:  # else the product is with the branch alone
-            backward = on_base(backward, group, self.work, device, tokens.full, product, backward=True)
-        node = self._node("linears", kept, forward, backward, flowing or group.trains)
-        local = tokens.local if group.row_parallel and tokens.gathers else tokens.full
-        return with_factors(node, group, local, e, keeps=not read)
+            return on_base(backward, group, self.work, device, tokens.full, product, backward=True)
+        return backward
 
     def _messages(self, group: Group, sums: bool, product: float, whole: bool) -> tuple[Message, ...]:
         """Of a product whose terms are summed over the ranks (`sums`), or that wants all tokens. whole: not z alone."""
@@ -358,9 +365,10 @@ class _LayerNodes:
             ),
             flowing,
         )
+        core = replace(core, result=q + statistics)
         if work.recompute != "selective" or not flowing:
             return core
-        return _computed_again("attention", [core], qkv, tokens, tokens.stream + dout)
+        return again_of("attention", [core], core.forward, qkv, tokens.stream + dout)
 
 
 def _kernels(device_type: str) -> bool:

@@ -57,17 +57,23 @@ def message_seconds(message: Message, device: Device, rate: float, ranks: int) -
 
 def node_seconds(nodes: Sequence[Node], device: Device, element: int, tp: int) -> Seconds:
     """Of the nodes of one chunk."""
-    forward, again, backward = [], [], []
-    for node in nodes:
-        parts = node.inner or (node,)
-        forward += [part.forward for part in parts]
-        again += [part.forward for part in node.inner]
-        backward += [part.backward for part in parts]
+    forward = [node.forward for node in nodes]
+    again = [part for node in nodes for part in _second(node)]
+    backward = [leaf.backward for node in nodes for leaf in _leaves(node)]
     return Seconds(
         pass_seconds(forward, device, element, tp),
         pass_seconds(again, device, element, tp),
         pass_seconds(backward, device, element, tp),
     )
+
+
+def _second(node: Node) -> list[Pass]:
+    """What is computed for the second time before the node's backward."""
+    return [again for part in node.inner for again in (_second(part) if part.inner else [part.forward])]
+
+
+def _leaves(node: Node) -> list[Node]:
+    return [leaf for part in node.inner for leaf in _leaves(part)] if node.inner else [node]
 
 
 def chunk_seconds(shape: Shape, layers: range, work: Workload, device: Device, *, first: bool, last: bool) -> Seconds:

@@ -1,6 +1,8 @@
 """What the nodes say a microbatch keeps, against what autograd really holds, to the byte."""
 
+import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch.distributed as dist
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import resolve_lora
+from megalora.choices import RECOMPUTE_LEVELS
+from megalora.models import offload
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
@@ -51,7 +55,7 @@ def batch() -> Batch:
     )
 
 
-def held_by_autograd(stage: Stage, enters: bool) -> int:
+def held_by_autograd(stage: Stage, enters: bool, hidden_too: bool = False) -> int:
     """Bytes of all storages that the graph of one forward holds, and of what comes in and goes out."""
     for group in stage.groups:
         group.matrix.whole.zero_()
@@ -65,15 +69,46 @@ def held_by_autograd(stage: Stage, enters: bool) -> int:
     if stage.embedding is None:
         local = inputs.tokens.local.shape[0]
         hidden = torch.randn(local, stage.config.hidden_size, requires_grad=enters)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: Saved(x, saved), lambda one: one.tensor):
+    before = set(map(id, tensors())) if hidden_too else set()
+    places, put = [], offload.Saved.put
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    makers = []
+
+    def counted(pack, unpack):
+        """Hooks of the layers' own: of what they let autograd save, the tensors count, or what they make them of."""
+
+        def packed(x):
+            kept = pack(x)
+            if isinstance(kept, torch.Tensor):
+                return Saved(kept, saved)
+            makers.extend(cell.cell_contents for cell in unpack.__closure__ or ())
+            return kept
+
+        return hooks(packed, lambda one: unpack(one.tensor if isinstance(one, Saved) else one))
+
+    with (
+        mock.patch.object(offload.Saved, "put", lambda self, x: places.append(put(self, x)) or places[-1]),
+        hooks(lambda x: Saved(x, saved), lambda one: one.tensor),
+        mock.patch.object(torch.autograd.graph, "saved_tensors_hooks", counted),
+    ):
         out = stage(hidden, inputs)
-    kept = [one.tensor for one in saved]
+    kept = [one.tensor for one in saved] + [place.take() for place in places]
+    kept += [total for make in makers for total in make.__defaults__ or ()]
+    if hidden_too:
+        kept += [x for x in tensors() if id(x) not in before and x.dim()]
     kept += [hidden] if enters else []
     if out.requires_grad:  # the runner holds what goes out; what is computed again reads the inputs out of our sight
         kept += [out] if out.dim() else []
         kept += [inputs.tokens.index, *(table for pair in inputs.tables.values() for table in pair)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     return sum(size for place, size in storages.items() if place not in lasting)
+
+
+def tensors() -> list[torch.Tensor]:
+    """All that Python holds, in closures too."""
+    gc.collect()
+    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
 
 
 class Saved:
@@ -94,7 +129,9 @@ def two_ranks():
     dist.destroy_process_group()
 
 
-def check(lora: str, recompute: str, layers: range, tp: Axis, sequence_parallel: bool, **fields) -> None:
+def check(
+    lora: str, recompute: str, layers: range, tp: Axis, sequence_parallel: bool, hidden_too: bool = False, **fields
+) -> None:
     config = config_from_dict({**FIELDS, **fields})
     resolved = resolve_lora(LoraConfig.from_dict({"r": 4, "lora_dropout": 0.1, **LORAS[lora]}), config)
     place = Placement(tp, sequence_parallel, torch.float32, "cpu")
@@ -106,11 +143,12 @@ def check(lora: str, recompute: str, layers: range, tp: Axis, sequence_parallel:
     shape = shape_of(config, resolved, tp.size, "cpu")
     work = Workload(ROWS, LENGTH, element=4, sequence_parallel=sequence_parallel, recompute=recompute)
     nodes = chunk_nodes(shape, layers, work, first=first, last=last)
-    assert held_by_autograd(stage, enters=shape.lowest < layers.start) == kept_bytes(nodes)
+    enters = shape.lowest < layers.start
+    assert held_by_autograd(stage, enters, hidden_too) == kept_bytes(nodes)
     assert peak_bytes(nodes) >= kept_bytes(nodes)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
 @pytest.mark.parametrize("lora", [name for name in LORAS if name != "dora"])
 @pytest.mark.parametrize("layers", [range(0, 4), range(0, 2), range(2, 4), range(1, 3)])
 def test_kept_is_what_autograd_holds(lora, recompute, layers):
@@ -118,9 +156,14 @@ def test_kept_is_what_autograd_holds(lora, recompute, layers):
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
 def test_and_on_a_tensor_parallel_rank(two_ranks, recompute, sequence_parallel):
     check("all linears", recompute, range(0, 4), two_ranks, sequence_parallel)
+
+
+@pytest.mark.parametrize("recompute", ["norms", "layer"])
+def test_hooks_hold_no_tensor(recompute):
+    check("all linears", recompute, range(0, 4), Axis(), False, hidden_too=True)
 
 
 DORAS = {
@@ -137,7 +180,7 @@ DORAS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
 @pytest.mark.parametrize("model", DORAS)
 def test_and_with_magnitudes(model, recompute):
     check("dora", recompute, range(0, 4), Axis(), False, **DORAS[model])
@@ -148,7 +191,7 @@ def test_and_with_magnitudes_on_a_tensor_parallel_rank(two_ranks, sequence_paral
     check("dora", "none", range(0, 4), two_ranks, sequence_parallel)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
 def test_and_with_norms_on_the_heads(recompute):
     check("all linears", recompute, range(0, 4), Axis(), False, model_type="qwen3", head_dim=8)
 
@@ -163,7 +206,7 @@ FUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
 @pytest.mark.parametrize("layers", [range(0, 4), range(1, 3)])
 @pytest.mark.parametrize("family", FUSED)
 def test_and_of_other_shapes_of_layers(family, layers, recompute):

@@ -93,7 +93,7 @@ def test_recompute_costs_a_forward(tp):
 
     one, again, attention = seconds("none"), seconds("full"), seconds("selective")
     assert (again.forward, again.backward) == pytest.approx((one.forward, one.backward)) and one.recompute == 0
-    assert 0.95 * one.forward < again.recompute <= one.forward
+    assert 0.7 * one.forward < again.recompute < 0.85 * one.forward  # all but the product of down
     assert 0 < attention.recompute < 0.2 * one.forward
 
 

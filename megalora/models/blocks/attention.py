@@ -22,7 +22,7 @@ class AttentionBlock:
     """reduces: of the output, as LinearGroup takes it."""
 
     def __init__(self, attention: spec.Attention, at: LayerPlace, reduces: bool = True):
-        self.layer, self.spec, self.recompute = at.index, attention, at.recompute_attention
+        self.layer, self.spec, self.recompute = at.index, attention, at.recompute == "selective"
         dim = attention.head_dim
         cut = cut_heads(attention.heads, attention.kv_heads, at.place.tp)
         outputs = [("q", attention.q, cut.query), ("k", attention.k, cut.kv), ("v", attention.v, cut.kv)]
@@ -77,7 +77,11 @@ class AttentionBlock:
             k, v = k[:, self.reads], v[:, self.reads]
         if inputs.cache is not None:
             return inputs.cache.attend(self.layer, q, k, v, window, self.scores).flatten(1)
-        return attention(q, k, v, inputs.bounds, window, inputs.packed, self.scores).flatten(1)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention(q, k, v, inputs.bounds, window, inputs.packed, self.scores)
+
+        return inputs.attend(attend, q, k, v).flatten(1)
 
     def _rotated(self, qkv: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the heads of qkv, q [F, H, D] and k, v [F, K, D], with q and k normed and rotated."""

@@ -30,7 +30,7 @@ class LatentAttentionBlock:
 
     def __init__(self, attention: spec.LatentAttention, at: LayerPlace, reduces: bool = True):
         self.layer, self.spec, self.place = at.index, attention, at.place
-        self.recompute = at.recompute_attention
+        self.recompute = at.recompute == "selective"
         part = even_part(attention.heads, at.place.tp)
         self.heads = self.kv_heads = part.size
         q_up = at.column(attention.q_up, part.times(attention.head_dim))
@@ -91,7 +91,11 @@ class LatentAttentionBlock:
         width = max(k.shape[-1], V)
         q, k, v = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         scores = Scores(self.spec.scale or self.spec.head_dim**-0.5) if width > self.spec.head_dim else self.scores
-        return attention(q, k, v, inputs.bounds, None, inputs.packed, scores)[..., :V].flatten(1)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention(q, k, v, inputs.bounds, None, inputs.packed, scores)
+
+        return inputs.attend(attend, q, k, v)[..., :V].flatten(1)
 
     def _rotated(self, q: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (q [F, H, P + R], turned [F, 1, R]) with the turned features rotated."""

@@ -6,6 +6,8 @@ that reads them.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from megalora.models import spec
@@ -16,6 +18,7 @@ from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
+from megalora.models.recompute import Part, Recomputer, Stream, made_again
 from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
@@ -27,7 +30,6 @@ BLOCKS = {
     spec.MLP: MLPBlock,
     spec.Experts: ExpertsBlock,
 }
-Stream = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Layer:
@@ -36,6 +38,12 @@ class Layer:
     def __init__(self, layer: spec.Layer, at: LayerPlace):
         kinds = {spec.Residual: _Step, spec.ParallelResidual: _ParallelStep}
         self.steps = [kinds[type(step)](step, at) for step in layer]
+        self._offloads = at.offloads
+        self._parts = [(False, Part((step,), at.tile)) for step in self.steps]  # (whether it is computed again, what)
+        if at.recompute in ("layer", "full"):
+            self._parts = [(True, Part(tuple(self.steps), at.tile, at.recompute == "layer"))]
+        elif at.recompute == "mlp":
+            self._parts = [(part.steps[0].by_token, part) for _, part in self._parts]
 
     @property
     def blocks(self) -> list[Block]:
@@ -44,33 +52,60 @@ class Layer:
     @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:
         """Its linears, in groups that read one input, in order of computation."""
-        return [group for block in self.blocks for group in block.groups]
+        return [group for step in self.steps for group in step.groups]
 
-    def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
-        for step in self.steps:
-            hidden, delta = step(hidden, delta, inputs)
+    def __call__(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs, recomputer: Recomputer | None = None
+    ) -> Stream:
+        """recomputer: of the microbatch, where parts of the layer are to be computed again in its backward."""
+        for again, part in self._parts:
+            if again and recomputer is not None and torch.is_grad_enabled():
+                hidden, delta = recomputer.run(part, hidden, delta, inputs, self._offloads)
+            else:
+                for step in part.steps:
+                    hidden, delta = step(hidden, delta, inputs)
         return hidden, delta
 
 
 class _Step:
     """x -> x + scale * output_norm(mixer(norm(x)))."""
 
+    sums_first = True
+
     def __init__(self, step: spec.Residual, at: LayerPlace):
         self.norm = None if step.norm is None else at.norm(step.norm)
         self.blocks = [BLOCKS[type(step.mixer)](step.mixer, at)]
         self.output_norm = None if step.output_norm is None else at.norm(step.output_norm)
         self.scale = step.scale
+        self.by_token, self.reads_result = isinstance(self.blocks[0], MLPBlock), self.output_norm is not None
+        self._makes_again = at.recompute in ("norms", "mlp") and isinstance(self.blocks[0], AttentionBlock | MLPBlock)
+
+    @property
+    def groups(self) -> list[LinearGroup | ExpertGroup]:
+        return [group for block in self.blocks for group in block.groups]
 
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
         (block,) = self.blocks
+        again: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.norm is None:
             hidden = x = hidden if delta is None else hidden + delta
         else:
             hidden, x = self.norm.after(hidden, delta, block.room)
-        added = block(x, inputs)
+            if self._makes_again and torch.is_grad_enabled():
+                again = made_again(x, lambda total=hidden.detach(): self._normed(total, inputs))
+        with again:
+            added = block(x, inputs)
         if self.output_norm is not None:
             added = self.output_norm(added)
         return hidden, added if self.scale == 1.0 else added * self.scale
+
+    @torch.no_grad()
+    def _normed(self, total: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """Return what the block read of the stream, with z behind it."""
+        (block,) = self.blocks
+        x = self.norm(total, block.room)
+        block.groups[0].fill_room(x, inputs.tokens)
+        return x
 
 
 class _ParallelStep:
@@ -78,6 +113,8 @@ class _ParallelStep:
 
     Branches that share a norm read its one result; the first has room behind it.
     """
+
+    by_token, sums_first, reads_result = False, True, True
 
     def __init__(self, step: spec.ParallelResidual, at: LayerPlace):
         self.place = at.place
@@ -89,6 +126,10 @@ class _ParallelStep:
         self.norms = [shared[branch.norm] for branch in step.branches]
         reduces = at.place.tp.size == 1
         self.blocks = [BLOCKS[type(branch.mixer)](branch.mixer, at, reduces=reduces) for branch in step.branches]
+
+    @property
+    def groups(self) -> list[LinearGroup | ExpertGroup]:
+        return [group for block in self.blocks for group in block.groups]
 
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
         total, normed, size = None, {}, hidden.shape[-1]

@@ -52,7 +52,7 @@ class MLPBlock:
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """X [T, hidden_size + room] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         if self._pair is not None:
-            return apply_pair(self._pair, X, inputs.tokens)
+            return apply_pair(self._pair, X, inputs.tokens, inputs.unread)
         up = apply_group(self.up, X, inputs.tokens)
         inner = gated_activation(up, self._act) if self._gates else self._act(up)
-        return apply_group(self.down, inner, inputs.tokens)
+        return apply_group(self.down, inner, inputs.tokens, inputs.unread)

@@ -25,7 +25,9 @@ SITES = ("qkv", "out", "up", "down")
 class LayerPlace:
     """Layer `index` of a stack: its parameters are registered below `root`.
 
-    recompute_attention  run rotation and attention again in backward instead of keeping what they keep
+    recompute  what of the layer runs again in backward, one of choices.RECOMPUTE_LEVELS
+    tile       tokens at once where what treats every token alone runs again; 0: all
+    offloads   what of the layer is kept instead is kept in host memory
     """
 
     root: nn.Module
@@ -33,7 +35,9 @@ class LayerPlace:
     index: int
     place: Placement
     lora: ResolvedLora
-    recompute_attention: bool = False
+    recompute: str = "none"
+    tile: int = 0
+    offloads: bool = False
 
     def site(self, name: str) -> int:
         """Return the dropout site of the layer's input `name`: by SITES, or by a hash of the full name."""

@@ -1,0 +1,102 @@
+"""One row of many tokens on one GPU: tokens a second, memory against the plan's, and what is computed again.
+
+    python benchmarks/long_rows.py --model CONFIG.json --lengths 8192 32768 131072 --memory 76
+
+The model has the shape of a config.json and random weights, all linears r 16, and runs through the trainer of a run:
+one microbatch of one row, all its tokens labelled, bfloat16. `--memory` is what recompute auto may take. With
+`--layers N` the model has only its first N layers, and memory is that of so few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from common import add_model, read_fields, record, where_of
+from train_step import LEARNING_RATE, Step, randomize
+
+from megalora.adapters.config import LoraConfig
+from megalora.building import EngineSettings, build_trainer, resolve_lora
+from megalora.models.config import config_from_dict
+from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.placement import Placement
+from megalora.planning.fitting import Budget, Fitting
+from megalora.planning.nodes import Workload
+
+GIB = 2**30
+ALL = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+COLUMNS = (
+    *("tokens", "layers", "computed again", "seconds", "tokens/s"),
+    *("GiB", "plan, GiB", "off by", "host, GiB", "loss"),
+)
+
+
+def measured(fields: dict, length: int, options: argparse.Namespace, device: torch.device) -> list[str]:
+    """One line of the table."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    fields = fields | {"max_position_embeddings": max(length, fields["max_position_embeddings"])}
+    if options.layers:
+        fields = fields | {"num_hidden_layers": options.layers}
+    config, mesh = config_from_dict(fields), ParallelMesh()
+    budget = Budget(int(options.memory * GIB), int(options.host * GIB)) if options.recompute == "auto" else None
+    work = Workload(1, length, recompute="none" if options.recompute == "auto" else options.recompute)
+    graphs = options.cuda_graphs
+    settings = EngineSettings(work, lambda step: LEARNING_RATE, fitting=Fitting(budget), cuda_graphs=graphs)
+    lora = resolve_lora(LoraConfig.from_dict(ALL), config)
+    place = Placement(mesh.tp, False, torch.bfloat16, device)
+    engine = build_trainer(config, mesh, lora, place, settings, randomize)
+    fit, data = engine.cut.fit, Step(1, length, config.vocab_size, False, device)
+    seconds, loss = [], 0.0
+    for number in range(options.warmup + options.steps):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        loss = engine.trainer.step(number, data).loss
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() - before
+    engine.trainer.close()
+    median = statistics.median(seconds[options.warmup :])
+    again = fit.words(range(config.num_hidden_layers)).removeprefix("layers: ")
+    return [
+        f"{length:,}", str(config.num_hidden_layers), again, f"{median:.3f}", f"{length / median:,.0f}",
+        f"{peak / GIB:.2f}", f"{fit.memory.total / GIB:.2f}", f"{fit.memory.total / peak - 1:+.1%}",
+        f"{fit.host / GIB:.1f}", f"{loss:.4f}",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model(parser)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    parser.add_argument("--memory", type=float, default=76.0, help="GiB that recompute auto may take")
+    parser.add_argument("--host", type=float, default=100.0, help="GiB of host memory that it may take")
+    parser.add_argument("--recompute", default="auto", help="auto, or one of choices.RECOMPUTE_LEVELS")
+    parser.add_argument("--layers", type=int, help="of the model; default: all")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--no_cuda_graphs", dest="cuda_graphs", action="store_const", const=False)
+    parser.add_argument("--output", type=Path, help="JSON file for the result, as in benchmarks/results/")
+    options = parser.parse_args()
+    fields, device, rows = read_fields(options.model), torch.device("cuda"), []
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
+    for length in options.lengths:
+        try:
+            rows.append(measured(fields, length, options, device))
+        except torch.OutOfMemoryError:
+            rows.append([f"{length:,}", "", "out of memory", *[""] * (len(COLUMNS) - 3)])
+        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    if options.output:
+        about = f"One row a step, all linears r 16, bfloat16, at most {options.memory:g} GiB by the plan."
+        record(options.output, "Long rows", about, where_of(device), COLUMNS, rows, {"options": vars(options)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What of a stage's layers to compute again in backward, and what to keep in host memory, so that a step fits.
+
+As little as the memory allows, in the order of what it costs: nothing; the normed inputs of linears; the MLPs' inner
+activations; whole layers but for the result of attention; these kept in host memory, where there is room; and last,
+attention too. Each goes layer by layer from the first of the stage on: those are the last whose backward comes, when
+most of what the others keep is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from megalora.planning.memory import Memory, stage_memory
+from megalora.planning.node import Workload
+from megalora.planning.nodes import chunk_nodes, host_bytes
+from megalora.planning.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a rank may take: device, as torch's allocator counts them, and host."""
+
+    device: int
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How it is chosen what to compute again.
+
+    budget        what the step must fit; None: the workload says what is computed again
+    layers        where whole layers are: only so many of each stage
+    microbatches  of a step of one data-parallel rank
+    """
+
+    budget: Budget | None = None
+    layers: int | None = None
+    microbatches: int = 1
+
+    def choose(self, stage: StageUse, work: Workload) -> Fit:
+        """Return how the stage is run."""
+        if self.budget is not None:
+            return fit(stage, work, self.budget)
+        if self.layers is not None:
+            work = first_layers(work, stage, self.layers, "full")
+        return Fit(work, stage.memory(work), stage.host(work), True)
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """A stage as its schedule uses it; the fields as `stage_memory` takes them."""
+
+    shape: Shape
+    chunks: tuple[range, ...]
+    first: bool
+    last: bool
+    in_flight: int = 1
+    inputs: int = 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(i for chunk in self.chunks for i in chunk)
+
+    def memory(self, work: Workload) -> Memory:
+        """Return what the stage needs on its device."""
+        return stage_memory(
+            self.shape,
+            self.chunks,
+            work,
+            first=self.first,
+            last=self.last,
+            in_flight=self.in_flight,
+            inputs=self.inputs,
+        )
+
+    def host(self, work: Workload) -> int:
+        """Return the bytes that it keeps in host memory."""
+        return self.in_flight * sum(
+            host_bytes(chunk_nodes(self.shape, chunk, work, first=False, last=False)) for chunk in self.chunks
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a stage is run. memory, host: what it needs so; fits: whether there is as much."""
+
+    work: Workload
+    memory: Memory
+    host: int
+    fits: bool
+
+    def words(self, layers: Sequence[int]) -> str:
+        """Return what is computed again of these layers, such as "3 layers full (2 in host memory), 5 none"."""
+        counts: dict[str, list[int]] = {}
+        for i in layers:
+            found = counts.setdefault(self.work.level(i), [0, 0])
+            found[0] += 1
+            found[1] += i in self.work.offloaded
+        each = [f"{n} {level}" + (f" ({m} in host memory)" if m else "") for level, (n, m) in counts.items()]
+        return "layers: " + ", ".join(each)
+
+
+AS_GIVEN = Fitting()
+
+
+def fit(stage: StageUse, work: Workload, budget: Budget) -> Fit:
+    """Return the workload that computes the least again of those that fit the budget, else the one that needs least."""
+    best = None
+    for count, choice in _phases(stage, work, budget.host):
+        # Within a phase each layer more takes less memory: the least number that fits.
+        low, high = 0, count
+        if stage.memory(choice(high)).total > budget.device:
+            best = choice(high)
+            continue
+        while low < high:
+            middle = (low + high) // 2
+            if stage.memory(choice(middle)).total <= budget.device:
+                high = middle
+            else:
+                low = middle + 1
+        best = choice(low)
+        break
+    memory = stage.memory(best)
+    return Fit(best, memory, stage.host(best), memory.total <= budget.device)
+
+
+def first_layers(work: Workload, stage: StageUse, count: int, level: str, rest: str = "none") -> Workload:
+    """Return the workload with the stage's first `count` layers at one level, and the rest at another."""
+    levels = [rest] * len(stage.shape.layers)
+    for i in stage.layers[:count]:
+        levels[i] = level
+    return replace(work, recompute=tuple(levels), offloaded=frozenset())
+
+
+def _phases(stage: StageUse, work: Workload, host: int) -> list[tuple[int, Callable[[int], Workload]]]:
+    """(number of layers, the workload with so many of them changed) of each phase, in order."""
+    count = len(stage.layers)
+
+    def more(level: str, rest: str) -> tuple[int, Callable[[int], Workload]]:
+        return count, lambda n: first_layers(work, stage, n, level, rest)
+
+    phases = [more("norms", "none"), more("mlp", "norms"), more("layer", "mlp")]
+    whole = {level: first_layers(work, stage, count, level) for level in ("layer", "full")}
+    sizes = {level: _size_on_host(stage, one) for level, one in whole.items()}
+
+    def offloading(full: int) -> Workload:
+        """The first `full` layers without their attention, and as many of all in host memory as there is room for."""
+        mixed, room, offloaded = first_layers(work, stage, full, "full", "layer"), host, set()
+        for number, i in enumerate(stage.layers):
+            room -= sizes["full" if number < full else "layer"]
+            if room < 0:
+                break
+            offloaded.add(i)
+        return replace(mixed, offloaded=frozenset(offloaded))
+
+    if host:
+        most = len(offloading(0).offloaded)
+        phases.append((most, lambda n: replace(whole["layer"], offloaded=frozenset(stage.layers[:n]))))
+    return [*phases, (count, offloading)]
+
+
+def _size_on_host(stage: StageUse, work: Workload) -> int:
+    """Return what one layer at the workload's level would keep in host memory, for all microbatches in flight."""
+    layers: Sequence[int] = stage.layers
+    return -(-stage.host(replace(work, offloaded=frozenset(layers))) // max(1, len(layers)))
