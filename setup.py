@@ -101,7 +101,7 @@ setup(
     version=version(),
     description="LoRA fine-tuning with tensor, pipeline and data parallelism, alike on every layout",
     packages=find_packages(include=["megalora", "megalora.*"]),
-    package_data={"megalora.web": ["static/*"]},
+    package_data={"megalora.web": ["static/*"], "megalora.recipes": ["*.yaml"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9",

@@ -29,7 +29,7 @@ _GRACE_SECONDS = 3.0
 _USAGE = f"""\
 megalora {__version__}: LoRA fine-tuning with tensor, pipeline and data parallelism
 
-usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
+usage: megalora COMMAND [RUN.yaml | recipe:NAME] --FLAG VALUE ...
        megalora COMMAND --nproc N ...    on N processes of this host; on several hosts: torchrun -m megalora COMMAND ...
 
   finetune   train an adapter
@@ -40,6 +40,7 @@ usage: megalora COMMAND [RUN.yaml] --FLAG VALUE ...
   data       show rows as a run would see them: what is trained on, counts, lengths
   convert    convert weights and adapters between Hugging Face, PEFT, GGUF and megalora shards
   plan       estimate memory and time of a run, and find its best layout
+  recipes    list recipes: flags for usual runs, to start from
   doctor     find problems of these hosts that would stop or slow down a run
 
   COMMAND --help lists the flags; --version prints the version"""
@@ -206,6 +207,15 @@ def _plan(argv: list[str]) -> int:
     return 0
 
 
+def _recipes(argv: list[str]) -> int:
+    from megalora.recipes import listing
+
+    if argv and not _asks_for_help(argv):
+        raise UserError(f"megalora recipes takes no flags ({argv[0]})", "run megalora recipes")
+    _say(listing())
+    return 0
+
+
 def _doctor(argv: list[str]) -> int:
     if _asks_for_help(argv):
         return _help("doctor")
@@ -223,6 +233,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "convert": _convert,
     "plan": _plan,
+    "recipes": _recipes,
     "doctor": _doctor,
 }
 

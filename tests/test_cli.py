@@ -82,7 +82,7 @@ def test_version_and_help(monkeypatch, capsys):
 def test_unknown_command(capsys):
     assert cli.main(["train"]) == 2
     said = user_error(capsys.readouterr().err)
-    listed = "finetune, generate, serve, board, report, data, convert, plan or doctor"
+    listed = "finetune, generate, serve, board, report, data, convert, plan, recipes or doctor"
     assert said.startswith(f"unknown command train: give {listed}")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-EDGES = {"errors", "batch", "choices", "files", "tokenizer_files"}  # plain types that every floor may use
+EDGES = {"errors", "batch", "choices", "files", "recipes", "tokenizer_files"}  # plain types that every floor may use
 GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
@@ -30,12 +30,13 @@ MAY_IMPORT = {
     "errors": set(),
     "batch": set(),
     "files": {"errors"},
+    "recipes": {"errors"},
     "tokenizer_files": {"errors", "files"},
     "adapters": EDGES,
     "choices": set(),
     "learning_rate": set(),
     # What a flag offers is defined where it is done, so flags know these; all without torch.
-    "flags": {"errors", "choices", "learning_rate", "pipeline", "planning"},
+    "flags": {"errors", "choices", "learning_rate", "pipeline", "planning", "recipes"},
     "parallel.mesh": EDGES,
     "ops": EDGES,
     "parallel": GROUND,

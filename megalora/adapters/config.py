@@ -5,6 +5,7 @@ Every field that changes the numbers of a LoRA on a linear layer is honoured; an
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +93,12 @@ class LoraConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> LoraConfig:
-        """Reads lora_config.json or adapter_config.json. Raises UserError that names the file and the field."""
+        """Reads lora_config.json or adapter_config.json. Raises UserError that names the file and the field.
+
+        path  of the file, or its contents: a JSON object
+        """
+        if str(path).lstrip().startswith("{"):
+            return cls.from_dict(_object(str(path)), "lora_config")
         data = read_json(Path(path), "name an existing file, or correct this one", what="lora_config")
         return cls.from_dict(data, str(path))
 
@@ -216,6 +222,15 @@ class ResolvedLora:
 def _task(name: object) -> str:
     """A task as peft names it: the reference's documentation writes "CAUSAL LM"."""
     return str(name).upper().replace(" ", "_")
+
+
+def _object(text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        remedy = 'write it like {"r": 16}, or name a file'
+        raise UserError(f"lora_config {text:.200} is not JSON ({error})", remedy) from None
+    return found  # an object: it begins with a brace
 
 
 def _settle_init(values: dict[str, Any], where: str, trained: bool) -> None:

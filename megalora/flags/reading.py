@@ -12,8 +12,15 @@ from typing import Any
 from megalora.errors import UserError
 from megalora.flags.flag import Flag, show
 from megalora.flags.rules import Rule, no_effect
+from megalora.recipes import PREFIX, recipe_file
 
-_PRECISION = {"dtype", "fp16", "bf16"}
+# Several names of one choice: where the command line gives one, the file's are left out.
+_ONE_CHOICE = (
+    {"dtype", "fp16", "bf16"},
+    {"warmup_steps", "warmup_ratio"},
+    {"global_batch_size", "gradient_accumulation_steps"},
+    {"eval_data_path", "eval_fraction"},
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ def read(
     if config is None:
         return given
     from_file = _read_yaml(config, table, elsewhere)
-    if _PRECISION & given.keys():  # three names of one choice: the command line's is the one that holds
-        from_file = {name: one for name, one in from_file.items() if name not in _PRECISION}
+    for names in _ONE_CHOICE:
+        if names & given.keys():
+            from_file = {name: one for name, one in from_file.items() if name not in names}
     return {**from_file, **given}
 
 
@@ -78,7 +86,7 @@ def _read_command_line(
 ) -> tuple[str | None, dict[str, Given]]:
     """(path of the YAML file or None, values by name)."""
     words = list(argv)
-    config = words.pop(0) if words and words[0].endswith((".yaml", ".yml")) and words[0][0] != "-" else None
+    config = words.pop(0) if words and _names_file(words[0]) else None
     given: dict[str, Given] = {}
     while words:
         word = words.pop(0)
@@ -102,6 +110,10 @@ def _read_command_line(
             raise _unknown(f"flag {spelling}", name, [*table, "config"], elsewhere, "--")
         _keep(given, entry, values, f"--{name}")
     return config, given
+
+
+def _names_file(word: str) -> bool:
+    return word.startswith(PREFIX) or (word.endswith((".yaml", ".yml")) and word[0] != "-")
 
 
 def _keep(given: dict[str, Given], entry: Flag, words: list[str], label: str) -> None:
@@ -154,6 +166,8 @@ def _load_yaml(path: str) -> list[tuple[Any, Any]]:
     """(key, value) pairs of the file's top level, doubles included: a dict would lose them."""
     import yaml
 
+    if path.startswith(PREFIX):
+        path = str(recipe_file(path.removeprefix(PREFIX)))
     advice = "write one `name: value` per line"
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ BASE_FORMAT = Definition(
     "files have them",
     choices=("auto", *BASE_FORMATS),
 )
-LORA_CONFIG = Definition("lora_config.json of a new adapter", training_only=True)
+LORA_CONFIG = Definition("lora_config.json of a new adapter, or its contents", training_only=True)
 TEMPLATE = Definition("chat template: a built-in name or a jinja file")
 CHAT_TEMPLATE_KWARGS = Definition("""variables of the chat template, as a JSON object: '{"enable_thinking": false}'""")
 SPECIAL_TOKENS_IN_TEXT = Definition("read special tokens that messages contain as special tokens, not as text")
