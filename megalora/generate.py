@@ -19,6 +19,7 @@ import torch
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import (
     build_stage,
+    check_task,
     load_adapter,
     load_base_weights,
     resolve_base,
@@ -28,6 +29,8 @@ from megalora.building import (
 )
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
+from megalora.choices import CLASSIFICATION
+from megalora.classify import classify
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate
@@ -66,8 +69,12 @@ def generate(arguments: GenerateArguments) -> None:
     device, remark = choose_device()
     watch = Watch(heartbeat_timeout=parallel.heartbeat_timeout)
     with distributed(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, watch, PATIENCE) as mesh:
+        found = _adapter(arguments, mesh)
+        if found is not None and found.lora_config.get("task_type") in CLASSIFICATION:
+            classify(arguments, found, mesh, device)
+            return
         opened = _open(arguments, mesh)
-        adapter, recorded = _adapter(arguments, opened, mesh)
+        adapter, recorded = _checked(arguments, opened, found, mesh)
         asked = _asked(arguments, opened, recorded, mesh)
         later = _Later()
         stage = _stage(arguments, opened.config, adapter, mesh, device)
@@ -139,6 +146,7 @@ def _open(arguments: GenerateArguments, mesh: ParallelMesh) -> _Opened:
     tokenizer = reader = None
     with together(world):
         config = read_config(model.model_path)
+        check_task("CAUSAL_LM", config, f"model_path {model.model_path}")
         check_layout(config, mesh.tp.size, mesh.pp.size, arguments.parallel.uneven_heads)
         longer = None if options.seq_length is None else check_length(config, options.seq_length)
         context = options.seq_length or config.max_position_embeddings
@@ -347,22 +355,30 @@ def _repliers(arguments: GenerateArguments) -> tuple[bool, ...]:
     return (arguments.model.resume_peft_from_checkpoint is not None and not options.disable_adapter,)
 
 
-def _adapter(
-    arguments: GenerateArguments, opened: _Opened, mesh: ParallelMesh
+def _adapter(arguments: GenerateArguments, mesh: ParallelMesh) -> AdapterCheckpoint | None:
+    """Return the adapter that is asked for, as its files have it. Collective."""
+    path = arguments.model.resume_peft_from_checkpoint
+    if True not in _repliers(arguments):
+        return None
+    return on_first(lambda: replace(open_adapter(path), optimizer=None), mesh.world)
+
+
+def _checked(
+    arguments: GenerateArguments, opened: _Opened, adapter: AdapterCheckpoint | None, mesh: ParallelMesh
 ) -> tuple[AdapterCheckpoint | None, str | None]:
     """Return the adapter, without what only training needs of it, and the source of its chat template. Collective."""
-    model, path = arguments.model, arguments.model.resume_peft_from_checkpoint
-    if True not in _repliers(arguments):
+    if adapter is None:
         return None, None
+    model = arguments.model
 
-    def read() -> tuple[AdapterCheckpoint, str | None]:
-        adapter, weights = open_adapter(path), model.resume_from_checkpoint or model.model_path
+    def check() -> tuple[tuple[str, ...], str | None]:
+        weights = model.resume_from_checkpoint or model.model_path
         check_base(adapter, base_identity(opened.config, weights, opened.tokenizer.tokenizer))
         base_format = resolve_base(model.base_format, opened.config).name
-        notes = (*adapter.notes, *other_base_format(adapter, base_format))
-        return replace(adapter, optimizer=None, trainer=None, notes=notes), adapter_template(adapter)
+        return (*adapter.notes, *other_base_format(adapter, base_format)), adapter_template(adapter)
 
-    return on_first(read, mesh.world)
+    notes, template = on_first(check, mesh.world)
+    return replace(adapter, trainer=None, notes=notes), template
 
 
 def _resolved(adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:

@@ -20,7 +20,7 @@ SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster", "web", "runs
 PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
 PARTS |= {"serving"}
 TOP = {"auto_layout", "rows", "starting", "stepping", "summary"}  # and the commands
-TOP |= {"finetune", "generate", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
+TOP |= {"finetune", "generate", "classify", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
 TOP |= {"serve", "board", "report", "samples"}
 
 # What each part of the package may import of the package, besides itself.
