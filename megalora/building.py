@@ -18,7 +18,7 @@ from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
-from megalora.models.graphs import choose_graphs
+from megalora.models.graphs import choose_graphs, tiled_by
 from megalora.models.mixers import Experts
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
@@ -403,8 +403,8 @@ def build_trainer(
     stage.settle()
     with together(mesh.world):
         timed, offloads, wanted = settings.timed, stage.offloads, settings.cuda_graphs
-        few = config.head_dim, config.has_experts
-        graphs, note = choose_graphs(wanted, place, mesh, *few, timed=timed, offloads=offloads)
+        few, tiled = (config.head_dim, config.has_experts), tiled_by(config)
+        graphs, note = choose_graphs(wanted, place, mesh, *few, timed=timed, offloads=offloads, tiled=tiled)
     if graphs:
         stage.use_graphs()
     parameters, splits = stage.trainable(), named_splits(stage)

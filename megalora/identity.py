@@ -45,8 +45,12 @@ def run_identity(
     rows: PackedRows,
     rows_of_a_step: int,
     seed: int,
+    base_dropout: str | None = None,
 ) -> dict[str, str]:
-    """What must not change between the parts of one run; the layout may. base: of `base_identity`."""
+    """What must not change between the parts of one run; the layout may. base: of `base_identity`.
+
+    base_dropout  the dropouts of the base in words; None where its config asks for none
+    """
     return {
         **base,
         _BASE_FORMAT: base_format,
@@ -54,6 +58,7 @@ def run_identity(
         "data": rows.fingerprint[:16],
         "rows of a step": str(rows_of_a_step),
         "seed": str(seed),
+        **({} if base_dropout is None else {"base dropout": base_dropout}),
         **{
             f"lora_config.{name}": str(value)
             for name, value in lora_config.to_dict().items()

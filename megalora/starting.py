@@ -37,6 +37,7 @@ from megalora.identity import (
     run_identity,
 )
 from megalora.models.config import check_layout, check_length, read_config
+from megalora.models.dropouts import base_dropouts, choose_base_dropout, told
 from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh
@@ -94,6 +95,9 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
         notes = _check_length(config, data, train, parallel.sequence_parallel, mesh)
     weights = model.resume_from_checkpoint or model.model_path
+    with together(mesh.world):
+        asked = base_dropouts(config)
+        config = choose_base_dropout(config, train.base_dropout)
     not_locked = _keep_others_out(lock, mesh)
     notes += [not_locked] if not_locked else []
     overwrite = _overwrites(model, train, mesh)
@@ -117,7 +121,10 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     loader = _loader(rows, train, mesh)
     base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
     base_format = resolve_base(model.base_format, config).name
-    identity = run_identity(base, base_format, lora.config, template, rows, loader.global_batch_rows, train.seed)
+    dropout = None if not asked else told(base_dropouts(config)) or "off"
+    identity = run_identity(
+        base, base_format, lora.config, template, rows, loader.global_batch_rows, train.seed, dropout
+    )  # fmt: skip
     with together(mesh.world):
         first_step, start_note = _first_step(start, identity)
         total_steps = train.total_steps(loader.steps_per_epoch)

@@ -12,6 +12,7 @@ from megalora.adapters.config import ResolvedLora
 from megalora.building import Cut, Engine, trained_shapes
 from megalora.data import Loader, PackedRows
 from megalora.flags import FinetuneArguments, TrainArguments
+from megalora.models.dropouts import base_dropouts, told
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import Stage
 from megalora.monitor import causal_context, lora_flops_per_token
@@ -107,6 +108,7 @@ def _model(path: str, config: ModelSpec, lora: ResolvedLora) -> dict[str, str]:
         "parameters": f"{frozen:,} frozen, {trainable:,} trained ({100 * trainable / frozen:.3f}%)",
         "adapters": f"{len(lora.adapters)} linears ({', '.join(targets)}), r {lora.config.r}, "
         f"alpha {lora.config.lora_alpha:g}, dropout {lora.config.lora_dropout:g}",
+        **({"dropout of the base": told(dropouts)} if (dropouts := base_dropouts(config)) else {}),
     }
 
 

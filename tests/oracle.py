@@ -87,20 +87,55 @@ EXPERTS = {
         },
     },
 }  # fmt: skip
+# The older decoders, which tests of their own go through (tests/test_classic.py).
+_NO_PDROP = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+CLASSIC = {
+    "gpt2": {"model_type": "gpt2", **_NO_PDROP},
+    "gpt_bigcode": {"model_type": "gpt_bigcode", **_NO_PDROP},
+    "gpt_neo": {
+        "model_type": "gpt_neo", "window_size": 6, "num_hidden_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "gptj": {"model_type": "gptj", "rotary_dim": 4},
+    "codegen": {"model_type": "codegen", "rotary_dim": 4},
+    "bloom": {"model_type": "bloom"},
+    "mpt": {"model_type": "mpt", "max_seq_len": 256},
+    "falcon": {
+        "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 4, "ffn_hidden_size": 80,
+    },
+    "RefinedWebModel": {"model_type": "RefinedWebModel", "multi_query": True, "parallel_attn": True},
+    "RefinedWeb": {"model_type": "RefinedWeb", "n_head_kv": 2},
+    "opt": {"model_type": "opt", "ffn_dim": 80, "dropout": 0.0},
+    "phi": {"model_type": "phi", "partial_rotary_factor": 0.7, "layer_norm_eps": 1e-5},
+    "chatglm": {
+        "model_type": "chatglm", "padded_vocab_size": 131, "ffn_hidden_size": 80, "kv_channels": 8, "seq_length": 256,
+        "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "layernorm_epsilon": 1e-5,
+    },
+    "btlm": {
+        "model_type": "btlm", "n_inner": 80, "activation_function": "swiglu", "position_embedding_type": "alibi",
+        "mup_embeddings_scale": 1.7, "mup_output_alpha": 2.0, "mup_width_scale": 0.6, "mup_scale_qk_dot_by_d": True,
+        "layer_norm_epsilon": 1e-5, **_NO_PDROP,
+    },
+}  # fmt: skip
 # Fields of TINY that a family's config does not have.
+_OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
+_OLDER = (*_OLD, "intermediate_size")
 LACKS = {
     "deepseek_v2": ("head_dim",), "deepseek_v3": ("head_dim",),
-    "gpt_neox": ("num_key_value_heads", "rms_norm_eps", "head_dim"), "phi3": ("head_dim",),
+    "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "codegen", "falcon", "opt", "btlm"), _OLDER),
+    **dict.fromkeys(("bloom", "mpt", "RefinedWeb", "RefinedWebModel"), (*_OLDER, "max_position_embeddings")),
+    "chatglm": (*_OLDER, "max_position_embeddings", "vocab_size"),
 }  # fmt: skip
 
 
 def fields_of(family: str, **more: object) -> dict:
     """config.json of a tiny model of the family, with `more` where the family has such fields."""
-    fields = TINY | (FAMILIES | EXPERTS)[family] | more
+    fields = TINY | (FAMILIES | EXPERTS | CLASSIC)[family] | more
     return {name: value for name, value in fields.items() if name not in LACKS.get(family, ())}
 
 
-for _family in FAMILIES | EXPERTS:
+for _family in FAMILIES | EXPERTS | CLASSIC:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
     config_from_dict(fields_of(_family))

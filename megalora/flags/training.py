@@ -160,6 +160,11 @@ class TrainArguments(Section):
     )
     max_grad_norm: float = flag(1.0, "clip gradients to this global norm; 0 turns clipping off", at_least=0)
     seed: int = flag(42, "seed of adapter init, dropout and data order", at_least=0, at_most=2**63 - 1)
+    base_dropout: bool | None = flag(
+        None,
+        "apply the dropouts of the base model that its config.json asks for: embedding, residual, attention",
+        unset="true where config.json asks for any",
+    )
     eval_steps: int | None = flag(None, "evaluate every this many steps", at_least=1, unset="only at the end")
     early_stopping_patience: int | None = flag(
         None,

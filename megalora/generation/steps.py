@@ -9,6 +9,7 @@ import torch
 from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
 from megalora.generation.graphs import DecodeGraphs
 from megalora.models.inputs import Cache, Inputs, rope_tables
+from megalora.models.spec import Alibi, Attention
 from megalora.models.stage import Stage
 from megalora.ops.decode_attention import has_kernel
 from megalora.parallel.placement import Tokens
@@ -100,8 +101,11 @@ def _can_be_recorded(stage: Stage) -> bool:
     """Whether a decoding step has fixed shapes and never waits for the host: on a GPU, with the attention kernel, and
     without messages between the GPUs of a stage."""
     place, attention = stage.place, stage.attention
+    attentions = [mixer for mixer in stage.config.mixers if isinstance(mixer, Attention)]
+    plain = all(one.scale is None and one.softcap is None and not isinstance(one.position, Alibi) for one in attentions)
     return (
-        torch.device(place.device).type == "cuda"
+        plain
+        and torch.device(place.device).type == "cuda"
         and place.tp.size == 1
         and has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.spec.head_dim)
     )

@@ -141,6 +141,8 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
     for size in (size for size in _SIZES if size in family.reads):
         name = size if size in raw else names.get(size, size)
         value = raw.get(name)
+        if value is None and size in family.optional:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise UserError(f"{where}: {name} = {value!r}: must be a positive integer")
         if value > BOUNDS[size].most:  # before transformers makes a list as long

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megalora.errors import UserError
 from megalora.models import rotary
 from megalora.models.spec import FileNames, ModelSpec, Rotary
+from megalora.ops.activations import ACTIVATIONS
 
 
 class Bound(NamedTuple):
@@ -56,7 +57,11 @@ BOUNDS: Mapping[str, Bound] = {
     "n_inner": _SIZE,
     "rotary_dim": Bound(True, 2, 1 << 14),
     "window_size": Bound(True, 1, 1 << 32),
-    "classifier_dropout": Bound(False, 0.0, 0.99),
+    **dict.fromkeys(
+        """attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop embed_dropout hidden_dropout resid_dropout
+        resid_pdrop""".split(),
+        Bound(False, 0.0, 0.99),
+    ),
 }
 
 
@@ -78,6 +83,7 @@ class Family:
     config_class the model_type whose config class in transformers has the defaults; None: the family's own
     defaults     of fields where they differ from that class
     remote       config.json names code that transformers lacks: `defaults` are all of its fields. No such code is run
+    optional     sizes that config.json may leave out
     architectures  ends of names in config.json's `architectures` beside those that every decoder may have
     A field of the family's config class that is none of these is refused, unless it is unset.
     """
@@ -96,6 +102,7 @@ class Family:
     config_class: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     remote: bool = False
+    optional: frozenset[str] = frozenset()
     architectures: frozenset[str] = frozenset()
 
     def in_our_names(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -169,6 +176,30 @@ class Fields:
     def rope(self) -> Mapping[str, Any]:
         """The rope fields, in one form (see megalora.models.rotary.read_rope)."""
         return self._rope
+
+    def activation_of(self, name: str) -> str:
+        """Return the activation that field `name` names. Raises UserError for one that is not implemented."""
+        value = getattr(self, name)
+        if value not in ACTIVATIONS:
+            self.fail(f"{name} = {value!r} is not implemented: megalora knows {', '.join(ACTIVATIONS)}")
+        return value
+
+    def nested(self, name: str, fixed: Mapping[str, Any], others: Collection[str]) -> Any:
+        """Return the object in field `name`, an object of fields itself.
+
+        fixed   its fields that have one value that is implemented; others: those that are read, or have no effect
+        Raises UserError for any other field that is set.
+        """
+        from transformers import PretrainedConfig
+
+        value = getattr(self, name)
+        general = {*PretrainedConfig().to_dict(), *others}
+        for field_name, given in value.to_dict().items():
+            if field_name in fixed and given != fixed[field_name]:
+                self.fail(f"{name}.{field_name} = {given!r} is not implemented: only {fixed[field_name]!r} is")
+            if not (field_name in fixed or field_name in general or field_name.startswith("_") or given in (None, False)):
+                self.fail(f"{name}.{field_name} = {given!r} is not read and may change the numbers: remove it")
+        return value
 
     def reads(self, name: str) -> bool:
         """Return whether the family declares the field."""

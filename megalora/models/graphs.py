@@ -22,7 +22,9 @@ import torch
 
 from megalora.errors import UserError
 from megalora.models.inputs import Inputs
+from megalora.models.mixers import Attention
 from megalora.models.recorder import Graph, Recorder
+from megalora.models.spec import ModelSpec
 from megalora.ops.attention import Packed, is_even, packs
 from megalora.ops.grouped import runs_grouped
 from megalora.parallel.placement import Placement
@@ -38,12 +40,14 @@ def choose_graphs(
     *,
     timed: bool = False,
     offloads: bool = False,
+    tiled: str | None = None,
 ) -> tuple[bool, str | None]:
     """(whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they serve.
 
     experts   the model has experts
     timed     the communication inside layers is to be timed (wall_clock_breakdown, profile)
     offloads  activations are kept in host memory
+    tiled     what attention goes in tiles of plain torch for, which read the documents' bounds on the host
     Raises UserError where they are wanted and cannot be.
     """
     on_gpu = torch.device(place.device).type == "cuda"
@@ -62,11 +66,21 @@ def choose_graphs(
         obstacle = f"attention with heads of {head_dim} is another call for other documents"
     elif experts and not runs_grouped(torch.device(place.device), place.dtype):
         obstacle = "experts run in one grouped product, without counts on the host, in bfloat16 only"
+    elif tiled:
+        obstacle = f"attention with {tiled} is other calls for other documents"
     if wanted and obstacle:
         raise UserError(f"cuda_graphs = true, but {obstacle}: leave the flag out")
     if obstacle or wanted is False:
         return False, f"layers run without CUDA graphs: {obstacle or 'as asked'}" if on_gpu else None
     return True, None
+
+
+def tiled_by(config: ModelSpec) -> str | None:
+    """Return what attention goes in tiles of plain torch for on a GPU, None where it does not."""
+    attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention)]
+    if any(attention.softcap is not None for attention in attentions):
+        return "softcap"
+    return "dropout" if any(attention.dropout > 0 for attention in attentions) else None
 
 
 class LayerGraphs:

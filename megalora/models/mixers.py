@@ -69,9 +69,14 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Alibi:
-    """ALiBi: a score gets -slope * |query - key|; a slope for each query head."""
+    """ALiBi: a score gets -slope * |query - key|; a slope for each query head.
+
+    rounded  the slopes, and their products with the key's position, are rounded to bfloat16, and added before the scores
+             are scaled (Falcon)
+    """
 
     slopes: tuple[float, ...]
+    rounded: bool = False
 
 
 Position = Rotary | Alibi
@@ -89,6 +94,8 @@ class Attention:
     scale           what scores are multiplied by; None: 1 / sqrt(head_dim)
     softcap         a scaled score s becomes softcap * tanh(s / softcap)
     causal          a token sees none behind it
+    clip            q, k and v are cut to [-clip, clip], before their norms
+    dropout         of the base, of the probabilities in training
     """
 
     q: Projection
@@ -105,6 +112,8 @@ class Attention:
     scale: float | None = None
     softcap: float | None = None
     causal: bool = True
+    clip: float | None = None
+    dropout: float = 0.0
 
     @property
     def linears(self) -> tuple[Linear, ...]:

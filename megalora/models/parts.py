@@ -9,6 +9,7 @@ from megalora.models.family import Fields
 from megalora.models.routers import Router
 from megalora.models.spec import (
     MLP,
+    Alibi,
     Attention,
     Blocked,
     ClassHead,
@@ -58,6 +59,19 @@ def rms(hf: Fields, name: str, size: int | None = None) -> Norm:
     return Norm(name, size or hf.hidden_size, hf.required("rms_norm_eps"))
 
 
+def layer_norms(size: int, eps: float, bias: bool = True) -> Callable[[str], Norm]:
+    """Return what makes LayerNorms of `size` features by name."""
+    return lambda name: Norm(name, size, eps, "layer", bias=bias)
+
+
+def alibi(heads: int, bias_max: float = 8.0, rounded: bool = False) -> Alibi:
+    """Return ALiBi's positions for so many heads (Press et al. 2022; heads that are no power of two as in BLOOM)."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-bias_max * i / power) for i in range(1, power + 1)]
+    slopes += [2.0 ** (-bias_max * i / (2 * power)) for i in range(1, 2 * (heads - power) + 1, 2)]
+    return Alibi(tuple(slopes), rounded)
+
+
 def grouped_attention(
     hf: Fields,
     *,
@@ -77,9 +91,17 @@ def grouped_attention(
     return Attention(q, k, v, out, heads, kv, dim, hf.rotary(dim), window, *norms)
 
 
-def fused(name: str, in_features: int, parts: Sequence[tuple[str, int]], size: int = 1, bias: bool = False) -> Fused:
+def fused(
+    name: str,
+    in_features: int,
+    parts: Sequence[tuple[str, int]],
+    size: int = 1,
+    bias: bool = False,
+    transposed: bool = False,
+) -> Fused:
     """Return one linear of several outputs, one after another: (name, units of `size` rows) each."""
-    return Fused(Linear(name, in_features, size * sum(units for _, units in parts), bias), Blocked(tuple(parts), size))
+    rows = size * sum(units for _, units in parts)
+    return Fused(Linear(name, in_features, rows, bias, transposed), Blocked(tuple(parts), size))
 
 
 def gated_mlp(
@@ -95,6 +117,27 @@ def gated_mlp(
     gate, up, down = (f"{at}.{name}" for name in names)
     return MLP(
         Linear(up, size, inner, bias), Linear(down, inner, size, bias), inner, "silu", Linear(gate, size, inner, bias)
+    )
+
+
+def plain_mlp(
+    hf: Fields,
+    up: str,
+    down: str,
+    inner: int,
+    act_field: str | None = None,
+    *,
+    act: str | None = None,
+    bias: bool = True,
+    transposed: bool = False,
+) -> MLP:
+    """Return down(act(up)) of these names. act_field: the config's field that names the activation; or `act` itself."""
+    size = hf.hidden_size
+    return MLP(
+        Linear(up, size, inner, bias, transposed),
+        Linear(down, inner, size, bias, transposed),
+        inner,
+        act or hf.activation_of(act_field),
     )
 
 
@@ -139,13 +182,16 @@ def llama_like(
     )
 
 
-def decoder(hf: Fields, stack: Stack, *, embedding: str, head: str, token_head: str = "score") -> ModelSpec:
+def decoder(
+    hf: Fields, stack: Stack, *, embedding: str, head: str, token_head: str = "score", dropout: float = 0.0
+) -> ModelSpec:
     """Return the spec of a decoder-only model from its stack and the names of its ends.
 
     token_head  what transformers calls its head for token classification
+    dropout     of the embedding
     """
     return ModelSpec(
-        Embedding(embedding, hf.vocab_size, hf.hidden_size),
+        Embedding(embedding, hf.vocab_size, hf.hidden_size, dropout=dropout),
         stack,
         Head(head, bool(hf.tie_word_embeddings)),
         hf.max_position_embeddings,
@@ -153,12 +199,15 @@ def decoder(hf: Fields, stack: Stack, *, embedding: str, head: str, token_head: 
     )
 
 
-def decoder_heads(hf: Fields, token_head: str = "score", sequence_head: str = "score") -> tuple[TaskHead, ...]:
+def decoder_heads(
+    hf: Fields, token_head: str = "score", sequence_head: str = "score", dropout: float | None = None
+) -> tuple[TaskHead, ...]:
     """Return the classification heads that transformers gives every decoder, with its defaults.
 
+    dropout  before the token head where the config has no classifier_dropout
     The score of a sequence is that of its last token, without bias or dropout.
     """
-    own = hf.classifier_dropout if hf.reads("classifier_dropout") else None
+    own = hf.classifier_dropout if hf.reads("classifier_dropout") else dropout
     dropout = 0.1 if own is None else float(own)
     return (
         TaskHead("TOKEN_CLS", ClassHead(Linear(token_head, hf.hidden_size, CLASSES, bias=True), dropout)),

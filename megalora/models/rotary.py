@@ -114,13 +114,18 @@ def rotary(hf: Any, rope: Mapping[str, Any], head_dim: int, where: str) -> Rotar
         size = int(head_dim * rope.get(_PARTIAL, 1.0))
         if size % 2 or size < 2:
             raise UserError(f"{where}: {size} of {head_dim} features of a head would rotate: must be an even number")
-        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-        return Rotary(tuple((1.0 / (rope["rope_theta"] ** exponents)).tolist()))
+        return plain(size, rope["rope_theta"])
     try:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, torch.device("cpu"))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{where}: rope fields {dict(rope)}: {error!r} is missing or wrong: correct it") from None
     return Rotary(tuple(frequencies.tolist()), float(factor))
+
+
+def plain(size: int, theta: float, interleaved: bool = False) -> Rotary:
+    """Return the rotation of the first `size` features of a head, pair j by theta ** (-2 j / size) a position."""
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+    return Rotary(tuple((1.0 / (theta**exponents)).tolist()), interleaved=interleaved)
 
 
 def rope_table(

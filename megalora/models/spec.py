@@ -43,12 +43,17 @@ Mixer = Attention | LatentAttention | MLP | Experts
 
 @dataclass(frozen=True)
 class Residual:
-    """x -> x + scale * output_norm(mixer(norm(x))); a norm that is None does nothing."""
+    """x -> post_norm(x + scale * output_norm(mixer(norm(x)))); a norm that is None does nothing.
+
+    dropout  of the base, of what is added, in training
+    """
 
     mixer: Mixer
     norm: Norm | None
     output_norm: Norm | None = None
     scale: float = 1.0
+    post_norm: Norm | None = None
+    dropout: float = 0.0
 
     @property
     def branches(self) -> tuple[Residual, ...]:
@@ -57,14 +62,19 @@ class Residual:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """All that it has, the mixer's own at the end."""
-        return (*(norm for norm in (self.norm, self.output_norm) if norm is not None), *self.mixer.norms)
+        own = (self.norm, self.output_norm, self.post_norm)
+        return (*(norm for norm in own if norm is not None), *self.mixer.norms)
 
 
 @dataclass(frozen=True)
 class ParallelResidual:
-    """x -> x + the sum over branches of mixer(norm(x)), all of the same x: branches may share their norm."""
+    """x -> x + the sum over branches of mixer(norm(x)), all of the same x: branches may share their norm.
+
+    dropout  of the base, of the sum, in training
+    """
 
     branches: tuple[Residual, ...]
+    dropout: float = 0.0
 
 
 Layer = tuple[Residual | ParallelResidual, ...]
@@ -108,6 +118,7 @@ class Embedding:
     name     `{name}.weight` [vocab_size, width], the words; width is hidden_size unless they are projected to it
     project  from the words' width to hidden_size; frozen, and without an adapter
     rounded  the scale is rounded to the compute dtype first (gemma)
+    dropout  of the base, in training
     """
 
     name: str
@@ -118,6 +129,7 @@ class Embedding:
     project: Linear | None = None
     scale: float = 1.0
     rounded: bool = False
+    dropout: float = 0.0
 
     @property
     def weight(self) -> str:
@@ -247,7 +259,8 @@ class ModelSpec:
     @property
     def reads_positions(self) -> bool:
         """Whether a part of the model reads the position of a token itself, not a table made of it."""
-        return self.embedding.positions is not None
+        alibi = any(isinstance(mixer, Attention) and isinstance(mixer.position, Alibi) for mixer in self.mixers)
+        return alibi or self.embedding.positions is not None
 
     @cached_property
     def rotaries(self) -> tuple[Rotary, ...]:

@@ -10,8 +10,8 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
-from megalora.models.spec import MLP, Attention, Experts, Fused, LatentAttention, ModelSpec, Norm
-from megalora.models.spec import ParallelResidual, Projection, mixers_of
+from megalora.models.spec import MLP, Alibi, Experts, Fused, LatentAttention, ModelSpec, Norm
+from megalora.models.spec import ParallelResidual, Projection, Rotary, mixers_of
 
 MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
 
@@ -60,12 +60,14 @@ def summary(family: Family) -> tuple[str, str]:
 
 
 def example(family: Family) -> ModelSpec:
-    """Return the spec of the family's default config in transformers."""
+    """Return the spec of the family's default config, in transformers where it has one."""
     from transformers import CONFIG_MAPPING
 
     kind = family.types[0]
-    fields = {name: value for name, value in CONFIG_MAPPING[kind]().to_dict().items() if value is not None}
-    return spec_of(family, fields | {"model_type": kind, **family.example}, f"transformers' default config of {kind}")
+    theirs = {} if family.remote else CONFIG_MAPPING[family.config_class or kind]().to_dict()
+    fields = {**theirs, **family.defaults, **(family.fixed if family.remote else {})}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return spec_of(family, fields | {"model_type": kind, **family.example}, f"the default config of {kind}")
 
 
 def families() -> tuple[Family, ...]:
@@ -124,7 +126,7 @@ def _architecture(family: Family) -> list[str]:
     linears = list(dict.fromkeys(names))
     return [
         _code(family.types),
-        _attention(family, spec.attention),
+        _attention(family, spec),
         _experts(mixer, kind) if isinstance(mixer, Experts) else kind,
         _norm(spec.stack.final_norm),
         "parallel" if parallel else "sequential",
@@ -137,16 +139,21 @@ def _experts(experts: Experts, kind: str) -> str:
     return f"the best {experts.router.top} of {experts.count} experts for each token{shared}: {kind}"
 
 
-def _attention(family: Family, attention: Attention | LatentAttention) -> str:
+def _attention(family: Family, spec: ModelSpec) -> str:
+    attention = spec.attention
     if isinstance(attention, LatentAttention):
         queries = "queries too, where q_lora_rank is set" if "q_lora_rank" in family.reads else "queries directly"
         return f"keys and values from one latent a token ({queries})"
-    grouped = "num_key_value_heads" in family.reads
+    position = attention.position
+    grouped = "num_key_value_heads" in family.reads or 1 < attention.kv_heads < attention.heads
     said = ["grouped queries" if grouped else "as many key/value heads as query heads"]
+    said = ["one key/value head"] if attention.kv_heads == 1 else said
     said += ["sliding window"] if "sliding_window" in family.reads else []
     said += [f"{_norm(attention.q_norm)} on q and k"] if attention.q_norm is not None else []
-    share = attention.position.size / attention.head_dim
+    share = position.size / attention.head_dim if isinstance(position, Rotary) else 1
     said += [f"{share:.0%} of each head rotates"] if share < 1 else []
+    said += ["ALiBi"] if isinstance(position, Alibi) else []
+    said += ["learned positions"] if spec.embedding.positions is not None else []
     said += ["q k v in one linear"] if _is_fused(attention.q) else []
     return ", ".join(said)
 
@@ -171,6 +178,10 @@ def _family(family: Family) -> Iterable[str]:
         yield f"- `partial_rotary_factor` is {family.partial:g} unless the config has it."
     if family.rope:
         yield f"- Rope fields of its own: {', '.join(f'`{theirs}` is `{ours}`' for theirs, ours in family.rope.items())}."
+    if family.remote:
+        yield "- `auto_map` of its config.json names remote code, which is not run: this is megalora's own."
+    if family.aliases:
+        yield f"- Other names of fields: {', '.join(f'`{theirs}` is `{ours}`' for theirs, ours in family.aliases.items())}."
     if family.fixed:
         yield f"- The only values that are implemented: {_fixed(family.fixed)}."
     if family.harmless:

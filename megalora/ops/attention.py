@@ -13,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops import extension
+from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import PLAIN, Run, Scores, tiled_attention, tiled_cached_attention
 
-__all__ = ["PLAIN", "Packed", "Scores", "attention", "cached_attention", "is_even", "pack", "packs"]
+__all__ = ["MOST_FEATURES", "PLAIN", "Packed", "Scores", "attention", "cached_attention", "is_even", "pack", "packs"]
 
+MOST_FEATURES = 256  # of a head, in FlashAttention's kernels
 # On Hopper cuDNN's kernels are well ahead of FlashAttention-2; torch takes the first that can run.
 _GPU_BACKENDS: list[SDPBackend] = [
     SDPBackend.CUDNN_ATTENTION,
@@ -47,7 +49,7 @@ def packs(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
-        and head_dim <= 256
+        and head_dim <= MOST_FEATURES
     )
 
 
@@ -76,6 +78,7 @@ def attention(
     window: int | None = None,
     packed: Packed | None = None,
     scores: Scores = PLAIN,
+    dropout: ProbabilityDropout | None = None,
 ) -> torch.Tensor:
     """Softmax attention in which a token sees its own document up to itself, or all of it where scores are not causal.
 
@@ -84,8 +87,11 @@ def attention(
     window  a token sees itself and the window - 1 tokens before it, not causal: and as many behind it; None: all
     packed  the same bounds on the device: documents of several lengths, and windows, are then one call
     scores  scale, softcap, ALiBi and causality
+    dropout of the probabilities
     Returns [T, H, D].
     """
+    if dropout is not None:
+        return tiled_attention(q, k, v, _runs(bounds), window, scores, dropout)
     if _compiled(q) and scores.simple and scores.scale is None and scores.causal:
         return _CompiledAttention.apply(q, k, v, tuple(bounds), len(q) if window is None else window)
     runs = _runs(bounds)

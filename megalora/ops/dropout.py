@@ -15,6 +15,7 @@ tensor's own type. The C++ op takes the same steps, so its bits equal those of t
 Legend: T tokens, F features of this rank's slice. Autograd sees none of it: callers are autograd.Functions.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,31 @@ def dropout(x: torch.Tensor, token_index: torch.Tensor, spec: Dropout) -> torch.
     if _compiled(spec, x):
         return torch.ops.megalora.dropout(x, token_index, *op_arguments(spec))
     return dropout_reference(x, token_index, spec)
+
+
+def drop(x: torch.Tensor, token_index: torch.Tensor, spec: Dropout | None) -> torch.Tensor:
+    """Return `dropout` of x [T, F], for autograd: the gradient goes through the same mask, drawn again. None: x."""
+    if spec is None or spec.threshold == 0:
+        return x
+    return _Dropped.apply(x, token_index, spec)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, token_index, spec):
+        ctx.save_for_backward(token_index)
+        ctx.spec = spec
+        return dropout(x, token_index, spec)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (token_index,) = ctx.saved_tensors
+        return dropout(dy, token_index, ctx.spec), None, None
+
+
+def named_site(name: str) -> int:
+    """Return the site of that name: a hash, with the highest of its 32 bits set; those below have numbers by layer."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") | 1 << 31
 
 
 def dropout_add_(out: torch.Tensor, g: torch.Tensor, token_index: torch.Tensor, spec: Dropout) -> None:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from megalora.ops.probability_dropout import ProbabilityDropout
+
 _TILE = {"cuda": 1 << 26, "cpu": 1 << 22}  # scores at a time
 
 
@@ -49,10 +51,16 @@ class Run(NamedTuple):
 
 
 def tiled_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Sequence[Run], window: int | None, scores: Scores
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    runs: Sequence[Run],
+    window: int | None,
+    scores: Scores,
+    dropout: ProbabilityDropout | None = None,
 ) -> torch.Tensor:
     """Return the attention [T, H, D] of q [T, H, D] over k, v [T, K, D], each document of `runs` by itself."""
-    return _TiledAttention.apply(q, k, v, tuple(runs), window, scores)
+    return _TiledAttention.apply(q, k, v, tuple(runs), window, scores, dropout)
 
 
 def tiled_cached_attention(
@@ -76,8 +84,10 @@ class _Tile(NamedTuple):
 class _Documents:
     """The documents of one run, by key/value heads: q [C K, G, N, D], k, v [C K, S, D]."""
 
-    def __init__(self, q, k, v, run: Run, window: int | None, scores: Scores):
-        self.run, self.window, self.scores = run, window, scores
+    def __init__(
+        self, q, k, v, run: Run, window: int | None, scores: Scores, dropout: ProbabilityDropout | None = None
+    ):
+        self.run, self.window, self.scores, self.dropout = run, window, scores, dropout
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.keys = self.by_head(q), len(k) // run.count if len(q) == len(k) else len(k)
@@ -126,6 +136,14 @@ class _Documents:
             s.masked_fill_(~tile.seen, float("-inf"))
         return s, tanh
 
+    def dropped(self, p: torch.Tensor, tile: _Tile) -> torch.Tensor:
+        """Return p [C K, G, n, m], the probabilities or their gradient, where it is kept, and 0 elsewhere."""
+        if self.dropout is None:
+            return p
+        keep = self.dropout.keep(self.run.count, slice(tile.first, tile.stop), slice(tile.low, tile.high))
+        keep = keep.unflatten(1, (self.kv_heads, self.group)).flatten(0, 1)
+        return torch.where(keep, p * self.dropout.scale, 0.0)
+
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return a [B, n, i] b [B, i, m] in at least float32."""
         if a.device.type == "cuda" and a.dtype != self.wide:
@@ -139,7 +157,7 @@ class _Documents:
         for tile in self.tiles():
             s, _ = self.weights(tile)
             lse[:, :, tile.first : tile.stop] = total = s.logsumexp(-1)
-            p = s.sub_(total.unsqueeze(-1)).exp_().to(self.q.dtype)
+            p = self.dropped(s.sub_(total.unsqueeze(-1)).exp_(), tile).to(self.q.dtype)
             part = self.product(p.flatten(1, 2), self.v[:, tile.low : tile.high])
             out[:, :, tile.first : tile.stop] = part.unflatten(1, (self.group, -1))
         return self.by_token(out), lse
@@ -156,7 +174,8 @@ class _Documents:
             p = s.sub_(lse[:, :, rows].unsqueeze(-1)).exp_()
             d = dout[:, :, rows].flatten(1, 2)
             ds = self.product(d, self.v[:, keys].transpose(1, 2)).unflatten(1, (self.group, -1))
-            ds = ds.sub_(mean[:, :, rows]).mul_(p)
+            ds = self.dropped(ds, tile).sub_(mean[:, :, rows]).mul_(p)
+            p = self.dropped(p, tile)
             if tanh is not None:
                 ds.mul_(tanh.square_().neg_().add_(1))
             ds, p = (x.to(self.q.dtype).flatten(1, 2) for x in (ds.mul_(self.scale), p))
@@ -169,14 +188,15 @@ class _Documents:
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, runs, window, scores):
+    def forward(ctx, q, k, v, runs, window, scores, dropout):
         results = []
         for run in runs:
             at = slice(run.start, run.start + run.count * run.length)
-            results.append(_Documents(q[at], k[at], v[at], run, window, scores).forward())
+            part = None if dropout is None else dropout.of(at)
+            results.append(_Documents(q[at], k[at], v[at], run, window, scores, part).forward())
         out = torch.cat([out for out, _ in results])
         ctx.save_for_backward(q, k, v, out, *(lse for _, lse in results))
-        ctx.runs, ctx.window, ctx.scores = runs, window, scores
+        ctx.runs, ctx.window, ctx.scores, ctx.dropout = runs, window, scores, dropout
         return out
 
     @staticmethod
@@ -185,7 +205,8 @@ class _TiledAttention(torch.autograd.Function):
         parts = []
         for run, sums in zip(ctx.runs, lse, strict=True):
             at = slice(run.start, run.start + run.count * run.length)
-            documents = _Documents(q[at], k[at], v[at], run, ctx.window, ctx.scores)
+            part = None if ctx.dropout is None else ctx.dropout.of(at)
+            documents = _Documents(q[at], k[at], v[at], run, ctx.window, ctx.scores, part)
             parts.append(documents.backward(out[at], sums, dout[at]))
         dq, dk, dv = (torch.cat(one) for one in zip(*parts, strict=True))
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None

@@ -28,6 +28,9 @@ class Attention:
     qk_statistics  numbers that they keep of such a row
     qk_kernel      they are the ops of RMSNorm
     qk_across      each goes over all heads, those of other ranks too
+    extra          features of q, k and v beside those of a head, which carry ALiBi's bias
+    clips          q, k and v are clipped
+    reads_views    attention, or what clips, keeps q k v as the linears made them
     """
 
     qkv: Group
@@ -41,6 +44,9 @@ class Attention:
     qk_statistics: int = 0
     qk_kernel: bool = False
     qk_across: bool = False
+    extra: int = 0
+    clips: bool = False
+    reads_views: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -45,8 +45,9 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
         nodes.append(Node("embedding", 0, Pass(traffic=2 * passes * tokens.stream, messages=summed, calls=passes)))
     for index in layers:
         layer = shape.layers[index]
+        entering = index == layers.start or shape.layers[index - 1].leaves_one
         run = replace(work, recompute=work.level(index), offloaded=frozenset())
-        nodes += _layer_nodes(layer, bare, run, index == layers.start, flowing, index in work.offloaded)
+        nodes += _layer_nodes(layer, bare, run, entering, flowing, index in work.offloaded)
         flowing = flowing or layer.trains
     nodes += _tail(shape, work, tokens, flowing) if last else [_output(tokens, flowing)]
     # Rotation tables and token numbers of the microbatch: every layer reads the same ones.
@@ -158,6 +159,9 @@ class _LayerNodes:
             nodes.append(self._node("output norm", kept, both, replace(both, live=2 * stream), flowing))
         if branch.scaled:
             nodes.append(self._node("scale", 0, both, both, flowing))
+        if branch.post_norm is not None:
+            kept = stream + self.tokens.local * _STATISTIC * branch.post_norm.statistics
+            nodes.append(self._node("norm of the sum", kept, both, replace(both, live=2 * stream), flowing))
         return nodes
 
     def _makes_again(self, step: Step) -> bool:
@@ -177,9 +181,12 @@ class _LayerNodes:
 
     def _attention(self, mixer: Attention, source: str, flowing: bool) -> list[Node]:
         after = flowing or mixer.qkv.trains
-        # The norms of q and k keep views of q k v, and what is computed again begins with it.
-        read = mixer.qk_rows > 0 or self.work.recompute == "selective"
-        context = "recomputed" if self.work.recompute == "selective" and after else "kept" if after else "new"
+        # The norms of q and k keep views of q k v, as does attention where nothing rotates; and what is computed again
+        # begins with it.
+        read = mixer.qk_rows > 0 or mixer.reads_views or self.work.recompute == "selective"
+        # Of features that carry ALiBi's bias the result is freed: a copy without them is what goes on.
+        kept = after and not mixer.extra
+        context = "recomputed" if self.work.recompute == "selective" and after else "kept" if kept else "new"
         return [
             self._linears(mixer.qkv, source, flowing, read=read),
             self._core(mixer, after),
@@ -340,11 +347,12 @@ class _LayerNodes:
     def _core(self, layer: Attention, flowing: bool) -> Node:
         """Rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""
         work, tokens, e = self.work, self.tokens, self.work.element
-        full, dim = tokens.full, layer.head_dim
+        full, dim = tokens.full, layer.head_dim + layer.extra
+        given = full * (layer.heads + 2 * layer.kv_heads) * layer.head_dim * e
         q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
         flops = 4 * layer.heads * dim * work.seen(layer.window) * full
-        kept = qkv + q + statistics
+        kept = qkv + q + statistics + (given if layer.clips else 0)
         if layer.qk_rows:
             # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
             copies = q + kv if layer.qk_kernel and _kernels(self.shape.device_type) else 0
@@ -368,7 +376,7 @@ class _LayerNodes:
         core = replace(core, result=q + statistics)
         if work.recompute != "selective" or not flowing:
             return core
-        return again_of("attention", [core], core.forward, qkv, tokens.stream + dout)
+        return again_of("attention", [core], core.forward, given, tokens.stream + dout)
 
 
 def _kernels(device_type: str) -> bool:
@@ -395,7 +403,7 @@ def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[
     after: tuple[Message, ...] = (Message("reduce", whole),) if shape.tp > 1 else ()
     if tokens.gathers:
         before, after = (Message("gather", whole),), (Message("scatter", whole),)
-    norm = _output(tokens, flowing)
+    norm = replace(_output(tokens, flowing), kept=0)  # the head keeps its own gradient, not what it reads
     if shape.final_norm is not None:
         norm = Node(
             "final norm",

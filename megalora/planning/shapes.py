@@ -14,6 +14,7 @@ from megalora.adapters.config import ResolvedLora
 from megalora.models import spec
 from megalora.models.blocks.mlp import INNER_STEP
 from megalora.models.spec import ModelSpec
+from megalora.ops.alibi import EXTRA
 from megalora.ops.lora_linear import room_for
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import cut_heads, even_part
@@ -27,6 +28,7 @@ class Branch:
 
     shares  the norm is that of a branch before it, and computed there
     scaled  the result is multiplied by a number
+    post_norm  of the sum with the residual stream
     """
 
     mixer: Mixer
@@ -34,12 +36,14 @@ class Branch:
     output_norm: Norm | None = None
     shares: bool = False
     scaled: bool = False
+    post_norm: Norm | None = None
 
     @property
     def elements(self) -> int:
         """Elements of its norms, the mixer's included."""
         before = 0 if self.norm is None or self.shares else self.norm.elements
-        return before + (0 if self.output_norm is None else self.output_norm.elements) + self.mixer.norms
+        behind = sum(norm.elements for norm in (self.output_norm, self.post_norm) if norm is not None)
+        return before + behind + self.mixer.norms
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class Layer:
     @property
     def trains(self) -> bool:
         return any(group.trains for group in self.groups)
+
+    @property
+    def leaves_one(self) -> bool:
+        """Whether what it leaves is in one piece, a norm of the sum, and not two that are yet to be added."""
+        return any(branch.post_norm is not None for branch in self.steps[-1].branches)
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,8 @@ class _Rank:
         branches = []
         for branch in step.branches:
             norm, output, mixer = _norm(branch.norm), _norm(branch.output_norm), self._mixer(index, branch.mixer)
-            branches.append(Branch(mixer, norm, output, branch.norm in before, branch.scale != 1.0))
+            shares, post = branch.norm in before, _norm(branch.post_norm)
+            branches.append(Branch(mixer, norm, output, shares, branch.scale != 1.0, post))
             before.add(branch.norm)
         return Step(tuple(branches))
 
@@ -268,15 +278,19 @@ class _Rank:
             self._columns(index, outputs),
             self._group(index, heads * dim, [(mixer.out, mixer.out.out_features)], row_parallel=True),
         )
-        norm = mixer.q_norm
+        norm, position, extra = mixer.q_norm, mixer.position, 0
+        if isinstance(position, spec.Alibi) and (position.rounded or self._device_type == "cuda"):
+            extra = EXTRA
+        clips, rotates = mixer.clip is not None, isinstance(position, spec.Rotary)
+        more = {"extra": extra, "clips": clips, "reads_views": clips or not (rotates or extra)}
         if norm is None:
-            return Attention(*groups, heads, kv_heads, dim, mixer.window)
+            return Attention(*groups, heads, kv_heads, dim, mixer.window, **more)
         across = not norm.heads and norm.size != dim
         elements = (heads + kv_heads) * dim if norm.heads or across else 2 * dim * (1 + norm.bias)
         rows, statistics = 2 if across else heads + kv_heads, 2 if norm.kind == "layer" else 1
         kernel = norm.kind == "rms" and not across
         return Attention(
-            *groups, heads, kv_heads, dim, mixer.window, elements, rows, statistics, kernel, across
+            *groups, heads, kv_heads, dim, mixer.window, elements, rows, statistics, kernel, across, **more
         )
 
     @functools.cache  # noqa: B019 (a _Rank lives as long as one shape_of)

@@ -150,7 +150,7 @@ class World:
         return loss.item(), self.gradients.buffer.clone()
 
 
-def on_the_device(q, k, v, bounds, window, packed, scores):
+def on_the_device(q, k, v, bounds, window, packed, scores, dropout):
     """Attention on a CPU reads the bounds on the host; here those on the device, as kernels do."""
     return attention(q, k, v, packed.cu_seqlens.unique().tolist(), window, scores=scores)
 

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from oracle import fields_of
 
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
@@ -130,9 +131,16 @@ def two_ranks():
 
 
 def check(
-    lora: str, recompute: str, layers: range, tp: Axis, sequence_parallel: bool, hidden_too: bool = False, **fields
+    lora: str,
+    recompute: str,
+    layers: range,
+    tp: Axis,
+    sequence_parallel: bool,
+    hidden_too: bool = False,
+    base: dict | None = None,
+    **fields,
 ) -> None:
-    config = config_from_dict({**FIELDS, **fields})
+    config = config_from_dict({**FIELDS, **fields} if base is None else base)
     resolved = resolve_lora(LoraConfig.from_dict({"r": 4, "lora_dropout": 0.1, **LORAS[lora]}), config)
     place = Placement(tp, sequence_parallel, torch.float32, "cpu")
     first, last = layers.start == 0, layers.stop == config.num_hidden_layers
@@ -211,3 +219,22 @@ FUSED = {
 @pytest.mark.parametrize("family", FUSED)
 def test_and_of_other_shapes_of_layers(family, layers, recompute):
     check("all linears", recompute, layers, Axis(), False, **FUSED[family])
+
+
+OLDER = {
+    "bloom": {},
+    "falcon": {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "alibi": True},
+    "gptj": {"resid_pdrop": 0.1, "attn_pdrop": 0.1},
+    "mpt": {"attn_config": {"clip_qkv": 0.4}},
+    "opt": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
+    "gpt2": {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", OLDER)
+def test_and_of_older_decoders(family, recompute):
+    fields = fields_of(family, **OLDER[family] | {"hidden_size": 32, "vocab_size": 96})
+    fields |= {"num_kv_heads": None} if family == "falcon" else {}
+    for layers in (range(0, 4), range(1, 3)):
+        check("all linears", recompute, layers, Axis(), False, base=fields)

@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
-from megalora.ops.attention import Scores, attention
+from megalora.ops.alibi import EXTRA, with_bias, with_rounded_bias
+from megalora.ops.attention import MOST_FEATURES, Scores, attention
+from megalora.ops.probability_dropout import draw_probabilities
 from megalora.ops.rope import rope, split_rope
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
@@ -45,11 +47,17 @@ class AttentionBlock:
             self.q_norm = at.head_norm(attention.q_norm, dim, cut.query, [1] * self.heads)
         if attention.k_norm is not None:
             self.k_norm = at.head_norm(attention.k_norm, dim, cut.kv, copies)
-        slopes = None
+        self.slopes = slopes = None
         if isinstance(attention.position, spec.Alibi):
             own = attention.position.slopes[cut.query.start : cut.query.stop]
-            slopes = torch.tensor(own, dtype=at.place.master_dtype, device=at.place.device)
+            self.slopes = torch.tensor(own, dtype=at.place.master_dtype, device=at.place.device)
+            slopes = None if attention.position.rounded else self.slopes
         self.scores = Scores(attention.scale, attention.softcap, slopes, attention.causal)
+        # With ALiBi's bias among the features of q and k, the scale is that of the heads without them.
+        scale = dim**-0.5 if attention.scale is None else attention.scale
+        self.widened = Scores(scale, attention.softcap, None, attention.causal)
+        heads = range(cut.query.start, cut.query.stop)
+        self.sites = [at.site(f"{attention.out.name}.probabilities.{head}") for head in heads]
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -71,17 +79,35 @@ class AttentionBlock:
 
     def _core(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """qkv [F, (H + 2 K) D] -> [F, H D]."""
-        window = self.spec.window
+        window, scores, dim = self.spec.window, self.scores, self.spec.head_dim
+        if self.spec.clip is not None:
+            qkv = qkv.clamp(-self.spec.clip, self.spec.clip)
         q, k, v = self._rotated(qkv, inputs)
         if self.reads is not None:
             k, v = k[:, self.reads], v[:, self.reads]
+        tokens = inputs.tokens
+        dropout = draw_probabilities(tokens.draw(self.spec.dropout, 0), self.sites, tokens.index)
+        packed = inputs.packed is not None and dim + EXTRA <= MOST_FEATURES
+        if self.slopes is not None and (scores.slopes is None or (packed and dropout is None)):
+            scores = self.widened
+            q, k, v = self._with_bias(q, k, v, inputs)
         if inputs.cache is not None:
-            return inputs.cache.attend(self.layer, q, k, v, window, self.scores).flatten(1)
+            context = inputs.cache.attend(self.layer, q, k, v, window, scores)
+        else:
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attention(q, k, v, inputs.bounds, window, inputs.packed, self.scores)
+            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                return attention(q, k, v, inputs.bounds, window, inputs.packed, scores, dropout)
 
-        return inputs.attend(attend, q, k, v).flatten(1)
+            context = inputs.attend(attend, q, k, v)
+        return context[..., :dim].flatten(1)
+
+    def _with_bias(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return q, k and v with features that carry ALiBi's bias, for kernels that know of none."""
+        if self.scores.slopes is None:
+            return with_rounded_bias(q, k, v, self.slopes, inputs.position_ids)
+        return with_bias(q, k, v, self.slopes, inputs.position_ids, self.widened.scale)
 
     def _rotated(self, qkv: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the heads of qkv, q [F, H, D] and k, v [F, K, D], with q and k normed and rotated."""

@@ -9,6 +9,7 @@ from megalora.models import spec
 from megalora.models.blocks.norm import NORMS
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
+from megalora.ops.dropout import drop, named_site
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megalora.parallel.placement import Placement
 
@@ -40,7 +41,7 @@ class Projection:
 
 
 class EmbeddingBlock:
-    """norm(project(scale * words) + positions), each where the spec has it. Words are cut over tp, the rest whole."""
+    """dropout(norm(project(scale * words) + positions)), each where the spec has it. Words are cut over tp, the rest not."""
 
     def __init__(self, root: nn.Module, embedding: spec.Embedding, place: Placement):
         self.spec, self._place = embedding, place
@@ -68,7 +69,9 @@ class EmbeddingBlock:
         if self._positions is not None:
             rows = self._place.own_tokens(inputs.position_ids) + self.spec.positions.offset
             hidden = hidden + nn.functional.embedding(rows, self._positions.weight)
-        return hidden if self._norm is None else self._norm(hidden)
+        if self._norm is not None:
+            hidden = self._norm(hidden)
+        return drop(hidden, inputs.tokens.local, inputs.tokens.draw(self.spec.dropout, named_site("embedding")))
 
 
 class HeadBlock:

@@ -7,6 +7,7 @@ that reads them.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,7 @@ from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.models.recompute import Part, Recomputer, Stream, made_again
+from megalora.ops.dropout import Dropout, drop
 from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
@@ -68,7 +70,7 @@ class Layer:
 
 
 class _Step:
-    """x -> x + scale * output_norm(mixer(norm(x)))."""
+    """x -> post_norm(x + dropout(scale * output_norm(mixer(norm(x)))))."""
 
     sums_first = True
 
@@ -76,8 +78,10 @@ class _Step:
         self.norm = None if step.norm is None else at.norm(step.norm)
         self.blocks = [BLOCKS[type(step.mixer)](step.mixer, at)]
         self.output_norm = None if step.output_norm is None else at.norm(step.output_norm)
-        self.scale = step.scale
-        self.by_token, self.reads_result = isinstance(self.blocks[0], MLPBlock), self.output_norm is not None
+        self.post_norm = None if step.post_norm is None else at.norm(step.post_norm)
+        self.scale, self.dropout = step.scale, _Dropout(step.dropout, at.site(f"{_last(step.mixer)}.residual"))
+        self.by_token = isinstance(self.blocks[0], MLPBlock)
+        self.reads_result = self.output_norm is not None or self.post_norm is not None
         self._makes_again = at.recompute in ("norms", "mlp") and isinstance(self.blocks[0], AttentionBlock | MLPBlock)
 
     @property
@@ -97,7 +101,10 @@ class _Step:
             added = block(x, inputs)
         if self.output_norm is not None:
             added = self.output_norm(added)
-        return hidden, added if self.scale == 1.0 else added * self.scale
+        added = self.dropout.local(added if self.scale == 1.0 else added * self.scale, inputs)
+        if self.post_norm is not None:
+            return self.post_norm.after(hidden, added)[1], None
+        return hidden, added
 
     @torch.no_grad()
     def _normed(self, total: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -120,12 +127,15 @@ class _ParallelStep:
         self.place = at.place
         shared: dict[spec.Norm, Norm] = {}
         for branch in step.branches:
-            assert branch.norm is not None and branch.output_norm is None and branch.scale == 1.0, branch
+            plain = branch.output_norm is None and branch.post_norm is None and branch.scale == 1.0
+            assert branch.norm is not None and plain, branch
             if branch.norm not in shared:
                 shared[branch.norm] = at.norm(branch.norm)
         self.norms = [shared[branch.norm] for branch in step.branches]
         reduces = at.place.tp.size == 1
         self.blocks = [BLOCKS[type(branch.mixer)](branch.mixer, at, reduces=reduces) for branch in step.branches]
+        self.dropouts = [_Dropout(b.dropout, at.site(f"{_last(b.mixer)}.residual")) for b in step.branches]
+        self.dropout = _Dropout(step.dropout, at.site("residual"))
 
     @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:
@@ -133,14 +143,50 @@ class _ParallelStep:
 
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
         total, normed, size = None, {}, hidden.shape[-1]
-        for norm, block in zip(self.norms, self.blocks, strict=True):
+        for norm, block, dropout in zip(self.norms, self.blocks, self.dropouts, strict=True):
             if norm in normed:
                 x = normed[norm][..., :size]
             else:
                 hidden, x = norm.after(hidden, delta, block.room)
                 normed[norm], delta = x, None
-            term = block(x, inputs)
+            term = dropout.whole(block(x, inputs), inputs)
             total = term if total is None else total + term
-        if self.place.tp.size == 1:
-            return hidden, total
-        return hidden, reduce_terms(total, self.place, [block.output.bias for block in self.blocks])
+        if self.place.tp.size > 1:
+            total = reduce_terms(total, self.place, self._biases(inputs))
+        return hidden, self.dropout.local(total, inputs)
+
+    def _biases(self, inputs: Inputs) -> list[torch.Tensor | None]:
+        """Return the biases of the branches' outputs, which no term has: [O], or with dropout [T, O]."""
+        tokens = len(inputs.tokens.local)
+        return [
+            bias
+            if bias is None or dropout.draw(inputs) is None
+            else dropout.local(bias.expand(tokens, -1).contiguous(), inputs)
+            for bias, dropout in zip((block.output.bias for block in self.blocks), self.dropouts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Dropout:
+    """Dropout of the base, of what a mixer adds: p and the site of its masks."""
+
+    p: float
+    site: int
+
+    def draw(self, inputs: Inputs) -> Dropout | None:
+        return inputs.tokens.draw(self.p, self.site)
+
+    def local(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """x [T, O], this rank's tokens under sequence parallelism."""
+        return drop(x, inputs.tokens.local, self.draw(inputs))
+
+    def whole(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """x [F, O], all tokens; [T, O] is the same where tp is 1."""
+        return drop(x, inputs.tokens.index, self.draw(inputs))
+
+
+def _last(mixer: spec.Mixer) -> str:
+    """Return the name of the linear whose result is added."""
+    if isinstance(mixer, spec.Experts):
+        return "experts"
+    return (mixer.out if isinstance(mixer, spec.Attention) else mixer.down).name

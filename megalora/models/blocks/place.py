@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +10,7 @@ from megalora.adapters.config import ResolvedLora
 from megalora.models import spec
 from megalora.models.blocks.norm import NORMS, Norm, NormAcrossHeads, NormOfEachHead
 from megalora.models.names import hang
+from megalora.ops.dropout import named_site
 from megalora.parallel.experts import ExpertLinear, ReplicatedLinear
 from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear, TokenLinear
 from megalora.parallel.placement import Placement
@@ -43,8 +43,7 @@ class LayerPlace:
         """Return the dropout site of the layer's input `name`: by SITES, or by a hash of the full name."""
         if name in SITES:
             return len(SITES) * self.index + SITES.index(name)
-        digest = hashlib.sha256(self.stack.of_layer(self.index, name).encode()).digest()
-        return int.from_bytes(digest[:4], "little") | 1 << 31  # apart from the numbers of SITES
+        return named_site(self.stack.of_layer(self.index, name))
 
     def column(self, linear: spec.Linear, cut: Cut | Part) -> ColumnParallelLinear:
         """Build a column-parallel linear of this rank's out_features `cut`."""
