@@ -41,6 +41,7 @@ std::map<std::string, int64_t> limits() {
       {"largest_norm", kLargestNorm},
       {"largest_fp8_row", kLargestFp8Row},
       {"turned", kTurned},
+      {"column_scale_rows", kColumnScaleRows},
       {"most_skinny_rows", kMostSkinnyRows},
       {"most_queries_per_head", kMostQueriesPerHead},
       {"small_head_dim", kSmallHeadDim},

@@ -65,6 +65,10 @@ TORCH_LIBRARY(megalora, m) {
   def("swiglu_lora_gradients_(Tensor dy, Tensor gate_up, Tensor dz, Tensor A, " MASK
       ", Tensor(a!) grad, Tensor(b!)[] dA, Tensor? z, Tensor(c!)[] dB, float[] scaling) -> ()");
 
+  // x, dy, y, dx [T, O], rows of any stride; g [O] float32; sums [parts, O] float32, where y is given.
+  def("scale_columns_(Tensor(a!) x, Tensor g) -> ()");
+  def("scale_columns_backward_(Tensor dy, Tensor? y, Tensor g, Tensor(a!) dx, Tensor(b!)? sums) -> ()");
+
   // outs of one dtype, rows of any stride; sources float32, contiguous, of the same shapes.
   def("scaled_copy_(Tensor(a!)[] outs, Tensor[] sources, float[] scales) -> ()");
 
@@ -124,6 +128,8 @@ TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
   m.impl("fp8_decode_", &cuda::fp8_decode_);
   m.impl("nf4_decode_", &cuda::nf4_decode_);
   m.impl("fp8_skinny_linear", &cuda::fp8_skinny_linear);
+  m.impl("scale_columns_", &cuda::scale_columns_);
+  m.impl("scale_columns_backward_", &cuda::scale_columns_backward_);
 }
 #endif
 
@@ -137,7 +143,8 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
        {"dropout_add_", "rms_norm_", "rms_norm_backward_", "swiglu_", "swiglu_backward_", "split_rope_",
         "split_rope_backward_", "cross_entropy_stats_", "cross_entropy_grad_", "attention_", "attention_backward_",
         "lora_down_", "lora_down_input_grad_", "lora_backward_", "swiglu_lora_down_", "swiglu_lora_backward_",
-        "swiglu_lora_gradients_", "scaled_copy_", "decode_attention_", "fp8_quantise_", "fp8_turn_", "fp8_decode_", "nf4_decode_"}) {
+        "swiglu_lora_gradients_", "scaled_copy_", "decode_attention_", "fp8_quantise_", "fp8_turn_", "fp8_decode_",
+        "nf4_decode_", "scale_columns_", "scale_columns_backward_"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&write_nothing>());
   }
 }

@@ -71,6 +71,9 @@ void swiglu_lora_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor
 void swiglu_lora_gradients_(const Tensor& dy, const Tensor& gate_up, const Tensor& dz, const Tensor& A,
                             const MaskArguments& mask, const Tensor& grad, at::TensorList dA, const OptionalTensor& z,
                             at::TensorList dB, at::ArrayRef<double> scaling);
+void scale_columns_(const Tensor& x, const Tensor& g);
+void scale_columns_backward_(const Tensor& dy, const OptionalTensor& y, const Tensor& g, const Tensor& dx,
+                             const OptionalTensor& sums);
 void scaled_copy_(at::TensorList outs, at::TensorList sources, at::ArrayRef<double> scales);
 void fp8_quantise_(const Tensor& x, const OptionalTensor& factor, const Tensor& codes, const Tensor& scale);
 void fp8_turn_(const Tensor& codes, const Tensor& out);

@@ -72,6 +72,23 @@ struct SwiGluBackwardParams {
   Type type;
 };
 
+// x [N, O] = x * factors [O], float32, in place.
+struct ColumnScaleParams {
+  Matrix x;
+  const float* factors;
+  int64_t rows, size;
+  Type type;
+};
+
+// dx [N, O] = dy * factors; sums [parts, O] (null: none) of dy * y over kColumnScaleRows rows each.
+struct ColumnScaleBackwardParams {
+  Matrix dy, y, dx;
+  const float* factors;
+  float* sums;
+  int64_t rows, size;
+  Type type;
+};
+
 // Between qkv [T, (H + 2 K) D] contiguous and its heads, q and k rotated by (cos, sin) [T, D / 2], contiguous;
 // `backward` goes the other way and turns back.
 struct SplitRopeParams {

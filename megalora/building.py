@@ -77,8 +77,11 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             f"implemented: choose none or lora_only"
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
-    resolved = lora_config.resolve(config.model_type, layers, (*config.head.names, config.embedding.name))
-    transposed = any(config.linears[name].linear.transposed for name in resolved.adapters)
+    head = config.head
+    ends = (*((head.name,) if isinstance(head, Head) else ()), config.embedding.name)
+    without = () if isinstance(head, Head) else head.names  # of a classifier, trained in full
+    resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without)
+    transposed = any(placed.linear.transposed for name, placed in config.linears.items() if name in resolved.adapters)
     if lora_config.fan_in_fan_out and not transposed:
         raise UserError(
             f"lora_config: fan_in_fan_out = true is for weights stored as [in, out], and none that is adapted in this "
@@ -133,6 +136,7 @@ def build_stage(
     schedule      one of SCHEDULES, and `fitting`: what of the workload's layers is computed again
     """
     check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
+    lora.words(config.embedding.name).check_stages(config.head.tied, mesh.pp.size)
     parts = mesh.pp.size * virtual_pipeline_size
     if virtual_pipeline_size > 1 and parts > config.num_hidden_layers:
         raise UserError(
@@ -178,7 +182,9 @@ def first_trained_part(config: ModelSpec, lora: ResolvedLora, parts: Sequence[ra
     """Return the first of `parts`, each a range of layers, that has something to train; their number where none has."""
     modules = [name.rpartition(".lora_")[0] or name.rpartition(".")[0] for name in trained_shapes(lora, config)]
     lowest = min((config.linears[name].layer for name in modules if name in config.linears), default=None)
-    if lowest is None:  # a head of its own, or nothing
+    if lora.words(config.embedding.name).trains:
+        lowest = 0
+    elif lowest is None:  # a head, or nothing
         lowest = config.num_hidden_layers - bool(modules)
     return next((s for s, part in enumerate(parts) if lowest < part.stop), len(parts))
 
@@ -281,7 +287,13 @@ def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int
                 shapes[f"{name}.lora_B.bias"] = (linear.out_features,)
             if adapter.dora:
                 shapes[f"{name}.{MAGNITUDE}"] = (linear.out_features,)
-    return shapes | (dict(config.head.trained) if isinstance(config.head, ClassHead) else {})
+    shapes |= lora.words(config.embedding.name).shapes(
+        config.embedding.name, False, config.vocab_size, config.embedding.width
+    )
+    if isinstance(config.head, ClassHead):
+        return shapes | dict(config.head.trained)
+    head = config.head.name
+    return shapes | lora.words(head).shapes(head, True, config.vocab_size, config.embedding.width)
 
 
 def check_adapter(
@@ -402,9 +414,9 @@ def build_trainer(
         fill(stage)
     stage.settle()
     with together(mesh.world):
-        timed, offloads, wanted = settings.timed, stage.offloads, settings.cuda_graphs
-        few, tiled = (config.head_dim, config.has_experts), tiled_by(config)
-        graphs, note = choose_graphs(wanted, place, mesh, *few, timed=timed, offloads=offloads, tiled=tiled)
+        few, words = (config.head_dim, config.has_experts), stage.trains_words
+        how: dict[str, Any] = {"timed": settings.timed, "offloads": stage.offloads, "tiled": tiled_by(config)}
+        graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, *few, trains_words=words, **how)
     if graphs:
         stage.use_graphs()
     parameters, splits = stage.trainable(), named_splits(stage)

@@ -36,7 +36,7 @@ from megalora.errors import UserError
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
 from megalora.identity import adapter_template, base_identity, check_base
 from megalora.models.config import check_layout, read_config
-from megalora.models.spec import ModelSpec
+from megalora.models.spec import Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.monitor.progress import ByteProgress
 from megalora.parallel.mesh import Axis
@@ -219,9 +219,23 @@ def _adapter_merge(arguments: Conversion) -> None:
     if adapter.trainer is not None:  # it says what it was trained on
         check_base(adapter, base_identity(config, base, load_tokenizer(base)))
     transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
-    merged = MergedWeights(weights, lora.adapters, adapter.tensors, transposed)
+    _check_tied_merge(config, lora, adapter)
+    merged = MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens)
     plan = plan_hf(tensor_types(merged, config.tensors), _max_file_bytes(arguments))
     _write_base(arguments, target, merged, plan, base, adapter_template(adapter))
+
+
+def _check_tied_merge(config: ModelSpec, lora: ResolvedLora, adapter: AdapterCheckpoint) -> None:
+    """Raise UserError where embedding and head are one matrix in the base, and would be two with the adapter in it."""
+    if not isinstance(config.head, Head) or not config.head.tied:
+        return
+    ends = config.embedding.name, config.head.name
+    apart = [name for name in ends if name in lora.saved or name in lora.adapters]
+    if apart or config.head.name in lora.tokens:
+        raise UserError(
+            f"adapter {adapter.where}: adapts {(apart or ends)[0]}, and the model ties {ends[0]} and {ends[1]}, which "
+            f"would have to be two matrices: use the adapter as it is"
+        )
 
 
 def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:

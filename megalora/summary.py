@@ -98,18 +98,24 @@ def _model(path: str, config: ModelSpec, lora: ResolvedLora) -> dict[str, str]:
     shapes = config.tensors
     trained = config.head.trained if isinstance(config.head, ClassHead) else {}
     frozen = sum(math.prod(shape) for name, shape in shapes.items() if name not in trained)
-    trainable = _lora_parameters(config, lora)
-    factors = (".lora_A.weight", ".lora_B.weight")
-    trainable += sum(math.prod(shape) for n, shape in trained_shapes(lora, config).items() if not n.endswith(factors))
+    trainable = sum(map(math.prod, trained_shapes(lora, config).values()))
     targets = sorted({name.rsplit(".", 1)[-1] for name in lora.adapters})
     return {
         "path": path,
         "type": f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}",
         "parameters": f"{frozen:,} frozen, {trainable:,} trained ({100 * trainable / frozen:.3f}%)",
         "adapters": f"{len(lora.adapters)} linears ({', '.join(targets)}), r {lora.config.r}, "
-        f"alpha {lora.config.lora_alpha:g}, dropout {lora.config.lora_dropout:g}",
+        f"alpha {lora.config.lora_alpha:g}, dropout {lora.config.lora_dropout:g}{', DoRA' * lora.config.use_dora}",
         **({"dropout of the base": told(dropouts)} if (dropouts := base_dropouts(config)) else {}),
+        **_words(lora),
     }
+
+
+def _words(lora: ResolvedLora) -> dict[str, str]:
+    """Return what is trained of the embedding and the head beside adapters."""
+    found = [f"all of {name}" for name in sorted(lora.saved)]
+    found += [f"{len(ids)} tokens of {name}" for name, ids in lora.tokens.items()]
+    return {"trained in full": ", ".join(found)} if found else {}
 
 
 def _layout(
@@ -189,5 +195,6 @@ def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> 
 
 
 def _lora_parameters(config: ModelSpec, lora: ResolvedLora) -> int:
-    linears = ((adapter.r, config.linears[name].linear) for name, adapter in lora.adapters.items())
-    return sum(r * (linear.in_features + linear.out_features) for r, linear in linears)
+    """Return the elements of the factors A and B; those of an embedding are looked up, as it is itself."""
+    factors = (".lora_A.weight", ".lora_B.weight")
+    return sum(math.prod(shape) for name, shape in trained_shapes(lora, config).items() if name.endswith(factors))

@@ -47,6 +47,9 @@ LORAS = {
 KINDS = {
     "dora": {"target_modules": "all-linear", "use_dora": True, "bias": "lora_only", "rank_pattern": {"q_proj": 5}},
     "a bias of B": {"target_modules": ["q_proj", "o_proj"], "lora_bias": True},
+    "words in full": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "adapters on words": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "rows of tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 17, 130]},
     "exclusions": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.1.mlp.down_proj"]},
 }
 # What families call the linears of LORAS, where they do not call them as llama does.
@@ -110,13 +113,15 @@ def our_logits(base, adapter_folder) -> torch.Tensor:
     load_adapter(stage, adapter.tensors, adapter.where)
     stage.refresh_adapters()
     index = torch.arange(len(IDS))
-    tables = rope_tables(config, index, torch.float32)
+    tables = rope_tables(config, index, torch.float32, (0, len(IDS)))
     hidden = stage(None, Inputs(IDS, None, None, (0, len(IDS)), tables, Tokens(index, index, None, 0)))
     return stage.head(hidden)
 
 
 def digests(folder) -> dict[str, str]:
     tensors = load_file(folder / "adapter_model.safetensors")
+    # peft copies the base's embedding and head into the file where they are adapted.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
     return {name: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for name, t in tensors.items()}
 
 
@@ -160,7 +165,9 @@ def test_merged(tmp_path, capsys, lora):
     close(logits_of(merged), logits_of(theirs))
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
     # What is not adapted is as it was, bit for bit.
-    trained = {re.sub("lora_[AB][.]", "", name) for name in open_adapter(tmp_path / "adapter").tensors}
+    kinds = r"lora_[AB][.]|lora_embedding_[AB]|token_adapter[.]trainable_tokens_delta"
+    names = open_adapter(tmp_path / "adapter").tensors
+    trained = {re.sub(r"[.]$", ".weight", re.sub(kinds, "", name)) for name in names}
     now = sums(tmp_path / "merged")
     assert now.keys() == before.keys()
     assert {name for name in now if now[name] != before[name]} == trained & now.keys()

@@ -20,6 +20,7 @@ from spawn import spawn
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.lora import initial_factor
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
+from megalora.adapters.words import TOKENS
 from megalora.building import resolve_lora
 from megalora.data import build_rows
 from megalora.data.loader import Loader
@@ -109,6 +110,8 @@ def weight(name: str, shape: tuple[int, ...], config: ModelSpec) -> torch.Tensor
     """The whole tensor of that name, ours or that of transformers' modules."""
     ours = config.files.ours(name, config.tensors)
     tied = config.head.tied and ours == config.head.weight
+    if config.head.tied and "trainable_tokens" in name:  # rows of a tied head are the embedding's
+        ours = f"{config.embedding.name}.{TOKENS}"
     return whole_tensor(config.embedding.weight if tied else ours, shape, 0.15)
 
 
@@ -126,7 +129,8 @@ def peft_model(case: Case, **model_options) -> peft.PeftModel:
 def plain_name(name: str) -> str:
     """peft's name of a parameter -> ours."""
     name = name.removeprefix("base_model.model.")
-    name = name.replace(".base_layer.", ".").replace(".default.", ".")
+    name = name.replace(".base_layer.", ".").replace(".default.", ".").replace("original_module.", "")
+    name = name.replace("modules_to_save.", "").replace("token_adapter.weight", "weight").removesuffix(".default")
     return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
@@ -223,6 +227,9 @@ CASES = {
     "a bias of B": Case("qwen2", lora={"lora_bias": True}),
     "a bias of B where the base has none": Case("llama", lora={"lora_bias": True, "exclude_modules": ["v_proj"]}),
     "all but an expression": Case("qwen3", lora={"exclude_modules": r".*layers\.[12]\.mlp\..*"}),
+    "words in full": Case("llama", lora={"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "adapters on words": Case("qwen3", lora={"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "rows of tokens, tied": Case("qwen2", lora={"trainable_token_indices": [3, 17, 130], "target_modules": ["v_proj"]}),
     "upper layers, q and v": Case(
         "mistral", lora={"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 3]}
     ),

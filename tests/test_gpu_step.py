@@ -56,6 +56,22 @@ def test_a_step_on_the_gpu(family, dtype, tolerance):
     assert all(torch.equal(p, ours.adapters[n][1]) for n, (_, p) in again.adapters.items())
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_step_with_magnitudes_on_the_gpu(dtype, tolerance):
+    """DoRA: the gradients of magnitudes too, and every bit of a repetition."""
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear", "use_dora": True}
+    for family in ("llama", "qwen2", "gpt_neox"):
+        run = Run(family=family, model=sizes(family), lora=lora, steps=2, seq_length=64)
+        wanted = train(0, 1, run)
+        found = train(0, 1, run.on(dtype=dtype, device="cuda"))
+        for name, (_, grad) in wanted.gradients.items():
+            error = (found.gradients[name][1].double().cpu() - grad).norm() / grad.norm()
+            assert error <= 10 * tolerance, (family, name, error)
+        again = train(0, 1, run.on(dtype=dtype, device="cuda"))
+        assert again.losses == found.losses
+        assert all(torch.equal(p, found.adapters[n][1]) for n, (_, p) in again.adapters.items())
+
+
 def test_heads_that_no_kernel_of_packed_documents_takes(tmp_path, capsys):
     inputs = tiny.make_inputs(tmp_path)
     tiny.save_model(inputs.model, hidden_size=80, num_attention_heads=4, num_key_value_heads=2)

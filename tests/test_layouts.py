@@ -261,6 +261,23 @@ def test_kinds_of_adapters_give_the_numbers_of_one_process():
     assert largest_difference(plain, [reference(runs[-1])]) > 1e-3, "the rate of B matters"
 
 
+def test_trained_words_give_the_numbers_of_one_process():
+    """Embedding and head in full, rows of tokens, adapters on both; a vocabulary that tp does not divide."""
+    ends = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "init_lora_weights": False}
+    q = {"target_modules": ["q_proj"]}
+    runs = [
+        Run("llama", **TP2_SP, pp=2, **lora(modules_to_save=["embed_tokens", "lm_head"], **q)),
+        Run("llama", **TP4, **lora(**ends)),
+        Run("mistral", **TP2_SP, pp=2, **lora(rank_pattern={"lm_head": 5}, **ends)),
+        Run("qwen2", **TP4, sequence_parallel=True, **lora(trainable_token_indices=[3, 130, 64], **q)),  # tied
+        Run("qwen3", tp=2, **lora(trainable_token_indices={"lm_head": [5], "embed_tokens": [5, 99]}, **q)),  # dp2
+        Run("qwen2", **TP2_SP, pp=2, **lora(modules_to_save=["lm_head"], **q)),  # tied: trained apart
+    ]
+    runs = [run.on(steps=2, learning_rate=1e-3) for run in runs]  # rows of rare words have small gradients
+    for run, outcomes in zip(runs, zip(*spawn(train_each, 4, runs), strict=True), strict=True):
+        assert largest_difference(reference(run), list(outcomes)) <= 1e-12, run
+
+
 @pytest.mark.parametrize(
     "run, dp",
     [

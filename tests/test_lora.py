@@ -164,8 +164,8 @@ def test_a_value_out_of_range_is_refused_by_name(fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"modules_to_save": ["lm_head"]}, {"layer_replication": [[0, 4]]}, {"megatron_config": {"a": 1}},
-        {"trainable_token_indices": [1]}, {"target_parameters": ["w"]}, {"loftq_config": {"bits": 4}},
+        {"layer_replication": [[0, 4]]}, {"megatron_config": {"a": 1}},
+        {"target_parameters": ["w"]}, {"loftq_config": {"bits": 4}},
         {"eva_config": {"rho": 2}}, {"corda_config": {}}, {"use_qalora": True}, {"arrow_config": {"a": 1}},
         {"alora_invocation_tokens": [1]}, {"lora_aplha": 16}, {"dropout": 0.1}, {"velora_config": {"a": 1}},
     ],
@@ -263,10 +263,46 @@ def test_a_pattern_that_matches_nothing_is_refused(name):
         resolved(**{name: {"proj": 2}})
 
 
-def test_an_expression_that_matches_the_head_is_refused():
-    """peft adapts lm_head for it: ours leaves it out."""
-    with pytest.raises(UserError, match="lm_head"):
-        LoraConfig.from_dict({"target_modules": r".*\.q_proj|lm_head"}).resolve("llama", LINEARS, ("lm_head",))
+ENDS = ("lm_head", "model.embed_tokens")
+
+
+def test_embedding_and_head_are_named_like_any_linear():
+    """As peft: by names and expressions, not by all-linear; layers_to_transform leaves them out."""
+
+    def adapted(**fields) -> set[str]:
+        return set(LoraConfig.from_dict(fields).resolve("llama", LINEARS, ENDS, 100).adapters) & set(ENDS)
+
+    assert adapted(target_modules=["q_proj", "lm_head", "embed_tokens"]) == set(ENDS)
+    assert adapted(target_modules=r".*\.q_proj|lm_head") == {"lm_head"}
+    assert adapted(target_modules="all-linear") == set()
+    assert adapted(target_modules=["q_proj", "embed_tokens"], layers_to_transform=[0]) == set()
+    saved = LoraConfig.from_dict({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]})
+    saved = saved.resolve("llama", LINEARS, ENDS, 100)
+    assert saved.saved == {"lm_head"} and "lm_head" not in saved.adapters
+    tokens = LoraConfig.from_dict({"trainable_token_indices": {"lm_head": [3, 1]}}).resolve("llama", LINEARS, ENDS, 9)
+    assert tokens.words("lm_head").tokens == (3, 1) and not tokens.words("model.embed_tokens").trains
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"modules_to_save": ["q_proj"]}, "modules_to_save names 'q_proj': only lm_head, embed_tokens"),
+        ({"trainable_token_indices": [100]}, "names token 100, but the model's vocab_size is 100"),
+        ({"trainable_token_indices": {"q_proj": [1]}}, "names 'q_proj', which has no tokens"),
+        ({"trainable_token_indices": [1, 1]}, "must be a list of different token ids"),
+        ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "train it in one of these ways"),
+        ({"target_modules": ["lm_head"], "use_dora": True}, "use_dora = true is not implemented for lm_head"),
+        ({"target_modules": ["lm_head"], "lora_bias": True}, "lora_bias = true is not implemented for lm_head"),
+    ],
+)
+def test_what_cannot_be_trained_of_embedding_and_head(fields, said):
+    with pytest.raises(UserError, match=said):
+        LoraConfig.from_dict(fields).resolve("llama", LINEARS, ENDS, 100)
+
+
+def test_an_expression_that_matches_a_classifiers_head_is_refused():
+    with pytest.raises(UserError, match="matches score, which cannot carry an adapter"):
+        LoraConfig.from_dict({"target_modules": r".*\.q_proj|score"}).resolve("llama", LINEARS, (), 0, ("score",))
 
 
 # ---- files

@@ -12,6 +12,8 @@ void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream);
 void launch_rms_norm_backward(const RmsNormBackwardParams& params, cudaStream_t stream);
 void launch_swiglu(const SwiGluParams& params, cudaStream_t stream);
 void launch_swiglu_backward(const SwiGluBackwardParams& params, cudaStream_t stream);
+void launch_scale_columns(const ColumnScaleParams& params, cudaStream_t stream);
+void launch_scale_columns_backward(const ColumnScaleBackwardParams& params, cudaStream_t stream);
 void launch_split_rope(const SplitRopeParams& params, cudaStream_t stream);
 void launch_cross_entropy_stats(const CrossEntropyStatsParams& params, cudaStream_t stream);
 void launch_cross_entropy_grad(const CrossEntropyGradParams& params, cudaStream_t stream);

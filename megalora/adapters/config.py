@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from megalora.adapters.lora import Adapter
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
+from megalora.adapters.words import Tokens, WordsAdapter, checked_tokens, saved_modules, trained_tokens
 from megalora.choices import CLASSIFICATION, TASKS
 from megalora.errors import UserError
 from megalora.files import read_json
@@ -32,12 +33,10 @@ _IGNORED = {
 }
 # Fields that would change the numbers, with the values at which they do not.
 _NEUTRAL: Mapping[str, tuple] = {
-    "modules_to_save": (None, []),
     "layer_replication": (None,),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
     "megatron_config": (None,),
-    "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
     "loftq_config": (None, {}),
     "eva_config": (None,),
@@ -66,6 +65,9 @@ class LoraConfig:
     use_rslora        s = alpha / sqrt(r) instead of alpha / r
     bias              which biases are trained: "none", "all", or "lora_only", those of adapted modules
     exclude_modules   names, or a regular expression over the whole module name, of targets that are not adapted
+    modules_to_save   names of modules that are trained in full: the embedding, the head
+    trainable_token_indices  ids of tokens whose rows of the embedding, and of a head that is tied to it, are trained;
+                      or an object of such lists by module name
     use_dora          train magnitudes beside A and B (see megalora.adapters.dora)
     lora_bias         train a bias of B
     init_lora_weights True: A uniform (Kaiming, a = sqrt 5), B zero; "gaussian": A normal with deviation 1 / r, B zero;
@@ -80,6 +82,8 @@ class LoraConfig:
     target_modules: tuple[str, ...] | str | None = None
     exclude_modules: tuple[str, ...] | str | None = None
     bias: str = "none"
+    modules_to_save: tuple[str, ...] | None = None
+    trainable_token_indices: Tokens | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -139,11 +143,19 @@ class LoraConfig:
             out["modules_to_save"] = list(HEADS)
         return out
 
-    def resolve(self, model_type: str, linears: Mapping[str, int], ends: Sequence[str] = ()) -> ResolvedLora:
+    def resolve(
+        self,
+        model_type: str,
+        linears: Mapping[str, int],
+        ends: Sequence[str] = (),
+        vocab_size: int = 0,
+        without: Sequence[str] = (),
+    ) -> ResolvedLora:
         """Return which linears of a model are adapted, and how.
 
-        linears  the layer of each linear that can carry an adapter, by full name
-        ends     names of the embedding and the head, which cannot
+        linears  the layer of each linear of the layers, by full name
+        ends     full names of the head and the embedding
+        without  full names of linears that cannot carry an adapter
         Raises UserError where nothing matches, a name in the list matches nothing, or a layer index does not exist.
         """
         targets = self.target_modules
@@ -151,20 +163,21 @@ class LoraConfig:
             if model_type not in DEFAULT_TARGET_MODULES:
                 raise UserError(f"lora_config: no default target_modules for model_type {model_type!r}: name them")
             targets = DEFAULT_TARGET_MODULES[model_type]
-        short = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        names = (*linears, *ends)
+        short = sorted({name.rsplit(".", 1)[-1] for name in names})
         if isinstance(targets, str):
             pattern = None if targets == "all-linear" else _compiled(targets, "lora_config: target_modules")
-            matched = [n for n in linears if pattern is None or pattern.fullmatch(n)]
-            for name in ends:
+            for name in without:
                 if pattern is not None and pattern.fullmatch(name):
                     raise UserError(
                         f"lora_config: target_modules {targets!r} matches {name}, which cannot carry an adapter: "
                         f"leave it out of the expression"
                     )
+            matched = [n for n in names if n in linears and pattern is None or pattern and pattern.fullmatch(n)]
         else:
-            matched = [n for n in linears if any(n == t or n.endswith("." + t) for t in targets)]
+            matched = [n for n in names if any(n == t or n.endswith("." + t) for t in targets)]
             for target in targets:
-                if not any(n == target or n.endswith("." + target) for n in linears):
+                if not any(n == target or n.endswith("." + target) for n in names):
                     raise UserError(
                         f"lora_config: target_modules names {target!r}, which is no linear of this model: "
                         f"choose among {', '.join(short)}"
@@ -178,7 +191,7 @@ class LoraConfig:
                     f"0 to {max(layers)}: correct the index"
                 )
             exactly = () if isinstance(targets, str) else targets  # as peft: a full name stands for itself
-            matched = [n for n in matched if n in exactly or linears[n] in self.layers_to_transform]
+            matched = [n for n in matched if n in exactly or linears.get(n) in self.layers_to_transform]
         matched = [n for n in matched if not self._excludes(n)]
         if not matched:
             raise UserError(
@@ -187,10 +200,28 @@ class LoraConfig:
             )
         for field_name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field_name):
-                if not any(_matches(pattern, name) for name in linears):  # one that is not adapted does no harm
+                if not any(_matches(pattern, name) for name in names):  # one that is not adapted does no harm
                     said = f"{field_name} names {pattern!r}, which matches no linear of this model"
                     raise UserError(f"lora_config: {said}: correct it")
-        return ResolvedLora(self, {name: self._adapter(name) for name in matched})
+        saved = saved_modules(self.modules_to_save, ends)
+        tokens = trained_tokens(self.trainable_token_indices, ends, vocab_size) if ends else {}
+        matched = [n for n in matched if n not in saved]  # as peft: what is trained in full has no branch
+        self._check_ends(set(matched) & set(ends), saved, tokens)
+        return ResolvedLora(self, {name: self._adapter(name) for name in matched}, saved, tokens)
+
+    def _check_ends(self, adapted: Collection[str], saved: Collection[str], tokens: Collection[str]) -> None:
+        for field_name in ("use_dora", "lora_bias"):
+            if adapted and getattr(self, field_name):
+                raise UserError(
+                    f"lora_config: {field_name} = true is not implemented for {min(adapted)}: leave it out of "
+                    f"target_modules, or train it in full with modules_to_save"
+                )
+        twice = (set(adapted) | set(saved)) & set(tokens)
+        if twice:
+            raise UserError(
+                f"lora_config: {min(twice)} is in trainable_token_indices, and in target_modules or modules_to_save "
+                f"too: train it in one of these ways"
+            )
 
     def _adapter(self, name: str) -> Adapter:
         r = int(_by_pattern(self.rank_pattern, name, self.r))
@@ -206,10 +237,19 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ResolvedLora:
-    """A LoraConfig met with a model: the adapter of each adapted linear, by full module name."""
+    """A LoraConfig met with a model: the adapter of each adapted module, by full name.
+
+    saved   names of modules that are trained in full; tokens: ids of tokens whose rows are, by name
+    """
 
     config: LoraConfig
     adapters: Mapping[str, Adapter]
+    saved: frozenset[str] = frozenset()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def words(self, name: str) -> WordsAdapter:
+        """Return what is trained of the embedding or the head `name`."""
+        return WordsAdapter(name in self.saved, self.tokens.get(name, ()), self.adapters.get(name))
 
     def adapter(self, name: str) -> Adapter | None:
         return self.adapters.get(name)
@@ -323,15 +363,18 @@ def _check_layers(values: dict[str, Any], need: Callable[[str, bool, str], None]
 
 
 def _check_modules(values: dict[str, Any], need: Callable[[str, bool, str], None], where: str) -> None:
-    for name in ("target_modules", "exclude_modules"):
+    if "trainable_token_indices" in values:
+        values["trainable_token_indices"] = checked_tokens(values["trainable_token_indices"], where)
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
         modules = values.get(name)
         if isinstance(modules, (list, tuple, set)):
-            empty = name == "exclude_modules"  # which excludes nothing
+            empty = name != "target_modules"
             good = (empty or len(modules) > 0) and all(isinstance(t, str) for t in modules)
             need(name, good, "a list of names")
             values[name] = tuple(sorted(modules)) or None
         elif modules is not None:
-            need(name, isinstance(modules, str), "a list of names, all-linear or a regular expression")
+            good = isinstance(modules, str) and name != "modules_to_save"
+            need(name, good, "a list of names, all-linear or a regular expression")
             if modules != "all-linear" or name == "exclude_modules":
                 _compiled(modules, f"{where}: {name}")
 

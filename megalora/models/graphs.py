@@ -41,6 +41,7 @@ def choose_graphs(
     timed: bool = False,
     offloads: bool = False,
     tiled: str | None = None,
+    trains_words: bool = False,
 ) -> tuple[bool, str | None]:
     """(whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they serve.
 
@@ -48,6 +49,7 @@ def choose_graphs(
     timed     the communication inside layers is to be timed (wall_clock_breakdown, profile)
     offloads  activations are kept in host memory
     tiled     what attention goes in tiles of plain torch for, which read the documents' bounds on the host
+    trains_words  something of the embedding or of the head is trained
     Raises UserError where they are wanted and cannot be.
     """
     on_gpu = torch.device(place.device).type == "cuda"
@@ -60,6 +62,8 @@ def choose_graphs(
         obstacle = "activations are kept in host memory"
     elif timed and mesh.tp.size > 1:
         obstacle = "wall_clock_breakdown and profile time the collectives inside layers"
+    elif trains_words:
+        obstacle = "the embedding or the head is trained"
     elif place.dtype not in (torch.bfloat16, torch.float16):
         obstacle = f"attention in {str(place.dtype).removeprefix('torch.')} is another call for other documents"
     elif not packs(head_dim, place.dtype, torch.device(place.device)):

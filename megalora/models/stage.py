@@ -30,12 +30,13 @@ from megalora.models.recompute import TILE, Recomputer
 from megalora.models.spec import ClassHead, ModelSpec
 from megalora.parallel.base import FrozenMatrix
 from megalora.parallel.decomposition import Decomposition, settle_norms
-from megalora.parallel.embedding import VocabParallelHead
+from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.linear import ParallelLinear
 from megalora.parallel.loss import next_token_loss
 from megalora.parallel.placement import Placement
+from megalora.parallel.trained_words import TrainedEmbedding, TrainedHead
 
 Head = VocabParallelHead | ClassScores
 Loss = Callable[[torch.Tensor, Any, Inputs], torch.Tensor]
@@ -84,7 +85,8 @@ class Stage(nn.Module):
         stack = config.stack
         # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in `_parts`:
         # modules here would be registered a second time.
-        embedding = EmbeddingBlock(self, config.embedding, place) if first else None
+        words = lora.words(config.embedding.name)
+        embedding = EmbeddingBlock(self, config.embedding, place, words) if first else None
         blocks = {
             i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, levels[i], tile, i in offloaded))
             for i in chain(*self._chunks)
@@ -97,9 +99,9 @@ class Stage(nn.Module):
         if last and isinstance(config.head, ClassHead):
             head = ClassScores(self, config.head, place)
         elif last:
-            head = HeadBlock(self, config, place)
+            head = HeadBlock(self, config, place, lora.words(config.head.name), config.head.tied and bool(words.tokens))
         if isinstance(head, HeadBlock) and config.head.tied and embedding is not None:
-            head.words.weight = embedding.words.weight
+            _tie(embedding.words, head.words)
         self._parts = _Parts(embedding, blocks, norm, head)
 
     @property
@@ -201,6 +203,8 @@ class Stage(nn.Module):
         """To be called with the base loaded and no adapter yet, where `switch_adapters` is to be used."""
         for group in self.groups:
             group.keep_base()
+        for words in self._trained_words:
+            words.keep_base()
 
     def share_adapters(self, owners: Mapping[str, Sequence[int]]) -> None:
         """Let several adapters share the branches (see LinearGroup.share): a batch may then mix their tokens."""
@@ -212,17 +216,32 @@ class Stage(nn.Module):
         """The stage of the adapted model, or of the base alone (generation), after `refresh_adapters`."""
         for group in self.groups:
             group.switch(on)
+        for words in self._trained_words:
+            words.switch(on)
 
     @property
     def _decomposed(self) -> list[tuple[Decomposition, FrozenMatrix, torch.Tensor, bool]]:
         groups = (group for group in self.groups if isinstance(group, LinearGroup))
         return [(g.dora, g.matrix, g.down, g.row_parallel) for g in groups if g.dora is not None]
 
+    @property
+    def _trained_words(self) -> list[TrainedEmbedding | TrainedHead]:
+        found = (None if self.embedding is None else self.embedding.words, self.head)
+        return [words for words in found if isinstance(words, (TrainedEmbedding, TrainedHead))]
+
+    @property
+    def trains_words(self) -> bool:
+        """Whether something of the embedding or of the head is trained here."""
+        return bool(self._trained_words)
+
     def settle(self) -> None:
-        """Set the magnitudes (DoRA) of initial adapters, once base and factors are there. Collective over tp."""
+        """Set what of initial adapters is made of the base: magnitudes (DoRA), rows of tokens. Collective over tp."""
         if not self._settles:
             return
         self._settles = False
+        for words in self._trained_words:
+            if words.token_adapter is not None:
+                words.token_adapter.reset(words)
         self._refresh_groups()
         for found, *_ in self._decomposed:
             found.reset()
@@ -234,10 +253,20 @@ class Stage(nn.Module):
 
     def reset_adapters(self, seed: int) -> None:
         """Initial adapters, the same on every layout; call `settle` after it, once the base is loaded."""
-        self._settles = bool(self._decomposed)
+        self._settles = bool(self._decomposed or self._trained_words)
+        for words in self._trained_words:
+            words.reset(seed, self.lora.config.init_lora_weights)
         for module in self.modules():
             if isinstance(module, ParallelLinear):
                 module.reset_adapter(seed, self.lora.config.init_lora_weights)
+
+
+def _tie(embedding: VocabParallelEmbedding, head: VocabParallelHead) -> None:
+    """Let both have one matrix, unless one of them trains its own; and the head the rows that the embedding trains."""
+    if not embedding.weight.requires_grad and not head.weight.requires_grad:
+        head.weight = embedding.weight
+    if isinstance(embedding, TrainedEmbedding) and isinstance(head, TrainedHead) and head.token_adapter is None:
+        head.tied_rows = lambda: embedding.token_adapter
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ LARGEST_NORM = 16384  # elements of a row of RMSNorm on CUDA
 
 LARGEST_FP8_ROW = 65536  # elements of a row that is quantised to e4m3 on CUDA
 TURNED = 16  # codes are turned in squares of so many bytes
+COLUMN_SCALE_ROWS = 64  # that one block of scale_columns goes through, and leaves one sum of
 
 MOST_SKINNY_ROWS = 4  # of skinny_linear
 # Attention over the cache on CUDA: query heads of one key/value head, and the sizes of a head.

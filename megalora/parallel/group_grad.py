@@ -5,6 +5,7 @@ and biases. Legend as in megalora.parallel.group.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,11 @@ class _Sums:
     def dB(self, i: int) -> torch.Tensor | None:
         """Of the i-th linear."""
         return self._into.get((i, "lora_B"))
+
+    @property
+    def dBs(self) -> list[torch.Tensor]:
+        """Of all linears where it is wanted, in order."""
+        return [into for (_, kind), into in self._into.items() if kind == "lora_B"]
 
     def dbiases(self, i: int) -> list[tuple[torch.Tensor, str]]:
         """Return the gradients of the biases of the i-th linear: (into, "bias" or "lora_bias")."""
@@ -282,17 +288,20 @@ class GatedPairFunction(torch.autograd.Function):
         kept_first, kept_second = _Kept(*saved[:count]), _Kept(*saved[count:])
         sums_first, sums_second = _Sums(first, needs_first), _Sums(second, needs_second)
         goes_on = needs_dx or any(needs_first.values())
-        # With DoRA the dB of the first is of its dy times factors, which is made later.
-        own_ups = first.dora is not None
-        ups = [] if own_ups else _up_branches(first, kept_first, sums_first)
+        ups = _up_branches(first, kept_first, sums_first)
+        if first.dora is not None:  # dB is of dy times factors: the sum of dy alone is taken apart, and multiplied
+            ups = [replace(branch, dB=torch.zeros_like(branch.dB)) for branch in ups]
         dgate_up = _backward(second, kept_second, ctx.draws[1], dy, goes_on, sums_second, ups_before=ups)
+        if first.dora is not None:
+            for into, branch in zip(sums_first.dBs, ups, strict=True):
+                into.addcmul_(branch.dB, first.dora.scale[branch.rows].to(into.dtype).unsqueeze(1))
         ctx.maybe_clear_saved_tensors()  # gate_up goes before the first group's products need memory
         del saved, kept_second, ups
         dsource = None
         if goes_on:
             dense = ctx.width == first.in_features
             dsource = _backward(
-                first, kept_first, ctx.draws[0], dgate_up, needs_dx, sums_first, dense=dense, own_ups=own_ups
+                first, kept_first, ctx.draws[0], dgate_up, needs_dx, sums_first, dense=dense, own_ups=False
             )
         return dsource, None, None, None, *sums_first.told, *sums_second.told
 

@@ -15,6 +15,8 @@ from megalora.ops.cross_entropy import gradient_, statistics_
 from megalora.ops.matmul import matmul
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.embedding import VocabParallelHead
+from megalora.parallel.placement import Tokens
+from megalora.parallel.trained_words import TrainedHead
 
 # Logits of one chunk on this rank: enough rows for an efficient GEMM; on a CPU no more than 32 MiB in float32, which
 # malloc gives again without fresh pages.
@@ -30,10 +32,13 @@ class Labels(Protocol):
     @property
     def labelled(self) -> torch.Tensor | None: ...
 
+    @property
+    def tokens(self) -> Tokens: ...
+
 
 def next_token_loss(hidden: torch.Tensor, head: VocabParallelHead, inputs: Labels) -> torch.Tensor:
     """Return the summed loss of a causal language model on one microbatch (see `cross_entropy_sum`)."""
-    return cross_entropy_sum(hidden, head, inputs.labels, inputs.labelled)
+    return cross_entropy_sum(hidden, head, inputs.labels, inputs.labelled, tokens=inputs.tokens)
 
 
 def cross_entropy_sum(
@@ -42,6 +47,7 @@ def cross_entropy_sum(
     labels: torch.Tensor,
     labelled: torch.Tensor,
     coefficients: torch.Tensor | None = None,
+    tokens: Tokens | None = None,
 ) -> torch.Tensor:
     """Return the sum over the labelled tokens of -c log softmax(logits)[label], a float32 (or float64) scalar.
 
@@ -49,20 +55,23 @@ def cross_entropy_sum(
     labels    [F] int64, already shifted; -100 where there is nothing to predict
     labelled  [L] int64, where labels is not -100
     coefficients  [L] float32 (or float64), c of each labelled token: that of its document or turn; None: all are 1
-    The scalar is the same on every rank of the tp axis. Only hidden gets a gradient.
+    tokens    of the microbatch, from which the dropout of an adapter on the head is drawn; None: no dropout
+    The scalar is the same on every rank of the tp axis. hidden gets a gradient, and what of the head is trained.
     """
-    return _CrossEntropySum.apply(hidden, head, labels, labelled, coefficients)
+    trained = head.trained() if isinstance(head, TrainedHead) else []
+    return _CrossEntropySum.apply(hidden, head, labels, labelled, coefficients, tokens, *trained)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels, labelled, coefficients):
+    def forward(ctx, hidden, head, labels, labelled, coefficients, tokens, *trained):
         tp = head.place.tp
         gathers = head.place.sequence_parallel and tp.size > 1
         full = all_gather(hidden, tp) if gathers else hidden
         everything = labelled.shape[0] == full.shape[0]
-        needs_grad = ctx.needs_input_grad[0]
-        dhidden = None
+        needs_grad = any(ctx.needs_input_grad)
+        dhidden, graph = None, None
+        sums = [torch.zeros_like(one) for one in trained] if needs_grad else []
         if needs_grad:
             dhidden = torch.empty_like(full) if everything else torch.zeros_like(full)
         loss = torch.zeros((), dtype=torch.promote_types(full.dtype, torch.float32), device=full.device)
@@ -73,8 +82,14 @@ class _CrossEntropySum(torch.autograd.Function):
             part = slice(start, start + chunk)
             rows = labelled[part]
             h = full[part] if everything else full.index_select(0, rows)
-            logits = head.logits(h)
-            slope = head.slope(logits) if needs_grad else None
+            if trained and needs_grad:
+                with torch.enable_grad():
+                    h = h.detach().requires_grad_()
+                    graph = head.logits(h, rows, tokens)
+                logits, slope = graph.detach().clone(), None
+            else:
+                logits = head.logits(h)
+                slope = head.slope(logits) if needs_grad else None
             label = labels[rows] - head.start
             local, total, target = statistics_(logits, label)
             maximum = local
@@ -87,20 +102,25 @@ class _CrossEntropySum(torch.autograd.Function):
                 d = gradient_(logits, label, local, maximum, total)
                 if coefficients is not None:
                     d.mul_(coefficients[part].to(d.dtype).unsqueeze(-1))
+                if graph is not None:
+                    dh, *grads = torch.autograd.grad(graph, [h, *trained], d)
+                    torch._foreach_add_(sums, grads)
+                    dhidden.index_copy_(0, rows, dh)
+                    continue
                 if slope is not None:
                     d.mul_(slope)
                 if head.scale != 1.0:
                     d.mul_(head.scale)
                 dhidden.index_copy_(0, rows, matmul(d, head.weight))
         ctx.tp, ctx.gathers = tp, gathers
-        ctx.save_for_backward(dhidden)
+        ctx.save_for_backward(dhidden, *sums)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        (dhidden,) = ctx.saved_tensors
+        dhidden, *sums = ctx.saved_tensors
         # Each rank's dhidden is the term of its part of the vocabulary.
         # In float32: a factor rounded to bfloat16 would make all gradients of a step up to 0.4% too large or too small.
         dhidden = (dhidden.to(dloss.dtype) * dloss).to(dhidden.dtype)
         reduced = reduce_scatter(dhidden, ctx.tp) if ctx.gathers else all_reduce(dhidden, ctx.tp)
-        return reduced, None, None, None, None
+        return reduced, None, None, None, None, None, *(one * dloss.to(one.dtype) for one in sums)

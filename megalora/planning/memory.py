@@ -73,8 +73,11 @@ def stage_memory(
     ends += shape.head + final + shape.behind if last else 0
     if first and last and shape.tied:
         ends -= shape.embedding
+    words = [shape.words[i] for i, here in enumerate((first, last)) if here]
+    ends -= sum(shape.embedding for _, whole in words if whole)
     frozen, trained = sum(layer.frozen for layer in layers), sum(layer.trained for layer in layers)
     trained += shape.scoring if last else 0
+    trained += sum(elements for elements, _ in words)
     groups = [group for layer in layers for times, group in layer.counted for _ in range(times)]
     room = sum(group.room * group.output for group in groups)
     linears = sum(group.inputs * group.output for group in groups)
@@ -94,6 +97,7 @@ def stage_memory(
         adapters=trained * _MASTER + copies * e,
         optimizer=3 * trained * _MASTER,
         activations=max(peak_bytes(part) for part in nodes)
+        + sum(elements for elements, _ in words) * _MASTER  # their gradient of one microbatch
         + max(0, in_flight - 1) * waiting
         + (0 if first else max(0, inputs - 1) * stream),
         buffers=_GEMM_WORKSPACE.get(shape.device_type, 0) + (0 if alone else _MESSAGES * stream) + exchanged

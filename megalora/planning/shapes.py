@@ -117,6 +117,7 @@ class Shape:
     before      elements of what else is in front of the first layer: positions, norm, projection
     behind      elements of what else the last layer's result goes through: projection, bias of the head
     capped      logits have a softcap, whose slope is kept beside them
+    words       what is trained of the embedding and of the head: (elements on this rank, whether all of it) each
     scaled      the rows of the embedding are multiplied by a number
     classes     of a classifier, which has a head of its own instead of one on the vocabulary; 0: it has none
     scoring     elements that are trained of a classifier's head
@@ -139,6 +140,7 @@ class Shape:
     scaled: bool = False
     classes: int = 0
     scoring: int = 0
+    words: tuple[tuple[int, bool], tuple[int, bool]] = ((0, False), (0, False))
 
     @property
     def head(self) -> int:
@@ -147,6 +149,8 @@ class Shape:
 
     @property
     def lowest(self) -> int:
+        if self.words[0][0]:
+            return 0
         return next((i for i, layer in enumerate(self.layers) if layer.trains), len(self.layers))
 
     @property
@@ -181,7 +185,18 @@ def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = 
         config.embedding.scale != 1.0,
         len(config.labels),
         sum(map(math.prod, trained.values())),
+        (_words(config, lora, False, tp), _words(config, lora, True, tp)),
     )
+
+
+def _words(config: ModelSpec, lora: ResolvedLora, of_head: bool, tp: int) -> tuple[int, bool]:
+    """Return what is trained of the embedding or the head on the widest rank, as Shape.words."""
+    if of_head and not isinstance(config.head, spec.Head):
+        return 0, False
+    name = config.head.name if isinstance(config.head, spec.Head) and of_head else config.embedding.name
+    words, vocabulary = lora.words(name), -(-config.vocab_size // tp)
+    shapes = words.shapes(name, of_head, vocabulary, config.embedding.width)
+    return sum(math.prod(shape) for shape in shapes.values()), words.whole
 
 
 def _norm(norm: spec.Norm | None) -> Norm | None:

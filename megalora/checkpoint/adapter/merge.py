@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from megalora.adapters.dora import factors, square_norms
+from megalora.adapters.words import TOKENS
 from megalora.checkpoint.base.weights import BaseWeights
 from megalora.errors import UserError
 
@@ -34,6 +35,7 @@ class MergedWeights:
     adapters  of each adapted linear, by its name
     tensors   the whole adapter by parameter name: lora_A [r, in], lora_B [out, r], ..., trained biases [out]
     transposed  names of linears whose weight is [in, out] in the file
+    tokens    ids of the tokens whose rows are trained, by name of the embedding or the head
     Raises UserError where a bias of B has no bias of the base to be added to.
     """
 
@@ -43,9 +45,10 @@ class MergedWeights:
         adapters: Mapping[str, Merged],
         tensors: Mapping[str, torch.Tensor],
         transposed: Collection[str] = (),
+        tokens: Mapping[str, tuple[int, ...]] | None = None,
     ):
         self._base, self._adapters, self._tensors, self._transposed = base, adapters, tensors, frozenset(transposed)
-        self.shapes = base.shapes
+        self.shapes, self._tokens = base.shapes, dict(tokens or {})
         for name, adapter in adapters.items():
             if adapter.bias and f"{name}.bias" not in self.shapes:
                 raise UserError(
@@ -76,9 +79,11 @@ class MergedWeights:
             out.copy_(own[index])
         else:
             self._base.copy(name, index, out)
-        if adapter is not None and leaf == "weight":
+        if leaf == "weight" and linear in self._tokens:
+            self._put_tokens(linear, index, out)
+        elif adapter is not None and leaf == "weight":
             self._add(linear, adapter, index, out)
-        elif adapter is not None and adapter.bias:
+        elif adapter is not None and adapter.bias and leaf == "bias":
             wide = torch.promote_types(out.dtype, torch.float32)
             added = self._tensors[f"{linear}.lora_B.bias"][index].to(wide)
             out.copy_(out.to(wide).add_(added, alpha=adapter.scaling))
@@ -90,11 +95,19 @@ class MergedWeights:
                 "damaged, or too large for that dtype; take another checkpoint of its run"
             )
 
+    def _put_tokens(self, words: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        rows = self._tensors[f"{words}.{TOKENS}"]
+        for place, token in enumerate(self._tokens[words]):
+            if index[0].start <= token < index[0].stop:
+                out[token - index[0].start].copy_(rows[place][index[1]])
+
     def _add(self, linear: str, adapter: Merged, index: tuple[slice, ...], out: torch.Tensor) -> None:
         """Merge into `out`, which has weight[index] of the base."""
         wide = torch.promote_types(out.dtype, torch.float32)
-        a, b = (self._tensors[f"{linear}.{factor}.weight"].to(wide) for factor in ("lora_A", "lora_B"))
-        transposed = linear in self._transposed
+        factors_of_linear = [f"{linear}.{factor}.weight" for factor in ("lora_A", "lora_B")]
+        embedding = [f"{linear}.lora_embedding_{factor}" for factor in "AB"]
+        a, b = (self._tensors[n].to(wide) for n in (embedding if embedding[0] in self._tensors else factors_of_linear))
+        transposed = linear in self._transposed or embedding[0] in self._tensors  # words lie along the rows
         rows, columns = index[::-1] if transposed else index
         W = out.t() if transposed else out
         merged = torch.addmm(W.to(wide), b[rows], a[:, columns], alpha=adapter.scaling)

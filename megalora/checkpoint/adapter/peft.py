@@ -7,7 +7,7 @@ which peft has wrapped, is `q_proj.base_layer.bias` there. That of any other lin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from megalora.adapters.config import LoraConfig
+from megalora.adapters.words import TOKENS
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.disk import unpickled
 from megalora.checkpoint.manifest import MANIFEST, entry_of, verify, write_manifest
@@ -27,7 +28,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
-_OF_LINEARS = (*_FACTORS, ".lora_B.bias", ".lora_magnitude_vector", ".bias")
+_EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
+_OF_LINEARS = (*_FACTORS, ".lora_B.bias", ".lora_magnitude_vector", ".bias", *_EMBEDDING_FACTORS, f".{TOKENS}")
+_COPY = ".base_layer.weight"  # of an adapted embedding, which peft saves beside its factors: the base's, not trained
 
 
 def read_peft(folder: str | Path) -> AdapterCheckpoint:
@@ -50,8 +53,8 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     if isinstance(base, str):
         lora_config["base_model_name_or_path"] = base
     file, raw = _read_tensors(folder)
-    saved = tuple(f"{name}." for name in fields.get("modules_to_save") or ())
-    tensors = {_our_name(key, file, saved): tensor for key, tensor in raw.items()}
+    saved = tuple(f"{PREFIX}{name}" for name in _saved_names(fields, raw))
+    tensors = {_our_name(key, file, saved): tensor for key, tensor in raw.items() if not key.endswith(_COPY)}
     adapted = _adapted(tensors)
     for linear in sorted(adapted):
         factors = [tensors.get(linear + suffix) for suffix in _FACTORS]
@@ -64,9 +67,11 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
                 f"{file}: {PREFIX}{linear} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
                 "which are not [r, in] and [out, r]: save the adapter again"
             )
-    if not adapted:
+    if not adapted and not tensors:
         raise UserError(f"{file}: holds no lora_A: name the folder of a trained adapter")
-    return AdapterCheckpoint(lora_config, tensors, where=str(folder))
+    copies = sorted(key for key in raw if key.endswith(_COPY))
+    note = f"{file}: {', '.join(copies)}: copies of the base's weights, which are read from the base"
+    return AdapterCheckpoint(lora_config, tensors, where=str(folder), notes=(note,) if copies else ())
 
 
 def write_peft(
@@ -126,11 +131,20 @@ def _peft_key(name: str, adapted: set[str]) -> str:
     return PREFIX + (f"{linear}.base_layer.bias" if name.endswith(".bias") and linear in adapted else name)
 
 
-def _our_name(key: str, file: Path, saved: tuple[str, ...] = ()) -> str:
-    """saved: starts of the names of modules that are trained in full."""
+def _saved_names(fields: Mapping[str, Any], raw: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the names in the file of the tensors of modules that are trained in full."""
+    modules = fields.get("modules_to_save") or ()
+    names = (key.removeprefix(PREFIX) for key in raw)
+    return {n for n in names if any(f".{n}".rpartition(".")[0].endswith(f".{module}") for module in modules)}
+
+
+def _our_name(key: str, file: Path, saved: Collection[str] = ()) -> str:
+    """saved: keys of modules that are trained in full."""
+    if key in saved:
+        return key.removeprefix(PREFIX)
     name = key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
     name = name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as early versions of peft wrote it
-    if not key.startswith(PREFIX) or not (name.endswith(_OF_LINEARS) or name.startswith(saved)):
+    if not key.startswith(PREFIX) or not name.endswith(_OF_LINEARS):
         raise UserError(f"{file}: {key} is no known part of a LoRA on a linear: use an adapter of linears only")
     return name
 

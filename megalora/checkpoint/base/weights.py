@@ -200,7 +200,7 @@ def _as_they_lie(folder: Path, names: BaseNames) -> BaseWeights:
 
 @torch.no_grad()
 def load_base(module: nn.Module, folder: str | Path, *, splits: Mapping[str, Split], names: BaseNames) -> None:
-    """Fill the base of a stage in place: the weights of its linears, and all parameters but the adapters' (`lora_`).
+    """Fill the base of a stage in place: the weights of its linears, and all parameters but the adapters'.
 
     splits  which slice of the whole tensor each parameter is (`named_splits(module)`)
     names   those of the whole model; a tied head is read from the embedding
@@ -215,7 +215,7 @@ def load_base(module: nn.Module, folder: str | Path, *, splits: Mapping[str, Spl
         assert splits[name].global_shape == tuple(names.shapes[name]), (name, splits[name])
         linear.fill_weight(_Weight(weights, name))
     for name, parameter in module.named_parameters():
-        if "lora_" in name or name in linears:
+        if "lora_" in name or "trainable_tokens" in name or name in linears:
             continue
         source = names.embedding if names.tied and name == names.head else name
         if source in names.optional and source not in weights.shapes:

@@ -1,10 +1,11 @@
-"""The ends of a model: what enters the first layer, and what the head reads. All of it is frozen."""
+"""The ends of a model: what enters the first layer, and what the head reads. All is frozen but what an adapter trains."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from megalora.adapters.words import WordsAdapter
 from megalora.models import spec
 from megalora.models.blocks.norm import NORMS
 from megalora.models.inputs import Inputs
@@ -12,6 +13,7 @@ from megalora.models.names import hang
 from megalora.ops.dropout import drop, named_site
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megalora.parallel.placement import Placement
+from megalora.parallel.trained_words import TrainedEmbedding, TrainedHead
 
 
 class Frozen(nn.Module):
@@ -43,9 +45,14 @@ class Projection:
 class EmbeddingBlock:
     """dropout(norm(project(scale * words) + positions)), each where the spec has it. Words are cut over tp, the rest not."""
 
-    def __init__(self, root: nn.Module, embedding: spec.Embedding, place: Placement):
+    def __init__(self, root: nn.Module, embedding: spec.Embedding, place: Placement, adapter: WordsAdapter):
         self.spec, self._place = embedding, place
-        self.words = VocabParallelEmbedding(embedding.vocab_size, embedding.width, place)
+        sizes = embedding.vocab_size, embedding.width
+        self.words = (
+            TrainedEmbedding(embedding.name, *sizes, place, adapter)
+            if adapter.trains
+            else VocabParallelEmbedding(*sizes, place)
+        )
         hang(root, embedding.name, self.words)
         self._scale = embedding.scale
         if embedding.rounded:
@@ -77,11 +84,15 @@ class EmbeddingBlock:
 class HeadBlock:
     """What turns the final hidden states into logits: a projection where the spec has one, and the words' matrix."""
 
-    def __init__(self, root: nn.Module, config: spec.ModelSpec, place: Placement):
-        head, width = config.head, config.embedding.width
-        assert isinstance(head, spec.Head)
-        self.words = VocabParallelHead(
-            config.vocab_size, width, place, bias=head.bias, scale=head.scale, softcap=head.softcap
+    def __init__(self, root: nn.Module, config: spec.ModelSpec, place: Placement, adapter: WordsAdapter, tied: bool):
+        """tied: rows of tokens that the embedding trains are the head's too."""
+        assert isinstance(config.head, spec.Head)
+        head, sizes = config.head, (config.vocab_size, config.embedding.width)
+        options = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
+        self.words = (
+            TrainedHead(head.name, *sizes, place, adapter, **options)
+            if adapter.trains or tied
+            else VocabParallelHead(*sizes, place, **options)
         )
         hang(root, head.name, self.words)
         self._project = None if head.project is None else Projection(root, head.project, place)
