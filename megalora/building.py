@@ -19,7 +19,6 @@ from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
 from megalora.models.graphs import choose_graphs, tiled_by
-from megalora.models.mixers import Experts
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
@@ -61,11 +60,6 @@ def resolve_base(name: str, config: ModelSpec) -> BaseFormat:
     Raises UserError where the model cannot be held so.
     """
     found = config.stored if name == "auto" else name
-    if found != "dense" and any(isinstance(mixer, Experts) for mixer in config.mixers):
-        raise UserError(
-            f"base_format {found}: the experts of {config.model_type} are held in the compute dtype only: give "
-            f"--base_format dense"
-        )
     return BaseFormat(found, as_stored=name == "auto" and found != "dense")
 
 

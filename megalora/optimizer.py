@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,17 +40,38 @@ class AdapterOptimizer:
         self._steps = 0
         self._optimizer: torch.optim.Optimizer | None = None
         build: Callable[..., torch.optim.Optimizer] = _apex_adam() if kind == "apex" else torch.optim.AdamW
-        if not parameters:
-            return
         grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, p in parameters.items():
             quick = "lora_B" in name or p.dim() == 1
             place = 0.0 if name.endswith(".bias") else weight_decay, loraplus_lr_ratio if quick else 1.0
             grouped.setdefault(place, []).append(p)
-        groups = [{"params": ps, "weight_decay": decay} for (decay, _), ps in grouped.items()]
+        self._grouped = grouped
         self._ratios = [ratio for _, ratio in grouped]
         options = {} if kind == "apex" else {"fused": True}
-        self._optimizer = build(groups, lr=0.0, betas=betas, eps=eps, **options)
+        self._make = functools.partial(build, lr=0.0, betas=betas, eps=eps, **options)
+        self._parts: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}  # which updated tensor holds it, from where on
+
+    def _build(self) -> None:
+        """Make torch's optimizer, once the parameters have gradients: neighbours in memory are updated as one tensor.
+
+        A model of experts has tens of thousands of small factors, whose update would take longer than their layers'.
+        """
+        if self._optimizer is not None or not self._parameters:
+            return
+        groups = []
+        for (decay, _), parameters in self._grouped.items():
+            runs = _runs(parameters)
+            updated = [run[0] if len(run) == 1 else _joined(run) for run in runs]
+            groups.append({"params": updated, "weight_decay": decay})
+            for one, run in zip(updated, runs, strict=True):
+                starts = itertools.accumulate((p.numel() for p in run), initial=0)
+                self._parts |= {p: (one, start) for p, start in zip(run, starts, strict=False)}
+        self._optimizer = self._make(groups)
+
+    def _of(self, p: nn.Parameter, key: str) -> torch.Tensor:
+        """Return the moment `key` of a parameter, as a view of that of the tensor that is updated."""
+        whole, start = self._parts[p]
+        return self._optimizer.state[whole][key].view(-1)[start : start + p.numel()].view(p.shape)
 
     def step(self, learning_rate: float, skip: torch.Tensor | None = None) -> None:
         """One update with the gradients that the parameters hold.
@@ -57,6 +80,7 @@ class AdapterOptimizer:
               says so later (`skipped`)
         """
         self._steps += 1
+        self._build()
         if self._optimizer is None:
             return
         for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
@@ -82,23 +106,59 @@ class AdapterOptimizer:
         if self._optimizer is None or not self._steps:
             return {}
         return {
-            name: {key: self._optimizer.state[p][key] for key in MOMENTS}
+            name: {key: self._of(p, key) for key in MOMENTS}
             for name, p in self._parameters.items()
         }
 
     def load_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], steps: int) -> None:
         """Goes on from moments as `state` gives them, after `steps` updates."""
         self._steps = steps
-        if self._optimizer is None or not steps:
+        if not steps:
             return
-        for name, p in self._parameters.items():
-            moments = {key: state[name][key].to(p.device, p.dtype).clone() for key in MOMENTS}
+        self._build()
+        if self._optimizer is None:
+            return
+        for whole in dict.fromkeys(one for one, _ in self._parts.values()):
+            moments = {key: torch.empty_like(whole) for key in MOMENTS}
             if isinstance(self._optimizer, torch.optim.AdamW):
-                moments["step"] = torch.tensor(float(steps), dtype=torch.float32, device=p.device)
-            self._optimizer.state[p] = moments
+                moments["step"] = torch.tensor(float(steps), dtype=torch.float32, device=whole.device)
+            self._optimizer.state[whole] = moments
+        for name, p in self._parameters.items():
+            for key in MOMENTS:
+                self._of(p, key).copy_(state[name][key])
         for group in self._optimizer.param_groups:
             if "step" in group or not isinstance(self._optimizer, torch.optim.AdamW):
                 group["step"] = steps  # apex counts in the group
+
+
+def _runs(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return `parameters` in lists of such as follow each other in memory, their gradients too."""
+    runs: list[list[nn.Parameter]] = []
+    for p in parameters:
+        if runs and _follows(runs[-1][-1], p) and _follows(runs[-1][-1].grad, p.grad):
+            runs[-1].append(p)
+        else:
+            runs.append([p])
+    return runs
+
+
+def _follows(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    return (
+        first is not None
+        and second is not None
+        and first.is_contiguous()
+        and second.is_contiguous()
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.data_ptr() + first.nbytes == second.data_ptr()
+    )
+
+
+def _joined(run: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Return neighbours in memory as one parameter [n], which shares it, gradients too."""
+    shape = (sum(p.numel() for p in run),)
+    whole = nn.Parameter(run[0].detach().as_strided(shape, (1,)))
+    whole.grad = run[0].grad.as_strided(shape, (1,))
+    return whole
 
 
 def _apex_adam() -> type[torch.optim.Optimizer]:

@@ -64,6 +64,7 @@ def each(rank: int, world_size: int, runs: list[Run], tied: Run):
 
 def test_every_layout_gives_the_numbers_of_one_process():
     runs = [run for family in EXPERTS for run in layouts(family)]
+    runs += [Run("qwen3_moe", tp=4, base_format="nf4"), Run("deepseek_v3", tp=2, pp=2, base_format="fp8")]
     tied = Run("qwen3_moe", tp=4, sequence_parallel=True, lora=ALL_LINEAR | {"target_modules": TARGETS})
     ranks = spawn(each, 4, runs, tied)
     for i, run in enumerate(runs):

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     **{module: LOWER | {"models", "learning_rate"} | SERVICES | PARTS for module in PARTS},
     **{module: LOWER | {"models", "learning_rate", "flags"} | SERVICES | PARTS | TOP for module in TOP},
 }
-TORCH_ONLY = {"adapters", "parallel.mesh", "ops"}  # the third-party packages of these
+TORCH_ONLY = {"adapters", "parallel.mesh", "ops"}  # the third-party packages of these; Triton comes with torch
 
 
 def module_name(file: Path, root: Path = ROOT) -> str:
@@ -93,7 +93,7 @@ def violations(source: str, module: str, is_package: bool) -> list[str]:
         if root == "tools":
             bad.append(f"{module}:{line} imports {name}: tools are command lines over the package")
         elif root != "megalora":
-            if part in TORCH_ONLY and root != "torch" and root not in sys.stdlib_module_names:
+            if part in TORCH_ONLY and root not in ("torch", "triton") and root not in sys.stdlib_module_names:
                 bad.append(f"{module}:{line} imports {name}: {part} may use torch only")
         elif name != "megalora" and part_of(name) not in MAY_IMPORT[part] | {part}:
             allowed = ", ".join(sorted(MAY_IMPORT[part])) or "nothing of ours"

@@ -24,7 +24,7 @@ def grouped_nt(X: torch.Tensor, P: torch.Tensor, bounds: Bounds) -> torch.Tensor
     if isinstance(bounds, torch.Tensor):
         return _grouped_mm()(X, P.transpose(1, 2), offs=bounds)
     out = X.new_empty(X.shape[0], P.shape[1])
-    for expert, rows in _parts(bounds):
+    for expert, rows in parts_of(bounds):
         out[rows] = matmul_nt(X[rows], P[expert])
     return out
 
@@ -34,7 +34,7 @@ def grouped(X: torch.Tensor, P: torch.Tensor, bounds: Bounds) -> torch.Tensor:
     if isinstance(bounds, torch.Tensor):
         return _grouped_mm()(X, P, offs=bounds)
     out = X.new_empty(X.shape[0], P.shape[2])
-    for expert, rows in _parts(bounds):
+    for expert, rows in parts_of(bounds):
         out[rows] = matmul(X[rows], P[expert])
     return out
 
@@ -44,12 +44,12 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, bounds: Bounds) -> torch.Ten
     if isinstance(bounds, torch.Tensor):
         return _grouped_mm()(a.t(), b, offs=bounds)
     out = a.new_zeros(len(bounds), a.shape[1], b.shape[1])
-    for expert, rows in _parts(bounds):
+    for expert, rows in parts_of(bounds):
         torch.mm(a[rows].t(), b[rows], out=out[expert])
     return out
 
 
-def _parts(bounds: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
+def parts_of(bounds: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
     """Yield (matrix, its rows) of each that has rows."""
     start = 0
     for expert, stop in enumerate(bounds):

@@ -8,6 +8,8 @@ Legend: F tokens, k choices of each, E experts of this rank, M rows.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,7 @@ class Routes:
     pair    [M] int64, the pair of each row
     expert  [M] int64, its expert, counted from the first of this rank
     bounds  the end of each expert's rows (see megalora.ops.grouped)
-    places  [F, k] int64, the row of each pair, and whether it is one of this rank's, bool; None where M is just those
+    places  [F, k] int64, the row of each pair, and [F, k] bool, whether it is one of this rank's; None on a CPU
     """
 
     pair: torch.Tensor
@@ -31,6 +33,13 @@ class Routes:
     tokens: int
     choices: int
     places: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def count(self) -> torch.Tensor:
+        """[] int32 on the device, how many rows are this rank's."""
+        if isinstance(self.bounds, torch.Tensor):
+            return self.bounds[-1]
+        return torch.tensor(self.bounds[-1], dtype=torch.int32, device=self.pair.device)
 
     @property
     def token(self) -> torch.Tensor:
@@ -49,14 +58,17 @@ def route(chosen: torch.Tensor, first: int, stop: int, dtype: torch.dtype) -> Ro
     local = torch.where((flat >= 0) & (flat < count), flat, count)
     expert, pair = local.sort(stable=True)
     bounds = torch.searchsorted(expert, torch.arange(count, device=chosen.device), right=True)
-    if runs_grouped(chosen.device, dtype):
+    places = None
+    if chosen.device.type == "cuda":  # where sums by index have no order
         place = torch.empty_like(pair)
         place[pair] = torch.arange(pair.shape[0], device=pair.device)
-        places = place.view_as(chosen), (local < count).view_as(chosen)
+        own = local < count
+        places = torch.where(own, place, 0).view_as(chosen), own.view_as(chosen)
+    if runs_grouped(chosen.device, dtype):
         return Routes(pair, expert, bounds.int(), tokens, choices, places)
     ends = tuple(bounds.tolist())
     rows = ends[-1]
-    return Routes(pair[:rows], expert[:rows], ends, tokens, choices)
+    return Routes(pair[:rows], expert[:rows], ends, tokens, choices, places)
 
 
 def take(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -82,12 +94,52 @@ class _Take(torch.autograd.Function):
         return grad.view(-1, ctx.count), None
 
 
+def fuses(rows: torch.Tensor) -> bool:
+    """Return whether Triton kernels take these rows: on a GPU, in 16 bits or float32, where Triton is installed."""
+    return rows.device.type == "cuda" and rows.dtype != torch.float64 and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def dispatch(x: torch.Tensor, routes: Routes, size: int, room: int = 0) -> torch.Tensor:
+    """Return the token of each row of x [F, size or more] with room behind it, [M, size + room], undefined in the room.
+
+    Not for autograd.
+    """
+    if fuses(x) and x.stride(1) == 1:
+        from megalora.ops.routing_kernels import dispatch_kernel
+
+        rows, block = routes.pair.shape[0], 1024
+        out = x.new_empty(rows, size + room)
+        if rows:
+            launch = dispatch_kernel[rows, -(-size // block)]
+            strides = x.stride(0), out.stride(0)
+            launch(x, routes.pair, routes.count, out, size, *strides, CHOICES=routes.choices, BLOCK=block)
+        return out
+    out = x.new_empty(routes.pair.shape[0], size + room)
+    out[:, :size] = x[:, :size][routes.token]
+    return out
+
+
 def combine(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
     """Return the sum [F, N] over each token's rows [M, N]. Not for autograd."""
     if routes.places is None:
         out = rows.new_zeros(routes.tokens, rows.shape[1])
         return out.index_add_(0, routes.token, rows)
     places, own = routes.places
+    if rows.shape[0] == 0:
+        return rows.new_zeros(routes.tokens, rows.shape[1])
+    if fuses(rows) and rows.stride(1) == 1:
+        from megalora.ops.routing_kernels import combine_kernel
+
+        size, block = rows.shape[1], 1024
+        out, mine = rows.new_empty(routes.tokens, size), own.view(torch.uint8)
+        launch = combine_kernel[routes.tokens, -(-size // block)]
+        launch(rows, places, mine, out, size, rows.stride(0), CHOICES=routes.choices, BLOCK=block)
+        return out
     return rows[places].masked_fill_(~own[..., None], 0.0).sum(1)
 
 
@@ -98,4 +150,6 @@ def by_pair(values: torch.Tensor, routes: Routes) -> torch.Tensor:
         out[routes.pair] = values
         return out.view(routes.tokens, routes.choices)
     places, own = routes.places
+    if values.shape[0] == 0:
+        return values.new_zeros(routes.tokens, routes.choices)
     return torch.where(own, values[places], 0.0)

@@ -47,6 +47,10 @@ class FrozenMatrix(Protocol):
         """Return W's rows [rows, columns] in the compute dtype, to be read: a view, or decoded."""
         ...
 
+    def decode_(self, out: torch.Tensor) -> None:
+        """Write W into out [rows, columns], in the compute dtype."""
+        ...
+
     def fill(self, rows: slice, source: WeightSource, split: Split, transposed: bool) -> None:
         """Set W's rows to the part `split` of the whole weight `source`, stored as [in, out] where `transposed`."""
         ...
@@ -89,6 +93,9 @@ class DenseMatrix:
 
     def weight(self, rows: slice) -> torch.Tensor:
         return self.view(rows)
+
+    def decode_(self, out: torch.Tensor) -> None:
+        out.copy_(self.view(slice(None)))
 
     def fill(self, rows: slice, source: WeightSource, split: Split, transposed: bool) -> None:
         part = self.view(rows).t() if transposed else self.view(rows)

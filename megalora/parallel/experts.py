@@ -21,10 +21,10 @@ from megalora.adapters.lora import Adapter
 from megalora.errors import UserError
 from megalora.ops import limits
 from megalora.ops.dropout import Dropout, dropout
-from megalora.ops.grouped import Bounds, grouped, grouped_nt, grouped_outer
+from megalora.ops.grouped import Bounds, grouped_nt, grouped_outer
 from megalora.ops.lora_linear import room_for
 from megalora.ops.scaled_copy import scaled_copy_
-from megalora.parallel.base import DenseView
+from megalora.parallel.expert_matrices import expert_matrices
 from megalora.parallel.linear import AdapterSplits, ParallelLinear
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, whole_split
@@ -151,19 +151,16 @@ class ExpertGroup:
             )
         self.dropout = max((adapter.dropout for adapter in adapters), default=0.0)
         count, self.output = len(self.experts), sum(self.sizes)
-        self.matrix = torch.empty(
-            count, self.output, self.in_features + self.room, dtype=place.dtype, device=place.device
-        )
+        self.matrix = expert_matrices(place, count, self.output, self.in_features, self.room)
         self.down: torch.Tensor | None = None  # A of all branches [E, R, I] in the compute dtype
         self.bias: torch.Tensor | None = None  # [E, O] in the compute dtype
         self._ready = False
         self._gradients: dict[tuple[int, str], tuple[list[int | None], torch.Tensor | None]] = {}
         self.rows = _ranges(self.sizes)
         self.branches = _ranges(self.ranks)
-        for matrix, linears in zip(self.matrix, self.experts, strict=True):
-            view = DenseView(matrix, self.in_features)
+        for expert, linears in enumerate(self.experts):
             for linear, rows in zip(linears, self.rows, strict=True):
-                linear.take_rows(view, rows)
+                linear.take_rows(self.matrix.of(expert), rows)
 
     @property
     def linears(self) -> list[ParallelLinear]:
@@ -173,7 +170,7 @@ class ExpertGroup:
     def refresh(self) -> None:
         """Put s B_e beside W_e, and A in the compute dtype aside: as `LinearGroup.refresh`."""
         if not self._ready:
-            self.matrix[:, :, self.in_features :].zero_()
+            self.matrix.branch.zero_()
             if self.rank:
                 shape = len(self.experts), self.rank, self.in_features
                 self.down = torch.zeros(shape, dtype=self.place.dtype, device=self.place.device)
@@ -189,8 +186,7 @@ class ExpertGroup:
             self.bias = torch.stack([torch.cat([b.detach() for b in row]).to(self.place.dtype) for row in biased])
 
     def _tail(self, rows: slice, columns: slice) -> torch.Tensor:
-        start = self.in_features
-        return self.matrix[:, rows, start + columns.start : start + columns.stop]
+        return self.matrix.branch[:, rows, columns]
 
     def share(self, owners: Mapping[str, Sequence[int]]) -> None:
         """Let several adapters share the branches, as `LinearGroup.share`: not implemented for experts."""
@@ -244,14 +240,14 @@ class ExpertGroup:
     def multiply(self, X: torch.Tensor, bounds: Bounds, expert: torch.Tensor) -> torch.Tensor:
         """Return X P_e^T + b_e [M, O] for X [M, I + C]; expert [M] int64."""
         assert self._ready, "refresh() comes before the first use"
-        y = grouped_nt(X, self.matrix, bounds)
+        y = self.matrix.multiply(X, bounds)
         if self.bias is None:
             return y
         return y.add_(self.bias[expert.clamp(max=len(self.experts) - 1)])
 
     def multiply_transposed(self, dy: torch.Tensor, bounds: Bounds, branch_only: bool) -> torch.Tensor:
         """Return dy P_e [M, I + C], or its last C columns alone."""
-        return grouped(dy, self.matrix[:, :, self.in_features :] if branch_only else self.matrix, bounds)
+        return self.matrix.multiply_transposed(dy, bounds, branch_only)
 
     def add_up_grads(self, dy: torch.Tensor, z: torch.Tensor, bounds: Bounds) -> None:
         """Add s dy_e^T z_e to the gradient of each B_e: dy [M, O], z [M, R]."""

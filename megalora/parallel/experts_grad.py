@@ -16,8 +16,8 @@ import torch
 
 from megalora.ops.dropout import Dropout, dropout, dropout_add_
 from megalora.ops.grouped import grouped
-from megalora.ops.routing import Routes, by_pair, combine, route
-from megalora.ops.swiglu import swiglu, swiglu_backward
+from megalora.ops.routing import Routes, by_pair, combine, dispatch, route
+from megalora.ops.weighted_gate import weighted_gate, weighted_gate_backward
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.placement import Placement, Tokens
@@ -71,24 +71,16 @@ class _GatherTokens(torch.autograd.Function):
         return all_reduce(dx.clone(memory_format=torch.contiguous_format), place.tp), None
 
 
-def _gated(pair: ExpertPair, gate_up: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-    """Return w silu(gate) up with room behind it, [M, I + C]."""
-    X = swiglu(gate_up, pair.down.room)
-    X[:, : pair.down.in_features].mul_(row_weights)
-    return X
-
-
 def _forward(pair: ExpertPair, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, tokens: Tokens):
     """Return (the term, routes, gate_up, z of gate and up, z of down)."""
     up, down = pair.up, pair.down
     routes = route(chosen, pair.first, pair.stop, x.dtype)
     index, down_index = pair.row_index(routes, tokens)
-    X = x.new_empty(routes.pair.shape[0], up.in_features + up.room)
-    X[:, : up.in_features] = x[routes.token]
+    X = dispatch(x, routes, up.in_features, up.room)
     up.project(X, routes.bounds, index, up.draw(tokens))
     gate_up, z_up = up.multiply(X, routes.bounds, routes.expert), X[:, up.in_features :].clone()
     del X
-    X = _gated(pair, gate_up, weights.flatten()[routes.pair, None])
+    X = weighted_gate(gate_up, weights, routes, down.room)
     down.project(X, routes.bounds, down_index, down.draw(tokens))
     y, z_down = down.multiply(X, routes.bounds, routes.expert), X[:, down.in_features :].clone()
     return combine(y, routes), routes, gate_up, z_up, z_down
@@ -108,27 +100,22 @@ class _Experts(torch.autograd.Function):
         up, down = pair.up, pair.down
         x, weights, gate_up, z_up, z_down = ctx.saved_tensors
         index, down_index = pair.row_index(routes, tokens)
-        row_weights = weights.flatten()[routes.pair, None]
         needs_x, needs_weights = ctx.needs_input_grad[:2]
-        dy = dout[routes.token]
-        X = _gated(pair, gate_up, row_weights)
+        dy = dispatch(dout, routes, dout.shape[1])
+        X = weighted_gate(gate_up, weights, routes, 0)
         trains_up = up.anchor is not None
         dh = _backward(
-            down, dy, X[:, : down.in_features], z_down, ctx.factors[1], routes, down_index, down.draw(tokens),
+            down, dy, X, z_down, ctx.factors[1], routes, down_index, down.draw(tokens),
             needs_x or trains_up or needs_weights,
         )  # fmt: skip
         del dy, X
         if dh is None:
             return (None,) * 6
-        dweights = None
-        if needs_weights:
-            h = swiglu(gate_up)
-            dweights = by_pair((dh * h).sum(1, dtype=weights.dtype), routes).to(weights.dtype)
-            del h
+        dgate_up, of_rows = weighted_gate_backward(dh, gate_up, weights, routes)
+        dweights = by_pair(of_rows, routes) if needs_weights else None
         if not (needs_x or trains_up):
             return None, dweights, None, None, None, None
-        dgate_up = swiglu_backward(dh.mul_(row_weights), gate_up, None)[0]
-        rows = x[routes.token] if trains_up else None
+        rows = dispatch(x, routes, up.in_features) if trains_up else None
         dx = _backward(up, dgate_up, rows, z_up, ctx.factors[0], routes, index, up.draw(tokens), needs_x)
         return None if dx is None else combine(dx, routes), dweights, None, None, None, None
 

@@ -21,6 +21,11 @@ class BaseFormat:
         self.name, self.as_stored, self._scratch = name, as_stored, Scratch()
 
     @property
+    def scratch(self) -> Scratch:
+        """The memory that the matrices share."""
+        return self._scratch
+
+    @property
     def scratch_bytes(self) -> int:
         """Bytes that the matrices share."""
         return self._scratch.nbytes

@@ -94,6 +94,11 @@ class _QuantisedMatrix:
     def view(self, rows: slice) -> None:
         return None
 
+    def decode_(self, out: torch.Tensor) -> None:
+        """Write W into out [rows, columns], in the compute dtype."""
+        for first, part in self._parts.items():
+            part.decode_(out[first : first + len(part.codes)])
+
     def weight(self, rows: slice) -> torch.Tensor:
         out = torch.empty(rows.stop - rows.start, self.columns, dtype=self._dtype, device=self._device)
         for first, part in self._parts.items():
@@ -152,8 +157,7 @@ class _QuantisedMatrix:
     def _decoded(self) -> torch.Tensor:
         """Return [W | s B] in the scratch."""
         whole = self._scratch.take((self.rows, self.columns + self.room), self._dtype, self._device)
-        for first, part in self._parts.items():
-            part.decode_(whole[first : first + len(part.codes), : self.columns])
+        self.decode_(whole[:, : self.columns])
         whole[:, self.columns :].copy_(self._branch)
         return whole
 

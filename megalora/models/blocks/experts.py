@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from megalora.errors import UserError
 from megalora.models import spec
 from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.place import LayerPlace
@@ -30,15 +29,10 @@ from megalora.parallel.split import shard_range
 class ExpertsBlock:
     """reduces: of the sum, as LinearGroup takes it."""
 
-    room = 0  # columns that are wanted behind the input: the gathered tokens are read by several groups
+    room = 0  # columns that are wanted behind the input: rows of experts are copies of it
 
     def __init__(self, experts: spec.Experts, at: LayerPlace, reduces: bool = True):
         self.place, self.reduces = at.place, reduces
-        if at.place.base.name != "dense":
-            raise UserError(
-                f"base_format = {at.place.base.name}: the weights of experts cannot be quantised yet: use "
-                f"--base_format dense"
-            )
         self.router = RouterBlock(experts, at)
         first, stop = shard_range(experts.count, at.place.tp.rank, at.place.tp.size)
         mlps = [experts.at(index) for index in range(first, stop)]
