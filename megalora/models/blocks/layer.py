@@ -189,4 +189,5 @@ def _last(mixer: spec.Mixer) -> str:
     """Return the name of the linear whose result is added."""
     if isinstance(mixer, spec.Experts):
         return "experts"
-    return (mixer.out if isinstance(mixer, spec.Attention) else mixer.down).name
+    attends = isinstance(mixer, spec.Attention | spec.LatentAttention)
+    return (mixer.out if attends else mixer.down).name
