@@ -8,12 +8,13 @@ What the page asks for: /api/runs, /api/series, /api/runs/N/notes and /api/runs/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -61,12 +62,12 @@ class Runs:
 
     def __init__(self, folders: Sequence[str]):
         self._folders, self._runs = tuple(folders), dict[Any, Run]()
-        self._lock = threading.Lock()
+        self._lock, self._asking = threading.Lock(), 0
         find_runs(self._folders)  # raises for a folder that is not there
 
     def all(self) -> list[Run]:
         """Return the runs, with what is new in them."""
-        with self._lock:
+        with self._first():
             try:
                 found = find_runs(self._folders)
             except (UserError, OSError):
@@ -78,16 +79,28 @@ class Runs:
             return list(self._runs.values())
 
     def read_on(self) -> bool:
-        """Read a piece of each large file, and return whether there is more."""
+        """Read a piece of each large file while nobody asks for anything, and return whether there is more."""
         more = False
         for run in list(self._runs.values()):
+            if self._asking:
+                return True
             with self._lock:
                 more = run.read_on() or more
         return more
 
+    @contextlib.contextmanager
+    def _first(self) -> Iterator[None]:
+        """The lock, before whoever reads on."""
+        self._asking += 1
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._asking -= 1
+
     def series(self, fields: Sequence[str], first: float, last: float, points: int) -> dict[str, dict[str, Any]]:
         """Return (steps, values) by field and by the place of the run, of the runs that have them."""
-        with self._lock:
+        with self._first():
             found: dict[str, dict[str, Any]] = {}
             for field in fields:
                 curves = {str(n): run.series(field, first, last, points) for n, run in enumerate(self._runs.values())}

@@ -39,7 +39,8 @@ class Run:
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
-        self._total: tuple[str, int | None] | None = None
+        self._total: tuple[str, int | None] | None = None  # (version, steps)
+        self._settings: tuple[str, dict[str, str]] | None = None  # (the file, its flags)
         self._files = {"": GrowingFile(folder / METRICS), EVALUATION: GrowingFile(folder / EVALUATIONS)}
 
     def look(self) -> None:
@@ -72,7 +73,6 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Return what a list of runs shows."""
         columns = self._files[""].columns
-        latest = {name: self.series(name, columns.last_step, columns.last_step, 1)[1] for name in columns.steps}
         try:
             updated: float | None = (self.folder / METRICS).stat().st_mtime
         except OSError:
@@ -85,7 +85,7 @@ class Run:
             "last_step": columns.last_step,
             "total_steps": self._total_steps(),
             "seconds_ago": None if updated is None else max(0.0, time.time() - updated),
-            "latest": {name: values[-1] for name, values in latest.items() if values},
+            "latest": columns.latest(),
             "fields": self.fields(),
         }
 
@@ -94,12 +94,17 @@ class Run:
         import yaml
 
         try:
-            found = yaml.safe_load(_tail(self.folder / SETTINGS, _SETTINGS_BYTES))
-        except (OSError, yaml.YAMLError, ValueError, RecursionError):
+            text = _tail(self.folder / SETTINGS, _SETTINGS_BYTES)
+        except OSError:
             return {}
-        if not isinstance(found, dict):
-            return {}
-        return {str(name): _shown(value) for name, value in found.items()}
+        if self._settings is None or self._settings[0] != text:
+            try:
+                found = yaml.safe_load(text)
+            except (yaml.YAMLError, ValueError, RecursionError):
+                found = None
+            fields = found if isinstance(found, dict) else {}
+            self._settings = text, {str(name): _shown(value) for name, value in fields.items()}
+        return self._settings[1]
 
     def notes(self) -> list[Note]:
         """Return the newest lines of the logs that are not of steps: of rank 0 all, of others what speaks of faults."""

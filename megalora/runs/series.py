@@ -20,7 +20,7 @@ import numpy as np
 LINE_BYTES = 1 << 20  # a longer line is none of a run's
 MOST_FIELDS = 200
 SAMPLE_LINES = 600
-_PIECE = 4 << 20  # bytes that are parsed at a time
+_PIECE = 1 << 20  # bytes that are parsed at a time
 _MARK = 64  # bytes before the place that has been read, by which a file that was rewritten is noticed
 
 
@@ -45,6 +45,11 @@ class Columns:
                 self.steps[name], self.values[name] = array("d"), array("d")
             self.steps[name].append(step)
             self.values[name].append(value)
+
+    def latest(self) -> dict[str, float]:
+        """Return the numbers of the last step."""
+        ends = {name: steps[-1] for name, steps in self.steps.items()}
+        return {name: self.values[name][-1] for name, step in ends.items() if step == self.last_step}
 
 
 class GrowingFile:
@@ -163,13 +168,14 @@ def thinned(
     inside = (steps >= first) & (steps <= last)
     steps, values = steps[inside], values[inside]
     if len(steps) > points:
-        bounds = np.linspace(0, len(steps), max(1, points // 2) + 1).astype(int)
-        kept = set()
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-            part = values[begin:end]
-            kept |= {begin + int(part.argmin()), begin + int(part.argmax())}
-        kept |= {0, len(steps) - 1}
-        chosen = sorted(kept)
+        size = -(-len(steps) // max(1, points // 2))
+        whole = len(steps) // size * size
+        parts = values[:whole].reshape(-1, size)
+        begins = np.arange(0, whole, size)
+        ends = [0, len(steps) - 1]
+        if whole < len(steps):
+            ends += [whole + int(values[whole:].argmin()), whole + int(values[whole:].argmax())]
+        chosen = np.unique(np.concatenate([begins + parts.argmin(1), begins + parts.argmax(1), ends]))
         steps, values = steps[chosen], values[chosen]
     return steps.tolist(), values.tolist()
 

@@ -30,7 +30,7 @@ const server = {
   series(fields, range) {
     const query = new URLSearchParams(fields.map((field) => ["field", field]));
     if (range) { query.set("from", range[0]); query.set("to", range[1]); }
-    query.set("points", POINTS);
+    query.set("points", Math.round(Math.max(200, Math.min(POINTS, (4 * POINTS) / shown().length)))); // of each curve
     return json(`api/series?${query}`);
   },
   notes: (number) => json(`api/runs/${number}/notes`),
