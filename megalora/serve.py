@@ -23,7 +23,15 @@ import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.adapters.shared import SharedAdapters, share
-from megalora.building import build_stage, check_adapter, load_adapter, load_base_weights, resolve_dtype, resolve_lora
+from megalora.building import (
+    build_stage,
+    check_adapter,
+    load_adapter,
+    load_base_weights,
+    resolve_base,
+    resolve_dtype,
+    resolve_lora,
+)
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.cluster.launch import choose_device, distributed
@@ -39,8 +47,8 @@ from megalora.generation.prompts import decode, stop_token_ids
 from megalora.generation.replica import Replica
 from megalora.generation.sampling import Sampling
 from megalora.generation.text import Reader
-from megalora.identity import adapter_template, base_identity, check_base
-from megalora.models.config import check_layout, read_config
+from megalora.identity import adapter_template, base_identity, check_base, other_base_format
+from megalora.models.config import check_layout, check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import on_first, together
@@ -67,7 +75,7 @@ def serve(arguments: Serving) -> None:
             listening = stack.enter_context(bind(options.host, options.port)) if mesh.world.is_first else None
             config = read_config(arguments.served.model_path)
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
-            context = _context(config, options.seq_length)
+            context = on_first(lambda: _context(config, options.seq_length), mesh.world)
         read = on_first(lambda: _read(arguments, config), mesh.world)
         stage = _stage(arguments, config, read.shared, mesh, device)
         replica = Replica(stage, mesh.pp, mesh.tp, context, Sampling(), (), listened_to=True)
@@ -96,6 +104,7 @@ def _read(arguments: Serving, config: ModelSpec) -> _Read:
     """Read the adapters, checked against the base. For one rank."""
     names = arguments.served.named_adapters
     tokenizer = open_tokenizer(arguments.served.model_path).tokenizer if names else None
+    base_format = resolve_base(arguments.served.base_format, config).name
     identity, adapters, templates, notes = None, [], [], []
     for name, folder in names:
         adapter = open_adapter(folder)
@@ -103,29 +112,29 @@ def _read(arguments: Serving, config: ModelSpec) -> _Read:
             weights = arguments.served.resume_from_checkpoint or arguments.served.model_path
             identity = base_identity(config, weights, tokenizer)
         check_base(adapter, identity)
+        notes += [f"{name}: {note}" for note in (*adapter.notes, *other_base_format(adapter, base_format))]
         lora = _resolved(name, adapter, config)
         check_adapter(adapter.tensors, lora, config, adapter.where)
         adapters.append((lora, adapter.tensors))
         templates.append(adapter_template(adapter))
-        notes += [f"{name}: {note}" for note in adapter.notes]
     return _Read(share(adapters) if adapters else None, templates, tuple(notes))
 
 
 def _resolved(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:
-    lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where)
-    if lora_config.use_dora or lora_config.lora_bias:
-        field = "use_dora" if lora_config.use_dora else "lora_bias"
+    lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
+    if lora_config.task_type != "CAUSAL_LM":
         raise UserError(
-            f"adapter {name} ({adapter.where}) has {field} = true, whose magnitudes or biases requests of several "
-            "adapters in one batch cannot share",
-            "merge it (megalora convert adapter merge) and serve the merged model",
+            f"adapter {name} ({adapter.where}) is of task_type {lora_config.task_type}, which writes no text",
+            "name an adapter of task_type CAUSAL_LM",
         )
-    if lora_config.bias != "none":
-        raise UserError(
-            f"adapter {name} ({adapter.where}) trains biases (bias = {lora_config.bias!r}), which requests of several "
-            "adapters in one batch cannot share",
-            "merge it (megalora convert adapter merge) and serve the merged model",
-        )
+    # What else than A and B an adapter has would be every request's in the batch.
+    for field, plain in (("bias", "none"), ("use_dora", False), ("lora_bias", False)):
+        if (value := getattr(lora_config, field)) != plain:
+            raise UserError(
+                f"adapter {name} ({adapter.where}) has {field} = {value!r}, which requests of several adapters in one "
+                "batch cannot share",
+                "merge it (megalora convert adapter merge) and serve the merged model",
+            )
     try:
         return resolve_lora(lora_config, config)
     except UserError as error:
@@ -138,7 +147,8 @@ def _stage(
     """Build this rank's part of the model, with the base and all adapters in it. Collective."""
     layout, model = arguments.layout, arguments.served
     with together(mesh.world):
-        place = Placement(mesh.tp, False, resolve_dtype(model.dtype, device), device)
+        base = resolve_base(model.base_format, config)
+        place = Placement(mesh.tp, False, resolve_dtype(model.dtype, device), device, base=base)
         stage, _ = build_stage(
             config,
             mesh,
@@ -190,12 +200,10 @@ def _without_text(opened: OpenedTokenizer) -> dict[str, int]:
 
 
 def _context(config: ModelSpec, given: int | None) -> int:
-    longest = config.max_position_embeddings
-    if given is not None and given > longest:
-        raise UserError(
-            f"seq_length ({given}) is more than the model's max_position_embeddings ({longest})", "give at most that"
-        )
-    return given or min(longest, LONGEST_CONTEXT)
+    """Longest prompt and reply together, in tokens. Raises UserError as `check_length`."""
+    if given is not None and (longer := check_length(config, given)) is not None:
+        _say(longer)
+    return given or min(config.max_position_embeddings, LONGEST_CONTEXT)
 
 
 # ---- running ----

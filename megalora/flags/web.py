@@ -44,6 +44,7 @@ class ServedArguments(Section):
         unset="model_path",
         exists="a Hugging Face folder or megalora shards",
     )
+    base_format: str = shared.BASE_FORMAT.field("auto")
     dtype: str = flag("auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPUs", choices=("auto", *DTYPES))
     nproc: int | None = shared.NPROC.field(None, unset="those of torchrun, or one")
 

@@ -22,6 +22,7 @@ from megalora.models.blocks.layer import Layer
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.choices import RECOMPUTE_LEVELS
+from megalora.errors import UserError
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
@@ -207,9 +208,19 @@ class Stage(nn.Module):
             words.keep_base()
 
     def share_adapters(self, owners: Mapping[str, Sequence[int]]) -> None:
-        """Let several adapters share the branches (see LinearGroup.share): a batch may then mix their tokens."""
+        """Let several adapters share the branches (see LinearGroup.share): a batch may then mix their tokens.
+
+        Raises UserError for adapters that a batch cannot mix: of the linears of experts.
+        """
         for group in self.groups:
-            group.share(owners)
+            if isinstance(group, LinearGroup):
+                group.share(owners)
+            elif any(group.ranks):
+                name = next(linear.name for linear in group.linears if linear.rank)
+                raise UserError(
+                    f"adapters of {name}: those of experts cannot share a batch with others",
+                    "merge the adapter (megalora convert adapter merge) and serve the merged model",
+                )
         self.shares_adapters = True
 
     def switch_adapters(self, on: bool) -> None:

@@ -6,7 +6,6 @@ Beside OpenAI's fields: top_k, min_p, repetition_penalty, and chat_template_kwar
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -267,7 +266,7 @@ def _whole(least: int, most: int) -> Any:
 
 def _number(least: float, most: float, above: bool = False) -> Any:
     def right(value: Any) -> bool:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and (least < value if above else least <= value) and value <= most
 
     return right

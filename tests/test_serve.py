@@ -1,0 +1,93 @@
+"""What `megalora serve` refuses before it listens, in one line each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from unittest import mock
+
+import pytest
+import torch
+from oracle import EXPERTS, TINY
+from talking import make_model
+from told import user_error
+
+from megalora import cli
+from megalora.adapters.config import LoraConfig
+from megalora.adapters.shared import share
+from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
+from megalora.errors import UserError
+from megalora.models.config import config_from_dict
+from megalora.parallel.mesh import build_mesh
+from megalora.parallel.placement import Placement
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("starlette")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model and an adapter for it."""
+    folder = tmp_path_factory.mktemp("serve")
+    model = make_model({"model_type": "llama"}, folder / "model")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    return folder
+
+
+def refused(capsys, *words):
+    assert cli.main(["serve", *map(str, words)]) == 2
+    return user_error(capsys.readouterr().err)
+
+
+def test_flags(capsys, tmp_path):
+    model = ["--model_path", tmp_path, "--port", 0]
+    assert "adapters 'tuned' is not NAME=FOLDER" in refused(capsys, *model, "--adapters", "tuned")
+    assert "two models are named a" in refused(capsys, *model, "--adapters", "a=x", "a=y")
+    assert "'a b' cannot be the name" in refused(capsys, *model, "--adapters", "a b=x")
+    assert "runs one copy of the model" in refused(capsys, *model, "--tensor_parallel_size", 2)
+    assert "does not exist" in refused(capsys, "--model_path", tmp_path / "nowhere")
+    assert "--temperature belongs to megalora generate" in refused(capsys, *model, "--temperature", 1)
+    with mock.patch.dict("sys.modules", {"uvicorn": None}):
+        assert "pip install 'megalora[serve]'" in refused(capsys, *model)
+
+
+def test_what_cannot_be_served(capsys, folders, tmp_path):
+    model = ["--model_path", folders / "model"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port}: cannot listen there" in refused(capsys, *model, "--port", port)
+    model += ["--port", 0]
+    assert "host nowhere.invalid is not an address" in refused(capsys, *model, "--host", "nowhere.invalid")
+    assert "two models are named model" in refused(capsys, *model, "--adapters", f"model={folders / 'adapter'}")
+    for fields, part in (
+        ({"bias": "lora_only"}, "has bias = 'lora_only', which requests of several adapters"),
+        ({"use_dora": True}, "has use_dora = True"),
+        ({"task_type": "TOKEN_CLS"}, "is of task_type TOKEN_CLS, which writes no text"),
+        ({"target_modules": ["k_proj"]}, "adapter"),
+    ):
+        other = tmp_path / "other"
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(folders / "adapter", other)
+        config = json.loads((other / "adapter_config.json").read_text())
+        (other / "adapter_config.json").write_text(json.dumps(config | fields))
+        assert part in refused(capsys, *model, "--adapters", f"tuned={other}"), fields
+
+
+def test_adapters_of_experts_do_not_share_a_batch():
+    """Adapters beside the experts do; those of experts are refused, by name."""
+    config, mesh = config_from_dict(TINY | EXPERTS["qwen3_moe"]), build_mesh(0, 1)
+    place = Placement(mesh.tp, False, torch.float32, torch.device("cpu"))
+    for targets in (["q_proj"], ["gate_proj"]):
+        lora = resolve_lora(LoraConfig.from_dict({"r": 2, "target_modules": targets}), config)
+        tensors = {name: torch.ones(shape) for name, shape in trained_shapes(lora, config).items()}
+        shared = share([(lora, tensors), (lora, tensors)])
+        stage, _ = build_stage(config, mesh, shared.lora, place)
+        load_adapter(stage, shared.tensors, "here")
+        if targets == ["q_proj"]:
+            stage.share_adapters(shared.owners)
+            assert stage.shares_adapters
+        else:
+            with pytest.raises(UserError, match="those of experts cannot share a batch"):
+                stage.share_adapters(shared.owners)
