@@ -117,6 +117,106 @@ CLASSIC = {
         "layer_norm_epsilon": 1e-5, **_NO_PDROP,
     },
 }  # fmt: skip
+# Decoders of today, a row for each variant of their configs: tests/test_modern.py goes through all of them.
+_NO_RMS = {"rms_norm_eps": None}
+_LONG = {
+    "type": "longrope", "short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 4.0, 9.0],
+}  # fmt: skip
+_LAST_IS_FULL = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 6}
+MODERN = {
+    "gemma": {"model_type": "gemma", "head_dim": 10, "pad_token_id": 0},
+    "gemma, old name of its activation": {
+        "model_type": "gemma", "hidden_act": "gelu", "num_key_value_heads": 1, "head_dim": 6, "pad_token_id": 0,
+    },
+    "gemma2": {
+        "model_type": "gemma2", "head_dim": 10, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 17, "sliding_window": 7, "pad_token_id": 0,
+    },
+    "gemma2, no softcaps": {
+        "model_type": "gemma2", "head_dim": 6, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 24, "sliding_window": 5, "pad_token_id": 0, "attention_bias": True,
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text", "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 6,
+        "sliding_window_pattern": 3, "rope_theta": 1e5, "rope_local_base_freq": 5e3, "pad_token_id": 0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma3_text, new form": {
+        "model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8, "pad_token_id": 0, **_LAST_IS_FULL,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+            "full_attention": {"rope_type": "default", "rope_theta": 2e5},
+        },
+    },
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 12.0, "attention_multiplier": 0.21, "logits_scaling": 3.0,
+        "residual_multiplier": 0.22, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+    },
+    "cohere": {"model_type": "cohere", **_NO_RMS, "logit_scale": 0.6, "pad_token_id": 0},
+    "cohere, norms on the heads": {
+        "model_type": "cohere", **_NO_RMS, "use_qk_norm": True, "attention_bias": True, "num_key_value_heads": 2,
+        "pad_token_id": 0, "logit_scale": 1.3,
+    },
+    "cohere2": {
+        "model_type": "cohere2", **_NO_RMS, "head_dim": 10, "sliding_window": 6, "sliding_window_pattern": 2,
+        "logit_scale": 0.7, "pad_token_id": 0,
+    },
+    "olmo2": {"model_type": "olmo2", "rope_theta": 5e5, "num_key_value_heads": 2},
+    "olmo3": {
+        # transformers 5.24 gives layers that slide its default theta, 5e5, whatever rope_theta is in the old form.
+        "model_type": "olmo3", **_LAST_IS_FULL, "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+    },
+    "olmo3, new form": {
+        "model_type": "olmo3", "layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 4,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 2e5},
+        },
+    },
+    "smollm3": {
+        "model_type": "smollm3", "no_rope_layer_interval": 3, "tie_word_embeddings": True, "pad_token_id": 0,
+        "mlp_bias": True,
+    },
+    "smollm3, windows": {
+        "model_type": "smollm3", "no_rope_layers": [0, 1, 0, 1], "use_sliding_window": True, "sliding_window": 5,
+        "pad_token_id": 0, "attention_bias": True,
+    },
+    "starcoder2": {"model_type": "starcoder2", **_NO_RMS, "sliding_window": 7, "num_key_value_heads": 2},
+    "starcoder2, no biases": {"model_type": "starcoder2", **_NO_RMS, "use_bias": False, "hidden_act": "gelu"},
+    "nemotron": {"model_type": "nemotron", **_NO_RMS, "head_dim": 8, "mlp_bias": True},
+    "nemotron, a wide head": {
+        "model_type": "nemotron", **_NO_RMS, "head_dim": 12, "partial_rotary_factor": 1.0, "attention_bias": True,
+    },
+    "glm": {"model_type": "glm", "head_dim": 8, "pad_token_id": 0},
+    "glm4": {
+        "model_type": "glm4", "head_dim": 12, "attention_bias": False, "num_key_value_heads": 2, "pad_token_id": 0,
+    },
+    "exaone4": {"model_type": "exaone4", "head_dim": 8, **_LAST_IS_FULL},
+    "exaone4, no windows": {
+        "model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 4,
+        "tie_word_embeddings": True,
+    },
+    "stablelm": {"model_type": "stablelm", **_NO_RMS, "partial_rotary_factor": 0.67, "use_qkv_bias": True},
+    "stablelm, beside each other": {
+        "model_type": "stablelm", **_NO_RMS, "partial_rotary_factor": 0.67, "use_parallel_residual": True,
+        "qk_layernorm": True, "num_key_value_heads": 2,
+    },
+    "phi3, longrope": {
+        "model_type": "phi3", "pad_token_id": 0, "eos_token_id": 0, "rope_scaling": _LONG,
+        "original_max_position_embeddings": 16,
+    },
+    "phi3, part of a head": {
+        "model_type": "phi3", "pad_token_id": 0, "eos_token_id": 0, "partial_rotary_factor": 0.67,
+        "rope_scaling": _LONG | {"short_factor": [1.0, 1.2], "long_factor": [1.5, 6.0]},
+        "original_max_position_embeddings": 16, "tie_word_embeddings": True,
+    },
+    "qwen3, YaRN": {
+        "model_type": "qwen3", "max_position_embeddings": 32, "use_sliding_window": True, "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+}  # fmt: skip
 # Fields of TINY that a family's config does not have.
 _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
@@ -131,11 +231,12 @@ LACKS = {
 
 def fields_of(family: str, **more: object) -> dict:
     """config.json of a tiny model of the family, with `more` where the family has such fields."""
-    fields = TINY | (FAMILIES | EXPERTS | CLASSIC)[family] | more
-    return {name: value for name, value in fields.items() if name not in LACKS.get(family, ())}
+    fields = TINY | (FAMILIES | EXPERTS | CLASSIC | MODERN)[family] | more
+    left_out = {name for name in TINY if family in MODERN and fields[name] is None}
+    return {name: value for name, value in fields.items() if name not in (*LACKS.get(family, ()), *left_out)}
 
 
-for _family in FAMILIES | EXPERTS | CLASSIC:
+for _family in FAMILIES | EXPERTS | CLASSIC | MODERN:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
     config_from_dict(fields_of(_family))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
 from megalora.generation.graphs import DecodeGraphs
-from megalora.models.inputs import Cache, Inputs, rope_tables
-from megalora.models.spec import Alibi, Attention
+from megalora.models.inputs import Cache, Inputs
+from megalora.models.rotary import rope_table
+from megalora.models.spec import Rotary
 from megalora.models.stage import Stage
 from megalora.ops.decode_attention import has_kernel
 from megalora.parallel.placement import Tokens
@@ -27,8 +29,9 @@ class Steps:
         self._stage, self._device = stage, torch.device(stage.place.device)
         recorded = _can_be_recorded(stage)
         self._cache = KVCache(slots + recorded, capacity)
-        positions = torch.arange(capacity, device=self._device)
-        self._rope = rope_tables(stage.config, positions, stage.place.dtype, (0, capacity))
+        self._rope = {rotary: self._tables(rotary) for rotary in stage.config.rotaries}
+        # longrope: whether the prompt of a slot was long. A reply that grows long keeps the frequencies of its prompt.
+        self._lengths = torch.zeros(self._cache.slots, dtype=torch.int64, device=self._device)
         self._graphs: DecodeGraphs | None = None
         if recorded:
             like = torch.empty(stage.config.hidden_size, dtype=stage.place.dtype, device=self._device)
@@ -47,12 +50,16 @@ class Steps:
         adapters  the adapter of each sequence where the stage shares several (Stage.share_adapters), else not read
         """
         place = self._stage.place
+        if any(rotary.long is not None for rotary in self._rope):
+            for span in (span for span in spans if span.start == 0):
+                self._lengths[span.slot] = span.stop
         step = PrefillStep.of(self._cache, spans, self._stage.config.head_dim, place.dtype, self._device)
         of_tokens = None
         if self._stage.shares_adapters:
             lengths = torch.tensor([span.stop - span.start for span in spans])
             of_tokens = torch.tensor(adapters).repeat_interleave(lengths).to(self._device)
-        return self._run(hidden, torch.tensor(token_ids, device=self._device), step.places, of_tokens, step)
+        ids = torch.tensor(token_ids, device=self._device)
+        return self._run(hidden, ids, step.slots, step.places, of_tokens, step)
 
     def decode(
         self,
@@ -81,17 +88,35 @@ class Steps:
         adapters: torch.Tensor,
     ) -> torch.Tensor:
         of_tokens = adapters if self._stage.shares_adapters else None
-        return self._run(hidden, ids, places, of_tokens, DecodeStep(self._cache, slots, places))
+        return self._run(hidden, ids, slots, places, of_tokens, DecodeStep(self._cache, slots, places))
+
+    def _tables(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin of every place [capacity, n / 2]; with longrope behind them those of long sequences."""
+        positions = torch.arange(self.capacity, device=self._device)
+        kinds = [replace(rotary, long=None)]
+        if rotary.long is not None:
+            kinds.append(replace(rotary, inverse_frequencies=rotary.long, long=None))
+        tables = [rope_table(kind, positions, self._stage.place.dtype, (0, self.capacity)) for kind in kinds]
+        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+        return cos, sin
+
+    def _rows(self, rotary: Rotary, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return the rows of `_tables` for tokens at these places of these slots."""
+        return places if rotary.long is None else places + self.capacity * (self._lengths[slots] > rotary.long_from)
 
     def _run(
         self,
         hidden: torch.Tensor | None,
         ids: torch.Tensor,
+        slots: torch.Tensor,
         places: torch.Tensor,
         adapters: torch.Tensor | None,
         cache: Cache,
     ) -> torch.Tensor:
-        tables = {rotary: (cos[places], sin[places]) for rotary, (cos, sin) in self._rope.items()}
+        tables = {}
+        for rotary, (cos, sin) in self._rope.items():
+            rows = self._rows(rotary, slots, places)
+            tables[rotary] = cos[rows], sin[rows]
         # No dropout, so nothing is drawn from the places.
         tokens = Tokens(places, places, seed=None, step=0, adapters=adapters)
         return self._stage(hidden, Inputs(ids, None, None, (), tables, tokens, cache, position_ids=places))
@@ -101,11 +126,9 @@ def _can_be_recorded(stage: Stage) -> bool:
     """Whether a decoding step has fixed shapes and never waits for the host: on a GPU, with the attention kernel, and
     without messages between the GPUs of a stage."""
     place, attention = stage.place, stage.attention
-    attentions = [mixer for mixer in stage.config.mixers if isinstance(mixer, Attention)]
-    plain = all(one.scale is None and one.softcap is None and not isinstance(one.position, Alibi) for one in attentions)
     return (
-        plain
-        and torch.device(place.device).type == "cuda"
+        torch.device(place.device).type == "cuda"
         and place.tp.size == 1
+        and stage.config.plain_scores
         and has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.spec.head_dim)
     )

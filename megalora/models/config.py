@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import math
 import pkgutil
 from collections.abc import Mapping
@@ -82,7 +81,8 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     rope = rotary.read_rope(raw, family.rope, family.partial, where, family.theta)
     hf = _hf_config(raw, family, rope, where)
     _refuse_unread(raw, hf, family, where)
-    spec = family.read(Fields(hf, family, rope, where))
+    sliding = rotary.read_sliding_rope(raw, family.sliding_theta, family.partial, where)
+    spec = family.read(Fields(hf, family, rope, where, sliding))
     if not spec.rotaries and rope["rope_type"] != "default":
         raise UserError(f"{where}: rope_type = {rope['rope_type']!r}, but this model has no rotary positions: remove it")
     dtype = raw.get("dtype") or raw.get("torch_dtype")
@@ -171,6 +171,7 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
     passed_over = {*_HARMLESS, *family.harmless, *rotary.CONFIG_FIELDS, *family.rope, *family.reads}
     passed_over |= {theirs for ours, theirs in getattr(hf, "attribute_map", {}).items() if ours in family.reads}
     passed_over |= {"partial_rotary_factor"} if family.partial is not None else set()
+    passed_over |= {family.sliding_theta[0]} if family.sliding_theta is not None else set()
     fixed = {**FIXED, **family.fixed}
     values = {**hf.to_dict(), **{k: v for k, v in raw.items() if v is not None}}
     general = set(PretrainedConfig().to_dict()) - raw.keys()

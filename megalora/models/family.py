@@ -77,6 +77,7 @@ class Family:
     rope         other names of rope fields in this family's config.json -> `rope_parameters`' own
     theta        the default of rope_theta
     partial      the default of partial_rotary_factor where the family has that field
+    sliding_theta  of layers whose window slides: the field with their rope_theta, and its default; None: as the others
     files        how names in its files differ from ours
     example      what transformers' default config lacks to be a model, for docs/models.md
     aliases      other names of fields in this family's config.json -> those that `read` uses
@@ -96,6 +97,7 @@ class Family:
     rope: Mapping[str, str] = field(default_factory=dict)
     theta: float = 10000.0
     partial: float | None = None
+    sliding_theta: tuple[str, float] | None = None
     files: FileNames = field(default_factory=FileNames)
     example: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -141,9 +143,17 @@ class Fields:
     Raises UserError, naming file and field, for a value that is missing or out of range.
     """
 
-    def __init__(self, hf: Any, family: Family, rope: Mapping[str, Any], where: str):
+    def __init__(
+        self,
+        hf: Any,
+        family: Family,
+        rope: Mapping[str, Any],
+        where: str,
+        sliding_rope: Mapping[str, Any] | None = None,
+    ):
         self._hf, self._family, self._rope, self._where = hf, family, rope, where
-        self._rotaries: dict[int, Rotary] = {}
+        self._sliding_rope = sliding_rope
+        self._rotaries: dict[tuple[int, bool, bool], Rotary] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -166,11 +176,18 @@ class Fields:
         """Raise UserError about this config."""
         raise UserError(f"{self._where}: {message}")
 
-    def rotary(self, head_dim: int) -> Rotary:
-        """Return the rotation of heads of `head_dim` features."""
-        if head_dim not in self._rotaries:
-            self._rotaries[head_dim] = rotary.rotary(self._hf, self._rope, head_dim, self._where)
-        return self._rotaries[head_dim]
+    def rotary(self, head_dim: int, *, sliding: bool = False, interleaved: bool = False) -> Rotary:
+        """Return the rotation of heads of `head_dim` features.
+
+        sliding      in a layer whose window slides, where these have frequencies of their own
+        interleaved  neighbouring features are a pair, see Rotary
+        """
+        key = head_dim, sliding and self._sliding_rope is not None, interleaved
+        if key not in self._rotaries:
+            rope = self._sliding_rope if key[1] else self._rope
+            longest = getattr(self._hf, "max_position_embeddings", None)
+            self._rotaries[key] = rotary.rotary(rope, head_dim, longest, self._where, interleaved)
+        return self._rotaries[key]
 
     @property
     def rope(self) -> Mapping[str, Any]:

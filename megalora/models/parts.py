@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megalora.models.family import Fields
@@ -54,9 +55,20 @@ def kv_heads(hf: Fields) -> int:
     return count
 
 
-def rms(hf: Fields, name: str, size: int | None = None) -> Norm:
+def rms(hf: Fields, name: str, size: int | None = None, *, precise: bool = False, offset: bool = False) -> Norm:
     """Return an RMSNorm with the config's epsilon, of hidden_size features unless said otherwise."""
-    return Norm(name, size or hf.hidden_size, hf.required("rms_norm_eps"))
+    return Norm(name, size or hf.hidden_size, hf.required("rms_norm_eps"), precise=precise, offset=offset)
+
+
+def layer_windows(hf: Fields) -> tuple[int | None, ...]:
+    """Return each layer's window: sliding_window where its `layer_types` says sliding_attention."""
+    kinds = hf.layer_types
+    if kinds is None or len(kinds) != hf.num_hidden_layers:
+        hf.fail(f"layer_types has {len(kinds or ())} entries for {hf.num_hidden_layers} layers: correct it")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            hf.fail(f"layer_types has {kind!r}: only full_attention and sliding_attention are implemented")
+    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def layer_norms(size: int, eps: float, bias: bool = True) -> Callable[[str], Norm]:
@@ -79,16 +91,24 @@ def grouped_attention(
     out_bias: bool = False,
     window: int | None = None,
     qk_norm: bool = False,
+    rotates: bool = True,
+    interleaved: bool = False,
+    **more: Any,
 ) -> Attention:
-    """Return llama's attention: q, k, v and o apart, key/value heads shared by groups of query heads."""
+    """Return llama's attention: q, k, v and o apart, key/value heads shared by groups of query heads.
+
+    qk_norm  RMSNorm over each head of q and k; rotates: with positions; more: further fields of Attention
+    """
     heads, kv, dim, size = hf.num_attention_heads, kv_heads(hf), head_dim(hf), hf.hidden_size
     q, k, v = (
         Linear(f"self_attn.{name}_proj", size, count * dim, bias)
         for name, count in (("q", heads), ("k", kv), ("v", kv))
     )
-    norms = (rms(hf, f"self_attn.{name}_norm", dim) if qk_norm else None for name in "qk")
+    if qk_norm:
+        more |= {f"{name}_norm": rms(hf, f"self_attn.{name}_norm", dim) for name in "qk"}
     out = Linear("self_attn.o_proj", heads * dim, size, out_bias)
-    return Attention(q, k, v, out, heads, kv, dim, hf.rotary(dim), window, *norms)
+    position = hf.rotary(dim, sliding=window is not None, interleaved=interleaved) if rotates else None
+    return Attention(q, k, v, out, heads, kv, dim, position, window, **more)
 
 
 def fused(
@@ -111,12 +131,13 @@ def gated_mlp(
     at: str = "mlp",
     inner: int | None = None,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    act: str = "silu",
 ) -> MLP:
     """Return llama's MLP: gate, up and down apart, below `at`, with `inner` features between (intermediate_size)."""
     size, inner = hf.hidden_size, inner or hf.intermediate_size
     gate, up, down = (f"{at}.{name}" for name in names)
     return MLP(
-        Linear(up, size, inner, bias), Linear(down, inner, size, bias), inner, "silu", Linear(gate, size, inner, bias)
+        Linear(up, size, inner, bias), Linear(down, inner, size, bias), inner, act, Linear(gate, size, inner, bias)
     )
 
 
@@ -174,11 +195,28 @@ def llama_like(
             Residual(mlp(index) if callable(mlp) else mlp, rms(hf, "post_attention_layernorm")),
         )
 
-    return decoder(
-        hf,
-        Stack("model.layers", tuple(map(layer, range(hf.num_hidden_layers))), rms(hf, "model.norm")),
-        embedding="model.embed_tokens",
-        head="lm_head",
+    return llama_ends(hf, layer, rms(hf, "model.norm"))
+
+
+def llama_ends(hf: Fields, layer: Callable[[int], Layer], norm: Norm) -> ModelSpec:
+    """Return a decoder of these layers with llama's names of stack and ends; norm: behind the last layer."""
+    stack = Stack("model.layers", tuple(map(layer, range(hf.num_hidden_layers))), norm)
+    return decoder(hf, stack, embedding="model.embed_tokens", head="lm_head")
+
+
+def scaled_ends(
+    spec: ModelSpec,
+    *,
+    embedding: float = 1.0,
+    rounded: bool = False,
+    logits: float = 1.0,
+    softcap: float | None = None,
+) -> ModelSpec:
+    """Return `spec` with the rows of the embedding and the logits multiplied by numbers, and logits capped."""
+    return replace(
+        spec,
+        embedding=replace(spec.embedding, scale=embedding, rounded=rounded),
+        head=replace(spec.head, scale=logits, softcap=softcap),
     )
 
 

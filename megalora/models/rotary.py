@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +23,12 @@ FIELDS: Mapping[str, frozenset[str]] = {
         "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
         "truncate".split()
     ),
+    "longrope": frozenset(
+        "factor original_max_position_embeddings attention_factor short_factor long_factor".split()
+    ),
 }
+_LISTS = ("short_factor", "long_factor")  # of as many numbers as pairs of features
+_OTHER_NAMES = {"su": "longrope"}  # of rope types, in older files
 CONFIG_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 _PARTIAL = "partial_rotary_factor"
 
@@ -37,13 +44,15 @@ def read_rope(
     Raises UserError for a rope type or field that is not implemented, or a value out of range.
     """
     raw = {aliases.get(name, name): value for name, value in raw.items()}
+    raw = {**raw, "rope_parameters": of_layers(raw.get("rope_parameters"), "full_attention")}
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
     _refuse_two(raw, where)
     given = new if new is not None else old if old is not None else {}
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: rope_{'parameters' if new is not None else 'scaling'} is not an object: correct it")
     fields = dict(given)
-    fields["rope_type"] = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
+    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
+    fields["rope_type"] = _OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     fields.pop("type", None)
     fields.setdefault("rope_theta", raw.get("rope_theta", theta))
     if partial is not None:
@@ -65,9 +74,49 @@ def read_rope(
                 f"{where}: rope field {name!r} = {value!r} is not known for rope_type {kind!r} and may change the "
                 f"numbers: remove it if it does not"
             )
-        if name in FIELDS[kind] and name != "truncate" and value is not None:
+        if name in FIELDS[kind] and name not in ("truncate", *_LISTS) and value is not None:
             _check_number(fields, name, where)
+    if kind == "longrope":
+        _complete_longrope(fields, raw, where)
     return fields
+
+
+def of_layers(fields: Any, kind: str) -> Any:
+    """Return the part of `rope_parameters` for layers of that type, where it has one for each type; else all of it."""
+    if isinstance(fields, Mapping) and kind in fields:
+        return fields[kind]
+    return fields
+
+
+def read_sliding_rope(
+    raw: Mapping[str, Any], theta: tuple[str, float] | None, partial: float | None, where: str
+) -> dict[str, Any] | None:
+    """Return the rotary fields of layers whose window slides, where they are others than those of full attention.
+
+    theta  the field with their rope_theta in the old form, and its default; they are not scaled. None: as full attention
+    """
+    new = raw.get("rope_parameters")
+    if isinstance(new, Mapping) and "sliding_attention" in new:
+        return read_rope({"rope_parameters": new["sliding_attention"]}, {}, partial, where, theta[1] if theta else 1e4)
+    if theta is None:
+        return None
+    flat = new.get("rope_theta") if isinstance(new, Mapping) and theta[0] == "rope_theta" else None
+    value = raw.get(theta[0])
+    return read_rope({"rope_theta": flat or (theta[1] if value is None else value)}, {}, partial, where)
+
+
+def _complete_longrope(fields: dict[str, Any], raw: Mapping[str, Any], where: str) -> None:
+    """Add what older files have outside the rope fields, and check the lists. Raises UserError."""
+    for name in ("original_max_position_embeddings",):
+        if fields.get(name) is None:
+            fields[name] = raw.get(name)
+        if fields[name] is None:
+            raise UserError(f"{where}: rope_type longrope without {name}: take config.json from the model's own folder")
+        _check_number(fields, name, where)
+    for name in _LISTS:
+        numbers = fields.get(name)
+        if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
+            raise UserError(f"{where}: {name} of longrope must be a list of positive numbers: correct it")
 
 
 def _refuse_two(raw: Mapping[str, Any], where: str) -> None:
@@ -103,23 +152,36 @@ def _check_number(fields: Mapping[str, Any], name: str, where: str, most: float 
         raise UserError(f"{where}: {name} = {value!r}: must be a positive number{f' up to {most:g}' if most < math.inf else ''}")
 
 
-def rotary(hf: Any, rope: Mapping[str, Any], head_dim: int, where: str) -> Rotary:
+def rotary(
+    rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int | None, where: str, interleaved: bool = False
+) -> Rotary:
     """Return the rotation that `rope` (of `read_rope`) means for heads of `head_dim` features.
 
-    hf  transformers' config object, which its formulas of scaled frequencies read
+    max_position_embeddings  of the config, which formulas of scaled frequencies read
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    if rope["rope_type"] == "default":
+    kind = rope["rope_type"]
+    if kind == "default":
         size = int(head_dim * rope.get(_PARTIAL, 1.0))
         if size % 2 or size < 2:
             raise UserError(f"{where}: {size} of {head_dim} features of a head would rotate: must be an even number")
-        return plain(size, rope["rope_theta"])
+        return plain(size, rope["rope_theta"], interleaved)
+    config = SimpleNamespace(  # what transformers' formulas read of a config: version 4 the old form, 5 the new one
+        rope_parameters=rope, rope_scaling=rope, rope_theta=rope["rope_theta"], head_dim=head_dim, hidden_size=head_dim,
+        num_attention_heads=1, partial_rotary_factor=rope.get(_PARTIAL, 1.0), standardize_rope_params=lambda: None,
+        max_position_embeddings=max_position_embeddings,
+    )  # fmt: skip
     try:
-        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, torch.device("cpu"))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        found = Rotary(tuple(frequencies.tolist()), float(factor), interleaved)
+        if kind != "longrope":
+            return found
+        original = int(rope["original_max_position_embeddings"])
+        long = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=original + 1)[0]
+        return replace(found, long=tuple(long.tolist()), long_from=original)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
         raise UserError(f"{where}: rope fields {dict(rope)}: {error!r} is missing or wrong: correct it") from None
-    return Rotary(tuple(frequencies.tolist()), float(factor))
 
 
 def plain(size: int, theta: float, interleaved: bool = False) -> Rotary:

@@ -257,6 +257,12 @@ class ModelSpec:
         return any(isinstance(mixer, Experts) for mixer in self.mixers)
 
     @property
+    def plain_scores(self) -> bool:
+        """Whether the kernels of GPUs compute all attention: no scores are capped, none have ALiBi's bias."""
+        mixers = (mixer for mixer in self.mixers if isinstance(mixer, Attention))
+        return all(mixer.softcap is None and not isinstance(mixer.position, Alibi) for mixer in mixers)
+
+    @property
     def reads_positions(self) -> bool:
         """Whether a part of the model reads the position of a token itself, not a table made of it."""
         alibi = any(isinstance(mixer, Attention) and isinstance(mixer.position, Alibi) for mixer in self.mixers)

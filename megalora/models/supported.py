@@ -35,7 +35,7 @@ FEATURES = (
     Feature(
         "CUDA graphs",
         "tests/test_gpu_step.py",
-        "in bfloat16 and float16, without pipeline stages, with heads of a multiple of 8 up to 256 features",
+        "in bfloat16 and float16, without pipeline stages or softcaps, with heads of a multiple of 8 up to 256 features",
         needs_gpu=True,
     ),
     Feature("generate", "tests/test_generation_parity.py", "greedy replies are transformers', word for word"),

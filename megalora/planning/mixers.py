@@ -31,6 +31,7 @@ class Attention:
     extra          features of q, k and v beside those of a head, which carry ALiBi's bias
     clips          q, k and v are clipped
     reads_views    attention, or what clips, keeps q k v as the linears made them
+    qk_stacked     elements of their weights that are put together out of one tensor a head, and kept
     """
 
     qkv: Group
@@ -47,6 +48,7 @@ class Attention:
     extra: int = 0
     clips: bool = False
     reads_views: bool = False
+    qk_stacked: int = 0
 
     @property
     def groups(self) -> tuple[Group, ...]:

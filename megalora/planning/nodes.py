@@ -356,6 +356,7 @@ class _LayerNodes:
         if layer.qk_rows:
             # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
             copies = q + kv if layer.qk_kernel and _kernels(self.shape.device_type) else 0
+            copies += layer.qk_stacked * e
             kept += copies + full * layer.qk_rows * layer.qk_statistics * _STATISTIC + (qkv - kv)
         dout = q
         workspace = full * layer.heads * dim * 4  # dq is summed in float32

@@ -304,6 +304,7 @@ class _Rank:
         elements = (heads + kv_heads) * dim if norm.heads or across else 2 * dim * (1 + norm.bias)
         rows, statistics = 2 if across else heads + kv_heads, 2 if norm.kind == "layer" else 1
         kernel = norm.kind == "rms" and not across
+        more |= {"qk_stacked": elements if norm.apart else 0}
         return Attention(
             *groups, heads, kv_heads, dim, mixer.window, elements, rows, statistics, kernel, across, **more
         )

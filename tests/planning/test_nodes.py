@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import fields_of
+from oracle import MODERN, fields_of
 
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
@@ -238,3 +238,20 @@ def test_and_of_older_decoders(family, recompute):
     fields |= {"num_kv_heads": None} if family == "falcon" else {}
     for layers in (range(0, 4), range(1, 3)):
         check("all linears", recompute, layers, Axis(), False, base=fields)
+
+
+NO_KERNEL = ("gemma2, no softcaps", "gemma3_text", "gemma3_text, new form")  # with this scale: SDPA keeps its mask
+OF_HEADS = {"stablelm": {"partial_rotary_factor": 0.5}}  # of 8 features here, of 6 in the oracle
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", [name for name in MODERN if "phi3" not in name and name not in NO_KERNEL])
+def test_and_of_decoders_of_today(name, recompute):
+    row = MODERN[name]
+    check("all linears", recompute, range(1, 4), Axis(), False, **row | OF_HEADS.get(row["model_type"], {}))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "cohere, norms on the heads", "granite", "starcoder2"])
+def test_and_of_these_on_a_tensor_parallel_rank(two_ranks, name, sequence_parallel):
+    check("all linears", "none", range(0, 4), two_ranks, sequence_parallel, **MODERN[name])

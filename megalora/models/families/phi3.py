@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-3.5 with short context: llama's mathematics with q k v in one linear, and gate and up in another."""
+"""Phi-3, Phi-3.5 and Phi-4: llama's mathematics with q k v in one linear, and gate and up in another; longrope."""
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, fused, head_dim, kv_heads, llama_like
@@ -20,7 +20,7 @@ FAMILY = Family(
     read,
     reads=LLAMA_FIELDS - {"head_dim"} | {"sliding_window"},
     fixed=LLAMA_FIXED | {"embd_pdrop": 0.0, "resid_pdrop": 0.0},
-    harmless=frozenset({"original_max_position_embeddings"}),  # of longrope, which is refused by its rope_type
+    harmless=frozenset({"original_max_position_embeddings"}),  # of longrope: read with its fields
     partial=1.0,
     files=LLAMA_FILES,
 )

@@ -1,0 +1,43 @@
+"""Granite 3 dense: llama with four multipliers, of the embedding, the scores, what a block adds, and the logits."""
+
+from megalora.models.family import Family, Fields
+from megalora.models.parts import (
+    LLAMA_FIELDS,
+    LLAMA_FILES,
+    LLAMA_FIXED,
+    gated_mlp,
+    grouped_attention,
+    llama_ends,
+    rms,
+    scaled_ends,
+)
+from megalora.models.spec import Layer, ModelSpec, Residual
+
+
+def read(hf: Fields) -> ModelSpec:
+    bias, scale = hf.attention_bias, hf.residual_multiplier
+    attention = grouped_attention(hf, bias=bias, out_bias=bias, scale=hf.attention_multiplier)
+    mlp = gated_mlp(hf, hf.mlp_bias)
+
+    def layer(index: int) -> Layer:
+        return (
+            Residual(attention, rms(hf, "input_layernorm"), scale=scale),
+            Residual(mlp, rms(hf, "post_attention_layernorm"), scale=scale),
+        )
+
+    spec = llama_ends(hf, layer, rms(hf, "model.norm"))
+    return scaled_ends(spec, embedding=hf.embedding_multiplier, logits=1 / hf.logits_scaling)
+
+
+FAMILY = Family(
+    ("granite",),
+    read,
+    reads=LLAMA_FIELDS
+    - {"head_dim"}
+    | frozenset(
+        """attention_bias mlp_bias embedding_multiplier attention_multiplier residual_multiplier
+        logits_scaling""".split()
+    ),
+    fixed=LLAMA_FIXED,
+    files=LLAMA_FILES,
+)

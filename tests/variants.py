@@ -1,0 +1,189 @@
+"""What every variant of every family goes through: layouts, transformers' numbers from its own files, greedy replies.
+
+A variant is a row of `oracle`, a config by name. To add one, add its row; to add a table of rows, call these functions
+on it in a test module (tests/test_modern.py). Many variants share the processes of one `spawn`: to start them takes
+longer than a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from oracle import Run, fields_of, largest_difference, reference, train_each, whole_tensor
+from spawn import spawn
+from test_field_parity import LORA, SEQ_LENGTH, documents, plain_name
+
+from megalora.adapters.config import LoraConfig
+from megalora.building import base_names, resolve_lora
+from megalora.checkpoint.base.weights import load_base
+from megalora.data import build_rows
+from megalora.data.loader import Loader
+from megalora.generation.cache import Span
+from megalora.generation.steps import Steps
+from megalora.models.config import config_from_dict
+from megalora.models.inputs import training_inputs
+from megalora.models.stage import Stage
+from megalora.parallel.grads import FlatGradients
+from megalora.parallel.mesh import build_mesh
+from megalora.parallel.placement import Placement
+from megalora.parallel.split import named_splits
+
+# Of four processes: every pair of values of (tp, pp, sequence parallelism, recompute) that is worth its time.
+LAYOUTS = (
+    {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full"},
+    {"tp": 4, "micro_batch_rows": 2},
+    {"tp": 2, "sequence_parallel": True, "recompute": "selective", "micro_batch_rows": 2},
+    {"tp": 2, "pp": 2, "recompute": "selective"},
+    {"pp": 4, "recompute": "full", "micro_batch_rows": 2},
+    {"tp": 4, "sequence_parallel": True, "micro_batch_rows": 2},
+)
+
+
+def layout_runs(names: Sequence[str], every: bool = False) -> list[Run]:
+    """Each variant on one of LAYOUTS, in turn; every: on all of them."""
+    runs = []
+    for number, name in enumerate(names):
+        chosen = LAYOUTS if every else [LAYOUTS[number % len(LAYOUTS)]]
+        # Adam divides a gradient by its size: where that is near zero, rounding grows to a share of the rate.
+        runs += [Run(name, steps=2, learning_rate=1e-4, **layout) for layout in chosen]
+    return runs
+
+
+def check_layouts(runs: Sequence[Run]) -> None:
+    """Four processes give the losses, norms, gradients and adapters of one, in float64 with dropout."""
+    ranks = spawn(train_each, 4, runs, timeout=60 + 20 * len(runs))
+    for i, run in enumerate(runs):
+        assert largest_difference(reference(run), [outcomes[i] for outcomes in ranks]) <= 1e-12, run
+
+
+# ---- transformers
+
+
+def peer_of(name: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+    """transformers' model of the variant, with weights made from their names."""
+    raw = fields_of(name)
+    config = transformers.CONFIG_MAPPING[raw.pop("model_type")](**raw)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    tied = bool(config.tie_word_embeddings)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            assert not (tied and key.startswith("lm_head")), "tied weights are one parameter"
+            parameter.copy_(whole_tensor(key, tuple(parameter.shape), 0.15))
+    return model.eval()
+
+
+def ours_of(name: str, folder: Path, dtype: torch.dtype, lora: dict | None = None) -> Stage:
+    """Our model of the variant, loaded from the files that transformers wrote in `folder`."""
+    config = config_from_dict(fields_of(name))
+    resolved = resolve_lora(LoraConfig.from_dict(LORA | (lora or {})), config)
+    place = Placement(build_mesh(0, 1).tp, False, dtype, "cpu")
+    stage = Stage(config, range(config.num_hidden_layers), place, resolved)
+    load_base(stage, folder, splits=named_splits(stage), names=base_names(config))
+    with torch.no_grad():
+        for key, parameter in stage.trainable().items():
+            parameter.copy_(whole_tensor(key, tuple(parameter.shape), 0.15))
+    stage.refresh_adapters()
+    return stage
+
+
+def check_parity(name: str, folder: Path, attention: str = "sdpa", tolerance: float = 2e-6) -> None:
+    """Loss and gradients of the adapters of a packed batch are transformers' and peft's, document by document.
+
+    In float64, but for what transformers computes in float32 whatever the model is in (angles, and Cohere's norms).
+    """
+    import peft
+
+    model = peer_of(name, torch.float32, attention)
+    model.save_pretrained(folder)
+    stage = ours_of(name, folder, torch.float64)
+    rows = documents(stage.config.vocab_size)
+    members = list(itertools.accumulate(map(len, rows), initial=0))
+    bins = [list(range(a, b)) for a, b in itertools.pairwise(members)]
+    packed = build_rows([document for row in rows for document in row], bins, SEQ_LENGTH, pad_token_id=0)
+    loader = Loader(packed, micro_batch_rows=len(rows), num_microbatches=1, dp_rank=0, dp_size=1, seed=0, shuffle=False)
+    gradients = FlatGradients(stage.trainable(), named_splits(stage), build_mesh(0, 1))
+    ours = stage(None, training_inputs(loader.step(0).microbatches[0], stage.config, stage.place, seed=1, step=0))
+    ours.backward()
+    gradients.reduce()
+
+    in_float64(model)
+    tuned = peft.get_peft_model(model.double(), peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
+    theirs = {plain_name(key): p for key, p in tuned.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for key, parameter in theirs.items():
+            parameter.copy_(whole_tensor(key, tuple(parameter.shape), 0.15))
+    total = torch.zeros((), dtype=torch.float64)
+    for document in itertools.chain(*rows):
+        ids, labels = (torch.from_numpy(x).long() for x in (document.input_ids, document.labels))
+        logits = tuned(input_ids=ids[None]).logits[0, :-1].double()
+        total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
+    total.backward()
+    assert abs(ours.item() - total.item()) <= tolerance * abs(total.item())
+    trained = stage.trainable()
+    assert trained and set(trained) == set(theirs)
+    for key, parameter in trained.items():
+        scale = theirs[key].grad.abs().max()
+        assert scale > 1e-8, f"{key} has no gradient to compare"
+        assert (parameter.grad - theirs[key].grad).abs().max() <= tolerance * scale, key
+
+
+def in_float64(model: torch.nn.Module) -> None:
+    """Let every RMSNorm of transformers' `model` compute in the dtype of its input."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if not kind.endswith("RMSNorm"):
+            continue
+        offset, eps = float(kind.startswith("Gemma")), getattr(module, "variance_epsilon", None) or module.eps
+
+        def forward(x, module=module, offset=offset, eps=eps):
+            return (module.weight + offset) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+        module.forward = forward
+
+
+def check_greedy(
+    name: str, folder: Path, attention: str = "sdpa", lengths: tuple[int, ...] = (9, 5), new: int = 14
+) -> None:
+    """Greedy replies to prompts of these lengths at once, with a cache, are those of transformers' generate to each."""
+    model = peer_of(name, torch.float32, attention)
+    model.save_pretrained(folder)
+    stage = ours_of(name, folder, torch.float32, {"target_modules": [_first_linear(name)], "r": 1})
+    for parameter in stage.trainable().values():
+        parameter.data.zero_()
+    stage.refresh_adapters()
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(1, 131, (length,), generator=generator).tolist() for length in lengths]
+    theirs = []
+    for prompt in prompts:
+        out = model.generate(
+            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        theirs.append(out[0, len(prompt) :].tolist())
+    assert greedy(stage, prompts, new) == theirs
+
+
+@torch.inference_mode()
+def greedy(stage: Stage, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Our greedy replies of `new` tokens to all prompts at once."""
+    steps = Steps(stage, slots=len(prompts) + 1, capacity=max(map(len, prompts)) + new)
+    slots = list(range(1, len(prompts) + 1))
+    spans = [Span(slot, 0, len(prompt)) for slot, prompt in zip(slots, prompts, strict=True)]
+    hidden = steps.prefill(None, list(itertools.chain(*prompts)), spans)
+    ends = [end - 1 for end in itertools.accumulate(map(len, prompts))]
+    ids = stage.head(hidden[ends]).argmax(-1).tolist()
+    replies = [[token] for token in ids]
+    for step in range(new - 1):
+        places = [len(prompt) + step for prompt in prompts]
+        ids = stage.head(steps.decode(None, ids, slots, places)).argmax(-1).tolist()
+        for reply, token in zip(replies, ids, strict=True):
+            reply.append(token)
+    return replies
+
+
+def _first_linear(name: str) -> str:
+    return next(iter(config_from_dict(fields_of(name)).linears))
