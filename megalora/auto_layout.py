@@ -23,7 +23,7 @@ _GIB = 2**30
 _RESERVE = {"cuda": 4 * _GIB, "cpu": _GIB}  # what is left free on each device, or for each process on a CPU
 _SHAPING = (
     *("tensor_parallel_size", "pipeline_parallel_size", "sequence_parallel", "schedule", "virtual_pipeline_size"),
-    *("recompute", "partition_method", "custom_partition", "uneven_heads"),
+    *("context_parallel_size", "recompute", "partition_method", "custom_partition", "uneven_heads"),
 )
 """Flags of the layout. Giving one of them is choosing it oneself, unless --layout auto is given too."""
 
@@ -46,7 +46,7 @@ def choose(arguments: FinetuneArguments, device: torch.device) -> tuple[Finetune
         sequence_parallel=work.sequence_parallel if layout.tp > 1 else None,
         schedule=layout.schedule,
         virtual_pipeline_size=layout.chunks,
-        recompute=work.recompute,
+        recompute=layout.recompute,
     )
     train = replace(
         arguments.train,
@@ -74,7 +74,7 @@ def _dealt(arguments: FinetuneArguments, world_size: int) -> FinetuneArguments:
     train, parallel = arguments.train, arguments.parallel
     if train.global_batch_size is None:
         return arguments
-    model = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    model = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
     each = max(1, world_size // model) * train.per_device_train_batch_size
     if train.global_batch_size % each:
         raise UserError(

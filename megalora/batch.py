@@ -9,6 +9,21 @@ import torch
 
 
 @dataclass(frozen=True)
+class Context:
+    """What a context-parallel rank must know of the tokens of all ranks (see megalora.data.context).
+
+    place      [tokens of all ranks] int64 on the CPU: where each token stands when the ranks' own stand in a row
+    lengths    of this rank's pieces, in the order of its tokens
+    documents  where the document of each piece begins in the whole microbatch, and `stops`, where the piece ends
+    """
+
+    place: torch.Tensor
+    lengths: tuple[int, ...]
+    documents: tuple[int, ...]
+    stops: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Batch:
     """`rows` packed rows of `seq_length` tokens, flattened: T = rows * seq_length.
 
@@ -19,6 +34,7 @@ class Batch:
                   tail of a row stands apart, in short documents
     token_index   [T] int64, row_in_step * seq_length + offset: the token's place in the global batch of the step,
                   the same on every layout (dropout draws from it)
+    context       with context parallelism: T are this rank's tokens, and cu_seqlens the bounds of its pieces
     columns       [T] or [T, k] int64 each, what else a model reads of each token, by name (token types, boxes)
     """
 
@@ -28,10 +44,13 @@ class Batch:
     cu_seqlens: torch.Tensor
     token_index: torch.Tensor
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    context: Context | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if f.name != "columns"}
-        return Batch(**moved, columns={name: to_device(column, device) for name, column in self.columns.items()})
+        tensors = [f.name for f in fields(self) if f.name not in ("columns", "context")]
+        moved = {name: to_device(getattr(self, name), device) for name in tensors}
+        columns = {name: to_device(column, device) for name, column in self.columns.items()}
+        return Batch(**moved, columns=columns, context=self.context)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -35,7 +35,7 @@ from megalora.pipeline.partition import partition
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.devices import device_of
-from megalora.planning.fitting import AS_GIVEN, Fit, Fitting, StageUse
+from megalora.planning.fitting import AS_GIVEN, Fit, Fitting, StageUse, of_all_stages
 from megalora.planning.memory import exchange_bytes
 from megalora.planning.nodes import Workload
 from megalora.planning.shapes import shape_of
@@ -156,6 +156,7 @@ def build_stage(
             shape, (own, *further), mesh.pp.is_first, mesh.pp.is_last, max(1, peak.activations), peak.inputs
         )
         fit = fitting.choose(use, workload)
+        fit = replace(fit, work=of_all_stages(fit.work, use.layers, mesh.pp))
         again = {"recompute": fit.work.recompute, "tile": fit.work.tile, "offloaded": fit.work.offloaded}
     stage = Stage(
         config,

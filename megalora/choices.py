@@ -8,7 +8,7 @@ BASE_FORMATS = ("dense", "fp8", "nf4")  # parallel.formats.BaseFormat
 OPTIMIZERS = ("adamw", "apex")  # optimizer.AdapterOptimizer
 TASKS = ("CAUSAL_LM", "TOKEN_CLS", "SEQ_CLS")  # tasks.TASKS
 CLASSIFICATION = ("TOKEN_CLS", "SEQ_CLS")  # those of them whose head is trained in full
-RECOMPUTE = ("none", "selective", "full")  # of whole layers, by flag
+RECOMPUTE = ("auto", "none", "selective", "full")  # planning.fitting
 # What of one layer is computed again in backward: nothing; the normed inputs of its linears; rotation and attention;
 # its MLPs and the normed inputs; all of it but the result of attention; all of it.
 RECOMPUTE_LEVELS = ("none", "norms", "selective", "mlp", "layer", "full")

@@ -30,6 +30,7 @@ from megalora.cluster.lock import RunLock
 from megalora.cluster.preemption import Preemption
 from megalora.cluster.ranklog import RankLog
 from megalora.cluster.watch import Watch
+from megalora.errors import UserError
 from megalora.flags import FinetuneArguments
 from megalora.flags.writing import run_yaml
 from megalora.models.stage import Stage
@@ -37,10 +38,12 @@ from megalora.monitor import Monitor, Timers
 from megalora.monitor.console import Console
 from megalora.monitor.meter import Meter
 from megalora.monitor.metrics import METRICS
-from megalora.parallel.collectives import on_first, together
+from megalora.parallel.collectives import gather_objects, on_first, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange
 from megalora.parallel.placement import Placement
+from megalora.planning.fitting import Budget, Fitting
+from megalora.planning.free import free_memory
 from megalora.planning.nodes import Workload
 from megalora.profiling import Profiler
 from megalora.saving import RunSaver, restore
@@ -77,7 +80,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     device, remark = choose_device()
     arguments, chosen = choose(arguments, device)
     train = arguments.train
-    tokens = train.per_device_train_batch_size * arguments.data.seq_length  # of a microbatch
+    tokens = train.per_device_train_batch_size * arguments.data.seq_length // arguments.parallel.context_parallel_size
     parallel = arguments.parallel.for_tokens(tokens)
     arguments = replace(arguments, parallel=parallel)
     if train.deterministic:
@@ -86,7 +89,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     clock = profiler.clock(timers) if train.profile else timers
     watch = Watch(clock, heartbeat_timeout=parallel.heartbeat_timeout, hang_timeout=train.hang_timeout)
     tp, pp, lock = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, RunLock(train.output_dir)
-    with Preemption() as preemption, lock, distributed(device, tp, pp, watch) as mesh:
+    with Preemption() as preemption, lock, distributed(device, tp, pp, watch, cp=parallel.context) as mesh:
         notes = [*([remark] if remark else []), *chosen]
         if tp > 1 and not parallel.sequence_parallel:
             notes.append(not_sequence_parallel(tokens, tp))
@@ -96,6 +99,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         notes += [note] if note else []
         work = _workload(arguments, beginning)
         engine = _engine(arguments, beginning, place, work, mesh, watch, profiler)
+        work = engine.cut.fit.work
         notes += engine.notes
         crossing = tp_crossing(mesh.world_size, tp, pp, watch.hosts, _reduced_megabytes(beginning, tokens))
         notes += [crossing] if crossing else []
@@ -154,6 +158,7 @@ def _placement(
 ) -> tuple[Placement, str | None]:
     """Return where the layers lie and how they communicate, and a note on the latter. Collective."""
     parallel, work = arguments.parallel, arguments.train.per_device_train_batch_size * arguments.data.seq_length
+    work //= parallel.context_parallel_size
     dtype = beginning.dtype
     with together(mesh.world):
         exchange, note = choose_exchange(
@@ -164,7 +169,7 @@ def _placement(
             largest_exchange(beginning.config, beginning.lora, mesh.tp.size, work, dtype, device),
         )
     base = resolve_base(arguments.model.base_format, beginning.config)
-    return Placement(mesh.tp, parallel.sequence_parallel, dtype, device, exchange, base), note
+    return Placement(mesh.tp, parallel.sequence_parallel, dtype, device, exchange, base, mesh.cp), note
 
 
 def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
@@ -177,8 +182,8 @@ def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
         labelled=rows.labelled_tokens / rows.tokens,
         element=beginning.dtype.itemsize,
         sequence_parallel=arguments.parallel.sequence_parallel,
-        recompute=arguments.parallel.recompute,
         base_format=beginning.base_format,
+        context_parallel=arguments.parallel.context_parallel_size,
     )
 
 
@@ -221,6 +226,7 @@ def _engine(
             "loraplus_lr_ratio": train.loraplus_lr_ratio,
         },
         cuda_graphs=train.cuda_graphs,
+        fitting=_fitting(arguments, mesh, torch.device(place.device)),
         timed=train.wall_clock_breakdown or train.profile,
     )
     engine = build_trainer(
@@ -230,6 +236,25 @@ def _engine(
         if beginning.first_step:
             restore(engine.trainer, start.checkpoint, engine.splits)
     return engine
+
+
+def _fitting(arguments: FinetuneArguments, mesh: ParallelMesh, device: torch.device) -> Fitting:
+    """Return how it is chosen what to recompute. Collective. Raises UserError for offloading on a CPU."""
+    parallel, budget = arguments.parallel, None
+    if device.type == "cuda":
+        mine = free_memory(device, None if parallel.memory is None else int(parallel.memory * 2**30))
+        all_of_them = gather_objects((mine.device, mine.host), mesh.world)
+        budget = Budget(*(min(sizes) for sizes in zip(*all_of_them, strict=True)))
+    elif parallel.offload_activations or parallel.memory is not None:
+        name = "offload_activations true" if parallel.offload_activations else f"memory {parallel.memory:g}"
+        raise UserError(f"{name} has no effect on a CPU", "leave it out, or run on GPUs")
+    return Fitting(
+        parallel.recompute,
+        budget,
+        parallel.recompute_layers,
+        parallel.offload_activations,
+        arguments.train.gradient_accumulation_steps,
+    )
 
 
 def _reduced_megabytes(beginning: Beginning, tokens: int) -> float:

@@ -55,7 +55,8 @@ def plan(arguments: PlanArguments) -> list[Plan]:
         console.print(longer)
     console.print(_layouts(plans, too_large))
     best = plans[0]
-    passes = "forward + again + backward" if best.layout.work.recompute != "none" else "forward + backward"
+    again = any(stage.recompute != f"{_count(stage)} none" for stage in best.stages)
+    passes = "forward + again + backward" if again else "forward + backward"
     console.print(
         f"The best, stage by stage: its share of the compute, ms of a microbatch ({passes}), GiB (adapters with their "
         f"optimizer)"
@@ -168,13 +169,15 @@ def _sizes(layout: Layout) -> tuple[str, ...]:
         str(layout.pp),
         str(layout.dp),
         (layout.schedule if layout.pp > 1 else "-") + chunks,
-        layout.work.recompute,
+        layout.recompute,
         f"{layout.work.rows} x {layout.microbatches}",
     )
 
 
 def _stages(chosen: Plan) -> Table:
-    table = _table("stage", "layers", "share", "ms", "weights", "adapters", "activations", "buffers", "GiB")
+    table = _table(
+        *("stage", "layers", "share", "ms", "recompute", "weights", "adapters", "activations", "buffers", "GiB")
+    )
     for number, stage in enumerate(chosen.stages):
         memory = stage.memory
         adapters = memory.adapters + memory.optimizer
@@ -183,10 +186,15 @@ def _stages(chosen: Plan) -> Table:
             " ".join(f"{chunk[0]}-{chunk[-1]}" for chunk in stage.chunks),
             f"{stage.share:.1%}",
             _passes(stage),
+            stage.recompute,
             *(f"{_gib(size):.2f}" for size in (memory.weights, adapters, memory.activations, memory.buffers)),
             f"{_gib(memory.total):.1f}",
         )
     return table
+
+
+def _count(stage: StagePlan) -> int:
+    return sum(map(len, stage.chunks))
 
 
 def _passes(stage: StagePlan) -> str:
@@ -222,7 +230,7 @@ def layout_flags(chosen: Plan, asked: PlanArguments | ParallelArguments) -> str:
         "partition_method": asked.partition_method if layout.pp > 1 else None,
         "schedule": layout.schedule if layout.pp > 1 else None,
         "virtual_pipeline_size": layout.chunks if layout.chunks > 1 else None,
-        "recompute": work.recompute if work.recompute != "none" else None,
+        "recompute": layout.recompute if layout.recompute != "auto" else None,
         "per_device_train_batch_size": work.rows,
         "gradient_accumulation_steps": layout.microbatches,
     }
@@ -242,7 +250,7 @@ def nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> str:
     return (
         f"no layout fits {gpus} of {memory:g} GiB ({_gib(cluster.usable):.1f} usable): the one that needs "
         f"the least, tensor {layout.tp} x pipeline {layout.pp} x data {layout.dp} with recompute "
-        f"{layout.work.recompute} and {layout.work.rows} rows a microbatch, needs {_gib(parts.total):.1f} GiB on stage "
+        f"{layout.recompute} and {layout.work.rows} rows a microbatch, needs {_gib(parts.total):.1f} GiB on stage "
         f"{least.stage} ({needs}): give more gpus or memory, a shorter seq_length, or leave free what you fixed of the "
         f"layout"
     )

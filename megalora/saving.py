@@ -57,7 +57,7 @@ class RunSaver:
         group = own_group(mesh.world, _LONGEST) if enabled else mesh.world
         writer = CheckpointWriter(
             output_dir,
-            writes=mesh.dp.is_first,
+            writes=mesh.replicas.is_first,
             is_main=mesh.world.is_first,
             gather=lambda value: gather_objects(value, group),
             save_total_limit=save_total_limit,

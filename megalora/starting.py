@@ -36,7 +36,7 @@ from megalora.identity import (
     progress,
     run_identity,
 )
-from megalora.models.config import check_layout, check_length, read_config
+from megalora.models.config import check_context, check_layout, check_length, read_config
 from megalora.models.dropouts import base_dropouts, choose_base_dropout, told
 from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
@@ -105,6 +105,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     with together(mesh.world):
         lora_config = _lora_config(model, start)
         check_task(lora_config.task_type, config, "lora_config")
+        check_context(config, mesh.cp.size, lora_config.task_type)
         recorded = () if start is None else adapter_labels(start.checkpoint)
     template = rendering(lora_config.task_type, config, model.model_path, data, recorded, mesh.world)
     config = config.for_task(lora_config.task_type, template.labels if isinstance(template, ClassRows) else ())
@@ -306,12 +307,16 @@ def _check_length(
 ) -> list[str]:
     """Return lines for the user on the length of a row. Raises UserError where it cannot be trained."""
     longer = check_length(config, data.seq_length)
-    tokens = train.per_device_train_batch_size * data.seq_length
-    if sequence_parallel and tokens % mesh.tp.size:
+    tokens, parts = train.per_device_train_batch_size * data.seq_length, mesh.cp.size
+    parts *= mesh.tp.size if sequence_parallel else 1
+    if tokens % parts:
+        sizes = f"tensor_parallel_size ({mesh.tp.size})" if sequence_parallel else ""
+        if mesh.cp.size > 1:
+            sizes = f"context_parallel_size ({mesh.cp.size})" + (f" * {sizes}" if sizes else "")
+        why = ", as --sequence_parallel needs" if sequence_parallel and mesh.cp.size == 1 else ""
         raise UserError(
             f"per_device_train_batch_size ({train.per_device_train_batch_size}) * seq_length ({data.seq_length}) = "
-            f"{tokens} tokens are not a multiple of tensor_parallel_size ({mesh.tp.size}), as --sequence_parallel "
-            f"needs: change seq_length"
+            f"{tokens} tokens are not a multiple of {sizes}{why}: change seq_length"
         )
     return [longer] if longer else []
 
@@ -336,4 +341,6 @@ def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle
         dp_size=mesh.dp.size,
         seed=train.seed,
         shuffle=shuffle,
+        cp_rank=mesh.cp.rank,
+        cp_size=mesh.cp.size,
     )

@@ -69,7 +69,7 @@ def layout_of(arguments: FinetuneArguments, work: Workload, stage: Stage, mesh: 
     return Layout(
         mesh.tp.size,
         mesh.pp.size,
-        mesh.dp.size,
+        mesh.replicas.size,
         arguments.parallel.schedule,
         arguments.parallel.virtual_pipeline_size,
         arguments.train.gradient_accumulation_steps,
@@ -128,7 +128,7 @@ def _layout(
         stored += sum(group.matrix.nbytes for group in stage.groups)
     trained = sum(p.numel() * p.element_size() for p in engine.parameters.values())
     memory = max(gather_objects(stored + 3 * trained, mesh.world))  # gradient and two moments beside the masters
-    recompute = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
+    recompute = _recomputed(parallel.recompute, cut)
     sequence = ", sequence parallel" if parallel.sequence_parallel else ""
     sequence += ", TP communication overlapped" if place.exchange is not None else ""
     waiting = ""
@@ -139,8 +139,8 @@ def _layout(
     plan = predicted(begun.config, begun.lora, layout_of(arguments, work, stage, mesh), cut.layers, where)
     device = where.type
     return {
-        "processes": f"{mesh.world_size} = tensor {mesh.tp.size} x pipeline {mesh.pp.size} x data "
-        f"{mesh.dp.size}{sequence}",
+        "processes": f"{mesh.world_size} = tensor {mesh.tp.size} x pipeline {mesh.pp.size} x "
+        f"{f'context {mesh.cp.size} x ' if mesh.cp.size > 1 else ''}data {mesh.dp.size}{sequence}",
         **(
             {f"stage {number}": _stage(number, cut, mesh.pp.size) for number in range(mesh.pp.size)}
             if mesh.pp.size > 1
@@ -155,6 +155,20 @@ def _layout(
         "memory": f"{memory / 2**30:.2f} GiB of weights and optimizer on the fullest rank, "
         f"{plan.memory / 2**30:.2f} GiB at the peak of a step by the plan",
     }
+
+
+def _recomputed(method: str, cut: Cut) -> str:
+    """Return what is recomputed of the layers, such as ", recompute auto: 20 mlp, 12 norms"."""
+    work = cut.fit.work
+    if method == "none" or work.recompute == "none":
+        return ""
+    layers = range(cut.layers[0].start, cut.layers[-1].stop)
+    if isinstance(work.recompute, str):
+        return f", recompute {method}"
+    if all(work.level(i) == "none" for i in layers):
+        return ""
+    host = f"; {cut.fit.host / 2**30:.1f} GiB in host memory" if work.offloaded else ""
+    return f", recompute {method}: {cut.fit.words(layers)}{host}"
 
 
 def _stage(number: int, cut: Cut, stages: int) -> str:

@@ -251,6 +251,7 @@ class Run:
     family: str = "llama"
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     chunks: int = 1
     lanes: bool = False
     sequence_parallel: bool = False
@@ -366,14 +367,16 @@ def classified(sample: Sample, config: ModelSpec, task: str) -> Sample:
 
 def train(rank: int, world_size: int, run: Run) -> Outcome:
     """Runs `run` on this rank of `world_size`."""
-    mesh = build_mesh(rank, world_size, run.tp, run.pp)
+    mesh = build_mesh(rank, world_size, run.tp, run.pp, cp=run.cp)
     config = config_from_dict(fields_of(run.family, **run.model)).for_task(run.task, LABELS)
     lora = resolve_lora(LoraConfig.from_dict(run.lora | {"task_type": run.task}), config)
     exchange = Exchange(mesh.tp, SharedMemory(mesh.tp)) if run.exchange else None
-    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange, BaseFormat(run.base_format))
+    base = BaseFormat(run.base_format)
+    place = Placement(mesh.tp, run.sequence_parallel, run.dtype, run.device, exchange, base, mesh.cp)
     work = Workload(
         run.micro_batch_rows, run.seq_length, element=run.dtype.itemsize, sequence_parallel=run.sequence_parallel,
         recompute=run.recompute, tile=run.tile, offloaded=run.offloaded,
+        context_parallel=run.cp,
     )  # fmt: skip
     settings = EngineSettings(
         work, lambda step: run.learning_rate, partition_method=run.partition_method,
@@ -386,7 +389,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     microbatches = run.rows // (mesh.dp.size * run.micro_batch_rows)
     loader = Loader(
         rows_of(run, config), micro_batch_rows=run.micro_batch_rows, num_microbatches=microbatches,
-        dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, seed=run.seed,
+        dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, seed=run.seed, cp_rank=mesh.cp.rank, cp_size=mesh.cp.size,
     )  # fmt: skip
     before = {name: p.detach().clone() for name, p in parameters.items()}
     results = [trainer.step(step, loader.step(step)) for step in range(run.steps)]
@@ -412,7 +415,7 @@ def reference(run: Run) -> Outcome:
     Asserts that it is worth comparing with: finite, no step skipped, every adapter with a gradient and moved.
     """
     plain = run.on(
-        tp=1, pp=1, chunks=1, lanes=False, sequence_parallel=False, exchange=False, recompute="none",
+        tp=1, pp=1, cp=1, chunks=1, lanes=False, sequence_parallel=False, exchange=False, recompute="none",
         tile=0, offloaded=frozenset(), schedule="1f1b", partition_method="uniform", custom_partition=None,
         micro_batch_rows=1,
     )  # fmt: skip

@@ -115,6 +115,7 @@ def distributed(
     pp: int,
     watch: Watch | None = None,
     patience: datetime.timedelta | None = None,
+    cp: int = 1,
 ) -> Iterator[ParallelMesh]:
     """The mesh of this process, with torch.distributed up while inside (gloo on CPU, NCCL between GPUs).
 
@@ -124,7 +125,7 @@ def distributed(
     rank has died.
     """
     rank, world_size = environment_int("RANK", 0), environment_int("WORLD_SIZE", 1)
-    layout(world_size, tp, pp)
+    layout(world_size, tp, pp, cp)
     watch = watch or Watch()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -138,7 +139,7 @@ def distributed(
         )
     in_order = False
     try:
-        mesh = build_mesh(rank, world_size, tp, pp, watch, patience)
+        mesh = build_mesh(rank, world_size, tp, pp, watch, patience, cp)
         own_store: Any = store  # torch's types lack clone()
         watch.begin(None if store is None else own_store.clone(), mesh.world)
         with watch:

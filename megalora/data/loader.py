@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..batch import Batch
+from .context import cut_batch
 from .packing import PackedRows, Row, lay_out
 from .sampler import permutation, rows_in_microbatch, steps_per_epoch
 
@@ -39,6 +40,7 @@ class Step:
 class Loader:
     """`step(n)` gives step n of an endless run over `rows`; each epoch has every row exactly once.
 
+    cp_rank, cp_size: of a context-parallel axis, over which each microbatch is cut (see context.py).
     num_microbatches is per dp rank. With shuffle=False each epoch has the rows in order (an eval set is read
     for one epoch).
     """
@@ -53,6 +55,8 @@ class Loader:
         dp_size: int,
         seed: int,
         shuffle: bool = True,
+        cp_rank: int = 0,
+        cp_size: int = 1,
     ):
         assert micro_batch_rows > 0 and num_microbatches > 0 and 0 <= dp_rank < dp_size
         self.rows = rows
@@ -62,6 +66,7 @@ class Loader:
         self.dp_size = dp_size
         self.seed = seed
         self.shuffle = shuffle
+        self.cp_rank, self.cp_size = cp_rank, cp_size
         self.global_batch_rows = micro_batch_rows * num_microbatches * dp_size
         self.steps_per_epoch = steps_per_epoch(rows.rows, self.global_batch_rows)
         self._empty = lay_out(rows.source, rows.members[:0], np.zeros(1, np.int64), *rows.filling).row(0)
@@ -78,6 +83,8 @@ class Loader:
             self._batch(chosen, rows_in_microbatch(m, self.micro_batch_rows, self.dp_rank, self.dp_size))
             for m in range(self.num_microbatches)
         ]
+        if self.cp_size > 1:
+            microbatches = [cut_batch(batch, self.cp_rank, self.cp_size) for batch in microbatches]
         return Step(
             microbatches,
             label_count=int(self.rows.row_labels[chosen].sum()),

@@ -47,6 +47,11 @@ class LayoutArguments(Section):
         """Chunks of layers that each stage holds."""
         return 1
 
+    @property
+    def context(self) -> int:
+        """Ranks that each document is cut over."""
+        return 1
+
 
 @dataclass(frozen=True)
 class ParallelArguments(LayoutArguments):
@@ -65,6 +70,9 @@ class ParallelArguments(LayoutArguments):
     sequence_parallel: bool | None = shared.SEQUENCE_PARALLEL.field(
         None, unset="true where tensor_parallel_size divides the tokens of a microbatch"
     )
+    context_parallel_size: int = flag(
+        1, "processes that share the tokens of each document (context parallelism)", at_least=1, training_only=True
+    )
     tp_comm_overlap: bool | None = flag(
         None,
         "overlap sequence-parallel communication with matrix products, by direct copies between GPUs instead of NCCL",
@@ -73,7 +81,18 @@ class ParallelArguments(LayoutArguments):
     )
     schedule: str = shared.SCHEDULE.field("1f1b")
     virtual_pipeline_size: int = shared.VIRTUAL_PIPELINE_SIZE.field(1)
-    recompute: str = shared.RECOMPUTE_FLAG.field("none")
+    recompute: str = shared.RECOMPUTE_FLAG.field("auto")
+    recompute_layers: int | None = flag(
+        None, "with recompute full, recompute only the first so many layers of each stage", at_least=1, unset="all",
+        training_only=True,
+    )  # fmt: skip
+    offload_activations: bool | None = flag(
+        None,
+        "keep what recomputed layers keep in pinned host memory, copied beside the compute",
+        unset="with recompute auto on GPUs, as many layers as memory needs",
+        training_only=True,
+    )
+    memory: float | None = shared.MEMORY.field(None, unset="3 less than is free, for recompute auto")
     heartbeat_timeout: float = flag(30.0, "stop the run if a rank sends no heartbeat for this many seconds", at_least=5)
     profile_file: str | None = shared.PROFILE_FILE.field(None, unset="estimated times")
 
@@ -82,12 +101,27 @@ class ParallelArguments(LayoutArguments):
         self._check_schedule()
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise no_effect("sequence_parallel", True, vars(self))
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise no_effect("recompute_layers", self.recompute_layers, vars(self))
+        if self.memory is not None and self.recompute != "auto":
+            raise no_effect("memory", self.memory, vars(self))
+        if self.offload_activations and self.recompute in ("none", "selective"):
+            raise no_effect("offload_activations", True, vars(self))
+        if self.context_parallel_size > 1 and self.layout == "auto":
+            raise UserError(
+                f"layout auto does not choose beside context_parallel_size ({self.context_parallel_size})",
+                "leave one of them out",
+            )
         if self.profile_file is not None and self.partition_method != "cost":
             raise no_effect("profile_file", self.profile_file, vars(self))
 
     @property
     def chunks(self) -> int:
         return self.virtual_pipeline_size
+
+    @property
+    def context(self) -> int:
+        return self.context_parallel_size
 
     def for_tokens(self, tokens: int) -> ParallelArguments:
         """Return these with sequence_parallel decided, for microbatches of `tokens` tokens on a replica."""
@@ -115,16 +149,17 @@ class ParallelArguments(LayoutArguments):
 
 
 def validate_world(parallel: LayoutArguments, world_size: int) -> int:
-    """Return the data-parallel size: world_size / (tensor * pipeline). UserError where that is not whole."""
-    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    model = tensor * pipeline
+    """Return the data-parallel size: world_size / (tensor * pipeline * context). UserError where that is not whole."""
+    tensor, pipeline, context = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context
+    model = tensor * pipeline * context
     if world_size % model == 0 and world_size > 0:
         return world_size // model
     below = world_size // model * model
+    beside = f" * context_parallel_size ({context})" if context > 1 else ""
     counts = f"{below} or {below + model}" if below else str(model)
     raise UserError(
         f"World size ({world_size}) is not a multiple of tensor_parallel_size ({tensor}) * "
-        f"pipeline_parallel_size ({pipeline}) = {model}",
+        f"pipeline_parallel_size ({pipeline}){beside} = {model}",
         f"start {counts} processes, or choose sizes whose product divides {world_size}"
         if world_size > 1
         else f"start {counts} processes: --nproc {counts.split()[0]} on this host, torchrun on several",

@@ -37,10 +37,12 @@ VIRTUAL_PIPELINE_SIZE = Definition(
     "chunks of layers on each stage, for schedule interleaved_1f1b", at_least=1, training_only=True
 )
 RECOMPUTE_FLAG = Definition(
-    "activations to recompute in the backward pass: none, attention only (selective), or whole layers (full)",
+    "activations to recompute in the backward pass: as few as memory needs (auto), none, attention only (selective), "
+    "or whole layers (full)",
     choices=RECOMPUTE,
     training_only=True,
 )
+MEMORY = Definition("memory of each GPU to plan with, in GiB", above=0, training_only=True)
 PROFILE_FILE = Definition(
     "trace.json of a run with profile: use its measured times instead of estimates", training_only=True
 )

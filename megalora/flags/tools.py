@@ -29,7 +29,7 @@ class PlanArguments(Section):
     gpus: int = flag(REQUIRED, "number of GPUs", at_least=1)
     lora_config: str | None = shared.LORA_CONFIG.field(None, unset="chosen by model_type")
     device: str = flag("h100", "type of the GPUs, for their speed; or cpu", choices=tuple(DEVICES))
-    memory: float | None = flag(None, "memory of each GPU, in GiB", above=0, unset="that of device")
+    memory: float | None = shared.MEMORY.field(None, unset="that of device")
     reserve: float = flag(
         4.0, "GiB of memory to leave free for CUDA context, NCCL buffers and fragmentation", at_least=0
     )

@@ -16,6 +16,7 @@ from megalora.files import read_json
 from megalora.models import families, rotary
 from megalora.models.family import BOUNDS, Family, Fields, RemoteConfig
 from megalora.models.quantisation import stored_format
+from megalora.models.mixers import Alibi
 from megalora.models.spec import MLP, Attention, Experts, LatentAttention, ModelSpec
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
@@ -194,6 +195,26 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
                 f"{where}: architectures names {name}, whose mathematics is not implemented: take the folder of a "
                 f"{raw['model_type']} with another head, or correct the field"
             )
+
+
+def check_context(config: ModelSpec, cp: int, task: str) -> None:
+    """Raise UserError where documents cannot be cut over cp ranks: attention must be causal, with plain scores."""
+    if cp == 1:
+        return
+    what = None
+    if task != "CAUSAL_LM":
+        what = f"task_type {task}"
+    for mixer in config.mixers:
+        if isinstance(mixer, Attention | LatentAttention) and not getattr(mixer, "causal", True):
+            what = "attention that is not causal"
+        elif isinstance(mixer, Attention) and (mixer.softcap is not None or isinstance(mixer.position, Alibi)):
+            what = "attention with softcap or ALiBi"
+        elif isinstance(mixer, Attention) and mixer.dropout:
+            what = "dropout of attention's probabilities (--base_dropout false switches it off)"
+    if any(rotary.long is not None for rotary in config.rotaries):
+        what = "rope type longrope, which depends on the length of the document"
+    if what is not None:
+        raise UserError(f"context_parallel_size ({cp}) is not implemented for {what}: leave it out")
 
 
 def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False) -> None:

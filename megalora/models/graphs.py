@@ -58,6 +58,8 @@ def choose_graphs(
         obstacle = "there is no GPU"
     elif mesh.pp.size > 1:
         obstacle = "a pipeline stage holds several microbatches at a time, and graphs hold one"
+    elif place.cp.size > 1:
+        obstacle = "context parallelism finds the keys of each microbatch anew"
     elif offloads:
         obstacle = "activations are kept in host memory"
     elif timed and mesh.tp.size > 1:

@@ -12,6 +12,7 @@ from megalora.batch import Batch, to_device
 from megalora.models.rotary import rope_table
 from megalora.models.spec import ModelSpec, Rotary
 from megalora.ops.attention import Packed, Scores, pack
+from megalora.parallel.context import ContextKeys
 from megalora.parallel.placement import Placement, Tokens
 
 RopeTables = Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]]
@@ -43,6 +44,7 @@ class Inputs:
     chosen     of a part that is computed again in backward: what its routers chose, by name, so that the second pass
                takes every token where the first one did; None where nothing is computed again
     measures   the sums of the task's metrics are asked for, not the loss alone
+    context    where attention finds the keys of other ranks (context parallelism), or None
     attention_kept  what attention goes through where its result is kept while the rest is computed again, or None
     unread     nobody reads the result of the mixer at work (see megalora.models.recompute): its last product is left out
     """
@@ -58,6 +60,7 @@ class Inputs:
     position_ids: torch.Tensor | None = None
     chosen: dict[str, torch.Tensor] | None = None
     measures: bool = False
+    context: ContextKeys | None = None
     attention_kept: Callable[..., torch.Tensor] | None = None
     unread: bool = False
 
@@ -83,5 +86,8 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
     tables = rope_tables(config, batch.position_ids, place.dtype, bounds)
     index = batch.token_index
     tokens = Tokens(index, place.own_tokens(index), seed, step)
+    context = None
+    if batch.context is not None:
+        context = ContextKeys(place.cp, batch.context, torch.device(place.device))
     positions = batch.position_ids if config.reads_positions else None
-    return Inputs(batch.input_ids, batch.labels, labelled, bounds, tables, tokens, packed=packed, position_ids=positions)
+    return Inputs(batch.input_ids, batch.labels, labelled, bounds, tables, tokens, packed=packed, position_ids=positions, context=context)

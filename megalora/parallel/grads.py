@@ -55,7 +55,7 @@ class FlatGradients:
         """Sums the partial gradients over tp, then all over dp. After it, every rank holds the whole gradient."""
         self._reduce_partial(self._mesh.tp)
         if self.buffer.numel():
-            all_reduce(self.buffer, self._mesh.dp)
+            all_reduce(self.buffer, self._mesh.replicas)
 
     def _reduce_partial(self, tp: Axis) -> None:
         """Each partial gradient is summed at its place in the whole tensor: other ranks' parts stay as they are."""
@@ -81,4 +81,4 @@ class FlatGradients:
         if not self.buffer.numel() or not self._owned:
             return torch.zeros((), dtype=torch.float64, device=self.buffer.device)
         norms = torch.stack(torch._foreach_norm(self._owned, 2, dtype=torch.float64))
-        return norms.square().sum() / self._mesh.dp.size
+        return norms.square().sum() / self._mesh.replicas.size

@@ -48,11 +48,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """pp x dp x tp ranks; tp is innermost, so that it stays inside a node: rank = (pp * DP + dp) * TP + tp."""
+    """pp x dp x cp x tp ranks, the innermost next to one another: rank = ((pp * DP + dp) * CP + cp) * TP + tp.
+
+    replicas  dp and cp together: the ranks that hold the same parameters, over which their gradients are summed
+    """
 
     pp: Axis = Axis()
     dp: Axis = Axis()
+    cp: Axis = Axis()
     tp: Axis = Axis()
+    replicas: Axis = Axis()
     world: Axis = Axis()
 
     @property
@@ -64,26 +69,34 @@ class ParallelMesh:
         return self.world.size
 
 
-def layout(world_size: int, tp: int, pp: int) -> dict[str, list[tuple[int, ...]]]:
+def layout(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[tuple[int, ...]]]:
     """The rank tuples of every axis group of a mesh, by axis name.
 
-    Raises UserError where tp * pp does not divide the world size.
+    Raises UserError where tp * pp * cp does not divide the world size.
     """
-    if world_size % (tp * pp):
+    model = tp * pp * cp
+    if world_size % model:
+        context = f" * context_parallel_size ({cp})" if cp > 1 else ""
         raise UserError(
             f"World size ({world_size}) is not a multiple of tensor_parallel_size ({tp}) * pipeline_parallel_size "
-            f"({pp}) = {tp * pp}: start a multiple of {tp * pp} processes or change the two sizes"
+            f"({pp}){context} = {model}: start a multiple of {model} processes or change the "
+            f"{'three' if cp > 1 else 'two'} sizes"
         )
-    dp = world_size // (tp * pp)
+    dp = world_size // model
 
-    def rank(p: int, d: int, t: int) -> int:
-        return (p * dp + d) * tp + t
+    def rank(p: int, d: int, c: int, t: int) -> int:
+        return ((p * dp + d) * cp + c) * tp + t
 
-    return {
-        "tp": [tuple(rank(p, d, t) for t in range(tp)) for p in range(pp) for d in range(dp)],
-        "dp": [tuple(rank(p, d, t) for d in range(dp)) for p in range(pp) for t in range(tp)],
-        "pp": [tuple(rank(p, d, t) for p in range(pp)) for d in range(dp) for t in range(tp)],
+    P, D, C, T = range(pp), range(dp), range(cp), range(tp)
+    found = {
+        "tp": [tuple(rank(p, d, c, t) for t in T) for p in P for d in D for c in C],
+        "dp": [tuple(rank(p, d, c, t) for d in D) for p in P for c in C for t in T],
+        "pp": [tuple(rank(p, d, c, t) for p in P) for d in D for c in C for t in T],
     }
+    if cp > 1:
+        found["cp"] = [tuple(rank(p, d, c, t) for c in C) for p in P for d in D for t in T]
+        found["replicas"] = [tuple(rank(p, d, c, t) for d in D for c in C) for p in P for t in T]
+    return found
 
 
 def build_mesh(
@@ -93,6 +106,7 @@ def build_mesh(
     pp: int = 1,
     clock: Clock | None = None,
     patience: datetime.timedelta | None = None,
+    cp: int = 1,
 ) -> ParallelMesh:
     """The mesh of this rank. Collective: every rank of the world calls it, after init_process_group.
 
@@ -100,12 +114,13 @@ def build_mesh(
     With one process no process group is needed. Raises UserError where the sizes do not fit.
     """
     axes = {}
-    for name, groups in layout(world_size, tp, pp).items():
+    for name, groups in layout(world_size, tp, pp, cp).items():
         for ranks in groups:  # every rank creates every group, in one order: torch.distributed asks for it
             group = dist.new_group(list(ranks), timeout=patience) if len(ranks) > 1 else None
             if rank in ranks:
                 axes[name] = Axis(ranks.index(rank), ranks, group, clock)
     world_group = dist.group.WORLD if world_size > 1 else None
+    axes.setdefault("replicas", axes["dp"])
     return ParallelMesh(**axes, world=Axis(rank, tuple(range(world_size)), world_group, clock))
 
 

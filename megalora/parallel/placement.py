@@ -48,6 +48,7 @@ class Placement:
     """Where a layer's parameters live: tp axis, sequence parallelism, compute dtype, device.
 
     exchange  how tokens travel beside the products, under sequence parallelism; None: by collectives, before and after
+    cp        context-parallel axis: tokens of a document are cut over it
     base      the format of the frozen weights; one object for a stage, whose matrices share memory through it
     """
 
@@ -57,6 +58,7 @@ class Placement:
     device: torch.device | str
     exchange: Exchange | None = None
     base: BaseFormat = field(default_factory=BaseFormat, compare=False)
+    cp: Axis = Axis()
 
     @property
     def master_dtype(self) -> torch.dtype:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from megalora.parallel.collectives import gather_objects
+from megalora.parallel.mesh import Axis
 from megalora.planning.memory import Memory, stage_memory
 from megalora.planning.node import Workload
 from megalora.planning.nodes import chunk_nodes, host_bytes
@@ -29,21 +31,33 @@ class Budget:
 class Fitting:
     """How it is chosen what to compute again.
 
-    budget        what the step must fit; None: the workload says what is computed again
-    layers        where whole layers are: only so many of each stage
+    method        one of choices.RECOMPUTE; None: the workload says what is computed again
+    budget        what the step may take, for "auto"; None: as much as it wants
+    layers        with "full": only the first so many of each stage
+    offloads      keep what recomputed layers keep in host memory, as far as the budget goes; None: with "auto" as many
+                  as needed
     microbatches  of a step of one data-parallel rank
     """
 
+    method: str | None = None
     budget: Budget | None = None
     layers: int | None = None
+    offloads: bool | None = None
     microbatches: int = 1
 
     def choose(self, stage: StageUse, work: Workload) -> Fit:
         """Return how the stage is run."""
-        if self.budget is not None:
-            return fit(stage, work, self.budget)
-        if self.layers is not None:
-            work = first_layers(work, stage, self.layers, "full")
+        count = len(stage.layers)
+        host = 0 if self.budget is None or self.offloads is False else self.budget.host
+        if self.method == "auto" and self.budget is not None and not self.offloads:
+            return fit(stage, work, Budget(self.budget.device, host))
+        if self.method == "auto" and self.budget is not None:
+            work = _offloading(stage, work, host, 0)
+        elif self.method == "full":
+            work = first_layers(work, stage, count if self.layers is None else self.layers, "full")
+            work = _offloading(stage, work, host, count) if self.offloads else work
+        elif self.method is not None:
+            work = replace(work, recompute="none" if self.method == "auto" else self.method)
         return Fit(work, stage.memory(work), stage.host(work), True)
 
 
@@ -91,14 +105,14 @@ class Fit:
     fits: bool
 
     def words(self, layers: Sequence[int]) -> str:
-        """Return what is computed again of these layers, such as "3 layers full (2 in host memory), 5 none"."""
+        """Return what is recomputed of these layers, such as "3 full (2 in host memory), 5 none"."""
         counts: dict[str, list[int]] = {}
         for i in layers:
             found = counts.setdefault(self.work.level(i), [0, 0])
             found[0] += 1
             found[1] += i in self.work.offloaded
         each = [f"{n} {level}" + (f" ({m} in host memory)" if m else "") for level, (n, m) in counts.items()]
-        return "layers: " + ", ".join(each)
+        return ", ".join(each)
 
 
 AS_GIVEN = Fitting()
@@ -133,6 +147,18 @@ def first_layers(work: Workload, stage: StageUse, count: int, level: str, rest: 
     return replace(work, recompute=tuple(levels), offloaded=frozenset())
 
 
+def of_all_stages(work: Workload, own: Sequence[int], pp: Axis) -> Workload:
+    """Return the workload with what every stage computes again, given that of this one's layers. Collective over pp."""
+    if pp.size == 1 or isinstance(work.recompute, str):
+        return work
+    levels, offloaded = list(work.recompute), set()
+    for stage in gather_objects({i: (work.level(i), i in work.offloaded) for i in own}, pp):
+        for i, (level, offloads) in stage.items():
+            levels[i] = level
+            offloaded |= {i} if offloads else set()
+    return replace(work, recompute=tuple(levels), offloaded=frozenset(offloaded))
+
+
 def _phases(stage: StageUse, work: Workload, host: int) -> list[tuple[int, Callable[[int], Workload]]]:
     """(number of layers, the workload with so many of them changed) of each phase, in order."""
     count = len(stage.layers)
@@ -141,23 +167,25 @@ def _phases(stage: StageUse, work: Workload, host: int) -> list[tuple[int, Calla
         return count, lambda n: first_layers(work, stage, n, level, rest)
 
     phases = [more("norms", "none"), more("mlp", "norms"), more("layer", "mlp")]
-    whole = {level: first_layers(work, stage, count, level) for level in ("layer", "full")}
-    sizes = {level: _size_on_host(stage, one) for level, one in whole.items()}
-
-    def offloading(full: int) -> Workload:
-        """The first `full` layers without their attention, and as many of all in host memory as there is room for."""
-        mixed, room, offloaded = first_layers(work, stage, full, "full", "layer"), host, set()
-        for number, i in enumerate(stage.layers):
-            room -= sizes["full" if number < full else "layer"]
-            if room < 0:
-                break
-            offloaded.add(i)
-        return replace(mixed, offloaded=frozenset(offloaded))
-
     if host:
-        most = len(offloading(0).offloaded)
-        phases.append((most, lambda n: replace(whole["layer"], offloaded=frozenset(stage.layers[:n]))))
-    return [*phases, (count, offloading)]
+        most = _offloading(stage, work, host, 0)
+        phases.append((len(most.offloaded), lambda n: replace(most, offloaded=frozenset(stage.layers[:n]))))
+    return [*phases, (count, lambda n: _offloading(stage, work, host, n))]
+
+
+def _offloading(stage: StageUse, work: Workload, host: int, full: int) -> Workload:
+    """Return the workload with the first `full` layers without their attention, the rest with it, and as many of all
+    in host memory as it has room for."""
+    sizes = {
+        level: _size_on_host(stage, first_layers(work, stage, len(stage.layers), level)) for level in ("layer", "full")
+    }
+    mixed, room, offloaded = first_layers(work, stage, full, "full", "layer"), host, set()
+    for number, i in enumerate(stage.layers):
+        room -= sizes["full" if number < full else "layer"]
+        if room < 0:
+            break
+        offloaded.add(i)
+    return replace(mixed, offloaded=frozenset(offloaded))
 
 
 def _size_on_host(stage: StageUse, work: Workload) -> int:

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalora.adapters.config import ResolvedLora
-from megalora.choices import RECOMPUTE as RECOMPUTE_METHODS
 from megalora.errors import UserError
 from megalora.models.config import check_layout
 from megalora.models.spec import ModelSpec
 from megalora.pipeline.actions import FORWARD, RECOMPUTE, SENDS, Action
 from megalora.pipeline.partition import partition
-from megalora.pipeline.schedule import SCHEDULES, Peak, Schedule
+from megalora.pipeline.schedule import SCHEDULES, Schedule
 from megalora.pipeline.simulate import Timeline, simulate
 from megalora.planning.devices import Device, device_of
-from megalora.planning.memory import Memory, stage_memory
+from megalora.planning.fitting import Budget, Fit, Fitting, StageUse
+from megalora.planning.memory import Memory
 from megalora.planning.nodes import Workload, chunk_nodes
 from megalora.planning.shapes import Shape, shape_of
 from megalora.planning.timing import LayerCosts, Seconds, layer_costs, node_seconds, reduce_seconds
@@ -28,12 +28,13 @@ _CHUNKS = (2, 4)  # of a stage, that are tried under an interleaved schedule
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind. usable: bytes of each that torch's allocator may take."""
+    """GPUs of one kind. usable: bytes of each that torch's allocator may take; host: of host memory, for each."""
 
     gpus: int
     gpus_per_node: int
     usable: int
     device: Device
+    host: int = 0
 
     def speed(self, stride: int, ranks: int) -> float:
         """Bytes a second between ranks that stand `stride` apart, `ranks` of them."""
@@ -68,6 +69,7 @@ class Layout:
     """How a step runs on the GPUs. chunks of layers a stage; microbatches of a step of a data-parallel rank.
 
     cuda_graphs, tp_comm_overlap  as the flags of a run; None: what a run then does
+    auto      each stage recomputes as little as fits (recompute auto), whatever the work says
     """
 
     tp: int
@@ -79,6 +81,12 @@ class Layout:
     work: Workload
     cuda_graphs: bool | None = None
     tp_comm_overlap: bool | None = None
+    auto: bool = False
+
+    @property
+    def recompute(self) -> str:
+        """What is recomputed, as the flag of a run."""
+        return "auto" if self.auto else str(self.work.recompute)
 
     @property
     def graphs(self) -> bool:
@@ -98,12 +106,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its chunks of layers, what it needs, what a microbatch takes in each, its share of all."""
+    """One stage: its chunks of layers, what it needs, what a microbatch takes in each, its share of all.
+
+    recompute  what of its layers is recomputed, in words; host: bytes in host memory
+    """
 
     chunks: tuple[range, ...]
     memory: Memory
     seconds: tuple[Seconds, ...]
     share: float
+    recompute: str = "none"
+    host: int = 0
 
     @property
     def microbatch(self) -> float:
@@ -146,7 +159,7 @@ class Planner:
         self._shapes: dict[int, Shape] = {}
         self._costs: dict[tuple, LayerCosts] = {}
         self._chunks: dict[tuple, Seconds] = {}
-        self._memories: dict[tuple, Memory] = {}
+        self._fits: dict[tuple, Fit] = {}
         self._cuts: dict[tuple, list[range]] = {}
 
     def search(self, wanted: Wanted) -> tuple[list[Plan], list[TooLarge]]:
@@ -187,12 +200,13 @@ class Planner:
             chunks = tuple(parts[s :: layout.pp])
             peak = schedule.peak(s, layout.pp, layout.microbatches, floor, layout.chunks)
             first, last = s == 0, s == layout.pp - 1
-            memory = self._memory(layout, chunks, first, last, peak)
+            fit = self._fit(layout, StageUse(shape, chunks, first, last, max(1, peak.activations), peak.inputs))
             seconds = tuple(
-                self._seconds(layout, chunk, first and i == 0, last and i == layout.chunks - 1)
+                self._seconds(layout, fit.work, chunk, first and i == 0, last and i == layout.chunks - 1)
                 for i, chunk in enumerate(chunks)
             )
-            stages.append(StagePlan(chunks, memory, seconds, sum(shares[s :: layout.pp])))
+            words = fit.words([i for chunk in chunks for i in chunk])
+            stages.append(StagePlan(chunks, fit.memory, seconds, sum(shares[s :: layout.pp]), words, fit.host))
         return tuple(stages)
 
     def plan(self, layout: Layout, stages: Sequence[StagePlan]) -> Plan:
@@ -248,11 +262,13 @@ class Planner:
             if sequence_parallel and not divides:
                 continue
             for schedule, chunks in self._schedules(pp, wanted):
-                for recompute in [wanted.recompute] if wanted.recompute else RECOMPUTE_METHODS:
-                    if recompute == "full" and schedule.recomputes(0, max(2, pp)):
-                        continue  # layers would be computed three times
-                    work = replace(wanted.work, rows=rows, recompute=recompute, sequence_parallel=sequence_parallel)
-                    yield Layout(tp, pp, dp, schedule.name, chunks, microbatches, work)
+                recompute = wanted.recompute or "auto"
+                if recompute == "full" and schedule.recomputes(0, max(2, pp)):
+                    continue  # layers would be computed three times
+                auto = recompute == "auto"
+                work = replace(wanted.work, rows=rows, sequence_parallel=sequence_parallel)
+                work = replace(work, recompute="none" if auto else recompute)
+                yield Layout(tp, pp, dp, schedule.name, chunks, microbatches, work, auto=auto)
 
     def _schedules(self, pp: int, wanted: Wanted) -> Iterator[tuple[Schedule, int]]:
         for schedule in [SCHEDULES[wanted.schedule]] if wanted.schedule else SCHEDULES.values():
@@ -327,25 +343,18 @@ class Planner:
         )
         return self._cuts[key]
 
-    def _memory(self, layout: Layout, chunks: tuple[range, ...], first: bool, last: bool, peak: Peak) -> Memory:
-        key = layout.tp, layout.work, chunks, first, last, peak
-        if key not in self._memories:
-            self._memories[key] = stage_memory(
-                self._shape(layout.tp),
-                chunks,
-                layout.work,
-                first=first,
-                last=last,
-                in_flight=peak.activations,
-                inputs=peak.inputs,
-            )
-        return self._memories[key]
+    def _fit(self, layout: Layout, stage: StageUse) -> Fit:
+        key = layout.tp, layout.work, layout.auto, stage.chunks, stage.first, stage.last, stage.in_flight, stage.inputs
+        if key not in self._fits:
+            budget = Budget(self._cluster.usable, self._cluster.host) if layout.auto else None
+            self._fits[key] = Fitting("auto" if layout.auto else None, budget).choose(stage, layout.work)
+        return self._fits[key]
 
-    def _seconds(self, layout: Layout, chunk: range, first: bool, last: bool) -> Seconds:
-        key = layout.pace, chunk, first, last
+    def _seconds(self, layout: Layout, work: Workload, chunk: range, first: bool, last: bool) -> Seconds:
+        key = layout.pace, work, chunk, first, last
         if key not in self._chunks:
-            nodes = chunk_nodes(self._shape(layout.tp), chunk, layout.work, first=first, last=last)
-            self._chunks[key] = node_seconds(nodes, self._device(layout), layout.work.element, layout.tp)
+            nodes = chunk_nodes(self._shape(layout.tp), chunk, work, first=first, last=last)
+            self._chunks[key] = node_seconds(nodes, self._device(layout), work.element, layout.tp)
         return self._chunks[key]
 
 

@@ -12,7 +12,7 @@ from megalora.models.recompute import TILE
 class Workload:
     """One microbatch, and how it is run.
 
-    rows, seq_length   F = rows * seq_length
+    rows, seq_length   F = rows * seq_length, cut over `context_parallel` ranks
     context            keys that a token sees on average, without a window; None: each row is one document
     labelled           part of the tokens that have a label: the head is computed for these only
     element            bytes of an element in the compute dtype (2 for bfloat16)
@@ -36,6 +36,7 @@ class Workload:
     base_format: str = "dense"
     tile: int = TILE
     offloaded: frozenset[int] = frozenset()
+    context_parallel: int = 1
 
     def level(self, layer: int) -> str:
         """Return what of a layer is computed again."""
@@ -43,7 +44,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.seq_length
+        return self.rows * self.seq_length // self.context_parallel
 
     def seen(self, window: int | None) -> float:
         """Keys that a token sees on average in a layer with that window."""

@@ -353,6 +353,8 @@ class _LayerNodes:
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
         flops = 4 * layer.heads * dim * work.seen(layer.window) * full
         kept = qkv + q + statistics + (given if layer.clips else 0)
+        if work.context_parallel > 1:  # keys and values up to each piece instead of this rank's
+            kept += round(2 * kv * (work.context_parallel - 0.5))
         if layer.qk_rows:
             # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
             copies = q + kv if layer.qk_kernel and _kernels(self.shape.device_type) else 0

@@ -100,6 +100,7 @@ NEEDS = {  # flags that have an effect only with others
     "custom_partition": "--partition_method custom",
     "sequence_parallel": "--tensor_parallel_size 2",
     "virtual_pipeline_size": "--schedule interleaved_1f1b --pipeline_parallel_size 2",
+    "recompute_layers": "--recompute full",
     "eval_steps": "--eval_data_path e.json",
     "early_stopping_patience": "--eval_data_path e.json --eval_steps 2",
     "keep_best": "--eval_data_path e.json",

@@ -119,9 +119,9 @@ def test_where_memory_is_short_layers_are_computed_again_or_nothing_fits():
     (roomy,), _ = planner().search(wanted)
     (tight,), _ = planner(usable=roomy.memory - 1).search(wanted)
     assert tight.memory < roomy.memory and tight.seconds > roomy.seconds
-    assert (roomy.layout.work.recompute, tight.layout.work.recompute) != ("full", "none")
+    assert roomy.stages[0].recompute != tight.stages[0].recompute and roomy.layout.recompute == "auto"
     none, (least,) = planner(usable=1000).search(wanted)
-    assert not none and least.layout.work.recompute == "full" and least.memory.total > 1000
+    assert not none and least.layout.recompute == "auto" and least.memory.total > 1000
 
 
 @pytest.mark.parametrize(

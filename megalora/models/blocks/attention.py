@@ -14,6 +14,7 @@ from megalora.models.inputs import Inputs
 from megalora.ops.alibi import EXTRA, with_bias, with_rounded_bias
 from megalora.ops.attention import MOST_FEATURES, Scores, attention
 from megalora.ops.probability_dropout import draw_probabilities
+from megalora.ops.piece_attention import piece_attention
 from megalora.ops.rope import rope, split_rope
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
@@ -94,8 +95,13 @@ class AttentionBlock:
         if inputs.cache is not None:
             context = inputs.cache.attend(self.layer, q, k, v, window, scores)
         else:
+            pieces = None
+            if inputs.context is not None:
+                k, v, pieces = inputs.context.gather(k, v, window)
 
             def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                if pieces is not None:
+                    return piece_attention(q, k, v, pieces, window, scores)
                 return attention(q, k, v, inputs.bounds, window, inputs.packed, scores, dropout)
 
             context = inputs.attend(attend, q, k, v)

@@ -18,6 +18,7 @@ from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.ops.attention import Scores, attention
+from megalora.ops.piece_attention import piece_attention
 from megalora.ops.rope import rope
 from megalora.parallel.experts_grad import gather_tokens
 from megalora.parallel.group import LinearGroup
@@ -91,8 +92,13 @@ class LatentAttentionBlock:
         width = max(k.shape[-1], V)
         q, k, v = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         scores = Scores(self.spec.scale or self.spec.head_dim**-0.5) if width > self.spec.head_dim else self.scores
+        pieces = None
+        if inputs.context is not None:
+            k, v, pieces = inputs.context.gather(k, v, None)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if pieces is not None:
+                return piece_attention(q, k, v, pieces, None, scores)
             return attention(q, k, v, inputs.bounds, None, inputs.packed, scores)
 
         return inputs.attend(attend, q, k, v)[..., :V].flatten(1)
