@@ -23,7 +23,8 @@ def inputs(tmp_path_factory):
 
 def run(inputs, folder, losses=LOSSES, **flags):
     """A run whose evaluations give `losses` one after another."""
-    with mock.patch.object(Trainer, "evaluate", mock.Mock(side_effect=losses)) as evaluate:
+    measured = [([loss], 1) for loss in losses]  # sums, and the labels that they are of
+    with mock.patch.object(Trainer, "measure", mock.Mock(side_effect=measured)) as evaluate:
         (done,) = tune(1, inputs.flags(folder, **FLAGS | flags))
     return done, evaluate.call_count
 

@@ -148,13 +148,11 @@ def folder(tmp_path):
     ("field", "value"),
     [
         ("peft_type", "IA3"),
-        ("modules_to_save", ["lm_head"]),
         ("layer_replication", [[0, 2]]),
         ("loftq_config", {"loftq_bits": 4}),
         ("megatron_config", {"a": 1}),
         ("init_lora_weights", "pissa"),
         ("use_qalora", True),
-        ("trainable_token_indices", [1]),
         ("something_new", 3),
         ("task_type", "FEATURE_EXTRACTION"),
     ],
@@ -184,7 +182,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
     ("change", "words"),
     [
         (lambda t: t.pop(f"{KEY}.lora_B.weight"), "has no .*q_proj.lora_B.weight"),
-        (lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(1)}), "lora_magnitude_vector is no"),
+        (lambda t: t.update({f"{KEY}.lora_other": torch.ones(1)}), "lora_other is no"),
         (lambda t: t.update({"other.lora_A.weight": torch.ones(1)}), "other.lora_A.weight is no"),
         (lambda t: t.update({f"{KEY}.lora_B.weight": torch.ones(16, 5)}), r"\[3, 16\] and lora_B \[16, 5\]"),
         (lambda t: t.clear(), "holds no lora_A"),
