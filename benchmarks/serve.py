@@ -17,6 +17,7 @@ import torch
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.shared import share
 from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
+from megalora.generation import replica as replicas
 from megalora.generation.replica import Replica
 from megalora.generation.requests import Prompt, Reply, Request
 from megalora.generation.sampling import Sampling
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, default=200)
     parser.add_argument("--new_tokens", type=int, default=128)
     options = parser.parse_args()
+    replicas.WORTH_KEEPING = 1 << 30  # every prompt is fed whole, though it has been fed before
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     mesh, config = build_mesh(0, 1), config_from_dict(TINY if options.tiny else LLAMA_8B)

@@ -115,6 +115,7 @@ def _read(arguments: Serving, config: ModelSpec) -> _Read:
         notes += [f"{name}: {note}" for note in (*adapter.notes, *other_base_format(adapter, base_format))]
         lora = _resolved(name, adapter, config)
         check_adapter(adapter.tensors, lora, config, adapter.where)
+        _check_shared(name, adapter, config)
         adapters.append((lora, adapter.tensors))
         templates.append(adapter_template(adapter))
     return _Read(share(adapters) if adapters else None, templates, tuple(notes))
@@ -127,18 +128,28 @@ def _resolved(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> Resol
             f"adapter {name} ({adapter.where}) is of task_type {lora_config.task_type}, which writes no text",
             "name an adapter of task_type CAUSAL_LM",
         )
-    # What else than A and B an adapter has would be every request's in the batch.
-    for field, plain in (("bias", "none"), ("use_dora", False), ("lora_bias", False)):
-        if (value := getattr(lora_config, field)) != plain:
-            raise UserError(
-                f"adapter {name} ({adapter.where}) has {field} = {value!r}, which requests of several adapters in one "
-                "batch cannot share",
-                "merge it (megalora convert adapter merge) and serve the merged model",
-            )
+    for field in ("bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
+        if (value := getattr(lora_config, field)) not in (None, False, "none", (), {}):
+            raise _not_shared(name, adapter, f"{field} = {value!r}")
     try:
         return resolve_lora(lora_config, config)
     except UserError as error:
         raise UserError(f"adapter {adapter.where}: is of another model ({error})") from None
+
+
+def _check_shared(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> None:
+    """Raise UserError where an adapter has more than A and B of the layers' linears: the rest is one for all tokens."""
+    for tensor in adapter.tensors:
+        linear, factor = tensor.rsplit(".lora_", 1) if ".lora_" in tensor else (tensor, "")
+        if linear not in config.linears or factor not in ("A.weight", "B.weight"):
+            raise _not_shared(name, adapter, tensor)
+
+
+def _not_shared(name: str, adapter: AdapterCheckpoint, what: str) -> UserError:
+    return UserError(
+        f"adapter {name} ({adapter.where}) has {what}, which requests of several adapters in one batch cannot share",
+        "merge it (megalora convert adapter merge) and serve the merged model",
+    )
 
 
 def _stage(

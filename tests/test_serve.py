@@ -14,9 +14,11 @@ from talking import make_model
 from told import user_error
 
 from megalora import cli
+from megalora import serve as program
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.shared import share
 from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
+from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.errors import UserError
 from megalora.models.config import config_from_dict
 from megalora.parallel.mesh import build_mesh
@@ -24,6 +26,16 @@ from megalora.parallel.placement import Placement
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("starlette")
+
+
+def test_what_is_not_of_a_linear_is_found_by_its_name():
+    """Whatever kind of adapter comes to be: a tensor beside A and B of the layers' linears is refused."""
+    config = config_from_dict(TINY | {"model_type": "llama"})
+    linear = next(iter(config.linears))
+    for name in ("lm_head.lora_A.weight", f"{linear}.lora_magnitude_vector.weight", f"{linear}.bias", "norm.weight"):
+        adapter = AdapterCheckpoint({}, {f"{linear}.lora_A.weight": None, name: None}, where="here")
+        with pytest.raises(UserError, match=f"adapter tuned .here. has {name}, which requests of several"):
+            program._check_shared("tuned", adapter, config)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +76,7 @@ def test_what_cannot_be_served(capsys, folders, tmp_path):
     for fields, part in (
         ({"bias": "lora_only"}, "has bias = 'lora_only', which requests of several adapters"),
         ({"use_dora": True}, "has use_dora = True"),
+        ({"modules_to_save": ["lm_head"]}, "has modules_to_save = "),
         ({"task_type": "TOKEN_CLS"}, "is of task_type TOKEN_CLS, which writes no text"),
         ({"target_modules": ["k_proj"]}, "adapter"),
     ):
