@@ -139,6 +139,10 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
 
     kind = None if family.remote else CONFIG_MAPPING[family.config_class or raw["model_type"]]
     names = getattr(kind, "attribute_map", {})  # of fields, ours -> the file's
+    for ours, theirs in names.items():
+        if ours in raw and theirs in raw and raw[ours] != raw[theirs]:
+            said = f"{theirs} = {raw[theirs]!r} and {ours} = {raw[ours]!r} are one field"
+            raise UserError(f"{where}: {said}: keep one of them")
     for size in (size for size in _SIZES if size in family.reads):
         name = size if size in raw else names.get(size, size)
         value = raw.get(name)

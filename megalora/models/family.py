@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from megalora.errors import UserError
@@ -201,22 +202,21 @@ class Fields:
             self.fail(f"{name} = {value!r} is not implemented: megalora knows {', '.join(ACTIVATIONS)}")
         return value
 
-    def nested(self, name: str, fixed: Mapping[str, Any], others: Collection[str]) -> Any:
-        """Return the object in field `name`, an object of fields itself.
+    def nested(self, name: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any], harmless: Collection[str]) -> Any:
+        """Return the object in field `name` that has fields itself: these as attributes.
 
-        fixed   its fields that have one value that is implemented; others: those that are read, or have no effect
-        Raises UserError for any other field that is set.
+        defaults  those that are read; fixed: those that have one value that is implemented
+        Raises UserError for any other field that is set, unless it is `harmless`.
         """
-        from transformers import PretrainedConfig
-
-        value = getattr(self, name)
-        general = {*PretrainedConfig().to_dict(), *others}
-        for field_name, given in value.to_dict().items():
-            if field_name in fixed and given != fixed[field_name]:
-                self.fail(f"{name}.{field_name} = {given!r} is not implemented: only {fixed[field_name]!r} is")
-            if not (field_name in fixed or field_name in general or field_name.startswith("_") or given in (None, False)):
-                self.fail(f"{name}.{field_name} = {given!r} is not read and may change the numbers: remove it")
-        return value
+        given = getattr(self, name) or {}
+        if not isinstance(given, Mapping):
+            self.fail(f"{name} is not an object: correct it")
+        for own, value in given.items():
+            if own in fixed and value != fixed[own]:
+                self.fail(f"{name}.{own} = {value!r} is not implemented: only {fixed[own]!r} is")
+            if own not in (*fixed, *defaults, *harmless) and value not in (None, False):
+                self.fail(f"{name}.{own} = {value!r} is not read and may change the numbers: remove it if it does not")
+        return SimpleNamespace(**{**defaults, **{own: value for own, value in given.items() if own in defaults}})
 
     def reads(self, name: str) -> bool:
         """Return whether the family declares the field."""

@@ -136,10 +136,11 @@ class _LayerNodes:
                 elif not branch.shares:
                     room = 0 if isinstance(mixer, Experts) else mixer.groups[0].room
                     nodes.append(self._norm(name, branch.norm, mixer.groups[0].inputs + room, flowing))
-                nodes += self._mixer(mixer, source, flowing, branch.output_norm is not None)
+                nodes += self._mixer(mixer, source, flowing, branch.reads_result)
                 nodes += self._behind(branch, flowing or any(group.trains for group in mixer.groups))
                 name = "norm of the same"
-            by_token = len(step.branches) == 1 and isinstance(step.branches[0].mixer, MLP)
+            last = step.branches[-1]
+            by_token = len(step.branches) == 1 and isinstance(last.mixer, MLP) and last.post_norm is None
             found.append(Run(nodes, by_token))
             flowing = flowing or any(group.trains for mixer in step.mixers for group in mixer.groups)
         return found

@@ -29,6 +29,7 @@ class Branch:
     shares  the norm is that of a branch before it, and computed there
     scaled  the result is multiplied by a number
     post_norm  of the sum with the residual stream
+    drops      dropout of the base, of the result
     """
 
     mixer: Mixer
@@ -37,6 +38,12 @@ class Branch:
     shares: bool = False
     scaled: bool = False
     post_norm: Norm | None = None
+    drops: bool = False
+
+    @property
+    def reads_result(self) -> bool:
+        """Whether backward needs the mixer's result (see megalora.models.recompute)."""
+        return self.output_norm is not None or self.post_norm is not None or self.drops
 
     @property
     def elements(self) -> int:
@@ -222,7 +229,7 @@ class _Rank:
         for branch in step.branches:
             norm, output, mixer = _norm(branch.norm), _norm(branch.output_norm), self._mixer(index, branch.mixer)
             shares, post = branch.norm in before, _norm(branch.post_norm)
-            branches.append(Branch(mixer, norm, output, shares, branch.scale != 1.0, post))
+            branches.append(Branch(mixer, norm, output, shares, branch.scale != 1.0, post, branch.dropout > 0))
             before.add(branch.norm)
         return Step(tuple(branches))
 

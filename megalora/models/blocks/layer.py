@@ -72,16 +72,15 @@ class Layer:
 class _Step:
     """x -> post_norm(x + dropout(scale * output_norm(mixer(norm(x)))))."""
 
-    sums_first = True
-
     def __init__(self, step: spec.Residual, at: LayerPlace):
         self.norm = None if step.norm is None else at.norm(step.norm)
         self.blocks = [BLOCKS[type(step.mixer)](step.mixer, at)]
         self.output_norm = None if step.output_norm is None else at.norm(step.output_norm)
         self.post_norm = None if step.post_norm is None else at.norm(step.post_norm)
         self.scale, self.dropout = step.scale, _Dropout(step.dropout, at.site(f"{_last(step.mixer)}.residual"))
-        self.by_token = isinstance(self.blocks[0], MLPBlock)
-        self.reads_result = self.output_norm is not None or self.post_norm is not None
+        self.by_token = isinstance(self.blocks[0], MLPBlock) and self.post_norm is None
+        self.sums_first = self.post_norm is None
+        self.reads_result = self.output_norm is not None or self.post_norm is not None or step.dropout > 0
         self._makes_again = at.recompute in ("norms", "mlp") and isinstance(self.blocks[0], AttentionBlock | MLPBlock)
 
     @property

@@ -69,6 +69,7 @@ FAMILY = Family(
     read,
     reads=FALCON_FIELDS,
     fixed=FALCON_FIXED,
+    harmless=frozenset({"ff_factor"}),  # ffn_hidden_size says it
     aliases={"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
     files=FALCON_FILES,
 )

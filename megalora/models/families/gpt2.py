@@ -12,7 +12,7 @@ GPT2_FIELDS = frozenset(
 GPT2_FILES = FileNames((), (*BUFFERS, "attn.bias", "attn.masked_bias"), "transformer.")
 # Of the heads of other tasks than language modelling, and of numbers in which attention is computed.
 GPT2_HARMLESS = frozenset(
-    """n_ctx summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+    """n_ctx output_past summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32""".split()
 )
 

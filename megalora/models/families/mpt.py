@@ -4,14 +4,19 @@ from megalora.models.family import Family, Fields
 from megalora.models.parts import alibi, decoder_heads, head_dim, layer_norms, plain_mlp
 from megalora.models.spec import Attention, Blocked, Embedding, FileNames, Fused, Head, Linear, ModelSpec, Residual, Stack
 
-# Fields of attn_config: with the one value that is implemented, and those without effect.
+# Of attn_config: what is read, with its default; what has one value that is implemented; what has no effect.
+_ATTENTION = {"attn_pdrop": 0.0, "clip_qkv": None, "softmax_scale": None, "alibi_bias_max": 8}
 _FIXED = {"attn_type": "multihead_attention", "prefix_lm": False, "qk_ln": False, "alibi": True}
-_HARMLESS = {"attn_impl", "attn_uses_sequence_id", "model_type", "clip_qkv", "softmax_scale", "attn_pdrop", "alibi_bias_max"}
+_HARMLESS = {"attn_impl", "attn_uses_sequence_id", "model_type"}
+_DEFAULTS = {
+    "hidden_size": 2048, "num_attention_heads": 16, "num_hidden_layers": 24, "expansion_ratio": 4, "max_seq_len": 2048,
+    "vocab_size": 50368, "layer_norm_epsilon": 1e-5, "attn_config": {}, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def read(hf: Fields) -> ModelSpec:
     size, heads, dim = hf.hidden_size, hf.num_attention_heads, head_dim(hf)
-    given = hf.nested("attn_config", _FIXED, _HARMLESS)
+    given = hf.nested("attn_config", _ATTENTION, _FIXED, _HARMLESS)
     norm, dropout = layer_norms(size, hf.layer_norm_epsilon, bias=False), given.attn_pdrop
     qkv = Fused(Linear("attn.Wqkv", size, 3 * size), Blocked((("q", heads), ("k", heads), ("v", heads)), dim))
     attention = Attention(
@@ -32,14 +37,15 @@ def read(hf: Fields) -> ModelSpec:
 FAMILY = Family(
     ("mpt",),
     read,
-    reads=frozenset(
-        """hidden_size num_hidden_layers num_attention_heads vocab_size max_seq_len attn_config expansion_ratio
-        layer_norm_epsilon tie_word_embeddings""".split()
-    ),
+    reads=frozenset(_DEFAULTS),
     fixed={
         "no_bias": True, "embedding_fraction": 1.0, "logit_scale": None, "norm_type": "low_precision_layernorm",
         "emb_pdrop": 0.0, "resid_pdrop": 0.0,
     },  # fmt: skip
     harmless=frozenset("init_device init_config learned_pos_emb verbose tokenizer_name".split()),
+    # transformers' class takes no attn_pdrop but 0 and no whole number for clip_qkv, and ignores alibi_bias_max.
+    remote=True,
+    defaults=_DEFAULTS,
+    aliases={"d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers"},
     files=FileNames(prefix="transformer."),
 )
