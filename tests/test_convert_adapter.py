@@ -113,8 +113,9 @@ def our_logits(base, adapter_folder) -> torch.Tensor:
     load_adapter(stage, adapter.tensors, adapter.where)
     stage.refresh_adapters()
     index = torch.arange(len(IDS))
-    tables = rope_tables(config, index, torch.float32, (0, len(IDS)))
-    hidden = stage(None, Inputs(IDS, None, None, (0, len(IDS)), tables, Tokens(index, index, None, 0)))
+    bounds, tokens = (0, len(IDS)), Tokens(index, index, None, 0)
+    tables = rope_tables(config, index, torch.float32, bounds)
+    hidden = stage(None, Inputs(IDS, None, None, bounds, tables, tokens, position_ids=index))
     return stage.head(hidden)
 
 

@@ -208,13 +208,17 @@ class Fields:
         defaults  those that are read; fixed: those that have one value that is implemented
         Raises UserError for any other field that is set, unless it is `harmless`.
         """
+        from transformers import PretrainedConfig
+
+        general = set(PretrainedConfig().to_dict())  # which transformers writes into every object that is a config
         given = getattr(self, name) or {}
         if not isinstance(given, Mapping):
             self.fail(f"{name} is not an object: correct it")
         for own, value in given.items():
             if own in fixed and value != fixed[own]:
                 self.fail(f"{name}.{own} = {value!r} is not implemented: only {fixed[own]!r} is")
-            if own not in (*fixed, *defaults, *harmless) and value not in (None, False):
+            known = own in fixed or own in defaults or own in harmless or own in general or own.startswith("_")
+            if not known and value not in (None, False):
                 self.fail(f"{name}.{own} = {value!r} is not read and may change the numbers: remove it if it does not")
         return SimpleNamespace(**{**defaults, **{own: value for own, value in given.items() if own in defaults}})
 
