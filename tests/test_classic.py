@@ -68,6 +68,7 @@ DROPPED = {
 SAME_CUT = (
     "gpt2, scaled by layer", "gpt_neo, narrow", "RefinedWeb", "RefinedWebModel", "falcon, all heads", "opt, no biases",
 )  # fmt: skip
+CUT_DOCUMENTS = ("gpt2", "bloom", "falcon, ALiBi")
 REMOTE = ("RefinedWeb", "RefinedWebModel", "chatglm", "btlm")  # transformers lacks them
 EAGER = ("gpt_neo", "bloom", "mpt")  # of which it has no other attention
 
@@ -83,12 +84,14 @@ def layouts() -> list[Run]:
         {"tp": 2, "sequence_parallel": True, "micro_batch_rows": 2},
         {"tp": 2, "pp": 2, "recompute": "selective"},
     )
+    cut_documents = {"tp": 2, "cp": 2, "micro_batch_rows": 2}
     found = []
     cut = [case for name, case in VARIANTS.items() if name not in SAME_CUT]
     for number, (family, model) in enumerate((*cut, *DROPPED.values())):
         found.append(Run(family, model=SMALL | model, steps=2, **options[number % 4]))
+    for family, model in (VARIANTS[name] for name in CUT_DOCUMENTS):
+        found.append(Run(family, model=SMALL | model, steps=2, **cut_documents))
     return found
-
 
 def test_every_layout_gives_the_numbers_of_one_process():
     runs = layouts()

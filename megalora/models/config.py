@@ -16,7 +16,6 @@ from megalora.files import read_json
 from megalora.models import families, rotary
 from megalora.models.family import BOUNDS, Family, Fields, RemoteConfig
 from megalora.models.quantisation import stored_format
-from megalora.models.mixers import Alibi
 from megalora.models.spec import MLP, Attention, Experts, LatentAttention, ModelSpec
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
@@ -211,8 +210,8 @@ def check_context(config: ModelSpec, cp: int, task: str) -> None:
     for mixer in config.mixers:
         if isinstance(mixer, Attention | LatentAttention) and not getattr(mixer, "causal", True):
             what = "attention that is not causal"
-        elif isinstance(mixer, Attention) and (mixer.softcap is not None or isinstance(mixer.position, Alibi)):
-            what = "attention with softcap or ALiBi"
+        elif isinstance(mixer, Attention) and mixer.softcap is not None:
+            what = "attention with softcap"
         elif isinstance(mixer, Attention) and mixer.dropout:
             what = "dropout of attention's probabilities (--base_dropout false switches it off)"
     if any(rotary.long is not None for rotary in config.rotaries):

@@ -89,7 +89,8 @@ class AttentionBlock:
         tokens = inputs.tokens
         dropout = draw_probabilities(tokens.draw(self.spec.dropout, 0), self.sites, tokens.index)
         packed = inputs.packed is not None and dim + EXTRA <= MOST_FEATURES
-        if self.slopes is not None and (scores.slopes is None or (packed and dropout is None)):
+        widens = scores.slopes is None or inputs.context is not None or (packed and dropout is None)
+        if self.slopes is not None and widens:
             scores = self.widened
             q, k, v = self._with_bias(q, k, v, inputs)
         if inputs.cache is not None:
@@ -97,6 +98,7 @@ class AttentionBlock:
         else:
             pieces = None
             if inputs.context is not None:
+                assert dropout is None, "check_context refuses it"
                 k, v, pieces = inputs.context.gather(k, v, window)
 
             def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -111,7 +113,7 @@ class AttentionBlock:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return q, k and v with features that carry ALiBi's bias, for kernels that know of none."""
-        if self.scores.slopes is None:
+        if self.spec.position.rounded:
             return with_rounded_bias(q, k, v, self.slopes, inputs.position_ids)
         return with_bias(q, k, v, self.slopes, inputs.position_ids, self.widened.scale)
 
