@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# By model_type: the reference system's table.
+# By model_type: the reference system's table, and peft's for what that lacks.
 DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
     "t5": ("q", "v"),
     "mt5": ("q", "v"),
@@ -37,6 +37,8 @@ DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
     "stablelm": ("q_proj", "v_proj"),
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     "gemma": ("q_proj", "v_proj"),
+    "gemma2": ("q_proj", "v_proj"),
+    "gemma3_text": ("q_proj", "v_proj"),
     "qwen2": ("q_proj", "v_proj"),
     "qwen3": ("q_proj", "v_proj"),
 }

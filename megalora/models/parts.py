@@ -198,10 +198,10 @@ def llama_like(
     return llama_ends(hf, layer, rms(hf, "model.norm"))
 
 
-def llama_ends(hf: Fields, layer: Callable[[int], Layer], norm: Norm) -> ModelSpec:
-    """Return a decoder of these layers with llama's names of stack and ends; norm: behind the last layer."""
+def llama_ends(hf: Fields, layer: Callable[[int], Layer], norm: Norm, dropout: float = 0.0) -> ModelSpec:
+    """Return a decoder of these layers with llama's names; norm: behind the last layer; dropout: of the embedding."""
     stack = Stack("model.layers", tuple(map(layer, range(hf.num_hidden_layers))), norm)
-    return decoder(hf, stack, embedding="model.embed_tokens", head="lm_head")
+    return decoder(hf, stack, embedding="model.embed_tokens", head="lm_head", dropout=dropout)
 
 
 def scaled_ends(

@@ -1,19 +1,19 @@
 """config.json: both forms read alike, and nothing that would change the numbers passes in silence."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from oracle import FAMILIES, TINY
 
 from megalora.errors import UserError
-from oracle import FAMILIES, TINY
-from dataclasses import replace
+from megalora.models.config import check_layout, check_length, config_from_dict, known_families, read_config, spec_of
 from megalora.models.family import Fields
-from megalora.models.config import check_length, spec_of, check_layout, config_from_dict, known_families, read_config
 from megalora.models.spec import mixers_of
-from megalora.parallel.split import cut_heads
 from megalora.parallel.mesh import Axis
+from megalora.parallel.split import cut_heads
 
 LLAMA = {
     "model_type": "llama",

@@ -11,17 +11,17 @@ from oracle import FAMILIES, TINY
 from spawn import spawn
 
 import megalora.models.blocks.attention
+from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import build_stage, resolve_lora
 from megalora.errors import UserError
-from megalora.adapters.config import LoraConfig
 from megalora.models.config import config_from_dict
 from megalora.models.graphs import choose_graphs
 from megalora.models.inputs import training_inputs
 from megalora.ops.attention import Packed, attention
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 
 TWO = Axis(0, (0, 1))

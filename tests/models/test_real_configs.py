@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 import transformers
+from published_configs import CONFIGS
 
-from megalora.building import resolve_lora
 from megalora.adapters.config import LoraConfig
-from megalora.models.config import check_layout, read_config
+from megalora.building import resolve_lora
+from megalora.models.config import check_layout, config_from_dict, read_config
 from megalora.models.stage import NO_LORA, Stage
-from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
 from megalora.pipeline.partition import METHODS, partition
 
@@ -96,3 +97,33 @@ def test_adapters_are_counted_once(path, method):
     linears = [n for n, shape in shapes.items() if len(shape) == 2 and ".layers." in n]
     assert len(linears) == 7 * config.num_hidden_layers
     assert counted == sum(8 * sum(shapes[n]) for n in linears)
+
+
+# ---- decoders of today
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_configs_are_cut_into_stages(name):
+    """At tp 2, pp 4 every parameter is counted once, and there are as many as the model is published with."""
+    raw, parameters = CONFIGS[name]
+    config = config_from_dict(raw)
+    check_layout(config, 2, 4)
+    found, total = held(config, 2, 4), 0
+    if config.head.tied:
+        del found[config.head.weight]
+    assert set(found) == set(config.tensors)
+    for parameter, parts in found.items():
+        whole = math.prod(config.tensors[parameter])
+        counted = sum(count for _, count in parts)
+        assert counted in (whole, 2 * whole if "norm" in parameter else whole), parameter
+        total += whole
+    assert total == parameters
+
+
+@pytest.mark.parametrize("name", ["gemma-3-1b-it", "stablelm-2-12b", "OLMo-2-1124-7B", "Minitron-4B-Base", "starcoder2-3b"])
+def test_published_configs_have_the_names_of_transformers(name):
+    raw = dict(CONFIGS[name][0])
+    config = transformers.CONFIG_MAPPING[raw["model_type"]](**{k: v for k, v in raw.items() if k != "model_type"})
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    assert config_from_dict(raw).tensors == {n: tuple(p.shape) for n, p in theirs.named_parameters()}

@@ -7,17 +7,17 @@ from unittest import mock
 import pytest
 import torch
 
-from megalora.building import resolve_lora
-from megalora.batch import Batch
 from megalora.adapters.config import LoraConfig
+from megalora.batch import Batch
+from megalora.building import resolve_lora
+from megalora.models.blocks import attention as attention_block
+from megalora.models.blocks import mlp as mlp_block
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models import recompute as again
 from megalora.models.stage import Stage
-from megalora.models.blocks import attention as attention_block
-from megalora.models.blocks import mlp as mlp_block
-from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
 
 FIELDS = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -7,7 +7,16 @@ import pytest
 from oracle import CLASSIC, EXPERTS, FAMILIES, MODERN
 
 from megalora.models.config import known_families
-from megalora.models.supported import FEATURES, MARKERS, RUN_ON_GPU, families, models_page, readme_table, summary, supports
+from megalora.models.supported import (
+    FEATURES,
+    MARKERS,
+    RUN_ON_GPU,
+    families,
+    models_page,
+    readme_table,
+    summary,
+    supports,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

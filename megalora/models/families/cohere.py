@@ -43,4 +43,7 @@ def read(hf: Fields) -> ModelSpec:
 
 
 FIELDS = LLAMA_FIELDS - {"rms_norm_eps", "head_dim"} | {"layer_norm_eps", "logit_scale", "attention_bias"}
-FAMILY = Family(("cohere",), read, reads=FIELDS | {"use_qk_norm"}, fixed=LLAMA_FIXED, theta=5e5, files=LLAMA_FILES)
+FAMILY = Family(
+    ("cohere",), read, reads=FIELDS | {"use_qk_norm"}, fixed=LLAMA_FIXED, theta=5e5, files=LLAMA_FILES,
+    harmless=frozenset({"model_max_length"}),
+)

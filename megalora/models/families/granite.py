@@ -4,7 +4,6 @@ from megalora.models.family import Family, Fields
 from megalora.models.parts import (
     LLAMA_FIELDS,
     LLAMA_FILES,
-    LLAMA_FIXED,
     gated_mlp,
     grouped_attention,
     llama_ends,
@@ -16,7 +15,9 @@ from megalora.models.spec import Layer, ModelSpec, Residual
 
 def read(hf: Fields) -> ModelSpec:
     bias, scale = hf.attention_bias, hf.residual_multiplier
-    attention = grouped_attention(hf, bias=bias, out_bias=bias, scale=hf.attention_multiplier)
+    attention = grouped_attention(
+        hf, bias=bias, out_bias=bias, scale=hf.attention_multiplier, dropout=hf.attention_dropout
+    )
     mlp = gated_mlp(hf, hf.mlp_bias)
 
     def layer(index: int) -> Layer:
@@ -35,9 +36,9 @@ FAMILY = Family(
     reads=LLAMA_FIELDS
     - {"head_dim"}
     | frozenset(
-        """attention_bias mlp_bias embedding_multiplier attention_multiplier residual_multiplier
+        """attention_bias attention_dropout mlp_bias embedding_multiplier attention_multiplier residual_multiplier
         logits_scaling""".split()
     ),
-    fixed=LLAMA_FIXED,
+    fixed={"hidden_act": "silu"},
     files=LLAMA_FILES,
 )

@@ -19,7 +19,7 @@ FAMILY = Family(
     ("phi3",),
     read,
     reads=LLAMA_FIELDS - {"head_dim"} | {"sliding_window"},
-    fixed=LLAMA_FIXED | {"embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    fixed=LLAMA_FIXED | {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False},
     harmless=frozenset({"original_max_position_embeddings"}),  # of longrope: read with its fields
     partial=1.0,
     files=LLAMA_FILES,

@@ -33,7 +33,7 @@ FAMILY = Family(
     reads=LLAMA_FIELDS
     - {"head_dim"}
     | {"attention_bias", "mlp_bias", "no_rope_layers", "layer_types", "sliding_window", "use_sliding_window"},
-    fixed=LLAMA_FIXED | {"pretraining_tp": 1},
+    fixed=LLAMA_FIXED,
     harmless=frozenset({"no_rope_layer_interval", "max_window_layers"}),  # no_rope_layers and layer_types say it
     theta=2e6,
     files=LLAMA_FILES,

@@ -30,9 +30,10 @@ def read(hf: Fields) -> ModelSpec:
 
     def layer(index: int) -> Layer:
         before = norm("input_layernorm")
+        dropout = hf.hidden_dropout  # behind the MLP only
         if hf.use_parallel_residual:
-            return (ParallelResidual((Residual(attention, before), Residual(mlp, before))),)
-        return (Residual(attention, before), Residual(mlp, norm("post_attention_layernorm")))
+            return (ParallelResidual((Residual(attention, before), Residual(mlp, before, dropout=dropout))),)
+        return (Residual(attention, before), Residual(mlp, norm("post_attention_layernorm"), dropout=dropout))
 
     return llama_ends(hf, layer, norm("model.norm"))
 
@@ -42,8 +43,8 @@ FAMILY = Family(
     read,
     reads=LLAMA_FIELDS
     - {"rms_norm_eps", "head_dim"}
-    | {"layer_norm_eps", "qk_layernorm", "use_parallel_residual", "use_qkv_bias"},
-    fixed=LLAMA_FIXED | {"hidden_dropout": 0.0},
+    | {"layer_norm_eps", "qk_layernorm", "use_parallel_residual", "use_qkv_bias", "hidden_dropout"},
+    fixed=LLAMA_FIXED,
     partial=0.25,
     files=LLAMA_FILES,
 )

@@ -7,16 +7,21 @@ from megalora.models.spec import MLP, Layer, Linear, ModelSpec, Norm, Residual
 
 def read(hf: Fields) -> ModelSpec:
     size, inner, bias = hf.hidden_size, hf.intermediate_size, hf.use_bias
-    attention = grouped_attention(hf, bias=bias, out_bias=bias, window=hf.sliding_window)
+    attention = grouped_attention(
+        hf, bias=bias, out_bias=bias, window=hf.sliding_window, dropout=hf.attention_dropout
+    )
     mlp = MLP(Linear("mlp.c_fc", size, inner, bias), Linear("mlp.c_proj", inner, size, bias), inner, hf.hidden_act)
 
     def norm(name: str) -> Norm:
         return Norm(name, size, hf.norm_epsilon, "layer", bias=True)
 
     def layer(index: int) -> Layer:
-        return (Residual(attention, norm("input_layernorm")), Residual(mlp, norm("post_attention_layernorm")))
+        return (
+            Residual(attention, norm("input_layernorm"), dropout=hf.residual_dropout),
+            Residual(mlp, norm("post_attention_layernorm"), dropout=hf.residual_dropout),
+        )
 
-    return llama_ends(hf, layer, norm("model.norm"))
+    return llama_ends(hf, layer, norm("model.norm"), hf.embedding_dropout)
 
 
 FAMILY = Family(
@@ -24,11 +29,11 @@ FAMILY = Family(
     read,
     reads=LLAMA_FIELDS
     - {"rms_norm_eps", "head_dim"}
-    | {"norm_epsilon", "hidden_act", "use_bias", "sliding_window"},
-    fixed={
-        "attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0, "norm_type": "layer_norm",
-        "mlp_type": "default", "scale_attn_weights": True,
-    },  # fmt: skip
+    | frozenset(
+        """norm_epsilon hidden_act use_bias sliding_window attention_dropout embedding_dropout
+        residual_dropout""".split()
+    ),
+    fixed={"norm_type": "layer_norm", "mlp_type": "default", "scale_attn_weights": True},
     # Of the model from which StarCoder2's code was made: nothing reads them.
     harmless=frozenset(
         {

@@ -1,0 +1,221 @@
+"""config.json of published decoders of today, without what only says how text is generated; and their parameters."""
+
+_GEMMA2 = {
+    "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid", "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000, "pad_token_id": 0,
+}  # fmt: skip
+_GRANITE = {
+    "model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.1,
+    "embedding_multiplier": 12.0, "hidden_act": "silu", "logits_scaling": 16.0, "max_position_embeddings": 131072,
+    "mlp_bias": False, "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 5e6,
+    "tie_word_embeddings": True, "vocab_size": 49155, "num_hidden_layers": 40, "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+_STARCODER = {
+    "model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"], "activation_function": "gelu",
+    "attention_dropout": 0.1, "attention_softmax_in_fp32": True, "embedding_dropout": 0.1, "residual_dropout": 0.1,
+    "hidden_act": "gelu_pytorch_tanh", "layer_norm_epsilon": 1e-05, "norm_epsilon": 1e-05, "norm_type": "layer_norm",
+    "mlp_type": "default", "max_position_embeddings": 16384, "scale_attention_softmax_in_fp32": True,
+    "scale_attn_weights": True, "sliding_window": 4096, "use_bias": True, "vocab_size": 49152, "bos_token_id": 0,
+    "eos_token_id": 0,
+}  # fmt: skip
+_PHI3 = {
+    "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "attention_dropout": 0.0, "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0, "hidden_act": "silu", "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}, "bos_token_id": 1, "eos_token_id": 32000,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+_GLM = {
+    "attention_bias": True, "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 13696, "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "vocab_size": 151552, "pad_token_id": 151329, "max_position_embeddings": 32768,
+}  # fmt: skip
+_OLMO2 = {
+    "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 500000, "tie_word_embeddings": False, "vocab_size": 100352, "pad_token_id": 100277,
+}  # fmt: skip
+
+
+def _sizes(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict:
+    return {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+    }  # fmt: skip
+
+
+_GEMMA = {
+    "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "head_dim": 256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+    "vocab_size": 256000, "pad_token_id": 0,
+}  # fmt: skip
+CONFIGS = {
+    "gemma-2b": (_GEMMA | _sizes(2048, 16384, 18, 8, 1) | {"hidden_act": "gelu"}, 2_506_172_416),
+    "gemma-7b": (
+        _GEMMA
+        | _sizes(3072, 24576, 28, 16, 16)
+        | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
+        8_537_680_896,
+    ),
+    "gemma-2-2b": (_GEMMA2 | _sizes(2304, 9216, 26, 8, 4) | {"query_pre_attn_scalar": 256}, 2_614_341_888),
+    "gemma-2-9b": (_GEMMA2 | _sizes(3584, 14336, 42, 16, 8) | {"query_pre_attn_scalar": 256}, 9_241_705_984),
+    "gemma-2-27b": (
+        _GEMMA2 | _sizes(4608, 36864, 46, 32, 16) | {"query_pre_attn_scalar": 144, "head_dim": 128}, 27_227_128_320,
+    ),
+    "gemma-3-1b-it": (
+        {
+            "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "cache_implementation": "hybrid", "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 32768, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+            "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+            "sliding_window_pattern": 6, "vocab_size": 262144, "pad_token_id": 0, **_sizes(1152, 6912, 26, 4, 1),
+        },
+        999_885_952,
+    ),
+    "granite-3.1-8b-base": (
+        _GRANITE | {"hidden_size": 4096, "intermediate_size": 12800, "attention_multiplier": 0.0078125}, 8_170_848_256,
+    ),
+    "granite-3.1-2b-base": (
+        _GRANITE
+        | {
+            "hidden_size": 2048, "intermediate_size": 8192, "attention_multiplier": 0.015625, "logits_scaling": 8.0,
+        },
+        2_533_531_648,
+    ),
+    "c4ai-command-r-v01": (
+        {
+            "model_type": "cohere", "architectures": ["CohereForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "hidden_act": "silu", "layer_norm_eps": 1e-05, "logit_scale": 0.0625,
+            "max_position_embeddings": 8192, "model_max_length": 131072, "rope_theta": 8000000.0, "use_qk_norm": False,
+            "vocab_size": 256000, "pad_token_id": 0, "bos_token_id": 5, **_sizes(8192, 22528, 40, 64, 64),
+        },
+        34_980_831_232,
+    ),
+    "c4ai-command-r7b-12-2024": (
+        {
+            "model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "cache_implementation": "hybrid", "head_dim": 128, "hidden_act": "silu",
+            "layer_norm_eps": 1e-05, "layer_switch": 4, "logit_scale": 0.25, "max_position_embeddings": 132096,
+            "order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj",
+            "rope_scaling": None, "rope_theta": 50000, "rotary_pct": 1.0, "sliding_window": 4096,
+            "sliding_window_pattern": 4, "use_embedding_sharing": True, "use_gated_activation": True,
+            "use_parallel_block": True, "use_parallel_embedding": True, "vocab_size": 256000, "pad_token_id": 0,
+            "bos_token_id": 5, **_sizes(4096, 14336, 32, 32, 8),
+        },
+        8_028_033_024,
+    ),
+    "OLMo-2-1124-7B": (_OLMO2 | _sizes(4096, 11008, 32, 32, 32), 7_298_617_344),
+    "OLMo-2-1124-13B": (_OLMO2 | _sizes(5120, 13824, 40, 40, 40), 13_716_198_400),
+    "Olmo-3-1025-7B": (
+        _OLMO2
+        | _sizes(4096, 11008, 32, 32, 32)
+        | {
+            "model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "max_position_embeddings": 65536,
+            "sliding_window": 4096, "vocab_size": 100278,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8,
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32,
+                "beta_slow": 1, "attention_factor": 1.2079441541679836,
+            },
+        },
+        7_298_011_136,
+    ),
+    "SmolLM3-3B": (
+        {
+            "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "hidden_act": "silu", "layer_types": ["full_attention"] * 36,
+            "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
+            "rope_theta": 5000000.0, "sliding_window": None, "use_sliding_window": False, "vocab_size": 128256,
+            "pad_token_id": 128004, **_sizes(2048, 11008, 36, 16, 4),
+        },
+        3_075_098_624,
+    ),
+    "starcoder2-3b": (
+        _STARCODER | _sizes(3072, 12288, 30, 24, 2) | {"rope_theta": 999999.4420358813}, 3_030_371_328,
+    ),
+    "starcoder2-7b": (_STARCODER | _sizes(4608, 18432, 32, 36, 4) | {"rope_theta": 1e6}, 7_173_923_840),
+    "starcoder2-15b": (
+        _STARCODER | _sizes(6144, 24576, 40, 48, 4) | {"rope_theta": 100000, "tie_word_embeddings": False},
+        15_957_889_024,
+    ),
+    "Minitron-4B-Base": (
+        {
+            "model_type": "nemotron", "architectures": ["NemotronForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "relu2", "max_position_embeddings": 4096,
+            "mlp_bias": False, "norm_eps": 1e-05, "partial_rotary_factor": 0.5, "rope_theta": 10000,
+            "tie_word_embeddings": False, "vocab_size": 256000, **_sizes(3072, 9216, 32, 24, 8),
+        },
+        4_190_509_056,
+    ),
+    "glm-4-9b-hf": (_GLM | {"model_type": "glm", "architectures": ["GlmForCausalLM"]}, 9_399_951_360),
+    "GLM-4-9B-0414": (_GLM | {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"]}, 9_400_279_040),
+    "GLM-4-32B-0414": (
+        _GLM
+        | _sizes(6144, 23040, 61, 48, 2)
+        | {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "attention_bias": False},
+        32_566_081_536,
+    ),
+    "EXAONE-4.0-1.2B": (
+        {
+            "model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"], "attention_dropout": 0.0, "head_dim": 64,
+            "hidden_act": "silu", "layer_types": ["full_attention"] * 30, "max_position_embeddings": 65536,
+            "rms_norm_eps": 1e-05, "rope_theta": 1000000, "sliding_window": None, "sliding_window_pattern": None,
+            "tie_word_embeddings": True, "vocab_size": 102400, **_sizes(2048, 4096, 30, 32, 8),
+            "rope_scaling": {
+                "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+        },
+        1_279_391_488,
+    ),
+    "stablelm-2-1_6b": (
+        {
+            "model_type": "stablelm", "architectures": ["StableLmForCausalLM"], "attention_dropout": 0.0,
+            "hidden_act": "silu", "hidden_dropout": 0.0, "layer_norm_eps": 1e-05, "max_position_embeddings": 4096,
+            "partial_rotary_factor": 0.25, "qk_layernorm": False, "rope_theta": 10000, "tie_word_embeddings": False,
+            "use_parallel_residual": False, "use_qkv_bias": True, "vocab_size": 100352,
+            **_sizes(2048, 5632, 24, 32, 32),
+        },
+        1_644_515_328,
+    ),
+    "stablelm-2-12b": (
+        {
+            "model_type": "stablelm", "architectures": ["StableLmForCausalLM"], "attention_dropout": 0.0,
+            "hidden_act": "silu", "hidden_dropout": 0.0, "layer_norm_eps": 1e-05, "max_position_embeddings": 4096,
+            "partial_rotary_factor": 0.25, "qk_layernorm": True, "rope_theta": 10000, "tie_word_embeddings": False,
+            "use_parallel_residual": True, "use_qkv_bias": False, "vocab_size": 100352,
+            **_sizes(5120, 13824, 40, 32, 8),
+        },
+        12_143_185_920,
+    ),
+    "Phi-3-mini-4k-instruct": (
+        _PHI3
+        | _sizes(3072, 8192, 32, 32, 32)
+        | {"max_position_embeddings": 4096, "rope_scaling": None, "sliding_window": 2047, "vocab_size": 32064},
+        3_821_079_552,
+    ),
+    "Phi-3.5-mini-instruct": (
+        _PHI3
+        | _sizes(3072, 8192, 32, 32, 32)
+        | {
+            "max_position_embeddings": 131072, "sliding_window": 262144, "vocab_size": 32064, "attention_bias": False,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
+        },
+        3_821_079_552,
+    ),
+    "phi-4": (
+        _PHI3
+        | _sizes(5120, 17920, 40, 40, 10)
+        | {
+            "max_position_embeddings": 16384, "original_max_position_embeddings": 16384, "rope_theta": 250000,
+            "rope_scaling": None, "sliding_window": None, "vocab_size": 100352, "attention_bias": False,
+        },
+        14_659_507_200,
+    ),
+}  # fmt: skip
