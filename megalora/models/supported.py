@@ -35,7 +35,8 @@ FEATURES = (
     Feature(
         "CUDA graphs",
         "tests/test_gpu_step.py",
-        "in bfloat16 and float16, without pipeline stages or softcaps, with heads of a multiple of 8 up to 256 features",
+        "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, softcap and "
+        "dropout of attention",
         needs_gpu=True,
     ),
     Feature("generate", "tests/test_generation_parity.py", "greedy replies are transformers', word for word"),
