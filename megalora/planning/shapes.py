@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megalora.adapters.config import ResolvedLora
 from megalora.models import spec
@@ -304,7 +305,7 @@ class _Rank:
         if isinstance(position, spec.Alibi) and (position.rounded or self._device_type == "cuda"):
             extra = EXTRA
         clips, rotates = mixer.clip is not None, isinstance(position, spec.Rotary)
-        more = {"extra": extra, "clips": clips, "reads_views": clips or not (rotates or extra)}
+        more: dict[str, Any] = {"extra": extra, "clips": clips, "reads_views": clips or not (rotates or extra)}
         if norm is None:
             return Attention(*groups, heads, kv_heads, dim, mixer.window, **more)
         across = not norm.heads and norm.size != dim

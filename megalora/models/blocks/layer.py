@@ -141,7 +141,8 @@ class _ParallelStep:
         return [group for block in self.blocks for group in block.groups]
 
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
-        total, normed, size = None, {}, hidden.shape[-1]
+        total, size = None, hidden.shape[-1]
+        normed: dict[Norm, torch.Tensor] = {}
         for norm, block, dropout in zip(self.norms, self.blocks, self.dropouts, strict=True):
             if norm in normed:
                 x = normed[norm][..., :size]
@@ -188,5 +189,6 @@ def _last(mixer: spec.Mixer) -> str:
     """Return the name of the linear whose result is added."""
     if isinstance(mixer, spec.Experts):
         return "experts"
-    attends = isinstance(mixer, spec.Attention | spec.LatentAttention)
-    return (mixer.out if attends else mixer.down).name
+    if isinstance(mixer, spec.Attention | spec.LatentAttention):
+        return mixer.out.name
+    return mixer.down.name

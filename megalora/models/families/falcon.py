@@ -46,10 +46,9 @@ def falcon(hf: Fields) -> ModelSpec:
         names = ("ln_attn", "ln_mlp")
     # Beside each other, hidden_dropout is applied to their sum; else attention_dropout to what attention adds.
     losses = (0.0, 0.0) if beside else (hf.attention_dropout, hf.hidden_dropout)
-    steps = tuple(
-        Residual(mixer, norm(name), dropout=loss)
-        for mixer, name, loss in zip((attention, mlp), names, losses, strict=True)
-    )
+    steps = (
+        Residual(attention, norm(names[0]), dropout=losses[0]), Residual(mlp, norm(names[1]), dropout=losses[1]),
+    )  # fmt: skip
     layer = (ParallelResidual(steps, dropout=hf.hidden_dropout),) if beside else steps
     return ModelSpec(
         Embedding("transformer.word_embeddings", hf.vocab_size, size),

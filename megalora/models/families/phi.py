@@ -10,10 +10,10 @@ def read(hf: Fields) -> ModelSpec:
     norm = layer_norms(size, hf.layer_norm_eps)
     q, k, v = (Linear(f"self_attn.{x}_proj", size, n * dim, True) for x, n in (("q", heads), ("k", kv), ("v", kv)))
     of_head = layer_norms(dim, hf.layer_norm_eps)
-    norms = (of_head(f"self_attn.{x}_layernorm") if hf.qk_layernorm else None for x in "qk")
+    q_norm, k_norm = (of_head(f"self_attn.{x}_layernorm") if hf.qk_layernorm else None for x in "qk")
     attention = Attention(
-        q, k, v, Linear("self_attn.dense", heads * dim, size, True), heads, kv, dim, hf.rotary(dim), None, *norms,
-        dropout=hf.attention_dropout,
+        q, k, v, Linear("self_attn.dense", heads * dim, size, True), heads, kv, dim, hf.rotary(dim),
+        q_norm=q_norm, k_norm=k_norm, dropout=hf.attention_dropout,
     )  # fmt: skip
     mlp = plain_mlp(hf, "mlp.fc1", "mlp.fc2", hf.intermediate_size, "hidden_act")
     branches = tuple(Residual(mixer, norm("input_layernorm"), dropout=hf.resid_pdrop) for mixer in (attention, mlp))
