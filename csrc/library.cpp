@@ -40,6 +40,7 @@ std::map<std::string, int64_t> limits() {
       {"shared_memory", kSharedMemory},
       {"largest_norm", kLargestNorm},
       {"largest_fp8_row", kLargestFp8Row},
+      {"largest_fp8_branch", kLargestFp8Branch},
       {"turned", kTurned},
       {"column_scale_rows", kColumnScaleRows},
       {"most_skinny_rows", kMostSkinnyRows},

@@ -75,7 +75,9 @@ void scale_columns_(const Tensor& x, const Tensor& g);
 void scale_columns_backward_(const Tensor& dy, const OptionalTensor& y, const Tensor& g, const Tensor& dx,
                              const OptionalTensor& sums);
 void scaled_copy_(at::TensorList outs, at::TensorList sources, at::ArrayRef<double> scales);
-void fp8_quantise_(const Tensor& x, const OptionalTensor& factor, const Tensor& codes, const Tensor& scale);
+void fp8_quantise_(const Tensor& x, const OptionalTensor& factor, const Tensor& codes, const Tensor& scale,
+                   const OptionalTensor& z, const OptionalTensor& z_factor);
+void fp8_branch_(const Tensor& branch, const Tensor& scale, const Tensor& codes, const Tensor& factor);
 void fp8_turn_(const Tensor& codes, const Tensor& out);
 void fp8_decode_(const Tensor& codes, const Tensor& scale, int64_t block, int64_t phase, const Tensor& out);
 void nf4_decode_(const Tensor& codes, const Tensor& absmax, const OptionalTensor& scale, const OptionalTensor& numbers,

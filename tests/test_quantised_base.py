@@ -47,7 +47,7 @@ def test_the_numbers_are_those_of_a_dense_base_of_the_decoded_values(monkeypatch
             if not tensor_name.endswith("proj.weight"):
                 return whole
             place = oracle.BaseFormat("nf4" if kind is Nf4Matrix else "fp8")
-            matrix = place.matrix(*shape, 0, torch.float64, "cpu")
+            matrix = place.matrix(*shape, 0, torch.float64, "cpu", rank=0)
             matrix.fill(slice(0, shape[0]), oracle.RandomWeight(whole), oracle.Split(shape), False)
             return matrix.weight(slice(0, shape[0]))
 

@@ -20,6 +20,7 @@ void launch_cross_entropy_grad(const CrossEntropyGradParams& params, cudaStream_
 
 // bfloat16 or float16.
 void launch_fp8_quantise(const Fp8QuantiseParams& params, cudaStream_t stream);
+void launch_fp8_branch(const Fp8BranchParams& params, cudaStream_t stream);
 void launch_turn(const TurnParams& params, cudaStream_t stream);
 void launch_fp8_decode(const Fp8DecodeParams& params, cudaStream_t stream);
 void launch_nf4_decode(const Nf4DecodeParams& params, cudaStream_t stream);

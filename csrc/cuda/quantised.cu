@@ -24,6 +24,16 @@ __device__ __forceinline__ float2 e4m3_pair(uint32_t codes) {
   return __half22float2(__half2(pair));
 }
 
+// x as a sum of two numbers in e4m3: the second is the rounding error of the first.
+struct Terms {
+  uint8_t first, second;
+};
+__device__ __forceinline__ Terms terms_of(float x) {
+  const __nv_fp8_storage_t first = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+  const float rounded = __half2float(__half(__nv_cvt_fp8_to_halfraw(first, __NV_E4M3)));
+  return {first, __nv_cvt_float_to_fp8(x - rounded, __NV_SATFINITE, __NV_E4M3)};
+}
+
 // ---- a block quantises a row, which it holds in registers: kHeld octets a thread
 
 template <bool bfloat16, int kRowThreads, int kHeld>
@@ -55,6 +65,11 @@ __global__ void __launch_bounds__(kRowThreads) fp8_quantise_kernel(Fp8QuantisePa
 #pragma unroll
     for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(v[j]));
   }
+  float z = 0.0f;
+  if (threadIdx.x < params.rank) {
+    z = widen<bfloat16>(params.z.data, row * params.z.stride + threadIdx.x) * params.z_factor[threadIdx.x];
+    largest = fmaxf(largest, fabsf(z));
+  }
   __shared__ float warps[kRowThreads / kLanes];
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) {
@@ -69,7 +84,8 @@ __global__ void __launch_bounds__(kRowThreads) fp8_quantise_kernel(Fp8QuantisePa
   }
   const float inverse = largest == 0.0f ? 1.0f : kLargest / largest;
   if (threadIdx.x == 0) params.scale[row] = largest == 0.0f ? 1.0f : largest / kLargest;
-  auto* codes = reinterpret_cast<uint2*>(params.codes + row * params.columns);
+  uint8_t* line = params.codes + row * (params.columns + params.terms);
+  auto* codes = reinterpret_cast<uint2*>(line);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int at = threadIdx.x + i * kRowThreads;
@@ -80,6 +96,14 @@ __global__ void __launch_bounds__(kRowThreads) fp8_quantise_kernel(Fp8QuantisePa
     for (int j = 0; j < 8; ++j) v[j] *= inverse;
     codes[at] = {e4m3(v[0], v[1], v[2], v[3]), e4m3(v[4], v[5], v[6], v[7])};
   }
+  line += params.columns;
+  const int rank = static_cast<int>(params.rank);
+  if (threadIdx.x < rank) {
+    const Terms terms = terms_of(z * inverse);
+    line[threadIdx.x] = line[rank + threadIdx.x] = terms.first;
+    line[2 * rank + threadIdx.x] = terms.second;
+  }
+  for (int i = 3 * rank + threadIdx.x; i < params.terms; i += kRowThreads) line[i] = 0;
 }
 
 template <bool bfloat16>
@@ -94,6 +118,53 @@ void launch_rows(const Fp8QuantiseParams& params, cudaStream_t stream) {
   if (octets <= 4 * 512) return launch(fp8_quantise_kernel<bfloat16, 512, 4>, 512);
   if (octets <= 4 * 1024) return launch(fp8_quantise_kernel<bfloat16, 1024, 4>, 1024);
   return launch(fp8_quantise_kernel<bfloat16, 1024, 8>, 1024);
+}
+
+// ---- the terms of a branch: the largest of each column, then the codes
+
+constexpr int kBranchThreads = 256, kBranchRows = 128, kBranchColumns = 64;
+constexpr float kTypical = 64.0f;  // as _TYPICAL in megalora/ops/fp8.py
+
+template <bool bfloat16>
+__global__ void __launch_bounds__(kBranchThreads) branch_largest_kernel(Fp8BranchParams params) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBranchRows, last = min(first + kBranchRows, params.rows);
+  for (int64_t column = threadIdx.x % kBranchColumns; column < params.rank; column += kBranchColumns) {
+    float largest = 0.0f;
+    for (int64_t row = first + threadIdx.x / kBranchColumns; row < last; row += kBranchThreads / kBranchColumns) {
+      const float v = widen<bfloat16>(params.branch.data, row * params.branch.stride + column) / params.scale[row];
+      largest = fmaxf(largest, fabsf(v));
+    }
+    // Positive floats are ordered as their bits are.
+    atomicMax(reinterpret_cast<int*>(params.largest) + column, __float_as_int(largest));
+  }
+}
+
+template <bool bfloat16>
+__global__ void __launch_bounds__(kBranchThreads) branch_terms_kernel(Fp8BranchParams params) {
+  const int64_t padding = params.terms - 3 * params.rank, width = params.rank + padding;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kBranchThreads + threadIdx.x;
+  const int64_t row = at / width, column = at % width;
+  if (row >= params.rows) return;
+  uint8_t* codes = static_cast<uint8_t*>(params.codes.data) + row * params.codes.stride;
+  if (column >= params.rank) {
+    codes[2 * params.rank + column] = 0;
+    return;
+  }
+  const float largest = params.largest[column];
+  const float factor = largest == 0.0f ? 1.0f : fmaxf(sqrtf(largest / kTypical) / 4, largest / kLargest);
+  if (row == 0) params.factor[column] = factor;
+  const float v = widen<bfloat16>(params.branch.data, row * params.branch.stride + column) / params.scale[row];
+  const Terms terms = terms_of(v / factor);
+  codes[column] = codes[2 * params.rank + column] = terms.first;
+  codes[params.rank + column] = terms.second;
+}
+
+template <bool bfloat16>
+void launch_branch(const Fp8BranchParams& params, cudaStream_t stream) {
+  const auto blocks = [](int64_t work, int64_t each) { return static_cast<unsigned>((work + each - 1) / each); };
+  branch_largest_kernel<bfloat16><<<blocks(params.rows, kBranchRows), kBranchThreads, 0, stream>>>(params);
+  const int64_t width = params.terms - 2 * params.rank;
+  branch_terms_kernel<bfloat16><<<blocks(params.rows * width, kBranchThreads), kBranchThreads, 0, stream>>>(params);
 }
 
 // ---- a block turns a square of kSquare x kSquare bytes, a thread 4 x 4 of it
@@ -225,6 +296,10 @@ dim3 decode_grid(int64_t rows, int64_t columns) {
 
 void launch_fp8_quantise(const Fp8QuantiseParams& params, cudaStream_t stream) {
   return params.type == Type::bfloat16 ? launch_rows<true>(params, stream) : launch_rows<false>(params, stream);
+}
+
+void launch_fp8_branch(const Fp8BranchParams& params, cudaStream_t stream) {
+  return params.type == Type::bfloat16 ? launch_branch<true>(params, stream) : launch_branch<false>(params, stream);
 }
 
 void launch_turn(const TurnParams& params, cudaStream_t stream) {

@@ -1,5 +1,6 @@
 // Quantised weights on CUDA.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include "cuda/checks.h"
 #include "cuda/launch.h"
@@ -27,10 +28,20 @@ void check_out(const Tensor& out, const Tensor& like) {
 
 }  // namespace
 
-void fp8_quantise_(const Tensor& x, const OptionalTensor& factor, const Tensor& codes, const Tensor& scale) {
+void fp8_quantise_(const Tensor& x, const OptionalTensor& factor, const Tensor& codes, const Tensor& scale,
+                   const OptionalTensor& z, const OptionalTensor& z_factor) {
   check_matrix(x, x);
   MEGALORA_CHECK(x.size(1) <= kLargestFp8Row, x.sizes());
-  MEGALORA_CHECK(is_codes(codes) && codes.is_contiguous() && codes.sizes() == x.sizes(), codes.sizes());
+  MEGALORA_CHECK(codes.dim() == 2 && codes.size(0) == x.size(0) && codes.size(1) >= x.size(1), codes.sizes());
+  MEGALORA_CHECK(is_codes(codes) && codes.is_contiguous() && codes.size(1) % kOctet == 0, codes.sizes());
+  MEGALORA_CHECK(z.has_value() == z_factor.has_value(), "z and its factor go together");
+  const int64_t rank = z ? z_factor->numel() : 0, terms = codes.size(1) - x.size(1);
+  MEGALORA_CHECK(rank <= kLargestFp8Branch && (z ? 3 * rank <= terms : terms == 0), codes.sizes(), " for rank ", rank);
+  if (z) {
+    check_matrix(*z, x);
+    check_floats(*z_factor, rank, x);
+    MEGALORA_CHECK(z->size(0) == x.size(0) && z->size(1) >= rank, z->sizes());
+  }
   MEGALORA_CHECK(codes.device() == x.device(), codes.device());
   check_floats(scale, x.size(0), x);
   if (factor) check_floats(*factor, x.size(1), x);
@@ -41,10 +52,41 @@ void fp8_quantise_(const Tensor& x, const OptionalTensor& factor, const Tensor& 
   params.factor = factor ? factor->const_data_ptr<float>() : nullptr;
   params.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   params.scale = scale.mutable_data_ptr<float>();
+  if (z) {
+    params.z = matrix_of(*z);
+    params.z_factor = z_factor->const_data_ptr<float>();
+  }
+  params.rank = rank;
+  params.terms = terms;
   params.rows = x.size(0);
   params.columns = x.size(1);
   params.type = type_of(x);
   launch_fp8_quantise(params, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void fp8_branch_(const Tensor& branch, const Tensor& scale, const Tensor& codes, const Tensor& factor) {
+  MEGALORA_CHECK(branch.dim() == 2 && is_half(branch) && branch.stride(1) == 1, branch.sizes());
+  const int64_t rows = branch.size(0), rank = branch.size(1);
+  MEGALORA_CHECK(codes.dim() == 2 && is_codes(codes) && codes.stride(1) == 1, codes.sizes());
+  MEGALORA_CHECK(codes.size(0) == rows && codes.size(1) >= 3 * rank, codes.sizes(), " for ", branch.sizes());
+  MEGALORA_CHECK(codes.device() == branch.device(), codes.device());
+  check_floats(scale, rows, branch);
+  check_floats(factor, rank, branch);
+  if (branch.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(branch.device());
+  const Tensor largest = at::zeros({rank}, scale.options());
+  Fp8BranchParams params{};
+  params.branch = matrix_of(branch);
+  params.codes = matrix_of(codes);
+  params.scale = scale.const_data_ptr<float>();
+  params.largest = largest.mutable_data_ptr<float>();
+  params.factor = factor.mutable_data_ptr<float>();
+  params.rows = rows;
+  params.rank = rank;
+  params.terms = codes.size(1);
+  params.type = type_of(branch);
+  launch_fp8_branch(params, stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

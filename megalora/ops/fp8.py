@@ -124,7 +124,70 @@ def quantise_factor(x: torch.Tensor, factor: torch.Tensor | None = None) -> tupl
         return quantise_rows(x, factor)
     codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    torch.ops.megalora.fp8_quantise_(x, factor, codes, scale)
+    torch.ops.megalora.fp8_quantise_(x, factor, codes, scale, None, None)
+    return codes, scale
+
+
+# ---- the branch in the same product
+
+
+def terms_for(rank: int) -> int:
+    """Return the columns of codes that a branch of R = rank takes: three a column, rounded up for products."""
+    return -(-3 * rank // limits.TURNED) * limits.TURNED
+
+
+def branch_terms_(branch: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, factor: torch.Tensor) -> None:
+    """Write the terms of a branch s B [O, R] behind the codes of W, and what z is to be multiplied with.
+
+    branch  [O, R] in 16 bits; scale [O] float32 of the rows of W
+    codes   [O, terms_for(R)] e4m3, rows of any stride: B1 B2 B1 with s B = (B1 + B2) scale / factor but for rounding
+    factor  [R] float32
+    e4m3 has 3 bits of mantissa; a number and the rounding error of it have 8 together, as bfloat16. z goes in as
+    z1 z1 z2, so that the products are z1 B1 + z1 B2 + z2 B1: all but z2 B2, which is below bfloat16's rounding.
+    The factor balances both sides: z scaled as x is about _TYPICAL, and neither may be lost below the smallest number.
+    """
+    R = branch.shape[1]
+    if extension.has_kernels("cuda") and branch.is_cuda:
+        torch.ops.megalora.fp8_branch_(branch, scale, codes, factor)
+        return
+    v = branch.float() / scale.unsqueeze(1)
+    largest = v.abs().amax(0)
+    factor.copy_(torch.where(largest == 0, 1.0, torch.maximum((largest / _TYPICAL).sqrt() / 4, largest / LARGEST)))
+    first, second = _two_terms(v / factor)
+    codes.zero_()
+    for i, term in enumerate((first, second, first)):
+        codes[:, i * R : (i + 1) * R] = term
+
+
+_TYPICAL = 64.0
+
+
+def _two_terms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x as a sum of two e4m3 numbers."""
+    first = x.clamp(-LARGEST, LARGEST).to(E4M3)
+    return first, (x - first.float()).clamp_(-LARGEST, LARGEST).to(E4M3)
+
+
+def quantise_with_branch(
+    X: torch.Tensor, columns: int, rank: int, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (codes [T, I + terms], scale [T, 1]) of X = [x | z ...] [T, I + R or more], z as `branch_terms_` says."""
+    if not (X.stride(1) == 1 and X.stride(0) % limits.OCTET == 0):
+        X = X.contiguous()
+    shape = len(X), columns + terms_for(rank)
+    if extension.has_kernels("cuda") and X.is_cuda and X.itemsize == 2 and columns <= limits.LARGEST_FP8_ROW:
+        codes = torch.empty(shape, dtype=E4M3, device=X.device)
+        scale = torch.empty(len(X), 1, dtype=torch.float32, device=X.device)
+        torch.ops.megalora.fp8_quantise_(X[:, :columns], None, codes, scale, X[:, columns:], factor)
+        return codes, scale
+    wide = torch.cat((X[:, :columns].float(), X[:, columns : columns + rank].float() * factor), 1)
+    _, scale = quantise_rows(wide)
+    wide /= scale
+    codes = torch.zeros(shape, dtype=E4M3, device=X.device)
+    codes[:, :columns] = wide[:, :columns].clamp(-LARGEST, LARGEST).to(E4M3)
+    first, second = _two_terms(wide[:, columns:])
+    for i, term in enumerate((first, first, second)):
+        codes[:, columns + i * rank : columns + (i + 1) * rank] = term
     return codes, scale
 
 

@@ -18,6 +18,7 @@ SHARED_MEMORY = 163 << 10  # bytes that a block may ask for
 LARGEST_NORM = 16384  # elements of a row of RMSNorm on CUDA
 
 LARGEST_FP8_ROW = 65536  # elements of a row that is quantised to e4m3 on CUDA
+LARGEST_FP8_BRANCH = 512  # columns of z that are quantised behind it
 TURNED = 16  # codes are turned in squares of so many bytes
 COLUMN_SCALE_ROWS = 64  # that one block of scale_columns goes through, and leaves one sum of
 

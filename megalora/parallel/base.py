@@ -68,6 +68,10 @@ class FrozenMatrix(Protocol):
         """Set all columns of the branch to zero."""
         ...
 
+    def branch_written(self) -> None:
+        """Put what was written to `branch` in force. Call after writing, before the next product."""
+        ...
+
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -111,6 +115,9 @@ class DenseMatrix:
 
     def clear_branch(self) -> None:
         self.whole[:, self.columns :].zero_()
+
+    def branch_written(self) -> None:
+        """Nothing to do: the branch stands in the matrix."""
 
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None

@@ -31,10 +31,13 @@ class BaseFormat:
         return self._scratch.nbytes
 
     def matrix(
-        self, rows: int, columns: int, room: int, dtype: torch.dtype, device: torch.device | str
+        self, rows: int, columns: int, room: int, dtype: torch.dtype, device: torch.device | str, *, rank: int
     ) -> FrozenMatrix:
-        """Return a matrix [rows, columns + room] for that compute dtype, its weights not filled yet."""
+        """Return a matrix [rows, columns + room] for that compute dtype, its weights not filled yet.
+
+        rank  columns of the branch that are in use, of `room`
+        """
         if self.name == "dense":
             return DenseMatrix(rows, columns, room, dtype, device)
         kind = Fp8Matrix if self.name == "fp8" else Nf4Matrix
-        return kind(rows, columns, room, dtype, device, self._scratch, as_stored=self.as_stored)
+        return kind(rows, columns, room, dtype, device, self._scratch, rank=rank, as_stored=self.as_stored)

@@ -74,7 +74,9 @@ class LinearGroup:
         self.ranks = [linear.rank for linear in linears]
         self.room = room_for(sum(self.ranks), torch.device(place.device).type)
         self.dropout = max((linear.adapter.dropout for linear in linears if linear.adapter is not None), default=0.0)
-        self.matrix = place.base.matrix(sum(self.sizes), self.in_features, self.room, place.dtype, place.device)
+        self.matrix = place.base.matrix(
+            sum(self.sizes), self.in_features, self.room, place.dtype, place.device, rank=sum(self.ranks)
+        )
         self._has_bias = any(linear.bias is not None or linear.lora_bias is not None for linear in linears)
         self._ready = self.room == 0 and not self._has_bias  # whether refresh() has been here
         self.down: torch.Tensor | None = None  # A of all branches [R, I] in the compute dtype
@@ -193,6 +195,7 @@ class LinearGroup:
             parts = self.bias.split(self.sizes)
             copies += [(p, one.bias, 1.0) for p, one in zip(parts, self.linears, strict=True) if one.bias is not None]
         scaled_copy_(copies)
+        self.matrix.branch_written()
         if any(linear.lora_bias is not None for linear in self.linears):
             self.bias.copy_(self._biases(adapted=True))
 
@@ -234,6 +237,7 @@ class LinearGroup:
         for linear, tail in zip(self.linears, self._tails(), strict=True):
             if linear.lora_B is not None:
                 tail.copy_(linear.lora_B.weight * linear.adapter.scaling) if adapted else tail.zero_()
+        self.matrix.branch_written()
         if self.dora is not None:
             self.dora.switch(adapted)
         if self._base_bias is not None:

@@ -80,9 +80,10 @@ class _QuantisedMatrix:
         device: torch.device | str,
         scratch: Scratch,
         *,
+        rank: int = 0,
         as_stored: bool = False,
     ):
-        self.rows, self.columns, self.room = rows, columns, room
+        self.rows, self.columns, self.room, self.rank = rows, columns, room, rank
         self._dtype, self._device, self._scratch, self._as_stored = dtype, device, scratch, as_stored
         self._branch = torch.empty(rows, room, dtype=dtype, device=device)
         self._parts: dict[int, Rows] = {}  # by their first row
@@ -144,6 +145,9 @@ class _QuantisedMatrix:
     def clear_branch(self) -> None:
         self._branch.zero_()
 
+    def branch_written(self) -> None:
+        """Nothing to do: the branch is copied into the scratch for each product."""
+
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -186,7 +190,8 @@ class Fp8Matrix(_QuantisedMatrix):
 
     With a scale a row, GPUs that multiply e4m3 take the codes as they are, and the other factor is quantised by row:
     faster than bfloat16, and less exact (docs/quantised.md). The scales of the rows of W come out of x W^T; into dY W
-    they go with dY, so that both products are with the same codes. The second reads them turned, in the scratch.
+    they go with dY, so that both products are with the same codes. The second reads them turned, in the scratch. The
+    branch goes into the first as terms in e4m3 that have bfloat16's precision together (fp8.branch_terms_).
     """
 
     def __init__(self, *arguments: Any, **more: Any):
@@ -200,9 +205,11 @@ class Fp8Matrix(_QuantisedMatrix):
             and fp8.multiplies(device.index)
         )
         if self._multiplies:
-            self._codes = torch.empty(self.rows, self.columns, dtype=E4M3, device=device)
+            self._terms = torch.empty(self.rows, self.columns + fp8.terms_for(self.rank), dtype=E4M3, device=device)
+            self._codes = self._terms[:, : self.columns]
             self._scale = torch.empty(1, self.rows, dtype=torch.float32, device=device)
             self._ones = torch.ones(1, self.columns + self.room, dtype=torch.float32, device=device)
+            self._factor = torch.ones(self.rank, dtype=torch.float32, device=device)
 
     def _scratch_bytes(self) -> int:
         return self.rows * (self.columns + self.room) if self._multiplies else super()._scratch_bytes()
@@ -218,6 +225,12 @@ class Fp8Matrix(_QuantisedMatrix):
             part = Fp8Rows(self._codes[rows], self._scale[0, rows].unsqueeze(1), part.block, part.phase)
         super()._put(first, part)
 
+    def branch_written(self) -> None:
+        """Make the terms of the branch."""
+        if self._multiplies and self.rank:
+            branch = self._branch[:, : self.rank]
+            fp8.branch_terms_(branch, self._scale[0], self._terms[:, self.columns :], self._factor)
+
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -226,8 +239,10 @@ class Fp8Matrix(_QuantisedMatrix):
         if len(X) <= limits.MOST_SKINNY_ROWS and extension.has_kernels("cuda") and X.stride(1) == 1:
             y = torch.ops.megalora.fp8_skinny_linear(X, self._codes, self._scale, self._branch, bias)
             return y if out is None else out.copy_(y)
-        y = fp8.product(fp8.quantise_factor(X[:, : self.columns]), self._codes, self._scale, bias, out)
-        return y.addmm_(X[:, self.columns :], self._branch.t()) if self.room else y
+        if not self.rank:
+            return fp8.product(fp8.quantise_factor(X[:, : self.columns]), self._codes, self._scale, bias, out)
+        quantised = fp8.quantise_with_branch(X, self.columns, self.rank, self._factor)
+        return fp8.product(quantised, self._terms, self._scale, bias, out)
 
     def multiply_transposed(
         self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False

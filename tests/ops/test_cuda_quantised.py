@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from megalora.ops import extension
-from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, product, quantise_factor, quantise_rows, turn
+from megalora.ops.fp8 import (
+    E4M3,
+    Fp8Rows,
+    Fp8Weight,
+    branch_terms_,
+    product,
+    quantise_factor,
+    quantise_rows,
+    quantise_with_branch,
+    terms_for,
+    turn,
+)
 from megalora.ops.nf4 import quantise_nf4
 
 pytestmark = pytest.mark.gpu
@@ -90,3 +101,31 @@ def test_a_few_rows_and_many_have_the_product_of_the_decoded_weight(rows):
     else:
         y, tolerance = product(quantise_factor(x[:, :128]), codes, scale.view(1, -1)), 4e-2
     assert (y.float() - wanted).norm() / wanted.norm() < tolerance
+
+
+def test_the_terms_of_a_branch_are_those_of_the_reference():
+    outputs, inputs, rank = 600, 256, 48
+    _, scale = quantise_rows(randn(outputs, inputs) * 0.02)
+    branch = (randn(outputs, rank, seed=1) * 0.01).bfloat16()
+    branch[:, 5] = 0
+    X = randn(37, inputs + 64, seed=2).bfloat16()
+    found = []
+    for device in ("cpu", "cuda"):
+        codes, factor = (
+            torch.ones(outputs, inputs + terms_for(rank)).to(E4M3).to(device),
+            torch.empty(rank, device=device),
+        )
+        wide = torch.zeros(outputs, 64, dtype=torch.bfloat16, device=device)
+        wide[:, :rank] = branch.to(device)
+        branch_terms_(wide[:, :rank], scale[:, 0].contiguous().to(device), codes[:, inputs:], factor)
+        found.append(
+            (codes[:, inputs:].float().cpu(), factor.cpu(), *quantise_with_branch(X.to(device), inputs, rank, factor))
+        )
+    (terms, factor, codes, row), (terms_there, factor_there, codes_there, row_there) = found
+    torch.testing.assert_close(factor_there, factor, rtol=1e-6, atol=0)
+    torch.testing.assert_close(row_there.cpu(), row, rtol=1e-6, atol=0)
+    # Rounding of a factor may give the next code, and the next term makes up for it.
+    sums = [t[:, :rank] + t[:, rank : 2 * rank] for t in (terms, terms_there)]
+    torch.testing.assert_close(*sums, rtol=1e-3, atol=2e-3)
+    assert (codes_there.cpu().float() != codes.float()).float().mean() < 1e-3
+    assert not terms_there[:, 3 * rank :].any() and not codes_there[:, inputs + 3 * rank :].float().any()

@@ -18,7 +18,7 @@ def random(*shape: int) -> torch.Tensor:
 
 def filled(base: BaseFormat, W: torch.Tensor, split: Split, transposed: bool = False, source=None):
     rows, columns = split.local_shape[::-1] if transposed else split.local_shape
-    matrix = base.matrix(rows, columns, ROOM, torch.float64, "cpu")
+    matrix = base.matrix(rows, columns, ROOM, torch.float64, "cpu", rank=ROOM)
     matrix.fill(slice(0, rows), source or RandomWeight(W), split, transposed)
     matrix.clear_branch()
     return matrix
