@@ -31,11 +31,11 @@ class BaseFormat:
         return self._scratch.nbytes
 
     def matrix(
-        self, rows: int, columns: int, room: int, dtype: torch.dtype, device: torch.device | str, *, rank: int
+        self, rows: int, columns: int, room: int, dtype: torch.dtype, device: torch.device | str, *, rank: int = 0
     ) -> FrozenMatrix:
         """Return a matrix [rows, columns + room] for that compute dtype, its weights not filled yet.
 
-        rank  columns of the branch that are in use, of `room`
+        rank  columns of the branch that are in use, of `room`; 0: none
         """
         if self.name == "dense":
             return DenseMatrix(rows, columns, room, dtype, device)
