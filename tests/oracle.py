@@ -218,11 +218,19 @@ MODERN = {
     },
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.
+# Encoders, with the dropouts that their configs have in practice.
+ENCODERS = {
+    "bert": {"model_type": "bert", "layer_norm_eps": 1e-6},
+    "roberta": {"model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-6},
+    "xlm-roberta": {"model_type": "xlm-roberta", "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-6},
+    "electra": {"model_type": "electra", "embedding_size": 24, "layer_norm_eps": 1e-6},
+}
 _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
     "deepseek_v2": ("head_dim",), "deepseek_v3": ("head_dim",),
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
+    **dict.fromkeys(ENCODERS, _OLD),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "codegen", "falcon", "opt", "btlm"), _OLDER),
     **dict.fromkeys(("bloom", "mpt", "RefinedWeb", "RefinedWebModel"), (*_OLDER, "max_position_embeddings")),
     "chatglm": (*_OLDER, "max_position_embeddings", "vocab_size"),
@@ -231,12 +239,12 @@ LACKS = {
 
 def fields_of(family: str, **more: object) -> dict:
     """config.json of a tiny model of the family, with `more` where the family has such fields."""
-    fields = TINY | (FAMILIES | EXPERTS | CLASSIC | MODERN)[family] | more
+    fields = TINY | (FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS)[family] | more
     left_out = {name for name in TINY if family in MODERN and fields[name] is None}
     return {name: value for name, value in fields.items() if name not in (*LACKS.get(family, ()), *left_out)}
 
 
-for _family in FAMILIES | EXPERTS | CLASSIC | MODERN:
+for _family in FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
     config_from_dict(fields_of(_family))
@@ -304,7 +312,7 @@ def whole_tensor(name: str, shape: tuple[int, ...], scale: float) -> torch.Tenso
     """A random float64 tensor that depends on its name alone."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
     values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
-    return values + 1.0 if name.endswith("norm.weight") else values
+    return values + 1.0 if name.lower().endswith("norm.weight") else values
 
 
 @dataclass(frozen=True)
@@ -361,7 +369,8 @@ def classified(sample: Sample, config: ModelSpec, task: str) -> Sample:
     ids, kept = sample.input_ids, sample.labels != -100
     if task == "SEQ_CLS":
         kept = np.arange(len(ids)) == (len(ids) - 1 if config.causal else 0)
-    columns = {"classes": np.where(kept, (ids + 7 * np.arange(len(ids))) % len(LABELS), -100).astype("int32")}
+    columns = {name: (np.arange(len(ids)) * 3 // len(ids) > 1).astype("int32") for name in config.columns}
+    columns |= {"classes": np.where(kept, (ids + 7 * np.arange(len(ids))) % len(LABELS), -100).astype("int32")}
     return Sample(ids, np.full_like(sample.labels, -100), columns)
 
 

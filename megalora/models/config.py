@@ -94,7 +94,7 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
         model_type=raw["model_type"],
         dtype=dtype,
         stored=stored_format(raw, where),
-        files=replace(family.files, passed=passed),
+        files=replace(family.files, passed=(*family.files.passed, *passed)),
         max_position_embeddings=longest,
     )
 
@@ -157,8 +157,9 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
     plain = {k: v for k, v in raw.items() if k not in rotary.CONFIG_FIELDS and family.rope.get(k) != "rope_theta"}
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     theta = next((alias for alias, ours in family.rope.items() if ours == "rope_theta"), "rope_theta")
-    plain[theta] = rope["rope_theta"]
-    plain["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    if family.rotates:
+        plain[theta] = rope["rope_theta"]
+        plain["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     try:
         return kind(**{**family.defaults, **plain})
     except ImportError:  # nothing of the user's: an installation that lacks something, or Ctrl-C while it was imported

@@ -59,8 +59,8 @@ BOUNDS: Mapping[str, Bound] = {
     "rotary_dim": Bound(True, 2, 1 << 14),
     "window_size": Bound(True, 1, 1 << 32),
     **dict.fromkeys(
-        """attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop embed_dropout hidden_dropout resid_dropout
-        resid_pdrop""".split(),
+        """attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout dropout embd_pdrop embed_dropout
+        hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop""".split(),
         Bound(False, 0.0, 0.99),
     ),
 }
@@ -77,6 +77,8 @@ class Family:
     harmless     fields that say nothing about the numbers of a training step, beside those that no family reads
     rope         other names of rope fields in this family's config.json -> `rope_parameters`' own
     theta        the default of rope_theta
+    rotates      its config class has rope fields
+    generates    its models write text; else they are for classifiers alone
     partial      the default of partial_rotary_factor where the family has that field
     sliding_theta  of layers whose window slides: the field with their rope_theta, and its default; None: as the others
     files        how names in its files differ from ours
@@ -97,6 +99,8 @@ class Family:
     harmless: frozenset[str] = frozenset()
     rope: Mapping[str, str] = field(default_factory=dict)
     theta: float = 10000.0
+    rotates: bool = True
+    generates: bool = True
     partial: float | None = None
     sliding_theta: tuple[str, float] | None = None
     files: FileNames = field(default_factory=FileNames)

@@ -102,6 +102,7 @@ class FileNames:
     """How the names of a file may differ from ours.
 
     renames  (start, ours) of other starts of names that files are known to have
+    endings  (end, ours) of other ends of names, which early files have
     ignored  ends of names of tensors that say nothing: buffers that older versions saved
     prefix   of the bare model, which files saved from it lack
     passed   starts of names of parts that are no part of this model: layers that predict further tokens, heads of
@@ -112,9 +113,13 @@ class FileNames:
     ignored: tuple[str, ...] = BUFFERS
     prefix: str = ""
     passed: tuple[str, ...] = ()
+    endings: tuple[tuple[str, str], ...] = ()
 
     def ours(self, name: str, expected: Collection[str]) -> str | None:
         """Return our name of a tensor of the file, None for one that says nothing. expected: all of our names."""
+        for end, ours in self.endings:
+            if name.endswith(end):
+                name = name[: -len(end)] + ours
         if name in expected:
             return name
         for start, ours in self.renames:

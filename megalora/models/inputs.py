@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -43,6 +43,7 @@ class Inputs:
     position_ids  [F] int64, each token's place in its document; None where no layer of the model reads it
     chosen     of a part that is computed again in backward: what its routers chose, by name, so that the second pass
                takes every token where the first one did; None where nothing is computed again
+    columns    what else the embedding reads of each token, [F] or [F, k] int64, by name
     measures   the sums of the task's metrics are asked for, not the loss alone
     context    where attention finds the keys of other ranks (context parallelism), or None
     attention_kept  what attention goes through where its result is kept while the rest is computed again, or None
@@ -59,6 +60,7 @@ class Inputs:
     packed: Packed | None = None
     position_ids: torch.Tensor | None = None
     chosen: dict[str, torch.Tensor] | None = None
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     measures: bool = False
     context: ContextKeys | None = None
     attention_kept: Callable[..., torch.Tensor] | None = None
@@ -90,4 +92,15 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
     if batch.context is not None:
         context = ContextKeys(place.cp, batch.context, torch.device(place.device))
     positions = batch.position_ids if config.reads_positions else None
-    return Inputs(batch.input_ids, batch.labels, labelled, bounds, tables, tokens, packed=packed, position_ids=positions, context=context)
+    return Inputs(
+        batch.input_ids,
+        batch.labels,
+        labelled,
+        bounds,
+        tables,
+        tokens,
+        packed=packed,
+        position_ids=positions,
+        context=context,
+        columns=batch.columns,
+    )

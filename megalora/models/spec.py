@@ -113,10 +113,12 @@ class Positions:
 
 @dataclass(frozen=True)
 class Embedding:
-    """What enters the first layer: dropout(norm(project(scale * words) + positions)), each of them where there is one.
+    """What enters the first layer: dropout(norm(project(scale * words) + positions + types)), each where there is one.
 
     name     `{name}.weight` [vocab_size, width], the words; width is hidden_size unless they are projected to it
     project  from the words' width to hidden_size; frozen, and without an adapter
+    types    learned, of the text of a pair that a token is of (the column token_types), where there are several rows
+    projects_last  project is applied behind the norm instead, whose size is the words' width (electra)
     rounded  the scale is rounded to the compute dtype first (gemma)
     dropout  of the base, in training
     """
@@ -127,6 +129,8 @@ class Embedding:
     positions: Positions | None = None
     norm: Norm | None = None
     project: Linear | None = None
+    types: Positions | None = None
+    projects_last: bool = False
     scale: float = 1.0
     rounded: bool = False
     dropout: float = 0.0
@@ -142,8 +146,10 @@ class Embedding:
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the name and shape of each tensor in the file."""
         yield self.weight, (self.vocab_size, self.width)
-        if self.positions is not None:
-            yield self.positions.weight, (self.positions.rows, self.hidden_size)
+        width = self.width if self.projects_last else self.hidden_size
+        for table in (self.positions, self.types):
+            if table is not None:
+                yield table.weight, (table.rows, width)
         for part in (self.norm, self.project):
             yield from () if part is None else part.tensors()
 
@@ -186,7 +192,8 @@ class ModelSpec:
     @property
     def columns(self) -> tuple[str, ...]:
         """What it reads of each token beside its id and position."""
-        return ()
+        types = self.embedding.types
+        return () if types is None or types.rows == 1 else ("token_types",)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -49,7 +49,9 @@ RUN_ON_GPU = frozenset({"gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3"
 
 
 def supports(family: Family, feature: Feature) -> str:
-    """Return the cell of the table: yes, or untested for what no GPU has run yet."""
+    """Return the cell of the table: yes, or untested for what no GPU has run yet; labels, where no text is written."""
+    if feature.name == "generate" and not family.generates:
+        return "labels"
     return "untested" if feature.needs_gpu and not RUN_ON_GPU.issuperset(family.types) else "yes"
 
 
@@ -129,7 +131,7 @@ def _architecture(family: Family) -> list[str]:
         _code(family.types),
         _attention(family, spec),
         _experts(mixer, kind) if isinstance(mixer, Experts) else kind,
-        _norm(spec.stack.final_norm),
+        _norm(spec.norms[0]),
         "parallel" if parallel else "sequential",
         _code(linears),
     ]
@@ -174,7 +176,9 @@ def _family(family: Family) -> Iterable[str]:
     yield f"### {kind}\n"
     yield f"{models}: {apart}.\n"
     yield f"- Default `target_modules`: {_code(targets) if targets else 'none, so `lora_config.json` must name them'}."
-    yield f"- Reads {_code(sorted(family.reads))}, and the rope fields."
+    yield f"- Reads {_code(sorted(family.reads))}{', and the rope fields' if family.rotates else ''}."
+    if not family.generates:
+        yield f"- Every token sees its whole document. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
     if family.partial is not None:
         yield f"- `partial_rotary_factor` is {family.partial:g} unless the config has it."
     if family.rope:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from oracle import (
     ALL_LINEAR,
+    ENCODERS,
     LABELS,
     Run,
     classified,
@@ -48,7 +49,12 @@ LAYOUTS = (  # of 4 processes
     {"tp": 4, "recompute": "selective"},
     {"pp": 2},
 )
-RUNS = [Run(family, task=task) for family, task in itertools.product(("llama", "gpt_neox"), CLASSES)]
+DECODERS = ("llama", "gpt_neox")
+OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+RUNS = [
+    Run("llama", task="TOKEN_CLS"), Run("gpt_neox", task="SEQ_CLS"), Run("bert", task="TOKEN_CLS"),
+    Run("bert", task="SEQ_CLS"), Run("roberta", task="SEQ_CLS"), Run("electra", task="TOKEN_CLS"),
+]  # fmt: skip
 
 
 def test_layouts_of_four_processes():
@@ -75,7 +81,10 @@ class Case:
     model: dict = field(default_factory=dict)
 
 
-PARITY = [Case(run.family, run.task, {"classifier_dropout": 0.0}) for run in RUNS]
+PARITY = [
+    Case(family, task, {"classifier_dropout": 0.0} | (OFF if family in ENCODERS else {}))
+    for family, task in itertools.product((*DECODERS, *ENCODERS), CLASSES)
+]
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ALL_LINEAR["target_modules"]}
 
 
@@ -83,7 +92,7 @@ def documents(config, task: str) -> list[Sample]:
     generator = torch.Generator().manual_seed(3)
     found = []
     for length in (17, 12, 8, 40, 5, 30, 2):
-        ids = torch.randint(0, config.vocab_size, (length,), generator=generator)
+        ids = torch.randint(2, config.vocab_size, (length,), generator=generator)  # 0 and 1 are padding somewhere
         labels = torch.where(torch.arange(length) >= length // 3, ids, -100)
         found.append(classified(Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32")), config, task))
     return found
@@ -114,11 +123,13 @@ def ours(case: Case, dtype: torch.dtype):
 
 
 def theirs(case: Case, dtype: torch.dtype):
-    raw = fields_of(case.family, **case.model) | {"num_labels": len(LABELS), "pad_token_id": None}
+    spec = config_from_dict(fields_of(case.family, **case.model)).for_task(case.task, LABELS)
+    # A decoder reads the last token of a text, unless that is padding.
+    raw = fields_of(case.family, **case.model) | {"num_labels": len(LABELS)}
+    raw |= {"pad_token_id": None} if spec.causal else {}
     kind = raw.pop("model_type")
     config = transformers.CONFIG_MAPPING[kind](**raw)
     model = CLASSES[case.task].from_config(config, attn_implementation="sdpa")
-    spec = config_from_dict(fields_of(case.family, **case.model)).for_task(case.task, LABELS)
     lora = peft.LoraConfig(task_type=case.task, **LORA | {"target_modules": sorted(spec.linears)})
     model = peft.get_peft_model(model, lora).to(dtype)
     with torch.no_grad():
@@ -128,7 +139,10 @@ def theirs(case: Case, dtype: torch.dtype):
     total, scores = 0.0, []
     for document in documents(spec, case.task):
         ids, classes = torch.from_numpy(document.input_ids).long(), torch.from_numpy(document.columns["classes"]).long()
-        logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits
+        read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "token_types" in document.columns:
+            read["token_type_ids"] = torch.from_numpy(document.columns["token_types"]).long()
+        logits = model(**{name: values[None] for name, values in read.items()}).logits
         logits = logits[0][classes != -100] if case.task == "TOKEN_CLS" else logits
         classes = classes[classes != -100]
         scores.append(logits)

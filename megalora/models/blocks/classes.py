@@ -14,13 +14,12 @@ from megalora.models import spec
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
 from megalora.ops.activations import ACTIVATIONS
-from megalora.ops.dropout import Dropout, dropout
+from megalora.ops.dropout import drop, named_site
 from megalora.parallel.collectives import all_gather, local_tokens
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, whole_split
 
 _DEVIATION = 0.02  # of the initial weights: transformers' initializer_range
-_SITES = 1 << 31  # numbers from here on are of inputs with a name: those below are of layers
 
 
 class WholeLinear(nn.Module):
@@ -98,13 +97,7 @@ class ClassScores:
         return out(self._dropped(x, index, inputs, self.spec.dropout, f"{out.name} input"))
 
     def _dropped(self, x: torch.Tensor, index: torch.Tensor, inputs: Inputs, p: float, site: str) -> torch.Tensor:
-        draw = inputs.tokens.draw(p, named_site(site))
-        return x if draw is None else _Dropped.apply(x, index, draw)
-
-
-def named_site(name: str) -> int:
-    """Return the dropout site of an input that has a name: a stable hash, apart from the numbers of layers."""
-    return _SITES | int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") >> 1
+        return drop(x, index, inputs.tokens.draw(p, named_site(site)))
 
 
 def _activated(act: str, x: torch.Tensor) -> torch.Tensor:
@@ -126,14 +119,3 @@ class _Labelled(torch.autograd.Function):
         (labelled,) = ctx.saved_tensors
         dhidden = dx.new_zeros(ctx.tokens, dx.shape[1]).index_copy_(0, labelled, dx)
         return local_tokens(dhidden, ctx.place.tp) if ctx.place.gathers else dhidden, None, None
-
-
-class _Dropped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, index: torch.Tensor, draw: Dropout):
-        ctx.index, ctx.draw = index, draw
-        return dropout(x, index, draw)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dropout(dy.contiguous(), ctx.index, ctx.draw), None, None

@@ -43,7 +43,7 @@ class Projection:
 
 
 class EmbeddingBlock:
-    """dropout(norm(project(scale * words) + positions)), each where the spec has it. Words are cut over tp, the rest not."""
+    """dropout(norm(project(scale * words) + positions + types)), each where the spec has it. Words are cut over tp, the rest not."""
 
     def __init__(self, root: nn.Module, embedding: spec.Embedding, place: Placement, adapter: WordsAdapter):
         self.spec, self._place = embedding, place
@@ -58,10 +58,10 @@ class EmbeddingBlock:
         if embedding.rounded:
             self._scale = torch.tensor(embedding.scale, dtype=place.dtype).item()
         self._project = None if embedding.project is None else Projection(root, embedding.project, place)
-        self._positions: Frozen | None = None
-        if (positions := embedding.positions) is not None:
-            self._positions = Frozen((positions.rows, embedding.hidden_size), None, place)
-            hang(root, positions.name, self._positions)
+        width = embedding.width if embedding.projects_last else embedding.hidden_size
+        self._positions, self._types = (
+            self._table(root, table, width) for table in (embedding.positions, embedding.types)
+        )
         self._norm = None if embedding.norm is None else NORMS[embedding.norm.kind](embedding.norm, place)
         if embedding.norm is not None:
             hang(root, embedding.norm.name, self._norm)
@@ -71,14 +71,28 @@ class EmbeddingBlock:
         hidden = self.words(inputs.input_ids)
         if self._scale != 1.0:
             hidden = hidden * self._scale
-        if self._project is not None:
+        if self._project is not None and not self.spec.projects_last:
             hidden = self._project(hidden)
         if self._positions is not None:
             rows = self._place.own_tokens(inputs.position_ids) + self.spec.positions.offset
             hidden = hidden + nn.functional.embedding(rows, self._positions.weight)
+        if self._types is not None and self.spec.types.rows == 1:
+            hidden = hidden + self._types.weight[0]
+        elif self._types is not None:
+            rows = self._place.own_tokens(inputs.columns["token_types"])
+            hidden = hidden + nn.functional.embedding(rows, self._types.weight)
         if self._norm is not None:
             hidden = self._norm(hidden)
+        if self._project is not None and self.spec.projects_last:
+            hidden = self._project(hidden)
         return drop(hidden, inputs.tokens.local, inputs.tokens.draw(self.spec.dropout, named_site("embedding")))
+
+    def _table(self, root: nn.Module, table: spec.Positions | None, width: int) -> Frozen | None:
+        if table is None:
+            return None
+        module = Frozen((table.rows, width), None, self._place)
+        hang(root, table.name, module)
+        return module
 
 
 class HeadBlock:

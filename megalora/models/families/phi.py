@@ -23,7 +23,7 @@ def read(hf: Fields) -> ModelSpec:
         Stack("model.layers", layers, norm("model.final_layernorm")),
         Head("lm_head", bool(hf.tie_word_embeddings), bias=True),
         hf.max_position_embeddings,
-        task_heads=decoder_heads(hf, "classifier"),
+        task_heads=decoder_heads(hf),
     )
 
 

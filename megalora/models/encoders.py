@@ -1,0 +1,100 @@
+"""Parts of specs that BERT and its kin share: every token sees its whole document, and each sum is normed behind."""
+
+from __future__ import annotations
+
+from megalora.models.family import Fields
+from megalora.models.parts import CLASSES, head_dim, layer_norms, plain_mlp
+from megalora.models.spec import (
+    BUFFERS,
+    Attention,
+    ClassHead,
+    Embedding,
+    FileNames,
+    Linear,
+    ModelSpec,
+    Positions,
+    Residual,
+    Stack,
+    TaskHead,
+)
+
+BERT_FIELDS = frozenset(
+    """hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size layer_norm_eps hidden_act
+    max_position_embeddings type_vocab_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout""".split()
+)
+BERT_FIXED = {"is_decoder": False, "position_embedding_type": "absolute"}
+BERT_CLASSES = frozenset({"Model", "ForMaskedLM", "ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice"})
+
+
+def encoder(
+    hf: Fields, prefix: str, heads: tuple[TaskHead, ...], *, offset: int = 0, width: int | None = None
+) -> ModelSpec:
+    """Return an encoder with BERT's names below `prefix`.
+
+    heads   for its tasks, the first of which it has until a task is chosen
+    offset  the row of the first position
+    width   of the embedding, where it is projected to hidden_size behind its norm
+    """
+    at, width = f"{prefix}.embeddings", width or hf.hidden_size
+    narrow = width != hf.hidden_size
+    embedding = Embedding(
+        f"{at}.word_embeddings",
+        hf.vocab_size,
+        hf.hidden_size,
+        positions=Positions(f"{at}.position_embeddings", hf.max_position_embeddings, offset),
+        types=Positions(f"{at}.token_type_embeddings", hf.type_vocab_size),
+        norm=layer_norms(width, hf.layer_norm_eps)(f"{at}.LayerNorm"),
+        project=Linear(f"{prefix}.embeddings_project", width, hf.hidden_size, bias=True) if narrow else None,
+        projects_last=narrow,
+        dropout=hf.hidden_dropout_prob,
+    )
+    stack = Stack(f"{prefix}.encoder.layer", (_layer(hf),) * hf.num_hidden_layers, None)
+    return ModelSpec(embedding, stack, heads[0].head, hf.max_position_embeddings - offset, task_heads=heads)
+
+
+def _layer(hf: Fields) -> tuple[Residual, Residual]:
+    size, heads, dropout = hf.hidden_size, hf.num_attention_heads, hf.hidden_dropout_prob
+    norm = layer_norms(size, hf.layer_norm_eps)
+    q, k, v = (Linear(f"attention.self.{name}", size, size, True) for name in ("query", "key", "value"))
+    out, within = Linear("attention.output.dense", size, size, True), hf.attention_probs_dropout_prob
+    attention = Attention(q, k, v, out, heads, heads, head_dim(hf), None, causal=False, dropout=within)
+    mlp = plain_mlp(hf, "intermediate.dense", "output.dense", hf.intermediate_size, "hidden_act", bias=True)
+    return (
+        Residual(attention, None, post_norm=norm("attention.output.LayerNorm"), dropout=dropout),
+        Residual(mlp, None, post_norm=norm("output.LayerNorm"), dropout=dropout),
+    )
+
+
+def head_dropout(hf: Fields) -> float:
+    """Return the dropout of a classifier's head: that of the base, unless the config has one for it."""
+    return hf.hidden_dropout_prob if hf.classifier_dropout is None else hf.classifier_dropout
+
+
+def token_head(hf: Fields, dropout: float | None = None) -> TaskHead:
+    """Return the head of every encoder for token classification."""
+    out = Linear("classifier", hf.hidden_size, CLASSES, bias=True)
+    return TaskHead("TOKEN_CLS", ClassHead(out, head_dropout(hf) if dropout is None else dropout))
+
+
+def pooled_head(hf: Fields, prefix: str, dropout: float | None = None) -> TaskHead:
+    """Return BERT's head for texts: the pooler of the base, which stays frozen, and a linear."""
+    dense = Linear(f"{prefix}.pooler.dense", hf.hidden_size, hf.hidden_size, bias=True)
+    return TaskHead("SEQ_CLS", ClassHead(token_head(hf).head.out, head_dropout(hf) if dropout is None else dropout, dense))
+
+
+def two_linear_head(hf: Fields, act: str) -> TaskHead:
+    """Return the head for texts of RoBERTa and ELECTRA: two linears that are trained."""
+    size, dropout = hf.hidden_size, head_dropout(hf)
+    dense = Linear("classifier.dense", size, size, bias=True)
+    out = Linear("classifier.out_proj", size, CLASSES, bias=True)
+    return TaskHead("SEQ_CLS", ClassHead(out, dropout, dense, act, dropout, trains_dense=True))
+
+
+def encoder_files(prefix: str, *heads: str) -> FileNames:
+    """Return how names in the files of an encoder may differ; heads: starts of the names of pretraining heads."""
+    return FileNames(
+        ignored=(*BUFFERS, "embeddings.position_ids", "embeddings.token_type_ids"),
+        prefix=f"{prefix}.",
+        passed=(f"{prefix}.pooler.", "pooler.", *heads),
+        endings=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
+    )
