@@ -12,13 +12,13 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.building import base_names, check_adapter, resolve_lora, settle_head, stage_layers
+from megalora.building import base_names, check_adapter, check_task, resolve_lora, settle_head, stage_layers
 from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
@@ -32,11 +32,12 @@ from megalora.checkpoint.layout import Layout, has_shards
 from megalora.checkpoint.run.folder import tokenizer_folder
 from megalora.checkpoint.target import TargetFolder, companions
 from megalora.data import load_tokenizer
+from megalora.data.classes import write_labels
 from megalora.errors import UserError
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
-from megalora.identity import adapter_template, base_identity, check_base
+from megalora.identity import adapter_labels, adapter_template, base_identity, check_base
 from megalora.models.config import check_layout, read_config
-from megalora.models.spec import Head, ModelSpec
+from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.monitor.progress import ByteProgress
 from megalora.parallel.mesh import Axis
@@ -135,8 +136,10 @@ def _write_base(
     plan: Plan,
     model: str,
     chat_template: str | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
-    """Weights as planned, and what lies beside them in the model's folder, with `chat_template` where given."""
+    """Weights as planned, and what lies beside them in the model's folder, with `chat_template` and `labels` if given.
+    """
     beside = companions(model)
     nbytes = plan.nbytes + sum(file.stat().st_size for file in beside.values())
     target.check_room(nbytes)
@@ -150,6 +153,8 @@ def _write_base(
         for name, file in beside.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
+        if labels:
+            write_labels(model, folder, labels)
         if not isinstance(weights, AsStored):
             _forget_quantisation(folder)
         if chat_template is not None and chat_template != read_template(folder):
@@ -189,6 +194,10 @@ def _write_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folder: 
     base = arguments.base.base or adapter.lora_config.get("base_model_name_or_path")
     places = [tokenizer_folder(where.parent.parent), where, *([Path(base)] if base else [])]
     source = next((place for place in places if has_tokenizer(place)), None)
+    labels = adapter_labels(adapter)
+    config = next((place for place in places if (place / "config.json").is_file()), None)
+    if labels and config is not None:
+        write_labels(config, folder, labels)
     if source is not None:
         write_tokenizer(source, folder, template)
     elif template is not None:
@@ -214,15 +223,19 @@ def _adapter_merge(arguments: Conversion) -> None:
     adapter = open_adapter(arguments.paths.input)
     base = _base_of(adapter, arguments)
     target = _target(arguments.paths, base)
-    _, lora = _its_base(adapter, arguments)
-    config, weights = _read_base(base)
+    config, lora = _its_base(adapter, arguments)
+    if config.labels:
+        weights: BaseWeights = open_base(base, base_names(config))
+    else:
+        config, weights = _read_base(base)
     if adapter.trainer is not None:  # it says what it was trained on
         check_base(adapter, base_identity(config, base, load_tokenizer(base)))
     transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
     _check_tied_merge(config, lora, adapter)
-    merged = MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens)
+    own = config.head.trained if isinstance(config.head, ClassHead) else ()
+    merged = MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens, own)
     plan = plan_hf(tensor_types(merged, config.tensors), _max_file_bytes(arguments))
-    _write_base(arguments, target, merged, plan, base, adapter_template(adapter))
+    _write_base(arguments, target, merged, plan, base, adapter_template(adapter), config.labels)
 
 
 def _check_tied_merge(config: ModelSpec, lora: ResolvedLora, adapter: AdapterCheckpoint) -> None:
@@ -251,8 +264,11 @@ def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
 
 def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[ModelSpec, ResolvedLora]:
     """Model and adapter, checked to belong together."""
+    lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
     config = read_config(_base_of(adapter, arguments))
-    lora = resolve_lora(LoraConfig.from_dict(adapter.lora_config, adapter.where), config)
+    check_task(lora_config.task_type, config, f"adapter {adapter.where}")
+    config = config.for_task(lora_config.task_type, adapter_labels(adapter))
+    lora = resolve_lora(lora_config, config)
     check_adapter(adapter.tensors, lora, config, adapter.where)
     return config, lora
 

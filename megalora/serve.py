@@ -26,6 +26,7 @@ from megalora.adapters.shared import SharedAdapters, share
 from megalora.building import (
     build_stage,
     check_adapter,
+    check_task,
     load_adapter,
     load_base_weights,
     resolve_base,
@@ -74,6 +75,7 @@ def serve(arguments: Serving) -> None:
         with together(mesh.world):  # before the weights are loaded: a port that is taken is known at once
             listening = stack.enter_context(bind(options.host, options.port)) if mesh.world.is_first else None
             config = read_config(arguments.served.model_path)
+            check_task("CAUSAL_LM", config, f"model_path {arguments.served.model_path}")
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
             context = on_first(lambda: _context(config, options.seq_length), mesh.world)
         read = on_first(lambda: _read(arguments, config), mesh.world)

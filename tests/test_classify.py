@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import megalora
+from megalora import cli
 from megalora.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
@@ -69,6 +70,15 @@ def test_from_rows_to_labels(task, model, tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, export).eval()
     assert isinstance(theirs, wrapped)
     tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    merged = tmp_path / "merged"
+    words = ["convert", "adapter", "merge", "--input", tmp_path / "run", "--base", model, "--output", merged]
+    assert cli.main([str(word) for word in words]) == 0
+    whole = auto.from_pretrained(merged).eval()
+    assert list(whole.config.id2label.values()) == list(theirs.config.id2label.values())
+    probe = torch.tensor([[7, 8, 9]])
+    for one in (whole, theirs):
+        one.config.pad_token_id = None
+    assert (whole(input_ids=probe).logits - theirs(input_ids=probe).logits).abs().max() < 1e-5
     if task == "SEQ_CLS":
         theirs.config.pad_token_id = None
         ids = tokenizer(rows[0]["text"], return_tensors="pt").input_ids

@@ -86,13 +86,7 @@ class ClassRows:
         With that config transformers builds the head of the adapter's size: AutoConfig.from_pretrained(folder).
         """
         write_tokenizer(self.opened.folder, folder)
-        config = read_json(self.opened.folder / "config.json")
-        config |= {
-            "id2label": {str(i): label for i, label in enumerate(self.labels)},
-            "label2id": {label: i for i, label in enumerate(self.labels)},
-        }
-        config.pop("num_labels", None)
-        write_file(Path(folder) / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_labels(self.opened.folder, folder, self.labels)
 
     def encoder(self, settings: EncodeSettings) -> ClassEncoder:
         """Return what encodes chunks of rows. Raises UserError for settings that mean nothing here."""
@@ -245,6 +239,17 @@ def _first_pieces(word_ids: Sequence[int | None]) -> dict[int, int]:
 
 
 # ---- the labels of a task ----
+
+
+def write_labels(model: str | Path, folder: str | Path, labels: Sequence[str]) -> None:
+    """Write the config.json of `model` into a folder, with these labels. Raises UserError where it cannot be read."""
+    config = read_json(Path(model) / "config.json")
+    config |= {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    config.pop("num_labels", None)
+    write_file(Path(folder) / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def choose_labels(task: str, model_path: str | Path, data_path: str | Path, names: FieldNames) -> tuple[str, ...]:

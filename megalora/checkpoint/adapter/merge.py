@@ -34,6 +34,7 @@ class MergedWeights:
     base      of any floating-point dtype, which the result has too; the sum is in float32 (float64 where W is)
     adapters  of each adapted linear, by its name
     tensors   the whole adapter by parameter name: lora_A [r, in], lora_B [out, r], ..., trained biases [out]
+    own         tensors that the adapter brings whole, which the base need not have: a classifier's head
     transposed  names of linears whose weight is [in, out] in the file
     tokens    ids of the tokens whose rows are trained, by name of the embedding or the head
     Raises UserError where a bias of B has no bias of the base to be added to.
@@ -46,9 +47,12 @@ class MergedWeights:
         tensors: Mapping[str, torch.Tensor],
         transposed: Collection[str] = (),
         tokens: Mapping[str, tuple[int, ...]] | None = None,
+        own: Collection[str] = (),
     ):
         self._base, self._adapters, self._tensors, self._transposed = base, adapters, tensors, frozenset(transposed)
-        self.shapes, self._tokens = base.shapes, dict(tokens or {})
+        whole = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in own}
+        self.shapes: Mapping[str, tuple[int, ...]] = {**base.shapes, **whole}
+        self._tokens = dict(tokens or {})
         for name, adapter in adapters.items():
             if adapter.bias and f"{name}.bias" not in self.shapes:
                 raise UserError(
@@ -57,10 +61,10 @@ class MergedWeights:
                 )
 
     def where(self, name: str) -> str:
-        return self._base.where(name)
+        return self._base.where(name) if name in self._base.shapes else "adapter"
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._base.dtype(name)
+        return self._base.dtype(name if name in self._base.shapes else next(iter(self._base.shapes)))
 
     def stored(self, name: str) -> None:
         """Nothing is quantised with an adapter in it."""
