@@ -24,7 +24,8 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 4 tools/finetune.py \
     --seq_length 64 \
     --per_device_train_batch_size 4 \
     --gradient_accumulation_steps 2 \
-    --num_train_epochs 10 \
+    --num_train_epochs 8 \
+    --base_dropout false \
     --learning_rate 2e-3 \
     --lr_scheduler_type cosine \
     --warmup_steps 5 \
