@@ -82,7 +82,7 @@ def test_the_board(runs, tmp_path):
         open_tab(page, "curves")
         page.screen(390, 800, dark=True)
         page.wait(f"{LOSS}.width <= 390")
-        assert page.run("document.documentElement.scrollWidth") <= 390
+        page.wait("document.documentElement.scrollWidth <= 390")
         assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
         assert page.errors == []
         assert server.ask("/api/runs", method="POST", body={})[0] == 405, "it only reads"

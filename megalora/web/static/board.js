@@ -96,6 +96,14 @@ function showRuns() {
 
 // ---- curves ----
 
+const widthOf = (card) => Math.max(200, card.clientWidth - 18);
+const sizes = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    const chart = state.plots.get(target.dataset.field)?.chart;
+    if (chart && target.clientWidth && chart.width !== widthOf(target)) chart.setSize({ width: widthOf(target), height: 220 });
+  }
+});
+
 function fieldsShown() {
   const all = new Set(shown().flatMap((number) => state.runs[number].fields));
   const rank = (field) => {
@@ -140,6 +148,7 @@ function draw(field, curves) {
     card.dataset.field = field;
     card.append(element("h3", "", field));
     $("charts").append(card);
+    sizes.observe(card);
   }
   const style = getComputedStyle(document.documentElement);
   const axis = { stroke: style.getPropertyValue("--faint"), grid: { stroke: style.getPropertyValue("--line"), width: 1 } };
@@ -147,7 +156,7 @@ function draw(field, curves) {
   const short = (value) => (value !== null && value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)
     ? value.toExponential() : String(value === null ? "" : Number(value.toPrecision(6))));
   const chart = new uPlot({
-    width: Math.max(200, card.clientWidth - 18), height: 220,
+    width: widthOf(card), height: 220,
     scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
     axes: [axis, { ...axis, size: 62, values: (u, values) => values.map(short) }],
     series: [
@@ -290,12 +299,5 @@ $("tabs").addEventListener("click", (event) => { if (event.target.dataset.tab) o
 for (const name of ["smoothing", "log", "differences"]) $(name).addEventListener("input", refresh);
 $("whole").addEventListener("click", () => setRange(null));
 $("charts").addEventListener("dblclick", () => setRange(null));
-let resizing = 0;
-addEventListener("resize", () => {
-  cancelAnimationFrame(resizing);
-  resizing = requestAnimationFrame(() => {
-    for (const { chart, card } of state.plots.values()) chart.setSize({ width: Math.max(200, card.clientWidth - 18), height: 220 });
-  });
-});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { state.drawn = ""; refresh(); });
 look();
