@@ -14,6 +14,7 @@ import torch
 from megalora.errors import UserError
 
 IN_FLIGHT = 2
+_SMALL = 64 << 20  # bytes below which buffers may share pages with others, which cannot be registered twice
 
 
 class HostMemory:
@@ -73,8 +74,9 @@ class HostMemory:
         if free:
             return free.pop()
         try:
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
-            if self.device.type == "cuda" and nbytes:
+            small = self.device.type == "cuda" and nbytes < _SMALL
+            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=small)
+            if self.device.type == "cuda" and not small:
                 buffer.zero_()  # gets its pages by all threads: registering them one by one is slow
                 # torch's own pinned memory comes in powers of two.
                 status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)
@@ -85,7 +87,7 @@ class HostMemory:
             raise UserError(
                 f"offload_activations: no {nbytes / 2**20:,.0f} MiB more of pinned host memory beside the "
                 f"{self.nbytes / 2**30:.1f} GiB that are used ({str(error).splitlines()[0]})",
-                "give the run more host memory, lower --offload_memory, or shorten --seq_length",
+                "give the run more host memory, --offload_activations false, or a shorter --seq_length",
             ) from None
         self.nbytes += nbytes
         return buffer

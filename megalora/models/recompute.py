@@ -98,19 +98,16 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx, hidden, delta, anchor, part, inputs, saved, unread):
         kept = AttentionKept(saved) if part.keeps_attention else None
         first, tiles = part.steps[0], part.tiles(hidden.shape[0], inputs.tokens.index.shape[0])
-        if unread or tiles or not first.sums_first:
-            hidden, delta = hidden if delta is None else hidden + delta, None
+        if unread or not first.sums_first:
+            hidden, delta = _sum(hidden, delta), None
         entered, running = hidden, replace(inputs, attention_kept=kept, chosen={})
         if unread:
             delta = _nothing(hidden)
-        elif tiles:
-            delta = torch.empty_like(hidden)
-            for rows in tiles:
-                delta[rows] = _run(part.steps, hidden[rows], None, _tile(running, rows))[1]
         else:
-            hidden, delta = first(hidden, delta, running)
+            hidden, delta = _first_run(first, part.tile, hidden, delta, running)
             entered = hidden if first.sums_first else entered
-            hidden, delta = _run(part.steps[1:], hidden, delta, running)
+            for step in part.steps[1:]:
+                hidden, delta = _first_run(step, part.tile, hidden, delta, running)
         ctx.part, ctx.inputs, ctx.kept, ctx.tiles = part, running, kept, tiles
         ctx.saved, ctx.entered = saved, saved.put(entered)
         ctx.set_materialize_grads(False)
@@ -136,6 +133,25 @@ def _run(steps: Sequence[Step], hidden: torch.Tensor, delta: torch.Tensor | None
     for step in steps:
         hidden, delta = step(hidden, delta, inputs)
     return hidden, delta
+
+
+def _first_run(
+    step: Step, tile: int, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs
+) -> Stream:
+    """Return what the step returns, of tiles one after another where it treats every token alone. Not for autograd."""
+    tiles = Part((step,), tile).tiles(hidden.shape[0], inputs.tokens.index.shape[0])
+    if not tiles:
+        return step(hidden, delta, inputs)
+    hidden, added = _sum(hidden, delta), None
+    for rows in tiles:
+        part = step(hidden[rows], None, _tile(inputs, rows))[1]
+        added = torch.empty_like(hidden) if added is None else added
+        added[rows] = part
+    return hidden, added
+
+
+def _sum(hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+    return hidden if delta is None else hidden + delta
 
 
 def _again(part: Part, entered: torch.Tensor, inputs: Inputs) -> Stream:

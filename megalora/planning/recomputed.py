@@ -28,9 +28,19 @@ def part_of(
     offloads      both are kept in host memory: fetched one layer ahead, and let go of IN_FLIGHT layers late
     """
     inner = [node for run in again for node in run.nodes]
+    if len(again) > 1 and again[-1].nodes[0].name == "tiles":
+        # What the tiles read, and its gradient, are held until the part's backward is done.
+        before = [replace(n, backward=replace(n.backward, live=n.backward.live + 2 * stream)) for n in inner[:-1]]
+        inner = [*before, inner[-1]]
     # What the part's first norm keeps is what the part keeps.
     inner[0] = replace(inner[0], kept=inner[0].kept - min(inner[0].kept, stream))
     forward = sum_of(node.forward for run in first for node in run.nodes)
+    live = 0
+    for run, second in zip(first, again, strict=True):  # forward runs in tiles too
+        nodes = second.nodes[0].inner if second.nodes[0].name == "tiles" else run.nodes
+        extra = 3 * stream if second.nodes[0].name == "tiles" else 0  # the sum, what is added, what came in
+        live = max(live, extra + max(node.forward.live for node in nodes))
+    forward = replace(forward, live=live)
     size = stream + kept
     node = again_of("layer", inner, forward, size, stream)
     return [replace(node, kept=0, host=size, fetched=IN_FLIGHT * size) if offloads else node]
