@@ -148,7 +148,8 @@ def build_stage(
     layers = stage_layers(config, parts, partition_method, custom_partition, costs)
     own, *further = layers[mesh.pp.rank :: mesh.pp.size]
     task = TASKS[lora.config.task_type]
-    floor, fit, again = first_trained_part(config, lora, layers), None, {}
+    floor, fit = first_trained_part(config, lora, layers), None
+    again: dict[str, Any] = {}
     if workload is not None:
         shape, stages = shape_of(config, lora, mesh.tp.size, torch.device(place.device).type), mesh.pp.size
         peak = SCHEDULES[schedule].peak(mesh.pp.rank, stages, fitting.microbatches, floor, virtual_pipeline_size)

@@ -44,7 +44,7 @@ from megalora.files import write_file
 from megalora.flags import GenerateArguments, GenerationArguments
 from megalora.identity import adapter_labels, base_identity, check_base
 from megalora.models.config import check_layout, check_length, read_config
-from megalora.models.inputs import training_inputs
+from megalora.models.inputs import Inputs, training_inputs
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
 from megalora.parallel.collectives import all_reduce, broadcast_object, gather_objects, on_first, together
@@ -139,7 +139,7 @@ def _asked(options: GenerationArguments, rendering: ClassRows, config: ModelSpec
         encoder = rendering.encoder(EncodeSettings(longest))
         found, samples = [], []
         for value, where in _values(options):
-            row = READS[rendering.task](value, where, question=True)
+            row: Any = READS[rendering.task](value, where, question=True)
             row = replace(row, tags=None) if isinstance(row, TaggedWords) else replace(row, label=None)
             sample = encoder.sample(row, where)
             if len(sample.input_ids) > longest:
@@ -176,6 +176,11 @@ def _values(options: GenerationArguments) -> list[tuple[Any, str]]:
 # ---- what the model says ----
 
 
+def _measured(hidden: torch.Tensor, head: Any, inputs: Inputs) -> torch.Tensor:
+    """Return the probabilities of the labelled tokens, [labelled, classes] float64 (see Stage's `sums`)."""
+    return head(hidden, inputs).softmax(-1).double()
+
+
 def _probabilities(stage: Stage, asked: _Asked, mesh: ParallelMesh) -> list[np.ndarray]:
     """Return, on rank 0, the probabilities [labelled tokens, classes] of each document. Collective.
 
@@ -189,7 +194,7 @@ def _probabilities(stage: Stage, asked: _Asked, mesh: ParallelMesh) -> list[np.n
     loader = Loader(
         rows, micro_batch_rows=1, num_microbatches=1, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, seed=0, shuffle=False
     )
-    stage.sums = lambda hidden, head, inputs: head(hidden, inputs).softmax(-1).double()
+    stage.sums = _measured
     neighbours = Neighbours(mesh, (width, stage.config.hidden_size), place.dtype, place.device)
     runner = PipelineRunner(stage, neighbours, SCHEDULES["1f1b"], 0, device=place.device)
     mine: dict[int, np.ndarray] = {}  # by packed row

@@ -213,6 +213,7 @@ def scaled_ends(
     softcap: float | None = None,
 ) -> ModelSpec:
     """Return `spec` with the rows of the embedding and the logits multiplied by numbers, and logits capped."""
+    assert isinstance(spec.head, Head)
     return replace(
         spec,
         embedding=replace(spec.embedding, scale=embedding, rounded=rounded),

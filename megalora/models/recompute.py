@@ -186,7 +186,7 @@ def _leaves_unread(step: Step) -> bool:
 def _backward(outputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> None:
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad]
     if pairs:
-        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
 
 
 def _tile(inputs: Inputs, rows: slice) -> Inputs:
@@ -228,7 +228,7 @@ _Origin = tuple[int, int]
 
 
 def _origin(tensor: torch.Tensor) -> _Origin:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class _View:
         place = tensor.untyped_storage().data_ptr()
         for source, (storage, offset) in bases.items():
             if storage == place:
-                return cls(source, tensor.size(), tensor.stride(), tensor.storage_offset() - offset)
+                return cls(source, tensor.size(), tensor.stride(), int(tensor.storage_offset()) - offset)
         return None
 
     def restored(self, base: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from megalora.models.blocks.classes import ClassScores
 from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer
+from megalora.models import spec
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.choices import RECOMPUTE_LEVELS
@@ -100,6 +101,7 @@ class Stage(nn.Module):
         if last and isinstance(config.head, ClassHead):
             head = ClassScores(self, config.head, place)
         elif last:
+            assert isinstance(config.head, spec.Head)
             head = HeadBlock(self, config, place, lora.words(config.head.name), config.head.tied and bool(words.tokens))
         if isinstance(head, HeadBlock) and config.head.tied and embedding is not None:
             _tie(embedding.words, head.words)

@@ -247,7 +247,7 @@ class LinearGroup:
         """Return a copy of all biases [O] in the compute dtype, 0 where a linear has none; adapted: with those of B."""
         parts = []
         for linear, size in zip(self.linears, self.sizes, strict=True):
-            place = {"dtype": self.place.master_dtype, "device": self.place.device}
+            place: dict[str, Any] = {"dtype": self.place.master_dtype, "device": self.place.device}
             whole = torch.zeros(size, **place) if linear.bias is None else linear.bias.detach().to(**place)
             if adapted and linear.lora_bias is not None:
                 whole = whole + linear.adapter.scaling * linear.lora_bias.detach()

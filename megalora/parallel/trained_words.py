@@ -60,14 +60,16 @@ class TrainedEmbedding(VocabParallelEmbedding):
         self.active = True  # the adapter is in force (generation may switch it off)
         self._base: torch.Tensor | None = None
         if adapter.lora is not None:
-            r, options = adapter.lora.r, {"dtype": place.master_dtype, "device": place.device}
+            r = adapter.lora.r
             part = even_part(vocab_size, place.tp).cut()
             self._factors = {
                 "lora_embedding_A": part.split((r, vocab_size), 1),
                 "lora_embedding_B": whole_split((width, r), place.tp, partial_grad=True),
             }
             for factor, split in self._factors.items():
-                self.register_parameter(factor, nn.Parameter(torch.empty(split.local_shape, **options)))
+                self.register_parameter(factor, nn.Parameter(
+                    torch.empty(split.local_shape, dtype=place.master_dtype, device=place.device)
+                ))
 
     def shard_dims(self) -> dict[str, Split]:
         return super().shard_dims() | (self._factors if self.adapter.lora is not None else {})

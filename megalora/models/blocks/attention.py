@@ -113,20 +113,20 @@ class AttentionBlock:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return q, k and v with features that carry ALiBi's bias, for kernels that know of none."""
+        assert isinstance(self.spec.position, spec.Alibi)
         if self.spec.position.rounded:
             return with_rounded_bias(q, k, v, self.slopes, inputs.position_ids)
         return with_bias(q, k, v, self.slopes, inputs.position_ids, self.widened.scale)
 
     def _rotated(self, qkv: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the heads of qkv, q [F, H, D] and k, v [F, K, D], with q and k normed and rotated."""
-        position = self.spec.position
-        rotates = isinstance(position, spec.Rotary)
-        if rotates and self.q_norm is None:
+        position = self.spec.position if isinstance(self.spec.position, spec.Rotary) else None
+        if position is not None and self.q_norm is None:
             tables = inputs.tables[position]
             return split_rope(qkv, *tables, self.heads, self.kv_heads, position.interleaved)
         q, k, v = qkv.unflatten(-1, (-1, self.spec.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotates:
+        if position is not None:
             q, k = (rope(x, *inputs.tables[position], position.interleaved) for x in (q, k))
         return q, k, v

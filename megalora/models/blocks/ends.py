@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -102,7 +104,7 @@ class HeadBlock:
         """tied: rows of tokens that the embedding trains are the head's too."""
         assert isinstance(config.head, spec.Head)
         head, sizes = config.head, (config.vocab_size, config.embedding.width)
-        options = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
+        options: dict[str, Any] = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
         self.words = (
             TrainedHead(head.name, *sizes, place, adapter, **options)
             if adapter.trains or tied

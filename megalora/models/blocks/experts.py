@@ -8,6 +8,8 @@ Legend: T tokens on this rank, F tokens of the microbatch, E experts in all, k c
 
 from __future__ import annotations
 
+from megalora.models.routers import Router
+
 from dataclasses import replace
 
 import torch
@@ -116,7 +118,7 @@ class RouterBlock:
         return chosen
 
 
-def choose(scores: torch.Tensor, router: spec.Router) -> torch.Tensor:
+def choose(scores: torch.Tensor, router: Router) -> torch.Tensor:
     """Return the experts [F, k] of each token by scores [F, E], best first, ties to the lower index."""
     if router.groups > 1:
         grouped = scores.unflatten(1, (router.groups, -1))

@@ -7,6 +7,7 @@ that reads them.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,7 @@ class _Step:
         else:
             hidden, x = self.norm.after(hidden, delta, block.room)
             if self._makes_again and torch.is_grad_enabled():
-                again = made_again(x, lambda total=hidden.detach(): self._normed(total, inputs))
+                again = made_again(x, functools.partial(self._normed, hidden.detach(), inputs))
         with again:
             added = block(x, inputs)
         if self.output_norm is not None:

@@ -84,7 +84,7 @@ class NormOfEachHead(Norm):
         assert norm.kind == "layer" and not norm.bias and not norm.offset, norm
         if not norm.apart:
             super().__init__(norm, place, part)
-            self.apart: dict[int, nn.Module] = {}
+            self.apart: dict[int, Norm] = {}
             return
         nn.Module.__init__(self)
         self.eps, self._splits = norm.eps, {}

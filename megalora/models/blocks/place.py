@@ -104,8 +104,9 @@ class LayerPlace:
     def head_norm(self, norm: spec.Norm, head_dim: int, heads: Part, copies: list[int]) -> Norm:
         """Build a norm of q or k [F, heads, head_dim] of this rank's `heads`, each of which `copies` ranks hold."""
         if norm.heads:
-            module: Norm = NormOfEachHead(norm, self.place, heads)
-            for head, one in module.apart.items():
+            of_heads = NormOfEachHead(norm, self.place, heads)
+            module: Norm = of_heads
+            for head, one in of_heads.apart.items():
                 hang(self.root, self.stack.of_layer(self.index, f"{norm.name}.{head}"), one)
             if norm.apart:
                 return module

@@ -1,5 +1,7 @@
 """Command R and Aya: one LayerNorm before attention and MLP, side by side; neighbours rotate; logits are scaled."""
 
+from typing import Any
+
 from collections.abc import Callable
 
 from megalora.models.family import Family, Fields
@@ -32,7 +34,8 @@ def decoder_of(hf: Fields, attention: Callable[[int], Attention]) -> ModelSpec:
 
 
 def read(hf: Fields) -> ModelSpec:
-    norms, bias = {}, hf.attention_bias
+    norms: dict[str, Any] = {}
+    bias = hf.attention_bias
     if hf.use_qk_norm:
         norms = {
             f"{name}_norm": Norm(f"self_attn.{name}_norm", head_dim(hf), hf.layer_norm_eps, "layer", heads=heads)

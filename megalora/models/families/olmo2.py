@@ -1,5 +1,7 @@
 """OLMo 2: norms behind each block, none before; RMSNorm over all heads of q and k together."""
 
+from typing import Any
+
 from collections.abc import Callable
 
 from megalora.models.family import Family, Fields
@@ -20,7 +22,7 @@ from megalora.models.spec import Attention, Layer, ModelSpec, Residual
 def attention_of(hf: Fields, window: int | None = None) -> Attention:
     """Return OLMo 2's attention, with a window where it has one."""
     dim, bias = head_dim(hf), hf.attention_bias
-    norms = {
+    norms: dict[str, Any] = {
         f"{name}_norm": rms(hf, f"self_attn.{name}_norm", heads * dim, precise=True)
         for name, heads in (("q", hf.num_attention_heads), ("k", kv_heads(hf)))
     }

@@ -1,5 +1,7 @@
 """StableLM 2 and Zephyr: LayerNorm, a quarter of each head rotates, norms on the heads where the config asks."""
 
+from typing import Any
+
 from megalora.models.family import Family, Fields
 from megalora.models.parts import (
     LLAMA_FIELDS,
@@ -15,7 +17,8 @@ from megalora.models.spec import Layer, ModelSpec, Norm, ParallelResidual, Resid
 
 
 def read(hf: Fields) -> ModelSpec:
-    eps, norms = hf.layer_norm_eps, {}
+    eps = hf.layer_norm_eps
+    norms: dict[str, Any] = {}
     if hf.qk_layernorm:
         norms = {
             f"{name}_norm": Norm(
