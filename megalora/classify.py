@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
@@ -176,6 +176,10 @@ def _values(options: GenerationArguments) -> list[tuple[Any, str]]:
 # ---- what the model says ----
 
 
+def _always(inputs: Inputs) -> Callable[[int], object]:
+    return lambda microbatch: inputs
+
+
 def _measured(hidden: torch.Tensor, head: Any, inputs: Inputs) -> torch.Tensor:
     """Return the probabilities of the labelled tokens, [labelled, classes] float64 (see Stage's `sums`)."""
     return head(hidden, inputs).softmax(-1).double()
@@ -202,7 +206,7 @@ def _probabilities(stage: Stage, asked: _Asked, mesh: ParallelMesh) -> list[np.n
         batch = loader.step(step).microbatches[0]
         inputs = replace(training_inputs(batch, stage.config, place, seed=None, step=0), measures=True)
         labelled = int((batch.labels != IGNORE).sum())
-        scores = runner.evaluate(1, lambda m, inputs=inputs: inputs, (labelled, classes))
+        scores = runner.evaluate(1, _always(inputs), (labelled, classes))
         mine[step * mesh.dp.size + mesh.dp.rank] = all_reduce(scores, mesh.pp).cpu().numpy()
     found: dict[int, np.ndarray] = {}
     for part in gather_objects(mine, mesh.dp):

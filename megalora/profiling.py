@@ -139,7 +139,7 @@ class Measured:
     tp: int
     rows: int
     seq_length: int
-    recompute_method: str
+    recompute_method: str | tuple[str, ...]
     sequence_parallel: bool
     model: str
     device: str

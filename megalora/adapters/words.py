@@ -63,7 +63,7 @@ def checked_tokens(value: object, where: str) -> Tokens | None:
         good = isinstance(indices, (list, tuple)) and all(
             isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices
         )
-        if not good or len(set(indices)) != len(indices):
+        if not isinstance(indices, (list, tuple)) or not good or len(set(indices)) != len(indices):
             raise UserError(
                 f"{where}: trainable_token_indices = {value!r}: must be a list of different token ids, or an object of "
                 f"such lists by module name"
@@ -98,7 +98,7 @@ def trained_tokens(given: Tokens | None, ends: Sequence[str], vocab_size: int) -
     if given is None:
         return {}
     by_name = given if isinstance(given, Mapping) else {ends[-1]: given}
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, ids in by_name.items():
         matches = [end for end in ends if end == name or re.fullmatch(rf"(.*\.)?{re.escape(name)}", end)]
         if not matches:

@@ -22,6 +22,10 @@ class Rule:
     remedy: str
 
 
+def _without_evaluation(name: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda v: bool(v[name]) and v["eval_data_path"] is None and v["eval_fraction"] is None
+
+
 _CUSTOM = Rule(
     "custom_partition",
     "partition_method",
@@ -87,7 +91,7 @@ FINETUNE_RULES = (
         Rule(
             name,
             "eval_data_path",
-            lambda v, name=name: v[name] and v["eval_data_path"] is None and v["eval_fraction"] is None,
+            _without_evaluation(name),
             "give eval_data_path or eval_fraction",
         )
         for name in ("eval_steps", "early_stopping_patience", "keep_best")

@@ -11,6 +11,7 @@ Legend: T tokens on this rank.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -57,9 +58,11 @@ class Part:
     tile: int = 0
     keeps_attention: bool = False
 
-    @property
+    @functools.cached_property
     def trains(self) -> bool:
-        return any(group.trainables for step in self.steps for group in step.groups)
+        """Whether any of its linears is trained."""
+        groups = [group for step in self.steps for group in step.groups]
+        return any(linear.trainables() for group in groups for linear in group.linears)
 
     def tiles(self, local: int, full: int) -> list[slice]:
         """Return the tiles of `local` tokens on this rank, which gathers `full`; none where all run at once."""

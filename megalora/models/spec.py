@@ -187,7 +187,7 @@ class ModelSpec:
     @property
     def causal(self) -> bool:
         """Whether a token sees itself and those before it alone."""
-        return self.attention.causal
+        return getattr(self.attention, "causal", True)  # latents attend to what is before them
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -76,7 +77,8 @@ class Absmax:
 
     def to(self, device: torch.device | str) -> Absmax:
         """Return the same on `device`."""
-        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+        values: dict[str, Any] = vars(self)
+        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in values.items()}
         return Absmax(**moved)
 
     def at(self, blocks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class ProbabilityDropout:
         block, skip = first // 8, first % 8
         blocks = torch.arange((count + 14) // 8, device=first.device)
         counter = (query, (block + blocks)[:, None], self.draw.step, query >> 32)
-        words = philox4x32(tuple(self._by_head(word) for word in counter), (self.draw.key, self._sites))
+        words = philox4x32(tuple(self._by_head(word) for word in counter), (self.draw.key, self._sites))  # type: ignore[arg-type]  # sites as a tensor
         lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten(-2)
         columns = (skip + torch.arange(count, device=first.device))[:, None, None].expand(*lanes.shape[:-1], -1)
         return lanes.gather(-1, columns) >= self.draw.threshold

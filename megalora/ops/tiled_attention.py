@@ -46,7 +46,7 @@ class Run(NamedTuple):
     """Neighbouring documents of one length: from token `start` on, `count` of `length` tokens."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count(), which nobody calls
     length: int
 
 
@@ -183,7 +183,7 @@ class _Documents:
             dk[:, keys] += self.product(ds.transpose(1, 2), self.q[:, :, rows].flatten(1, 2))
             dv[:, keys] += self.product(p.transpose(1, 2), d)
         dk, dv = (x.unflatten(0, (self.run.count, -1)).transpose(1, 2).flatten(0, 1) for x in (dk, dv))
-        return tuple(x.to(self.q.dtype) for x in (self.by_token(dq), dk, dv))
+        return self.by_token(dq).to(self.q.dtype), dk.to(self.q.dtype), dv.to(self.q.dtype)
 
 
 class _TiledAttention(torch.autograd.Function):

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ class LoraFactor(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], place: Placement, bias: bool = False):
         super().__init__()
-        place_of = {"dtype": place.master_dtype, "device": place.device}
+        place_of: dict[str, Any] = {"dtype": place.master_dtype, "device": place.device}
         self.weight = nn.Parameter(torch.empty(shape, **place_of))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **place_of)) if bias else None)
 
@@ -120,12 +120,13 @@ class ParallelLinear(nn.Module):
     @property
     def magnitude(self) -> nn.Parameter | None:
         """m [O_i] of DoRA."""
-        return getattr(self, MAGNITUDE)
+        return cast("nn.Parameter | None", getattr(self, MAGNITUDE))
 
     @property
     def lora_bias(self) -> nn.Parameter | None:
         """The bias [O_i] of lora_B."""
-        return None if self.lora_B is None else self.lora_B.bias
+        bias = None if self.lora_B is None else self.lora_B.bias
+        return cast("nn.Parameter | None", bias)
 
     @torch.no_grad()
     def reset_adapter(self, seed: int, init_lora_weights: bool | str) -> None:

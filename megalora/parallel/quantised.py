@@ -111,7 +111,7 @@ class _QuantisedMatrix:
         runs, columns = _ranges(split, transposed)
         first, stored = rows.start, source.stored()
         if stored is None and self._as_stored:
-            parts = _dense_rows(source, split, transposed, self._dtype, self._device)
+            parts: Sequence[Any] = _dense_rows(source, split, transposed, self._dtype, self._device)
         else:
             parts = self._read(source, stored, split.global_shape, runs, columns, transposed)
         for part in parts:

@@ -108,8 +108,9 @@ class TrainedEmbedding(VocabParallelEmbedding):
             own = nn.functional.embedding(place.clamp_min(0), self.token_adapter.trainable_tokens_delta)
             rows = torch.where((place >= 0).unsqueeze(1), own.to(dtype), rows)
         if self.adapter.lora is not None and self.active:
-            a = nn.functional.embedding(local, self.lora_embedding_A.t()).to(dtype)
-            rows = rows + self.adapter.lora.scaling * (a @ self.lora_embedding_B.to(dtype).t())
+            A, B = self.get_parameter("lora_embedding_A"), self.get_parameter("lora_embedding_B")
+            a = nn.functional.embedding(local, A.t()).to(dtype)
+            rows = rows + self.adapter.lora.scaling * (a @ B.to(dtype).t())
         if mine is None:
             return rows
         return _SumWords.apply(rows * mine.unsqueeze(1), self.place)
