@@ -74,7 +74,7 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     head = config.head
     ends = (*((head.name,) if isinstance(head, Head) else ()), config.embedding.name)
     without = () if isinstance(head, Head) else head.names  # of a classifier, trained in full
-    resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without)
+    resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without, config.routers)
     transposed = any(placed.linear.transposed for name, placed in config.linears.items() if name in resolved.adapters)
     if lora_config.fan_in_fan_out and not transposed:
         raise UserError(

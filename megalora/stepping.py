@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megalora.building import Engine
+from megalora.checkpoint.adapter.peft import peft_caution
 from megalora.checkpoint.run.folder import remove_export
 from megalora.checkpoint.run.state import iteration_folder
 from megalora.cluster.preemption import CTRL_C, Preemption
@@ -212,6 +213,10 @@ class Session:
         if self.saved is not None:
             chosen = self._best_saved() or self.saved
             self.monitor.note(f"adapter: {chosen}, and for peft: {self._export(chosen)}")
+            config = self.beginning.config
+            caution = peft_caution(config.model_type, self.beginning.lora.adapters, config.routers)
+            if caution is not None:
+                self.monitor.note(caution)
 
     def _best_saved(self) -> Path | None:
         """Return the checkpoint with the lowest evaluation loss where it is to be kept and is there. Collective."""

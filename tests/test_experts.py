@@ -6,7 +6,9 @@ is the merged model: with W + s B A for W, dA = s B^T dW and dB = s dW A^T.
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -19,7 +21,10 @@ from test_field_parity import documents
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import resolve_lora
+from megalora.checkpoint.adapter.peft import peft_caution, read_peft, write_peft
 from megalora.errors import UserError
+from megalora.generation.cache import Span
+from megalora.generation.steps import Steps
 from megalora.models.blocks.experts import choose
 from megalora.models.config import check_layout, config_from_dict
 from megalora.models.inputs import training_inputs
@@ -29,15 +34,16 @@ from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 
+EVERY = ALL_LINEAR | {"target_modules": r"model\.layers\..*"}  # routers too
 TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def layouts(family: str) -> list[Run]:
     """Of four processes."""
     return [
-        Run(family, tp=4, micro_batch_rows=2),
-        Run(family, tp=2, pp=2, sequence_parallel=True, recompute="full"),
-        Run(family, tp=2, sequence_parallel=True, exchange=True, micro_batch_rows=2),
+        Run(family, tp=4, micro_batch_rows=2, lora=EVERY),
+        Run(family, tp=2, pp=2, sequence_parallel=True, recompute="full", lora=EVERY),
+        Run(family, tp=2, sequence_parallel=True, exchange=True, micro_batch_rows=2, lora=EVERY),
     ]
 
 
@@ -77,7 +83,7 @@ def test_every_layout_gives_the_numbers_of_one_process():
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_recompute_changes_nothing(family):
-    run = Run(family, recompute="full")
+    run = Run(family, recompute="full", lora=EVERY)
     assert largest_difference(reference(run), [train(0, 1, run)]) <= 1e-12
 
 
@@ -153,7 +159,7 @@ def in_double(forward):
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
-    lora, dtype = ALL_LINEAR | {"lora_dropout": 0.0}, torch.float64
+    lora, dtype = EVERY | {"lora_dropout": 0.0}, torch.float64
     config = config_from_dict(fields_of(family))
     resolved = resolve_lora(LoraConfig.from_dict(lora), config)
     stage = Stage(config, range(config.num_hidden_layers), Placement(Axis(), False, dtype, "cpu"), resolved)
@@ -249,3 +255,88 @@ def test_what_experts_cannot_carry_is_refused(field):
     lora = resolve_lora(LoraConfig.from_dict(ALL_LINEAR | {field: True}), config)
     with pytest.raises(UserError, match="use_dora and lora_bias are not implemented for the linears of experts"):
         Stage(config, range(4), Placement(Axis(), False, torch.float32, "cpu"), lora)
+
+
+# ---- generation
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "deepseek_v3"])
+def test_a_cache_gives_the_hidden_states_of_whole_sequences(family):
+    """Prompts of two lengths, one that goes on from what the cache holds, then single tokens: adapters in force."""
+    config = config_from_dict(fields_of(family))
+    lora = resolve_lora(LoraConfig.from_dict(EVERY), config)
+    stage = Stage(config, range(config.num_hidden_layers), Placement(Axis(), False, torch.float64, "cpu"), lora)
+    oracle.fill(stage)
+    stage.refresh_adapters()
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(0, config.vocab_size, (length,), generator=generator).tolist() for length in (9, 12)]
+    with torch.no_grad():
+        expected = [alone(stage, ids) for ids in texts]
+        steps = Steps(stage, 2, 16)
+        first = steps.prefill(None, texts[0][:7] + texts[1][:4], [Span(0, 0, 7), Span(1, 0, 4)])
+        close(first, torch.cat([expected[0][:7], expected[1][:4]]))
+        close(steps.prefill(None, texts[1][4:10], [Span(1, 4, 10)]), expected[1][4:10])
+        for i in range(2):
+            hidden = steps.decode(None, [texts[0][7 + i], texts[1][10 + i]], [0, 1], [7 + i, 10 + i])
+            close(hidden, torch.stack([expected[0][7 + i], expected[1][10 + i]]))
+    sizes = {tuple(x.shape[1:]) for pair in steps._cache._layers.values() for x in pair}
+    if family != "qwen2_moe":
+        assert sizes == {(1, 16, 24)}, "a token takes one latent and its rotated features, whatever the heads"
+
+
+def alone(stage: Stage, ids: list[int]) -> torch.Tensor:
+    """The final hidden states of one document."""
+    count = len(ids)
+    bounds = torch.tensor([0, count], dtype=torch.int32)
+    batch = Batch(torch.tensor(ids), torch.full((count,), -100), torch.arange(count), bounds, torch.arange(count))
+    return stage(None, replace(training_inputs(batch, stage.config, stage.place, seed=None, step=0), labels=None))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+
+
+def test_all_linear_leaves_routers_out_and_names_adapt_them():
+    config = config_from_dict(fields_of("qwen2_moe"))
+    every = resolve_lora(LoraConfig.from_dict(ALL_LINEAR), config).adapters
+    assert config.routers and not config.routers & every.keys()
+    assert "model.layers.0.mlp.shared_expert_gate" in every
+    named = resolve_lora(LoraConfig.from_dict(ALL_LINEAR | {"target_modules": ["gate"]}), config).adapters
+    assert named.keys() == config.routers
+
+
+# ---- peft
+
+
+def test_an_export_has_what_peft_takes_with_experts(tmp_path):
+    tensors = {
+        f"model.layers.0.mlp.experts.{e}.{n}.lora_{f}.weight": torch.zeros(2, 2)
+        for e in range(2) for n in ("gate_proj", "up_proj") for f in "AB"
+    }  # fmt: skip
+    fields = {"target_modules": "all-linear", "lora_dropout": 0.1, "r": 2}
+    write_peft(tmp_path / "peft", tensors, fields)
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (written["lora_dropout"], written["target_modules"]) == (0.0, ["gate_proj", "up_proj"])
+    assert read_peft(tmp_path / "peft").tensors.keys() == tensors.keys()
+
+
+EXPERT, SHARED = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.mlp.shared_experts.gate_proj"
+
+
+@pytest.mark.parametrize(
+    "kind, adapted, said",
+    [
+        ("mixtral", ["model.layers.0.block_sparse_moe.experts.0.w1"], None),
+        ("qwen3_moe", [EXPERT, "model.layers.1.self_attn.q_proj"], None),
+        ("deepseek_v3", [EXPERT], None),
+        ("qwen3_moe", [EXPERT, "model.layers.1.mlp.gate"], "routers"),
+        ("qwen2_moe", [EXPERT], "does not load adapters of experts"),
+        ("deepseek_v3", [EXPERT, SHARED], "mixes up"),
+        ("deepseek_v3", [EXPERT, "model.layers.0.mlp.up_proj"], "mixes up"),
+        ("deepseek_v3", ["model.layers.1.self_attn.q_a_proj"], None),
+    ],
+)
+def test_what_peft_reads_wrong_is_said(kind, adapted, said):
+    routers = [name for name in adapted if name.endswith(".gate")]
+    caution = peft_caution(kind, adapted, routers)
+    assert caution is None if said is None else said in caution and "adapter merge" in caution

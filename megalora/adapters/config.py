@@ -59,8 +59,8 @@ class LoraConfig:
     """PEFT's LoraConfig, the fields that mean something for a linear layer, by the same names.
 
     target_modules    None: the default of the model_type; names (a module matches when its name is one of them or
-                      ends in "." + one); "all-linear": every linear but the head; any other string: a regular
-                      expression over the whole module name
+                      ends in "." + one); "all-linear": every linear but the head and routers; any other string: a
+                      regular expression over the whole module name
     r, lora_alpha     rank and scale; rank_pattern and alpha_pattern map a pattern of module names to other values
     use_rslora        s = alpha / sqrt(r) instead of alpha / r
     bias              which biases are trained: "none", "all", or "lora_only", those of adapted modules
@@ -150,12 +150,14 @@ class LoraConfig:
         ends: Sequence[str] = (),
         vocab_size: int = 0,
         without: Sequence[str] = (),
+        routers: Collection[str] = (),
     ) -> ResolvedLora:
         """Return which linears of a model are adapted, and how.
 
         linears  the layer of each linear of the layers, by full name
         ends     full names of the head and the embedding
         without  full names of linears that cannot carry an adapter
+        routers  full names of those of `linears` that "all-linear" leaves out, as in peft, where they are no linears
         Raises UserError where nothing matches, a name in the list matches nothing, or a layer index does not exist.
         """
         targets = self.target_modules
@@ -173,7 +175,8 @@ class LoraConfig:
                         f"lora_config: target_modules {targets!r} matches {name}, which cannot carry an adapter: "
                         f"leave it out of the expression"
                     )
-            matched = [n for n in names if n in linears and pattern is None or pattern and pattern.fullmatch(n)]
+            every = [n for n in linears if n not in routers]
+            matched = every if pattern is None else [n for n in names if pattern.fullmatch(n)]
         else:
             matched = [n for n in names if any(n == t or n.endswith("." + t) for t in targets)]
             for target in targets:

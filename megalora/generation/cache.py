@@ -43,11 +43,12 @@ class KVCache:
         self.slots, self.capacity = slots, capacity
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keys, values) of a layer, with the heads, dtype and device of `like` [F, K, D]."""
+    def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v."""
         if index not in self._layers:
-            shape = (self.slots, like.shape[1], self.capacity, like.shape[2])
-            self._layers[index] = (like.new_empty(shape), like.new_empty(shape))
+            shape = (self.slots, k.shape[1], self.capacity, k.shape[2])
+            keys = k.new_empty(shape)
+            self._layers[index] = (keys, keys if k is v else k.new_empty(shape))
         return self._layers[index]
 
 
@@ -83,9 +84,10 @@ class PrefillStep:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores = PLAIN
     ) -> torch.Tensor:
         """Keeps k, v [F, K, D] of the new tokens of `layer`; attention of q [F, H, D] over all tokens kept."""
-        keys, values = self.cache.layer(layer, k)
+        keys, values = self.cache.layer(layer, k, v)
         keys[self.slots, :, self.places] = k
-        values[self.slots, :, self.places] = v
+        if values is not keys:
+            values[self.slots, :, self.places] = v
         if all(span.start == 0 for span in self.spans):
             return attention(q, k, v, self.bounds, window, self.packed, scores)
         outputs = []
@@ -109,5 +111,5 @@ class DecodeStep:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores = PLAIN
     ) -> torch.Tensor:
         """As PrefillStep.attend."""
-        cached = self.cache.layer(layer, k)
+        cached = self.cache.layer(layer, k, v)
         return decode_attention(q, k, v, *cached, self.slots, self.positions, window, scores)

@@ -9,6 +9,7 @@ import torch
 
 from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
 from megalora.generation.graphs import DecodeGraphs
+from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.inputs import Cache, Inputs
 from megalora.models.rotary import rope_table
 from megalora.models.spec import Rotary
@@ -130,5 +131,6 @@ def _can_be_recorded(stage: Stage) -> bool:
         torch.device(place.device).type == "cuda"
         and place.tp.size == 1
         and stage.config.plain_scores
+        and isinstance(attention, AttentionBlock)
         and has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.spec.head_dim)
     )

@@ -259,6 +259,16 @@ class ModelSpec:
         ends = (self.embedding.norm, self.stack.final_norm)
         return tuple(dict.fromkeys((*found, *(norm for norm in ends if norm is not None))))
 
+    @cached_property
+    def routers(self) -> frozenset[str]:
+        """The full names of the linears that choose experts."""
+        return frozenset(
+            self.stack.of_layer(index, mixer.router.linear.name)
+            for index, layer in enumerate(self.stack.layers)
+            for mixer in mixers_of(layer)
+            if isinstance(mixer, Experts)
+        )
+
     @property
     def has_experts(self) -> bool:
         return any(isinstance(mixer, Experts) for mixer in self.mixers)

@@ -7,6 +7,7 @@ which peft has wrapped, is `q_proj.base_layer.bias` there. That of any other lin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 _OF_LINEARS = (*_FACTORS, ".lora_B.bias", ".lora_magnitude_vector", ".bias", *_EMBEDDING_FACTORS, f".{TOKENS}")
@@ -95,6 +97,8 @@ def write_peft(
         "inference_mode": True,
     }
     fields |= _explicit_targets(fields, adapted)
+    if any(_EXPERT.search(name) for name in adapted):  # peft refuses dropout there, even to use the adapter
+        fields |= {"target_modules": sorted({name.rpartition(".")[2] for name in adapted}), "lora_dropout": 0.0}
     keys = {_peft_key(name, adapted): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         refuse_link(folder)
@@ -105,6 +109,25 @@ def write_peft(
         write_manifest(folder, {name: entry_of(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)})
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}): free space, or name another folder") from None
+
+
+def peft_caution(model_type: str, adapted: Collection[str], routers: Collection[str]) -> str | None:
+    """Return a line on what peft makes of an adapter of experts, where that is not what was trained.
+
+    adapted  names of the adapted linears; routers: of the model's routers. As found with peft 0.21 and transformers 5.
+    """
+    if not any(_EXPERT.search(name) for name in adapted) and not set(routers) & set(adapted):
+        return None
+    beside = [n for n in adapted if n.endswith(("gate_proj", "up_proj", "down_proj")) and not _EXPERT.search(n)]
+    if set(routers) & set(adapted):
+        problem = "peft has no adapters of routers"
+    elif model_type == "qwen2_moe":
+        problem = "peft 0.21 does not load adapters of experts for qwen2_moe, and does not say so"
+    elif model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe") and beside:
+        problem = f"peft 0.21 mixes up adapters of experts and of other MLPs ({min(beside)}) for {model_type}"
+    else:
+        return None
+    return f"{problem}: to use this adapter with transformers, put it into the weights (convert adapter merge)"
 
 
 def _explicit_targets(fields: Mapping[str, Any], adapted: set[str]) -> dict[str, Any]:
