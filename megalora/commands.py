@@ -129,11 +129,14 @@ def plan(arguments: flags.PlanArguments) -> list[Plan]:
 def convert(arguments: flags.Conversion) -> Path:
     """Convert weights or an adapter, and return the output folder (with dry_run: that would be written)."""
     _one_process("convert")
-    _check_paths(arguments.paths)
+    for paths in (arguments.paths, arguments.compared, arguments.started, arguments.plain):
+        if paths is not None:
+            _check_paths(paths)
     from megalora.convert import convert
+    from megalora.recombine import RECOMBINE
 
-    convert(arguments)
-    return Path(arguments.paths.output)
+    RECOMBINE.get(arguments.command, convert)(arguments)
+    return Path(arguments.compared.adapter if arguments.paths is None else arguments.paths.output)
 
 
 def doctor(arguments: flags.DoctorArguments) -> bool:

@@ -55,30 +55,30 @@ def convert(arguments: Conversion) -> None:
 
 
 def _to_shards(arguments: Conversion) -> None:
-    target = _target(arguments.paths)
-    config, weights = _read_base(arguments.paths.input)
+    target = target_of(arguments.paths)
+    config, weights = read_base(arguments.paths.input)
     _refuse_quantised(arguments.paths.input)
     tensors = tensor_types(weights, config.tensors)
     plan = plan_shards(tensors, _places(config, arguments.layout))
-    _write_base(arguments, target, weights, plan, arguments.paths.input)
+    write_base(arguments, target, weights, plan, arguments.paths.input)
 
 
 def _to_hf(arguments: Conversion) -> None:
-    target = _target(arguments.paths)
-    config, weights = _read_base(arguments.paths.input)
+    target = target_of(arguments.paths)
+    config, weights = read_base(arguments.paths.input)
     if holds_quantised(arguments.paths.input):  # with the scales, and named as they are
         weights = AsStored(arguments.paths.input)
-    plan = plan_hf(tensor_types(weights, config.tensors), _max_file_bytes(arguments))
-    _write_base(arguments, target, weights, plan, arguments.paths.input)
+    plan = plan_hf(tensor_types(weights, config.tensors), max_file_bytes(arguments))
+    write_base(arguments, target, weights, plan, arguments.paths.input)
 
 
 def _dequantise(arguments: Conversion) -> None:
-    target = _target(arguments.paths)
-    config, weights = _read_base(arguments.paths.input)
+    target = target_of(arguments.paths)
+    config, weights = read_base(arguments.paths.input)
     if not holds_quantised(arguments.paths.input):
         raise UserError(f"input {arguments.paths.input}: is not quantised: use it as it is")
-    plan = plan_hf(tensor_types(weights, config.tensors), _max_file_bytes(arguments))
-    _write_base(arguments, target, weights, plan, arguments.paths.input)
+    plan = plan_hf(tensor_types(weights, config.tensors), max_file_bytes(arguments))
+    write_base(arguments, target, weights, plan, arguments.paths.input)
 
 
 def _reshard(arguments: Conversion) -> None:
@@ -89,7 +89,7 @@ def _reshard(arguments: Conversion) -> None:
 
 
 def _from_gguf(arguments: Conversion) -> None:
-    target = _target(arguments.paths)
+    target = target_of(arguments.paths)
     gguf = read_gguf(arguments.paths.input)
     nbytes = gguf.numel * torch.float32.itemsize
     what = f"{gguf.tensors} tensors, {len(gguf.tokens)} tokens, {nbytes / 1e9:.2f} GB"
@@ -99,10 +99,10 @@ def _from_gguf(arguments: Conversion) -> None:
         return
     with target.writing() as folder:
         write_hf(gguf, folder)
-    _say_done(arguments, what)
+    say_done(arguments, what)
 
 
-def _read_base(folder: str) -> tuple[ModelSpec, BaseWeights]:
+def read_base(folder: str) -> tuple[ModelSpec, BaseWeights]:
     """The model in a folder of safetensors or shards, checked to be whole."""
     config = _read_model(folder)
     return config, open_base(folder, base_names(config))
@@ -125,11 +125,11 @@ def _read_model(folder: str) -> ModelSpec:
     return config
 
 
-def _max_file_bytes(arguments: Conversion) -> int:
+def max_file_bytes(arguments: Conversion) -> int:
     return int(arguments.safetensors.max_shard_size * 1e9)
 
 
-def _write_base(
+def write_base(
     arguments: Conversion,
     target: TargetFolder,
     weights: BaseWeights,
@@ -150,9 +150,7 @@ def _write_base(
     with target.writing() as folder:
         with ByteProgress(sum(file.nbytes for file in plan.files), arguments.command) as progress:
             transfer(weights, plan, folder, progress.advance)
-        for name, file in beside.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / name)
+        copy_companions(beside, folder)
         if labels:
             write_labels(model, folder, labels)
         if not isinstance(weights, AsStored):
@@ -162,7 +160,7 @@ def _write_base(
             what = f"{arguments.paths.output} has the chat template that the adapter was trained with"
             print(f"megalora: {what}, not the one of {model}", file=sys.stderr, flush=True)
     files = len(plan.files) + len(plan.texts) + len(beside)
-    _say_done(arguments, f"{files} files, {nbytes / 1e9:.2f} GB, {time.monotonic() - began:.1f} s")
+    say_done(arguments, f"{files} files, {nbytes / 1e9:.2f} GB, {time.monotonic() - began:.1f} s")
 
 
 def _forget_quantisation(folder: Path) -> None:
@@ -173,22 +171,29 @@ def _forget_quantisation(folder: Path) -> None:
         file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
+def copy_companions(beside: Mapping[str, Path], folder: Path) -> None:
+    """Copy what lies beside a model's weights (of `companions`) into a folder."""
+    for name, file in beside.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
+
+
 # ---- adapters: a run, shards or a PEFT folder, whole in memory ----
 
 
 def _adapter_to_peft(arguments: Conversion) -> None:
-    target = _target(arguments.paths)
+    target = target_of(arguments.paths)
     adapter = open_adapter(arguments.paths.input)
     LoraConfig.from_dict(adapter.lora_config, adapter.where)
 
     def write(folder: Path) -> None:
         write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base)
-        _write_tokenizer(adapter, arguments, folder)
+        write_its_tokenizer(adapter, arguments, folder)
 
-    _write_adapter(arguments, target, adapter, write)
+    write_adapter(arguments, target, adapter, write)
 
 
-def _write_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folder: Path) -> None:
+def write_its_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folder: Path) -> None:
     """The tokenizer of the run, or else of the model, and the chat template that the adapter was trained with."""
     where, template = Path(adapter.where), adapter_template(adapter)
     base = arguments.base.base or adapter.lora_config.get("base_model_name_or_path")
@@ -205,7 +210,7 @@ def _write_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folder: 
 
 
 def _adapter_from_peft(arguments: Conversion) -> None:
-    target = _target(arguments.paths)
+    target = target_of(arguments.paths)
     adapter = open_adapter(arguments.paths.input)
     config, lora = _its_base(adapter, arguments)
     places = _places(config, arguments.layout, lora)
@@ -214,28 +219,28 @@ def _adapter_from_peft(arguments: Conversion) -> None:
         for at, splits in places.items():
             here = {name: splits[name].slice(tensor) for name, tensor in adapter.tensors.items() if name in splits}
             save_adapter(folder, here, splits, at, adapter.lora_config)
-        _write_tokenizer(adapter, arguments, folder)
+        write_its_tokenizer(adapter, arguments, folder)
 
-    _write_adapter(arguments, target, adapter, write)
+    write_adapter(arguments, target, adapter, write)
 
 
 def _adapter_merge(arguments: Conversion) -> None:
     adapter = open_adapter(arguments.paths.input)
     base = _base_of(adapter, arguments)
-    target = _target(arguments.paths, base)
+    target = target_of(arguments.paths, base)
     config, lora = _its_base(adapter, arguments)
     if config.labels:
         weights: BaseWeights = open_base(base, base_names(config))
     else:
-        config, weights = _read_base(base)
+        config, weights = read_base(base)
     if adapter.trainer is not None:  # it says what it was trained on
         check_base(adapter, base_identity(config, base, load_tokenizer(base)))
     transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
     _check_tied_merge(config, lora, adapter)
     own = config.head.trained if isinstance(config.head, ClassHead) else ()
     merged = MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens, own)
-    plan = plan_hf(tensor_types(merged, config.tensors), _max_file_bytes(arguments))
-    _write_base(arguments, target, merged, plan, base, adapter_template(adapter), config.labels)
+    plan = plan_hf(tensor_types(merged, config.tensors), max_file_bytes(arguments))
+    write_base(arguments, target, merged, plan, base, adapter_template(adapter), config.labels)
 
 
 def _check_tied_merge(config: ModelSpec, lora: ResolvedLora, adapter: AdapterCheckpoint) -> None:
@@ -273,7 +278,7 @@ def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[ModelS
     return config, lora
 
 
-def _write_adapter(
+def write_adapter(
     arguments: Conversion, target: TargetFolder, adapter: AdapterCheckpoint, write: Callable[[Path], None]
 ) -> None:
     for note in adapter.notes:
@@ -287,7 +292,7 @@ def _write_adapter(
         return
     with target.writing() as folder:
         write(folder)
-    _say_done(arguments, what)
+    say_done(arguments, what)
 
 
 # ---- layouts ----
@@ -311,7 +316,7 @@ def _places(
 # ---- what is checked and said ----
 
 
-def _target(paths: ConvertArguments, *more: str) -> TargetFolder:
+def target_of(paths: ConvertArguments, *more: str) -> TargetFolder:
     return TargetFolder(paths.output, paths.overwrite, [paths.input, *more])
 
 
@@ -330,7 +335,7 @@ def _say_plan(
     )
 
 
-def _say_done(arguments: Conversion, what: str) -> None:
+def say_done(arguments: Conversion, what: str) -> None:
     print(f"{arguments.command}: {arguments.paths.output} is written ({what})", flush=True)
 
 

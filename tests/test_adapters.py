@@ -32,6 +32,8 @@ def test_trained_gone_on_with_exported_and_generated(tmp_path, capsys):
         whole, half = tmp_path / f"{name} whole", tmp_path / f"{name} half"
         assert tiny.largest_difference(tiny.exported(whole), tiny.exported(half)) == 0
         assert tiny.column(whole, "loss")[2:] == tiny.column(half, "loss")[-2:]
+        config = json.loads((whole / "peft/adapter_config.json").read_text())
+        assert isinstance(config["target_modules"], list) and config["base_model_name_or_path"] == str(inputs.model)
         base = transformers.AutoModelForCausalLM.from_pretrained(inputs.model, dtype=torch.float32)
         plain = base.generate(torch.tensor([[5, 9, 20]]), max_new_tokens=12, do_sample=False)
         theirs = peft.PeftModel.from_pretrained(base, whole / "peft").eval()

@@ -21,6 +21,7 @@ PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", 
 PARTS |= {"serving"}
 TOP = {"auto_layout", "rows", "starting", "stepping", "summary"}  # and the commands
 TOP |= {"finetune", "generate", "classify", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
+TOP |= {"recombine"}
 TOP |= {"serve", "board", "report", "samples"}
 
 # What each part of the package may import of the package, besides itself.

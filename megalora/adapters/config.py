@@ -101,10 +101,7 @@ class LoraConfig:
 
         path  of the file, or its contents: a JSON object
         """
-        if str(path).lstrip().startswith("{"):
-            return cls.from_dict(_object(str(path)), "lora_config")
-        data = read_json(Path(path), "name an existing file, or correct this one", what="lora_config")
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(*lora_fields(path))
 
     @classmethod
     def from_dict(cls, data: Mapping, where: str = "lora_config", *, trained: bool = False) -> LoraConfig:
@@ -226,6 +223,10 @@ class LoraConfig:
                 f"too: train it in one of these ways"
             )
 
+    def of_names(self, names: Sequence[str]) -> dict[str, Adapter]:
+        """Return the adapter of each of `names`, which are adapted: where the model is not known."""
+        return {name: self._adapter(name) for name in names}
+
     def _adapter(self, name: str) -> Adapter:
         r = int(_by_pattern(self.rank_pattern, name, self.r))
         alpha = float(_by_pattern(self.alpha_pattern, name, self.lora_alpha))
@@ -274,6 +275,13 @@ def _object(text: str) -> dict:
         remedy = 'write it like {"r": 16}, or name a file'
         raise UserError(f"lora_config {text:.200} is not JSON ({error})", remedy) from None
     return found  # an object: it begins with a brace
+
+
+def lora_fields(path: str | Path) -> tuple[dict[str, Any], str]:
+    """Return (the fields of a lora_config.json, where they are from). path: of the file, or its contents."""
+    if str(path).lstrip().startswith("{"):
+        return _object(str(path)), "lora_config"
+    return read_json(Path(path), "name an existing file, or correct this one", what="lora_config"), str(path)
 
 
 def _settle_init(values: dict[str, Any], where: str, trained: bool) -> None:

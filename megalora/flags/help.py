@@ -18,8 +18,13 @@ from megalora.flags.parsing import (
 from megalora.flags.tools import (
     CONVERT_COMMANDS,
     BaseArguments,
+    CombineArguments,
+    CompareArguments,
     ConvertArguments,
     DoctorArguments,
+    ExtractArguments,
+    InitArguments,
+    PlainArguments,
     PlanArguments,
     PreviewArguments,
     SafetensorsArguments,
@@ -49,7 +54,17 @@ _PAGE = {
     "megalora data": (PreviewArguments,),
     "megalora plan": (PlanArguments,),
     "megalora doctor": (DoctorArguments,),
-    "megalora convert": (ConvertArguments, BaseArguments, LayoutArguments, SafetensorsArguments),
+    "megalora convert": (
+        ConvertArguments,
+        BaseArguments,
+        LayoutArguments,
+        SafetensorsArguments,
+        CombineArguments,
+        ExtractArguments,
+        CompareArguments,
+        InitArguments,
+        PlainArguments,
+    ),
 }
 
 _INTRODUCTION = """\

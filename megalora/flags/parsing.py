@@ -19,8 +19,13 @@ from megalora.flags.rules import CONVERT_RULES, FINETUNE_RULES, GENERATE_RULES
 from megalora.flags.tools import (
     CONVERT_COMMANDS,
     BaseArguments,
+    CombineArguments,
+    CompareArguments,
     ConvertArguments,
     DoctorArguments,
+    ExtractArguments,
+    InitArguments,
+    PlainArguments,
     PlanArguments,
     PreviewArguments,
     SafetensorsArguments,
@@ -59,10 +64,15 @@ class Conversion:
     """Arguments of `megalora convert COMMAND`; a section that the command does not take has its defaults."""
 
     command: str
-    paths: ConvertArguments
+    paths: ConvertArguments | None = None
     layout: LayoutArguments = field(default_factory=LayoutArguments)
     base: BaseArguments = field(default_factory=BaseArguments)
     safetensors: SafetensorsArguments = field(default_factory=SafetensorsArguments)
+    combined: CombineArguments | None = None
+    extracted: ExtractArguments | None = None
+    compared: CompareArguments | None = None
+    started: InitArguments | None = None
+    plain: PlainArguments | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +210,11 @@ def parse_convert(command: str, source: Source) -> Conversion:
         LayoutArguments: "layout",
         BaseArguments: "base",
         SafetensorsArguments: "safetensors",
+        CombineArguments: "combined",
+        ExtractArguments: "extracted",
+        CompareArguments: "compared",
+        InitArguments: "started",
+        PlainArguments: "plain",
     }
     return Conversion(command, **{names[section]: _section(given, section) for section in sections})
 

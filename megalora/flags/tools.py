@@ -127,6 +127,49 @@ class SafetensorsArguments(Section):
     max_shard_size: float = flag(5.0, "maximum size of one safetensors file, in GB (10^9 bytes)", above=0)
 
 
+@dataclass(frozen=True)
+class CombineArguments(Section):
+    """The adapters beside the input, and how their sum becomes one."""
+
+    others: tuple[str, ...] = flag(REQUIRED, "the other adapters: runs, shards or PEFT folders", verbatim=True)
+    weights: tuple[float, ...] | None = flag(None, "weight of each adapter, the input first", unset="1 each")
+    method: str = flag(
+        "cat",
+        "cat: exact, the ranks add up; svd: the nearest adapter of svd_rank; linear: peft's, sums of A and of B",
+        choices=("cat", "svd", "linear"),
+    )
+    svd_rank: int | None = flag(None, "rank of the result of svd", at_least=1, unset="that of the input")
+
+
+@dataclass(frozen=True)
+class ExtractArguments(Section):
+    """The adapter that is made of the difference between the input, a tuned model, and its base."""
+
+    rank: int = flag(16, "rank of the adapter of each linear", at_least=1)
+
+
+@dataclass(frozen=True)
+class CompareArguments(Section):
+    """Two adapters of one model."""
+
+    adapter: str = flag(REQUIRED, "an adapter: run, checkpoint, shards or PEFT folder", exists="an adapter")
+    other: str = flag(REQUIRED, "the adapter to compare it with", exists="an adapter")
+
+
+@dataclass(frozen=True)
+class InitArguments(Section):
+    """How a start that changes the base is made: init_lora_weights of lora_config is pissa or olora."""
+
+    lora_config: str = shared.LORA_CONFIG.field(REQUIRED)
+
+
+@dataclass(frozen=True)
+class PlainArguments(Section):
+    """What the adapter began as."""
+
+    initial: str = flag(REQUIRED, "the initial adapter, as convert adapter init wrote it", exists="an adapter")
+
+
 CONVERT_COMMANDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "to-shards": (
         "base weights, Hugging Face folder to shards: mp_rank_XX_pp_rank_YYY/partial_model_optim.pt",
@@ -153,6 +196,23 @@ CONVERT_COMMANDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "adapter merge": (
         "adapter (any of these) merged into a copy of its base, as Hugging Face folder; summed in float32",
         (ConvertArguments, BaseArguments, SafetensorsArguments),
+    ),
+    "adapter combine": (
+        "several adapters of one model summed into one, as PEFT folder",
+        (ConvertArguments, CombineArguments),
+    ),
+    "adapter extract": (
+        "adapter from the difference of two models (singular values), as PEFT folder; reports what it leaves out",
+        (ConvertArguments, BaseArguments, ExtractArguments),
+    ),
+    "adapter compare": ("two adapters compared: how far apart what they add to each linear is", (CompareArguments,)),
+    "adapter init": (
+        "PiSSA or OLoRA start: the changed base in output, and its adapter in output/initial",
+        (ConvertArguments, InitArguments, SafetensorsArguments),
+    ),
+    "adapter to-lora": (
+        "adapter trained from adapter init, as plain LoRA of the unchanged base (twice the rank)",
+        (ConvertArguments, BaseArguments, PlainArguments),
     ),
 }
 """The commands of `megalora convert`: what each does, and the sections of its flags."""

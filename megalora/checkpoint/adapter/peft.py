@@ -93,10 +93,11 @@ def write_peft(
     adapted = _adapted(tensors)
     fields = dict(lora_config) | {
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model_name_or_path or lora_config.get("base_model_name_or_path"),
+        "base_model_name_or_path": _absolute(base_model_name_or_path or lora_config.get("base_model_name_or_path")),
         "inference_mode": True,
     }
-    fields |= _explicit_targets(fields, adapted)
+    embeddings = {name.removesuffix(".lora_embedding_A") for name in tensors if name.endswith(".lora_embedding_A")}
+    fields |= _explicit_targets(fields, adapted | embeddings)
     if any(_EXPERT.search(name) for name in adapted):  # peft refuses dropout there, even to use the adapter
         fields |= {"target_modules": sorted({name.rpartition(".")[2] for name in adapted}), "lora_dropout": 0.0}
     keys = {_peft_key(name, adapted): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -130,6 +131,11 @@ def peft_caution(model_type: str, adapted: Collection[str], routers: Collection[
     return f"{problem}: to use this adapter with transformers, put it into the weights (convert adapter merge)"
 
 
+def _absolute(base: str | None) -> str | None:
+    """Return the absolute path of a folder, which is read from elsewhere; any other name as it is."""
+    return str(Path(base).resolve()) if base is not None and Path(base).is_dir() else base
+
+
 def _explicit_targets(fields: Mapping[str, Any], adapted: set[str]) -> dict[str, Any]:
     """The targets as peft takes them: it has other defaults, and refuses layers beside a pattern.
 
@@ -139,7 +145,9 @@ def _explicit_targets(fields: Mapping[str, Any], adapted: set[str]) -> dict[str,
         return {"target_modules": sorted(adapted), "layers_to_transform": None}
     if isinstance(fields.get("target_modules"), str) and fields.get("layers_to_transform") is not None:
         return {"target_modules": sorted(adapted), "layers_to_transform": None}
-    if fields.get("target_modules") is None:
+    experts = any(_EXPERT.search(name) for name in adapted)
+    if fields.get("target_modules") is None or (fields["target_modules"] == "all-linear" and not experts):
+        # Engines read names.
         return {"target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
     return {}
 
