@@ -27,8 +27,8 @@ from megalora.models.recorder import Graph, Recorder
 from megalora.models.spec import ModelSpec
 from megalora.ops.attention import Packed, is_even, packs
 from megalora.ops.grouped import runs_grouped
-from megalora.parallel.placement import Placement
 from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.placement import Placement
 
 
 def choose_graphs(

@@ -10,10 +10,10 @@ add its dataclass there, its block in megalora/models/blocks and its counts in m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from megalora.models.heads import BUFFERS, ClassHead, FileNames, Head, TaskHead  # noqa: F401
 from megalora.models.linears import (  # noqa: F401 (a spec is composed of them: families import all from here)

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.choices import RECOMPUTE_LEVELS
+from megalora.errors import UserError
+from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.classes import ClassScores
 from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer
-from megalora.models import spec
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
-from megalora.choices import RECOMPUTE_LEVELS
-from megalora.errors import UserError
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang

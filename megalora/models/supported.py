@@ -10,8 +10,19 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
-from megalora.models.spec import MLP, Alibi, Experts, Fused, LatentAttention, ModelSpec, Norm
-from megalora.models.spec import ParallelResidual, Projection, Rotary, mixers_of
+from megalora.models.spec import (
+    MLP,
+    Alibi,
+    Experts,
+    Fused,
+    LatentAttention,
+    ModelSpec,
+    Norm,
+    ParallelResidual,
+    Projection,
+    Rotary,
+    mixers_of,
+)
 
 MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
 

@@ -78,7 +78,7 @@ class Absmax:
     def to(self, device: torch.device | str) -> Absmax:
         """Return the same on `device`."""
         values: dict[str, Any] = vars(self)
-        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in values.items()}
+        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in values.items()}
         return Absmax(**moved)
 
     def at(self, blocks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import tiny
 import torch
-import pytest
 from oracle import fields_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

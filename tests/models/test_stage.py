@@ -10,11 +10,11 @@ import torch
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import resolve_lora
+from megalora.models import recompute as again
 from megalora.models.blocks import attention as attention_block
 from megalora.models.blocks import mlp as mlp_block
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
-from megalora.models import recompute as again
 from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement

@@ -13,8 +13,8 @@ from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.ops.alibi import EXTRA, with_bias, with_rounded_bias
 from megalora.ops.attention import MOST_FEATURES, Scores, attention
-from megalora.ops.probability_dropout import draw_probabilities
 from megalora.ops.piece_attention import piece_attention
+from megalora.ops.probability_dropout import draw_probabilities
 from megalora.ops.rope import rope, split_rope
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group

@@ -8,8 +8,6 @@ Legend: T tokens on this rank, F tokens of the microbatch, E experts in all, k c
 
 from __future__ import annotations
 
-from megalora.models.routers import Router
-
 from dataclasses import replace
 
 import torch
@@ -19,6 +17,7 @@ from megalora.models import spec
 from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
+from megalora.models.routers import Router
 from megalora.ops.routing import take
 from megalora.parallel.experts import ExpertGroup, share_storage
 from megalora.parallel.experts_grad import ExpertPair, apply_experts, gather_tokens

@@ -2,7 +2,18 @@
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import alibi, decoder_heads, head_dim, layer_norms, plain_mlp
-from megalora.models.spec import Attention, ByHead, Embedding, FileNames, Fused, Head, Linear, ModelSpec, Residual, Stack
+from megalora.models.spec import (
+    Attention,
+    ByHead,
+    Embedding,
+    FileNames,
+    Fused,
+    Head,
+    Linear,
+    ModelSpec,
+    Residual,
+    Stack,
+)
 
 
 def read(hf: Fields) -> ModelSpec:

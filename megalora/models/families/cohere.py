@@ -1,8 +1,7 @@
 """Command R and Aya: one LayerNorm before attention and MLP, side by side; neighbours rotate; logits are scaled."""
 
-from typing import Any
-
 from collections.abc import Callable
+from typing import Any
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import (

@@ -1,7 +1,13 @@
 """DeepSeek-V2 and DeepSeek-V2-Lite: latent attention, experts chosen by softmax scores beside shared ones."""
 
-from megalora.models.families.deepseek_v3 import HARMLESS, LATENT_FIELDS
-from megalora.models.families.deepseek_v3 import deepseek_like, grouped_choice, latent_attention, shared_mlp
+from megalora.models.families.deepseek_v3 import (
+    HARMLESS,
+    LATENT_FIELDS,
+    deepseek_like,
+    grouped_choice,
+    latent_attention,
+    shared_mlp,
+)
 from megalora.models.family import Family, Fields
 from megalora.models.parts import LLAMA_FILES, LLAMA_FIXED, ROUTER_FIXED, gated_mlp, router
 from megalora.models.spec import Experts, ModelSpec

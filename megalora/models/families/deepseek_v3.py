@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from megalora.models.family import Family, Fields
-from megalora.models.parts import LLAMA_FILES, LLAMA_FIXED, ROUTER_FIXED, gated_mlp, llama_like, rms, router
+from megalora.models.parts import LLAMA_FILES, LLAMA_FIXED, ROUTER_FIXED, gated_mlp, llama_like, router
 from megalora.models.spec import Experts, LatentAttention, Linear, Mixer, ModelSpec, Norm
 
 LATENT_FIELDS = frozenset(

@@ -5,8 +5,22 @@ from typing import Any
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import alibi, decoder_heads, head_dim, layer_norms, plain_mlp
-from megalora.models.spec import Attention, Blocked, ByGroup, ByHead, Embedding, FileNames, Fused, Head, Linear, ModelSpec
-from megalora.models.spec import Mixer, ParallelResidual, Residual, Rows, Stack
+from megalora.models.spec import (
+    Attention,
+    Blocked,
+    ByGroup,
+    ByHead,
+    Embedding,
+    FileNames,
+    Fused,
+    Head,
+    Linear,
+    ModelSpec,
+    ParallelResidual,
+    Residual,
+    Rows,
+    Stack,
+)
 
 FALCON_FIELDS = frozenset(
     """hidden_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings layer_norm_epsilon num_kv_heads

@@ -2,8 +2,21 @@
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder_heads, head_dim, layer_norms, plain_mlp
-from megalora.models.spec import BUFFERS, Attention, Blocked, ByHead, Embedding, FileNames, Fused, Head, Linear, ModelSpec
-from megalora.models.spec import Positions, Residual, Stack
+from megalora.models.spec import (
+    BUFFERS,
+    Attention,
+    Blocked,
+    ByHead,
+    Embedding,
+    FileNames,
+    Fused,
+    Head,
+    Linear,
+    ModelSpec,
+    Positions,
+    Residual,
+    Stack,
+)
 
 GPT2_FIELDS = frozenset(
     """hidden_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings n_inner activation_function

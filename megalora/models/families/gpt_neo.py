@@ -2,8 +2,18 @@
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder_heads, head_dim, layer_norms, plain_mlp
-from megalora.models.spec import BUFFERS, Attention, Embedding, FileNames, Head, Linear, ModelSpec, Positions, Residual
-from megalora.models.spec import Stack
+from megalora.models.spec import (
+    BUFFERS,
+    Attention,
+    Embedding,
+    FileNames,
+    Head,
+    Linear,
+    ModelSpec,
+    Positions,
+    Residual,
+    Stack,
+)
 
 
 def read(hf: Fields) -> ModelSpec:

@@ -2,8 +2,20 @@
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder
-from megalora.models.spec import BUFFERS, MLP, Attention, ByHead, FileNames, Fused, Linear, ModelSpec, Norm
-from megalora.models.spec import ParallelResidual, Residual, Stack
+from megalora.models.spec import (
+    BUFFERS,
+    MLP,
+    Attention,
+    ByHead,
+    FileNames,
+    Fused,
+    Linear,
+    ModelSpec,
+    Norm,
+    ParallelResidual,
+    Residual,
+    Stack,
+)
 
 
 def read(hf: Fields) -> ModelSpec:

@@ -3,8 +3,19 @@
 from megalora.models import rotary
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder_heads, head_dim, layer_norms, plain_mlp
-from megalora.models.spec import BUFFERS, Attention, Embedding, FileNames, Head, Linear, ModelSpec, ParallelResidual
-from megalora.models.spec import Projection, Residual, Stack
+from megalora.models.spec import (
+    BUFFERS,
+    Attention,
+    Embedding,
+    FileNames,
+    Head,
+    Linear,
+    ModelSpec,
+    ParallelResidual,
+    Projection,
+    Residual,
+    Stack,
+)
 
 GPTJ_FIELDS = frozenset(
     """hidden_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings n_inner rotary_dim

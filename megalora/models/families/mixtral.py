@@ -1,8 +1,17 @@
 """Mixtral: Mistral's attention, and in each layer the best of several MLPs for each token, weighted."""
 
 from megalora.models.family import Family, Fields
-from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, ROUTER_FIXED, ROUTER_HARMLESS
-from megalora.models.parts import gated_mlp, grouped_attention, llama_like, router
+from megalora.models.parts import (
+    LLAMA_FIELDS,
+    LLAMA_FILES,
+    LLAMA_FIXED,
+    ROUTER_FIXED,
+    ROUTER_HARMLESS,
+    gated_mlp,
+    grouped_attention,
+    llama_like,
+    router,
+)
 from megalora.models.spec import Experts, ModelSpec
 
 

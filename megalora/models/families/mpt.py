@@ -2,7 +2,18 @@
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import alibi, decoder_heads, head_dim, layer_norms, plain_mlp
-from megalora.models.spec import Attention, Blocked, Embedding, FileNames, Fused, Head, Linear, ModelSpec, Residual, Stack
+from megalora.models.spec import (
+    Attention,
+    Blocked,
+    Embedding,
+    FileNames,
+    Fused,
+    Head,
+    Linear,
+    ModelSpec,
+    Residual,
+    Stack,
+)
 
 # Of attn_config: what is read, with its default; what has one value that is implemented; what has no effect.
 _ATTENTION = {"attn_pdrop": 0.0, "clip_qkv": None, "softmax_scale": None, "alibi_bias_max": 8}

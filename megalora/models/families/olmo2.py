@@ -1,8 +1,7 @@
 """OLMo 2: norms behind each block, none before; RMSNorm over all heads of q and k together."""
 
-from typing import Any
-
 from collections.abc import Callable
+from typing import Any
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import (

@@ -2,7 +2,18 @@
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder_heads, head_dim, layer_norms, plain_mlp
-from megalora.models.spec import Attention, Embedding, FileNames, Head, Linear, Mixer, ModelSpec, Positions, Residual, Stack
+from megalora.models.spec import (
+    Attention,
+    Embedding,
+    FileNames,
+    Head,
+    Linear,
+    Mixer,
+    ModelSpec,
+    Positions,
+    Residual,
+    Stack,
+)
 
 _OFFSET = 2
 

@@ -2,7 +2,17 @@
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder_heads, head_dim, kv_heads, layer_norms, plain_mlp
-from megalora.models.spec import Attention, Embedding, FileNames, Head, Linear, ModelSpec, ParallelResidual, Residual, Stack
+from megalora.models.spec import (
+    Attention,
+    Embedding,
+    FileNames,
+    Head,
+    Linear,
+    ModelSpec,
+    ParallelResidual,
+    Residual,
+    Stack,
+)
 
 
 def read(hf: Fields) -> ModelSpec:

@@ -2,8 +2,18 @@
 
 from megalora.models.families.qwen2 import WINDOW_FIELDS
 from megalora.models.family import Family, Fields
-from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, ROUTER_FIXED, ROUTER_HARMLESS
-from megalora.models.parts import gated_mlp, grouped_attention, llama_like, router, sparse_layers
+from megalora.models.parts import (
+    LLAMA_FIELDS,
+    LLAMA_FILES,
+    LLAMA_FIXED,
+    ROUTER_FIXED,
+    ROUTER_HARMLESS,
+    gated_mlp,
+    grouped_attention,
+    llama_like,
+    router,
+    sparse_layers,
+)
 from megalora.models.spec import Attention, Experts, Linear, Mixer, ModelSpec
 
 

@@ -1,8 +1,18 @@
 """Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B): Qwen3's attention, and experts without a shared one."""
 
 from megalora.models.family import Family, Fields
-from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, ROUTER_FIXED, ROUTER_HARMLESS
-from megalora.models.parts import gated_mlp, grouped_attention, llama_like, router, sparse_layers
+from megalora.models.parts import (
+    LLAMA_FIELDS,
+    LLAMA_FILES,
+    LLAMA_FIXED,
+    ROUTER_FIXED,
+    ROUTER_HARMLESS,
+    gated_mlp,
+    grouped_attention,
+    llama_like,
+    router,
+    sparse_layers,
+)
 from megalora.models.spec import Experts, Mixer, ModelSpec
 
 
