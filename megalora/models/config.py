@@ -65,7 +65,7 @@ def read_config(path: str | Path) -> ModelSpec:
 
 
 def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
-    """Return the ModelSpec of the fields of a config.json, in its old or new form. Raises UserError as `read_config`."""
+    """Return the ModelSpec of the fields of a config.json, in its old or new form. Raises UserError as read_config."""
     kinds, model_type = known_families(), raw.get("model_type")
     family = kinds.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -84,7 +84,8 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     sliding = rotary.read_sliding_rope(raw, family.sliding_theta, family.partial, where)
     spec = family.read(Fields(hf, family, rope, where, sliding))
     if not spec.rotaries and rope["rope_type"] != "default":
-        raise UserError(f"{where}: rope_type = {rope['rope_type']!r}, but this model has no rotary positions: remove it")
+        kind = rope["rope_type"]
+        raise UserError(f"{where}: rope_type = {kind!r}, but this model has no rotary positions: remove it")
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     further = range(spec.num_hidden_layers, spec.num_hidden_layers + spec.predicting)
     passed = tuple(spec.stack.of_layer(index, "") for index in further)
@@ -170,7 +171,7 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
 
 
 def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) -> None:
-    """Raise UserError for a field, of the file or a default of transformers' config class, that nothing accounts for."""
+    """Raise UserError for a field, of the file or a default of transformers' class, that nothing accounts for."""
     from transformers import PretrainedConfig
 
     passed_over = {*_HARMLESS, *family.harmless, *rotary.CONFIG_FIELDS, *family.rope, *family.reads}

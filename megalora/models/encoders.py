@@ -20,7 +20,8 @@ from megalora.models.spec import (
 
 BERT_FIELDS = frozenset(
     """hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size layer_norm_eps hidden_act
-    max_position_embeddings type_vocab_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout""".split()
+    max_position_embeddings type_vocab_size hidden_dropout_prob attention_probs_dropout_prob
+    classifier_dropout""".split()
 )
 BERT_FIXED = {"is_decoder": False, "position_embedding_type": "absolute"}
 BERT_CLASSES = frozenset({"Model", "ForMaskedLM", "ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice"})
@@ -79,7 +80,8 @@ def token_head(hf: Fields, dropout: float | None = None) -> TaskHead:
 def pooled_head(hf: Fields, prefix: str, dropout: float | None = None) -> TaskHead:
     """Return BERT's head for texts: the pooler of the base, which stays frozen, and a linear."""
     dense = Linear(f"{prefix}.pooler.dense", hf.hidden_size, hf.hidden_size, bias=True)
-    return TaskHead("SEQ_CLS", ClassHead(token_head(hf).head.out, head_dropout(hf) if dropout is None else dropout, dense))
+    dropout = head_dropout(hf) if dropout is None else dropout
+    return TaskHead("SEQ_CLS", ClassHead(token_head(hf).head.out, dropout, dense))
 
 
 def two_linear_head(hf: Fields, act: str) -> TaskHead:

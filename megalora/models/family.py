@@ -121,7 +121,8 @@ class Family:
         for name, value in raw.items():
             ours = self.aliases.get(name, name)
             if found.get(ours) is not None and value is not None and found[ours] != value:
-                raise UserError(f"{where}: {name} = {value!r} and {ours} = {found[ours]!r} are one field: keep one of them")
+                both = f"{name} = {value!r} and {ours} = {found[ours]!r}"
+                raise UserError(f"{where}: {both} are one field: keep one of them")
             found[ours] = value if found.get(ours) is None else found[ours]
         return found
 
@@ -206,7 +207,9 @@ class Fields:
             self.fail(f"{name} = {value!r} is not implemented: megalora knows {', '.join(ACTIVATIONS)}")
         return value
 
-    def nested(self, name: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any], harmless: Collection[str]) -> Any:
+    def nested(
+        self, name: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any], harmless: Collection[str]
+    ) -> Any:
         """Return the object in field `name` that has fields itself: these as attributes.
 
         defaults  those that are read; fixed: those that have one value that is implemented

@@ -180,7 +180,7 @@ def _size(inputs: Inputs) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Graph:
-    """static: where the graph reads its microbatch; out, d_out: the hidden states it writes, their gradient it reads."""
+    """static: where the graph reads its microbatch; out: the hidden states it writes; d_out: the gradient it reads."""
 
     static: Inputs
     forward: Graph

@@ -47,7 +47,8 @@ class Inputs:
     measures   the sums of the task's metrics are asked for, not the loss alone
     context    where attention finds the keys of other ranks (context parallelism), or None
     attention_kept  what attention goes through where its result is kept while the rest is computed again, or None
-    unread     nobody reads the result of the mixer at work (see megalora.models.recompute): its last product is left out
+    unread     nobody reads the result of the mixer at work (see megalora.models.recompute): its last product is
+               left out
     """
 
     input_ids: torch.Tensor
@@ -67,7 +68,7 @@ class Inputs:
     unread: bool = False
 
     def attend(self, attention: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
-        """Return attention(*sources), for all tensors that need a gradient; every attention in training goes this way."""
+        """Return attention(*sources), for all tensors that need a gradient: all attention in training goes this way."""
         return attention(*sources) if self.attention_kept is None else self.attention_kept(attention, *sources)
 
 

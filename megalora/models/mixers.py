@@ -71,8 +71,8 @@ class Rotary:
 class Alibi:
     """ALiBi: a score gets -slope * |query - key|; a slope for each query head.
 
-    rounded  the slopes, and their products with the key's position, are rounded to bfloat16, and added before the scores
-             are scaled (Falcon)
+    rounded  the slopes, and their products with the key's position, are rounded to bfloat16, and added before the
+             scores are scaled (Falcon)
     """
 
     slopes: tuple[float, ...]

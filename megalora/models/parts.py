@@ -168,7 +168,7 @@ ROUTER_HARMLESS = frozenset({"router_aux_loss_coef"})
 
 
 def router(hf: Fields, name: str, count: int, **how: Any) -> Router:
-    """Return a router of `count` experts, of which num_experts_per_tok are chosen. Raises UserError for more than all."""
+    """Return a router that chooses num_experts_per_tok of `count` experts. Raises UserError for more than all."""
     top = hf.required("num_experts_per_tok")
     if top > count:
         hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count}): correct it")

@@ -225,8 +225,8 @@ class AttentionKept:
         return _Replayed.apply(self._graphs.pop(0), *sources)
 
 
-# Where a tensor lies: its storage's address, and its offset there. Hooks must not hold the tensor itself: autograd holds
-# them for as long as what they packed.
+# Where a tensor lies: its storage's address, and its offset there. Hooks must not hold the tensor itself: autograd
+# holds them for as long as what they packed.
 _Origin = tuple[int, int]
 
 

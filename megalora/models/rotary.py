@@ -93,7 +93,8 @@ def read_sliding_rope(
 ) -> dict[str, Any] | None:
     """Return the rotary fields of layers whose window slides, where they are others than those of full attention.
 
-    theta  the field with their rope_theta in the old form, and its default; they are not scaled. None: as full attention
+    theta  the field with their rope_theta in the old form, and its default; they are not scaled.
+           None: as full attention
     """
     new = raw.get("rope_parameters")
     if isinstance(new, Mapping) and "sliding_attention" in new:
@@ -149,7 +150,8 @@ def _check_number(fields: Mapping[str, Any], name: str, where: str, most: float 
     value = fields[name]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and 0 < value <= most and value < math.inf):
-        raise UserError(f"{where}: {name} = {value!r}: must be a positive number{f' up to {most:g}' if most < math.inf else ''}")
+        limit = f" up to {most:g}" if most < math.inf else ""
+        raise UserError(f"{where}: {name} = {value!r}: must be a positive number{limit}")
 
 
 def rotary(

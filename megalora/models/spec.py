@@ -1,8 +1,8 @@
 """A model as data: what every part of megalora knows of a model's shape and names. No torch here.
 
 A family (megalora.models.families) composes these from a config; modules, loading, adapters, planning, FLOP counts and
-generation read them. Sizes are those of the whole model, names those of the Hugging Face file: a layer's are relative to
-its place in the stack, `{prefix}.{index}.`.
+generation read them. Sizes are those of the whole model, names those of the Hugging Face file: a layer's are relative
+to its place in the stack, `{prefix}.{index}.`.
 
 Linears are in megalora.models.linears; norms, positions and mixers in megalora.models.mixers. To add a kind of these,
 add its dataclass there, its block in megalora/models/blocks and its counts in megalora/planning/nodes.py.
@@ -87,7 +87,7 @@ def mixers_of(layer: Layer) -> tuple[Mixer, ...]:
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers, `{prefix}.{index}.` each, and the norm behind the last (None: what the last layer gives is normed)."""
+    """The layers, `{prefix}.{index}.` each, and the norm behind the last (None: the last layer's result is normed)."""
 
     prefix: str
     layers: tuple[Layer, ...]
@@ -214,7 +214,8 @@ class ModelSpec:
         out = replace(found.out, out_features=len(labels))
         others = {f"{name}." for head in (self.head, *dict(self.task_heads).values()) for name in head.names}
         passed = (*self.files.passed, *sorted(others - {f"{name}." for name in found.names}))
-        return replace(self, head=replace(found, out=out, labels=tuple(labels)), files=replace(self.files, passed=passed))
+        head = replace(found, out=out, labels=tuple(labels))
+        return replace(self, head=head, files=replace(self.files, passed=passed))
 
     @property
     def hidden_size(self) -> int:

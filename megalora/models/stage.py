@@ -50,8 +50,8 @@ class Stage(nn.Module):
 
     further    the layers of its further chunks, which follow later in the model (interleaved schedules): the embedding
                belongs to the first chunk, the norm and the head to the last
-    recompute  what of each layer runs again in backward, one of choices.RECOMPUTE_LEVELS: one for all layers, or that of
-               each layer of the model
+    recompute  what of each layer runs again in backward, one of choices.RECOMPUTE_LEVELS: one for all layers, or
+               that of each layer of the model
     tile       tokens at once where what treats every token alone runs again; 0: all
     offloaded  the layers of which what is kept goes to host memory, where they are computed again whole
     loss       (final hidden states, head, inputs) -> the summed loss of a microbatch
@@ -85,8 +85,8 @@ class Stage(nn.Module):
         self._graphs: LayerGraphs | None = None
         self._settles = False  # initial magnitudes are to be set
         stack = config.stack
-        # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in `_parts`:
-        # modules here would be registered a second time.
+        # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in
+        # `_parts`: modules here would be registered a second time.
         words = lora.words(config.embedding.name)
         embedding = EmbeddingBlock(self, config.embedding, place, words) if first else None
         blocks = {
@@ -162,7 +162,7 @@ class Stage(nn.Module):
         return self._parts.head.reads(hidden) if ends else hidden
 
     def use_graphs(self) -> None:
-        """Runs the layers as CUDA graphs from here on (see megalora.models.graphs): for a stage that is a whole model."""
+        """Run the layers as CUDA graphs from here on (see megalora.models.graphs). The stage must be a whole model."""
         assert self.embedding is not None and self.head is not None and len(self._chunks) == 1
         self._graphs = LayerGraphs(
             lambda inputs: self._layers(None, inputs, 0), self._refresh_groups, self.place

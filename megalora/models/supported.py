@@ -37,17 +37,25 @@ class Feature(NamedTuple):
 
 
 FEATURES = (
-    Feature("TP", "tests/test_layouts.py", "tensor parallelism; must divide the attention heads or `--uneven_heads true`"),
+    Feature(
+        "TP",
+        "tests/test_layouts.py",
+        "tensor parallelism; must divide the attention heads or `--uneven_heads true`",
+    ),
     Feature("SP", "tests/test_layouts.py", "sequence parallelism, with tensor parallelism"),
     Feature("PP", "tests/test_layouts.py", "pipeline parallelism, every schedule; at least one layer a stage"),
     Feature("DP", "tests/test_layouts.py", "data parallelism"),
     Feature("recompute", "tests/test_layouts.py", "none, selective (attention) or full"),
-    Feature("packing", "tests/test_field_parity.py", "documents of a row never see one another; losses and gradients are HF's"),
+    Feature(
+        "packing",
+        "tests/test_field_parity.py",
+        "documents of a row never see one another; losses and gradients are HF's",
+    ),
     Feature(
         "CUDA graphs",
         "tests/test_gpu_step.py",
-        "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, softcap and "
-        "dropout of attention",
+        "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, softcap "
+        "and dropout of attention",
         needs_gpu=True,
     ),
     Feature("generate", "tests/test_generation_parity.py", "greedy replies are transformers', word for word"),
@@ -107,17 +115,18 @@ def readme_table() -> str:
 def models_page() -> str:
     """Return docs/models.md."""
     every = ", ".join(f"`{name}` = {_value(value)}" for name, value in FIXED.items())
+    columns = ["model_type", "attention", "MLP", "norms", "residual", "linears"]
     parts = [
         "# Supported models",
         "Written by `python -m megalora.models` from `megalora/models/families/`: do not edit this page.",
-        "`model_type` is the field of `config.json`. The files are Hugging Face safetensors in bfloat16, float16 or float32. "
-        "A field of `config.json` that would change the numbers and is not listed here is refused by name.",
+        "`model_type` is the field of `config.json`. The files are Hugging Face safetensors in bfloat16, float16 or "
+        "float32. A field of `config.json` that would change the numbers and is not listed here is refused by name.",
         "\n".join(feature_table(models=False)),
         "\n".join(_table(["feature", "what it covers", "tested in"], _features())),
         "`untested`: the tests that need a GPU have not been run with this family.",
         "## Architectures",
         "In the family's default configuration of transformers; what depends on the config is listed below.",
-        "\n".join(_table(["model_type", "attention", "MLP", "norms", "residual", "linears"], map(_architecture, families()))),
+        "\n".join(_table(columns, map(_architecture, families()))),
         "## Fields and names",
         f"For every family: {every}. Rope types, unless said otherwise: {_code(rotary.FIELDS)}.",
         *("\n".join(_family(family)) for family in families()),
@@ -193,20 +202,25 @@ def _family(family: Family) -> Iterable[str]:
     if family.partial is not None:
         yield f"- `partial_rotary_factor` is {family.partial:g} unless the config has it."
     if family.rope:
-        yield f"- Rope fields of its own: {', '.join(f'`{theirs}` is `{ours}`' for theirs, ours in family.rope.items())}."
+        yield f"- Rope fields of its own: {_renamed(family.rope)}."
     if family.remote:
         yield "- `auto_map` of its config.json names remote code, which is not run: this is megalora's own."
     if family.aliases:
-        yield f"- Other names of fields: {', '.join(f'`{theirs}` is `{ours}`' for theirs, ours in family.aliases.items())}."
+        yield f"- Other names of fields: {_renamed(family.aliases)}."
     if family.fixed:
         yield f"- The only values that are implemented: {_fixed(family.fixed)}."
     if family.harmless:
         yield f"- Has no effect on training: {_code(sorted(family.harmless))}."
-    yield f"- Names: layers `{spec.stack.prefix}.N`, embedding `{spec.embedding.weight}`, head `{spec.head.names[0]}.weight`."
+    head = f"{spec.head.names[0]}.weight"
+    yield f"- Names: layers `{spec.stack.prefix}.N`, embedding `{spec.embedding.weight}`, head `{head}`."
     if family.files.prefix:
         yield f"- Files without the prefix `{family.files.prefix}` are read too."
     for start, ours in family.files.renames:
         yield f"- `{start}…` in a file is read as `{ours}…`."
+
+
+def _renamed(names: Mapping[str, str]) -> str:
+    return ", ".join(f"`{theirs}` is `{ours}`" for theirs, ours in names.items())
 
 
 def _fixed(fixed: Mapping[str, object]) -> str:

@@ -120,7 +120,9 @@ def test_published_configs_are_cut_into_stages(name):
     assert total == parameters
 
 
-@pytest.mark.parametrize("name", ["gemma-3-1b-it", "stablelm-2-12b", "OLMo-2-1124-7B", "Minitron-4B-Base", "starcoder2-3b"])
+@pytest.mark.parametrize(
+    "name", ["gemma-3-1b-it", "stablelm-2-12b", "OLMo-2-1124-7B", "Minitron-4B-Base", "starcoder2-3b"]
+)
 def test_published_configs_have_the_names_of_transformers(name):
     raw = dict(CONFIGS[name][0])
     config = transformers.CONFIG_MAPPING[raw["model_type"]](**{k: v for k, v in raw.items() if k != "model_type"})

@@ -105,7 +105,7 @@ def _activated(act: str, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Labelled(torch.autograd.Function):
-    """The labelled rows of the hidden states of all ranks: the gradient is the same on every rank, which takes its own."""
+    """The labelled rows of all ranks' hidden states. Their gradient is the same on every rank, which takes its own."""
 
     @staticmethod
     def forward(ctx, hidden, labelled, place):

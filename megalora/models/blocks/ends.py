@@ -1,4 +1,4 @@
-"""The ends of a model: what enters the first layer, and what the head reads. All is frozen but what an adapter trains."""
+"""The ends of a model: what enters the first layer, and what the head reads. Frozen, but for what an adapter trains."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Projection:
 
 
 class EmbeddingBlock:
-    """dropout(norm(project(scale * words) + positions + types)), each where the spec has it. Words are cut over tp, the rest not."""
+    """dropout(norm(project(scale * words) + positions + types)), each where the spec has it.
+
+    The words are cut over tp, the rest is not.
+    """
 
     def __init__(self, root: nn.Module, embedding: spec.Embedding, place: Placement, adapter: WordsAdapter):
         self.spec, self._place = embedding, place

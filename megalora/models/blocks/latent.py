@@ -1,5 +1,5 @@
-"""Latent attention (MLA): the projections to latents whole on every rank, over its own tokens; those up from them cut by
-heads, the output row-parallel.
+"""Latent attention (MLA): the projections to latents whole on every rank, over its own tokens; those up from them cut
+by heads, the output row-parallel.
 
 In generation the cache holds a token's latent and its rotated key features, one vector for all heads, and the products
 with kv_up move to the queries and the result: q k = (q U_k) latent, and p v = (p latent) U_v.

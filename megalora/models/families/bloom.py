@@ -41,8 +41,8 @@ FAMILY = Family(
     ("bloom",),
     read,
     reads=frozenset(
-        """hidden_size num_hidden_layers num_attention_heads vocab_size layer_norm_epsilon tie_word_embeddings seq_length
-        hidden_dropout attention_dropout""".split()
+        """hidden_size num_hidden_layers num_attention_heads vocab_size layer_norm_epsilon tie_word_embeddings
+        seq_length hidden_dropout attention_dropout""".split()
     ),
     fixed={"apply_residual_connection_post_layernorm": False, "slow_but_exact": False, "n_inner": None},
     harmless=frozenset(

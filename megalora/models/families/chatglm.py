@@ -1,4 +1,4 @@
-"""ChatGLM2 and ChatGLM3: grouped queries in one linear with biases, half of each head rotates, gate and up in one linear."""
+"""ChatGLM2 and ChatGLM3: grouped queries in one linear with biases, half of each head rotates, gate and up fused."""
 
 from megalora.models import rotary
 from megalora.models.family import Family, Fields
@@ -36,9 +36,10 @@ def read(hf: Fields) -> ModelSpec:
         Residual(attention, norm("input_layernorm"), dropout=hf.hidden_dropout),
         Residual(mlp, norm("post_attention_layernorm"), dropout=hf.hidden_dropout),
     )
+    last = norm("transformer.encoder.final_layernorm")
     return ModelSpec(
         Embedding("transformer.embedding.word_embeddings", hf.padded_vocab_size, size),
-        Stack("transformer.encoder.layers", (layer,) * hf.num_hidden_layers, norm("transformer.encoder.final_layernorm")),
+        Stack("transformer.encoder.layers", (layer,) * hf.num_hidden_layers, last),
         Head("transformer.output_layer", bool(hf.tie_word_embeddings)),
         hf.seq_length,
         task_heads=decoder_heads(hf),
@@ -55,8 +56,8 @@ FAMILY = Family(
         "apply_residual_connection_post_layernorm": False, "interleaved_qkv": False, "quantization_bit": 0,
     },
     harmless=frozenset(
-        """vocab_size apply_query_key_layer_scaling attention_softmax_in_fp32 bias_dropout_fusion fp32_residual_connection
-        original_rope prefix_projection classifier_dropout""".split()
+        """vocab_size apply_query_key_layer_scaling attention_softmax_in_fp32 bias_dropout_fusion
+        fp32_residual_connection original_rope prefix_projection classifier_dropout""".split()
     ),
     aliases={"num_layers": "num_hidden_layers"},
     defaults=_DEFAULTS,

@@ -1,4 +1,4 @@
-"""DeepSeek-V3, DeepSeek-R1 and DeepSeek-V3.1: latent attention, experts in groups chosen by corrected sigmoid scores."""
+"""DeepSeek-V3, DeepSeek-R1 and DeepSeek-V3.1: latent attention, grouped experts chosen by corrected sigmoid scores."""
 
 import dataclasses
 import math
@@ -54,7 +54,8 @@ def grouped_choice(hf: Fields, count: int) -> dict[str, int]:
     groups, kept = hf.n_group or 1, hf.topk_group or 1
     if count % groups or kept > groups:
         hf.fail(
-            f"n_group ({groups}) must divide n_routed_experts ({count}), and topk_group ({kept}) not exceed it: correct it"
+            f"n_group ({groups}) must divide n_routed_experts ({count}), "
+            f"and topk_group ({kept}) not exceed it: correct it"
         )
     if hf.num_experts_per_tok > kept * (count // groups):
         hf.fail(

@@ -1,4 +1,4 @@
-"""Falcon 7B, 40B, 180B, Falcon2-11B, Falcon-RW: one or few key/value heads in one linear with q, attention beside the MLP."""
+"""Falcon 7B, 40B, 180B, Falcon2-11B, Falcon-RW: one or few key/value heads, q k v fused, attention beside the MLP."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,9 +23,9 @@ from megalora.models.spec import (
 )
 
 FALCON_FIELDS = frozenset(
-    """hidden_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings layer_norm_epsilon num_kv_heads
-    multi_query new_decoder_architecture parallel_attn num_ln_in_parallel_attn bias alibi ffn_hidden_size activation
-    tie_word_embeddings hidden_dropout attention_dropout""".split()
+    """hidden_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings layer_norm_epsilon
+    num_kv_heads multi_query new_decoder_architecture parallel_attn num_ln_in_parallel_attn bias alibi ffn_hidden_size
+    activation tie_word_embeddings hidden_dropout attention_dropout""".split()
 )
 FALCON_FIXED: Mapping[str, Any] = {"apply_residual_connection_post_layernorm": False}
 FALCON_FILES = FileNames(prefix="transformer.")
@@ -37,7 +37,10 @@ def falcon(hf: Fields) -> ModelSpec:
         hf.hidden_size, hf.num_attention_heads, head_dim(hf), hf.new_decoder_architecture, hf.parallel_attn,
     )  # fmt: skip
     if new and not beside:
-        hf.fail("new_decoder_architecture without parallel_attn is not implemented: take config.json from the model's folder")
+        hf.fail(
+            "new_decoder_architecture without parallel_attn is not implemented: "
+            "take config.json from the model's folder"
+        )
     kv_heads = 1 if hf.multi_query and not new else hf.num_kv_heads
     if not new and kv_heads not in (1, heads):
         hf.fail(f"num_kv_heads = {kv_heads} is read with new_decoder_architecture only: remove it")

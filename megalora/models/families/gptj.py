@@ -1,4 +1,4 @@
-"""GPT-J: attention and MLP side by side behind one LayerNorm, neighbouring features of a head rotate, a head with a bias."""
+"""GPT-J: attention and MLP side by side behind one LayerNorm, neighbouring features rotate, the LM head has a bias."""
 
 from megalora.models import rotary
 from megalora.models.family import Family, Fields

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, DeepSeek-R1-Distill-Llama, SmolLM2: gated MLP, RMSNorm, grouped queries, no biases unless asked for."""
+"""Llama 2 and 3, DeepSeek-R1-Distill-Llama, SmolLM2: gated MLP, RMSNorm, grouped queries, biases only if asked for."""
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, gated_mlp, grouped_attention, llama_like

@@ -32,6 +32,7 @@ def read(hf: Fields) -> ModelSpec:
 
     layer = (step(attention, "self_attn_layer_norm"), step(mlp, "final_layer_norm"))
     at, narrow = "model.decoder", words != size
+    project_out = Linear(f"{at}.project_out", size, words) if narrow else None
     last = norm(f"{at}.final_layer_norm") if before and not hf._remove_final_layer_norm else None
     return ModelSpec(
         Embedding(
@@ -40,7 +41,7 @@ def read(hf: Fields) -> ModelSpec:
             project=Linear(f"{at}.project_in", words, size) if narrow else None,
         ),
         Stack(f"{at}.layers", (layer,) * hf.num_hidden_layers, last),
-        Head("lm_head", bool(hf.tie_word_embeddings), project=Linear(f"{at}.project_out", size, words) if narrow else None),
+        Head("lm_head", bool(hf.tie_word_embeddings), project=project_out),
         hf.max_position_embeddings,
         task_heads=decoder_heads(hf),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Phi-1, Phi-1.5 and Phi-2: attention and MLP side by side behind one LayerNorm, half of each head rotates, biases anywhere."""
+"""Phi-1, Phi-1.5 and Phi-2: attention beside MLP behind one LayerNorm, half of each head rotates, biases everywhere."""
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder_heads, head_dim, kv_heads, layer_norms, plain_mlp
@@ -41,8 +41,8 @@ FAMILY = Family(
     ("phi",),
     read,
     reads=frozenset(
-        """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size layer_norm_eps
-        max_position_embeddings tie_word_embeddings hidden_act qk_layernorm resid_pdrop embd_pdrop
+        """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size
+        layer_norm_eps max_position_embeddings tie_word_embeddings hidden_act qk_layernorm resid_pdrop embd_pdrop
         attention_dropout""".split()
     ),
     partial=0.5,

@@ -6,7 +6,8 @@ from megalora.models.spec import MLP, Attention, Linear, ModelSpec
 
 
 def read(hf: Fields) -> ModelSpec:
-    size, heads, kv, dim, inner = hf.hidden_size, hf.num_attention_heads, kv_heads(hf), head_dim(hf), hf.intermediate_size
+    size, heads, kv, dim = hf.hidden_size, hf.num_attention_heads, kv_heads(hf), head_dim(hf)
+    inner = hf.intermediate_size
     qkv = fused("self_attn.qkv_proj", size, (("q", heads), ("k", kv), ("v", kv)), dim)
     out = Linear("self_attn.o_proj", heads * dim, size)
     attention = Attention(qkv, qkv, qkv, out, heads, kv, dim, hf.rotary(dim), hf.sliding_window)

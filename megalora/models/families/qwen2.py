@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and DeepSeek-R1-Distill-Qwen: biases on q, k and v; layers from max_window_layers on may slide a window."""
+"""Qwen2, Qwen2.5 and DeepSeek-R1-Distill-Qwen: biases on q, k, v; layers from max_window_layers on may have windows."""
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, gated_mlp, grouped_attention, llama_like

@@ -15,4 +15,6 @@ def read(hf: Fields) -> ModelSpec:
     return llama_like(hf, attention, gated_mlp(hf))
 
 
-FAMILY = Family(("qwen3",), read, reads=LLAMA_FIELDS | WINDOW_FIELDS | {"attention_bias"}, fixed=LLAMA_FIXED, files=LLAMA_FILES)
+FAMILY = Family(
+    ("qwen3",), read, reads=LLAMA_FIELDS | WINDOW_FIELDS | {"attention_bias"}, fixed=LLAMA_FIXED, files=LLAMA_FILES
+)

@@ -7,8 +7,11 @@ from megalora.models.family import Fields
 from megalora.models.spec import ModelSpec
 
 NAMES = {
-    "n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads",
-}  # fmt: skip
+    "n_embed": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+}
 
 
 def read(hf: Fields) -> ModelSpec:
