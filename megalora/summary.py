@@ -194,13 +194,18 @@ def mean_context(rows: PackedRows) -> float:
 
 
 def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> float:
-    """Return what training on a token of these rows costs (see `monitor.flops`)."""
-    frozen = sum(linear.in_features * linear.out_features for linear, _ in config.linears.values())
+    """Return what training on a token of these rows costs (see `monitor.flops`); of experts, those that are chosen."""
+    frozen = sum(
+        linear.in_features * linear.out_features * config.shares.get(name, 1.0)
+        for name, (linear, _) in config.linears.items()
+    )
     if isinstance(config.head, Head):
         frozen += config.vocab_size * config.embedding.width  # tied or not
     return lora_flops_per_token(
         frozen_matmul_parameters=frozen,
-        lora_parameters=_lora_parameters(config, lora),
+        lora_parameters=sum(
+            size * config.shares.get(linear, 1.0) for linear, size in _lora_parameters(config, lora).items()
+        ),
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
         head_dim=config.head_dim,
@@ -208,7 +213,11 @@ def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> 
     )
 
 
-def _lora_parameters(config: ModelSpec, lora: ResolvedLora) -> int:
-    """Return the elements of the factors A and B; those of an embedding are looked up, as it is itself."""
-    factors = (".lora_A.weight", ".lora_B.weight")
-    return sum(math.prod(shape) for name, shape in trained_shapes(lora, config).items() if name.endswith(factors))
+def _lora_parameters(config: ModelSpec, lora: ResolvedLora) -> dict[str, int]:
+    """Return the elements of A and B by linear; those of an embedding are looked up, as it is itself."""
+    found: dict[str, int] = {}
+    for name, shape in trained_shapes(lora, config).items():
+        linear, dot, factor = name.partition(".lora_")
+        if dot and factor in ("A.weight", "B.weight"):
+            found[linear] = found.get(linear, 0) + math.prod(shape)
+    return found

@@ -304,6 +304,18 @@ class ModelSpec:
         }
 
     @cached_property
+    def shares(self) -> Mapping[str, float]:
+        """The share of all tokens that goes through a linear on average, by full name, where it is less than 1."""
+        return {
+            self.stack.of_layer(index, linear.name): mixer.router.top / mixer.count
+            for index, layer in enumerate(self.stack.layers)
+            for mixer in mixers_of(layer)
+            if isinstance(mixer, Experts)
+            for expert in range(mixer.count)
+            for linear in mixer.at(expert).linears
+        }
+
+    @cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor of the file, by full name, with its shape; without the head where it is tied."""
         found: dict[str, tuple[int, ...]] = dict(self.embedding.tensors())

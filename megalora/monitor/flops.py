@@ -17,8 +17,8 @@ from collections.abc import Iterable
 
 def lora_flops_per_token(
     *,
-    frozen_matmul_parameters: int,
-    lora_parameters: int,
+    frozen_matmul_parameters: float,
+    lora_parameters: float,
     num_hidden_layers: int,
     num_attention_heads: int,
     head_dim: int,
