@@ -14,7 +14,7 @@ echo "== 1/4  the model"
 python examples/get_smollm2.py --model_path "$model"
 
 echo "== 2/4  fine-tuning, tensor parallel 2 x pipeline parallel 2"
-OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 4 tools/finetune.py \
+OMP_NUM_THREADS=1 python -m megalora finetune --nproc 4 \
     --model_path "$model" \
     --data_path examples/data/self_cognition.json \
     --lora_config examples/lora_config.json \
@@ -32,7 +32,7 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 4 tools/finetune.py \
     --output_dir "$out"
 
 reply() { # reply OUTPUT_FILE FLAGS...
-    python tools/generate.py --model_path "$model" --prompts_file examples/data/demo_prompts.txt \
+    python -m megalora generate --model_path "$model" --prompts_file examples/data/demo_prompts.txt \
         --max_new_tokens 64 --output_file "$@"
 }
 echo "== 3/4  the replies of the base and of the tuned model"

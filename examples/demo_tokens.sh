@@ -14,7 +14,7 @@ echo "== 1/3  the model"
 python examples/get_minilm.py --model_path "$model"
 
 echo "== 2/3  fine-tuning, tensor parallel 2 x pipeline parallel 2"
-OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 4 tools/finetune.py \
+OMP_NUM_THREADS=1 python -m megalora finetune --nproc 4 \
     --model_path "$model" \
     --data_path examples/data/tagged.conll \
     --eval_data_path examples/data/tagged_held.conll \
@@ -34,6 +34,6 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 4 tools/finetune.py \
     --output_dir "$out"
 
 echo "== 3/3  the entities of a sentence, and F1 on the held-out ones"
-python tools/generate.py --model_path "$model" --resume_peft_from_checkpoint "$out" \
+python -m megalora generate --model_path "$model" --resume_peft_from_checkpoint "$out" \
     --prompt "Ximena Kowalski left the University of Porto for Atlas Airways in Copenhagen."
 tail -n 1 "$out/eval_metrics.jsonl"

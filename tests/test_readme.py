@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
 
 
@@ -17,8 +18,9 @@ def links(page: Path) -> list[tuple[str, str]]:
 
 
 def test_named_paths_exist():
-    named = set(re.findall(r"`((?:tests|megalora|examples|docs|benchmarks|tools|scripts)/[\w./-]*)`", README))
-    named |= set(re.findall(r"^(megalora/[\w./]+|benchmarks/|scripts/slurm/)\s", README, flags=re.MULTILINE))
+    text = README + DESIGN[: DESIGN.index("## A model is data")]
+    named = set(re.findall(r"`((?:tests|megalora|examples|docs|benchmarks|tools|scripts)/[\w./-]*)`", text))
+    named |= set(re.findall(r"^(megalora/[\w./]+|benchmarks/|scripts/slurm/)\s", text, flags=re.MULTILINE))
     assert named
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
@@ -41,11 +43,20 @@ def test_every_page_is_linked_from_the_readme():
 
 def test_files_that_the_design_names_exist():
     """In the table of what a change costs, paths are relative to the package; "new" files are to come."""
-    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
-    table = text[text.index("## What a change should cost") : text.index("## What proves it")]
+    table = DESIGN[DESIGN.index("## What a change should cost") : DESIGN.index("## What proves it")]
     named = re.findall(r"(new )?`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", table)
     assert len(named) > 15
     assert [path for new, path in named if not new and not (ROOT / "megalora" / path).exists()] == []
+
+
+def test_the_floors_of_the_design_name_every_module():
+    """Every module and package right below megalora/ is on a floor of the table."""
+    table = DESIGN[DESIGN.index("## Floors") : DESIGN.index("## A model is data")]
+    named = {name.rstrip("/") for name in re.findall(r"`([\w/]+)`", table)}
+    found = {
+        path.stem for path in (ROOT / "megalora").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert found - {"__init__", "__main__"} <= named
 
 
 def test_the_readme_is_short():

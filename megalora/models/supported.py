@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
@@ -23,55 +22,10 @@ from megalora.models.spec import (
     Rotary,
     mixers_of,
 )
+from megalora.models.tested import CELLS, FEATURES, cell
 
 MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
-
-
-class Feature(NamedTuple):
-    """A feature that reads the spec, so that every family has it, and the tests that run it on every family."""
-
-    name: str
-    tests: str
-    limits: str
-    needs_gpu: bool = False
-
-
-FEATURES = (
-    Feature(
-        "TP",
-        "tests/test_layouts.py",
-        "tensor parallelism; must divide the attention heads or `--uneven_heads true`",
-    ),
-    Feature("SP", "tests/test_layouts.py", "sequence parallelism, with tensor parallelism"),
-    Feature("PP", "tests/test_layouts.py", "pipeline parallelism, every schedule; at least one layer a stage"),
-    Feature("DP", "tests/test_layouts.py", "data parallelism"),
-    Feature("recompute", "tests/test_layouts.py", "none, selective (attention) or full"),
-    Feature(
-        "packing",
-        "tests/test_field_parity.py",
-        "documents of a row never see one another; losses and gradients are HF's",
-    ),
-    Feature(
-        "CUDA graphs",
-        "tests/test_gpu_step.py",
-        "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, softcap "
-        "and dropout of attention",
-        needs_gpu=True,
-    ),
-    Feature("generate", "tests/test_generation_parity.py", "greedy replies are transformers', word for word"),
-    Feature("plan", "tests/planning/test_nodes.py", "memory counted to the byte, one case for each kind of layer"),
-    Feature("convert", "tests/test_convert.py", "safetensors to shards and back, every bit kept"),
-    Feature("PEFT", "tests/test_convert_adapter.py", "adapters read and written, and merged into the base"),
-)
-# Families with which the tests marked `gpu` have passed on a GPU.
-RUN_ON_GPU = frozenset({"gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3"})
-
-
-def supports(family: Family, feature: Feature) -> str:
-    """Return the cell of the table: yes, or untested for what no GPU has run yet; labels, where no text is written."""
-    if feature.name == "generate" and not family.generates:
-        return "labels"
-    return "untested" if feature.needs_gpu and not RUN_ON_GPU.issuperset(family.types) else "yes"
+_COLUMNS = 3  # of families in README.md
 
 
 def summary(family: Family) -> tuple[str, str]:
@@ -97,19 +51,20 @@ def families() -> tuple[Family, ...]:
     return tuple(family for kind, family in sorted(known_families().items()) if kind == family.types[0])
 
 
-def feature_table(*, models: bool) -> list[str]:
-    """Return the table of families by features. models: with a column of published models."""
-    head = ["model_type", *(["models"] if models else []), *(feature.name for feature in FEATURES)]
-    rows = [
-        [_code(family.types), *([summary(family)[0]] if models else []), *(supports(family, each) for each in FEATURES)]
-        for family in families()
-    ]
+def feature_table() -> list[str]:
+    """Return the table of families by features."""
+    head = ["model_type", *(feature.name for feature in FEATURES)]
+    rows = [[_code(family.types), *(cell(each, family.types[0]) for each in FEATURES)] for family in families()]
     return _table(head, rows)
 
 
 def readme_table() -> str:
-    """Return the table of README.md, with its markers."""
-    return "\n".join([MARKERS[0], *feature_table(models=True), MARKERS[1]])
+    """Return the table of README.md, with its markers: families and their models, in order down three columns."""
+    cells = [[_code(family.types), summary(family)[0]] for family in families()]
+    height = -(-len(cells) // _COLUMNS)
+    cells += [["", ""]] * (_COLUMNS * height - len(cells))
+    rows = [[text for cell in cells[row::height] for text in cell] for row in range(height)]
+    return "\n".join([MARKERS[0], *_table(["model_type", "models"] * _COLUMNS, rows), MARKERS[1]])
 
 
 def models_page() -> str:
@@ -121,9 +76,11 @@ def models_page() -> str:
         "Written by `python -m megalora.models` from `megalora/models/families/`: do not edit this page.",
         "`model_type` is the field of `config.json`. The files are Hugging Face safetensors in bfloat16, float16 or "
         "float32. A field of `config.json` that would change the numbers and is not listed here is refused by name.",
-        "\n".join(feature_table(models=False)),
+        "\n".join(feature_table()),
+        "The features read the model's description, not its name, so that every family has them. The cells say what "
+        "the tests run:",
+        "\n".join(f"- `{said}`: {what}" for said, what in CELLS.items()),
         "\n".join(_table(["feature", "what it covers", "tested in"], _features())),
-        "`untested`: the tests that need a GPU have not been run with this family.",
         "## Architectures",
         "In the family's default configuration of transformers; what depends on the config is listed below.",
         "\n".join(_table(columns, map(_architecture, families()))),
@@ -135,7 +92,7 @@ def models_page() -> str:
 
 
 def _features() -> Iterable[list[str]]:
-    return ([each.name, each.limits, f"`{each.tests}`" + (" (GPU)" if each.needs_gpu else "")] for each in FEATURES)
+    return ([each.name, each.covers, _code(each.tests) + (" (GPU)" if each.needs_gpu else "")] for each in FEATURES)
 
 
 def _architecture(family: Family) -> list[str]:

@@ -1,0 +1,160 @@
+"""What is tested with each model type. tests/models/test_supported.py compares it with the tables of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Types = frozenset[str]
+
+CELLS: Mapping[str, str] = {
+    "yes": "a test of the suite runs it with this model type",
+    "proof": "only `make proof` runs it with this model type",
+    "cache": "a cache gives the same numbers token by token; replies are not compared with transformers'",
+    "shared": "no test runs it with this model type: the code is shared with those that are tested",
+    "untested": "needs a GPU, and no GPU has run it with this model type",
+    "labels": "a classifier: writes labels, not text",
+}
+"""The cells of the table of supported models, and what they say."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature that reads the spec, so that every family has it, and what is tested of it.
+
+    tests   files of the tests
+    covers  what it covers, and its limits
+    except_for  cell -> first model types of the families for which it is not "yes"
+    """
+
+    name: str
+    tests: tuple[str, ...]
+    covers: str
+    except_for: Mapping[str, Types] = field(default_factory=dict)
+    needs_gpu: bool = False
+
+
+def _types(names: str) -> Types:
+    return frozenset(names.split())
+
+
+_LAYOUTS = ("tests/test_layouts.py", "tests/test_modern.py", "tests/test_classic.py", "tests/test_experts.py")
+_LAYOUTS = (*_LAYOUTS, "tests/tasks/test_classes.py")
+_PARITY = ("tests/test_field_parity.py", "tests/test_modern.py", "tests/test_classic.py", "tests/tasks/test_classes.py")
+_REMOTE = "tests/models/test_remote_families.py"
+_FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
+_EXPERTS = "deepseek_v2 deepseek_v3 mixtral qwen2_moe qwen3_moe"
+_TODAY = (
+    "cohere cohere2 exaone4 gemma gemma2 gemma3_text glm glm4 granite nemotron olmo2 olmo3 smollm3 stablelm starcoder2"
+)
+_ENCODERS = "bert electra roberta"
+
+FEATURES = (
+    Feature(
+        "parity",
+        (*_PARITY, "tests/test_experts.py", _REMOTE),
+        "losses and gradients of adapters are those of transformers and peft (experts: of the merged model in "
+        "transformers; `btlm`, `chatglm`: of their published code written in plain torch)",
+        {"shared": _types(_FIRST_NAMES)},
+    ),
+    Feature(
+        "packing",
+        (*_PARITY, _REMOTE),
+        "documents of a row never see one another: the same losses and gradients as one by one",
+        {"shared": _types(f"{_FIRST_NAMES} {_EXPERTS}")},
+    ),
+    Feature(
+        "TP",
+        _LAYOUTS,
+        "tensor parallelism; must divide the attention heads or `--uneven_heads true`",
+        {"proof": _types("olmo2"), "shared": _types(_FIRST_NAMES)},
+    ),
+    Feature(
+        "SP",
+        _LAYOUTS,
+        "sequence parallelism, with tensor parallelism",
+        {
+            "proof": _types("cohere2 exaone4 glm olmo2 starcoder2"),
+            "shared": _types(f"{_FIRST_NAMES} bert bloom btlm phi roberta"),
+        },
+    ),
+    Feature(
+        "PP",
+        _LAYOUTS,
+        "pipeline parallelism, every schedule; at least one layer a stage",
+        {"proof": _types("cohere glm glm4 smollm3"), "shared": _types(f"{_FIRST_NAMES} chatglm gpt_neo mpt")},
+    ),
+    Feature(
+        "DP",
+        _LAYOUTS,
+        "data parallelism",
+        {
+            "proof": _types(_TODAY) - _types("cohere gemma2 glm4 smollm3"),
+            "shared": _types(f"{_FIRST_NAMES} bloom btlm codegen electra falcon gpt2 gpt_bigcode phi roberta"),
+        },
+    ),
+    Feature(
+        "recompute",
+        _LAYOUTS,
+        "selective (attention) or full",
+        {"proof": _types("glm"), "shared": _types(f"{_FIRST_NAMES} chatglm gpt_neo mpt roberta")},
+    ),
+    Feature(
+        "CUDA graphs",
+        ("tests/test_gpu_step.py",),
+        "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, softcap "
+        "and dropout of attention",
+        {
+            "untested": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS}")
+            | _types("bloom btlm chatglm codegen falcon gpt2 gpt_bigcode gpt_neo gptj mpt opt phi")
+        },
+        needs_gpu=True,
+    ),
+    Feature(
+        "generate",
+        (
+            *("tests/test_generation_parity.py", "tests/test_modern.py", "tests/test_classic_files.py"),
+            *("tests/test_classic.py", "tests/test_experts.py"),
+        ),
+        "greedy replies are transformers', token for token",
+        {
+            "cache": _types(f"{_FIRST_NAMES} btlm chatglm codegen gpt_bigcode gpt_neo mpt opt phi")
+            | _types("deepseek_v2 deepseek_v3 qwen2_moe"),
+            "shared": _types("mixtral qwen3_moe"),
+            "labels": _types(_ENCODERS),
+        },
+    ),
+    Feature(
+        "plan",
+        ("tests/planning/test_nodes.py",),
+        "what a microbatch keeps, counted to the byte",
+        {
+            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_ENCODERS}")
+            | _types("btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo mistral phi")
+        },
+    ),
+    Feature(
+        "convert",
+        ("tests/test_convert.py", "tests/test_classic_files.py"),
+        "safetensors to shards and back, every bit kept",
+        {
+            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS}")
+            | _types("bloom btlm chatglm codegen gpt_bigcode gpt_neo gptj mpt opt phi")
+        },
+    ),
+    Feature(
+        "PEFT files",
+        ("tests/test_convert_adapter.py", "tests/test_classic_files.py"),
+        "adapters that peft wrote are read, with the same logits; writing them and merging: the six of "
+        "tests/oracle.py, `gpt2` and `falcon`",
+        {"shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} btlm chatglm gpt_neo")},
+    ),
+)
+
+
+def cell(feature: Feature, kind: str) -> str:
+    """Return the table's cell of a family whose first model type is `kind`."""
+    for said, kinds in feature.except_for.items():
+        if kind in kinds:
+            return said
+    return "yes"
