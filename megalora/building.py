@@ -126,7 +126,7 @@ def build_stage(
     """This rank's stage, its parameters not filled yet. Collective. Raises UserError where the model cannot be cut so.
 
     workload      a microbatch of the run, for the stages' costs; None where nothing is trained
-    profile_file  a trace of megalora.profiling: the costs are made to add up to what it measured
+    profile_file  a trace of megalora.profiling: the costs of the workload are made to add up to what it measured
     schedule      one of SCHEDULES, and `fitting`: what of the workload's layers is computed again
     """
     check_layout(config, mesh.tp.size, mesh.pp.size, uneven_heads)
@@ -140,9 +140,9 @@ def build_stage(
 
     def reckon() -> LayerCosts:
         costs = layer_seconds(config, lora, mesh.tp.size, torch.device(place.device), workload)
-        if profile_file is None:
+        if profile_file is None or workload is None:
             return costs
-        return measured_costs(costs, read_profile(profile_file, config))
+        return measured_costs(costs, read_profile(profile_file, config, workload.base_format))
 
     costs = on_first(reckon, mesh.world)  # ranks on unlike devices must not cut the model differently
     layers = stage_layers(config, parts, partition_method, custom_partition, costs)

@@ -44,7 +44,7 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     if arguments.reserve >= memory:
         raise UserError(f"reserve ({arguments.reserve:g} GiB) is not less than memory ({memory:g} GiB): choose less")
     if arguments.profile_file is not None:
-        device = device.scaled(_slowness(arguments, config, lora, device))
+        device = device.scaled(_slowness(arguments, config, lora, device, base_format))
     cluster = Cluster(arguments.gpus, arguments.gpus_per_node, int((memory - arguments.reserve) * _GIB), device)
     plans, too_large = Planner(config, lora, cluster, _type(arguments)).search(_wanted(arguments, base_format))
     if not plans:
@@ -99,9 +99,11 @@ def _wanted(arguments: PlanArguments, base_format: str) -> Wanted:
     )
 
 
-def _slowness(arguments: PlanArguments, config: ModelSpec, lora: ResolvedLora, device: Device) -> float:
+def _slowness(
+    arguments: PlanArguments, config: ModelSpec, lora: ResolvedLora, device: Device, base_format: str
+) -> float:
     """How many times as long as counted the compute of the profiled run took."""
-    measured = read_profile(arguments.profile_file, config)
+    measured = read_profile(arguments.profile_file, config, base_format)
     dtype = arguments.dtype
     if DTYPES[dtype].itemsize != measured.element:
         dtype = next(name for name, one in DTYPES.items() if one.itemsize == measured.element)
@@ -117,6 +119,8 @@ def _slowness(arguments: PlanArguments, config: ModelSpec, lora: ResolvedLora, d
         element=DTYPES[arguments.dtype].itemsize,
         sequence_parallel=measured.sequence_parallel,
         recompute=measured.recompute_method,
+        base_format=base_format,
+        context_parallel=measured.context_parallel,
     )
     shape = shape_of(config, lora, measured.tp, _type(arguments))
     last = len(measured.layers) - 1

@@ -126,10 +126,12 @@ def recorded_steps(steps: int, first_step: int, total_steps: int, graphs: bool) 
 class Measured:
     """Mean seconds of a microbatch in each part of the model (stage, or chunk of one), and what it was measured on.
 
-    layers   [first, stop) of each part
-    model    as `model_words` says it
-    device   a name of megalora.planning.devices
-    element  bytes of a value of the compute dtype
+    layers            [first, stop) of each part
+    model             as `model_words` says it
+    device            a name of megalora.planning.devices
+    element           bytes of a value of the compute dtype
+    base_format       of the frozen linears, one of choices.BASE_FORMATS
+    context_parallel  ranks that shared the rows' tokens
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -144,6 +146,8 @@ class Measured:
     model: str
     device: str
     element: int
+    base_format: str = "dense"
+    context_parallel: int = 1
 
     @property
     def totals(self) -> list[float]:
@@ -199,8 +203,11 @@ def write_profile(
     return f"profile of {len(recorded[0])} steps: {folder / TRACE} (chrome://tracing, Perfetto), {folder / DRAWING}"
 
 
-def read_profile(path: str | Path, config: ModelSpec) -> Measured:
-    """The Measured of a trace. Raises UserError where the file is none, or of another model than that of `config`."""
+def read_profile(path: str | Path, config: ModelSpec, base_format: str) -> Measured:
+    """The Measured of a trace.
+
+    Raises UserError where the file is none, or of another model than that of `config`, or of a base in another format.
+    """
     try:
         trace = read_json(Path(path), f"name a {TRACE} of a run with --profile", what="profile_file", most=TRACE_BYTES)
         fields = trace["otherData"]["measured"]
@@ -216,6 +223,11 @@ def read_profile(path: str | Path, config: ModelSpec) -> Measured:
     ours = f"{model_words(config)}, {config.num_hidden_layers} layers"
     if theirs != ours:
         raise UserError(f"profile_file {path} is of {theirs}; this model is {ours}: profile a run of this model")
+    if measured.base_format != base_format:
+        raise UserError(
+            f"profile_file {path} is of a run whose base was in {measured.base_format}, not in {base_format}: give "
+            f"--base_format {measured.base_format}, or profile a run with the base in {base_format}"
+        )
     return measured
 
 
@@ -274,6 +286,8 @@ def _measured(recorded: Sequence, columns: Sequence[range], plan: Plan, model: s
         model,
         device,
         layout.work.element,
+        layout.work.base_format,
+        layout.work.context_parallel,
     )
 
 

@@ -77,12 +77,12 @@ def test_computes_and_phases_are_recorded_within_chosen_steps_only():
     assert seen == ["forward", "communication"] * 3, "the run's own clock misses nothing"
 
 
-def profile_of(folder, parts=(2, 2), seconds=(1.0, 2.0)):
+def profile_of(folder, parts=(2, 2), seconds=(1.0, 2.0), **work):
     """A written profile of two stages, 3 microbatches: forward and backward of stage s take seconds[s] each."""
     config = config_from_dict(FIELDS)
     lora = resolve_lora(LoraConfig.from_dict({"r": 4}), config)
     ranges = partition("custom", [1] * 4, len(parts), custom=parts)
-    layout = Layout(1, len(parts), 1, "1f1b", 1, 3, Workload(1, 64))
+    layout = Layout(1, len(parts), 1, "1f1b", 1, 3, Workload(1, 64, **work))
     plan = predicted(config, lora, layout, ranges, torch.device("cpu"))
     recorded = []
     for each in seconds[: len(parts)]:
@@ -114,7 +114,7 @@ def test_the_trace_is_chromes_and_the_drawing_has_what_was_measured_beside_the_p
 
 def test_a_later_run_balances_what_was_measured(tmp_path):
     profile_of(tmp_path)
-    measured = read_profile(tmp_path / "trace.json", config_from_dict(FIELDS))
+    measured = read_profile(tmp_path / "trace.json", config_from_dict(FIELDS), "dense")
     assert measured.totals == pytest.approx([2.0, 4.0]) and measured.layers == ((0, 2), (2, 4))
     costs = measured_costs(LayerCosts((1.0,) * 4, 0.0, 0.1), measured)
     assert costs.layers == pytest.approx((1.0,) * 4) and costs.last == pytest.approx(2.0), "the head takes the rest"
@@ -124,7 +124,7 @@ def test_a_later_run_balances_what_was_measured(tmp_path):
 
 def test_a_single_stage_scales_all_alike(tmp_path):
     profile_of(tmp_path, parts=(4,), seconds=(3.0,))
-    measured = read_profile(tmp_path / "trace.json", config_from_dict(FIELDS))
+    measured = read_profile(tmp_path / "trace.json", config_from_dict(FIELDS), "dense")
     costs = measured_costs(LayerCosts((1.0,) * 4, 0.5, 1.5), measured)
     assert (*costs.layers, costs.first, costs.last) == pytest.approx((1.0,) * 4 + (0.5, 1.5))
 
@@ -134,11 +134,20 @@ def test_what_is_no_profile_of_this_model_is_an_error(tmp_path):
     (tmp_path / "other.json").write_text('{"traceEvents": []}')
     for other in ({"num_hidden_layers": 8}, {"intermediate_size": 4096}, {"model_type": "mistral"}):
         with pytest.raises(UserError, match="4 layers; this model is .*: profile a run of this model"):
-            read_profile(tmp_path / "trace.json", config_from_dict(FIELDS | other))
+            read_profile(tmp_path / "trace.json", config_from_dict(FIELDS | other), "dense")
     with pytest.raises(UserError, match="other.json is not"):
-        read_profile(tmp_path / "other.json", config_from_dict(FIELDS))
+        read_profile(tmp_path / "other.json", config_from_dict(FIELDS), "dense")
     with pytest.raises(UserError, match="cannot be read"):
-        read_profile(tmp_path / "none.json", config_from_dict(FIELDS))
+        read_profile(tmp_path / "none.json", config_from_dict(FIELDS), "dense")
+
+
+def test_a_profile_of_a_base_in_another_format_is_an_error(tmp_path):
+    config = config_from_dict(FIELDS)
+    profile_of(tmp_path, base_format="fp8", context_parallel=2)
+    measured = read_profile(tmp_path / "trace.json", config, "fp8")
+    assert (measured.base_format, measured.context_parallel) == ("fp8", 2)
+    with pytest.raises(UserError, match="base was in fp8, not in dense: give --base_format fp8, or profile a run with"):
+        read_profile(tmp_path / "trace.json", config, "dense")
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
