@@ -27,6 +27,7 @@ from megalora.building import (
     check_task,
     load_adapter,
     load_base_weights,
+    resolve_base,
     resolve_dtype,
     resolve_lora,
 )
@@ -42,7 +43,7 @@ from megalora.data.tokenizer import open_tokenizer
 from megalora.errors import UserError
 from megalora.files import write_file
 from megalora.flags import GenerateArguments, GenerationArguments
-from megalora.identity import adapter_labels, base_identity, check_base
+from megalora.identity import adapter_labels, base_identity, check_base, other_base_format
 from megalora.models.config import check_layout, check_length, read_config
 from megalora.models.inputs import Inputs, training_inputs
 from megalora.models.spec import ModelSpec
@@ -87,7 +88,11 @@ def classify(
     on_first(lambda: check_base(adapter, base_identity(config, weights, opened.tokenizer)), mesh.world)
     asked = _asked(arguments.generation, rendering, config, mesh)
     with together(mesh.world):
-        place = Placement(mesh.tp, False, resolve_dtype(model.dtype, device), device)
+        base = resolve_base(model.base_format, config)
+        place = Placement(mesh.tp, False, resolve_dtype(model.dtype, device), device, base=base)
+        if mesh.world.is_first:
+            for note in (*adapter.notes, *other_base_format(adapter, base.name)):
+                print(f"megalora: {note}", file=sys.stderr, flush=True)
         stage, _ = build_stage(
             config,
             mesh,

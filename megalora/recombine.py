@@ -151,7 +151,7 @@ def _extract(arguments: Conversion) -> None:
         made[name], gone, all_of_it = nearest(difference, min(arguments.extracted.rank, *difference.shape))
         lost, whole = lost + gone**2, whole + all_of_it**2
     weights = {f"{name}.weight" for name in config.linears}
-    apart = [n for n in config.tensors if n not in weights and not torch.equal(_read(tuned, n), _read(base, n))]
+    apart = [n for n in config.tensors if n not in weights and not _same(tuned, base, n)]
     if not made:
         raise UserError(
             f"{arguments.paths.input}: its linears are those of {arguments.base.base}: there is nothing to extract"
@@ -162,6 +162,13 @@ def _extract(arguments: Conversion) -> None:
         print(f"megalora: {what}", file=sys.stderr)
     like = {"base_model_name_or_path": str(arguments.base.base)}
     _write(arguments, _plain(made, like, arguments.paths.input), arguments.base.base)
+
+
+def _same(one: BaseWeights, other: BaseWeights, name: str) -> bool:
+    """Whether a tensor is the same in both, or in neither (a head)."""
+    if name not in one.shapes or name not in other.shapes:
+        return name not in one.shapes and name not in other.shapes
+    return torch.equal(_read(one, name), _read(other, name))
 
 
 def _read(weights: BaseWeights, name: str) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from megalora.building import Engine
 from megalora.checkpoint.adapter.peft import peft_caution
 from megalora.checkpoint.run.folder import remove_export
-from megalora.checkpoint.run.state import iteration_folder
+from megalora.checkpoint.run.state import iteration_folder, note_best
+from megalora.choices import CLASSIFICATION
 from megalora.cluster.preemption import CTRL_C, Preemption
 from megalora.cluster.watch import Watch
 from megalora.data import steps_ahead
@@ -28,7 +29,7 @@ from megalora.planning.nodes import Workload
 from megalora.profiling import Profiler, model_words, recorded_steps, write_profile
 from megalora.saving import RunSaver, export
 from megalora.starting import Beginning
-from megalora.summary import layout_of
+from megalora.summary import generate_command, layout_of
 from megalora.tasks import TASKS
 from megalora.training import StepResult
 
@@ -211,12 +212,17 @@ class Session:
         elif self.evaluations.exhausted(self.arguments.train.early_stopping_patience) and self.beginning.continues:
             self.saved = self.saved or Path(self.beginning.start.checkpoint.where)
         if self.saved is not None:
-            chosen = self._best_saved() or self.saved
+            best = self._best_saved()
+            chosen = best or self.saved
             self.monitor.note(f"adapter: {chosen}, and for peft: {self._export(chosen)}")
+            step = None if best is None else self.evaluations.best.step
+            on_first(lambda: note_best(self.arguments.train.output_dir, step), self.mesh.world)
             config = self.beginning.config
             caution = peft_caution(config.model_type, self.beginning.lora.adapters, config.routers)
             if caution is not None:
                 self.monitor.note(caution)
+            task = self.beginning.lora.config.task_type
+            self.monitor.note(f"try it: {generate_command(self.arguments, self.mesh, task in CLASSIFICATION)}")
 
     def _best_saved(self) -> Path | None:
         """Return the checkpoint with the lowest evaluation loss where it is to be kept and is there. Collective."""

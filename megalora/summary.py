@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import shlex
 from typing import Any
 
 import torch
@@ -42,6 +43,24 @@ def start_up_table(
         },
         "training": _training(arguments.train, begun),
     }
+
+
+def generate_command(arguments: FinetuneArguments, mesh: ParallelMesh, classifies: bool) -> str:
+    """Return the command line that tries the adapter of a run: a chat, or the label of a text."""
+    model, processes = arguments.model, mesh.tp.size * mesh.pp.size
+    given = {
+        "model_path": model.model_path,
+        "resume_peft_from_checkpoint": arguments.train.output_dir,
+        "resume_from_checkpoint": model.resume_from_checkpoint,
+        "base_format": None if model.base_format == "auto" else model.base_format,
+        "nproc": processes if processes > 1 else None,
+        "tensor_parallel_size": mesh.tp.size if mesh.tp.size > 1 else None,
+        "pipeline_parallel_size": mesh.pp.size if mesh.pp.size > 1 else None,
+        "uneven_heads": "true" if arguments.parallel.uneven_heads else None,
+        "prompt": "a text to label" if classifies else None,
+    }
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(["megalora", "generate", *words])
 
 
 def forecast(

@@ -117,6 +117,17 @@ def test_what_does_not_fit_is_told(task, rows, flags, told, model, tmp_path):
         tune(tmp_path, model, task, rows, **flags)
 
 
+def test_a_classifier_is_of_the_base_that_is_asked_for(model, tmp_path, capfd):
+    tune(tmp_path, model, "SEQ_CLS", TEXTS, max_steps=2, base_format="nf4")
+    capfd.readouterr()
+    adapter = {"model_path": model, "resume_peft_from_checkpoint": tmp_path / "run", "prompt": "Ada is good"}
+    (nf4,) = megalora.generate(**adapter, base_format="nf4")
+    assert "is used on it in" not in capfd.readouterr().err
+    (dense,) = megalora.generate(**adapter)
+    assert "was trained on the base in nf4, and is used on it in dense" in capfd.readouterr().err
+    assert nf4["scores"] != dense["scores"]
+
+
 def test_a_classifier_does_not_chat(model, tmp_path):
     tune(tmp_path, model, "SEQ_CLS", TEXTS, max_steps=1)
     adapter = {"model_path": model, "resume_peft_from_checkpoint": tmp_path / "run"}

@@ -91,6 +91,20 @@ def test_an_adapter_comes_back_out_of_a_merged_model(tmp_path, capsys):
     assert float(told.split("relative error ")[1].split()[0]) > 0.1
 
 
+def test_heads_that_one_model_alone_has_are_counted(tmp_path, capsys):
+    """As of an encoder and the classifier that was made of it."""
+    torch.manual_seed(0)
+    fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.BertConfig(**fields, num_attention_heads=2, max_position_embeddings=32)
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    tuned.bert.encoder.layer[0].output.dense.weight.data += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    flags = ["--input", tmp_path / "tuned", "--base", tmp_path / "base", "--output", tmp_path / "out"]
+    told = done(capsys, "adapter", "extract", *flags, "--rank", 1)
+    assert "over 1 linears" in told and "2 tensors that are no linears differ too" in told
+
+
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 def test_a_start_that_changes_the_base_is_pefts_and_becomes_plain_lora(tmp_path, capsys, kind):
     base = base_model(tmp_path / "base")

@@ -8,6 +8,7 @@ import pytest
 import tiny
 from tiny import metrics, tune
 
+from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import read_adapter
 from megalora.monitor.evaluations import Evaluations
 from megalora.training import Trainer
@@ -56,6 +57,10 @@ def test_a_run_stops_early_and_exports_the_best(inputs, tmp_path):
     assert "stopped early: no lower evaluation loss in the last 2 evaluations; the lowest is 2.0000" in done.out
     assert checkpoints(folder) == ["iter_0000004", "iter_0000008"], "the newest, and the best"
     assert same(folder, 4) and not same(folder, 8)
+    assert f"--resume_peft_from_checkpoint {folder}" in done.out.splitlines()[-1], "the command that tries it"
+    found = open_adapter(folder)
+    assert found.where.endswith("iter_0000004"), "the result of a run is what it exported"
+    assert "has the lowest evaluation loss of the run, and is taken; the newest" in found.notes[0]
     shutil.rmtree(folder / "peft")
     done, evaluations = run(inputs, folder, [], keep_best=True, early_stopping_patience=2)
     assert "stopped early" in done.out and evaluations == 0
@@ -68,5 +73,6 @@ def test_a_resumed_run_remembers_the_best(inputs, tmp_path):
     shutil.rmtree(folder / "peft")
     done, evaluations = run(inputs, folder, LOSSES[3:], keep_best=True, lr_scheduler_type="constant")
     assert evaluations == 2 and "continuing after step 6" in done.out
+    assert open_adapter(folder).where.endswith("iter_0000010") and not open_adapter(folder).notes
     assert checkpoints(folder) == ["iter_0000010"], "the last is the best"
     assert same(folder, 10)

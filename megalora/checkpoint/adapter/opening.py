@@ -10,12 +10,13 @@ from megalora.checkpoint.adapter.merak import read_reference, reference_folder
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.layout import has_shards
 from megalora.checkpoint.manifest import MANIFEST
-from megalora.checkpoint.run.state import is_iteration, newest_sound, verified
+from megalora.checkpoint.run.state import is_iteration, result_of, verified
 from megalora.errors import UserError
 
 
 def open_adapter(path: str | Path) -> AdapterCheckpoint:
-    """The whole adapter in `path`: of a run the newest sound checkpoint, with `notes` on those passed over.
+    """The whole adapter in `path`: of a run its best checkpoint (keep_best) or the newest sound one, with `notes`
+    on those passed over.
 
     What the folder holds decides, not its name.
     Raises UserError where there is none, or where it is damaged.
@@ -33,7 +34,7 @@ def open_adapter(path: str | Path) -> AdapterCheckpoint:
             verified(path)
         return read_adapter(path)
     run = path.parent if path.name == "checkpoints" else path
-    saved, complaints = newest_sound(run)
+    saved, complaints = result_of(run)
     if saved is not None:
         return replace(read_adapter(saved.folder), notes=tuple(complaints))
     if complaints:

@@ -19,6 +19,7 @@ from megalora.tokenizer_files import remove_tokenizer
 
 MARKER = ".megalora.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"  # where a run exported another checkpoint than its newest
 PROBE = ".probe"  # in the folder of the checkpoints
 ITERATION = re.compile(r"iter_(\d{7,})")
 EXPORT_FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST)
@@ -133,6 +134,7 @@ def remove_export(output_dir: str | Path) -> None:
     check_own(output_dir)
     folder = export_folder(output_dir)
     try:
+        (checkpoints_folder(output_dir) / BEST).unlink(missing_ok=True)
         _clear_export(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be cleared ({error}): remove it, or name another output_dir") from None
@@ -147,7 +149,7 @@ def remove_run(output_dir: str | Path) -> None:
     check_own(output_dir)
     checkpoints, events = checkpoints_folder(output_dir), output_dir / _EVENTS
     try:
-        for file in (checkpoints / TRACKER, checkpoints / PROBE):
+        for file in (checkpoints / TRACKER, checkpoints / BEST, checkpoints / PROBE):
             file.unlink(missing_ok=True)
             aside_of(file).unlink(missing_ok=True)
         for folder in [*checkpoints.glob("iter_*"), *checkpoints.glob(".iter_*.tmp")]:

@@ -3,10 +3,12 @@
 {output_dir}/checkpoints/iter_0000010/manifest.json         sizes and SHA-256 of its files, identity
 {output_dir}/checkpoints/iter_0000010/mp_rank_XX_pp_rank_YYY/...
 {output_dir}/checkpoints/latest_checkpointed_iteration.txt  "10", moved when all of it is on disk
+{output_dir}/checkpoints/best_checkpointed_iteration.txt    where keep_best exported another checkpoint than the newest
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.checkpoint.manifest import MANIFEST, entry_of, verify, write_manifest
-from megalora.checkpoint.run.folder import ITERATION, PROBE, TRACKER, checkpoints_folder
+from megalora.checkpoint.run.folder import BEST, ITERATION, PROBE, TRACKER, checkpoints_folder
 from megalora.errors import UserError
 from megalora.files import put_in_place, read_bytes, sync_folder, write_file
 
@@ -204,6 +206,34 @@ def newest_sound(output_dir: str | Path) -> tuple[SavedCheckpoint | None, list[s
             complaints.append(str(error))
     complaint = _tracker_complaint(checkpoints_folder(output_dir) / TRACKER, found)
     return found, complaints + ([complaint] if complaint else [])
+
+
+def note_best(output_dir: str | Path, step: int | None) -> None:
+    """Note that the result of the run is the checkpoint of `step`; None: its newest. For one rank."""
+    file = checkpoints_folder(output_dir) / BEST
+    if step is None:
+        file.unlink(missing_ok=True)
+    else:
+        write_file(file, f"{step}\n".encode())
+
+
+def result_of(output_dir: str | Path) -> tuple[SavedCheckpoint | None, list[str]]:
+    """Return the checkpoint that is the result of a run, and lines for the user.
+
+    It is the best one where the run noted that, else the newest sound one.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        step = int(read_bytes(checkpoints_folder(output_dir) / BEST, most=1 << 10))
+        newest = next((step for step, _ in _iterations(output_dir)), step)
+        if step != newest:
+            try:
+                best = verified(iteration_folder(output_dir, step))
+            except UserError as error:
+                found, complaints = newest_sound(output_dir)
+                return found, [f"the checkpoint with the lowest evaluation loss cannot be used: {error}", *complaints]
+            lowest = f"{best.folder}: has the lowest evaluation loss of the run, and is taken"
+            return best, [f"{lowest}; the newest checkpoint is of step {newest}"]
+    return newest_sound(output_dir)
 
 
 def verified(folder: str | Path) -> SavedCheckpoint:
