@@ -83,9 +83,9 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     _refuse_unread(raw, hf, family, where)
     sliding = rotary.read_sliding_rope(raw, family.sliding_theta, family.partial, where)
     spec = family.read(Fields(hf, family, rope, where, sliding))
-    if not spec.rotaries and rope["rope_type"] != "default":
-        kind = rope["rope_type"]
-        raise UserError(f"{where}: rope_type = {kind!r}, but this model has no rotary positions: remove it")
+    if rope["rope_type"] != "default" and not (family.rotates and spec.rotaries):
+        kind, why = rope["rope_type"], "takes no rope fields" if spec.rotaries else "has no rotary positions"
+        raise UserError(f"{where}: rope_type = {kind!r}, but this model {why}: remove it")
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     further = range(spec.num_hidden_layers, spec.num_hidden_layers + spec.predicting)
     passed = tuple(spec.stack.of_layer(index, "") for index in further)
@@ -243,9 +243,7 @@ def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False
             f"it out"
         )
     if inner < tp:
-        raise UserError(
-            f"tensor_parallel_size ({tp}) is more than intermediate_size ({inner}): choose less"
-        )
+        raise UserError(f"tensor_parallel_size ({tp}) is more than intermediate_size ({inner}): choose less")
     fewest = min((mixer.count for mixer in config.mixers if isinstance(mixer, Experts)), default=tp)
     if fewest < tp:
         raise UserError(

@@ -1,6 +1,7 @@
 """Published configs of the older decoders: read as their makers wrote them, with the parameters that they have."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -55,6 +56,13 @@ def test_names_and_shapes_are_those_of_transformers(name):
     assert config_from_dict(raw).tensors == {n: tuple(p.shape) for n, p in theirs.named_parameters()}
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_config_is_read_without_a_warning(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config_from_dict(CONFIGS[name][0])
+
+
 @pytest.mark.parametrize(
     "raw, said",
     [
@@ -64,7 +72,8 @@ def test_names_and_shapes_are_those_of_transformers(name):
         (GPT2 | {"n_embd": 768, "hidden_size": 1024}, "are one field"),
         (GPT2 | {"activation_function": "swiglu"}, "activation_function"),
         (GPT2 | {"attn_pdrop": 1.5}, "attn_pdrop"),
-        (GPT2 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
+        (GPT2 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type .* has no rotary positions"),
+        (CONFIGS["codegen-6B"][0] | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type .* no rope fields"),
         (MPT | {"attn_config": {"alibi": False}}, r"attn_config\.alibi"),
         (MPT | {"attn_config": {"qk_gn": True}}, r"attn_config\.qk_gn"),
         (MPT | {"norm_type": "rmsnorm"}, "norm_type"),

@@ -49,6 +49,7 @@ FAMILY = Family(
         """pretraining_tp attention_softmax_in_fp32 bias_dropout_fusion masked_softmax_fusion offset_alibi skip_bias_add
         skip_bias_add_qkv unk_token_id""".split()
     ),
+    rotates=False,
     aliases={"n_embed": "hidden_size"},
     files=FileNames(prefix="transformer."),
 )

@@ -41,4 +41,4 @@ def read(hf: Fields) -> ModelSpec:
     return gptj_like(hf, qkv, qkv, qkv)
 
 
-FAMILY = Family(("codegen",), read, reads=GPTJ_FIELDS, harmless=GPTJ_HARMLESS, files=GPTJ_FILES)
+FAMILY = Family(("codegen",), read, reads=GPTJ_FIELDS, harmless=GPTJ_HARMLESS, files=GPTJ_FILES, rotates=False)

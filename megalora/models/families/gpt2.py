@@ -69,4 +69,5 @@ FAMILY = Family(
     reads=GPT2_FIELDS | {"scale_attn_by_inverse_layer_idx"},
     harmless=GPT2_HARMLESS,
     files=GPT2_FILES,
+    rotates=False,
 )

@@ -18,4 +18,5 @@ FAMILY = Family(
         "num_key_value_heads inference_runner pad_key_length pre_allocate_kv_cache validate_runner_input".split()
     ),
     files=GPT2_FILES,
+    rotates=False,
 )

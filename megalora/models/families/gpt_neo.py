@@ -51,6 +51,7 @@ FAMILY = Family(
         attention_dropout embed_dropout resid_dropout classifier_dropout""".split()
     ),
     optional=frozenset({"intermediate_size"}),
+    rotates=False,
     harmless=frozenset(
         """summary_type summary_use_proj summary_activation summary_proj_to_labels
         summary_first_dropout gradient_checkpointing""".split()

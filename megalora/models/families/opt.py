@@ -58,4 +58,5 @@ FAMILY = Family(
     fixed={"layerdrop": 0.0, "layer_norm_elementwise_affine": True, "activation_dropout": 0.0},
     harmless=frozenset("init_std output_projection learned_embeddings scale_embeddings".split()) - {"scale_embeddings"},
     files=FileNames((("decoder.", "model.decoder."),), prefix="model."),
+    rotates=False,
 )
