@@ -19,7 +19,6 @@ import torch
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import (
     build_stage,
-    check_task,
     load_adapter,
     load_base_weights,
     resolve_base,
@@ -49,7 +48,7 @@ from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader
 from megalora.identity import adapter_template, base_identity, check_base, other_base_format
-from megalora.models.config import check_layout, check_length, read_config
+from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
@@ -146,7 +145,8 @@ def _open(arguments: GenerateArguments, mesh: ParallelMesh) -> _Opened:
     tokenizer = reader = None
     with together(world):
         config = read_config(model.model_path)
-        check_task("CAUSAL_LM", config, f"model_path {model.model_path}")
+        labels = "to label texts, give its classifier's adapter as resume_peft_from_checkpoint; else name another model"
+        check_writes_text(config, model.model_path, labels)
         check_layout(config, mesh.tp.size, mesh.pp.size, arguments.parallel.uneven_heads)
         longer = None if options.seq_length is None else check_length(config, options.seq_length)
         context = options.seq_length or config.max_position_embeddings

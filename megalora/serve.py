@@ -26,7 +26,6 @@ from megalora.adapters.shared import SharedAdapters, share
 from megalora.building import (
     build_stage,
     check_adapter,
-    check_task,
     load_adapter,
     load_base_weights,
     resolve_base,
@@ -35,6 +34,7 @@ from megalora.building import (
 )
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
+from megalora.choices import CLASSIFICATION
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate
@@ -49,7 +49,7 @@ from megalora.generation.replica import Replica
 from megalora.generation.sampling import Sampling
 from megalora.generation.text import Reader
 from megalora.identity import adapter_template, base_identity, check_base, other_base_format
-from megalora.models.config import check_layout, check_length, read_config
+from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import on_first, together
@@ -75,7 +75,7 @@ def serve(arguments: Serving) -> None:
         with together(mesh.world):  # before the weights are loaded: a port that is taken is known at once
             listening = stack.enter_context(bind(options.host, options.port)) if mesh.world.is_first else None
             config = read_config(arguments.served.model_path)
-            check_task("CAUSAL_LM", config, f"model_path {arguments.served.model_path}")
+            check_writes_text(config, arguments.served.model_path, "megalora generate labels texts; or name another")
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
             context = on_first(lambda: _context(config, options.seq_length), mesh.world)
         read = on_first(lambda: _read(arguments, config), mesh.world)
@@ -110,6 +110,12 @@ def _read(arguments: Serving, config: ModelSpec) -> _Read:
     identity, adapters, templates, notes = None, [], [], []
     for name, folder in names:
         adapter = open_adapter(folder)
+        task = adapter.lora_config.get("task_type")
+        if task in CLASSIFICATION:  # told first: the base with its head has another identity
+            raise UserError(
+                f"adapter {name} ({adapter.where}) is of task_type {task}, which writes no text",
+                "name an adapter of task_type CAUSAL_LM",
+            )
         if identity is None:
             weights = arguments.served.resume_from_checkpoint or arguments.served.model_path
             identity = base_identity(config, weights, tokenizer)
@@ -125,11 +131,6 @@ def _read(arguments: Serving, config: ModelSpec) -> _Read:
 
 def _resolved(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:
     lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
-    if lora_config.task_type != "CAUSAL_LM":
-        raise UserError(
-            f"adapter {name} ({adapter.where}) is of task_type {lora_config.task_type}, which writes no text",
-            "name an adapter of task_type CAUSAL_LM",
-        )
     for field in ("bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
         if (value := getattr(lora_config, field)) not in (None, False, "none", (), {}):
             raise _not_shared(name, adapter, f"{field} = {value!r}")

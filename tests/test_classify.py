@@ -12,6 +12,7 @@ import transformers
 import megalora
 from megalora import cli
 from megalora.errors import UserError
+from megalora.models.config import check_writes_text, config_from_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
 
@@ -126,6 +127,14 @@ def test_a_classifier_is_of_the_base_that_is_asked_for(model, tmp_path, capfd):
     (dense,) = megalora.generate(**adapter)
     assert "was trained on the base in nf4, and is used on it in dense" in capfd.readouterr().err
     assert nf4["scores"] != dense["scores"]
+
+
+def test_an_encoder_alone_is_told_what_it_lacks():
+    fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = config_from_dict(fields | {"model_type": "bert", "num_attention_heads": 2})
+    with pytest.raises(UserError, match="a bert writes no text"):
+        check_writes_text(config, "dir", "name another")
+    check_writes_text(config_from_dict(tiny.FIELDS), "dir", "name another")
 
 
 def test_a_classifier_does_not_chat(model, tmp_path):

@@ -77,8 +77,8 @@ def test_what_cannot_be_served(capsys, folders, tmp_path):
         ({"bias": "lora_only"}, "has bias = 'lora_only', which requests of several adapters"),
         ({"use_dora": True}, "has use_dora = True"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save = "),
-        ({"task_type": "TOKEN_CLS"}, "is of task_type TOKEN_CLS, which writes no text"),
         ({"target_modules": ["k_proj"]}, "adapter"),
+        ({"task_type": "TOKEN_CLS"}, "is of task_type TOKEN_CLS, which writes no text"),
     ):
         other = tmp_path / "other"
         shutil.rmtree(other, ignore_errors=True)
@@ -86,6 +86,9 @@ def test_what_cannot_be_served(capsys, folders, tmp_path):
         config = json.loads((other / "adapter_config.json").read_text())
         (other / "adapter_config.json").write_text(json.dumps(config | fields))
         assert part in refused(capsys, *model, "--adapters", f"tuned={other}"), fields
+    elsewhere = UserError("was trained on another base")
+    with mock.patch.object(program, "check_base", side_effect=elsewhere):
+        assert "writes no text" in refused(capsys, *model, "--adapters", f"tuned={other}"), "not what its head does"
 
 
 def test_adapters_of_experts_do_not_share_a_batch():

@@ -78,7 +78,8 @@ def require(given: Mapping[str, Given], table: Mapping[str, Flag], dashes: str) 
     if missing:
         *others, last = (f"{dashes}{one.name}" for one in missing)
         names = f"{', '.join(others)} and {last}" if others else last
-        raise UserError(f"{names} must be given", "; ".join(f"{one.name} is the {one.help}" for one in missing))
+        told = (f"{one.name} is the {one.help.removeprefix('the ')}" for one in missing)
+        raise UserError(f"{names} must be given", "; ".join(told))
 
 
 def _read_command_line(

@@ -202,6 +202,12 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
             )
 
 
+def check_writes_text(config: ModelSpec, model_path: str, hint: str) -> None:
+    """Raise UserError, with this hint, where a model has no head that writes text."""
+    if "CAUSAL_LM" not in config.tasks:
+        raise UserError(f"model_path {model_path}: a {config.model_type} writes no text", hint)
+
+
 def check_context(config: ModelSpec, cp: int, task: str) -> None:
     """Raise UserError where documents cannot be cut over cp ranks: attention must be causal, with plain scores."""
     if cp == 1:

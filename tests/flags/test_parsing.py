@@ -316,6 +316,9 @@ def test_all_missing_flags_are_named():
     said = message(finetune, "")
     assert all(f"--{name}" in said for name in ("model_path", "data_path", "output_dir"))
     assert "--model_path must be given" in message(generate, "")
+    with pytest.raises(UserError) as caught:
+        parse_convert("adapter combine", ["--input", "a", "--output", "b"])
+    assert "others is the other adapters" in str(caught.value)
 
 
 def test_generation():
