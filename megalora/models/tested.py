@@ -12,7 +12,7 @@ CELLS: Mapping[str, str] = {
     "proof": "only `make proof` runs it with this model type",
     "cache": "a cache gives the same numbers token by token; replies are not compared with transformers'",
     "shared": "no test runs it with this model type: the code is shared with those that are tested",
-    "untested": "needs a GPU, and no GPU has run it with this model type",
+    "untested": "needs a GPU, and no run that passed on one is on record with this model type",
     "labels": "a classifier: writes labels, not text",
 }
 """The cells of the table of supported models, and what they say."""
@@ -81,7 +81,7 @@ FEATURES = (
     Feature(
         "PP",
         _LAYOUTS,
-        "pipeline parallelism, every schedule; at least one layer a stage",
+        "pipeline parallelism, at least one layer a stage; every schedule is tested with `llama`",
         {"proof": _types("cohere glm glm4 smollm3"), "shared": _types(f"{_FIRST_NAMES} chatglm gpt_neo mpt")},
     ),
     Feature(
@@ -145,8 +145,8 @@ FEATURES = (
     Feature(
         "PEFT files",
         ("tests/test_convert_adapter.py", "tests/test_classic_files.py"),
-        "adapters that peft wrote are read, with the same logits; writing them and merging: the six of "
-        "tests/oracle.py, `gpt2` and `falcon`",
+        "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2` "
+        "and `falcon`; merged into the base: `llama`, `gpt2` and `falcon`",
         {"shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} btlm chatglm gpt_neo")},
     ),
 )
