@@ -114,14 +114,14 @@ def test_documents_cut_over_ranks():
             Run("mistral", cp=2, micro_batch_rows=2),
             Run("qwen3", cp=2, recompute=MIXED, tile=8, offloaded=frozenset({0})),
             Run("phi3", cp=2, recompute="selective", rows=2),
-            Run("qwen3_moe", cp=2, steps=2, rows=2),
+            Run("qwen3_moe", cp=2, steps=2, rows=4),
         ],
         4: [
             Run("llama", cp=4, micro_batch_rows=2),
             Run("llama", **TP2_SP, cp=2, micro_batch_rows=2, recompute="layer", tile=8),
             Run("qwen2", pp=2, cp=2, recompute="full"),
             Run("gpt_neox", cp=2, recompute="layer"),  # dp 2
-            Run("deepseek_v2", cp=2, steps=2) if "deepseek_v2" in FAMILIES else Run("qwen2", cp=2),  # dp 2
+            Run("deepseek_v2", cp=2, steps=2, learning_rate=1e-3),  # dp 2
         ],
         8: [Run("mistral", cp=8, rows=2, micro_batch_rows=2), Run("llama", tp=2, pp=2, cp=2, rows=2)],
     }
