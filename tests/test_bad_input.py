@@ -237,7 +237,6 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     "lora_config is missing": (lambda m: {"lora_config": m.path("none")}, ("lora_config", "-none", "name an existing")),
     "lora_config field": (lambda m: m.lora({"rank": 8}), ("-lora_config.json: unknown field 'rank'", "remove it")),
     "lora_config value": (lambda m: m.lora({"r": 0}), ("-lora_config.json: r = 0", "must be a positive integer")),
-    "lora_config of DoRA": (lambda m: m.lora({"use_dora": True}), ("use_dora = True is not supported", "remove")),
     "lora_config for use": (lambda m: m.lora({"inference_mode": True}), ("inference_mode = true", "set it to false")),
     "no data": (lambda m: {"data_path": m.path("none")}, ("-none", "check the path")),
     "empty data": (lambda m: m.data(""), ("-rows.json holds no rows", "instruction")),
@@ -344,7 +343,7 @@ def on_one_rank(rank: int, world_size: int, command: list[str], bad_rank: int, w
 
 
 SETUP = [
-    "read_config", "newest_sound", "resolve_lora", "template_options", "load_split", "base_identity",
+    "read_config", "newest_sound", "resolve_lora", "load_split", "base_identity",
     "load_base_weights", "AdapterOptimizer",
 ]  # fmt: skip
 FIRST_ONLY = ("newest_sound", "base_identity")  # rank 0 does them for all

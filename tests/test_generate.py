@@ -359,7 +359,6 @@ def test_errors_stop_all_ranks_with_one_line(case, asked, tmp_path):
         (flags(llama, "--prompts_file", bad), "bad.txt line 2: byte 5 is not UTF-8"),
         (flags(llama, "--prompts_file", tmp_path / "none.txt"), "none.txt: cannot be read"),
         (flags(llama, "--prompt", "long" * 80), f"prompt: {320 + PROMPT_TOKENS} tokens leave no room"),
-        (flags(llama, *asking, "--seq_length", 300), "seq_length (300) is more than the model's"),
         (flags(llama, *asking, "--output_file", taken), "taken: cannot be written (it is a folder)"),
         (flags(llama, *asking, "--resume_peft_from_checkpoint", tmp_path, adapter=False), "holds neither"),
         (flags(llama, *asking, "--resume_peft_from_checkpoint", other.adapter, adapter=False), "has shape"),

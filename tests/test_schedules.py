@@ -28,7 +28,7 @@ def test_an_interleaved_run_is_that_of_one_process(inputs, alone, tmp_path):
     folder = tmp_path / "run"
     done = tune(2, inputs.flags(folder, **STEPS, **INTERLEAVED, eval_data_path=inputs.data))[0]
     assert "layers 0 to 0 and 2 to 2, embedding, " in done.out
-    assert "interleaved_1f1b, 3 microbatches, stages wait" in done.out
+    assert "interleaved_1f1b, 3 microbatches a step, stages wait" in done.out
     assert column(folder, "loss") == pytest.approx(column(alone, "loss"), rel=1e-5)
     assert largest_difference(exported(folder), exported(alone)) < 1e-5
 

@@ -116,6 +116,7 @@ def test_python_has_no_command_line_to_start_again(inputs, tmp_path):
 
 def test_the_second_ctrl_c_leaves_at_once(monkeypatch, capsys):
     monkeypatch.delenv(MARK, raising=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
     with Preemption() as preemption:
         with pytest.raises(KeyboardInterrupt):  # before the steps nothing is worth saving
             signal.raise_signal(signal.SIGINT)

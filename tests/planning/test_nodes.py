@@ -95,7 +95,7 @@ def held_by_autograd(stage: Stage, enters: bool, hidden_too: bool = False) -> in
     ):
         out = stage(hidden, inputs)
     kept = [one.tensor for one in saved] + [place.take() for place in places]
-    kept += [total for make in makers for total in make.__defaults__ or ()]
+    kept += [x for make in makers for x in make.args if isinstance(x, torch.Tensor)]
     if hidden_too:
         kept += [x for x in tensors() if id(x) not in before and x.dim()]
     kept += [hidden] if enters else []
