@@ -235,7 +235,7 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
         ("-lora_config.json: is not JSON", "correct this one"),
     ),
     "lora_config is missing": (lambda m: {"lora_config": m.path("none")}, ("lora_config", "-none", "name an existing")),
-    "lora_config field": (lambda m: m.lora({"rank": 8}), ("-lora_config.json: unknown field 'rank'", "remove it")),
+    "lora_config field": (lambda m: m.lora({"rank": 8}), ("-lora_config.json: unknown field 'rank'", "remove the")),
     "lora_config value": (lambda m: m.lora({"r": 0}), ("-lora_config.json: r = 0", "must be a positive integer")),
     "lora_config for use": (lambda m: m.lora({"inference_mode": True}), ("inference_mode = true", "set it to false")),
     "no data": (lambda m: {"data_path": m.path("none")}, ("-none", "check the path")),

@@ -38,8 +38,10 @@ def _types(names: str) -> Types:
     return frozenset(names.split())
 
 
-_LAYOUTS = ("tests/test_layouts.py", "tests/test_modern.py", "tests/test_classic.py", "tests/test_experts.py")
-_LAYOUTS = (*_LAYOUTS, "tests/tasks/test_classes.py")
+_LAYOUTS: tuple[str, ...] = (
+    *("tests/test_layouts.py", "tests/test_modern.py", "tests/test_classic.py", "tests/test_experts.py"),
+    "tests/tasks/test_classes.py",
+)
 _PARITY = ("tests/test_field_parity.py", "tests/test_modern.py", "tests/test_classic.py", "tests/tasks/test_classes.py")
 _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
