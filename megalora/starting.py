@@ -93,6 +93,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     with together(mesh.world):
         config = read_config(model.model_path)
         check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
+        _check_recompute(config, parallel.recompute_layers)
         notes = _check_length(config, data, train, parallel.sequence_parallel, mesh)
     weights = model.resume_from_checkpoint or model.model_path
     with together(mesh.world):
@@ -158,6 +159,14 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
 
 
 # ---- output_dir and the adapter to start from ----
+
+
+def _check_recompute(config: ModelSpec, layers: int | None) -> None:
+    if layers is not None and layers > config.num_hidden_layers:
+        raise UserError(
+            f"recompute_layers ({layers}) is more than num_hidden_layers ({config.num_hidden_layers})",
+            f"give at most {config.num_hidden_layers}, or leave it out to recompute all",
+        )
 
 
 def _keep_others_out(lock: RunLock, mesh: ParallelMesh) -> str | None:

@@ -21,7 +21,7 @@ from megalora.flags import FinetuneArguments
 from megalora.monitor import Monitor, Timers
 from megalora.monitor.evaluations import Evaluations
 from megalora.monitor.meter import Meter
-from megalora.parallel.collectives import on_first, together
+from megalora.parallel.collectives import all_reduce, gather_objects, on_first, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.planning.devices import device_of
 from megalora.planning.layouts import predicted
@@ -113,9 +113,20 @@ class Session:
             with self.meter.apart(self.timers):
                 self.monitor.note(self._write_profile())
         if step % self.arguments.train.logging_steps == 0 or step == self.beginning.total_steps:
-            self.monitor.step(self.meter.record(step, result, self.timers))
+            self.monitor.step(self.meter.record(step, result, self.timers) | self._busiest_expert())
         else:
             self.monitor.progress(step)
+
+    def _busiest_expert(self) -> dict[str, float]:
+        """Return the largest share of a layer's choices that one expert got since the last logged step; nothing for a
+        model without experts. Collective."""
+        if not self.beginning.config.has_experts:
+            return {}
+        found = 0.0
+        for load in self.engine.stage.take_expert_loads():
+            load = all_reduce(load, self.mesh.replicas).double()
+            found = max(found, (load.max() / load.sum().clamp_min(1)).item())
+        return {"busiest_expert": max(gather_objects(found, self.mesh.pp))}
 
     def _save(self, step: int) -> None:
         begun = self.beginning

@@ -138,6 +138,10 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
         ("tensor_parallel_size (2) does not divide num_attention_heads (3)", "choose"),
     ),
     "uneven heads": (lambda m: TP2 | {"uneven_heads": True}, ("uneven_heads has no effect", "leave it out")),
+    "recompute layers": (
+        lambda m: {"recompute": "full", "recompute_layers": 9},
+        ("recompute_layers (9) is more than num_hidden_layers (2)", "give at most 2"),
+    ),
     "stages": (
         lambda m: m.config(num_hidden_layers=1) | PP2,
         ("pipeline_parallel_size (2) is more than num_hidden_layers (1)", "choose at most 1"),

@@ -20,6 +20,7 @@ from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.classes import ClassScores
 from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock
+from megalora.models.blocks.experts import ExpertsBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer
 from megalora.models.blocks.norm import NORMS, Norm
@@ -188,6 +189,15 @@ class Stage(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapters (and trained biases) of this stage, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def take_expert_loads(self) -> list[torch.Tensor]:
+        """Return how often experts were chosen in training since the last call: [E] int64 for each layer of experts."""
+        blocks = (block for layer in self.layers.values() for block in layer.blocks)
+        routers = [block.router for block in blocks if isinstance(block, ExpertsBlock)]
+        loads = [router.load.clone() for router in routers]
+        for router in routers:
+            router.load.zero_()  # in place: recorded CUDA graphs count there
+        return loads
 
     def refresh_adapters(self) -> None:
         """To be called after every change of the adapters, before the stage is used (see LinearGroup.refresh)."""

@@ -73,6 +73,8 @@ def test_a_config_is_read_without_a_warning(name):
         (GPT2 | {"activation_function": "swiglu"}, "activation_function"),
         (GPT2 | {"attn_pdrop": 1.5}, "attn_pdrop"),
         (GPT2 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type .* has no rotary positions"),
+        (CONFIGS["codegen-6B"][0] | {"rope_theta": 5e5}, "rope_theta = 500000.0, but this model turns by 10000 always"),
+        (GPT2 | {"rope_theta": 5e5}, "rope_theta = 500000.0, but this model has no rotary positions"),
         (CONFIGS["codegen-6B"][0] | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type .* no rope fields"),
         (MPT | {"attn_config": {"alibi": False}}, r"attn_config\.alibi"),
         (MPT | {"attn_config": {"qk_gn": True}}, r"attn_config\.qk_gn"),

@@ -56,7 +56,7 @@ FAMILY = Family(
         _remove_final_layer_norm""".split()
     ),
     fixed={"layerdrop": 0.0, "layer_norm_elementwise_affine": True, "activation_dropout": 0.0},
-    harmless=frozenset("init_std output_projection learned_embeddings scale_embeddings".split()) - {"scale_embeddings"},
+    harmless=frozenset({"init_std", "output_projection", "learned_embeddings"}),
     files=FileNames((("decoder.", "model.decoder."),), prefix="model."),
     rotates=False,
 )
