@@ -72,9 +72,10 @@ TORCH_LIBRARY(megalora, m) {
   // outs of one dtype, rows of any stride; sources float32, contiguous, of the same shapes.
   def("scaled_copy_(Tensor(a!)[] outs, Tensor[] sources, float[] scales) -> ()");
 
-  // Quantised weights (megalora/ops/fp8.py, nf4.py), on CUDA: x [T, I], factor [I] float32, codes [T, I + terms] e4m3, scale
-  // [T] float32, z [T, R], z_factor [R]; branch [O, R], scale [O], codes [O, terms], factor [R]; codes [R, C] of bytes, out [C, R]; codes [R, C], scale [R, blocks], out [R, C]; codes [R, C / 2], absmax
-  // [R, C / 64]; x [M, I + C], codes [O, I], scale [O], branch [O, C] -> [M, O].
+  // Quantised weights (megalora/ops/fp8.py, nf4.py), on CUDA: x [T, I], factor [I] float32, codes [T, I + terms] e4m3,
+  // scale [T] float32, z [T, R], z_factor [R]; branch [O, R], scale [O], codes [O, terms], factor [R]; codes [R, C] of
+  // bytes, out [C, R]; codes [R, C], scale [R, blocks], out [R, C]; codes [R, C / 2], absmax [R, C / 64]; x [M, I + C],
+  // codes [O, I], scale [O], branch [O, C] -> [M, O].
   def("fp8_quantise_(Tensor x, Tensor? factor, Tensor(a!) codes, Tensor(b!) scale, Tensor? z, Tensor? z_factor) -> ()");
   def("fp8_branch_(Tensor branch, Tensor scale, Tensor(a!) codes, Tensor(b!) factor) -> ()");
   def("fp8_turn_(Tensor codes, Tensor(a!) out) -> ()");
@@ -141,12 +142,32 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
   m.impl("lora_up_weight_grad", &meta::lora_up_weight_grad);
   m.impl("skinny_linear", &meta::skinny_linear);
   m.impl("fp8_skinny_linear", &meta::fp8_skinny_linear);
-  for (const char* name :
-       {"dropout_add_", "rms_norm_", "rms_norm_backward_", "swiglu_", "swiglu_backward_", "split_rope_",
-        "split_rope_backward_", "cross_entropy_stats_", "cross_entropy_grad_", "attention_", "attention_backward_",
-        "lora_down_", "lora_down_input_grad_", "lora_backward_", "swiglu_lora_down_", "swiglu_lora_backward_",
-        "swiglu_lora_gradients_", "scaled_copy_", "decode_attention_", "fp8_quantise_", "fp8_branch_", "fp8_turn_",
-        "fp8_decode_", "nf4_decode_", "scale_columns_", "scale_columns_backward_"}) {
+  for (const char* name : {"dropout_add_",
+                           "rms_norm_",
+                           "rms_norm_backward_",
+                           "swiglu_",
+                           "swiglu_backward_",
+                           "split_rope_",
+                           "split_rope_backward_",
+                           "cross_entropy_stats_",
+                           "cross_entropy_grad_",
+                           "attention_",
+                           "attention_backward_",
+                           "lora_down_",
+                           "lora_down_input_grad_",
+                           "lora_backward_",
+                           "swiglu_lora_down_",
+                           "swiglu_lora_backward_",
+                           "swiglu_lora_gradients_",
+                           "scaled_copy_",
+                           "decode_attention_",
+                           "fp8_quantise_",
+                           "fp8_branch_",
+                           "fp8_turn_",
+                           "fp8_decode_",
+                           "nf4_decode_",
+                           "scale_columns_",
+                           "scale_columns_backward_"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&write_nothing>());
   }
 }

@@ -128,8 +128,9 @@ struct SkinnyLinearParams {
   Type type;
 };
 
-// codes [T, I + terms] e4m3, scale [T] float32: x [T, I] (times factor [I] float32, null: 1) = codes * scale, row by row.
-// Behind x the terms of z [T, rank] times z_factor [rank] with the same scale (z null: none), see fp8.branch_terms_.
+// codes [T, I + terms] e4m3, scale [T] float32: x [T, I] (times factor [I] float32, null: 1) = codes * scale, row by
+// row. Behind x the terms of z [T, rank] times z_factor [rank] with the same scale (z null: none), see
+// fp8.branch_terms_.
 struct Fp8QuantiseParams {
   Matrix x, z;
   const float *factor, *z_factor;
@@ -139,8 +140,8 @@ struct Fp8QuantiseParams {
   Type type;
 };
 
-// codes [O, terms] e4m3 of branch [O, rank] / scale [O] / factor [rank], and that factor; largest [rank]: zeros, for the
-// largest of each column.
+// codes [O, terms] e4m3 of branch [O, rank] / scale [O] / factor [rank], and that factor; largest [rank]: zeros, for
+// the largest of each column.
 struct Fp8BranchParams {
   Matrix branch, codes;
   const float* scale;

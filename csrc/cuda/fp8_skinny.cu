@@ -1,5 +1,5 @@
-// A linear of a few rows on e4m3 weights, with the columns of its branch in 16 bits: bound by reading the weight, half the
-// bytes of a dense one. As skinny_linear.cu.
+// A linear of a few rows on e4m3 weights, with the columns of its branch in 16 bits: bound by reading the weight, half
+// the bytes of a dense one. As skinny_linear.cu.
 #include <cuda_fp8.h>
 
 #include "cuda/halves.h"
@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kWarps* kLanes) fp8_skinny_kernel(Fp8SkinnyPar
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
     rows[o] = min(first + o, params.out_features - 1);
-    weights[o] = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(params.codes.data) +
-                                                rows[o] * params.codes.stride);
+    weights[o] =
+        reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(params.codes.data) + rows[o] * params.codes.stride);
   }
   float sums[kOutputs][M] = {};
   const auto add = [&](const uint4(&words)[kOutputs], int at) {

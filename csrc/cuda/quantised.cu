@@ -1,5 +1,5 @@
-// Quantised weights on a GPU: rows to e4m3, codes turned for the product of the backward pass, codes back to 16-bit floats.
-// Every kernel is bound by memory: it reads and writes each byte once.
+// Quantised weights on a GPU: rows to e4m3, codes turned for the product of the backward pass, codes back to 16-bit
+// floats. Every kernel is bound by memory: it reads and writes each byte once.
 #include <cuda_fp8.h>
 
 #include "cuda/halves.h"
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kRowThreads) fp8_quantise_kernel(Fp8QuantisePa
   const int octets = static_cast<int>(params.columns / 8);
   uint4 held[kHeld];
   float largest = 0.0f;
-  const auto values = [&](int i, int at, float(&v)[8]) {
+  const auto values = [&](int i, int at, float (&v)[8]) {
     unpack<bfloat16>(held[i], v);
     if (factor == nullptr) return;
     const float4 low = factor[2 * at], high = factor[2 * at + 1];
