@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 
+_MOST = 4000  # characters: a value of a stranger's file may be millions
+
+
 class UserError(ValueError):
     """Something the user can fix.
 
@@ -14,9 +17,14 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, hint: str | None = None):
-        self.message = " ".join(str(message).split())
-        self.hint = None if hint is None else " ".join(hint.split())
+        self.message = _one_line(message)
+        self.hint = None if hint is None else _one_line(hint)
         super().__init__(self.message if self.hint is None else f"{self.message}: {self.hint}")
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= _MOST else f"{line[: _MOST // 2]} ... {line[-_MOST // 2 :]}"
 
 
 class Leaving(Exception):

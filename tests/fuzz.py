@@ -1,12 +1,29 @@
-"""Values of JSON made up by hypothesis, and what a reader of them may do."""
+"""Values of JSON made up by hypothesis, and what a reader of them may do.
+
+The suite tries a few; `make fuzz` sets FUZZ_EXAMPLES, and then what one takes is held against SECONDS and MEBIBYTES.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
+import time
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from megalora.errors import UserError
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
+SECONDS, MEBIBYTES = 2.0, 512
+
+
+def examples(few: int) -> settings:
+    """So many in the suite; FUZZ_EXAMPLES where that is set."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=EXAMPLES or few, deadline=None, suppress_health_check=checks)
+
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
@@ -37,9 +54,14 @@ def edited(draw, body: dict) -> dict:
 
 def ours_only(read) -> bool:
     """Whether `read()` gives something; the only error may be one line of ours."""
+    begun, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         read()
     except UserError as error:
         assert "\n" not in str(error)
         return False
+    finally:
+        if EXAMPLES:
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
+            assert time.process_time() - begun <= SECONDS and grown <= MEBIBYTES
     return True

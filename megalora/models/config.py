@@ -14,7 +14,8 @@ from typing import Any
 from megalora.errors import UserError
 from megalora.files import read_json
 from megalora.models import families, rotary
-from megalora.models.family import BOUNDS, Family, Fields, RemoteConfig
+from megalora.models.bounds import BOUNDS
+from megalora.models.family import Family, Fields, RemoteConfig, check_field
 from megalora.models.quantisation import stored_format
 from megalora.models.spec import MLP, Attention, Experts, LatentAttention, ModelSpec
 
@@ -146,19 +147,16 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
         if ours in raw and theirs in raw and raw[ours] != raw[theirs]:
             said = f"{theirs} = {raw[theirs]!r} and {ours} = {raw[ours]!r} are one field"
             raise UserError(f"{where}: {said}: keep one of them")
-    for size in (size for size in _SIZES if size in family.reads):
-        name = size if size in raw else names.get(size, size)
-        value = raw.get(name)
-        if value is None and size in family.optional:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{where}: {name} = {value!r}: must be a positive integer")
-        if value > BOUNDS[size].most:  # before transformers makes a list as long
-            raise UserError(f"{where}: {name} = {value!r}: must be at most {BOUNDS[size].most}")
+    for field in sorted(family.reads):  # before transformers makes lists as long as numbers say
+        name = field if field in raw else names.get(field, field)
+        if raw.get(name) is None and field in _SIZES and field not in family.optional:
+            raise UserError(f"{where}: {name} = None: must be {BOUNDS[field].told}")
+        check_field(field, raw.get(name), where, name)
     if kind is None:
         return RemoteConfig(family.defaults, raw)
     # The old form of the rope fields is understood by transformers 4 and 5 alike, the new one by 5 only.
     plain = {k: v for k, v in raw.items() if k not in rotary.CONFIG_FIELDS and family.rope.get(k) != "rope_theta"}
+    plain.pop("num_labels", None)  # of which it would make a list of as many names
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     theta = next((alias for alias, ours in family.rope.items() if ours == "rope_theta"), "rope_theta")
     if family.rotates:

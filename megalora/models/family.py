@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from megalora.errors import UserError
 from megalora.models import rotary
+from megalora.models.bounds import BOUNDS, OPTIONAL, Flag
 from megalora.models.spec import FileNames, ModelSpec, Rotary
 from megalora.ops.activations import ACTIVATIONS
-
-
-class Bound(NamedTuple):
-    """What a numeric field may be: whole numbers or any, from `least` to `most`."""
-
-    whole: bool
-    least: float
-    most: float
-
-
-_SIZE = Bound(True, 1, 1 << 24)
-BOUNDS: Mapping[str, Bound] = {
-    "hidden_size": _SIZE,
-    "intermediate_size": _SIZE,
-    "vocab_size": Bound(True, 1, 1 << 28),
-    "num_hidden_layers": Bound(True, 1, 1 << 12),
-    "num_attention_heads": Bound(True, 1, 1 << 14),
-    "num_key_value_heads": Bound(True, 1, 1 << 14),
-    "head_dim": Bound(True, 2, 1 << 14),
-    "max_position_embeddings": Bound(True, 1, 1 << 32),
-    "sliding_window": Bound(True, 1, 1 << 32),
-    "max_window_layers": Bound(True, 0, 1 << 12),
-    "num_experts": Bound(True, 1, 1 << 14),
-    "num_local_experts": Bound(True, 1, 1 << 14),
-    "num_experts_per_tok": Bound(True, 1, 1 << 10),
-    "moe_intermediate_size": _SIZE,
-    "shared_expert_intermediate_size": _SIZE,
-    "n_routed_experts": Bound(True, 1, 1 << 14),
-    "n_shared_experts": Bound(True, 0, 1 << 10),
-    "n_group": Bound(True, 1, 1 << 14),
-    "topk_group": Bound(True, 1, 1 << 14),
-    "first_k_dense_replace": Bound(True, 0, 1 << 12),
-    "routed_scaling_factor": Bound(False, 1e-30, 1e30),
-    "q_lora_rank": _SIZE,
-    "kv_lora_rank": _SIZE,
-    "qk_nope_head_dim": Bound(True, 1, 1 << 14),
-    "qk_rope_head_dim": Bound(True, 2, 1 << 14),
-    "v_head_dim": Bound(True, 1, 1 << 14),
-    "num_nextn_predict_layers": Bound(True, 0, 1 << 8),
-    "decoder_sparse_step": Bound(True, 1, 1 << 12),
-    "rms_norm_eps": Bound(False, 1e-30, 1.0),
-    "layer_norm_eps": Bound(False, 1e-30, 1.0),
-    "layer_norm_epsilon": Bound(False, 1e-30, 1.0),
-    "n_inner": _SIZE,
-    "rotary_dim": Bound(True, 2, 1 << 14),
-    "window_size": Bound(True, 1, 1 << 32),
-    **dict.fromkeys(
-        """attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout dropout embd_pdrop embed_dropout
-        hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop""".split(),
-        Bound(False, 0.0, 0.99),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -167,15 +115,10 @@ class Fields:
         if name not in self._family.reads:
             raise AssertionError(f"{self._family.types[0]} reads {name}, which it does not declare")
         value = getattr(self._hf, name, None)
-        if value is not None and name in BOUNDS:
-            self._check(name, value, BOUNDS[name])
-        return value
-
-    def required(self, name: str) -> Any:
-        """Return the value of a field that has none by default. Raises UserError where it is missing."""
-        value = getattr(self, name)
-        if value is None:
-            raise UserError(f"{self._where}: {name} is missing: take config.json from the model's own folder")
+        check_field(name, value, self._where)
+        optional = name in OPTIONAL or name in self._family.optional or isinstance(BOUNDS[name], Flag)
+        if value is None and not optional:
+            self.fail(f"{name} is missing: take config.json from the model's own folder")
         return value
 
     def fail(self, message: str) -> None:
@@ -227,17 +170,21 @@ class Fields:
             known = own in fixed or own in defaults or own in harmless or own in general or own.startswith("_")
             if not known and value not in (None, False):
                 self.fail(f"{name}.{own} = {value!r} is not read and may change the numbers: remove it if it does not")
+            if own in defaults:
+                check_field(f"{name}.{own}", value, self._where)
+                if value is None and f"{name}.{own}" not in OPTIONAL:
+                    self.fail(f"{name}.{own} is missing: take config.json from the model's own folder")
         return SimpleNamespace(**{**defaults, **{own: value for own, value in given.items() if own in defaults}})
 
     def reads(self, name: str) -> bool:
         """Return whether the family declares the field."""
         return name in self._family.reads
 
-    def _check(self, name: str, value: Any, bound: Bound) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        good = number and bound.least <= value <= bound.most and (not bound.whole or value == int(value))
-        if not good:
-            kind = "whole number" if bound.whole else "number"
-            raise UserError(
-                f"{self._where}: {name} = {value!r}: must be a {kind} from {bound.least:g} to {bound.most:g}"
-            )
+
+def check_field(name: str, value: Any, where: str, written: str | None = None) -> None:
+    """Raise UserError for a value that a field may not have, None apart; written: the field's name in that file."""
+    bound = BOUNDS.get(name)
+    if bound is None:
+        raise AssertionError(f"field {name} has no bound: give it one in megalora/models/bounds.py")
+    if value is not None and not bound.allows(value):
+        raise UserError(f"{where}: {written or name} = {value!r:.200}: must be {bound.told}")

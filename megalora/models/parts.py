@@ -41,6 +41,8 @@ CLASSES = 2  # of a classification head until the task says how many there are
 def head_dim(hf: Fields) -> int:
     """Return `head_dim`, or the share of hidden_size that a head has."""
     own = hf.head_dim if hf.reads("head_dim") else None
+    if own is None and hf.hidden_size < hf.num_attention_heads:
+        hf.fail(f"hidden_size ({hf.hidden_size}) is less than num_attention_heads ({hf.num_attention_heads}): correct it")
     return own or hf.hidden_size // hf.num_attention_heads
 
 
@@ -57,7 +59,7 @@ def kv_heads(hf: Fields) -> int:
 
 def rms(hf: Fields, name: str, size: int | None = None, *, precise: bool = False, offset: bool = False) -> Norm:
     """Return an RMSNorm with the config's epsilon, of hidden_size features unless said otherwise."""
-    return Norm(name, size or hf.hidden_size, hf.required("rms_norm_eps"), precise=precise, offset=offset)
+    return Norm(name, size or hf.hidden_size, hf.rms_norm_eps, precise=precise, offset=offset)
 
 
 def layer_windows(hf: Fields) -> tuple[int | None, ...]:
@@ -169,7 +171,7 @@ ROUTER_HARMLESS = frozenset({"router_aux_loss_coef"})
 
 def router(hf: Fields, name: str, count: int, **how: Any) -> Router:
     """Return a router that chooses num_experts_per_tok of `count` experts. Raises UserError for more than all."""
-    top = hf.required("num_experts_per_tok")
+    top = hf.num_experts_per_tok
     if top > count:
         hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count}): correct it")
     return Router(Linear(name, hf.hidden_size, count), top, **how)

@@ -12,6 +12,7 @@ import torch
 
 from megalora.batch import to_device
 from megalora.errors import UserError
+from megalora.models.bounds import Bound, Each, Flag, Number
 from megalora.models.spec import Rotary
 
 # Rope types, with the fields that each reads besides rope_type and rope_theta.
@@ -27,7 +28,15 @@ FIELDS: Mapping[str, frozenset[str]] = {
         "factor original_max_position_embeddings attention_factor short_factor long_factor".split()
     ),
 }
-_LISTS = ("short_factor", "long_factor")  # of as many numbers as pairs of features
+_FACTOR = Number(False, 1e-6, 1e6)
+_FACTORS = Each(_FACTOR, 1 << 13)  # of as many numbers as pairs of features
+_BOUNDS: Mapping[str, Bound] = {
+    "rope_theta": Number(False, 1e-3, 1e15),
+    "original_max_position_embeddings": Number(False, 1, 1 << 32),
+    "partial_rotary_factor": Number(False, 1e-4, 1.0),
+    "truncate": Flag(),
+}
+_LISTS = ("short_factor", "long_factor")
 _OTHER_NAMES = {"su": "longrope"}  # of rope types, in older files
 CONFIG_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 _PARTIAL = "partial_rotary_factor"
@@ -57,8 +66,8 @@ def read_rope(
     fields.setdefault("rope_theta", raw.get("rope_theta", theta))
     if partial is not None:
         fields.setdefault(_PARTIAL, raw.get(_PARTIAL, partial))
-        _check_number(fields, _PARTIAL, where, most=1.0)
-    _check_number(fields, "rope_theta", where)
+        _check_field(fields, _PARTIAL, where)
+    _check_field(fields, "rope_theta", where)
     kind = fields["rope_type"]
     if not isinstance(kind, str) or kind not in FIELDS:
         raise UserError(f"{where}: rope_type = {kind!r} is not implemented: megalora knows {', '.join(FIELDS)}")
@@ -74,8 +83,8 @@ def read_rope(
                 f"{where}: rope field {name!r} = {value!r} is not known for rope_type {kind!r} and may change the "
                 f"numbers: remove it if it does not"
             )
-        if name in FIELDS[kind] and name not in ("truncate", *_LISTS) and value is not None:
-            _check_number(fields, name, where)
+        if name in FIELDS[kind] and name not in _LISTS and value is not None:
+            _check_field(fields, name, where)
     if kind == "longrope":
         _complete_longrope(fields, raw, where)
     return fields
@@ -113,11 +122,10 @@ def _complete_longrope(fields: dict[str, Any], raw: Mapping[str, Any], where: st
             fields[name] = raw.get(name)
         if fields[name] is None:
             raise UserError(f"{where}: rope_type longrope without {name}: take config.json from the model's own folder")
-        _check_number(fields, name, where)
+        _check_field(fields, name, where)
     for name in _LISTS:
-        numbers = fields.get(name)
-        if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
-            raise UserError(f"{where}: {name} of longrope must be a list of positive numbers: correct it")
+        if not _FACTORS.allows(fields.get(name)):
+            raise UserError(f"{where}: {name} of longrope must be {_FACTORS.told}: correct it")
 
 
 def _refuse_two(raw: Mapping[str, Any], where: str) -> None:
@@ -146,12 +154,10 @@ def extended_length(rope: Mapping[str, Any], max_position_embeddings: int) -> in
     return max(max_position_embeddings, int(original * (rope.get("factor") or 1.0)))
 
 
-def _check_number(fields: Mapping[str, Any], name: str, where: str, most: float = math.inf) -> None:
-    value = fields[name]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 < value <= most and value < math.inf):
-        limit = f" up to {most:g}" if most < math.inf else ""
-        raise UserError(f"{where}: {name} = {value!r}: must be a positive number{limit}")
+def _check_field(fields: Mapping[str, Any], name: str, where: str) -> None:
+    bound = _BOUNDS.get(name, _FACTOR)
+    if not bound.allows(fields[name]):
+        raise UserError(f"{where}: {name} = {fields[name]!r:.200}: must be {bound.told}")
 
 
 def rotary(
@@ -177,6 +183,11 @@ def rotary(
     try:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         found = Rotary(tuple(frequencies.tolist()), float(factor), interleaved)
+        pairs = int(head_dim * rope.get(_PARTIAL, 1.0)) // 2
+        if not frequencies.isfinite().all() or not math.isfinite(found.factor):
+            raise ValueError("a frequency that is not finite")
+        if any(len(rope[name]) != pairs for name in _LISTS if name in FIELDS[kind]):  # torch would repeat a single one
+            raise ValueError(f"a list of other than {pairs} factors")
         if kind != "longrope":
             return found
         original = int(rope["original_max_position_embeddings"])

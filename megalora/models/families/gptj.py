@@ -32,7 +32,7 @@ def gptj_like(hf: Fields, q: Projection, k: Projection, v: Projection) -> ModelS
     """Return a GPT-J whose queries, keys and values come from these linears."""
     size, heads, dim = hf.hidden_size, hf.num_attention_heads, head_dim(hf)
     norm = layer_norms(size, hf.layer_norm_epsilon)
-    position = rotary.plain(hf.required("rotary_dim"), 10000.0, interleaved=True)
+    position = rotary.plain(hf.rotary_dim, 10000.0, interleaved=True)
     out = Linear("attn.out_proj", size, size)
     attention = Attention(q, k, v, out, heads, heads, dim, position, dropout=hf.attn_pdrop)
     mlp = plain_mlp(hf, "mlp.fc_in", "mlp.fc_out", hf.n_inner or 4 * size, "activation_function")

@@ -1,0 +1,173 @@
+"""What each field of a config.json may hold: a range for every number, a kind for everything else.
+
+A family reads no field without an entry here (megalora.models.family.Fields), so that a config of a stranger can
+neither end in a traceback nor ask for memory or time without end. Fields within an object are `object.field`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+MOST_LAYERS = 1 << 12
+
+
+class Bound(Protocol):
+    """What a field may hold. told: in words, behind "must be"."""
+
+    @property
+    def told(self) -> str: ...
+
+    def allows(self, value: Any) -> bool:
+        """Return whether the field may have this value, which is not None. Raises nothing, whatever the value."""
+        ...
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number from `least` to `most`; whole: an integer."""
+
+    whole: bool
+    least: float
+    most: float
+
+    @property
+    def told(self) -> str:
+        return f"a {'whole number' if self.whole else 'number'} from {self.least:g} to {self.most:g}"
+
+    def allows(self, value: Any) -> bool:
+        kind = int if self.whole else (int, float)
+        return isinstance(value, kind) and not isinstance(value, bool) and self.least <= value <= self.most
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    told: str = "true or false"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A short text."""
+
+    told: str = "a name"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, str) and len(value) <= 100
+
+
+@dataclass(frozen=True)
+class Each:
+    """A list of at most `most` values, each of which `of` allows."""
+
+    of: Bound
+    most: int
+
+    @property
+    def told(self) -> str:
+        return f"a list of at most {self.most} entries, each {self.of.told}"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and len(value) <= self.most and all(map(self.of.allows, value))
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A list of [list of names, times that it is repeated], of so many layers together as a model can have."""
+
+    told: str = f"a list of [names of kinds of layers, repetitions], {MOST_LAYERS} layers at most"
+
+    def allows(self, value: Any) -> bool:
+        if not isinstance(value, (list, tuple)) or len(value) > MOST_LAYERS:
+            return False
+        names, times = Each(Word(), MOST_LAYERS), Number(True, 0, MOST_LAYERS)
+        pairs = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value)
+        good = pairs and all(names.allows(kinds) and times.allows(count) for kinds, count in value)
+        return good and sum(len(kinds) * count for kinds, count in value) <= MOST_LAYERS
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object, whose own fields have entries of their own."""
+
+    told: str = "an object"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, Mapping)
+
+
+def _all(bound: Bound, names: str) -> dict[str, Bound]:
+    return dict.fromkeys(names.split(), bound)
+
+
+_HEADS, _EXPERTS, _LENGTH = Number(True, 1, 1 << 14), Number(True, 1, 1 << 14), Number(True, 1, 1 << 32)
+_LAYERS = Number(True, 0, MOST_LAYERS)
+BOUNDS: Mapping[str, Bound] = {
+    **_all(
+        Number(True, 1, 1 << 24),
+        """hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size n_inner ffn_dim
+        ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank""",
+    ),
+    **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),
+    **_all(Number(True, 1, 1 << 16), "type_vocab_size"),
+    **_all(Number(True, 0, 1 << 28), "pad_token_id"),
+    # layers
+    **_all(Number(True, 1, MOST_LAYERS), "num_hidden_layers decoder_sparse_step"),
+    **_all(_LAYERS, "max_window_layers first_k_dense_replace"),
+    **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers"),
+    **_all(Each(Word(), MOST_LAYERS), "layer_types attention_layers"),
+    **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers"),
+    **_all(Each(Number(True, 0, 1), MOST_LAYERS), "no_rope_layers"),
+    "attention_types": Repeated(),
+    "expansion_ratio": Number(True, 1, 1 << 8),
+    # heads
+    **_all(_HEADS, "num_attention_heads num_key_value_heads num_kv_heads multi_query_group_num"),
+    **_all(Number(True, 1, 1 << 14), "qk_nope_head_dim v_head_dim kv_channels"),
+    **_all(Number(True, 2, 1 << 14), "head_dim qk_rope_head_dim rotary_dim"),
+    "num_ln_in_parallel_attn": Number(True, 1, 2),
+    # documents
+    **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length sliding_window window_size"),
+    # experts
+    **_all(_EXPERTS, "num_experts num_local_experts n_routed_experts n_group topk_group"),
+    **_all(Number(True, 1, 1 << 10), "num_experts_per_tok"),
+    **_all(Number(True, 0, 1 << 10), "n_shared_experts"),
+    # factors
+    **_all(
+        Number(False, 1e-30, 1.0),
+        """rms_norm_eps layer_norm_eps layer_norm_epsilon layernorm_epsilon norm_eps norm_epsilon""",
+    ),
+    **_all(
+        Number(False, 1e-9, 1e9),
+        """routed_scaling_factor attention_multiplier embedding_multiplier residual_multiplier logits_scaling
+        logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping mup_embeddings_scale
+        mup_output_alpha mup_width_scale attn_config.softmax_scale attn_config.clip_qkv""",
+    ),
+    "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
+    **_all(
+        Number(False, 0.0, 0.99),
+        """attention_dropout attention_probs_dropout_prob attn_config.attn_pdrop attn_pdrop classifier_dropout dropout
+        embd_pdrop embed_dropout embedding_dropout hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop
+        residual_dropout""",
+    ),
+    # what is no number
+    **_all(
+        Flag(),
+        """_remove_final_layer_norm add_qkv_bias alibi attention_bias bias do_layer_norm_before enable_bias mlp_bias
+        multi_query multi_query_attention mup_scale_qk_dot_by_d new_decoder_architecture norm_topk_prob parallel_attn
+        position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx scale_attn_weights
+        tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias use_sliding_window""",
+    ),
+    **_all(Word(), "activation activation_function hidden_act hidden_activation topk_method"),
+    "attn_config": Object(),
+}
+# Fields that mean something where they are null or left out; a number of any other name must be there.
+OPTIONAL = frozenset(
+    """head_dim num_key_value_heads n_inner ffn_hidden_size word_embed_proj_dim q_lora_rank num_nextn_predict_layers
+    layer_types mlp_only_layers sliding_window seq_length n_group topk_group num_ln_in_parallel_attn classifier_dropout
+    attn_logit_softcapping final_logit_softcapping attn_config attn_config.softmax_scale attn_config.clip_qkv""".split()
+)
