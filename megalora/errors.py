@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 _MOST = 4000  # characters: a value of a stranger's file may be millions
 
 

@@ -41,9 +41,10 @@ CLASSES = 2  # of a classification head until the task says how many there are
 def head_dim(hf: Fields) -> int:
     """Return `head_dim`, or the share of hidden_size that a head has."""
     own = hf.head_dim if hf.reads("head_dim") else None
-    if own is None and hf.hidden_size < hf.num_attention_heads:
-        hf.fail(f"hidden_size ({hf.hidden_size}) is less than num_attention_heads ({hf.num_attention_heads}): correct it")
-    return own or hf.hidden_size // hf.num_attention_heads
+    size, heads = hf.hidden_size, hf.num_attention_heads
+    if own is None and size < heads:
+        hf.fail(f"hidden_size ({size}) is less than num_attention_heads ({heads}): correct it")
+    return own or size // heads
 
 
 def kv_heads(hf: Fields) -> int:
