@@ -37,9 +37,9 @@ from megalora.parallel.placement import Placement
 from megalora.pipeline.actions import COMPUTE
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.pipeline.simulate import simulate
-from megalora.planning.layouts import Layout as PlanLayout
 from megalora.planning.layouts import predicted
 from megalora.planning.nodes import Workload
+from megalora.planning.plans import Layout as PlanLayout
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 WARM_UP = 2  # steps before those that count

@@ -20,7 +20,7 @@ from megalora.errors import UserError
 
 if TYPE_CHECKING:
     from megalora.finetune import FinetuneResult
-    from megalora.planning.layouts import Plan
+    from megalora.planning.plans import Plan
 
 __version__ = "0.1.0"
 

@@ -14,10 +14,11 @@ from megalora.errors import UserError
 from megalora.flags import FinetuneArguments
 from megalora.flags.writing import changed
 from megalora.models.config import read_config
-from megalora.plan import layout_flags, nothing_fits
+from megalora.plan import layout_flags, nothing_fits, sizes_of
 from megalora.planning.devices import device_of
-from megalora.planning.layouts import Cluster, Plan, Planner, Wanted
+from megalora.planning.layouts import Planner
 from megalora.planning.nodes import Workload
+from megalora.planning.plans import Cluster, Plan, Wanted
 
 _GIB = 2**30
 _RESERVE = {"cuda": 4 * _GIB, "cpu": _GIB}  # what is left free on each device, or for each process on a CPU
@@ -43,6 +44,7 @@ def choose(arguments: FinetuneArguments, device: torch.device) -> tuple[Finetune
         arguments.parallel,
         tensor_parallel_size=layout.tp,
         pipeline_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         sequence_parallel=work.sequence_parallel if layout.tp > 1 else None,
         schedule=layout.schedule,
         virtual_pipeline_size=layout.chunks,
@@ -55,7 +57,7 @@ def choose(arguments: FinetuneArguments, device: torch.device) -> tuple[Finetune
         global_batch_size=None,
     )
     note = (
-        f"layout auto: tensor {layout.tp} x pipeline {layout.pp} x data {layout.dp}, the fastest of {count} sizes that "
+        f"layout auto: {sizes_of(layout)}, the fastest of {count} sizes that "
         f"fit by the plan: {best.seconds:.3g} s a step, {best.memory / _GIB:.1f} of {cluster.usable / _GIB:.1f} GiB; "
         f"to fix it: {layout_flags(best, arguments.parallel)}"
     )
@@ -110,6 +112,7 @@ def _best(arguments: FinetuneArguments, device: torch.device, world_size: int) -
         rows,
         tp=given.get("tensor_parallel_size"),
         pp=given.get("pipeline_parallel_size"),
+        cp=given.get("context_parallel_size"),
         sequence_parallel=given.get("sequence_parallel"),
         schedule=given.get("schedule"),
         chunks=given.get("virtual_pipeline_size"),

@@ -16,7 +16,7 @@ from megalora.web.server import require_web
 
 if TYPE_CHECKING:
     from megalora.finetune import FinetuneResult
-    from megalora.planning.layouts import Plan
+    from megalora.planning.plans import Plan
 
 
 def finetune(arguments: flags.FinetuneArguments) -> FinetuneResult:

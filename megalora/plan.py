@@ -17,8 +17,10 @@ from megalora.models.config import check_length, read_config
 from megalora.models.spec import ModelSpec
 from megalora.planning.devices import DEVICES, Device
 from megalora.planning.draw import Panel, boxes_of, svg
-from megalora.planning.layouts import Cluster, Layout, Plan, Planner, StagePlan, TooLarge, Wanted
+from megalora.planning.layouts import Planner
+from megalora.planning.longest import longest_rows
 from megalora.planning.nodes import Workload
+from megalora.planning.plans import Cluster, Layout, Plan, StagePlan, TooLarge, Wanted
 from megalora.planning.shapes import shape_of
 from megalora.planning.timing import chunk_seconds
 from megalora.profiling import read_profile
@@ -38,28 +40,32 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     lora = resolve_lora(lora_config, config)
     base_format = resolve_base(arguments.base_format, config).name
-    longer = check_length(config, arguments.seq_length)
     device = DEVICES[arguments.device]
     memory = arguments.memory or device.capacity
     if arguments.reserve >= memory:
         raise UserError(f"reserve ({arguments.reserve:g} GiB) is not less than memory ({memory:g} GiB): choose less")
     if arguments.profile_file is not None:
         device = device.scaled(_slowness(arguments, config, lora, device, base_format))
-    cluster = Cluster(arguments.gpus, arguments.gpus_per_node, int((memory - arguments.reserve) * _GIB), device)
-    plans, too_large = Planner(config, lora, cluster, _type(arguments)).search(_wanted(arguments, base_format))
+    usable, host = int((memory - arguments.reserve) * _GIB), int(arguments.host_memory * _GIB)
+    cluster = Cluster(arguments.gpus, arguments.gpus_per_node, usable, device, host)
+    planner, wanted = Planner(config, lora, cluster, _type(arguments)), _wanted(arguments, base_format)
+    plans, too_large = (
+        longest_rows(planner, wanted, arguments.gpus) if arguments.longest else planner.search(wanted)
+    )
     if not plans:
         raise UserError(nothing_fits(too_large[0], cluster, memory))
     console = Console(highlight=False, width=None if Console().is_terminal else _WIDTH)
+    best = plans[0]
+    longer = check_length(config, best.layout.work.seq_length)
     console.print(_title(config, lora, base_format, arguments, memory))
     if longer is not None:
         console.print(longer)
-    console.print(_layouts(plans, too_large))
-    best = plans[0]
+    console.print((_lengths if arguments.longest else _layouts)(plans, too_large))
     again = any(stage.recompute != f"{_count(stage)} none" for stage in best.stages)
     passes = "forward + again + backward" if again else "forward + backward"
     console.print(
-        f"The best, stage by stage: its share of the compute, ms of a microbatch ({passes}), GiB (adapters with their "
-        f"optimizer)"
+        f"The {'longest' if arguments.longest else 'best'}, stage by stage: its share of the compute, ms of a "
+        f"microbatch ({passes}), GiB (adapters with their optimizer)"
     )
     console.print(_stages(best))
     console.print("Run it with:\n" + _flags(best, arguments), soft_wrap=True)
@@ -72,7 +78,9 @@ def plan(arguments: PlanArguments) -> list[Plan]:
 def _wanted(arguments: PlanArguments, base_format: str) -> Wanted:
     microbatches, step_rows = arguments.gradient_accumulation_steps, arguments.global_batch_size
     rows = arguments.per_device_train_batch_size
-    if step_rows is None and microbatches is None:
+    if arguments.longest:
+        step_rows = rows = None
+    elif step_rows is None and microbatches is None:
         step_rows = -(-_STEP_ROWS // arguments.gpus) * arguments.gpus  # so that any number of replicas can share them
     if step_rows is None:
         rows = rows or 1
@@ -89,8 +97,9 @@ def _wanted(arguments: PlanArguments, base_format: str) -> Wanted:
         microbatches=microbatches,
         tp=arguments.tensor_parallel_size,
         pp=arguments.pipeline_parallel_size,
+        cp=arguments.context_parallel_size,
         sequence_parallel=arguments.sequence_parallel,
-        schedule=arguments.schedule,
+        schedule=arguments.schedule or ("1f1b" if arguments.longest else None),
         chunks=arguments.virtual_pipeline_size,
         recompute=arguments.recompute,
         partition_method=arguments.partition_method,
@@ -143,35 +152,63 @@ def _title(config: ModelSpec, lora: ResolvedLora, base_format: str, arguments: P
     targets = ", ".join(sorted({name.rpartition(".")[2] for name in lora.adapters}))
     nodes = -(-arguments.gpus // arguments.gpus_per_node)
     base = "" if base_format == "dense" else f", base in {base_format}"
+    length = "one row in each microbatch" if arguments.longest else f"{arguments.seq_length} tokens a row"
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}; adapters r "
-        f"{lora.config.r} on {targets}; {arguments.seq_length} tokens a row, {arguments.dtype}{base}\n"
+        f"{lora.config.r} on {targets}; {length}, {arguments.dtype}{base}\n"
         f"{arguments.gpus} x {arguments.device} on {nodes} node{'s' if nodes > 1 else ''}, {memory:g} GiB each, "
         f"{arguments.reserve:g} of them left free (CUDA, NCCL, fragments)"
     )
 
 
 def _layouts(plans: list[Plan], too_large: list[TooLarge]) -> Table:
-    table = _table("tensor", "pipeline", "data", "schedule", "recompute", "rows", "GiB", "step", "bubble", "tokens/s")
+    cut = any(one.layout.cp > 1 for one in (*plans, *too_large))  # else nothing is said of context parallelism
+    sizes = ("tensor", "pipeline", *(("context",) if cut else ()), "data", "schedule", "recompute", "rows")
+    table = _table(*sizes, "GiB", "step", "bubble", "tokens/s")
     for one in plans[:_SHOWN]:
         table.add_row(
-            *_sizes(one.layout),
+            *_sizes(one.layout, cut),
             f"{_gib(one.memory):.1f}",
             f"{one.seconds:.3g} s",
             f"{one.timeline.bubble:.1%}",
             f"{one.tokens_per_second:,.0f}",
         )
     for large in too_large[: max(1, _SHOWN - len(plans))]:
-        table.add_row(*_sizes(large.layout), f"{_gib(large.memory.total):.1f}", "does not fit", "", "")
+        table.add_row(*_sizes(large.layout, cut), f"{_gib(large.memory.total):.1f}", "does not fit", "", "")
     return table
 
 
-def _sizes(layout: Layout) -> tuple[str, ...]:
-    chunks = f" x {layout.chunks}" if layout.chunks > 1 else ""
+def _lengths(plans: list[Plan], too_large: list[TooLarge]) -> Table:
+    """The longest row of each layout."""
+    table = _table("tensor", "pipeline", "context", "data", "longest row", "GiB", "host GiB", "step", "tokens/s")
+    for one in plans[:_SHOWN]:
+        layout, host = one.layout, max(stage.host for stage in one.stages)
+        table.add_row(
+            *_axes(layout, True),
+            f"{layout.work.seq_length:,}",
+            f"{_gib(one.memory):.1f}",
+            f"{_gib(host):.1f}" if host else "-",
+            f"{one.seconds:.3g} s",
+            f"{one.tokens_per_second:,.0f}",
+        )
+    for large in too_large[: max(1, _SHOWN - len(plans))]:
+        table.add_row(*_axes(large.layout, True), "none fits", f"{_gib(large.memory.total):.1f}", "", "", "")
+    return table
+
+
+def _axes(layout: Layout, context: bool) -> tuple[str, ...]:
     return (
         f"{layout.tp}{' + sp' if layout.work.sequence_parallel else ''}",
         str(layout.pp),
-        str(layout.dp),
+        *((str(layout.cp),) if context else ()),
+        str(layout.data),
+    )
+
+
+def _sizes(layout: Layout, context: bool) -> tuple[str, ...]:
+    chunks = f" x {layout.chunks}" if layout.chunks > 1 else ""
+    return (
+        *_axes(layout, context),
         (layout.schedule if layout.pp > 1 else "-") + chunks,
         layout.recompute,
         f"{layout.work.rows} x {layout.microbatches}",
@@ -230,6 +267,7 @@ def layout_flags(chosen: Plan, asked: PlanArguments | ParallelArguments) -> str:
     flags: dict[str, Any] = {
         "tensor_parallel_size": layout.tp,
         "pipeline_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp if layout.cp > 1 else None,
         "sequence_parallel": "false" if layout.tp > 1 and not work.sequence_parallel else None,
         "partition_method": asked.partition_method if layout.pp > 1 else None,
         "schedule": layout.schedule if layout.pp > 1 else None,
@@ -243,6 +281,12 @@ def layout_flags(chosen: Plan, asked: PlanArguments | ParallelArguments) -> str:
     return " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
 
 
+def sizes_of(layout: Layout) -> str:
+    """Return the sizes of a layout's axes, in words."""
+    context = f" x context {layout.cp}" if layout.cp > 1 else ""
+    return f"tensor {layout.tp} x pipeline {layout.pp}{context} x data {layout.data}"
+
+
 def nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> str:
     """Return the message that no layout fits: what the one that needs the least would need."""
     layout, parts = least.layout, least.memory
@@ -253,7 +297,7 @@ def nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> str:
     gpus = f"{cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''}"
     return (
         f"no layout fits {gpus} of {memory:g} GiB ({_gib(cluster.usable):.1f} usable): the one that needs "
-        f"the least, tensor {layout.tp} x pipeline {layout.pp} x data {layout.dp} with recompute "
+        f"the least, {sizes_of(layout)} with recompute "
         f"{layout.recompute} and {layout.work.rows} rows a microbatch, needs {_gib(parts.total):.1f} GiB on stage "
         f"{least.stage} ({needs}): give more gpus or memory, a shorter seq_length, or leave free what you fixed of the "
         f"layout"

@@ -26,7 +26,7 @@ from megalora.pipeline.actions import BACKWARD, FORWARD, Action
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.pipeline.simulate import simulate
 from megalora.planning.draw import Box, Panel, boxes_of, svg
-from megalora.planning.layouts import Plan
+from megalora.planning.plans import Plan
 from megalora.planning.timing import LayerCosts
 
 TRACE, DRAWING = "trace.json", "schedule.svg"

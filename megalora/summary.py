@@ -22,8 +22,9 @@ from megalora.parallel.collectives import gather_objects
 from megalora.parallel.mesh import ParallelMesh
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.devices import device_of
-from megalora.planning.layouts import Layout, predicted
+from megalora.planning.layouts import predicted
 from megalora.planning.nodes import Workload
+from megalora.planning.plans import Layout
 from megalora.starting import Beginning
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import megalora
 from megalora import commands
 from megalora.errors import UserError
-from megalora.planning.layouts import Plan
+from megalora.planning.plans import Plan
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,9 @@ def test_what_does_not_fit_is_named(capsys, model):
         ("--gpus 2 --partition_method custom", ["custom_partition"]),
         ("--gpus 2 --draw /nowhere/at/all.svg", ["/nowhere/at/all.svg", "cannot be written"]),
         ("", ["--gpus must be given"]),
+        ("--gpus 2 --longest true --seq_length 4096", ["seq_length has no effect with longest"]),
+        ("--gpus 2 --longest true --global_batch_size 4", ["global_batch_size has no effect with longest"]),
+        ("--gpus 2 --longest true --memory 0.2 --reserve 0.1", ["no layout fits", "0.2 GiB"]),
     ],
 )
 def test_errors_say_what_and_where(capsys, model, words, parts):
@@ -111,3 +114,14 @@ def test_help_and_values(capsys):
 def test_it_says_where_rows_are_longer_than_the_model_is_made_for(capsys, model):
     status, out, _ = run(capsys, "--model_path", model, "--gpus", "2", "--seq_length", "8192")
     assert status == 0 and "seq_length (8192) is more than the 4096 tokens that the model is made for" in out
+
+
+def test_the_longest_rows_come_with_their_flags(capsys, model):
+    words = "--gpus 2 --longest true --memory 4.5 --recompute full".split()
+    status, out, _ = run(capsys, "--model_path", model, *words)
+    assert status == 0 and "one row in each microbatch" in out and "longest row" in out
+    (flags,) = [line for line in out.splitlines() if line.startswith("  --")]
+    arguments = parse_finetune(f"--model_path m --data_path d --output_dir o {flags}".split())
+    first = next(line.split() for line in out.splitlines() if re.match(r"^ *\d.* s ", line))
+    assert f"{arguments.data.seq_length:,}" in first and arguments.train.per_device_train_batch_size == 1
+    assert "is more than the 4096 tokens that the model is made for" in out

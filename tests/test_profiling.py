@@ -18,8 +18,9 @@ from megalora.models.config import config_from_dict
 from megalora.parallel.mesh import Axis
 from megalora.pipeline.actions import BACKWARD, FORWARD, Action
 from megalora.pipeline.partition import partition
-from megalora.planning.layouts import Layout, predicted
+from megalora.planning.layouts import predicted
 from megalora.planning.nodes import Workload
+from megalora.planning.plans import Layout
 from megalora.planning.timing import LayerCosts
 from megalora.profiling import Profiler, Span, measured_costs, model_words, read_profile, recorded_steps, write_profile
 

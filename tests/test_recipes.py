@@ -14,8 +14,9 @@ from megalora.errors import UserError
 from megalora.flags import parse_finetune
 from megalora.models.config import config_from_dict
 from megalora.planning.devices import DEVICES
-from megalora.planning.layouts import Cluster, Planner, Wanted
+from megalora.planning.layouts import Planner
 from megalora.planning.nodes import Workload
+from megalora.planning.plans import Cluster, Wanted
 from megalora.recipes import recipe_file, recipes
 
 RECIPES = recipes()

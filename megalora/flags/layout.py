@@ -70,9 +70,7 @@ class ParallelArguments(LayoutArguments):
     sequence_parallel: bool | None = shared.SEQUENCE_PARALLEL.field(
         None, unset="true where tensor_parallel_size divides the tokens of a microbatch"
     )
-    context_parallel_size: int = flag(
-        1, "processes that share the tokens of each document (context parallelism)", at_least=1, training_only=True
-    )
+    context_parallel_size: int = shared.CONTEXT_PARALLEL_SIZE.field(1)
     tp_comm_overlap: bool | None = flag(
         None,
         "overlap sequence-parallel communication with matrix products, by direct copies between GPUs instead of NCCL",
@@ -107,11 +105,6 @@ class ParallelArguments(LayoutArguments):
             raise no_effect("memory", self.memory, vars(self))
         if self.offload_activations and self.recompute in ("none", "selective"):
             raise no_effect("offload_activations", True, vars(self))
-        if self.context_parallel_size > 1 and self.layout == "auto":
-            raise UserError(
-                f"layout auto does not choose beside context_parallel_size ({self.context_parallel_size})",
-                "leave one of them out",
-            )
         if self.profile_file is not None and self.partition_method != "cost":
             raise no_effect("profile_file", self.profile_file, vars(self))
 

@@ -21,6 +21,9 @@ SPECIAL_TOKENS_IN_TEXT = Definition("read special tokens that messages contain a
 
 TENSOR_PARALLEL_SIZE = Definition("processes that share each layer", at_least=1)
 PIPELINE_PARALLEL_SIZE = Definition("pipeline stages that the layers are divided into", at_least=1)
+CONTEXT_PARALLEL_SIZE = Definition(
+    "processes that share the tokens of each document (context parallelism)", at_least=1, training_only=True
+)
 NPROC = Definition("start this many processes on this host, one per GPU, instead of torchrun", at_least=1)
 PARTITION_METHOD = Definition(
     "how layers are assigned to stages; cost balances estimated time, parameters balances size", choices=METHODS

@@ -34,7 +34,11 @@ class PlanArguments(Section):
         4.0, "GiB of memory to leave free for CUDA context, NCCL buffers and fragmentation", at_least=0
     )
     gpus_per_node: int = flag(8, "GPUs per node (connected by NVLink)", at_least=1)
+    host_memory: float = flag(
+        0.0, "GiB of host memory for each GPU in which recompute auto may keep activations", at_least=0
+    )
     seq_length: int = shared.SEQ_LENGTH.field(1024)
+    longest: bool = flag(False, "find the longest row that each layout can train, instead of layouts for seq_length")
     global_batch_size: int | None = shared.GLOBAL_BATCH_SIZE.field(
         None,
         unset="128 rounded up to a multiple of gpus, or set by gradient_accumulation_steps",
@@ -47,6 +51,9 @@ class PlanArguments(Section):
     )
     tensor_parallel_size: int | None = shared.TENSOR_PARALLEL_SIZE.field(None, unset="searched")
     pipeline_parallel_size: int | None = shared.PIPELINE_PARALLEL_SIZE.field(None, unset="searched")
+    context_parallel_size: int | None = shared.CONTEXT_PARALLEL_SIZE.field(
+        None, unset="1, or searched where nothing fits and for longest"
+    )
     sequence_parallel: bool | None = shared.SEQUENCE_PARALLEL.field(None, unset="true with tensor parallelism")
     partition_method: str = shared.PARTITION_METHOD.field("cost")
     custom_partition: tuple[int, ...] | None = shared.CUSTOM_PARTITION.field(None, unset="none")
@@ -63,10 +70,25 @@ class PlanArguments(Section):
         super().__post_init__()
         if (self.partition_method == "custom") != (self.custom_partition is not None):
             raise UserError("partition_method custom and custom_partition go together", "give both or neither")
+        if self.longest:
+            self._check_longest()
         if self.custom_partition is not None and self.pipeline_parallel_size is None:
             raise UserError(
                 "custom_partition gives the layers of each stage, but pipeline_parallel_size is not given",
                 "give pipeline_parallel_size too",
+            )
+
+
+    def _check_longest(self) -> None:
+        given = {
+            "seq_length": self.seq_length != PlanArguments.seq_length,
+            "global_batch_size": self.global_batch_size is not None,
+            "per_device_train_batch_size": self.per_device_train_batch_size is not None,
+        }
+        for name in [name for name, changed in given.items() if changed]:
+            raise UserError(
+                f"{name} has no effect with longest, which looks for the length of the one row of a microbatch",
+                f"leave out {name} or longest",
             )
 
 

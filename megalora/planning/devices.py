@@ -34,6 +34,7 @@ class Device:
     call           seconds in which the host issues one operation: what small microbatches are bound by
     capacity       GiB of memory
     overlaps       whether messages of sequence parallelism run beside products
+    context        bytes to a neighbour of the context-parallel axis, as `collective`; 0: as that
     """
 
     name: str
@@ -50,6 +51,7 @@ class Device:
     call: float
     capacity: float
     overlaps: bool
+    context: float = 0.0
 
     def with_graphs(self) -> Device:
         """The same device where a step is replayed from CUDA graphs: the host issues next to nothing."""

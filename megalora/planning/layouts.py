@@ -3,152 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from megalora.adapters.config import ResolvedLora
 from megalora.errors import UserError
-from megalora.models.config import check_layout
+from megalora.models.config import check_context, check_layout
 from megalora.models.spec import ModelSpec
 from megalora.pipeline.actions import FORWARD, RECOMPUTE, SENDS, Action
 from megalora.pipeline.partition import partition
 from megalora.pipeline.schedule import SCHEDULES, Schedule
-from megalora.pipeline.simulate import Timeline, simulate
+from megalora.pipeline.simulate import simulate
 from megalora.planning.devices import Device, device_of
 from megalora.planning.fitting import Budget, Fit, Fitting, StageUse
-from megalora.planning.memory import Memory
 from megalora.planning.nodes import Workload, chunk_nodes
+from megalora.planning.plans import Cluster, Layout, Plan, Sizes, StagePlan, TooLarge, Wanted
 from megalora.planning.shapes import Shape, shape_of
 from megalora.planning.timing import LayerCosts, Seconds, layer_costs, node_seconds, reduce_seconds
 
 _OPTIMIZER_PASSES = 10  # over the adapters' float32 elements: clipping, AdamW, the copies in the compute dtype
 _CHUNKS = (2, 4)  # of a stage, that are tried under an interleaved schedule
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """GPUs of one kind. usable: bytes of each that torch's allocator may take; host: of host memory, for each."""
-
-    gpus: int
-    gpus_per_node: int
-    usable: int
-    device: Device
-    host: int = 0
-
-    def speed(self, stride: int, ranks: int) -> float:
-        """Bytes a second between ranks that stand `stride` apart, `ranks` of them."""
-        return self.device.collective if stride * (ranks - 1) < self.gpus_per_node else self.device.network
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a layout must be; None: every value is tried.
-
-    step_rows     rows of a step over all GPUs; None: rows * microbatches of each data-parallel rank
-    work          rows and recompute of it are replaced by those of the layout
-    """
-
-    work: Workload
-    step_rows: int | None
-    rows: int | None = None
-    microbatches: int | None = None
-    tp: int | None = None
-    pp: int | None = None
-    sequence_parallel: bool | None = None
-    schedule: str | None = None
-    chunks: int | None = None
-    recompute: str | None = None
-    partition_method: str = "cost"
-    custom_partition: tuple[int, ...] | None = None
-    uneven_heads: bool = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a step runs on the GPUs. chunks of layers a stage; microbatches of a step of a data-parallel rank.
-
-    cuda_graphs, tp_comm_overlap  as the flags of a run; None: what a run then does
-    auto      each stage recomputes as little as fits (recompute auto), whatever the work says
-    """
-
-    tp: int
-    pp: int
-    dp: int
-    schedule: str
-    chunks: int
-    microbatches: int
-    work: Workload
-    cuda_graphs: bool | None = None
-    tp_comm_overlap: bool | None = None
-    auto: bool = False
-
-    @property
-    def recompute(self) -> str:
-        """What is recomputed, as the flag of a run."""
-        return "auto" if self.auto else str(self.work.recompute)
-
-    @property
-    def graphs(self) -> bool:
-        """Whether the layers run as CUDA graphs (see megalora.models.graphs)."""
-        return self.pp == 1 and self.work.element == 2 if self.cuda_graphs is None else self.cuda_graphs
-
-    @property
-    def pace(self) -> tuple:
-        """All that the time of a layer depends on."""
-        return self.tp, self.work, self.graphs, self.tp_comm_overlap
-
-    @property
-    def tokens(self) -> int:
-        """Of one step over all GPUs."""
-        return self.dp * self.microbatches * self.work.tokens
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage: its chunks of layers, what it needs, what a microbatch takes in each, its share of all.
-
-    recompute  what of its layers is recomputed, in words; host: bytes in host memory
-    """
-
-    chunks: tuple[range, ...]
-    memory: Memory
-    seconds: tuple[Seconds, ...]
-    share: float
-    recompute: str = "none"
-    host: int = 0
-
-    @property
-    def microbatch(self) -> float:
-        return sum(seconds.total for seconds in self.seconds)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A layout with all that is predicted of it. seconds: of a step, the optimizer and its reduction included."""
-
-    layout: Layout
-    stages: tuple[StagePlan, ...]
-    timeline: Timeline
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.layout.tokens / self.seconds
-
-    @property
-    def memory(self) -> int:
-        """Bytes on the fullest stage."""
-        return max(stage.memory.total for stage in self.stages)
-
-
-@dataclass(frozen=True)
-class TooLarge:
-    """What needs the least of the layouts of these sizes, none of which fits."""
-
-    layout: Layout
-    stage: int
-    memory: Memory
 
 
 class Planner:
@@ -163,30 +38,40 @@ class Planner:
         self._cuts: dict[tuple, list[range]] = {}
 
     def search(self, wanted: Wanted) -> tuple[list[Plan], list[TooLarge]]:
-        """The fastest plan of each tensor x pipeline size, fastest first, and the sizes of which none fits.
+        """The fastest plan of each tensor x pipeline x context size, fastest first, and the sizes of which none fits.
 
         Raises UserError where the cluster and what is wanted allow no layout at all.
         """
-        plans: list[Plan] = []
-        too_large: list[TooLarge] = []
+        if wanted.cp is None:
+            try:
+                plans, too_large = self.search(replace(wanted, cp=1))
+                if plans:
+                    return plans, too_large
+            except UserError:
+                pass  # too few rows for so many data-parallel ranks, say
         reasons: list[str] = []
-        for tp, pp in self._sizes(wanted, reasons):
-            fitting, least = [], None
-            for layout in self._layouts(tp, pp, wanted):
-                stages = self.stages(layout, wanted)
-                fullest = max(range(pp), key=lambda s: stages[s].memory.total)
-                found = TooLarge(layout, fullest, stages[fullest].memory)
-                if found.memory.total <= self._cluster.usable:
-                    fitting.append((layout, stages))
-                elif least is None or found.memory.total < least.memory.total:
-                    least = found
-            if fitting:
-                plans.append(self._fastest(fitting))
-            elif least is not None:
-                too_large.append(least)
-        if not plans and not too_large:
+        found = [self.fastest(sizes, wanted) for sizes in self.sizes(wanted, reasons)]
+        if not found:
             raise UserError(f"no layout of {self._cluster.gpus} GPUs: {'; '.join(dict.fromkeys(reasons))}")
+        plans = [one for one in found if isinstance(one, Plan)]
+        too_large = [one for one in found if isinstance(one, TooLarge)]
         return sorted(plans, key=_rank), sorted(too_large, key=lambda found: found.memory.total)
+
+    def fastest(self, sizes: Sizes, wanted: Wanted) -> Plan | TooLarge:
+        """The fastest plan of these sizes, one of `sizes`, or what needs the least where none fits."""
+        fitting, least = [], None
+        for layout in self._layouts(sizes, wanted):
+            stages = self.stages(layout, wanted)
+            fullest = max(range(layout.pp), key=lambda s: stages[s].memory.total)
+            found = TooLarge(layout, fullest, stages[fullest].memory)
+            if found.memory.total <= self._cluster.usable:
+                fitting.append((layout, stages))
+            elif least is None or found.memory.total < least.memory.total:
+                least = found
+        if fitting:
+            return self._fastest(fitting)
+        assert least is not None, "sizes have a layout"
+        return least
 
     def stages(self, layout: Layout, wanted: Wanted) -> tuple[StagePlan, ...]:
         """What each stage of the layout holds, needs and takes."""
@@ -227,7 +112,8 @@ class Planner:
 
     # ---- what is tried ----
 
-    def _sizes(self, wanted: Wanted, reasons: list[str]) -> Iterator[tuple[int, int]]:
+    def sizes(self, wanted: Wanted, reasons: list[str]) -> Iterator[Sizes]:
+        """The tensor, pipeline and context sizes that have a layout; why others have none is added to `reasons`."""
         gpus, per_node = self._cluster.gpus, self._cluster.gpus_per_node
         for tp in [wanted.tp] if wanted.tp else _divisors(min(per_node, gpus)):
             if gpus % tp:
@@ -244,29 +130,47 @@ class Planner:
                 except UserError as error:
                     reasons.append(str(error))
                     continue
-                if any(True for _ in self._layouts(tp, pp, wanted)):
-                    yield tp, pp
-                else:
-                    rows = "the rows" if wanted.step_rows is None else f"the {wanted.step_rows} rows"
-                    cut = f", or not cut over {tp} tensor-parallel ranks" if wanted.sequence_parallel else ""
-                    reasons.append(
-                        f"{rows} of a step cannot be dealt to {gpus // tp // pp} data-parallel ranks in equal "
-                        f"microbatches{cut}, or schedule and layers do not fit {pp} stages"
-                    )
+                yield from self._contexts(tp, pp, wanted, reasons)
 
-    def _layouts(self, tp: int, pp: int, wanted: Wanted) -> Iterator[Layout]:
+    def _contexts(self, tp: int, pp: int, wanted: Wanted, reasons: list[str]) -> Iterator[Sizes]:
+        replicas = self._cluster.gpus // tp // pp
+        for cp in [wanted.cp] if wanted.cp else _divisors(replicas):
+            if replicas % cp:
+                reasons.append(
+                    f"context_parallel_size ({cp}) does not divide the {replicas} GPUs that each stage's shard has"
+                )
+                continue
+            try:
+                check_context(self._config, cp, self._lora.config.task_type)
+            except UserError as error:
+                reasons.append(str(error))
+                return
+            if any(True for _ in self._layouts((tp, pp, cp), wanted)):
+                yield tp, pp, cp
+                continue
+            rows = "the rows" if wanted.step_rows is None else f"the {wanted.step_rows} rows"
+            cut = f", or not cut over {tp} tensor-parallel ranks" if wanted.sequence_parallel else ""
+            cut += f", or not over {cp} context-parallel ones" if cp > 1 else ""
+            reasons.append(
+                f"{rows} of a step cannot be dealt to {replicas // cp} data-parallel ranks in equal "
+                f"microbatches{cut}, or schedule and layers do not fit {pp} stages"
+            )
+
+    def _layouts(self, sizes: Sizes, wanted: Wanted) -> Iterator[Layout]:
+        tp, pp, cp = sizes
         dp = self._cluster.gpus // (tp * pp)
-        for rows, microbatches in _microbatches(dp, wanted):
-            divides = tp > 1 and rows * wanted.work.seq_length % tp == 0
+        for rows, microbatches in _microbatches(dp // cp, wanted):
+            tokens = rows * wanted.work.seq_length
+            divides = tp > 1 and tokens % (tp * cp) == 0
             sequence_parallel = divides if wanted.sequence_parallel is None else wanted.sequence_parallel
-            if sequence_parallel and not divides:
+            if sequence_parallel and not divides or tokens % cp:
                 continue
             for schedule, chunks in self._schedules(pp, wanted):
                 recompute = wanted.recompute or "auto"
                 if recompute == "full" and schedule.recomputes(0, max(2, pp)):
                     continue  # layers would be computed three times
                 auto = recompute == "auto"
-                work = replace(wanted.work, rows=rows, sequence_parallel=sequence_parallel)
+                work = replace(wanted.work, rows=rows, sequence_parallel=sequence_parallel, context_parallel=cp)
                 work = replace(work, recompute="none" if auto else recompute)
                 yield Layout(tp, pp, dp, schedule.name, chunks, microbatches, work, auto=auto)
 
@@ -320,6 +224,7 @@ class Planner:
     def _device(self, layout: Layout) -> Device:
         """As one rank of the layout finds it."""
         device = self._cluster.device.with_graphs() if layout.graphs else self._cluster.device
+        device = replace(device, context=self._cluster.speed(layout.tp, layout.cp) if layout.cp > 1 else 0.0)
         if min(self._cluster.gpus, self._cluster.gpus_per_node) % layout.tp:  # some groups are in several nodes
             return device.across_nodes()
         return replace(device, overlaps=False) if layout.tp_comm_overlap is False else device

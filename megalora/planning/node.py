@@ -57,16 +57,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Message:
-    """One message between tensor-parallel ranks.
+    """One message between tensor-parallel ranks, or between context-parallel ones.
 
-    kind    "reduce": a sum that all get; "gather", "scatter": of sequence parallelism
+    kind    "reduce": a sum that all get; "gather", "scatter": of sequence parallelism; "context": keys and values that
+            context-parallel ranks gather, or the sum of their gradients
     size    bytes of the whole activation
+    ranks   of a "context" message
     beside  FLOPs of the product that it may run beside (see megalora.parallel.exchange); 0: it waits alone
     """
 
     kind: str
     size: int
     beside: float = 0.0
+    ranks: int = 1
 
 
 @dataclass(frozen=True)

@@ -354,8 +354,10 @@ class _LayerNodes:
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
         flops = 4 * layer.heads * dim * work.seen(layer.window) * full
         kept = qkv + q + statistics + (given if layer.clips else 0)
-        if work.context_parallel > 1:  # keys and values up to each piece instead of this rank's
-            kept += round(2 * kv * (work.context_parallel - 0.5))
+        cp = work.context_parallel
+        shared = (Message("context", 2 * kv * cp, ranks=cp),) if cp > 1 else ()
+        if cp > 1:  # keys and values up to each piece instead of this rank's
+            kept += round(2 * kv * (cp - 0.5))
         if layer.qk_rows:
             # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
             copies = q + kv if layer.qk_kernel and _kernels(self.shape.device_type) else 0
@@ -367,12 +369,12 @@ class _LayerNodes:
         core = self._node(
             "attention",
             kept,
-            Pass(live=qkv, attention=flops, traffic=2 * qkv, messages=sums, calls=4),
+            Pass(live=qkv, attention=flops, traffic=2 * qkv, messages=sums + shared, calls=4),
             Pass(
                 live=tokens.stream + dout + max(q + qkv + workspace, 2 * qkv),
                 attention=2.5 * flops,
                 traffic=2 * q + 2 * qkv,
-                messages=sums,
+                messages=sums + shared,
                 calls=4,
             ),
             flowing,

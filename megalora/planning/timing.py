@@ -41,11 +41,16 @@ def reduce_seconds(size: int, ranks: int, speed: float, device: Device) -> float
 
 
 def message_seconds(message: Message, device: Device, rate: float, ranks: int) -> float:
-    """What a message between `ranks` adds. rate: FLOPs a second of a product.
+    """What a message between `ranks` tensor-parallel ranks adds, or a "context" one between its own.
+
+    rate: FLOPs a second of a product.
 
     A gather or scatter sends (n - 1) / n of the activation: beside the product of a rank's own tokens, 1 / n of it,
     where the device does that (see megalora.parallel.exchange). The terms of a scatter are then summed from memory.
     """
+    if message.kind == "context":  # by NCCL, and nothing runs beside it
+        sent = (message.ranks - 1) / message.ranks * message.size
+        return device.latency + sent / (device.context or device.collective)
     if message.kind == "reduce":
         return reduce_seconds(message.size, ranks, device.collective, device)
     sent = (ranks - 1) / ranks * message.size

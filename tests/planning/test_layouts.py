@@ -14,9 +14,10 @@ from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.devices import DEVICES
-from megalora.planning.layouts import Cluster, Planner, Wanted, _least_seconds
+from megalora.planning.layouts import Planner, _least_seconds
 from megalora.planning.memory import stage_memory
 from megalora.planning.nodes import Workload
+from megalora.planning.plans import Cluster, Wanted
 from megalora.planning.shapes import shape_of
 
 FIELDS = {
@@ -74,7 +75,7 @@ def test_more_in_flight_needs_more():
 
 def every_plan(wanted: Wanted, **options):
     one = planner(**options)
-    layouts = [layout for tp, pp in one._sizes(wanted, []) for layout in one._layouts(tp, pp, wanted)]
+    layouts = [layout for sizes in one.sizes(wanted, []) for layout in one._layouts(sizes, wanted)]
     return one, [(layout, one.stages(layout, wanted)) for layout in layouts]
 
 
@@ -152,7 +153,7 @@ def test_adapters_in_the_upper_layers_alone_leave_the_lower_stages_without_activ
 def test_a_run_without_graphs_or_overlap_is_slower():
     wanted = Wanted(replace(WORK, rows=8, sequence_parallel=True), 8, tp=2, pp=1)
     one = planner()
-    layout = next(iter(one._layouts(2, 1, wanted)))
+    layout = next(iter(one._layouts((2, 1, 1), wanted)))
     layout = replace(layout, work=replace(layout.work, seq_length=2048))
 
     def seconds(**flags) -> float:
@@ -163,3 +164,27 @@ def test_a_run_without_graphs_or_overlap_is_slower():
     assert seconds() < seconds(tp_comm_overlap=False)
     apart = Planner(CONFIG, LORA, Cluster(4, 1, 2**33, DEVICES["h100"]))
     assert apart.plan(layout, apart.stages(layout, wanted)).seconds > seconds(tp_comm_overlap=False)
+
+
+def test_context_parallel_is_tried_where_nothing_else_fits():
+    """One row of a step on four GPUs: data parallelism has nothing to do."""
+    work = replace(WORK, seq_length=4096)
+    wanted = Wanted(work, step_rows=1, tp=1, pp=1, recompute="none", cp=None)
+    with pytest.raises(UserError, match="1 rows of a step cannot be dealt"):
+        planner().search(replace(wanted, cp=1))
+    plans, _ = planner().search(wanted)
+    assert [(plan.layout.cp, plan.layout.data) for plan in plans] == [(4, 1)] and plans[0].layout.tokens == 4096
+    (alone,), _ = planner(gpus=1).search(replace(wanted, cp=1))
+    assert plans[0].memory < 0.6 * alone.memory
+
+
+def test_keys_and_values_that_ranks_share_take_time():
+    wanted = Wanted(replace(WORK, seq_length=4096), step_rows=1, tp=1, pp=1, recompute="none", cp=2)
+    (plan,), _ = planner(gpus=2).search(wanted)
+    slow = Planner(CONFIG, LORA, Cluster(2, 1, 2**33, DEVICES["h100"]))
+    (apart,), _ = slow.search(wanted)
+    kv, layers = 2 * 4096 * 4 * 8 * WORK.element, 8
+    seconds = layers * 2 * kv / 2 * (1 / DEVICES["h100"].network - 1 / DEVICES["h100"].collective)
+    assert sum(s.total for s in apart.stages[0].seconds) - sum(s.total for s in plan.stages[0].seconds) == (
+        pytest.approx(seconds)
+    )
