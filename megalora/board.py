@@ -27,9 +27,9 @@ from starlette.routing import Route
 from megalora.errors import UserError
 from megalora.flags import BoardArguments
 from megalora.runs.folder import Run, find_runs, names_of
-from megalora.web.guard import LOCAL_NAMES, Guard
+from megalora.web.guard import Guard, allowed_hosts
 from megalora.web.pages import page_routes
-from megalora.web.server import address_of, bind, is_loopback, served, token_for
+from megalora.web.server import address_of, bind, served, token_for, with_token
 
 POINTS, MOST_POINTS = 800, 4000
 SAMPLE_ROWS = 3
@@ -41,15 +41,14 @@ def board(arguments: BoardArguments) -> None:
     """Serve the page until a signal. Raises UserError for what the user can fix."""
     runs = Runs(arguments.runs)
     token = token_for(arguments.host, arguments.token)
-    hosts = LOCAL_NAMES if is_loopback(arguments.host) else None
+    hosts = allowed_hosts(arguments.host)
     stopped = threading.Event()
     with bind(arguments.host, arguments.port) as listening:
         before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with served(build_app(runs, hosts, token), listening, CONNECTIONS):
-                address = address_of(listening, arguments.host)
-                query = "" if token is None else f"?token={token}"
-                print(f"megalora: {len(runs.all())} runs at {address}/{query}", file=sys.stderr, flush=True)
+                address = with_token(f"{address_of(listening, arguments.host)}/", token, arguments.token)
+                print(f"megalora: {len(runs.all())} runs at {address}", file=sys.stderr, flush=True)
                 while not stopped.wait(_REST if runs.read_on() else 0.5):
                     pass
         finally:
@@ -126,7 +125,7 @@ def build_app(runs: Runs, hosts: frozenset[str] | None, token: str | None) -> St
         query = request.query_params
         fields = query.getlist("field")[:50]
         first, last = (_number(query.get(name), default) for name, default in (("from", 0.0), ("to", math.inf)))
-        points = min(MOST_POINTS, max(10, int(_number(query.get("points"), POINTS))))
+        points = int(min(MOST_POINTS, max(10, _number(query.get("points"), POINTS))))
         return JSONResponse(runs.series(fields, first, last, points))
 
     def notes(request: Request) -> Response:
@@ -134,7 +133,7 @@ def build_app(runs: Runs, hosts: frozenset[str] | None, token: str | None) -> St
 
     def samples(request: Request) -> Response:
         run = one(request)
-        if run.folder not in rows:
+        if "documents" not in rows.get(run.folder, {}):  # what is in the way may go
             rows[run.folder] = documents_of(run)
         return JSONResponse(rows[run.folder])
 

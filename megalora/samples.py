@@ -6,13 +6,18 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalora.data import ChatTemplate
+from megalora.adapters.config import LoraConfig
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.data import Rendering
 from megalora.data.dataset import encode_row
 from megalora.data.pieces import IGNORE
 from megalora.errors import UserError
-from megalora.flags import parse_finetune
+from megalora.flags import DataArguments, ModelArguments, parse_finetune
+from megalora.identity import adapter_labels
+from megalora.models.config import read_config
+from megalora.parallel.mesh import build_mesh
 from megalora.preview import token_texts
-from megalora.rows import data_settings, template_options
+from megalora.rows import data_settings, rendering
 from megalora.runs.folder import SETTINGS
 
 MOST_PIECES = 4000  # of a document
@@ -39,7 +44,9 @@ def sample_documents(run: Path, rows: int) -> list[SampleDocument]:
         started = _STARTED.match(lines.readline())
     folder = Path(started[1]) if started else Path()
     data = replace(arguments.data, data_path=_from(folder, arguments.data.data_path))
-    template = ChatTemplate.load(folder / arguments.model.model_path, data.template, template_options(data))
+    if data.template is not None and (folder / data.template).is_file():
+        data = replace(data, template=str(folder / data.template))
+    template = _rendering(folder, arguments.model, data)
     settings, found = data_settings(data), []
     for row in range(rows):
         try:
@@ -53,6 +60,17 @@ def sample_documents(run: Path, rows: int) -> list[SampleDocument]:
             pieces = token_texts(template.tokenizer, ids[:MOST_PIECES], flags[:MOST_PIECES])
             found.append(SampleDocument(row, len(flags), sum(flags), tuple(pieces)))
     return found
+
+
+def _rendering(folder: Path, model: ModelArguments, data: DataArguments) -> Rendering:
+    """How the rows of the run's task become documents. folder: where the run was started, which its paths are from."""
+    task, labels, model_path = LoraConfig().task_type, (), str(folder / model.model_path)
+    if model.resume_peft_from_checkpoint is not None:
+        adapter = open_adapter(folder / model.resume_peft_from_checkpoint)
+        task, labels = LoraConfig.from_dict(adapter.lora_config, adapter.where).task_type, adapter_labels(adapter)
+    if model.lora_config is not None:
+        task = LoraConfig.from_json(str(folder / model.lora_config)).task_type
+    return rendering(task, read_config(model_path), model_path, data, labels, build_mesh(0, 1).world)
 
 
 def _from(folder: Path, data_path: str) -> str:

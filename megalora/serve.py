@@ -58,8 +58,8 @@ from megalora.parallel.placement import Placement
 from megalora.serving.app import build_app
 from megalora.serving.backlog import Backlog
 from megalora.serving.models import Catalogue, ServedModel
-from megalora.web.guard import LOCAL_NAMES
-from megalora.web.server import address_of, bind, is_loopback, served, token_for
+from megalora.web.guard import allowed_hosts
+from megalora.web.server import address_of, bind, served, token_for, with_token
 
 LONGEST_CONTEXT = 4096  # of prompt and reply together, where no flag says more: the cache holds this for each slot
 SPARE_CONNECTIONS = 64  # beside those of requests: health, metrics, pages, and whoever is told that the line is full
@@ -79,15 +79,16 @@ def serve(arguments: Serving) -> None:
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
             context = on_first(lambda: _context(config, options.seq_length), mesh.world)
         read = on_first(lambda: _read(arguments, config), mesh.world)
+        with together(mesh.world):
+            catalogue = None if listening is None else _catalogue(arguments, config, read, context)
         stage = _stage(arguments, config, read.shared, mesh, device)
         replica = Replica(stage, mesh.pp, mesh.tp, context, Sampling(), (), listened_to=True)
         replica.reserve(options.max_running, context)
-        if listening is None:
+        if catalogue is None:
             with _on_signals(signal.SIG_IGN):  # rank 0 says when the end is
                 replica.serve(None, None, mesh.world)
             return
         backlog = Backlog(options.max_running, options.max_waiting)
-        catalogue = _catalogue(arguments, config, read, context)
         for note in (*([remark] if remark else []), *read.notes):
             _say(note)
         _run(arguments, catalogue, backlog, replica, listening, mesh)
@@ -234,15 +235,15 @@ def _run(
     """Serve until a signal; then reply to what is there, for stop_timeout seconds."""
     options = arguments.server
     token = token_for(options.host, options.token)
-    hosts = LOCAL_NAMES if is_loopback(options.host) else None
+    hosts = allowed_hosts(options.host)
     connections = options.max_running + options.max_waiting + SPARE_CONNECTIONS
     stop = _Stop(backlog, options.stop_timeout)
     with served(build_app(catalogue, backlog, hosts, token), listening, connections), _on_signals(stop):
         address = address_of(listening, options.host)
         _say(f"serving {', '.join(catalogue.models)} at {address}/v1")
         if token is not None:
-            _say(f"the API key is {token}")
-        _say(f"chat page: {address}/" + (f"?token={token}" if token is not None else ""))
+            _say("the API key is the --token that was given" if options.token else f"the API key is {token}")
+        _say(f"chat page: {with_token(f'{address}/', token, options.token)}")
         try:
             replica.serve(backlog, backlog, mesh.world)
         finally:

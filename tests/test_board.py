@@ -87,6 +87,7 @@ def test_the_board(runs, tmp_path):
         assert page.errors == []
         assert server.ask("/api/runs", method="POST", body={})[0] == 405, "it only reads"
         assert server.ask("/api/runs", headers={"Host": "evil.example"})[0] == 403
+        assert server.ask("/api/series?field=loss&points=inf")[0] == 200
         assert server.ask("/api/runs/9/notes")[0] == 404 and server.ask("/static/../server.py")[0] == 404
 
 

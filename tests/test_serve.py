@@ -61,6 +61,7 @@ def test_flags(capsys, tmp_path):
     assert "runs one copy of the model" in refused(capsys, *model, "--tensor_parallel_size", 2)
     assert "does not exist" in refused(capsys, "--model_path", tmp_path / "nowhere")
     assert "--temperature belongs to megalora generate" in refused(capsys, *model, "--temperature", 1)
+    assert "token must be 8 to 200 letters" in refused(capsys, *model, "--token", "a b c d e f")
     with mock.patch.dict("sys.modules", {"uvicorn": None}):
         assert "pip install 'megalora[serve]'" in refused(capsys, *model)
 

@@ -21,7 +21,8 @@ def check_launcher() -> None:
             raise UserError(
                 f"{launcher} has started {tasks} processes ({name}), but megalora takes its ranks from torchrun "
                 f"(RANK, WORLD_SIZE), so each would run alone",
-                "start one process a host and give --nproc, or use torchrun; on Slurm, scripts/slurm/run.sh",
+                "on one host start one process and give --nproc; on several use torchrun (on Slurm: "
+                "scripts/slurm/run.sh)",
             )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from megalora.cluster.environment import LISTENS, NPROC
+from megalora.cluster.environment import LISTENS, NPROC, check_launcher
 from megalora.errors import UserError
 
 _PATIENCE = 30.0  # seconds that the others have to end by themselves once a rank has failed
@@ -27,13 +27,14 @@ def run_here(processes: int, words: Sequence[str], *, interactive: bool = False)
     """Run `megalora WORDS` on `processes` ranks of this host, and return the exit status: that of the first to fail.
 
     interactive  rank 0 reads the terminal, so the ranks stay in its process group, where Ctrl-C reaches them by itself
-    Raises UserError where a launcher has started this process already.
+    Raises UserError where a launcher (torchrun, mpirun, srun) has started this process as one of several.
     """
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         raise UserError(
             f"nproc {processes} starts processes of its own, but a launcher has started this one already",
             "leave nproc out under torchrun, or start without torchrun",
         )
+    check_launcher()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ranks = [
             subprocess.Popen(

@@ -12,6 +12,7 @@ from megalora.flags import shared
 from megalora.flags.flag import REQUIRED, Definition, Section, flag
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,200}")
 HOST = Definition("address to listen on; 0.0.0.0 is every network of this machine, and then clients need the token")
 PORT = Definition("port to listen on; 0 is any that is free", at_least=0, at_most=65535)
 TOKEN = Definition("secret that clients must know: in the address as token, or as a Bearer key")
@@ -20,6 +21,15 @@ RUNS = Definition(
     verbatim=True,
 )
 _UNSET_TOKEN = "none on 127.0.0.1; elsewhere one is made and printed"
+
+
+def _check_token(token: str | None) -> None:
+    """Raise UserError for a secret that is easily guessed, or that an address, header or cookie cannot carry."""
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise UserError(
+            "token must be 8 to 200 letters, digits and . _ ~ - (it stands in addresses and headers)",
+            "give another, or leave it out",
+        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ class ServeArguments(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_token(self.token)
         shared.template_variables(self.chat_template_kwargs)
 
     @property
@@ -110,6 +121,10 @@ class BoardArguments(Section):
     host: str = HOST.field("127.0.0.1")
     port: int = PORT.field(8010)
     token: str | None = TOKEN.field(None, unset=_UNSET_TOKEN)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_token(self.token)
 
 
 @dataclass(frozen=True)

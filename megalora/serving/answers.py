@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from megalora.generation.sampling import Logprobs
-from megalora.serving.errors import ApiError
+from megalora.serving.errors import FAILED, ApiError
 from megalora.serving.replies import Part, Replies
 
 Spell = Callable[[int], str]
@@ -54,6 +54,9 @@ class Answer:
         except ApiError as error:
             yield _sse(error.body())
             return
+        except Exception:
+            yield _sse(ApiError(500, FAILED).body())
+            raise
         yield b"data: [DONE]\n\n"
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:

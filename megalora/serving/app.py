@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from megalora.serving.answers import Answer
 from megalora.serving.backlog import RETRY_SECONDS, Backlog
 from megalora.serving.bodies import Asked, read_chat, read_completion, read_json
-from megalora.serving.errors import ApiError, bad
+from megalora.serving.errors import FAILED, ApiError, bad
 from megalora.serving.metrics import CONTENT_TYPE, ServerMetrics
 from megalora.serving.models import Catalogue, ServedModel
 from megalora.serving.replies import Replies
@@ -157,7 +157,12 @@ class _Events(Response):
         left = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait([sending, left], return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done() or sending.exception() is not None:
+            if not sending.done():
+                self._cancelled()
+                return
+            try:
+                sending.result()
+            except (OSError, asyncio.TimeoutError):  # its connection is lost, or it reads nothing
                 self._cancelled()
         finally:
             for task in (sending, left):
@@ -217,4 +222,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, "the server failed: its log has the reason").body(), 500)
+    return JSONResponse(ApiError(500, FAILED).body(), 500)

@@ -35,6 +35,12 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
 }
+# Fields of a message that are read, or say nothing to a model; and the parts that a content may have.
+_MESSAGE_FIELDS = frozenset(
+    "role content name tool_calls tool_call_id function_call reasoning_content reasoning thinking "
+    "annotations id refusal".split()
+)
+_PARTS = ("text", "input_text", "output_text", "reasoning", "thinking", "reasoning_content")
 _REMEDIES = {
     "frequency_penalty": "leave it out, or give repetition_penalty",
     "presence_penalty": "leave it out, or give repetition_penalty",
@@ -183,6 +189,10 @@ def _sampling(fields: _Fields, defaults: Mapping[str, float]) -> Sampling:
         "repetition_penalty": fields.take("repetition_penalty", _number(0, 100, above=True), "a number above 0"),
     }
     chosen = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    if given["temperature"] is None and not chosen["temperature"]:
+        for name in ("top_k", "top_p", "min_p"):
+            if given[name] not in (None, 0, -1) and (name, given[name]) != ("top_p", 1):
+                raise bad(f"{name} has no effect: the model's own temperature is 0; give temperature as well", name)
     seed = fields.take("seed", _whole(-(2**63), 2**64), "a whole number of 64 bits")
     seed = secrets.randbelow(_LARGEST_SEED) if seed is None else seed % (_LARGEST_SEED + 1)
     top_k, top_p = int(chosen["top_k"] or 0), chosen["top_p"]
@@ -215,6 +225,9 @@ def _longest(fields: _Fields, *names: str) -> int | None:
 
 def _conversation(messages: list[Any], tools: list[Any] | None, variables: Mapping[str, Any]) -> Conversation:
     """The messages as a conversation. Raises ApiError as the reader of training rows finds fault with them."""
+    for number, message in enumerate(messages):
+        if isinstance(message, dict):
+            _check_message(message, f"messages[{number}]")
     last = messages[-1]
     if isinstance(last, dict) and last.get("role") not in ("user", "tool"):
         raise bad("the last message must be the user's or a tool's: a reply is made to it", "messages")
@@ -224,6 +237,18 @@ def _conversation(messages: list[Any], tools: list[Any] | None, variables: Mappi
     except UserError as error:
         raise bad(str(error), "messages") from None
     return Conversation(found.messages, found.tools, {**found.template_kwargs, **variables})
+
+
+def _check_message(message: Mapping[str, Any], place: str) -> None:
+    """Raise ApiError for fields and parts that rows of training data may have, or that no text can be made of."""
+    for name, value in message.items():
+        if name not in _MESSAGE_FIELDS and value not in (None, "", [], {}):
+            raise bad(f"{place} has {name[:40]!r}, which this server does not know: leave it out", "messages")
+    parts = message.get("content")
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict) and part.get("type") not in _PARTS:
+            kind = str(part.get("type"))[:40]
+            raise bad(f"{place} has a part of type {kind!r}: this server reads text alone", "messages")
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+FAILED = "the server failed: its log has the reason"
+
 
 class ApiError(Exception):
     """An answer that is an error. status: of HTTP; param: the field that is wrong; code: for programs to tell."""

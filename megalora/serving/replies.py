@@ -68,8 +68,8 @@ class Replies:
             if max(ids) >= catalogue.words or min(ids) < 0:
                 raise bad(f"prompt has a token id that is not from 0 to {catalogue.words - 1}", "prompt")
             room = catalogue.context - len(ids)
-            for stream in range(asked.choices):
-                prompt = Prompt(0, ids, model.adapter, stream)
+            for _ in range(asked.choices):
+                prompt = Prompt(0, ids, model.adapter, stream=len(requests))
                 longest = min(asked.max_new_tokens or room, room)
                 requests.append(Request(prompt, asked.sampling, longest, frozenset(stops), asked.logprobs))
                 self._choices.append(_Choice(catalogue.reader.follow(prompt, asked.stop, thinking=chat)))

@@ -12,6 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megalora.web.server import is_loopback
+
 # Pages load scripts and styles of their own server, and nothing else.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
@@ -23,7 +25,14 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def allowed_hosts(host: str) -> frozenset[str] | None:
+    """Return the names that a server on `host` answers to: on the loopback its own ones, elsewhere any (None)."""
+    if not is_loopback(host):
+        return None
+    return frozenset((*_LOCAL_NAMES, f"[{host}]" if ":" in host else host.lower()))
 
 
 class Guard:
@@ -55,7 +64,8 @@ class Guard:
             await send(message)
 
         if self._hosts is not None and _host_name(headers.get("host", "")) not in self._hosts:
-            refused = _refusal(403, "this server answers to localhost and 127.0.0.1 only: use one of these names")
+            names = " or ".join(sorted(self._hosts))
+            refused = _refusal(403, f"the Host header is none of this server's names: use {names}")
             await refused(scope, receive, with_headers)
             return
         if self._token is not None and scope["path"] not in self._free:
@@ -96,5 +106,6 @@ def _host_name(host: str) -> str:
 
 
 def _refusal(status: int, message: str) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    kind, code = ("authentication_error", "invalid_api_key") if status == 401 else ("invalid_request_error", None)
+    error = {"message": message, "type": kind, "param": None, "code": code}
     return JSONResponse({"error": error}, status)

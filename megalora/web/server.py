@@ -62,6 +62,16 @@ def token_for(host: str, given: str | None) -> str | None:
     return None if is_loopback(host) else secrets.token_urlsafe(18)
 
 
+def with_token(address: str, token: str | None, given: str | None) -> str:
+    """Return the address of a page to print: with the token where it was made here; logs keep no secret of the user's.
+
+    given  the token that the user has chosen
+    """
+    if token is None:
+        return address
+    return f"{address}?token={'TOKEN, the one that was given' if given is not None else token}"
+
+
 def address_of(listening: socket.socket, host: str) -> str:
     """Return the URL of a server that listens on `host`."""
     name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)

@@ -102,6 +102,8 @@ def test_two_launchers_are_one_too_many(monkeypatch, inputs, tmp_path):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"mpirun has started 4 processes \(OMPI_COMM_WORLD_SIZE\).* --nproc"):
         check_launcher()
+    with pytest.raises(UserError, match="mpirun has started 4 processes"):
+        local.run_here(2, [])
     monkeypatch.setenv("RANK", "3")
     check_launcher()  # whoever sets both knows how
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 from hypothesis import given, settings
@@ -35,9 +34,11 @@ BODIES = some.dictionaries(some.sampled_from([*NAMES, "made_up"]), VALUES, max_s
 def sound(asked: Asked) -> None:
     sampling = asked.sampling
     assert 0 <= sampling.temperature <= 100 and 0 <= sampling.seed < 2**63 and sampling.repetition_penalty > 0
-    assert (sampling.top_k or 1) > 0 and 0 < (sampling.top_p or 1) < 1 or sampling.top_p is None
+    assert sampling.top_k is None or sampling.top_k > 0
+    assert sampling.top_p is None or 0 < sampling.top_p < 1
+    assert sampling.min_p is None or 0 < sampling.min_p <= 1
     assert asked.max_new_tokens is None or asked.max_new_tokens > 0
-    assert 1 <= asked.choices <= 16 and all(asked.stop) and math.isfinite(sampling.min_p or 0)
+    assert 1 <= asked.choices <= 16 and all(asked.stop)
     assert bool(asked.prompts) == (asked.conversation is None)
 
 
@@ -75,6 +76,11 @@ def test_sampling_is_the_models_own_where_the_request_is_silent():
     given_here = read_completion(body | {"temperature": 0, "top_p": 1, "top_k": -1}, own).sampling
     assert (given_here.temperature, given_here.top_p, given_here.top_k) == (0.0, None, None)
     assert read_completion(body | {"seed": -5}, {}).sampling.seed == 2**63 - 5
+    for name, value in (("top_p", 0.5), ("top_k", 5), ("min_p", 0.1)):
+        with pytest.raises(ApiError, match=f"{name} has no effect: the model's own temperature is 0"):
+            read_completion(body | {name: value}, {})
+        assert getattr(read_completion(body | {name: value, "temperature": 1}, {}).sampling, name) == value
+    read_completion(body | {"top_p": 1, "top_k": -1, "min_p": 0}, {})
     for huge in (10**400, -(10**400)):
         with pytest.raises(ApiError, match="temperature is"):
             read_completion(body | {"temperature": huge}, {})

@@ -21,7 +21,7 @@ pytest.importorskip("starlette")
 from megalora.serving.app import build_app  # noqa: E402
 from megalora.serving.backlog import Backlog  # noqa: E402
 from megalora.serving.models import Catalogue, ServedModel  # noqa: E402
-from megalora.web.guard import LOCAL_NAMES  # noqa: E402
+from megalora.web.guard import allowed_hosts  # noqa: E402
 from megalora.web.server import bind, served  # noqa: E402
 
 TOKENIZER = tokenizer()
@@ -74,7 +74,7 @@ def serving():
                 return response.status, json.loads(data)
             return response.status, [json.loads(line[6:]) for line in data.splitlines() if line.startswith("data: {")]
 
-        with served(build_app(catalogue, backlog, LOCAL_NAMES, None), listening, 100):
+        with served(build_app(catalogue, backlog, allowed_hosts("127.0.0.1"), None), listening, 100):
             yield replica, backlog, ask
         backlog.abort()
     replica.join(10)

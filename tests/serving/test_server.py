@@ -165,6 +165,8 @@ def test_completions(client, case):
     assert by_id.choices[0].text == expected["tuned"][0]
     as_text = client.completions.create(prompt=written, **asked)
     assert as_text.usage.prompt_tokens > by_id.usage.prompt_tokens + 30, "special tokens in a text are text"
+    hot = client.completions.create(prompt=["abc", "abc"], **asked | {"temperature": 1.5, "seed": 3})
+    assert hot.choices[0].text != hot.choices[1].text, "each has random numbers of its own"
     both = client.completions.create(prompt=["abc", "xyz"], n=2, **asked)
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
     assert both.choices[0].text == both.choices[1].text != both.choices[2].text
@@ -209,7 +211,8 @@ BAD = [
     (chat("x" * 500_000), 400, "leave no room"),
     (chat(""), 400, "empty"),
     (chat("\ud800"), 400, "surrogate"),
-    (chat([{"type": "image_url", "image_url": {"url": "x"}}]), 400, "image_url"),
+    (chat([{"type": "image_url", "image_url": {"url": "x"}}]), 400, "a part of type 'image_url': this server"),
+    (chat("hi") | {"messages": [{"role": "user", "content": "a", "weight": 0}]}, 400, "messages[0] has 'weight'"),
     ({"model": "tuned", "messages": [{"role": "king", "content": "x"}]}, 400, "last message must be"),
     (chat("hi") | {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, 400, "last"),
     (chat("hi", tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]), 400, "not print tools"),
@@ -371,10 +374,13 @@ def test_the_chat_page(server, case, tmp_path):
 def test_several_processes_and_a_graceful_end(case):
     """Tensor and pipeline parallel replies are the same; a signal lets what runs end, and takes nothing new."""
     layout = ["--nproc", 2, "--pipeline_parallel_size", 2]
-    with started(*words(case), *layout, "--max_running", 8, "--seq_length", 250, "--token", "sesame") as server:
-        assert server.ask("/v1/models")[0] == 401 and server.ask("/health")[0] == 200
-        assert server.ask("/v1/models", headers={"Authorization": "Bearer sesami"})[0] == 401
-        key = {"Authorization": "Bearer sesame"}
+    with started(*words(case), *layout, "--max_running", 8, "--seq_length", 250, "--token", "open-sesame") as server:
+        assert "sesame" not in "\n".join(server.said), "logs keep no secret of the user's"
+        refused = server.ask("/v1/models")
+        assert refused[0] == 401 and refused[1]["error"]["type"] == "authentication_error"
+        assert server.ask("/health")[0] == 200
+        assert server.ask("/v1/models", headers={"Authorization": "Bearer open-sesami"})[0] == 401
+        key = {"Authorization": "Bearer open-sesame"}
         for model in MODELS:
             for number in (0, 3):
                 status, answer, _ = server.ask("/v1/chat/completions", chat(QUESTIONS[number], model), key)

@@ -7,22 +7,8 @@ const FIRST = ["loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_se
 const LATER = ["epoch", "tokens", "eval/perplexity"];
 const PERIOD = 600; // milliseconds between two looks at the server
 const POINTS = 800;
-const $ = (id) => document.getElementById(id);
-
-function element(tag, kind, text) {
-  const made = document.createElement(tag);
-  if (kind) made.className = kind;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 // ---- where the data comes from ----
-
-async function json(path) {
-  const response = await fetch(path);
-  if (!response.ok) throw new Error(`the server answered ${response.status}`);
-  return response.json();
-}
 
 const server = {
   live: true,
@@ -225,8 +211,9 @@ function showSettings() {
 }
 
 /** What a run says once and for all, or until `version` changes: asked for when it is first seen. */
+const keyOf = (what, number, version = "") => `${what} ${state.runs[number].folder} ${version}`;
 async function ask(what, number, version) {
-  const key = `${what} ${state.runs[number].folder} ${version}`;
+  const key = keyOf(what, number, version);
   if (!state.asked.has(key)) state.asked.set(key, source[what](number));
   return state.asked.get(key);
 }
@@ -235,8 +222,11 @@ async function showRows() {
   const parts = await Promise.all(shown().map(async (number) => {
     const part = element("div");
     part.append(element("h2", "", state.runs[number].name));
-    const answer = await ask("rows", number, "");
-    if (answer.problem) part.append(element("p", "faint", `The rows cannot be shown: ${answer.problem}`));
+    const answer = await ask("rows", number);
+    if (answer.problem) {
+      state.asked.delete(keyOf("rows", number)); // what is in the way may go
+      part.append(element("p", "faint", `The rows cannot be shown: ${answer.problem}`));
+    }
     for (const document of answer.documents ?? []) {
       const card = element("div", "document");
       card.append(element("div", "faint", `row ${document.row}: ${document.tokens} tokens, ${document.trained} of them trained`));

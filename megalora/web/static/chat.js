@@ -1,15 +1,6 @@
 "use strict";
 // The chat page: one conversation for each pane, all told the same messages. Text is only ever set as text.
 
-const $ = (id) => document.getElementById(id);
-
-function element(tag, kind, text) {
-  const made = document.createElement(tag);
-  if (kind) made.className = kind;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
 /** A model, and the messages that it has been told and has replied with. */
 class Pane {
   constructor(models, model) {
@@ -74,13 +65,8 @@ class Pane {
 /** The objects of a stream of server-sent events. */
 async function* events(path, body, signal) {
   const options = { ...body, stream_options: { include_usage: true } };
-  const response = await fetch(path, {
-    method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(options),
-  });
-  if (!response.ok) {
-    const answer = await response.json().catch(() => null);
-    throw new Error(answer?.error?.message ?? `the server answered ${response.status}`);
-  }
+  const headers = { "Content-Type": "application/json" };
+  const response = await answered(path, { method: "POST", signal, headers, body: JSON.stringify(options) });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
@@ -107,7 +93,7 @@ function parameters() {
 async function main() {
   const panes = [];
   let running = null;
-  const answer = await (await fetch("v1/models")).json();
+  const answer = await json("v1/models");
   const names = answer.data.map((model) => model.id);
 
   function show() {
