@@ -36,6 +36,7 @@ class Batch:
                   the same on every layout (dropout draws from it)
     context       with context parallelism: T are this rank's tokens, and cu_seqlens the bounds of its pieces
     columns       [T] or [T, k] int64 each, what else a model reads of each token, by name (token types, boxes)
+    weights       [T] float32, what each label counts for in the loss; None: 1 each
     """
 
     input_ids: torch.Tensor
@@ -45,10 +46,11 @@ class Batch:
     token_index: torch.Tensor
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     context: Context | None = None
+    weights: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = [f.name for f in fields(self) if f.name not in ("columns", "context")]
-        moved = {name: to_device(getattr(self, name), device) for name in tensors}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("columns", "context")}
+        moved = {name: to_device(tensor, device) for name, tensor in tensors.items() if tensor is not None}
         columns = {name: to_device(column, device) for name, column in self.columns.items()}
         return Batch(**moved, columns=columns, context=self.context)
 

@@ -5,12 +5,13 @@ megalora data --model_path DIR --data_path rows.json --row 5
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -23,6 +24,7 @@ from megalora.data.report import Report
 from megalora.flags import Preview
 from megalora.rows import data_settings, template_options
 
+Flag = TypeVar("Flag", bool, float)  # whether a token is trained, or what its label counts for
 _UNFINISHED = "\ufffd"  # what decoding gives for bytes that are no whole character
 _BAR = 50  # characters of the longest bar of the histogram
 _BUCKETS = 12
@@ -106,7 +108,7 @@ class _Counts:
 
 
 class _Printer:
-    """Writes documents: coloured on a terminal, elsewhere each run of tokens behind `train` or `-`, line by line."""
+    """Writes documents: coloured on a terminal, elsewhere each run of tokens behind `train`, its weight or `-`."""
 
     def __init__(self, tokenizer: Any, file: TextIO):
         self._tokenizer = tokenizer
@@ -122,27 +124,28 @@ class _Printer:
             self._document(f"row {row}" + (f", document {place} of {len(samples)}" if len(samples) > 1 else ""), sample)
 
     def _document(self, name: str, sample: Sample) -> None:
-        trained = int((sample.labels != IGNORE).sum())
-        self.line(f"\n{name}: {len(sample.input_ids):,} tokens, {trained:,} of them trained")
-        flags = (sample.labels != IGNORE).tolist()
-        pieces = list(token_texts(self._tokenizer, sample.input_ids.tolist(), flags))
+        labelled = sample.labels != IGNORE
+        self.line(f"\n{name}: {len(sample.input_ids):,} tokens, {int(labelled.sum()):,} of them trained")
+        weights = (labelled.astype(float) if sample.weights is None else sample.weights).tolist()
+        pieces = list(token_texts(self._tokenizer, sample.input_ids.tolist(), weights))
         if self._coloured:
             text = Text()
-            for number, (piece, flag) in enumerate(pieces):
-                text.append(_printable(piece), (_TRAINED if flag else _CONTEXT)[number % 2])
+            before = 1.0
+            for number, (piece, weight) in enumerate(pieces):
+                if weight not in (0, before):
+                    text.append(f"[x {weight:g}]", "bold")
+                before = weight or before
+                text.append(_printable(piece), (_TRAINED if weight else _CONTEXT)[number % 2])
             self._console.print(text)
             return
-        runs: list[tuple[str, bool]] = []
-        for piece, flag in pieces:
-            joined = bool(runs) and runs[-1][1] == flag
-            runs = [*runs[:-1], (runs[-1][0] + piece, flag)] if joined else [*runs, (piece, flag)]
-        for text, flag in runs:
-            for line in _printable(text).split("\n"):
-                self._console.print(Text(f"{'train' if flag else '    -'} | {line}"))
+        for weight, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
+            mark = "    -" if weight == 0 else "train" if weight == 1 else f"x {weight:<3g}"
+            for line in _printable("".join(text for text, _ in run)).split("\n"):
+                self._console.print(Text(f"{mark} | {line}"))
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int], flags: Sequence[bool]) -> Iterator[tuple[str, bool]]:
-    """Yield the text of each token, or of a few that make one character, and its flag: whether it is trained."""
+def token_texts(tokenizer: Any, ids: Sequence[int], flags: Sequence[Flag]) -> Iterator[tuple[str, Flag]]:
+    """Yield the text of each token, or of a few that make one character, and its flag."""
 
     def decode(some: Sequence[int]) -> str:
         return tokenizer.decode(list(some), clean_up_tokenization_spaces=False)

@@ -42,7 +42,7 @@ class StepData(Protocol):
     def microbatches(self) -> list[Batch]: ...
 
     @property
-    def label_count(self) -> int: ...
+    def label_count(self) -> float: ...
 
     @property
     def token_count(self) -> int: ...
@@ -52,7 +52,7 @@ class StepData(Protocol):
 class StepResult:
     """What a step tells: the same on every rank.
 
-    loss       mean over the labelled tokens of the global batch
+    loss       mean over the labelled tokens of the global batch, by their weights where rows have some
     grad_norm  global, before clipping
     skipped    why no update was made, or None
     alarm      whether any rank called `step` with an alarm: they all hear of it after the same step
@@ -106,7 +106,7 @@ class Trainer:
         self._stage.refresh_adapters()
         self._gradients.zero()
         inputs = self._inputs(data, self._seed, number)
-        scale = self.loss_scale.value / max(1, data.label_count)
+        scale = self.loss_scale.value / (data.label_count or 1)
         loss_sum = self._runner.train(len(data.microbatches), inputs, scale)
         self._gradients.reduce()
         sums = self._over_world(loss_sum, self._gradients.square_sum(), alarm)
@@ -114,7 +114,7 @@ class Trainer:
         with self._clock("optimizer"):
             self._update(sums, rate)
         loss_sum, square, alarms = sums.tolist()  # a GPU has its update before the host waits for it here
-        loss = loss_sum / max(1, data.label_count)
+        loss = loss_sum / (data.label_count or 1)
         norm = math.sqrt(square) / self.loss_scale.value if math.isfinite(square) else square
         return StepResult(loss, norm, rate, data.token_count, self._account(loss, norm, number), alarms > 0)
 
@@ -169,15 +169,16 @@ class Trainer:
     def evaluate(self, steps: Iterable[StepData]) -> float:
         """The mean loss over the labelled tokens of `steps`, without dropout."""
         sums, labels = self.measure(steps, 1)
-        return sums[0] / max(1, labels)
+        return sums[0] / (labels or 1)
 
-    def measure(self, steps: Iterable[StepData], width: int) -> tuple[list[float], int]:
-        """Return what the task's `sums` add up to over `steps`, [width], and their labelled tokens; without dropout.
+    def measure(self, steps: Iterable[StepData], width: int) -> tuple[list[float], float]:
+        """Return what the task's `sums` add up to over `steps`, [width], and their label count; without dropout.
 
         width 1 is the loss alone.
         """
         self._stage.refresh_adapters()
-        totals, labels = [0.0] * width, 0
+        totals: list[float] = [0.0] * width
+        labels: float = 0
         for data in steps:
             inputs = self._inputs(data, None, 0, measures=width > 1)
             sums = self._runner.evaluate(len(data.microbatches), inputs, () if width == 1 else (width,))

@@ -284,6 +284,7 @@ class Run:
     learning_rate: float = 1e-2
     base_format: str = "dense"
     loraplus_lr_ratio: float = 1.0
+    weights: tuple[float, ...] = ()  # of labels, in turn along each document
 
     def on(self, **layout) -> Run:
         return replace(self, **layout)
@@ -359,6 +360,9 @@ def rows_of(run: Run, config: ModelSpec):
         ids = torch.randint(0, vocab_size, (length,), generator=generator)
         labels = torch.where(torch.arange(length) >= length // 3, ids, -100)
         sample = Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32"))
+        if run.weights:
+            weights = np.resize(np.float32(run.weights), length) * (sample.labels != -100)
+            sample = replace(sample, weights=weights)
         documents.append(sample if run.task == "CAUSAL_LM" else classified(sample, config, run.task))
     bins = pack([len(d.input_ids) for d in documents], run.seq_length)
     return build_rows(documents, bins, run.seq_length, 0)

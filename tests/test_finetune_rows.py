@@ -15,6 +15,7 @@ def inputs(tmp_path_factory):
 def test_the_flags_of_the_rows(inputs, tmp_path):
     """The user's own names, a harmless field, a long row that is split and a share for evaluation."""
     mine = [{"ask": row["instruction"], "reply": row["output"], "n": 1, "id": 7} for row in tiny.questions(30)]
+    mine[0]["weight"] = 0.5
     talk = [{"input": row["instruction"], "output": row["output"]} for row in tiny.questions(9)]
     files = [tiny.write_json(tmp_path / "mine.json", mine)]
     files += [tiny.write_json(tmp_path / "talk.json", [{"conversation": talk}])]
@@ -30,6 +31,7 @@ def test_the_flags_of_the_rows(inputs, tmp_path):
     (done,) = tune(1, inputs.flags(tmp_path / "run", **flags, save=False))
     assert "fields of the rows that are not learned: " in done.out and "id (30)" in done.out
     assert "1 rows longer than seq_length were split into" in done.out
+    assert "1 rows have weights of their own: the loss is the weighted mean over the labels" in done.out
     assert "perplexity" in done.out
     assert "made in" in done.out and len(list((tmp_path / "cache").glob("*/ids.bin"))) == 1
     (again,) = tune(1, inputs.flags(tmp_path / "again", **flags, save=False))

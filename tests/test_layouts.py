@@ -107,19 +107,31 @@ def test_parts_computed_again_on_a_mesh():
         assert largest_difference(reference(run), list(outcomes)) <= 1e-12, run
 
 
+WEIGHTS = (0.1, 1.0, 2.5)
+
+
+def test_weights_of_labels():
+    """A weight says what a label counts for among the others: the same for all is none; mixed ones are the mean."""
+    plain = train(0, 1, Run())
+    for same in (1.0, 0.5):
+        assert largest_difference(plain, [train(0, 1, Run(weights=(same,)))]) <= 1e-12
+    mixed = train(0, 1, Run(weights=WEIGHTS))
+    assert abs(mixed.losses[0] - plain.losses[0]) > 1e-3 and abs(mixed.evaluation - plain.evaluation) > 1e-3
+
+
 def test_documents_cut_over_ranks():
     """Context parallelism beside the other means: windows, shared KV heads, packing, recompute, tp, pp and dp."""
     runs = {
         2: [
-            Run("mistral", cp=2, micro_batch_rows=2),
+            Run("mistral", cp=2, micro_batch_rows=2, weights=WEIGHTS),
             Run("qwen3", cp=2, recompute=MIXED, tile=8, offloaded=frozenset({0})),
             Run("phi3", cp=2, recompute="selective", rows=2),
             Run("qwen3_moe", cp=2, steps=2, rows=4),
         ],
         4: [
             Run("llama", cp=4, micro_batch_rows=2),
-            Run("llama", **TP2_SP, cp=2, micro_batch_rows=2, recompute="layer", tile=8),
-            Run("qwen2", pp=2, cp=2, recompute="full"),
+            Run("llama", **TP2_SP, cp=2, micro_batch_rows=2, recompute="layer", tile=8, weights=WEIGHTS),
+            Run("qwen2", pp=2, cp=2, recompute="full", weights=WEIGHTS),
             Run("gpt_neox", cp=2, recompute="layer"),  # dp 2
             Run("deepseek_v2", cp=2, steps=2, learning_rate=1e-3),  # dp 2
         ],

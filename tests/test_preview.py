@@ -102,6 +102,19 @@ def test_documents_that_a_row_becomes(inputs, tmp_path):
     assert "row 0:" in shown and shown.count("train |") == 1
 
 
+def test_weights_are_shown(inputs):
+    folder, _ = inputs
+    first, second = ROWS[1]["messages"][:2]
+    (folder / "weights.json").write_text(
+        json.dumps([{"messages": [first, second | {"weight": 0.5}, *ROWS[1]["messages"][2:]]}])
+    )
+    shown, _ = data(inputs, file="weights.json")
+    assert "x 0.5 | b<|im_end|>\n" in shown and "train | d<|im_end|>\n" in shown
+    assert "1 rows have weights of their own" in shown
+    with mock.patch.dict("os.environ", TERM="xterm-256color"):
+        assert "[x 0.5]" in data(inputs, file="weights.json", out=Terminal())[0]
+
+
 def test_colours_on_a_terminal(inputs):
     with mock.patch.dict("os.environ", TERM="xterm-256color"):
         shown, _ = data(inputs, "--row", 1, out=Terminal())

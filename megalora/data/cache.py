@@ -4,7 +4,7 @@
                        ids.bin         token ids, int32           (see documents.py)
                        runs.bin        labelled runs, int32
                        column-*.bin    what else is read of each token, int32, by name
-                       index.npz       ends, run_ends, rows
+                       index.npz       ends, run_ends, rows, and the weights of the runs where they are not all 1
                        layout-*.npz    which document lies in which row, by seed
     {data_cache}/{key}.lock            held while it is made or verified
     {data_cache}/{key}.checked         touched when that was done: who waited meanwhile need not do it again
@@ -63,7 +63,8 @@ class Writer:
             if name not in self._columns:
                 self._columns[name] = (self.folder / f"column-{name}.bin").open("wb"), column.shape[1:]
             self._columns[name][0].write(np.ascontiguousarray(column, dtype="<i4").data)
-        self._parts.append((documents.lengths, np.diff(documents.run_ends, prepend=0), documents.rows))
+        weights = np.ones(len(documents.runs), np.float32) if documents.weights is None else documents.weights
+        self._parts.append((documents.lengths, np.diff(documents.run_ends, prepend=0), documents.rows, weights))
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write the index and the manifest, all of it to the disk."""
@@ -71,11 +72,10 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        columns = list(zip(*self._parts, strict=True)) or [[]] * 3
-        lengths, counts, rows = (
-            np.concatenate(parts).astype(np.int64) if len(parts) else np.empty(0, np.int64) for parts in columns
-        )
-        save_arrays(self.folder / "index.npz", ends=np.cumsum(lengths), run_ends=np.cumsum(counts), rows=rows)
+        columns = list(zip(*self._parts, strict=True)) or [[np.empty(0, np.int64)]] * 4
+        lengths, counts, rows, weights = map(np.concatenate, columns)
+        index = {"ends": np.cumsum(lengths), "run_ends": np.cumsum(counts), "rows": rows}
+        save_arrays(self.folder / "index.npz", **index, **({} if (weights == 1).all() else {"weights": weights}))
         files = {
             name: [(self.folder / name).stat().st_size, file_digest(self.folder / name)]
             for name in ("ids.bin", "runs.bin", *(f"column-{name}.bin" for name in self._columns), "index.npz")
@@ -160,13 +160,14 @@ def open_documents(folder: Path) -> Documents:
     """Map the documents of a folder that was written or verified before."""
     with np.load(folder / "index.npz") as index:
         ends, run_ends, rows = index["ends"], index["run_ends"], index["rows"]
+        weights = index["weights"] if "weights" in index else None
     _, _, text = (folder / "manifest.json").read_text(encoding="utf-8").partition("\n")
     columns = {
         name: _mapped(folder / f"column-{name}.bin").reshape(-1, *shape)
         for name, shape in json.loads(text)["columns"].items()
     }
     ids, runs = _mapped(folder / "ids.bin"), _mapped(folder / "runs.bin").reshape(-1, 2)
-    return Documents(ids, ends, runs, run_ends, rows, columns)
+    return Documents(ids, ends, runs, run_ends, rows, columns, weights)
 
 
 def file_digest(path: Path) -> str:

@@ -53,6 +53,7 @@ def cut_batch(batch: Batch, rank: int, ranks: int) -> Batch:
         position_ids=batch.position_ids[own],
         token_index=batch.token_index[own],
         columns={name: column[own] for name, column in batch.columns.items()},
+        weights=None if batch.weights is None else batch.weights[own],
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
         context=context,
     )

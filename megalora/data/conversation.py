@@ -24,7 +24,7 @@ class Message:
     tool_calls  in OpenAI's shape: {"type": "function", "function": {"name", "arguments": object}, "id"?}
     trained     whether the loss reads this message; None: by the rule of the run (`Conversation.resolve`). The text
                 between two replies is trained where all of its system and user messages are and none is a tool's
-    weight      of the message's tokens in the loss; 0 is the same as trained=False
+    weight      what a token of the message counts for in the loss where it is trained; 0 is the same as trained=False
     extra       fields that a template may read beside these (name, tool_call_id)
     """
 

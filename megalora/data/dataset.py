@@ -192,6 +192,8 @@ def _encode(sources: list[Source], encoder: Encodes, settings: DataSettings, wri
                     digest.update(sample.input_ids.astype("<i4").tobytes() + sample.labels.astype("<i4").tobytes())
                     for name, column in sorted(sample.columns.items()):
                         digest.update(name.encode() + column.astype("<i4").tobytes())
+                    if sample.weights is not None:
+                        digest.update(b"weights" + sample.weights.astype("<f4").tobytes())
                 writer.add(documents)
                 count += len(documents)
                 report.add(part)

@@ -19,6 +19,7 @@ from .template import IGNORE, Sample
 
 CLASSES = "classes"  # the column of what is to be learned where that is no token
 
+
 @dataclass(frozen=True)
 class Documents:
     """D documents of T tokens in all, with K runs of labelled tokens.
@@ -29,6 +30,7 @@ class Documents:
     run_ends  [D] int64, where each document's runs end in `runs`
     rows      [D] int64, the number of the row that each came from, over all sources
     columns   [T] or [T, k] int32 each, as Sample.columns; every document has the same
+    weights   [K] float32, what a label of each run counts for in the loss; None: all count 1
     """
 
     ids: np.ndarray
@@ -37,11 +39,21 @@ class Documents:
     run_ends: np.ndarray
     rows: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
     @classmethod
     def of(cls, samples: Sequence[Sample], rows: Sequence[int]) -> Documents:
         """Build from documents with labels that are not shifted, and their row numbers."""
-        runs = [label_runs(sample.labels) for sample in samples]
+        runs = [label_runs(sample.labels, sample.weights) for sample in samples]
+        weights = None
+        if any(sample.weights is not None for sample in samples):
+            weights = _concatenated(
+                [
+                    np.ones(len(part)) if sample.weights is None else sample.weights[part[:, 0]]
+                    for sample, part in zip(samples, runs, strict=True)
+                ],
+                np.float32,
+            )
         return cls(
             _concatenated([sample.input_ids for sample in samples], np.int32),
             np.cumsum([len(sample.input_ids) for sample in samples], dtype=np.int64),
@@ -52,6 +64,7 @@ class Documents:
                 name: _concatenated([sample.columns[name] for sample in samples], np.int32)
                 for name in (samples[0].columns if samples else ())
             },
+            weights,
         )
 
     def __len__(self) -> int:
@@ -71,9 +84,21 @@ class Documents:
         if CLASSES in self.columns:
             found = np.concatenate(([0], np.cumsum(np.asarray(self.columns[CLASSES]) != IGNORE, dtype=np.int64)))
             return np.diff(found[self.ends], prepend=0)
-        counts = self.runs[:, 1] - np.maximum(self.runs[:, 0], 1)
-        sums = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        sums = np.concatenate(([0], np.cumsum(self._run_labels, dtype=np.int64)))
         return np.diff(sums[self.run_ends], prepend=0)
+
+    @property
+    def label_weights(self) -> np.ndarray | None:
+        """[D] float64, what the labels of each document count for together; None where all labels count 1."""
+        if self.weights is None:
+            return None
+        document = np.repeat(np.arange(len(self)), np.diff(self.run_ends, prepend=0))
+        return np.bincount(document, self._run_labels * self.weights.astype(np.float64), len(self))
+
+    @property
+    def _run_labels(self) -> np.ndarray:
+        """[K], labels of each run once they are shifted."""
+        return self.runs[:, 1] - np.maximum(self.runs[:, 0], 1)
 
     def sample(self, index: int) -> Sample:
         """Return one document. Its labels are not shifted."""
@@ -81,15 +106,21 @@ class Documents:
         ids = np.array(self.ids[start:stop])
         labels = np.full(len(ids), IGNORE, dtype=np.int32)
         first, last = _bounds(self.run_ends, index)
-        for begin, end in self.runs[first:last].tolist():
+        weights = None if self.weights is None else np.zeros(len(ids), dtype=np.float32)
+        for run, (begin, end) in enumerate(self.runs[first:last].tolist(), first):
             labels[begin:end] = ids[begin:end]
-        return Sample(ids, labels, {name: np.array(column[start:stop]) for name, column in self.columns.items()})
+            if weights is not None:
+                weights[begin:end] = self.weights[run]
+        columns = {name: np.array(column[start:stop]) for name, column in self.columns.items()}
+        return Sample(ids, labels, columns, weights)
 
 
-def label_runs(labels: np.ndarray) -> np.ndarray:
-    """Return the [k, 2] int32 (start, stop) of the labelled runs of a document's labels [n]."""
-    marks = np.diff((labels != IGNORE).astype(np.int8), prepend=0, append=0)
-    return np.stack([np.flatnonzero(marks == 1), np.flatnonzero(marks == -1)], axis=1).astype(np.int32)
+def label_runs(labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return the [k, 2] int32 (start, stop) of the labelled runs of a document's labels [n], of one weight each."""
+    counted = (labels != IGNORE).astype(np.float32) if weights is None else np.where(labels != IGNORE, weights, 0)
+    bounds = np.flatnonzero(np.diff(counted, prepend=0, append=0))
+    runs = np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int32)
+    return runs[counted[runs[:, 0]] != 0]
 
 
 def _bounds(ends: np.ndarray, index: int) -> tuple[int, int]:

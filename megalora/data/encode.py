@@ -63,6 +63,7 @@ class Encoder:
             pieces += [document.pieces for document in made]
             named += [(number, where, document.conversation) for document in made]
             report.seen["template special"] += sum(document.special_in_text for document in made)
+            report.seen["template weighted"] += any(document.weighted for document in made)
             if len(made) > 1:
                 report.seen["template split"] += 1
                 report.seen["template documents"] += len(made)

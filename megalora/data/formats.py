@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
@@ -141,8 +141,7 @@ class _Head:
     def finish(self, messages: list[Message], question: bool) -> Conversation:
         """Return the conversation of `messages`, with every field of the row judged."""
         fields = self.fields
-        if turns.trained(fields) is False:
-            messages = [replace(message, trained=False, weight=0.0) for message in messages]
+        messages = turns.times(messages, turns.weight_of(fields))
         if self.system is not None and not (messages and messages[0].role == "system"):
             messages = [Message("system", self.system), *messages]
         elif self.system is not None and messages[0].content != self.system:
@@ -178,8 +177,8 @@ def _message_list(value: Any, name: str, fields: Fields, head: _Head, question: 
             system = own
         last = number == len(value)
         exchange = turns.read_exchange(inner, reply_needed=not (question and last))
-        if turns.trained(inner) is False:
-            exchange = [replace(message, trained=False, weight=0.0) for message in exchange]
+        weight = turns.weight_of(inner)
+        exchange = turns.times(exchange[:1], weight) + [turns.weighted(reply, weight) for reply in exchange[1:]]
         inner.finish(message.content for message in exchange)
         messages += exchange
     return messages

@@ -28,12 +28,13 @@ PADDING_PIECE = 32
 class Step:
     """One optimizer step. `microbatches` are this dp rank's; the counts are over the whole global batch.
 
-    label_count: labels that are not -100, which the summed loss is divided by
+    label_count: labels that are not -100, or what they count for together where rows have weights: the summed loss is
+                 divided by it
     token_count: tokens that are not padding
     """
 
     microbatches: list[Batch]
-    label_count: int
+    label_count: float
     token_count: int
 
 
@@ -87,7 +88,7 @@ class Loader:
             microbatches = [cut_batch(batch, self.cp_rank, self.cp_size) for batch in microbatches]
         return Step(
             microbatches,
-            label_count=int(self.rows.row_labels[chosen].sum()),
+            label_count=self.rows.row_weights[chosen].sum().item(),
             token_count=int(self.rows.row_tokens[chosen].sum()),
         )
 
@@ -100,6 +101,7 @@ class Loader:
         tokens = [int(self.rows.row_tokens[chosen[r]]) if r < len(chosen) else 0 for r in places]
         lengths = [length for row, used in zip(rows, tokens, strict=True) for length in _attended(row, used)]
         seq_length = self.rows.seq_length
+        weights = [row.weights for row in rows if row.weights is not None]  # of all rows, or of none
         return Batch(
             input_ids=_joined([row.input_ids for row in rows]),
             labels=_joined([row.labels for row in rows]),
@@ -107,6 +109,7 @@ class Loader:
             cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             token_index=torch.arange(places.start * seq_length, places.stop * seq_length),
             columns={name: _joined([row.columns[name] for row in rows]) for name in rows[0].columns},
+            weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
         )
 
 

@@ -43,7 +43,7 @@ def split(conversation: Conversation, sample: Sample, seq_length: int, encode: E
     if conversation.text is not None:
         starts = range(0, len(sample.input_ids), seq_length)
         blocks = [slice(start, start + seq_length) for start in starts]
-        return [Sample(sample.input_ids[block], sample.labels[block]) for block in blocks], "split"
+        return [sample.part(block) for block in blocks], "split"
     borders = _borders(conversation.messages)
     documents, at = [], 0
     while at < len(borders) - 1:
@@ -99,4 +99,4 @@ def _system(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _head(sample: Sample, seq_length: int) -> Sample:
-    return Sample(sample.input_ids[:seq_length], sample.labels[:seq_length])
+    return sample.part(slice(seq_length))

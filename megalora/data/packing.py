@@ -29,6 +29,7 @@ class Row:
     """One row of S = seq_length tokens.
 
     input_ids, labels (shifted), position_ids   [S] int32
+    weights   [S] float32, what each label counts for in the loss; None: 1 each
     lengths   of its documents, the padding tail the last; they sum to S
     columns   [S] or [S, k] int32 each, as Sample.columns; 0 in the padding
     """
@@ -38,6 +39,7 @@ class Row:
     position_ids: np.ndarray
     lengths: tuple[int, ...]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class PackedRows:
     members     [M] int64, documents in the order of the rows that they lie in
     row_ends    [R] int64, where each row ends in `members`
     row_tokens, row_labels   [R] int64, how many tokens are not padding and how many labels are not -100
+    row_weights   [R] what the labels count for together: float64, or `row_labels` where all count 1
     max_token_id   the largest token id of the documents
     notes       lines for the start-up: rows that were left out, fields that are not read, rows that were cut
     skipped     how many rows of the file were left out
@@ -61,6 +64,7 @@ class PackedRows:
     row_ends: np.ndarray
     row_tokens: np.ndarray
     row_labels: np.ndarray
+    row_weights: np.ndarray
     max_token_id: int
     notes: tuple[str, ...] = ()
     skipped: int = 0
@@ -102,6 +106,7 @@ class PackedRows:
             for name, column in self.source.columns.items()
             if name != CLASSES
         }
+        weights = None if self.source.weights is None else np.zeros(self.seq_length, dtype=np.float32)
         lengths, at = [], 0
         start = int(self.row_ends[index - 1]) if index else 0
         for member in self.members[start : int(self.row_ends[index])].tolist():
@@ -113,13 +118,15 @@ class PackedRows:
             labels[at:stop] = shift(document.labels) if classes is None else classes
             for name, column in columns.items():
                 column[at:stop] = document.columns[name]
+            if weights is not None:
+                weights[at : stop - 1] = document.weights[1:]
             position_ids[at:stop] = np.arange(stop - at, dtype=np.int32)
             lengths.append(stop - at)
             at = stop
         if at < self.seq_length:
             position_ids[at:] = np.arange(self.seq_length - at, dtype=np.int32)
             lengths.append(self.seq_length - at)
-        return Row(input_ids, labels, position_ids, tuple(lengths), columns)
+        return Row(input_ids, labels, position_ids, tuple(lengths), columns, weights)
 
 
 def pack(lengths: Sequence[int], seq_length: int, packing: bool = True) -> list[list[int]]:
@@ -198,4 +205,8 @@ def lay_out(
     """Return the rows whose documents are `members`, cut at `row_ends`; see `PackedRows`."""
     sums = (np.concatenate(([0], np.cumsum(counts[members]))) for counts in (source.lengths, source.label_counts))
     tokens, labels = (np.diff(total[row_ends], prepend=0).astype(np.int64) for total in sums)
-    return PackedRows(seq_length, pad_token_id, source, members, row_ends, tokens, labels, max_token_id)
+    weights, of_documents = labels, source.label_weights
+    if of_documents is not None:
+        row = np.repeat(np.arange(len(row_ends)), np.diff(row_ends, prepend=0))
+        weights = np.bincount(row, of_documents[members], len(row_ends))
+    return PackedRows(seq_length, pad_token_id, source, members, row_ends, tokens, labels, weights, max_token_id)

@@ -20,6 +20,7 @@ _GUARDS = ("\n", "\ue0f3")
 class Sample:
     """One document. input_ids [n] int32; labels [n] int32, not shifted: labels[t] is input_ids[t] or -100.
 
+    weights  [n] float32, what each label counts for in the loss, 0 where there is none; None: all labels count 1
     columns  what else a task or a model reads of each token, by name: [n] or [n, k] int32. "classes" is what is to be
              learned where that is no token: the class of each token, -100 where there is none
     """
@@ -27,18 +28,25 @@ class Sample:
     input_ids: np.ndarray
     labels: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weights: np.ndarray | None = None
+
+    def part(self, block: slice) -> Sample:
+        """Return a part of the document, which must not be read for columns."""
+        assert not self.columns
+        weights = None if self.weights is None else self.weights[block]
+        return Sample(self.input_ids[block], self.labels[block], weights=weights)
 
 
 @dataclass(frozen=True)
 class Segment:
     """A piece of a document's text that is tokenised by itself.
 
-    trained   it carries labels
+    weight    what its labels count for in the loss; 0: it carries none
     verbatim  it is a special token that a message writes, and is tokenised as text
     """
 
     text: str
-    trained: bool
+    weight: float
     verbatim: bool = False
 
 
@@ -55,8 +63,10 @@ class PieceTokenizer:
         for pieces, parts in zip(documents, self._tokens(documents), strict=True):
             counts = [len(ids) for ids in parts]
             input_ids = np.array([token for ids in parts for token in ids], np.int32)
-            trained = np.repeat(np.fromiter((piece.trained for piece in pieces), bool, len(pieces)), counts)
-            samples.append(Sample(input_ids, np.where(trained, input_ids, np.int32(IGNORE))))
+            weights = np.repeat(np.fromiter((piece.weight for piece in pieces), np.float32, len(pieces)), counts)
+            labels = np.where(weights > 0, input_ids, np.int32(IGNORE))
+            plain = all(piece.weight in (0, 1) for piece in pieces)
+            samples.append(Sample(input_ids, labels, weights=None if plain else weights))
         return samples
 
     def ids(self, pieces: Sequence[Segment]) -> list[int]:

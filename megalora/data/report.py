@@ -139,6 +139,9 @@ class Report:
                 f"{rows:,} rows became {documents:,} documents, because the template prints earlier replies otherwise "
                 "than they are generated (without their thinking): --history_thinking mask or keep makes one of each"
             )
+        if self.seen["template weighted"]:
+            count = self.seen["template weighted"]
+            notes.append(f"{count:,} rows have weights of their own: the loss is the weighted mean over the labels")
         if self.seen["template special"]:
             count = self.seen["template special"]
             notes.append(

@@ -53,6 +53,11 @@ class Document:
         """How many special tokens of the messages are tokenised as text."""
         return sum(piece.verbatim for piece in self.pieces)
 
+    @property
+    def weighted(self) -> bool:
+        """Whether what is trained has a weight other than 1."""
+        return any(piece.weight not in (0, 1) for piece in self.pieces)
+
 
 @dataclass(frozen=True)
 class TemplateOptions:
@@ -158,7 +163,7 @@ class ChatTemplate:
         Special tokens in it are text, as in messages. Raises UserError for a text with the marks of `SpecialTokens`.
         """
         marked = text if self.options.special_tokens_in_text else self._special.mark_text(text)
-        pieces = [Segment(text, False)] if marked is text else self._without_marks([Segment(marked, False)])
+        pieces = [Segment(text, 0.0)] if marked is text else self._without_marks([Segment(marked, 0.0)])
         bare, begun = (self.tokenizer("a", add_special_tokens=own)["input_ids"] for own in (False, True))
         at = next((i for i in range(len(begun)) if begun[i : i + len(bare)] == bare), 0)
         return [*begun[:at], *self._pieces_of.ids(pieces)]
@@ -227,18 +232,19 @@ class ChatTemplate:
         messages = () if conversation is None else conversation.messages
         pieces, done, turn = [], 0, 0
         for span in spans:
-            between = messages[turn : span.turn]
-            asked = bool(between) and all(message.trained and message.role != "assistant" for message in between)
-            replied = bool(messages) and bool(messages[span.turn].trained) and span.as_generated
+            asked = replied = 0.0
+            if messages:
+                asked = min(map(_weight_of_prompt, messages[turn : span.turn]), default=0.0)
+                replied = messages[span.turn].weight if messages[span.turn].trained and span.as_generated else 0.0
             pieces += [Segment(text[done : span.start], asked), Segment(text[span.start : span.stop], replied)]
             done, turn = span.stop, span.turn + 1
         if done < len(text):
-            pieces.append(Segment(text[done:], False))
+            pieces.append(Segment(text[done:], 0.0))
         return self._without_marks(pieces) if transcript.marked else pieces
 
     def _without_marks(self, pieces: Sequence[Segment]) -> list[Segment]:
         return [
-            Segment(text, piece.trained, verbatim)
+            Segment(text, piece.weight, verbatim)
             for piece in pieces
             for text, verbatim in self._special.cut(piece.text)
         ]
@@ -248,9 +254,9 @@ class ChatTemplate:
         bos, eos = self._names.get("bos_token", ""), self._names.get("eos_token", "")
         if self.options.special_tokens_in_text:
             bos, eos = "" if text.startswith(bos) else bos, "" if eos and text.endswith(eos) else eos
-            return [Segment(f"{bos}{text}{eos}", True)]
+            return [Segment(f"{bos}{text}{eos}", 1.0)]
         marked = self._special.mark_text(text)
-        whole = [Segment(f"{bos}{marked}{eos}", True)]
+        whole = [Segment(f"{bos}{marked}{eos}", 1.0)]
         return whole if marked is text else self._without_marks(whole)
 
     # Rendering
@@ -378,6 +384,11 @@ class ChatTemplate:
 def _special_tokens(tokenizer: Any) -> set[str]:
     flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return {str(token) for token in (*flagged, *tokenizer.all_special_tokens) if str(token)}
+
+
+def _weight_of_prompt(message: Message) -> float:
+    """What the text of a message before a reply counts for; several before one reply count for the least of theirs."""
+    return message.weight if message.trained and message.role != "assistant" else 0.0
 
 
 def _resolved(conversation: Conversation) -> Conversation:

@@ -36,6 +36,7 @@ ROLES = {name: role for role, names in _ROLES.items() for name in names}
 _TRAINED_FIELDS = ("train", "trained", "trainable", "loss")
 _MASKED_FIELDS = ("masked", "mask")
 _WEIGHT_FIELDS = ("weight", "loss_weight", "loss_scale")
+_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-6, 1e3  # float32 holds what lies between, and sums of it
 
 
 def is_message(fields: Fields) -> bool:
@@ -61,7 +62,7 @@ def read_message(fields: Fields, tools: list[dict[str, Any]]) -> Message:
         thinking, calls = thinking or inner, calls + written
     if role == "system":
         tools += read_tools(fields.take(*TOOL_FIELDS), fields.place)
-    is_trained = trained(fields)
+    weight = weight_of(fields)
     extra = {key: fields.take(key) for key in ("name", "tool_call_id") if key in fields}
     extra = {key: value for key, value in extra.items() if value is not None}
     if role != "tool" and "name" in extra:  # few templates print it
@@ -74,8 +75,7 @@ def read_message(fields: Fields, tools: list[dict[str, Any]]) -> Message:
     if role in ("user", "assistant") and not text.strip() and not calls and thinking is None:
         raise UserError(f"{fields.place}: the {name} text is empty; fill it in or remove the row")
     fields.finish([text])
-    weight = 0.0 if is_trained is False else 1.0
-    return Message(role, text, thinking, tuple(calls), trained=is_trained, weight=weight, extra=extra)
+    return weighted(Message(role, text, thinking, tuple(calls), extra=extra), weight)
 
 
 def read_exchange(fields: Fields, *, reply_needed: bool) -> list[Message]:
@@ -168,7 +168,8 @@ def merge_calls(messages: Sequence[Message]) -> Iterator[Message]:
     waiting: Message | None = None
     for message in messages:
         both = waiting is not None and message.role == waiting.role == "assistant"
-        if both and message.tool_calls and not message.content and (waiting.trained == message.trained):
+        alike = both and (waiting.trained, waiting.weight) == (message.trained, message.weight)
+        if alike and message.tool_calls and not message.content:
             if waiting.thinking is None or message.thinking is None:
                 thinking = message.thinking if waiting.thinking is None else waiting.thinking
                 waiting = replace(waiting, thinking=thinking, tool_calls=waiting.tool_calls + message.tool_calls)
@@ -265,21 +266,48 @@ def from_json(text: str, what: str) -> Any:
         raise UserError(f"{what} is not JSON ({error}); fix the row") from None
 
 
-def trained(fields: Fields) -> bool | None:
-    """Return what a turn or row itself says about being trained, None where it says nothing."""
-    said: dict[str, bool] = {}
-    for names, meaning in ((_TRAINED_FIELDS, True), (_MASKED_FIELDS, False), (_WEIGHT_FIELDS, True)):
+def weight_of(fields: Fields) -> float | None:
+    """Return what a turn or row itself says its tokens count for in the loss, 0: not trained; None: it says nothing.
+
+    Raises UserError for what is no weight, and for fields that contradict each other.
+    """
+    said: dict[str, float] = {}
+    for names in (_TRAINED_FIELDS, _MASKED_FIELDS):
         found = fields.take_named(*names)
         if found is None:
             continue
         name, value = found
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            kind = "0 and 1" if names is _WEIGHT_FIELDS else "true and false"
-            raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}; only {kind} are supported")
-        said[name] = bool(value) is meaning
+            raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}; it must be true or false")
+        said[name] = float(bool(value) is (names is _TRAINED_FIELDS))
+    found = fields.take_named(*_WEIGHT_FIELDS)
+    if found is not None:
+        name, value = found
+        sound = isinstance(value, (bool, int, float)) and (value == 0 or _SMALLEST_WEIGHT <= value <= _LARGEST_WEIGHT)
+        if not sound:
+            wanted = f"it must be 0, or a number from {_SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
+            raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}; {wanted}")
+        if all(bool(value) is bool(other) for other in said.values()):
+            said = {}
+        said[name] = float(value)
     if len(set(said.values())) > 1:
         raise UserError(f"{fields.place}: {' and '.join(said)} contradict each other; keep one")
     return next(iter(said.values()), None)
+
+
+def weighted(message: Message, weight: float | None) -> Message:
+    """Return a message that counts for `weight` in the loss, whatever the rule of the run; None: by that rule."""
+    return message if weight is None else replace(message, trained=weight > 0, weight=weight)
+
+
+def times(messages: Sequence[Message], weight: float | None) -> list[Message]:
+    """Return messages that count `weight` times as much, none of them where it is 0; None: as they are."""
+    if weight is None:
+        return list(messages)
+    return [
+        replace(message, trained=message.trained if weight else False, weight=message.weight * weight)
+        for message in messages
+    ]
 
 
 def check_text(text: Any, what: str) -> str:

@@ -35,6 +35,7 @@ class Inputs:
     input_ids  [F] int64
     labels     [F] int64, shifted, or None where no loss is asked for
     labelled   [L] int64, the places where labels is not -100, or None as labels
+    weights    [L] float32, what each of those labels counts for in the loss; None: 1 each
     bounds     cumulative document bounds in F, as ints
     tables     of each rotation cos and sin [F, n / 2] in the compute dtype
     tokens     places of the tokens and what dropout is drawn from
@@ -66,6 +67,7 @@ class Inputs:
     context: ContextKeys | None = None
     attention_kept: Callable[..., torch.Tensor] | None = None
     unread: bool = False
+    weights: torch.Tensor | None = None
 
     def attend(self, attention: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
         """Return attention(*sources), for all tensors that need a gradient: all attention in training goes this way."""
@@ -84,7 +86,9 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
     # Before the copy to the device: reading these there would wait for it.
     bounds = tuple(batch.cu_seqlens.tolist())
     packed = pack(bounds, config.head_dim, place.dtype, torch.device(place.device))
-    labelled = to_device((batch.labels != -100).nonzero().squeeze(-1), place.device)
+    labelled = (batch.labels != -100).nonzero().squeeze(-1)
+    weights = None if batch.weights is None else to_device(batch.weights[labelled], place.device)
+    labelled = to_device(labelled, place.device)
     batch = batch.to(place.device)
     tables = rope_tables(config, batch.position_ids, place.dtype, bounds)
     index = batch.token_index
@@ -104,4 +108,5 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
         position_ids=positions,
         context=context,
         columns=batch.columns,
+        weights=weights,
     )

@@ -33,12 +33,15 @@ class Labels(Protocol):
     def labelled(self) -> torch.Tensor | None: ...
 
     @property
+    def weights(self) -> torch.Tensor | None: ...
+
+    @property
     def tokens(self) -> Tokens: ...
 
 
 def next_token_loss(hidden: torch.Tensor, head: VocabParallelHead, inputs: Labels) -> torch.Tensor:
     """Return the summed loss of a causal language model on one microbatch (see `cross_entropy_sum`)."""
-    return cross_entropy_sum(hidden, head, inputs.labels, inputs.labelled, tokens=inputs.tokens)
+    return cross_entropy_sum(hidden, head, inputs.labels, inputs.labelled, inputs.weights, inputs.tokens)
 
 
 def cross_entropy_sum(

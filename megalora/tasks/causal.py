@@ -26,7 +26,7 @@ class CausalLM:
     def width(self, labels: Sequence[str]) -> int:
         return 1
 
-    def report(self, sums: Sequence[float], count: int, labels: Sequence[str] = ()) -> dict[str, float]:
+    def report(self, sums: Sequence[float], count: float, labels: Sequence[str] = ()) -> dict[str, float]:
         """Return the loss and its perplexity, e to the loss."""
-        loss = sums[0] / max(1, count)
+        loss = sums[0] / (count or 1)
         return {"loss": loss, "perplexity": math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf}

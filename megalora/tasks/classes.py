@@ -44,9 +44,9 @@ class Classification:
     def width(self, labels: Sequence[str]) -> int:
         return 2 + 3 * len(self._counted(labels))
 
-    def report(self, sums: Sequence[float], count: int, labels: Sequence[str] = ()) -> dict[str, float]:
+    def report(self, sums: Sequence[float], count: float, labels: Sequence[str] = ()) -> dict[str, float]:
         """Return loss, accuracy, and F1: over all entities, and of each type; else the mean over the classes."""
-        total = max(1, count)
+        total = count or 1
         metrics = {"loss": sums[0] / total, "accuracy": sums[1] / total}
         names, rest = self._counted(labels), list(sums[2:])
         counts = [Counts(*rest[3 * i : 3 * i + 3]) for i in range(len(names))]

@@ -30,7 +30,7 @@ class Task(Protocol):
         """Return how many numbers `sums` returns."""
         ...
 
-    def report(self, sums: Sequence[float], count: int, labels: Sequence[str] = ()) -> dict[str, float]:
+    def report(self, sums: Sequence[float], count: float, labels: Sequence[str] = ()) -> dict[str, float]:
         """Return the metrics of an evaluation by name, "loss" first.
 
         sums   those of `sums`, added up over the evaluation set; count: its labelled tokens

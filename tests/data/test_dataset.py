@@ -175,6 +175,31 @@ def test_what_is_trained(template, write_json):
         load(write_json([GOOD | {"weight": 0}]), template)
 
 
+def test_weights_through_the_cache(template, write_json, tmp_path):
+    """A weight is kept with the tokens of its turn, counted, and part of what the data is; all the same is none."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    def load(weight, other=1):
+        rows = [{"messages": [*turns, turns[0], turns[1] | {"weight": weight}]}, {"messages": turns, "weight": other}]
+        return load_dataset(write_json(rows), template, DataSettings(64, packing=False, data_cache=tmp_path / "c"), 0)
+
+    plain, weighted = load(1), load(0.25)
+    again = load(0.25)
+    assert plain.source.weights is None and not [n for n in plain.notes if "weights of" in n]
+    assert weighted.notes[0] == "1 rows have weights of their own: the loss is the weighted mean over the labels"
+    assert plain.fingerprint != weighted.fingerprint == again.fingerprint
+    (long,) = np.flatnonzero(weighted.row_labels == max(weighted.row_labels))
+    row = weighted.row(long)
+    labels, found = row.labels[row.labels != -100], row.weights[row.labels != -100]
+    half = len(labels) // 2
+    assert labels[:half].tolist() == labels[half:].tolist() and found.tolist() == [1] * half + [0.25] * half
+    assert weighted.row_weights[long] == 1.25 * half and not row.weights[row.labels == -100].any()
+    assert again.row(long).weights.tolist() == row.weights.tolist()
+    assert load(2, 3).row_weights.tolist() != load(2).row_weights.tolist()
+    with pytest.raises(UserError, match="no token to learn"):
+        load(1, 0)
+
+
 def test_text_rows_are_trained_whole(template, write_json):
     assert learned(load(write_json([{"text": "hello world"}]), template), template) == ["hello world<|endoftext|>"]
 

@@ -146,7 +146,10 @@ def test_what_is_not_read_is_refused_by_name(field, value):
         ({"messages": [{"role": "user"}]}, "needs role and content, or from and value; it has role"),
         ({"conversations": [{"says": "x"}]}, "needs role and content, or from and value; it has says"),
         ({"messages": [user("a"), {"role": "tool", "content": "x"}, assistant("b")]}, "wrong order (user tool"),
-        ({"messages": [user("a"), assistant("b") | {"weight": 0.5}]}, "weight is '0.5'; only 0 and 1"),
+        ({"messages": [user("a"), assistant("b") | {"weight": -1}]}, "weight is '-1'; it must be 0, or a number from"),
+        ({"messages": [user("a"), assistant("b") | {"weight": float("nan")}]}, "weight is 'nan'; it must be 0, or"),
+        ({"messages": [user("a"), assistant("b") | {"train": 0.5}]}, "train is '0.5'; it must be true or false"),
+        ({"messages": [user("a"), assistant("b") | {"train": False, "weight": 0.5}]}, "train and weight contradict"),
         ({"messages": [user("a"), assistant("b") | {"train": True, "masked": True}]}, "contradict each other"),
         ({"messages": [user("a") | {"thinking": "hm"}, assistant("b")]}, "a user message has thinking"),
         ({"messages": [user("a"), assistant("<think>x</think>b") | {"thinking": "hm"}]}, "has thinking twice"),
@@ -333,6 +336,24 @@ def test_masks_of_turns():
         assert trained == [None, False, None, True]
     whole = to_conversation({"instruction": "a", "output": "b", "weight": 0}, "here")
     assert [message.trained for message in whole.resolve("all").messages] == [False, False]
+
+
+def test_weights_of_turns():
+    """Of a message, of an exchange, and of the row, which multiplies."""
+    turns = [user("a"), assistant("b") | {"weight": 0.5}, user("c") | {"weight": 2}, assistant("d")]
+    exchanges = [{"input": "a", "output": "b", "loss_weight": 0.5}, {"input": "c", "output": "d"}]
+
+    def weights(row, rule="all"):
+        messages = to_conversation(row, "here").resolve(rule).messages
+        return [message.weight if message.trained else 0 for message in messages]
+
+    assert weights({"messages": turns}) == [0, 0.5, 2, 1]
+    assert weights({"messages": turns, "weight": 3}, "prompt") == [3, 1.5, 6, 3]
+    assert weights({"messages": [user("a"), assistant("b") | {"train": True, "weight": 0.5}]}) == [0, 0.5]
+    assert weights({"conversation": exchanges}) == [0, 0.5, 0, 1]
+    assert weights({"conversation": exchanges, "weight": 2}, "last") == [0, 1, 0, 2]
+    assert weights({"instruction": "a", "output": "b", "loss_scale": 0.25}, "prompt") == [0.25, 0.25]
+    assert weights({"conversation": exchanges, "weight": 0}) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

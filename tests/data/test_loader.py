@@ -107,6 +107,20 @@ def test_shapes_and_dtypes_are_those_of_a_batch():
     assert (batch.labels[SEQ:] == -100).all() and batch.input_ids[SEQ:].tolist() == [PAD] * SEQ
 
 
+def test_weights_of_labels_are_shifted_with_them():
+    """And the count of a step is their sum over the whole global batch; documents without weights count 1."""
+    ids = np.arange(1, 5, dtype=np.int32)
+    some = Sample(ids, np.where(ids > 1, ids, -100), weights=np.float32([0, 0.5, 2, 2]))
+    rows = build_rows([some, Sample(ids[:2], ids[:2])], [[0, 1], [1]], SEQ, PAD)
+    steps = [loader.step(0) for loader in loaders(rows, 1, 1, 2, shuffle=False)]
+    assert [step.label_count for step in steps] == [6.5, 6.5] and rows.labelled_tokens == 5
+    first, second = (step.microbatches[0] for step in steps)
+    assert first.weights.tolist() == [0.5, 2, 2, 0, 1, 0, 0, 0] and second.weights.tolist() == [1, *[0] * 7]
+    assert first.labels.tolist() == [2, 3, 4, -100, 2, -100, -100, -100]
+    plain = loaders(packed(2), 1, 1, 1)[0].step(0)
+    assert plain.microbatches[0].weights is None and isinstance(plain.label_count, int)
+
+
 def test_a_step_does_not_depend_on_the_steps_before_it():
     rows = packed(9)
     walked, fresh = loaders(rows, 2, 1, 1)[0], loaders(rows, 2, 1, 1)[0]
