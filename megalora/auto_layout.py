@@ -123,7 +123,7 @@ def _best(arguments: FinetuneArguments, device: torch.device, world_size: int) -
     )
     plans, too_large = Planner(config, lora, cluster, device.type).search(wanted)
     if not plans:
-        raise UserError(nothing_fits(too_large[0], cluster, usable / _GIB))
+        raise nothing_fits(too_large[0], cluster, usable / _GIB)
     return plans[0], cluster, len(plans)
 
 

@@ -68,7 +68,8 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     if lora_config.bias == "all" and any(norm.bias for norm in config.norms):
         raise UserError(
             f"lora_config: bias = 'all' would train the biases of {config.model_type}'s norms too, which is not "
-            f"implemented: choose none or lora_only"
+            "implemented",
+            "choose none or lora_only",
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
     head = config.head
@@ -79,7 +80,8 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     if lora_config.fan_in_fan_out and not transposed:
         raise UserError(
             f"lora_config: fan_in_fan_out = true is for weights stored as [in, out], and none that is adapted in this "
-            f"{config.model_type} model is: remove the field"
+            f"{config.model_type} model is",
+            "remove the field",
         )
     return replace(resolved, config=replace(lora_config, fan_in_fan_out=transposed))
 
@@ -135,7 +137,8 @@ def build_stage(
     if virtual_pipeline_size > 1 and parts > config.num_hidden_layers:
         raise UserError(
             f"pipeline_parallel_size ({mesh.pp.size}) * virtual_pipeline_size ({virtual_pipeline_size}) = {parts} is "
-            f"more than num_hidden_layers ({config.num_hidden_layers}): choose a smaller virtual_pipeline_size"
+            f"more than num_hidden_layers ({config.num_hidden_layers})",
+            "choose a smaller virtual_pipeline_size",
         )
 
     def reckon() -> LayerCosts:
@@ -153,9 +156,7 @@ def build_stage(
     if workload is not None:
         shape, stages = shape_of(config, lora, mesh.tp.size, torch.device(place.device).type), mesh.pp.size
         peak = SCHEDULES[schedule].peak(mesh.pp.rank, stages, fitting.microbatches, floor, virtual_pipeline_size)
-        use = StageUse(
-            shape, (own, *further), mesh.pp.is_first, mesh.pp.is_last, max(1, peak.activations), peak.inputs
-        )
+        use = StageUse(shape, (own, *further), mesh.pp.is_first, mesh.pp.is_last, max(1, peak.activations), peak.inputs)
         fit = fitting.choose(use, workload)
         fit = replace(fit, work=of_all_stages(fit.work, use.layers, mesh.pp))
         again = {"recompute": fit.work.recompute, "tile": fit.work.tile, "offloaded": fit.work.offloaded}
@@ -238,7 +239,8 @@ def check_vocabulary(largest: int, config: ModelSpec, model_path: str) -> None:
     if largest >= config.vocab_size:
         raise UserError(
             f"model_path {model_path}: its tokenizer gives token id {largest}, but the model's vocab_size "
-            f"({config.vocab_size}) ends before: take tokenizer and model from one folder, or resize the embedding"
+            f"({config.vocab_size}) ends before",
+            "take tokenizer and model from one folder, or resize the embedding",
         )
 
 
@@ -303,13 +305,15 @@ def check_adapter(
         what = "lacks" if missing else "has, but the model does not,"
         raise UserError(
             f"adapter {where}: {what} {name} ({len(missing)} missing, {len(left_over)} left over): it was trained on "
-            f"another model or with another lora_config; name the right one"
+            "another model or with another lora_config",
+            "name the right one",
         )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(
                 f"adapter {where}: {name} has shape {list(tensors[name].shape)}, this model needs {list(shape)}: it "
-                f"was trained on another model; name the right one"
+                "was trained on another model",
+                "name the right one",
             )
 
 

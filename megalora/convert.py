@@ -47,7 +47,7 @@ from megalora.tokenizer_files import has_tokenizer, read_template, write_templat
 
 
 def convert(arguments: Conversion) -> None:
-    """Runs one conversion. Raises UserError for what the user can mend; what was at the output is then untouched."""
+    """Runs one conversion. Raises UserError for what the user can fix; what was at the output is then untouched."""
     _COMMANDS[arguments.command](arguments)
 
 
@@ -76,7 +76,7 @@ def _dequantise(arguments: Conversion) -> None:
     target = target_of(arguments.paths)
     config, weights = read_base(arguments.paths.input)
     if not holds_quantised(arguments.paths.input):
-        raise UserError(f"input {arguments.paths.input}: is not quantised: use it as it is")
+        raise UserError(f"input {arguments.paths.input}: is not quantised", "use it as it is")
     plan = plan_hf(tensor_types(weights, config.tensors), max_file_bytes(arguments))
     write_base(arguments, target, weights, plan, arguments.paths.input)
 
@@ -84,7 +84,7 @@ def _dequantise(arguments: Conversion) -> None:
 def _reshard(arguments: Conversion) -> None:
     folder = Path(arguments.paths.input)
     if is_hf(folder) or not has_shards(folder):
-        raise UserError(f"input {folder}: is no folder of shards, which reshard reads: for safetensors use to-shards")
+        raise UserError(f"input {folder}: is no folder of shards, which reshard reads", "for safetensors use to-shards")
     _to_shards(arguments)
 
 
@@ -112,8 +112,8 @@ def _refuse_quantised(folder: str) -> None:
     """Raise UserError where weights are quantised: shards hold floating-point numbers only."""
     if holds_quantised(folder):
         raise UserError(
-            f"input {folder}: is quantised, and shards hold floating-point numbers only: write it in 16 bits first "
-            f"(megalora convert dequantise)"
+            f"input {folder}: is quantised, and shards hold floating-point numbers only",
+            "write it in 16 bits first (megalora convert dequantise)",
         )
 
 
@@ -138,8 +138,7 @@ def write_base(
     chat_template: str | None = None,
     labels: Sequence[str] = (),
 ) -> None:
-    """Weights as planned, and what lies beside them in the model's folder, with `chat_template` and `labels` if given.
-    """
+    """Write the planned weights and the model folder's other files, with `chat_template` and `labels` if given."""
     beside = companions(model)
     nbytes = plan.nbytes + sum(file.stat().st_size for file in beside.values())
     target.check_room(nbytes)
@@ -252,7 +251,8 @@ def _check_tied_merge(config: ModelSpec, lora: ResolvedLora, adapter: AdapterChe
     if apart or config.head.name in lora.tokens:
         raise UserError(
             f"adapter {adapter.where}: adapts {(apart or ends)[0]}, and the model ties {ends[0]} and {ends[1]}, which "
-            f"would have to be two matrices: use the adapter as it is"
+            "would have to be two matrices",
+            "use the adapter as it is",
         )
 
 
@@ -263,7 +263,7 @@ def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
     named = adapter.lora_config.get("base_model_name_or_path")
     if named is None or not Path(named).is_dir():
         said = "does not name its base model" if named is None else f"is of {named}, which is no folder here"
-        raise UserError(f"adapter {adapter.where}: {said}: give --base")
+        raise UserError(f"adapter {adapter.where}: {said}", "give --base")
     return named
 
 
@@ -298,9 +298,7 @@ def write_adapter(
 # ---- layouts ----
 
 
-def _places(
-    config: ModelSpec, layout: LayoutArguments, lora: ResolvedLora = NO_LORA
-) -> dict[Layout, dict[str, Split]]:
+def _places(config: ModelSpec, layout: LayoutArguments, lora: ResolvedLora = NO_LORA) -> dict[Layout, dict[str, Split]]:
     """What of each parameter lies on each rank. Raises UserError where the model cannot be cut so."""
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
     check_layout(config, tp, pp, layout.uneven_heads)
@@ -320,9 +318,7 @@ def target_of(paths: ConvertArguments, *more: str) -> TargetFolder:
     return TargetFolder(paths.output, paths.overwrite, [paths.input, *more])
 
 
-def _say_plan(
-    arguments: Conversion, target: TargetFolder, plan: Plan, beside: Mapping[str, Path], nbytes: int
-) -> None:
+def _say_plan(arguments: Conversion, target: TargetFolder, plan: Plan, beside: Mapping[str, Path], nbytes: int) -> None:
     width = max(len(file.path) for file in plan.files)
     print(f"{arguments.command}: {arguments.paths.input} -> {arguments.paths.output}, which would hold")
     for file in plan.files:

@@ -38,7 +38,7 @@ def check_regular(file: Path) -> None:
     except (OSError, ValueError):  # whoever opens it says what is wrong
         return
     if not stat.S_ISREG(mode):
-        raise UserError(f"{file}: is not a regular file: put the file itself there")
+        raise UserError(f"{file}: is not a regular file", "put the file itself there")
 
 
 def read_bytes(file: Path, most: int) -> bytes:
@@ -47,7 +47,7 @@ def read_bytes(file: Path, most: int) -> bytes:
     with file.open("rb") as stream:
         data = stream.read(most + 1)
     if len(data) > most:
-        raise UserError(f"{file}: is larger than {most:,} bytes, which no such file is: replace it by the right one")
+        raise UserError(f"{file}: is larger than {most:,} bytes, which no such file is", "replace it by the right one")
     return data
 
 
@@ -65,14 +65,14 @@ def read_json(
     try:
         value = json.loads(read_bytes(file, most))
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}): {remedy}") from None
+        raise UserError(f"{name}: cannot be read ({error.strerror})", remedy) from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         why = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{name}: is not JSON ({why}): {remedy}") from None
+        raise UserError(f"{name}: is not JSON ({why})", remedy) from None
     if not isinstance(value, dict):
-        raise UserError(f"{name}: holds a {type(value).__name__}, not an object: {remedy}")
+        raise UserError(f"{name}: holds a {type(value).__name__}, not an object", remedy)
     return value
 
 
@@ -92,8 +92,8 @@ def refuse_link(path: Path) -> None:
     """Raise UserError if `path` is a symbolic link: what is written or removed behind it may be another program's."""
     if path.is_symlink():
         raise UserError(
-            f"{path}: is a symbolic link, behind which megalora writes and removes nothing: remove the link, or name "
-            f"another folder"
+            f"{path}: is a symbolic link, behind which megalora writes and removes nothing",
+            "remove the link, or name another folder",
         )
 
 
@@ -111,7 +111,7 @@ def open_own(path: Path) -> TextIO:
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{path}: is not a regular file: remove it, or name another folder")
+        raise UserError(f"{path}: is not a regular file", "remove it, or name another folder")
     return open(descriptor, "a+", encoding="utf-8", errors="replace", buffering=1)
 
 

@@ -386,7 +386,9 @@ def _resolved(adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:
     try:
         return resolve_lora(lora_config, config)
     except UserError as error:
-        raise UserError(f"adapter {adapter.where}: is of another model ({error})") from None
+        raise UserError(
+            f"adapter {adapter.where}: is of another model ({error.message})", "name an adapter of this model"
+        ) from None
 
 
 # ---- what is shown: replies on standard output or in a file, all else on standard error ----

@@ -86,7 +86,7 @@ def progress(checkpoint: AdapterCheckpoint) -> Progress | None:
         return None
     step, identity = checkpoint.trainer.get("step"), checkpoint.trainer.get("identity")
     if not isinstance(step, int) or not isinstance(identity, dict):
-        raise UserError(f"checkpoint {checkpoint.where}: does not say its step and its run: take another one")
+        raise UserError(f"checkpoint {checkpoint.where}: does not say its step and its run", "take another one")
     # A checkpoint that says nothing of the base's format is of a time when all were dense.
     return Progress(step, {_BASE_FORMAT: "dense", **{str(name): str(value) for name, value in identity.items()}})
 
@@ -140,6 +140,6 @@ def check_base(checkpoint: AdapterCheckpoint, base: Mapping[str, str]) -> None:
     difference = identity_difference({name: theirs.identity.get(name, "(none)") for name in _OF_THE_BASE}, ours)
     if difference:
         raise UserError(
-            f"adapter {checkpoint.where}: was trained on another base ({difference}): name that model; or, to use the "
-            f"adapter on this one all the same, the run's peft folder"
+            f"adapter {checkpoint.where}: was trained on another base ({difference})",
+            "name that model; or, to use the adapter on this one all the same, the run's peft folder",
         )

@@ -105,10 +105,7 @@ class AdapterOptimizer:
         """The two moments of each parameter, by name; {} before the first step."""
         if self._optimizer is None or not self._steps:
             return {}
-        return {
-            name: {key: self._of(p, key) for key in MOMENTS}
-            for name, p in self._parameters.items()
-        }
+        return {name: {key: self._of(p, key) for key in MOMENTS} for name, p in self._parameters.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], steps: int) -> None:
         """Goes on from moments as `state` gives them, after `steps` updates."""
@@ -166,8 +163,8 @@ def _apex_adam() -> type[torch.optim.Optimizer]:
         from apex.optimizers import FusedAdam  # the unrelated PyPI package of this name has no such module
     except ImportError:
         raise UserError(
-            "optimizer = apex: NVIDIA's apex cannot be imported (the PyPI package of that name is another): build it "
-            "from NVIDIA's repository, or use --optimizer adamw"
+            "optimizer = apex: NVIDIA's apex cannot be imported (the PyPI package of that name is another)",
+            "build it from NVIDIA's repository, or use --optimizer adamw",
         ) from None
     return FusedAdam
 

@@ -43,7 +43,7 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     device = DEVICES[arguments.device]
     memory = arguments.memory or device.capacity
     if arguments.reserve >= memory:
-        raise UserError(f"reserve ({arguments.reserve:g} GiB) is not less than memory ({memory:g} GiB): choose less")
+        raise UserError(f"reserve ({arguments.reserve:g} GiB) is not less than memory ({memory:g} GiB)", "choose less")
     if arguments.profile_file is not None:
         device = device.scaled(_slowness(arguments, config, lora, device, base_format))
     usable, host = int((memory - arguments.reserve) * _GIB), int(arguments.host_memory * _GIB)
@@ -53,7 +53,7 @@ def plan(arguments: PlanArguments) -> list[Plan]:
         longest_rows(planner, wanted, arguments.gpus) if arguments.longest else planner.search(wanted)
     )
     if not plans:
-        raise UserError(nothing_fits(too_large[0], cluster, memory))
+        raise nothing_fits(too_large[0], cluster, memory)
     console = Console(highlight=False, width=None if Console().is_terminal else _WIDTH)
     best = plans[0]
     longer = check_length(config, best.layout.work.seq_length)
@@ -119,8 +119,8 @@ def _slowness(
     for flag, theirs, ours in (("device", measured.device, arguments.device), ("dtype", dtype, arguments.dtype)):
         if theirs != ours:
             raise UserError(
-                f"profile_file {arguments.profile_file} is of a run whose {flag} was {theirs}: give --{flag} {theirs}, "
-                f"or profile a run on what is planned for"
+                f"profile_file {arguments.profile_file} is of a run whose {flag} was {theirs}",
+                f"give --{flag} {theirs}, or profile a run on what is planned for",
             )
     work = Workload(
         measured.rows,
@@ -287,20 +287,20 @@ def sizes_of(layout: Layout) -> str:
     return f"tensor {layout.tp} x pipeline {layout.pp}{context} x data {layout.data}"
 
 
-def nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> str:
-    """Return the message that no layout fits: what the one that needs the least would need."""
+def nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> UserError:
+    """Return the error that no layout fits: what the one that needs the least would need."""
     layout, parts = least.layout, least.memory
     needs = (
         f"weights {_gib(parts.weights):.1f}, adapters and optimizer {_gib(parts.adapters + parts.optimizer):.1f}, "
         f"activations {_gib(parts.activations):.1f}"
     )
     gpus = f"{cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''}"
-    return (
+    return UserError(
         f"no layout fits {gpus} of {memory:g} GiB ({_gib(cluster.usable):.1f} usable): the one that needs "
         f"the least, {sizes_of(layout)} with recompute "
         f"{layout.recompute} and {layout.work.rows} rows a microbatch, needs {_gib(parts.total):.1f} GiB on stage "
-        f"{least.stage} ({needs}): give more gpus or memory, a shorter seq_length, or leave free what you fixed of the "
-        f"layout"
+        f"{least.stage} ({needs})",
+        "give more gpus or memory, a shorter seq_length, or leave free what you fixed of the layout",
     )
 
 
@@ -326,4 +326,6 @@ def write_svg(path: str | Path, panels: list[Panel]) -> None:
     try:
         Path(path).write_text(svg(panels), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"draw {path} cannot be written ({error.strerror}): name a file in a folder that can") from None
+        raise UserError(
+            f"draw {path} cannot be written ({error.strerror})", "name a file in a folder that can"
+        ) from None

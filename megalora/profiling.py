@@ -199,7 +199,7 @@ def write_profile(
         write_file(folder / TRACE, json.dumps(trace).encode())
         write_file(folder / DRAWING, svg(panels).encode())
     except OSError as error:
-        raise UserError(f"profile {folder} cannot be written ({error.strerror}): make room or leave it out") from None
+        raise UserError(f"profile {folder} cannot be written ({error.strerror})", "make room or leave it out") from None
     return f"profile of {len(recorded[0])} steps: {folder / TRACE} (chrome://tracing, Perfetto), {folder / DRAWING}"
 
 
@@ -218,15 +218,15 @@ def read_profile(path: str | Path, config: ModelSpec, base_format: str) -> Measu
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"profile_file {path} is not a {TRACE} of a run with --profile: name one") from None
+        raise UserError(f"profile_file {path} is not a {TRACE} of a run with --profile", "name one") from None
     theirs = f"{measured.model}, {measured.layers[-1][1]} layers"
     ours = f"{model_words(config)}, {config.num_hidden_layers} layers"
     if theirs != ours:
-        raise UserError(f"profile_file {path} is of {theirs}; this model is {ours}: profile a run of this model")
+        raise UserError(f"profile_file {path} is of {theirs}; this model is {ours}", "profile a run of this model")
     if measured.base_format != base_format:
         raise UserError(
-            f"profile_file {path} is of a run whose base was in {measured.base_format}, not in {base_format}: give "
-            f"--base_format {measured.base_format}, or profile a run with the base in {base_format}"
+            f"profile_file {path} is of a run whose base was in {measured.base_format}, not in {base_format}",
+            f"give --base_format {measured.base_format}, or profile a run with the base in {base_format}",
         )
     return measured
 

@@ -59,7 +59,8 @@ def _branches(adapter: AdapterCheckpoint) -> dict[str, Branch]:
     if 2 * len(names) != len(adapter.tensors) or config.use_dora:
         raise UserError(
             f"adapter {adapter.where}: has more than lora_A and lora_B of linears (DoRA, biases, modules trained in "
-            f"full): merge it into the model instead (megalora convert adapter merge)"
+            "full)",
+            "merge it into the model instead (megalora convert adapter merge)",
         )
     adapters = config.of_names(names)
     found = {}
@@ -105,21 +106,23 @@ def _combine(arguments: Conversion) -> None:
     adapters = [open_adapter(path) for path in (paths.input, *options.others)]
     weights = options.weights or (1.0,) * len(adapters)
     if len(weights) != len(adapters):
-        raise UserError(f"weights has {len(weights)} numbers for {len(adapters)} adapters: give one for each")
+        raise UserError(f"weights has {len(weights)} numbers for {len(adapters)} adapters", "give one for each")
     if options.svd_rank is not None and options.method != "svd":
-        raise UserError(f"svd_rank has no effect with --method {options.method}: leave it out, or choose --method svd")
+        raise UserError(
+            f"svd_rank has no effect with --method {options.method}", "leave it out, or choose --method svd"
+        )
     if options.method == "linear" and min(weights) < 0:
-        raise UserError("weights below 0 have no square root, as --method linear needs: choose cat or svd")
+        raise UserError("weights below 0 have no square root, as --method linear needs", "choose cat or svd")
     of_adapters = [_branches(adapter) for adapter in adapters]
     names = dict.fromkeys(name for branches in of_adapters for name in branches)
     made, lost, whole = {}, 0.0, 0.0
     for name in names:
         parts = [(b[name], w) for b, w in zip(of_adapters, weights, strict=True) if name in b]
         if len({(part.A.shape[1], part.sB.shape[0]) for part, _ in parts}) > 1:
-            raise UserError(f"{name} has other sizes in another of the adapters: combine adapters of one model")
+            raise UserError(f"{name} has other sizes in another of the adapters", "combine adapters of one model")
         if options.method == "linear":
             if len({part.rank for part, _ in parts}) > 1:
-                raise UserError(f"{name} has other ranks in another of the adapters: choose --method cat or svd")
+                raise UserError(f"{name} has other ranks in another of the adapters", "choose --method cat or svd")
             made[name] = linear_sum([part for part, _ in parts], [weight for _, weight in parts])
             continue
         made[name] = side_by_side([part.times(weight) for part, weight in parts])
@@ -134,12 +137,12 @@ def _combine(arguments: Conversion) -> None:
 
 def _extract(arguments: Conversion) -> None:
     if arguments.base.base is None:
-        raise UserError("extract needs the model that the input was tuned from: give --base")
+        raise UserError("extract needs the model that the input was tuned from", "give --base")
     config, tuned = read_base(arguments.paths.input)
     base_config, base = read_base(arguments.base.base)
     if config.tensors != base_config.tensors:
         raise UserError(
-            f"{arguments.paths.input} and {arguments.base.base} have other tensors or sizes: name models of one shape"
+            f"{arguments.paths.input} and {arguments.base.base} have other tensors or sizes", "name models of one shape"
         )
     made, lost, whole = {}, 0.0, 0.0
     for name, placed in config.linears.items():
@@ -154,7 +157,8 @@ def _extract(arguments: Conversion) -> None:
     apart = [n for n in config.tensors if n not in weights and not _same(tuned, base, n)]
     if not made:
         raise UserError(
-            f"{arguments.paths.input}: its linears are those of {arguments.base.base}: there is nothing to extract"
+            f"{arguments.paths.input}: its linears are those of {arguments.base.base}, so there is nothing to extract",
+            "name a model that was tuned from --base",
         )
     print(f"{arguments.command}: relative error {(lost / whole) ** 0.5:.3g} over {len(made)} linears")
     if apart:
@@ -185,7 +189,7 @@ def _compare(arguments: Conversion) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         parts = [part for part in (ours.get(name), theirs.get(name) and theirs[name].times(-1.0)) if part is not None]
         if len({(part.A.shape[1], part.sB.shape[0]) for part in parts}) > 1:
-            raise UserError(f"{name} has other sizes in {paths.other}: compare adapters of one model")
+            raise UserError(f"{name} has other sizes in {paths.other}", "compare adapters of one model")
         apart = norm(side_by_side(parts))
         own = norm(ours[name]) if name in ours else 0.0
         total, size = total + apart**2, size + own**2
@@ -207,12 +211,12 @@ def _init(arguments: Conversion) -> None:
     fields, where = lora_fields(arguments.started.lora_config)
     kind = fields.get("init_lora_weights")
     if kind not in _STARTS:
-        raise UserError(f"{where}: init_lora_weights = {kind!r}: must be {' or '.join(PREPARED)}")
+        raise UserError(f"{where}: init_lora_weights = {kind!r} is not valid", f"give {' or '.join(PREPARED)}")
     target = target_of(paths)
     config, weights = read_base(paths.input)
     lora = resolve_lora(LoraConfig.from_dict(fields | {"init_lora_weights": True}, where), config)
     if lora.config.use_dora or lora.config.lora_bias or not set(lora.adapters) <= set(config.linears):
-        raise UserError(f"{where}: {kind} is of plain LoRA on linears: leave the other fields out")
+        raise UserError(f"{where}: {kind} is of plain LoRA on linears", "leave the other fields out")
     tensors = dict(_started(config, lora, weights, _STARTS[kind]))
     negative = {name: replace(adapter, scaling=-adapter.scaling) for name, adapter in lora.adapters.items()}
     transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
@@ -248,7 +252,7 @@ def _to_lora(arguments: Conversion) -> None:
     now, then = _branches(adapter), _branches(initial)
     if now.keys() != then.keys():
         raise UserError(
-            f"adapter {adapter.where}: adapts other linears than {initial.where}: name the initial adapter of its run"
+            f"adapter {adapter.where}: adapts other linears than {initial.where}", "name the initial adapter of its run"
         )
     made = {name: side_by_side([now[name], then[name].times(-1.0)]) for name in now}
     like = dict(adapter.lora_config) | {"base_model_name_or_path": arguments.base.base}

@@ -143,7 +143,7 @@ def restore(trainer: Trainer, checkpoint: AdapterCheckpoint, splits: Mapping[str
         trainer.load_state(checkpoint.trainer, moments)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         where = checkpoint.where
-        raise UserError(f"checkpoint {where}: lacks state of the run ({error!r}): take an older one") from None
+        raise UserError(f"checkpoint {where}: lacks state of the run ({error!r})", "take an older one") from None
 
 
 def export(

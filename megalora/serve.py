@@ -138,7 +138,9 @@ def _resolved(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> Resol
     try:
         return resolve_lora(lora_config, config)
     except UserError as error:
-        raise UserError(f"adapter {adapter.where}: is of another model ({error})") from None
+        raise UserError(
+            f"adapter {adapter.where}: is of another model ({error.message})", "name an adapter of this model"
+        ) from None
 
 
 def _check_shared(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> None:

@@ -195,7 +195,8 @@ def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
         if named is not None and in_run(named, train.output_dir):
             raise UserError(
                 f"resume_peft_from_checkpoint {named} lies in output_dir {train.output_dir}, which "
-                f"overwrite_output_dir true clears: copy the adapter elsewhere, or name another output_dir"
+                "overwrite_output_dir true clears",
+                "copy the adapter elsewhere, or name another output_dir",
             )
         if not train.dry_run:
             announce_removal(train.output_dir)
@@ -215,8 +216,8 @@ def _find_start(model: ModelArguments, train: TrainArguments, overwrite: bool, m
                 return Start(replace(read_adapter(saved.folder), notes=tuple(complaints)), own=True)
             if complaints:
                 raise UserError(
-                    f"output_dir {train.output_dir}: no checkpoint in it is sound: {'; '.join(complaints)}; give "
-                    f"--overwrite_output_dir true to start afresh"
+                    f"output_dir {train.output_dir}: no checkpoint in it is sound: {'; '.join(complaints)}",
+                    "give --overwrite_output_dir true to start afresh",
                 )
         named = model.resume_peft_from_checkpoint
         return None if named is None else Start(open_adapter(named), own=False)
@@ -230,8 +231,8 @@ def _lora_config(model: ModelArguments, start: Start | None) -> LoraConfig:
         lora_config = LoraConfig.from_json(model.lora_config)
         if lora_config.inference_mode:
             raise UserError(
-                f"lora_config {model.lora_config}: inference_mode = true trains nothing: set it to false, or run "
-                f"tools/generate.py"
+                f"lora_config {model.lora_config}: inference_mode = true trains nothing",
+                "set it to false, or run tools/generate.py",
             )
         return lora_config
     if start is not None:
@@ -251,12 +252,14 @@ def _check_same_adapter(lora: ResolvedLora, start: Start | None, config: ModelSp
         if ours.get(name) != other.get(name):
             raise UserError(
                 f"adapter {start.checkpoint.where}: {name} has (r, scaling) = {other.get(name)}, but --lora_config "
-                f"means {ours.get(name)}: {_other_adapter(start)}"
+                f"means {ours.get(name)}",
+                _other_adapter(start),
             )
     if trained_shapes(lora, config) != trained_shapes(theirs, config):
         raise UserError(
             f"adapter {start.checkpoint.where}: bias = {theirs.config.bias!r}, but --lora_config says "
-            f"{lora.config.bias!r}: {_other_adapter(start)}"
+            f"{lora.config.bias!r}",
+            _other_adapter(start),
         )
 
 
@@ -277,8 +280,8 @@ def _first_step(start: Start | None, identity: Mapping[str, str]) -> tuple[int, 
         return before.step, f"continuing after step {before.step} of {where}"
     if start.own:
         raise UserError(
-            f"output_dir holds {where}, a checkpoint of another run ({values}): name another output_dir, or give "
-            f"--overwrite_output_dir true"
+            f"output_dir holds {where}, a checkpoint of another run ({values})",
+            "name another output_dir, or give --overwrite_output_dir true",
         )
     check_base(start.checkpoint, identity)
     return 0, f"starting from the adapter {where} at step 0, because its run was another ({values})"
@@ -325,14 +328,13 @@ def _check_length(
         why = ", as --sequence_parallel needs" if sequence_parallel and mesh.cp.size == 1 else ""
         raise UserError(
             f"per_device_train_batch_size ({train.per_device_train_batch_size}) * seq_length ({data.seq_length}) = "
-            f"{tokens} tokens are not a multiple of {sizes}{why}: change seq_length"
+            f"{tokens} tokens are not a multiple of {sizes}{why}",
+            "change seq_length",
         )
     return [longer] if longer else []
 
 
-def _load_rows(
-    template: Rendering, data: DataArguments, train: TrainArguments
-) -> tuple[PackedRows, PackedRows | None]:
+def _load_rows(template: Rendering, data: DataArguments, train: TrainArguments) -> tuple[PackedRows, PackedRows | None]:
     """Return the rows to train on, and those of the evaluation."""
     settings = data_settings(data)
     rows, held_out = load_split(data.data_path, template, settings, train.seed, data.eval_fraction or 0.0)

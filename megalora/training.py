@@ -161,8 +161,8 @@ class Trainer:
         self.bad_steps += 1
         if self.bad_steps == MOST_BAD_STEPS:
             raise UserError(
-                f"step {number + 1}: {what}, the {MOST_BAD_STEPS}rd step in a row that is not finite: lower "
-                f"--learning_rate, look at the rows of these steps, or use --dtype bfloat16"
+                f"step {number + 1}: {what}, the {MOST_BAD_STEPS}rd step in a row that is not finite",
+                "lower --learning_rate, look at the rows of these steps, or use --dtype bfloat16",
             )
         return what
 
@@ -190,9 +190,7 @@ class Trainer:
             labels += data.label_count
         return totals, labels
 
-    def _inputs(
-        self, data: StepData, seed: int | None, step: int, measures: bool = False
-    ) -> Callable[[int], object]:
+    def _inputs(self, data: StepData, seed: int | None, step: int, measures: bool = False) -> Callable[[int], object]:
         def inputs(m: int) -> object:
             with self._clock("data"):
                 batch = data.microbatches[m]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from snapshots import assert_snapshot
 from spawn import SpawnError, spawn
 from told import user_error
 
@@ -205,7 +207,10 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
         ("config.json: holds a list", "download"),
     ),
     "config field": (lambda m: m.config(hidden_act="gelu"), ("config.json: hidden_act = 'gelu'", "'silu'")),
-    "config number": (lambda m: m.config(num_hidden_layers="two"), ("config.json: num_hidden_layers = 'two'", "must")),
+    "config number": (
+        lambda m: m.config(num_hidden_layers="two"),
+        ("config.json: num_hidden_layers = 'two'", "give a positive integer"),
+    ),
     "not finite": (
         lambda m: m.model(tensors(lambda state: state["model.norm.weight"].fill_(torch.nan))),
         ("step 3: loss nan", "3rd step in a row"),
@@ -240,7 +245,7 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     ),
     "lora_config is missing": (lambda m: {"lora_config": m.path("none")}, ("lora_config", "-none", "name an existing")),
     "lora_config field": (lambda m: m.lora({"rank": 8}), ("-lora_config.json: unknown field 'rank'", "remove the")),
-    "lora_config value": (lambda m: m.lora({"r": 0}), ("-lora_config.json: r = 0", "must be a positive integer")),
+    "lora_config value": (lambda m: m.lora({"r": 0}), ("-lora_config.json: r = 0", "give a positive integer")),
     "lora_config for use": (lambda m: m.lora({"inference_mode": True}), ("inference_mode = true", "set it to false")),
     "no data": (lambda m: {"data_path": m.path("none")}, ("-none", "check the path")),
     "empty data": (lambda m: m.data(""), ("-rows.json holds no rows", "instruction")),
@@ -310,6 +315,17 @@ def test_one_line_that_says_what_where_and_what_to_do(outcomes, name):
         for part in CASES[name][1]:
             assert part in line, line
         assert "on rank" not in line, "all ranks see it"
+
+
+def test_the_words(outcomes, inputs, tmp_path_factory):
+    """Each error as it is printed, without the paths of this machine and what libraries say in brackets."""
+    libraries = r"\((Error|invalid|unexpected|Expected|Expecting)[^()]*(\([^()]*\))?[^()]*\)"
+    lists = r"(?<=take a model of ).*|(?<=megalora knows ).*|(?<=write one of ).*\{text\}|(?<=WEIGHT )\(.*\)"
+    told = []
+    for name in CASES:
+        text = re.sub(lists, "...", re.sub(libraries, "(...)", outcomes[name][0].err))
+        told.append(f"# {name}\n" + re.sub(r"[^ ,']*/(\d+-)?", "", text))
+    assert_snapshot("bad_input", "\n".join(told))
 
 
 def test_tokens_that_the_model_has_no_embedding_for(inputs, tmp_path):

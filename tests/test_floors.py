@@ -1,4 +1,4 @@
-"""The floors of the house (DESIGN §2): a module imports only its own package and the floors below it.
+"""The floors of the house (docs/design.md): a module imports only its own package and the floors below it.
 
 Read from the source with ast: imports in functions and under TYPE_CHECKING count, relative ones are resolved.
 """

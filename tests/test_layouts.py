@@ -1,4 +1,4 @@
-"""The oracle (DESIGN §7): every layout gives the losses, norms, gradients and adapters of one process.
+"""The oracle (docs/design.md): every layout gives the losses, norms, gradients and adapters of one process.
 
 Three steps with dropout 0.1, packed rows, B not zero and clipped gradients, in float64 within 1e-12.
 """

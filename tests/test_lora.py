@@ -289,7 +289,7 @@ def test_embedding_and_head_are_named_like_any_linear():
         ({"modules_to_save": ["q_proj"]}, "modules_to_save names 'q_proj': only lm_head, embed_tokens"),
         ({"trainable_token_indices": [100]}, "names token 100, but the model's vocab_size is 100"),
         ({"trainable_token_indices": {"q_proj": [1]}}, "names 'q_proj', which has no tokens"),
-        ({"trainable_token_indices": [1, 1]}, "must be a list of different token ids"),
+        ({"trainable_token_indices": [1, 1]}, "give a list of different token ids"),
         ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "train it in one of these ways"),
         ({"target_modules": ["lm_head"], "use_dora": True}, "use_dora = true is not implemented for lm_head"),
         ({"target_modules": ["lm_head"], "lora_bias": True}, "lora_bias = true is not implemented for lm_head"),

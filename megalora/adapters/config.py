@@ -120,11 +120,13 @@ class LoraConfig:
                 values[name] = value
             elif name in _NEUTRAL:
                 if value not in _NEUTRAL[name]:
-                    raise UserError(f"{where}: {name} = {value!r} is not implemented: {remedy}")
+                    raise UserError(f"{where}: {name} = {value!r} is not implemented", remedy)
             elif name not in _IGNORED and value not in (None, False, [], {}):
-                raise UserError(f"{where}: unknown field {name!r}: megalora knows {', '.join(sorted(known))}; {remedy}")
+                raise UserError(f"{where}: unknown field {name!r}: megalora knows {', '.join(sorted(known))}", remedy)
         if str(data.get("peft_type", "LORA")).upper() != "LORA":
-            raise UserError(f"{where}: peft_type = {data['peft_type']!r}: only LORA adapters can be used")
+            raise UserError(
+                f"{where}: peft_type = {data['peft_type']!r} is not implemented", "use an adapter of peft_type LORA"
+            )
         _settle_init(values, where, trained)
         return cls(**_checked(values, where))
 
@@ -160,7 +162,7 @@ class LoraConfig:
         targets = self.target_modules
         if targets is None:
             if model_type not in DEFAULT_TARGET_MODULES:
-                raise UserError(f"lora_config: no default target_modules for model_type {model_type!r}: name them")
+                raise UserError(f"lora_config: no default target_modules for model_type {model_type!r}", "name them")
             targets = DEFAULT_TARGET_MODULES[model_type]
         names = (*linears, *ends)
         short = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -169,8 +171,8 @@ class LoraConfig:
             for name in without:
                 if pattern is not None and pattern.fullmatch(name):
                     raise UserError(
-                        f"lora_config: target_modules {targets!r} matches {name}, which cannot carry an adapter: "
-                        f"leave it out of the expression"
+                        f"lora_config: target_modules {targets!r} matches {name}, which cannot carry an adapter",
+                        "leave it out of the expression",
                     )
             every = [n for n in linears if n not in routers]
             matched = every if pattern is None else [n for n in names if pattern.fullmatch(n)]
@@ -179,8 +181,8 @@ class LoraConfig:
             for target in targets:
                 if not any(n == target or n.endswith("." + target) for n in names):
                     raise UserError(
-                        f"lora_config: target_modules names {target!r}, which is no linear of this model: "
-                        f"choose among {', '.join(short)}"
+                        f"lora_config: target_modules names {target!r}, which is no linear of this model",
+                        f"choose among {', '.join(short)}",
                     )
         if self.layers_to_transform is not None:
             layers = set(linears.values())
@@ -188,21 +190,22 @@ class LoraConfig:
             if missing:
                 raise UserError(
                     f"lora_config: layers_to_transform names layer {missing[0]}, but the model has layers "
-                    f"0 to {max(layers)}: correct the index"
+                    f"0 to {max(layers)}",
+                    "correct the index",
                 )
             exactly = () if isinstance(targets, str) else targets  # as peft: a full name stands for itself
             matched = [n for n in matched if n in exactly or linears.get(n) in self.layers_to_transform]
         matched = [n for n in matched if not self._excludes(n)]
         if not matched:
             raise UserError(
-                f"lora_config: target_modules {self.target_modules!r} matches no linear of this model: "
-                f"choose among {', '.join(short)}"
+                f"lora_config: target_modules {self.target_modules!r} matches no linear of this model",
+                f"choose among {', '.join(short)}",
             )
         for field_name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field_name):
                 if not any(_matches(pattern, name) for name in names):  # one that is not adapted does no harm
                     said = f"{field_name} names {pattern!r}, which matches no linear of this model"
-                    raise UserError(f"lora_config: {said}: correct it")
+                    raise UserError(f"lora_config: {said}", "correct or remove the name")
         saved = saved_modules(self.modules_to_save, ends)
         tokens = trained_tokens(self.trainable_token_indices, ends, vocab_size) if ends else {}
         matched = [n for n in matched if n not in saved]  # as peft: what is trained in full has no branch
@@ -213,14 +216,15 @@ class LoraConfig:
         for field_name in ("use_dora", "lora_bias"):
             if adapted and getattr(self, field_name):
                 raise UserError(
-                    f"lora_config: {field_name} = true is not implemented for {min(adapted)}: leave it out of "
-                    f"target_modules, or train it in full with modules_to_save"
+                    f"lora_config: {field_name} = true is not implemented for {min(adapted)}",
+                    "leave it out of target_modules, or train it in full with modules_to_save",
                 )
         twice = (set(adapted) | set(saved)) & set(tokens)
         if twice:
             raise UserError(
                 f"lora_config: {min(twice)} is in trainable_token_indices, and in target_modules or modules_to_save "
-                f"too: train it in one of these ways"
+                "too",
+                "train it in one of these ways",
             )
 
     def of_names(self, names: Sequence[str]) -> dict[str, Adapter]:
@@ -292,14 +296,14 @@ def _settle_init(values: dict[str, Any], where: str, trained: bool) -> None:
     if init.lower().startswith(_CHANGE_BASE):
         if trained:
             raise UserError(
-                f"{where}: init_lora_weights = {init!r}: the adapter is relative to a base that its start has changed: "
-                f"convert it to a plain LoRA (megalora convert adapter to-lora with its initial adapter, or peft's "
-                f"save_pretrained with path_initial_model_for_weight_conversion)"
+                f"{where}: init_lora_weights = {init!r}: the adapter is relative to a base that its start has changed",
+                "convert it to a plain LoRA (megalora convert adapter to-lora with its initial adapter, or peft's "
+                "save_pretrained with path_initial_model_for_weight_conversion)",
             )
         if init.lower().startswith(PREPARED):
             raise UserError(
-                f"{where}: init_lora_weights = {init!r} changes the base weights: make base and adapter with megalora "
-                f"convert adapter init, and train from these"
+                f"{where}: init_lora_weights = {init!r} changes the base weights",
+                "make base and adapter with megalora convert adapter init, and train from these",
             )
     elif trained and init == "eva":
         values["init_lora_weights"] = True
@@ -318,7 +322,7 @@ def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
 
     def need(name: str, good: bool, what: str) -> None:
         if name in values and not good:
-            raise UserError(f"{where}: {name} = {values[name]!r}: must be {what}")
+            raise UserError(f"{where}: {name} = {values[name]!r} is not valid", f"give {what}")
 
     v = values.get
     need("r", _is_positive_int(v("r")), "a positive integer")
@@ -345,11 +349,14 @@ def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
             _compiled(key, f"{where}: {name}")
     odd = [r for r in (v("r") or LoraConfig.r, *(v("rank_pattern") or {}).values()) if r % 2]
     if init == "orthogonal" and odd:
-        raise UserError(f"{where}: init_lora_weights = 'orthogonal' needs even ranks, and {odd[0]} is odd: change it")
+        raise UserError(
+            f"{where}: init_lora_weights = 'orthogonal' needs even ranks, and {odd[0]} is odd", "give an even rank"
+        )
     if v("lora_bias") and (v("use_dora") or isinstance(init, str)):
         raise UserError(
             f"{where}: lora_bias = true goes with neither use_dora nor an init_lora_weights other than true and false, "
-            f"as in peft: leave one out"
+            "as in peft",
+            "leave one out",
         )
     task = v("task_type")
     if task is None:
@@ -394,7 +401,7 @@ def _compiled(pattern: str, where: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is not a regular expression ({error}): mend it") from None
+        raise UserError(f"{where}: {pattern!r} is not a regular expression ({error})", "fix the expression") from None
 
 
 def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:

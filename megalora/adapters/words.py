@@ -38,7 +38,8 @@ class WordsAdapter:
         if tied and self.tokens and stages > 1:
             raise UserError(
                 f"pipeline_parallel_size ({stages}): the trained rows of tokens are the tied head's too, which lies on "
-                f"another stage: use --pipeline_parallel_size 1, or modules_to_save instead of trainable_token_indices"
+                "another stage",
+                "use --pipeline_parallel_size 1, or modules_to_save instead of trainable_token_indices",
             )
 
     def shapes(self, name: str, is_head: bool, vocab_size: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -65,8 +66,8 @@ def checked_tokens(value: object, where: str) -> Tokens | None:
         )
         if not isinstance(indices, (list, tuple)) or not good or len(set(indices)) != len(indices):
             raise UserError(
-                f"{where}: trainable_token_indices = {value!r}: must be a list of different token ids, or an object of "
-                f"such lists by module name"
+                f"{where}: trainable_token_indices = {value!r} is not valid",
+                "give a list of different token ids, or an object of such lists by module name",
             )
         return tuple(indices)
 
@@ -83,8 +84,8 @@ def saved_modules(names: Sequence[str] | None, ends: Sequence[str]) -> frozenset
         if not matches:
             short = ", ".join(end.rpartition(".")[2] for end in ends)
             raise UserError(
-                f"lora_config: modules_to_save names {name!r}: only {short} of this model can be trained in full: name "
-                f"these, or adapt {name!r} with target_modules"
+                f"lora_config: modules_to_save names {name!r}: only {short} of this model can be trained in full",
+                f"name these, or adapt {name!r} with target_modules",
             )
         found.update(matches)
     return frozenset(found)
@@ -103,11 +104,14 @@ def trained_tokens(given: Tokens | None, ends: Sequence[str], vocab_size: int) -
         matches = [end for end in ends if end == name or re.fullmatch(rf"(.*\.)?{re.escape(name)}", end)]
         if not matches:
             short = ", ".join(end.rpartition(".")[2] for end in ends)
-            raise UserError(f"lora_config: trainable_token_indices names {name!r}, which has no tokens: name {short}")
+            raise UserError(
+                f"lora_config: trainable_token_indices names {name!r}, which has no tokens", f"name {short}"
+            )
         if ids and max(ids) >= vocab_size:
             raise UserError(
                 f"lora_config: trainable_token_indices names token {max(ids)}, but the model's vocab_size is "
-                f"{vocab_size}: correct the index, or add tokens with --new_special_tokens"
+                f"{vocab_size}",
+                "correct the index, or add tokens with --new_special_tokens",
             )
         found |= dict.fromkeys(matches, ids)
     return {name: ids for name, ids in found.items() if ids}

@@ -46,9 +46,10 @@ def unpickled(file: Path, mmap: bool = False) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise UserError(f"{file}: does not exist: copy all of the checkpoint") from None
+        raise UserError(f"{file}: does not exist", "copy all of the checkpoint") from None
     except Exception as error:  # torch.load fails on damaged or hostile bytes in any way
         raise UserError(
             f"{file}: cannot be read as tensors and plain values ({type(error).__name__}: {error!s:.120}): "
-            "the file is damaged, or not one of ours; take another checkpoint"
+            "the file is damaged, or not one of ours",
+            "take another checkpoint",
         ) from None

@@ -57,7 +57,7 @@ def shard_files(folder: Path, name: str) -> dict[tuple[int, int], Path]:
     Raises UserError that names the folder or file that is missing.
     """
     if not has_shards(folder):
-        raise UserError(f"{folder}: holds no mp_rank_XX_pp_rank_YYY: name the folder of the shards")
+        raise UserError(f"{folder}: holds no mp_rank_XX_pp_rank_YYY", "name the folder of the shards")
     found = [match for child in folder.iterdir() if (match := _FOLDER.fullmatch(child.name))]
     places = [(int(match[1]), int(match[2])) for match in found]
     tp, pp = (1 + max(ranks) for ranks in zip(*places, strict=True))
@@ -67,7 +67,7 @@ def shard_files(folder: Path, name: str) -> dict[tuple[int, int], Path]:
             shard = Layout(tp, pp, tp_rank, pp_rank).folder
             if not (folder / shard / name).is_file():
                 what = f"{shard}/{name}" if (folder / shard).is_dir() else shard
-                raise UserError(f"{folder}: {what} is missing of {tp} x {pp} shards: copy all of them")
+                raise UserError(f"{folder}: {what} is missing of {tp} x {pp} shards", "copy all of them")
             files[tp_rank, pp_rank] = folder / shard / name
     return files
 
@@ -76,13 +76,13 @@ def check_place(layout: Layout, tp_rank: int, pp_rank: int, files: Collection[tu
     """That a shard lies where it was written, and that all others of its layout are there."""
     here = Layout(layout.tp, layout.pp, tp_rank, pp_rank)
     if layout != here:
-        raise UserError(f"{folder}: {here.folder} was written as {layout.folder}: give the folder that name again")
+        raise UserError(f"{folder}: {here.folder} was written as {layout.folder}", "give the folder that name again")
     for place in itertools.product(range(layout.tp), range(layout.pp)):
         if place not in files:
             shard = Layout(layout.tp, layout.pp, *place).folder
-            raise UserError(f"{folder}: {shard} is missing of {layout.tp} x {layout.pp} shards: {COPY_ALL}")
+            raise UserError(f"{folder}: {shard} is missing of {layout.tp} x {layout.pp} shards", COPY_ALL)
     if len(files) != layout.tp * layout.pp:
-        raise UserError(f"{folder}: {len(files)} shards lie where {layout.tp} x {layout.pp} were written: {COPY_ALL}")
+        raise UserError(f"{folder}: {len(files)} shards lie where {layout.tp} x {layout.pp} were written", COPY_ALL)
 
 
 # ---- what both kinds of shards are made of ----

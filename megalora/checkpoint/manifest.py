@@ -55,7 +55,7 @@ def verify(folder: Path, what: str, remedy: str, read: Callable[[Mapping[str, An
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{what} {folder}: {MANIFEST} is damaged ({error}): {remedy}") from None
+        raise UserError(f"{what} {folder}: {MANIFEST} is damaged ({error})", remedy) from None
     for name, (size, wanted) in files.items():
         try:
             _check(folder / name, size, wanted)
@@ -63,9 +63,9 @@ def verify(folder: Path, what: str, remedy: str, read: Callable[[Mapping[str, An
             raise
         except (OSError, ValueError) as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise UserError(f"{what} {folder}: {name} {reason}: {remedy}") from None
+            raise UserError(f"{what} {folder}: {name} {reason}", remedy) from None
         except _Damaged as damaged:
-            raise UserError(f"{what} {folder}: {name} {damaged}: {remedy}") from None
+            raise UserError(f"{what} {folder}: {name} {damaged}", remedy) from None
     return found
 
 

@@ -34,20 +34,20 @@ class TargetFolder:
         self._shown = path
         for source in sources:
             if Path(source).resolve().is_relative_to(self.path):
-                raise UserError(f"output {path}: holds {source}, which is read: name another folder")
+                raise UserError(f"output {path}: holds {source}, which is read", "name another folder")
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output {path}: is a file: name a folder")
+            raise UserError(f"output {path}: is a file", "name a folder")
         if self.path.is_dir() and any(self.path.iterdir()):
             if not overwrite:
-                raise UserError(f"output {path}: exists: give --overwrite true to replace it, or name another folder")
+                raise UserError(f"output {path}: exists", "give --overwrite true to replace it, or name another folder")
             if not (is_hf(self.path) or has_shards(self.path) or (self.path / peft.CONFIG_FILE).exists()):
                 raise UserError(
-                    f"output {path}: holds other things than a model or an adapter, so it is not replaced: remove it "
-                    "yourself, or name another folder"
+                    f"output {path}: holds other things than a model or an adapter, so it is not replaced",
+                    "remove it yourself, or name another folder",
                 )
         self._home = next(folder for folder in self.path.parents if folder.exists())
         if not (self._home.is_dir() and os.access(self._home, os.W_OK | os.X_OK)):
-            raise UserError(f"output {path}: {self._home} cannot be written in: name another folder")
+            raise UserError(f"output {path}: {self._home} cannot be written in", "name another folder")
 
     @property
     def free_bytes(self) -> int:
@@ -57,8 +57,8 @@ class TargetFolder:
         """Raises UserError where the disk has no room for files of that size beside what is there."""
         if self.free_bytes < nbytes + _SPARE_BYTES:
             raise UserError(
-                f"output {self._shown}: needs {nbytes / 1e9:.2f} GB, but {self.free_bytes / 1e9:.2f} GB are free: "
-                "free space, or name a folder on another disk"
+                f"output {self._shown}: needs {nbytes / 1e9:.2f} GB, but {self.free_bytes / 1e9:.2f} GB are free",
+                "free space, or name a folder on another disk",
             )
 
     @contextlib.contextmanager
@@ -71,11 +71,11 @@ class TargetFolder:
             with atomic_folder(self.path) as aside:
                 yield aside
         except BlockingIOError:
-            raise UserError(f"output {self._shown}: is being written by another process: wait for it") from None
+            raise UserError(f"output {self._shown}: is being written by another process", "wait for it") from None
         except OSError as error:
             raise UserError(
-                f"output {self._shown}: cannot be written ({error.strerror or error}): free space, or name another "
-                "folder"
+                f"output {self._shown}: cannot be written ({error.strerror or error})",
+                "free space, or name another folder",
             ) from None
 
 

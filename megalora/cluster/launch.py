@@ -37,7 +37,7 @@ def fix_order_of_sums(device: torch.device) -> None:
     To be called before the GPU is used. Raises UserError on a CPU, where the order is fixed anyhow.
     """
     if device.type != "cuda":
-        raise UserError("deterministic = true changes nothing on a CPU, where repeats are equal anyhow: leave it out")
+        raise UserError("deterministic = true changes nothing on a CPU, where repeats are equal anyhow", "leave it out")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
     torch.use_deterministic_algorithms(True)
     # Every kernel here writes what is read. The flag is a property of the module's class, which its types do not show.
@@ -87,7 +87,7 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
                     answered[other] = asked
         if time.monotonic() > deadline:
             late = ", ".join(map(str, sorted(missing)))
-            raise UserError(f"ranks {late} have not come within {TIMEOUT}: look at the nodes that they run on")
+            raise UserError(f"ranks {late} have not come within {TIMEOUT}", "look at the nodes that they run on")
         time.sleep(0.01 if missing else 0)
     return mine
 

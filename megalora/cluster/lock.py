@@ -49,8 +49,8 @@ class RunLock:
                     holder = _content(file)
                 if time.monotonic() >= deadline:
                     raise UserError(
-                        f"output_dir {self._folder}: another run is under way in it ({holder or 'no name given'}): "
-                        f"wait for it or end it, or name another output_dir"
+                        f"output_dir {self._folder}: another run is under way in it ({holder or 'no name given'})",
+                        "wait for it or end it, or name another output_dir",
                     ) from None
                 time.sleep(_AGAIN)
                 continue
@@ -87,8 +87,8 @@ class RunLock:
             if error.errno == errno.EROFS:
                 return None
             raise UserError(
-                f"output_dir {self._folder}: cannot be written ({error.strerror or error}): make it writable, or name "
-                f"another output_dir"
+                f"output_dir {self._folder}: cannot be written ({error.strerror or error})",
+                "make it writable, or name another output_dir",
             ) from None
 
     def _create(self) -> TextIO:
@@ -99,7 +99,7 @@ class RunLock:
     def _refuse_foreign(self, file: TextIO) -> None:
         if (content := _content(file)) and not content.startswith(_SIGNATURE):
             file.close()
-            raise UserError(f"{self._path}: was written by another program: remove it, or name another output_dir")
+            raise UserError(f"{self._path}: was written by another program", "remove it, or name another output_dir")
 
     def _remove(self, file: TextIO) -> None:
         with file, contextlib.suppress(OSError):

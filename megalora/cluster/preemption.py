@@ -71,7 +71,7 @@ class Preemption:
 
 
 def exit_status(left: Preempted) -> int:
-    """Of a rank that was preempted. Under launch.sh's torchrun, which takes any status but 0 for a failure to mend by
+    """Of a rank that was preempted. Under launch.sh's torchrun, which takes any status but 0 for a failure to fix by
     a restart, it is 0, and a file says so in its place."""
     mark = os.environ.get(MARK)
     if mark:

@@ -27,7 +27,7 @@ class RankLog:
             self.file: TextIO = open_own(self.path)
         except OSError as error:
             said = f"log_dir {folder} (in output_dir unless it is given) cannot be written ({error.strerror})"
-            raise UserError(f"{said}: make it writable, or name another output_dir") from error
+            raise UserError(f"{said}", "make it writable, or name another output_dir") from error
         self._terminal: dict[int, int] = {}  # descriptors of the terminal, by the one they stand in for
         self.write(f"---- rank {rank} on {host}, process {os.getpid()}")
 

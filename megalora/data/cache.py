@@ -110,7 +110,7 @@ def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tu
                 checked.touch()
                 return folder, report, False
             if _since(failed, asked):
-                raise BadRows(failed.read_text(encoding="utf-8"))
+                raise BadRows(*json.loads(failed.read_text(encoding="utf-8")))
             failed.unlink(missing_ok=True)
             if alone:  # these are of processes that were killed
                 for rest in root.glob(f"{key}.partial*"):
@@ -124,15 +124,15 @@ def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tu
                 writer.abandon()
                 shutil.rmtree(partial, ignore_errors=True)
                 if isinstance(error, UserError):
-                    write_text(failed, str(error))
+                    write_text(failed, json.dumps([error.message, error.hint]))
                 raise
             _put(partial, folder)
             checked.touch()
             return folder, report, True
     except OSError as error:
         raise UserError(
-            f"cannot write the tokens of the rows to {root}: {error.strerror or error}; make room or name another "
-            "folder with --data_cache"
+            f"cannot write the tokens of the rows to {root}: {error.strerror or error}",
+            "make room or name another folder with --data_cache",
         ) from None
 
 

@@ -26,7 +26,7 @@ from .fields import FieldNames
 from .labelled import Label, LabelledText, TaggedWords, read_labelled, read_tagged
 from .pieces import IGNORE, Sample
 from .readers import Chunk, parse_sources, read_rows
-from .report import Report
+from .report import Report, reason_of
 from .tokenizer import OpenedTokenizer
 
 READS = {"TOKEN_CLS": read_tagged, "SEQ_CLS": read_labelled}  # how a row is read, by task
@@ -125,7 +125,7 @@ class ClassEncoder:
                 sample = self.sample(read(row, where, self.settings.names, report.seen), where)
                 sample = self._fitting(sample, where, report)
             except UserError as error:
-                report.problem(where, str(error).removeprefix(where).removeprefix(":").strip())
+                report.problem(where, reason_of(error, where))
                 continue
             if sample is not None:
                 documents.append(sample)
@@ -145,7 +145,9 @@ class ClassEncoder:
             found = {word for word in encoding.word_ids if word is not None}
             for number, word in enumerate(row.words):
                 if number not in found:
-                    raise UserError(f"{where}: token {number} ({word.text!r}) has no piece in the tokenizer; remove it")
+                    raise UserError(
+                        f"{where}: token {number} ({word.text!r}) has no piece in the tokenizer", "remove it"
+                    )
             given = row.tags
         else:
             encoding = self._backend.encode(row.text, row.second)
@@ -169,7 +171,7 @@ class ClassEncoder:
         reason = f"too long, {length} tokens for --seq_length {longest}"
         if self.settings.on_long_row == "error":
             remedy = f"raise --seq_length to at least {length}, or say what becomes of it with --on_long_row"
-            raise UserError(f"{reason}; {remedy} truncate or skip")
+            raise UserError(reason, f"{remedy} truncate or skip")
         if self.settings.on_long_row == "skip":
             report.problem(where, reason, wanted=True)
             return None
@@ -209,7 +211,7 @@ class ClassEncoder:
         number = label if isinstance(label, int) else self._numbers.get(label)
         if number is None or not 0 <= number < len(labels):
             known = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-            raise UserError(f"{where}: label {label!r} is none of the {len(labels)} labels ({known}); correct it")
+            raise UserError(f"{where}: label {label!r} is none of the {len(labels)} labels ({known})", "correct it")
         return number
 
 
@@ -224,7 +226,7 @@ def truncated(sample: Sample, length: int, special: int) -> Sample:
     if last != IGNORE:
         columns[CLASSES][-1] = last
     if (columns[CLASSES] == IGNORE).all():
-        raise UserError(f"no label is left in its first {length} tokens; raise --seq_length")
+        raise UserError(f"no label is left in its first {length} tokens", "raise --seq_length")
     return Sample(sample.input_ids[kept], sample.labels[kept], columns)
 
 

@@ -34,7 +34,7 @@ from .fields import FieldNames
 from .packing import PackedRows, lay_out, pack
 from .pieces import Sample
 from .readers import Chunk, NotLines, Source, dataset_fingerprint, parse_sources, read_chunks, read_rows
-from .report import Report
+from .report import Report, message_and_hint
 from .sampler import EVALUATION_EPOCH, PACKING_EPOCH, SOURCE_EPOCH, permutation
 from .template import ChatTemplate
 from .workers import encode_all
@@ -167,10 +167,10 @@ def encode_row(data_path: str | Path, template: Rendering, settings: DataSetting
                 chunk = Chunk(source.path, number, [value])
                 documents, report = encoder_of(template, settings.encoding).encode(chunk)
                 if report.left_out:
-                    raise UserError(next(iter(report.problems.values()))[1])
+                    raise UserError(*message_and_hint(next(iter(report.problems.values()))[1]))
                 return [documents.sample(place) for place in range(len(documents))]
         first += number + 1
-    raise UserError(f"row {row}: there are {first:,} rows, numbered from 0; give a smaller number")
+    raise UserError(f"row {row}: there are {first:,} rows, numbered from 0", "give a smaller number")
 
 
 # ---- tokens ----
@@ -202,8 +202,8 @@ def _encode(sources: list[Source], encoder: Encodes, settings: DataSettings, wri
         report.check_names(settings.names)
     report.check_rows(settings.on_bad_row)
     if not count:
-        first = next(iter(report.problems.values()))[1]
-        raise UserError(f"none of the {report.rows} rows can be used; the first: {first}")
+        message, hint = message_and_hint(next(iter(report.problems.values()))[1])
+        raise UserError(f"none of the {report.rows} rows can be used; the first: {message}", hint)
     return {"report": report.to_json(), "first_rows": first_rows, "fingerprint": digest.hexdigest()}
 
 
@@ -312,7 +312,8 @@ def _chosen(
         if not 0 < count < len(rows):
             raise UserError(
                 f"--eval_fraction {eval_fraction}: {count} of {len(rows)} rows would be held out; "
-                "both sides need a row: choose another share"
+                "both sides need a row",
+                "choose another share",
             )
         drawn = rows[permutation(len(rows), seed, EVALUATION_EPOCH)[:count]]
         mask = np.isin(documents.rows, drawn)

@@ -16,7 +16,7 @@ from .fields import FieldNames
 from .formats import to_conversation
 from .long_rows import split, truncate
 from .readers import Chunk
-from .report import Report
+from .report import Report, reason_of
 from .template import IGNORE, ChatTemplate, Sample, Segment
 
 OnLongRow = Literal["error", "skip", "truncate", "split"]
@@ -58,7 +58,7 @@ class Encoder:
                 conversation = conversation.resolve(self.settings.train_on)
                 made = self.template.documents(conversation)
             except UserError as error:
-                report.problem(where, _without(str(error), where))
+                report.problem(where, reason_of(error, where))
                 continue
             pieces += [document.pieces for document in made]
             named += [(number, where, document.conversation) for document in made]
@@ -95,7 +95,7 @@ class Encoder:
             try:
                 documents, done = make(conversation, sample, settings.seq_length, self._encode_one)
             except UserError as error:
-                report.problem(where, f"{reason}: {error}")
+                report.problem(where, f"{reason}: {reason_of(error, where)}")
                 return
             report.seen[f"long {done}"] += 1
             report.seen["long documents"] += len(documents)
@@ -108,7 +108,3 @@ class Encoder:
 
     def _encode_one(self, conversation: Conversation) -> Sample:
         return self.template.tokenize([self.template.segments(conversation)])[0]
-
-
-def _without(message: str, where: str) -> str:
-    return message.removeprefix(where).removeprefix(":").strip()

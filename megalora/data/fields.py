@@ -115,8 +115,8 @@ class Fields:
                 seen[f"column {name}"] += 1
                 if not empty(values.get(ours)) and ours not in names.columns:
                     raise UserError(
-                        f"{place}: {COLUMNS_FLAG} {ours}={name}, but the row has a field {ours} beside {name}; "
-                        f"leave it out with {IGNORE_FLAG} {ours} or take another name"
+                        f"{place}: {COLUMNS_FLAG} {ours}={name}, but the row has a field {ours} beside {name}",
+                        f"leave it out with {IGNORE_FLAG} {ours} or take another name",
                     )
             if ours not in self._left or empty(self._left[ours]):
                 self._left[ours] = value
@@ -147,7 +147,8 @@ class Fields:
         if len(found) > 1:
             both = " and ".join(name for name, _ in found)
             raise UserError(
-                f"{self.place}: {both} stand for the same thing; keep one, or leave the others out with {IGNORE_FLAG}"
+                f"{self.place}: {both} stand for the same thing",
+                f"keep one, or leave the others out with {IGNORE_FLAG}",
             )
         for name in names:
             self._left.pop(name, None)
@@ -161,7 +162,7 @@ class Fields:
 
     def _refused(self, name: str) -> UserError:
         other = f"give it a name that is read with {COLUMNS_FLAG}, or leave it out with {IGNORE_FLAG} {shown(name)}"
-        return UserError(f"{self.place}: field {shown(name)} is not read; {REMEDIES.get(name, other)}")
+        return UserError(f"{self.place}: field {shown(name)} is not read", REMEDIES.get(name, other))
 
     def finish(self, said: Iterable[str] = ()) -> None:
         """Raise UserError for a field that was not taken and is not known to be harmless; count the harmless ones.

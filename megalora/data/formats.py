@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import UserError
 from . import turns
 from .conversation import Conversation, Message
-from .fields import FieldNames, Fields, json_type, names_of
+from .fields import COLUMNS_FLAG, FieldNames, Fields, json_type, names_of
 
 _RIGHT_ORDER = "[system] user assistant [user assistant ...], with tool results between two assistant messages"
 
@@ -37,7 +37,7 @@ def to_conversation(
         row = {"prompt": row}
     if not isinstance(row, dict) or not row:
         kind = "an empty object" if row == {} else f"a JSON {json_type(row)}"
-        raise UserError(f"{where}: a row must be an object with fields, this is {kind}")
+        raise UserError(f"{where}: the row is {kind}", "make it an object with fields")
     fields = Fields(row, where, "", names or FieldNames(), Counter() if seen is None else seen)
     found = [shape for shape in FORMATS if shape.fits(fields, question)]
     if len(found) != 1:
@@ -46,7 +46,7 @@ def to_conversation(
         what = f"no known shape (fields {names_of(row)})"
         if found:
             what = f"two shapes ({' and '.join(shape.example for shape in found)})"
-        raise UserError(f"{where}: the row has {what}; known shapes: {known}; --columns maps other names")
+        raise UserError(f"{where}: the row has {what}", f"write one of {known}, or map other names with {COLUMNS_FLAG}")
     return found[0].read(fields, question)
 
 
@@ -68,7 +68,7 @@ def _text(fields: Fields, question: bool) -> Conversation:
     text = fields.take("text")
     if not isinstance(text, str) or not text.strip():
         what = "is empty" if text is None or isinstance(text, str) else f"is a JSON {json_type(text)}"
-        raise UserError(f"{fields.place}: the text {what}; it must be a string with something in it")
+        raise UserError(f"{fields.place}: the text {what}", "give a string with something in it")
     turns.check_text(text, f"{fields.place}: the text")
     fields.finish()
     return Conversation((), text=text)
@@ -145,7 +145,7 @@ class _Head:
         if self.system is not None and not (messages and messages[0].role == "system"):
             messages = [Message("system", self.system), *messages]
         elif self.system is not None and messages[0].content != self.system:
-            raise UserError(f"{fields.place}: two system texts, in the row and in its first message; keep one")
+            raise UserError(f"{fields.place}: two system texts, in the row and in its first message", "keep one")
         fields.finish([message.content for message in messages])
         messages = list(turns.merge_calls(messages))
         if question and messages and messages[-1].role == "assistant":
@@ -160,13 +160,13 @@ def _message_list(value: Any, name: str, fields: Fields, head: _Head, question: 
         value = turns.from_json(value, f"{fields.place}: {name}")
     if not isinstance(value, list) or not value:
         what = "an empty list" if value == [] else f"a JSON {json_type(value)}"
-        raise UserError(f"{fields.place}: {name} must be a list of turns, this is {what}")
+        raise UserError(f"{fields.place}: {name} is {what}", "give a list of turns")
     messages: list[Message] = []
     system = None
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
             kind = json_type(turn)
-            raise UserError(f"{fields.place}: turn {number} of {name} must be an object, this is a JSON {kind}")
+            raise UserError(f"{fields.place}: turn {number} of {name} is a JSON {kind}", "make it an object")
         inner = Fields(turn, f"{fields.place}: message {number}", f"{name}[].", fields.names, fields.seen)
         if turns.is_message(inner):
             messages += [turns.read_message(inner, head.tools)]
@@ -196,13 +196,15 @@ def _history(value: Any, fields: Fields, head: _Head) -> list[Message]:
         isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in value
     ):
-        raise UserError(f"{fields.place}: history must be a list of [question, reply] pairs of strings")
+        raise UserError(
+            f"{fields.place}: history is not a list of pairs of strings", "write it as [[question, reply], ...]"
+        )
     messages = []
     for question, reply in value:
         for role, text in (("user", question), ("assistant", reply)):
             turns.check_text(text, f"{fields.place}: the history")
             if not text.strip():
-                raise UserError(f"{fields.place}: a text of the history is empty; fill it in or remove the pair")
+                raise UserError(f"{fields.place}: a text of the history is empty", "fill it in or remove the pair")
             messages.append(Message(role, text))
     return messages
 
@@ -212,17 +214,17 @@ def _template_kwargs(fields: Fields) -> dict[str, Any]:
     if isinstance(kwargs, str):
         kwargs = turns.from_json(kwargs, f"{fields.place}: chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise UserError(f"{fields.place}: chat_template_kwargs is a JSON {json_type(kwargs)}; it must be an object")
+        raise UserError(f"{fields.place}: chat_template_kwargs is a JSON {json_type(kwargs)}", "make it an object")
     kwargs = dict(kwargs or {})
     for reserved in ("messages", "tools", "add_generation_prompt", "tokenize", "chat_template"):
         if reserved in kwargs:
-            raise UserError(f"{fields.place}: chat_template_kwargs may not set {reserved}; leave it out")
+            raise UserError(f"{fields.place}: chat_template_kwargs may not set {reserved}", "leave it out")
     thinking = fields.take("enable_thinking")
     if thinking is not None:
         if not isinstance(thinking, bool):
-            raise UserError(f"{fields.place}: enable_thinking is {str(thinking)[:40]!r}; it must be true or false")
+            raise UserError(f"{fields.place}: enable_thinking is {str(thinking)[:40]!r}", "give true or false")
         if kwargs.get("enable_thinking", thinking) is not thinking:
-            raise UserError(f"{fields.place}: enable_thinking contradicts chat_template_kwargs; keep one")
+            raise UserError(f"{fields.place}: enable_thinking contradicts chat_template_kwargs", "keep one")
         kwargs["enable_thinking"] = thinking
     return kwargs
 
@@ -231,7 +233,7 @@ def _check_order(messages: Sequence[Message], where: str, question: bool) -> Non
     """Raise UserError unless the roles come in an order that can be trained (or asked)."""
     roles = [message.role for message in messages]
     if not question and "assistant" not in roles:
-        raise UserError(f"{where}: no assistant turn, so there is nothing to learn; add the reply")
+        raise UserError(f"{where}: no assistant turn, so there is nothing to learn", "add the reply")
     allowed = {
         None: {"system", "user"},
         "system": {"system", "user"},
@@ -247,4 +249,4 @@ def _check_order(messages: Sequence[Message], where: str, question: bool) -> Non
     if not sound:
         order = " ".join(roles[:8]) + (" ..." if len(roles) > 8 else "")
         last = " and the last is to be answered" if question else ""
-        raise UserError(f"{where}: roles in the wrong order ({order}); a row is {_RIGHT_ORDER}{last}")
+        raise UserError(f"{where}: roles in the wrong order ({order})", f"write a row as {_RIGHT_ORDER}{last}")

@@ -97,7 +97,7 @@ class _Stream:
                     continue
                 raise self.error(error.msg, self._at + behind) from None
             except (RecursionError, ValueError) as error:  # nested too deep, a number of thousands of digits
-                raise UserError(f"{self._name}: JSON that cannot be read: {error}; fix the file") from None
+                raise UserError(f"{self._name}: JSON that cannot be read: {error}", "fix the file") from None
             if end == len(self._text) and self._more():  # a number may go on
                 continue
             self._at = end
@@ -108,7 +108,7 @@ class _Stream:
         lines = before.count("\n")
         column = len(before) - before.rfind("\n") if lines else self._column + len(before)
         return UserError(
-            f"{self._name} line {self._line + lines} column {column}: bad JSON: {message}; fix the file there"
+            f"{self._name} line {self._line + lines} column {column}: bad JSON: {message}", "fix the file there"
         )
 
     def _more(self) -> bool:
@@ -128,7 +128,7 @@ class _Stream:
             held = len(error.object) - len(data)  # bytes of a character cut by the block before
             line = self._newlines + error.object.count(b"\n", 0, error.start) + 1
             at = self._bytes - held + error.start
-            raise UserError(f"{self._name} line {line}: byte {at} is not UTF-8; save the file as UTF-8") from None
+            raise UserError(f"{self._name} line {line}: byte {at} is not UTF-8", "save the file as UTF-8") from None
         self._bytes += len(data)
         self._newlines += data.count(b"\n")
         return len(self._text) > len(waiting) or not self._ended

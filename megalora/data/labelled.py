@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from .fields import FieldNames, Fields, json_type, names_of
+from .fields import COLUMNS_FLAG, FieldNames, Fields, json_type, names_of
 
 OUTSIDE = "O"
 Label = str | int
@@ -79,22 +79,24 @@ def read_tagged(
         if tags is None and question:
             found = None
         elif not isinstance(tags, list) or not all(_is_label(tag) for tag in tags):
-            raise UserError(f"{fields.place}: tags must be a list with a tag, a string or a number, for each token")
+            raise UserError(
+                f"{fields.place}: tags is not a list of strings or numbers", "give a list with a tag for each token"
+            )
         elif len(tags) != len(words):
-            raise UserError(f"{fields.place}: {len(words)} tokens but {len(tags)} tags; give each token one tag")
+            raise UserError(f"{fields.place}: {len(words)} tokens but {len(tags)} tags", "give each token one tag")
         else:
             found = tuple(tags)
         fields.finish()
         return TaggedWords(tuple(Word(word) for word in words), found)
     if not fields.present(_TEXTS):
         raise UserError(
-            f"{fields.place}: no known shape (fields {names_of(row)}); known shapes: {{tokens, tags}}, "
-            "{text, spans}; --columns maps other names"
+            f"{fields.place}: no known shape (fields {names_of(row)})",
+            f"write {{tokens, tags}} or {{text, spans}}, or map other names with {COLUMNS_FLAG}",
         )
     text = _text(fields.take(*_TEXTS), fields.place)
     given, named = fields.present(_SPANS), fields.take_named(*_SPANS)
     if not given and not question:
-        raise UserError(f"{fields.place}: has a text but no spans; give spans, [] where the text has no entity")
+        raise UserError(f"{fields.place}: has a text but no spans", "give spans, [] where the text has no entity")
     fields.finish()
     spans = [] if named is None else _spans(named[1], text, fields.place)
     words, tags = _tagged(text, spans)
@@ -111,31 +113,29 @@ def read_labelled(
     fields = _fields(row, where, names, seen, question)
     if not fields.present(_TEXTS):
         raise UserError(
-            f"{fields.place}: no known shape (fields {names_of(row)}); known shapes: {{text, label}}, "
-            "{sentence1, sentence2, label}; --columns maps other names"
+            f"{fields.place}: no known shape (fields {names_of(row)})",
+            f"write {{text, label}} or {{sentence1, sentence2, label}}, or map other names with {COLUMNS_FLAG}",
         )
     text, second = _text(fields.take(*_TEXTS), fields.place), fields.take(*_SECOND)
     if second is not None:
         second = _text(second, fields.place)
     label = fields.take(*_LABELS)
     if label is None and not question:
-        raise UserError(f"{fields.place}: has no label; add one, or leave the row out")
+        raise UserError(f"{fields.place}: has no label", "add one, or leave the row out")
     if label is not None and not _is_label(label):
-        raise UserError(f"{fields.place}: label is a JSON {json_type(label)}; it must be one name or number")
+        raise UserError(f"{fields.place}: label is a JSON {json_type(label)}", "give one name or number")
     fields.finish()
     return LabelledText(text, second, label)
 
 
-def _fields(
-    row: Any, where: str, names: FieldNames | None, seen: Counter[str] | None, question: bool
-) -> Fields:
+def _fields(row: Any, where: str, names: FieldNames | None, seen: Counter[str] | None, question: bool) -> Fields:
     if question and isinstance(row, str):
         row = {"text": row}
     if question and isinstance(row, dict) and "prompt" in row and "text" not in row:
         row = {("text" if name == "prompt" else name): value for name, value in row.items()}
     if not isinstance(row, dict) or not row:
         kind = "an empty object" if row == {} else f"a JSON {json_type(row)}"
-        raise UserError(f"{where}: a row must be an object with fields, this is {kind}")
+        raise UserError(f"{where}: the row is {kind}", "make it an object with fields")
     return Fields(row, where, "", names or FieldNames(), Counter() if seen is None else seen)
 
 
@@ -146,44 +146,44 @@ def _is_label(value: Any) -> bool:
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         what = "is empty" if value is None or isinstance(value, str) else f"is a JSON {json_type(value)}"
-        raise UserError(f"{place}: the text {what}; it must be a string with something in it")
+        raise UserError(f"{place}: the text {what}", "give a string with something in it")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{place}: the text has half of a surrogate pair; fix its encoding") from None
+        raise UserError(f"{place}: the text has half of a surrogate pair", "fix its encoding") from None
     return value
 
 
 def _texts(value: Any, place: str, name: str) -> list[str]:
     if not isinstance(value, list) or not value:
         what = "an empty list" if value == [] else f"a JSON {json_type(value)}"
-        raise UserError(f"{place}: {name} must be a list of words, this is {what}")
+        raise UserError(f"{place}: {name} is {what}", "give a list of words")
     return [_text(word, f"{place}: token {number}") for number, word in enumerate(value)]
 
 
 def _spans(value: Any, text: str, place: str) -> list[tuple[int, int, str]]:
     """The spans of a text, in order: {start, end, label} or [start, end, label] each, counted in characters."""
     if not isinstance(value, list):
-        raise UserError(f"{place}: spans must be a list of {{start, end, label}}, this is a JSON {json_type(value)}")
+        raise UserError(f"{place}: spans is a JSON {json_type(value)}", "give a list of {start, end, label}")
     spans = []
     for number, span in enumerate(value):
         parts = span
         if isinstance(span, Mapping):
             parts = [span.get("start"), span.get("end"), span.get("label", span.get("type", span.get("entity")))]
         if not isinstance(parts, list) or len(parts) != 3 or not isinstance(parts[2], str) or not parts[2]:
-            raise UserError(f"{place}: span {number} is not {{start, end, label}}; correct it")
+            raise UserError(f"{place}: span {number} is not {{start, end, label}}", "correct it")
         start, end, label = parts
         sound = all(isinstance(n, int) and not isinstance(n, bool) for n in (start, end))
         if not sound or not 0 <= start < end <= len(text) or not text[start:end].strip():
             raise UserError(
-                f"{place}: span {number} ({label}) goes from {start!r} to {end!r} in a text of {len(text)} characters; "
-                "correct it"
+                f"{place}: span {number} ({label}) goes from {start!r} to {end!r} in a text of {len(text)} characters",
+                "correct it",
             )
         spans.append((start, end, label))
     spans.sort()
     for (_, end, label), (start, _, other) in zip(spans[:-1], spans[1:], strict=True):
         if start < end:
-            raise UserError(f"{place}: the spans {label} and {other} overlap; keep one of them")
+            raise UserError(f"{place}: the spans {label} and {other} overlap", "keep one of them")
     return spans
 
 

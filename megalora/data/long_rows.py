@@ -30,7 +30,7 @@ def truncate(conversation: Conversation, sample: Sample, seq_length: int, encode
     first = encode(_part(conversation, 0, stops[0])) if len(stops) > 1 else sample
     cut = _head(first, seq_length)
     if (cut.labels[1:] == IGNORE).all():
-        raise UserError("the text before the first reply fills it alone; raise --seq_length")
+        raise UserError("the text before the first reply fills it alone", "raise --seq_length")
     return [cut], "cut inside a reply"
 
 
@@ -55,7 +55,9 @@ def split(conversation: Conversation, sample: Sample, seq_length: int, encode: E
         )
         if found is None:
             tokens = len(encode(_part(conversation, first, borders[at + 1])).input_ids)
-            raise UserError(f"message {first + 1} and its reply are {tokens} tokens by themselves; raise --seq_length")
+            raise UserError(
+                f"message {first + 1} and its reply are {tokens} tokens by themselves", "raise --seq_length"
+            )
         documents.append(found[1])
         at += found[0]
     return documents, "split"

@@ -109,7 +109,9 @@ class PieceTokenizer:
             cut = _behind(self._call([guard + text], verbatim)[0], its_ids)
             if cut is not None:
                 return cut
-        raise UserError(f"the tokenizer has no token that stays apart before {text[:20]!r}; use one with byte fallback")
+        raise UserError(
+            f"the tokenizer has no token that stays apart before {text[:20]!r}", "use one with byte fallback"
+        )
 
     def _call(self, texts: list[str], verbatim: bool) -> list[list[int]]:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -126,8 +128,8 @@ class PieceTokenizer:
             for text, ids in zip(texts, found, strict=True):
                 if self._tokenizer.convert_tokens_to_ids(text.removeprefix(_GUARDS[0]).removeprefix(_GUARDS[1])) in ids:
                     raise UserError(
-                        f"the tokenizer cannot write {text.strip()!r} as text; take it out of the messages, or give "
-                        "--special_tokens_in_text true for the token itself"
+                        f"the tokenizer cannot write {text.strip()!r} as text",
+                        "take it out of the messages, or give --special_tokens_in_text true for the token itself",
                     )
         return found
 

@@ -75,12 +75,12 @@ def parse_sources(data_path: str) -> list[Source]:
     for part in [data_path] if Path(data_path).exists() else data_path.split(","):
         path, weight = part.strip(), Fraction(1)
         if not path:
-            raise UserError(f"--data_path {data_path}: an empty path between commas; remove the comma")
+            raise UserError(f"--data_path {data_path}: an empty path between commas", "remove the comma")
         head, colon, tail = path.rpartition(":")
         if colon and not Path(path).exists() and re.fullmatch(r"[0-9]*\.?[0-9]+", tail):
             path, weight = head, Fraction(tail)
         if weight <= 0:
-            raise UserError(f"--data_path {part}: the weight must be above 0; leave the path out instead")
+            raise UserError(f"--data_path {part}: the weight must be above 0", "leave the path out instead")
         sources += [Source(file, weight) for file in _files(path)]
     return sources
 
@@ -101,7 +101,7 @@ def read_chunks(path: str, *, lines: bool = True) -> Iterator[Chunk]:
         yield Chunk(path, first, lines=rows) if raw else Chunk(path, first, rows)
         first += len(rows)
     if not first:
-        raise UserError(f"{path} holds no rows; write at least one, such as {{instruction, input, output}}")
+        raise UserError(f"{path} holds no rows", "write at least one, such as {instruction, input, output}")
 
 
 def _batches(path: str, lines: bool) -> Iterator[tuple[list, bool]]:
@@ -111,7 +111,7 @@ def _batches(path: str, lines: bool) -> Iterator[tuple[list, bool]]:
     suffix, compression = _suffixes(Path(path))
     reader = READERS.get(suffix, _json)
     if suffix not in READERS and suffix in UNREADABLE:
-        raise UserError(f"{path}: {UNREADABLE[suffix]}")
+        raise UserError(f"{path}: {UNREADABLE[suffix][0]}", UNREADABLE[suffix][1])
     try:
         if lines and reader is _json:
             with _opened(path, compression) as file:
@@ -124,11 +124,11 @@ def _batches(path: str, lines: bool) -> Iterator[tuple[list, bool]]:
             yield from ((rows, False) for rows in _chunked(reader(file, path)))
     except OSError as error:
         if isinstance(error, gzip.BadGzipFile) or error.errno is None:
-            raise UserError(f"{path} is damaged: {error}; copy the file again") from None
+            raise UserError(f"{path} is damaged: {error}", "copy the file again") from None
         reason = error.strerror or error
-        raise UserError(f"cannot read the data file {path}: {reason}; check the path") from None
+        raise UserError(f"cannot read the data file {path}: {reason}", "check the path") from None
     except (EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged: {error}; copy the file again") from None
+        raise UserError(f"{path} is damaged: {error}", "copy the file again") from None
 
 
 def _chunked(rows: Iterator[Any]) -> Iterator[list[Any]]:
@@ -157,20 +157,20 @@ def _table(separator: str) -> Callable[[BinaryIO, str], Iterator[Any]]:
         try:
             header = next(reader, [])
             if len(set(header)) != len(header):
-                raise UserError(f"{name} line 1: a column is named twice; give each its own name")
+                raise UserError(f"{name} line 1: a column is named twice", "give each its own name")
             for values in reader:
                 if not values:
                     continue
                 if len(values) != len(header):
                     raise UserError(
-                        f"{name} line {reader.line_num}: {len(values)} fields, but the header has {len(header)}; "
-                        "put texts that hold the separator in double quotes"
+                        f"{name} line {reader.line_num}: {len(values)} fields, but the header has {len(header)}",
+                        "put texts that hold the separator in double quotes",
                     )
                 yield dict(zip(header, values, strict=True))
         except csv.Error as error:
-            raise UserError(f"{name} line {reader.line_num}: not a table ({error}); fix the file there") from None
+            raise UserError(f"{name} line {reader.line_num}: not a table ({error})", "fix the file there") from None
         except UnicodeDecodeError:
-            raise UserError(f"{name} after line {reader.line_num}: not UTF-8; save the file as UTF-8") from None
+            raise UserError(f"{name} after line {reader.line_num}: not UTF-8", "save the file as UTF-8") from None
 
     return rows
 
@@ -191,11 +191,11 @@ def _conll(file: BinaryIO, name: str) -> Iterator[Any]:
                 words, tags = [], []
                 continue
             if len(columns) < 2:
-                raise UserError(f"{name} line {number}: a word without a tag; write them with a blank or tab between")
+                raise UserError(f"{name} line {number}: a word without a tag", "write them with a blank or tab between")
             words.append(columns[0])
             tags.append(columns[-1])
     except UnicodeDecodeError:
-        raise UserError(f"{name} after line {number}: not UTF-8; save the file as UTF-8") from None
+        raise UserError(f"{name} after line {number}: not UTF-8", "save the file as UTF-8") from None
     if words:
         yield {"tokens": words, "tags": tags}
 
@@ -207,7 +207,7 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Any]:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"{name} cannot be read as parquet: {error}; copy the file again") from None
+        raise UserError(f"{name} cannot be read as parquet: {error}", "copy the file again") from None
 
 
 def _arrow(file: BinaryIO, name: str) -> Iterator[Any]:
@@ -222,7 +222,7 @@ def _arrow(file: BinaryIO, name: str) -> Iterator[Any]:
         for batch in batches:
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"{name} cannot be read as arrow: {error}; copy the file again") from None
+        raise UserError(f"{name} cannot be read as arrow: {error}", "copy the file again") from None
 
 
 READERS: dict[str, Callable[[BinaryIO, str], Iterator[Any]]] = {
@@ -238,11 +238,11 @@ READERS: dict[str, Callable[[BinaryIO, str], Iterator[Any]]] = {
 }
 
 UNREADABLE = {
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet cannot be read; save it as CSV"),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive cannot be read; unpack it first"),
-    **dict.fromkeys((".bz2", ".xz", ".lz4"), "this compression cannot be read; use .gz or .zst"),
-    **dict.fromkeys((".pt", ".pkl", ".bin", ".npy", ".safetensors"), "this format holds no rows; write JSON Lines"),
-    **dict.fromkeys((".yaml", ".yml", ".xml", ".txt", ".md"), "this format is not read; write JSON Lines"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), ("a spreadsheet cannot be read", "save it as CSV")),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), ("an archive cannot be read", "unpack it first")),
+    **dict.fromkeys((".bz2", ".xz", ".lz4"), ("this compression cannot be read", "use .gz or .zst")),
+    **dict.fromkeys((".pt", ".pkl", ".bin", ".npy", ".safetensors"), ("this format holds no rows", "write JSON Lines")),
+    **dict.fromkeys((".yaml", ".yml", ".xml", ".txt", ".md"), ("this format is not read", "write JSON Lines")),
 }
 _COMPRESSED = (".gz", ".zst")
 
@@ -307,7 +307,7 @@ def _files(path: str) -> list[str]:
     folder = Path(path)
     if not folder.is_dir() or _is_saved_dataset(folder):
         if not folder.exists() and not is_hub_name(path):
-            raise UserError(f"cannot read the data file {path}: No such file or directory; check the path")
+            raise UserError(f"cannot read the data file {path}: No such file or directory", "check the path")
         return [path]
     found = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     rows = [file for file in found if _suffixes(file)[0] in READERS and not _HARMLESS_FILES.fullmatch(file.name)]
@@ -315,10 +315,13 @@ def _files(path: str) -> list[str]:
     if others:
         raise UserError(
             f"--data_path {path}: the folder holds {others[0].relative_to(folder)}, which is not read "
-            f"({', '.join(READERS)} are); take it out, or name the files one by one"
+            f"({', '.join(READERS)} are)",
+            "take it out, or name the files one by one",
         )
     if not rows:
-        raise UserError(f"--data_path {path}: the folder holds no file of rows ({', '.join(READERS)})")
+        raise UserError(
+            f"--data_path {path}: the folder holds no file of rows", f"put one there ({', '.join(READERS)})"
+        )
     return [str(file) for file in rows]
 
 
@@ -339,17 +342,20 @@ def _load_dataset(path: str) -> Any:
     what = "a dataset that was saved by `datasets`" if Path(path).exists() else "no file here, but may be on the hub"
     datasets = _import("datasets", f"{path} is {what}")
     if int(datasets.__version__.partition(".")[0]) < 4:  # older ones run code that comes with a dataset
-        raise UserError(f"{path} is {what}: reading it needs datasets 4 or newer, here is {datasets.__version__}")
+        raise UserError(
+            f"{path} is {what}: reading it needs datasets 4 or newer, here is {datasets.__version__}",
+            "pip install --upgrade datasets",
+        )
     try:
         if Path(path).exists():
             dataset = datasets.load_from_disk(path)
         else:
             dataset = datasets.load_dataset(path)
     except Exception as error:  # the library raises whatever its parsers and the network raise
-        raise UserError(f"cannot read the dataset {path}: {error}; check the path") from None
+        raise UserError(f"cannot read the dataset {path}: {error}", "check the path") from None
     if isinstance(dataset, dict):
         if "train" not in dataset:
-            raise UserError(f"{path} has the splits {', '.join(dataset)}, none named train; give one split's folder")
+            raise UserError(f"{path} has the splits {', '.join(dataset)}, none named train", "give one split's folder")
         dataset = dataset["train"]
     return dataset
 
@@ -361,4 +367,4 @@ def _import(module: str, why: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise UserError(f"{why}: reading it needs the package {package}; pip install {package}") from None
+        raise UserError(f"{why}: reading it needs the package {package}", f"pip install {package}") from None

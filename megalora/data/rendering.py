@@ -63,7 +63,9 @@ class Renderer:
     def __init__(self, source: str, description: str):
         self.source, self._description = source, description
         if len(source) > MAX_SOURCE:
-            raise UserError(f"{description} has {len(source):,} characters, more than {MAX_SOURCE:,}; give another one")
+            raise UserError(
+                f"{description} has {len(source):,} characters, more than {MAX_SOURCE:,}", "give another one"
+            )
         self._environment = _Environment()
         try:
             tree = self._environment.parse(source)
@@ -74,7 +76,7 @@ class Renderer:
             self._template = self._environment.from_string(source)
         except Exception as error:  # jinja's own errors, and Python's where the source nests too deep
             raise UserError(
-                f"{description} is not valid jinja ({told(error)}); fix it, or give another --template"
+                f"{description} is not valid jinja ({told(error)})", "fix it, or give another --template"
             ) from None
 
     def __reduce__(self) -> tuple[Any, ...]:

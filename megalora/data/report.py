@@ -91,25 +91,26 @@ class Report:
         met = {name.partition(" ")[2] for name in self.seen if name.startswith(("column ", "ignored "))}
         for flag, wanted in ((COLUMNS_FLAG, names.columns), (IGNORE_FLAG, names.ignored)):
             for name in sorted(set(wanted) - met):
-                raise UserError(f"{flag}: no row has a field {shown(name)}; check the name, or take it out of {flag}")
+                raise UserError(
+                    f"{flag}: no row has a field {shown(name)}", f"check the name, or take it out of {flag}"
+                )
 
     def check_rows(self, on_bad_row: str) -> None:
         """Raise UserError for rows that cannot be used under on_bad_row "error"."""
         bad = {kind: problem for kind, problem in self.problems.items() if not problem[2]}
         if bad and on_bad_row == "error":
-            raise BadRows("\n".join(self._told(bad)))
+            raise self._error(bad)
 
-    def _told(self, bad: dict[str, tuple[int, str, bool]]) -> list[str]:
+    def _error(self, bad: dict[str, tuple[int, str, bool]]) -> BadRows:
         remedy = "leave bad rows out with --on_bad_row skip"
-        lines = _by_kind(bad)
         count = sum(problem[0] for problem in bad.values())
         if count == 1:
-            (_, first, _) = next(iter(bad.values()))
-            return [f"{first}, or {remedy}" if ";" in first else f"{first}; fix the row, or {remedy}"]
-        lines = [f"{count:,} of {self.rows:,} rows cannot be used; fix them, or {remedy}:", *lines]
+            message, hint = message_and_hint(next(iter(bad.values()))[1])
+            return BadRows(message, f"{hint or 'fix the row'}, or {remedy}")
+        lines = [f"{count:,} of {self.rows:,} rows cannot be used:", *_by_kind(bad)]
         if any("too long" in kind for kind in bad):
             lines.append(self.lengths_line())
-        return lines
+        return BadRows("\n".join(lines), f"fix them, or {remedy}")
 
     def lengths_line(self) -> str:
         """Return what the longest row has, and which seq_length would hold how many of the rows."""
@@ -154,9 +155,11 @@ class Report:
 class BadRows(UserError):
     """Rows that cannot be used: a line a kind."""
 
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.message, self.args = text, (text,)  # with its line breaks
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message, hint)
+        self.message = message  # with its line breaks
+        between = "\n" if "\n" in message else ": "
+        self.args = (message if hint is None else f"{message}{between}{hint}",)
 
 
 def _by_kind(problems: dict[str, tuple[int, str, bool]]) -> list[str]:
@@ -166,6 +169,18 @@ def _by_kind(problems: dict[str, tuple[int, str, bool]]) -> list[str]:
         rest = ordered[_KINDS:]
         lines.append(f"{sum(count for count, _, _ in rest):,} more rows of {len(rest)} more kinds")
     return lines
+
+
+def reason_of(error: UserError, where: str) -> str:
+    """Return why a row cannot be used as one line, "message; hint", without its place."""
+    message = error.message.removeprefix(where).removeprefix(":").strip()
+    return message if error.hint is None else f"{message}; {error.hint}"
+
+
+def message_and_hint(reason: str) -> tuple[str, str | None]:
+    """Return the two parts of a line of `reason_of`."""
+    message, separator, hint = reason.rpartition("; ")
+    return (message, hint) if separator else (reason, None)
 
 
 def kind_of(reason: str) -> str:

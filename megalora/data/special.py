@@ -89,7 +89,7 @@ class SpecialTokens:
         Raises UserError where the template has written a mark in another form.
         """
         if "\\ufdd0" in text:
-            raise UserError("the template escapes special tokens of the text; write them otherwise")
+            raise UserError("the template escapes special tokens of the text", "write them otherwise")
         pieces, done = [], 0
         for found in _MARKED.finditer(text):
             whole = found[1] in self._tokens
@@ -108,7 +108,7 @@ def _texts(conversation: Conversation) -> list[Any]:
 
 def _refuse_marks(value: Any) -> None:
     if _count(value, _START) or _count(value, _END):
-        raise UserError("the row has a special token in a text and U+FDD0 or U+FDD1, which mark one; remove them")
+        raise UserError("the row has a special token in a text and U+FDD0 or U+FDD1, which mark one", "remove them")
 
 
 def _count(value: Any, mark: str) -> int:

@@ -193,7 +193,7 @@ class ChatTemplate:
             return [Document(conversation, self._of_text(conversation.text))]
         replies = [turn for turn, message in enumerate(conversation.messages) if message.role == "assistant"]
         if not replies:
-            raise UserError("no message of the assistant, so there is nothing to learn; add the reply")
+            raise UserError("no message of the assistant, so there is nothing to learn", "add the reply")
         transcript = self._transcript(conversation)
         wanted = left = {turn for turn in replies if conversation.messages[turn].trained}
         found, turn = [], replies[-1]
@@ -265,7 +265,7 @@ class ChatTemplate:
         """The texts of a conversation, which is checked to be printed whole."""
         self._check_variables(conversation.template_kwargs)
         if conversation.tools and "tools" not in self._for_tools.variables:
-            raise UserError(f"{self.description} does not print tools; give another {OPTIONS}")
+            raise UserError(f"{self.description} does not print tools", f"give another {OPTIONS}")
         marked = conversation if self.options.special_tokens_in_text else self._special.mark(conversation)
         form = self._form_of_calls(marked)
 
@@ -273,7 +273,7 @@ class ChatTemplate:
             return self._render(part, add_generation_prompt, form)
 
         def blame(what: str) -> UserError:
-            return UserError(f"{self.description} {what}; give another {OPTIONS}")
+            return UserError(f"{self.description} {what}", f"give another {OPTIONS}")
 
         renderer = self._for_tools if conversation.tools else self._renderer
         transcript = Transcript(
@@ -304,7 +304,7 @@ class ChatTemplate:
             has_system = any(message.role == "system" for message in messages)
             remedy = "move the system text into the first user turn, or " if has_system else ""
             reason = f"{self.description} refuses the conversation: {told(error)}"
-            raise UserError(f"{reason}; {remedy}give another {OPTIONS}") from None
+            raise UserError(reason, f"{remedy}give another {OPTIONS}") from None
 
     def _form_of_calls(self, conversation: Conversation) -> CallForm:
         """How the template takes tool calls: the first form that prints them all."""
@@ -322,27 +322,27 @@ class ChatTemplate:
                 return form
         if problem is not None:
             raise problem
-        raise UserError(f"{self.description} does not print tool calls; give another {OPTIONS}")
+        raise UserError(f"{self.description} does not print tool calls", f"give another {OPTIONS}")
 
     def _check_printed(self, conversation: Conversation, text: str) -> None:
         """Raise UserError where a system text, tool or tool result is not in the text."""
         for message in conversation.messages:
             if message.role == "system" and message.content.strip() not in text:
                 remedy = f"move it into the first user turn, or give another {OPTIONS}"
-                raise UserError(f"{self.description} drops the system text; {remedy}")
+                raise UserError(f"{self.description} drops the system text", remedy)
             if message.role == "tool" and longest_word(message.content) not in text:
-                raise UserError(f"{self.description} does not print the results of tools; give another {OPTIONS}")
+                raise UserError(f"{self.description} does not print the results of tools", f"give another {OPTIONS}")
         for name in tool_names(conversation):
             if name not in text:
-                raise UserError(f"{self.description} does not print the tools ({name}); give another {OPTIONS}")
+                raise UserError(f"{self.description} does not print the tools ({name})", f"give another {OPTIONS}")
 
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
         for name in variables:
             if name in _SET_BY_THE_RUN or name in self._names:
-                raise UserError(f"chat_template_kwargs: {name} is set by the run itself; leave it out")
+                raise UserError(f"chat_template_kwargs: {name} is set by the run itself", "leave it out")
             if name not in self._renderer.variables | self._for_tools.variables:
                 what = f"chat_template_kwargs: {self.description} does not read {name}"
-                raise UserError(f"{what}; leave it out, or give another {OPTIONS}")
+                raise UserError(what, f"leave it out, or give another {OPTIONS}")
 
     # What the template is like
 
@@ -351,13 +351,14 @@ class ChatTemplate:
         probe = Conversation((Message("user", "Hi"), Message("assistant", MARK)))
         before, found, after = self._render(probe, add_generation_prompt=False).text.rpartition(MARK)
         if not found:
-            raise UserError(f"{self.description} does not print the reply; give another {OPTIONS}")
+            raise UserError(f"{self.description} does not print the reply", f"give another {OPTIONS}")
         tokens = {*self.tokenizer.added_tokens_encoder, *self.tokenizer.all_special_tokens} - {"", *THINKING_TAGS}
         known = [(after.index(token), -len(token), token) for token in tokens if token in after]
         if not known:
             raise UserError(
                 f"{self.description} ends a reply with {after!r}, with no special token of the tokenizer: "
-                f"generation could never stop; give another {OPTIONS} that ends replies with eos_token"
+                "generation could never stop",
+                f"give another {OPTIONS} that ends replies with eos_token",
             )
         at, _, token = min(known)
         start = self._render(replace(probe, messages=probe.messages[:1]), add_generation_prompt=True).text

@@ -79,7 +79,9 @@ def choose(tokenizer: Any, template: str | None, recorded: str | None = None) ->
         return Choice(own, "the tokenizer's chat template", own=True, for_tools=several.get("tool_use"))
     if several:
         names = ", ".join(sorted(several))
-        raise UserError(f"the tokenizer has chat templates named {names}, and none named default; give --template NAME")
+        raise UserError(
+            f"the tokenizer has chat templates named {names}, and none named default", "give --template NAME"
+        )
     note = "the tokenizer has no chat template: the built-in template plain is used; --template names another"
     source = _bos(tokenizer) + BUILT_IN["plain"]
     return Choice(source, "the built-in template plain (the tokenizer has no chat template)", (note,))
@@ -100,7 +102,7 @@ def _named(tokenizer: Any, name: str, several: Mapping[str, str]) -> Choice:
     except UserError as error:
         names = f"; the tokenizer's are {', '.join(sorted(several))}" if len(several) > 1 else ""
         reason = f"{name} is no built-in template and cannot be read as a jinja file ({error})"
-        raise UserError(f"--template: {reason}; give {OPTIONS}{names}") from None
+        raise UserError(f"--template: {reason}", f"give {OPTIONS}{names}") from None
 
 
 def _bos(tokenizer: Any) -> str:

@@ -78,7 +78,7 @@ def open_tokenizer(folder: str | Path) -> OpenedTokenizer:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder} to read the tokenizer from; check the path")
+        raise UserError(f"no folder {folder} to read the tokenizer from", "check the path")
     _check_files(folder)
     code = _own_code(folder)
     tokenizer = _load(folder, code)
@@ -108,13 +108,13 @@ def tokenizer_identity(tokenizer: Any) -> str:
 def _check_files(folder: Path) -> None:
     if not has_tokenizer(folder):
         missing = ", ".join(VOCABULARIES)
-        raise UserError(f"{folder} has no tokenizer (none of {missing}); copy it from the model's folder")
+        raise UserError(f"{folder} has no tokenizer (none of {missing})", "copy it from the model's folder")
     for name in (*FILES, TEMPLATE_FILE):
         file = folder / name
         if file.exists() and not file.is_file():
-            raise UserError(f"{file}: is not a regular file; copy the tokenizer's files again")
+            raise UserError(f"{file}: is not a regular file", "copy the tokenizer's files again")
         if file.exists() and file.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"{file}: {file.stat().st_size / 1e9:.1f} GB are no tokenizer; copy its files again")
+            raise UserError(f"{file}: {file.stat().st_size / 1e9:.1f} GB are no tokenizer", "copy its files again")
 
 
 def _own_code(folder: Path) -> str | None:
@@ -143,11 +143,11 @@ def _load(folder: Path, code: str | None) -> Any:
             error = error or raised
     if tokenizer is None and code:
         never = f"it asks to run its own code ({code}), which megalora never does"
-        raise UserError(f"cannot read the tokenizer in {folder}: {never}; use a tokenizer that transformers has")
+        raise UserError(f"cannot read the tokenizer in {folder}: {never}", "use a tokenizer that transformers has")
     if tokenizer is None:
-        raise UserError(f"cannot read the tokenizer in {folder}: {error!s:.300}; copy its files again")
+        raise UserError(f"cannot read the tokenizer in {folder}: {error!s:.300}", "copy its files again")
     if not works:
-        raise UserError(f"the tokenizer in {folder} gives no tokens for a text; copy its files again")
+        raise UserError(f"the tokenizer in {folder} gives no tokens for a text", "copy its files again")
     return tokenizer
 
 
@@ -163,7 +163,7 @@ def _like_its_file(tokenizer: Any, folder: Path) -> tuple[Any, str | None]:
     try:
         own = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{file}: is no tokenizer ({error!s:.200}); copy it again") from None
+        raise UserError(f"{file}: is no tokenizer ({error!s:.200})", "copy it again") from None
     own.no_padding()
     own.no_truncation()
     special = [token.content for token in own.get_added_tokens_decoder().values()]
@@ -182,7 +182,7 @@ def _like_its_file(tokenizer: Any, folder: Path) -> tuple[Any, str | None]:
     except Exception as error:
         still = f"{different}; reading the file alone: {error!s:.200}"
     if still is not None:
-        raise UserError(f"{what} ({still}); use another version of transformers")
+        raise UserError(f"{what} ({still})", "use another version of transformers")
     return alone, f"{what} ({different}); the file's are used"
 
 
@@ -198,7 +198,7 @@ def _like_sentencepiece(tokenizer: Any, file: Path) -> str | None:
     except (OSError, RuntimeError) as error:
         if _is_tiktoken(file):
             return None
-        raise UserError(f"{file}: is no sentencepiece model ({error!s:.200}); copy it again") from None
+        raise UserError(f"{file}: is no sentencepiece model ({error!s:.200})", "copy it again") from None
     different = _difference(tokenizer, model.encode, PROBES)
     if different is None:
         return None
@@ -207,7 +207,7 @@ def _like_sentencepiece(tokenizer: Any, file: Path) -> str | None:
         backend.normalizer, backend.pre_tokenizer = _sentencepiece_normalizer(model), None
         if _difference(tokenizer, model.encode, PROBES) is None:
             return f"{what} ({different}); the model's are used"
-    raise UserError(f"{what} ({different}); use another version of transformers, or a folder with a tokenizer.json")
+    raise UserError(f"{what} ({different})", "use another version of transformers, or a folder with a tokenizer.json")
 
 
 def _sentencepiece_normalizer(model: Any) -> Any:

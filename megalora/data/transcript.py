@@ -227,7 +227,8 @@ class Transcript:
         thinks = content.lstrip().startswith(THINK)
         if thinks and prompt.rstrip().endswith(END_OF_THINKING):
             raise UserError(
-                f"message {turn + 1} has thinking, but its prompt ends with {END_OF_THINKING}: thinking is off"
+                f"message {turn + 1} has thinking, but its prompt ends with {END_OF_THINKING}: thinking is off",
+                "switch it on with enable_thinking, or remove the thinking",
             )
         if opened:
             return _inside(content) + self._ending.end
@@ -258,9 +259,9 @@ def check_thinking(message: Message) -> None:
     """Raise UserError for thinking that has no end, or ends before it ends."""
     content = message.content.lstrip()
     if content.startswith(THINK) and END_OF_THINKING not in content:
-        raise UserError(f"a reply opens {THINK} and does not close it; add {END_OF_THINKING}, or remove the row")
+        raise UserError(f"a reply opens {THINK} and does not close it", f"add {END_OF_THINKING}, or remove the row")
     if message.thinking is not None and END_OF_THINKING in message.thinking:
-        raise UserError(f"the thinking of a reply contains {END_OF_THINKING}, which would end it; remove the tag")
+        raise UserError(f"the thinking of a reply contains {END_OF_THINKING}, which would end it", "remove the tag")
 
 
 def _keeps(reply: str, message: Message) -> bool:

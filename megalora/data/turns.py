@@ -71,9 +71,11 @@ def read_message(fields: Fields, tools: list[dict[str, Any]]) -> Message:
         check_text(value, f"{fields.place}: {key}")
     if role != "assistant" and (calls or thinking is not None):
         what = "tool calls" if calls else "thinking"
-        raise UserError(f"{fields.place}: a {role} message has {what}; only the assistant's may")
+        raise UserError(
+            f"{fields.place}: a {role} message has {what}", "give it to the assistant's message, or remove it"
+        )
     if role in ("user", "assistant") and not text.strip() and not calls and thinking is None:
-        raise UserError(f"{fields.place}: the {name} text is empty; fill it in or remove the row")
+        raise UserError(f"{fields.place}: the {name} text is empty", "fill it in or remove the row")
     fields.finish([text])
     return weighted(Message(role, text, thinking, tuple(calls), extra=extra), weight)
 
@@ -88,26 +90,26 @@ def read_exchange(fields: Fields, *, reply_needed: bool) -> list[Message]:
     for part in parts:
         if part is not None and not isinstance(part, str):
             kind = json_type(part)
-            raise UserError(f"{fields.place}: instruction and input must be strings, one is a JSON {kind}")
+            raise UserError(f"{fields.place}: instruction or input is a JSON {kind}", "make both strings")
     text = "\n".join(part for part in parts if part)
     if not text.strip():
-        raise UserError(f"{fields.place}: the user text is empty; fill it in or remove the row")
+        raise UserError(f"{fields.place}: the user text is empty", "fill it in or remove the row")
     check_text(text, f"{fields.place}: the user text")
     question = Message("user", text)
     if not fields.present(REPLY_FIELDS):
         if reply_needed:
             left = names_of(fields.left())
-            raise UserError(f"{fields.place}: a turn has no output (its other fields: {left}); add the reply")
+            raise UserError(f"{fields.place}: a turn has no output (its other fields: {left})", "add the reply")
         return [question]
     name = fields.present(REPLY_FIELDS)[0]
     reply = fields.take(*REPLY_FIELDS)
     if reply is None and not reply_needed:
         return [question]
     if not isinstance(reply, str) or not reply.strip():
-        what = "is empty; fill it in or remove the row"
+        what, hint = "is empty", "fill it in or remove the row"
         if reply is not None and not isinstance(reply, str):
-            what = f"is a JSON {json_type(reply)}; it must be a string"
-        raise UserError(f"{fields.place}: the assistant text ({name}) {what}")
+            what, hint = f"is a JSON {json_type(reply)}", "make it a string"
+        raise UserError(f"{fields.place}: the assistant text ({name}) {what}", hint)
     check_text(reply, f"{fields.place}: the assistant text")
     return [question, Message("assistant", reply, _one_thinking(fields, [], reply))]
 
@@ -127,8 +129,8 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
         function = tool.get("function") if tool.get("type", "function") == "function" and "function" in tool else tool
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(
-                f"{place}: a tool must be a function, with its name, description and parameters; this one has "
-                f"{names_of(tool)}"
+                f"{place}: a tool has the fields {names_of(tool)}",
+                "make it a function with its name, description and parameters",
             )
         tools.append(tool if function is not tool else {"type": "function", "function": tool})
     return tools
@@ -144,7 +146,7 @@ def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
             function = {key: outer.pop(key) for key in ("name", "arguments", "parameters") if key in outer}
         if not isinstance(function, dict):
             kind = json_type(function)
-            raise UserError(f"{place}: the function of a tool call is a JSON {kind}; it must be an object")
+            raise UserError(f"{place}: the function of a tool call is a JSON {kind}", "make it an object")
         function = dict(function)
         name, arguments = function.pop("name", None), function.pop("arguments", function.pop("parameters", {}))
         kind, identity = outer.pop("type", "function") or "function", outer.pop("id", None)
@@ -152,12 +154,12 @@ def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
         left = [key for key, item in (*outer.items(), *function.items()) if not empty(item)]
         if left or kind != "function" or not isinstance(name, str) or not name:
             wrong = f"has the fields {names_of(left)}" if left else f"is of type {kind!r}, named {name!r}"
-            raise UserError(f"{place}: a tool call {wrong}; it must be {{name, arguments}}, with id and type at most")
+            raise UserError(f"{place}: a tool call {wrong}", "write it as {name, arguments}, with id and type at most")
         if isinstance(arguments, str):
             arguments = from_json(arguments or "{}", f"{place}: the arguments of the call of {name}")
         if not isinstance(arguments, dict):
             kind = json_type(arguments)
-            raise UserError(f"{place}: the arguments of the call of {name} are a JSON {kind}; they must be an object")
+            raise UserError(f"{place}: the arguments of the call of {name} are a JSON {kind}", "make them an object")
         made = {"type": "function", "function": {"name": name, "arguments": arguments}}
         calls.append(made if identity is None else {"id": identity, **made})
     return calls
@@ -185,11 +187,11 @@ def _role(fields: Fields) -> tuple[str, str]:
     """The role as the row has it, and ours."""
     if not fields.present(ROLE_FIELDS) or not fields.present((*TEXT_FIELDS, "tool_calls", "function_call")):
         has = names_of(fields.left())
-        raise UserError(f"{fields.place} needs role and content, or from and value; it has {has}")
+        raise UserError(f"{fields.place} has {has}", "give it role and content, or from and value")
     name = fields.take(*ROLE_FIELDS)
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise UserError(f"{fields.place} has the role {repr(name)[:40]}; known roles: {', '.join(ROLES)}")
+        raise UserError(f"{fields.place} has the role {repr(name)[:40]}", f"give one of {', '.join(ROLES)}")
     return name.strip(), role
 
 
@@ -203,7 +205,7 @@ def _parts(value: Any, what: str, fields: Fields, role: str) -> tuple[str, list[
         check_text(value, what)
         return value, [], []
     if not _is_parts(value):
-        raise UserError(f"{what} is a JSON {json_type(value)}; it must be a string, or a list of text parts")
+        raise UserError(f"{what} is a JSON {json_type(value)}", "make it a string, or a list of text parts")
     texts, thinking, calls = [], [], []
     for part in value:
         inner = Fields(part, what, f"{fields.level}content[].", fields.names, fields.seen)
@@ -215,7 +217,9 @@ def _parts(value: Any, what: str, fields: Fields, role: str) -> tuple[str, list[
         elif kind in ("tool_call", "function_call"):
             calls += _written_calls(check_text(inner.take("value", "text", "content") or "", what), fields.place)[2]
         else:
-            raise UserError(f"{what} has a part of type {str(kind)[:40]!r}; only text is trained: leave such rows out")
+            raise UserError(
+                f"{what} has a part of type {str(kind)[:40]!r}; only text is trained", "leave such rows out"
+            )
         inner.finish()
     return "".join(texts), thinking, calls
 
@@ -230,7 +234,7 @@ def _one_thinking(fields: Fields, parts: list[str], text: str) -> str | None:
     if own is not None:
         parts = [*parts, check_text(own, f"{fields.place}: the thinking")]
     if len(parts) > 1 or (parts and text.lstrip().startswith("<think>")):
-        raise UserError(f"{fields.place}: has thinking twice; write it once")
+        raise UserError(f"{fields.place}: has thinking twice", "write it once")
     return parts[0] if parts and parts[0].strip() else None
 
 
@@ -251,11 +255,11 @@ def _listed(value: Any, place: str, what: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UserError(f"{place}: {what} must be a list of objects, this is a JSON {json_type(value)}")
+        raise UserError(f"{place}: {what} is a JSON {json_type(value)}", "make it a list of objects")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, TypeError, RecursionError) as error:
-        raise UserError(f"{place}: {what} cannot be written as JSON ({type(error).__name__}); fix the row") from None
+        raise UserError(f"{place}: {what} cannot be written as JSON ({type(error).__name__})", "fix the row") from None
     return value
 
 
@@ -263,7 +267,7 @@ def from_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not JSON ({error}); fix the row") from None
+        raise UserError(f"{what} is not JSON ({error})", "fix the row") from None
 
 
 def weight_of(fields: Fields) -> float | None:
@@ -278,20 +282,20 @@ def weight_of(fields: Fields) -> float | None:
             continue
         name, value = found
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}; it must be true or false")
+            raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}", "give true or false")
         said[name] = float(bool(value) is (names is _TRAINED_FIELDS))
     found = fields.take_named(*_WEIGHT_FIELDS)
     if found is not None:
         name, value = found
         sound = isinstance(value, (bool, int, float)) and (value == 0 or _SMALLEST_WEIGHT <= value <= _LARGEST_WEIGHT)
         if not sound:
-            wanted = f"it must be 0, or a number from {_SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
-            raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}; {wanted}")
+            wanted = f"give 0, or a number from {_SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
+            raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}", wanted)
         if all(bool(value) is bool(other) for other in said.values()):
             said = {}
         said[name] = float(value)
     if len(set(said.values())) > 1:
-        raise UserError(f"{fields.place}: {' and '.join(said)} contradict each other; keep one")
+        raise UserError(f"{fields.place}: {' and '.join(said)} contradict each other", "keep one")
     return next(iter(said.values()), None)
 
 
@@ -312,9 +316,9 @@ def times(messages: Sequence[Message], weight: float | None) -> list[Message]:
 
 def check_text(text: Any, what: str) -> str:
     if not isinstance(text, str):
-        raise UserError(f"{what} is a JSON {json_type(text)}; it must be a string")
+        raise UserError(f"{what} is a JSON {json_type(text)}", "make it a string")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{what} has half of a surrogate pair (as \\ud83d); fix it") from None
+        raise UserError(f"{what} has half of a surrogate pair (as \\ud83d)", "fix its encoding") from None
     return text

@@ -86,8 +86,8 @@ class _Worker:
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             status = self._process.wait()
             raise UserError(
-                f"a process that tokenises rows has died (exit status {status}; -9 is the kernel's for lack of "
-                "memory): see what it said above"
+                f"a process that tokenises rows has died (exit status {status}; -9 is the kernel's for lack of memory)",
+                "see what it said above",
             ) from None
         if error is not None:
             raise error

@@ -36,7 +36,7 @@ def sampling_defaults(folder: str | Path) -> dict[str, float]:
         if value is None:
             continue
         if not is_right(value):
-            raise UserError(f"{file}: {name} = {value!r}: must be {right}")
+            raise UserError(f"{file}: {name} = {value!r} is not valid", f"give {right}")
         if name == "repetition_penalty" or fields.get("do_sample") is True:
             found[name] = value
     if fields.get("do_sample") is True:
@@ -70,7 +70,7 @@ def _eos(file: Path) -> list[int]:
     value = _read(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UserError(f"{file}: eos_token_id = {value!r}: must be a token id or a list of them")
+        raise UserError(f"{file}: eos_token_id = {value!r} is not valid", "give a token id or a list of them")
     return ids
 
 
@@ -79,15 +79,15 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
-        raise UserError(f"{file}: is no file of at most {_LARGEST_FILE:,} bytes; download it again")
+        raise UserError(f"{file}: is no file of at most {_LARGEST_FILE:,} bytes", "download it again")
     try:
         fields = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}): check the file") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror})", "check the file") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is no JSON object ({error}): download it again") from None
+        raise UserError(f"{file}: is no JSON object ({error})", "download it again") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{file}: is no JSON object: download it again")
+        raise UserError(f"{file}: is no JSON object", "download it again")
     return fields
 
 

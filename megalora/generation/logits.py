@@ -38,4 +38,4 @@ class LogitsFolder:
             raise self._error(error) from None
 
     def _error(self, error: OSError) -> UserError:
-        return UserError(f"logits_dir {self._folder}: cannot be written ({error.strerror or error}): name another")
+        return UserError(f"logits_dir {self._folder}: cannot be written ({error.strerror or error})", "name another")

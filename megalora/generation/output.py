@@ -120,7 +120,7 @@ class Output:
             yield
         except OSError as error:
             raise UserError(
-                f"output_file {self._path}: cannot be written ({error.strerror}): free space or name another file"
+                f"output_file {self._path}: cannot be written ({error.strerror})", "free space or name another file"
             ) from None
 
 

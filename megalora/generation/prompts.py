@@ -33,12 +33,12 @@ class Question:
 def ask(text: str, system: str | None, where: str) -> Question:
     """The question of one text, behind the system message where there is one. UserError for an empty text."""
     if not text.strip():
-        raise UserError(f"{where} is empty: give a text")
+        raise UserError(f"{where} is empty", "give a text")
     for part in (text, system or ""):
         try:
             part.encode("utf-8")
         except UnicodeEncodeError:  # bytes of the command line or terminal that Python could not decode
-            raise UserError(f"{where} or its system message is not UTF-8: set the terminal to UTF-8") from None
+            raise UserError(f"{where} or its system message is not UTF-8", "set the terminal to UTF-8") from None
     return Question(Conversation((*_system_message(system), Message("user", text))), where)
 
 
@@ -57,7 +57,7 @@ def read_questions(path: str | Path, system: str | None) -> list[Question]:
         ask(line.strip(), system, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
     ]
     if not questions:
-        raise UserError(f"prompts_file {path} holds no prompts: write one a line")
+        raise UserError(f"prompts_file {path} holds no prompts", "write one a line")
     return questions
 
 
@@ -66,17 +66,17 @@ def encode(template: ChatTemplate, question: Question, context: int) -> list[int
     size = sum(len(message.content) for message in question.conversation.messages)
     if size > context * template.longest_token:  # before it is rendered, which takes long
         raise UserError(
-            f"{question.where}: {size:,} characters leave no room for a reply in a context of {context} tokens: "
-            "shorten it"
+            f"{question.where}: {size:,} characters leave no room for a reply in a context of {context} tokens",
+            "shorten it",
         )
     try:
         ids = template.prompt(question.conversation)
     except UserError as error:
-        raise UserError(f"{question.where}: {error}") from None
+        raise UserError(f"{question.where}: {error.message}", error.hint) from None
     if len(ids) >= context:
         raise UserError(
-            f"{question.where}: {len(ids)} tokens leave no room for a reply in a context of {context}: shorten it, or "
-            f"raise --seq_length where it is given"
+            f"{question.where}: {len(ids)} tokens leave no room for a reply in a context of {context}",
+            "shorten it, or raise --seq_length where it is given",
         )
     return ids
 
@@ -102,7 +102,7 @@ def unseen_stops(tokenizer: Any, stops: Sequence[str]) -> list[int]:
 def _of_row(row: object, system: str | None, where: str) -> Question:
     asked = to_question(row, where)
     if system is not None and asked.messages[0].role == "system":
-        raise UserError(f"{where}: has a system message of its own: leave --system out, or take it out of the row")
+        raise UserError(f"{where}: has a system message of its own", "leave --system out, or take it out of the row")
     return Question(replace(asked, messages=(*_system_message(system), *asked.messages)), where)
 
 
@@ -114,9 +114,9 @@ def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"prompts_file {path}: cannot be read ({error.strerror or error}): check the path") from None
+        raise UserError(f"prompts_file {path}: cannot be read ({error.strerror or error})", "check the path") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise UserError(f"{path} line {line}: byte {error.start} is not UTF-8", "save the file as UTF-8") from None

@@ -177,8 +177,8 @@ class Replica:
         largest, words = max(max(p.token_ids) for p in prompts), self._stage.config.vocab_size
         if largest >= words:
             raise UserError(
-                f"the tokenizer gives token id {largest}, but the model's vocab_size ({words}) ends before: take "
-                f"tokenizer and model from one folder"
+                f"the tokenizer gives token id {largest}, but the model's vocab_size ({words}) ends before",
+                "take tokenizer and model from one folder",
             )
         capacity = min(self._context, max(len(p.token_ids) for p in prompts) + max_new_tokens)
         slots = min(len(prompts), MAX_RUNNING, max(1, CACHE_TOKENS // capacity))
@@ -339,8 +339,8 @@ class Replica:
     def _not_finite(self, prompt: Prompt) -> UserError:
         dtype = str(self._stage.place.dtype).removeprefix("torch.")
         return UserError(
-            f"dtype {dtype}: the logits of prompt {prompt.number + 1} are not finite: give --dtype bfloat16 or "
-            f"float32, or check the weights"
+            f"dtype {dtype}: the logits of prompt {prompt.number + 1} are not finite",
+            "give --dtype bfloat16 or float32, or check the weights",
         )
 
     def _hand_over_logits(self, fed: Sequence[_Sequence], hidden: Sequence[torch.Tensor]) -> None:

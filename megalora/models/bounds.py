@@ -14,7 +14,7 @@ MOST_LAYERS = 1 << 12
 
 
 class Bound(Protocol):
-    """What a field may hold. told: in words, behind "must be"."""
+    """What a field may hold. told: in words, behind "give"."""
 
     @property
     def told(self) -> str: ...

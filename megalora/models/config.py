@@ -60,7 +60,7 @@ def read_config(path: str | Path) -> ModelSpec:
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not path.exists():
-        raise UserError(f"model_path {path}: does not exist: name a Hugging Face folder")
+        raise UserError(f"model_path {path}: does not exist", "name a Hugging Face folder")
     raw = read_json(file, "name a Hugging Face folder, or download it again", what="model_path")
     return config_from_dict(raw, str(file))
 
@@ -71,7 +71,7 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
     family = kinds.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UserError(
-            f"{where}: model_type = {model_type!r} is not implemented: megalora trains {', '.join(sorted(kinds))}"
+            f"{where}: model_type = {model_type!r} is not implemented", f"take a model of {', '.join(sorted(kinds))}"
         )
     return spec_of(family, raw, where)
 
@@ -86,10 +86,10 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     spec = family.read(Fields(hf, family, rope, where, sliding))
     if rope["rope_type"] != "default" and not (family.rotates and spec.rotaries):
         kind, why = rope["rope_type"], "takes no rope fields" if spec.rotaries else "has no rotary positions"
-        raise UserError(f"{where}: rope_type = {kind!r}, but this model {why}: remove it")
+        raise UserError(f"{where}: rope_type = {kind!r}, but this model {why}", "remove it")
     if not family.rotates and rope["rope_theta"] != family.theta:
         why = "turns by 10000 always" if spec.rotaries else "has no rotary positions"
-        raise UserError(f"{where}: rope_theta = {rope['rope_theta']!r}, but this model {why}: remove it")
+        raise UserError(f"{where}: rope_theta = {rope['rope_theta']!r}, but this model {why}", "remove it")
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     further = range(spec.num_hidden_layers, spec.num_hidden_layers + spec.predicting)
     passed = tuple(spec.stack.of_layer(index, "") for index in further)
@@ -113,7 +113,8 @@ def _undivided_length(raw: Mapping[str, Any], where: str) -> float:
     if not isinstance(length, int) or isinstance(length, bool) or length <= 0:
         raise UserError(
             f"{where}: dual_chunk_attention_config does not say its original_max_position_embeddings, below which it "
-            f"changes nothing: take config.json from the model's own folder, or remove the field"
+            "changes nothing",
+            "take config.json from the model's own folder, or remove the field",
         )
     return length
 
@@ -129,7 +130,8 @@ def check_length(spec: ModelSpec, seq_length: int) -> str | None:
     if spec.embedding.positions is not None:
         raise UserError(
             f"seq_length ({seq_length}) is more than the model's max_position_embeddings ({longest}), and it has no "
-            f"positions beyond: choose at most that"
+            "positions beyond",
+            "choose at most that",
         )
     return (
         f"seq_length ({seq_length}) is more than the {longest} tokens that the model is made for: replies to longer "
@@ -146,11 +148,11 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
     for ours, theirs in names.items():
         if ours in raw and theirs in raw and raw[ours] != raw[theirs]:
             said = f"{theirs} = {raw[theirs]!r} and {ours} = {raw[ours]!r} are one field"
-            raise UserError(f"{where}: {said}: keep one of them")
+            raise UserError(f"{where}: {said}", "keep one of them")
     for field in sorted(family.reads):  # before transformers makes lists as long as numbers say
         name = field if field in raw else names.get(field, field)
         if raw.get(name) is None and field in _SIZES and field not in family.optional:
-            raise UserError(f"{where}: {name} = None: must be {BOUNDS[field].told}")
+            raise UserError(f"{where}: {name} = None is not valid", f"give {BOUNDS[field].told}")
         check_field(field, raw.get(name), where, name)
     if kind is None:
         return RemoteConfig(family.defaults, raw)
@@ -168,7 +170,7 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        raise UserError(f"{where}: transformers cannot read it ({said}): correct the field") from None
+        raise UserError(f"{where}: transformers cannot read it ({said})", "correct the field") from None
 
 
 def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) -> None:
@@ -185,21 +187,23 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
     for name, value in values.items():
         if name in fixed:
             if value is not None and value != fixed[name]:
-                raise UserError(f"{where}: {name} = {value!r} is not implemented: only {fixed[name]!r} is")
+                said = f"{where}: {name} = {value!r} is not implemented"
+                raise UserError(said, f"take a model with {name} = {fixed[name]!r}")
         elif name in passed_over or name in general or name.startswith("_"):
             continue
         elif not any(value is empty or value == empty for empty in _EMPTY):
             given = "" if name in raw else " (transformers' default)"
             raise UserError(
                 f"{where}: field {name!r} = {value!r}{given} is not read for model_type {raw['model_type']!r} and may "
-                f"change the numbers: remove it if it does not"
+                "change the numbers",
+                "remove it if it does not",
             )
     architectures = raw.get("architectures") or []
     for name in architectures if isinstance(architectures, list) else [architectures]:
         if not str(name).endswith((*_DECODERS, *family.architectures)):
             raise UserError(
-                f"{where}: architectures names {name}, whose mathematics is not implemented: take the folder of a "
-                f"{raw['model_type']} with another head, or correct the field"
+                f"{where}: architectures names {name}, whose mathematics is not implemented",
+                f"take the folder of a {raw['model_type']} with another head, or correct the field",
             )
 
 
@@ -226,7 +230,7 @@ def check_context(config: ModelSpec, cp: int, task: str) -> None:
     if any(rotary.long is not None for rotary in config.rotaries):
         what = "rope type longrope, which depends on the length of the document"
     if what is not None:
-        raise UserError(f"context_parallel_size ({cp}) is not implemented for {what}: leave it out")
+        raise UserError(f"context_parallel_size ({cp}) is not implemented for {what}", "leave it out")
 
 
 def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False) -> None:
@@ -241,24 +245,27 @@ def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False
             else (f", or give --uneven_heads true: the busiest rank then has {-(-heads // tp)} of {heads} heads")
         )
         raise UserError(
-            f"tensor_parallel_size ({tp}) does not divide num_attention_heads ({heads}): "
-            f"choose among {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}{rest}"
+            f"tensor_parallel_size ({tp}) does not divide num_attention_heads ({heads})",
+            f"choose among {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}{rest}",
         )
     if uneven_heads and heads % tp == 0:
         raise UserError(
-            f"uneven_heads has no effect: tensor_parallel_size ({tp}) divides num_attention_heads ({heads}); leave "
-            f"it out"
+            f"uneven_heads has no effect: tensor_parallel_size ({tp}) divides num_attention_heads ({heads})",
+            "leave it out",
         )
     if inner < tp:
-        raise UserError(f"tensor_parallel_size ({tp}) is more than intermediate_size ({inner}): choose less")
+        raise UserError(
+            f"tensor_parallel_size ({tp}) is more than intermediate_size ({inner})", f"choose at most {inner}"
+        )
     fewest = min((mixer.count for mixer in config.mixers if isinstance(mixer, Experts)), default=tp)
     if fewest < tp:
         raise UserError(
             f"tensor_parallel_size ({tp}) is more than the number of experts ({fewest}), of which each rank holds "
-            f"whole ones: choose at most {fewest}"
+            "whole ones",
+            f"choose at most {fewest}",
         )
     if config.num_hidden_layers < pp:
         raise UserError(
-            f"pipeline_parallel_size ({pp}) is more than num_hidden_layers ({config.num_hidden_layers}): "
-            f"choose at most {config.num_hidden_layers}"
+            f"pipeline_parallel_size ({pp}) is more than num_hidden_layers ({config.num_hidden_layers})",
+            f"choose at most {config.num_hidden_layers}",
         )

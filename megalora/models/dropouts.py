@@ -44,8 +44,8 @@ def choose_base_dropout(config: ModelSpec, wanted: bool | None) -> ModelSpec:
     """
     if wanted is not None and not base_dropouts(config):
         raise UserError(
-            f"base_dropout has no effect: the config.json of this {config.model_type} model asks for no dropout: "
-            "leave it out"
+            f"base_dropout has no effect: the config.json of this {config.model_type} model asks for no dropout",
+            "leave it out",
         )
     return without_base_dropout(config) if wanted is False else config
 

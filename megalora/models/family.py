@@ -70,7 +70,7 @@ class Family:
             ours = self.aliases.get(name, name)
             if found.get(ours) is not None and value is not None and found[ours] != value:
                 both = f"{name} = {value!r} and {ours} = {found[ours]!r}"
-                raise UserError(f"{where}: {both} are one field: keep one of them")
+                raise UserError(f"{where}: {both} are one field", "keep one of them")
             found[ours] = value if found.get(ours) is None else found[ours]
         return found
 
@@ -118,12 +118,12 @@ class Fields:
         check_field(name, value, self._where)
         optional = name in OPTIONAL or name in self._family.optional or isinstance(BOUNDS[name], Flag)
         if value is None and not optional:
-            self.fail(f"{name} is missing: take config.json from the model's own folder")
+            self.fail(f"{name} is missing", "take config.json from the model's own folder")
         return value
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, hint: str | None = None) -> None:
         """Raise UserError about this config."""
-        raise UserError(f"{self._where}: {message}")
+        raise UserError(f"{self._where}: {message}", hint)
 
     def rotary(self, head_dim: int, *, sliding: bool = False, interleaved: bool = False) -> Rotary:
         """Return the rotation of heads of `head_dim` features.
@@ -147,7 +147,7 @@ class Fields:
         """Return the activation that field `name` names. Raises UserError for one that is not implemented."""
         value = getattr(self, name)
         if value not in ACTIVATIONS:
-            self.fail(f"{name} = {value!r} is not implemented: megalora knows {', '.join(ACTIVATIONS)}")
+            self.fail(f"{name} = {value!r} is not implemented", f"take a model with one of {', '.join(ACTIVATIONS)}")
         return value
 
     def nested(
@@ -163,17 +163,19 @@ class Fields:
         general = set(PretrainedConfig().to_dict())  # which transformers writes into every object that is a config
         given = getattr(self, name) or {}
         if not isinstance(given, Mapping):
-            self.fail(f"{name} is not an object: correct it")
+            self.fail(f"{name} is not an object", "correct it")
         for own, value in given.items():
             if own in fixed and value != fixed[own]:
-                self.fail(f"{name}.{own} = {value!r} is not implemented: only {fixed[own]!r} is")
+                self.fail(f"{name}.{own} = {value!r} is not implemented", f"take a model with {own} = {fixed[own]!r}")
             known = own in fixed or own in defaults or own in harmless or own in general or own.startswith("_")
             if not known and value not in (None, False):
-                self.fail(f"{name}.{own} = {value!r} is not read and may change the numbers: remove it if it does not")
+                self.fail(
+                    f"{name}.{own} = {value!r} is not read and may change the numbers", "remove it if it does not"
+                )
             if own in defaults:
                 check_field(f"{name}.{own}", value, self._where)
                 if value is None and f"{name}.{own}" not in OPTIONAL:
-                    self.fail(f"{name}.{own} is missing: take config.json from the model's own folder")
+                    self.fail(f"{name}.{own} is missing", "take config.json from the model's own folder")
         return SimpleNamespace(**{**defaults, **{own: value for own, value in given.items() if own in defaults}})
 
     def reads(self, name: str) -> bool:
@@ -187,4 +189,4 @@ def check_field(name: str, value: Any, where: str, written: str | None = None) -
     if bound is None:
         raise AssertionError(f"field {name} has no bound: give it one in megalora/models/bounds.py")
     if value is not None and not bound.allows(value):
-        raise UserError(f"{where}: {written or name} = {value!r:.200}: must be {bound.told}")
+        raise UserError(f"{where}: {written or name} = {value!r:.200} is not valid", f"give {bound.told}")

@@ -75,7 +75,7 @@ def choose_graphs(
     elif tiled:
         obstacle = f"attention with {tiled} is other calls for other documents"
     if wanted and obstacle:
-        raise UserError(f"cuda_graphs = true, but {obstacle}: leave the flag out")
+        raise UserError(f"cuda_graphs = true, but {obstacle}", "leave the flag out")
     if obstacle or wanted is False:
         return False, f"layers run without CUDA graphs: {obstacle or 'as asked'}" if on_gpu else None
     return True, None

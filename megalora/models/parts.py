@@ -52,8 +52,8 @@ def kv_heads(hf: Fields) -> int:
     count = hf.num_key_value_heads or hf.num_attention_heads
     if hf.num_attention_heads % count:
         hf.fail(
-            f"num_attention_heads ({hf.num_attention_heads}) is not a multiple of num_key_value_heads ({count}): "
-            f"correct it"
+            f"num_attention_heads ({hf.num_attention_heads}) is not a multiple of num_key_value_heads ({count})",
+            "correct it",
         )
     return count
 
@@ -67,10 +67,13 @@ def layer_windows(hf: Fields) -> tuple[int | None, ...]:
     """Return each layer's window: sliding_window where its `layer_types` says sliding_attention."""
     kinds = hf.layer_types
     if kinds is None or len(kinds) != hf.num_hidden_layers:
-        hf.fail(f"layer_types has {len(kinds or ())} entries for {hf.num_hidden_layers} layers: correct it")
+        hf.fail(f"layer_types has {len(kinds or ())} entries for {hf.num_hidden_layers} layers", "correct it")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
-            hf.fail(f"layer_types has {kind!r}: only full_attention and sliding_attention are implemented")
+            hf.fail(
+                f"layer_types has {kind!r}, which is not implemented",
+                "take a model with full_attention and sliding_attention",
+            )
     return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -174,7 +177,7 @@ def router(hf: Fields, name: str, count: int, **how: Any) -> Router:
     """Return a router that chooses num_experts_per_tok of `count` experts. Raises UserError for more than all."""
     top = hf.num_experts_per_tok
     if top > count:
-        hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count}): correct it")
+        hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count})", "correct it")
     return Router(Linear(name, hf.hidden_size, count), top, **how)
 
 
@@ -184,9 +187,7 @@ def sparse_layers(hf: Fields) -> tuple[bool, ...]:
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(hf.num_hidden_layers))
 
 
-def llama_like(
-    hf: Fields, attention: Callable[[int], Mixer], mlp: Mixer | Callable[[int], Mixer]
-) -> ModelSpec:
+def llama_like(hf: Fields, attention: Callable[[int], Mixer], mlp: Mixer | Callable[[int], Mixer]) -> ModelSpec:
     """Return a decoder with llama's names, RMSNorms and sequential residuals.
 
     attention  of each layer; mlp: of all layers, or of each

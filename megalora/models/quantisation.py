@@ -19,7 +19,9 @@ def stored_format(raw: Mapping[str, Any], where: str) -> str:
     if fields is None:
         return "dense"
     if not isinstance(fields, Mapping):
-        raise UserError(f"{where}: quantization_config is not an object: take config.json from the model's own folder")
+        raise UserError(
+            f"{where}: quantization_config is not an object", "take config.json from the model's own folder"
+        )
     method = fields.get("quant_method")
     if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
         method = "bitsandbytes"  # early files do not name it
@@ -67,4 +69,4 @@ def _compressed_tensors(fields: Mapping[str, Any], where: str) -> str:
 
 
 def _refused(where: str, what: str) -> UserError:
-    return UserError(f"{where}: quantization_config: {what}: {_REMEDY}")
+    return UserError(f"{where}: quantization_config: {what}", _REMEDY)

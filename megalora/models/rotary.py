@@ -24,9 +24,7 @@ FIELDS: Mapping[str, frozenset[str]] = {
         "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
         "truncate".split()
     ),
-    "longrope": frozenset(
-        "factor original_max_position_embeddings attention_factor short_factor long_factor".split()
-    ),
+    "longrope": frozenset("factor original_max_position_embeddings attention_factor short_factor long_factor".split()),
 }
 _FACTOR = Number(False, 1e-6, 1e6)
 _FACTORS = Each(_FACTOR, 1 << 13)  # of as many numbers as pairs of features
@@ -58,7 +56,9 @@ def read_rope(
     _refuse_two(raw, where)
     given = new if new is not None else old if old is not None else {}
     if not isinstance(given, Mapping):
-        raise UserError(f"{where}: rope_{'parameters' if new is not None else 'scaling'} is not an object: correct it")
+        raise UserError(
+            f"{where}: rope_{'parameters' if new is not None else 'scaling'} is not an object", "correct it"
+        )
     fields = dict(given)
     kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields["rope_type"] = _OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
@@ -70,18 +70,22 @@ def read_rope(
     _check_field(fields, "rope_theta", where)
     kind = fields["rope_type"]
     if not isinstance(kind, str) or kind not in FIELDS:
-        raise UserError(f"{where}: rope_type = {kind!r} is not implemented: megalora knows {', '.join(FIELDS)}")
+        raise UserError(
+            f"{where}: rope_type = {kind!r} is not implemented", f"take a model with one of {', '.join(FIELDS)}"
+        )
     if fields.get("attn_factor") is not None:
         raise UserError(
             f"{where}: rope field 'attn_factor' is not one that transformers reads, and it computes the model without "
-            f"it: remove it to train the model as transformers does, or rename it to attention_factor to apply it"
+            "it",
+            "remove it to train the model as transformers does, or rename it to attention_factor to apply it",
         )
     known = FIELDS[kind] | {"rope_type", "rope_theta"} | ({_PARTIAL} if partial is not None else set())
     for name, value in fields.items():
         if value is not None and name not in known:
             raise UserError(
                 f"{where}: rope field {name!r} = {value!r} is not known for rope_type {kind!r} and may change the "
-                f"numbers: remove it if it does not"
+                "numbers",
+                "remove it if it does not",
             )
         if name in FIELDS[kind] and name not in _LISTS and value is not None:
             _check_field(fields, name, where)
@@ -121,11 +125,13 @@ def _complete_longrope(fields: dict[str, Any], raw: Mapping[str, Any], where: st
         if fields.get(name) is None:
             fields[name] = raw.get(name)
         if fields[name] is None:
-            raise UserError(f"{where}: rope_type longrope without {name}: take config.json from the model's own folder")
+            raise UserError(
+                f"{where}: rope_type longrope without {name}", "take config.json from the model's own folder"
+            )
         _check_field(fields, name, where)
     for name in _LISTS:
         if not _FACTORS.allows(fields.get(name)):
-            raise UserError(f"{where}: {name} of longrope must be {_FACTORS.told}: correct it")
+            raise UserError(f"{where}: {name} of longrope is not valid", f"give {_FACTORS.told}")
 
 
 def _refuse_two(raw: Mapping[str, Any], where: str) -> None:
@@ -141,8 +147,8 @@ def _refuse_two(raw: Mapping[str, Any], where: str) -> None:
     if plain(new) != plain(old):
         raise UserError(
             f"{where}: rope_parameters = {dict(new)!r} and rope_scaling = {dict(old)!r} say different things, and "
-            f"versions of transformers differ in which they read: keep one of them (write the fields of rope_scaling "
-            f"into rope_parameters, beside rope_theta)"
+            "versions of transformers differ in which they read",
+            "keep one of them (write the fields of rope_scaling into rope_parameters, beside rope_theta)",
         )
 
 
@@ -157,7 +163,7 @@ def extended_length(rope: Mapping[str, Any], max_position_embeddings: int) -> in
 def _check_field(fields: Mapping[str, Any], name: str, where: str) -> None:
     bound = _BOUNDS.get(name, _FACTOR)
     if not bound.allows(fields[name]):
-        raise UserError(f"{where}: {name} = {fields[name]!r:.200}: must be {bound.told}")
+        raise UserError(f"{where}: {name} = {fields[name]!r:.200} is not valid", f"give {bound.told}")
 
 
 def rotary(
@@ -173,7 +179,10 @@ def rotary(
     if kind == "default":
         size = int(head_dim * rope.get(_PARTIAL, 1.0))
         if size % 2 or size < 2:
-            raise UserError(f"{where}: {size} of {head_dim} features of a head would rotate: must be an even number")
+            raise UserError(
+                f"{where}: {size} of {head_dim} features of a head would rotate, which is no even number",
+                "correct the config",
+            )
         return plain(size, rope["rope_theta"], interleaved)
     config = SimpleNamespace(  # what transformers' formulas read of a config: version 4 the old form, 5 the new one
         rope_parameters=rope, rope_scaling=rope, rope_theta=rope["rope_theta"], head_dim=head_dim, hidden_size=head_dim,
@@ -194,7 +203,7 @@ def rotary(
         long = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=original + 1)[0]
         return replace(found, long=tuple(long.tolist()), long_from=original)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{where}: rope fields {dict(rope)}: {error!r} is missing or wrong: correct it") from None
+        raise UserError(f"{where}: rope fields {dict(rope)}: {error!r} is missing or wrong", "correct it") from None
 
 
 def plain(size: int, theta: float, interleaved: bool = False) -> Rotary:

@@ -31,7 +31,7 @@ class Monitor:
         log: Callable[[str], None] = lambda line: None,
     ):
         self._active = rank == 0
-        self._problem: str | None = None
+        self._problem: UserError | None = None
         if not self._active:
             return
         self._folder = folder = Path(output_dir)
@@ -41,7 +41,7 @@ class Monitor:
             self._evaluations = JsonLines(folder / EVALUATIONS, resumed_step)
             self._events = EventWriter(folder / "runs", resumed_step)
         except OSError as error:
-            raise UserError(f"output_dir {folder} cannot be written ({error}): give a folder that can") from error
+            raise UserError(f"output_dir {folder} cannot be written ({error})", "give a folder that can") from error
         self._console = Console(total_steps, resumed_step, log=log)
         self._earlier = losses(folder / EVALUATIONS)
         for lines in (self._metrics, self._evaluations):
@@ -89,7 +89,7 @@ class Monitor:
     def check(self) -> None:
         """Raises UserError where a file could not be written."""
         if self._problem is not None:
-            raise UserError(self._problem)
+            raise self._problem
 
     def sync(self) -> None:
         """Puts what was written so far on disk; from any thread. Raises OSError."""
@@ -106,10 +106,10 @@ class Monitor:
         except OSError as error:
             self._problem = self._explained(f"step {record['step']}", error)
 
-    def _explained(self, what: str, error: OSError) -> str:
-        return (
-            f"output_dir {self._folder}: {what} cannot be logged ({error.strerror or error}): free space; the same "
-            f"command goes on from the newest checkpoint"
+    def _explained(self, what: str, error: OSError) -> UserError:
+        return UserError(
+            f"output_dir {self._folder}: {what} cannot be logged ({error.strerror or error})",
+            "free space, and give the same command again: it goes on from the newest checkpoint",
         )
 
     def note(self, text: str) -> None:
@@ -127,7 +127,7 @@ class Monitor:
                     file.close()
                 except OSError as error:
                     if self._problem is None:  # else it is that error again
-                        raise UserError(self._explained("its last step", error)) from None
+                        raise self._explained("its last step", error) from None
 
     def __enter__(self) -> Monitor:
         return self

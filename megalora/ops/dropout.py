@@ -47,7 +47,7 @@ class Dropout:
 
     def __post_init__(self):
         if not 0.0 <= self.p < 1.0 or self.threshold == LANE_RANGE:
-            raise UserError(f"dropout p={self.p} is outside [0, 0.99999]: mend lora_dropout")
+            raise UserError(f"dropout p={self.p} is outside [0, 0.99999]", "correct lora_dropout")
         assert 0 <= self.site <= WORD_MASK, f"site {self.site} does not fit 32 bits"
         assert isinstance(self.step, torch.Tensor) or 0 <= self.step <= WORD_MASK, f"step {self.step} exceeds 32 bits"
         assert self.feature_offset >= 0, f"feature_offset {self.feature_offset} is negative"

@@ -146,8 +146,8 @@ class ExpertGroup:
         adapters = [linear.adapter for linear in self.linears if linear.adapter is not None]
         if any(adapter.dora or adapter.bias for adapter in adapters):
             raise UserError(
-                "lora_config: use_dora and lora_bias are not implemented for the linears of experts: leave the field "
-                "out, or name other target_modules"
+                "lora_config: use_dora and lora_bias are not implemented for the linears of experts",
+                "leave the field out, or name other target_modules",
             )
         self.dropout = max((adapter.dropout for adapter in adapters), default=0.0)
         count, self.output = len(self.experts), sum(self.sizes)
@@ -190,7 +190,7 @@ class ExpertGroup:
 
     def share(self, owners: Mapping[str, Sequence[int]]) -> None:
         """Let several adapters share the branches, as `LinearGroup.share`: not implemented for experts."""
-        raise UserError("several adapters at once are not implemented for models of experts: load one at a time")
+        raise UserError("several adapters at once are not implemented for models of experts", "load one at a time")
 
     def keep_base(self) -> None:
         """Nothing of the base changes: biases of experts are not trained."""

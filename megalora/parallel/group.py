@@ -1,4 +1,4 @@
-"""Linears that read one input, as one matrix (DESIGN section 3).
+"""Linears that read one input, as one matrix (docs/design.md).
 
 q k v, gate up (column-parallel), o, down (row-parallel, alone): one matrix P = [W | s B] (see
 megalora.ops.lora_linear), one dropout mask and one down-projection, one collective. A row-parallel group adds its
@@ -216,9 +216,9 @@ class LinearGroup:
     def adapted_weight(self) -> torch.Tensor:
         """Return W + s B A [O, I] of all linears with the branch in force, in the compute dtype: a copy if adapted."""
         if self._owners is not None:
-            raise UserError("several adapters at once are not implemented for latent attention: load one at a time")
+            raise UserError("several adapters at once are not implemented for latent attention", "load one at a time")
         if self.dora is not None:
-            raise UserError("generation from latent attention with DoRA is not implemented: merge the adapter first")
+            raise UserError("generation from latent attention with DoRA is not implemented", "merge the adapter first")
         weight = self.matrix.weight(slice(0, sum(self.sizes)))
         if self.down is None:
             return weight

@@ -1,5 +1,5 @@
 """Column- and row-parallel linears: the parameters of one frozen linear on this rank, with those of its adapter
-(DESIGN section 3). A LinearGroup (megalora.parallel.group) applies them.
+(docs/design.md). A LinearGroup (megalora.parallel.group) applies them.
 """
 
 from __future__ import annotations

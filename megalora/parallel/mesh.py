@@ -79,8 +79,8 @@ def layout(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[tup
         context = f" * context_parallel_size ({cp})" if cp > 1 else ""
         raise UserError(
             f"World size ({world_size}) is not a multiple of tensor_parallel_size ({tp}) * pipeline_parallel_size "
-            f"({pp}){context} = {model}: start a multiple of {model} processes or change the "
-            f"{'three' if cp > 1 else 'two'} sizes"
+            f"({pp}){context} = {model}",
+            f"start a multiple of {model} processes or change the {'three' if cp > 1 else 'two'} sizes",
         )
     dp = world_size // model
 

@@ -91,7 +91,7 @@ def choose_exchange(
                 obstacle = f"the GPUs could not map each other's memory ({_line(error)})"
             obstacle = _first(obstacle, mesh.world)
     if wanted and obstacle:
-        raise UserError(f"tp_comm_overlap = true, but {obstacle}: leave the flag out")
+        raise UserError(f"tp_comm_overlap = true, but {obstacle}", "leave the flag out")
     if obstacle or wanted is False:
         worth_saying = device.type == "cuda" and axis.size > 1
         return None, f"tensor-parallel messages wait: {obstacle or 'as asked'}" if worth_saying else None

@@ -31,7 +31,9 @@ def partition(
     """
     n = len(layer_costs)
     if n < stages:
-        raise UserError(f"pipeline_parallel_size ({stages}) is more than num_hidden_layers ({n}): choose at most {n}")
+        raise UserError(
+            f"pipeline_parallel_size ({stages}) is more than num_hidden_layers ({n})", f"choose at most {n}"
+        )
     if method == "uniform":
         counts = [n * (s + 1) // stages - n * s // stages for s in range(stages)]
     elif method == "uniform_floor":
@@ -45,11 +47,11 @@ def partition(
         counts = list(custom or [])
         if len(counts) != stages or sum(counts) != n or min(counts, default=0) < 1:
             raise UserError(
-                f"custom_partition {' '.join(map(str, counts)) or '(not given)'}: give {stages} positive numbers of "
-                f"layers, one a stage, that add up to num_hidden_layers ({n}), not {sum(counts)}"
+                f"custom_partition {' '.join(map(str, counts)) or '(not given)'} is not {stages} stages, {n} layers",
+                f"give {stages} positive numbers of layers, one a stage, that add up to num_hidden_layers ({n})",
             )
     else:
-        raise UserError(f"partition_method = {method!r}: choose among {', '.join(METHODS)}")
+        raise UserError(f"partition_method = {method!r} is unknown", f"choose among {', '.join(METHODS)}")
     bounds = [sum(counts[:s]) for s in range(stages + 1)]
     return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 

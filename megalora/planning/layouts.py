@@ -52,7 +52,8 @@ class Planner:
         reasons: list[str] = []
         found = [self.fastest(sizes, wanted) for sizes in self.sizes(wanted, reasons)]
         if not found:
-            raise UserError(f"no layout of {self._cluster.gpus} GPUs: {'; '.join(dict.fromkeys(reasons))}")
+            said = "; ".join(dict.fromkeys(reasons))
+            raise UserError(f"no layout of {self._cluster.gpus} GPUs: {said}", "leave sizes of the layout free")
         plans = [one for one in found if isinstance(one, Plan)]
         too_large = [one for one in found if isinstance(one, TooLarge)]
         return sorted(plans, key=_rank), sorted(too_large, key=lambda found: found.memory.total)

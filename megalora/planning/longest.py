@@ -31,7 +31,8 @@ def longest_rows(planner: Planner, wanted: Wanted, gpus: int) -> tuple[list[Plan
         found += [plan] if isinstance(plan, Plan) else []
         rest += [plan] if isinstance(plan, TooLarge) else []
     if not found and not rest:
-        raise UserError(f"no layout of {gpus} GPUs: {'; '.join(dict.fromkeys(reasons))}")
+        said = "; ".join(dict.fromkeys(reasons))
+        raise UserError(f"no layout of {gpus} GPUs: {said}", "leave sizes of the layout free")
     return (
         sorted(found, key=lambda plan: (-plan.layout.work.seq_length, plan.seconds)),
         sorted(rest, key=lambda one: one.memory.total),

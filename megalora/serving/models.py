@@ -36,11 +36,13 @@ class ServedModel:
         if isinstance(prompt, str) and len(prompt) <= context * self.template.longest_token:
             ids = self.template.text_prompt(prompt)
         elif isinstance(prompt, str):
-            raise UserError(f"{len(prompt):,} characters leave no room for a reply in a context of {context} tokens")
+            raise UserError(
+                f"{len(prompt):,} characters leave no room for a reply in a context of {context} tokens", "shorten it"
+            )
         else:
             ids = list(prompt)
         if len(ids) >= context:
-            raise UserError(f"{len(ids)} tokens leave no room for a reply in a context of {context}: shorten it")
+            raise UserError(f"{len(ids)} tokens leave no room for a reply in a context of {context}", "shorten it")
         return ids
 
 

@@ -105,7 +105,7 @@ def served(app: Any, listening: socket.socket, connections: int) -> Iterator[Non
     while not server.started and thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     if not server.started:
-        raise UserError("the HTTP server did not start: its own message is above")
+        raise UserError("the HTTP server did not start", "see its own message above")
     try:
         yield
     finally:

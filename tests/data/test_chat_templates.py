@@ -324,7 +324,7 @@ def test_several_templates(tmp_path):
     own = chat_templates.source("chatml")
     tokenizer.chat_template = {"rag": own, "short": own}
     with pytest.raises(
-        UserError, match="chat templates named rag, short, and none named default; give --template NAME"
+        UserError, match="chat templates named rag, short, and none named default: give --template NAME"
     ):
         ChatTemplate(tokenizer)
     assert ChatTemplate(tokenizer, "rag").description == "the tokenizer's chat template rag"

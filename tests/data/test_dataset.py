@@ -62,10 +62,10 @@ def test_padding_is_a_token_that_the_model_has(template, write_json):
 @pytest.mark.parametrize(
     "row, told",
     [
-        (LONG, r"row 1: too long, \d+ tokens for --seq_length 128; raise --seq_length to at least \d+"),
+        (LONG, r"row 1: too long, \d+ tokens for --seq_length 128: raise --seq_length to at least \d+"),
         ({"words": "a"}, "row 1: the row has no known shape"),
         ({"instruction": "a", "output": ""}, "row 1: .* is empty"),
-        ("a", "row 1: a row must be an object"),
+        ("a", "row 1: the row is a JSON string: make it an object"),
     ],
 )
 def test_bad_rows_are_named_or_skipped(template, write_json, row, told):
@@ -120,8 +120,9 @@ def test_bad_rows_are_counted_by_kind(template, write_json):
     path = write_json([*bad, {"input": "x", "output": "b", "label": True}])
     with pytest.raises(UserError) as error:
         load(path, template)
-    first, *kinds, lengths = str(error.value).splitlines()
-    assert first.startswith("5 of 6 rows cannot be used") and "--on_bad_row skip" in first
+    first, *kinds, lengths = error.value.message.splitlines()
+    assert first == "5 of 6 rows cannot be used:" and error.value.hint.endswith("--on_bad_row skip")
+    assert str(error.value).splitlines() == [first, *kinds, lengths, error.value.hint]
     assert kinds[0].startswith("2 x ") and "data.json row 0: " in kinds[0] and len(kinds) == 4
     longest = int(lengths.partition(" with ")[2].split()[0])
     assert "data.json row 1 with" in lengths and f"{longest} holds 95%, {longest} holds 99%" in lengths
@@ -134,7 +135,7 @@ def test_seq_length_that_holds_most_rows(template, write_json):
     with pytest.raises(UserError) as error:
         load(write_json(rows), template, 64)
     lengths = [load(write_json([row]), template, 4096).tokens for row in (GOOD, rows[96], LONG)]
-    last = str(error.value).splitlines()[-1]
+    last = error.value.message.splitlines()[-1]
     assert f"{lengths[0]} holds 95%, {lengths[2]} holds 99%, {lengths[2]} all of them" in last
 
 

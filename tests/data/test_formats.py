@@ -90,7 +90,7 @@ def test_shapes(row, messages):
 )
 def test_what_is_not_read_is_refused_by_name(field, value):
     """In a message, an exchange or beside them; what says nothing may stand there."""
-    told = f"field {shown(field)} is not read; "
+    told = f"field {shown(field)} is not read: "
     extra = {field: value}
     for row in (
         {"messages": [user("a"), assistant("b") | extra]},
@@ -121,9 +121,9 @@ def test_what_is_not_read_is_refused_by_name(field, value):
         ({"instruction": "a", "output": " \n"}, "is empty"),
         ({"instruction": "a", "output": None}, "is empty"),
         ({"instruction": "a", "output": ["b"]}, "JSON list"),
-        ({"instruction": 5, "output": "b"}, "must be strings"),
+        ({"instruction": 5, "output": "b"}, "a JSON number: make both strings"),
         ({"instruction": "", "input": "", "output": "b"}, "user text is empty"),
-        ({"instruction": "a", "output": "b", "history": [["c"]]}, "history must be a list of"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "history is not a list of pairs"),
         ({"instruction": "a", "output": "b", "history": [["c", " "]]}, "text of the history is empty"),
         ({"instruction": "a", "output": "b", "answer": "c"}, "output and answer stand for the same thing"),
         ({"instruction": "a", "prompt": "b", "output": "c"}, "instruction and prompt stand for the same thing"),
@@ -131,8 +131,8 @@ def test_what_is_not_read_is_refused_by_name(field, value):
         ({"messages": [system("t"), user("a"), assistant("b")], "system": "s"}, "two system texts"),
         ({"instruction": "a", "output": "\ud83d"}, "surrogate"),
         ({"conversation": []}, "an empty list"),
-        ({"conversation": {"input": "a", "output": "b"}}, "must be a list"),
-        ({"conversation": ["a"]}, "turn 1 of conversation must be an object"),
+        ({"conversation": {"input": "a", "output": "b"}}, "give a list of turns"),
+        ({"conversation": ["a"]}, "turn 1 of conversation is a JSON string: make it an object"),
         ({"conversation": [{"input": "a"}]}, "no output"),
         ({"messages": [user("a")]}, "no assistant turn"),
         ({"messages": [system("s")]}, "no assistant turn"),
@@ -143,12 +143,12 @@ def test_what_is_not_read_is_refused_by_name(field, value):
         ({"messages": [user("a"), assistant("b")], "system": 5}, "the system text is a JSON number"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "the role 'narrator'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "the role ['user']"),
-        ({"messages": [{"role": "user"}]}, "needs role and content, or from and value; it has role"),
-        ({"conversations": [{"says": "x"}]}, "needs role and content, or from and value; it has says"),
+        ({"messages": [{"role": "user"}]}, "has role: give it role and content, or from and value"),
+        ({"conversations": [{"says": "x"}]}, "has says: give it role and content, or from and value"),
         ({"messages": [user("a"), {"role": "tool", "content": "x"}, assistant("b")]}, "wrong order (user tool"),
-        ({"messages": [user("a"), assistant("b") | {"weight": -1}]}, "weight is '-1'; it must be 0, or a number from"),
-        ({"messages": [user("a"), assistant("b") | {"weight": float("nan")}]}, "weight is 'nan'; it must be 0, or"),
-        ({"messages": [user("a"), assistant("b") | {"train": 0.5}]}, "train is '0.5'; it must be true or false"),
+        ({"messages": [user("a"), assistant("b") | {"weight": -1}]}, "weight is '-1': give 0, or a number from"),
+        ({"messages": [user("a"), assistant("b") | {"weight": float("nan")}]}, "weight is 'nan': give 0, or"),
+        ({"messages": [user("a"), assistant("b") | {"train": 0.5}]}, "train is '0.5': give true or false"),
         ({"messages": [user("a"), assistant("b") | {"train": False, "weight": 0.5}]}, "train and weight contradict"),
         ({"messages": [user("a"), assistant("b") | {"train": True, "masked": True}]}, "contradict each other"),
         ({"messages": [user("a") | {"thinking": "hm"}, assistant("b")]}, "a user message has thinking"),
@@ -156,7 +156,7 @@ def test_what_is_not_read_is_refused_by_name(field, value):
         ({"messages": [user("a"), assistant([{"type": "image_url", "image_url": {}}])]}, "part of type 'image_url'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference rows"),
         ({"conversations": [user("a"), {"from": "function_call", "value": "{"}]}, "the function call is not JSON"),
-        ({"messages": [user("a"), assistant("b")], "tools": [{"type": "retrieval"}]}, "a tool must be a function"),
+        ({"messages": [user("a"), assistant("b")], "tools": [{"type": "retrieval"}]}, "a tool has the fields type"),
         ({"messages": [user("a"), assistant("b")], "tools": "x"}, "tools is not JSON"),
     ],
 )

@@ -46,13 +46,13 @@ def test_a_span_that_begins_in_a_word_cuts_it():
 BAD = [
     ({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens but 1 tags"),
     ({"tokens": ["a", ""], "tags": ["O", "O"]}, "token 1"),
-    ({"tokens": ["a"], "tags": [None]}, "tags must be a list"),
+    ({"tokens": ["a"], "tags": [None]}, "tags is not a list"),
     ({"tokens": ["a"], "tags": ["O"], "image": "x.png"}, "image"),
     ({"text": "abc"}, "no spans"),
     ({"text": "abc", "spans": [{"start": 1, "end": 9, "label": "X"}]}, "text of 3 characters"),
     ({"text": "abc", "spans": [[0, 2, "X"], [1, 3, "Y"]]}, "overlap"),
     ({"prompt": 1}, "no known shape"),
-    ([], "must be an object"),
+    ([], "make it an object"),
 ]
 
 

@@ -179,7 +179,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, name, package):
     monkeypatch.chdir(tmp_path)
     if "/" not in name:
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=f"{name} .*needs the package {package}; pip install {package}"):
+    with pytest.raises(UserError, match=f"{name} .*needs the package {package}: pip install {package}"):
         list(read_rows(name))
 
 

@@ -90,5 +90,5 @@ def test_more_stages_than_layers(method):
 
 
 def test_an_unknown_method_is_named():
-    with pytest.raises(UserError, match="partition_method = 'type:layer': choose among uniform, uniform_floor"):
+    with pytest.raises(UserError, match="partition_method = 'type:layer' is unknown: choose among uniform, "):
         partition("type:layer", [1] * 4, 2)

@@ -64,7 +64,7 @@ def read_reference(folder: Path) -> AdapterCheckpoint:
     for ranks in stages.values():
         whole = _over_tensor_ranks(ranks, folder)
         if again := sorted(tensors.keys() & whole.keys()):
-            raise UserError(f"{folder}: two stages hold {again[0]}: copy all files of one checkpoint")
+            raise UserError(f"{folder}: two stages hold {again[0]}", "copy all files of one checkpoint")
         tensors |= whole
     return AdapterCheckpoint({**config, **_NOT_APPLIED}, tensors, where=str(folder))
 
@@ -81,7 +81,7 @@ def _files(folder: Path) -> dict[tuple[int, int], Path]:
         for rank in range(1 + max(rank for rank, _ in found)):
             file = found.setdefault((rank, 0), folder / f"mp_rank_{rank:02d}" / ADAPTER_FILE)
             if not file.is_file():
-                raise UserError(f"{folder}: {file.relative_to(folder)} is missing: copy all of the checkpoint")
+                raise UserError(f"{folder}: {file.relative_to(folder)} is missing", "copy all of the checkpoint")
         return found
     if not has_shards(folder) or not any(folder.glob(f"mp_rank_*/{ADAPTER_FILE}")):
         return {}
@@ -100,7 +100,7 @@ def _is_flat(value: Any) -> bool:
 def _flat_dict(file: Path) -> Mapping[str, torch.Tensor]:
     value = unpickled(file)
     if not _is_flat(value) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{file}: is not a flat dict of tensors by name, as its neighbours are: copy the file again")
+        raise UserError(f"{file}: is not a flat dict of tensors by name, as its neighbours are", "copy the file again")
     return value
 
 
@@ -112,9 +112,9 @@ def _by_our_names(state: Mapping[str, torch.Tensor], file: Path) -> dict[str, to
         elif found := _BIAS.fullmatch(key):
             name = found["name"]
         else:
-            raise UserError(f"{file}: {key} is no lora_A, lora_B or bias of a linear: use an adapter of linears only")
+            raise UserError(f"{file}: {key} is no lora_A, lora_B or bias of a linear", "use an adapter of linears only")
         if name in tensors:
-            raise UserError(f"{file}: holds {name} of two adapters, {key} among them: save the one that is meant")
+            raise UserError(f"{file}: holds {name} of two adapters, {key} among them", "save the one that is meant")
         tensors[name] = tensor
     return tensors
 
@@ -126,7 +126,7 @@ def _over_tensor_ranks(ranks: list[dict[str, torch.Tensor]], folder: Path) -> di
     for other in ranks[1:]:
         if other.keys() != first.keys():
             name = min(other.keys() ^ first.keys())
-            raise UserError(f"{folder}: {name} is not on all tensor-parallel ranks: copy all files of one checkpoint")
+            raise UserError(f"{folder}: {name} is not on all tensor-parallel ranks", "copy all files of one checkpoint")
     whole = {}
     for name, tensor in first.items():
         parts = [rank[name] for rank in ranks]
@@ -138,6 +138,6 @@ def _over_tensor_ranks(ranks: list[dict[str, torch.Tensor]], folder: Path) -> di
             whole[name] = torch.cat(parts, dim)
         except (RuntimeError, IndexError) as error:
             raise UserError(
-                f"{folder}: the parts of {name} do not fit ({error}): copy all files of one checkpoint"
+                f"{folder}: the parts of {name} do not fit ({error})", "copy all files of one checkpoint"
             ) from None
     return whole

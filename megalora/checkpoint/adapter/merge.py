@@ -57,7 +57,8 @@ class MergedWeights:
             if adapter.bias and f"{name}.bias" not in self.shapes:
                 raise UserError(
                     f"adapter: {name} has a bias of lora_B (lora_bias), but the model has no bias there to merge it "
-                    f"into: use the adapter as it is"
+                    "into",
+                    "use the adapter as it is",
                 )
 
     def where(self, name: str) -> str:
@@ -96,7 +97,8 @@ class MergedWeights:
         if not out.isfinite().all():
             raise UserError(
                 f"{self.where(name)}: {name} with the adapter in it is not finite in {out.dtype}: the adapter is "
-                "damaged, or too large for that dtype; take another checkpoint of its run"
+                "damaged, or too large for that dtype",
+                "take another checkpoint of its run",
             )
 
     def _put_tokens(self, words: str, index: tuple[slice, ...], out: torch.Tensor) -> None:

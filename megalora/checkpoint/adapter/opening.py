@@ -23,7 +23,7 @@ def open_adapter(path: str | Path) -> AdapterCheckpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"adapter {path}: is not a folder: name a run, its checkpoint, shards or a PEFT folder")
+        raise UserError(f"adapter {path}: is not a folder", "name a run, its checkpoint, shards or a PEFT folder")
     if (path / peft.CONFIG_FILE).exists():
         return peft.read_peft(path)
     theirs = None if (path / MANIFEST).exists() else reference_folder(path)
@@ -38,8 +38,12 @@ def open_adapter(path: str | Path) -> AdapterCheckpoint:
     if saved is not None:
         return replace(read_adapter(saved.folder), notes=tuple(complaints))
     if complaints:
-        raise UserError(f"adapter {path}: no checkpoint of this run is sound: {'; '.join(complaints)}")
+        raise UserError(
+            f"adapter {path}: no checkpoint of this run is sound: {'; '.join(complaints)}",
+            "name another run or adapter",
+        )
     raise UserError(
         f"adapter {path}: holds neither {peft.CONFIG_FILE} (PEFT), mp_rank_XX_pp_rank_YYY (shards) nor "
-        "checkpoints/iter_* (a run): name one of these"
+        "checkpoints/iter_* (a run)",
+        "name one of these",
     )

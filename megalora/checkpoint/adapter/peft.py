@@ -62,15 +62,16 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
         factors = [tensors.get(linear + suffix) for suffix in _FACTORS]
         for suffix, factor in zip(_FACTORS, factors, strict=True):
             if factor is None:
-                raise UserError(f"{file}: has no {PREFIX}{linear}{suffix}: save the adapter again")
+                raise UserError(f"{file}: has no {PREFIX}{linear}{suffix}", "save the adapter again")
         a, b = factors
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise UserError(
                 f"{file}: {PREFIX}{linear} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
-                "which are not [r, in] and [out, r]: save the adapter again"
+                "which are not [r, in] and [out, r]",
+                "save the adapter again",
             )
     if not adapted and not tensors:
-        raise UserError(f"{file}: holds no lora_A: name the folder of a trained adapter")
+        raise UserError(f"{file}: holds no lora_A", "name the folder of a trained adapter")
     copies = sorted(key for key in raw if key.endswith(_COPY))
     note = f"{file}: {', '.join(copies)}: copies of the base's weights, which are read from the base"
     return AdapterCheckpoint(lora_config, tensors, where=str(folder), notes=(note,) if copies else ())
@@ -109,7 +110,9 @@ def write_peft(
         write_file(folder / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         write_manifest(folder, {name: entry_of(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)})
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}): free space, or name another folder") from None
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror})", "free space, or name another folder"
+        ) from None
 
 
 def peft_caution(model_type: str, adapted: Collection[str], routers: Collection[str]) -> str | None:
@@ -176,7 +179,7 @@ def _our_name(key: str, file: Path, saved: Collection[str] = ()) -> str:
     name = key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
     name = name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as early versions of peft wrote it
     if not key.startswith(PREFIX) or not name.endswith(_OF_LINEARS):
-        raise UserError(f"{file}: {key} is no known part of a LoRA on a linear: use an adapter of linears only")
+        raise UserError(f"{file}: {key} is no known part of a LoRA on a linear", "use an adapter of linears only")
     return name
 
 
@@ -187,13 +190,13 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         try:
             return file, load_file(file)
         except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(f"{file}: is damaged or not safetensors ({error}): copy or download it again") from None
+            raise UserError(f"{file}: is damaged or not safetensors ({error})", "copy or download it again") from None
     file = folder / PICKLE_FILE
     if not file.exists():
-        raise UserError(f"{folder}: holds neither {WEIGHTS_FILE} nor {PICKLE_FILE}: name a PEFT folder")
+        raise UserError(f"{folder}: holds neither {WEIGHTS_FILE} nor {PICKLE_FILE}", "name a PEFT folder")
     state = unpickled(file)
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     ):
-        raise UserError(f"{file}: is not a dict of tensors by name: save the adapter again")
+        raise UserError(f"{file}: is not a dict of tensors by name", "save the adapter again")
     return file, state

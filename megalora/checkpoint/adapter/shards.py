@@ -108,7 +108,7 @@ def read_adapter(folder: str | Path) -> AdapterCheckpoint:
         # By repr, because a NaN among the values is not equal to itself.
         one_save = repr(shard.trainer) == repr(first.trainer)
         if not one_save or (shard.optimizer is None) != (first.optimizer is None):
-            raise UserError(f"{file}: is of another checkpoint than its neighbours: {COPY_ALL}")
+            raise UserError(f"{file}: is of another checkpoint than its neighbours", COPY_ALL)
         for name, tensor in shard.model.items():
             model.setdefault(name, []).append(_Part(file, shard.splits[name], tensor))
         for name, state in (shard.optimizer or {}).items():
@@ -149,13 +149,13 @@ def _joined(name: str, parts: list[_Part]) -> torch.Tensor:
     for part in parts:
         fits = (part.split.global_shape, part.split.dim) == (whole, dim)
         if not fits or part.tensor.dtype != first.tensor.dtype or tuple(part.tensor.shape) != part.split.local_shape:
-            raise UserError(f"{part.file}: {name} {list(part.tensor.shape)} does not fit the other shards: {COPY_ALL}")
+            raise UserError(f"{part.file}: {name} {list(part.tensor.shape)} does not fit the other shards", COPY_ALL)
     if dim is None:
         return first.tensor
     covered, end = chain([(a, b, (part, a - at)) for part in parts for a, b, at in part.split.runs])
     if end != whole[dim]:
         folder = first.file.parent.parent
-        raise UserError(f"{folder}: no shard holds {name} from entry {end} of {whole[dim]}: {COPY_ALL}")
+        raise UserError(f"{folder}: no shard holds {name} from entry {end} of {whole[dim]}", COPY_ALL)
     return torch.cat([p.tensor.narrow(dim, a - origin, b - a) for a, b, (p, origin) in covered], dim)
 
 
@@ -179,5 +179,5 @@ def _checked(payload: Any, file: Path) -> _Shard:
         if not set(shard.optimizer or ()) <= set(model):
             raise ValueError(f"optimizer state of {min(set(shard.optimizer or ()) - set(model))}, which is not there")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: is no adapter shard of megalora ({error!r}): name a run or a checkpoint") from None
+        raise UserError(f"{file}: is no adapter shard of megalora ({error!r})", "name a run or a checkpoint") from None
     return shard

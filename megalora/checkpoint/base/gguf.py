@@ -47,21 +47,22 @@ def read_gguf(file: str | Path) -> Gguf:
     try:
         from gguf import GGUFReader, TokenType
     except ImportError as error:
-        raise UserError(f"{error}: reading GGUF needs it, pip install gguf") from None
+        raise UserError(f"{file}: reading GGUF needs the package gguf ({error})", "pip install gguf") from None
     try:
         reader = GGUFReader(file)
         found = {name: field.contents() for name, field in reader.fields.items()}
         tensors = [int(tensor.n_elements) for tensor in reader.tensors]
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}): name a GGUF file") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})", "name a GGUF file") from None
     except Exception as error:  # the reader fails on damaged bytes in any way
-        raise UserError(f"{file}: is damaged or not GGUF ({error!s:.120}): download it again") from None
+        raise UserError(f"{file}: is damaged or not GGUF ({error!s:.120})", "download it again") from None
     try:
         kind = (found["tokenizer.ggml.model"], found.get("tokenizer.ggml.pre"))
         if kind[0] != "gpt2" or kind[1] not in _CUTS:
             raise UserError(
                 f"{file}: its tokenizer is of the kind {'/'.join(map(str, kind))}, which is not known here (known: "
-                f"{', '.join(f'gpt2/{name}' for name in _CUTS)}): take the model's safetensors instead"
+                f"{', '.join(f'gpt2/{name}' for name in _CUTS)})",
+                "take the model's safetensors instead",
             )
         tokens = found["tokenizer.ggml.tokens"]
         types = found["tokenizer.ggml.token_type"]
@@ -81,7 +82,7 @@ def read_gguf(file: str | Path) -> Gguf:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: lacks metadata of a language model ({error!r}): take another GGUF file") from None
+        raise UserError(f"{file}: lacks metadata of a language model ({error!r})", "take another GGUF file") from None
 
 
 def write_hf(gguf: Gguf, folder: Path) -> None:
@@ -101,7 +102,7 @@ def _write_model(file: Path, folder: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:  # of another kind for each thing that it cannot do
         raise UserError(
-            f"{file}: transformers cannot read it ({error!s:.200}): take the model's safetensors instead"
+            f"{file}: transformers cannot read it ({error!s:.200})", "take the model's safetensors instead"
         ) from None
     fields = loaded.config.to_dict()
     for no_longer_so in ("quantization_config", "_name_or_path", "_model_name_or_path"):
@@ -153,7 +154,7 @@ def _check_tokenizer(gguf: Gguf, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     count = len(gguf.tokens)
     if len(tokenizer) != count or tokenizer.convert_ids_to_tokens(list(range(count))) != gguf.tokens:
-        raise UserError(f"{gguf.file}: its tokens are not those of the tokenizer built of it: take the safetensors")
+        raise UserError(f"{gguf.file}: its tokens are not those of the tokenizer built of it", "take the safetensors")
     for token in gguf.special:
         if tokenizer(token, add_special_tokens=False).input_ids != [gguf.tokens.index(token)]:
-            raise UserError(f"{gguf.file}: its token {token} does not stand alone: take the safetensors")
+            raise UserError(f"{gguf.file}: its token {token} does not stand alone", "take the safetensors")

@@ -47,11 +47,11 @@ def read_header(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except FileNotFoundError:
-        raise UserError(f"{file}: does not exist: download the model again") from None
+        raise UserError(f"{file}: does not exist", "download the model again") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}): check the file") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})", "check the file") from None
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{file}: is damaged or not safetensors ({error}): download it again") from None
+        raise UserError(f"{file}: is damaged or not safetensors ({error})", "download it again") from None
     header.pop("__metadata__", None)
     return {
         name: Entry(value["dtype"], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
@@ -78,7 +78,7 @@ class HfWeights:
                     self._entries[name] = entry
         for name, file in self._files.items():
             if name not in self._entries:
-                raise UserError(f"{file}: lacks {name}, which {INDEX} says it holds: download the model again")
+                raise UserError(f"{file}: lacks {name}, which {INDEX} says it holds", "download the model again")
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def where(self, name: str) -> str:
@@ -89,7 +89,7 @@ class HfWeights:
         """The dtype of tensor `name` in the file. Raises UserError for one that is not floating point."""
         dtype = self._entries[name].dtype
         if dtype not in DTYPES:
-            raise UserError(f"{self.where(name)}: {name} has dtype {dtype}: use a model in {', '.join(DTYPES)}")
+            raise UserError(f"{self.where(name)}: {name} has dtype {dtype}", f"use a model in {', '.join(DTYPES)}")
         return DTYPES[dtype]
 
     def stored(self, name: str) -> None:
@@ -109,7 +109,7 @@ class HfWeights:
     def _stored_dtype(self, name: str) -> torch.dtype:
         kind = self._entries[name].dtype
         if kind not in STORED:
-            raise UserError(f"{self.where(name)}: {name} has dtype {kind}: use a model in {', '.join(DTYPES)}")
+            raise UserError(f"{self.where(name)}: {name} has dtype {kind}", f"use a model in {', '.join(DTYPES)}")
         return STORED[kind]
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
@@ -136,7 +136,7 @@ class HfWeights:
                     out[place : place + count].copy_(block[(slice(count), *columns)])
         except OSError as error:
             raise UserError(
-                f"{self.where(name)}: {name} cannot be read ({error.strerror or error}): check the file"
+                f"{self.where(name)}: {name} cannot be read ({error.strerror or error})", "check the file"
             ) from None
 
 
@@ -165,7 +165,7 @@ def is_hf(folder: Path) -> bool:
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """The files of the weights, and the file of each tensor by the index (empty where there is none)."""
     if not folder.is_dir():
-        raise UserError(f"base weights {folder}: is not a folder: name a Hugging Face folder or one of shards")
+        raise UserError(f"base weights {folder}: is not a folder", "name a Hugging Face folder or one of shards")
     if (folder / SINGLE).exists():
         return [folder / SINGLE], {}
     if (folder / INDEX).exists():
@@ -173,12 +173,12 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         return sorted(set(index.values())), index
     if any(folder.glob("pytorch_model*.bin*")):
         raise UserError(
-            f"base weights {folder}: holds pytorch_model.bin only, which is a pickle: convert it to "
-            "safetensors with transformers (load the model, then save_pretrained)"
+            f"base weights {folder}: holds pytorch_model.bin only, which is a pickle",
+            "convert it to safetensors with transformers (load the model, then save_pretrained)",
         )
     if any(folder.glob("model*.safetensors")):
-        raise UserError(f"base weights {folder}: lacks {INDEX}, which says what its files hold: download it too")
-    raise UserError(f"base weights {folder}: holds neither {SINGLE} nor {INDEX}: name a Hugging Face folder")
+        raise UserError(f"base weights {folder}: lacks {INDEX}, which says what its files hold", "download it too")
+    raise UserError(f"base weights {folder}: holds neither {SINGLE} nor {INDEX}", "name a Hugging Face folder")
 
 
 def _read_index(folder: Path) -> dict[str, Path]:
@@ -186,7 +186,7 @@ def _read_index(folder: Path) -> dict[str, Path]:
     weight_map = read_json(index, "download it again", most=INDEX_BYTES).get("weight_map")
     good = isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
     if not good:
-        raise UserError(f"{index}: weight_map must map tensor names to file names: download it again")
+        raise UserError(f"{index}: weight_map must map tensor names to file names", "download it again")
     files = {name: _inside(folder, name, index) for name in dict.fromkeys(weight_map.values())}
     return {name: files[file] for name, file in weight_map.items()}
 
@@ -194,12 +194,12 @@ def _read_index(folder: Path) -> dict[str, Path]:
 def _inside(folder: Path, name: str, index: Path) -> Path:
     """The file of the folder with that plain name; a link may lead only into the hub's own cache of blobs."""
     if name in ("", ".", "..") or "\0" in name or os.path.basename(name) != name or "\\" in name:
-        raise UserError(f"{index}: names {name!r}, which is no file of the folder: download the model again")
+        raise UserError(f"{index}: names {name!r}, which is no file of the folder", "download the model again")
     file = folder / name
     try:
         file.resolve(strict=True)
     except (OSError, RuntimeError, ValueError):  # ValueError: no name that a file can have
-        raise UserError(f"{file}: does not exist, but {index.name} names it: download the model again") from None
+        raise UserError(f"{file}: does not exist, but {index.name} names it", "download the model again") from None
     check_stays(folder, file)
     return file
 
@@ -210,4 +210,4 @@ def check_stays(folder: Path, file: Path) -> None:
     # The hub's cache keeps snapshots/<revision>/<file> as a link to blobs/<hash>.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not target.is_relative_to(home) and target.parent != blobs:
-        raise UserError(f"{file}: is a link out of the folder, to {target}: put the file itself there")
+        raise UserError(f"{file}: is a link out of the folder, to {target}", "put the file itself there")

@@ -82,10 +82,10 @@ class QuantisedWeights:
         owner = next((name.removesuffix(end) for end in _SCALES if name.endswith(end)), None)
         if owner is not None and owner in self._weights.shapes:
             raise UserError(
-                f"{where}: holds the scale {name}, but {owner} is {self._weights.kind(owner)}, not F8_E4M3: {_AGAIN}"
+                f"{where}: holds the scale {name}, but {owner} is {self._weights.kind(owner)}, not F8_E4M3", _AGAIN
             )
         if kind == "U8":
-            raise UserError(f"{where}: {name} is in 4 bits, but {name}{_STATE}nf4 is missing: {_AGAIN}")
+            raise UserError(f"{where}: {name} is in 4 bits, but {name}{_STATE}nf4 is missing", _AGAIN)
 
     def where(self, name: str) -> str:
         """The file that holds tensor `name`, for messages."""
@@ -122,7 +122,7 @@ class _Nf4:
     def __init__(self, weights: HfWeights, name: str, kind: str):
         self.name, self._weights = name, weights
         if kind != "nf4":
-            raise UserError(f"{weights.where(name + _STATE + kind)}: {name} is in {kind}, which is not read: {_AGAIN}")
+            raise UserError(f"{weights.where(name + _STATE + kind)}: {name} is in {kind}, which is not read", _AGAIN)
         state = self._state()
         try:
             rows, columns = map(int, state["shape"])
@@ -136,7 +136,7 @@ class _Nf4:
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise UserError(f"{self.where}: {name}{_STATE}nf4 is damaged: {_AGAIN}")
+            raise UserError(f"{self.where}: {name}{_STATE}nf4 is damaged", _AGAIN)
         blocks = -(-rows * columns // self._block)
         sizes = {name: -(-rows * columns // 2), f"{name}.absmax": blocks, f"{name}.quant_map": len(NUMBERS)}
         if self._nested is not None:
@@ -144,14 +144,15 @@ class _Nf4:
         self.parts = {*sizes, f"{name}{_STATE}nf4"} - {name}
         for part, size in sizes.items():
             if part not in weights.shapes:
-                raise UserError(f"{self.where}: lacks {part}, a scale of {name}: {_AGAIN}")
+                raise UserError(f"{self.where}: lacks {part}, a scale of {name}", _AGAIN)
             if math.prod(weights.shapes[part]) != size:
                 raise UserError(
                     f"{weights.where(part)}: {part} holds {math.prod(weights.shapes[part])} values, but {name} "
-                    f"{list(self.shape)} in blocks of {self._block} has {size}: {_AGAIN}"
+                    f"{list(self.shape)} in blocks of {self._block} has {size}",
+                    _AGAIN,
                 )
         if not torch.allclose(weights.raw(f"{name}.quant_map").float(), torch.tensor(NUMBERS), atol=1e-6):
-            raise UserError(f"{weights.where(name)}: {name}.quant_map is not that of NF4: {_AGAIN}")
+            raise UserError(f"{weights.where(name)}: {name}.quant_map is not that of NF4", _AGAIN)
 
     @property
     def where(self) -> str:
@@ -163,7 +164,7 @@ class _Nf4:
         except ValueError:
             state = None
         if not isinstance(state, dict):
-            raise UserError(f"{self.where}: {self.name}{_STATE}nf4 is damaged: {_AGAIN}")
+            raise UserError(f"{self.where}: {self.name}{_STATE}nf4 is damaged", _AGAIN)
         return state
 
     def stored(self, start: int, stop: int) -> Nf4Weight:
@@ -202,7 +203,7 @@ class _Fp8:
             what = (
                 f"has the scales {found[0]} and {found[1]}" if found else f"has no scale ({name}{_SCALES[0]} or _scale)"
             )
-            raise UserError(f"{weights.where(name)}: {name} {list(shape)} in F8_E4M3 {what}: {_AGAIN}")
+            raise UserError(f"{weights.where(name)}: {name} {list(shape)} in F8_E4M3 {what}", _AGAIN)
         (self._scale,) = found
         self.parts, self.shape = {self._scale}, (shape[0], shape[1])
         scales = weights.shapes[self._scale]
@@ -216,11 +217,12 @@ class _Fp8:
         else:
             raise UserError(
                 f"{weights.where(self._scale)}: {self._scale} has shape {list(scales)}, but {name} {list(shape)} in "
-                f"blocks of {block[0]} x {block[1]} has {list(blocks)}: {_AGAIN}"
+                f"blocks of {block[0]} x {block[1]} has {list(blocks)}",
+                _AGAIN,
             )
         if weights.kind(self._scale) not in ("F32", "BF16", "F16"):
             kind = weights.kind(self._scale)
-            raise UserError(f"{weights.where(self._scale)}: {self._scale} in {kind} is not read: {_AGAIN}")
+            raise UserError(f"{weights.where(self._scale)}: {self._scale} in {kind} is not read", _AGAIN)
 
     def _scales(self) -> torch.Tensor:
         raw = self._weights.raw(self._scale).float().view(self._grid)
@@ -244,7 +246,7 @@ class _Fp8:
 def _finite(scale: torch.Tensor, name: str, where: str) -> torch.Tensor:
     """Return `scale`. Raises UserError where it is not finite."""
     if not scale.isfinite().all():
-        raise UserError(f"{where}: {name} holds scales that are not finite: {_AGAIN}")
+        raise UserError(f"{where}: {name} holds scales that are not finite", _AGAIN)
     return scale
 
 

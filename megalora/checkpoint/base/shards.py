@@ -42,7 +42,7 @@ def save_base_shards(folder: str | Path, module: nn.Module, splits: Mapping[str,
         write_file(shard / LAYOUT_FILE, layout_json(layout, {n: splits[n] for n in state}))
         write_file(shard / BASE_FILE, lambda stream: torch.save(state, stream))
     except (OSError, RuntimeError) as error:  # torch.save has its own words for a full disk
-        raise UserError(f"{shard}: cannot be written ({error}): free space, or name another folder") from None
+        raise UserError(f"{shard}: cannot be written ({error})", "free space, or name another folder") from None
     return shard
 
 
@@ -100,7 +100,7 @@ class BaseShards:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of tensor `name`. Raises UserError for one that is not floating point."""
         if not self._dtypes[name].is_floating_point:
-            raise UserError(f"{self.where(name)}: {name} is {self._dtypes[name]}: use an unquantised model")
+            raise UserError(f"{self.where(name)}: {name} is {self._dtypes[name]}", "use an unquantised model")
         return self._dtypes[name]
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
@@ -137,7 +137,7 @@ class BaseShards:
                 isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
             )
             if not flat:
-                raise UserError(f"{file}: is not a flat dict of tensors by name: name the shards of a base model")
+                raise UserError(f"{file}: is not a flat dict of tensors by name", "name the shards of a base model")
             self._mapped[file] = state
         return self._mapped[file]
 
@@ -146,9 +146,9 @@ class BaseShards:
         first = next(iter(splits.values()))
         for file, split in splits.items():
             if split is None or split.local_shape != parts[file]:
-                raise UserError(f"{file}: {name} {list(parts[file])} is not as {LAYOUT_FILE} says: {COPY_ALL}")
+                raise UserError(f"{file}: {name} {list(parts[file])} is not as {LAYOUT_FILE} says", COPY_ALL)
             if (split.global_shape, split.dim) != (first.global_shape, first.dim):
-                raise UserError(f"{file}: {name} {list(parts[file])} does not fit the other shards: {COPY_ALL}")
+                raise UserError(f"{file}: {name} {list(parts[file])} does not fit the other shards", COPY_ALL)
         shape, dim = first.global_shape, first.dim
         self.shapes[name] = shape
         if dim is None:
@@ -157,7 +157,7 @@ class BaseShards:
         runs = [(start, stop, (file, start - at)) for file, s in splits.items() for start, stop, at in s.runs]
         covered, end = chain(runs)
         if end != shape[dim]:
-            raise UserError(f"{self.folder}: no shard holds {name} from entry {end} of {shape[dim]}: {COPY_ALL}")
+            raise UserError(f"{self.folder}: no shard holds {name} from entry {end} of {shape[dim]}", COPY_ALL)
         self._pieces[name] = [
             _Piece(
                 file,
@@ -183,7 +183,8 @@ class BaseShards:
         if copies is None:
             raise UserError(
                 f"{self.folder}: {name} has shapes {[list(size) for size in sizes]}, which are no parts of "
-                f"the {list(shape)} that config.json means: copy all shards, and their model's config.json"
+                f"the {list(shape)} that config.json means",
+                "copy all shards, and their model's config.json",
             )
         splits, start = {}, 0
         for i, (file, length) in enumerate(zip(parts, lengths, strict=True)):
@@ -216,4 +217,4 @@ def _read_layout(file: Path) -> tuple[Layout, dict[str, Split]]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: does not say where the parts lie ({error!r}): {COPY_ALL}") from None
+        raise UserError(f"{file}: does not say where the parts lie ({error!r})", COPY_ALL) from None

@@ -120,7 +120,7 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
             continue
         if ours in files:
             raise UserError(
-                f"{weights.where(name)}: holds {name} and {files[ours]}, two names of one tensor: keep one of them"
+                f"{weights.where(name)}: holds {name} and {files[ours]}, two names of one tensor", "keep one of them"
             )
         files[ours], renamed = name, renamed or ours != name
     _check_prefix(folder, weights, files, names)
@@ -132,8 +132,8 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
             first = min(found)
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise UserError(
-                f"base weights {folder}: {problem} {first}{more}: the weights are not those of config.json; "
-                "take both from one model"
+                f"base weights {folder}: {problem} {first}{more}: the weights are not those of config.json",
+                "take both from one model",
             )
     weights = _Renamed(weights, files) if renamed else weights
     for name, shape in sorted(names.shapes.items()):
@@ -143,7 +143,8 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
         if tuple(weights.shapes[name]) != tuple(shape):
             raise UserError(
                 f"{weights.where(name)}: {name} has shape {list(weights.shapes[name])}, but config.json "
-                f"means {list(shape)}: take weights and config.json from one model"
+                f"means {list(shape)}",
+                "take weights and config.json from one model",
             )
     return weights
 
@@ -159,8 +160,8 @@ def _check_prefix(folder: Path, weights: BaseWeights, files: Mapping[str, str], 
             if name != expected and name.endswith(f".{expected}"):
                 raise UserError(
                     f"base weights {folder}: holds {name} where the model has {probe}: the names have another prefix, "
-                    f"as in a part of a larger model or a wrapper; save the language model itself (save_pretrained of "
-                    f"the part that has {probe})"
+                    "as in a part of a larger model or a wrapper",
+                    f"save the language model itself (save_pretrained of the part that has {probe})",
                 )
 
 

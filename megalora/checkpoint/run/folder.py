@@ -57,8 +57,8 @@ def check_own(output_dir: str | Path) -> None:
     foreign = [name for name in _OWN if name not in owned and _holds_something(output_dir / name)]
     if foreign:
         raise UserError(
-            f"output_dir {output_dir}: holds {', '.join(foreign)} of another program, which a run would write over: "
-            f"move it elsewhere, or name another output_dir"
+            f"output_dir {output_dir}: holds {', '.join(foreign)} of another program, which a run would write over",
+            "move it elsewhere, or name another output_dir",
         )
 
 
@@ -79,7 +79,8 @@ def claim(output_dir: str | Path, flags: str = "") -> str | None:
             write_file(file, flags.encode())
     except OSError as error:
         raise UserError(
-            f"output_dir {output_dir}: cannot be written ({error.strerror or error}): make it writable, or name another"
+            f"output_dir {output_dir}: cannot be written ({error.strerror or error})",
+            "make it writable, or name another",
         ) from None
     return f"{file} is yours: the flags of this run are not written there" if flags and foreign else None
 
@@ -109,7 +110,7 @@ def announce_removal(output_dir: str | Path) -> None:
     try:
         write_file(Path(output_dir) / _PENDING, b"")
     except OSError as error:
-        raise UserError(f"output_dir {output_dir}: cannot be written to ({error}): name another one") from None
+        raise UserError(f"output_dir {output_dir}: cannot be written to ({error})", "name another one") from None
 
 
 def cancel_removal(output_dir: str | Path) -> None:
@@ -137,7 +138,7 @@ def remove_export(output_dir: str | Path) -> None:
         (checkpoints_folder(output_dir) / BEST).unlink(missing_ok=True)
         _clear_export(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be cleared ({error}): remove it, or name another output_dir") from None
+        raise UserError(f"{folder}: cannot be cleared ({error})", "remove it, or name another output_dir") from None
 
 
 def remove_run(output_dir: str | Path) -> None:
@@ -163,7 +164,7 @@ def remove_run(output_dir: str | Path) -> None:
             _remove_empty(folder)
         (output_dir / _PENDING).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir {output_dir}: cannot be cleared ({error}): name another one") from None
+        raise UserError(f"output_dir {output_dir}: cannot be cleared ({error})", "name another one") from None
 
 
 def _clear_export(folder: Path) -> None:

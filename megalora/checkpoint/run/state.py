@@ -77,8 +77,8 @@ class CheckpointWriter:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"checkpoints cannot be written to {probe.parent} ({error.strerror or error}): make it writable, "
-                f"name another output_dir, or give --save false"
+                f"checkpoints cannot be written to {probe.parent} ({error.strerror or error})",
+                "make it writable, name another output_dir, or give --save false",
             ) from None
 
     def save(self, step: int, write_shard: Callable[[Path], Path] | None, identity: Mapping[str, str]) -> Path:
@@ -115,13 +115,14 @@ class CheckpointWriter:
         except RuntimeError as lost:  # what torch.distributed raises when another rank has gone
             raise UserError(
                 f"checkpoint {where.with_suffix('')}: not finished, because another rank has left ({lost!s:.160}): the "
-                f"checkpoints before it are whole, so the same command goes on from the newest of them"
+                "checkpoints before it are whole",
+                "give the same command again: it goes on from the newest of them",
             ) from None
         if error is not None and not isinstance(error, (OSError, UserError)):
             raise error
         messages = [message for _, message in outcomes if message is not None]
         if messages:
-            raise UserError(messages[0])
+            raise UserError(*messages[0])
         return [result for result, _ in outcomes]
 
     def _prepare(self, aside: Path) -> None:
@@ -140,30 +141,29 @@ class CheckpointWriter:
                 shutil.rmtree(doomed)
             except OSError as error:
                 raise UserError(
-                    f"checkpoint {folder}: cannot be removed, as save_total_limit asks ({error.strerror or error}): "
-                    f"remove it, or leave save_total_limit out"
+                    f"checkpoint {folder}: cannot be removed, as save_total_limit asks ({error.strerror or error})",
+                    "remove it, or leave save_total_limit out",
                 ) from None
 
 
-def _explained(error: Exception, where: Path) -> str:
+def _explained(error: Exception, where: Path) -> tuple[str, str | None]:
+    """Return message and hint of the UserError that all ranks raise."""
     if isinstance(error, UserError):
-        return str(error)
+        return error.message, error.hint
+    said = f"checkpoint {where.with_suffix('')}: cannot be written"
     if isinstance(error, OSError):
-        return (
-            f"checkpoint {where.with_suffix('')}: cannot be written ({error.strerror or error}): "
-            "free space, or make output_dir writable"
-        )
-    return f"checkpoint {where.with_suffix('')}: cannot be written ({type(error).__name__}: {error})"
+        return f"{said} ({error.strerror or error})", "free space, or make output_dir writable"
+    return f"{said} ({type(error).__name__}: {error})", None
 
 
-def _not_shared(aside: Path) -> str:
-    return f"output_dir {aside.parent.parent}: is not one folder on all nodes: name one on a shared disk"
+def _not_shared(aside: Path) -> UserError:
+    return UserError(f"output_dir {aside.parent.parent}: is not one folder on all nodes", "name one on a shared disk")
 
 
 def _write(aside: Path, write_shard: Callable[[Path], Path]) -> dict[str, dict[str, Any]]:
     """Writes this rank's shard; size and hash of each of its files, by name relative to the checkpoint."""
     if not aside.is_dir():
-        raise UserError(_not_shared(aside))
+        raise _not_shared(aside)
     shard = write_shard(aside)
     files = {}
     for file in sorted(shard.rglob("*")):
@@ -182,7 +182,7 @@ def _finish(step: int, aside: Path, final: Path, files: Mapping[str, Any], ident
     """Puts a checkpoint whose files are all written in its place, then moves the tracker."""
     for name, entry in files.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != entry["size"]:
-            raise UserError(_not_shared(aside))
+            raise _not_shared(aside)
     write_manifest(aside, files, step=step, identity=dict(identity))
     put_in_place(aside, final)  # a damaged one, which the run went back beyond, may be there
     write_file(final.parent / TRACKER, f"{step}\n".encode())
@@ -241,13 +241,13 @@ def verified(folder: str | Path) -> SavedCheckpoint:
     folder = Path(folder)
     manifest = folder / MANIFEST
     if not manifest.exists():
-        raise UserError(f"checkpoint {folder}: has no {MANIFEST}, so it was not finished: take an older one")
+        raise UserError(f"checkpoint {folder}: has no {MANIFEST}, so it was not finished", "take an older one")
     named = ITERATION.fullmatch(folder.name)
 
     def read(body: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
         step, identity = int(body["step"]), dict(body["identity"])
         if named and int(named[1]) != step:
-            raise UserError(f"checkpoint {folder}: was written as step {step}: rename it to iter_{step:07d} again")
+            raise UserError(f"checkpoint {folder}: was written as step {step}", f"rename it to iter_{step:07d} again")
         return step, identity
 
     step, identity = verify(folder, "checkpoint", "take an older one", read)

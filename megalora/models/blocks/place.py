@@ -17,7 +17,7 @@ from megalora.parallel.placement import Placement
 from megalora.parallel.split import Cut, Part, joined_cut
 
 # The layer's inputs to adapted linears, each with its own dropout mask. Numbers of existing runs never move: a new kind
-# of input gets a number from a stable hash of its name (DESIGN section 3).
+# of input gets a number from a stable hash of its name (docs/design.md).
 SITES = ("qkv", "out", "up", "down")
 
 

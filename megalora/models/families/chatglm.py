@@ -16,11 +16,11 @@ _DEFAULTS = {
 
 def read(hf: Fields) -> ModelSpec:
     if hf.position_encoding_2d is not None:
-        hf.fail("this is ChatGLM-1, another model than ChatGLM2 and 3 and not implemented: take ChatGLM3 or GLM-4")
+        hf.fail("this is ChatGLM-1, another model than ChatGLM2 and 3 and not implemented", "take ChatGLM3 or GLM-4")
     size, heads, dim, inner = hf.hidden_size, hf.num_attention_heads, hf.kv_channels, hf.ffn_hidden_size
     kv = hf.multi_query_group_num if hf.multi_query_attention else heads
     if heads % kv:
-        hf.fail(f"num_attention_heads ({heads}) is not a multiple of multi_query_group_num ({kv}): correct it")
+        hf.fail(f"num_attention_heads ({heads}) is not a multiple of multi_query_group_num ({kv})", "correct it")
 
     def norm(name: str) -> Norm:
         return Norm(name, size, hf.layernorm_epsilon)

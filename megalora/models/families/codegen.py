@@ -36,7 +36,7 @@ class ByShard:
 def read(hf: Fields) -> ModelSpec:
     size, heads = hf.hidden_size, hf.num_attention_heads
     if heads % SHARDS:
-        hf.fail(f"num_attention_heads ({heads}) is not a multiple of {SHARDS}: correct it")
+        hf.fail(f"num_attention_heads ({heads}) is not a multiple of {SHARDS}", "correct it")
     qkv = Fused(Linear("attn.qkv_proj", size, 3 * size), ByShard(heads // SHARDS, head_dim(hf)))
     return gptj_like(hf, qkv, qkv, qkv)
 

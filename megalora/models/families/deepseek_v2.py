@@ -17,7 +17,9 @@ def read(hf: Fields) -> ModelSpec:
     count = hf.n_routed_experts
     limited = hf.topk_method == "group_limited_greedy"
     if hf.topk_method not in ("greedy", "group_limited_greedy"):
-        hf.fail(f"topk_method = {hf.topk_method!r} is not implemented: only greedy and group_limited_greedy are")
+        hf.fail(
+            f"topk_method = {hf.topk_method!r} is not implemented", "take a model with greedy or group_limited_greedy"
+        )
     how = grouped_choice(hf, count) if limited else {}
     choice = router(hf, "mlp.gate", count, scale=hf.routed_scaling_factor, wide=True, group_top=1, **how)
     expert = gated_mlp(hf, at="mlp.experts.{expert}", inner=hf.moe_intermediate_size)

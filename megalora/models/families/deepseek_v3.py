@@ -20,7 +20,7 @@ def latent_attention(hf: Fields, interleaved: bool = True) -> LatentAttention:
     """Return DeepSeek's attention. Raises UserError for key/value heads, which it does not have."""
     heads, size, at, bias = hf.num_attention_heads, hf.hidden_size, "self_attn.", bool(hf.attention_bias)
     if hf.num_key_value_heads not in (None, heads):
-        hf.fail(f"num_key_value_heads ({hf.num_key_value_heads}) is not num_attention_heads ({heads}): correct it")
+        hf.fail(f"num_key_value_heads ({hf.num_key_value_heads}) is not num_attention_heads ({heads})", "correct it")
     plain, turned, value, latent = hf.qk_nope_head_dim, hf.qk_rope_head_dim, hf.v_head_dim, hf.kv_lora_rank
     short = hf.q_lora_rank
     position = dataclasses.replace(hf.rotary(turned), interleaved=interleaved)
@@ -54,13 +54,13 @@ def grouped_choice(hf: Fields, count: int) -> dict[str, int]:
     groups, kept = hf.n_group or 1, hf.topk_group or 1
     if count % groups or kept > groups:
         hf.fail(
-            f"n_group ({groups}) must divide n_routed_experts ({count}), "
-            f"and topk_group ({kept}) not exceed it: correct it"
+            f"n_group ({groups}) must divide n_routed_experts ({count}), and topk_group ({kept}) not exceed it",
+            "correct them",
         )
     if hf.num_experts_per_tok > kept * (count // groups):
         hf.fail(
-            f"num_experts_per_tok ({hf.num_experts_per_tok}) is more than the experts of topk_group ({kept}) groups: "
-            f"correct it"
+            f"num_experts_per_tok ({hf.num_experts_per_tok}) is more than the experts of topk_group ({kept}) groups",
+            "correct it",
         )
     return {"groups": groups, "kept_groups": kept}
 

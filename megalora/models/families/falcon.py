@@ -38,14 +38,14 @@ def falcon(hf: Fields) -> ModelSpec:
     )  # fmt: skip
     if new and not beside:
         hf.fail(
-            "new_decoder_architecture without parallel_attn is not implemented: "
-            "take config.json from the model's folder"
+            "new_decoder_architecture without parallel_attn is not implemented",
+            "take config.json from the model's folder",
         )
     kv_heads = 1 if hf.multi_query and not new else hf.num_kv_heads
     if not new and kv_heads not in (1, heads):
-        hf.fail(f"num_kv_heads = {kv_heads} is read with new_decoder_architecture only: remove it")
+        hf.fail(f"num_kv_heads = {kv_heads} is read with new_decoder_architecture only", "remove it")
     if heads % kv_heads:
-        hf.fail(f"num_attention_heads ({heads}) is not a multiple of num_kv_heads ({kv_heads}): correct it")
+        hf.fail(f"num_attention_heads ({heads}) is not a multiple of num_kv_heads ({kv_heads})", "correct it")
     rows: Rows = ByGroup(heads // kv_heads, dim) if new else ByHead(dim)
     if hf.multi_query and not new:
         rows = Blocked((("q", heads), ("k", 1), ("v", 1)), dim)

@@ -15,7 +15,7 @@ def windows(hf: Fields) -> tuple[int | None, ...]:
     if kinds is None:
         return tuple(hf.sliding_window if i >= hf.max_window_layers else None for i in range(hf.num_hidden_layers))
     if len(kinds) != hf.num_hidden_layers:
-        hf.fail(f"layer_types has {len(kinds)} entries for {hf.num_hidden_layers} layers: correct it")
+        hf.fail(f"layer_types has {len(kinds)} entries for {hf.num_hidden_layers} layers", "correct it")
     return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
