@@ -120,7 +120,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
             if loaded is not None:
                 check_vocabulary(loaded.max_token_id, config, model.model_path)
     notes += template.notes
-    loader = _loader(rows, train, mesh)
+    loader = _loader(rows, train, mesh, config)
     base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
     base_format = resolve_base(model.base_format, config).name
     dropout = None if not asked else told(base_dropouts(config)) or "off"
@@ -147,7 +147,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         weights=weights,
         template=template,
         loader=loader,
-        eval_loader=None if eval_rows is None else _loader(eval_rows, train, mesh, shuffle=False),
+        eval_loader=None if eval_rows is None else _loader(eval_rows, train, mesh, config, shuffle=False),
         start=start,
         overwrite=overwrite,
         identity=identity,
@@ -343,7 +343,9 @@ def _load_rows(template: Rendering, data: DataArguments, train: TrainArguments) 
     return rows, load_dataset(data.eval_data_path, template, replace(settings, check_names=False), train.seed)
 
 
-def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle: bool = True) -> Loader:
+def _loader(
+    rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, config: ModelSpec, shuffle: bool = True
+) -> Loader:
     return Loader(
         rows,
         micro_batch_rows=train.per_device_train_batch_size,
@@ -354,4 +356,6 @@ def _loader(rows: PackedRows, train: TrainArguments, mesh: ParallelMesh, shuffle
         shuffle=shuffle,
         cp_rank=mesh.cp.rank,
         cp_size=mesh.cp.size,
+        # The linears of a layer take about 24 H^2 FLOPs for a token, and attention 2 H of them for each key (H: width).
+        token_work=12 * config.hidden_size,
     )

@@ -388,8 +388,8 @@ def _():
 def _():
     wrap(
         megalora.data.loader,
-        "rows_in_microbatch",
-        lambda rows, m, size, dp_rank, dp_size: rows(m, size, 0, dp_size),
+        "deal",
+        lambda dealt, work, rows, microbatches, dp_size: [dealt(work, rows, microbatches, dp_size)[0]] * dp_size,
     )
 
 

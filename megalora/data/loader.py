@@ -5,7 +5,8 @@ Every rank has all rows before it, mapped from a file, so the counts over the wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,7 +18,7 @@ import torch
 from ..batch import Batch
 from .context import cut_batch
 from .packing import PackedRows, Row, lay_out
-from .sampler import permutation, rows_in_microbatch, steps_per_epoch
+from .sampler import deal, permutation, steps_per_epoch
 
 T = TypeVar("T")
 
@@ -42,6 +43,8 @@ class Loader:
     """`step(n)` gives step n of an endless run over `rows`; each epoch has every row exactly once.
 
     cp_rank, cp_size: of a context-parallel axis, over which each microbatch is cut (see context.py).
+    token_work: what all but attention takes for a token, in tokens that attention goes through for it; it says how much
+    more work a row of a long document is (see sampler.deal).
     num_microbatches is per dp rank. With shuffle=False each epoch has the rows in order (an eval set is read
     for one epoch).
     """
@@ -58,6 +61,7 @@ class Loader:
         shuffle: bool = True,
         cp_rank: int = 0,
         cp_size: int = 1,
+        token_work: float = math.inf,
     ):
         assert micro_batch_rows > 0 and num_microbatches > 0 and 0 <= dp_rank < dp_size
         self.rows = rows
@@ -68,6 +72,7 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
         self.cp_rank, self.cp_size = cp_rank, cp_size
+        self._attention = None if math.isinf(token_work) else _attention_work(rows) / (rows.seq_length * token_work)
         self.global_batch_rows = micro_batch_rows * num_microbatches * dp_size
         self.steps_per_epoch = steps_per_epoch(rows.rows, self.global_batch_rows)
         self._empty = lay_out(rows.source, rows.members[:0], np.zeros(1, np.int64), *rows.filling).row(0)
@@ -80,10 +85,12 @@ class Loader:
             self._order = (epoch, self._epoch_order(epoch))
         first = number * self.global_batch_rows
         chosen = self._order[1][first : first + self.global_batch_rows]
-        microbatches = [
-            self._batch(chosen, rows_in_microbatch(m, self.micro_batch_rows, self.dp_rank, self.dp_size))
-            for m in range(self.num_microbatches)
-        ]
+        work = [1.0] * self.global_batch_rows
+        if self._attention is not None:
+            work[: len(chosen)] = (1.0 + self._attention[chosen]).tolist()
+        own = deal(work, self.micro_batch_rows, self.num_microbatches, self.dp_size)[self.dp_rank]
+        size = self.micro_batch_rows
+        microbatches = [self._batch(chosen, own[at : at + size]) for at in range(0, len(own), size)]
         if self.cp_size > 1:
             microbatches = [cut_batch(batch, self.cp_rank, self.cp_size) for batch in microbatches]
         return Step(
@@ -95,7 +102,7 @@ class Loader:
     def _epoch_order(self, epoch: int) -> list[int]:
         return permutation(self.rows.rows, self.seed, epoch) if self.shuffle else list(range(self.rows.rows))
 
-    def _batch(self, chosen: list[int], places: range) -> Batch:
+    def _batch(self, chosen: list[int], places: Sequence[int]) -> Batch:
         """The rows at `places` of the step, whose rows are `chosen`; places beyond those are empty rows."""
         rows = [self.rows.row(chosen[r]) if r < len(chosen) else self._empty for r in places]
         tokens = [int(self.rows.row_tokens[chosen[r]]) if r < len(chosen) else 0 for r in places]
@@ -107,10 +114,16 @@ class Loader:
             labels=_joined([row.labels for row in rows]),
             position_ids=_joined([row.position_ids for row in rows]),
             cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-            token_index=torch.arange(places.start * seq_length, places.stop * seq_length),
+            token_index=torch.cat([torch.arange(r * seq_length, (r + 1) * seq_length) for r in places]),
             columns={name: _joined([row.columns[name] for row in rows]) for name in rows[0].columns},
             weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
         )
+
+
+def _attention_work(rows: PackedRows) -> np.ndarray:
+    """[R] float64, keys that the tokens of each row go through in causal attention."""
+    sums = np.concatenate(([0.0], np.cumsum(rows.lengths.astype(np.float64) ** 2)))
+    return np.diff(sums[rows.row_ends], prepend=0.0) / 2
 
 
 def _joined(parts: list[np.ndarray]) -> torch.Tensor:

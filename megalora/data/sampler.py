@@ -9,13 +9,18 @@ microbatch, 2 microbatches and dp 2:
     dp rank       0 |   1 |   0 |   1
 
 So the rows of a step, and their numbers in it, do not depend on dp_size where the global batch is the same.
+
+Rows of one long document take more work than rows of many short ones, and a step takes as long as its busiest rank.
+Where that one would have more than 2% too much, rows go to other ranks than that, with the numbers that they have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
 PACKING_EPOCH = -1  # the order in which documents are packed, before any epoch
+_EVEN = 1.02  # times the work of the busiest rank that dealing by work would give: let it be
 EVALUATION_EPOCH = -2  # the rows that are held out for evaluation
 SOURCE_EPOCH = -3  # the documents of source n that a weight with a fraction repeats: SOURCE_EPOCH - n
 
@@ -35,3 +40,24 @@ def rows_in_microbatch(microbatch: int, micro_batch_rows: int, dp_rank: int, dp_
     """Numbers within the step of the rows of one microbatch on one dp rank."""
     first = (microbatch * dp_size + dp_rank) * micro_batch_rows
     return range(first, first + micro_batch_rows)
+
+
+def deal(work: Sequence[float], micro_batch_rows: int, num_microbatches: int, dp_size: int) -> list[list[int]]:
+    """Numbers within the step of the rows of each dp rank, one microbatch after another.
+
+    work  of each row of the step, in any unit
+    Each rank has as many rows. The longest go first, each to the rank with the least work so far.
+    """
+    places = [
+        [row for m in range(num_microbatches) for row in rows_in_microbatch(m, micro_batch_rows, rank, dp_size)]
+        for rank in range(dp_size)
+    ]
+    by_work: list[list[int]] = [[] for _ in range(dp_size)]
+    totals = [0.0] * dp_size
+    for row in sorted(range(len(work)), key=lambda row: -work[row]):
+        open_ranks = [rank for rank in range(dp_size) if len(by_work[rank]) < len(places[rank])]
+        rank = min(open_ranks, key=lambda rank: totals[rank])
+        by_work[rank].append(row)
+        totals[rank] += work[row]
+    busiest = max(sum(work[row] for row in rows) for rows in places)
+    return [sorted(rows) for rows in by_work] if busiest > _EVEN * max(totals) else places

@@ -149,3 +149,18 @@ def test_what_fails_in_a_step_is_raised_where_it_is_taken():
     assert [next(steps), next(steps)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(steps)
+
+
+def test_long_documents_are_spread_over_the_ranks_and_keep_their_numbers():
+    """Of every four rows two are one document; by number both would fall to rank 0."""
+    documents = [Sample(ids, ids) for n in (SEQ, SEQ // 4) for ids in [np.arange(1, n + 1, dtype=np.int32)]]
+    rows = build_rows(documents, [[0], [1, 1, 1, 1]] * 4, SEQ, PAD)
+    sizes = {"micro_batch_rows": 1, "num_microbatches": 4, "dp_size": 2}
+    for token_work, longest in ((1e9, [4, 0]), (1.0, [2, 2])):
+        ranks = [
+            Loader(rows, **sizes, dp_rank=rank, seed=0, shuffle=False, token_work=token_work).step(0).microbatches
+            for rank in range(2)
+        ]
+        assert [sum(len(batch.cu_seqlens) == 2 for batch in batches) for batches in ranks] == longest
+        numbers = {int(b.token_index[0]) // SEQ: len(b.cu_seqlens) == 2 for batches in ranks for b in batches}
+        assert numbers == {number: number % 2 == 0 for number in range(8)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalora.data.sampler import permutation, rows_in_microbatch, steps_per_epoch
+from megalora.data.sampler import deal, permutation, rows_in_microbatch, steps_per_epoch
 
 sizes = st.integers(1, 5)
 
@@ -30,3 +30,28 @@ def test_microbatches_share_the_step_out(micro, accumulation, dp):
 
 def test_steps_per_epoch():
     assert [steps_per_epoch(rows, 4) for rows in (1, 4, 5, 8)] == [1, 1, 2, 2]
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.data(),
+)
+def test_rows_of_uneven_work_are_dealt_evenly(micro, microbatches, dp, data):
+    count = micro * microbatches * dp
+    work = data.draw(st.lists(st.floats(1.0, 50.0), min_size=count, max_size=count))
+    dealt = deal(work, micro, microbatches, dp)
+    assert sorted(row for rows in dealt for row in rows) == list(range(count))
+    assert [len(rows) for rows in dealt] == [micro * microbatches] * dp
+    totals = [sum(work[row] for row in rows) for rows in dealt]
+    by_number = [
+        [row for m in range(microbatches) for row in rows_in_microbatch(m, micro, rank, dp)] for rank in range(dp)
+    ]
+    assert max(totals) <= max(sum(work[row] for row in rows) for rows in by_number)
+
+
+def test_rows_stay_where_they_are_while_the_ranks_are_about_even_and_move_where_they_are_not():
+    assert deal([1.0, 1.01, 1.0, 1.0], 1, 2, 2) == [[0, 2], [1, 3]]
+    assert deal([9.0, 1.0, 9.0, 1.0], 1, 2, 2) == [[0, 1], [2, 3]]
+    assert deal([8.0, 1.0, 7.0, 1.0, 1.0, 1.0], 1, 3, 2) == [[0, 3, 5], [1, 2, 4]]
