@@ -36,9 +36,11 @@ def choose(arguments: FinetuneArguments, device: torch.device) -> tuple[Finetune
     Raises UserError where nothing fits, or global_batch_size cannot be dealt to the ranks.
     """
     world_size = environment_int("WORLD_SIZE", 1)
+    fixed = arguments.train.max_tokens_per_microbatch is not None
+    arguments = replace(arguments, train=arguments.train.in_rows(arguments.data.seq_length))
     if not _is_open(arguments, device, world_size):
         return _dealt(arguments, world_size), ()
-    best, cluster, count = _best(arguments, device, world_size)
+    best, cluster, count = _best(arguments, device, world_size, fixed)
     layout, work = best.layout, best.layout.work
     parallel = replace(
         arguments.parallel,
@@ -89,8 +91,13 @@ def _dealt(arguments: FinetuneArguments, world_size: int) -> FinetuneArguments:
     return replace(arguments, train=replace(train, gradient_accumulation_steps=steps, global_batch_size=None))
 
 
-def _best(arguments: FinetuneArguments, device: torch.device, world_size: int) -> tuple[Plan, Cluster, int]:
-    """Return the fastest plan, the cluster it is for, and of how many sizes it is the fastest."""
+def _best(
+    arguments: FinetuneArguments, device: torch.device, world_size: int, fixed: bool
+) -> tuple[Plan, Cluster, int]:
+    """Return the fastest plan, the cluster it is for, and of how many sizes it is the fastest.
+
+    fixed  whether a microbatch has the rows that the arguments say
+    """
     model, parallel, train = arguments.model, arguments.parallel, arguments.train
     config = read_config(model.model_path)
     lora = resolve_lora(LoraConfig() if model.lora_config is None else LoraConfig.from_json(model.lora_config), config)
@@ -110,6 +117,7 @@ def _best(arguments: FinetuneArguments, device: torch.device, world_size: int) -
     wanted = Wanted(
         work,
         rows,
+        rows=train.per_device_train_batch_size if fixed else None,
         tp=given.get("tensor_parallel_size"),
         pp=given.get("pipeline_parallel_size"),
         cp=given.get("context_parallel_size"),

@@ -65,6 +65,20 @@ def test_global_batch_size_is_dealt_to_the_ranks(chosen):
         chosen(4, global_batch_size=10, tensor_parallel_size=2, per_device_train_batch_size=2)
 
 
+def test_rows_of_a_microbatch_by_tokens(chosen):
+    """The inputs' rows have 64 tokens or so; what is given in tokens is rounded down to whole rows."""
+    length = chosen(1)[0].data.seq_length
+    for layout in ("manual", "auto"):
+        arguments, _ = chosen(2, layout=layout, max_tokens_per_microbatch=3 * length + 1, global_batch_size=12)
+        assert arguments.train.per_device_train_batch_size == 3
+        sizes = arguments.parallel.tensor_parallel_size * arguments.parallel.pipeline_parallel_size
+        assert arguments.train.gradient_accumulation_steps == 12 // 3 // (2 // sizes)
+    with pytest.raises(UserError, match=rf"max_tokens_per_microbatch \({length - 1}\) is less than one row"):
+        chosen(1, max_tokens_per_microbatch=length - 1)
+    with pytest.raises(UserError, match="both say how many rows a microbatch has"):
+        chosen(1, max_tokens_per_microbatch=4 * length, per_device_train_batch_size=4)
+
+
 def test_a_chosen_layout_gives_the_same_numbers(inputs, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     tune(1, inputs.flags(one, global_batch_size=4, max_steps=3))

@@ -19,6 +19,7 @@ _ONE_CHOICE = (
     {"dtype", "fp16", "bf16"},
     {"warmup_steps", "warmup_ratio"},
     {"global_batch_size", "gradient_accumulation_steps"},
+    {"per_device_train_batch_size", "max_tokens_per_microbatch"},
     {"eval_data_path", "eval_fraction"},
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -122,6 +122,12 @@ class TrainArguments(Section):
     output_dir: str = flag(REQUIRED, "folder of the run: checkpoints, adapter, metrics.jsonl, TensorBoard, logs")
     overwrite_output_dir: bool = flag(False, "start a new run even if output_dir has checkpoints; they are removed")
     per_device_train_batch_size: int = shared.PER_DEVICE_TRAIN_BATCH_SIZE.field(1)
+    max_tokens_per_microbatch: int | None = flag(
+        None,
+        "tokens in one microbatch of one data-parallel rank, at most: as many rows of seq_length as go into them",
+        at_least=2,
+        unset="per_device_train_batch_size rows",
+    )
     gradient_accumulation_steps: int = shared.GRADIENT_ACCUMULATION_STEPS.field(1)
     global_batch_size: int | None = shared.GLOBAL_BATCH_SIZE.field(
         None,
@@ -203,6 +209,12 @@ class TrainArguments(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_tokens_per_microbatch is not None and self.per_device_train_batch_size != 1:
+            raise UserError(
+                f"max_tokens_per_microbatch ({self.max_tokens_per_microbatch}) and per_device_train_batch_size "
+                f"({self.per_device_train_batch_size}) both say how many rows a microbatch has",
+                "give one of them",
+            )
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise UserError(
                 f"global_batch_size ({self.global_batch_size}) and gradient_accumulation_steps "
@@ -213,6 +225,22 @@ class TrainArguments(Section):
             raise UserError("warmup_ratio and warmup_steps both say how long the warmup is", "give one of them")
         if self.max_steps is not None:
             self._check_warmup(self.max_steps)
+
+    def in_rows(self, seq_length: int) -> TrainArguments:
+        """Return these with the rows of a microbatch for max_tokens_per_microbatch, where that is given.
+
+        UserError where it is less than one row of seq_length tokens.
+        """
+        if self.max_tokens_per_microbatch is None:
+            return self
+        rows = self.max_tokens_per_microbatch // seq_length
+        if rows == 0:
+            raise UserError(
+                f"max_tokens_per_microbatch ({self.max_tokens_per_microbatch}) is less than one row of seq_length "
+                f"({seq_length})",
+                f"give at least {seq_length}, or a shorter seq_length",
+            )
+        return replace(self, per_device_train_batch_size=rows, max_tokens_per_microbatch=None)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimizer steps of the whole run, given those of one epoch (at least 1).
