@@ -19,6 +19,7 @@ from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
 from megalora.models.graphs import choose_graphs, tiled_by
+from megalora.models.inputs import head_features
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
@@ -414,7 +415,7 @@ def build_trainer(
         fill(stage)
     stage.settle()
     with together(mesh.world):
-        few, words = (config.head_dim, config.has_experts), stage.trains_words
+        few, words = (head_features(config), config.has_experts), stage.trains_words
         how: dict[str, Any] = {"timed": settings.timed, "offloads": stage.offloads, "tiled": tiled_by(config)}
         graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, *few, trains_words=words, **how)
     if graphs:

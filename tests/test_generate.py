@@ -85,10 +85,11 @@ def test_base_beside_tuned(case, asked, tmp_path, world_size):
 
 
 def test_the_base_comes_back_whole(case):
-    """Its biases too, where the adapter brings others."""
+    """Its biases and its embedding too, where the adapter brings others."""
     model = case("qwen2").model
     mesh, config = build_mesh(0, 1), read_config(model)
-    lora = resolve_lora(LoraConfig.from_dict({"r": 3, "target_modules": "all-linear", "bias": "all"}), config)
+    fields = {"r": 3, "target_modules": "all-linear", "bias": "all", "modules_to_save": ["embed_tokens"]}
+    lora = resolve_lora(LoraConfig.from_dict(fields), config)
     stage, _ = build_stage(config, mesh, lora, Placement(mesh.tp, False, torch.float32, "cpu"))
     load_base_weights(stage, model)
     stage.keep_base()
@@ -103,7 +104,7 @@ def test_the_base_comes_back_whole(case):
     with torch.no_grad():
         for i, (name, parameter) in enumerate(sorted(stage.trainable().items())):
             parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(i))
-            assert "lora" in name or name.endswith("bias")
+            assert "lora" in name or name.endswith("bias") or "embed_tokens" in name
     stage.refresh_adapters()
     tuned = hidden()
     assert not torch.allclose(tuned, base)

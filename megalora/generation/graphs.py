@@ -60,6 +60,13 @@ class DecodeGraphs:
         recording.graph.replay()
         return recording.out[:count]
 
+    def forget(self) -> None:
+        """Give up what is recorded: the next steps record anew."""
+        if self._recordings:
+            graphs = [recording.graph for recording in self._recordings.values()]
+            self._recordings.clear()
+            self._recorder.forget(graphs)
+
     def _record(self, width: int) -> _Recording:
         where = torch.zeros(4, width, dtype=torch.int64, device=self._device)
         where[1] = self._spare

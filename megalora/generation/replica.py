@@ -100,6 +100,8 @@ class Replica:
         if on != self._adapted:
             self._adapted = on
             self._stage.switch_adapters(on)
+            if self._steps is not None:
+                self._steps.adapters_switched()
             self._held = [(0, []) for _ in self._held]  # keys and values are another model's now
 
     @torch.inference_mode()
@@ -221,7 +223,8 @@ class Replica:
         """(slot, tokens of the prompt that it holds already), in a dialogue the turns before."""
         if self._keep_logits is not None:  # of all tokens: all are fed
             return free[-1], 0
-        mine = [slot for slot in free if self._held[slot][0] == prompt.adapter]
+        length = len(prompt.token_ids)
+        mine = [slot for slot in free if self._held[slot][0] == prompt.adapter and self._steps.goes_on(slot, length)]
         common = {slot: _common(self._held[slot][1], prompt.token_ids) for slot in mine}
         best = max(mine, key=lambda slot: common[slot], default=free[-1])
         # The last token of the prompt is fed in any case: the reply starts from it.

@@ -10,7 +10,7 @@ import torch
 from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
 from megalora.generation.graphs import DecodeGraphs
 from megalora.models.blocks.attention import AttentionBlock
-from megalora.models.inputs import Cache, Inputs
+from megalora.models.inputs import Cache, Inputs, head_features
 from megalora.models.rotary import rope_table
 from megalora.models.spec import Rotary
 from megalora.models.stage import Stage
@@ -31,8 +31,9 @@ class Steps:
         recorded = _can_be_recorded(stage)
         self._cache = KVCache(slots + recorded, capacity)
         self._rope = {rotary: self._tables(rotary) for rotary in stage.config.rotaries}
-        # longrope: whether the prompt of a slot was long. A reply that grows long keeps the frequencies of its prompt.
+        # longrope: tokens of the first prompt of each slot. What follows in the slot keeps the frequencies of that.
         self._lengths = torch.zeros(self._cache.slots, dtype=torch.int64, device=self._device)
+        self._prompted = [0] * self._cache.slots  # the same on the host
         self._graphs: DecodeGraphs | None = None
         if recorded:
             like = torch.empty(stage.config.hidden_size, dtype=stage.place.dtype, device=self._device)
@@ -53,14 +54,24 @@ class Steps:
         place = self._stage.place
         if any(rotary.long is not None for rotary in self._rope):
             for span in (span for span in spans if span.start == 0):
-                self._lengths[span.slot] = span.stop
-        step = PrefillStep.of(self._cache, spans, self._stage.config.head_dim, place.dtype, self._device)
+                self._lengths[span.slot] = self._prompted[span.slot] = span.stop
+        step = PrefillStep.of(self._cache, spans, head_features(self._stage.config), place.dtype, self._device)
         of_tokens = None
         if self._stage.shares_adapters:
             lengths = torch.tensor([span.stop - span.start for span in spans])
             of_tokens = torch.tensor(adapters).repeat_interleave(lengths).to(self._device)
         ids = torch.tensor(token_ids, device=self._device)
         return self._run(hidden, ids, step.slots, step.places, of_tokens, step)
+
+    def goes_on(self, slot: int, length: int) -> bool:
+        """Return whether a prompt of `length` tokens may keep what the slot holds: keys of the same frequencies."""
+        limits = [rotary.long_from for rotary in self._rope if rotary.long is not None]
+        return all((self._prompted[slot] > limit) == (length > limit) for limit in limits)
+
+    def adapters_switched(self) -> None:
+        """Call after `Stage.switch_adapters`: a trained embedding reads other tensors now than graphs recorded."""
+        if self._graphs is not None and self._stage.trains_words:
+            self._graphs.forget()
 
     def decode(
         self,

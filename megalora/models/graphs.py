@@ -171,7 +171,7 @@ class LayerGraphs:
 def _layout(inputs: Inputs) -> Hashable:
     """What a graph is captured for: documents of several lengths are one layout."""
     bounds = inputs.bounds if is_even(inputs.bounds) else None
-    return inputs.input_ids.shape[0], inputs.tokens.seed, bounds
+    return inputs.input_ids.shape[0], inputs.tokens.seed, bounds, tuple(inputs.columns)
 
 
 def _size(inputs: Inputs) -> tuple[int, int]:
@@ -205,7 +205,8 @@ class _Graph:
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:
     """Those that layers read and that differ from one microbatch of a layout to the next; the bounds apart."""
     positions = [] if inputs.position_ids is None else [inputs.position_ids]
-    return [inputs.input_ids, inputs.tokens.index, *positions, *(t for pair in inputs.tables.values() for t in pair)]
+    tables = (table for pair in inputs.tables.values() for table in pair)
+    return [inputs.input_ids, inputs.tokens.index, *positions, *inputs.columns.values(), *tables]
 
 
 def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
@@ -218,6 +219,7 @@ def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
 def _copy(inputs: Inputs, place: Placement, bounds: int, longest: int) -> Inputs:
     input_ids, index, *tables = (tensor.clone() for tensor in _tensors(inputs))
     position_ids = None if inputs.position_ids is None else tables.pop(0)
+    columns = {name: tables.pop(0) for name in inputs.columns}
     step = torch.tensor(inputs.tokens.step, dtype=torch.int64, device=index.device)
     tokens = replace(inputs.tokens, index=index, local=place.own_tokens(index), step=step)
     cu_seqlens = inputs.packed.cu_seqlens.new_empty(bounds)
@@ -231,6 +233,7 @@ def _copy(inputs: Inputs, place: Placement, bounds: int, longest: int) -> Inputs
         tokens=tokens,
         packed=Packed(cu_seqlens, longest),
         position_ids=position_ids,
+        columns=columns,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 
 from megalora.batch import Batch, to_device
 from megalora.models.rotary import rope_table
-from megalora.models.spec import ModelSpec, Rotary
+from megalora.models.spec import Alibi, Attention, LatentAttention, ModelSpec, Rotary
+from megalora.ops.alibi import EXTRA
 from megalora.ops.attention import Packed, Scores, pack
 from megalora.parallel.context import ContextKeys
 from megalora.parallel.placement import Placement, Tokens
@@ -81,11 +82,22 @@ def rope_tables(
     return {rotary: rope_table(rotary, position_ids, dtype, bounds) for rotary in spec.rotaries}
 
 
+def head_features(config: ModelSpec) -> int:
+    """Return the most features of a head that kernels of attention see: ALiBi adds some, values may have more."""
+    sizes = [config.head_dim]
+    for mixer in config.mixers:
+        if isinstance(mixer, Attention):
+            sizes.append(mixer.head_dim + EXTRA * isinstance(mixer.position, Alibi))
+        elif isinstance(mixer, LatentAttention):
+            sizes.append(max(mixer.head_dim, mixer.value))
+    return max(sizes)
+
+
 def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: int | None, step: int) -> Inputs:
     """Return the Inputs of a microbatch; seed None switches dropout off (evaluation)."""
     # Before the copy to the device: reading these there would wait for it.
     bounds = tuple(batch.cu_seqlens.tolist())
-    packed = pack(bounds, config.head_dim, place.dtype, torch.device(place.device))
+    packed = pack(bounds, head_features(config), place.dtype, torch.device(place.device))
     labelled = (batch.labels != -100).nonzero().squeeze(-1)
     weights = None if batch.weights is None else to_device(batch.weights[labelled], place.device)
     labelled = to_device(labelled, place.device)

@@ -97,6 +97,8 @@ def attention(
     runs = _runs(bounds)
     if not scores.simple or (q.device.type == "cpu" and not scores.causal):
         return tiled_attention(q, k, v, runs, window, scores)
+    if q.shape[2] > MOST_FEATURES:
+        packed = None
     if packed is not None and (len(runs) > 1 or (window is not None and window < runs[0].length)):
         return _flash(q, k, v, packed, window, scores)
     if len(runs) == 1:  # no slices: in backward each would be a copy

@@ -175,7 +175,8 @@ def quantise_with_branch(
     if not (X.stride(1) == 1 and X.stride(0) % limits.OCTET == 0):
         X = X.contiguous()
     shape = len(X), columns + terms_for(rank)
-    if extension.has_kernels("cuda") and X.is_cuda and X.itemsize == 2 and columns <= limits.LARGEST_FP8_ROW:
+    takes = X.itemsize == 2 and columns <= limits.LARGEST_FP8_ROW and rank <= limits.LARGEST_FP8_BRANCH
+    if extension.has_kernels("cuda") and X.is_cuda and takes:
         codes = torch.empty(shape, dtype=E4M3, device=X.device)
         scale = torch.empty(len(X), 1, dtype=torch.float32, device=X.device)
         torch.ops.megalora.fp8_quantise_(X[:, :columns], None, codes, scale, X[:, columns:], factor)

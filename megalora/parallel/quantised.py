@@ -8,11 +8,12 @@ for rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from megalora.errors import UserError
 from megalora.ops import extension, fp8, limits
 from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
 from megalora.ops.matmul import matmul, matmul_nt
@@ -40,6 +41,20 @@ class DenseRows:
 
 
 Rows = Nf4Rows | Fp8Rows | DenseRows
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a rank holds of a whole weight.
+
+    shape       of the whole, as the file has it: [in, out] where `transposed`, else [out, in]
+    runs, columns  ranges of the rows, one after another, and of the columns of W [out, in]
+    """
+
+    shape: tuple[int, ...]
+    runs: Sequence[Range]
+    columns: Range
+    transposed: bool
 
 
 class Scratch:
@@ -110,25 +125,22 @@ class _QuantisedMatrix:
     def fill(self, rows: slice, source: WeightSource, split: Split, transposed: bool) -> None:
         runs, columns = _ranges(split, transposed)
         first, stored = rows.start, source.stored()
+        if stored is not None and transposed:
+            raise UserError(
+                f"base weights: a linear is quantised and stored as [in, out] {list(split.global_shape)}: quantised "
+                f"weights are read as [out, in] only: take the model's unquantised checkpoint"
+            )
         if stored is None and self._as_stored:
             parts: Sequence[Any] = _dense_rows(source, split, transposed, self._dtype, self._device)
         else:
-            parts = self._read(source, stored, split.global_shape, runs, columns, transposed)
+            parts = self._read(source, stored, _Wanted(split.global_shape, runs, columns, transposed))
         for part in parts:
             self._put(first, part)
             first += len(part.codes)
         assert first == rows.stop, (rows, runs)
 
-    def _read(
-        self,
-        source: WeightSource,
-        stored: Stored,
-        shape: tuple[int, ...],
-        runs: Sequence[Range],
-        columns: Range,
-        transposed: bool,
-    ) -> Sequence[Rows]:
-        """Return the rows `runs` and `columns` of W, quantised as the file has them (`stored`), or here."""
+    def _read(self, source: WeightSource, stored: Stored, wanted: _Wanted) -> Sequence[Rows]:
+        """Return the rows that are wanted of W, quantised as the file has them (`stored`), or here."""
         raise NotImplementedError
 
     def _put(self, first: int, part: Rows) -> None:
@@ -169,20 +181,12 @@ class _QuantisedMatrix:
 class Nf4Matrix(_QuantisedMatrix):
     """W in NF4."""
 
-    def _read(
-        self,
-        source: WeightSource,
-        stored: Stored,
-        shape: tuple[int, ...],
-        runs: Sequence[Range],
-        columns: Range,
-        transposed: bool,
-    ) -> Sequence[Rows]:
+    def _read(self, source: WeightSource, stored: Stored, wanted: _Wanted) -> Sequence[Rows]:
         if isinstance(stored, Nf4Weight):
             stored = stored.to(self._device)
         else:  # the absmax are quantised relative to the mean of all, so the whole weight is needed
-            stored = quantise_nf4(_whole(source, shape, transposed, self._device))
-        return stored.rows(runs, columns)
+            stored = quantise_nf4(_whole(source, wanted, self._device))
+        return stored.rows(wanted.runs, wanted.columns)
 
 
 class Fp8Matrix(_QuantisedMatrix):
@@ -204,12 +208,7 @@ class Fp8Matrix(_QuantisedMatrix):
             and all(n % 16 == 0 for n in sizes)
             and fp8.multiplies(device.index)
         )
-        if self._multiplies:
-            self._terms = torch.empty(self.rows, self.columns + fp8.terms_for(self.rank), dtype=E4M3, device=device)
-            self._codes = self._terms[:, : self.columns]
-            self._scale = torch.empty(1, self.rows, dtype=torch.float32, device=device)
-            self._ones = torch.ones(1, self.columns + self.room, dtype=torch.float32, device=device)
-            self._factor = torch.ones(self.rank, dtype=torch.float32, device=device)
+        self._terms: torch.Tensor | None = None
 
     def _scratch_bytes(self) -> int:
         return self.rows * (self.columns + self.room) if self._multiplies else super()._scratch_bytes()
@@ -217,24 +216,44 @@ class Fp8Matrix(_QuantisedMatrix):
     def _put(self, first: int, part: Rows) -> None:
         """Copy the rows into one matrix of codes, where all are to be multiplied as they are."""
         if self._multiplies and not (isinstance(part, Fp8Rows) and part.scale.shape[1] == 1):
-            self._multiplies = False
+            self._give_up()
         if self._multiplies and isinstance(part, Fp8Rows):
+            if self._terms is None:
+                self._make_room()
             rows = slice(first, first + len(part.codes))
             self._codes[rows].copy_(part.codes)
             self._scale[0, rows].copy_(part.scale[:, 0])
             part = Fp8Rows(self._codes[rows], self._scale[0, rows].unsqueeze(1), part.block, part.phase)
         super()._put(first, part)
 
+    def _make_room(self) -> None:
+        made: dict[str, Any] = {"dtype": torch.float32, "device": self._device}
+        self._terms = torch.empty(self.rows, self.columns + fp8.terms_for(self.rank), dtype=E4M3, device=self._device)
+        self._codes = self._terms[:, : self.columns]
+        self._scale = torch.empty(1, self.rows, **made)
+        self._ones = torch.ones(1, self.columns + self.room, **made)
+        self._factor = torch.ones(self.rank, **made)
+
+    def _give_up(self) -> None:
+        """Decode before products: scales of blocks do not come out of them. Rows that are there move out of _codes."""
+        self._multiplies = False
+        if self._terms is not None:
+            for first, part in self._parts.items():
+                assert isinstance(part, Fp8Rows)
+                self._parts[first] = replace(part, codes=part.codes.contiguous(), scale=part.scale.clone())
+            self._terms = None
+            del self._codes, self._scale, self._ones, self._factor
+
     def branch_written(self) -> None:
         """Make the terms of the branch."""
-        if self._multiplies and self.rank:
+        if self._terms is not None and self.rank:
             branch = self._branch[:, : self.rank]
             fp8.branch_terms_(branch, self._scale[0], self._terms[:, self.columns :], self._factor)
 
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if not self._multiplies:
+        if self._terms is None:
             return super().multiply(X, bias, out)
         if len(X) <= limits.MOST_SKINNY_ROWS and extension.has_kernels("cuda") and X.stride(1) == 1:
             y = torch.ops.megalora.fp8_skinny_linear(X, self._codes, self._scale, self._branch, bias)
@@ -247,7 +266,7 @@ class Fp8Matrix(_QuantisedMatrix):
     def multiply_transposed(
         self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
     ) -> torch.Tensor:
-        if branch_only or not self._multiplies:
+        if branch_only or self._terms is None:
             return super().multiply_transposed(dY, out, branch_only=branch_only)
         turned = self._scratch.take((self.columns + self.room, self.rows), E4M3, self._device)
         fp8.turn(self._codes, turned[: self.columns])
@@ -256,25 +275,17 @@ class Fp8Matrix(_QuantisedMatrix):
             torch.mm(dY, self._branch, out=dX[:, self.columns :])
         return dX
 
-    def _read(
-        self,
-        source: WeightSource,
-        stored: Stored,
-        shape: tuple[int, ...],
-        runs: Sequence[Range],
-        columns: Range,
-        transposed: bool,
-    ) -> Sequence[Rows]:
+    def _read(self, source: WeightSource, stored: Stored, wanted: _Wanted) -> Sequence[Rows]:
         if isinstance(stored, Fp8Weight):
-            parts = stored.rows(runs, columns)
-        elif transposed:
-            parts = quantise_fp8(_whole(source, shape, transposed, self._device)).rows(runs, columns)
+            parts = stored.rows(wanted.runs, wanted.columns)
+        elif wanted.transposed:
+            parts = quantise_fp8(_whole(source, wanted, self._device)).rows(wanted.runs, wanted.columns)
         else:  # rows are independent of each other
-            parts = []
-            for start, stop in runs:
-                block = torch.empty(stop - start, shape[1], dtype=source.dtype, device=self._device)
-                source.copy((slice(start, stop), slice(0, shape[1])), block)
-                parts += quantise_fp8(block).rows([(0, stop - start)], columns)
+            parts, width = [], wanted.shape[1]
+            for start, stop in wanted.runs:
+                block = torch.empty(stop - start, width, dtype=source.dtype, device=self._device)
+                source.copy((slice(start, stop), slice(0, width)), block)
+                parts += quantise_fp8(block).rows([(0, stop - start)], wanted.columns)
         place: dict[str, Any] = {"device": self._device}
         return [Fp8Rows(p.codes.contiguous().to(**place), p.scale.to(**place), p.block, p.phase) for p in parts]
 
@@ -301,8 +312,8 @@ def _ranges(split: Split, transposed: bool) -> tuple[list[Range], Range]:
     return rows, split.runs[0][:2] if split.runs else (0, 0)
 
 
-def _whole(source: WeightSource, shape: tuple[int, ...], transposed: bool, device: torch.device | str) -> torch.Tensor:
+def _whole(source: WeightSource, wanted: _Wanted, device: torch.device | str) -> torch.Tensor:
     """Return the whole weight [out, in] in the file's dtype."""
-    weight = torch.empty(shape, dtype=source.dtype, device=device)
-    source.copy(tuple(slice(0, n) for n in shape), weight)
-    return weight.t().contiguous() if transposed else weight
+    weight = torch.empty(wanted.shape, dtype=source.dtype, device=device)
+    source.copy(tuple(slice(0, n) for n in wanted.shape), weight)
+    return weight.t().contiguous() if wanted.transposed else weight

@@ -89,7 +89,7 @@ class TrainedEmbedding(VocabParallelEmbedding):
 
     def keep_base(self) -> None:
         """Before an adapter is loaded, to `switch` later: the base's matrix, where the adapter brings another."""
-        self._base = self.weight.detach().to(self.place.dtype) if self.adapter.whole else None
+        self._base = self.weight.detach().to(self.place.dtype, copy=True) if self.adapter.whole else None
 
     def switch(self, adapted: bool) -> None:
         """Put the adapter in force, or the base alone (generation)."""
@@ -164,7 +164,7 @@ class TrainedHead(VocabParallelHead):
 
     def keep_base(self) -> None:
         """As of TrainedEmbedding."""
-        self._base = self.weight.detach().to(self.place.dtype) if self.adapter.whole else None
+        self._base = self.weight.detach().to(self.place.dtype, copy=True) if self.adapter.whole else None
 
     def switch(self, adapted: bool) -> None:
         """As of TrainedEmbedding."""

@@ -19,13 +19,16 @@ class Again:
 
 class WithoutGpu:
     def __init__(self):
-        self.warm_ups = []
+        self.warm_ups, self.forgotten = [], []
 
     def record(self, work, *, lasting=False, warm_up=0):
         assert not lasting, "its results are overwritten by the next step"
         self.warm_ups.append(warm_up)
         result = work()
         return result, Again(work, result)
+
+    def forget(self, graphs):
+        self.forgotten += graphs
 
 
 def decode(hidden, ids, slots, places, adapters):
@@ -62,3 +65,14 @@ def test_what_a_step_has_less_goes_to_the_spare_slot():
     graphs._decode = noted
     graphs(None, [1, 2, 3], [0, 1, 2], [7, 7, 7], [0, 0, 0])
     assert seen == [[SPARE] * 4, [0, 1, 2, SPARE]]
+
+
+def test_what_was_recorded_can_be_given_up_and_is_recorded_anew():
+    graphs, factor = with_recorder(None), 1.0
+    graphs._decode = lambda hidden, *where: decode(hidden, *where) * factor
+    for factor in (1.0, 2.0):  # noqa: B007  read by what is recorded
+        graphs(None, [1], [0], [7], [0])
+        graphs.forget()
+    assert len(graphs._recorder.forgotten) == 2 and len(graphs._recorder.warm_ups) == 2
+    graphs.forget()
+    assert len(graphs._recorder.forgotten) == 2

@@ -2,12 +2,17 @@
 
 import pytest
 import torch
+from oracle import fields_of
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, resolve_lora
 from megalora.generation.cache import Span
+from megalora.generation.replica import Replica
+from megalora.generation.requests import Prompt
+from megalora.generation.sampling import Sampling
 from megalora.generation.steps import Steps
 from megalora.models.config import config_from_dict
+from megalora.models.stage import NO_LORA
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
 
@@ -83,3 +88,33 @@ def test_decoding_is_feeding_the_whole(device, dtype, tolerance):
     stage.switch_adapters(True)
     assert not torch.allclose(base, tuned, rtol=1e-2, atol=1e-2), "a recording reads the weights where they are"
     torch.testing.assert_close(steps.decode(None, *again), tuned)
+
+
+@torch.inference_mode()
+def test_a_slot_is_kept_only_by_prompts_of_the_frequencies_that_its_keys_have():
+    """longrope: a dialogue that outgrows the short frequencies is fed anew."""
+    config = config_from_dict(fields_of("phi3, longrope") | {"original_max_position_embeddings": 40})
+    mesh = build_mesh(0, 1)
+    stage, _ = build_stage(config, mesh, NO_LORA, Placement(mesh.tp, False, torch.float64, torch.device("cpu")))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in stage.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    first, second = ([i * 7 % 97 for i in range(n)] for n in (36, 48))
+    grown = [*second, *range(40)]
+
+    def fed(one: Replica, *prompts: list[int]) -> list[tuple[int, ...]]:
+        found = []
+        for prompt in prompts:
+            prompts_before = list(one._steps._prompted)
+            (reply,) = one.replies([Prompt(0, tuple(prompt), 0)], 12)
+            found.append((*reply.token_ids, one._steps._prompted != prompts_before))
+        return found
+
+    def replica() -> Replica:
+        one = Replica(stage, mesh.pp, mesh.tp, 128, Sampling(), ())
+        one.reserve(1, 128)
+        return one
+
+    together, alone = fed(replica(), first, second, grown), [fed(replica(), p)[0] for p in (first, second, grown)]
+    assert [reply[:-1] for reply in together] == [reply[:-1] for reply in alone]
+    assert [reply[-1] for reply in together] == [True, True, False], "the third goes on from the second"

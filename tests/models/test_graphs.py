@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import FAMILIES, TINY
+from oracle import FAMILIES, TINY, fields_of
 from spawn import spawn
 
 import megalora.models.blocks.attention
@@ -16,8 +16,8 @@ from megalora.batch import Batch
 from megalora.building import build_stage, resolve_lora
 from megalora.errors import UserError
 from megalora.models.config import config_from_dict
-from megalora.models.graphs import choose_graphs
-from megalora.models.inputs import training_inputs
+from megalora.models.graphs import _copy, _Graph, _layout, choose_graphs
+from megalora.models.inputs import head_features, training_inputs
 from megalora.ops.attention import Packed, attention
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
@@ -188,3 +188,27 @@ def on_a_rank(rank: int, world_size: int) -> int:
 
 def test_on_every_rank_of_tensor_parallel_with_its_part_of_the_tokens():
     assert spawn(on_a_rank, 2) == [13, 13]
+
+
+def test_graphs_read_the_other_columns_of_their_microbatch_too():
+    config, where = config_from_dict(fields_of("bert")), place("cpu", torch.float64)
+    ids, bounds = torch.arange(12), torch.tensor([0, 7, 12], dtype=torch.int32)
+
+    def inputs(types: torch.Tensor):
+        batch = Batch(ids, ids, ids, bounds, ids, columns={"token_types": types})
+        return replace(training_inputs(batch, config, where, seed=1, step=1), packed=Packed(bounds, 7))
+
+    first, second = (inputs(torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(i))) for i in (1, 2))
+    static = _copy(first, where, 3, 7)
+    _Graph(static, None, None, None, None).load(second)
+    assert static.columns["token_types"].equal(second.columns["token_types"])
+    assert not first.columns["token_types"].equal(second.columns["token_types"]), "theirs stay as they are"
+    assert _layout(first) != _layout(replace(first, columns={}))
+
+
+def test_the_size_of_heads_is_that_which_kernels_see():
+    """ALiBi adds features, and latent attention's values may have more than its keys."""
+    size = {"hidden_size": 512, "n_head": 2, "n_layer": 1, "vocab_size": 99}
+    assert head_features(config_from_dict({"model_type": "bloom", **size})) == 256 + 8
+    config = config_from_dict(fields_of("deepseek_v3") | {"v_head_dim": 300})
+    assert config.head_dim < 300 == head_features(config)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalora.ops.attention import attention, cached_attention
+from megalora.ops import attention as module
+from megalora.ops.attention import MOST_FEATURES, Packed, attention, cached_attention
 
 
 def explicit(q, k, v, bounds, window):
@@ -79,3 +80,16 @@ def test_cached_attention_is_the_end_of_the_whole(new, window):
     q, k, v = random_qkv(11)
     whole = attention(q, k, v, [0, 11], window)
     torch.testing.assert_close(cached_attention(q[-new:], k, v, window), whole[-new:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("features", [MOST_FEATURES, MOST_FEATURES + 8])
+def test_kernels_that_read_bounds_on_the_device_get_no_head_that_is_too_large(monkeypatch, features):
+    """ALiBi and latents make heads larger than those that the bounds were packed for."""
+    taken = []
+    monkeypatch.setattr(module, "_flash", lambda q, *rest: taken.append(q) or torch.zeros_like(q))
+    q, k, v = (x.detach().half() for x in random_qkv(9, dim=features))
+    out = attention(q, k, v, [0, 4, 9], packed=Packed(torch.tensor([0, 4, 9]), 5))
+    assert len(taken) == (features == MOST_FEATURES)
+    if not taken:
+        expected = explicit(q.double(), k.double(), v.double(), [0, 4, 9], None)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 from megalora.ops.fp8 import (
     E4M3,
     Fp8Rows,
@@ -103,19 +103,20 @@ def test_a_few_rows_and_many_have_the_product_of_the_decoded_weight(rows):
     assert (y.float() - wanted).norm() / wanted.norm() < tolerance
 
 
-def test_the_terms_of_a_branch_are_those_of_the_reference():
-    outputs, inputs, rank = 600, 256, 48
+@pytest.mark.parametrize("rank", [48, limits.LARGEST_FP8_BRANCH + 8])
+def test_the_terms_of_a_branch_are_those_of_the_reference(rank):
+    outputs, inputs, room = 600, 256, rank + 16
     _, scale = quantise_rows(randn(outputs, inputs) * 0.02)
     branch = (randn(outputs, rank, seed=1) * 0.01).bfloat16()
     branch[:, 5] = 0
-    X = randn(37, inputs + 64, seed=2).bfloat16()
+    X = randn(37, inputs + room, seed=2).bfloat16()
     found = []
     for device in ("cpu", "cuda"):
         codes, factor = (
             torch.ones(outputs, inputs + terms_for(rank)).to(E4M3).to(device),
             torch.empty(rank, device=device),
         )
-        wide = torch.zeros(outputs, 64, dtype=torch.bfloat16, device=device)
+        wide = torch.zeros(outputs, room, dtype=torch.bfloat16, device=device)
         wide[:, :rank] = branch.to(device)
         branch_terms_(wide[:, :rank], scale[:, 0].contiguous().to(device), codes[:, inputs:], factor)
         found.append(

@@ -4,6 +4,8 @@ import pytest
 import torch
 from oracle import RandomWeight
 
+from megalora.errors import UserError
+from megalora.ops.fp8 import E4M3, Fp8Rows
 from megalora.ops.nf4 import quantise_nf4
 from megalora.parallel.formats import BaseFormat
 from megalora.parallel.split import Split
@@ -76,3 +78,30 @@ def test_what_a_file_has_quantised_is_taken_as_it_is_and_the_rest_as_asked():
     ):
         found = filled(BaseFormat("nf4", as_stored=as_stored), W, split, source=source).weight(slice(0, OUT))
         assert found.equal(W) is is_exact
+
+
+def test_quantised_weights_that_lie_transposed_are_refused():
+    W = random(OUT, IN)
+    with pytest.raises(UserError, match=r"stored as \[in, out\] \[96, 80\].*unquantised checkpoint"):
+        filled(BaseFormat("nf4"), W, Split((OUT, IN)), transposed=True, source=Stored(W))
+
+
+def test_memory_for_products_in_e4m3_is_there_only_where_all_rows_have_one_scale():
+    """As on a GPU that multiplies e4m3, without the products."""
+
+    def rows(count: int, blocks: int) -> Fp8Rows:
+        return Fp8Rows(random(count, IN).to(E4M3), torch.rand(count, blocks), IN // blocks, 0)
+
+    for parts in ((rows(32, 1), rows(64, 1)), (rows(32, 1), rows(64, 2)), (rows(32, 2), rows(64, 1))):
+        matrix = BaseFormat("fp8").matrix(OUT, IN, 16, torch.bfloat16, "cpu", rank=16)
+        matrix._multiplies = True
+        matrix._put(0, parts[0])
+        matrix._put(32, parts[1])
+        expected = torch.empty(OUT, IN, dtype=torch.bfloat16)
+        parts[0].decode_(expected[:32])
+        parts[1].decode_(expected[32:])
+        assert matrix.weight(slice(0, OUT)).equal(expected)
+        in_place = all(part.scale.shape[1] == 1 for part in parts)
+        assert (matrix._terms is not None) is in_place
+        held = {part.codes.untyped_storage().data_ptr() for part in matrix._parts.values()}
+        assert held == {matrix._terms.untyped_storage().data_ptr()} if in_place else len(held) == 2

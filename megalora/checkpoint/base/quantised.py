@@ -200,9 +200,11 @@ class _Fp8:
         shape = weights.shapes[name]
         found = [name + end for end in _SCALES if name + end in weights.shapes]
         if len(found) != 1 or len(shape) != 2:
-            what = (
-                f"has the scales {found[0]} and {found[1]}" if found else f"has no scale ({name}{_SCALES[0]} or _scale)"
-            )
+            what = f"has no scale ({name}{_SCALES[0]} or _scale)"
+            if len(found) > 1:
+                what = f"has the scales {found[0]} and {found[1]}"
+            elif len(shape) != 2:
+                what = "has not two dimensions: quantised weights are read one linear a tensor, and not stacked"
             raise UserError(f"{weights.where(name)}: {name} {list(shape)} in F8_E4M3 {what}", _AGAIN)
         (self._scale,) = found
         self.parts, self.shape = {self._scale}, (shape[0], shape[1])

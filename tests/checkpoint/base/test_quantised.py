@@ -94,6 +94,7 @@ NF4 = f"{Q}.quant_state.bitsandbytes__nf4"
         ("blocks", put(f"{Q}_scale_inv", spoiled), [f"{Q}_scale_inv", "not finite"]),
         ("blocks", put(f"{Q}_scale_inv", lambda x: x.to(torch.int32)), [f"{Q}_scale_inv in I32 is not read"]),
         ("blocks", put(f"{Q}_scale", torch.ones(1)), ["has the scales"]),
+        ("blocks", put(Q, lambda x: x.view(2, -1, x.shape[1])), [Q, "has not two dimensions"]),
         ("blocks", put(Q, lambda x: x.bfloat16()), [f"{Q} is BF16", f"{Q}_scale_inv"]),
     ],
 )  # fmt: skip
