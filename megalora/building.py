@@ -18,8 +18,7 @@ from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
-from megalora.models.graphs import choose_graphs, tiled_by
-from megalora.models.inputs import head_features
+from megalora.models.graphs import choose_graphs, layer_facts
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
@@ -415,9 +414,8 @@ def build_trainer(
         fill(stage)
     stage.settle()
     with together(mesh.world):
-        few, words = (head_features(config), config.has_experts), stage.trains_words
-        how: dict[str, Any] = {"timed": settings.timed, "offloads": stage.offloads, "tiled": tiled_by(config)}
-        graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, *few, trains_words=words, **how)
+        how = {"timed": settings.timed, "offloads": stage.offloads, "trains_words": stage.trains_words}
+        graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, **layer_facts(config), **how)
     if graphs:
         stage.use_graphs()
     parameters, splits = stage.trainable(), named_splits(stage)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from megalora.adapters.config import LoraConfig
+from megalora.adapters.config import HEADS, LoraConfig
 from megalora.adapters.lora import Adapter, initial_factor
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.errors import UserError
@@ -281,6 +281,17 @@ def test_embedding_and_head_are_named_like_any_linear():
     assert saved.saved == {"lm_head"} and "lm_head" not in saved.adapters
     tokens = LoraConfig.from_dict({"trainable_token_indices": {"lm_head": [3, 1]}}).resolve("llama", LINEARS, ENDS, 9)
     assert tokens.words("lm_head").tokens == (3, 1) and not tokens.words("model.embed_tokens").trains
+
+
+def test_a_classifier_may_train_its_embedding_beside_its_head():
+    fields = {"task_type": "SEQ_CLS", "modules_to_save": ["score", "embed_tokens"], "target_modules": ["q_proj"]}
+    config = LoraConfig.from_dict(fields)
+    assert config.modules_to_save == ("embed_tokens",)
+    assert config.resolve("llama", LINEARS, ENDS[1:], 100).saved == {"model.embed_tokens"}
+    written = config.to_dict()
+    assert written["modules_to_save"] == ["classifier", "score", "embed_tokens"]
+    assert LoraConfig.from_dict(written) == config
+    assert LoraConfig.from_dict(fields | {"modules_to_save": ["score"]}).to_dict()["modules_to_save"] == [*HEADS]
 
 
 @pytest.mark.parametrize(

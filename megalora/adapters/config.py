@@ -110,8 +110,9 @@ class LoraConfig:
         trained  they are of an adapter that exists: how it was initialised does not matter, what it is does
         """
         data = {**data}
-        if _task(data.get("task_type")) in CLASSIFICATION and set(data.get("modules_to_save") or ()) <= {*HEADS}:
-            data.pop("modules_to_save", None)
+        saved = data.get("modules_to_save")
+        if _task(data.get("task_type")) in CLASSIFICATION and isinstance(saved, (list, tuple)):
+            data["modules_to_save"] = [name for name in saved if name not in HEADS]  # the head is trained in any case
         known = {f.name for f in fields(cls)}
         values = {}
         remedy = "the adapter cannot be used" if trained else "remove the field"
@@ -139,7 +140,7 @@ class LoraConfig:
                 list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             )
         if self.task_type in CLASSIFICATION:
-            out["modules_to_save"] = list(HEADS)
+            out["modules_to_save"] = [*HEADS, *(self.modules_to_save or ())]
         return out
 
     def resolve(

@@ -17,11 +17,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from megalora.errors import UserError
-from megalora.models.inputs import Inputs
+from megalora.models.inputs import Inputs, head_features
 from megalora.models.mixers import Attention
 from megalora.models.recorder import Graph, Recorder
 from megalora.models.spec import ModelSpec
@@ -79,6 +80,11 @@ def choose_graphs(
     if obstacle or wanted is False:
         return False, f"layers run without CUDA graphs: {obstacle or 'as asked'}" if on_gpu else None
     return True, None
+
+
+def layer_facts(config: ModelSpec) -> dict[str, Any]:
+    """Return what `choose_graphs` is to know of a model's layers."""
+    return {"head_dim": head_features(config), "experts": config.has_experts, "tiled": tiled_by(config)}
 
 
 def tiled_by(config: ModelSpec) -> str | None:

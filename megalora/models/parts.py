@@ -242,16 +242,14 @@ def decoder(
     )
 
 
-def decoder_heads(
-    hf: Fields, token_head: str = "score", sequence_head: str = "score", dropout: float | None = None
-) -> tuple[TaskHead, ...]:
+def decoder_heads(hf: Fields, token_head: str = "score", sequence_head: str = "score") -> tuple[TaskHead, ...]:
     """Return the classification heads that transformers gives every decoder, with its defaults.
 
-    dropout  before the token head where the config has no classifier_dropout
+    The dropout before the token head is classifier_dropout, else hidden_dropout, else 0.1.
     The score of a sequence is that of its last token, without bias or dropout.
     """
-    own = hf.classifier_dropout if hf.reads("classifier_dropout") else dropout
-    dropout = 0.1 if own is None else float(own)
+    fields = (getattr(hf, name) for name in ("classifier_dropout", "hidden_dropout") if hf.reads(name))
+    dropout = next((float(own) for own in fields if own is not None), 0.1)
     return (
         TaskHead("TOKEN_CLS", ClassHead(Linear(token_head, hf.hidden_size, CLASSES, bias=True), dropout)),
         TaskHead("SEQ_CLS", ClassHead(Linear(sequence_head, hf.hidden_size, CLASSES))),

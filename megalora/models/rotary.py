@@ -50,7 +50,8 @@ def read_rope(
     theta    the family's default of rope_theta
     Raises UserError for a rope type or field that is not implemented, or a value out of range.
     """
-    raw = {aliases.get(name, name): value for name, value in raw.items()}
+    raw = _in_our_names(raw, aliases, where)
+    _refuse_other_layers(raw.get("rope_parameters"), where)
     raw = {**raw, "rope_parameters": of_layers(raw.get("rope_parameters"), "full_attention")}
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
     _refuse_two(raw, where)
@@ -60,6 +61,9 @@ def read_rope(
             f"{where}: rope_{'parameters' if new is not None else 'scaling'} is not an object", "correct it"
         )
     fields = dict(given)
+    for name in ("rope_theta", _PARTIAL, "original_max_position_embeddings"):
+        inner = f"{'rope_parameters' if new is not None else 'rope_scaling'}.{name}"
+        _refuse_differing({name: raw.get(name), inner: fields.get(name)}, where)
     kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields["rope_type"] = _OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     fields.pop("type", None)
@@ -94,6 +98,38 @@ def read_rope(
     return fields
 
 
+def _in_our_names(raw: Mapping[str, Any], aliases: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Return the fields by our names. Raises UserError where two names of one field have different values."""
+    found: dict[str, Any] = {name: value for name, value in raw.items() if name not in aliases}
+    for name, value in raw.items():
+        ours = aliases.get(name, name)
+        _refuse_differing({name: value, ours: found.get(ours)}, where)
+        if found.get(ours) is None:
+            found[ours] = value
+    return found
+
+
+def _refuse_differing(values: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where these names of one field have different values."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if any(value != next(iter(given.values())) for value in given.values()):
+        both = " and ".join(f"{name} = {value!r}" for name, value in given.items())
+        raise UserError(f"{where}: {both} are one field", "keep one of them")
+
+
+def _refuse_other_layers(fields: Any, where: str) -> None:
+    """Raise UserError where `rope_parameters` has, beside a part for each type of layer, one that no layer reads."""
+    kinds = ("full_attention", "sliding_attention")
+    if isinstance(fields, Mapping) and "full_attention" in fields:
+        for name, value in fields.items():
+            if name not in kinds and value is not None:
+                raise UserError(
+                    f"{where}: rope_parameters has {name!r} beside the types of layers: only {' and '.join(kinds)} are "
+                    f"read there",
+                    "remove it, or write it into these",
+                )
+
+
 def of_layers(fields: Any, kind: str) -> Any:
     """Return the part of `rope_parameters` for layers of that type, where it has one for each type; else all of it."""
     if isinstance(fields, Mapping) and kind in fields:
@@ -111,6 +147,10 @@ def read_sliding_rope(
     """
     new = raw.get("rope_parameters")
     if isinstance(new, Mapping) and "sliding_attention" in new:
+        own = new["sliding_attention"]
+        if theta is not None and theta[0] != "rope_theta" and isinstance(own, Mapping):
+            inner = "rope_parameters.sliding_attention.rope_theta"
+            _refuse_differing({theta[0]: raw.get(theta[0]), inner: own.get("rope_theta")}, where)
         return read_rope({"rope_parameters": new["sliding_attention"]}, {}, partial, where, theta[1] if theta else 1e4)
     if theta is None:
         return None
@@ -121,14 +161,12 @@ def read_sliding_rope(
 
 def _complete_longrope(fields: dict[str, Any], raw: Mapping[str, Any], where: str) -> None:
     """Add what older files have outside the rope fields, and check the lists. Raises UserError."""
-    for name in ("original_max_position_embeddings",):
-        if fields.get(name) is None:
-            fields[name] = raw.get(name)
-        if fields[name] is None:
-            raise UserError(
-                f"{where}: rope_type longrope without {name}", "take config.json from the model's own folder"
-            )
-        _check_field(fields, name, where)
+    name = "original_max_position_embeddings"
+    if fields.get(name) is None:
+        fields[name] = raw.get(name)
+    if fields[name] is None:
+        raise UserError(f"{where}: rope_type longrope without {name}", "take config.json from the model's own folder")
+    _check_field(fields, name, where)
     for name in _LISTS:
         if not _FACTORS.allows(fields.get(name)):
             raise UserError(f"{where}: {name} of longrope is not valid", f"give {_FACTORS.told}")

@@ -128,7 +128,8 @@ class _QuantisedMatrix:
         if stored is not None and transposed:
             raise UserError(
                 f"base weights: a linear is quantised and stored as [in, out] {list(split.global_shape)}: quantised "
-                f"weights are read as [out, in] only: take the model's unquantised checkpoint"
+                f"weights are read as [out, in] only",
+                "take the model's unquantised checkpoint",
             )
         if stored is None and self._as_stored:
             parts: Sequence[Any] = _dense_rows(source, split, transposed, self._dtype, self._device)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from oracle import FAMILIES, TINY
+from oracle import FAMILIES, TINY, fields_of
 
 from megalora.errors import UserError
 from megalora.models.config import check_layout, check_length, config_from_dict, known_families, read_config, spec_of
@@ -434,7 +434,57 @@ def test_two_forms_of_rope_that_disagree_are_refused():
     with pytest.raises(UserError, match="rope_parameters = .* and rope_scaling = .* say different things"):
         config_from_dict(LLAMA | {"rope_parameters": new, "rope_scaling": yarn})
     both = {"rope_parameters": yarn | {"rope_theta": 5e5}, "rope_scaling": yarn | {"type": "yarn"}}
-    assert config_from_dict(LLAMA | both) == config_from_dict(LLAMA | {"rope_theta": 5e5, "rope_scaling": yarn})
+    one = without(LLAMA, "rope_theta") | both
+    assert config_from_dict(one) == config_from_dict(LLAMA | {"rope_theta": 5e5, "rope_scaling": yarn})
+
+
+_LAYERS = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+
+
+@pytest.mark.parametrize(
+    "family, change, said",
+    [
+        ("gpt_neox", {"rotary_pct": 0.5, "partial_rotary_factor": 0.25}, "partial_rotary_factor = 0.25"),
+        ("gpt_neox", {"rotary_pct": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}}, r"rope_parameters\."),
+        ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta = 10000.0 and rope_par"),
+        ("llama", {"rope_theta": 1e4, "rope_scaling": {"rope_theta": 5e5}}, r"rope_scaling\.rope_theta = 500000.0"),
+        ("gemma3_text", {"rope_theta": 1e4, "rope_parameters": _LAYERS}, "rope_theta = 10000.0"),
+        ("gemma3_text", {"rope_local_base_freq": 2e4, "rope_parameters": _LAYERS}, "rope_local_base_freq = 20000.0"),
+        ("gemma3_text", {"rope_parameters": _LAYERS | {"rope_theta": 7.0}}, "'rope_theta' beside the types of layers"),
+        ("gemma3_text", {"rope_parameters": _LAYERS | {"chunked_attention": {}}}, "'chunked_attention' beside"),
+    ],
+)
+def test_two_names_of_one_rope_field_that_disagree_are_refused(family, change, said):
+    dropped = ("rope_theta", "rope_scaling", "rotary_pct", "rope_local_base_freq", "rope_parameters")
+    plain = {name: value for name, value in fields_of(family).items() if name not in dropped}
+    with pytest.raises(UserError, match=said):
+        config_from_dict(plain | change)
+
+
+def test_names_of_one_rope_field_that_agree_are_one():
+    plain = without(fields_of("gpt_neox"), "rotary_pct")
+    twice = {"rotary_pct": 0.67, "partial_rotary_factor": 0.67, "rope_parameters": {"partial_rotary_factor": 0.67}}
+    assert config_from_dict(plain | twice) == config_from_dict(plain | {"rotary_pct": 0.67})
+
+
+@pytest.mark.parametrize(
+    "family, field",
+    [
+        ("gemma", "hidden_act"), ("gemma2", "hidden_activation"), ("nemotron", "hidden_act"),
+        ("starcoder2", "hidden_act"), ("phi", "hidden_act"), ("gpt2", "activation_function"),
+    ],
+)  # fmt: skip
+def test_an_activation_that_is_not_implemented_is_named(family, field):
+    with pytest.raises(UserError, match=f"{field} = 'prelu' is not implemented"):
+        config_from_dict(fields_of(family) | {field: "prelu"})
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_moe"])
+def test_a_kind_of_layer_that_is_not_implemented_is_named(family):
+    kinds = ["full_attention", "chunked_attention"] * 2
+    fields = fields_of(family) | {"use_sliding_window": True, "sliding_window": 5, "layer_types": kinds}
+    with pytest.raises(UserError, match="layer_types has 'chunked_attention'"):
+        config_from_dict(fields)
 
 
 @pytest.mark.parametrize(

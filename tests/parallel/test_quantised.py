@@ -82,7 +82,7 @@ def test_what_a_file_has_quantised_is_taken_as_it_is_and_the_rest_as_asked():
 
 def test_quantised_weights_that_lie_transposed_are_refused():
     W = random(OUT, IN)
-    with pytest.raises(UserError, match=r"stored as \[in, out\] \[96, 80\].*unquantised checkpoint"):
+    with pytest.raises(UserError, match=r"stored as \[in, out\] \[96, 80\]"):
         filled(BaseFormat("nf4"), W, Split((OUT, IN)), transposed=True, source=Stored(W))
 
 

@@ -26,9 +26,12 @@ from oracle import (
 from spawn import spawn
 
 from megalora.adapters.config import LoraConfig
+from megalora.adapters.words import WordsAdapter
+from megalora.batch import Batch
 from megalora.building import resolve_lora
 from megalora.data import Sample, build_rows
 from megalora.data.loader import Loader
+from megalora.models.blocks.ends import EmbeddingBlock
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
@@ -168,3 +171,40 @@ def test_the_numbers_of_transformers_and_peft(case):
     for name, gradient in gradients.items():
         scale = their_gradients[name].abs().max()
         assert scale > 1e-6 and (gradient - their_gradients[name]).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize(
+    "family, fields",
+    [
+        ("llama", {}), ("llama", {"classifier_dropout": 0.3}), ("stablelm", {"hidden_dropout": 0.2}),
+        ("bloom", {"hidden_dropout": 0.2}), ("falcon", {"hidden_dropout": 0.0}), ("mpt", {}), ("gpt_neox", {}),
+    ],
+)  # fmt: skip
+def test_the_dropout_before_the_head_is_that_of_transformers(family, fields):
+    raw = fields_of(family) | fields
+    (head,) = (found.head for found in config_from_dict(raw).task_heads if found.task == "TOKEN_CLS")
+    with torch.device("meta"):
+        theirs = CLASSES["TOKEN_CLS"].from_config(transformers.AutoConfig.for_model(**raw))
+    assert head.dropout == theirs.dropout.p
+
+
+def test_classifier_dropout_of_chatglm_counts():
+    """Its own code, which transformers lacks, applies it to what its classifier of sequences reads."""
+    for given, expected in ((None, (0.2, 0.0)), (0.3, (0.3, 0.3))):
+        raw = fields_of("chatglm") | {"hidden_dropout": 0.2, "classifier_dropout": given}
+        heads = {found.task: found.head.dropout for found in config_from_dict(raw).task_heads}
+        assert (heads["TOKEN_CLS"], heads["SEQ_CLS"]) == expected
+
+
+def test_the_embedding_of_electra_is_dropped_before_it_is_projected():
+    config = config_from_dict(fields_of("electra", hidden_dropout_prob=0.5))
+    place, root = Placement(Axis(), False, torch.float64, "cpu"), torch.nn.Module()
+    block = EmbeddingBlock(root, config.embedding, place, WordsAdapter(False, (), None))
+    with torch.no_grad():
+        for name, parameter in root.named_parameters():
+            parameter.copy_(whole_tensor(name, tuple(parameter.shape), 0.3))
+    ids = torch.arange(20)
+    columns = {"token_types": torch.zeros(20, dtype=torch.int64)}
+    batch = Batch(ids, ids, ids, torch.tensor([0, 20], dtype=torch.int32), ids, columns=columns)
+    dropped, whole = (block(training_inputs(batch, config, place, seed=seed, step=0)) for seed in (1, None))
+    assert not dropped.equal(whole) and (dropped != 0).all()

@@ -45,7 +45,8 @@ class Projection:
 
 
 class EmbeddingBlock:
-    """dropout(norm(project(scale * words) + positions + types)), each where the spec has it.
+    """dropout(norm(project(scale * words) + positions + types)), each where the spec has it; or, where it projects
+    last, project(dropout(norm(scale * words + positions + types))).
 
     The words are cut over tp, the rest is not.
     """
@@ -88,9 +89,8 @@ class EmbeddingBlock:
             hidden = hidden + nn.functional.embedding(rows, self._types.weight)
         if self._norm is not None:
             hidden = self._norm(hidden)
-        if self._project is not None and self.spec.projects_last:
-            hidden = self._project(hidden)
-        return drop(hidden, inputs.tokens.local, inputs.tokens.draw(self.spec.dropout, named_site("embedding")))
+        hidden = drop(hidden, inputs.tokens.local, inputs.tokens.draw(self.spec.dropout, named_site("embedding")))
+        return self._project(hidden) if self._project is not None and self.spec.projects_last else hidden
 
     def _table(self, root: nn.Module, table: spec.Positions | None, width: int) -> Frozen | None:
         if table is None:

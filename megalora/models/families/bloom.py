@@ -33,7 +33,7 @@ def read(hf: Fields) -> ModelSpec:
         Stack("transformer.h", (layer,) * hf.num_hidden_layers, norm("transformer.ln_f")),
         Head("lm_head", bool(hf.tie_word_embeddings)),
         hf.seq_length or 2048,
-        task_heads=decoder_heads(hf, "classifier", dropout=hf.hidden_dropout),
+        task_heads=decoder_heads(hf, "classifier"),
     )
 
 

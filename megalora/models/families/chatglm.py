@@ -1,5 +1,7 @@
 """ChatGLM2 and ChatGLM3: grouped queries in one linear with biases, half of each head rotates, gate and up fused."""
 
+from dataclasses import replace
+
 from megalora.models import rotary
 from megalora.models.family import Family, Fields
 from megalora.models.parts import decoder_heads, fused
@@ -10,7 +12,8 @@ _DEFAULTS = {
     "ffn_hidden_size": 13696, "kv_channels": 128, "seq_length": 2048, "layernorm_epsilon": 1e-5, "rmsnorm": True,
     "post_layer_norm": True, "add_bias_linear": False, "add_qkv_bias": False, "multi_query_attention": False,
     "multi_query_group_num": 1, "apply_residual_connection_post_layernorm": False, "hidden_dropout": 0.0,
-    "attention_dropout": 0.0, "tie_word_embeddings": False, "position_encoding_2d": None, "rope_ratio": 1,
+    "attention_dropout": 0.0, "classifier_dropout": None, "tie_word_embeddings": False, "position_encoding_2d": None,
+    "rope_ratio": 1,
 }  # fmt: skip
 
 
@@ -37,12 +40,14 @@ def read(hf: Fields) -> ModelSpec:
         Residual(mlp, norm("post_attention_layernorm"), dropout=hf.hidden_dropout),
     )
     last = norm("transformer.encoder.final_layernorm")
+    of_tokens, of_sequence = decoder_heads(hf)
+    of_sequence = of_sequence._replace(head=replace(of_sequence.head, dropout=hf.classifier_dropout or 0.0))
     return ModelSpec(
         Embedding("transformer.embedding.word_embeddings", hf.padded_vocab_size, size),
         Stack("transformer.encoder.layers", (layer,) * hf.num_hidden_layers, last),
         Head("transformer.output_layer", bool(hf.tie_word_embeddings)),
         hf.seq_length,
-        task_heads=decoder_heads(hf),
+        task_heads=(of_tokens, of_sequence),
     )
 
 
@@ -57,7 +62,7 @@ FAMILY = Family(
     },
     harmless=frozenset(
         """vocab_size apply_query_key_layer_scaling attention_softmax_in_fp32 bias_dropout_fusion
-        fp32_residual_connection original_rope prefix_projection classifier_dropout""".split()
+        fp32_residual_connection original_rope prefix_projection""".split()
     ),
     aliases={"num_layers": "num_hidden_layers"},
     defaults=_DEFAULTS,

@@ -72,7 +72,7 @@ def falcon(hf: Fields) -> ModelSpec:
         Stack("transformer.h", (layer,) * hf.num_hidden_layers, norm("transformer.ln_f")),
         Head("lm_head", bool(hf.tie_word_embeddings)),
         hf.max_position_embeddings,
-        task_heads=decoder_heads(hf, "classifier", dropout=hf.hidden_dropout),
+        task_heads=decoder_heads(hf, "classifier"),
     )
 
 

@@ -19,7 +19,7 @@ def norm(hf: Fields, name: str, size: int | None = None) -> Norm:
 
 def read(hf: Fields) -> ModelSpec:
     attention = grouped_attention(hf, bias=hf.attention_bias, out_bias=hf.attention_bias)
-    mlp = gated_mlp(hf, act=hf.hidden_act)
+    mlp = gated_mlp(hf, act=hf.activation_of("hidden_act"))
 
     def layer(index: int) -> Layer:
         return (

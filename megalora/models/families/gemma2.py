@@ -15,7 +15,8 @@ from megalora.models.spec import Layer, ModelSpec, Residual
 
 
 def read(hf: Fields, qk_norm: bool = False) -> ModelSpec:
-    window, mlp, bias = layer_windows(hf), gated_mlp(hf, act=hf.hidden_activation), hf.attention_bias
+    window, bias = layer_windows(hf), hf.attention_bias
+    mlp = gated_mlp(hf, act=hf.activation_of("hidden_activation"))
     more = {"scale": hf.query_pre_attn_scalar**-0.5, "softcap": hf.attn_logit_softcapping}
     if qk_norm:
         more |= {f"{name}_norm": norm(hf, f"self_attn.{name}_norm", hf.head_dim) for name in "qk"}

@@ -9,7 +9,7 @@ def read(hf: Fields) -> ModelSpec:
     size, inner, bias = hf.hidden_size, hf.intermediate_size, hf.mlp_bias
     attention = grouped_attention(hf, bias=hf.attention_bias, out_bias=hf.attention_bias)
     up, down = Linear("mlp.up_proj", size, inner, bias), Linear("mlp.down_proj", inner, size, bias)
-    mlp = MLP(up, down, inner, hf.hidden_act)
+    mlp = MLP(up, down, inner, hf.activation_of("hidden_act"))
 
     def norm(name: str) -> Norm:
         return Norm(name, size, hf.norm_eps, "layer", bias=True, offset=True)

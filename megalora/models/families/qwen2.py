@@ -1,7 +1,15 @@
 """Qwen2, Qwen2.5 and DeepSeek-R1-Distill-Qwen: biases on q, k, v; layers from max_window_layers on may have windows."""
 
 from megalora.models.family import Family, Fields
-from megalora.models.parts import LLAMA_FIELDS, LLAMA_FILES, LLAMA_FIXED, gated_mlp, grouped_attention, llama_like
+from megalora.models.parts import (
+    LLAMA_FIELDS,
+    LLAMA_FILES,
+    LLAMA_FIXED,
+    gated_mlp,
+    grouped_attention,
+    layer_windows,
+    llama_like,
+)
 from megalora.models.spec import ModelSpec
 
 WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
@@ -11,12 +19,9 @@ def windows(hf: Fields) -> tuple[int | None, ...]:
     """Return each layer's window by HF's rule: `layer_types` where the config has it, else `max_window_layers`."""
     if not hf.use_sliding_window or hf.sliding_window is None:
         return (None,) * hf.num_hidden_layers
-    kinds = hf.layer_types
-    if kinds is None:
-        return tuple(hf.sliding_window if i >= hf.max_window_layers else None for i in range(hf.num_hidden_layers))
-    if len(kinds) != hf.num_hidden_layers:
-        hf.fail(f"layer_types has {len(kinds)} entries for {hf.num_hidden_layers} layers", "correct it")
-    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    if hf.layer_types is not None:
+        return layer_windows(hf)
+    return tuple(hf.sliding_window if i >= hf.max_window_layers else None for i in range(hf.num_hidden_layers))
 
 
 def read(hf: Fields) -> ModelSpec:

@@ -1,6 +1,6 @@
 """Qwen1.5-MoE and Qwen2-MoE: experts beside an MLP that all tokens go through, gated by one number a token."""
 
-from megalora.models.families.qwen2 import WINDOW_FIELDS
+from megalora.models.families.qwen2 import WINDOW_FIELDS, windows
 from megalora.models.family import Family, Fields
 from megalora.models.parts import (
     LLAMA_FIELDS,
@@ -18,7 +18,7 @@ from megalora.models.spec import Attention, Experts, Linear, Mixer, ModelSpec
 
 
 def read(hf: Fields) -> ModelSpec:
-    sparse, dense, count = sparse_layers(hf), gated_mlp(hf), hf.num_experts
+    sparse, dense, count, window = sparse_layers(hf), gated_mlp(hf), hf.num_experts, windows(hf)
     experts = Experts(
         router(hf, "mlp.gate", count, renormalise=bool(hf.norm_topk_prob)),
         count,
@@ -28,8 +28,7 @@ def read(hf: Fields) -> ModelSpec:
     )
 
     def attention(layer: int) -> Attention:
-        slides = hf.use_sliding_window and hf.layer_types[layer] == "sliding_attention"
-        return grouped_attention(hf, bias=hf.qkv_bias, window=hf.sliding_window if slides else None)
+        return grouped_attention(hf, bias=hf.qkv_bias, window=window[layer])
 
     def mlp(layer: int) -> Mixer:
         return experts if sparse[layer] else dense

@@ -10,7 +10,8 @@ def read(hf: Fields) -> ModelSpec:
     attention = grouped_attention(
         hf, bias=bias, out_bias=bias, window=hf.sliding_window, dropout=hf.attention_dropout
     )
-    mlp = MLP(Linear("mlp.c_fc", size, inner, bias), Linear("mlp.c_proj", inner, size, bias), inner, hf.hidden_act)
+    up, down = Linear("mlp.c_fc", size, inner, bias), Linear("mlp.c_proj", inner, size, bias)
+    mlp = MLP(up, down, inner, hf.activation_of("hidden_act"))
 
     def norm(name: str) -> Norm:
         return Norm(name, size, hf.norm_epsilon, "layer", bias=True)
