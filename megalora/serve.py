@@ -9,6 +9,7 @@ HTTP and text are rank 0's, in a thread beside the replica; the other ranks see 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -21,20 +22,8 @@ from typing import Any
 
 import torch
 
-from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.adapters.shared import SharedAdapters, share
-from megalora.building import (
-    build_stage,
-    check_adapter,
-    load_adapter,
-    load_base_weights,
-    resolve_base,
-    resolve_dtype,
-    resolve_lora,
-)
-from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.adapter.shards import AdapterCheckpoint
-from megalora.choices import CLASSIFICATION
+from megalora.adapters.shared import Room, SharedAdapters, share
+from megalora.building import build_stage, load_adapter, load_base_weights, resolve_base, resolve_dtype
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate
@@ -46,22 +35,25 @@ from megalora.generate import PATIENCE
 from megalora.generation.defaults import sampling_defaults
 from megalora.generation.prompts import decode, stop_token_ids
 from megalora.generation.replica import Replica
+from megalora.generation.requests import Change
 from megalora.generation.sampling import Sampling
 from megalora.generation.text import Reader
-from megalora.identity import adapter_template, base_identity, check_base, other_base_format
 from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
+from megalora.serving.adapters import AdapterReader, put_adapters, room_for
 from megalora.serving.app import build_app
 from megalora.serving.backlog import Backlog
+from megalora.serving.loading import AdapterLoader
 from megalora.serving.models import Catalogue, ServedModel
 from megalora.web.guard import allowed_hosts
 from megalora.web.server import address_of, bind, served, token_for, with_token
 
 LONGEST_CONTEXT = 4096  # of prompt and reply together, where no flag says more: the cache holds this for each slot
+USUAL_RANK = 16  # that an adapter loaded later has room for, where no flag says more
 SPARE_CONNECTIONS = 64  # beside those of requests: health, metrics, pages, and whoever is told that the line is full
 
 
@@ -78,91 +70,75 @@ def serve(arguments: Serving) -> None:
             check_writes_text(config, arguments.served.model_path, "megalora generate labels texts; or name another")
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
             context = on_first(lambda: _context(config, options.seq_length), mesh.world)
-        read = on_first(lambda: _read(arguments, config), mesh.world)
+        reader = _reader(arguments, config)
+        read = on_first(lambda: _read(arguments, config, reader), mesh.world)
         with together(mesh.world):
-            catalogue = None if listening is None else _catalogue(arguments, config, read, context)
-        stage = _stage(arguments, config, read.shared, mesh, device)
+            models = None if listening is None else _Models(arguments, config)
+            catalogue = None if models is None else models.catalogue(read.templates, context)
+        stage = _stage(arguments, config, read, mesh, device)
+        put = None
+        if read.room is not None:
+            put_adapters(stage, read.room, read.changes, empty=True)
+            put = functools.partial(_put, stage, read.room)
         replica = Replica(stage, mesh.pp, mesh.tp, context, Sampling(), (), listened_to=True)
         replica.reserve(options.max_running, context)
         if catalogue is None:
             with _on_signals(signal.SIG_IGN):  # rank 0 says when the end is
-                replica.serve(None, None, mesh.world)
+                replica.serve(None, None, mesh.world, put)
             return
-        backlog = Backlog(options.max_running, options.max_waiting)
         for note in (*([remark] if remark else []), *read.notes):
             _say(note)
-        _run(arguments, catalogue, backlog, replica, listening, mesh)
+        backlog = Backlog(options.max_running, options.max_waiting)
+        token = token_for(options.host, options.token)
+        loader = AdapterLoader(read.room, reader, models.model, catalogue, backlog)
+        app = build_app(catalogue, backlog, allowed_hosts(options.host), token, loader)
+        with _serving(arguments, app, catalogue, backlog, listening, token):
+            replica.serve(backlog, backlog, mesh.world, put)
+    _say("stopped")
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What rank 0 has read of the adapters. templates: the source of each adapter's own."""
+    """What rank 0 has read of the adapters.
+
+    shared     them as one; with `room` only how they lie side by side, and `changes` are what is in their places
+    templates  the source of each adapter's own
+    """
 
     shared: SharedAdapters | None
+    room: Room | None
+    changes: tuple[Change, ...]
     templates: Sequence[str | None]
     notes: tuple[str, ...]
 
 
-def _read(arguments: Serving, config: ModelSpec) -> _Read:
+def _reader(arguments: Serving, config: ModelSpec) -> AdapterReader:
+    model = arguments.served
+    weights = model.resume_from_checkpoint or model.model_path
+    return AdapterReader(config, model.model_path, weights, resolve_base(model.base_format, config).name)
+
+
+def _read(arguments: Serving, config: ModelSpec, reader: AdapterReader) -> _Read:
     """Read the adapters, checked against the base. For one rank."""
-    names = arguments.served.named_adapters
-    tokenizer = open_tokenizer(arguments.served.model_path).tokenizer if names else None
-    base_format = resolve_base(arguments.served.base_format, config).name
-    identity, adapters, templates, notes = None, [], [], []
-    for name, folder in names:
-        adapter = open_adapter(folder)
-        task = adapter.lora_config.get("task_type")
-        if task in CLASSIFICATION:  # told first: the base with its head has another identity
-            raise UserError(
-                f"adapter {name} ({adapter.where}) is of task_type {task}, which writes no text",
-                "name an adapter of task_type CAUSAL_LM",
-            )
-        if identity is None:
-            weights = arguments.served.resume_from_checkpoint or arguments.served.model_path
-            identity = base_identity(config, weights, tokenizer)
-        check_base(adapter, identity)
-        notes += [f"{name}: {note}" for note in (*adapter.notes, *other_base_format(adapter, base_format))]
-        lora = _resolved(name, adapter, config)
-        check_adapter(adapter.tensors, lora, config, adapter.where)
-        _check_shared(name, adapter, config)
-        adapters.append((lora, adapter.tensors))
-        templates.append(adapter_template(adapter))
-    return _Read(share(adapters) if adapters else None, templates, tuple(notes))
-
-
-def _resolved(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:
-    lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
-    for field in ("bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
-        if (value := getattr(lora_config, field)) not in (None, False, "none", (), {}):
-            raise _not_shared(name, adapter, f"{field} = {value!r}")
-    try:
-        return resolve_lora(lora_config, config)
-    except UserError as error:
-        raise UserError(
-            f"adapter {adapter.where}: is of another model ({error.message})", "name an adapter of this model"
-        ) from None
-
-
-def _check_shared(name: str, adapter: AdapterCheckpoint, config: ModelSpec) -> None:
-    """Raise UserError where an adapter has more than A and B of the layers' linears: the rest is one for all tokens."""
-    for tensor in adapter.tensors:
-        linear, factor = tensor.rsplit(".lora_", 1) if ".lora_" in tensor else (tensor, "")
-        if linear not in config.linears or factor not in ("A.weight", "B.weight"):
-            raise _not_shared(name, adapter, tensor)
-
-
-def _not_shared(name: str, adapter: AdapterCheckpoint, what: str) -> UserError:
-    return UserError(
-        f"adapter {name} ({adapter.where}) has {what}, which requests of several adapters in one batch cannot share",
-        "merge it (megalora convert adapter merge) and serve the merged model",
-    )
+    model = arguments.served
+    names = [name for name, _ in model.named_adapters]
+    read = [reader.read(name, folder) for name, folder in model.named_adapters]
+    notes = tuple(f"{name}: {note}" for name, one in zip(names, read, strict=True) for note in one.notes)
+    templates = [one.template for one in read]
+    if model.max_adapters is None:
+        shared = share([(one.lora, one.tensors) for one in read]) if read else None
+        return _Read(shared, None, (), templates, notes)
+    largest = max((adapter.r for one in read for adapter in one.lora.adapters.values()), default=0)
+    room = room_for(model.max_adapters, model.max_adapter_rank or max(USUAL_RANK, largest), config)
+    changes = tuple(Change(number, room.fit(one.lora, one.tensors)) for number, one in enumerate(read, 1))
+    return _Read(room.empty(), room, changes, templates, notes)
 
 
 def _stage(
-    arguments: Serving, config: ModelSpec, shared: SharedAdapters | None, mesh: ParallelMesh, device: torch.device
+    arguments: Serving, config: ModelSpec, read: _Read, mesh: ParallelMesh, device: torch.device
 ) -> Stage:
     """Build this rank's part of the model, with the base and all adapters in it. Collective."""
-    layout, model = arguments.layout, arguments.served
+    layout, model, shared = arguments.layout, arguments.served, read.shared
     with together(mesh.world):
         base = resolve_base(model.base_format, config)
         place = Placement(mesh.tp, False, resolve_dtype(model.dtype, device), device, base=base)
@@ -178,36 +154,48 @@ def _stage(
     with together(mesh.world):
         load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
         if shared is not None:
-            load_adapter(stage, shared.tensors, "of the server")
+            if read.room is None:
+                load_adapter(stage, shared.tensors, "of the server")
             stage.share_adapters(shared.owners)
     return stage
 
 
-def _catalogue(arguments: Serving, config: ModelSpec, read: _Read, context: int) -> Catalogue:
-    """The models by name. For rank 0."""
-    model, options = arguments.served, arguments.server
-    opened = open_tokenizer(model.model_path)
-    base = model.model_name or Path(model.model_path).resolve().name
-    names = [base, *(name for name, _ in model.named_adapters)]
-    if len(set(names)) < len(names):
-        raise UserError(f"two models are named {base}", "give the base another name with --model_name")
-    variables = TemplateOptions(options.template_variables, special_tokens_in_text=options.special_tokens_in_text)
-    models = {}
-    for number, (name, recorded) in enumerate(zip(names, [None, *read.templates], strict=True)):
-        template = ChatTemplate.of(opened, options.template, variables, recorded)
+def _put(stage: Stage, room: Room, change: Change) -> None:
+    put_adapters(stage, room, [change])
+
+
+class _Models:
+    """Makes the models by name. For rank 0."""
+
+    def __init__(self, arguments: Serving, config: ModelSpec):
+        self._served, self._options, self._config = arguments.served, arguments.server, config
+        self._opened = open_tokenizer(arguments.served.model_path)
+
+    def model(self, name: str, number: int, recorded: str | None) -> ServedModel:
+        """Return the base (number 0) or an adapter. recorded: the source of its own template. Raises UserError."""
+        options = self._options
+        variables = TemplateOptions(options.template_variables, special_tokens_in_text=options.special_tokens_in_text)
+        template = ChatTemplate.of(self._opened, options.template, variables, recorded)
         for note in template.notes if number == 0 else ():
             _say(note)
-        models[name] = ServedModel(name, number, template, stop_token_ids(model.model_path, template))
-    tokenizer = opened.tokenizer
-    return Catalogue(
-        models,
-        Reader(tokenizer),
-        config.vocab_size,
-        _without_text(opened),
-        context,
-        sampling_defaults(model.model_path),
-        int(time.time()),
-    )
+        return ServedModel(name, number, template, stop_token_ids(self._served.model_path, template))
+
+    def catalogue(self, templates: Sequence[str | None], context: int) -> Catalogue:
+        """Return the base and the adapters of the start. templates: the source of each adapter's own."""
+        base = self._served.model_name or Path(self._served.model_path).resolve().name
+        names = [base, *(name for name, _ in self._served.named_adapters)]
+        if len(set(names)) < len(names):
+            raise UserError(f"two models are named {base}", "give the base another name with --model_name")
+        made = [self.model(*one) for one in zip(names, range(len(names)), [None, *templates], strict=True)]
+        return Catalogue(
+            {model.name: model for model in made},
+            Reader(self._opened.tokenizer),
+            self._config.vocab_size,
+            _without_text(self._opened),
+            context,
+            sampling_defaults(self._served.model_path),
+            int(time.time()),
+        )
 
 
 def _without_text(opened: OpenedTokenizer) -> dict[str, int]:
@@ -226,32 +214,25 @@ def _context(config: ModelSpec, given: int | None) -> int:
 # ---- running ----
 
 
-def _run(
-    arguments: Serving,
-    catalogue: Catalogue,
-    backlog: Backlog,
-    replica: Replica,
-    listening: Any,
-    mesh: ParallelMesh,
-) -> None:
-    """Serve until a signal; then reply to what is there, for stop_timeout seconds."""
+@contextlib.contextmanager
+def _serving(
+    arguments: Serving, app: Any, catalogue: Catalogue, backlog: Backlog, listening: Any, token: str | None
+) -> Iterator[None]:
+    """Answer HTTP while inside; a signal closes the backlog, and ends what is there stop_timeout seconds later."""
     options = arguments.server
-    token = token_for(options.host, options.token)
-    hosts = allowed_hosts(options.host)
     connections = options.max_running + options.max_waiting + SPARE_CONNECTIONS
     stop = _Stop(backlog, options.stop_timeout)
-    with served(build_app(catalogue, backlog, hosts, token), listening, connections), _on_signals(stop):
+    with served(app, listening, connections), _on_signals(stop):
         address = address_of(listening, options.host)
         _say(f"serving {', '.join(catalogue.models)} at {address}/v1")
         if token is not None:
             _say("the API key is the --token that was given" if options.token else f"the API key is {token}")
         _say(f"chat page: {with_token(f'{address}/', token, options.token)}")
         try:
-            replica.serve(backlog, backlog, mesh.world)
+            yield
         finally:
             backlog.end_all(running=True)  # there are some where the replica has failed
             stop.cancel()
-    _say("stopped")
 
 
 class _Stop:

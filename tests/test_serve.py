@@ -14,7 +14,6 @@ from talking import make_model
 from told import user_error
 
 from megalora import cli
-from megalora import serve as program
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.shared import share
 from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
@@ -23,6 +22,8 @@ from megalora.errors import UserError
 from megalora.models.config import config_from_dict
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
+from megalora.serving import adapters
+from megalora.serving.adapters import check_shared
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("starlette")
@@ -35,7 +36,7 @@ def test_what_is_not_of_a_linear_is_found_by_its_name():
     for name in ("lm_head.lora_A.weight", f"{linear}.lora_magnitude_vector.weight", f"{linear}.bias", "norm.weight"):
         adapter = AdapterCheckpoint({}, {f"{linear}.lora_A.weight": None, name: None}, where="here")
         with pytest.raises(UserError, match=f"adapter tuned .here. has {name}, which requests of several"):
-            program._check_shared("tuned", adapter, config)
+            check_shared("tuned", adapter, config)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,10 @@ def test_flags(capsys, tmp_path):
     assert "runs one copy of the model" in refused(capsys, *model, "--tensor_parallel_size", 2)
     assert "does not exist" in refused(capsys, "--model_path", tmp_path / "nowhere")
     assert "--temperature belongs to megalora generate" in refused(capsys, *model, "--temperature", 1)
+    assert "max_adapters 1 is less than the 2" in refused(
+        capsys, *model, "--max_adapters", 1, "--adapters", "a=x", "b=y"
+    )
+    assert "no effect without max_adapters" in refused(capsys, *model, "--max_adapter_rank", 8)
     assert "token must be 8 to 200 letters" in refused(capsys, *model, "--token", "a b c d e f")
     with mock.patch.dict("sys.modules", {"uvicorn": None}):
         assert "pip install 'megalora[serve]'" in refused(capsys, *model)
@@ -88,7 +93,7 @@ def test_what_cannot_be_served(capsys, folders, tmp_path):
         (other / "adapter_config.json").write_text(json.dumps(config | fields))
         assert part in refused(capsys, *model, "--adapters", f"tuned={other}"), fields
     elsewhere = UserError("was trained on another base")
-    with mock.patch.object(program, "check_base", side_effect=elsewhere):
+    with mock.patch.object(adapters, "check_base", side_effect=elsewhere):
         assert "writes no text" in refused(capsys, *model, "--adapters", f"tuned={other}"), "not what its head does"
 
 

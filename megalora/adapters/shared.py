@@ -3,6 +3,8 @@
 A linear's branches are A = [A_1; A_2; ...] and B = [s_1 B_1 | s_2 B_2 | ...]. A token of adapter k keeps its columns of
 z = x A^T and has zeros in the others, so it gets s_k z_k B_k^T, and a token of the base nothing: what each adapter
 alone gives, but for the order of the sums.
+
+Where adapters come and go, each has a place of one size among the columns (Room), which zeros fill up.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.adapters.lora import Adapter
+from megalora.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,49 @@ class SharedAdapters:
     owners: Mapping[str, Sequence[int]]
 
 
+@dataclass(frozen=True)
+class Room:
+    """Places for `adapters` adapters, of `rank` columns each, on the linears of these names."""
+
+    adapters: int
+    rank: int
+    linears: tuple[str, ...]
+
+    def empty(self) -> SharedAdapters:
+        """Return the adapter that has these places, with no tensors yet."""
+        owners = [number for number in range(1, self.adapters + 1) for _ in range(self.rank)]
+        ranks = {name: Adapter(len(owners), 1.0, 0.0) for name in self.linears}
+        return SharedAdapters(ResolvedLora(LoraConfig(), ranks), {}, dict.fromkeys(self.linears, owners))
+
+    def fit(self, lora: ResolvedLora, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return an adapter's factors A [r, in] and s B [out, r] by parameter name. Raises UserError without room."""
+        known, found = set(self.linears), {}
+        for name, adapter in lora.adapters.items():
+            if name not in known:
+                raise UserError(
+                    f"{name} is adapted, for which --max_adapters has no room (experts and latent attention)",
+                    "merge the adapter (megalora convert adapter merge) and serve the merged model",
+                )
+            if adapter.r > self.rank:
+                raise UserError(
+                    f"{name} has rank {adapter.r}, but there is room for {self.rank}",
+                    f"start the server with --max_adapter_rank {adapter.r}",
+                )
+            found[f"{name}.lora_A.weight"] = tensors[f"{name}.lora_A.weight"]
+            found[f"{name}.lora_B.weight"] = _scaled(tensors[f"{name}.lora_B.weight"], adapter.scaling)
+        return found
+
+    @staticmethod
+    def dim(parameter: str) -> int:
+        """Return the dimension of a factor along which the adapters lie side by side."""
+        return int(parameter.endswith("lora_B.weight"))
+
+
+def _scaled(B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """s B in float32 or wider, so that it rounds once, beside the weight."""
+    return B.to(torch.promote_types(B.dtype, torch.float32)) * scaling
+
+
 def share(adapters: Sequence[tuple[ResolvedLora, Mapping[str, torch.Tensor]]]) -> SharedAdapters:
     """Return `adapters`, each with its tensors lora_A [r, in] and lora_B [out, r] by parameter name, as one.
 
@@ -43,9 +89,8 @@ def share(adapters: Sequence[tuple[ResolvedLora, Mapping[str, torch.Tensor]]]) -
         for name, adapter in lora.adapters.items():
             owners.setdefault(name, []).extend([number] * adapter.r)
             parts.setdefault(f"{name}.lora_A.weight", []).append(tensors[f"{name}.lora_A.weight"])
-            B = tensors[f"{name}.lora_B.weight"]
-            B = B.to(torch.promote_types(B.dtype, torch.float32))  # so that s B rounds once, beside the weight
-            parts.setdefault(f"{name}.lora_B.weight", []).append(B * adapter.scaling)
-    tensors = {name: torch.cat(some, dim=int(name.endswith("lora_B.weight"))) for name, some in parts.items()}
+            B = _scaled(tensors[f"{name}.lora_B.weight"], adapter.scaling)
+            parts.setdefault(f"{name}.lora_B.weight", []).append(B)
+    tensors = {name: torch.cat(some, dim=Room.dim(name)) for name, some in parts.items()}
     ranks = {name: Adapter(len(columns), 1.0, 0.0) for name, columns in owners.items()}
     return SharedAdapters(ResolvedLora(LoraConfig(), ranks), tensors, owners)

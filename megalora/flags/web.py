@@ -48,6 +48,16 @@ class ServedArguments(Section):
         verbatim=True,
         unset="none",
     )
+    max_adapters: int | None = flag(
+        None,
+        "adapters that there is room for at a time: more can then be loaded while the server runs, at "
+        "/v1/load_lora_adapter",
+        at_least=1,
+        unset="those of --adapters alone",
+    )
+    max_adapter_rank: int | None = flag(
+        None, "rank that each of max_adapters has room for", at_least=1, unset="16, or the largest of --adapters"
+    )
     resume_from_checkpoint: str | None = flag(
         None,
         "folder to load the base weights from: Hugging Face safetensors or megalora shards",
@@ -67,6 +77,13 @@ class ServedArguments(Section):
         for name in names:
             if names.count(name) > 1 or name == self.model_name:
                 raise UserError(f"two models are named {name}", "give each a name of its own")
+        if self.max_adapters is not None and self.max_adapters < len(names):
+            raise UserError(
+                f"max_adapters {self.max_adapters} is less than the {len(names)} of --adapters",
+                f"give at least {len(names)}",
+            )
+        if self.max_adapter_rank is not None and self.max_adapters is None:
+            raise UserError("max_adapter_rank has no effect without max_adapters", "give that as well")
 
     @property
     def named_adapters(self) -> tuple[tuple[str, str], ...]:

@@ -19,7 +19,18 @@ import torch.distributed as dist
 
 from megalora.errors import UserError
 from megalora.generation.cache import Span
-from megalora.generation.requests import FAILED, INTERRUPTED, LENGTH, STOP, Inbox, Listener, Prompt, Reply, Request
+from megalora.generation.requests import (
+    FAILED,
+    INTERRUPTED,
+    LENGTH,
+    STOP,
+    Change,
+    Inbox,
+    Listener,
+    Prompt,
+    Reply,
+    Request,
+)
 from megalora.generation.sampling import NOT_FINITE, Logprobs, Sampling, Seen, choose, draw, logprobs
 from megalora.generation.steps import Steps
 from megalora.models.stage import Stage
@@ -93,7 +104,7 @@ class Replica:
         self._held: list[tuple[int, list[int]]] = []  # whose tokens each slot of the cache holds: (adapter, tokens)
         self._seen: Seen | None = None
         self._adapted = True
-        self._more = False  # whether requests wait in the inbox
+        self._more = self._changes = False  # whether requests, or a change of adapters, wait in the inbox
 
     def switch_adapter(self, on: bool) -> None:
         """Replies from now on are those of the adapted model, as at first, or of the base."""
@@ -134,26 +145,48 @@ class Replica:
             self._seen = Seen(slots, self._stage.config.vocab_size, self._stage.place.device)
 
     @torch.inference_mode()
-    def serve(self, inbox: Inbox | None, listener: Listener | None, world: Axis) -> None:
+    def serve(
+        self,
+        inbox: Inbox | None,
+        listener: Listener | None,
+        world: Axis,
+        put: Callable[[Change], None] | None = None,
+    ) -> None:
         """Reply to requests as they come, until the inbox says that no more will. Collective over `world`.
 
         world  this replica alone; inbox and listener are its first rank's
+        put    makes a change of the adapters on this rank's stage; None: the inbox brings none
         A request whose logits are not finite ends as FAILED, and the others go on. After `reserve`.
         """
         queue = _Queue([*range(self._steps.slots)])
         while True:
             if not queue.running and not queue.waiting:
-                found = broadcast_object(None if inbox is None else inbox.wait(KEEP_ALIVE), world)
+                news = None if inbox is None else (inbox.wait(KEEP_ALIVE), inbox.change())
+                found, change = broadcast_object(news, world)
+                if change is not None:
+                    self._change(change, put, inbox)
                 if found is None:
                     return
                 queue.waiting.extend(found)
-                self._more = False
+                self._more = self._changes = False
                 continue
+            if self._changes:
+                change = broadcast_object(None if inbox is None else inbox.change(), world)
+                self._change(change, put, inbox)
+                self._changes = False
             if self._more and self._joins(queue) and not queue.waiting:
                 queue.waiting.extend(broadcast_object([] if inbox is None else inbox.take(len(queue.free)), world))
             for sequence in self._advance(queue, listener, inbox):
                 if listener is not None:
                     listener.done(sequence.prompt, _reply(sequence))
+
+    def _change(self, change: Change, put: Callable[[Change], None], inbox: Inbox | None) -> None:
+        """Make a change of the adapters, which no running sequence uses."""
+        put(change)
+        # Keys and values of the adapter that was there are of no use.
+        self._held = [(adapter, [] if adapter == change.number else tokens) for adapter, tokens in self._held]
+        if inbox is not None:
+            inbox.changed()
 
     def _advance(self, queue: _Queue, listener: Listener | None, inbox: Inbox | None = None) -> list[_Sequence]:
         """One step: of new prompts, or of all running sequences. Returns those that it ends."""
@@ -251,15 +284,15 @@ class Replica:
                 if sequence.finish_reason not in (STOP, FAILED):
                     verdict = listener.hear(sequence.prompt, sequence.reply[-1], sequence.logprobs)
                     verdicts[i] = _VERDICTS.index(verdict)
-        verdicts.append(int(inbox is not None and inbox.waiting()))
+        verdicts += [int(inbox is not None and inbox.waiting()), int(inbox is not None and inbox.changing())]
         if self._pp.size * self._tp.size > 1:
             told = torch.tensor(verdicts, device=self._stage.place.device)
             if self._pp.is_first:
                 _broadcast(told, self._tp, self._tp.ranks[0])
             _broadcast(told, self._pp, self._pp.ranks[0])
             verdicts = told.tolist()
-        *verdicts, more = verdicts
-        self._more = bool(more)
+        *verdicts, more, changes = verdicts
+        self._more, self._changes = bool(more), bool(changes)
         for sequence, verdict in zip(fed, verdicts, strict=True):
             if verdict:
                 sequence.finish_reason = _VERDICTS[verdict]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from megalora.generation.sampling import Logprobs, Sampling
 
@@ -53,6 +55,14 @@ class Reply:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class Change:
+    """Adapter `number` is another one from the next step on. tensors: its own, by parameter name."""
+
+    number: int
+    tensors: Mapping[str, torch.Tensor]
+
+
 class Listener(Protocol):
     """Hears the replies while they are made."""
 
@@ -69,7 +79,7 @@ class Inbox(Protocol):
     """Requests from outside, on the first rank. Other threads may put some in."""
 
     def wait(self, seconds: float) -> Sequence[Request] | None:
-        """Return some requests, or none after `seconds`; None: no more will come."""
+        """Return some requests, or none after `seconds` or where a change waits; None: no more will come."""
         ...
 
     def waiting(self) -> bool:
@@ -78,4 +88,16 @@ class Inbox(Protocol):
 
     def take(self, count: int) -> Sequence[Request]:
         """Return at most `count` requests, at once."""
+        ...
+
+    def changing(self) -> bool:
+        """Whether `change` has something to give."""
+        ...
+
+    def change(self) -> Change | None:
+        """Return what is to be changed before the next step."""
+        ...
+
+    def changed(self) -> None:
+        """The last change that was given is made, on every rank."""
         ...

@@ -199,8 +199,14 @@ class Stage(nn.Module):
             router.load.zero_()  # in place: recorded CUDA graphs count there
         return loads
 
-    def refresh_adapters(self) -> None:
+    def refresh_adapters(self, in_place: bool = False) -> None:
         """To be called after every change of the adapters, before the stage is used (see LinearGroup.refresh)."""
+        if in_place:  # of generation: its graphs are not the stage's
+            assert self._graphs is None and self.shares_adapters
+            for group in self.groups:
+                if isinstance(group, LinearGroup) and any(group.ranks):
+                    group.refresh(in_place=True)
+            return
         if self._graphs is not None:
             self._graphs.refresh()
         else:

@@ -171,9 +171,10 @@ class LinearGroup:
             lora_down_(X, self.down, *self.mask(tokens))
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh(self, in_place: bool = False) -> None:
         """Put s B beside W, and A and the biases in the compute dtype aside.
 
+        in_place  into the tensors that are there, as recorded CUDA graphs of generation want it
         Call after every change of an adapter: nothing here can notice one, since fused optimizers do not count as
         changes for autograd.
         """
@@ -186,8 +187,9 @@ class LinearGroup:
         for linear, tail in zip(self.linears, self._tails(), strict=True):
             if linear.lora_B is not None:
                 copies.append((tail, linear.lora_B.weight, linear.adapter.scaling))
-        if adapted:  # a new tensor: the old one may still be in use
-            self.down = torch.empty(sum(self.ranks), self.in_features, **place)
+        if adapted:
+            if self.down is None or not in_place:  # a new tensor: the old one may still be in use
+                self.down = torch.empty(sum(self.ranks), self.in_features, **place)
             parts = self.down.split([linear.rank for linear in adapted])
             copies += [(part, linear.lora_A.weight, 1.0) for part, linear in zip(parts, adapted, strict=True)]
         if self._has_bias:

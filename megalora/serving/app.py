@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from megalora.serving.answers import Answer
 from megalora.serving.backlog import RETRY_SECONDS, Backlog
 from megalora.serving.bodies import Asked, read_chat, read_completion, read_json
 from megalora.serving.errors import FAILED, ApiError, bad
+from megalora.serving.loading import AdapterLoader
 from megalora.serving.metrics import CONTENT_TYPE, ServerMetrics
 from megalora.serving.models import Catalogue, ServedModel
 from megalora.serving.replies import Replies
@@ -34,9 +35,13 @@ Read = Callable[[Mapping[str, Any], Mapping[str, float]], Asked]
 
 
 def build_app(
-    catalogue: Catalogue, backlog: Backlog, hosts: frozenset[str] | None, token: str | None
+    catalogue: Catalogue,
+    backlog: Backlog,
+    hosts: frozenset[str] | None,
+    token: str | None,
+    adapters: AdapterLoader | None = None,
 ) -> Starlette:
-    """Return the application. hosts, token: as `Guard` takes them."""
+    """Return the application. hosts, token: as `Guard` takes them; adapters: loads some while it runs."""
     server = _Server(catalogue, backlog)
     routes = [
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
@@ -47,11 +52,25 @@ def build_app(
         Route("/metrics", server.metrics),
         *page_routes("chat.html"),
     ]
+    if adapters is not None:
+        routes += [
+            Route("/v1/load_lora_adapter", _admin(adapters.load), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", _admin(adapters.unload), methods=["POST"]),
+        ]
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, hosts=hosts, token=token, free=["/health"])],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _bug},
     )
+
+
+def _admin(work: Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that has `work` done with the body of a request."""
+
+    async def endpoint(request: Request) -> Response:
+        return JSONResponse(await work(read_json(await _body(request))))
+
+    return endpoint
 
 
 class _Server:
@@ -75,7 +94,7 @@ class _Server:
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        self._find(name)
+        self._catalogue.find(name)
         return JSONResponse(next(one for one in self._catalogue.listed() if one["id"] == name))
 
     async def health(self, request: Request) -> Response:
@@ -105,7 +124,7 @@ class _Server:
         return response
 
     async def _answer(self, request: Request, asked: Asked) -> Response:
-        model = self._find(asked.model)
+        model = self._catalogue.find(asked.model)
         prompts = await self._encoded(model, asked)
         replies = Replies(asked, model, prompts, self._catalogue, self._backlog, self._metrics)
         answer = Answer(replies, self._spell)
@@ -133,13 +152,6 @@ class _Server:
             return await loop.run_in_executor(self._encoder, model.prompts, asked, self._catalogue.context)
         finally:
             self._encoding -= 1
-
-    def _find(self, name: str) -> ServedModel:
-        found = self._catalogue.models.get(name)
-        if found is None:
-            names = ", ".join(self._catalogue.models)
-            raise ApiError(404, f"no model {name!r:.80} here: there are {names}", "model", "model_not_found")
-        return found
 
 
 class _Events(Response):

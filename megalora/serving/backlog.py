@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from megalora.generation.requests import INTERRUPTED, Prompt, Reply, Request
+from megalora.generation.requests import INTERRUPTED, Change, Prompt, Reply, Request
 from megalora.generation.sampling import Logprobs
 from megalora.serving.errors import ApiError
 
 RETRY_SECONDS = 1
+STOPPING = "the server is stopping: send the request to another"
 _LOOK = 0.2  # seconds between two looks at what a signal handler may have set: it cannot notify
 
 
@@ -62,6 +63,7 @@ class Backlog:
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}
         self._told: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Token | End]]] = {}
+        self._changes: deque[tuple[Change, asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
         self._closed = self._aborted = False
 
     # ---- for the side of HTTP ----
@@ -87,7 +89,7 @@ class Backlog:
         """Raise ApiError where so many requests could not be submitted now."""
         with self._changed:
             if self._closed:
-                raise ApiError(503, "the server is stopping: send the request to another")
+                raise ApiError(503, STOPPING)
             if len(self._waiting) + count > self._limit + max(0, self._slots - len(self._running)):
                 raise ApiError(429, f"{len(self._waiting)} requests wait already: try again later", None, "queue_full")
 
@@ -121,6 +123,23 @@ class Backlog:
     def closed(self) -> bool:
         return self._closed
 
+    def uses(self, adapter: int) -> bool:
+        """Return whether a request of an adapter runs or waits."""
+        with self._changed:
+            tickets = (*self._waiting, *self._running.values())
+            return any(ticket.request.prompt.adapter == adapter for ticket in tickets)
+
+    async def make(self, change: Change) -> None:
+        """Have the replica make a change, before its next step. Raises ApiError 503 where it stops before that."""
+        loop = asyncio.get_running_loop()
+        made: asyncio.Future[None] = loop.create_future()
+        with self._changed:
+            if self._closed:
+                raise ApiError(503, STOPPING)
+            self._changes.append((change, loop, made))
+            self._changed.notify()
+        await made
+
     # ---- for the replica ----
 
     def wait(self, seconds: float) -> list[Request] | None:
@@ -130,7 +149,7 @@ class Backlog:
                 left = deadline - time.monotonic()
                 if self._closed:
                     return None
-                if left <= 0:
+                if left <= 0 or self._changes:
                     return []
                 self._changed.wait(min(left, _LOOK))
             return self._taken(self._slots)
@@ -144,6 +163,17 @@ class Backlog:
     def take(self, count: int) -> list[Request]:
         with self._changed:
             return self._taken(count)
+
+    def changing(self) -> bool:
+        return bool(self._changes)
+
+    def change(self) -> Change | None:
+        return self._changes[0][0] if self._changes else None
+
+    def changed(self) -> None:
+        with self._changed:
+            _, loop, made = self._changes.popleft()
+        _settle(loop, made, None)
 
     def hear(self, prompt: Prompt, token_id: int, logprobs: Logprobs | None) -> str | None:
         ticket = self._running[prompt.number]
@@ -163,6 +193,9 @@ class Backlog:
         self._closed = True
         with self._changed:
             tickets, self._waiting = [*self._waiting, *(self._running.values() if running else ())], deque()
+            changes, self._changes = self._changes, deque()
+        for _, loop, made in changes:
+            _settle(loop, made, ApiError(503, STOPPING))
         for ticket in tickets:
             self._event(ticket, End(INTERRUPTED))
         self._flush()
@@ -181,6 +214,17 @@ class Backlog:
         for loop, events in told.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_deliver, events)
+
+
+def _settle(loop: asyncio.AbstractEventLoop, made: asyncio.Future[None], error: ApiError | None) -> None:
+    """Tell whoever waits for a change that it is made, or why it never will be."""
+
+    def tell() -> None:
+        if not made.done():
+            made.set_result(None) if error is None else made.set_exception(error)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(tell)
 
 
 def _deliver(events: Sequence[tuple[Ticket, Token | End]]) -> None:

@@ -10,7 +10,7 @@ from megalora.errors import UserError
 from megalora.generation.prompts import Question, encode
 from megalora.generation.text import Reader
 from megalora.serving.bodies import Asked
-from megalora.serving.errors import bad
+from megalora.serving.errors import ApiError, bad
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """models    by name, the base first
+    """models    by name, the base first; adapters may come and go, on the event loop
     reader    of replies, which all models share with their tokenizer
     words     the model's vocab_size: token ids are below it
     special   id of each special token that leaves no text, by the token
@@ -57,13 +57,21 @@ class Catalogue:
     created   when the server started, in seconds since 1970
     """
 
-    models: Mapping[str, ServedModel]
+    models: dict[str, ServedModel]
     reader: Reader
     words: int
     special: Mapping[str, int]
     context: int
     defaults: Mapping[str, float]
     created: int
+
+    def find(self, name: str) -> ServedModel:
+        """Return the model of a name. Raises ApiError 404."""
+        found = self.models.get(name)
+        if found is None:
+            names = ", ".join(self.models)
+            raise ApiError(404, f"no model {name!r:.80} here: there are {names}", "model", "model_not_found")
+        return found
 
     def listed(self) -> list[dict[str, object]]:
         """Return the models as /v1/models lists them."""

@@ -57,6 +57,8 @@ class Replies:
         backlog: Backlog,
         metrics: ServerMetrics,
     ):
+        if catalogue.find(model.name) is not model:  # its place may be another adapter's by now
+            raise ApiError(404, f"{model.name} was loaded anew: send the request again", "model", "model_not_found")
         self.asked, self.model = asked, model
         self.prompt_tokens = sum(map(len, prompts))
         self._backlog, self._metrics, self._started = backlog, metrics, time.monotonic()

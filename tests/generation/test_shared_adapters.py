@@ -78,6 +78,12 @@ class Inbox:
     def wait(self, seconds):
         return self.take(2) or None
 
+    def changing(self):
+        return False
+
+    def change(self):
+        return None
+
     def waiting(self):
         return bool(self.left)
 

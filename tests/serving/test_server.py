@@ -50,9 +50,9 @@ def case(tmp_path_factory):
     return made.model, adapters, expected
 
 
-def words(case):
+def words(case, names=MODELS[1:]):
     model, adapters, _ = case
-    named = [f"{name}={folder}" for name, folder in adapters.items()]
+    named = [f"{name}={adapters[name]}" for name in names]
     return ["serve", "--model_path", model, "--model_name", "base", "--adapters", *named, "--port", 0]
 
 
@@ -228,6 +228,8 @@ def test_mistakes(server, number):
 
 
 def test_mistakes_of_http(server):
+    load = server.ask("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "x"})
+    assert load[0] == 400 and "start the server with --max_adapters" in load[1]["error"]["message"]
     assert server.ask("/v1/nothing")[0] == 404 and server.ask("/v1/chat/completions")[0] == 405
     assert server.ask("/v1/chat/completions", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert server.ask("/v1/models", headers={"Host": "evil.example"})[0] == 403
@@ -339,6 +341,35 @@ def test_torture(server, case):
     assert server.number("megalora_running") == 0
 
 
+def adapters_come_and_go(server, case, key, replies):
+    """The third is loaded while the first ones reply, and another takes the place of the second."""
+
+    def ask(what, name, **more):
+        status, answer, _ = server.ask(f"/v1/{what}_lora_adapter", {"lora_name": name, **more}, key)
+        return status, answer["error"]["message"] if status != 200 else answer["id"]
+
+    folders = case[1]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(replies, model) for model in MODELS[:3]]
+        assert ask("load", "third", lora_path=str(folders["third"])) == (200, "third")
+        for one in asked:
+            one.result()
+    replies("third")
+    replies("tuned")
+    assert ask("load", "more", lora_path=str(folders["third"])) == (
+        400, "there is room for 3 adapters, all of it taken: unload one first")  # fmt: skip
+    assert ask("unload", "other") == (200, "other")
+    assert server.ask("/v1/chat/completions", chat("hi", "other"), key)[0] == 404
+    assert ask("load", "a b", lora_path="x")[0] == 400 and ask("unload", "nobody")[0] == 404
+    assert "base model" in ask("unload", "base")[1] and "already" in ask("load", "third", lora_path="x")[1]
+    assert "is no folder of the machine" in ask("load", "x", lora_path="/nowhere")[1]
+    assert "adapter_config.json" in ask("load", "x", lora_path=str(case[0]))[1]
+    assert "made_up is not a field" in ask("load", "x", lora_path="x", made_up=1)[1]
+    assert ask("load", "again", lora_path=str(folders["third"])) == (200, "again")
+    replies("third", "again")
+    replies("tuned")
+
+
 def text_of(answer, stream):
     if not stream:
         return json.loads(answer)["choices"][0]["message"]["content"]
@@ -372,19 +403,25 @@ def test_the_chat_page(server, case, tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_and_a_graceful_end(case):
-    """Tensor and pipeline parallel replies are the same; a signal lets what runs end, and takes nothing new."""
-    layout = ["--nproc", 2, "--pipeline_parallel_size", 2]
-    with started(*words(case), *layout, "--max_running", 8, "--seq_length", 250, "--token", "open-sesame") as server:
+    """Tensor and pipeline parallel replies are the same, of adapters that came later too; a signal lets what runs end,
+    and takes nothing new."""
+    layout = ["--nproc", 2, "--pipeline_parallel_size", 2, "--max_adapters", 3, "--token", "open-sesame"]
+    with started(*words(case, MODELS[1:3]), *layout, "--max_running", 8, "--seq_length", 250) as server:
         assert "sesame" not in "\n".join(server.said), "logs keep no secret of the user's"
         refused = server.ask("/v1/models")
         assert refused[0] == 401 and refused[1]["error"]["type"] == "authentication_error"
         assert server.ask("/health")[0] == 200
         assert server.ask("/v1/models", headers={"Authorization": "Bearer open-sesami"})[0] == 401
         key = {"Authorization": "Bearer open-sesame"}
-        for model in MODELS:
+
+        def replies(model, name=None):
             for number in (0, 3):
-                status, answer, _ = server.ask("/v1/chat/completions", chat(QUESTIONS[number], model), key)
+                status, answer, _ = server.ask("/v1/chat/completions", chat(QUESTIONS[number], name or model), key)
                 assert status == 200 and answer["choices"][0]["message"]["content"] == case[2][model][number]
+
+        for model in MODELS[:3]:
+            replies(model)
+        adapters_come_and_go(server, case, key, replies)
         status, answer, _ = server.ask("/v1/chat/completions", chat("hi", logprobs=True), key)
         assert len(answer["choices"][0]["logprobs"]["content"]) == answer["usage"]["completion_tokens"]
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
