@@ -56,7 +56,7 @@ class Batch:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A CPU tensor on the device; the host waits for nothing that the device has yet to do."""
+    """Return a CPU tensor on the device; the host waits for nothing that the device has yet to do."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()  # a copy from memory that can be paged out would wait
     return tensor.to(device, non_blocking=True)

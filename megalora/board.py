@@ -89,7 +89,7 @@ class Runs:
 
     @contextlib.contextmanager
     def _first(self) -> Iterator[None]:
-        """The lock, before whoever reads on."""
+        """Hold the lock, before whoever reads on."""
         self._asking += 1
         try:
             with self._lock:

@@ -48,7 +48,7 @@ DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    """Return the compute dtype; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return DTYPES[name]
@@ -64,11 +64,10 @@ def resolve_base(name: str, config: ModelSpec) -> BaseFormat:
 
 
 def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
-    """The adapters of the model's linears. Raises UserError where the two do not fit."""
+    """Return the adapters of the model's linears. Raises UserError where the two do not fit."""
     if lora_config.bias == "all" and any(norm.bias for norm in config.norms):
         raise UserError(
-            f"lora_config: bias = 'all' would train the biases of {config.model_type}'s norms too, which is not "
-            "implemented",
+            f"lora_config: bias = 'all' is not implemented for a {config.model_type}, whose norms have biases",
             "choose none or lora_only",
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
@@ -125,7 +124,7 @@ def build_stage(
     schedule: str = "1f1b",
     fitting: Fitting = AS_GIVEN,
 ) -> tuple[Stage, Cut]:
-    """This rank's stage, its parameters not filled yet. Collective. Raises UserError where the model cannot be cut so.
+    """Build this rank's stage, parameters not filled yet. Collective. Raises UserError where it cannot be cut so.
 
     workload      a microbatch of the run, for the stages' costs; None where nothing is trained
     profile_file  a trace of megalora.profiling: the costs of the workload are made to add up to what it measured
@@ -189,14 +188,14 @@ def first_trained_part(config: ModelSpec, lora: ResolvedLora, parts: Sequence[ra
 def largest_exchange(
     config: ModelSpec, lora: ResolvedLora, tp: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Bytes that choose_exchange wants for microbatches of `tokens` tokens."""
+    """Return bytes that choose_exchange wants for microbatches of `tokens` tokens."""
     return exchange_bytes(shape_of(config, lora, tp, device.type), tokens, dtype.itemsize)
 
 
 def layer_seconds(
     config: ModelSpec, lora: ResolvedLora, tp: int, device: torch.device, workload: Workload | None = None
 ) -> LayerCosts:
-    """What each layer is reckoned to take on a tensor-parallel rank; without a workload its forward alone."""
+    """Return what each layer is reckoned to take on a tensor-parallel rank; without a workload its forward alone."""
     if workload is None:
         lora, workload = NO_LORA, Workload(rows=1, seq_length=256, labelled=1 / 256)
     return layer_costs(shape_of(config, lora, tp, device.type), workload, device_of(device))
@@ -209,7 +208,7 @@ def stage_layers(
     custom_partition: tuple[int, ...] | None,
     costs: LayerCosts | None = None,
 ) -> list[range]:
-    """The layers of each stage. Raises UserError where the model cannot be cut so.
+    """Return the layers of each stage. Raises UserError where the model cannot be cut so.
 
     costs  for partition_method cost; None: those of the forward of the model alone
     """
@@ -235,7 +234,7 @@ def layer_sizes(config: ModelSpec) -> list[int]:
 
 
 def check_vocabulary(largest: int, config: ModelSpec, model_path: str) -> None:
-    """Raises UserError where the tokenizer gives an id that the model has no embedding for."""
+    """Raise UserError where the tokenizer gives an id that the model has no embedding for."""
     if largest >= config.vocab_size:
         raise UserError(
             f"model_path {model_path}: its tokenizer gives token id {largest}, but the model's vocab_size "
@@ -297,7 +296,7 @@ def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int
 def check_adapter(
     tensors: Mapping[str, torch.Tensor], lora: ResolvedLora, config: ModelSpec, where: str | Path
 ) -> None:
-    """Raises UserError, the same on every rank, where names or shapes of an adapter are not those of this model."""
+    """Raise UserError, the same on every rank, where names or shapes of an adapter are not those of this model."""
     expected = trained_shapes(lora, config)
     missing, left_over = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or left_over:
@@ -319,7 +318,7 @@ def check_adapter(
 
 @torch.no_grad()
 def load_adapter(stage: Stage, tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
-    """Fills the adapters of the stage with their slices of the whole `tensors`. Raises UserError as `check_adapter`."""
+    """Fill the adapters of the stage with their slices of the whole `tensors`. Raises UserError as `check_adapter`."""
     check_adapter(tensors, stage.lora, stage.config, where)
     splits = named_splits(stage)
     for name, parameter in stage.trainable().items():

@@ -162,7 +162,7 @@ def _asked(options: GenerationArguments, rendering: ClassRows, config: ModelSpec
 
 
 def _values(options: GenerationArguments) -> list[tuple[Any, str]]:
-    """The texts or rows, each with its name in a message."""
+    """Return the texts or rows, each with its name in a message."""
     if options.prompt is not None:
         return [(options.prompt, "prompt")]
     path = Path(options.prompts_file or "")

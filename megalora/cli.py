@@ -86,7 +86,7 @@ def run(command: Callable[[], int | None]) -> int:
 
 
 def _told(error: UserError) -> str:
-    """The lines that an error is printed as."""
+    """Return the lines that an error is printed as."""
     return f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else "")
 
 
@@ -134,7 +134,7 @@ def _generate(argv: list[str]) -> int:
 
 
 def _starts_processes(parallel: ParallelArguments | ServedArguments) -> bool:
-    """Whether this process is to start those of `nproc`, and is none of them."""
+    """Return whether this process is to start those of `nproc`, and is none of them."""
     from megalora.cluster.environment import NPROC
 
     return parallel.nproc is not None and os.environ.get(NPROC) != str(parallel.nproc)

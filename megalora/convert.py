@@ -47,7 +47,7 @@ from megalora.tokenizer_files import has_tokenizer, read_template, write_templat
 
 
 def convert(arguments: Conversion) -> None:
-    """Runs one conversion. Raises UserError for what the user can fix; what was at the output is then untouched."""
+    """Run one conversion. Raises UserError for what the user can fix; what was at the output is then untouched."""
     _COMMANDS[arguments.command](arguments)
 
 
@@ -103,7 +103,7 @@ def _from_gguf(arguments: Conversion) -> None:
 
 
 def read_base(folder: str) -> tuple[ModelSpec, BaseWeights]:
-    """The model in a folder of safetensors or shards, checked to be whole."""
+    """Return the model in a folder of safetensors or shards, checked to be whole."""
     config = _read_model(folder)
     return config, open_base(folder, base_names(config))
 
@@ -118,7 +118,9 @@ def _refuse_quantised(folder: str) -> None:
 
 
 def _read_model(folder: str) -> ModelSpec:
-    """The model's spec, with the head that its weights have; a line says where that is another than config.json's."""
+    """Return the model's spec, with the head that its weights have; a line says where that is another than
+    config.json's.
+    """
     config, note = settle_head(read_config(folder), folder)
     if note is not None:
         print(f"megalora: {note}", file=sys.stderr, flush=True)
@@ -193,7 +195,7 @@ def _adapter_to_peft(arguments: Conversion) -> None:
 
 
 def write_its_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folder: Path) -> None:
-    """The tokenizer of the run, or else of the model, and the chat template that the adapter was trained with."""
+    """Write the tokenizer of the run, or else of the model, and the chat template that the adapter was trained with."""
     where, template = Path(adapter.where), adapter_template(adapter)
     base = arguments.base.base or adapter.lora_config.get("base_model_name_or_path")
     places = [tokenizer_folder(where.parent.parent), where, *([Path(base)] if base else [])]
@@ -257,7 +259,7 @@ def _check_tied_merge(config: ModelSpec, lora: ResolvedLora, adapter: AdapterChe
 
 
 def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
-    """The folder of the model that an adapter belongs to."""
+    """Return the folder of the model that an adapter belongs to."""
     if arguments.base.base is not None:
         return arguments.base.base
     named = adapter.lora_config.get("base_model_name_or_path")
@@ -268,7 +270,7 @@ def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
 
 
 def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[ModelSpec, ResolvedLora]:
-    """Model and adapter, checked to belong together."""
+    """Return model and adapter, checked to belong together."""
     lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
     config = read_config(_base_of(adapter, arguments))
     check_task(lora_config.task_type, config, f"adapter {adapter.where}")
@@ -299,7 +301,7 @@ def write_adapter(
 
 
 def _places(config: ModelSpec, layout: LayoutArguments, lora: ResolvedLora = NO_LORA) -> dict[Layout, dict[str, Split]]:
-    """What of each parameter lies on each rank. Raises UserError where the model cannot be cut so."""
+    """Return what of each parameter lies on each rank. Raises UserError where the model cannot be cut so."""
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
     check_layout(config, tp, pp, layout.uneven_heads)
     layers = stage_layers(config, pp, layout.partition_method, layout.custom_partition)

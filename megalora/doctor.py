@@ -57,7 +57,7 @@ class Finding:
 
 
 def doctor(wanted: DoctorArguments) -> bool:
-    """Prints the table, on rank 0. Returns whether no check is a FAULT. Collective under torchrun."""
+    """Print the table, on rank 0. Return whether no check is a FAULT. Collective under torchrun."""
     device, _ = choose_device()
     alone = environment_int("WORLD_SIZE", 1) == 1
     tp, pp = (1, 1) if alone else (wanted.tensor_parallel_size, wanted.pipeline_parallel_size)
@@ -94,7 +94,7 @@ def show(rows: Sequence[tuple[str, Finding]]) -> None:
 
 
 def this_host(wanted: DoctorArguments, device: torch.device) -> list[Finding]:
-    """The checks that need no other host."""
+    """Return the checks that need no other host."""
     checks: list[Callable[[], list[Finding]]] = [
         _versions,
         lambda: [_extension(device)],
@@ -150,7 +150,7 @@ def _gpus() -> list[Finding]:
 
 
 def _interfaces() -> list[Finding]:
-    """That the interfaces chosen for NCCL and gloo exist and are up."""
+    """Check that the interfaces chosen for NCCL and gloo exist and are up."""
     folder = Path("/sys/class/net")
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = []
@@ -179,7 +179,7 @@ def _infiniband() -> list[Finding]:
 
 
 def disk(output_dir: str, needed: float) -> Finding:
-    """Room where the run writes (GiB), tried with a file that is written for good."""
+    """Return room where the run writes (GiB), tried with a file that is written for good."""
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def _read(file: Path) -> str:
 
 
 def across_hosts(wanted: DoctorArguments, mesh: ParallelMesh) -> list[Finding]:
-    """What must be the same everywhere. Collective."""
+    """Return what must be the same everywhere. Collective."""
     return [_same_code(mesh.world), _shared(wanted.output_dir, mesh.world), _clocks(mesh.world)]
 
 
@@ -300,7 +300,7 @@ class Link:
 
 
 def links(mesh: ParallelMesh, hosts: Sequence[str], device: torch.device) -> list[Finding]:
-    """Reductions over each axis, and every link between its neighbours. Collective."""
+    """Check reductions over each axis, and every link between its neighbours. Collective."""
     findings = []
     for name in ("tp", "dp", "pp"):
         axis: Axis = getattr(mesh, name)
@@ -319,12 +319,12 @@ def links(mesh: ParallelMesh, hosts: Sequence[str], device: torch.device) -> lis
 
 
 def _pairs(groups: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """The neighbours of every group, once each."""
+    """Return the neighbours of every group, once each."""
     return sorted({pair for ranks in groups for pair in zip(ranks, ranks[1:], strict=False)})
 
 
 def judge_links(found: Sequence[Link]) -> list[Finding]:
-    """The slow ones by name, and one row for the others of each kind. Pure."""
+    """Return the slow ones by name, and one row for the others of each kind. Pure."""
     findings = []
     for inside in (True, False):
         kind = [link for link in found if link.inside == inside]
@@ -360,7 +360,7 @@ def _reduction(axis: Axis, device: torch.device) -> float:
 
 
 def _measure(name: str, pair: tuple[int, int], world: Axis, hosts: Sequence[str], device: torch.device) -> Link:
-    """Sends to and fro between two ranks while the others wait. Collective."""
+    """Send to and fro between two ranks while the others wait. Collective."""
     times = None
     if world.rank in pair:
         small, large = torch.zeros(1, device=device), torch.zeros(MESSAGE[device.type] // 4, device=device)

@@ -274,7 +274,7 @@ def _shared_out(
     listener: Listener | None,
     later: _Later,
 ) -> list[Reply]:
-    """The reply to each prompt, in order: the replicas of the dp axis take turns. Collective over the world."""
+    """Return the reply to each prompt, in order: the replicas of the dp axis take turns. Collective over the world."""
     dp = mesh.dp
     with together(mesh.world):
         mine = replica.replies(prompts[dp.rank :: dp.size], max_new_tokens, listener)
@@ -290,7 +290,7 @@ class _Later:
         self._error: UserError | None = None
 
     def of(self, work: Callable[..., None]) -> Callable[..., None]:
-        """`work`, which does nothing any more once it or another has failed."""
+        """Return `work`, which does nothing any more once it or another has failed."""
 
         def tried(*arguments: object) -> None:
             if self._error is None:
@@ -395,7 +395,8 @@ def _resolved(adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:
 
 
 def _is_streamed(options: GenerationArguments) -> bool:
-    """Whether a reply is shown token by token: in a dialogue, and of one prompt where nothing stands beside it."""
+    """Return whether a reply is shown token by token: in a dialogue, and of one prompt where nothing stands beside it.
+    """
     if options.prompt is None and options.prompts_file is None:
         return True
     return options.prompt is not None and options.output_file is None and not options.compare_base

@@ -28,7 +28,8 @@ _BASE_FORMAT = "base format"
 
 
 def base_identity(config: ModelSpec, weights: str, tokenizer: Any) -> dict[str, str]:
-    """What an adapter is trained for: the base weights (their names, shapes and a sample of values), the tokenizer.
+    """Return what an adapter is trained for: the base weights (their names, shapes and a sample of values), the
+    tokenizer.
 
     Each value says in words what it can, and ends in a hash. Raises UserError as `open_base`. For one rank: it reads.
     """
@@ -47,7 +48,7 @@ def run_identity(
     seed: int,
     base_dropout: str | None = None,
 ) -> dict[str, str]:
-    """What must not change between the parts of one run; the layout may. base: of `base_identity`.
+    """Return what must not change between the parts of one run; the layout may. base: of `base_identity`.
 
     base_dropout  the dropouts of the base in words; None where its config asks for none
     """
@@ -68,7 +69,7 @@ def run_identity(
 
 
 def _is_silent(name: str, value: Any) -> bool:
-    """Whether it is a field that runs of earlier versions lack, with the value that they had."""
+    """Return whether it is a field that runs of earlier versions lack, with the value that they had."""
     return name in _LATER and value == getattr(LoraConfig, name)
 
 
@@ -81,7 +82,9 @@ class Progress:
 
 
 def progress(checkpoint: AdapterCheckpoint) -> Progress | None:
-    """None where the adapter is of no run (PEFT). Raises UserError where a run's numbers are not there."""
+    """Return how far its run has come; None where the adapter is of no run (PEFT). Raises UserError where a run's
+    numbers are not there.
+    """
     if checkpoint.trainer is None:
         return None
     step, identity = checkpoint.trainer.get("step"), checkpoint.trainer.get("identity")
@@ -129,7 +132,7 @@ def other_base_format(checkpoint: AdapterCheckpoint, base_format: str) -> list[s
 
 
 def check_base(checkpoint: AdapterCheckpoint, base: Mapping[str, str]) -> None:
-    """Raises UserError where an adapter was trained on another base model or tokenizer, with the difference.
+    """Raise UserError where an adapter was trained on another base model or tokenizer, with the difference.
 
     base  as of `base_identity`; more fields do not matter
     """

@@ -74,7 +74,7 @@ class AdapterOptimizer:
         return self._optimizer.state[whole][key].view(-1)[start : start + p.numel()].view(p.shape)
 
     def step(self, learning_rate: float, skip: torch.Tensor | None = None) -> None:
-        """One update with the gradients that the parameters hold.
+        """Make one update with the gradients that the parameters hold.
 
         skip  a bool scalar on their device: nothing is updated where it is true. The host need not know it yet, and
               says so later (`skipped`)
@@ -93,7 +93,7 @@ class AdapterOptimizer:
             self._optimizer.step()
 
     def skipped(self) -> None:
-        """The last step was one to skip."""
+        """Note that the last step was one to skip."""
         self._steps -= 1
 
     @property
@@ -102,13 +102,13 @@ class AdapterOptimizer:
         return self._steps
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The two moments of each parameter, by name; {} before the first step."""
+        """Return the two moments of each parameter, by name; {} before the first step."""
         if self._optimizer is None or not self._steps:
             return {}
         return {name: {key: self._of(p, key) for key in MOMENTS} for name, p in self._parameters.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], steps: int) -> None:
-        """Goes on from moments as `state` gives them, after `steps` updates."""
+        """Go on from moments as `state` gives them, after `steps` updates."""
         self._steps = steps
         if not steps:
             return
@@ -183,17 +183,17 @@ class LossScale:
         self._growth_interval = growth_interval
 
     def state(self) -> dict[str, float | int | None]:
-        """The plain values that `load_state` takes."""
+        """Return the plain values that `load_state` takes."""
         return {"loss_scale": self.value if self.enabled else None, "good_steps": self.good_steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`, where both runs are in float16: another dtype's has no scale."""
+        """Go on from `state`, where both runs are in float16: another dtype's has no scale."""
         value, good_steps = state["loss_scale"], int(state["good_steps"])
         if self.enabled and value is not None:
             self.value, self.good_steps = float(value), good_steps
 
     def update(self, overflowed: bool) -> bool:
-        """Adapts to a step; returns whether an overflow is only the scale looking for its place."""
+        """Adapt to a step; return whether an overflow is only the scale looking for its place."""
         if not self.enabled:
             return False
         if overflowed:

@@ -111,7 +111,7 @@ def _wanted(arguments: PlanArguments, base_format: str) -> Wanted:
 def _slowness(
     arguments: PlanArguments, config: ModelSpec, lora: ResolvedLora, device: Device, base_format: str
 ) -> float:
-    """How many times as long as counted the compute of the profiled run took."""
+    """Return how many times as long as counted the compute of the profiled run took."""
     measured = read_profile(arguments.profile_file, config, base_format)
     dtype = arguments.dtype
     if DTYPES[dtype].itemsize != measured.element:
@@ -141,7 +141,7 @@ def _slowness(
 
 
 def _type(arguments: PlanArguments) -> str:
-    """Of the device, as torch names it."""
+    """Return the type of the device, as torch names it."""
     return "cpu" if arguments.device == "cpu" else "cuda"
 
 
@@ -179,7 +179,7 @@ def _layouts(plans: list[Plan], too_large: list[TooLarge]) -> Table:
 
 
 def _lengths(plans: list[Plan], too_large: list[TooLarge]) -> Table:
-    """The longest row of each layout."""
+    """Return the longest row of each layout."""
     table = _table("tensor", "pipeline", "context", "data", "longest row", "GiB", "host GiB", "step", "tokens/s")
     for one in plans[:_SHOWN]:
         layout, host = one.layout, max(stage.host for stage in one.stages)
@@ -239,7 +239,7 @@ def _count(stage: StagePlan) -> int:
 
 
 def _passes(stage: StagePlan) -> str:
-    """Milliseconds of forward + recompute (where there is any) + backward of a microbatch."""
+    """Return milliseconds of forward + recompute (where there is any) + backward of a microbatch."""
     sums = [sum(getattr(one, what) for one in stage.seconds) for what in ("forward", "recompute", "backward")]
     return " + ".join(f"{1e3 * seconds:.3g}" for i, seconds in enumerate(sums) if seconds or i != 1)
 
@@ -256,7 +256,7 @@ def _gib(size: int) -> float:
 
 
 def _flags(chosen: Plan, arguments: PlanArguments) -> str:
-    """The best layout as flags of `megalora finetune`."""
+    """Return the best layout as flags of `megalora finetune`."""
     base = "" if arguments.base_format == "auto" else f" --base_format {arguments.base_format}"
     return f"  {layout_flags(chosen, arguments)}{base} --seq_length {chosen.layout.work.seq_length}"
 
@@ -308,7 +308,7 @@ def nothing_fits(least: TooLarge, cluster: Cluster, memory: float) -> UserError:
 
 
 def draw(chosen: Plan, path: str) -> None:
-    """Writes the timeline of a step as SVG. Raises UserError where the file cannot be written."""
+    """Write the timeline of a step as SVG. Raises UserError where the file cannot be written."""
 
     def again(stage: int, action: Any) -> float:
         return chosen.stages[stage].seconds[action.chunk].recompute
@@ -322,7 +322,7 @@ def draw(chosen: Plan, path: str) -> None:
 
 
 def write_svg(path: str | Path, panels: list[Panel]) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Raise UserError where the file cannot be written."""
     try:
         Path(path).write_text(svg(panels), encoding="utf-8")
     except OSError as error:

@@ -56,7 +56,7 @@ def preview(arguments: Preview) -> None:
 
 
 def _by_row(documents: Documents, wanted: range) -> Iterator[tuple[int, list[Sample]]]:
-    """The documents of the rows that are wanted, row by row."""
+    """Yield the documents of the rows that are wanted, row by row."""
     places: dict[int, list[int]] = {}
     for place, row in enumerate(documents.rows.tolist()):
         if row in wanted:
@@ -81,7 +81,7 @@ class _Counts:
         self.lengths.update(documents.lengths.tolist())
 
     def lines(self, report: Report) -> list[str]:
-        """Counts, and a histogram of the lengths."""
+        """Return counts, and a histogram of the lengths."""
         share = self.trained / self.tokens if self.tokens else 0.0
         lines = [
             "",
@@ -161,5 +161,5 @@ def token_texts(tokenizer: Any, ids: Sequence[int], flags: Sequence[Flag]) -> It
 
 
 def _printable(text: str) -> str:
-    """The text without characters that would steer a terminal."""
+    """Return the text without characters that would steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

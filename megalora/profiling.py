@@ -54,7 +54,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, recorded: bool, world: Axis) -> Iterator[None]:
-        """In which a step runs. Collective where it is recorded."""
+        """Record the step that runs inside. Collective where it is recorded."""
         if not recorded:
             yield
             return
@@ -67,11 +67,11 @@ class Profiler:
         self._marks = None
 
     def watch(self, action: Action) -> contextlib.AbstractContextManager:
-        """In which a compute runs."""
+        """Return a context that records the compute inside."""
         return contextlib.nullcontext() if self._marks is None else self._span(action.op, action)
 
     def clock(self, inner: Clock) -> Clock:
-        """`inner`, and its phases recorded."""
+        """Return `inner`, and its phases recorded."""
 
         def timed(phase: str) -> contextlib.AbstractContextManager:
             if self._marks is None or phase in (FORWARD, BACKWARD):  # the computes are recorded by `watch`
@@ -81,7 +81,7 @@ class Profiler:
         return timed
 
     def collect(self, world: Axis) -> list[list[list[Span]]]:
-        """[rank][step] the spans of all ranks. Collective."""
+        """Return [rank][step] the spans of all ranks. Collective."""
         return gather_objects(self._steps, world)
 
     @contextlib.contextmanager
@@ -113,8 +113,9 @@ class Profiler:
 
 
 def recorded_steps(steps: int, first_step: int, total_steps: int, graphs: bool) -> range:
-    """Which steps are recorded, counted from 0: the run's first, which readies much, is left out where it has more, and
-    so is with graphs its second, which captures them."""
+    """Return which steps are recorded, counted from 0: the run's first, which readies much, is left out where it has
+    more, and so is with graphs its second, which captures them.
+    """
     begin = first_step + max(0, min(1 + graphs, total_steps - first_step - 1))
     return range(begin, min(begin + steps, total_steps))
 
@@ -155,7 +156,7 @@ class Measured:
 
 
 def model_words(config: ModelSpec) -> str:
-    """What decides how long a model computes, but for its depth."""
+    """Return what decides how long a model computes, but for its depth."""
     sizes = {mixer.inner for mixer in config.mixers if isinstance(mixer, MLP)}
     inner = f"{' and '.join(map(str, sorted(sizes)))} inside, {config.num_attention_heads} heads"
     return f"{config.model_type} of hidden size {config.hidden_size}, {inner}, vocabulary {config.vocab_size}"
@@ -164,7 +165,7 @@ def model_words(config: ModelSpec) -> str:
 def write_profile(
     folder: str | Path, recorded: Sequence[Sequence[Sequence[Span]]], plan: Plan, model: str, device: str
 ) -> str:
-    """The trace and the drawing of what Profiler.collect gave, in `folder`; returns a line that says so.
+    """Return the trace and the drawing of what Profiler.collect gave, in `folder`; returns a line that says so.
 
     plan           what the run was predicted to be
     model, device  as of Measured
@@ -204,7 +205,7 @@ def write_profile(
 
 
 def read_profile(path: str | Path, config: ModelSpec, base_format: str) -> Measured:
-    """The Measured of a trace.
+    """Return the Measured of a trace.
 
     Raises UserError where the file is none, or of another model than that of `config`, or of a base in another format.
     """
@@ -232,7 +233,7 @@ def read_profile(path: str | Path, config: ModelSpec, base_format: str) -> Measu
 
 
 def measured_costs(counted: LayerCosts, measured: Measured) -> LayerCosts:
-    """`counted`, made to add up to what was measured.
+    """Return `counted`, made to add up to what was measured.
 
     Counts say how layers compare, measured seconds how long parts took: the layers are scaled by the parts without the
     head, and the head is what the last part took besides. From a single part both are scaled alike.
@@ -248,7 +249,7 @@ def measured_costs(counted: LayerCosts, measured: Measured) -> LayerCosts:
 
 
 def ranks_of_stage(stage: int, dp: int, tp: int) -> range:
-    """The ranks of a stage (see megalora.parallel.mesh.layout)."""
+    """Return the ranks of a stage (see megalora.parallel.mesh.layout)."""
     return range(stage * dp * tp, (stage + 1) * dp * tp)
 
 
@@ -304,7 +305,8 @@ def _simulated(measured: Measured, plan: Plan) -> Panel:
 
 
 def _trace_events(recorded: Sequence, dp: int, tp: int) -> Iterator[dict[str, Any]]:
-    """Chrome's trace event format: complete events in microseconds, one process a rank; steps one after another."""
+    """Yield Chrome's trace event format: complete events in microseconds, one process a rank; steps one after another.
+    """
     for rank in range(len(recorded)):
         stage, data, tensor = rank // (dp * tp), rank // tp % dp, rank % tp
         name = f"rank {rank}: stage {stage}, data {data}, tensor {tensor}"

@@ -169,7 +169,7 @@ def _extract(arguments: Conversion) -> None:
 
 
 def _same(one: BaseWeights, other: BaseWeights, name: str) -> bool:
-    """Whether a tensor is the same in both, or in neither (a head)."""
+    """Return whether a tensor is the same in both, or in neither (a head)."""
     if name not in one.shapes or name not in other.shapes:
         return name not in one.shapes and name not in other.shapes
     return torch.equal(_read(one, name), _read(other, name))

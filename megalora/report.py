@@ -55,7 +55,7 @@ def page_of(contents: dict[str, Any]) -> str:
 
 
 def _contents(runs: list[Run]) -> dict[str, Any]:
-    """What the page asks the board for, all of it."""
+    """Return what the page asks the board for, all of it."""
     fields = dict.fromkeys(field for run in runs for field in run.fields())
     series = {
         field: {str(number): run.series(field, 0, math.inf, POINTS) for number, run in enumerate(runs)}

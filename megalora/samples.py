@@ -63,7 +63,9 @@ def sample_documents(run: Path, rows: int) -> list[SampleDocument]:
 
 
 def _rendering(folder: Path, model: ModelArguments, data: DataArguments) -> Rendering:
-    """How the rows of the run's task become documents. folder: where the run was started, which its paths are from."""
+    """Return how the rows of the run's task become documents. folder: where the run was started, which its paths are
+    from.
+    """
     task, labels, model_path = LoraConfig().task_type, (), str(folder / model.model_path)
     if model.resume_peft_from_checkpoint is not None:
         adapter = open_adapter(folder / model.resume_peft_from_checkpoint)
@@ -74,5 +76,5 @@ def _rendering(folder: Path, model: ModelArguments, data: DataArguments) -> Rend
 
 
 def _from(folder: Path, data_path: str) -> str:
-    """The files of --data_path as seen from another folder than the one that the run was started in."""
+    """Return the files of --data_path as seen from another folder than the one that the run was started in."""
     return ",".join(str(folder / part) for part in data_path.split(","))

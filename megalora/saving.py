@@ -80,7 +80,7 @@ class RunSaver:
         return self._saves.failed
 
     def save(self, step: int, numbers: Mapping[str, Any]) -> Path:
-        """Begins the checkpoint after `step` steps, once the one before is complete; the folder that it will be.
+        """Begin the checkpoint after `step` steps, once the one before is complete; return the folder that it will be.
 
         numbers  plain values that `restore` gives back, the same on every rank
         """
@@ -90,12 +90,12 @@ class RunSaver:
         return self._saves.start(step, lambda: self._snapshot(step, numbers), self._identity)
 
     def settle(self) -> None:
-        """Until no save is under way. Raises its error, on every rank."""
+        """Wait until no save is under way. Raises its error, on every rank."""
         with together(self._mesh.world):
             self._saves.wait()
 
     def notes(self) -> list[str]:
-        """A line on each checkpoint that was completed since the last call."""
+        """Return a line on each checkpoint that was completed since the last call."""
         return [self._note(report) for report in self._saves.finished()]
 
     def _note(self, report: SaveReport) -> str:
@@ -133,7 +133,7 @@ class RunSaver:
 
 
 def restore(trainer: Trainer, checkpoint: AdapterCheckpoint, splits: Mapping[str, Split]) -> None:
-    """The moments of this rank's parameters and the trainer's numbers, as they were. Raises UserError."""
+    """Restore the moments of this rank's parameters and the trainer's numbers, as they were. Raises UserError."""
     moments = {
         name: {key: splits[name].slice(whole) for key, whole in parts.items()}
         for name, parts in (checkpoint.optimizer or {}).items()

@@ -199,13 +199,15 @@ class _Models:
 
 
 def _without_text(opened: OpenedTokenizer) -> dict[str, int]:
-    """The special tokens that leave no text in a reply, by themselves: as stop strings they are stopped at by id."""
+    """Return the special tokens that leave no text in a reply, by themselves: as stop strings they are stopped at by
+    id.
+    """
     tokenizer = opened.tokenizer
     return {token: number for token, number in tokenizer.get_added_vocab().items() if not decode(tokenizer, [number])}
 
 
 def _context(config: ModelSpec, given: int | None) -> int:
-    """Longest prompt and reply together, in tokens. Raises UserError as `check_length`."""
+    """Return longest prompt and reply together, in tokens. Raises UserError as `check_length`."""
     if given is not None and (longer := check_length(config, given)) is not None:
         _say(longer)
     return given or min(config.max_position_embeddings, LONGEST_CONTEXT)
@@ -262,7 +264,7 @@ class _Stop:
 
 @contextlib.contextmanager
 def _on_signals(handler: Any) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler` while inside, where this is the main thread."""
+    """Send SIGINT and SIGTERM to `handler` while inside, where this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

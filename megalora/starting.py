@@ -170,14 +170,14 @@ def _check_recompute(config: ModelSpec, layers: int | None) -> None:
 
 
 def _keep_others_out(lock: RunLock, mesh: ParallelMesh) -> str | None:
-    """Locks output_dir until this run ends; returns a note where that cannot be done. Collective."""
+    """Lock output_dir until this run ends; return a note where that cannot be done. Collective."""
     # The run before may be dying still. Of one that is started again, rank 0 may have been on another node, whose
     # torchrun gives it 30 s before it kills it.
     return on_first(lambda: lock.take(wait=30.0 if restarts() else 3.0), mesh.world)
 
 
 def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh) -> bool:
-    """Whether the run in output_dir is to be removed, once all that is asked for has been looked at. Collective.
+    """Return whether the run in output_dir is to be removed, once all that is asked for has been looked at. Collective.
 
     Raises UserError where it holds the adapter to start from: until the first checkpoint that would be in memory alone.
     """
@@ -206,8 +206,9 @@ def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
 
 
 def _find_start(model: ModelArguments, train: TrainArguments, overwrite: bool, mesh: ParallelMesh) -> Start | None:
-    """The newest sound checkpoint in output_dir, unless that is to be overwritten; else the adapter named by the user;
-    else None. Collective."""
+    """Return the newest sound checkpoint in output_dir, unless that is to be overwritten; else the adapter named by the
+    user; else None. Collective.
+    """
 
     def find() -> Start | None:
         if not overwrite:
@@ -226,7 +227,7 @@ def _find_start(model: ModelArguments, train: TrainArguments, overwrite: bool, m
 
 
 def _lora_config(model: ModelArguments, start: Start | None) -> LoraConfig:
-    """From --lora_config, else the adapter that the run starts from, else the defaults of the model_type."""
+    """Read it from --lora_config, else the adapter that the run starts from, else the defaults of the model_type."""
     if model.lora_config is not None:
         lora_config = LoraConfig.from_json(model.lora_config)
         if lora_config.inference_mode:
@@ -242,7 +243,7 @@ def _lora_config(model: ModelArguments, start: Start | None) -> LoraConfig:
 
 
 def _check_same_adapter(lora: ResolvedLora, start: Start | None, config: ModelSpec) -> None:
-    """Raises UserError where --lora_config means another adapter than the one to start from."""
+    """Raise UserError where --lora_config means another adapter than the one to start from."""
     if start is None:
         return
     theirs = resolve_lora(LoraConfig.from_dict(start.checkpoint.lora_config, start.checkpoint.where), config)
@@ -269,7 +270,7 @@ def _other_adapter(start: Start) -> str:
 
 
 def _first_step(start: Start | None, identity: Mapping[str, str]) -> tuple[int, str]:
-    """(steps already done, a line that says so). Raises UserError where output_dir holds another run."""
+    """Return (steps already done, a line that says so). Raises UserError where output_dir holds another run."""
     if start is None:
         return 0, ""
     before, where = progress(start.checkpoint), start.checkpoint.where
@@ -288,7 +289,7 @@ def _first_step(start: Start | None, identity: Mapping[str, str]) -> tuple[int, 
 
 
 def _settings(train: TrainArguments, dtype: torch.dtype, total_steps: int) -> dict[str, str]:
-    """What may change between the parts of one run, but hardly does by intention."""
+    """Return what may change between the parts of one run, but hardly does by intention."""
     named = (
         *("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optimizer"),
         *("adam_beta1", "adam_beta2", "adam_epsilon", "loraplus_lr_ratio"),
@@ -301,7 +302,7 @@ def _settings(train: TrainArguments, dtype: torch.dtype, total_steps: int) -> di
 
 
 def _changed(checkpoint: AdapterCheckpoint, settings: Mapping[str, str]) -> list[str]:
-    """A line where the run goes on with other settings than it had."""
+    """Return a line where the run goes on with other settings than it had."""
     before = (checkpoint.trainer or {}).get("settings")
     difference = identity_difference(before, settings) if isinstance(before, dict) else ""
     return [f"goes on with other settings ({difference})"] if difference else []

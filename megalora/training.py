@@ -26,7 +26,8 @@ MOST_BAD_STEPS = 3  # in a row, before the run stops
 
 @contextlib.contextmanager
 def steady_heap() -> Iterator[None]:
-    """Python's collector passes over what is there at the start: a full collection over the libraries takes 0.1 s."""
+    """Make Python's collector pass over what is there at the start: a full collection over the libraries takes 0.1 s.
+    """
     gc.collect()
     gc.freeze()
     try:
@@ -98,7 +99,7 @@ class Trainer:
         self.bad_steps = 0
 
     def step(self, number: int, data: StepData, alarm: bool = False) -> StepResult:
-        """Forward and backward of the step's microbatches, one reduction, one update.
+        """Run forward and backward of the step's microbatches, one reduction and one update.
 
         alarm  this rank has something that all ranks must see to after this step; it rides on the loss's reduction
         Raises UserError on every rank after MOST_BAD_STEPS steps in a row whose loss or gradient is not finite.
@@ -119,11 +120,11 @@ class Trainer:
         return StepResult(loss, norm, rate, data.token_count, self._account(loss, norm, number), alarms > 0)
 
     def close(self) -> None:
-        """To be called before torch.distributed ends. No step can follow."""
+        """Release graphs and connections. Call before destroying the process group; no step can follow."""
         self._stage.close()
 
     def state(self) -> dict[str, Any]:
-        """The plain values that `load_state` takes, the same on every rank."""
+        """Return the plain values that `load_state` takes, the same on every rank."""
         return {
             "optimizer_steps": self.optimizer.steps,
             **self.loss_scale.state(),
@@ -131,13 +132,13 @@ class Trainer:
         }
 
     def load_state(self, state: Mapping[str, Any], moments: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Goes on from `state` and the optimizer's moments, by name of this rank's parameters."""
+        """Go on from `state` and the optimizer's moments, by name of this rank's parameters."""
         self.optimizer.load_state(moments, int(state["optimizer_steps"]))
         self.loss_scale.load_state(state)
         self.bad_steps = int(state["bad_steps"])
 
     def _update(self, sums: torch.Tensor, rate: float) -> None:
-        """Clips and updates on the device, without a word from the host; nothing where loss or norm is not finite."""
+        """Clip and update on the device without a host sync; skip the update if loss or norm is not finite."""
         loss_sum, square, _ = sums.unbind()
         norm = square.sqrt() / self.loss_scale.value
         factor: float | torch.Tensor = 1.0 / self.loss_scale.value
@@ -148,7 +149,7 @@ class Trainer:
         self.optimizer.step(rate, skip=~(loss_sum.isfinite() & norm.isfinite()))
 
     def _account(self, loss: float, norm: float, number: int) -> str | None:
-        """What became of the update: None where it was made, else why it was not."""
+        """Return what became of the update: None where it was made, else why it was not."""
         finite = math.isfinite(loss) and math.isfinite(norm)
         searching = self.loss_scale.update(overflowed=not finite)
         if finite:
@@ -167,7 +168,7 @@ class Trainer:
         return what
 
     def evaluate(self, steps: Iterable[StepData]) -> float:
-        """The mean loss over the labelled tokens of `steps`, without dropout."""
+        """Return the mean loss over the labelled tokens of `steps`, without dropout."""
         sums, labels = self.measure(steps, 1)
         return sums[0] / (labels or 1)
 
@@ -200,7 +201,9 @@ class Trainer:
         return inputs
 
     def _over_world(self, loss_sum: torch.Tensor, square: torch.Tensor, alarm: bool = False) -> torch.Tensor:
-        """(loss sum of the global batch, squared gradient norm, number of alarms), in one reduction over all ranks."""
+        """Return (loss sum of the global batch, squared gradient norm, number of alarms), in one reduction over all
+        ranks.
+        """
         # Every tp rank of the last stage has the loss of its dp rank; other stages have 0.
         sums = torch.stack([loss_sum / self._mesh.tp.size, square, torch.full_like(square, float(alarm))])
         return all_reduce(sums, self._mesh.world)

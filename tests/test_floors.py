@@ -178,6 +178,28 @@ def test_a_model_is_data_without_torch():
     assert all(name in parts or name.partition(".")[0] in sys.stdlib_module_names for name in names), names
 
 
+# How a docstring of a function does not begin: "Return whether ...", "Return the ...", "Build ...".
+NO_VERB = set("A An All As Every From How Of One That The What Where Which Whether".split())
+
+
+def without_verb(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            says = (ast.get_docstring(node) or "Say nothing").split()[0]
+            properties = any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if not properties and (says in NO_VERB or not says[0].isupper()):
+                found.append(f"{node.name}: {says} ...")
+    return found
+
+
+def test_docstrings_are_imperative():
+    """As ruff's D401, which knows verbs alone; properties apart."""
+    found = {module: without_verb(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
+    assert not {module: names for module, names in found.items() if names}, 'begin with a verb: "Return ..."'
+    assert without_verb('def f():\n    """The sum."""\ndef g():\n    """Return it."""') == ["f: The ..."]
+
+
 LONGEST_FUNCTION, LONGEST_MODULE = 70, 450  # lines
 
 

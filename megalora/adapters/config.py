@@ -97,7 +97,7 @@ class LoraConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> LoraConfig:
-        """Reads lora_config.json or adapter_config.json. Raises UserError that names the file and the field.
+        """Read lora_config.json or adapter_config.json. Raises UserError that names the file and the field.
 
         path  of the file, or its contents: a JSON object
         """
@@ -105,7 +105,8 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping, where: str = "lora_config", *, trained: bool = False) -> LoraConfig:
-        """From the fields of a PEFT file. Raises UserError for a field that is unknown, unsupported or out of range.
+        """Build it from the fields of a PEFT file. Raises UserError for a field that is unknown, unsupported or out of
+        range.
 
         trained  they are of an adapter that exists: how it was initialised does not matter, what it is does
         """
@@ -132,7 +133,7 @@ class LoraConfig:
         return cls(**_checked(values, where))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of an adapter_config.json that PEFT reads back as the same adapter."""
+        """Return the fields of an adapter_config.json that PEFT reads back as the same adapter."""
         out: dict[str, Any] = {"peft_type": "LORA"}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -264,12 +265,12 @@ class ResolvedLora:
         return self.adapters.get(name)
 
     def trains_bias(self, name: str) -> bool:
-        """Whether the bias of the linear `name` (adapted or not) is trained."""
+        """Return whether the bias of the linear `name` (adapted or not) is trained."""
         return self.config.bias == "all" or (self.config.bias == "lora_only" and name in self.adapters)
 
 
 def _task(name: object) -> str:
-    """A task as peft names it: the reference's documentation writes "CAUSAL LM"."""
+    """Return a task as peft names it: the reference's documentation writes "CAUSAL LM"."""
     return str(name).upper().replace(" ", "_")
 
 
@@ -406,10 +407,10 @@ def _compiled(pattern: str, where: str) -> re.Pattern:
 
 
 def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The value of the first pattern that matches."""
+    """Return the value of the first pattern that matches."""
     return next((value for pattern, value in patterns.items() if _matches(pattern, name)), default)
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """PEFT's rule: a regular expression for the whole name, or for its end after a dot."""
+    """Apply PEFT's rule: a regular expression for the whole name, or for its end after a dot."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None

@@ -31,7 +31,7 @@ class Adapter:
 def initial_factor(
     parameter: str, shape: tuple[int, ...], seed: int, init_lora_weights: bool | str, r: int
 ) -> torch.Tensor:
-    """The whole initial matrix [shape] float32 of a lora_A or lora_B weight, from (seed, parameter name) alone.
+    """Return the whole initial matrix [shape] float32 of a lora_A or lora_B weight, from (seed, parameter name) alone.
 
     Drawn whole, with the global fan-in, so that no layout changes it; the caller slices. The distributions are PEFT's
     (peft/tuners/lora/layer.py, reset_lora_parameters and orthogonal_init).

@@ -72,7 +72,7 @@ class Room:
 
 
 def _scaled(B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """s B in float32 or wider, so that it rounds once, beside the weight."""
+    """Return s B in float32 or wider, so that it rounds once, beside the weight."""
     return B.to(torch.promote_types(B.dtype, torch.float32)) * scaling
 
 

@@ -13,7 +13,9 @@ from megalora.files import check_regular
 
 
 def save_tensors(value: Any, stream: BinaryIO) -> None:
-    """torch.save, for a thread beside others: it holds the interpreter for no copy of tensors. Raises OSError."""
+    """Save as torch.save does, for a thread beside others: it holds the interpreter for no copy of tensors. Raises
+    OSError.
+    """
     guarded = _Guarded(stream)
     torch.save(value, cast(BinaryIO, guarded))  # it only writes
     if guarded.error is not None:
@@ -38,7 +40,7 @@ class _Guarded(io.RawIOBase):
 
 
 def unpickled(file: Path, mmap: bool = False) -> Any:
-    """The value in a file of torch.save, on the CPU; only tensors and plain values. Raises UserError.
+    """Return the value in a file of torch.save, on the CPU; only tensors and plain values. Raises UserError.
 
     mmap  tensors are views of the mapped file, read as they are touched
     """

@@ -47,12 +47,12 @@ class Layout:
 
 
 def has_shards(folder: Path) -> bool:
-    """Whether the folder holds any folder named as a shard."""
+    """Return whether the folder holds any folder named as a shard."""
     return folder.is_dir() and any(_FOLDER.fullmatch(child.name) for child in folder.iterdir())
 
 
 def shard_files(folder: Path, name: str) -> dict[tuple[int, int], Path]:
-    """The file `name` of every shard by (tp rank, pp rank); all ranks up to the highest must be there.
+    """Return the file `name` of every shard by (tp rank, pp rank); all ranks up to the highest must be there.
 
     Raises UserError that names the folder or file that is missing.
     """
@@ -73,7 +73,7 @@ def shard_files(folder: Path, name: str) -> dict[tuple[int, int], Path]:
 
 
 def check_place(layout: Layout, tp_rank: int, pp_rank: int, files: Collection[tuple[int, int]], folder: Path) -> None:
-    """That a shard lies where it was written, and that all others of its layout are there."""
+    """Check that a shard lies where it was written, and that all others of its layout are there."""
     here = Layout(layout.tp, layout.pp, tp_rank, pp_rank)
     if layout != here:
         raise UserError(f"{folder}: {here.folder} was written as {layout.folder}", "give the folder that name again")
@@ -89,13 +89,13 @@ def check_place(layout: Layout, tp_rank: int, pp_rank: int, files: Collection[tu
 
 
 def compact(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU with a storage of its own: torch.save writes the whole storage of a view."""
+    """Return the tensor on the CPU with a storage of its own: torch.save writes the whole storage of a view."""
     tensor = tensor.detach().cpu()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def chain(ranges: Iterable[tuple[int, int, T]]) -> tuple[list[tuple[int, int, T]], int]:
-    """Of ranges [start, stop) with values, those that cover 0 to an end, without overlap; and the end."""
+    """Return those of the ranges [start, stop) with values that cover 0 to an end, without overlap; and the end."""
     chain, end = [], 0
     for start, stop, value in sorted(ranges, key=lambda r: r[:2]):
         if start <= end < stop:
@@ -114,7 +114,7 @@ def split_to(split: Split) -> dict[str, Any]:
 
 
 def typed(value: Any, kind: type | tuple[type, ...]) -> Any:
-    """The value, if of that type. Raises TypeError."""
+    """Return the value, if of that type. Raises TypeError."""
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{value!r:.40} is a {type(value).__name__}")
     return value

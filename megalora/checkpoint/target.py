@@ -54,7 +54,7 @@ class TargetFolder:
         return shutil.disk_usage(self._home).free
 
     def check_room(self, nbytes: int) -> None:
-        """Raises UserError where the disk has no room for files of that size beside what is there."""
+        """Raise UserError where the disk has no room for files of that size beside what is there."""
         if self.free_bytes < nbytes + _SPARE_BYTES:
             raise UserError(
                 f"output {self._shown}: needs {nbytes / 1e9:.2f} GB, but {self.free_bytes / 1e9:.2f} GB are free",
@@ -63,7 +63,7 @@ class TargetFolder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
-        """A folder beside the target to write in: it takes the target's name at the end, or is removed.
+        """Give a folder beside the target to write in: it takes the target's name at the end, or is removed.
 
         Raises UserError where the disk fails or is full.
         """
@@ -80,7 +80,8 @@ class TargetFolder:
 
 
 def companions(folder: str | Path) -> dict[str, Path]:
-    """The files of a model's folder beside its weights, by path below it: config, tokenizer, chat template, licence.
+    """Return the files of a model's folder beside its weights, by path below it: config, tokenizer, chat template,
+    licence.
 
     Raises UserError for a link that leads out of the folder.
     """

@@ -22,7 +22,9 @@ TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: longer than the slo
 
 
 def choose_device() -> tuple[torch.device, str | None]:
-    """(this rank's device, a remark for the user or None): GPU LOCAL_RANK where each local rank has one, else CPU."""
+    """Return (this rank's device, a remark for the user or None): GPU LOCAL_RANK where each local rank has one, else
+    CPU.
+    """
     local_rank, local_size = environment_int("LOCAL_RANK", 0), environment_int("LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus >= local_size:
@@ -32,7 +34,7 @@ def choose_device() -> tuple[torch.device, str | None]:
 
 
 def fix_order_of_sums(device: torch.device) -> None:
-    """Makes torch sum in a fixed order on a GPU, wherever it has the choice (attention's backward pass, cuBLAS).
+    """Make torch sum in a fixed order on a GPU, wherever it has the choice (attention's backward pass, cuBLAS).
 
     To be called before the GPU is used. Raises UserError on a CPU, where the order is fixed anyhow.
     """
@@ -45,12 +47,14 @@ def fix_order_of_sums(device: torch.device) -> None:
 
 
 def restarts() -> int:
-    """How often this run has been started again by torchrun or by Slurm, unattended."""
+    """Return how often this run has been started again by torchrun or by Slurm, unattended."""
     return environment_int("TORCHELASTIC_RESTART_COUNT", 0) + environment_int("SLURM_RESTART_COUNT", 0)
 
 
 def open_store(rank: int, world_size: int) -> dist.Store:
-    """A part of the store at MASTER_ADDR:MASTER_PORT, which torchrun or rank 0 serves, for this start of the run."""
+    """Return a part of the store at MASTER_ADDR:MASTER_PORT, which torchrun or rank 0 serves, for this start of the
+    run.
+    """
     if LISTENS in os.environ:  # of `megalora --nproc`: not on all interfaces
         port, listens = environment_int("MASTER_PORT", 0), environment_int(LISTENS, -1)
         store: dist.Store = dist.TCPStore(
@@ -62,7 +66,7 @@ def open_store(rank: int, world_size: int) -> dist.Store:
 
 
 def agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name that all ranks know and no earlier start of the run has used. Collective.
+    """Return a name that all ranks know and no earlier start of the run has used. Collective.
 
     torchrun (of torch 2.13) serves one store to all its restarts, and neither their number nor anything else that it
     gives its ranks is the same on all nodes: what lies in the store may be of ranks that have died. So each rank asks
@@ -93,7 +97,7 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
 
 
 def tp_crossing(world_size: int, tp: int, pp: int, hosts: Sequence[str], megabytes: float) -> str | None:
-    """A warning where tensor parallelism leaves a host, or None.
+    """Return a warning where tensor parallelism leaves a host, or None.
 
     hosts      by rank
     megabytes  that a rank's layer reduces in a microbatch, forward and backward
@@ -117,7 +121,7 @@ def distributed(
     patience: datetime.timedelta | None = None,
     cp: int = 1,
 ) -> Iterator[ParallelMesh]:
-    """The mesh of this process, with torch.distributed up while inside (gloo on CPU, NCCL between GPUs).
+    """Give the mesh of this process, with torch.distributed up while inside (gloo on CPU, NCCL between GPUs).
 
     watch     watches over the ranks while inside, and is the clock of the mesh; default: one that looks for dead ranks
     patience  how long a rank waits in a collective for the others; None: TIMEOUT

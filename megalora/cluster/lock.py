@@ -32,7 +32,7 @@ class RunLock:
         self._made: list[Path] = []  # folders, innermost first
 
     def take(self, wait: float) -> str | None:
-        """Keeps other runs out from now on. Returns a note where the file system cannot do that.
+        """Keep other runs out from now on. Return a note where the file system cannot do that.
 
         wait  seconds that a run which is about to end is waited for
         Raises UserError, which says who holds output_dir, that it cannot be written, or that the lock is a link.
@@ -78,7 +78,9 @@ class RunLock:
             self._remove(file)
 
     def _open(self) -> TextIO | None:
-        """None on a read-only file system, where no run can harm another: what is to be written there says so."""
+        """Open the file; None on a read-only file system, where no run can harm another: what is to be written there
+        says so.
+        """
         try:
             with contextlib.suppress(FileNotFoundError):  # a run that failed at its start has just removed the folder
                 return self._create()
@@ -114,7 +116,7 @@ class RunLock:
 
 
 def _sign(file: TextIO) -> None:
-    """Says in the file who holds it. A disk that is full costs the words, not the run."""
+    """Say in the file who holds it. A disk that is full costs the words, not the run."""
     words = f"{_SIGNATURE}{os.getpid()} on {host_name()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
     with contextlib.suppress(OSError):
         os.ftruncate(file.fileno(), 0)  # of what a run that was killed has left
@@ -130,7 +132,7 @@ def _content(file: TextIO) -> str:
 
 
 def _lies_at(path: Path, file: TextIO) -> bool:
-    """Whether the open file is the one of that name."""
+    """Return whether the open file is the one of that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except OSError:

@@ -35,7 +35,7 @@ class Preemption:
         return self.signal_name is not None
 
     def steps(self) -> None:
-        """The steps begin."""
+        """Note that the steps begin."""
         if self._before:
             for number in self._before:
                 signal.signal(number, self._ask)
@@ -71,8 +71,9 @@ class Preemption:
 
 
 def exit_status(left: Preempted) -> int:
-    """Of a rank that was preempted. Under launch.sh's torchrun, which takes any status but 0 for a failure to fix by
-    a restart, it is 0, and a file says so in its place."""
+    """Return the exit status of a rank that was preempted. Under launch.sh's torchrun, which takes any status but 0 for
+    a failure to fix by a restart, it is 0, and a file says so in its place.
+    """
     mark = os.environ.get(MARK)
     if mark:
         Path(mark).touch()

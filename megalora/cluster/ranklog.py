@@ -32,7 +32,7 @@ class RankLog:
         self.write(f"---- rank {rank} on {host}, process {os.getpid()}")
 
     def write(self, text: str) -> None:
-        """Lines with the time before them. A disk that is full costs the lines, not the run."""
+        """Write lines with the time before them. A disk that is full costs the lines, not the run."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
             for line in text.splitlines():
@@ -41,7 +41,7 @@ class RankLog:
             pass
 
     def say(self, text: str) -> None:
-        """A fault, for the terminal: with host and rank before it on ranks other than 0. It is in the file too."""
+        """Tell a fault on the terminal: with host and rank before it on ranks other than 0. It is in the file too."""
         self.write(text)
         mark = "" if self._rank == 0 else f"[{self._host}, rank {self._rank}] "
         if 2 in self._terminal:

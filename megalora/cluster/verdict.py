@@ -75,7 +75,7 @@ class Table:
         self._gone_at: dict[int, float] = {}
 
     def update(self, beats: Mapping[int, Beat], now: float) -> None:
-        """Takes in what the store holds."""
+        """Take in what the store holds."""
         self.answered = now
         for rank, beat in beats.items():
             if beat.number != self.beats[rank].number:
@@ -87,19 +87,19 @@ class Table:
             self.beats[rank] = beat
 
     def beside(self, processes: Mapping[int, str], now: float) -> None:
-        """Takes in the states of the processes on this host, which are seen without the store."""
+        """Take in the states of the processes on this host, which are seen without the store."""
         self.beats[self.rank] = replace(self.beats[self.rank], processes=processes)
         for rank, state in processes.items():
             if state == GONE:
                 self._gone_at.setdefault(rank, now)
 
     def forgive(self, seconds: float) -> None:
-        """This process itself has not run for so long: nobody else is to blame for that time."""
+        """Note that this process itself has not run for so long: nobody else is to blame for that time."""
         self.answered, self.moved = self.answered + seconds, self.moved + seconds
         self.changed = {rank: time + seconds for rank, time in self.changed.items()}
 
     def judge(self, now: float, heartbeat_timeout: float, *, broken: bool = False) -> Verdict | None:
-        """Who has ended the run, or None while all is well.
+        """Return who has ended the run, or None while all is well.
 
         broken  a connection of this rank has broken: silence counts sooner
         """
@@ -122,7 +122,7 @@ class Table:
         return self._silent(silent, now) if silent else None
 
     def hung(self, now: float, answered: Collection[int]) -> Verdict:
-        """Nobody makes progress; `answered` are the ranks that still say where they stand."""
+        """Return the verdict where nobody makes progress; `answered` are the ranks that still say where they stand."""
         since = f"no progress for {now - self.moved:.0f} s"
         mute = [rank for rank in self.members if rank not in answered and self._counts(rank)]
         if mute:
@@ -137,7 +137,7 @@ class Table:
         return Verdict(f"{since}: every rank answers, {self.where(0)} from {self.beats[0].at}", ())
 
     def lines(self) -> list[str]:
-        """Where every rank stands, and its stack where it was asked for."""
+        """Return where every rank stands, and its stack where it was asked for."""
         found = []
         for rank, beat in self.beats.items():
             found.append(f"{self.where(rank)}{self._stopped(rank)}: {beat.at}")
@@ -145,7 +145,7 @@ class Table:
         return found
 
     def speaker(self, verdict: Verdict) -> int:
-        """The one rank that tells the user: the lowest that this one can count on to live."""
+        """Return the one rank that tells the user: the lowest that this one can count on to live."""
         here = self.members[self.rank].host
         living = [
             rank
@@ -170,7 +170,7 @@ class Table:
         return None
 
     def _silent_store(self, now: float) -> Verdict:
-        """The store is where rank 0 is, in its process or in its torchrun."""
+        """Return the store is where rank 0 is, in its process or in its torchrun."""
         host, ranks = self.members[0].host, self._ranks_of(self.members[0].host)
         if host == self.members[self.rank].host:
             text = f"the store of the run, on this host ({host}), has not answered for {now - self.answered:.0f} s"
@@ -192,16 +192,16 @@ class Table:
         return Verdict(text, list(ranks))
 
     def _counts(self, rank: int) -> bool:
-        """Whether silence of this rank is news."""
+        """Return whether silence of this rank is news."""
         return rank != self.rank and self.beats[rank].left is None
 
     def _has_died(self, rank: int, now: float) -> bool:
-        """Not while a word of farewell may still lie in the store, unread."""
+        """Return whether it has died: not while a word of farewell may still lie in the store, unread."""
         seen = self._gone_at.get(rank, now - _LATE)
         return self._counts(rank) and (self.answered > seen or now - seen >= _LATE)
 
     def _states(self, patience: float) -> dict[int, str]:
-        """State of each process that a rank beside it, itself heard of lately, still sees; GONE wins."""
+        """Return state of each process that a rank beside it, itself heard of lately, still sees; GONE wins."""
         states: dict[int, str] = {}
         for witness, beat in self.beats.items():
             if witness != self.rank and self.answered - self.changed[witness] > patience / 2:
@@ -220,7 +220,7 @@ class Table:
 
 
 def _numbers(ranks: Sequence[int]) -> str:
-    """0, 1, 2, 5 -> 0-2, 5"""
+    """Join numbers: 0, 1, 2, 5 become 0-2, 5"""
     parts: list[list[int]] = []
     for rank in sorted(ranks):
         if parts and rank == parts[-1][-1] + 1:

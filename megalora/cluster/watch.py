@@ -45,7 +45,7 @@ class Position:
         self._entered: dict[str, int] = {}
 
     def step(self, number: int) -> None:
-        """The step that begins, counted from 0."""
+        """Note the step that begins, counted from 0."""
         self.progress += 1
         self.in_steps, self._step, self._entered = True, number, {}
 
@@ -60,7 +60,7 @@ class Position:
             self._phases.pop()
 
     def __str__(self) -> str:
-        """E.g. "step 7, communication in forward 3": the third forward of the step."""
+        """Return, say, "step 7, communication in forward 3": the third forward of the step."""
         phases = [*self._phases]
         words = [f"{phase} {self._entered.get(phase, 0)}" if phase in _COUNTED else phase for phase in phases]
         where = f"step {self._step + 1}" if self.in_steps else "start-up"
@@ -97,19 +97,19 @@ class Watch:
     # ---- what the run tells it
 
     def __call__(self, phase: str) -> _Phase:
-        """A context that counts as `phase`: its name in the beats, and its time for `clock`."""
+        """Return a context that counts as `phase`: its name in the beats, and its time for `clock`."""
         return _Phase(self._position, phase, None if self._clock is None else self._clock(phase))
 
     def step(self, number: int) -> None:
-        """A step begins, counted from 0."""
+        """Note that a step begins, counted from 0."""
         self._position.step(number)
 
     def tell(self, log: Callable[[str], None], say: Callable[[str], None], traces: TextIO) -> None:
-        """From now on details go to `log`, stacks of all threads to `traces`, and to `say` what the user must see."""
+        """Send details from now on to `log`, stacks of all threads to `traces`, and to `say` what the user must see."""
         self._log, self._say, self._traces = log, say, traces
 
     def begin(self, store: dist.Store | None, world: Axis) -> None:
-        """Starts watching. Collective. store: for this watch alone; None for a world of one."""
+        """Start watching. Collective. store: for this watch alone; None for a world of one."""
         members = gather_objects(_this_process(world.rank), world)
         self._store, self._table = store, Table(members, world.rank, time.monotonic())
         # Of n ranks each reads n beats: together they ask the store for a bounded number a second.
@@ -128,11 +128,11 @@ class Watch:
         return [member.host for member in self._table.members.values()]
 
     def done(self) -> None:
-        """This rank leaves in good order; that it falls silent is no news."""
+        """Say that this rank leaves in good order; that it falls silent is no news."""
         self._leave(DONE, "")
 
     def explain(self, error: BaseException) -> None:
-        """Tells the others why this rank leaves. Raises RankLost where `error` is only the end of another one."""
+        """Tell the others why this rank leaves. Raises RankLost where `error` is only the end of another one."""
         if self._table is None or self._beat.left in (DONE, STOPPED, FAILED):
             return
         if isinstance(error, (UserError, Leaving, KeyboardInterrupt)):
@@ -146,7 +146,7 @@ class Watch:
         self._leave(FAILED, _first_line(error))
 
     def end(self, in_order: bool) -> None:
-        """Stops the threads. Where a verdict has been found it does not return: the process ends."""
+        """Stop the threads. Where a verdict has been found it does not return: the process ends."""
         self._unwound.set()
         if self._verdict is not None and not in_order:
             self._threads[-1].join()
@@ -197,7 +197,7 @@ class Watch:
         table.update(beats, time.monotonic())
 
     def _mark(self, **changes: Any) -> None:
-        """A new beat: as the last one in what is not said anew."""
+        """Send a new beat: as the last one in what is not said anew."""
         with self._lock:
             self._beat = replace(
                 self._beat,
@@ -267,7 +267,7 @@ class Watch:
         return None
 
     def _decide(self, verdict: Verdict) -> None:
-        """Tells it, lets the main thread close its files if it can, and ends the process."""
+        """Tell it, let the main thread close its files if it can, and end the process."""
         self._verdict = verdict
         self._leave_word(verdict)
         self._report(verdict)
@@ -321,7 +321,7 @@ class _Phase:
 
 
 def host_name() -> str:
-    """Slurm's name of this node, else the machine's."""
+    """Return Slurm's name of this node, else the machine's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -335,7 +335,7 @@ def _this_process(rank: int) -> Member:
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """(state, time of its start) of a process. Raises OSError."""
+    """Return (state, time of its start) of a process. Raises OSError."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return fields[0], fields[19]
 
@@ -349,7 +349,7 @@ def _state(member: Member) -> str:
 
 
 def _main_stack() -> tuple[str, ...]:
-    """The innermost calls of the main thread, innermost last."""
+    """Return the innermost calls of the main thread, innermost last."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     if frame is None:
         return ("(no main thread)",)
@@ -358,7 +358,7 @@ def _main_stack() -> tuple[str, ...]:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank, or of the network, and not by itself."""
+    """Return whether a collective failed because of another rank, or of the network, and not by itself."""
     text = str(error).lower()
     marks = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "gloo", "nccl")
     known = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)

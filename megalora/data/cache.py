@@ -221,7 +221,7 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _since(marker: Path, moment: float) -> bool:
-    """Whether a marker was touched since, by the process that this one has waited for."""
+    """Return whether a marker was touched since, by the process that this one has waited for."""
     return marker.exists() and marker.stat().st_mtime >= moment
 
 

@@ -163,7 +163,7 @@ class ClassEncoder:
         return Sample(ids, np.full(len(ids), IGNORE, dtype=np.int32), columns)
 
     def _fitting(self, sample: Sample, where: str, report: Report) -> Sample | None:
-        """The document of a row, or what on_long_row makes of it."""
+        """Return the document of a row, or what on_long_row makes of it."""
         longest, length = self.settings.seq_length, len(sample.input_ids)
         report.length(length, where)
         if length <= longest:
@@ -231,7 +231,7 @@ def truncated(sample: Sample, length: int, special: int) -> Sample:
 
 
 def _first_pieces(word_ids: Sequence[int | None]) -> dict[int, int]:
-    """The place of the first token of each word -> the word."""
+    """Return the place of the first token of each word -> the word."""
     before, found = None, {}
     for place, word in enumerate(word_ids):
         if word is not None and word != before:

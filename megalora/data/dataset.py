@@ -208,7 +208,7 @@ def _encode(sources: list[Source], encoder: Encodes, settings: DataSettings, wri
 
 
 def _encoded(path: str, encoder: Encodes, settings: DataSettings) -> Iterator[tuple[Documents, Report]]:
-    """The documents and reports of the chunks of one source, in order."""
+    """Yield the documents and reports of the chunks of one source, in order."""
     done = 0  # chunks that went through before a file turned out not to be JSON Lines
     for lines in (True, False):
         try:
@@ -241,7 +241,7 @@ def _chained(*parts: Iterable[Chunk]) -> Iterator[Chunk]:
 
 
 def _limited(chunks: Iterator[Chunk], max_rows: int | None) -> Iterator[Chunk]:
-    """The first max_rows rows."""
+    """Yield the first max_rows rows."""
     for chunk in chunks:
         if max_rows is None or chunk.first + len(chunk) <= max_rows:
             yield chunk
@@ -254,7 +254,9 @@ def _limited(chunks: Iterator[Chunk], max_rows: int | None) -> Iterator[Chunk]:
 
 
 def _key(sources: list[Source], template: Rendering, settings: DataSettings) -> str:
-    """A hash of all that the tokens of the rows depend on: content, tokenizer, template, settings, and this code."""
+    """Return a hash of all that the tokens of the rows depend on: content, tokenizer, template, settings, and this
+    code.
+    """
     backend = getattr(template.tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else repr(sorted(template.tokenizer.get_vocab().items()))
     code = hashlib.sha256()
@@ -303,7 +305,7 @@ def _progress() -> Iterator[Any]:
 def _chosen(
     documents: Documents, sources: list[Source], first_rows: list[int], seed: int, eval_fraction: float
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Documents to train on, as often as their source's weight says, and those held out."""
+    """Return documents to train on, as often as their source's weight says, and those held out."""
     everything = np.arange(len(documents))
     held = None
     if eval_fraction:
@@ -340,7 +342,7 @@ def _layout(
     seed: int,
     identity: list[Any],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(members, row_ends) of the packed rows, found beside the tokens or made."""
+    """Return (members, row_ends) of the packed rows, found beside the tokens or made."""
     digest = hashlib.sha256(json.dumps([name, seed, identity]).encode()).hexdigest()[:16]
     path = folder / f"layout-{digest}.npz"
     with locked(folder.with_name(f"{folder.name}.lock")):  # one rank makes it, the others find it
@@ -352,7 +354,7 @@ def _layout(
 
 
 def _packed(documents: Documents, chosen: np.ndarray, settings: DataSettings, seed: int) -> list[np.ndarray]:
-    """[members, row_ends] of the packed rows."""
+    """Return [members, row_ends] of the packed rows."""
     order = chosen[np.asarray(permutation(len(chosen), seed, PACKING_EPOCH), dtype=np.int64)]
     bins = pack(documents.lengths[order].tolist(), settings.seq_length, settings.packing)
     members = order[np.fromiter((index for row in bins for index in row), np.int64, len(order))]

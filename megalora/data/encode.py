@@ -78,7 +78,7 @@ class Encoder:
         return encoded, report
 
     def _fitting(self, where: str, conversation: Conversation, sample: Sample, report: Report) -> Iterator[Sample]:
-        """The documents of a row: itself, or what on_long_row makes of it; none where it cannot be used."""
+        """Yield the documents of a row: itself, or what on_long_row makes of it; none where it cannot be used."""
         settings, length = self.settings, len(sample.input_ids)
         report.length(length, where)
         documents = [sample]

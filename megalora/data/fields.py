@@ -142,7 +142,7 @@ class Fields:
         return None if found is None else found[1]
 
     def take_named(self, *names: str) -> tuple[str, Any] | None:
-        """As `take`, with the name."""
+        """Return what `take` does, with the name."""
         found = [(name, self._left[name]) for name in names if not empty(self._left.get(name))]
         if len(found) > 1:
             both = " and ".join(name for name, _ in found)

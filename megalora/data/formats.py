@@ -75,7 +75,7 @@ def _text(fields: Fields, question: bool) -> Conversation:
 
 
 def _exchange(fields: Fields, question: bool) -> Conversation:
-    """A row that is one exchange, with the earlier ones in `history`."""
+    """Return a row that is one exchange, with the earlier ones in `history`."""
     if _has_message_lists(fields):
         return _prompt_and_completion(fields, question)
     head = _Head(fields)
@@ -85,7 +85,7 @@ def _exchange(fields: Fields, question: bool) -> Conversation:
 
 
 def _prompt_and_completion(fields: Fields, question: bool) -> Conversation:
-    """TRL's conversational rows: prompt and completion are lists of messages."""
+    """Read TRL's conversational rows: prompt and completion are lists of messages."""
     head = _Head(fields)
     messages = []
     for name in ("prompt", "completion", "response"):
@@ -96,7 +96,7 @@ def _prompt_and_completion(fields: Fields, question: bool) -> Conversation:
 
 
 def _turns(fields: Fields, question: bool) -> Conversation:
-    """A row with a list of turns."""
+    """Return a row with a list of turns."""
     head = _Head(fields)
     name = fields.present(turns.LIST_FIELDS)[0]
     value = fields.take(name)
@@ -155,7 +155,7 @@ class _Head:
 
 
 def _message_list(value: Any, name: str, fields: Fields, head: _Head, question: bool) -> list[Message]:
-    """The messages of a list of turns: messages with a role, or exchanges."""
+    """Return the messages of a list of turns: messages with a role, or exchanges."""
     if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a CSV file
         value = turns.from_json(value, f"{fields.place}: {name}")
     if not isinstance(value, list) or not value:
@@ -185,7 +185,7 @@ def _message_list(value: Any, name: str, fields: Fields, head: _Head, question: 
 
 
 def _history(value: Any, fields: Fields, head: _Head) -> list[Message]:
-    """Earlier exchanges: [[question, reply], ...], or messages."""
+    """Return earlier exchanges: [[question, reply], ...], or messages."""
     if value is None:
         return []
     if isinstance(value, str):

@@ -162,7 +162,7 @@ def _texts(value: Any, place: str, name: str) -> list[str]:
 
 
 def _spans(value: Any, text: str, place: str) -> list[tuple[int, int, str]]:
-    """The spans of a text, in order: {start, end, label} or [start, end, label] each, counted in characters."""
+    """Return the spans of a text, in order: {start, end, label} or [start, end, label] each, counted in characters."""
     if not isinstance(value, list):
         raise UserError(f"{place}: spans is a JSON {json_type(value)}", "give a list of {start, end, label}")
     spans = []
@@ -188,7 +188,7 @@ def _spans(value: Any, text: str, place: str) -> list[tuple[int, int, str]]:
 
 
 def _tagged(text: str, spans: Sequence[tuple[int, int, str]]) -> tuple[tuple[Word, ...], tuple[Label, ...]]:
-    """The words of a text, cut at the bounds of its spans too, and their tags: B-label, I-label or O."""
+    """Return the words of a text, cut at the bounds of its spans too, and their tags: B-label, I-label or O."""
     bounds = sorted({bound for start, end, _ in spans for bound in (start, end)})
     words, tags = [], []
     for match in _PARTS.finditer(text):

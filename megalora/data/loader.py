@@ -103,7 +103,7 @@ class Loader:
         return permutation(self.rows.rows, self.seed, epoch) if self.shuffle else list(range(self.rows.rows))
 
     def _batch(self, chosen: list[int], places: Sequence[int]) -> Batch:
-        """The rows at `places` of the step, whose rows are `chosen`; places beyond those are empty rows."""
+        """Return the rows at `places` of the step, whose rows are `chosen`; places beyond those are empty rows."""
         rows = [self.rows.row(chosen[r]) if r < len(chosen) else self._empty for r in places]
         tokens = [int(self.rows.row_tokens[chosen[r]]) if r < len(chosen) else 0 for r in places]
         lengths = [length for row, used in zip(rows, tokens, strict=True) for length in _attended(row, used)]
@@ -121,7 +121,7 @@ class Loader:
 
 
 def _attention_work(rows: PackedRows) -> np.ndarray:
-    """[R] float64, keys that the tokens of each row go through in causal attention."""
+    """Return [R] float64, keys that the tokens of each row go through in causal attention."""
     sums = np.concatenate(([0.0], np.cumsum(rows.lengths.astype(np.float64) ** 2)))
     return np.diff(sums[rows.row_ends], prepend=0.0) / 2
 
@@ -131,7 +131,7 @@ def _joined(parts: list[np.ndarray]) -> torch.Tensor:
 
 
 def _attended(row: Row, tokens: int) -> list[int]:
-    """The row's documents for attention: its padding tail in short pieces, since attention costs length squared.
+    """Return the row's documents for attention: its padding tail in short pieces, since attention costs length squared.
 
     tokens: those of the row that are not padding
     """
@@ -144,7 +144,7 @@ def _attended(row: Row, tokens: int) -> list[int]:
 
 
 def steps_ahead(step: Callable[[int], T], first: int, stop: int) -> Iterator[T]:
-    """step(first) .. step(stop - 1), each made by a thread while the one before it is in use."""
+    """Yield step(first) .. step(stop - 1), each made by a thread while the one before it is in use."""
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
         coming = thread.submit(step, first) if first < stop else None
         for number in range(first, stop):

@@ -64,7 +64,7 @@ def split(conversation: Conversation, sample: Sample, seq_length: int, encode: E
 
 
 def _most(count: int, encode: Callable[[int], Sample], seq_length: int) -> tuple[int, Sample] | None:
-    """The largest n in 1..count whose encoding fits, and the encoding. Lengths grow with n."""
+    """Return the largest n in 1..count whose encoding fits, and the encoding. Lengths grow with n."""
     best, low, high = None, 1, count
     while low <= high:
         middle = (low + high) // 2
@@ -77,8 +77,9 @@ def _most(count: int, encode: Callable[[int], Sample], seq_length: int) -> tuple
 
 
 def _borders(messages: Sequence[Message]) -> list[int]:
-    """Where exchanges begin, and the end: an exchange is a user's message (with system messages before it) and all
-    that answers it."""
+    """Return where exchanges begin, and the end: an exchange is a user's message (with system messages before it) and
+    all that answers it.
+    """
     head = len(_system(messages))
     starts = [
         turn
@@ -89,7 +90,7 @@ def _borders(messages: Sequence[Message]) -> list[int]:
 
 
 def _part(conversation: Conversation, start: int, stop: int) -> Conversation:
-    """The messages from `start` to `stop` behind the system messages that the row begins with."""
+    """Return the messages from `start` to `stop` behind the system messages that the row begins with."""
     system = _system(conversation.messages)
     messages = conversation.messages[max(start, len(system)) : stop]
     return replace(conversation, messages=(*system, *messages))

@@ -130,7 +130,7 @@ class PackedRows:
 
 
 def pack(lengths: Sequence[int], seq_length: int, packing: bool = True) -> list[list[int]]:
-    """Which documents share a row: for each row its indices into `lengths`; each document is in just one row.
+    """Return which documents share a row: for each row its indices into `lengths`; each document is in just one row.
 
     Best-fit decreasing: longest first, each into the fullest row that still holds it; equal lengths keep
     their order. Next-fit instead in the rare case that it needs fewer rows. packing=False: one document a
@@ -179,7 +179,7 @@ def _next_fit(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
 
 
 def shift(labels: np.ndarray) -> np.ndarray:
-    """Labels [n] of one document's own tokens -> the label to predict at each position; the last has none."""
+    """Map labels [n] of one document's own tokens to the label to predict at each position; the last has none."""
     return np.append(labels[1:], labels.dtype.type(IGNORE))
 
 

@@ -74,7 +74,7 @@ class PieceTokenizer:
         return [token for ids in self._tokens([pieces])[0] for token in ids]
 
     def _tokens(self, documents: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
-        """Per document and piece: token ids."""
+        """Return the token ids of each document and piece."""
         flat = [(piece, number > 0) for pieces in documents for number, piece in enumerate(pieces)]
         found: list[list[int]] = [[]] * len(flat)
         for verbatim in (False, True):
@@ -87,7 +87,7 @@ class PieceTokenizer:
         return [[next(tokens) for _ in pieces] for pieces in documents]
 
     def _encode(self, texts: list[str], inner: list[bool], verbatim: bool) -> list[list[int]]:
-        """inner: the piece is from the middle of a text, so that it gets no space of its own."""
+        """Return token ids. inner: the piece is from the middle of a text, so that it gets no space of its own."""
         if not texts:
             return []
         if not self._guards:
@@ -104,7 +104,7 @@ class PieceTokenizer:
         return encoded
 
     def _otherwise(self, text: str, verbatim: bool) -> list[int]:
-        """A piece whose first token merges with the first guard."""
+        """Return a piece whose first token merges with the first guard."""
         for guard, its_ids in self._guards[1:]:
             cut = _behind(self._call([guard + text], verbatim)[0], its_ids)
             if cut is not None:
@@ -139,7 +139,8 @@ def _behind(ids: list[int], guard: list[int]) -> list[int] | None:
 
 
 def _guards(tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """(text, its tokens) of what may stand before a piece; none where the tokenizer sets no space before a text."""
+    """Return (text, its tokens) of what may stand before a piece; none where the tokenizer sets no space before a text.
+    """
     first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
     if not first.startswith("\u2581"):
         return []

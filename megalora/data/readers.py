@@ -176,7 +176,7 @@ def _table(separator: str) -> Callable[[BinaryIO, str], Iterator[Any]]:
 
 
 def _conll(file: BinaryIO, name: str) -> Iterator[Any]:
-    """A word and its tag a line, the first and the last of its columns; blank lines between sentences."""
+    """Yield a word and its tag a line, the first and the last of its columns; blank lines between sentences."""
     words: list[str] = []
     tags: list[str] = []
     number = 0
@@ -248,7 +248,7 @@ _COMPRESSED = (".gz", ".zst")
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """(suffix of the format, suffix of the compression or "")."""
+    """Return (suffix of the format, suffix of the compression or "")."""
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED:
         return Path(path.stem).suffix.lower(), suffix
@@ -338,7 +338,7 @@ def _dataset_rows(path: str) -> Iterator[Any]:
 
 
 def _load_dataset(path: str) -> Any:
-    """The one split of a dataset that is trained on."""
+    """Return the one split of a dataset that is trained on."""
     what = "a dataset that was saved by `datasets`" if Path(path).exists() else "no file here, but may be on the hub"
     datasets = _import("datasets", f"{path} is {what}")
     if int(datasets.__version__.partition(".")[0]) < 4:  # older ones run code that comes with a dataset

@@ -156,7 +156,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._look_at = max(budget - _BETWEEN_LOOKS, 0)
 
     def collected(self, blocks: Any) -> Any:
-        """The blocks of a rendering, with `written` kept up to date."""
+        """Yield the blocks of a rendering, with `written` kept up to date."""
         for block in blocks:
             yield block
             self.written += len(block)
@@ -179,19 +179,19 @@ class _Environment(ImmutableSandboxedEnvironment):
     # What the compiled template calls
 
     def step(self, literal: int) -> str:
-        """One iteration of a loop, or a call of a macro, whose body has `literal` characters of text."""
+        """Charge one iteration of a loop, or a call of a macro, whose body has `literal` characters of text."""
         self.charge(literal)
         return ""
 
     def joined(self, *parts: Any) -> str:
-        """The operator ~."""
+        """Return the operator ~."""
         texts = [str(self._printed(part)) for part in parts]
         self.charge(sum(map(len, texts)))
         return "".join(texts)
 
     @jinja2.pass_context  # which keeps the compiler from calling it by itself
     def _weighed(self, context: Any, value: Any) -> Any:
-        """A side of a comparison, or a list, tuple or dict that the template makes."""
+        """Return a side of a comparison, or a list, tuple or dict that the template makes."""
         if isinstance(value, str):
             self.charge(len(value) // 16)
         elif not isinstance(value, _SCALARS):
@@ -220,7 +220,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """str.format, which is no method of a text any more once the sandbox has made it safe."""
+        """Wrap str.format, which is no method of a text any more once the sandbox has made it safe."""
         safe = super().wrap_str_format(value)
         if safe is None:
             return None
@@ -260,7 +260,9 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise Refused(f"it prints an object ({type(item).__name__})")
 
     def _charged(self, name: str, work: Any) -> Any:
-        """A filter or test that charges what it goes over first. Jinja passes some of them its environment first."""
+        """Return a filter or test that charges what it goes over first. Jinja passes some of them its environment
+        first.
+        """
         at = 0 if getattr(work, "jinja_pass_arg", None) is None else 1
 
         def charged(*args: Any, **kwargs: Any) -> Any:
@@ -299,7 +301,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     # What is compiled
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Every loop and macro counts its steps, and ~ charges what it joins."""
+        """Return every loop and macro counts its steps, and ~ charges what it joins."""
         tree = super()._parse(source, name, filename)
         for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
             literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
@@ -342,7 +344,7 @@ def _length(value: Any) -> int:
 
 
 def _product(left: Any, right: Any) -> int:
-    """Characters or items of left * right."""
+    """Return characters or items of left * right."""
     if isinstance(left, (int, float)) and isinstance(right, (int, float)):
         if abs(left) > 1e300 or abs(right) > 1e300:
             raise Refused("it computes a number that is too large")

@@ -26,24 +26,24 @@ SOURCE_EPOCH = -3  # the documents of source n that a weight with a fraction rep
 
 
 def permutation(rows: int, seed: int, epoch: int) -> list[int]:
-    """An order of range(rows). Sorted by hash: the same with every version of Python, numpy and torch."""
+    """Return an order of range(rows). Sorted by hash: the same with every version of Python, numpy and torch."""
     key = f"{seed}/{epoch}/".encode()
     return sorted(range(rows), key=lambda row: blake2b(key + str(row).encode(), digest_size=16).digest())
 
 
 def steps_per_epoch(rows: int, global_batch_rows: int) -> int:
-    """The last step of an epoch may be short of rows; it is filled up with empty ones."""
+    """Return the steps of an epoch; the last may be short of rows, and is filled up with empty ones."""
     return -(-rows // global_batch_rows)
 
 
 def rows_in_microbatch(microbatch: int, micro_batch_rows: int, dp_rank: int, dp_size: int) -> range:
-    """Numbers within the step of the rows of one microbatch on one dp rank."""
+    """Return numbers within the step of the rows of one microbatch on one dp rank."""
     first = (microbatch * dp_size + dp_rank) * micro_batch_rows
     return range(first, first + micro_batch_rows)
 
 
 def deal(work: Sequence[float], micro_batch_rows: int, num_microbatches: int, dp_size: int) -> list[list[int]]:
-    """Numbers within the step of the rows of each dp rank, one microbatch after another.
+    """Return numbers within the step of the rows of each dp rank, one microbatch after another.
 
     work  of each row of the step, in any unit
     Each rank has as many rows. The longest go first, each to the rank with the least work so far.

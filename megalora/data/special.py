@@ -63,7 +63,7 @@ class SpecialTokens:
         return message if all(new[name] is fields[name] for name in fields) else replace(message, **new)
 
     def _mark(self, value: Any, keep: tuple[str, ...] = ()) -> Any:
-        """The value with every special token in its texts marked; the same object where there is none."""
+        """Return the value with every special token in its texts marked; the same object where there is none."""
         if not value:
             return value
         if isinstance(value, str):
@@ -99,7 +99,7 @@ class SpecialTokens:
 
 
 def _texts(conversation: Conversation) -> list[Any]:
-    """All that a conversation says."""
+    """Return all that a conversation says."""
     fields = [
         [message.content, message.thinking, message.tool_calls, message.extra] for message in conversation.messages
     ]
@@ -112,7 +112,7 @@ def _refuse_marks(value: Any) -> None:
 
 
 def _count(value: Any, mark: str) -> int:
-    """How often a mark is in the texts of a value."""
+    """Return how often a mark is in the texts of a value."""
     if isinstance(value, str):
         return value.count(mark)
     if isinstance(value, Mapping):

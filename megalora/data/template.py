@@ -228,7 +228,7 @@ class ChatTemplate:
     def _pieces(
         self, transcript: Transcript, text: str, spans: Sequence[Span], conversation: Conversation | None = None
     ) -> list[Segment]:
-        """A text cut at its replies. conversation: says what is trained; None: nothing is."""
+        """Return a text cut at its replies. conversation: says what is trained; None: nothing is."""
         messages = () if conversation is None else conversation.messages
         pieces, done, turn = [], 0, 0
         for span in spans:
@@ -250,7 +250,7 @@ class ChatTemplate:
         ]
 
     def _of_text(self, text: str) -> list[Segment]:
-        """A text between the tokens that begin and end one, where the tokenizer has them."""
+        """Return a text between the tokens that begin and end one, where the tokenizer has them."""
         bos, eos = self._names.get("bos_token", ""), self._names.get("eos_token", "")
         if self.options.special_tokens_in_text:
             bos, eos = "" if text.startswith(bos) else bos, "" if eos and text.endswith(eos) else eos
@@ -262,7 +262,7 @@ class ChatTemplate:
     # Rendering
 
     def _transcript(self, conversation: Conversation) -> Transcript:
-        """The texts of a conversation, which is checked to be printed whole."""
+        """Return the texts of a conversation, which is checked to be printed whole."""
         self._check_variables(conversation.template_kwargs)
         if conversation.tools and "tools" not in self._for_tools.variables:
             raise UserError(f"{self.description} does not print tools", f"give another {OPTIONS}")
@@ -307,7 +307,7 @@ class ChatTemplate:
             raise UserError(reason, f"{remedy}give another {OPTIONS}") from None
 
     def _form_of_calls(self, conversation: Conversation) -> CallForm:
-        """How the template takes tool calls: the first form that prints them all."""
+        """Return how the template takes tool calls: the first form that prints them all."""
         names = call_names(conversation)
         if not names:
             return CALL_FORMS[0]
@@ -347,7 +347,7 @@ class ChatTemplate:
     # What the template is like
 
     def _find_ending(self) -> Ending:
-        """How a reply ends: the text that follows one, up to its first special token."""
+        """Return how a reply ends: the text that follows one, up to its first special token."""
         probe = Conversation((Message("user", "Hi"), Message("assistant", MARK)))
         before, found, after = self._render(probe, add_generation_prompt=False).text.rpartition(MARK)
         if not found:
@@ -366,7 +366,7 @@ class ChatTemplate:
         return Ending(after, after[: at + len(token)], token, tuple(sorted(_special_tokens(self.tokenizer))), lead)
 
     def _prints_thinking(self) -> bool:
-        """Whether the template reads reasoning_content itself."""
+        """Return whether the template reads reasoning_content itself."""
         self._reads_thinking = True
         probe = Conversation((Message("user", "Hi"), Message("assistant", "Hi", thinking=MARK)))
         try:
@@ -375,7 +375,9 @@ class ChatTemplate:
             return False
 
     def _structure(self) -> set[str]:
-        """The tokens that give a conversation its structure: special ones, and added ones that stand around turns."""
+        """Return the tokens that give a conversation its structure: special ones, and added ones that stand around
+        turns.
+        """
         probe = Conversation((Message("user", "Hi"), Message("assistant", MARK)))
         text = self._render(probe, add_generation_prompt=False).text
         around = {token for token in self.tokenizer.added_tokens_encoder if token in text} - set(THINKING_TAGS)
@@ -388,12 +390,14 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 
 
 def _weight_of_prompt(message: Message) -> float:
-    """What the text of a message before a reply counts for; several before one reply count for the least of theirs."""
+    """Return what the text of a message before a reply counts for; several before one reply count for the least of
+    theirs.
+    """
     return message.weight if message.trained and message.role != "assistant" else 0.0
 
 
 def _resolved(conversation: Conversation) -> Conversation:
-    """The conversation with `trained` set where it is not."""
+    """Return the conversation with `trained` set where it is not."""
     if all(message.trained is not None for message in conversation.messages):
         return conversation
     messages = tuple(
@@ -404,7 +408,7 @@ def _resolved(conversation: Conversation) -> Conversation:
 
 
 def _trains(conversation: Conversation, turn: int, trained: set[int], wanted: set[int]) -> Conversation:
-    """The messages up to `turn`, of which the replies `trained` are trained.
+    """Return the messages up to `turn`, of which the replies `trained` are trained.
 
     What is before a reply keeps its own flag where that reply is trained, or is not among those that are `wanted` (in
     this document or another).
@@ -426,7 +430,7 @@ def _trains(conversation: Conversation, turn: int, trained: set[int], wanted: se
 
 
 def _with_defaults(variables: Mapping[str, Any], source: str) -> str:
-    """The template with values for variables that are not given, so that whoever uses it later has them too."""
+    """Return the template with values for variables that are not given, so that whoever uses it later has them too."""
     set_here = (
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in sorted(variables.items())
@@ -435,7 +439,7 @@ def _with_defaults(variables: Mapping[str, Any], source: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A value of JSON as jinja writes it."""
+    """Return a value of JSON as jinja writes it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

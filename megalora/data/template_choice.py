@@ -106,6 +106,6 @@ def _named(tokenizer: Any, name: str, several: Mapping[str, str]) -> Choice:
 
 
 def _bos(tokenizer: Any) -> str:
-    """Jinja for the beginning-of-text token, where the tokenizer itself sets one before a text."""
+    """Return jinja for the beginning-of-text token, where the tokenizer itself sets one before a text."""
     bos = tokenizer.bos_token_id
     return "{{ bos_token }}" if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""

@@ -118,7 +118,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _own_code(folder: Path) -> str | None:
-    """The Python class of the folder that its tokenizer_config.json asks transformers to run, if it does."""
+    """Return the Python class of the folder that its tokenizer_config.json asks transformers to run, if it does."""
     file = folder / CONFIG_FILE
     found = read_fields(file).get("auto_map") if file.is_file() else None
     if isinstance(found, dict):
@@ -129,7 +129,7 @@ def _own_code(folder: Path) -> str | None:
 
 
 def _load(folder: Path, code: str | None) -> Any:
-    """The tokenizer of the class that transformers chooses; where that class fails, tokenizer.json by itself."""
+    """Return the tokenizer of the class that transformers chooses; where that class fails, tokenizer.json by itself."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # a slow import, wanted only here
 
     tokenizer = error = None
@@ -155,7 +155,8 @@ def _load(folder: Path, code: str | None) -> Any:
 
 
 def _like_its_file(tokenizer: Any, folder: Path) -> tuple[Any, str | None]:
-    """The tokenizer, or one that gives the tokens of tokenizer.json where this one does not; and a line on that."""
+    """Return the tokenizer, or one that gives the tokens of tokenizer.json where this one does not; and a line on that.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -211,7 +212,7 @@ def _like_sentencepiece(tokenizer: Any, file: Path) -> str | None:
 
 
 def _sentencepiece_normalizer(model: Any) -> Any:
-    """What a sentencepiece model does to a text first, as its own file says it."""
+    """Return what a sentencepiece model does to a text first, as its own file says it."""
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, normalizers
 
@@ -225,14 +226,14 @@ def _sentencepiece_normalizer(model: Any) -> Any:
 
 
 def _is_tiktoken(file: Path) -> bool:
-    """Whether tokenizer.model is a table of base64 tokens and ranks, as of Llama 3's original release."""
+    """Return whether tokenizer.model is a table of base64 tokens and ranks, as of Llama 3's original release."""
     with file.open("rb") as lines:
         words = lines.readline(4096).split()
     return len(words) == 2 and words[1].isdigit()
 
 
 def _difference(tokenizer: Any, encode: Callable[[str], Sequence[int]], probes: Sequence[str]) -> str | None:
-    """The first text whose tokens differ, in words."""
+    """Return the first text whose tokens differ, in words."""
     found = tokenizer(list(probes), add_special_tokens=False)["input_ids"]
     for text, ids in zip(probes, found, strict=True):
         if list(encode(text)) != list(ids):

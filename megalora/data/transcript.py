@@ -162,7 +162,7 @@ class Transcript:
     # Finding replies
 
     def _marked(self, rendered: Rendered, stop: int) -> list[Span]:
-        """The {% generation %} blocks as spans: the replies in order, one block each."""
+        """Return the {% generation %} blocks as spans: the replies in order, one block each."""
         turns = self._turns(stop)
         if len(rendered.generated) != len(turns):
             blocks = len(rendered.generated)
@@ -175,7 +175,7 @@ class Transcript:
         return spans
 
     def _find(self, earlier: int, turn: int) -> Span | None:
-        """The reply of message `earlier` in the prompt of message `turn`."""
+        """Return the reply of message `earlier` in the prompt of message `turn`."""
         text, prompt, reply = self.prompt(turn), self.prompt(earlier), self.reply(earlier)
         if text.startswith(prompt) and text.startswith(reply, len(prompt)):
             return Span(earlier, len(prompt), len(prompt) + len(reply), True)
@@ -192,7 +192,7 @@ class Transcript:
         return Span(earlier, start, stop, text[start:stop] == reply)
 
     def _place(self, text: str, turn: int, stop: int, add_generation_prompt: bool) -> tuple[int, int] | None:
-        """Where the content of message `turn` lies in `text`, which the messages before `stop` are rendered to.
+        """Return where the content of message `turn` lies in `text`, which the messages before `stop` are rendered to.
 
         It is found by rendering them once more with a marker in its place.
         """
@@ -237,7 +237,7 @@ class Transcript:
         return self._ending.lead + (printed if _keeps(printed, message) else content) + self._ending.end
 
     def _calls(self, turn: int, opened: bool) -> str:
-        """A message that calls tools, where the template does not print it behind its prompt."""
+        """Return a message that calls tools, where the template does not print it behind its prompt."""
         message, whole = self._messages[turn], self._whole(turn).text
         base = self.prompt(turn).rstrip().removesuffix(THINK)
         reply = self._ending.cut(whole[len(base) :]) if opened and whole.startswith(base) else None
@@ -249,7 +249,8 @@ class Transcript:
 
 
 def _inside(reply: str) -> str:
-    """A reply behind a prompt that opens the thinking; where it has none the empty one is closed, as Qwen3 does."""
+    """Return a reply behind a prompt that opens the thinking; where it has none the empty one is closed, as Qwen3 does.
+    """
     if reply.lstrip().startswith(THINK):
         return reply.lstrip().removeprefix(THINK).removeprefix("\n")
     return reply if END_OF_THINKING in reply else f"\n{END_OF_THINKING}\n\n{reply}"
@@ -265,7 +266,8 @@ def check_thinking(message: Message) -> None:
 
 
 def _keeps(reply: str, message: Message) -> bool:
-    """Whether nothing of a message with thinking is lost in a reply, white space and the tags of thinking aside."""
+    """Return whether nothing of a message with thinking is lost in a reply, white space and the tags of thinking aside.
+    """
     if message.thinking is None and END_OF_THINKING not in message.content:
         return True
     return _squashed(message.with_thinking_in_content().content) in _squashed(reply)

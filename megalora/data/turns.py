@@ -184,7 +184,7 @@ def merge_calls(messages: Sequence[Message]) -> Iterator[Message]:
 
 
 def _role(fields: Fields) -> tuple[str, str]:
-    """The role as the row has it, and ours."""
+    """Return the role as the row has it, and ours."""
     if not fields.present(ROLE_FIELDS) or not fields.present((*TEXT_FIELDS, "tool_calls", "function_call")):
         has = names_of(fields.left())
         raise UserError(f"{fields.place} has {has}", "give it role and content, or from and value")
@@ -196,7 +196,7 @@ def _role(fields: Fields) -> tuple[str, str]:
 
 
 def _parts(value: Any, what: str, fields: Fields, role: str) -> tuple[str, list[str], list[dict[str, Any]]]:
-    """(text, thinking, tool calls) of a content: a string, or a list of parts with a type each."""
+    """Return (text, thinking, tool calls) of a content: a string, or a list of parts with a type each."""
     if value is None:
         return "", [], []
     if role == "tool" and not isinstance(value, str) and not _is_parts(value):
@@ -229,7 +229,8 @@ def _is_parts(value: Any) -> bool:
 
 
 def _one_thinking(fields: Fields, parts: list[str], text: str) -> str | None:
-    """The thinking of a message: of its `parts` or of a field of its own. In its `text` there must be none then."""
+    """Return the thinking of a message: of its `parts` or of a field of its own. In its `text` there must be none then.
+    """
     own = fields.take(*THINKING_FIELDS)
     if own is not None:
         parts = [*parts, check_text(own, f"{fields.place}: the thinking")]
@@ -239,7 +240,9 @@ def _one_thinking(fields: Fields, parts: list[str], text: str) -> str | None:
 
 
 def _written_calls(text: str, place: str) -> tuple[str, str | None, list[dict[str, Any]]]:
-    """(text, thinking, calls) of a function_call turn: JSON of one call or several, with <think>...</think> before."""
+    """Return (text, thinking, calls) of a function_call turn: JSON of one call or several, with <think>...</think>
+    before.
+    """
     thinking, rest = None, text.strip()
     if rest.startswith("<think>") and "</think>" in rest:
         thinking, _, rest = rest.removeprefix("<think>").partition("</think>")
@@ -249,7 +252,7 @@ def _written_calls(text: str, place: str) -> tuple[str, str | None, list[dict[st
 
 
 def _listed(value: Any, place: str, what: str) -> list[dict[str, Any]]:
-    """A list of objects, given as itself or as its JSON text."""
+    """Return a list of objects, given as itself or as its JSON text."""
     if isinstance(value, str):
         value = from_json(value, f"{place}: {what}") if value.strip() else None
     if value is None:

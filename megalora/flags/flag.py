@@ -179,7 +179,7 @@ class Flag:
             raise UserError(f"{self.name} {value} does not exist", f"name {self.definition.exists}")
 
     def _problem(self, item: Any) -> tuple[str, str] | None:
-        """(what is wrong with one value, what to do) or None."""
+        """Return (what is wrong with one value, what to do) or None."""
         accepted: dict[type, tuple[Any, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
         if not isinstance(item, accepted[self.type]) or (self.type is not bool and isinstance(item, bool)):
             said = repr(item) if isinstance(item, str) else show(item)

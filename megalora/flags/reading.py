@@ -86,7 +86,7 @@ def require(given: Mapping[str, Given], table: Mapping[str, Flag], dashes: str) 
 def _read_command_line(
     argv: Sequence[str], table: Mapping[str, Flag], elsewhere: Mapping[str, str]
 ) -> tuple[str | None, dict[str, Given]]:
-    """(path of the YAML file or None, values by name)."""
+    """Return (path of the YAML file or None, values by name)."""
     words = list(argv)
     config = words.pop(0) if words and _names_file(words[0]) else None
     given: dict[str, Given] = {}
@@ -134,7 +134,7 @@ def _keep(given: dict[str, Given], entry: Flag, words: list[str], label: str) ->
 def _read_keywords(
     values: Mapping[str, Any], table: Mapping[str, Flag], elsewhere: Mapping[str, str]
 ) -> tuple[str | None, dict[str, Given]]:
-    """(path of the YAML file or None, values by name). None is taken for not given where that is the default."""
+    """Return (path of the YAML file or None, values by name). None is taken for not given where that is the default."""
     given = {}
     for name, value in values.items():
         if name == "config":
@@ -165,7 +165,7 @@ def _read_yaml(path: str, table: Mapping[str, Flag], elsewhere: Mapping[str, str
 
 
 def _load_yaml(path: str) -> list[tuple[Any, Any]]:
-    """(key, value) pairs of the file's top level, doubles included: a dict would lose them."""
+    """Return (key, value) pairs of the file's top level, doubles included: a dict would lose them."""
     import yaml
 
     if path.startswith(PREFIX):

@@ -44,7 +44,8 @@ class KVCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v."""
+        """Return (keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v.
+        """
         if index not in self._layers:
             shape = (self.slots, k.shape[1], self.capacity, k.shape[2])
             keys = k.new_empty(shape)
@@ -73,7 +74,7 @@ class PrefillStep:
     def of(
         cls, cache: KVCache, spans: Sequence[Span], head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> PrefillStep:
-        """Of layers with this head_dim, dtype and device."""
+        """Build the step of layers with this head_dim, dtype and device."""
         lengths = [span.stop - span.start for span in spans]
         bounds = tuple(itertools.accumulate(lengths, initial=0))
         slots = torch.tensor([span.slot for span in spans]).repeat_interleave(torch.tensor(lengths))
@@ -83,7 +84,7 @@ class PrefillStep:
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores = PLAIN
     ) -> torch.Tensor:
-        """Keeps k, v [F, K, D] of the new tokens of `layer`; attention of q [F, H, D] over all tokens kept."""
+        """Keep k, v [F, K, D] of the new tokens of `layer`; return attention of q [F, H, D] over all tokens kept."""
         keys, values = self.cache.layer(layer, k, v)
         keys[self.slots, :, self.places] = k
         if values is not keys:
@@ -110,6 +111,6 @@ class DecodeStep:
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores = PLAIN
     ) -> torch.Tensor:
-        """As PrefillStep.attend."""
+        """Do as PrefillStep.attend."""
         cached = self.cache.layer(layer, k, v)
         return decode_attention(q, k, v, *cached, self.slots, self.positions, window, scores)

@@ -66,7 +66,7 @@ def unescaped(text: str) -> str:
 
 
 def _eos(file: Path) -> list[int]:
-    """The eos_token_id of a JSON file: one, several or none."""
+    """Return the eos_token_id of a JSON file: one, several or none."""
     value = _read(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
@@ -75,7 +75,7 @@ def _eos(file: Path) -> list[int]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The fields of a JSON file; none where there is no file."""
+    """Return the fields of a JSON file; none where there is no file."""
     if not file.exists():
         return {}
     if not file.is_file() or file.stat().st_size > _LARGEST_FILE:

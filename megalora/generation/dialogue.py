@@ -99,7 +99,7 @@ class Chat:
 
     @contextlib.contextmanager
     def attention(self) -> Iterator[None]:
-        """While inside, Ctrl-C stops a reply and does not end the program."""
+        """Let Ctrl-C stop a reply while inside, and not end the program."""
         with _on_interrupt(self._interrupt if self._shows_mark else None):
             if self._shows_mark:
                 print(HINT, file=sys.stderr, flush=True)
@@ -115,7 +115,7 @@ class Chat:
         self._interrupted = True
 
     def listen(self, patience: float) -> Turn | NothingYet | None:
-        """What the next reply starts from; NothingYet after `patience` seconds; None at the end.
+        """Return what the next reply starts from; NothingYet after `patience` seconds; None at the end.
 
         A message that cannot be replied to is told on one line, and NothingYet too.
         """
@@ -163,7 +163,7 @@ class Chat:
         return Turn(token_ids, self._repliers)
 
     def _line(self, patience: float) -> bytes | None:
-        """The next line, without its end; b"" if it is not there after `patience` seconds; None at the end."""
+        """Return the next line, without its end; b"" if it is not there after `patience` seconds; None at the end."""
         while b"\n" not in self._unread and not self._ended:
             if not select.select([self._descriptor], [], [], patience)[0]:
                 return b""
@@ -180,21 +180,21 @@ class Chat:
     # ---- the replies ----
 
     def begin(self, turn: Turn, adapted: bool) -> None:
-        """A reply is about to come."""
+        """Note that a reply is about to come."""
         self._turn, self._replying, self._interrupted = turn, True, False
         if len(turn.adapted) > 1:
             print(f"{NAMES[adapted]}: ", end="", flush=True)
 
     def show(self, pieces: Sequence[Piece]) -> None:
-        """Some text of the reply has come."""
+        """Show some text of the reply that has come."""
         self._voice.say(pieces)
 
     def interrupted(self) -> bool:
-        """Whether the person wants no more of this reply."""
+        """Return whether the person wants no more of this reply."""
         return self._interrupted
 
     def end(self, reply: Reply, adapted: bool) -> None:
-        """The reply is whole. Of several to one message the dialogue goes on from the first."""
+        """Note that the reply is whole. Of several to one message the dialogue goes on from the first."""
         self._replying = False
         self._voice.end(reply.finish_reason)
         if adapted == self._turn.adapted[0]:
@@ -215,13 +215,13 @@ class Chat:
 
 
 def _deaf() -> contextlib.AbstractContextManager:
-    """Ranks without the terminal leave Ctrl-C to the one that has it."""
+    """Leave Ctrl-C, on ranks without the terminal, to the one that has it."""
     return _on_interrupt(signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def _on_interrupt(handler: object) -> Iterator[None]:
-    """SIGINT goes to `handler` (None: to whom it goes now) while inside."""
+    """Send SIGINT to `handler` (None: to whom it goes now) while inside."""
     if handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return

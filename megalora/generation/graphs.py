@@ -47,7 +47,7 @@ class DecodeGraphs:
         places: Sequence[int],
         adapters: Sequence[int],
     ) -> torch.Tensor:
-        """What `decode` gives. It is overwritten by the next step."""
+        """Return what `decode` gives. It is overwritten by the next step."""
         count = len(token_ids)
         width = 1 << (count - 1).bit_length()
         idle = width - count

@@ -55,15 +55,15 @@ class Output:
                     raise PermissionError(errno.EACCES, "its folder is read-only")
 
     def show(self, pieces: Sequence[Piece]) -> None:
-        """Some text of the answer, where it is streamed."""
+        """Show some text of the answer, where it is streamed."""
         self._voice.say(pieces)
 
     def keep(self, name: str, reader: Reader) -> Callable[[Prompt, Reply], None]:
-        """A function that adds the answer `name` to a prompt, which is numbered as its question."""
+        """Return a function that adds the answer `name` to a prompt, which is numbered as its question."""
         return lambda prompt, reply: self.add(prompt.number, name, reader.answer(reply, prompt))
 
     def add(self, number: int, name: str, answer: Answer) -> None:
-        """The answer `name` to question `number`; given again, it stays as it was."""
+        """Add the answer `name` to question `number`; given again, it stays as it was."""
         if number >= self._written:
             self._ready.setdefault(number, {})[name] = answer
         while len(self._ready.get(self._written, ())) == len(self._names):
@@ -125,5 +125,5 @@ class Output:
 
 
 def _terminal_width() -> int:
-    """Columns of the terminal that standard output is, else 0."""
+    """Return columns of the terminal that standard output is, else 0."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0

@@ -31,7 +31,7 @@ class Question:
 
 
 def ask(text: str, system: str | None, where: str) -> Question:
-    """The question of one text, behind the system message where there is one. UserError for an empty text."""
+    """Return the question of one text, behind the system message where there is one. UserError for an empty text."""
     if not text.strip():
         raise UserError(f"{where} is empty", "give a text")
     for part in (text, system or ""):
@@ -43,7 +43,7 @@ def ask(text: str, system: str | None, where: str) -> Question:
 
 
 def read_questions(path: str | Path, system: str | None) -> list[Question]:
-    """The questions of a file, in order.
+    """Return the questions of a file, in order.
 
     .json, .jsonl: rows as for training; the question is the conversation up to its last reply, which need not be
     there; also {prompt: text}, or texts. Any other file: one a line, blank lines left out. Raises UserError (file, row
@@ -62,7 +62,8 @@ def read_questions(path: str | Path, system: str | None) -> list[Question]:
 
 
 def encode(template: ChatTemplate, question: Question, context: int) -> list[int]:
-    """The tokens that the reply starts from. Raises UserError where they leave no room for one in the context."""
+    """Return the tokens that the reply starts from. Raises UserError where they leave no room for one in the context.
+    """
     size = sum(len(message.content) for message in question.conversation.messages)
     if size > context * template.longest_token:  # before it is rendered, which takes long
         raise UserError(
@@ -82,19 +83,20 @@ def encode(template: ChatTemplate, question: Question, context: int) -> list[int
 
 
 def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """A reply as text, without special tokens."""
+    """Return a reply as text, without special tokens."""
     return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def stop_token_ids(folder: str | Path, template: ChatTemplate) -> tuple[int, ...]:
-    """Where a reply ends: the template's end token, and the eos of generation_config.json, else of config.json, else of
-    the tokenizer. Raises UserError for a file that is not what it should be."""
+    """Return where a reply ends: the template's end token, and the eos of generation_config.json, else of config.json,
+    else of the tokenizer. Raises UserError for a file that is not what it should be.
+    """
     found = eos_token_ids(folder)
     return tuple(sorted({template.end_token_id, *found} if found else set(template.stop_token_ids)))
 
 
 def unseen_stops(tokenizer: Any, stops: Sequence[str]) -> list[int]:
-    """The token ids of the `stops` that are special tokens, which leave no text to be found in a reply."""
+    """Return the token ids of the `stops` that are special tokens, which leave no text to be found in a reply."""
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[stop] for stop in stops if stop in vocabulary and not decode(tokenizer, [vocabulary[stop]])]
 

@@ -107,7 +107,7 @@ class Replica:
         self._more = self._changes = False  # whether requests, or a change of adapters, wait in the inbox
 
     def switch_adapter(self, on: bool) -> None:
-        """Replies from now on are those of the adapted model, as at first, or of the base."""
+        """Give from now on the replies of the adapted model, as at first, or of the base."""
         if on != self._adapted:
             self._adapted = on
             self._stage.switch_adapters(on)
@@ -117,7 +117,7 @@ class Replica:
 
     @torch.inference_mode()
     def replies(self, prompts: Sequence[Prompt], max_new_tokens: int, listener: Listener | None = None) -> list[Reply]:
-        """The reply to each prompt, in order. Collective over the replica, with the same prompts on every rank.
+        """Return the reply to each prompt, in order. Collective over the replica, with the same prompts on every rank.
 
         Prompts run together as far as there is room; one that ends makes place for the next.
         Raises UserError, on every rank, where a token has no embedding or the logits are not finite.
@@ -189,7 +189,7 @@ class Replica:
             inbox.changed()
 
     def _advance(self, queue: _Queue, listener: Listener | None, inbox: Inbox | None = None) -> list[_Sequence]:
-        """One step: of new prompts, or of all running sequences. Returns those that it ends."""
+        """Make one step: of new prompts, or of all running sequences. Return those that it ends."""
         if queue.waiting and self._joins(queue):
             fed = self._seat(queue)
             tokens = self._prefill(fed)
@@ -208,7 +208,9 @@ class Replica:
     # ---- who runs ----
 
     def _make_room(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """A cache that holds as many of the prompts and their replies as may run together; the last one if it does."""
+        """Make a cache that holds as many of the prompts and their replies as may run together; the last one if it
+        does.
+        """
         largest, words = max(max(p.token_ids) for p in prompts), self._stage.config.vocab_size
         if largest >= words:
             raise UserError(
@@ -231,11 +233,11 @@ class Replica:
         self._held = [(0, []) for _ in range(slots)]
 
     def _joins(self, queue: _Queue) -> bool:
-        """Whether the next step is one of new prompts, where some wait."""
+        """Return whether the next step is one of new prompts, where some wait."""
         return not queue.running or len(queue.free) >= max(1, self._steps.slots // REFILL)
 
     def _seat(self, queue: _Queue) -> list[_Sequence]:
-        """Takes waiting prompts into free slots, as many as one step feeds."""
+        """Take waiting prompts into free slots, as many as one step feeds."""
         seated: list[_Sequence] = []
         fed, waiting, free = 0, queue.waiting, queue.free
         while waiting and free and (fed == 0 or fed + len(waiting[0].prompt.token_ids) <= STEP_TOKENS):
@@ -253,7 +255,7 @@ class Replica:
         return seated
 
     def _slot_for(self, prompt: Prompt, free: Sequence[int]) -> tuple[int, int]:
-        """(slot, tokens of the prompt that it holds already), in a dialogue the turns before."""
+        """Return (slot, tokens of the prompt that it holds already), in a dialogue the turns before."""
         if self._keep_logits is not None:  # of all tokens: all are fed
             return free[-1], 0
         length = len(prompt.token_ids)
@@ -265,7 +267,7 @@ class Replica:
         return (best, kept) if kept >= WORTH_KEEPING else (free[-1], 0)
 
     def _take(self, sequence: _Sequence, token: int) -> None:
-        """The model's next token of a sequence: it ends the reply, or goes on it."""
+        """Take the model's next token of a sequence: it ends the reply, or goes on it."""
         sequence.kept = len(sequence.prompt.token_ids) + len(sequence.reply)
         if token in sequence.request.stop_token_ids or token == NOT_FINITE:
             sequence.finish_reason = FAILED if token == NOT_FINITE else STOP
@@ -275,7 +277,7 @@ class Replica:
             sequence.finish_reason = LENGTH
 
     def _listen(self, fed: Sequence[_Sequence], listener: Listener | None, inbox: Inbox | None) -> None:
-        """What the listener says to the new tokens, and whether the inbox has requests, on every rank."""
+        """Ask what the listener says to the new tokens, and whether the inbox has requests, on every rank."""
         if not self._listened_to:
             return
         verdicts = [0] * len(fed)
@@ -300,7 +302,7 @@ class Replica:
     # ---- the steps ----
 
     def _prefill(self, fed: Sequence[_Sequence]) -> list[int]:
-        """Feeds the prompts, or what the cache does not hold of them; the first token of each reply."""
+        """Feed the prompts, or what the cache does not hold of them; return the first token of each reply."""
         spans = [Span(sequence.slot, sequence.kept, len(sequence.prompt.token_ids)) for sequence in fed]
         ids = [token for sequence in fed for token in sequence.prompt.token_ids[sequence.kept :]]
         adapters = [sequence.prompt.adapter for sequence in fed]
@@ -317,7 +319,7 @@ class Replica:
         return self._chosen(fed, logits)
 
     def _decode(self, fed: Sequence[_Sequence]) -> list[int]:
-        """Feeds the newest token of each reply; the next one of each."""
+        """Feed the newest token of each reply; return the next one of each."""
         ids = [sequence.reply[-1] for sequence in fed]
         slots, places = [sequence.slot for sequence in fed], [sequence.kept for sequence in fed]
         for slot, token in zip(slots, ids, strict=True):
@@ -334,7 +336,7 @@ class Replica:
         return self._pp.is_last and self._tp.is_first
 
     def _chosen(self, fed: Sequence[_Sequence], logits: torch.Tensor | None) -> list[int]:
-        """The next token of each sequence, on every rank, from the logits [n, vocab_size] of the last stage."""
+        """Return the next token of each sequence, on every rank, from the logits [n, vocab_size] of the last stage."""
         device = self._stage.place.device
         chosen = torch.empty(len(fed), dtype=torch.int64, device=device)
         if self._chooses:
@@ -349,7 +351,7 @@ class Replica:
         return chosen.tolist()
 
     def _choose(self, logits: torch.Tensor, sampling: Sampling, fed: Sequence[_Sequence]) -> torch.Tensor:
-        """The next token [n] of sequences that are sampled alike, from their logits [n, vocab_size]."""
+        """Return the next token [n] of sequences that are sampled alike, from their logits [n, vocab_size]."""
         penalised = self._seen is not None and sampling.repetition_penalty != 1.0
         slots = torch.tensor([sequence.slot for sequence in fed], device=logits.device) if penalised else None
         if penalised:
@@ -386,7 +388,7 @@ class Replica:
                 self._keep_logits(sequence.prompt, logits)
 
     def _received(self, tokens: int) -> torch.Tensor | None:
-        """The hidden states [tokens, hidden_size] of the stage before; None on the first."""
+        """Return the hidden states [tokens, hidden_size] of the stage before; None on the first."""
         if self._pp.is_first:
             return None
         place = self._stage.place
@@ -403,7 +405,7 @@ def _reply(sequence: _Sequence) -> Reply:
 
 
 def _by_sampling(fed: Sequence[_Sequence]) -> dict[Sampling, list[int]]:
-    """The rows of the sequences that are sampled alike, but for their seeds."""
+    """Return the rows of the sequences that are sampled alike, but for their seeds."""
     rows: dict[Sampling, list[int]] = {}
     for row, sequence in enumerate(fed):
         rows.setdefault(replace(sequence.request.sampling, seed=0), []).append(row)
@@ -417,7 +419,7 @@ def _draw(sequence: _Sequence) -> float:
 
 
 def _common(held: Sequence[int], token_ids: Sequence[int]) -> int:
-    """Tokens that both begin with."""
+    """Return tokens that both begin with."""
     for i, (a, b) in enumerate(zip(held, token_ids, strict=False)):
         if a != b:
             return i
@@ -425,6 +427,6 @@ def _common(held: Sequence[int], token_ids: Sequence[int]) -> int:
 
 
 def _broadcast(x: torch.Tensor, axis: Axis, source: int) -> None:
-    """x of global rank `source`, on every rank of the axis, in place."""
+    """Broadcast x of global rank `source`, on every rank of the axis, in place."""
     if axis.size > 1:
         dist.broadcast(x, source, group=axis.group)

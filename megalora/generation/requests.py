@@ -67,11 +67,11 @@ class Listener(Protocol):
     """Hears the replies while they are made."""
 
     def hear(self, prompt: Prompt, token_id: int, logprobs: Logprobs | None) -> str | None:
-        """The next token of the reply to a prompt. Returns STOP or INTERRUPTED to end the reply with it."""
+        """Return the next token of the reply to a prompt. Returns STOP or INTERRUPTED to end the reply with it."""
         ...
 
     def done(self, prompt: Prompt, reply: Reply) -> None:
-        """The reply is whole."""
+        """Note that the reply is whole."""
         ...
 
 
@@ -83,7 +83,7 @@ class Inbox(Protocol):
         ...
 
     def waiting(self) -> bool:
-        """Whether `take` has something to give."""
+        """Return whether `take` has something to give."""
         ...
 
     def take(self, count: int) -> Sequence[Request]:
@@ -91,7 +91,7 @@ class Inbox(Protocol):
         ...
 
     def changing(self) -> bool:
-        """Whether `change` has something to give."""
+        """Return whether `change` has something to give."""
         ...
 
     def change(self) -> Change | None:
@@ -99,5 +99,5 @@ class Inbox(Protocol):
         ...
 
     def changed(self) -> None:
-        """The last change that was given is made, on every rank."""
+        """Note that the last change that was given is made, on every rank."""
         ...

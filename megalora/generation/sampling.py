@@ -34,13 +34,13 @@ class Sampling:
 
 
 def draw(seed: int, prompt: int, place: int) -> float:
-    """A uniform number in (0, 1) for token `place` of the reply to prompt number `prompt`."""
+    """Return a uniform number in (0, 1) for token `place` of the reply to prompt number `prompt`."""
     digest = hashlib.sha256(f"{seed}:{prompt}:{place}".encode()).digest()
     return (int.from_bytes(digest[:6], "little") + 0.5) / 2**48
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[float]) -> torch.Tensor:
-    """The next token of each row of logits [n, vocab_size]: [n] int64, NOT_FINITE where a logit is not.
+    """Return the next token of each row of logits [n, vocab_size]: [n] int64, NOT_FINITE where a logit is not.
 
     draws  one number in (0, 1) a row, not read when greedy. The lowest id wins a greedy tie.
     """
@@ -81,7 +81,8 @@ class Logprobs:
 
 
 def logprobs(logits: torch.Tensor, chosen: torch.Tensor, counts: Sequence[int]) -> list[Logprobs]:
-    """The Logprobs of the tokens `chosen` [n] from logits [n, vocab_size], each with counts[i] likeliest tokens."""
+    """Return the Logprobs of the tokens `chosen` [n] from logits [n, vocab_size], each with counts[i] likeliest tokens.
+    """
     logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
     own = logs.gather(1, chosen.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
     best = logs.topk(min(max(counts), logs.shape[1]))
@@ -97,16 +98,16 @@ class Seen:
         self._seen = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
 
     def start(self, slot: int, token_ids: Sequence[int]) -> None:
-        """A new sequence in `slot`, with the tokens of its prompt."""
+        """Begin a new sequence in `slot`, with the tokens of its prompt."""
         self._seen[slot] = False
         self._seen[slot, torch.tensor(token_ids, device=self._seen.device)] = True
 
     def add(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """One more token, token_ids[i], of slots[i]; both [n] int64."""
+        """Add one more token, token_ids[i], of slots[i]; both [n] int64."""
         self._seen[slots, token_ids] = True
 
     def penalised(self, logits: torch.Tensor, slots: torch.Tensor, penalty: float) -> torch.Tensor:
-        """logits [n, vocab_size] of the sequences in slots [n], in float32 or wider."""
+        """Return logits [n, vocab_size] of the sequences in slots [n], in float32 or wider."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         less = torch.where(logits < 0, logits * penalty, logits / penalty)
         return torch.where(self._seen[slots], less, logits)

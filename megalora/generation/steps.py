@@ -47,7 +47,7 @@ class Steps:
         spans: Sequence[Span],
         adapters: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Feeds token_ids, the tokens of the spans one after another.
+        """Feed token_ids, the tokens of the spans one after another.
 
         adapters  the adapter of each sequence where the stage shares several (Stage.share_adapters), else not read
         """
@@ -81,7 +81,7 @@ class Steps:
         places: Sequence[int],
         adapters: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Feeds one token of each sequence: token_ids[i] takes places[i] of slots[i]; no slot twice.
+        """Feed one token of each sequence: token_ids[i] takes places[i] of slots[i]; no slot twice.
 
         adapters  as `prefill` takes them
         What it gives may be overwritten by the next step.
@@ -135,8 +135,9 @@ class Steps:
 
 
 def _can_be_recorded(stage: Stage) -> bool:
-    """Whether a decoding step has fixed shapes and never waits for the host: on a GPU, with the attention kernel, and
-    without messages between the GPUs of a stage."""
+    """Return whether a decoding step has fixed shapes and never waits for the host: on a GPU, with the attention
+    kernel, and without messages between the GPUs of a stage.
+    """
     place, attention = stage.place, stage.attention
     return (
         torch.device(place.device).type == "cuda"

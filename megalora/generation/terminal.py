@@ -38,7 +38,7 @@ class Voice:
             self._out.flush()
 
     def end(self, finish_reason: str | None = None) -> None:
-        """The reply has ended; finish_reason None: how is no matter here."""
+        """Note that the reply has ended; finish_reason None: how is no matter here."""
         if self._thinks:
             self._turn(False)
         self._out.write(ENDINGS.get(finish_reason, "") + "\n")
@@ -51,13 +51,13 @@ class Voice:
 
 
 def written(answer: Answer, show_thinking: bool) -> str:
-    """A whole reply as Voice writes it where there are no colours."""
+    """Return a whole reply as Voice writes it where there are no colours."""
     thinking = f"{THINK}\n{answer.thinking}\n{END_OF_THINKING}\n\n" if show_thinking and answer.thinking else ""
     return thinking + answer.text
 
 
 def side_by_side(names: Sequence[str], texts: Sequence[str], width: int) -> str:
-    """Texts under their names, in columns where `width` characters hold them, else one below the other."""
+    """Lay texts under their names, in columns where `width` characters hold them, else one below the other."""
     column = (width - 3 * (len(texts) - 1)) // len(texts)
     if column < NARROWEST:
         return "\n\n".join(f"{name}:\n{text}" for name, text in zip(names, texts, strict=True))
@@ -70,7 +70,7 @@ def side_by_side(names: Sequence[str], texts: Sequence[str], width: int) -> str:
 
 
 def _lines(text: str, width: int) -> list[str]:
-    """`text` in lines of at most `width` columns; characters of East Asia take two."""
+    """Return `text` in lines of at most `width` columns; characters of East Asia take two."""
     lines = []
     for line in textwrap.wrap(text, width, drop_whitespace=False, replace_whitespace=False) or [""]:
         while _width(line) > width:

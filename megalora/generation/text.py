@@ -72,7 +72,7 @@ class Characters:
         return text
 
     def rest(self) -> str:
-        """What is held back: the reply has ended."""
+        """Return what is held back once the reply has ended."""
         # Decoders look at a token's neighbours (a space before a word): a few tokens before the new ones are enough.
         known, text = self._decode(self._ids[self._before : self._given]), self._decode(self._ids[self._before :])
         if text.startswith(known):
@@ -161,7 +161,7 @@ class Reader:
         self._tags = {token_id: tokenizer.decode([token_id]) for token_id in tags}
 
     def answer(self, reply: Reply, prompt: Prompt) -> Answer:
-        """A whole reply to `prompt`."""
+        """Return a whole reply to `prompt`."""
         until = Until(self._stops)
         whole = until.add(self._text(reply.token_ids)) + until.rest()
         thinking = self._thinking(prompt)
@@ -171,7 +171,7 @@ class Reader:
         return Answer(said, thought or None, whole, reply.finish_reason, thinking.inside)
 
     def follow(self, prompt: Prompt, stops: Sequence[str] | None = None, *, thinking: bool = True) -> Following:
-        """Reads the reply to `prompt` while it comes.
+        """Read the reply to `prompt` while it comes.
 
         stops     in place of the reader's own; thinking: tell it from the answer
         """
@@ -179,7 +179,7 @@ class Reader:
         return Following(Characters(self._decode), until, self._thinking(prompt) if thinking else Thinking(None))
 
     def _text(self, token_ids: Sequence[int]) -> str:
-        """The text of a whole reply."""
+        """Return the text of a whole reply."""
         text = self._decode(token_ids)
         if UNFINISHED not in text:
             return text
@@ -219,7 +219,7 @@ class Following:
         return self.until.stopped
 
     def rest(self) -> list[Piece]:
-        """What is held back: the reply has ended."""
+        """Return what is held back: the reply has ended."""
         text = self.until.add(self.characters.rest())
         return [*self.thinking.add(text + self.until.rest()), *self.thinking.rest()]
 
@@ -263,5 +263,5 @@ class Ear:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Return length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -44,7 +44,8 @@ def choose_graphs(
     tiled: str | None = None,
     trains_words: bool = False,
 ) -> tuple[bool, str | None]:
-    """(whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they serve.
+    """Return (whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they
+    serve.
 
     experts   the model has experts
     timed     the communication inside layers is to be timed (wall_clock_breakdown, profile)
@@ -111,7 +112,7 @@ class LayerGraphs:
         self._running = False  # a forward pass waits for its backward pass, and its activations stand in the pool
 
     def refresh(self) -> None:
-        """Runs `refresh`, which brings the adapters into the compute dtype, as a graph from the second time on."""
+        """Run `refresh`, which brings the adapters into the compute dtype, as a graph from the second time on."""
         self._refreshes += 1
         if self._refreshes == 1:
             self._refresh()
@@ -121,7 +122,7 @@ class LayerGraphs:
         self._refresh_graph.replay()
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        """layers(inputs)."""
+        """Return layers(inputs)."""
         layout, size = _layout(inputs), _size(inputs)
         known, graph = layout in self._largest, self._graphs.get(layout)
         bounds, longest = self._largest.get(layout, size)
@@ -142,7 +143,7 @@ class LayerGraphs:
         self._running = False
 
     def close(self) -> None:
-        """Gives up every graph, for good: NCCL does not close a connection that a graph still uses."""
+        """Give up every graph, for good: NCCL does not close a connection that a graph still uses."""
         recorded = [graph for pair in self._graphs.values() for graph in (pair.forward, pair.backward)]
         for graph in [*recorded, self._refresh_graph]:
             if graph is not None:
@@ -155,7 +156,7 @@ class LayerGraphs:
         return Recorder(torch.device(self._place.device), error_mode="thread_local")
 
     def _give_up(self) -> None:
-        """Frees all graphs of layers and the memory of their activations."""
+        """Free all graphs of layers and the memory of their activations."""
         if self._graphs:
             graphs = [recorded for graph in self._graphs.values() for recorded in (graph.forward, graph.backward)]
             self._graphs.clear()
@@ -175,7 +176,7 @@ class LayerGraphs:
 
 
 def _layout(inputs: Inputs) -> Hashable:
-    """What a graph is captured for: documents of several lengths are one layout."""
+    """Return what a graph is captured for: documents of several lengths are one layout."""
     bounds = inputs.bounds if is_even(inputs.bounds) else None
     return inputs.input_ids.shape[0], inputs.tokens.seed, bounds, tuple(inputs.columns)
 
@@ -195,7 +196,7 @@ class _Graph:
     backward: Graph
 
     def takes(self, size: tuple[int, int]) -> bool:
-        """Whether so many bounds and so long a document fit."""
+        """Return whether so many bounds and so long a document fit."""
         bounds, longest = _size(self.static)
         return size[0] <= bounds and size[1] <= longest
 
@@ -209,14 +210,14 @@ class _Graph:
 
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:
-    """Those that layers read and that differ from one microbatch of a layout to the next; the bounds apart."""
+    """Return those that layers read and that differ from one microbatch of a layout to the next; the bounds apart."""
     positions = [] if inputs.position_ids is None else [inputs.position_ids]
     tables = (table for pair in inputs.tables.values() for table in pair)
     return [inputs.input_ids, inputs.tokens.index, *positions, *inputs.columns.values(), *tables]
 
 
 def _put_bounds(place: torch.Tensor, inputs: Inputs) -> None:
-    """The bounds, and empty documents behind the last."""
+    """Put the bounds, and empty documents behind the last."""
     bounds = inputs.packed.cu_seqlens
     place.fill_(inputs.input_ids.shape[0])
     place[: bounds.shape[0]].copy_(bounds)

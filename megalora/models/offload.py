@@ -57,7 +57,7 @@ class HostMemory:
             torch.cuda.current_stream().wait_event(self._leaving.popleft()[0])
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """A buffer that may be written to again by what the current stream does from here on."""
+        """Give back a buffer that may be written to again by what the current stream does from here on."""
         self._free.setdefault(buffer.numel(), []).append(buffer)
 
     def close(self) -> None:

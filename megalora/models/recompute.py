@@ -182,7 +182,7 @@ def _backward_by_tiles(part, entered, dhidden, ddelta, inputs, tiles, flows) -> 
 
 
 def _leaves_unread(step: Step) -> bool:
-    """Whether the last product of the step may be left out where nobody reads what the step returns."""
+    """Return whether the last product of the step may be left out where nobody reads what the step returns."""
     return step.by_token and not step.reads_result
 
 
@@ -352,7 +352,8 @@ class _Replayed(torch.autograd.Function):
 
 
 def made_again(x: torch.Tensor, make: Callable[[], torch.Tensor]) -> contextlib.AbstractContextManager:
-    """A context in which autograd keeps no x, but calls `make` for it in backward: x must be what that returns."""
+    """Return a context in which autograd keeps no x, but calls `make` for it in backward: x must be what that returns.
+    """
     origins = {0: _origin(x)}
 
     def pack(tensor: torch.Tensor) -> _View | torch.Tensor:

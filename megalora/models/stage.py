@@ -133,7 +133,7 @@ class Stage(nn.Module):
         return [group for layer in self.layers.values() for group in layer.groups]
 
     def forward(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int = 0) -> torch.Tensor:
-        """hidden [T, hidden_size] from the stage before; None on the first, which looks input_ids up.
+        """Run the layers on hidden [T, hidden_size] from the stage before; None on the first, which looks input_ids up.
 
         Returns what the next stage reads, [T, hidden_size]; on the last stage the sum of the token losses (a scalar)
         where inputs has labels, else what the head reads of the final hidden states. Of several chunks it runs one.
@@ -148,7 +148,7 @@ class Stage(nn.Module):
         return hidden
 
     def _layers(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int) -> torch.Tensor:
-        """All of a chunk but the head and the loss."""
+        """Return all of a chunk but the head and the loss."""
         if self.embedding is not None and chunk == 0:
             hidden = self.embedding(inputs)
         delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
@@ -170,7 +170,7 @@ class Stage(nn.Module):
         )
 
     def close(self) -> None:
-        """To be called before torch.distributed ends: lets go of what holds its connections (see LayerGraphs.close)."""
+        """Release what holds connections (see LayerGraphs.close). Call before destroying the process group."""
         if self._graphs is not None:
             self._graphs.close()
         self._graphs = None
@@ -187,7 +187,7 @@ class Stage(nn.Module):
         return self._graphs is not None
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The adapters (and trained biases) of this stage, by name."""
+        """Return the adapters (and trained biases) of this stage, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def take_expert_loads(self) -> list[torch.Tensor]:
@@ -200,7 +200,7 @@ class Stage(nn.Module):
         return loads
 
     def refresh_adapters(self, in_place: bool = False) -> None:
-        """To be called after every change of the adapters, before the stage is used (see LinearGroup.refresh)."""
+        """Bring the adapters to where they are read (see LinearGroup.refresh). Call after every change of them."""
         if in_place:  # of generation: its graphs are not the stage's
             assert self._graphs is None and self.shares_adapters
             for group in self.groups:
@@ -219,7 +219,7 @@ class Stage(nn.Module):
             settle_norms(decomposed, self.place)
 
     def keep_base(self) -> None:
-        """To be called with the base loaded and no adapter yet, where `switch_adapters` is to be used."""
+        """Keep the base for `switch_adapters`. Call with the base loaded and no adapter yet."""
         for group in self.groups:
             group.keep_base()
         for words in self._trained_words:
@@ -242,7 +242,7 @@ class Stage(nn.Module):
         self.shares_adapters = True
 
     def switch_adapters(self, on: bool) -> None:
-        """The stage of the adapted model, or of the base alone (generation), after `refresh_adapters`."""
+        """Become the stage of the adapted model, or of the base alone (generation), after `refresh_adapters`."""
         for group in self.groups:
             group.switch(on)
         for words in self._trained_words:
@@ -281,7 +281,7 @@ class Stage(nn.Module):
             self.head.reset(seed)
 
     def reset_adapters(self, seed: int) -> None:
-        """Initial adapters, the same on every layout; call `settle` after it, once the base is loaded."""
+        """Set initial adapters, the same on every layout; call `settle` after it, once the base is loaded."""
         self._settles = bool(self._decomposed or self._trained_words)
         for words in self._trained_words:
             words.reset(seed, self.lora.config.init_lora_weights)

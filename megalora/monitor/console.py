@@ -47,7 +47,7 @@ class Console:
         self._bar: Progress | None = None
 
     def summary(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
-        """{section: {name: value}} as one table; values are shown by str()."""
+        """Print {section: {name: value}} as one table; values are shown by str()."""
         table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
         table.add_column(no_wrap=True)
@@ -60,7 +60,7 @@ class Console:
         self._start = self._clock()  # time left is reckoned from here: loading comes before the table
 
     def progress(self, step: int, text: str | None = None) -> None:
-        """`step` steps are done; `text` replaces what the bar says beside the count."""
+        """Show that `step` steps are done; `text` replaces what the bar says beside the count."""
         if not self._terminal:
             return
         if self._bar is None:  # here and not in __init__: loading comes first, and would count as slow steps
@@ -81,7 +81,7 @@ class Console:
             self._bar.update(task, description=text)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One logged step: moves the bar or prints a line; "phases" is one more line."""
+        """Show one logged step: move the bar or print a line; "phases" is one more line."""
         step, loss, speed = (
             record["step"],
             _number(record.get("loss"), ".4f"),
@@ -110,13 +110,13 @@ class Console:
             self.note(f"step {step} by phase: {seconds}")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One evaluation: its step, its loss, and the other metrics of the task."""
+        """Print one evaluation: its step, its loss, and the other metrics of the task."""
         told = [f"{name} {_number(value, '.4g')}" for name, value in record.items() if name not in ("step", "loss")]
         loss = _number(record.get("loss"), ".4f")
         self.note(f"step {record['step']}: evaluation {', '.join([f'loss {loss}', *told])}")
 
     def note(self, text: str) -> None:
-        """One line, above the bar where there is one."""
+        """Print one line, above the bar where there is one."""
         self._log(text)
         self._rich.print(Text(text), soft_wrap=True)
 

@@ -24,7 +24,7 @@ def lora_flops_per_token(
     head_dim: int,
     context: float,
 ) -> float:
-    """FLOPs of one trained token, forward and backward, for the whole model (not one rank).
+    """Return the FLOPs of one trained token, forward and backward, for the whole model (not one rank).
 
     frozen_matmul_parameters: weights of all frozen linears and of the output head, without the embedding,
     norms, biases. context: keys that a token attends to on average, see `causal_context`.
@@ -34,7 +34,7 @@ def lora_flops_per_token(
 
 
 def causal_context(document_lengths: Iterable[int]) -> float:
-    """Keys that a token attends to on average in documents of these lengths: token i of a document sees i.
+    """Return keys that a token attends to on average in documents of these lengths: token i of a document sees i.
 
     One document of L tokens: (L + 1) / 2. No documents: 0.
     """

@@ -35,17 +35,17 @@ class Meter:
         self._phases: dict[str, float] = {}
 
     def state(self) -> dict[str, int]:
-        """What `go_on` takes."""
+        """Return what `go_on` takes."""
         return {"tokens_since_log": self._earlier + self._tokens}
 
     def go_on(self, state: Mapping[str, Any]) -> None:
-        """Counts on from a run that stopped between two logged steps."""
+        """Count on from a run that stopped between two logged steps."""
         earlier = state.get("tokens_since_log", 0)
         self._earlier = earlier if isinstance(earlier, int) else 0
 
     @contextlib.contextmanager
     def apart(self, timers: Timers) -> Iterator[None]:
-        """What runs inside belongs to no step: its time and its phases are left out."""
+        """Leave the time and the phases of what runs inside out: it belongs to no step."""
         self._collect(timers)
         start = time.perf_counter()
         yield
@@ -60,7 +60,7 @@ class Meter:
         self._tokens += tokens
 
     def record(self, step: int, result: Step, timers: Timers) -> dict[str, Any]:
-        """The record of a logged step; tokens counts all of them since the last record."""
+        """Return the record of a logged step; tokens counts all of them since the last record."""
         speed = self._tokens / max(1e-9, time.perf_counter() - self._start)
         record: dict[str, Any] = {
             "step": step,

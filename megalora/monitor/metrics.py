@@ -35,7 +35,7 @@ class JsonLines:
         self._file = open_own(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Floats keep full precision (repr)."""
+        """Write a record; floats keep full precision (repr)."""
         line = dict(record)
         if not all(_finite(line.get(name)) for name in ("loss", "grad_norm")):
             line["skipped"] = True
@@ -43,7 +43,7 @@ class JsonLines:
         self._file.flush()
 
     def sync(self) -> None:
-        """Puts the lines on disk. Raises OSError."""
+        """Put the lines on disk. Raises OSError."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class EventWriter:
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def write(self, record: Mapping[str, Any], group: str) -> None:
-        """Every finite number of the record as a scalar `group/name` (`group/outer/name` where nested)."""
+        """Write every finite number of the record as a scalar `group/name` (`group/outer/name` where nested)."""
         if self._writer is not None:
             for name, value in _scalars(record, group):
                 self._writer.add_scalar(name, value, record["step"])

@@ -51,17 +51,17 @@ class Monitor:
             self.note(f"TensorBoard is not written: {self._events.missing}")
 
     def summary(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
-        """The start-up table: {section: {name: value}}, in this order."""
+        """Print the start-up table: {section: {name: value}}, in this order."""
         if self._active:
             self._console.summary(sections)
 
     def progress(self, step: int) -> None:
-        """`step` steps are done: moves the bar. For the steps that are not logged; `step` does it itself."""
+        """Show that `step` steps are done: move the bar. For the steps that are not logged; `step` does it itself."""
         if self._active:
             self._console.progress(step)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One logged step: plain numbers step, loss, learning_rate, grad_norm, tokens, tokens_per_second.
+        """Log one step: plain numbers step, loss, learning_rate, grad_norm, tokens, tokens_per_second.
 
         More entries are written as they are; a nested {phase: seconds} under "phases" is also shown. A loss
         or gradient norm that is not finite marks the step as skipped.
@@ -71,7 +71,8 @@ class Monitor:
             self._console.step(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One evaluation: step, loss and the task's other metrics, as plain numbers. Written to eval_metrics.jsonl."""
+        """Log one evaluation: step, loss and the task's other metrics, as plain numbers. Written to eval_metrics.jsonl.
+        """
         if self._active:
             self._write(self._evaluations, record, "eval")
             self._console.evaluation(record)
@@ -87,12 +88,12 @@ class Monitor:
         return self._problem is not None
 
     def check(self) -> None:
-        """Raises UserError where a file could not be written."""
+        """Raise UserError where a file could not be written."""
         if self._problem is not None:
             raise self._problem
 
     def sync(self) -> None:
-        """Puts what was written so far on disk; from any thread. Raises OSError."""
+        """Put what was written so far on disk; from any thread. Raises OSError."""
         if self._active:
             self._metrics.sync()
             self._evaluations.sync()
@@ -113,12 +114,12 @@ class Monitor:
         )
 
     def note(self, text: str) -> None:
-        """A line for the user that leaves the bar whole."""
+        """Print a line for the user that leaves the bar whole."""
         if self._active:
             self._console.note(text)
 
     def close(self) -> None:
-        """Ends the bar and flushes the files; more calls do nothing. Raises UserError where that does not work."""
+        """End the bar and flush the files; more calls do nothing. Raises UserError where that does not work."""
         if self._active:
             self._active = False
             self._console.close()

@@ -37,11 +37,11 @@ class Timers:
         self._seconds: dict[str, float] = {}
 
     def __call__(self, phase: str) -> contextlib.AbstractContextManager[None]:
-        """Context that counts its time for `phase`, one of PHASES."""
+        """Return a context that counts its time for `phase`, one of PHASES."""
         return self._phase(phase) if self.enabled else _NOTHING
 
     def collect(self) -> dict[str, float]:
-        """Seconds of each phase seen since the last collect, in the order of PHASES; {} when disabled.
+        """Return seconds of each phase seen since the last collect, in the order of PHASES; {} when disabled.
 
         On GPU it waits for the work issued so far: call it at logged steps only. A phase that is open goes
         on.

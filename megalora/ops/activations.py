@@ -68,7 +68,7 @@ KEEPS_RESULT = frozenset({"relu", "sigmoid", "tanh"})
 
 
 def gated_activation(gate_up: torch.Tensor, act: Activation) -> torch.Tensor:
-    """gate_up [T, 2 I], gate before up -> act(gate) * up [T, I], keeping its input only."""
+    """Map gate_up [T, 2 I], gate before up to act(gate) * up [T, I], keeping its input only."""
     return _GatedActivation.apply(gate_up, act)
 
 

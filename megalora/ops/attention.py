@@ -44,7 +44,7 @@ class Packed:
 
 
 def packs(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a kernel that reads the documents' bounds on the device."""
+    """Return whether there is a kernel that reads the documents' bounds on the device."""
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
@@ -54,7 +54,7 @@ def packs(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def pack(bounds: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch.device) -> Packed | None:
-    """The Packed of these cumulative bounds; None where no kernel takes it."""
+    """Return the Packed of these cumulative bounds; None where no kernel takes it."""
     if not packs(head_dim, dtype, device):
         return None
     documents = len(bounds) - 1
@@ -66,7 +66,7 @@ def pack(bounds: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch
 
 
 def is_even(bounds: Sequence[int]) -> bool:
-    """Whether all documents are of one length."""
+    """Return whether all documents are of one length."""
     return len(_runs(bounds)) == 1
 
 
@@ -80,7 +80,8 @@ def attention(
     scores: Scores = PLAIN,
     dropout: ProbabilityDropout | None = None,
 ) -> torch.Tensor:
-    """Softmax attention in which a token sees its own document up to itself, or all of it where scores are not causal.
+    """Return softmax attention in which a token sees its own document up to itself, or all of it where scores are not
+    causal.
 
     q [T, H, D]; k, v [T, K, D] with K dividing H (query head h reads head h * K // H).
     bounds  cumulative bounds of the documents in T, as ints, from 0 to T
@@ -108,7 +109,7 @@ def attention(
 
 
 def _compiled(q: torch.Tensor) -> bool:
-    """Whether our kernel takes it (csrc/cpu/attention.cpp): torch's is less than half as fast."""
+    """Return whether our kernel takes it (csrc/cpu/attention.cpp): torch's is less than half as fast."""
     return q.device.type == "cpu" and extension.has_kernels("cpu") and q.dtype != torch.float16 and len(q) > 0
 
 
@@ -137,7 +138,7 @@ class _CompiledAttention(torch.autograd.Function):
 def cached_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, scores: Scores = PLAIN
 ) -> torch.Tensor:
-    """Causal attention of the last N tokens of one sequence over all S of it (generation; N <= S).
+    """Return causal attention of the last N tokens of one sequence over all S of it (generation; N <= S).
 
     q [N, H, D]; k, v [S, K, D]. Returns [N, H, D].
     """
@@ -170,7 +171,8 @@ def _run(
 def _flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None, scores: Scores
 ) -> torch.Tensor:
-    """As `attention`. torch.nn.attention.varlen is this op too, but before torch 2.12 without heads that share keys."""
+    """Do as `attention`. torch.nn.attention.varlen is this op too, but before torch 2.12 without heads that share keys.
+    """
     bounds, longest = packed.cu_seqlens, packed.longest
     sides: dict[str, int] = {}
     if window is not None:
@@ -183,7 +185,7 @@ def _flash(
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores) -> torch.Tensor:
-    """q [B, H, N, D], k, v [B, K, S, D] -> [B, H, N, D]; query n stands at position S - N + n."""
+    """Map q [B, H, N, D], k, v [B, K, S, D] to [B, H, N, D]; query n stands at position S - N + n."""
     if q.device.type == "cuda":
         backends = _GPU_BACKENDS_OF_ANY_SHAPE if torch.is_inference_mode_enabled() else _GPU_BACKENDS
         with sdpa_kernel(backends, set_priority=True):

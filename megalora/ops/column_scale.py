@@ -41,7 +41,7 @@ def scale_columns_backward(
 
 
 def _kernels_take(x: torch.Tensor, g: torch.Tensor) -> bool:
-    """Whether kernels take it: on a GPU, rows on 16 bytes of sizes in eights, factors in float32."""
+    """Return whether kernels take it: on a GPU, rows on 16 bytes of sizes in eights, factors in float32."""
     return (
         x.device.type == "cuda"
         and extension.has_kernels("cuda")

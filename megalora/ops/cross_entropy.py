@@ -12,7 +12,7 @@ from megalora.ops import extension, limits
 
 
 def statistics_(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """[3, N]: each row's maximum, its sum of exp(logit - maximum), and the logit of its label.
+    """Return [3, N]: each row's maximum, its sum of exp(logit - maximum), and the logit of its label.
 
     logits  [N, V], this part of the vocabulary; what stands there afterwards is for `gradient_` alone
     label   [N] int64, relative to the part: outside 0 .. V-1 it stands in another part, and its logit is given as 0
@@ -38,7 +38,7 @@ def statistics_(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 def gradient_(
     logits: torch.Tensor, label: torch.Tensor, local: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor
 ) -> torch.Tensor:
-    """softmax - onehot(label) in place of the logits, after `statistics_`.
+    """Put softmax - onehot(label) in place of the logits, after `statistics_`.
 
     local           [N] the maximum that `statistics_` gave for this part
     maximum, total  [N] of the whole vocabulary
@@ -58,7 +58,7 @@ def _place(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _compiled(logits: torch.Tensor) -> bool:
-    """Whether kernels take it: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
+    """Return whether kernels take it: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
     if not extension.has_kernels(logits.device.type):
         return False
     if logits.device.type == "cpu":

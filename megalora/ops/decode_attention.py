@@ -24,7 +24,7 @@ def decode_attention(
     window: int | None = None,
     scores: Scores = PLAIN,
 ) -> torch.Tensor:
-    """Keeps k and v in the cache and gives the attention of q [B, H, D] over the tokens up to them.
+    """Keep k and v in the cache and return the attention of q [B, H, D] over the tokens up to them.
 
     Sequence b lies in slot slots[b], and its new token takes place positions[b] there; both [B] int64, no slot twice.
     K divides H: query head h reads head h * K // H. window: a token sees itself and the window - 1 tokens before it;
@@ -56,7 +56,7 @@ def decode_attention(
 
 
 def _capped(q_BHD, keys, values, seen, behind, scores: Scores) -> torch.Tensor:
-    """keys, values [B, K, n, D], seen [B, 1, n], behind [B, n] -> [B, H, D], with softcap and ALiBi."""
+    """Map keys, values [B, K, n, D], seen [B, 1, n], behind [B, n] to [B, H, D], with softcap and ALiBi."""
     wide, group = torch.promote_types(q_BHD.dtype, torch.float32), q_BHD.shape[1] // keys.shape[1]
     q = q_BHD.unflatten(1, (-1, group)).to(wide)
     s = q @ keys.to(wide).transpose(2, 3) * (q.shape[3] ** -0.5 if scores.scale is None else scores.scale)
@@ -69,7 +69,8 @@ def _capped(q_BHD, keys, values, seen, behind, scores: Scores) -> torch.Tensor:
 
 
 def has_kernel(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> bool:
-    """Whether it is compiled for `group` = H / K query heads a key/value head; the reference waits for the host."""
+    """Return whether it is compiled for `group` = H / K query heads a key/value head; the reference waits for the host.
+    """
     if device_type == "cuda" and not (
         dtype in (torch.bfloat16, torch.float16)
         and head_dim in (limits.SMALL_HEAD_DIM, limits.LARGE_HEAD_DIM)

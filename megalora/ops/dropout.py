@@ -67,7 +67,7 @@ class Dropout:
 
 
 def dropout(x: torch.Tensor, token_index: torch.Tensor, spec: Dropout) -> torch.Tensor:
-    """x̂ = m ⊙ x. x [T, F] floating; token_index [T] int64, a token's place in the global batch of the step.
+    """Return x̂ = m ⊙ x. x [T, F] floating; token_index [T] int64, a token's place in the global batch of the step.
 
     Returns [T, F] of x's dtype: x·scale where kept, +0 where dropped (even of a NaN); x itself if p = 0.
     """
@@ -104,7 +104,7 @@ def named_site(name: str) -> int:
 
 
 def dropout_add_(out: torch.Tensor, g: torch.Tensor, token_index: torch.Tensor, spec: Dropout) -> None:
-    """out += m ⊙ g in place: the term that dropout's backward adds to dx. Dropped places stay as they are.
+    """Compute out += m ⊙ g in place: the term that dropout's backward adds to dx. Dropped places stay as they are.
 
     out, g [T, F] of one floating dtype, the features of out adjacent in memory; token_index [T] int64.
     """
@@ -117,7 +117,7 @@ def dropout_add_(out: torch.Tensor, g: torch.Tensor, token_index: torch.Tensor, 
 
 
 def _compiled(spec: Dropout, *matrices: torch.Tensor) -> bool:
-    """Whether kernels take it: on a GPU not in float64, features in eights, rows on 16 bytes."""
+    """Return whether kernels take it: on a GPU not in float64, features in eights, rows on 16 bytes."""
     device_type = matrices[0].device.type
     if not extension.has_kernels(device_type):
         return False
@@ -131,7 +131,7 @@ def _compiled(spec: Dropout, *matrices: torch.Tensor) -> bool:
 
 
 def op_arguments(spec: Dropout) -> tuple[int, int, int, int, float, torch.Tensor | None]:
-    """What the compiled ops take of it: seed, site, step, feature_offset, p, live_step."""
+    """Return what the compiled ops take of it: seed, site, step, feature_offset, p, live_step."""
     step, live_step = (0, spec.step) if isinstance(spec.step, torch.Tensor) else (spec.step, None)
     return spec.key, spec.site, step, spec.feature_offset, spec.p, live_step
 
@@ -140,13 +140,13 @@ def op_arguments(spec: Dropout) -> tuple[int, int, int, int, float, torch.Tensor
 
 
 def dropout_reference(x: torch.Tensor, token_index: torch.Tensor, spec: Dropout) -> torch.Tensor:
-    """What `dropout` must give, to the bit."""
+    """Return what `dropout` must give, to the bit."""
     keep = keep_mask(token_index, x.shape[1], spec)
     return torch.where(keep, x.to(_arithmetic_dtype(x)) * spec.scale, 0.0).to(x.dtype)
 
 
 def dropout_add_reference_(out: torch.Tensor, g: torch.Tensor, token_index: torch.Tensor, spec: Dropout) -> None:
-    """What `dropout_add_` must give, to the bit."""
+    """Compute what `dropout_add_` must give, to the bit."""
     keep = keep_mask(token_index, g.shape[1], spec)
     dtype = _arithmetic_dtype(out)
     total = out.to(dtype) + g.to(dtype) * spec.scale
@@ -158,7 +158,7 @@ def _arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def keep_mask(token_index: torch.Tensor, features: int, spec: Dropout) -> torch.Tensor:
-    """Which features are kept: bool [T, features], on token_index's device. token_index [T] int64."""
+    """Return which features are kept: bool [T, features], on token_index's device. token_index [T] int64."""
     first_block, skip = divmod(spec.feature_offset, 8)
     blocks = -(-(skip + features) // 8)
     block = torch.arange(first_block, first_block + blocks, device=token_index.device)
@@ -170,7 +170,7 @@ def keep_mask(token_index: torch.Tensor, features: int, spec: Dropout) -> torch.
 
 
 def philox4x32(counter, key: tuple[int, int], rounds: int = 10) -> tuple[torch.Tensor, ...]:
-    """Four output words, int64 in 0 .. 2³²-1, of the broadcast shape of the counter's four words.
+    """Return four output words, int64 in 0 .. 2³²-1, of the broadcast shape of the counter's four words.
 
     counter: four int64 tensors or ints, of which the low 32 bits count (at least the first a tensor).
     """

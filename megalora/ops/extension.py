@@ -21,19 +21,20 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 @functools.cache
 def load() -> bool:
-    """True if the compiled ops are there. If not, warns once, on rank 0, and says what to do."""
+    """Return whether the compiled ops are there. If not, warn once, on rank 0, and say what to do."""
     return bool(_devices())
 
 
 def constant_when_compiled(function: Callable[..., bool]) -> Callable[..., bool]:
-    """What torch.compiler.assume_constant_result does, without the second that its import of the compiler takes."""
+    """Return what torch.compiler.assume_constant_result does, without the second that its import of the compiler takes.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any attribute
     return function
 
 
 @constant_when_compiled
 def has_kernels(device_type: str) -> bool:
-    """True if the compiled ops run on `device_type` ("cpu", "cuda"): decided when the library is loaded."""
+    """Return whether the compiled ops run on `device_type` ("cpu", "cuda"): decided when the library is loaded."""
     return device_type in _devices()
 
 

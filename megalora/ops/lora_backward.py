@@ -57,7 +57,7 @@ def lora_backward_(
     dA: Sequence[torch.Tensor],
     out_TI: torch.Tensor | None = None,
 ) -> None:
-    """dx += mask . (dz A) in place, or out = that sum where `out` is given; dA += dz^T dropout(x).
+    """Compute dx += mask . (dz A) in place, or out = that sum where `out` is given; dA += dz^T dropout(x).
 
     dA is cut into those of the branches, [r, I] each.
 
@@ -79,7 +79,7 @@ def add_down_weight_grad_(
     token_index: torch.Tensor,
     draw: Dropout | None,
 ) -> None:
-    """dA += dz^T dropout(x), cut into those of the branches."""
+    """Compute dA += dz^T dropout(x), cut into those of the branches."""
     whole = lora_down_weight_grad(dz_TR, x_TI, token_index, draw)
     for into, grad in zip(dA, whole.split([part.shape[0] for part in dA]), strict=True):
         into.add_(grad)
@@ -95,7 +95,7 @@ def swiglu_lora_backward_(
     dA: torch.Tensor,
     ups: Sequence[UpBranch],
 ) -> torch.Tensor:
-    """The gradient [T, 2 I] of gate_up, where x = silu(gate) * up has the gradient dx + mask . (dz A).
+    """Return the gradient [T, 2 I] of gate_up, where x = silu(gate) * up has the gradient dx + mask . (dz A).
 
     Adds dz^T dropout(x) to dA [R, I], and to the dB of `ups` theirs. dx is overwritten.
     """
@@ -125,7 +125,9 @@ def swiglu_lora_backward_(
 
 
 def fuses_gated(device_type: str, rank: int, ups: Sequence[int]) -> bool:
-    """Whether swiglu_lora_backward_ is one pass there for so many ranks, of the input and of each branch of `ups`."""
+    """Return whether swiglu_lora_backward_ is one pass there for so many ranks, of the input and of each branch of
+    `ups`.
+    """
     return device_type == "cuda" and all(
         r % limits.OCTET == 0 and r <= limits.LARGEST_RANK_GATED_BACKWARD for r in (rank, *ups)
     )
@@ -134,7 +136,7 @@ def fuses_gated(device_type: str, rank: int, ups: Sequence[int]) -> bool:
 def _on_gpu(
     dx_TI: torch.Tensor, x: torch.Tensor, rank: int, draw: Dropout | None, grads: Sequence[torch.Tensor]
 ) -> bool:
-    """Whether kernels of a GPU take tensors like these."""
+    """Return whether kernels of a GPU take tensors like these."""
     return (
         dx_TI.device.type == "cuda"
         and kernels_take(dx_TI, rank, draw)
@@ -145,7 +147,7 @@ def _on_gpu(
 
 
 def _are_gate_and_up(ups: Sequence[UpBranch], size: int) -> bool:
-    """Whether they are both, their z side by side, as the kernel takes them; or none."""
+    """Return whether they are both, their z side by side, as the kernel takes them; or none."""
     if not ups:
         return True
     if [branch.rows for branch in ups] != [slice(0, size), slice(size, 2 * size)]:

@@ -32,7 +32,7 @@ _ROOM_ELSEWHERE = 8
 
 
 def room_for(rank: int, device_type: str) -> int:
-    """C, the columns behind an input whose branches have R = rank."""
+    """Return C, the columns behind an input whose branches have R = rank."""
     step = _ROOM.get(device_type, _ROOM_ELSEWHERE)
     return -(-rank // step) * step
 
@@ -44,7 +44,7 @@ def lora_down_(
     draw: Dropout | None,
     x_TI: torch.Tensor | None = None,
 ) -> None:
-    """Writes z = dropout(x) A^T behind x, in place, and zeros into what is left of the room.
+    """Write z = dropout(x) A^T behind x, in place, and zeros into what is left of the room.
 
     X [T, I + C]; A [R, I] in x's dtype; token_index [T] int64; draw None means no dropout
     x [T, I]  where given, x is read there, and written before z as well
@@ -65,7 +65,7 @@ def lora_down_(
 def lora_down_weight_grad(
     dz_TR: torch.Tensor, x_TI: torch.Tensor, token_index: torch.Tensor, draw: Dropout | None
 ) -> torch.Tensor:
-    """dA [R, I] = dz^T dropout(x), with the mask drawn again; in x's dtype or float32."""
+    """Return dA [R, I] = dz^T dropout(x), with the mask drawn again; in x's dtype or float32."""
     rank = dz_TR.shape[1]
     if kernels_take(x_TI, rank, draw):
         if x_TI.device.type == "cpu" or (draw is not None and rank <= _LARGEST_RANK_OF_WEIGHT_GRAD):
@@ -84,7 +84,7 @@ def lora_down_input_grad_(
     draw: Dropout | None,
     out_TI: torch.Tensor | None = None,
 ) -> None:
-    """dx += mask . (dz A), in place; or out = that sum, where `out` is given."""
+    """Compute dx += mask . (dz A), in place; or out = that sum, where `out` is given."""
     if kernels_take(dx_TI, dz_TR.shape[1], draw):
         torch.ops.megalora.lora_down_input_grad_(dx_TI, dz_TR, A_RI, token_index, *mask_arguments(draw), out_TI)
         return
@@ -99,7 +99,9 @@ def lora_down_input_grad_(
 def lora_up_weight_grad(
     dy_TO: torch.Tensor, z_TR: torch.Tensor, scaling: float, into: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """dB [O, R] = s dy^T z, in the inputs' dtype or float32; or None where it was added to `into` [O, R] instead."""
+    """Return dB [O, R] = s dy^T z, in the inputs' dtype or float32; or None where it was added to `into` [O, R]
+    instead.
+    """
     if dy_TO.device.type == "cuda" and dy_TO.dtype in _HALF and into is not None and into.dtype == torch.float32:
         torch.addmm(into, dy_TO.t(), z_TR, out_dtype=torch.float32, alpha=scaling, out=into)  # float32 throughout
         return None
@@ -118,7 +120,8 @@ _LARGEST_RANK_OF_WEIGHT_GRAD = 64  # above it, writing dropout(x) for a GEMM is 
 
 
 def kernels_take(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
-    """Whether kernels take it: on a CPU not in float16; on a GPU 16-bit floats, sizes in eights, rows on 16 bytes.
+    """Return whether kernels take it: on a CPU not in float16; on a GPU 16-bit floats, sizes in eights, rows on 16
+    bytes.
 
     And none on a GPU whose blocks have too little shared memory.
     """
@@ -137,7 +140,7 @@ def kernels_take(x_TI: torch.Tensor, rank: int, draw: Dropout | None) -> bool:
 
 @functools.cache
 def fits_gpu(index: int) -> bool:
-    """Whether this GPU grants a block the shared memory that the kernels ask for.
+    """Return whether this GPU grants a block the shared memory that the kernels ask for.
 
     Nothing runs there for the answer: it may be asked while a graph is captured.
     """
@@ -146,5 +149,5 @@ def fits_gpu(index: int) -> bool:
 
 
 def mask_arguments(draw: Dropout | None) -> tuple[int, int, int, int, float, torch.Tensor | None]:
-    """Of the compiled ops."""
+    """Return the arguments of the compiled ops for a mask."""
     return (0, 0, 0, 0, 0.0, None) if draw is None else op_arguments(draw)

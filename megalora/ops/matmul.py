@@ -22,8 +22,9 @@ _SMALLEST = 1 << 18
 def matmul_nt(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """a b^T + bias [M, N], for a [M, K], b [N, K], bias [N], of one dtype and any strides; in `out`, where it is given.
-    Not for autograd."""
+    """Return a b^T + bias [M, N], for a [M, K], b [N, K], bias [N], of one dtype and any strides; in `out`, where it is
+    given. Not for autograd.
+    """
     if out is not None and a.device.type == "cuda":
         return torch.mm(a, b.t(), out=out) if bias is None else torch.addmm(bias, a, b.t(), out=out)
     result = _product(a, b, bias)
@@ -31,7 +32,7 @@ def matmul_nt(
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """a b [M, N], for a [M, K], b [K, N]: as matmul_nt. Not for autograd."""
+    """Return a b [M, N], for a [M, K], b [K, N]: as matmul_nt. Not for autograd."""
     return matmul_nt(a, b.t(), out=out)
 
 
@@ -44,7 +45,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> tor
 
 
 def _skinny(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether our kernel takes it (csrc/*/skinny_linear*): a few rows, where reading b is all there is to do."""
+    """Return whether our kernel takes it (csrc/*/skinny_linear*): a few rows, where reading b is all there is to do."""
     if a.shape[0] > limits.MOST_SKINNY_ROWS or not a.stride(1) == b.stride(1) == 1:
         return False
     if not extension.has_kernels(a.device.type):

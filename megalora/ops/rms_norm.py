@@ -35,7 +35,7 @@ LLAMA = Rounding()
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0, rounding: Rounding = LLAMA
 ) -> torch.Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in at least float32.
+    """Return weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in at least float32.
 
     x [..., D]; weight [D], frozen: it gets no gradient. Returns [..., D + room].
     """
@@ -45,12 +45,12 @@ def rms_norm(
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0, rounding: Rounding = LLAMA
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + delta [N, D], rms_norm(x + delta) [N, D + room]), in one pass where compiled; x, delta [N, D]."""
+    """Return (x + delta [N, D], rms_norm(x + delta) [N, D + room]), in one pass where compiled; x, delta [N, D]."""
     return _AddRmsNorm.apply(x, delta, weight, eps, room, rounding)
 
 
 def _forward(x, delta, weight, eps, room, rounding):
-    """(sum, y with room, inverse [..., 1]); sum is x where delta is None."""
+    """Compute (sum, y with room, inverse [..., 1]); sum is x where delta is None."""
     size = x.shape[-1]
     weight = rounding.weight(weight)
     y = x.new_empty(*x.shape[:-1], size + room)
@@ -79,7 +79,7 @@ def _forward(x, delta, weight, eps, room, rounding):
 
 
 def _backward(dy, x, weight, inverse, residual, rounding):
-    """d(x), plus `residual` where there is one. With n = x r and dn = dy w: dx = r (dn - n mean(dn n))."""
+    """Compute d(x), plus `residual` where there is one. With n = x r and dn = dy w: dx = r (dn - n mean(dn n))."""
     size = x.shape[-1]
     weight = rounding.weight(weight)
     room = dy.shape[-1] - size
@@ -97,7 +97,7 @@ def _backward(dy, x, weight, inverse, residual, rounding):
 
 
 def _compiled(x: torch.Tensor, size: int, room: int) -> bool:
-    """Whether a kernel takes x: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
+    """Return whether a kernel takes x: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
     if not (extension.has_kernels(x.device.type) and x.is_contiguous()):
         return False
     if x.device.type == "cpu":

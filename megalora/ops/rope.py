@@ -9,7 +9,7 @@ from megalora.ops import extension, limits
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """Rotates the pairs (x[j], x[j + n/2]) of each head's first n features by the angle of the token's position.
+    """Rotate the pairs (x[j], x[j + n/2]) of each head's first n features by the angle of the token's position.
 
     x [T, H, D]; cos, sin [T, n / 2] in x's dtype; interleaved: the pairs are (x[2 j], x[2 j + 1]). The backward pass is
     the rotation by the opposite angle.
@@ -18,7 +18,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
 
 
 def _pairs(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first and the second features of all pairs, as views."""
+    """Return the first and the second features of all pairs, as views."""
     if interleaved:
         return x[..., ::2], x[..., 1::2]
     first, second = x.chunk(2, dim=-1)
@@ -60,7 +60,7 @@ class _Rope(torch.autograd.Function):
 def split_rope(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cuts qkv into heads and rotates those of q and k.
+    """Cut qkv into heads and rotate those of q and k.
 
     qkv [T, (H + 2 K) D], the query heads, then the key heads, then the value heads; cos, sin [T, n / 2]: the first
          n features of a head are rotated, in pairs as `rope` says
@@ -70,7 +70,7 @@ def split_rope(
 
 
 def _compiled(qkv: torch.Tensor, head_dim: int, cos: torch.Tensor) -> bool:
-    """Whether kernels take it: whole heads, on a CPU no float16; on a GPU no float64, half heads on 16 bytes."""
+    """Return whether kernels take it: whole heads, on a CPU no float16; on a GPU no float64, half heads on 16 bytes."""
     if not (extension.has_kernels(qkv.device.type) and qkv.is_contiguous() and 2 * cos.shape[-1] == head_dim):
         return False
     if qkv.device.type == "cpu":

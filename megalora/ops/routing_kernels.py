@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def dispatch_kernel(x, pair, count, out, size, x_stride, out_stride, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row, :size] = x[token of the row, :size]."""
+    """Compute out[row, :size] = x[token of the row, :size]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (columns < size) & (row < tl.load(count))
@@ -23,7 +23,7 @@ def dispatch_kernel(x, pair, count, out, size, x_stride, out_stride, CHOICES: tl
 
 @triton.jit
 def gate_kernel(gate_up, weights, pair, count, out, size, out_stride, BLOCK: tl.constexpr):
-    """out[row, :size] = weights[pair[row]] * silu(gate) * up."""
+    """Compute out[row, :size] = weights[pair[row]] * silu(gate) * up."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (columns < size) & (row < tl.load(count))
@@ -36,7 +36,9 @@ def gate_kernel(gate_up, weights, pair, count, out, size, out_stride, BLOCK: tl.
 
 @triton.jit
 def gate_backward_kernel(dh, gate_up, weights, pair, count, grad, dweights, size, dh_stride, BLOCK: tl.constexpr):
-    """grad = that of gate_up where weights * silu(gate) * up has dh; dweights[row] = the sum of dh silu(gate) up."""
+    """Compute grad = that of gate_up where weights * silu(gate) * up has dh; dweights[row] = the sum of dh silu(gate)
+    up.
+    """
     row = tl.program_id(0).to(tl.int64)
     own = row < tl.load(count)
     weight = tl.load(weights + tl.load(pair + row))
@@ -59,7 +61,7 @@ def gate_backward_kernel(dh, gate_up, weights, pair, count, grad, dweights, size
 
 @triton.jit
 def combine_kernel(rows, places, own, out, size, stride, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """out[token] = the sum over its own pairs of rows[places[pair]], in the order of its choices."""
+    """Compute out[token] = the sum over its own pairs of rows[places[pair]], in the order of its choices."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size

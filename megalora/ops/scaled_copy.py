@@ -10,7 +10,9 @@ from megalora.ops import extension
 
 
 def scaled_copy_(copies: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
-    """out = scale * source for each (out, source, scale): of one shape, [N, M] or [M]; rows of `out` of any stride."""
+    """Compute out = scale * source for each (out, source, scale): of one shape, [N, M] or [M]; rows of `out` of any
+    stride.
+    """
     if copies and all(_compiled(out, source) for out, source, _ in copies):
         outs, sources, scales = (list(column) for column in zip(*copies, strict=True))
         torch.ops.megalora.scaled_copy_(outs, sources, scales)
@@ -20,7 +22,7 @@ def scaled_copy_(copies: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> 
 
 
 def _compiled(out: torch.Tensor, source: torch.Tensor) -> bool:
-    """Whether the kernel takes it: on a GPU, from float32 to float32 or 16-bit floats."""
+    """Return whether the kernel takes it: on a GPU, from float32 to float32 or 16-bit floats."""
     return (
         out.device.type == "cuda"
         and extension.has_kernels("cuda")

@@ -10,14 +10,15 @@ from megalora.ops.lora_linear import kernels_take, lora_down_, lora_down_input_g
 
 
 def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
-    """gate_up [T, 2 I], gate before up -> silu(gate) * up [T, I + room], undefined in the room (see lora_linear)."""
+    """Map gate_up [T, 2 I], gate before up to silu(gate) * up [T, I + room], undefined in the room (see lora_linear).
+    """
     return _SwiGlu.apply(gate_up, room)
 
 
 def swiglu_down(
     gate_up: torch.Tensor, room: int, A_RI: torch.Tensor, token_index: torch.Tensor, draw: Dropout | None
 ) -> torch.Tensor:
-    """gate_up [T, 2 I] -> [x | z | 0] [T, I + room]: x = silu(gate) * up with z = dropout(x) A^T behind it.
+    """Map gate_up [T, 2 I] to [x | z | 0] [T, I + room]: x = silu(gate) * up with z = dropout(x) A^T behind it.
 
     A [R, I] with R <= room, token_index [T] and draw as in lora_down_. Not for autograd.
     """
@@ -37,12 +38,12 @@ def swiglu_down(
 
 
 def fuses_down(device_type: str, rank: int) -> bool:
-    """Whether swiglu_down reads no x there."""
+    """Return whether swiglu_down reads no x there."""
     return device_type == "cuda" and rank <= limits.LARGEST_RANK_GATED_DOWN
 
 
 def _compiled(gate_up: torch.Tensor, room: int) -> bool:
-    """Whether kernels take it: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
+    """Return whether kernels take it: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
     if not (extension.has_kernels(gate_up.device.type) and gate_up.is_contiguous()):
         return False
     if gate_up.device.type == "cpu":
@@ -87,8 +88,8 @@ Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Dropout | None]
 def swiglu_backward(
     dy: torch.Tensor, gate_up: torch.Tensor, branch: Branch | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
-    """(the gradient of gate_up [T, 2 I], the output again [T, I], None), or with the output as the branch reads it:
-    (the same, x, s) where s x is the dropped output.
+    """Return (the gradient of gate_up [T, 2 I], the output again [T, I], None), or with the output as the branch reads
+    it: (the same, x, s) where s x is the dropped output.
 
     dy      [T, I], the gradient of the output, without the term of the LoRA branch that reads it; overwritten
     branch  (dz [T, R], A [R, I], token_index [T], dropout or None) of that term, mask . (dz A); None: there is none,

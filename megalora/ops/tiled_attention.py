@@ -95,12 +95,12 @@ class _Documents:
         self.scale = q.shape[2] ** -0.5 if scores.scale is None else scores.scale
 
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
-        """[C N, H, D] -> [C K, G, N, D]."""
+        """Map [C N, H, D] to [C K, G, N, D]."""
         x = x.unflatten(0, (self.run.count, self.run.length)).transpose(1, 2)
         return x.unflatten(1, (self.kv_heads, self.group)).flatten(0, 1)
 
     def by_token(self, x: torch.Tensor) -> torch.Tensor:
-        """[C K, G, N, D] -> [C N, H, D]."""
+        """Map [C K, G, N, D] to [C N, H, D]."""
         x = x.unflatten(0, (self.run.count, self.kv_heads)).flatten(1, 2)
         return x.transpose(1, 2).flatten(0, 1)
 

@@ -117,7 +117,7 @@ class DenseMatrix:
         self.whole[:, self.columns :].zero_()
 
     def branch_written(self) -> None:
-        """Nothing to do: the branch stands in the matrix."""
+        """Do nothing: the branch stands in the matrix."""
 
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None

@@ -33,19 +33,19 @@ class Pending:
 
 
 def all_reduce_async(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """Starts the reduction of x over the axis, in place: compute that does not need it may run until `wait()`."""
+    """Start the reduction of x over the axis, in place: compute that does not need it may run until `wait()`."""
     if axis.size == 1:
         return Pending(x, None, axis)
     return Pending(x, dist.all_reduce(x, op=op, group=axis.group, async_op=True), axis)
 
 
 def all_reduce(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-    """x reduced over the axis, in place, on every rank."""
+    """Return x reduced over the axis, in place, on every rank."""
     return all_reduce_async(x, axis, op).wait()
 
 
 def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """[T, ...] of each rank -> [size * T, ...], in rank order. Its opposite is `reduce_scatter`."""
+    """Map [T, ...] of each rank to [size * T, ...], in rank order. Its opposite is `reduce_scatter`."""
     if axis.size == 1:
         return x
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
@@ -55,7 +55,7 @@ def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def reduce_scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """[size * T, ...] on each rank -> this rank's [T, ...] of the sum. Its opposite is `all_gather`."""
+    """Map [size * T, ...] on each rank to this rank's [T, ...] of the sum. Its opposite is `all_gather`."""
     if axis.size == 1:
         return x
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
@@ -65,13 +65,13 @@ def reduce_scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def local_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """This rank's [T / size, ...] of x [T, ...], which every rank holds whole; a view."""
+    """Return this rank's [T / size, ...] of x [T, ...], which every rank holds whole; a view."""
     part = x.shape[0] // axis.size
     return x[axis.rank * part : (axis.rank + 1) * part]
 
 
 def broadcast_object(value: T, axis: Axis, source: int = 0) -> T:
-    """`value` of the rank at position `source` of the axis, on every rank of it (any picklable object)."""
+    """Return `value` of the rank at position `source` of the axis, on every rank of it (any picklable object)."""
     if axis.size == 1:
         return value
     box = [value]
@@ -80,7 +80,7 @@ def broadcast_object(value: T, axis: Axis, source: int = 0) -> T:
 
 
 def gather_objects(value: object, axis: Axis) -> list:
-    """The `value` of every rank of the axis, in rank order, on every rank (any picklable object)."""
+    """Return the `value` of every rank of the axis, in rank order, on every rank (any picklable object)."""
     if axis.size == 1:
         return [value]
     values: list = [None] * axis.size
@@ -89,7 +89,7 @@ def gather_objects(value: object, axis: Axis) -> list:
 
 
 def agree(error: UserError | None, axis: Axis) -> None:
-    """Raises on every rank of the axis when any rank brings an error, so that no rank waits for one that left.
+    """Raise on every rank of the axis when any rank brings an error, so that no rank waits for one that left.
 
     The message is that of the lowest rank that has one, with its rank named unless all have the same.
     """
@@ -102,7 +102,7 @@ def agree(error: UserError | None, axis: Axis) -> None:
 
 
 def on_first(work: Callable[[], T], axis: Axis) -> T:
-    """What `work` gives on the first rank of the axis, on every rank of it; its UserError too."""
+    """Return what `work` gives on the first rank of the axis, on every rank of it; its UserError too."""
     value, error = None, None
     if axis.is_first:
         try:

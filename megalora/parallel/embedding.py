@@ -32,7 +32,7 @@ class VocabParallelEmbedding(_VocabParallel):
     """Each rank looks up the ids it owns; the sum over tp is the whole (exact: all other terms are zero)."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [F] -> [T, hidden_size]: this rank's tokens under sequence parallelism, else all."""
+        """Map input_ids [F] to [T, hidden_size]: this rank's tokens under sequence parallelism, else all."""
         tp = self.place.tp
         if tp.size == 1:
             return nn.functional.embedding(input_ids, self.weight)
@@ -70,7 +70,7 @@ class VocabParallelHead(_VocabParallel):
         return super().shard_dims() | ({} if self.bias is None else {"bias": self._bias_split})
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, hidden_size], whole on each rank -> logits [N, vocab_size / tp] of this rank's rows."""
+        """Map hidden [N, hidden_size], whole on each rank to logits [N, vocab_size / tp] of this rank's rows."""
         logits = matmul_nt(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits *= self.scale
@@ -81,7 +81,7 @@ class VocabParallelHead(_VocabParallel):
         return None if self.softcap is None else logits.div(self.softcap).square_().neg_().add_(1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, hidden_size], whole on each rank -> logits [N, vocab_size], whole on each rank."""
+        """Map hidden [N, hidden_size], whole on each rank to logits [N, vocab_size], whole on each rank."""
         logits = self.logits(hidden)
         tp = self.place.tp
         if tp.size == 1:

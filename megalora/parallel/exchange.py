@@ -33,19 +33,19 @@ class Link(Protocol):
     """Memory that all ranks of an axis write to, and the order of it."""
 
     def memory(self, nbytes: int) -> list[torch.Tensor]:
-        """By rank [nbytes] uint8 of that rank's memory; one size on all ranks."""
+        """Return, by rank, [nbytes] uint8 of that rank's memory; one size on all ranks."""
         ...
 
     def meet(self) -> None:
-        """What a rank's work does from here on comes after all that every rank's work did before."""
+        """Wait on the device: work queued after this runs after all ranks' work queued before it."""
         ...
 
     def beside(self) -> contextlib.AbstractContextManager:
-        """What is done inside comes after what was done before, and may run beside what follows."""
+        """Run what is queued inside after what was queued before, beside what follows."""
         ...
 
     def join(self) -> None:
-        """What follows comes after what was done beside."""
+        """Run what follows after what was queued inside `beside`."""
         ...
 
 
@@ -56,7 +56,7 @@ class Exchange:
         self._axis, self._link = axis, link
 
     def gather(self, x: torch.Tensor, product: Product, width: int, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `gather_product`."""
+        """Do as `gather_product`."""
         rank, n = self._axis.rank, self._axis.size
         link, places = self._link, self._places(x, *x.shape)
         self._meet()  # nobody reads any more what lay there
@@ -73,7 +73,7 @@ class Exchange:
         return y.flatten(0, 1), full.flatten(0, 1)
 
     def scatter(self, x: torch.Tensor, product: Product, width: int) -> torch.Tensor:
-        """As `product_scatter`."""
+        """Do as `product_scatter`."""
         rank, n = self._axis.rank, self._axis.size
         x = x.unflatten(0, (n, -1))
         link, places = self._link, self._places(x, x.shape[1], width)
@@ -92,24 +92,24 @@ class Exchange:
         return torch.add(received[0], received[1]) if n == 2 else received.sum(0)
 
     def _meet(self, join: Callable[[], None] = lambda: None) -> None:
-        """Waits for the other ranks, after `join`: this counts as communication, the rest runs beside products."""
+        """Wait for the other ranks, after `join`: this counts as communication, the rest overlaps with products."""
         with self._axis.timed():
             join()
             self._link.meet()
 
     def _places(self, x: torch.Tensor, tokens: int, width: int) -> list[torch.Tensor]:
-        """By rank its memory as [n, tokens, width] of x's dtype: a part for each sender."""
+        """Return by rank its memory as [n, tokens, width] of x's dtype: a part for each sender."""
         shape = self._axis.size, tokens, width
         nbytes = x.itemsize * shape[0] * shape[1] * shape[2]
         return [memory.view(x.dtype).view(shape) for memory in self._link.memory(nbytes)]
 
     def _others(self) -> list[int]:
-        """The next rank first, so that not all write to one."""
+        """Return the next rank first, so that not all write to one."""
         rank, n = self._axis.rank, self._axis.size
         return [(rank + i) % n for i in range(1, n)]
 
     def _blocks(self) -> list[slice]:
-        """The others, as ranges of ranks."""
+        """Return the others, as ranges of ranks."""
         rank, n = self._axis.rank, self._axis.size
         return [block for block in (slice(0, rank), slice(rank + 1, n)) if block.start < block.stop]
 
@@ -117,7 +117,7 @@ class Exchange:
 def gather_product(
     x: torch.Tensor, product: Product, width: int, axis: Axis, exchange: Exchange | None, *, kept: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, K] of each rank -> (product of all of them [F, width], all of them [F, K]), in rank order.
+    """Map x [T, K] of each rank to (product of all of them [F, width], all of them [F, K]), in rank order.
 
     With an exchange the second is memory that the next one writes to, and of this rank's own part of it only the
     columns from `kept` on are there.
@@ -131,7 +131,7 @@ def gather_product(
 def product_scatter(
     x: torch.Tensor, product: Product, width: int, axis: Axis, exchange: Exchange | None
 ) -> torch.Tensor:
-    """x [F, K] of each rank -> this rank's [T, width] of the sum of their products [F, width]."""
+    """Map x [F, K] of each rank to this rank's [T, width] of the sum of their products [F, width]."""
     if exchange is not None:
         return exchange.scatter(x, product, width)
     return reduce_scatter(product(x, None), axis)

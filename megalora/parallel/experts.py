@@ -193,7 +193,7 @@ class ExpertGroup:
         raise UserError("several adapters at once are not implemented for models of experts", "load one at a time")
 
     def keep_base(self) -> None:
-        """Nothing of the base changes: biases of experts are not trained."""
+        """Do nothing, for nothing of the base changes: biases of experts are not trained."""
 
     @torch.no_grad()
     def switch(self, adapted: bool) -> None:

@@ -46,19 +46,19 @@ class FlatGradients:
         self.zero()
 
     def zero(self) -> None:
-        """Clears the buffer and hangs its views into the parameters, for autograd to accumulate into."""
+        """Clear the buffer and hang its views into the parameters, for autograd to accumulate into."""
         self.buffer.zero_()
         for name, view in self._views.items():
             self._parameters[name].grad = view
 
     def reduce(self) -> None:
-        """Sums the partial gradients over tp, then all over dp. After it, every rank holds the whole gradient."""
+        """Sum the partial gradients over tp, then all over dp. After it, every rank holds the whole gradient."""
         self._reduce_partial(self._mesh.tp)
         if self.buffer.numel():
             all_reduce(self.buffer, self._mesh.replicas)
 
     def _reduce_partial(self, tp: Axis) -> None:
-        """Each partial gradient is summed at its place in the whole tensor: other ranks' parts stay as they are."""
+        """Sum each partial gradient at its place in the whole tensor: other ranks' parts stay as they are."""
         partial = [name for name, split in self._splits.items() if split.partial_grad]
         if tp.size == 1 or not partial:
             return
@@ -74,7 +74,8 @@ class FlatGradients:
             self._views[name].copy_(self._splits[name].slice(place))
 
     def square_sum(self) -> torch.Tensor:
-        """This rank's share of the squared global gradient norm, float64 scalar: sums over the world to the whole.
+        """Return this rank's share of the squared global gradient norm, float64 scalar: sums over the world to the
+        whole.
 
         Every element counts once: on the first tp rank that holds it, and divided by the dp ranks, which all do.
         """

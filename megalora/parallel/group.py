@@ -227,7 +227,7 @@ class LinearGroup:
         return weight + self.matrix.branch(slice(0, sum(self.sizes)), slice(0, sum(self.ranks))) @ self.down
 
     def keep_base(self) -> None:
-        """Before an adapter is loaded, to `switch` later: the base's own biases, where an adapter brings others."""
+        """Keep the base's own biases, to `switch` later, where an adapter brings others. Call before it is loaded."""
         trained = (linear.bias is not None and linear.bias.requires_grad for linear in self.linears)
         if any(trained) or any(linear.lora_bias is not None for linear in self.linears):
             self._base_bias = self._biases(adapted=False)

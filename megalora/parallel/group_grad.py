@@ -92,7 +92,7 @@ class _Sums:
         return [self._into[name] if name in self._into else torch.zeros_like(A) for name, A in factors.items()]
 
     def dB(self, i: int) -> torch.Tensor | None:
-        """Of the i-th linear."""
+        """Return dB of the i-th linear."""
         return self._into.get((i, "lora_B"))
 
     @property
@@ -145,7 +145,7 @@ def _backward(
     own_ups: bool = True,
     ups_before: Sequence[UpBranch] = (),
 ) -> torch.Tensor | None:
-    """The gradient of the group's source (None unless needs_dx), from that of its result; adds to `sums`.
+    """Return the gradient of the group's source (None unless needs_dx), from that of its result; adds to `sums`.
 
     dense       the source came without room, and so does its gradient
     own_ups     false: whoever made dy has seen to the group's dB
@@ -226,7 +226,7 @@ def _gated_backward(
     dA: Sequence[torch.Tensor],
     ups_before: Sequence[UpBranch],
 ) -> torch.Tensor | None:
-    """The rest of `_backward` where x was made of the source: the gradient of gate and up."""
+    """Return the rest of `_backward` where x was made of the source: the gradient of gate and up."""
     A, token_index, columns = kept.A, kept.token_index, group.in_features
     if needs_dx and dA:
         return swiglu_lora_backward_(dX[:, :columns], kept.source, dz, A, token_index, draw, dA[0], ups_before)

@@ -87,7 +87,7 @@ class ParallelLinear(nn.Module):
                 self.register_parameter(MAGNITUDE, nn.Parameter(vector))
 
     def shard_dims(self) -> dict[str, Split]:
-        """How each parameter is cut: the one place that loading, saving and gradient reduction read."""
+        """Return how each parameter is cut: the one place that loading, saving and gradient reduction read."""
         return self._splits
 
     def take_rows(self, matrix: FrozenMatrix, rows: slice) -> None:

@@ -42,7 +42,7 @@ class Axis:
         return self.rank == self.size - 1
 
     def timed(self) -> contextlib.AbstractContextManager:
-        """Times what runs inside as communication, where the run asked for it."""
+        """Time what runs inside as communication, where the run asked for it."""
         return contextlib.nullcontext() if self.clock is None else self.clock("communication")
 
 
@@ -70,7 +70,7 @@ class ParallelMesh:
 
 
 def layout(world_size: int, tp: int, pp: int, cp: int = 1) -> dict[str, list[tuple[int, ...]]]:
-    """The rank tuples of every axis group of a mesh, by axis name.
+    """Return the rank tuples of every axis group of a mesh, by axis name.
 
     Raises UserError where tp * pp * cp does not divide the world size.
     """
@@ -108,7 +108,7 @@ def build_mesh(
     patience: datetime.timedelta | None = None,
     cp: int = 1,
 ) -> ParallelMesh:
-    """The mesh of this rank. Collective: every rank of the world calls it, after init_process_group.
+    """Return the mesh of this rank. Collective: every rank of the world calls it, after init_process_group.
 
     patience  how long a rank waits for the others of an axis; None: torch's default
     With one process no process group is needed. Raises UserError where the sizes do not fit.
@@ -125,7 +125,7 @@ def build_mesh(
 
 
 def own_group(axis: Axis, timeout: datetime.timedelta) -> Axis:
-    """The same ranks with a gloo process group of their own, so that a thread may talk beside the training.
+    """Return the same ranks with a gloo process group of their own, so that a thread may talk beside the training.
 
     Collective over the world: `axis` is the world's.
     """

@@ -36,7 +36,7 @@ class PeerMemory:
         self._side = torch.cuda.Stream(device)
 
     def map(self) -> None:
-        """Maps the memory of all ranks. Collective over the axis. Raises RuntimeError where it cannot be mapped."""
+        """Map the memory of all ranks. Collective over the axis. Raises RuntimeError where it cannot be mapped."""
         from torch.distributed import _symmetric_memory as symmetric
 
         # A rank whose neighbour fails waits inside of torch with the interpreter's lock, so no thread could see it.
@@ -68,7 +68,7 @@ class PeerMemory:
 def choose_exchange(
     wanted: bool | None, mesh: ParallelMesh, sequence_parallel: bool, device: torch.device, nbytes: int
 ) -> tuple[Exchange | None, str | None]:
-    """(the exchange of this rank's tensor-parallel axis or None, a line that says why GPUs have none).
+    """Return (the exchange of this rank's tensor-parallel axis or None, a line that says why GPUs have none).
 
     wanted  None: wherever it serves; all ranks of the mesh have one, or none has
     nbytes  of the largest activation that is gathered or scattered, with room for z
@@ -99,7 +99,7 @@ def choose_exchange(
 
 
 def _first(obstacle: str | None, world: Axis) -> str | None:
-    """The first of all ranks' obstacles. Collective."""
+    """Return the first of all ranks' obstacles. Collective."""
     return next((found for found in gather_objects(obstacle, world) if found is not None), None)
 
 
@@ -108,7 +108,7 @@ def _line(error: BaseException) -> str:
 
 
 def _obstacle(axis: Axis, sequence_parallel: bool, device: torch.device) -> str | None:
-    """Why no rank can have an exchange, whatever the hosts."""
+    """Return why no rank can have an exchange, whatever the hosts."""
     if axis.size == 1:
         return "tensor_parallel_size is 1"
     if not sequence_parallel:
@@ -117,7 +117,7 @@ def _obstacle(axis: Axis, sequence_parallel: bool, device: torch.device) -> str 
 
 
 def _unreachable(axis: Axis, device: torch.device, asked: bool) -> str | None:
-    """Why this rank cannot have one. asked: it is enough that the GPUs say they reach each other. Collective."""
+    """Return why this rank cannot have one. asked: it is enough that the GPUs say they reach each other. Collective."""
     folder = next((os.environ[name] for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in os.environ), "/tmp")
     said = gather_objects((socket.gethostname(), device.index, folder), axis)
     places = [(host, index) for host, index, _ in said]
@@ -147,7 +147,7 @@ _NATIVE_ATOMICS = 3, 5
 
 
 def _has_atomics(device: int, other: int) -> bool:
-    """Whether a GPU's atomics work in the other's memory: over NVLink they do, over PCIe not always."""
+    """Return whether a GPU's atomics work in the other's memory: over NVLink they do, over PCIe not always."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -159,7 +159,7 @@ class _QuantisedMatrix:
         self._branch.zero_()
 
     def branch_written(self) -> None:
-        """Nothing to do: the branch is copied into the scratch for each product."""
+        """Do nothing: the branch is copied into the scratch for each product."""
 
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None

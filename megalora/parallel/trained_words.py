@@ -76,7 +76,8 @@ class TrainedEmbedding(VocabParallelEmbedding):
 
     @torch.no_grad()
     def reset(self, seed: int, init: bool | str) -> None:
-        """Initial factors, as peft's: A zero, B normal; both normal where init is False. Rows: see TokenRows.reset."""
+        """Set initial factors, as peft's: A zero, B normal; both normal where init is False. Rows: see TokenRows.reset.
+        """
         if self.adapter.lora is None:
             return
         for factor, split in self._factors.items():
@@ -88,7 +89,7 @@ class TrainedEmbedding(VocabParallelEmbedding):
             getattr(self, factor).copy_(split.slice(whole))
 
     def keep_base(self) -> None:
-        """Before an adapter is loaded, to `switch` later: the base's matrix, where the adapter brings another."""
+        """Keep the base's matrix, to `switch` later, where an adapter brings another. Call before it is loaded."""
         self._base = self.weight.detach().to(self.place.dtype, copy=True) if self.adapter.whole else None
 
     def switch(self, adapted: bool) -> None:
@@ -96,7 +97,7 @@ class TrainedEmbedding(VocabParallelEmbedding):
         self.active = adapted
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [F] -> [T, H]: this rank's tokens under sequence parallelism, else all."""
+        """Map input_ids [F] to [T, H]: this rank's tokens under sequence parallelism, else all."""
         dtype, mine = self.place.dtype, None
         local = input_ids
         if self.place.tp.size > 1:
@@ -155,7 +156,7 @@ class TrainedHead(VocabParallelHead):
 
     @torch.no_grad()
     def reset(self, seed: int, init: bool | str) -> None:
-        """Initial factors, as of any linear."""
+        """Set initial factors, as of any linear."""
         if self.adapter.lora is None:
             return
         for (key, split), factor in zip(self._factors.items(), (self.lora_A, self.lora_B), strict=True):
@@ -163,11 +164,11 @@ class TrainedHead(VocabParallelHead):
             factor.weight.copy_(split.slice(whole))
 
     def keep_base(self) -> None:
-        """As of TrainedEmbedding."""
+        """Do as TrainedEmbedding."""
         self._base = self.weight.detach().to(self.place.dtype, copy=True) if self.adapter.whole else None
 
     def switch(self, adapted: bool) -> None:
-        """As of TrainedEmbedding."""
+        """Do as TrainedEmbedding."""
         self.active = adapted
 
     def trained(self) -> list[nn.Parameter]:
@@ -177,7 +178,7 @@ class TrainedHead(VocabParallelHead):
         return found + [factor.weight for factor in (self.lora_A, self.lora_B) if factor is not None]
 
     def logits(self, hidden: torch.Tensor, index: torch.Tensor | None = None, tokens: Tokens | None = None):
-        """hidden [N, H], whole on each rank -> logits [N, V] of this rank's rows, for autograd.
+        """Map hidden [N, H], whole on each rank, to logits [N, V] of this rank's rows, for autograd.
 
         index   [N] int64, the places of the rows among the microbatch's tokens, for dropout; None: no dropout
         """

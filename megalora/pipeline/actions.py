@@ -38,12 +38,12 @@ class Action(NamedTuple):
 
 
 def part_of(stage: int, stages: int, chunk: int) -> int:
-    """Which part of the model a chunk is, counted from the embedding."""
+    """Return which part of the model a chunk is, counted from the embedding."""
     return chunk * stages + stage
 
 
 def input_of(stage: int, stages: int, chunks: int, compute: Action) -> Action | None:
-    """The receive whose tensor `compute` needs; None where it needs none."""
+    """Return the receive whose tensor `compute` needs; None where it needs none."""
     part = part_of(stage, stages, compute.chunk)
     if compute.op == FORWARD and part > 0:
         return Action(RECV_FORWARD, compute.microbatch, compute.chunk)
@@ -53,7 +53,7 @@ def input_of(stage: int, stages: int, chunks: int, compute: Action) -> Action | 
 
 
 def output_of(stage: int, stages: int, chunks: int, floor: int, compute: Action) -> Action | None:
-    """The send of what `compute` gives; None where nobody wants it. floor: the first part that is trained."""
+    """Return the send of what `compute` gives; None where nobody wants it. floor: the first part that is trained."""
     part = part_of(stage, stages, compute.chunk)
     if compute.op == FORWARD and part < stages * chunks - 1:
         return Action(SEND_FORWARD, compute.microbatch, compute.chunk)
@@ -63,7 +63,8 @@ def output_of(stage: int, stages: int, chunks: int, floor: int, compute: Action)
 
 
 def other_end(stage: int, stages: int, message: Action) -> tuple[int, Action]:
-    """(stage, action) at the other end of a send or a receive. The last stage's chunk c feeds the first's c + 1."""
+    """Return (stage, action) at the other end of a send or a receive. The last stage's chunk c feeds the first's c + 1.
+    """
     op, step = _OTHER_END[message.op]
     part = message.chunk * stages + stage + step
     return part % stages, Action(op, message.microbatch, part // stages)

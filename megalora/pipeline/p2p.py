@@ -27,7 +27,9 @@ _DOWN = (SEND_FORWARD, RECV_BACKWARD)  # what has its other end at the next stag
 
 
 def _lane_options(backend: str | None) -> object:
-    """On NCCL: a receive that waits for its message holds few of the GPU's multiprocessors meanwhile."""
+    """Return the options on NCCL with which a receive that waits for its message holds few of the GPU's multiprocessors
+    meanwhile.
+    """
     if backend != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options()
@@ -77,20 +79,20 @@ class Neighbours:
         return 0 if self._on_gpu else AHEAD
 
     def expect(self, action: Action) -> None:
-        """Posts a receive."""
+        """Post a receive."""
         assert action.op in RECEIVES and action not in self._coming, action
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         self._coming[action] = (self._post(action.op, tensor), tensor)
 
     def take(self, action: Action) -> torch.Tensor:
-        """The tensor of a receive that was posted: waits until it is there."""
+        """Return the tensor of a receive that was posted: waits until it is there."""
         work, tensor = self._coming.pop(action)
         with self.pp.timed():
             work.wait()
         return tensor
 
     def send(self, action: Action, tensor: torch.Tensor) -> None:
-        """Hands a message over; it may still be on its way when this returns."""
+        """Hand a message over; it may still be on its way when this returns."""
         assert tuple(tensor.shape) == self._shape and tensor.dtype == self._dtype, (action, tensor.shape, tensor.dtype)
         leaving = self._leaving.setdefault(self._line(action.op), deque())
         tensor = tensor.contiguous()
@@ -100,7 +102,7 @@ class Neighbours:
             leaving.append((self._post(action.op, tensor), tensor))  # the tensor must live until it has left
 
     def finish(self) -> None:
-        """Waits until everything sent has left."""
+        """Wait until everything sent has left."""
         assert not self._coming, f"never taken: {list(self._coming)}"
         with self.pp.timed():
             for leaving in self._leaving.values():
@@ -108,7 +110,7 @@ class Neighbours:
                     leaving.popleft()[0].wait()
 
     def _line(self, op: str) -> tuple[str, int]:
-        """(kind, the upper stage of the pair) of what this stage sends or receives."""
+        """Return (kind, the upper stage of the pair) of what this stage sends or receives."""
         kind = "activations" if op in (SEND_FORWARD, RECV_FORWARD) else "gradients"
         return kind, self.pp.rank if op in _DOWN else (self.pp.rank - 1) % self.pp.size
 
@@ -123,7 +125,7 @@ class Neighbours:
     # ---- lanes
 
     def _color(self, upper: int) -> int:
-        """Pairs that share a stage differ in it, so that a rank has one line in a lane."""
+        """Return the color of a pair: pairs that share a stage differ in it, so that a rank has one line in a lane."""
         closes_odd_ring = upper == self.pp.size - 1 and self.pp.size % 2 == 1
         return 2 if closes_odd_ring else upper % 2
 

@@ -18,7 +18,7 @@ def partition(
     last_cost: float = 0,
     custom: Sequence[int] | None = None,
 ) -> list[range]:
-    """The layers of each stage, in order: contiguous, none empty.
+    """Return the layers of each stage, in order: contiguous, none empty.
 
     method       uniform: stage s of p has layers [n s // p, n (s + 1) // p)
                  uniform_floor: n // p each, and the remainder one each to the stages between first and last, which
@@ -57,7 +57,7 @@ def partition(
 
 
 def _balanced(costs: Sequence[float], stages: int, first_cost: float, last_cost: float) -> list[int]:
-    """Counts that minimise the dearest stage, then the sum of squares; dynamic programming over prefixes."""
+    """Return counts that minimise the dearest stage, then the sum of squares; dynamic programming over prefixes."""
     n = len(costs)
     prefix = [0.0]
     for layer_cost in costs:

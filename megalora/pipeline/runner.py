@@ -29,7 +29,7 @@ class ChunkedStage(Protocol):
     """What the runner computes with."""
 
     def __call__(self, hidden: torch.Tensor | None, inputs: object, chunk: int = 0) -> torch.Tensor:
-        """hidden [T, hidden_size] (None for the model's first chunk) -> hidden; of its last chunk a scalar loss."""
+        """Map hidden [T, hidden_size] (None for the model's first chunk) to hidden; of its last chunk a scalar loss."""
         ...
 
 
@@ -89,7 +89,7 @@ class PipelineRunner:
         self._watch = watch or (lambda action: contextlib.nullcontext())
 
     def train(self, microbatches: int, inputs: Callable[[int], object], scale: float | torch.Tensor) -> torch.Tensor:
-        """Forward and backward of every microbatch; gradients accumulate in the parameters.
+        """Run forward and backward of every microbatch; gradients accumulate in the parameters.
 
         inputs(m)  what the stage reads of microbatch m
         scale      what each microbatch's summed loss is multiplied by before its backward
@@ -130,7 +130,7 @@ class PipelineRunner:
         return total
 
     def _forward(self, action: Action, hidden: torch.Tensor | None, step: _Step) -> torch.Tensor | None:
-        """Returns the loss, on the model's last part."""
+        """Return the loss, on the model's last part."""
         part = part_of(self._pp.rank, self._pp.size, action.chunk)
         trained = part >= step.floor
         recomputes = trained and self._schedule.recomputes(self._pp.rank, self._pp.size)
@@ -159,7 +159,7 @@ class PipelineRunner:
         self._give(action, None if kept.entered is None else kept.entered.grad, step)
 
     def _give(self, action: Action, result: torch.Tensor | None, step: _Step) -> torch.Tensor | None:
-        """Lays the result aside for its send; the result itself where it is for no other stage."""
+        """Lay the result aside for its send; return the result itself where it is for no other stage."""
         send = output_of(self._pp.rank, self._pp.size, self._chunks, step.floor, action)
         if send is None:
             return result
@@ -168,7 +168,7 @@ class PipelineRunner:
 
 
 def receives_early(actions: Sequence[Action], ahead: int) -> list[Action]:
-    """Puts each receive `ahead` computes earlier: it is posted before its message is due.
+    """Put each receive `ahead` computes earlier: it is posted before its message is due.
 
     A list has a receive where its message would be made if all computes took the same time. Where receives stop no
     stage any earlier place is sound; messages of one kind stay in order. What is sent goes first.

@@ -60,7 +60,7 @@ class Schedule:
 
     @lru_cache(maxsize=32)  # noqa: B019  (schedules live as long as the program)
     def programme(self, stages: int, microbatches: int, floor: int = 0, chunks: int = 1) -> Programme:
-        """The actions of every stage, messages included.
+        """Return the actions of every stage, messages included.
 
         floor  the first part of the model (see actions.part_of) that has something to train: the parts before it run
                no backward, and neither they nor it send a gradient
@@ -78,7 +78,7 @@ class Schedule:
         return with_messages(orders, floor, chunks)
 
     def peak(self, stage: int, stages: int, microbatches: int, floor: int = 0, chunks: int = 1) -> Peak:
-        """What the stage keeps at most, by formula; tests count it in the programme."""
+        """Return what the stage keeps at most, by formula; tests count it in the programme."""
         trained = sum(part_of(stage, stages, chunk) >= floor for chunk in range(chunks))
         if not trained:
             return Peak(0)
@@ -87,7 +87,7 @@ class Schedule:
 
 
     def waiting(self, stages: int, microbatches: int, floor: int, shares: Sequence[float]) -> float:
-        """The share of their time in which the stages wait for one another, 0 to 1.
+        """Return the share of their time in which the stages wait for one another, 0 to 1.
 
         shares  of a microbatch's compute, by part of the model; of a trained part half is its forward, and a recompute
                 takes as long again. Messages are reckoned to take no time.
@@ -102,7 +102,7 @@ class Schedule:
 
 
 def with_messages(orders: Sequence[Sequence[Action]], floor: int, chunks: int) -> Programme:
-    """Puts sends and receives between the computes of all stages.
+    """Put sends and receives between the computes of all stages.
 
     All stages run in a simulation, and every message is put, on both its ends, at the moment its tensor is made. So
     there is one order of all computes and messages that each list is a part of, and no list can stand still, even
@@ -140,7 +140,7 @@ def with_messages(orders: Sequence[Sequence[Action]], floor: int, chunks: int) -
 
 
 def count_peak(actions: Sequence[Action]) -> Peak:
-    """What a stage that runs `actions` keeps at most."""
+    """Return what a stage that runs `actions` keeps at most."""
     forwards_only = {(a.microbatch, a.chunk) for a in actions if a.op == FORWARD}
     forwards_only -= {(a.microbatch, a.chunk) for a in actions if a.op == BACKWARD}
     recomputed = {(a.microbatch, a.chunk) for a in actions if a.op == RECOMPUTE}
@@ -160,12 +160,12 @@ def count_peak(actions: Sequence[Action]) -> Peak:
 
 
 def gpipe(stage: int, stages: int, microbatches: int, chunks: int) -> list[Action]:
-    """All forwards, then all backwards, both in the order of the microbatches (Huang et al. 2019)."""
+    """Return all forwards, then all backwards, both in the order of the microbatches (Huang et al. 2019)."""
     return [Action(op, m) for op in (FORWARD, BACKWARD) for m in range(microbatches)]
 
 
 def _one_f_one_b(microbatches: int, ahead: int, recompute: bool = False) -> list[Action]:
-    """`ahead` forwards, then a forward and a backward in turn, then the backwards that are left.
+    """Return `ahead` forwards, then a forward and a backward in turn, then the backwards that are left.
 
     A recompute stands before its backward: it needs no gradient, so it runs while that is under way.
     """
@@ -181,7 +181,7 @@ def _one_f_one_b(microbatches: int, ahead: int, recompute: bool = False) -> list
 
 
 def _interleaved(stage: int, stages: int, microbatches: int, chunks: int) -> list[Action]:
-    """Interleaved 1F1B (Narayanan et al. 2021): microbatches in groups of p go through chunk after chunk.
+    """Return interleaved 1F1B (Narayanan et al. 2021): microbatches in groups of p go through chunk after chunk.
 
     A number that p does not divide is rounded up, and what the missing microbatches would do is left out: what is
     left of an order that cannot stand still cannot either.
@@ -199,8 +199,10 @@ def _interleaved(stage: int, stages: int, microbatches: int, chunks: int) -> lis
 
 
 def _interleaved_in_flight(stage: int, stages: int, microbatches: int, chunks: int, trained: int) -> int:
-    """Before the first backward of the first group: the forwards of its trained chunks but the last, then those of
-    2 (p - s) - 1 more microbatches: of the last chunk, and after it of the next group's first, if that is trained."""
+    """Count what is kept before the first backward of the first group: the forwards of its trained chunks but the last,
+    then those of 2 (p - s) - 1 more microbatches: of the last chunk, and after it of the next group's first, if that is
+    trained.
+    """
     group = min(stages, microbatches)
     more = 2 * (stages - stage) - 1
     next_group = min(max(0, more - stages), microbatches - group) if trained == chunks else 0
@@ -216,7 +218,9 @@ def _eager_ahead(stage: int, stages: int) -> int:
 
 
 def _shifted(stage: int, stages: int, microbatches: int, chunks: int) -> list[Action]:
-    """1F1B with recompute but on the last stage; the one before it runs its third forward before its first backward."""
+    """Return 1F1B with recompute but on the last stage; the one before it runs its third forward before its first
+    backward.
+    """
     actions = _one_f_one_b(microbatches, _ahead(stage, stages), _all_but_last(stage, stages))
     third = Action(FORWARD, 2)
     if stage == stages - 2 and third in actions:
@@ -228,7 +232,7 @@ def _shifted(stage: int, stages: int, microbatches: int, chunks: int) -> list[Ac
 def _from_ahead(
     name: str, ahead: Callable[[int, int], int], recomputes: Callable[[int, int], bool] = lambda stage, stages: False
 ) -> Schedule:
-    """A kind of 1F1B, by how many forwards a stage runs before it begins to take turns."""
+    """Return a kind of 1F1B, by how many forwards a stage runs before it begins to take turns."""
     return Schedule(
         name,
         lambda stage, stages, m, chunks: _one_f_one_b(m, ahead(stage, stages), recomputes(stage, stages)),
@@ -274,5 +278,5 @@ FORWARD_ONLY = Schedule("forward_only", _forwards, lambda *shape: 0, chunked=Tru
 
 
 def forward_only(stages: int, microbatches: int, chunks: int = 1) -> Programme:
-    """Every forward, nothing else (evaluation)."""
+    """Return every forward, nothing else (evaluation)."""
     return FORWARD_ONLY.programme(stages, microbatches, stages * chunks, chunks)

@@ -62,7 +62,7 @@ def simulate(
     latency: float = 0.0,
     buffered: bool = True,
 ) -> Timeline:
-    """Runs the action list of each stage.
+    """Run the action list of each stage.
 
     seconds(stage, action)  of a forward, recompute or backward; of a send, how long it occupies the line between two
                             stages, which carries one message at a time in each direction and of each kind
@@ -114,7 +114,7 @@ class _Machine:
         return Timeline(tuple(sorted(self._events, key=attrgetter("start"))), makespan, tuple(busy))
 
     def _step(self, stage: int) -> bool:
-        """Runs the next action of a stage; False where it has to wait."""
+        """Run the next action of a stage; False where it has to wait."""
         action = self._lists[stage][self._next[stage]]
         if action in self._done[stage]:
             raise ScheduleError(f"stage {stage} does {action} twice")

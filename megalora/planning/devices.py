@@ -54,15 +54,15 @@ class Device:
     context: float = 0.0
 
     def with_graphs(self) -> Device:
-        """The same device where a step is replayed from CUDA graphs: the host issues next to nothing."""
+        """Return the same device where a step is replayed from CUDA graphs: the host issues next to nothing."""
         return replace(self, call=0.0)
 
     def across_nodes(self) -> Device:
-        """The same device whose tensor-parallel neighbours are in other nodes."""
+        """Return the same device whose tensor-parallel neighbours are in other nodes."""
         return replace(self, link=self.network, collective=self.network, overlaps=False)
 
     def scaled(self, factor: float) -> Device:
-        """The same device with all compute `factor` times as slow."""
+        """Return the same device with all compute `factor` times as slow."""
         return replace(
             self,
             gemm=self.gemm / factor,
@@ -86,7 +86,7 @@ DEVICES = {
 
 
 def device_of(device: torch.device) -> Device:
-    """The entry of a device at hand; a GPU that the table does not know counts as the first one."""
+    """Return the entry of a device at hand; a GPU that the table does not know counts as the first one."""
     if device.type != "cuda":
         return DEVICES["cpu"]
     import torch

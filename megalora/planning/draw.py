@@ -42,8 +42,9 @@ class Panel:
 
 
 def boxes_of(timeline: Timeline, again: Callable[[int, Action], float] = lambda stage, action: 0.0) -> tuple[Box, ...]:
-    """The computes of a timeline. again(stage, action): seconds at the start of a backward that compute again what was
-    not kept; they become a box of their own."""
+    """Return the computes of a timeline. again(stage, action): seconds at the start of a backward that compute again
+    what was not kept; they become a box of their own.
+    """
     boxes = []
     for event in timeline.events:
         action = event.action
@@ -59,7 +60,7 @@ def boxes_of(timeline: Timeline, again: Callable[[int, Action], float] = lambda 
 
 
 def svg(panels: Sequence[Panel]) -> str:
-    """The panels one below the other, as an SVG document."""
+    """Return the panels one below the other, as an SVG document."""
     longest = max(panel.end for panel in panels) or 1.0
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
     heights = [_TOP + panel.stages * _ROW + 34 for panel in panels]
@@ -121,7 +122,7 @@ def _legend(top: int) -> Iterable[str]:
 
 
 def _ticks(longest: float) -> list[float]:
-    """About eight round numbers from 0 on."""
+    """Return about eight round numbers from 0 on."""
     step = 10.0**-12
     while longest / step > 8:
         step *= 2 if f"{step:e}"[0] in "15" else 2.5

@@ -56,7 +56,9 @@ def routed_nodes(mixer: Experts, work: Workload, tokens: int, device_type: str, 
 
 
 def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
-    """Scores, weights and choices are kept, the input once more where it is read in float32 for an adapter."""
+    """Count a router: scores, weights and choices are kept, the input once more where it is read in float32 for an
+    adapter.
+    """
     group, wide = mixer.router, max(_WIDE, work.element)
     e = wide if mixer.wide else work.element
     scores, chosen = tokens * mixer.count * wide, tokens * mixer.top
@@ -71,7 +73,7 @@ def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
 
 
 def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flowing: bool) -> Node:
-    """x, gate_up, both z and where each row comes from are kept; the rest is made again."""
+    """Count a pair: x, gate_up, both z and where each row comes from are kept; the rest is made again."""
     up, down, e = mixer.up, mixer.down, work.element
     trains = up.trains or down.trains
     x, inner = held * up.inputs * e, held * down.inputs * e

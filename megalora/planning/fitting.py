@@ -160,7 +160,7 @@ def of_all_stages(work: Workload, own: Sequence[int], pp: Axis) -> Workload:
 
 
 def _phases(stage: StageUse, work: Workload, host: int) -> list[tuple[int, Callable[[int], Workload]]]:
-    """(number of layers, the workload with so many of them changed) of each phase, in order."""
+    """Return (number of layers, the workload with so many of them changed) of each phase, in order."""
     count = len(stage.layers)
 
     def more(level: str, rest: str) -> tuple[int, Callable[[int], Workload]]:

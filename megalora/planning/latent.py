@@ -49,7 +49,7 @@ def _context(layer: Any, trains: bool) -> str:
 
 
 def _turned(layer: Any, mixer: LatentAttention, flowing: bool) -> Node:
-    """The key features that rotate, which all heads share: gathered, and their gradient summed."""
+    """Return the key features that rotate, which all heads share: gathered, and their gradient summed."""
     size = layer.tokens.full * mixer.turned * layer.work.element
     if layer.shape.tp == 1:
         return Node("shared key features", 0, Pass())
@@ -61,7 +61,7 @@ def _turned(layer: Any, mixer: LatentAttention, flowing: bool) -> Node:
 
 
 def _core(layer: Any, mixer: LatentAttention, flowing: bool) -> list[Node]:
-    """Rotation and attention over heads of one width: q and k put together, v with zeros behind it."""
+    """Count rotation and attention over heads of one width: q and k put together, v with zeros behind it."""
     full, e, work = layer.tokens.full, layer.work.element, layer.work
     width = max(mixer.head_dim, mixer.value)
     head = full * mixer.heads * width * e

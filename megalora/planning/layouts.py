@@ -38,7 +38,8 @@ class Planner:
         self._cuts: dict[tuple, list[range]] = {}
 
     def search(self, wanted: Wanted) -> tuple[list[Plan], list[TooLarge]]:
-        """The fastest plan of each tensor x pipeline x context size, fastest first, and the sizes of which none fits.
+        """Return the fastest plan of each tensor x pipeline x context size, fastest first, and the sizes of which none
+        fits.
 
         Raises UserError where the cluster and what is wanted allow no layout at all.
         """
@@ -59,7 +60,7 @@ class Planner:
         return sorted(plans, key=_rank), sorted(too_large, key=lambda found: found.memory.total)
 
     def fastest(self, sizes: Sizes, wanted: Wanted) -> Plan | TooLarge:
-        """The fastest plan of these sizes, one of `sizes`, or what needs the least where none fits."""
+        """Return the fastest plan of these sizes, one of `sizes`, or what needs the least where none fits."""
         fitting, least = [], None
         for layout in self._layouts(sizes, wanted):
             stages = self.stages(layout, wanted)
@@ -75,7 +76,7 @@ class Planner:
         return least
 
     def stages(self, layout: Layout, wanted: Wanted) -> tuple[StagePlan, ...]:
-        """What each stage of the layout holds, needs and takes."""
+        """Return what each stage of the layout holds, needs and takes."""
         shape, schedule = self._shape(layout.tp), SCHEDULES[layout.schedule]
         costs = self._layer_costs(layout)
         parts = self._parts(layout, wanted, costs)
@@ -96,7 +97,7 @@ class Planner:
         return tuple(stages)
 
     def plan(self, layout: Layout, stages: Sequence[StagePlan]) -> Plan:
-        """Runs the layout's schedule in the simulator."""
+        """Run the layout's schedule in the simulator."""
         shape, schedule, device = self._shape(layout.tp), SCHEDULES[layout.schedule], self._cluster.device
         parts = [stages[i % layout.pp].chunks[i // layout.pp] for i in range(layout.pp * layout.chunks)]
         floor = next((i for i, part in enumerate(parts) if shape.lowest < part.stop), len(parts))
@@ -114,7 +115,8 @@ class Planner:
     # ---- what is tried ----
 
     def sizes(self, wanted: Wanted, reasons: list[str]) -> Iterator[Sizes]:
-        """The tensor, pipeline and context sizes that have a layout; why others have none is added to `reasons`."""
+        """Yield the tensor, pipeline and context sizes that have a layout; why others have none is added to `reasons`.
+        """
         gpus, per_node = self._cluster.gpus, self._cluster.gpus_per_node
         for tp in [wanted.tp] if wanted.tp else _divisors(min(per_node, gpus)):
             if gpus % tp:
@@ -190,7 +192,7 @@ class Planner:
     # ---- what they take ----
 
     def _fastest(self, fitting: Sequence[tuple[Layout, tuple[StagePlan, ...]]]) -> Plan:
-        """Simulates in the order of what each could give at best, until no other can be faster."""
+        """Simulate in the order of what each could give at best, until no other can be faster."""
         bounds = [
             (layout.tokens / (_least_seconds(layout, stages) + self._update_seconds(layout, stages)), layout, stages)
             for layout, stages in fitting
@@ -205,7 +207,7 @@ class Planner:
         return best
 
     def _update_seconds(self, layout: Layout, stages: Sequence[StagePlan]) -> float:
-        """Reduction of the adapters' gradients over data parallel, and the optimizer, once a step."""
+        """Return the seconds a step of reducing the adapters' gradients over data parallel, and of the optimizer."""
         device, shape = self._cluster.device, self._shape(layout.tp)
         elements = max(sum(shape.layers[i].trained for chunk in stage.chunks for i in chunk) for stage in stages)
         speed = self._cluster.speed(layout.tp, layout.dp)
@@ -223,7 +225,7 @@ class Planner:
         return self._costs[key]
 
     def _device(self, layout: Layout) -> Device:
-        """As one rank of the layout finds it."""
+        """Return the device as one rank of the layout finds it."""
         device = self._cluster.device.with_graphs() if layout.graphs else self._cluster.device
         device = replace(device, context=self._cluster.speed(layout.tp, layout.cp) if layout.cp > 1 else 0.0)
         if min(self._cluster.gpus, self._cluster.gpus_per_node) % layout.tp:  # some groups are in several nodes
@@ -267,7 +269,7 @@ class Planner:
 def predicted(
     config: ModelSpec, lora: ResolvedLora, layout: Layout, parts: Sequence[range], device: torch.device
 ) -> Plan:
-    """The plan of a run that is cut into `parts` and runs on this process's device and its like."""
+    """Return the plan of a run that is cut into `parts` and runs on this process's device and its like."""
     ranks = layout.tp * layout.pp * layout.dp
     planner = Planner(config, lora, Cluster(ranks, min(ranks, 8), 0, device_of(device)), device.type)
     wanted = Wanted(layout.work, None, partition_method="custom", custom_partition=tuple(map(len, parts)))
@@ -275,12 +277,16 @@ def predicted(
 
 
 def compute_seconds(chunk: Seconds, action: Action) -> float:
-    """Of one compute of a microbatch in a chunk; a schedule's own recompute runs the whole forward again."""
+    """Return the seconds of one compute of a microbatch in a chunk; a schedule's own recompute runs the whole forward
+    again.
+    """
     return chunk.forward if action.op in (FORWARD, RECOMPUTE) else chunk.recompute + chunk.backward
 
 
 def _least_seconds(layout: Layout, stages: Sequence[StagePlan]) -> float:
-    """No schedule is faster: a stage waits for the first forward before it, works, and its last gradient goes on."""
+    """Return what no schedule is faster than: a stage waits for the first forward before it, works, and its last
+    gradient goes on.
+    """
     again = SCHEDULES[layout.schedule].recomputes
     before, least = 0.0, 0.0
     for s, stage in enumerate(stages):
@@ -291,7 +297,9 @@ def _least_seconds(layout: Layout, stages: Sequence[StagePlan]) -> float:
 
 
 def _rank(plan: Plan) -> tuple:
-    """Speeds that differ by less than half a percent count as one: then the plan that needs less goes first."""
+    """Return the order of plans: speeds that differ by less than half a percent count as one: then the plan that needs
+    less goes first.
+    """
     return -float(f"{plan.tokens_per_second:.3g}"), plan.memory
 
 
@@ -300,7 +308,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _microbatches(dp: int, wanted: Wanted) -> Iterator[tuple[int, int]]:
-    """(rows of a microbatch, microbatches of a step) of a data-parallel rank."""
+    """Yield (rows of a microbatch, microbatches of a step) of a data-parallel rank."""
     if wanted.step_rows is None:
         assert wanted.rows and wanted.microbatches, "the rows of a step must follow from something"
         yield wanted.rows, wanted.microbatches

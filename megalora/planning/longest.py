@@ -40,7 +40,9 @@ def longest_rows(planner: Planner, wanted: Wanted, gpus: int) -> tuple[list[Plan
 
 
 def _longest(planner: Planner, sizes: Sizes, wanted: Wanted, unit: int) -> Plan | TooLarge:
-    """What a row of n tokens needs grows with n: doubled until it does not fit, then halved in between."""
+    """Search the longest row: what n tokens need grows with n, which is doubled until it does not fit, then halved in
+    between.
+    """
     best = planner.fastest(sizes, _asked(wanted, unit))
     if isinstance(best, TooLarge):
         return best

@@ -44,8 +44,9 @@ class Memory:
 
 
 def exchange_bytes(shape: Shape, tokens: int, element: int) -> int:
-    """Of the largest activation of `tokens` tokens that is gathered or scattered, with room for z: what every rank of
-    the model shares with its tensor-parallel neighbours (megalora.parallel.peer_memory)."""
+    """Return the bytes of the largest activation of `tokens` tokens that is gathered or scattered, with room for z:
+    what every rank of the model shares with its tensor-parallel neighbours (megalora.parallel.peer_memory).
+    """
     room = max((group.room for layer in shape.layers for group in layer.groups), default=0)
     return tokens * (shape.hidden + room) * element
 
@@ -60,7 +61,7 @@ def stage_memory(
     in_flight: int = 1,
     inputs: int = 0,
 ) -> Memory:
-    """Of a stage that holds `chunks`, in the order of the model.
+    """Return the memory of a stage that holds `chunks`, in the order of the model.
 
     first, last  whether its first chunk begins the model, and its last one ends it
     in_flight    microbatches (times chunks) of which it keeps all that backward reads, at most

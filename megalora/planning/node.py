@@ -47,7 +47,7 @@ class Workload:
         return self.rows * self.seq_length // self.context_parallel
 
     def seen(self, window: int | None) -> float:
-        """Keys that a token sees on average in a layer with that window."""
+        """Return keys that a token sees on average in a layer with that window."""
         length = self.seq_length
         if window is None or window >= length:
             return (length + 1) / 2 if self.context is None else self.context
@@ -119,12 +119,12 @@ class Node:
 
 
 def kept_bytes(nodes: list[Node]) -> int:
-    """What a microbatch between its forward and its backward holds."""
+    """Return what a microbatch between its forward and its backward holds."""
     return sum(node.kept for node in nodes)
 
 
 def peak_bytes(nodes: list[Node], base: int = 0, gradient: int = 0) -> int:
-    """The most that is held at once during the forward and then the backward of one microbatch.
+    """Return the most that is held at once during the forward and then the backward of one microbatch.
 
     base      what else is held
     gradient  held during the forward only: the gradient that waits for a part that is computed again
@@ -142,7 +142,7 @@ def peak_bytes(nodes: list[Node], base: int = 0, gradient: int = 0) -> int:
 
 
 def host_bytes(nodes: list[Node]) -> int:
-    """What a microbatch between its forward and its backward holds in host memory."""
+    """Return what a microbatch between its forward and its backward holds in host memory."""
     return sum(node.host for node in nodes)
 
 

@@ -32,7 +32,8 @@ _STATISTIC = 4  # bytes of a float32: the norms' inverses, the logsumexp of atte
 
 
 def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, last: bool) -> list[Node]:
-    """The nodes of layers `layers`, in order of their forward; with `first` the embedding, with `last` norm and head.
+    """Return the nodes of layers `layers`, in order of their forward; with `first` the embedding, with `last` norm and
+    head.
 
     A chunk is what one stage holds, or one of its parts under an interleaved schedule.
     """
@@ -86,8 +87,11 @@ class _Tokens:
 def _layer_nodes(
     layer: Layer, shape: Shape, work: Workload, entering: bool, flowing: bool, offloads: bool
 ) -> tuple[Node, ...]:
-    """entering: the layer is the first of its chunk, so the residual stream comes in one piece. flowing: what comes in
-    requires a gradient."""
+    """Return the nodes of a layer.
+
+    entering: it is the first of its chunk, so the residual stream comes in one piece; flowing: what comes in requires a
+    gradient.
+    """
     tokens = _Tokens.of(shape, work)
     first = _LayerNodes(layer, shape, work, tokens, entering)
     runs = first.runs(flowing)
@@ -146,13 +150,13 @@ class _LayerNodes:
         return found
 
     def _sum(self, name: str) -> Node:
-        """The residual stream in one piece, for a mixer without a norm."""
+        """Return the residual stream in one piece, for a mixer without a norm."""
         if name == "norm of the input":
             return Node("sum", 0, NOTHING)
         return Node("sum", 0, Pass(live=self.tokens.stream, traffic=3 * self.tokens.stream, calls=1))
 
     def _behind(self, branch: Branch, flowing: bool) -> list[Node]:
-        """What is done to the result of a mixer: its norm keeps it."""
+        """Return what is done to the result of a mixer: its norm keeps it."""
         stream, nodes = self.tokens.stream, []
         both = Pass(live=stream, traffic=2 * stream, calls=1)
         if branch.output_norm is not None:
@@ -166,12 +170,12 @@ class _LayerNodes:
         return nodes
 
     def _makes_again(self, step: Step) -> bool:
-        """Whether backward makes what the step's linears read again."""
+        """Return whether backward makes what the step's linears read again."""
         alone = len(step.branches) == 1 and isinstance(step.branches[0].mixer, Attention | MLP)
         return self.work.recompute in ("norms", "mlp") and alone and not self.again
 
     def _mixer(self, mixer: Mixer, source: str, flowing: bool, read: bool) -> list[Node]:
-        """read: backward needs the mixer's result."""
+        """Return the nodes of a mixer. read: backward needs the mixer's result."""
         if isinstance(mixer, Attention):
             return self._attention(mixer, source, flowing)
         if isinstance(mixer, LatentAttention):
@@ -216,7 +220,8 @@ class _LayerNodes:
         return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)
 
     def _norm(self, name: str, norm: Norm, width: int, flowing: bool) -> Node:
-        """The sum is kept (or what comes in, where there is nothing to add) and one number a token, two by LayerNorm.
+        """Count a norm: the sum is kept (or what comes in, where there is nothing to add) and one number a token, two
+        by LayerNorm.
 
         width: features of the result, with room.
 
@@ -244,7 +249,7 @@ class _LayerNodes:
         read: bool = False,
         unread: bool = False,
     ) -> Node:
-        """What the group is given is kept where there is an A, and z apart from it where it has no room for z.
+        """Count a group: what it is given is kept where there is an A, and z apart from it where it has no room for z.
 
         source  what the group is given: "normed", x with room (q k v, gate up), kept or "made again" in backward; x
                 alone, the result of attention, of an activation or the residual stream: "kept" by another, "recomputed"
@@ -293,7 +298,7 @@ class _LayerNodes:
         return with_factors(node, group, local, e, keeps=not read)
 
     def _linears_backward(self, group: Group, source: str, needs_dx: bool, fused: bool) -> Pass:
-        """The backward pass of `_linears`."""
+        """Return the backward pass of `_linears`."""
         tokens, e, device = self.tokens, self.work.element, self.shape.device_type
         again, gated = source == "made again", source == "gated"
         gathers, normed = tokens.gathers and not group.row_parallel, again or source == "normed"
@@ -331,7 +336,9 @@ class _LayerNodes:
         return backward
 
     def _messages(self, group: Group, sums: bool, product: float, whole: bool) -> tuple[Message, ...]:
-        """Of a product whose terms are summed over the ranks (`sums`), or that wants all tokens. whole: not z alone."""
+        """Return those of a product whose terms are summed over the ranks (`sums`), or that wants all tokens. whole:
+        not z alone.
+        """
         tokens = self.tokens
         if self.shape.tp == 1:
             return ()
@@ -341,12 +348,12 @@ class _LayerNodes:
         return (Message("reduce", tokens.whole),) if sums and whole else ()
 
     def _fused(self, mixer: MLP) -> bool:
-        """Whether the backward passes of down's branch, of what is gated and of gate's and up's B are one."""
+        """Return whether the backward passes of down's branch, of what is gated and of gate's and up's B are one."""
         down, ups = mixer.down, [rank for rank in mixer.up.ranks if rank]
         return down.rank > 0 and len(ups) != 1 and fuses_gated(self.shape.device_type, down.rank, ups)
 
     def _core(self, layer: Attention, flowing: bool) -> Node:
-        """Rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""
+        """Count rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""
         work, tokens, e = self.work, self.tokens, self.work.element
         full, dim = tokens.full, layer.head_dim + layer.extra
         given = full * (layer.heads + 2 * layer.kv_heads) * layer.head_dim * e
@@ -390,13 +397,15 @@ def _kernels(device_type: str) -> bool:
 
 
 def _output(tokens: _Tokens, flowing: bool) -> Node:
-    """What the next stage reads; its gradient comes back."""
+    """Return what the next stage reads; its gradient comes back."""
     add = Pass(live=tokens.stream, traffic=3 * tokens.stream, calls=1)
     return Node("output", tokens.stream if flowing else 0, add, Pass(live=tokens.stream) if flowing else NOTHING)
 
 
 def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[Node]:
-    """Final norm and loss: the logits live chunk by chunk, the gradient of the hidden states comes out of forward."""
+    """Count final norm and loss: the logits live chunk by chunk, the gradient of the hidden states comes out of
+    forward.
+    """
     e, rows = work.element, shape.classes or shape.vocabulary
     labelled = round(tokens.full * work.labelled)
     chunk = min(labelled, max(1, CHUNK_LOGITS.get(shape.device_type, CHUNK_LOGITS["cpu"]) // rows))

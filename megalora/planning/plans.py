@@ -25,7 +25,7 @@ class Cluster:
     host: int = 0
 
     def speed(self, stride: int, ranks: int) -> float:
-        """Bytes a second between ranks that stand `stride` apart, `ranks` of them."""
+        """Return bytes a second between ranks that stand `stride` apart, `ranks` of them."""
         return self.device.collective if stride * (ranks - 1) < self.gpus_per_node else self.device.network
 
 

@@ -242,7 +242,7 @@ class _Rank:
         return self._experts(index, mixer) if isinstance(mixer, spec.Experts) else self._mlp(index, mixer)
 
     def _experts(self, index: int, mixer: spec.Experts) -> Experts:
-        """Of experts whose adapters differ in rank (rank_pattern) the largest counts."""
+        """Return the experts' shape; of experts whose adapters differ in rank (rank_pattern) the largest counts."""
         size = self._config.hidden_size
 
         def group(linears: Sequence[spec.Linear], inputs: int) -> Group:

@@ -24,7 +24,9 @@ class Seconds:
 
 
 def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) -> float:
-    """Of passes one after another: the device's time or the host's, whichever is more, and the messages."""
+    """Return the seconds of passes one after another: the device's time or the host's, whichever is more, and the
+    messages.
+    """
     passes = list(passes)
     rate = device.gemm if element == 2 else device.gemm32
     products = sum(p.flops / rate + p.flops8 / (device.gemm8 or rate) for p in passes)
@@ -36,12 +38,12 @@ def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) 
 
 
 def reduce_seconds(size: int, ranks: int, speed: float, device: Device) -> float:
-    """An all-reduce of `size` bytes by rings: 2 (n - 1) / n of it."""
+    """Return the seconds of an all-reduce of `size` bytes by rings: 2 (n - 1) / n of it."""
     return 0.0 if ranks == 1 else device.latency + 2 * (ranks - 1) / ranks * size / speed
 
 
 def message_seconds(message: Message, device: Device, rate: float, ranks: int) -> float:
-    """What a message between `ranks` tensor-parallel ranks adds, or a "context" one between its own.
+    """Return what a message between `ranks` tensor-parallel ranks adds, or a "context" one between its own.
 
     rate: FLOPs a second of a product.
 
@@ -61,7 +63,7 @@ def message_seconds(message: Message, device: Device, rate: float, ranks: int) -
 
 
 def node_seconds(nodes: Sequence[Node], device: Device, element: int, tp: int) -> Seconds:
-    """Of the nodes of one chunk."""
+    """Return the seconds of the nodes of one chunk."""
     forward = [node.forward for node in nodes]
     again = [part for node in nodes for part in _second(node)]
     backward = [leaf.backward for node in nodes for leaf in _leaves(node)]
@@ -73,7 +75,7 @@ def node_seconds(nodes: Sequence[Node], device: Device, element: int, tp: int) -
 
 
 def _second(node: Node) -> list[Pass]:
-    """What is computed for the second time before the node's backward."""
+    """Return what is computed for the second time before the node's backward."""
     return [again for part in node.inner for again in (_second(part) if part.inner else [part.forward])]
 
 
@@ -82,7 +84,7 @@ def _leaves(node: Node) -> list[Node]:
 
 
 def chunk_seconds(shape: Shape, layers: range, work: Workload, device: Device, *, first: bool, last: bool) -> Seconds:
-    """Of one microbatch in the chunk that holds `layers`."""
+    """Return the seconds of one microbatch in the chunk that holds `layers`."""
     nodes = chunk_nodes(shape, layers, work, first=first, last=last)
     return node_seconds(nodes, device, work.element, shape.tp)
 
@@ -99,7 +101,7 @@ class LayerCosts:
     last: float
 
     def shares(self, parts: Sequence[range]) -> list[float]:
-        """The part of all seconds that falls to each stage (or chunk)."""
+        """Return the part of all seconds that falls to each stage (or chunk)."""
         seconds = [sum(self.layers[i] for i in part) for part in parts]
         seconds[0] += self.first
         seconds[-1] += self.last
@@ -108,7 +110,9 @@ class LayerCosts:
 
 
 def layer_costs(shape: Shape, work: Workload, device: Device) -> LayerCosts:
-    """What each layer of the model takes, the floor counted: backward and recompute only from the lowest adapter on."""
+    """Return what each layer of the model takes, the floor counted: backward and recompute only from the lowest adapter
+    on.
+    """
     count = len(shape.layers)
 
     def seconds(layers: range, first: bool, last: bool) -> float:

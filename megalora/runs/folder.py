@@ -121,7 +121,7 @@ class Run:
         return sorted(found, key=lambda note: note.time)[-_MOST_NOTES:]
 
     def _total_steps(self) -> int | None:
-        """The last step that rank 0's log counts up to."""
+        """Return the last step that rank 0's log counts up to."""
         if self._total is None or self._total[0] != self.version:  # logs grow with the numbers
             lines = [line for _, file in self._logs()[:1] for line in _lines(file)]
             found = next((match for line in reversed(lines) if (match := _STEP.search(line))), None)
@@ -172,7 +172,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _tail(file: Path, most: int) -> str:
-    """The end of a regular file. Raises OSError."""
+    """Return the end of a regular file. Raises OSError."""
     with open(file, "rb", opener=_open) as stream:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - most))

@@ -108,13 +108,13 @@ class GrowingFile:
         return False
 
     def _settle(self) -> None:
-        """All whole lines are read: the sample goes."""
+        """Drop the sample: all whole lines are read."""
         if self._sample is not None or not self.complete:
             self._sample, self.complete = None, True
             self.version += 1
 
     def _check(self) -> int | None:
-        """The size of the file; None where there is none. Forgets all where the file is another."""
+        """Return the size of the file; None where there is none. Forgets all where the file is another."""
         try:
             found = os.stat(self._path)
             if not stat.S_ISREG(found.st_mode):
@@ -129,7 +129,8 @@ class GrowingFile:
             return None
 
     def _same(self) -> bool:
-        """Whether what has been read is still there, in a file of another inode: a resumed run writes it anew."""
+        """Return whether what has been read is still there, in a file of another inode: a resumed run writes it anew.
+        """
         with self._path.open("rb") as file:
             file.seek(self._read - len(self._mark))
             return file.read(len(self._mark)) == self._mark
@@ -181,7 +182,7 @@ def thinned(
 
 
 def _records(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    """The objects among lines of JSON."""
+    """Yield the objects among lines of JSON."""
     try:  # all at once takes half the time
         records = json.loads(b"[" + b",".join(line for line in lines if line.strip()) + b"]")
         if len(records) == sum(bool(line.strip()) for line in lines):

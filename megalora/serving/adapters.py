@@ -99,7 +99,8 @@ def room_for(adapters: int, rank: int, config: ModelSpec) -> Room:
 
 
 def _shareable(config: ModelSpec) -> dict[str, Linear]:
-    """The linears of whose adapters a batch may mix several, by full name: not those of experts and of latents."""
+    """Return the linears of whose adapters a batch may mix several, by full name: not those of experts and of latents.
+    """
     return {
         config.stack.of_layer(index, linear.name): linear
         for index, layer in enumerate(config.stack.layers)

@@ -43,7 +43,7 @@ class Answer:
         return {**self._head, "object": self._kind, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The replies as server-sent events, part by part."""
+        """Yield the replies as server-sent events, part by part."""
         try:
             begun: set[int] = set()
             async for part in self._replies.parts():

@@ -65,7 +65,7 @@ def build_app(
 
 
 def _admin(work: Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that has `work` done with the body of a request."""
+    """Return an endpoint that has `work` done with the body of a request."""
 
     async def endpoint(request: Request) -> Response:
         return JSONResponse(await work(read_json(await _body(request))))
@@ -144,7 +144,7 @@ class _Server:
             replies.cancel()
 
     async def _encoded(self, model: ServedModel, asked: Asked) -> list[list[int]]:
-        """The prompts as token ids. Raises ApiError, 429 where those in line for it will fill the backlog."""
+        """Return the prompts as token ids. Raises ApiError, 429 where those in line for it will fill the backlog."""
         self._backlog.check(self._encoding + 1)
         self._encoding += 1
         try:
@@ -198,7 +198,8 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _body(request: Request) -> bytes:
-    """The body of a request. Raises ApiError where it is no JSON by its type, is too large, or takes too long."""
+    """Return the body of a request. Raises ApiError where it is no JSON by its type, is too large, or takes too long.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Pages of other sites may post other types without being asked, but not this one.

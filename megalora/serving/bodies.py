@@ -124,7 +124,7 @@ def _asked(
     longest: int | None,
     logprobs: int | None,
 ) -> Asked:
-    """What both kinds of request have."""
+    """Return what both kinds of request have."""
     stream = bool(fields.take("stream", _is_bool, "true or false"))
     options = fields.take("stream_options", lambda v: isinstance(v, dict), "an object")
     if options is not None and not stream:
@@ -161,7 +161,7 @@ class _Fields:
         self._prefix = prefix
 
     def take(self, name: str, right: Any, expected: str) -> Any:
-        """The value of a field, None where it is not there. Raises ApiError where `right(value)` is not true."""
+        """Return the value of a field, None where it is not there. Raises ApiError where `right(value)` is not true."""
         value = self._left.pop(name, None)
         if value is not None and not right(value):
             shown = json.dumps(value, ensure_ascii=False)
@@ -180,7 +180,7 @@ class _Fields:
 
 
 def _sampling(fields: _Fields, defaults: Mapping[str, float]) -> Sampling:
-    """How to sample: by the request, and by the model's own `defaults` where it says nothing."""
+    """Return how to sample: by the request, and by the model's own `defaults` where it says nothing."""
     given = {
         "temperature": fields.take("temperature", _number(0, 100), "a number from 0 to 100"),
         "top_k": fields.take("top_k", _whole(-1, 10**9), "a whole number; 0 or -1 is all tokens"),
@@ -224,7 +224,7 @@ def _longest(fields: _Fields, *names: str) -> int | None:
 
 
 def _conversation(messages: list[Any], tools: list[Any] | None, variables: Mapping[str, Any]) -> Conversation:
-    """The messages as a conversation. Raises ApiError as the reader of training rows finds fault with them."""
+    """Return the messages as a conversation. Raises ApiError as the reader of training rows finds fault with them."""
     for number, message in enumerate(messages):
         if isinstance(message, dict):
             _check_message(message, f"messages[{number}]")
@@ -252,7 +252,7 @@ def _check_message(message: Mapping[str, Any], place: str) -> None:
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The prompts of a completion: a text, token ids, or a list of either."""
+    """Return the prompts of a completion: a text, token ids, or a list of either."""
     wrong = bad("prompt must be a text, a list of texts, token ids, or a list of lists of token ids", "prompt")
     if isinstance(value, str):
         value = [value]

@@ -84,7 +84,7 @@ class AdapterLoader:
 
 
 def _texts(body: Mapping[str, Any], *names: str) -> list[str]:
-    """The fields of a body, which has no others."""
+    """Return the fields of a body, which has no others."""
     for name in names:
         if not isinstance(body.get(name), str) or not body[name]:
             raise bad(f"{name} is missing, or is no text: give it", name)

@@ -83,7 +83,9 @@ class Replies:
         return sum(choice.tokens for choice in self._choices)
 
     async def parts(self) -> AsyncIterator[Part]:
-        """The parts of all replies as they come. Raises ApiError 500 where one fails. Leaving off cancels the rest."""
+        """Yield the parts of all replies as they come. Raises ApiError 500 where one fails. Leaving off cancels the
+        rest.
+        """
         left, first = len(self._choices), True
         try:
             while left:

@@ -66,7 +66,7 @@ class Classification:
     def _entities(
         self, chosen: torch.Tensor, classes: torch.Tensor, labels: Sequence[str], inputs: Inputs
     ) -> torch.Tensor:
-        """[3 types] float64 of the entities of every document."""
+        """Return [3 types] float64 of the entities of every document."""
         kinds = kinds_of(labels)
         bounds = torch.tensor(inputs.bounds[1:])
         document = torch.searchsorted(bounds, inputs.labelled.cpu(), right=True).tolist()

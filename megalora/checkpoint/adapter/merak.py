@@ -40,7 +40,9 @@ _NOT_APPLIED: Mapping[str, Any] = {
 
 
 def reference_folder(path: Path) -> Path | None:
-    """The folder of the files: `path`, or its newest iteration as the tracker says; None where it is not Merak's."""
+    """Return the folder of the files: `path`, or its newest iteration as the tracker says; None where it is not
+    Merak's.
+    """
     if _files(path):
         return path
     try:
@@ -54,7 +56,7 @@ def reference_folder(path: Path) -> Path | None:
 
 
 def read_reference(folder: Path) -> AdapterCheckpoint:
-    """The whole adapter in a folder for which `reference_folder` gives itself. Raises UserError."""
+    """Return the whole adapter in a folder for which `reference_folder` gives itself. Raises UserError."""
     files = _files(folder)
     config = read_json(next(iter(files.values())).with_name(CONFIG_FILE))
     stages: dict[int, list[dict[str, torch.Tensor]]] = {}
@@ -70,7 +72,9 @@ def read_reference(folder: Path) -> AdapterCheckpoint:
 
 
 def _files(folder: Path) -> dict[tuple[int, int], Path]:
-    """The files by (tp rank, pp rank); none where the folder is not Merak's. Raises UserError where one is missing."""
+    """Return the files by (tp rank, pp rank); none where the folder is not Merak's. Raises UserError where one is
+    missing.
+    """
     if (folder / SINGLE_FILE).is_file():
         return {(0, 0): folder / SINGLE_FILE}
     if not folder.is_dir():
@@ -93,7 +97,7 @@ def _files(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def _is_flat(value: Any) -> bool:
-    """Whether it is a dict of tensors, as ours is not."""
+    """Return whether it is a dict of tensors, as ours is not."""
     return isinstance(value, dict) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
 
@@ -120,8 +124,9 @@ def _by_our_names(state: Mapping[str, torch.Tensor], file: Path) -> dict[str, to
 
 
 def _over_tensor_ranks(ranks: list[dict[str, torch.Tensor]], folder: Path) -> dict[str, torch.Tensor]:
-    """The whole tensors of one stage: one that is not the same on all tp ranks is cut, lora_A along in, others along
-    out."""
+    """Return the whole tensors of one stage: one that is not the same on all tp ranks is cut, lora_A along in, others
+    along out.
+    """
     first = ranks[0]
     for other in ranks[1:]:
         if other.keys() != first.keys():

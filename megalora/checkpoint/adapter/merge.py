@@ -68,11 +68,11 @@ class MergedWeights:
         return self._base.dtype(name if name in self._base.shapes else next(iter(self._base.shapes)))
 
     def stored(self, name: str) -> None:
-        """Nothing is quantised with an adapter in it."""
+        """Return None: nothing is quantised with an adapter in it."""
 
     @torch.no_grad()
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
-        """Copies the merged `tensor[index]` into `out` (its shape, its dtype).
+        """Copy the merged `tensor[index]` into `out` (its shape, its dtype).
 
         Raises UserError where the sum is not finite in that dtype.
         """

@@ -15,8 +15,8 @@ from megalora.errors import UserError
 
 
 def open_adapter(path: str | Path) -> AdapterCheckpoint:
-    """The whole adapter in `path`: of a run its best checkpoint (keep_best) or the newest sound one, with `notes`
-    on those passed over.
+    """Return the whole adapter in `path`: of a run its best checkpoint (keep_best) or the newest sound one, with
+    `notes` on those passed over.
 
     What the folder holds decides, not its name.
     Raises UserError where there is none, or where it is damaged.

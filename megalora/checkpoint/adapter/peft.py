@@ -140,7 +140,7 @@ def _absolute(base: str | None) -> str | None:
 
 
 def _explicit_targets(fields: Mapping[str, Any], adapted: set[str]) -> dict[str, Any]:
-    """The targets as peft takes them: it has other defaults, and refuses layers beside a pattern.
+    """Return the targets as peft takes them: it has other defaults, and refuses layers beside a pattern.
 
     A classifier's are full names: of "all-linear" and "dense" peft takes its head too, and then refuses to train that.
     """
@@ -156,7 +156,7 @@ def _explicit_targets(fields: Mapping[str, Any], adapted: set[str]) -> dict[str,
 
 
 def _adapted(tensors: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of the linears that have a factor among the tensors."""
+    """Return names of the linears that have a factor among the tensors."""
     return {name.removesuffix(suffix) for name in tensors for suffix in _FACTORS if name.endswith(suffix)}
 
 
@@ -173,7 +173,7 @@ def _saved_names(fields: Mapping[str, Any], raw: Mapping[str, torch.Tensor]) -> 
 
 
 def _our_name(key: str, file: Path, saved: Collection[str] = ()) -> str:
-    """saved: keys of modules that are trained in full."""
+    """Return our name of a key of PEFT's. saved: keys of modules that are trained in full."""
     if key in saved:
         return key.removeprefix(PREFIX)
     name = key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")

@@ -61,7 +61,7 @@ def save_adapter(
     optimizer: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     trainer: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes this rank's part of an adapter and fsyncs it; returns the shard's folder. Raises OSError.
+    """Write this rank's part of an adapter and fsync it; return the shard's folder. Raises OSError.
 
     tensors    local part of each trained parameter, by name; `splits` says where it lies
     optimizer  by the same names, moments of the same local shapes; None on all ranks or on none
@@ -95,7 +95,7 @@ def save_adapter(
 
 
 def read_adapter(folder: str | Path) -> AdapterCheckpoint:
-    """The whole adapter from all of its shards. Raises UserError that names the file or folder at fault."""
+    """Return the whole adapter from all of its shards. Raises UserError that names the file or folder at fault."""
     folder = Path(folder)
     files = shard_files(folder, ADAPTER_FILE)
     shards = {file: _checked(unpickled(file), file) for file in files.values()}
@@ -143,7 +143,7 @@ class _Part:
 
 
 def _joined(name: str, parts: list[_Part]) -> torch.Tensor:
-    """The whole tensor; ranks that hold the same part agree, so that any of them serves."""
+    """Return the whole tensor; ranks that hold the same part agree, so that any of them serves."""
     first = parts[0]
     whole, dim = first.split.global_shape, first.split.dim
     for part in parts:
@@ -160,7 +160,7 @@ def _joined(name: str, parts: list[_Part]) -> torch.Tensor:
 
 
 def _checked(payload: Any, file: Path) -> _Shard:
-    """What `save_adapter` wrote, or UserError: the payload may be any value at all."""
+    """Return what `save_adapter` wrote, or UserError: the payload may be any value at all."""
 
     def tensors(value: Any) -> dict[str, torch.Tensor]:
         return {typed(name, str): typed(tensor, torch.Tensor) for name, tensor in typed(value, dict).items()}

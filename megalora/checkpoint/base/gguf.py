@@ -42,7 +42,9 @@ class Gguf:
 
 
 def read_gguf(file: str | Path) -> Gguf:
-    """The metadata of a GGUF file. Raises UserError where it is none, or holds a tokenizer that is not known here."""
+    """Return the metadata of a GGUF file. Raises UserError where it is none, or holds a tokenizer that is not known
+    here.
+    """
     file = Path(file)
     try:
         from gguf import GGUFReader, TokenType
@@ -86,7 +88,7 @@ def read_gguf(file: str | Path) -> Gguf:
 
 
 def write_hf(gguf: Gguf, folder: Path) -> None:
-    """config.json, generation_config.json, model.safetensors and the tokenizer, in a folder that exists.
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer, in a folder that exists.
 
     Raises UserError where transformers cannot read the model, or what is written does not read as it should.
     """
@@ -116,7 +118,7 @@ def _write_model(file: Path, folder: Path) -> None:
 
 
 def _cut_digits(pre_tokenizers: Any) -> Any:
-    """Each digit stands alone."""
+    """Cut so that each digit stands alone."""
     return pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -126,7 +128,7 @@ _CUTS: Mapping[str, Callable[[Any], Any]] = {"smollm": _cut_digits}
 
 
 def _write_tokenizer(gguf: Gguf, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json: byte-level BPE."""
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     ids = {token: index for index, token in enumerate(gguf.tokens)}
@@ -148,7 +150,7 @@ def _write_tokenizer(gguf: Gguf, folder: Path) -> None:
 
 
 def _check_tokenizer(gguf: Gguf, folder: Path) -> None:
-    """Reads the tokenizer back as any user would: every id must be the token that it is in the file."""
+    """Read the tokenizer back as any user would: every id must be the token that it is in the file."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -38,7 +38,7 @@ class Entry:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Every tensor of a safetensors file. Raises UserError where it is missing or damaged."""
+    """Return every tensor of a safetensors file. Raises UserError where it is missing or damaged."""
     check_regular(file)
     try:
         with safe_open(file, framework="pt"):  # checks sizes, offsets and that the file is whole
@@ -82,11 +82,11 @@ class HfWeights:
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def where(self, name: str) -> str:
-        """The file that holds tensor `name`, for messages."""
+        """Return the file that holds tensor `name`, for messages."""
         return str(self._files[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of tensor `name` in the file. Raises UserError for one that is not floating point."""
+        """Return the dtype of tensor `name` in the file. Raises UserError for one that is not floating point."""
         dtype = self._entries[name].dtype
         if dtype not in DTYPES:
             raise UserError(f"{self.where(name)}: {name} has dtype {dtype}", f"use a model in {', '.join(DTYPES)}")
@@ -96,7 +96,7 @@ class HfWeights:
         """Return None: a tensor here is what the file says, not a part of a quantised weight."""
 
     def kind(self, name: str) -> str:
-        """The dtype of tensor `name` as the file spells it."""
+        """Return the dtype of tensor `name` as the file spells it."""
         return self._entries[name].dtype
 
     def raw(self, name: str) -> torch.Tensor:
@@ -113,7 +113,7 @@ class HfWeights:
         return STORED[kind]
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
-        """Copies `tensor[index]` into `out` (its shape; any dtype and device), one block of rows at a time.
+        """Copy `tensor[index]` into `out` (its shape; any dtype and device), one block of rows at a time.
 
         Whole rows are read even where `index` cuts them: a cut along dim 1 takes bytes from the whole tensor.
         """
@@ -144,7 +144,7 @@ class AsStored(HfWeights):
     """The same with every tensor in the dtype of the file, parts of quantised weights too: to be copied bit for bit."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of tensor `name` in the file. Raises UserError for one that is not known."""
+        """Return the dtype of tensor `name` in the file. Raises UserError for one that is not known."""
         return self._stored_dtype(name)
 
 
@@ -158,12 +158,12 @@ def _read_exactly(stream, buffer: memoryview) -> None:
 
 
 def is_hf(folder: Path) -> bool:
-    """Whether the folder looks like one of HF weights, sound or not."""
+    """Return whether the folder looks like one of HF weights, sound or not."""
     return any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files of the weights, and the file of each tensor by the index (empty where there is none)."""
+    """Return the files of the weights, and the file of each tensor by the index (empty where there is none)."""
     if not folder.is_dir():
         raise UserError(f"base weights {folder}: is not a folder", "name a Hugging Face folder or one of shards")
     if (folder / SINGLE).exists():
@@ -192,7 +192,7 @@ def _read_index(folder: Path) -> dict[str, Path]:
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:
-    """The file of the folder with that plain name; a link may lead only into the hub's own cache of blobs."""
+    """Return the file of the folder with that plain name; a link may lead only into the hub's own cache of blobs."""
     if name in ("", ".", "..") or "\0" in name or os.path.basename(name) != name or "\\" in name:
         raise UserError(f"{index}: names {name!r}, which is no file of the folder", "download the model again")
     file = folder / name
@@ -205,7 +205,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
 
 
 def check_stays(folder: Path, file: Path) -> None:
-    """Raises UserError where a file of the folder is a link out of it, other than into the hub's own cache."""
+    """Raise UserError where a file of the folder is a link out of it, other than into the hub's own cache."""
     home, target = folder.resolve(), file.resolve()
     # The hub's cache keeps snapshots/<revision>/<file> as a link to blobs/<hash>.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None

@@ -88,11 +88,11 @@ class QuantisedWeights:
             raise UserError(f"{where}: {name} is in 4 bits, but {name}{_STATE}nf4 is missing", _AGAIN)
 
     def where(self, name: str) -> str:
-        """The file that holds tensor `name`, for messages."""
+        """Return the file that holds tensor `name`, for messages."""
         return self._weights.where(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of tensor `name`, that in which it was quantised. Raises UserError as HfWeights."""
+        """Return the dtype of tensor `name`, that in which it was quantised. Raises UserError as HfWeights."""
         found = self._quantised.get(name)
         return self._weights.dtype(name) if found is None else found.dtype
 
@@ -102,7 +102,7 @@ class QuantisedWeights:
         return None if found is None else found.stored(0, found.shape[0])
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
-        """Copies the decoded `tensor[index]` into `out` (its shape; any dtype and device), some rows at a time."""
+        """Copy the decoded `tensor[index]` into `out` (its shape; any dtype and device), some rows at a time."""
         found = self._quantised.get(name)
         if found is None:
             return self._weights.copy(name, index, out)

@@ -34,7 +34,7 @@ MAPPED_BYTES = 64 << 20
 
 
 def save_base_shards(folder: str | Path, module: nn.Module, splits: Mapping[str, Split], layout: Layout) -> Path:
-    """Writes the base parameters of this rank's stage; returns the shard's folder. Raises UserError."""
+    """Write the base parameters of this rank's stage; return the shard's folder. Raises UserError."""
     shard = Path(folder) / layout.folder
     state = {n: compact(p) for n, p in module.named_parameters() if "lora_" not in n}
     try:
@@ -47,7 +47,7 @@ def save_base_shards(folder: str | Path, module: nn.Module, splits: Mapping[str,
 
 
 def layout_json(layout: Layout, splits: Mapping[str, Split]) -> bytes:
-    """The contents of layout.json beside the base shard of that layout, which holds these parts."""
+    """Return the contents of layout.json beside the base shard of that layout, which holds these parts."""
     places = {name: split_to(split) for name, split in splits.items()}
     return json.dumps({"format": FORMAT, "layout": vars(layout), "splits": places}).encode()
 
@@ -94,17 +94,17 @@ class BaseShards:
             self._place(name, shapes, splits)
 
     def where(self, name: str) -> str:
-        """The file that holds the first part of tensor `name`, for messages."""
+        """Return the file that holds the first part of tensor `name`, for messages."""
         return str(self._pieces[name][0].file)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of tensor `name`. Raises UserError for one that is not floating point."""
+        """Return the dtype of tensor `name`. Raises UserError for one that is not floating point."""
         if not self._dtypes[name].is_floating_point:
             raise UserError(f"{self.where(name)}: {name} is {self._dtypes[name]}", "use an unquantised model")
         return self._dtypes[name]
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
-        """Copies `tensor[index]` into `out` (its shape; any dtype and device), block by block."""
+        """Copy `tensor[index]` into `out` (its shape; any dtype and device), block by block."""
         for piece in self._pieces[name]:
             both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(piece.index, index, strict=True)]
             if any(s.start >= s.stop for s in both):
@@ -114,7 +114,7 @@ class BaseShards:
             self._copy_rows(name, piece.file, source, out[target])
 
     def stored(self, name: str) -> None:
-        """Shards hold no quantised weights."""
+        """Return None: shards hold no quantised weights."""
 
     def _copy_rows(self, name: str, file: Path, index: tuple[slice, ...], out: torch.Tensor) -> None:
         rows, done = out.shape[0], 0
@@ -142,7 +142,7 @@ class BaseShards:
         return self._mapped[file]
 
     def _place(self, name: str, parts: Mapping[Path, tuple[int, ...]], splits: Mapping[Path, Split | None]) -> None:
-        """Which part the entries of a tensor are read from."""
+        """Note which part the entries of a tensor are read from."""
         first = next(iter(splits.values()))
         for file, split in splits.items():
             if split is None or split.local_shape != parts[file]:
@@ -170,7 +170,7 @@ class BaseShards:
     def _inferred(
         self, name: str, parts: Mapping[Path, tuple[int, ...]], whole: tuple[int, ...] | None, tp: int
     ) -> dict[Path, Split]:
-        """Where parts lie that do not say so: one after another by rank, each on one rank or on several."""
+        """Return where parts lie that do not say so: one after another by rank, each on one rank or on several."""
         sizes = list(parts.values())
         shape = tuple(whole) if whole is not None else sizes[0]
         cut = None
@@ -195,7 +195,7 @@ class BaseShards:
 
 
 def _copies(lengths: list[int], size: int) -> int | None:
-    """On how many ranks in a row each part is, from their lengths by rank; None where it is not clear."""
+    """Return on how many ranks in a row each part is, from their lengths by rank; None where it is not clear."""
     if sum(lengths) == size:
         return 1
     length = lengths[0]
@@ -208,7 +208,7 @@ def _has_layout(file: Path) -> bool:
 
 
 def _read_layout(file: Path) -> tuple[Layout, dict[str, Split]]:
-    """What `save_base_shards` wrote beside a shard."""
+    """Return what `save_base_shards` wrote beside a shard."""
     try:
         data = read_json(file, COPY_ALL, most=LAYOUT_BYTES)
         if data["format"] != FORMAT:

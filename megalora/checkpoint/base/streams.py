@@ -55,10 +55,10 @@ class TensorStream(Protocol):
     def append(self, name: str, block: torch.Tensor) -> None: ...
 
     def close(self) -> None:
-        """Ends the file and puts it on disk."""
+        """End the file and put it on disk."""
 
     def abandon(self) -> None:
-        """Lets go of a file that is not to be finished."""
+        """Let go of a file that is not to be finished."""
 
 
 class SafetensorsStream:
@@ -138,7 +138,7 @@ class TorchStream:
             entry.write(data)
 
     def _open(self, name: str, size: int) -> Any:
-        """A new entry whose bytes begin at a multiple of ALIGNMENT, by a field of padding in its header."""
+        """Return a new entry whose bytes begin at a multiple of ALIGNMENT, by a field of padding in its header."""
         info = zipfile.ZipInfo(f"{self._root}/{name}")
         large = size > _LARGEST_PLAIN_ENTRY
         start = self._stream.tell() + _HEADER_BYTES + len(info.filename) + large * _ZIP64_BYTES + 4
@@ -162,7 +162,7 @@ class _Order:
         self._left = 0
 
     def take(self, name: str, block: torch.Tensor) -> list[str]:
-        """The tensors that begin with this block: its own, if it is the first."""
+        """Return the tensors that begin with this block: its own, if it is the first."""
         begun: list[str] = []
         if self._left == 0:
             self._name = next(self._names, None)
@@ -184,7 +184,7 @@ def _bytes_of(block: torch.Tensor) -> memoryview:
 
 
 def _write_all(stream: io.RawIOBase, data: bytes | memoryview) -> None:
-    """A plain write may take less than it is given (2 GB at most, or what still fits on the disk)."""
+    """Write all of it: a plain write may take less than it is given (2 GB at most, or what still fits on the disk)."""
     done, view = 0, memoryview(data)
     while done < len(view):
         done += stream.write(view[done:])

@@ -71,7 +71,7 @@ class Plan:
 
 
 def tensor_types(weights: BaseWeights, order: Iterable[str]) -> dict[str, TensorType]:
-    """Every tensor of `weights`: wide dtypes first, then as `order` has them, what it lacks last by name.
+    """Return every tensor of `weights`: wide dtypes first, then as `order` has them, what it lacks last by name.
 
     Raises UserError for a dtype that cannot be read.
     """
@@ -82,7 +82,8 @@ def tensor_types(weights: BaseWeights, order: Iterable[str]) -> dict[str, Tensor
 
 
 def plan_hf(tensors: Mapping[str, TensorType], max_file_bytes: int) -> Plan:
-    """One model.safetensors, or several files of at most `max_file_bytes` (or one tensor) each with their index."""
+    """Return one model.safetensors, or several files of at most `max_file_bytes` (or one tensor) each with their index.
+    """
     groups: list[list[str]] = [[]]
     size = 0
     for name, kind in tensors.items():
@@ -109,7 +110,7 @@ def plan_hf(tensors: Mapping[str, TensorType], max_file_bytes: int) -> Plan:
 
 
 def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mapping[str, Split]]) -> Plan:
-    """A shard for each place of the layout.
+    """Return a shard for each place of the layout.
 
     splits  what lies there of which tensors; what no place has (rotary frequencies, in old files) is whole on all
     """
@@ -128,7 +129,7 @@ def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mappi
 
 
 def transfer(weights: BaseWeights, plan: Plan, folder: Path, progress: Callable[[int], None]) -> None:
-    """Writes what is planned into `folder`, which exists. `progress` is told bytes as they are written.
+    """Write what is planned into `folder`, which exists. `progress` is told bytes as they are written.
 
     Raises UserError where `weights` cannot be read, OSError where `folder` cannot be written.
     """
@@ -160,7 +161,7 @@ def _row_bytes(kind: TensorType) -> int:
 
 
 def _blocks(weights: BaseWeights, tensors: Mapping[str, TensorType]) -> Iterator[tuple[str, range, torch.Tensor]]:
-    """Every tensor in blocks of rows: (name, rows, values), the values until the next but one is taken."""
+    """Yield every tensor in blocks of rows: (name, rows, values), the values until the next but one is taken."""
     # Memory for two blocks of any tensor: new memory for each would leave holes in the heap.
     largest = max([BLOCK_BYTES, *map(_row_bytes, tensors.values())])
     buffers = itertools.cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
@@ -175,7 +176,8 @@ def _blocks(weights: BaseWeights, tensors: Mapping[str, TensorType]) -> Iterator
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; while one is worked on, the next is made in a thread (reading lets go of the interpreter)."""
+    """Yield the same items; while one is worked on, the next is made in a thread (reading lets go of the interpreter).
+    """
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:
@@ -184,7 +186,7 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _part(block: torch.Tensor, rows: range, split: Split) -> torch.Tensor:
-    """Of a block of whole rows, what belongs to one part."""
+    """Return what of a block of whole rows belongs to one part."""
     if split.dim is None:
         return block
     if split.dim > 0:

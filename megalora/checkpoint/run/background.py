@@ -38,7 +38,7 @@ class HostCopy:
             self._release(self._empty(tensor))
 
     def start(self) -> None:
-        """A new round: the copies of the one before may be overwritten."""
+        """Begin a new round: the copies of the one before may be overwritten."""
         self.wait()
         for copy in self._taken:
             self._release(copy)
@@ -46,7 +46,7 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies by the same names; after `wait` they hold what the tensors hold now."""
+        """Copy by the same names; after `wait` they hold what the tensors hold now."""
         copies = {}
         for name, tensor in tensors.items():
             free = self._free[tensor.shape, tensor.dtype]
@@ -59,7 +59,7 @@ class HostCopy:
         return copies
 
     def wait(self) -> None:
-        """Until all copies of this round are made; from any thread."""
+        """Wait until all copies of this round are made; from any thread."""
         if self._done is not None:
             self._done.synchronize()
 
@@ -100,7 +100,7 @@ class BackgroundSaves:
         return self._error is not None
 
     def start(self, step: int, snapshot: Callable[[], WriteShard], identity: Mapping[str, str]) -> Path:
-        """Begins the save of `step`, and returns the folder that it is going to be, once it is complete.
+        """Begin the save of `step`, and return the folder that it is going to be, once it is complete.
 
         snapshot  called here on the ranks that write: copies the state, and gives the function that writes the copy
                   (`CheckpointWriter.save`'s write_shard), which the thread calls
@@ -123,7 +123,7 @@ class BackgroundSaves:
         return iteration_folder(self._writer.output_dir, step)
 
     def wait(self) -> None:
-        """Until no save is under way. Raises the error of the last one."""
+        """Wait until no save is under way. Raises the error of the last one."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -132,7 +132,7 @@ class BackgroundSaves:
             raise error
 
     def finished(self) -> list[SaveReport]:
-        """The saves that have ended well since the last call."""
+        """Return the saves that have ended well since the last call."""
         reports, self._reports = self._reports, []
         return reports
 

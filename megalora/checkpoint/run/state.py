@@ -36,7 +36,7 @@ def iteration_folder(output_dir: str | Path, step: int) -> Path:
 
 
 def is_iteration(folder: Path) -> bool:
-    """Whether the folder has the name of one checkpoint."""
+    """Return whether the folder has the name of one checkpoint."""
     return ITERATION.fullmatch(folder.name) is not None
 
 
@@ -69,7 +69,7 @@ class CheckpointWriter:
         self.spared: int | None = None
 
     def check_writable(self) -> None:
-        """Raises UserError where a save would fail at once. For one rank, before the run spends any time."""
+        """Raise UserError where a save would fail at once. For one rank, before the run spends any time."""
         probe = checkpoints_folder(self.output_dir) / PROBE
         try:
             probe.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class CheckpointWriter:
             ) from None
 
     def save(self, step: int, write_shard: Callable[[Path], Path] | None, identity: Mapping[str, str]) -> Path:
-        """Writes the checkpoint of `step`; returns its folder. Collective.
+        """Write the checkpoint of `step`; return its folder. Collective.
 
         write_shard  called on the ranks that write with the folder to write in; returns the folder it made
         identity     fields that distinguish this run from others (see `identity_difference`)
@@ -103,7 +103,7 @@ class CheckpointWriter:
         return final
 
     def _together(self, mine: bool, work: Callable[[], Any], where: Path) -> list[Any]:
-        """Does `work` on the ranks where it is theirs; the results of all ranks, or an error on all."""
+        """Do `work` on the ranks where it is theirs; return the results of all ranks, or an error on all."""
         result, error = None, None
         if mine:
             try:
@@ -161,7 +161,7 @@ def _not_shared(aside: Path) -> UserError:
 
 
 def _write(aside: Path, write_shard: Callable[[Path], Path]) -> dict[str, dict[str, Any]]:
-    """Writes this rank's shard; size and hash of each of its files, by name relative to the checkpoint."""
+    """Write this rank's shard; return size and hash of each of its files, by name relative to the checkpoint."""
     if not aside.is_dir():
         raise _not_shared(aside)
     shard = write_shard(aside)
@@ -179,7 +179,7 @@ def _write(aside: Path, write_shard: Callable[[Path], Path]) -> dict[str, dict[s
 
 
 def _finish(step: int, aside: Path, final: Path, files: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-    """Puts a checkpoint whose files are all written in its place, then moves the tracker."""
+    """Put a checkpoint whose files are all written in its place, then move the tracker."""
     for name, entry in files.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != entry["size"]:
             raise _not_shared(aside)
@@ -192,7 +192,7 @@ def _finish(step: int, aside: Path, final: Path, files: Mapping[str, Any], ident
 
 
 def newest_sound(output_dir: str | Path) -> tuple[SavedCheckpoint | None, list[str]]:
-    """The newest checkpoint with every file as it was written, and a line on each damaged one.
+    """Return the newest checkpoint with every file as it was written, and a line on each damaged one.
 
     Reads and hashes the files from the newest on until one is sound: for one rank, which tells the rest.
     """
@@ -237,7 +237,7 @@ def result_of(output_dir: str | Path) -> tuple[SavedCheckpoint | None, list[str]
 
 
 def verified(folder: str | Path) -> SavedCheckpoint:
-    """The checkpoint in an iteration folder. Raises UserError that names a file that is not as written."""
+    """Return the checkpoint in an iteration folder. Raises UserError that names a file that is not as written."""
     folder = Path(folder)
     manifest = folder / MANIFEST
     if not manifest.exists():
@@ -255,7 +255,7 @@ def verified(folder: str | Path) -> SavedCheckpoint:
 
 
 def _iterations(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints under their final names, sound or not, newest first."""
+    """Return (step, folder) of the checkpoints under their final names, sound or not, newest first."""
     folder = checkpoints_folder(output_dir)
     if not folder.is_dir():
         return []
@@ -278,7 +278,7 @@ def _tracker_complaint(tracker: Path, found: SavedCheckpoint | None) -> str | No
 
 
 def identity_difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
-    """Each field in which two runs differ, with both values, for a message; "" where they are the same run."""
+    """Return each field in which two runs differ, with both values, for a message; "" where they are the same run."""
     return "; ".join(
         f"{name}: {found.get(name, '(none)')} there, {wanted.get(name, '(none)')} here"
         for name in sorted({*found, *wanted})

@@ -70,7 +70,7 @@ class AttentionBlock:
         return self.qkv.room
 
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """X [T, hidden_size + room] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         qkv = apply_group(self.qkv, X, inputs.tokens)
         if self.recompute and torch.is_grad_enabled():
             context = checkpoint(self._core, qkv, inputs, use_reentrant=False, preserve_rng_state=False)
@@ -79,7 +79,7 @@ class AttentionBlock:
         return apply_group(self.output, context, inputs.tokens)
 
     def _core(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """qkv [F, (H + 2 K) D] -> [F, H D]."""
+        """Map qkv [F, (H + 2 K) D] to [F, H D]."""
         window, scores, dim = self.spec.window, self.scores, self.spec.head_dim
         if self.spec.clip is not None:
             qkv = qkv.clamp(-self.spec.clip, self.spec.clip)

@@ -40,7 +40,7 @@ class Projection:
         hang(root, linear.name, self._module)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in_features] -> [T, out_features]."""
+        """Map x [T, in_features] to [T, out_features]."""
         return nn.functional.linear(x, self._module.weight, self._module.bias)
 
 
@@ -104,7 +104,7 @@ class HeadBlock:
     """What turns the final hidden states into logits: a projection where the spec has one, and the words' matrix."""
 
     def __init__(self, root: nn.Module, config: spec.ModelSpec, place: Placement, adapter: WordsAdapter, tied: bool):
-        """tied: rows of tokens that the embedding trains are the head's too."""
+        """Build the head. tied: rows of tokens that the embedding trains are the head's too."""
         assert isinstance(config.head, spec.Head)
         head, sizes = config.head, (config.vocab_size, config.embedding.width)
         options: dict[str, Any] = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}

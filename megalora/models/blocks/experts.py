@@ -61,7 +61,7 @@ class ExpertsBlock:
         raise NotImplementedError("experts beside another branch of a parallel residual: no family has that")
 
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """X [T, hidden_size] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        """Map X [T, hidden_size] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         x = gather_tokens(X, self.place)
         weights, chosen = self.router(x, inputs)
         terms = apply_experts(self.experts, x, weights, chosen, inputs.tokens)
@@ -96,7 +96,7 @@ class RouterBlock:
         self.load = torch.zeros(self.count, dtype=torch.int64, device=at.place.device)
 
     def __call__(self, x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [F, hidden_size] -> (weights [F, k] of float32 or float64, chosen [F, k] int64)."""
+        """Map x [F, hidden_size] to (weights [F, k] of float32 or float64, chosen [F, k] int64)."""
         router = self.spec
         logits = apply_group(self.group, x.to(self.dtype), inputs.tokens).to(self.wide)
         scores = torch.softmax(logits, -1) if router.score == "softmax" else torch.sigmoid(logits)

@@ -63,7 +63,7 @@ class LatentAttentionBlock:
         return (self.down if self.direct is None else self.direct).room
 
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """X [T, hidden_size + room] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         L, R, tokens = self.spec.latent, self.spec.turned, inputs.tokens
         if self.direct is None:
             latent_q, latent, turned = apply_group(self.down, X, tokens).split([self.q_norm.weight.shape[0], L, R], -1)
@@ -84,7 +84,7 @@ class LatentAttentionBlock:
         return apply_group(self.output, context, tokens)
 
     def _core(self, q: torch.Tensor, kv: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """q [F, H (P + R)], kv [F, H (P + V)], turned [F, R] -> [F, H V]."""
+        """Map q [F, H (P + R)], kv [F, H (P + V)], turned [F, R] to [F, H V]."""
         P, V = self.spec.plain, self.spec.value
         q, turned = self._rotated(q, turned, inputs)
         plain, v = kv.unflatten(-1, (self.heads, P + V)).split([P, V], -1)
@@ -111,7 +111,7 @@ class LatentAttentionBlock:
         return q, rope(turned.unsqueeze(1), *table, interleaved)
 
     def _cached(self, q: torch.Tensor, latent: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """As `_core` over a cache of latents: latent [F, L], normed."""
+        """Do as `_core` over a cache of latents: latent [F, L], normed."""
         P, V, L = self.spec.plain, self.spec.value, self.spec.latent
         q, turned = self._rotated(q, turned, inputs)
         k_up, v_up = self.kv_up.adapted_weight().unflatten(0, (self.heads, P + V)).split([P, V], 1)

@@ -60,7 +60,7 @@ class Layer:
     def __call__(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs, recomputer: Recomputer | None = None
     ) -> Stream:
-        """recomputer: of the microbatch, where parts of the layer are to be computed again in its backward."""
+        """Run it. recomputer: of the microbatch, where parts of the layer are to be computed again in its backward."""
         for again, part in self._parts:
             if again and recomputer is not None and torch.is_grad_enabled():
                 hidden, delta = recomputer.run(part, hidden, delta, inputs, self._offloads)
@@ -178,11 +178,11 @@ class _Dropout:
         return inputs.tokens.draw(self.p, self.site)
 
     def local(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """x [T, O], this rank's tokens under sequence parallelism."""
+        """Drop features of x [T, O], this rank's tokens under sequence parallelism."""
         return drop(x, inputs.tokens.local, self.draw(inputs))
 
     def whole(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """x [F, O], all tokens; [T, O] is the same where tp is 1."""
+        """Drop features of x [F, O], all tokens; [T, O] is the same where tp is 1."""
         return drop(x, inputs.tokens.index, self.draw(inputs))
 
 

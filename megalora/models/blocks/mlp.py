@@ -50,7 +50,7 @@ class MLPBlock:
         return self.down
 
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """X [T, hidden_size + room] -> [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         if self._pair is not None:
             return apply_pair(self._pair, X, inputs.tokens, inputs.unread)
         up = apply_group(self.up, X, inputs.tokens)

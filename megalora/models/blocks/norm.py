@@ -92,7 +92,7 @@ class NormOfEachHead(Norm):
         self.apart = {head: LayerNorm(one, place) for head in range(part.start, part.stop)}
 
     def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
-        """x [F, heads of this rank, size], of which it returns the norm, in the same shape."""
+        """Return the norm of x [F, heads of this rank, size], in the same shape."""
         weight = torch.stack([one.weight for one in self.apart.values()]) if self.apart else self.weight
         wide = torch.promote_types(x.dtype, torch.float32)
         return (layer_norm(x.to(wide), None, None, self.eps) * weight).to(x.dtype)
@@ -113,7 +113,7 @@ class NormAcrossHeads(Norm):
         self.share = 1 / torch.tensor(copies, dtype=place.master_dtype, device=place.device).repeat_interleave(dim)
 
     def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
-        """x [F, heads of this rank, size of a head], of which it returns the norm, in the same shape."""
+        """Return the norm of x [F, heads of this rank, size of a head], in the same shape."""
         flat = x.flatten(1)
         normed = rms_norm_across(flat, self.weight, self.eps, self.size, self.share, self.tp, self.rounding)
         return normed.view(x.shape)

@@ -42,7 +42,7 @@ def latent_attention(hf: Fields, interleaved: bool = True) -> LatentAttention:
 
 
 def _scale(hf: Fields, head_dim: int) -> float | None:
-    """YaRN's: 1 / sqrt(head_dim) times the square of 0.1 mscale_all_dim log(factor) + 1."""
+    """Return YaRN's: 1 / sqrt(head_dim) times the square of 0.1 mscale_all_dim log(factor) + 1."""
     every, factor = hf.rope.get("mscale_all_dim"), hf.rope.get("factor", 1.0)
     if not every or factor <= 1.0 or hf.rope["rope_type"] == "default":
         return None
