@@ -100,7 +100,8 @@ def _best(
     """
     model, parallel, train = arguments.model, arguments.parallel, arguments.train
     config = read_config(model.model_path)
-    lora = resolve_lora(LoraConfig() if model.lora_config is None else LoraConfig.from_json(model.lora_config), config)
+    defaults = LoraConfig(task_type=config.tasks[0])
+    lora = resolve_lora(defaults if model.lora_config is None else LoraConfig.from_json(model.lora_config), config)
     local = environment_int("LOCAL_WORLD_SIZE", world_size)
     usable = _memory(device, local) - _RESERVE[device.type]
     cluster = Cluster(world_size, local, usable, device_of(device))
@@ -113,6 +114,7 @@ def _best(
         arguments.data.seq_length,
         element=resolve_dtype(model.dtype, device).itemsize,
         base_format=resolve_base(model.base_format, config).name,
+        source_length=0 if config.encoder is None else arguments.data.source_tokens,
     )
     wanted = Wanted(
         work,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -37,6 +37,8 @@ class Batch:
     context       with context parallelism: T are this rank's tokens, and cu_seqlens the bounds of its pieces
     columns       [T] or [T, k] int64 each, what else a model reads of each token, by name (token types, boxes)
     weights       [T] float32, what each label counts for in the loss; None: 1 each
+    source        of an encoder-decoder: what the encoder reads, a batch of as many rows without labels
+    crossing      cumulative bounds in T and in the source's tokens of each document and its source
     """
 
     input_ids: torch.Tensor
@@ -47,12 +49,15 @@ class Batch:
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     context: Context | None = None
     weights: torch.Tensor | None = None
+    source: Batch | None = None
+    crossing: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("columns", "context")}
+        apart = ("columns", "context", "source", "crossing")
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         moved = {name: to_device(tensor, device) for name, tensor in tensors.items() if tensor is not None}
         columns = {name: to_device(column, device) for name, column in self.columns.items()}
-        return Batch(**moved, columns=columns, context=self.context)
+        return replace(self, **moved, columns=columns)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -219,18 +219,9 @@ def stage_layers(
         costs = costs or layer_seconds(config, NO_LORA, 1, torch.device("cpu"))
         of_layers, first, last = costs.layers, costs.first, costs.last
     else:
-        of_layers = layer_sizes(config)
+        of_layers = config.layer_sizes
         first = last = math.prod(config.tensors[config.embedding.weight])
     return partition(partition_method, of_layers, stages, first_cost=first, last_cost=last, custom=custom_partition)
-
-
-def layer_sizes(config: ModelSpec) -> list[int]:
-    """Return the elements of each layer's tensors."""
-    prefix, sizes = f"{config.stack.prefix}.", [0] * config.num_hidden_layers
-    for name, shape in config.tensors.items():
-        if name.startswith(prefix):
-            sizes[int(name[len(prefix) :].partition(".")[0])] += math.prod(shape)
-    return sizes
 
 
 def check_vocabulary(largest: int, config: ModelSpec, model_path: str) -> None:
@@ -268,7 +259,7 @@ def base_names(config: ModelSpec) -> BaseNames:
     embedding, head = config.embedding.weight, config.head
     if isinstance(head, ClassHead):
         return BaseNames(config.tensors, embedding, "", False, config.files, frozenset(head.trained))
-    return BaseNames(config.tensors, embedding, head.weight, head.tied, config.files)
+    return BaseNames(config.tensors, embedding, head.weight, head.tied, config.files, head.optional)
 
 
 def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -419,7 +410,7 @@ def build_trainer(
         stage.use_graphs()
     parameters, splits = stage.trainable(), named_splits(stage)
     clock = clock or (lambda phase: contextlib.nullcontext())
-    tokens = work.tokens // (mesh.tp.size if place.sequence_parallel else 1)
+    tokens = work.sent // (mesh.tp.size if place.sequence_parallel else 1)
     shape, ring = (tokens, config.hidden_size), settings.chunks > 1
     runner = PipelineRunner(
         stage,

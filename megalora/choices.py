@@ -6,7 +6,7 @@ Each is the one definition of these names; what they stand for is defined by the
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # building.DTYPES
 BASE_FORMATS = ("dense", "fp8", "nf4")  # parallel.formats.BaseFormat
 OPTIMIZERS = ("adamw", "apex")  # optimizer.AdapterOptimizer
-TASKS = ("CAUSAL_LM", "TOKEN_CLS", "SEQ_CLS")  # tasks.TASKS
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS")  # tasks.TASKS
 CLASSIFICATION = ("TOKEN_CLS", "SEQ_CLS")  # those of them whose head is trained in full
 RECOMPUTE = ("auto", "none", "selective", "full")  # planning.fitting
 # What of one layer is computed again in backward: nothing; the normed inputs of its linears; rotation and attention;

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from megalora.profiling import Profiler
 from megalora.saving import RunSaver, restore
 from megalora.starting import Beginning, begin
 from megalora.stepping import Session
-from megalora.summary import flops_per_token, forecast, mean_context, not_sequence_parallel, start_up_table
+from megalora.summary import contexts, flops_per_token, forecast, not_sequence_parallel, start_up_table
 from megalora.training import steady_heap
 
 
@@ -81,7 +82,8 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     arguments, chosen = choose(arguments, device)
     train = arguments.train
     tokens = train.per_device_train_batch_size * arguments.data.seq_length // arguments.parallel.context_parallel_size
-    parallel = arguments.parallel.for_tokens(tokens)
+    rows, data = train.per_device_train_batch_size, arguments.data
+    parallel = arguments.parallel.for_tokens(math.gcd(tokens, rows * (data.source_length or 0)))
     arguments = replace(arguments, parallel=parallel)
     if train.deterministic:
         fix_order_of_sums(device)
@@ -159,6 +161,8 @@ def _placement(
     """Return where the layers lie and how they communicate, and a note on the latter. Collective."""
     parallel, work = arguments.parallel, arguments.train.per_device_train_batch_size * arguments.data.seq_length
     work //= parallel.context_parallel_size
+    if beginning.config.encoder is not None:
+        work = max(work, arguments.train.per_device_train_batch_size * arguments.data.source_tokens)
     dtype = beginning.dtype
     with together(mesh.world):
         exchange, note = choose_exchange(
@@ -175,15 +179,19 @@ def _placement(
 def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
     """Return a mean microbatch of the run, from which the stages' costs are estimated."""
     rows = beginning.loader.rows
+    sources = {} if rows.sides is None else {"source_length": rows.sides.source_length}
+    seen = contexts(rows)
     return Workload(
         arguments.train.per_device_train_batch_size,
         rows.seq_length,
-        context=mean_context(rows),
-        labelled=rows.labelled_tokens / rows.tokens,
+        context=seen.of_targets,
+        labelled=rows.labelled_tokens / (rows.tokens - seen.sources),
         element=beginning.dtype.itemsize,
         sequence_parallel=arguments.parallel.sequence_parallel,
         base_format=beginning.base_format,
         context_parallel=arguments.parallel.context_parallel_size,
+        source_context=seen.of_sources,
+        **sources,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megalora import sources
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import (
     build_stage,
@@ -39,6 +40,7 @@ from megalora.errors import UserError
 from megalora.flags import GenerateArguments, GenerationArguments
 from megalora.generation.defaults import sampling_defaults, unescaped
 from megalora.generation.dialogue import NAMES, Chat, dialogue
+from megalora.generation.later import Later
 from megalora.generation.logits import LogitsFolder
 from megalora.generation.output import Output
 from megalora.generation.prompts import Question, ask, encode, read_questions, stop_token_ids, unseen_stops
@@ -47,13 +49,14 @@ from megalora.generation.requests import Listener, Prompt, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader
-from megalora.identity import adapter_template, base_identity, check_base, other_base_format
+from megalora.identity import adapter_prefix, adapter_template, base_identity, check_base, other_base_format
 from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
+from megalora.rows import refuse_of_sources
 
 SEED = 42  # of the sampling, where none is given
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -75,7 +78,7 @@ def generate(arguments: GenerateArguments) -> None:
         opened = _open(arguments, mesh)
         adapter, recorded = _checked(arguments, opened, found, mesh)
         asked = _asked(arguments, opened, recorded, mesh)
-        later = _Later()
+        later = Later()
         stage = _stage(arguments, opened.config, adapter, mesh, device)
         with together(mesh.world):
             keep_logits = later.of(LogitsFolder(options.logits_dir).save) if options.return_logits else None
@@ -110,6 +113,7 @@ class _Opened:
     tokenizer, reader  on rank 0, and with --stop on the first rank of each replica
     stops              strings that end a reply
     notes              lines for the user
+    first              what an encoder-decoder's decoder begins with
     """
 
     config: ModelSpec
@@ -118,6 +122,11 @@ class _Opened:
     reader: Reader | None
     stops: tuple[str, ...]
     notes: tuple[str, ...]
+    first: tuple[int, ...]
+
+    def prompt(self, number: int, ids: Sequence[int]) -> Prompt:
+        """Return the prompt of these tokens, which an encoder-decoder's encoder reads."""
+        return Prompt(number, ids) if self.config.encoder is None else Prompt(number, self.first, source=ids)
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,11 @@ def _open(arguments: GenerateArguments, mesh: ParallelMesh) -> _Opened:
         config = read_config(model.model_path)
         labels = "to label texts, give its classifier's adapter as resume_peft_from_checkpoint; else name another model"
         check_writes_text(config, model.model_path, labels)
+        if config.encoder is None:
+            refuse_of_sources(config, source_prefix=options.source_prefix)
+        else:
+            sources.check_flags(options, config)
+        first = () if config.encoder is None else sources.first_tokens(model.model_path, config)
         check_layout(config, mesh.tp.size, mesh.pp.size, arguments.parallel.uneven_heads)
         longer = None if options.seq_length is None else check_length(config, options.seq_length)
         context = options.seq_length or config.max_position_embeddings
@@ -155,31 +169,33 @@ def _open(arguments: GenerateArguments, mesh: ParallelMesh) -> _Opened:
         if world.is_first or (stops and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
             tokenizer = open_tokenizer(model.model_path)
             reader = Reader(tokenizer.tokenizer, stops)
-    return _Opened(config, context, tokenizer, reader, stops, tuple(note for note in (longer, own_head) if note))
+    return _Opened(config, context, tokenizer, reader, stops, tuple(note for note in (longer, own_head) if note), first)
 
 
 def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, mesh: ParallelMesh) -> _Asked:
     """Read the questions and render them; every rank gets the token ids. Collective.
 
-    recorded  source of the chat template that the adapter was trained with
+    recorded  source of the chat template that the adapter was trained with, or the prefix of its sources
     """
     model_path, options, world = arguments.model.model_path, arguments.generation, mesh.world
     template = output = asked = None
     notes: tuple[str, ...] = ()
     with together(world):
         if world.is_first:
-            variables = TemplateOptions(
-                options.template_variables, special_tokens_in_text=options.special_tokens_in_text
-            )
-            template = ChatTemplate.of(opened.tokenizer, options.template, variables, recorded)
-            stop = stop_token_ids(model_path, template)
-            stop = (*stop, *unseen_stops(template.tokenizer, opened.stops))
             sampling, sampled_by = _sampling(options, sampling_defaults(model_path))
             notes = (*opened.notes, *sampled_by)
-            notes = (*notes, *(template.notes or (f"prompts are written with {template.description}",)))
-            questions = _questions(options)
-            notes = (*notes, *_special_tokens(template, questions or ()))
-            token_ids = questions and [encode(template, question, opened.context) for question in questions]
+            if opened.config.encoder is not None:
+                rows = sources.source_rows(opened.tokenizer, options, recorded)
+                stop, questions = sources.stops(model_path, rows), sources.questions(options)
+                token_ids = sources.encode(rows, questions, opened.config)
+                notes = (*notes, *rows.notes, *([f"each prompt stands behind {rows.prefix!r}"] if rows.prefix else []))
+            else:
+                template = _template(options, opened.tokenizer, recorded)
+                stop, questions = stop_token_ids(model_path, template), _questions(options)
+                notes = (*notes, *(template.notes or (f"prompts are written with {template.description}",)))
+                notes = (*notes, *_special_tokens(template, questions or ()))
+                token_ids = questions and [encode(template, question, opened.context) for question in questions]
+            stop = (*stop, *unseen_stops(opened.tokenizer.tokenizer, opened.stops))
             streamed = _is_streamed(options)
             output = None if questions is None else _output(questions, options, _repliers(arguments), streamed)
             asked = (token_ids, stop, sampling)
@@ -241,11 +257,11 @@ def _reply(
     asked: _Asked,
     mesh: ParallelMesh,
     shared_out: SharedOut,
-    later: _Later,
+    later: Later,
 ) -> None:
     """Reply to all prompts, a round at a time, by each of the repliers."""
     output, reader, streamed = asked.output, opened.reader, _is_streamed(arguments.generation)
-    prompts = [Prompt(number, ids) for number, ids in enumerate(asked.token_ids)]
+    prompts = [opened.prompt(number, ids) for number, ids in enumerate(asked.token_ids)]
     for first in range(0, len(prompts), ROUND * mesh.dp.size):
         part = prompts[first : first + ROUND * mesh.dp.size]
         for adapted in _repliers(arguments):
@@ -272,7 +288,7 @@ def _shared_out(
     mesh: ParallelMesh,
     max_new_tokens: int,
     listener: Listener | None,
-    later: _Later,
+    later: Later,
 ) -> list[Reply]:
     """Return the reply to each prompt, in order: the replicas of the dp axis take turns. Collective over the world."""
     dp = mesh.dp
@@ -283,30 +299,12 @@ def _shared_out(
     return [parts[i % dp.size][i // dp.size] for i in range(len(prompts))]
 
 
-class _Later:
-    """What one rank does by itself while all make replies: its UserError waits until they can all hear of it."""
-
-    def __init__(self):
-        self._error: UserError | None = None
-
-    def of(self, work: Callable[..., None]) -> Callable[..., None]:
-        """Return `work`, which does nothing any more once it or another has failed."""
-
-        def tried(*arguments: object) -> None:
-            if self._error is None:
-                try:
-                    work(*arguments)
-                except UserError as error:
-                    self._error = error
-
-        return tried
-
-    def check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
 # ---- what is asked ----
+
+
+def _template(options: GenerationArguments, opened: OpenedTokenizer, recorded: str | None) -> ChatTemplate:
+    variables = TemplateOptions(options.template_variables, special_tokens_in_text=options.special_tokens_in_text)
+    return ChatTemplate.of(opened, options.template, variables, recorded)
 
 
 def _questions(options: GenerationArguments) -> list[Question] | None:
@@ -366,7 +364,10 @@ def _adapter(arguments: GenerateArguments, mesh: ParallelMesh) -> AdapterCheckpo
 def _checked(
     arguments: GenerateArguments, opened: _Opened, adapter: AdapterCheckpoint | None, mesh: ParallelMesh
 ) -> tuple[AdapterCheckpoint | None, str | None]:
-    """Return the adapter, without what only training needs of it, and the source of its chat template. Collective."""
+    """Return the adapter, without what only training needs of it, and the source of its chat template, or its prefix.
+
+    Collective.
+    """
     if adapter is None:
         return None, None
     model = arguments.model
@@ -375,7 +376,8 @@ def _checked(
         weights = model.resume_from_checkpoint or model.model_path
         check_base(adapter, base_identity(opened.config, weights, opened.tokenizer.tokenizer))
         base_format = resolve_base(model.base_format, opened.config).name
-        return (*adapter.notes, *other_base_format(adapter, base_format)), adapter_template(adapter)
+        read = adapter_template if opened.config.encoder is None else adapter_prefix
+        return (*adapter.notes, *other_base_format(adapter, base_format)), read(adapter)
 
     notes, template = on_first(check, mesh.world)
     return replace(adapter, trainer=None, notes=notes), template

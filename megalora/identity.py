@@ -102,6 +102,12 @@ def adapter_template(checkpoint: AdapterCheckpoint) -> str | None:
     return read_template(checkpoint.where) if Path(checkpoint.where).is_dir() else None
 
 
+def adapter_prefix(checkpoint: AdapterCheckpoint) -> str | None:
+    """Return the source_prefix that an encoder-decoder's adapter was trained with, if it says so: a checkpoint."""
+    recorded = (checkpoint.trainer or {}).get("source_prefix")
+    return recorded if isinstance(recorded, str) else None
+
+
 def adapter_labels(checkpoint: AdapterCheckpoint) -> tuple[str, ...]:
     """Return the labels that a classifier's adapter was trained with, where it says so: a checkpoint or a PEFT folder.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megalora.planning.plans import Cluster, Layout, Plan, StagePlan, TooLarge, 
 from megalora.planning.shapes import shape_of
 from megalora.planning.timing import chunk_seconds
 from megalora.profiling import read_profile
+from megalora.rows import refuse_of_sources
 
 _GIB = 2**30
 _STEP_ROWS = 128  # of a step over all GPUs, where nothing says how many
@@ -37,6 +39,8 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     Raises UserError where nothing fits.
     """
     config = read_config(arguments.model_path)
+    if config.encoder is None:
+        refuse_of_sources(config, source_length=arguments.source_length)
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     lora = resolve_lora(lora_config, config)
     base_format = resolve_base(arguments.base_format, config).name
@@ -48,7 +52,8 @@ def plan(arguments: PlanArguments) -> list[Plan]:
         device = device.scaled(_slowness(arguments, config, lora, device, base_format))
     usable, host = int((memory - arguments.reserve) * _GIB), int(arguments.host_memory * _GIB)
     cluster = Cluster(arguments.gpus, arguments.gpus_per_node, usable, device, host)
-    planner, wanted = Planner(config, lora, cluster, _type(arguments)), _wanted(arguments, base_format)
+    planner = Planner(config, lora, cluster, _type(arguments))
+    wanted = _wanted(arguments, base_format, config.encoder is not None)
     plans, too_large = (
         longest_rows(planner, wanted, arguments.gpus) if arguments.longest else planner.search(wanted)
     )
@@ -75,7 +80,8 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     return plans
 
 
-def _wanted(arguments: PlanArguments, base_format: str) -> Wanted:
+def _wanted(arguments: PlanArguments, base_format: str, encodes: bool) -> Wanted:
+    """Return what is searched. encodes: the model is an encoder-decoder."""
     microbatches, step_rows = arguments.gradient_accumulation_steps, arguments.global_batch_size
     rows = arguments.per_device_train_batch_size
     if arguments.longest:
@@ -90,6 +96,8 @@ def _wanted(arguments: PlanArguments, base_format: str) -> Wanted:
         element=DTYPES[arguments.dtype].itemsize,
         base_format=base_format,
     )
+    if encodes:
+        work = replace(work, source_length=arguments.source_length or arguments.seq_length)
     return Wanted(
         work,
         step_rows,

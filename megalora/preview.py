@@ -11,18 +11,23 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
-from megalora.data import ChatTemplate
+from megalora.data import ChatTemplate, Rendering
 from megalora.data.dataset import encode_row, scan
 from megalora.data.documents import Documents
 from megalora.data.pieces import IGNORE, Sample
 from megalora.data.report import Report
-from megalora.flags import Preview
-from megalora.rows import data_settings, template_options
+from megalora.errors import UserError
+from megalora.files import read_json
+from megalora.flags import DataArguments, Preview
+from megalora.models.config import is_encoder_decoder, read_config
+from megalora.parallel.mesh import Axis
+from megalora.rows import data_settings, rendering, template_options
 
 Flag = TypeVar("Flag", bool, float)  # whether a token is trained, or what its label counts for
 _UNFINISHED = "\ufffd"  # what decoding gives for bytes that are no whole character
@@ -35,9 +40,10 @@ _TRAINED, _CONTEXT = ("black on green", "black on bright_green"), ("default", "d
 def preview(arguments: Preview) -> None:
     """Show rows as the run would see them, and count all of them. Raises UserError as the run would for bad rows."""
     shown, data = arguments.shown, arguments.data
-    template = ChatTemplate.load(shown.model_path, data.template, template_options(data))
+    template = _rendering(shown.model_path, data)
     settings, printer = data_settings(data), _Printer(template.tokenizer, sys.stdout)
-    printer.line(f"chat template: {template.description} ({template.identity()})")
+    kind = "chat template" if isinstance(template, ChatTemplate) else "rows"
+    printer.line(f"{kind}: {template.description} ({template.identity()})")
     for note in template.notes:
         printer.line(note)
     if shown.row is not None:
@@ -53,6 +59,17 @@ def preview(arguments: Preview) -> None:
         printer.line(line)
     report.check_names(settings.names)
     report.check_rows(settings.on_bad_row)
+
+
+def _rendering(model_path: str, data: DataArguments) -> Rendering:
+    """Return how rows become documents; the folder may be of a tokenizer alone, which then has a chat template."""
+    file = Path(model_path) / "config.json"
+    if file.is_file() and is_encoder_decoder(read_json(file)):
+        return rendering("SEQ_2_SEQ_LM", read_config(model_path), model_path, data, (), Axis())
+    for name in ("source_length", "source_prefix"):
+        if getattr(data, name) is not None:
+            raise UserError(f"{name} has no effect: {model_path} is no encoder-decoder", "leave it out")
+    return ChatTemplate.load(model_path, data.template, template_options(data))
 
 
 def _by_row(documents: Documents, wanted: range) -> Iterator[tuple[int, list[Sample]]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from megalora.choices import CLASSIFICATION
 from megalora.data import ChatTemplate, DataSettings, FieldNames, Rendering, default_cache
 from megalora.data.classes import ClassRows, choose_labels
+from megalora.data.packing import Sides
+from megalora.data.pairs import PairRows
 from megalora.data.template import TemplateOptions
 from megalora.data.tokenizer import open_tokenizer
 from megalora.errors import UserError
@@ -38,15 +40,27 @@ def rendering(
     Raises UserError, on every rank, for labels that cannot be used, and flags that mean nothing for the task.
     """
     with together(world):
-        if task not in CLASSIFICATION:
-            return ChatTemplate.load(model_path, data.template, template_options(data))
+        if config.encoder is None:
+            refuse_of_sources(config, source_length=data.source_length, source_prefix=data.source_prefix)
+            if task not in CLASSIFICATION:
+                return ChatTemplate.load(model_path, data.template, template_options(data))
         for name, unset in _OF_TEMPLATES.items():
             if getattr(data, name) != unset:
                 raise UserError(f"{name} has no effect for task_type {task}: it has no chat template", "leave it out")
         opened = open_tokenizer(model_path)
+        if config.encoder is not None:
+            sides = Sides(data.source_tokens, config.encoder.start)
+            return PairRows(opened, sides, data.source_prefix or "")
     names = FieldNames(data.renamed_columns, frozenset(data.ignore_columns or ()))
     labels = labels or on_first(lambda: choose_labels(task, model_path, data.data_path, names), world)
     return ClassRows(opened, task, labels, last=config.causal, columns=config.columns)
+
+
+def refuse_of_sources(config: ModelSpec, **given: object) -> None:
+    """Raise UserError for flags of sources, which a model without an encoder does not read."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name} has no effect: a {config.model_type} has no encoder", "leave it out")
 
 
 def data_settings(data: DataArguments) -> DataSettings:

@@ -68,6 +68,9 @@ def serve(arguments: Serving) -> None:
             listening = stack.enter_context(bind(options.host, options.port)) if mesh.world.is_first else None
             config = read_config(arguments.served.model_path)
             check_writes_text(config, arguments.served.model_path, "megalora generate labels texts; or name another")
+            if config.encoder is not None:
+                what = f"model_path {arguments.served.model_path}: a {config.model_type} is an encoder-decoder"
+                raise UserError(f"{what}, which serve does not answer with", "use megalora generate")
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
             context = on_first(lambda: _context(config, options.seq_length), mesh.world)
         reader = _reader(arguments, config)

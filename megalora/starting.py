@@ -104,7 +104,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     overwrite = _overwrites(model, train, mesh)
     start = _find_start(model, train, overwrite, mesh)
     with together(mesh.world):
-        lora_config = _lora_config(model, start)
+        lora_config = _lora_config(model, start, config)
         check_task(lora_config.task_type, config, "lora_config")
         check_context(config, mesh.cp.size, lora_config.task_type)
         recorded = () if start is None else adapter_labels(start.checkpoint)
@@ -226,7 +226,7 @@ def _find_start(model: ModelArguments, train: TrainArguments, overwrite: bool, m
     return on_first(find, mesh.world)
 
 
-def _lora_config(model: ModelArguments, start: Start | None) -> LoraConfig:
+def _lora_config(model: ModelArguments, start: Start | None, config: ModelSpec) -> LoraConfig:
     """Read it from --lora_config, else the adapter that the run starts from, else the defaults of the model_type."""
     if model.lora_config is not None:
         lora_config = LoraConfig.from_json(model.lora_config)
@@ -239,7 +239,7 @@ def _lora_config(model: ModelArguments, start: Start | None) -> LoraConfig:
     if start is not None:
         found = LoraConfig.from_dict(start.checkpoint.lora_config, start.checkpoint.where)
         return replace(found, inference_mode=False)
-    return LoraConfig()
+    return LoraConfig(task_type="CAUSAL_LM" if config.encoder is None else "SEQ_2_SEQ_LM")
 
 
 def _check_same_adapter(lora: ResolvedLora, start: Start | None, config: ModelSpec) -> None:
@@ -322,6 +322,15 @@ def _check_length(
     longer = check_length(config, data.seq_length)
     tokens, parts = train.per_device_train_batch_size * data.seq_length, mesh.cp.size
     parts *= mesh.tp.size if sequence_parallel else 1
+    if config.encoder is not None:
+        check_length(config, data.source_tokens, "source_length")
+        tokens_of_sources = train.per_device_train_batch_size * data.source_tokens
+        if tokens_of_sources % parts:
+            raise UserError(
+                f"per_device_train_batch_size ({train.per_device_train_batch_size}) * source_length "
+                f"({data.source_tokens}) = {tokens_of_sources} tokens are not a multiple of tensor_parallel_size "
+                f"({mesh.tp.size}), as --sequence_parallel needs: change source_length"
+            )
     if tokens % parts:
         sizes = f"tensor_parallel_size ({mesh.tp.size})" if sequence_parallel else ""
         if mesh.cp.size > 1:

@@ -12,7 +12,6 @@ from megalora.building import Engine
 from megalora.checkpoint.adapter.peft import peft_caution
 from megalora.checkpoint.run.folder import remove_export
 from megalora.checkpoint.run.state import iteration_folder, note_best
-from megalora.choices import CLASSIFICATION
 from megalora.cluster.preemption import CTRL_C, Preemption
 from megalora.cluster.watch import Watch
 from megalora.data import steps_ahead
@@ -233,7 +232,7 @@ class Session:
             if caution is not None:
                 self.monitor.note(caution)
             task = self.beginning.lora.config.task_type
-            self.monitor.note(f"try it: {generate_command(self.arguments, self.mesh, task in CLASSIFICATION)}")
+            self.monitor.note(f"try it: {generate_command(self.arguments, self.mesh, task)}")
 
     def _best_saved(self) -> Path | None:
         """Return the checkpoint with the lowest evaluation loss where it is to be kept and is there. Collective."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import datetime
 import math
 import shlex
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megalora.adapters.config import ResolvedLora
 from megalora.building import Cut, Engine, trained_shapes
+from megalora.choices import CLASSIFICATION
 from megalora.data import Loader, PackedRows
 from megalora.flags import FinetuneArguments, TrainArguments
 from megalora.models.dropouts import base_dropouts, told
-from megalora.models.spec import ClassHead, Head, ModelSpec
+from megalora.models.spec import ClassHead, CrossAttention, Head, ModelSpec, mixers_of
 from megalora.models.stage import Stage
 from megalora.monitor import causal_context, lora_flops_per_token
 from megalora.ops import extension
@@ -46,8 +48,11 @@ def start_up_table(
     }
 
 
-def generate_command(arguments: FinetuneArguments, mesh: ParallelMesh, classifies: bool) -> str:
-    """Return the command line that tries the adapter of a run: a chat, or the label of a text."""
+_TRIED = {**dict.fromkeys(CLASSIFICATION, "a text to label"), "SEQ_2_SEQ_LM": "a text"}  # prompts, by task
+
+
+def generate_command(arguments: FinetuneArguments, mesh: ParallelMesh, task: str) -> str:
+    """Return the command line that tries the adapter of a run: a chat, the label of a text or what it becomes."""
     model, processes = arguments.model, mesh.tp.size * mesh.pp.size
     given = {
         "model_path": model.model_path,
@@ -58,7 +63,7 @@ def generate_command(arguments: FinetuneArguments, mesh: ParallelMesh, classifie
         "tensor_parallel_size": mesh.tp.size if mesh.tp.size > 1 else None,
         "pipeline_parallel_size": mesh.pp.size if mesh.pp.size > 1 else None,
         "uneven_heads": "true" if arguments.parallel.uneven_heads else None,
-        "prompt": "a text to label" if classifies else None,
+        "prompt": _TRIED.get(task),
     }
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join(["megalora", "generate", *words])
@@ -208,29 +213,78 @@ def not_sequence_parallel(tokens: int, tp: int) -> str:
     return f"tensor-parallel ranks hold all activations between layers: {why}"
 
 
-def mean_context(rows: PackedRows) -> float:
-    """Return how many keys a token attends to on average."""
-    return causal_context(rows.lengths.tolist())
+@dataclass(frozen=True)
+class Contexts:
+    """Keys that a token attends to on average: of_targets, in its own stack (of a decoder, those up to it);
+    of_sources, a source's token in its document and a target's token in its source; None where there are none.
+
+    sources  tokens of all sources
+    """
+
+    of_targets: float
+    of_sources: float | None = None
+    sources: int = 0
+
+
+def contexts(rows: PackedRows) -> Contexts:
+    """Return how far the tokens of the rows see."""
+    if rows.sides is None:
+        return Contexts(causal_context(rows.lengths.tolist()))
+    lengths = rows.sides.lengths(rows.source)[rows.members]
+    sources, targets = lengths[:, 0], lengths[:, 1]
+    seen = float((sources * (sources + targets)).sum() / max(1, lengths.sum()))
+    return Contexts(causal_context(targets.tolist()), seen, int(sources.sum()))
 
 
 def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> float:
-    """Return what training on a token of these rows costs (see `monitor.flops`); of experts, those that are chosen."""
+    """Return what training on a token of these rows costs (see `monitor.flops`); of experts, those that are chosen.
+
+    Of an encoder-decoder each linear counts for the tokens that go through it.
+    """
+    seen = contexts(rows)
+    shares = {**config.shares, **_shares_of_sides(config, seen.sources / max(1, rows.tokens))}
     frozen = sum(
-        linear.in_features * linear.out_features * config.shares.get(name, 1.0)
+        linear.in_features * linear.out_features * shares.get(name, 1.0)
         for name, (linear, _) in config.linears.items()
     )
+    layers, context = config.num_hidden_layers, seen.of_targets
+    if config.encoder is not None:
+        share, first = seen.sources / max(1, rows.tokens), config.encoder.count
+        of_encoder, of_decoder = share * (seen.of_sources or 0), (1 - share) * ((seen.of_sources or 0) + context)
+        context = (first * of_encoder + (layers - first) * of_decoder) / layers
     if isinstance(config.head, Head):
-        frozen += config.vocab_size * config.embedding.width  # tied or not
+        frozen += config.vocab_size * config.embedding.width * shares.get("head", 1.0)  # tied or not
     return lora_flops_per_token(
         frozen_matmul_parameters=frozen,
         lora_parameters=sum(
-            size * config.shares.get(linear, 1.0) for linear, size in _lora_parameters(config, lora).items()
+            size * shares.get(linear, 1.0) for linear, size in _lora_parameters(config, lora).items()
         ),
-        num_hidden_layers=config.num_hidden_layers,
+        num_hidden_layers=layers,
         num_attention_heads=config.num_attention_heads,
         head_dim=config.head_dim,
-        context=mean_context(rows),
+        context=context,
     )
+
+
+def _shares_of_sides(config: ModelSpec, sources: float) -> dict[str, float]:
+    """Return the share of all tokens that goes through each linear of an encoder-decoder, and through its head.
+
+    sources  share of all tokens that are the encoder's
+    """
+    if config.encoder is None:
+        return {}
+    keys = {
+        config.stack.of_layer(index, linear.name)
+        for index, layer in enumerate(config.stack.layers)
+        for mixer in mixers_of(layer)
+        if isinstance(mixer, CrossAttention)
+        for linear in (mixer.k, mixer.v)
+    }
+    shares = {
+        name: sources if placed.layer < config.encoder.count or name in keys else 1 - sources
+        for name, placed in config.linears.items()
+    }
+    return shares | {"head": 1 - sources}
 
 
 def _lora_parameters(config: ModelSpec, lora: ResolvedLora) -> dict[str, int]:

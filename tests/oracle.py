@@ -18,6 +18,8 @@ from shared_memory import SharedMemory
 from megalora.adapters.config import LoraConfig
 from megalora.building import EngineSettings, build_trainer, resolve_lora
 from megalora.data import Loader, build_rows, pack
+from megalora.data.documents import Documents
+from megalora.data.packing import Sides, pack_sides
 from megalora.data.template import Sample
 from megalora.models.config import config_from_dict
 from megalora.models.spec import ModelSpec
@@ -225,12 +227,32 @@ ENCODERS = {
     "xlm-roberta": {"model_type": "xlm-roberta", "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-6},
     "electra": {"model_type": "electra", "embedding_size": 24, "layer_norm_eps": 1e-6},
 }
+# Encoder-decoders, with the dropouts that their configs have in practice.
+_T5 = {
+    "d_model": 48, "d_kv": 6, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 8,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+}  # fmt: skip
+SEQ2SEQ = {
+    "t5": {"model_type": "t5", **_T5, "decoder_start_token_id": 0},
+    "t5, version 1.1": {
+        "model_type": "t5", **_T5, "decoder_start_token_id": 0, "num_decoder_layers": 3, "d_kv": 8,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    },
+    "mt5": {"model_type": "mt5", **_T5, "feed_forward_proj": "gated-gelu"},
+    "bart": {
+        "model_type": "bart", "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 8,
+        "decoder_attention_heads": 8, "encoder_ffn_dim": 80, "decoder_ffn_dim": 72, "scale_embedding": True,
+        "attention_dropout": 0.1, "activation_dropout": 0.1, "max_position_embeddings": 256,
+        "forced_bos_token_id": 0,
+    },
+}  # fmt: skip
 _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
     "deepseek_v2": ("head_dim",), "deepseek_v3": ("head_dim",),
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
     **dict.fromkeys(ENCODERS, _OLD),
+    **dict.fromkeys(SEQ2SEQ, tuple(name for name in TINY if name != "vocab_size")),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "codegen", "falcon", "opt", "btlm"), _OLDER),
     **dict.fromkeys(("bloom", "mpt", "RefinedWeb", "RefinedWebModel"), (*_OLDER, "max_position_embeddings")),
     "chatglm": (*_OLDER, "max_position_embeddings", "vocab_size"),
@@ -239,12 +261,14 @@ LACKS = {
 
 def fields_of(family: str, **more: object) -> dict:
     """config.json of a tiny model of the family, with `more` where the family has such fields."""
-    fields = TINY | (FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS)[family] | more
+    own = (FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ)[family]
+    fields = TINY | own | more
     left_out = {name for name in TINY if family in MODERN and fields[name] is None}
-    return {name: value for name, value in fields.items() if name not in (*LACKS.get(family, ()), *left_out)}
+    left_out |= {name for name in LACKS.get(family, ()) if family not in SEQ2SEQ or name not in own | more}
+    return {name: value for name, value in fields.items() if name not in left_out}
 
 
-for _family in FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS:
+for _family in FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
     config_from_dict(fields_of(_family))
@@ -278,6 +302,7 @@ class Run:
     rows: int = 4
     micro_batch_rows: int = 1
     seq_length: int = 24
+    source_length: int = 32
     seed: int = 7
     task: str = "CAUSAL_LM"
     # Adam divides each gradient by its size: where that is near zero, rounding grows to a share of this rate.
@@ -354,7 +379,9 @@ def rows_of(run: Run, config: ModelSpec):
     """Packed rows of random documents, about two steps' worth of them."""
     vocab_size = config.vocab_size
     generator = torch.Generator().manual_seed(run.seed)
-    documents = []
+    documents: list[Sample] = []
+    if config.encoder is not None:
+        return pairs_of(run, config, generator)
     for _ in range(5 * run.rows):
         length = int(torch.randint(3, run.seq_length, (), generator=generator))
         ids = torch.randint(0, vocab_size, (length,), generator=generator)
@@ -366,6 +393,22 @@ def rows_of(run: Run, config: ModelSpec):
         documents.append(sample if run.task == "CAUSAL_LM" else classified(sample, config, run.task))
     bins = pack([len(d.input_ids) for d in documents], run.seq_length)
     return build_rows(documents, bins, run.seq_length, 0)
+
+
+def pairs_of(run: Run, config: ModelSpec, generator: torch.Generator):
+    """Packed rows of random sources and targets."""
+    documents = []
+    for _ in range(5 * run.rows):
+        limits = (run.source_length, run.seq_length)
+        source, target = (int(torch.randint(2, length // 2, (), generator=generator)) for length in limits)
+        ids = torch.randint(0, config.vocab_size, (source + target,), generator=generator)
+        labels = torch.where(torch.arange(len(ids)) >= source, ids, -100)
+        documents.append(Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32")))
+    sides = Sides(run.source_length, config.encoder.start)
+    lengths = Sides.lengths(Documents.of(documents, range(len(documents))))
+    bins = pack_sides(lengths, (run.source_length, run.seq_length))
+    assert max(map(len, bins)) > 1
+    return build_rows(documents, bins, run.seq_length, 0, sides)
 
 
 def classified(sample: Sample, config: ModelSpec, task: str) -> Sample:
@@ -381,7 +424,9 @@ def classified(sample: Sample, config: ModelSpec, task: str) -> Sample:
 def train(rank: int, world_size: int, run: Run) -> Outcome:
     """Runs `run` on this rank of `world_size`."""
     mesh = build_mesh(rank, world_size, run.tp, run.pp, cp=run.cp)
-    config = config_from_dict(fields_of(run.family, **run.model)).for_task(run.task, LABELS)
+    config = config_from_dict(fields_of(run.family, **run.model))
+    run = run if config.encoder is None else run.on(task="SEQ_2_SEQ_LM")
+    config = config.for_task(run.task, LABELS)
     lora = resolve_lora(LoraConfig.from_dict(run.lora | {"task_type": run.task}), config)
     exchange = Exchange(mesh.tp, SharedMemory(mesh.tp)) if run.exchange else None
     base = BaseFormat(run.base_format)
@@ -389,7 +434,7 @@ def train(rank: int, world_size: int, run: Run) -> Outcome:
     work = Workload(
         run.micro_batch_rows, run.seq_length, element=run.dtype.itemsize, sequence_parallel=run.sequence_parallel,
         recompute=run.recompute, tile=run.tile, offloaded=run.offloaded,
-        context_parallel=run.cp,
+        context_parallel=run.cp, source_length=run.source_length if config.encoder is not None else 0,
     )  # fmt: skip
     settings = EngineSettings(
         work, lambda step: run.learning_rate, partition_method=run.partition_method,

@@ -19,7 +19,7 @@ SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster", "web", "runs
 # What the commands are put together from.
 PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
 PARTS |= {"serving"}
-TOP = {"auto_layout", "rows", "starting", "stepping", "summary"}  # and the commands
+TOP = {"auto_layout", "rows", "sources", "starting", "stepping", "summary"}  # and the commands
 TOP |= {"finetune", "generate", "classify", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
 TOP |= {"recombine"}
 TOP |= {"serve", "board", "report", "samples"}

@@ -31,7 +31,8 @@ from .conversation import TrainOn
 from .documents import Documents
 from .encode import Encoder, EncodeSettings, OnLongRow
 from .fields import FieldNames
-from .packing import PackedRows, lay_out, pack
+from .packing import PackedRows, Sides, lay_out, pack, pack_sides
+from .pairs import PairRows
 from .pieces import Sample
 from .readers import Chunk, NotLines, Source, dataset_fingerprint, parse_sources, read_chunks, read_rows
 from .report import Report, message_and_hint
@@ -39,7 +40,7 @@ from .sampler import EVALUATION_EPOCH, PACKING_EPOCH, SOURCE_EPOCH, permutation
 from .template import ChatTemplate
 from .workers import encode_all
 
-Rendering = ChatTemplate | ClassRows  # how rows become documents
+Rendering = ChatTemplate | ClassRows | PairRows  # how rows become documents
 
 
 class Encodes(Protocol):
@@ -133,8 +134,9 @@ def _load(
         if members is None:
             parts.append(None)
             continue
-        order, ends = _layout(folder, name, documents, members, settings, seed, identity)
-        rows = lay_out(documents, order, ends, settings.seq_length, template.end_token_id, report.top)
+        sides = template.sides if isinstance(template, PairRows) else None
+        order, ends = _layout(folder, name, documents, members, settings, seed, identity, sides)
+        rows = lay_out(documents, order, ends, settings.seq_length, template.end_token_id, report.top, sides)
         # Any id does as padding: no document attends to it, and it has no label. The tokenizer's own for it may have
         # no row in the embedding, where it was added to a model that came without one.
         fingerprint = made["fingerprint"]
@@ -341,6 +343,7 @@ def _layout(
     settings: DataSettings,
     seed: int,
     identity: list[Any],
+    sides: Sides | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (members, row_ends) of the packed rows, found beside the tokens or made."""
     digest = hashlib.sha256(json.dumps([name, seed, identity]).encode()).hexdigest()[:16]
@@ -348,14 +351,20 @@ def _layout(
     with locked(folder.with_name(f"{folder.name}.lock")):  # one rank makes it, the others find it
         found = load_arrays(path, ("members", "row_ends"))
         if found is None:
-            found = _packed(documents, chosen, settings, seed)
+            found = _packed(documents, chosen, settings, seed, sides)
             save_arrays(path, members=found[0], row_ends=found[1])
     return found[0], found[1]
 
 
-def _packed(documents: Documents, chosen: np.ndarray, settings: DataSettings, seed: int) -> list[np.ndarray]:
+def _packed(
+    documents: Documents, chosen: np.ndarray, settings: DataSettings, seed: int, sides: Sides | None
+) -> list[np.ndarray]:
     """Return [members, row_ends] of the packed rows."""
     order = chosen[np.asarray(permutation(len(chosen), seed, PACKING_EPOCH), dtype=np.int64)]
-    bins = pack(documents.lengths[order].tolist(), settings.seq_length, settings.packing)
+    if sides is None:
+        bins = pack(documents.lengths[order].tolist(), settings.seq_length, settings.packing)
+    else:
+        limits = (sides.source_length, settings.seq_length)
+        bins = pack_sides(Sides.lengths(documents)[order], limits, settings.packing)
     members = order[np.fromiter((index for row in bins for index in row), np.int64, len(order))]
     return [members, np.cumsum([len(row) for row in bins], dtype=np.int64)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ import torch
 
 from ..batch import Batch
 from .context import cut_batch
-from .packing import PackedRows, Row, lay_out
+from .packing import PackedRows, Row
 from .sampler import deal, permutation, steps_per_epoch
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Loader:
         self._attention = None if math.isinf(token_work) else _attention_work(rows) / (rows.seq_length * token_work)
         self.global_batch_rows = micro_batch_rows * num_microbatches * dp_size
         self.steps_per_epoch = steps_per_epoch(rows.rows, self.global_batch_rows)
-        self._empty = lay_out(rows.source, rows.members[:0], np.zeros(1, np.int64), *rows.filling).row(0)
+        self._empty = rows.empty
         self._order: tuple[int, list[int]] = (0, self._epoch_order(0))  # a cache: (epoch, its order)
 
     def step(self, step: int) -> Step:
@@ -105,19 +105,31 @@ class Loader:
     def _batch(self, chosen: list[int], places: Sequence[int]) -> Batch:
         """Return the rows at `places` of the step, whose rows are `chosen`; places beyond those are empty rows."""
         rows = [self.rows.row(chosen[r]) if r < len(chosen) else self._empty for r in places]
-        tokens = [int(self.rows.row_tokens[chosen[r]]) if r < len(chosen) else 0 for r in places]
-        lengths = [length for row, used in zip(rows, tokens, strict=True) for length in _attended(row, used)]
-        seq_length = self.rows.seq_length
-        weights = [row.weights for row in rows if row.weights is not None]  # of all rows, or of none
-        return Batch(
-            input_ids=_joined([row.input_ids for row in rows]),
-            labels=_joined([row.labels for row in rows]),
-            position_ids=_joined([row.position_ids for row in rows]),
-            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-            token_index=torch.cat([torch.arange(r * seq_length, (r + 1) * seq_length) for r in places]),
-            columns={name: _joined([row.columns[name] for row in rows]) for name in rows[0].columns},
-            weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
-        )
+        batch = _batch_of(rows, places)
+        sources = [row.source for row in rows if row.source is not None]
+        if not sources:
+            return batch
+        bounds = (_bounds([span for row in side for span in row.spans]) for side in (rows, sources))
+        return replace(batch, source=_batch_of(sources, places), crossing=tuple(bounds))
+
+
+def _batch_of(rows: Sequence[Row], places: Sequence[int]) -> Batch:
+    """Return rows as the tokens of one batch; places: of the rows in the step."""
+    length = len(rows[0].input_ids)
+    weights = [row.weights for row in rows if row.weights is not None]  # of all rows, or of none
+    return Batch(
+        input_ids=_joined([row.input_ids for row in rows]),
+        labels=_joined([row.labels for row in rows]),
+        position_ids=_joined([row.position_ids for row in rows]),
+        cu_seqlens=torch.tensor(_bounds([one for row in rows for one in _attended(row)]), dtype=torch.int32),
+        token_index=torch.cat([torch.arange(r * length, (r + 1) * length) for r in places]),
+        columns={name: _joined([row.columns[name] for row in rows]) for name in rows[0].columns},
+        weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
+    )
+
+
+def _bounds(lengths: Sequence[int]) -> tuple[int, ...]:
+    return tuple(accumulate(lengths, initial=0))
 
 
 def _attention_work(rows: PackedRows) -> np.ndarray:
@@ -130,13 +142,12 @@ def _joined(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def _attended(row: Row, tokens: int) -> list[int]:
-    """Return the row's documents for attention: its padding tail in short pieces, since attention costs length squared.
-
-    tokens: those of the row that are not padding
+def _attended(row: Row) -> list[int]:
+    """Return the row's documents for attention: its padding tail in short pieces, since attention costs length
+    squared.
     """
     lengths = list(row.lengths)
-    if tokens < len(row.input_ids):
+    if row.used < len(row.input_ids):
         tail = lengths.pop()
         lengths += [PADDING_PIECE] * (tail // PADDING_PIECE)
         lengths += [tail % PADDING_PIECE] if tail % PADDING_PIECE else []

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .documents import CLASSES, Documents
 from .template import IGNORE, Sample
+
+OPEN_ROWS = 256  # in which `pack_sides` looks for room
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,47 @@ class Row:
     weights   [S] float32, what each label counts for in the loss; None: 1 each
     lengths   of its documents, the padding tail the last; they sum to S
     columns   [S] or [S, k] int32 each, as Sample.columns; 0 in the padding
+    used      tokens that are not padding
+    source    what an encoder reads: a row of as many documents, without labels
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     lengths: tuple[int, ...]
-    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    columns: Mapping[str, np.ndarray]
+    used: int
     weights: np.ndarray | None = None
+    source: Row | None = None
+
+    @property
+    def spans(self) -> list[int]:
+        """The lengths of its documents, and of the padding behind them, which may be 0."""
+        return [*self.lengths] if self.used < len(self.input_ids) else [*self.lengths, 0]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The rows of an encoder-decoder: a document is its source, and behind it the target, which alone is labelled.
+
+    source_length   tokens of a row of sources; a row of targets has seq_length
+    start_token_id  what the decoder reads first: it reads the target one place later than it is to be predicted
+    """
+
+    source_length: int
+    start_token_id: int
+
+    def parts(self, document: Sample) -> tuple[Sample, Sample]:
+        """Return source and target of a document; the labels of the target are where they are predicted."""
+        ids, first = document.input_ids, int(np.flatnonzero(document.labels != IGNORE)[0])
+        read = np.concatenate((ids.dtype.type([self.start_token_id]), ids[first:-1]))
+        return Sample(ids[:first], document.labels[:first]), Sample(read, document.labels[first:])
+
+    @staticmethod
+    def lengths(source: Documents) -> np.ndarray:
+        """Return the tokens of source and target of every document, [D, 2] int64."""
+        targets = source.label_counts
+        return np.stack([source.lengths - targets, targets], axis=1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +90,7 @@ class PackedRows:
     notes       lines for the start-up: rows that were left out, fields that are not read, rows that were cut
     skipped     how many rows of the file were left out
     fingerprint   sha256 of the documents in the file's order, seq_length and packing: the data's identity
+    sides       of an encoder-decoder's rows
     """
 
     seq_length: int
@@ -69,6 +105,7 @@ class PackedRows:
     notes: tuple[str, ...] = ()
     skipped: int = 0
     fingerprint: str = ""
+    sides: Sides | None = None
 
     @property
     def rows(self) -> int:
@@ -92,30 +129,39 @@ class PackedRows:
         return self.source.lengths[self.members]
 
     @property
-    def filling(self) -> tuple[int, int, int]:
-        """(seq_length, pad_token_id, max_token_id): what rows of other documents of the source need (see `lay_out`)."""
-        return self.seq_length, self.pad_token_id, self.max_token_id
+    def empty(self) -> Row:
+        """A row of padding alone."""
+        return replace(self, members=self.members[:0], row_ends=np.zeros(1, np.int64)).row(0)
 
     def row(self, index: int) -> Row:
         """Return row `index`."""
-        input_ids = np.full(self.seq_length, self.pad_token_id, dtype=np.int32)
-        labels = np.full(self.seq_length, IGNORE, dtype=np.int32)
-        position_ids = np.empty(self.seq_length, dtype=np.int32)
+        start = int(self.row_ends[index - 1]) if index else 0
+        documents = [self.source.sample(member) for member in self.members[start : int(self.row_ends[index])].tolist()]
+        if self.sides is None:
+            labels = [document.columns.get(CLASSES, shift(document.labels)) for document in documents]
+            return self._laid_out(documents, labels, self.seq_length)
+        parts = [self.sides.parts(document) for document in documents]
+        sources, targets = [source for source, _ in parts], [target for _, target in parts]
+        row = self._laid_out(targets, [target.labels for target in targets], self.seq_length)
+        source = self._laid_out(sources, [source.labels for source in sources], self.sides.source_length)
+        return replace(row, source=source)
+
+    def _laid_out(self, documents: Sequence[Sample], labels_of: Sequence[np.ndarray], length: int) -> Row:
+        """Return documents and their labels, each at the place where it is predicted, in a row of `length` tokens."""
+        input_ids = np.full(length, self.pad_token_id, dtype=np.int32)
+        labels = np.full(length, IGNORE, dtype=np.int32)
+        position_ids = np.empty(length, dtype=np.int32)
         columns = {
-            name: np.zeros((self.seq_length, *column.shape[1:]), dtype=np.int32)
+            name: np.zeros((length, *column.shape[1:]), dtype=np.int32)
             for name, column in self.source.columns.items()
             if name != CLASSES
         }
-        weights = None if self.source.weights is None else np.zeros(self.seq_length, dtype=np.float32)
+        weights = None if self.source.weights is None else np.zeros(length, dtype=np.float32)
         lengths, at = [], 0
-        start = int(self.row_ends[index - 1]) if index else 0
-        for member in self.members[start : int(self.row_ends[index])].tolist():
-            document = self.source.sample(member)
+        for document, its_labels in zip(documents, labels_of, strict=True):
             stop = at + len(document.input_ids)
-            assert stop <= self.seq_length, "a row is over-full"
-            input_ids[at:stop] = document.input_ids
-            classes = document.columns.get(CLASSES)
-            labels[at:stop] = shift(document.labels) if classes is None else classes
+            assert stop <= length, "a row is over-full"
+            input_ids[at:stop], labels[at:stop] = document.input_ids, its_labels
             for name, column in columns.items():
                 column[at:stop] = document.columns[name]
             if weights is not None:
@@ -123,10 +169,10 @@ class PackedRows:
             position_ids[at:stop] = np.arange(stop - at, dtype=np.int32)
             lengths.append(stop - at)
             at = stop
-        if at < self.seq_length:
-            position_ids[at:] = np.arange(self.seq_length - at, dtype=np.int32)
-            lengths.append(self.seq_length - at)
-        return Row(input_ids, labels, position_ids, tuple(lengths), columns, weights)
+        if at < length:
+            position_ids[at:] = np.arange(length - at, dtype=np.int32)
+            lengths.append(length - at)
+        return Row(input_ids, labels, position_ids, tuple(lengths), columns, at, weights)
 
 
 def pack(lengths: Sequence[int], seq_length: int, packing: bool = True) -> list[list[int]]:
@@ -178,20 +224,46 @@ def _next_fit(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
     return rows
 
 
+def pack_sides(lengths: np.ndarray, limits: tuple[int, int], packing: bool = True) -> list[list[int]]:
+    """Pack documents with two lengths, [D, 2] of source and target, as `pack` does, in rows with a limit of each.
+
+    Longest first by the share of a row that they take, each into the first of the last OPEN_ROWS rows that holds it.
+    """
+    assert (lengths <= limits).all(), "a document must fit a row"
+    if not packing:
+        return [[index] for index in range(len(lengths))]
+    rows: list[list[int]] = []
+    spaces = np.empty((0, 2), np.int64)  # of the rows that are open
+    for index in np.argsort(-(lengths / limits).max(1), kind="stable").tolist():
+        holds = np.flatnonzero((spaces >= lengths[index]).all(1))
+        if not len(holds):
+            rows.append([])
+            spaces = np.concatenate((spaces[-OPEN_ROWS + 1 :], np.array([limits], np.int64)))
+            holds = np.array([len(spaces) - 1])
+        at = int(holds[0])
+        rows[len(rows) - len(spaces) + at].append(index)
+        spaces[at] -= lengths[index]
+    return rows
+
+
 def shift(labels: np.ndarray) -> np.ndarray:
     """Map labels [n] of one document's own tokens to the label to predict at each position; the last has none."""
     return np.append(labels[1:], labels.dtype.type(IGNORE))
 
 
 def build_rows(
-    documents: Sequence[Sample], bins: Sequence[Sequence[int]], seq_length: int, pad_token_id: int
+    documents: Sequence[Sample],
+    bins: Sequence[Sequence[int]],
+    seq_length: int,
+    pad_token_id: int,
+    sides: Sides | None = None,
 ) -> PackedRows:
-    """Lay `documents` out as `bins` (from `pack`) says."""
+    """Lay `documents` out as `bins` (from `pack` or `pack_sides`) says."""
     source = Documents.of(documents, range(len(documents)))
     members = np.asarray([index for row in bins for index in row], dtype=np.int64)
     row_ends = np.cumsum([len(row) for row in bins], dtype=np.int64)
     top = int(source.ids.max()) if len(source.ids) else 0
-    return lay_out(source, members, row_ends, seq_length, pad_token_id, top)
+    return lay_out(source, members, row_ends, seq_length, pad_token_id, top, sides)
 
 
 def lay_out(
@@ -201,12 +273,15 @@ def lay_out(
     seq_length: int,
     pad_token_id: int,
     max_token_id: int,
+    sides: Sides | None = None,
 ) -> PackedRows:
     """Return the rows whose documents are `members`, cut at `row_ends`; see `PackedRows`."""
     sums = (np.concatenate(([0], np.cumsum(counts[members]))) for counts in (source.lengths, source.label_counts))
     tokens, labels = (np.diff(total[row_ends], prepend=0).astype(np.int64) for total in sums)
     weights, of_documents = labels, source.label_weights
     if of_documents is not None:
+        assert sides is None, "labels of pairs count 1 each"
         row = np.repeat(np.arange(len(row_ends)), np.diff(row_ends, prepend=0))
         weights = np.bincount(row, of_documents[members], len(row_ends))
-    return PackedRows(seq_length, pad_token_id, source, members, row_ends, tokens, labels, weights, max_token_id)
+    rows = PackedRows(seq_length, pad_token_id, source, members, row_ends, tokens, labels, weights, max_token_id)
+    return rows if sides is None else replace(rows, sides=sides)

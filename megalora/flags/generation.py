@@ -64,6 +64,7 @@ class GenerationArguments(Section):
     )
     seed: int | None = flag(None, "seed of the sampling", at_least=0, at_most=2**63 - 1, unset="42")
     template: str | None = shared.TEMPLATE.field(None, unset="the adapter's own, or the tokenizer's")
+    source_prefix: str | None = shared.SOURCE_PREFIX.field(None, unset="that of the adapter's training, or none")
     chat_template_kwargs: str | None = shared.CHAT_TEMPLATE_KWARGS.field(None, unset="the template's defaults")
     special_tokens_in_text: bool = shared.SPECIAL_TOKENS_IN_TEXT.field(False)
     seq_length: int | None = flag(

@@ -51,6 +51,8 @@ PROFILE_FILE = Definition(
 )
 
 SEQ_LENGTH = Definition("tokens in one row of a microbatch", at_least=2)
+SOURCE_LENGTH = Definition("of an encoder-decoder: tokens in one row of sources; seq_length is of targets", at_least=2)
+SOURCE_PREFIX = Definition("""of an encoder-decoder: text before every source, as T5's "summarize: \"""")
 PER_DEVICE_TRAIN_BATCH_SIZE = Definition("rows in one microbatch of one data-parallel rank", at_least=1)
 GLOBAL_BATCH_SIZE = Definition("rows in one step over all processes", at_least=1)
 GRADIENT_ACCUMULATION_STEPS = Definition("microbatches in one step of one data-parallel rank", at_least=1)

@@ -39,6 +39,7 @@ class PlanArguments(Section):
     )
     seq_length: int = shared.SEQ_LENGTH.field(1024)
     longest: bool = flag(False, "find the longest row that each layout can train, instead of layouts for seq_length")
+    source_length: int | None = shared.SOURCE_LENGTH.field(None, unset="seq_length")
     global_batch_size: int | None = shared.GLOBAL_BATCH_SIZE.field(
         None,
         unset="128 rounded up to a multiple of gpus, or set by gradient_accumulation_steps",

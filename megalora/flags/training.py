@@ -65,6 +65,8 @@ class DataArguments(Section):
         None, "fields of the rows to ignore, besides those known to be harmless", verbatim=True, unset="none"
     )
     seq_length: int = shared.SEQ_LENGTH.field(1024)
+    source_length: int | None = shared.SOURCE_LENGTH.field(None, unset="seq_length")
+    source_prefix: str | None = shared.SOURCE_PREFIX.field(None, unset="none")
     packing: bool = flag(True, "pack several whole documents into one row; attention never crosses documents")
     template: str | None = shared.TEMPLATE.field(None, unset="the tokenizer's own")
     chat_template_kwargs: str | None = shared.CHAT_TEMPLATE_KWARGS.field(None, unset="the template's defaults")
@@ -102,6 +104,11 @@ class DataArguments(Section):
         if len(self.renamed_columns) != len(self.columns or ()):
             raise UserError("columns names one of your fields twice", "keep one")
         shared.template_variables(self.chat_template_kwargs)
+
+    @property
+    def source_tokens(self) -> int:
+        """Tokens of a row of sources, where there are such."""
+        return self.seq_length if self.source_length is None else self.source_length
 
     @property
     def template_variables(self) -> dict[str, Any]:

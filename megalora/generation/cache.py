@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, pack
+from megalora.ops.cross_attention import Crossing, cross_attention
 from megalora.ops.decode_attention import decode_attention
 
 
@@ -36,12 +38,33 @@ class KVCache:
     """`slots` sequences of up to `capacity` tokens.
 
     A layer's keys and values, [slots, K, capacity, D] each, are allocated once, at its first step: the layer knows
-    how many heads it holds.
+    how many heads it holds. Of an encoder-decoder each slot has a source too, of up to `source_capacity` tokens:
+    `source_lengths` [slots] int64 says of how many.
     """
 
-    def __init__(self, slots: int, capacity: int):
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, slots: int, capacity: int, source_capacity: int = 0, device: torch.device | str = "cpu"):
+        self.slots, self.capacity, self.source_capacity = slots, capacity, source_capacity
+        self.source_lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep_sources(
+        self, index: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """Keep a layer's keys and values k, v [G, H, D] of sources: each token's slot and place [G]."""
+        if index not in self._sources:
+            shape = (self.slots, k.shape[1], self.source_capacity, k.shape[2])
+            self._sources[index] = k.new_zeros(shape), v.new_zeros(shape)
+        for kept, new in zip(self._sources[index], (k, v), strict=True):
+            kept[slots, :, places] = new
+
+    def attend_sources(self, index: int, q: torch.Tensor, slots: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the attention [B, H, D] of one query each, q [B, H, D], to the sources in `slots` [B]."""
+        lengths = self.source_lengths[slots]
+        longest = int(lengths.max())
+        seen = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]
+        keys, values = (kept[slots, :, :longest] for kept in self._sources[index])
+        return scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=seen, scale=scale).squeeze(2)
 
     def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v.
@@ -54,6 +77,22 @@ class KVCache:
 
 
 @dataclass(frozen=True)
+class NewSources:
+    """The sources of new sequences, one after another. slots, places [G] int64: where their tokens go; bounds: in G."""
+
+    slots: torch.Tensor
+    places: torch.Tensor
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, slots: Sequence[int], lengths: Sequence[int], device: torch.device) -> NewSources:
+        """Build for sources of these lengths in these slots."""
+        of_tokens = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
+        places = torch.cat([torch.arange(length) for length in lengths])
+        return cls(of_tokens.to(device), places.to(device), tuple(itertools.accumulate(lengths, initial=0)))
+
+
+@dataclass(frozen=True)
 class PrefillStep:
     """Several tokens of each sequence over a KVCache: the `models.inputs.Cache` that the layers read.
 
@@ -61,6 +100,7 @@ class PrefillStep:
     slots, places   [F] int64: the same token by token
     bounds          cumulative bounds of the spans in F
     packed          the same for kernels that read them on the device, where some do
+    sources         of an encoder-decoder: those of the sequences
     """
 
     cache: KVCache
@@ -69,6 +109,7 @@ class PrefillStep:
     places: torch.Tensor
     bounds: tuple[int, ...]
     packed: Packed | None
+    sources: NewSources | None = None
 
     @classmethod
     def of(
@@ -99,6 +140,14 @@ class PrefillStep:
             outputs.append(cached_attention(q[begin:end], k_seen, v_seen, window, scores))
         return torch.cat(outputs)
 
+    def cross(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """Keep k, v [G, H, D] of the sources; return the attention of q [F, H, D] to the source of each sequence."""
+        assert self.sources is not None and k is not None and v is not None
+        self.cache.keep_sources(layer, k, v, self.sources.slots, self.sources.places)
+        return cross_attention(q, k, v, Crossing(self.bounds, self.sources.bounds), scale)
+
 
 @dataclass(frozen=True)
 class DecodeStep:
@@ -114,3 +163,10 @@ class DecodeStep:
         """Do as PrefillStep.attend."""
         cached = self.cache.layer(layer, k, v)
         return decode_attention(q, k, v, *cached, self.slots, self.positions, window, scores)
+
+    def cross(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """Return as PrefillStep.cross, to the sources that are kept."""
+        assert k is None and v is None
+        return self.cache.attend_sources(layer, q, self.slots, scale)

@@ -53,6 +53,22 @@ def eos_token_ids(folder: str | Path) -> list[int]:
     return []
 
 
+def beginning(folder: str | Path, start: int, forced: int | None) -> tuple[int, ...]:
+    """Return what an encoder-decoder begins with: decoder_start_token_id, and forced_bos_token_id where there is one.
+
+    start, forced  those of config.json; generation_config.json goes before it, as in transformers
+    """
+    file = Path(folder) / FILE
+    fields = _read(file)
+    found = []
+    for name, value in (("decoder_start_token_id", start), ("forced_bos_token_id", forced)):
+        value = value if fields.get(name) is None else fields[name]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise UserError(f"{file}: {name} = {value!r}: must be a token id")
+        found += [] if value is None else [value]
+    return tuple(found)
+
+
 def unescaped(text: str) -> str:
     r"""Return a text with \n, \t, \r and \\ as the characters that they mean; any other backslash stays."""
     meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}

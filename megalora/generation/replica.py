@@ -211,25 +211,33 @@ class Replica:
         """Make a cache that holds as many of the prompts and their replies as may run together; the last one if it
         does.
         """
-        largest, words = max(max(p.token_ids) for p in prompts), self._stage.config.vocab_size
+        largest, words = max(max((*p.token_ids, *p.source)) for p in prompts), self._stage.config.vocab_size
         if largest >= words:
             raise UserError(
                 f"the tokenizer gives token id {largest}, but the model's vocab_size ({words}) ends before",
                 "take tokenizer and model from one folder",
             )
         capacity = min(self._context, max(len(p.token_ids) for p in prompts) + max_new_tokens)
-        slots = min(len(prompts), MAX_RUNNING, max(1, CACHE_TOKENS // capacity))
-        if self._steps is not None and self._steps.slots >= slots and self._steps.capacity >= capacity:
+        source = max(len(p.source) for p in prompts)
+        slots = min(len(prompts), MAX_RUNNING, max(1, CACHE_TOKENS // (capacity + source)))
+        if self._holds(slots, capacity, source):
             return
         if slots <= FEW:
             capacity = min(self._context, max(2 * capacity, CACHE_TOKENS // FEW))
-        self._renew_cache(slots, capacity)
+        self._renew_cache(slots, capacity, source)
         if self._sampling.repetition_penalty != 1.0 and self._chooses:
             self._seen = Seen(slots, words, self._stage.place.device)
 
-    def _renew_cache(self, slots: int, capacity: int) -> None:
+    def _holds(self, slots: int, capacity: int, source: int) -> bool:
+        """Return whether the cache has as much room."""
+        there = self._steps
+        if there is None:
+            return False
+        return there.slots >= slots and there.capacity >= capacity and there.source_capacity >= source
+
+    def _renew_cache(self, slots: int, capacity: int, source: int = 0) -> None:
         self._steps = None  # before the next one is made: there may not be room for both
-        self._steps = Steps(self._stage, slots, capacity)
+        self._steps = Steps(self._stage, slots, capacity, source)
         self._held = [(0, []) for _ in range(slots)]
 
     def _joins(self, queue: _Queue) -> bool:
@@ -240,7 +248,7 @@ class Replica:
         """Take waiting prompts into free slots, as many as one step feeds."""
         seated: list[_Sequence] = []
         fed, waiting, free = 0, queue.waiting, queue.free
-        while waiting and free and (fed == 0 or fed + len(waiting[0].prompt.token_ids) <= STEP_TOKENS):
+        while waiting and free and (fed == 0 or fed + waiting[0].prompt.fed <= STEP_TOKENS):
             request = waiting.popleft()
             prompt = request.prompt
             room = min(request.max_new_tokens, self._context - len(prompt.token_ids))
@@ -251,12 +259,12 @@ class Replica:
             if self._seen is not None and request.sampling.repetition_penalty != 1.0:
                 self._seen.start(slot, prompt.token_ids)
             seated.append(_Sequence(request, slot, room, kept))
-            fed += len(prompt.token_ids) - kept
+            fed += prompt.fed - kept
         return seated
 
     def _slot_for(self, prompt: Prompt, free: Sequence[int]) -> tuple[int, int]:
         """Return (slot, tokens of the prompt that it holds already), in a dialogue the turns before."""
-        if self._keep_logits is not None:  # of all tokens: all are fed
+        if self._keep_logits is not None or prompt.source:  # of all tokens: all are fed; or keys are of the source
             return free[-1], 0
         length = len(prompt.token_ids)
         mine = [slot for slot in free if self._held[slot][0] == prompt.adapter and self._steps.goes_on(slot, length)]
@@ -306,7 +314,9 @@ class Replica:
         spans = [Span(sequence.slot, sequence.kept, len(sequence.prompt.token_ids)) for sequence in fed]
         ids = [token for sequence in fed for token in sequence.prompt.token_ids[sequence.kept :]]
         adapters = [sequence.prompt.adapter for sequence in fed]
-        hidden = self._steps.prefill(self._received(len(ids)), ids, spans, adapters)
+        sources = [sequence.prompt.source for sequence in fed if sequence.prompt.source]
+        received = self._received(len(ids) + sum(map(len, sources)))
+        hidden = self._steps.prefill(received, ids, spans, adapters, sources)
         logits = None
         if self._pp.is_last:
             lengths = [span.stop - span.start for span in spans]

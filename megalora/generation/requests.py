@@ -19,6 +19,7 @@ class Prompt:
 
     number   of the prompt in the run; no two that run at a time have the same
     adapter  who replies, where the stage shares several adapters: 0 the base, 1 the first adapter, ...
+    source   of an encoder-decoder: what the encoder reads; token_ids are what the decoder begins with
     stream   number that the random numbers of its reply come from, beside the seed; None: `number`
     """
 
@@ -26,6 +27,12 @@ class Prompt:
     token_ids: Sequence[int]
     adapter: int = 0
     stream: int | None = None
+    source: Sequence[int] = ()
+
+    @property
+    def fed(self) -> int:
+        """Tokens that are fed before the reply."""
+        return len(self.token_ids) + len(self.source)
 
 
 @dataclass(frozen=True)

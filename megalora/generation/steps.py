@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
+from megalora.generation.cache import DecodeStep, KVCache, NewSources, PrefillStep, Span
 from megalora.generation.graphs import DecodeGraphs
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.inputs import Cache, Inputs, head_features
 from megalora.models.rotary import rope_table
 from megalora.models.spec import Rotary
 from megalora.models.stage import Stage
+from megalora.ops.attention import pack
 from megalora.ops.decode_attention import has_kernel
 from megalora.parallel.placement import Tokens
 
@@ -25,11 +26,11 @@ class Steps:
     both give the hidden states [tokens, hidden_size] that the next stage or the head reads.
     """
 
-    def __init__(self, stage: Stage, slots: int, capacity: int):
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, stage: Stage, slots: int, capacity: int, source_capacity: int = 0):
+        self.slots, self.capacity, self.source_capacity = slots, capacity, source_capacity
         self._stage, self._device = stage, torch.device(stage.place.device)
         recorded = _can_be_recorded(stage)
-        self._cache = KVCache(slots + recorded, capacity)
+        self._cache = KVCache(slots + recorded, capacity, source_capacity, self._device)
         self._rope = {rotary: self._tables(rotary) for rotary in stage.config.rotaries}
         # longrope: tokens of the first prompt of each slot. What follows in the slot keeps the frequencies of that.
         self._lengths = torch.zeros(self._cache.slots, dtype=torch.int64, device=self._device)
@@ -46,10 +47,12 @@ class Steps:
         token_ids: Sequence[int],
         spans: Sequence[Span],
         adapters: Sequence[int] | None = None,
+        sources: Sequence[Sequence[int]] = (),
     ) -> torch.Tensor:
         """Feed token_ids, the tokens of the spans one after another.
 
         adapters  the adapter of each sequence where the stage shares several (Stage.share_adapters), else not read
+        sources   of an encoder-decoder: that of each sequence, whose tokens stand before the others in `hidden`
         """
         place = self._stage.place
         if any(rotary.long is not None for rotary in self._rope):
@@ -60,8 +63,21 @@ class Steps:
         if self._stage.shares_adapters:
             lengths = torch.tensor([span.stop - span.start for span in spans])
             of_tokens = torch.tensor(adapters).repeat_interleave(lengths).to(self._device)
-        ids = torch.tensor(token_ids, device=self._device)
-        return self._run(hidden, ids, step.slots, step.places, of_tokens, step)
+        ids, source = torch.tensor(token_ids, device=self._device), None
+        if sources:
+            new = NewSources.of([span.slot for span in spans], [len(one) for one in sources], self._device)
+            lengths = torch.tensor([len(one) for one in sources], device=self._device)
+            self._cache.source_lengths[torch.tensor([span.slot for span in spans], device=self._device)] = lengths
+            step, source = replace(step, sources=new), self._source(sources, new)
+        return self._run(hidden, ids, step.slots, step.places, of_tokens, step, source)
+
+    def _source(self, sources: Sequence[Sequence[int]], new: NewSources) -> Inputs:
+        """Return what the encoder reads."""
+        ids = torch.tensor([token for one in sources for token in one], device=self._device)
+        tokens = Tokens(new.places, new.places, seed=None, step=0)
+        dtype = self._stage.place.dtype
+        packed = pack(new.bounds, self._stage.config.head_dim, dtype, self._device)
+        return Inputs(ids, None, None, new.bounds, {}, tokens, packed=packed, position_ids=new.places)
 
     def goes_on(self, slot: int, length: int) -> bool:
         """Return whether a prompt of `length` tokens may keep what the slot holds: keys of the same frequencies."""
@@ -124,6 +140,7 @@ class Steps:
         places: torch.Tensor,
         adapters: torch.Tensor | None,
         cache: Cache,
+        source: Inputs | None = None,
     ) -> torch.Tensor:
         tables = {}
         for rotary, (cos, sin) in self._rope.items():
@@ -131,7 +148,8 @@ class Steps:
             tables[rotary] = cos[rows], sin[rows]
         # No dropout, so nothing is drawn from the places.
         tokens = Tokens(places, places, seed=None, step=0, adapters=adapters)
-        return self._stage(hidden, Inputs(ids, None, None, (), tables, tokens, cache, position_ids=places))
+        inputs = Inputs(ids, None, None, (), tables, tokens, cache, position_ids=places, source=source)
+        return self._stage(hidden, inputs)
 
 
 def _can_be_recorded(stage: Stage) -> bool:
@@ -143,6 +161,7 @@ def _can_be_recorded(stage: Stage) -> bool:
         torch.device(place.device).type == "cuda"
         and place.tp.size == 1
         and stage.config.plain_scores
+        and stage.config.encoder is None
         and isinstance(attention, AttentionBlock)
         and has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.spec.head_dim)
     )

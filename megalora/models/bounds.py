@@ -111,13 +111,17 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(
         Number(True, 1, 1 << 24),
         """hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size n_inner ffn_dim
-        ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank""",
+        ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank d_model d_ff encoder_ffn_dim
+        decoder_ffn_dim""",
     ),
     **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),
     **_all(Number(True, 1, 1 << 16), "type_vocab_size"),
-    **_all(Number(True, 0, 1 << 28), "pad_token_id"),
+    **_all(Number(True, 0, 1 << 28), "pad_token_id decoder_start_token_id forced_bos_token_id"),
     # layers
-    **_all(Number(True, 1, MOST_LAYERS), "num_hidden_layers decoder_sparse_step"),
+    **_all(
+        Number(True, 1, MOST_LAYERS),
+        """num_hidden_layers decoder_sparse_step num_layers num_decoder_layers encoder_layers decoder_layers""",
+    ),
     **_all(_LAYERS, "max_window_layers first_k_dense_replace"),
     **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers"),
     **_all(Each(Word(), MOST_LAYERS), "layer_types attention_layers"),
@@ -126,12 +130,18 @@ BOUNDS: Mapping[str, Bound] = {
     "attention_types": Repeated(),
     "expansion_ratio": Number(True, 1, 1 << 8),
     # heads
-    **_all(_HEADS, "num_attention_heads num_key_value_heads num_kv_heads multi_query_group_num"),
-    **_all(Number(True, 1, 1 << 14), "qk_nope_head_dim v_head_dim kv_channels"),
+    **_all(
+        _HEADS,
+        """num_attention_heads num_key_value_heads num_kv_heads multi_query_group_num num_heads
+        encoder_attention_heads decoder_attention_heads""",
+    ),
+    **_all(Number(True, 1, 1 << 14), "qk_nope_head_dim v_head_dim kv_channels d_kv"),
+    **_all(Number(True, 4, 1 << 16), "relative_attention_num_buckets relative_attention_max_distance"),
     **_all(Number(True, 2, 1 << 14), "head_dim qk_rope_head_dim rotary_dim"),
     "num_ln_in_parallel_attn": Number(True, 1, 2),
     # documents
-    **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length sliding_window window_size"),
+    **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size"),
+    "sliding_window": Number(True, 0, 1 << 32),  # transformers writes 0 where use_sliding_window is false
     # experts
     **_all(_EXPERTS, "num_experts num_local_experts n_routed_experts n_group topk_group"),
     **_all(Number(True, 1, 1 << 10), "num_experts_per_tok"),
@@ -152,7 +162,7 @@ BOUNDS: Mapping[str, Bound] = {
         Number(False, 0.0, 0.99),
         """attention_dropout attention_probs_dropout_prob attn_config.attn_pdrop attn_pdrop classifier_dropout dropout
         embd_pdrop embed_dropout embedding_dropout hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop
-        residual_dropout""",
+        residual_dropout dropout_rate activation_dropout""",
     ),
     # what is no number
     **_all(
@@ -160,9 +170,13 @@ BOUNDS: Mapping[str, Bound] = {
         """_remove_final_layer_norm add_qkv_bias alibi attention_bias bias do_layer_norm_before enable_bias mlp_bias
         multi_query multi_query_attention mup_scale_qk_dot_by_d new_decoder_architecture norm_topk_prob parallel_attn
         position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx scale_attn_weights
-        tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias use_sliding_window""",
+        tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias use_sliding_window
+        scale_embedding scale_decoder_outputs is_gated_act""",
     ),
-    **_all(Word(), "activation activation_function hidden_act hidden_activation topk_method"),
+    **_all(
+        Word(),
+        """activation activation_function hidden_act hidden_activation topk_method feed_forward_proj dense_act_fn""",
+    ),
     "attn_config": Object(),
 }
 # Fields that mean something where they are null or left out; a number of any other name must be there.

@@ -17,7 +17,7 @@ from megalora.models import families, rotary
 from megalora.models.bounds import BOUNDS
 from megalora.models.family import Family, Fields, RemoteConfig, check_field
 from megalora.models.quantisation import stored_format
-from megalora.models.spec import MLP, Attention, Experts, LatentAttention, ModelSpec
+from megalora.models.spec import MLP, Attention, CrossAttention, Experts, LatentAttention, ModelSpec
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
 _HARMLESS = frozenset(
@@ -65,6 +65,13 @@ def read_config(path: str | Path) -> ModelSpec:
     return config_from_dict(raw, str(file))
 
 
+def is_encoder_decoder(raw: Mapping[str, Any]) -> bool:
+    """Return whether the fields of a config.json are of an encoder-decoder that is implemented."""
+    kind = raw.get("model_type")
+    family = known_families().get(kind) if isinstance(kind, str) else None
+    return family is not None and family.fixed.get("is_encoder_decoder") is True
+
+
 def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Return the ModelSpec of the fields of a config.json, in its old or new form. Raises UserError as read_config."""
     kinds, model_type = known_families(), raw.get("model_type")
@@ -84,6 +91,8 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     _refuse_unread(raw, hf, family, where)
     sliding = rotary.read_sliding_rope(raw, family.sliding_theta, family.partial, where)
     spec = family.read(Fields(hf, family, rope, where, sliding))
+    if any(getattr(mixer, "window", None) == 0 for mixer in spec.mixers):
+        raise UserError(f"{where}: sliding_window = 0 is not valid", "give the tokens of a window, or null for none")
     if rope["rope_type"] != "default" and not (family.rotates and spec.rotaries):
         kind, why = rope["rope_type"], "takes no rope fields" if spec.rotaries else "has no rotary positions"
         raise UserError(f"{where}: rope_type = {kind!r}, but this model {why}", "remove it")
@@ -119,8 +128,10 @@ def _undivided_length(raw: Mapping[str, Any], where: str) -> float:
     return length
 
 
-def check_length(spec: ModelSpec, seq_length: int) -> str | None:
+def check_length(spec: ModelSpec, seq_length: int, flag: str = "seq_length") -> str | None:
     """Return a line for the user where documents may be longer than the model is made for; None where not.
+
+    flag  that says how long they may be
 
     Raises UserError where the model has no positions beyond.
     """
@@ -129,12 +140,12 @@ def check_length(spec: ModelSpec, seq_length: int) -> str | None:
         return None
     if spec.embedding.positions is not None:
         raise UserError(
-            f"seq_length ({seq_length}) is more than the model's max_position_embeddings ({longest}), and it has no "
+            f"{flag} ({seq_length}) is more than the model's max_position_embeddings ({longest}), and it has no "
             "positions beyond",
             "choose at most that",
         )
     return (
-        f"seq_length ({seq_length}) is more than the {longest} tokens that the model is made for: replies to longer "
+        f"{flag} ({seq_length}) is more than the {longest} tokens that the model is made for: replies to longer "
         f"texts may be poor, unless rope_scaling in config.json extends them"
     )
 
@@ -209,7 +220,7 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
 
 def check_writes_text(config: ModelSpec, model_path: str, hint: str) -> None:
     """Raise UserError, with this hint, where a model has no head that writes text."""
-    if "CAUSAL_LM" not in config.tasks:
+    if not {"CAUSAL_LM", "SEQ_2_SEQ_LM"} & {*config.tasks}:
         raise UserError(f"model_path {model_path}: a {config.model_type} writes no text", hint)
 
 
@@ -218,7 +229,9 @@ def check_context(config: ModelSpec, cp: int, task: str) -> None:
     if cp == 1:
         return
     what = None
-    if task != "CAUSAL_LM":
+    if config.encoder is not None:
+        what = "an encoder-decoder"
+    elif task != "CAUSAL_LM":
         what = f"task_type {task}"
     for mixer in config.mixers:
         if isinstance(mixer, Attention | LatentAttention) and not getattr(mixer, "causal", True):
@@ -235,7 +248,7 @@ def check_context(config: ModelSpec, cp: int, task: str) -> None:
 
 def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False) -> None:
     """Raise UserError where the model cannot be cut into tp x pp parts, or would be unevenly without being asked."""
-    attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention | LatentAttention)]
+    attentions = [m for m in config.mixers if isinstance(m, Attention | CrossAttention | LatentAttention)]
     heads = next((a.heads for a in attentions if a.heads % tp), config.num_attention_heads)
     inner = min((mixer.inner for mixer in config.mixers if isinstance(mixer, MLP)), default=tp)
     if heads % tp and not (uneven_heads and tp <= heads):

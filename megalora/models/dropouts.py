@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megalora.errors import UserError
-from megalora.models.spec import Attention, Layer, ModelSpec, Residual
+from megalora.models.spec import MLP, Attention, CrossAttention, Layer, ModelSpec, Residual
 
 
 def base_dropouts(config: ModelSpec) -> Mapping[str, float]:
-    """Return the largest probability of each kind of dropout: "embedding", "residual", "attention"; none that is 0."""
+    """Return the largest probability of each kind of dropout: "embedding", "residual" and so on; none that is 0."""
     steps = [step for layer in set(config.stack.layers) for step in layer]
     branches = [branch for step in steps for branch in step.branches]
     mixers = [branch.mixer for branch in branches]
+    attentions = [mixer for mixer in mixers if isinstance(mixer, Attention | CrossAttention)]
     found = {
         "embedding": config.embedding.dropout,
         "residual": max((step.dropout for step in (*steps, *branches)), default=0.0),
-        "attention": max((mixer.dropout for mixer in mixers if isinstance(mixer, Attention)), default=0.0),
+        "attention": max((mixer.dropout for mixer in attentions), default=0.0),
+        "inside MLPs": max((mixer.dropout for mixer in mixers if isinstance(mixer, MLP)), default=0.0),
+        "behind the last norm": config.stack.dropout,
     }
     return {kind: p for kind, p in found.items() if p > 0}
 
@@ -30,11 +33,16 @@ def told(dropouts: Mapping[str, float]) -> str:
 def without_base_dropout(config: ModelSpec) -> ModelSpec:
     """Return the model without its dropouts."""
     layers = {layer: _without(layer) for layer in set(config.stack.layers)}
-    return replace(
-        config,
-        embedding=replace(config.embedding, dropout=0.0),
-        stack=replace(config.stack, layers=tuple(layers[layer] for layer in config.stack.layers)),
+    encoder = config.encoder
+    if encoder is not None:
+        encoder = replace(encoder, embedding=replace(encoder.embedding, dropout=0.0), dropout=0.0)
+    stack = replace(
+        config.stack,
+        layers=tuple(layers[layer] for layer in config.stack.layers),
+        dropout=0.0,
+        encoder=encoder,
     )
+    return replace(config, embedding=replace(config.embedding, dropout=0.0), stack=stack)
 
 
 def choose_base_dropout(config: ModelSpec, wanted: bool | None) -> ModelSpec:
@@ -61,5 +69,5 @@ def _without(layer: Layer) -> Layer:
 
 def _without_residual(residual: Residual) -> Residual:
     mixer = residual.mixer
-    mixer = replace(mixer, dropout=0.0) if isinstance(mixer, Attention) else mixer
+    mixer = replace(mixer, dropout=0.0) if isinstance(mixer, Attention | CrossAttention | MLP) else mixer
     return replace(residual, mixer=mixer, dropout=0.0)

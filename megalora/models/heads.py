@@ -17,6 +17,7 @@ class Head:
     bias     `{name}.bias` [vocab_size]
     project  from hidden_size to the words' width; frozen, and without an adapter
     softcap  None: logits are s
+    bias_row  name of a bias [1, vocab_size] in full (BART), zero where the file has none; None: there is no such
     """
 
     name: str
@@ -25,10 +26,16 @@ class Head:
     project: Linear | None = None
     scale: float = 1.0
     softcap: float | None = None
+    bias_row: str | None = None
 
     @property
     def weight(self) -> str:
         return f"{self.name}.weight"
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Tensors that a file may lack: they are zero then."""
+        return frozenset() if self.bias_row is None else frozenset({self.bias_row})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,6 +48,8 @@ class Head:
             yield self.weight, (vocab_size, width)
         if self.bias:
             yield f"{self.name}.bias", (vocab_size,)
+        if self.bias_row is not None:
+            yield self.bias_row, (1, vocab_size)
         yield from () if self.project is None else self.project.tensors()
 
 

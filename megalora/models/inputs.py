@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from megalora.models.rotary import rope_table
 from megalora.models.spec import Alibi, Attention, LatentAttention, ModelSpec, Rotary
 from megalora.ops.alibi import EXTRA
 from megalora.ops.attention import Packed, Scores, pack
+from megalora.ops.cross_attention import Crossing
 from megalora.parallel.context import ContextKeys
 from megalora.parallel.placement import Placement, Tokens
 
@@ -26,6 +27,12 @@ class Cache(Protocol):
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores
     ) -> torch.Tensor:
         """Keep k, v [F, K, D] of the new tokens of `layer`; return attention of q [F, H, D] over all tokens kept."""
+        ...
+
+    def cross(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """Keep k, v [G, H, D] of new sources; return the attention of q [F, H, D] to the source of each sequence."""
         ...
 
 
@@ -49,6 +56,10 @@ class Inputs:
     measures   the sums of the task's metrics are asked for, not the loss alone
     context    where attention finds the keys of other ranks (context parallelism), or None
     attention_kept  what attention goes through where its result is kept while the rest is computed again, or None
+    source     of an encoder-decoder, whose own fields are those of the decoder's tokens: what the encoder's layers read
+               of theirs; None where no source is new (a decoding step)
+    memory     [S, hidden_size] what the encoder leaves of this rank's tokens: its gradient is the encoder's
+    crossing   which of its tokens each decoder's token sees
     unread     nobody reads the result of the mixer at work (see megalora.models.recompute): its last product is
                left out
     """
@@ -67,6 +78,9 @@ class Inputs:
     measures: bool = False
     context: ContextKeys | None = None
     attention_kept: Callable[..., torch.Tensor] | None = None
+    source: Inputs | None = None
+    memory: torch.Tensor | None = None
+    crossing: Crossing | None = None
     unread: bool = False
     weights: torch.Tensor | None = None
 
@@ -109,7 +123,7 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
     if batch.context is not None:
         context = ContextKeys(place.cp, batch.context, torch.device(place.device))
     positions = batch.position_ids if config.reads_positions else None
-    return Inputs(
+    found = Inputs(
         batch.input_ids,
         batch.labels,
         labelled,
@@ -121,4 +135,12 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
         context=context,
         columns=batch.columns,
         weights=weights,
+    )
+    if batch.source is None:
+        return found
+    kinds = config.head_dim, place.dtype, torch.device(place.device)
+    return replace(
+        found,
+        source=training_inputs(batch.source, config, place, seed=seed, step=step),
+        crossing=Crossing.of(batch.crossing[0], batch.crossing[1], *kinds),
     )

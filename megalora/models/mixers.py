@@ -79,7 +79,26 @@ class Alibi:
     rounded: bool = False
 
 
-Position = Rotary | Alibi
+@dataclass(frozen=True)
+class RelativeTable:
+    """A learned bias of each score, by query head and bucket of key - query; frozen (T5).
+
+    name       `{name}.weight` [buckets, heads] in full: the layers of a stack share it
+    longest    distances from here on share the last bucket
+    both_ways  keys behind the query have half of the buckets; else that of distance 0
+    """
+
+    name: str
+    buckets: int
+    longest: int
+    both_ways: bool
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+
+Position = Rotary | Alibi | RelativeTable
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,33 @@ class Attention:
     @property
     def norms(self) -> tuple[Norm, ...]:
         return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Attention of a decoder's tokens to those of their document's source, as the encoder leaves them.
+
+    q        of the decoder's tokens; k, v: of the encoder's
+    scale    what scores are multiplied by; None: 1 / sqrt(head_dim)
+    dropout  of the base, of the probabilities in training
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
+    heads: int
+    head_dim: int
+    scale: float | None = None
+    dropout: float = 0.0
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.q, self.k, self.v, self.out)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -179,6 +225,7 @@ class MLP:
     gate, up  a linear each, or the same Fused with parts "gate" and "up"
     inner     features between
     act       HF's name of the activation
+    dropout   of the base, of what down reads
     """
 
     up: Projection
@@ -186,6 +233,7 @@ class MLP:
     inner: int
     act: str
     gate: Projection | None = None
+    dropout: float = 0.0
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -208,6 +208,18 @@ def llama_ends(hf: Fields, layer: Callable[[int], Layer], norm: Norm, dropout: f
     return decoder(hf, stack, embedding="model.embed_tokens", head="lm_head", dropout=dropout)
 
 
+def head_start(hf: Fields) -> tuple[int, int | None]:
+    """Return the token that a decoder begins with, and the one that it is made to write first (None: none).
+
+    Raises UserError where the config names no token to begin with.
+    """
+    start = hf.decoder_start_token_id
+    start = hf.pad_token_id if start is None else start  # as transformers shifts labels of T5
+    if not isinstance(start, int):
+        hf.fail("decoder_start_token_id is missing: take config.json from the model's own folder")
+    return start, hf.forced_bos_token_id
+
+
 def scaled_ends(
     spec: ModelSpec,
     *,

@@ -83,27 +83,30 @@ class Recomputer:
         self, part: Part, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs, offloads: bool = False
     ) -> Stream:
         """Return what the part's steps return, for autograd; what is kept is kept in host memory with `offloads`."""
-        flows = hidden.requires_grad or (delta is not None and delta.requires_grad)
+        streams = (hidden, delta, inputs.memory)
+        flows = any(stream is not None and stream.requires_grad for stream in streams)
         if not (flows or part.trains):
             for step in part.steps:
                 hidden, delta = step(hidden, delta, inputs)
             return hidden, delta
         saved = Saved(self._host if offloads else None, self._last)
         self._last = saved
-        return _Recomputed.apply(hidden, delta, _anchor(hidden), part, inputs, saved, False)
+        return _Recomputed.apply(hidden, delta, inputs.memory, _anchor(hidden), part, inputs, saved, False)
 
 
 class _Recomputed(torch.autograd.Function):
     """anchor: what makes autograd call backward where the stream needs no gradient, but the part's adapters do.
-    unread: nobody reads the delta that is returned, so it is not computed."""
+    memory: inputs.memory, whose gradient the part adds to. unread: nobody reads the delta that is returned, so it is
+    not computed."""
 
     @staticmethod
-    def forward(ctx, hidden, delta, anchor, part, inputs, saved, unread):
+    def forward(ctx, hidden, delta, memory, anchor, part, inputs, saved, unread):
         kept = AttentionKept(saved) if part.keeps_attention else None
         first, tiles = part.steps[0], part.tiles(hidden.shape[0], inputs.tokens.index.shape[0])
         if unread or not first.sums_first:
             hidden, delta = _sum(hidden, delta), None
-        entered, running = hidden, replace(inputs, attention_kept=kept, chosen={})
+        memory = None if memory is None else memory.detach()
+        entered, running = hidden, replace(inputs, attention_kept=kept, chosen={}, memory=memory)
         if unread:
             delta = _nothing(hidden)
         else:
@@ -119,6 +122,10 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dhidden, ddelta):
         part, inputs, flows = ctx.part, ctx.inputs, any(ctx.needs_input_grad[:2])
+        memory = inputs.memory
+        if ctx.needs_input_grad[2]:
+            memory = memory.detach().requires_grad_()
+            inputs = replace(inputs, memory=memory)
         ctx.saved.begin()
         entered, ctx.entered, ctx.inputs = ctx.entered.take(), None, None
         if ctx.tiles:
@@ -129,7 +136,8 @@ class _Recomputed(torch.autograd.Function):
                 hidden, delta = _again(part, entered, inputs)
             _backward([hidden, delta], [dhidden, ddelta])
             grad = entered.grad
-        return grad, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
+        d_memory = memory.grad if ctx.needs_input_grad[2] else None
+        return grad, grad if ctx.needs_input_grad[1] else None, d_memory, None, None, None, None, None
 
 
 def _run(steps: Sequence[Step], hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
@@ -164,7 +172,7 @@ def _again(part: Part, entered: torch.Tensor, inputs: Inputs) -> Stream:
     hidden, delta = _run(before, entered, None, inputs)
     alone = Part((last,), part.tile)
     if before and alone.tiles(hidden.shape[0], inputs.tokens.index.shape[0]) and (hidden.requires_grad or alone.trains):
-        return _Recomputed.apply(hidden, delta, _anchor(hidden), alone, unread, Saved(), True)
+        return _Recomputed.apply(hidden, delta, None, _anchor(hidden), alone, unread, Saved(), True)
     return last(hidden, delta, unread)
 
 

@@ -10,6 +10,9 @@ add its dataclass there, its block in megalora/models/blocks and its counts in m
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,14 +34,17 @@ from megalora.models.mixers import (  # noqa: F401
     MLP,
     Alibi,
     Attention,
+    CrossAttention,
     Experts,
     LatentAttention,
     Norm,
     Position,
+    RelativeTable,
     Rotary,
 )
 
-Mixer = Attention | LatentAttention | MLP | Experts
+_LAYER = re.compile(r".*?\.\d+\.")  # what the name of a layer's tensor begins with
+Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts
 
 
 @dataclass(frozen=True)
@@ -87,15 +93,25 @@ def mixers_of(layer: Layer) -> tuple[Mixer, ...]:
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers, `{prefix}.{index}.` each, and the norm behind the last (None: the last layer's result is normed)."""
+    """The layers, `{prefix}.{index}.` each, and the norm behind the last (None: the last layer's result is normed).
+
+    dropout  of the base, behind the norm
+    encoder  of an encoder-decoder: the first `encoder.count` layers are the encoder's, and `prefix` and `final_norm`
+             are of the others, which count from 0 again
+    """
 
     prefix: str
     layers: tuple[Layer, ...]
     final_norm: Norm | None
+    dropout: float = 0.0
+    encoder: Encoder | None = None
 
     def of_layer(self, index: int, name: str) -> str:
         """Return the full name of what a layer calls `name`."""
-        return f"{self.prefix}.{index}.{name}"
+        count = 0 if self.encoder is None else self.encoder.count
+        if self.encoder is not None and index < count:
+            return f"{self.encoder.prefix}.{index}.{name}"
+        return f"{self.prefix}.{index - count}.{name}"
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,25 @@ class Embedding:
             yield from () if part is None else part.tensors()
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """The first layers of an encoder-decoder's stack: they read the source, and every decoder layer what they leave.
+
+    count      of the layers, `{prefix}.{index}.` each
+    embedding  of the source's tokens, with the words of the model's own embedding
+    dropout    of the base, behind the norm
+    start      the token that the decoder begins with; forced: the one that it is made to write first, or None
+    """
+
+    prefix: str
+    count: int
+    embedding: Embedding
+    final_norm: Norm | None
+    dropout: float
+    start: int
+    forced: int | None = None
+
+
 class PlacedLinear(NamedTuple):
     """A linear of the model and the layer that holds it."""
 
@@ -163,7 +198,7 @@ class PlacedLinear(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only language model.
+    """A language model, or what a classifier is made of: a decoder, an encoder, or both (`encoder`).
 
     max_position_embeddings  tokens of the longest document it is made for
     model_type     as config.json names it
@@ -185,6 +220,11 @@ class ModelSpec:
     task_heads: tuple[TaskHead, ...] = ()
 
     @property
+    def encoder(self) -> Encoder | None:
+        """The encoder of an encoder-decoder."""
+        return self.stack.encoder
+
+    @property
     def causal(self) -> bool:
         """Whether a token sees itself and those before it alone."""
         return getattr(self.attention, "causal", True)  # latents attend to what is before them
@@ -203,7 +243,7 @@ class ModelSpec:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that it can be trained for, by peft's names."""
-        language = ("CAUSAL_LM",) if isinstance(self.head, Head) else ()
+        language = ("CAUSAL_LM" if self.encoder is None else "SEQ_2_SEQ_LM",) if isinstance(self.head, Head) else ()
         return (*language, *(task for task, _ in self.task_heads))
 
     def for_task(self, task: str, labels: Sequence[str] = ()) -> ModelSpec:
@@ -258,6 +298,8 @@ class ModelSpec:
         branches = (branch for layer in set(self.stack.layers) for step in layer for branch in step.branches)
         found = (norm for branch in branches for norm in branch.norms)
         ends = (self.embedding.norm, self.stack.final_norm)
+        if self.encoder is not None:
+            ends += (self.encoder.embedding.norm, self.encoder.final_norm)
         return tuple(dict.fromkeys((*found, *(norm for norm in ends if norm is not None))))
 
     @cached_property
@@ -276,9 +318,9 @@ class ModelSpec:
 
     @property
     def plain_scores(self) -> bool:
-        """Whether the kernels of GPUs compute all attention: no scores are capped, none have ALiBi's bias."""
+        """Whether the kernels of GPUs compute all attention: no scores are capped, none have a bias."""
         mixers = (mixer for mixer in self.mixers if isinstance(mixer, Attention))
-        return all(mixer.softcap is None and not isinstance(mixer.position, Alibi) for mixer in mixers)
+        return all(mixer.softcap is None and not isinstance(mixer.position, Alibi | RelativeTable) for mixer in mixers)
 
     @property
     def reads_positions(self) -> bool:
@@ -303,6 +345,16 @@ class ModelSpec:
             for linear in mixer.linears
         }
 
+    @property
+    def layer_sizes(self) -> list[int]:
+        """Elements of each layer's tensors."""
+        places, sizes = {self.stack.of_layer(i, ""): i for i in range(self.num_hidden_layers)}, Counter[int]()
+        for name, shape in self.tensors.items():
+            found = _LAYER.match(name)
+            if found is not None and found[0] in places:
+                sizes[places[found[0]]] += math.prod(shape)
+        return [sizes[i] for i in range(self.num_hidden_layers)]
+
     @cached_property
     def shares(self) -> Mapping[str, float]:
         """The share of all tokens that goes through a linear on average, by full name, where it is less than 1."""
@@ -319,8 +371,13 @@ class ModelSpec:
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor of the file, by full name, with its shape; without the head where it is tied."""
         found: dict[str, tuple[int, ...]] = dict(self.embedding.tensors())
+        if self.encoder is not None:
+            found |= dict(self.encoder.embedding.tensors())
+            found |= {} if self.encoder.final_norm is None else dict(self.encoder.final_norm.tensors())
         for index, layer in enumerate(self.stack.layers):
             for mixer in mixers_of(layer):
+                if isinstance(mixer, Attention) and isinstance(mixer.position, RelativeTable):
+                    found[mixer.position.weight] = (mixer.position.buckets, mixer.heads)
                 for part in (*mixer.linears, *((mixer,) if isinstance(mixer, Experts) else ())):
                     found |= {self.stack.of_layer(index, name): shape for name, shape in part.tensors()}
         found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))

@@ -6,7 +6,7 @@ Parameter names are those of the HF file, with global layer indices on every sta
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,8 @@ from megalora.errors import UserError
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.classes import ClassScores
-from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock
+from megalora.models.blocks.encoder import EncoderBlock
+from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock, words_of
 from megalora.models.blocks.experts import ExpertsBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer
@@ -31,6 +32,7 @@ from megalora.models.names import hang
 from megalora.models.offload import HostMemory
 from megalora.models.recompute import TILE, Recomputer
 from megalora.models.spec import ClassHead, ModelSpec
+from megalora.ops.dropout import drop, named_site
 from megalora.parallel.base import FrozenMatrix
 from megalora.parallel.decomposition import Decomposition, settle_norms
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
@@ -39,6 +41,7 @@ from megalora.parallel.group import LinearGroup
 from megalora.parallel.linear import ParallelLinear
 from megalora.parallel.loss import next_token_loss
 from megalora.parallel.placement import Placement
+from megalora.parallel.split import Split
 from megalora.parallel.trained_words import TrainedEmbedding, TrainedHead
 
 Head = VocabParallelHead | ClassScores
@@ -89,11 +92,17 @@ class Stage(nn.Module):
         # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in
         # `_parts`: modules here would be registered a second time.
         words = lora.words(config.embedding.name)
-        embedding = EmbeddingBlock(self, config.embedding, place, words) if first else None
+        embedding = None
+        if first:
+            embedding = EmbeddingBlock(self, config.embedding, place, words_of(self, config.embedding, place, words))
         blocks = {
             i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, levels[i], tile, i in offloaded))
             for i in chain(*self._chunks)
         }
+        encoder = None
+        if config.encoder is not None:
+            shared = None if embedding is None else embedding.words
+            encoder = EncoderBlock(self, config.encoder, blocks, place, shared)
         norm = None
         head: HeadBlock | ClassScores | None = None
         if last and stack.final_norm is not None:
@@ -106,7 +115,7 @@ class Stage(nn.Module):
             head = HeadBlock(self, config, place, lora.words(config.head.name), config.head.tied and bool(words.tokens))
         if isinstance(head, HeadBlock) and config.head.tied and embedding is not None:
             _tie(embedding.words, head.words)
-        self._parts = _Parts(embedding, blocks, norm, head)
+        self._parts = _Parts(embedding, encoder, blocks, norm, head)
 
     @property
     def embedding(self) -> EmbeddingBlock | None:
@@ -135,6 +144,7 @@ class Stage(nn.Module):
     def forward(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int = 0) -> torch.Tensor:
         """Run the layers on hidden [T, hidden_size] from the stage before; None on the first, which looks input_ids up.
 
+        Of an encoder-decoder T are the encoder's tokens and behind them the decoder's, where inputs has a source.
         Returns what the next stage reads, [T, hidden_size]; on the last stage the sum of the token losses (a scalar)
         where inputs has labels, else what the head reads of the final hidden states. Of several chunks it runs one.
         """
@@ -149,18 +159,31 @@ class Stage(nn.Module):
 
     def _layers(self, hidden: torch.Tensor | None, inputs: Inputs, chunk: int) -> torch.Tensor:
         """Return all of a chunk but the head and the loss."""
+        layers, recomputer, memory = self._chunks[chunk], Recomputer(self._host), None
+        if self._parts.encoder is not None:
+            if inputs.source is not None:
+                memory, hidden = self._parts.encoder(hidden, inputs, layers, recomputer)
+                inputs = replace(inputs, memory=memory)
+            layers = tuple(i for i in layers if i not in self._parts.encoder.layers)
         if self.embedding is not None and chunk == 0:
             hidden = self.embedding(inputs)
         delta = None  # what the last layer adds to hidden: added in the norm that reads the sum
-        recomputer = Recomputer(self._host)
-        for layer in (self.layers[i] for i in self._chunks[chunk]):
+        for layer in (self.layers[i] for i in layers):
             hidden, delta = layer(hidden, delta, inputs, recomputer)
         ends = self._parts.head is not None and chunk == len(self._chunks) - 1
         if ends and self._parts.norm is not None:
             hidden = self._parts.norm.after(hidden, delta)[1]
         elif delta is not None:
             hidden = hidden + delta
-        return self._parts.head.reads(hidden) if ends else hidden
+        if not ends:
+            return hidden if memory is None else torch.cat([memory, hidden])
+        draw = inputs.tokens.draw(self.config.stack.dropout, named_site("final norm"))
+        return self._parts.head.reads(drop(hidden, inputs.tokens.local, draw))
+
+    def shard_dims(self) -> dict[str, Split]:
+        """Return how tp cuts what is registered here itself: the head's bias in a row (spec.Head.bias_row)."""
+        head, row = self.head, getattr(self.config.head, "bias_row", None)
+        return {} if row is None or not isinstance(head, VocabParallelHead) else {row: head.row_split}
 
     def use_graphs(self) -> None:
         """Run the layers as CUDA graphs from here on (see megalora.models.graphs). The stage must be a whole model."""
@@ -301,6 +324,7 @@ def _tie(embedding: VocabParallelEmbedding, head: VocabParallelHead) -> None:
 @dataclass(frozen=True)
 class _Parts:
     embedding: EmbeddingBlock | None
+    encoder: EncoderBlock | None
     layers: dict[int, Layer]
     norm: Norm | None
     head: HeadBlock | ClassScores | None

@@ -19,6 +19,7 @@ from megalora.models.spec import (
     Norm,
     ParallelResidual,
     Projection,
+    RelativeTable,
     Rotary,
     mixers_of,
 )
@@ -133,6 +134,8 @@ def _attention(family: Family, spec: ModelSpec) -> str:
     share = position.size / attention.head_dim if isinstance(position, Rotary) else 1
     said += [f"{share:.0%} of each head rotates"] if share < 1 else []
     said += ["ALiBi"] if isinstance(position, Alibi) else []
+    said += ["relative positions by a table"] if isinstance(position, RelativeTable) else []
+    said += ["cross attention in the decoder"] if spec.encoder is not None else []
     said += ["learned positions"] if spec.embedding.positions is not None else []
     said += ["q k v in one linear"] if _is_fused(attention.q) else []
     return ", ".join(said)
@@ -156,6 +159,8 @@ def _family(family: Family) -> Iterable[str]:
     yield f"- Reads {_code(sorted(family.reads))}{', and the rope fields' if family.rotates else ''}."
     if not family.generates:
         yield f"- Every token sees its whole document. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
+    if spec.encoder is not None:
+        yield f"- An encoder-decoder. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
     if family.partial is not None:
         yield f"- `partial_rotary_factor` is {family.partial:g} unless the config has it."
     if family.rope:
@@ -169,7 +174,8 @@ def _family(family: Family) -> Iterable[str]:
     if family.harmless:
         yield f"- Has no effect on training: {_code(sorted(family.harmless))}."
     head = f"{spec.head.names[0]}.weight"
-    yield f"- Names: layers `{spec.stack.prefix}.N`, embedding `{spec.embedding.weight}`, head `{head}`."
+    layers = spec.stack.prefix if spec.encoder is None else f"{spec.encoder.prefix}.N`, `{spec.stack.prefix}"
+    yield f"- Names: layers `{layers}.N`, embedding `{spec.embedding.weight}`, head `{head}`."
     if family.files.prefix:
         yield f"- Files without the prefix `{family.files.prefix}` are read too."
     for start, ours in family.files.renames:

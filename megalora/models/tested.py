@@ -40,9 +40,12 @@ def _types(names: str) -> Types:
 
 _LAYOUTS: tuple[str, ...] = (
     *("tests/test_layouts.py", "tests/test_modern.py", "tests/test_classic.py", "tests/test_experts.py"),
-    "tests/tasks/test_classes.py",
+    *("tests/tasks/test_classes.py", "tests/tasks/test_seq2seq.py"),
 )
-_PARITY = ("tests/test_field_parity.py", "tests/test_modern.py", "tests/test_classic.py", "tests/tasks/test_classes.py")
+_PARITY = (
+    *("tests/test_field_parity.py", "tests/test_modern.py", "tests/test_classic.py", "tests/tasks/test_classes.py"),
+    "tests/tasks/test_seq2seq.py",
+)
 _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
 _EXPERTS = "deepseek_v2 deepseek_v3 mixtral qwen2_moe qwen3_moe"
@@ -50,6 +53,7 @@ _TODAY = (
     "cohere cohere2 exaone4 gemma gemma2 gemma3_text glm glm4 granite nemotron olmo2 olmo3 smollm3 stablelm starcoder2"
 )
 _ENCODERS = "bert electra roberta"
+_SEQ2SEQ = "bart t5"
 
 FEATURES = (
     Feature(
@@ -104,10 +108,10 @@ FEATURES = (
     Feature(
         "CUDA graphs",
         ("tests/test_gpu_step.py",),
-        "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, softcap "
-        "and dropout of attention",
+        "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, softcap, "
+        "dropout of attention and encoder-decoders",
         {
-            "untested": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS}")
+            "untested": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}")
             | _types("bloom btlm chatglm codegen falcon gpt2 gpt_bigcode gpt_neo gptj mpt opt phi")
         },
         needs_gpu=True,
@@ -116,7 +120,7 @@ FEATURES = (
         "generate",
         (
             *("tests/test_generation_parity.py", "tests/test_modern.py", "tests/test_classic_files.py"),
-            *("tests/test_classic.py", "tests/test_experts.py"),
+            *("tests/test_classic.py", "tests/test_experts.py", "tests/test_seq2seq.py"),
         ),
         "greedy replies are transformers', token for token",
         {
@@ -131,7 +135,7 @@ FEATURES = (
         ("tests/planning/test_nodes.py",),
         "what a microbatch keeps, counted to the byte",
         {
-            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_ENCODERS}")
+            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_ENCODERS} {_SEQ2SEQ}")
             | _types("btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo mistral phi")
         },
     ),
@@ -140,7 +144,7 @@ FEATURES = (
         ("tests/test_convert.py", "tests/test_classic_files.py"),
         "safetensors to shards and back, every bit kept",
         {
-            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS}")
+            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}")
             | _types("bloom btlm chatglm codegen gpt_bigcode gpt_neo gptj mpt opt phi")
         },
     ),
@@ -149,7 +153,7 @@ FEATURES = (
         ("tests/test_convert_adapter.py", "tests/test_classic_files.py"),
         "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2` "
         "and `falcon`; merged into the base: `llama`, `gpt2` and `falcon`",
-        {"shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} btlm chatglm gpt_neo")},
+        {"shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} btlm chatglm gpt_neo")},
     ),
 )
 

@@ -18,25 +18,31 @@ from megalora.ops.dropout import Dropout, philox4x32
 
 @dataclass(frozen=True)
 class ProbabilityDropout:
-    """p, seed and step of a Dropout; sites [H], one a head of this rank; token_index [T] int64."""
+    """p, seed and step of a Dropout; sites [H], one a head of this rank; token_index [T] int64.
+
+    key_index  [S] int64, of the keys where they are other tokens (cross attention); None: token_index
+    """
 
     draw: Dropout
     sites: torch.Tensor
     token_index: torch.Tensor
+    key_index: torch.Tensor | None = None
 
     @property
     def scale(self) -> float:
         """What is kept is multiplied by it."""
         return self.draw.scale
 
-    def of(self, tokens: slice) -> ProbabilityDropout:
-        """Return that of a part of the tokens."""
-        return ProbabilityDropout(self.draw, self.sites, self.token_index[tokens])
+    def of(self, tokens: slice, keys: slice | None = None) -> ProbabilityDropout:
+        """Return that of a part of the tokens, and of the keys where they are others."""
+        key_index = None if keys is None or self.key_index is None else self.key_index[keys]
+        return ProbabilityDropout(self.draw, self.sites, self.token_index[tokens], key_index)
 
     def keep(self, documents: int, queries: slice, keys: slice) -> torch.Tensor:
         """Return which probabilities are kept, bool [C, H, n, m], of a tile of each of C documents of equal length."""
         tokens = self.token_index.unflatten(0, (documents, -1))
-        query, first = tokens[:, queries, None], tokens[:, keys.start, None]
+        of_keys = tokens if self.key_index is None else self.key_index.unflatten(0, (documents, -1))
+        query, first = tokens[:, queries, None], of_keys[:, keys.start, None]
         count = keys.stop - keys.start
         block, skip = first // 8, first % 8
         blocks = torch.arange((count + 14) // 8, device=first.device)
@@ -58,9 +64,9 @@ class ProbabilityDropout:
 
 
 def draw_probabilities(
-    draw: Dropout | None, sites: Sequence[int], token_index: torch.Tensor
+    draw: Dropout | None, sites: Sequence[int], token_index: torch.Tensor, key_index: torch.Tensor | None = None
 ) -> ProbabilityDropout | None:
-    """Return the ProbabilityDropout of these sites, or None where nothing is drawn."""
+    """Return the ProbabilityDropout of these sites, or None where nothing is drawn; key_index: see there."""
     if draw is None or draw.threshold == 0:
         return None
-    return ProbabilityDropout(draw, torch.tensor(sites, device=token_index.device), token_index)
+    return ProbabilityDropout(draw, torch.tensor(sites, device=token_index.device), token_index, key_index)

@@ -26,17 +26,25 @@ class Scores:
     softcap  a scaled score s becomes softcap * tanh(s / softcap); None: s
     slopes   [H] in at least float32, of this rank's query heads: -slope * |query - key| is added (ALiBi); None: nothing
     causal   a token sees none behind it
+    offsets  [H, 2 L + 1] in at least float32: offsets[h, L + key - query] is added, beyond L as at L (T5); or None
     """
 
     scale: float | None = None
     softcap: float | None = None
     slopes: torch.Tensor | None = None
     causal: bool = True
+    offsets: torch.Tensor | None = None
 
     @property
     def simple(self) -> bool:
         """Whether torch's own kernels compute them, forward and backward."""
-        return self.softcap is None and self.slopes is None
+        return self.softcap is None and self.slopes is None and self.offsets is None
+
+    def bias(self, behind: torch.Tensor) -> torch.Tensor:
+        """Return `offsets` [H, ...] where query - key is `behind` [...]."""
+        assert self.offsets is not None
+        longest = self.offsets.shape[1] // 2
+        return self.offsets[:, longest - behind.clamp(-longest, longest)]
 
 
 PLAIN = Scores()
@@ -67,7 +75,7 @@ def tiled_cached_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores
 ) -> torch.Tensor:
     """Return the attention [N, H, D] of the last N tokens of a sequence, q [N, H, D], over all: k, v [S, K, D]."""
-    return _Documents(q, k, v, Run(0, 1, len(q)), window, scores).forward()[0]
+    return TiledDocuments(q, k, v, Run(0, 1, len(q)), window, scores).forward()[0]
 
 
 class _Tile(NamedTuple):
@@ -78,10 +86,10 @@ class _Tile(NamedTuple):
     low: int
     high: int
     seen: torch.Tensor | None
-    distance: torch.Tensor | None  # [n, m] |query - key|, where slopes want it
+    behind: torch.Tensor | None  # [n, m] query - key, where slopes or offsets want it
 
 
-class _Documents:
+class TiledDocuments:
     """The documents of one run, by key/value heads: q [C K, G, N, D], k, v [C K, S, D]."""
 
     def __init__(
@@ -119,7 +127,8 @@ class _Documents:
             if self.window is not None:
                 near = behind.abs() < self.window
                 seen = near if seen is None else seen & near
-            yield _Tile(first, stop, low, high, seen, None if self.scores.slopes is None else behind.abs())
+            plain = self.scores.slopes is None and self.scores.offsets is None
+            yield _Tile(first, stop, low, high, seen, None if plain else behind)
 
     def weights(self, tile: _Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (scores, not seen: -inf, [C K, G, n, m], what softcap's tanh gave there)."""
@@ -129,9 +138,12 @@ class _Documents:
         if softcap is not None:
             tanh = s.div_(softcap).tanh_()
             s = tanh * softcap
-        if tile.distance is not None:
+        if self.scores.slopes is not None:
             slopes = self.scores.slopes.view(1, self.kv_heads, self.group).expand(self.run.count, -1, -1)
-            s = s - slopes.reshape(-1, self.group, 1, 1) * tile.distance
+            s = s - slopes.reshape(-1, self.group, 1, 1) * tile.behind.abs()
+        if self.scores.offsets is not None:
+            bias = self.scores.bias(tile.behind).unflatten(0, (self.kv_heads, self.group))
+            s = (s.unflatten(0, (self.run.count, -1)) + bias).flatten(0, 1)
         if tile.seen is not None:
             s.masked_fill_(~tile.seen, float("-inf"))
         return s, tanh
@@ -193,7 +205,7 @@ class _TiledAttention(torch.autograd.Function):
         for run in runs:
             at = slice(run.start, run.start + run.count * run.length)
             part = None if dropout is None else dropout.of(at)
-            results.append(_Documents(q[at], k[at], v[at], run, window, scores, part).forward())
+            results.append(TiledDocuments(q[at], k[at], v[at], run, window, scores, part).forward())
         out = torch.cat([out for out, _ in results])
         ctx.save_for_backward(q, k, v, out, *(lse for _, lse in results))
         ctx.runs, ctx.window, ctx.scores, ctx.dropout = runs, window, scores, dropout
@@ -206,7 +218,7 @@ class _TiledAttention(torch.autograd.Function):
         for run, sums in zip(ctx.runs, lse, strict=True):
             at = slice(run.start, run.start + run.count * run.length)
             part = None if ctx.dropout is None else ctx.dropout.of(at)
-            documents = _Documents(q[at], k[at], v[at], run, ctx.window, ctx.scores, part)
+            documents = TiledDocuments(q[at], k[at], v[at], run, ctx.window, ctx.scores, part)
             parts.append(documents.backward(out[at], sums, dout[at]))
         dq, dk, dv = (torch.cat(one) for one in zip(*parts, strict=True))
         return dq, dk, dv, None, None, None, None

@@ -61,6 +61,7 @@ class VocabParallelHead(_VocabParallel):
         super().__init__(vocab_size, hidden_size, place)
         self.scale, self.softcap = scale, softcap
         self.register_parameter("bias", None)
+        self._row: list[nn.Parameter] = []
         if bias:
             self._bias_split = even_part(vocab_size, place.tp).cut().split((vocab_size,), 0)
             values = torch.empty(self._bias_split.local_shape, dtype=place.dtype, device=place.device)
@@ -69,9 +70,25 @@ class VocabParallelHead(_VocabParallel):
     def shard_dims(self) -> dict[str, Split]:
         return super().shard_dims() | ({} if self.bias is None else {"bias": self._bias_split})
 
+    def take_bias_row(self) -> nn.Parameter:
+        """Give the head a bias [1, vocab_size / tp], zero unless a file has it; whoever takes it registers it."""
+        row = torch.zeros(1, self.stop - self.start, dtype=self.place.dtype, device=self.place.device)
+        self._row.append(nn.Parameter(row, requires_grad=False))
+        return self._row[0]
+
+    @property
+    def row_split(self) -> Split:
+        """How tp cuts `take_bias_row`'s."""
+        return even_part(self.vocab_size, self.place.tp).cut().split((1, self.vocab_size), 1)
+
+    @property
+    def added(self) -> torch.Tensor | None:
+        """What is added to h W^T, [vocab_size / tp], or None."""
+        return self._row[0][0] if self._row else self.bias
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden [N, hidden_size], whole on each rank to logits [N, vocab_size / tp] of this rank's rows."""
-        logits = matmul_nt(hidden, self.weight, self.bias)
+        logits = matmul_nt(hidden, self.weight, self.added)
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -196,8 +196,8 @@ class TrainedHead(VocabParallelHead):
                 hidden = hidden * (keep_mask(tokens.index[index], hidden.shape[1], draw) * draw.scale).to(dtype)
             z = hidden @ self.lora_A.weight.to(dtype).t()
             logits = logits + self.adapter.lora.scaling * (z @ self.lora_B.weight.to(dtype).t())
-        if self.bias is not None:
-            logits = logits + self.bias
+        if self.added is not None:
+            logits = logits + self.added
         logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 

@@ -88,10 +88,10 @@ def stage_memory(
         for i, chunk in enumerate(chunks)
     ]
     waiting = max(kept_bytes(part) for part in nodes)
-    stream = work.tokens * shape.hidden * e // (shape.tp if work.sequence_parallel else 1)
+    stream = work.sent * shape.hidden * e // (shape.tp if work.sequence_parallel else 1)
     alone = first and last and len(chunks) == 1
     exchanges = work.sequence_parallel and shape.tp > 1 and shape.device_type == "cuda"
-    exchanged = exchange_bytes(shape, work.tokens, e) if exchanges else 0
+    exchanged = exchange_bytes(shape, max(work.tokens, work.sent - work.tokens), e) if exchanges else 0
     held = sum(linear_bytes(group, work.base_format, e) for group in groups)
     return Memory(
         weights=(frozen - linears + room + ends) * e + held,

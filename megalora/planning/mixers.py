@@ -56,6 +56,23 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class CrossAttention:
+    """A megalora.models.spec.CrossAttention on one rank, and its heads there. q: of the decoder's tokens; kv: of the
+    encoder's."""
+
+    q: Group
+    kv: Group
+    out: Group
+    heads: int
+    head_dim: int
+    norms: int = 0
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.q, self.kv, self.out
+
+
+@dataclass(frozen=True)
 class LatentAttention:
     """A megalora.models.spec.LatentAttention on one rank, and its heads there.
 
@@ -153,7 +170,7 @@ class Experts:
         return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count * busy))
 
 
-Mixer = Attention | LatentAttention | MLP | Experts
+Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts
 
 
 def counted(mixer: Mixer) -> tuple[tuple[int, Group], ...]:

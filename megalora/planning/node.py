@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megalora.models.recompute import TILE
 
@@ -23,6 +23,9 @@ class Workload:
     base_format        of the frozen linears, one of choices.BASE_FORMATS
     tile               tokens at once where what treats every token alone is computed again; 0: all
     offloaded          layers of which what is kept is in host memory
+    source_length      tokens of a row of sources, which the encoder of an encoder-decoder reads; 0: there is none
+    source_context     keys that a source's token sees on average, and a target's of its source; None: all of a row's
+    source_flows       whether what the encoder leaves requires a gradient
     """
 
     rows: int
@@ -37,6 +40,18 @@ class Workload:
     tile: int = TILE
     offloaded: frozenset[int] = frozenset()
     context_parallel: int = 1
+    source_length: int = 0
+    source_context: float | None = None
+    source_flows: bool = False
+
+    @property
+    def of_source(self) -> Workload:
+        """What the encoder's layers do."""
+        return replace(self, seq_length=self.source_length, context=self.source_seen, source_length=0)
+
+    @property
+    def source_seen(self) -> float:
+        return self.source_length if self.source_context is None else self.source_context
 
     def level(self, layer: int) -> str:
         """Return what of a layer is computed again."""
@@ -44,7 +59,13 @@ class Workload:
 
     @property
     def tokens(self) -> int:
+        """Those that the last layer reads."""
         return self.rows * self.seq_length // self.context_parallel
+
+    @property
+    def sent(self) -> int:
+        """Tokens of a message between stages: those of the sources too."""
+        return self.tokens + self.rows * self.source_length
 
     def seen(self, window: int | None) -> float:
         """Return keys that a token sees on average in a layer with that window."""

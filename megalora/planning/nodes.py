@@ -17,14 +17,16 @@ from megalora.ops.activations import KEEPS_RESULT
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import CHUNK_LOGITS
+from megalora.planning.cross import cross_nodes
 from megalora.planning.experts import experts_nodes
 from megalora.planning.groups import Group, with_factors
 from megalora.planning.latent import latent_nodes
-from megalora.planning.mixers import MLP, Attention, Experts, LatentAttention, Mixer, Norm
+from megalora.planning.mixers import MLP, Attention, CrossAttention, Experts, LatentAttention, Mixer, Norm
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
 from megalora.planning.quantised import on_base
 from megalora.planning.recomputed import Run, again_of, attention_again, part_of, tiled
 from megalora.planning.shapes import Branch, Layer, Shape, Step
+from megalora.planning.tokens import Tokens
 
 __all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "host_bytes", "kept_bytes", "peak_bytes"]
 
@@ -37,7 +39,7 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
 
     A chunk is what one stage holds, or one of its parts under an interleaved schedule.
     """
-    tokens, bare = _Tokens.of(shape, work), replace(shape, layers=())
+    tokens, bare = Tokens.of(shape, work), replace(shape, layers=())
     flowing = shape.lowest < layers.start  # whether what comes in requires a gradient
     nodes: list[Node] = []
     if first:
@@ -45,42 +47,24 @@ def chunk_nodes(shape: Shape, layers: range, work: Workload, *, first: bool, las
         passes = 2 if shape.scaled else 1
         nodes.append(Node("embedding", 0, Pass(traffic=2 * passes * tokens.stream, messages=summed, calls=passes)))
     for index in layers:
-        layer = shape.layers[index]
-        entering = index == layers.start or shape.layers[index - 1].leaves_one
+        layer, decodes = shape.layers[index], index >= shape.encoders
+        entering = index in (layers.start, shape.encoders) or shape.layers[index - 1].leaves_one
         run = replace(work, recompute=work.level(index), offloaded=frozenset())
+        if shape.encoders and index == shape.encoders:  # the decoder's stream begins; what the encoder leaves is kept
+            memory = Tokens.of(shape, work.of_source).stream
+            nodes.append(Node("memory", 2 * memory if flowing else 0, Pass(traffic=4 * memory, calls=2)))
+        if shape.encoders:
+            run = replace(run, source_flows=shape.lowest < shape.encoders) if decodes else run.of_source
         nodes += _layer_nodes(layer, bare, run, entering, flowing, index in work.offloaded)
         flowing = flowing or layer.trains
-    nodes += _tail(shape, work, tokens, flowing) if last else [_output(tokens, flowing)]
+    nodes += _tail(shape, work, tokens, flowing) if last else [_output(Tokens.of(shape, work, work.sent), flowing)]
     # Rotation tables and token numbers of the microbatch: every layer reads the same ones.
     turned = sum(shape.rotary)
-    nodes.append(Node("inputs", tokens.full * (turned * work.element + 8) if flowing else 0, NOTHING))
+    nodes.append(Node("inputs", work.sent * (turned * work.element + 8) if flowing else 0, NOTHING))
     return nodes
 
 
 # ---- the parts of a stage ----
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """local T, full F; stream: bytes of one [T, hidden]; gathers: whether the linears gather their tokens."""
-
-    local: int
-    full: int
-    stream: int
-    whole: int
-    gathers: bool
-
-    @classmethod
-    def of(cls, shape: Shape, work: Workload) -> _Tokens:
-        gathers = work.sequence_parallel and shape.tp > 1
-        local = work.tokens // shape.tp if gathers else work.tokens
-        size = shape.hidden * work.element
-        return cls(local, work.tokens, local * size, work.tokens * size, gathers)
-
-    def part(self, local: int) -> _Tokens:
-        """Return `local` tokens of each rank."""
-        ranks, size = self.full // self.local, self.stream // self.local
-        return _Tokens(local, local * ranks, local * size, local * ranks * size, self.gathers)
 
 
 @lru_cache(maxsize=4096)
@@ -92,7 +76,7 @@ def _layer_nodes(
     entering: it is the first of its chunk, so the residual stream comes in one piece; flowing: what comes in requires a
     gradient.
     """
-    tokens = _Tokens.of(shape, work)
+    tokens = Tokens.of(shape, work)
     first = _LayerNodes(layer, shape, work, tokens, entering)
     runs = first.runs(flowing)
     if work.recompute not in ("mlp", "layer", "full") or not (flowing or layer.trains):
@@ -121,7 +105,7 @@ class _LayerNodes:
     layer: Layer
     shape: Shape
     work: Workload
-    tokens: _Tokens
+    tokens: Tokens
     entering: bool
     again: bool = False
 
@@ -148,6 +132,11 @@ class _LayerNodes:
             found.append(Run(nodes, by_token))
             flowing = flowing or any(group.trains for mixer in step.mixers for group in mixer.groups)
         return found
+
+    @property
+    def memory(self) -> Tokens:
+        """What the encoder leaves."""
+        return Tokens.of(self.shape, self.work.of_source)
 
     def _sum(self, name: str) -> Node:
         """Return the residual stream in one piece, for a mixer without a norm."""
@@ -178,6 +167,8 @@ class _LayerNodes:
         """Return the nodes of a mixer. read: backward needs the mixer's result."""
         if isinstance(mixer, Attention):
             return self._attention(mixer, source, flowing)
+        if isinstance(mixer, CrossAttention):
+            return cross_nodes(self, mixer, source, flowing)
         if isinstance(mixer, LatentAttention):
             return latent_nodes(self, mixer, source, flowing)
         if isinstance(mixer, Experts):
@@ -396,13 +387,13 @@ def _kernels(device_type: str) -> bool:
     return device_type == "cuda" or extension.has_kernels(device_type)
 
 
-def _output(tokens: _Tokens, flowing: bool) -> Node:
+def _output(tokens: Tokens, flowing: bool) -> Node:
     """Return what the next stage reads; its gradient comes back."""
     add = Pass(live=tokens.stream, traffic=3 * tokens.stream, calls=1)
     return Node("output", tokens.stream if flowing else 0, add, Pass(live=tokens.stream) if flowing else NOTHING)
 
 
-def _tail(shape: Shape, work: Workload, tokens: _Tokens, flowing: bool) -> list[Node]:
+def _tail(shape: Shape, work: Workload, tokens: Tokens, flowing: bool) -> list[Node]:
     """Count final norm and loss: the logits live chunk by chunk, the gradient of the hidden states comes out of
     forward.
     """

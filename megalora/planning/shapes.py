@@ -20,7 +20,16 @@ from megalora.ops.lora_linear import room_for
 from megalora.parallel.mesh import Axis
 from megalora.parallel.split import cut_heads, even_part
 from megalora.planning.groups import Group
-from megalora.planning.mixers import MLP, Attention, Experts, LatentAttention, Mixer, Norm, counted
+from megalora.planning.mixers import (
+    MLP,
+    Attention,
+    CrossAttention,
+    Experts,
+    LatentAttention,
+    Mixer,
+    Norm,
+    counted,
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class Shape:
     classes     of a classifier, which has a head of its own instead of one on the vocabulary; 0: it has none
     scoring     elements that are trained of a classifier's head
     lowest      the first layer that has something to train; the number of layers where none has
+    encoders    layers of the encoder of an encoder-decoder: the first ones
     device_type "cuda" or "cpu": the room of a group, and what a few ops keep, depend on it
     """
 
@@ -149,6 +159,7 @@ class Shape:
     classes: int = 0
     scoring: int = 0
     words: tuple[tuple[int, bool], tuple[int, bool]] = ((0, False), (0, False))
+    encoders: int = 0
 
     @property
     def head(self) -> int:
@@ -171,7 +182,8 @@ def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = 
     """Return the Shape of `config` with the adapters of `lora`, cut over `tp` ranks, on a device of that type."""
     rank, final = _Rank(config, lora, tp, device_type), config.stack.final_norm
     vocabulary, width = -(-config.vocab_size // tp), config.embedding.width
-    before = sum(math.prod(shape) for _, shape in config.embedding.tensors()) - config.vocab_size * width
+    ends = [config.embedding] + ([] if config.encoder is None else [config.encoder.embedding])
+    before = sum(math.prod(shape) for end in ends for _, shape in end.tensors()) - len(ends) * config.vocab_size * width
     head = config.head
     trained = head.trained if isinstance(head, spec.ClassHead) else {}
     behind = sum(math.prod(s) for name, s in head.tensors(vocabulary, width) if name not in trained)
@@ -194,6 +206,7 @@ def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = 
         len(config.labels),
         sum(map(math.prod, trained.values())),
         (_words(config, lora, False, tp), _words(config, lora, True, tp)),
+        0 if config.encoder is None else config.encoder.count,
     )
 
 
@@ -237,6 +250,8 @@ class _Rank:
     def _mixer(self, index: int, mixer: spec.Mixer) -> Mixer:
         if isinstance(mixer, spec.Attention):
             return self._attention(index, mixer)
+        if isinstance(mixer, spec.CrossAttention):
+            return self._cross(index, mixer)
         if isinstance(mixer, spec.LatentAttention):
             return self._latent(index, mixer)
         return self._experts(index, mixer) if isinstance(mixer, spec.Experts) else self._mlp(index, mixer)
@@ -261,6 +276,16 @@ class _Rank:
             None if mixer.shared is None else self._mlp(index, mixer.shared),
             None if mixer.shared_gate is None else group([mixer.shared_gate], size),
         )
+
+    def _cross(self, index: int, mixer: spec.CrossAttention) -> CrossAttention:
+        heads, _ = self._heads(mixer.heads, mixer.heads)
+        inner = heads * mixer.head_dim
+
+        def columns(*linears: spec.Linear) -> Group:
+            return self._columns(index, [("", linear, inner) for linear in linears])
+
+        out = self._group(index, inner, [(mixer.out, mixer.out.out_features)], row_parallel=True)
+        return CrossAttention(columns(mixer.q), columns(mixer.k, mixer.v), out, heads, mixer.head_dim)
 
     def _latent(self, index: int, mixer: spec.LatentAttention) -> LatentAttention:
         heads = max(even_part(mixer.heads, axis).size for axis in self._ranks)

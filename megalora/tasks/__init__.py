@@ -10,6 +10,7 @@ from megalora.tasks.task import Task
 
 TASKS: Mapping[str, Task] = {  # the names are choices.TASKS
     "CAUSAL_LM": CausalLM(),
+    "SEQ_2_SEQ_LM": CausalLM(),  # each token of the target, from those before it and the source
     "TOKEN_CLS": Classification(tags=True),
     "SEQ_CLS": Classification(tags=False),
 }

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from oracle import CLASSIC, ENCODERS, EXPERTS, FAMILIES, MODERN, fields_of
+from oracle import CLASSIC, ENCODERS, EXPERTS, FAMILIES, MODERN, SEQ2SEQ, fields_of
 
 from megalora.models.config import known_families
 from megalora.models.supported import MARKERS, families, models_page, readme_table, summary
@@ -45,14 +45,15 @@ def axes(runs) -> dict[str, set[str]]:
 def tested() -> dict[str, dict[str, set[str]]]:
     """Feature -> cell -> model types, as the tables of the tests have them."""
     pytest.importorskip("peft")
-    variants, classic, experts, files, classes, nodes = map(
+    variants, classic, experts, files, classes, nodes, pairs = map(
         module,
         ("variants.py", "test_classic.py", "test_experts.py", "test_classic_files.py", "tasks/test_classes.py")
-        + ("planning/test_nodes.py",),
+        + ("planning/test_nodes.py", "tasks/test_seq2seq.py"),
     )
     runs = variants.layout_runs(list(MODERN)) + classic.layouts()
     runs += [run for family in EXPERTS for run in experts.layouts(family)]
     runs += [run.on(**classes.LAYOUTS[i % len(classes.LAYOUTS)]) for i, run in enumerate(classes.RUNS)]
+    runs += pairs.RUNS
     in_suite, in_proof = axes(runs), axes(variants.layout_runs(list(MODERN), every=True))
     for family in FAMILIES:  # test_the_cases_cover_what_they_promise
         in_suite[family] |= ALL_AXES
@@ -61,11 +62,12 @@ def tested() -> dict[str, dict[str, set[str]]]:
         found[name]["proof"] = {k for k, has in in_proof.items() if name in has} - found[name]["yes"]
     modern, six = set(map(kind, MODERN)), set(FAMILIES)
     packed = six | modern | set(map(kind, {case.family for case in classes.PARITY}))
+    packed |= set(map(kind, SEQ2SEQ))
     packed |= {family for family, _ in classic.VARIANTS.values() if family not in classic.REMOTE} | {"btlm", "chatglm"}
     found["packing"] = {"yes": packed}
     found["parity"] = {"yes": packed | set(EXPERTS)}
     found["CUDA graphs"] = {"yes": ON_GPU}
-    replies = six | modern | {"gpt2", "bloom", "falcon", "gptj"}
+    replies = six | modern | set(map(kind, SEQ2SEQ)) | {"gpt2", "bloom", "falcon", "gptj"}
     by_token = {family for family, _ in classic.VARIANTS.values()} | {"qwen2_moe", "deepseek_v2", "deepseek_v3"}
     found["generate"] = {"yes": replies, "cache": by_token - replies, "labels": set(map(kind, ENCODERS))}
     counted = {nodes.FIELDS["model_type"], "qwen3", *nodes.OLDER}
@@ -103,7 +105,7 @@ def test_the_table_of_the_readme_is_current():
 
 
 def test_the_tests_run_every_family():
-    modern = {row["model_type"] for row in MODERN.values()}
+    modern = {row["model_type"] for row in (MODERN | SEQ2SEQ).values()}
     assert set(FAMILIES) | set(EXPERTS) | set(CLASSIC) | set(ENCODERS) | modern == set(known_families())
 
 

@@ -5,11 +5,14 @@ Legend: T tokens on this rank, F tokens of the microbatch, H query heads and K k
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
+from megalora.models.blocks.relative import RelativeBias
 from megalora.models.inputs import Inputs
 from megalora.ops.alibi import EXTRA, with_bias, with_rounded_bias
 from megalora.ops.attention import MOST_FEATURES, Scores, attention
@@ -48,7 +51,9 @@ class AttentionBlock:
             self.q_norm = at.head_norm(attention.q_norm, dim, cut.query, [1] * self.heads)
         if attention.k_norm is not None:
             self.k_norm = at.head_norm(attention.k_norm, dim, cut.kv, copies)
-        self.slopes = slopes = None
+        self.slopes = slopes = self.relative = None
+        if isinstance(attention.position, spec.RelativeTable):
+            self.relative = RelativeBias(at.root, attention.position, attention.heads, cut.query, at.place)
         if isinstance(attention.position, spec.Alibi):
             own = attention.position.slopes[cut.query.start : cut.query.stop]
             self.slopes = torch.tensor(own, dtype=at.place.master_dtype, device=at.place.device)
@@ -93,6 +98,8 @@ class AttentionBlock:
         if self.slopes is not None and widens:
             scores = self.widened
             q, k, v = self._with_bias(q, k, v, inputs)
+        if self.relative is not None:
+            scores = replace(scores, offsets=self.relative())
         if inputs.cache is not None:
             context = inputs.cache.attend(self.layer, q, k, v, window, scores)
         else:

@@ -44,6 +44,20 @@ class Projection:
         return nn.functional.linear(x, self._module.weight, self._module.bias)
 
 
+def words_of(
+    root: nn.Module, embedding: spec.Embedding, place: Placement, adapter: WordsAdapter
+) -> VocabParallelEmbedding:
+    """Build the matrix of an embedding, with what is trained of it, and register it below `root`."""
+    sizes = embedding.vocab_size, embedding.width
+    words = (
+        TrainedEmbedding(embedding.name, *sizes, place, adapter)
+        if adapter.trains
+        else VocabParallelEmbedding(*sizes, place)
+    )
+    hang(root, embedding.name, words)
+    return words
+
+
 class EmbeddingBlock:
     """dropout(norm(project(scale * words) + positions + types)), each where the spec has it; or, where it projects
     last, project(dropout(norm(scale * words + positions + types))).
@@ -51,15 +65,16 @@ class EmbeddingBlock:
     The words are cut over tp, the rest is not.
     """
 
-    def __init__(self, root: nn.Module, embedding: spec.Embedding, place: Placement, adapter: WordsAdapter):
-        self.spec, self._place = embedding, place
-        sizes = embedding.vocab_size, embedding.width
-        self.words = (
-            TrainedEmbedding(embedding.name, *sizes, place, adapter)
-            if adapter.trains
-            else VocabParallelEmbedding(*sizes, place)
-        )
-        hang(root, embedding.name, self.words)
+    def __init__(
+        self,
+        root: nn.Module,
+        embedding: spec.Embedding,
+        place: Placement,
+        words: VocabParallelEmbedding,
+        site: str = "embedding",
+    ):
+        """Build it. words: registered below `root`; site: name of the dropout of the base."""
+        self.spec, self._place, self.words, self._site = embedding, place, words, named_site(site)
         self._scale = embedding.scale
         if embedding.rounded:
             self._scale = torch.tensor(embedding.scale, dtype=place.dtype).item()
@@ -89,7 +104,7 @@ class EmbeddingBlock:
             hidden = hidden + nn.functional.embedding(rows, self._types.weight)
         if self._norm is not None:
             hidden = self._norm(hidden)
-        hidden = drop(hidden, inputs.tokens.local, inputs.tokens.draw(self.spec.dropout, named_site("embedding")))
+        hidden = drop(hidden, inputs.tokens.local, inputs.tokens.draw(self.spec.dropout, self._site))
         return self._project(hidden) if self._project is not None and self.spec.projects_last else hidden
 
     def _table(self, root: nn.Module, table: spec.Positions | None, width: int) -> Frozen | None:
@@ -114,6 +129,8 @@ class HeadBlock:
             else VocabParallelHead(*sizes, place, **options)
         )
         hang(root, head.name, self.words)
+        if head.bias_row is not None:
+            root.register_parameter(head.bias_row, self.words.take_bias_row())
         self._project = None if head.project is None else Projection(root, head.project, place)
 
     def reads(self, hidden: torch.Tensor) -> torch.Tensor:

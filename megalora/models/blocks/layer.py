@@ -14,6 +14,7 @@ import torch
 
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
+from megalora.models.blocks.cross import CrossAttentionBlock
 from megalora.models.blocks.experts import ExpertsBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.mlp import MLPBlock
@@ -26,9 +27,10 @@ from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
 
-Block = AttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock
+Block = AttentionBlock | CrossAttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock
 BLOCKS = {
     spec.Attention: AttentionBlock,
+    spec.CrossAttention: CrossAttentionBlock,
     spec.LatentAttention: LatentAttentionBlock,
     spec.MLP: MLPBlock,
     spec.Experts: ExpertsBlock,
@@ -190,6 +192,6 @@ def _last(mixer: spec.Mixer) -> str:
     """Return the name of the linear whose result is added."""
     if isinstance(mixer, spec.Experts):
         return "experts"
-    if isinstance(mixer, spec.Attention | spec.LatentAttention):
+    if isinstance(mixer, spec.Attention | spec.CrossAttention | spec.LatentAttention):
         return mixer.out.name
     return mixer.down.name

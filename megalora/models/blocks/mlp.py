@@ -8,6 +8,7 @@ from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.ops.activations import ACTIVATIONS, gated_activation
+from megalora.ops.dropout import drop
 from megalora.parallel.group import GatedPair, LinearGroup
 from megalora.parallel.group_grad import apply_group, apply_pair
 from megalora.parallel.split import even_part
@@ -29,12 +30,13 @@ class MLPBlock:
         outputs = [("gate", mlp.gate, part)] if mlp.gate is not None else []
         ups = at.columns([*outputs, ("up", mlp.up, part)])
         down = at.row(mlp.down, part)
-        gated = mlp.gate is not None and mlp.act == "silu"  # by the ops of SwiGLU
+        gated = mlp.gate is not None and mlp.act == "silu" and not mlp.dropout  # by the ops of SwiGLU
         self.up = LinearGroup(ups, at.site("up"), at.place, reduces=not gathered)
         self.down = LinearGroup((down,), at.site(site), at.place, gated=gated, reduces=reduces)
         self._pair = GatedPair(self.up, self.down) if gated else None
         self._act = ACTIVATIONS[mlp.act]
         self._gates = mlp.gate is not None
+        self._dropout, self._site, self._start = mlp.dropout, at.site(f"{mlp.down.name} base input"), part.start
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -55,4 +57,5 @@ class MLPBlock:
             return apply_pair(self._pair, X, inputs.tokens, inputs.unread)
         up = apply_group(self.up, X, inputs.tokens)
         inner = gated_activation(up, self._act) if self._gates else self._act(up)
+        inner = drop(inner, inputs.tokens.index, inputs.tokens.draw(self._dropout, self._site, self._start))
         return apply_group(self.down, inner, inputs.tokens, inputs.unread)

@@ -1,0 +1,103 @@
+"""An encoder-decoder from its rows to its replies: a run, `megalora generate`, transformers and peft."""
+
+import importlib
+import json
+import warnings
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from oracle import fields_of
+
+import megalora
+from megalora import cli
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
+
+WORDS = ("red", "green", "blue", "old", "new", "big", "small", "round")
+ROWS = [{"input": f"{a} {b}", "output": f"{b} {a} {a}"} for a in WORDS for b in WORDS if a != b]
+PREFIX = "turn: "
+PROBES = (0, 17, 40)  # rows whose replies are compared with transformers'
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for program in (tiny.program, importlib.import_module("megalora.generate")):
+        monkeypatch.setattr(program, "choose_device", lambda: (torch.device("cpu"), None))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder of each family, with a head of its own for Flan-T5's."""
+    found = {}
+    tokenizer = tiny.tokenizer()
+    end, pad = tokenizer.eos_token_id, tokenizer.eos_token_id
+    for family in ("t5, version 1.1", "bart"):
+        raw = fields_of(family, vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad, bos_token_id=end)
+        raw |= {"decoder_start_token_id": end, "forced_bos_token_id": None}
+        raw |= {"num_decoder_layers": 2} if "num_layers" in raw else {}  # transformers' cache has no room for more
+        config = transformers.CONFIG_MAPPING[raw.pop("model_type")](**raw)
+        torch.manual_seed(1)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(0, 0.2) if parameter.dim() > 1 else parameter.fill_(name.endswith("weight"))
+        if family == "bart":
+            model.generation_config.forced_bos_token_id = 1  # special, as in practice
+        else:
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.4)
+        folder = tmp_path_factory.mktemp("model") / family.replace(", ", "-")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found[family] = folder
+    return found
+
+
+def tune(folder, model, **flags) -> None:
+    tiny.write_json(folder / "rows.json", ROWS)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "SEQ_2_SEQ_LM"}
+    tiny.write_json(folder / "lora.json", lora)
+    named = {"model_path": model, "data_path": folder / "rows.json", "lora_config": folder / "lora.json"}
+    more = {"output_dir": folder / "run", "seq_length": 96, "source_length": 80, "source_prefix": PREFIX}
+    more |= {"max_steps": 40, "learning_rate": 2e-2, "eval_fraction": 0.2, "base_dropout": False}
+    megalora.finetune(**named | more | flags)
+
+
+@pytest.mark.parametrize("family", ["t5, version 1.1", "bart"])
+def test_from_rows_to_replies(family, models, tmp_path):
+    model = models[family]
+    tune(tmp_path, model)
+    losses = tiny.column(tmp_path / "run", "loss")
+    assert losses[-1] < losses[0] and "loss" in tiny.metrics(tmp_path / "run", "eval_metrics.jsonl")[-1]
+    said = {}
+    for adapter, more in (("run", {}), ("run/peft", {"source_prefix": PREFIX}), (None, {"source_prefix": PREFIX})):
+        file = tmp_path / "out.jsonl"
+        named = {} if adapter is None else {"resume_peft_from_checkpoint": tmp_path / adapter}
+        megalora.generate(
+            model_path=model, prompts_file=tmp_path / "rows.json", output_file=file, max_new_tokens=9, **named, **more
+        )
+        said[adapter] = [json.loads(line)["response"] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert said["run"] == said["run/peft"] != said[None] and any(said["run"][number].strip() for number in PROBES)
+    export, merged = tmp_path / "run" / "peft", tmp_path / "merged"
+    words = ["convert", "adapter", "merge", "--input", tmp_path / "run", "--base", model, "--output", merged]
+    assert cli.main([str(word) for word in words]) == 0
+    auto = transformers.AutoModelForSeq2SeqLM
+    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(model), export).eval()
+    assert isinstance(theirs, peft.PeftModelForSeq2SeqLM)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    whole = auto.from_pretrained(merged).eval()
+    for number in PROBES:
+        ids = tokenizer(PREFIX + ROWS[number]["input"], return_tensors="pt").input_ids
+        for one in (theirs, whole):
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                reply = one.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=9 + (family == "bart"),
+                    do_sample=False, num_beams=1, forced_eos_token_id=None,
+                )[0]  # fmt: skip
+            text = tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            assert text.strip() == said["run"][number].strip(), (number, one is whole)
