@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -54,8 +55,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         apart = ("columns", "context", "source", "crossing")
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
-        moved = {name: to_device(tensor, device) for name, tensor in tensors.items() if tensor is not None}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        moved: dict[str, Any] = {name: to_device(one, device) for name, one in given.items() if one is not None}
         columns = {name: to_device(column, device) for name, column in self.columns.items()}
         return replace(self, **moved, columns=columns)
 

@@ -75,6 +75,11 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     ends = (*((head.name,) if isinstance(head, Head) else ()), config.embedding.name)
     without = () if isinstance(head, Head) else head.names  # of a classifier, trained in full
     resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without, config.routers)
+    if config.encoder is not None and any(resolved.words(end).trains for end in ends):
+        raise UserError(
+            f"lora_config: training the embedding or the head of a {config.model_type} is not implemented",
+            f"leave {' and '.join(ends)} out of target_modules and modules_to_save, and trainable_token_indices too",
+        )
     transposed = any(placed.linear.transposed for name, placed in config.linears.items() if name in resolved.adapters)
     if lora_config.fan_in_fan_out and not transposed:
         raise UserError(

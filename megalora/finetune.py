@@ -179,7 +179,6 @@ def _placement(
 def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
     """Return a mean microbatch of the run, from which the stages' costs are estimated."""
     rows = beginning.loader.rows
-    sources = {} if rows.sides is None else {"source_length": rows.sides.source_length}
     seen = contexts(rows)
     return Workload(
         arguments.train.per_device_train_batch_size,
@@ -191,7 +190,7 @@ def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
         base_format=beginning.base_format,
         context_parallel=arguments.parallel.context_parallel_size,
         source_context=seen.of_sources,
-        **sources,
+        source_length=0 if rows.sides is None else rows.sides.source_length,
     )
 
 

@@ -41,6 +41,9 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     config = read_config(arguments.model_path)
     if config.encoder is None:
         refuse_of_sources(config, source_length=arguments.source_length)
+    elif arguments.longest:
+        what = f"longest is not implemented for a {config.model_type}, whose rows have two lengths"
+        raise UserError(what, "leave it out")
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     lora = resolve_lora(lora_config, config)
     base_format = resolve_base(arguments.base_format, config).name
@@ -266,7 +269,9 @@ def _gib(size: int) -> float:
 def _flags(chosen: Plan, arguments: PlanArguments) -> str:
     """Return the best layout as flags of `megalora finetune`."""
     base = "" if arguments.base_format == "auto" else f" --base_format {arguments.base_format}"
-    return f"  {layout_flags(chosen, arguments)}{base} --seq_length {chosen.layout.work.seq_length}"
+    work = chosen.layout.work
+    sources = f" --source_length {work.source_length}" if work.source_length else ""
+    return f"  {layout_flags(chosen, arguments)}{base} --seq_length {work.seq_length}{sources}"
 
 
 def layout_flags(chosen: Plan, asked: PlanArguments | ParallelArguments) -> str:

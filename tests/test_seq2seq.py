@@ -13,6 +13,12 @@ from oracle import fields_of
 
 import megalora
 from megalora import cli
+from megalora.data.encode import EncodeSettings
+from megalora.data.packing import Sides
+from megalora.data.pairs import PairRows
+from megalora.data.readers import Chunk
+from megalora.data.tokenizer import OpenedTokenizer
+from megalora.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
 
@@ -57,10 +63,10 @@ def models(tmp_path_factory):
     return found
 
 
-def tune(folder, model, **flags) -> None:
+def tune(folder, model, more_lora=None, **flags) -> None:
     tiny.write_json(folder / "rows.json", ROWS)
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "SEQ_2_SEQ_LM"}
-    tiny.write_json(folder / "lora.json", lora)
+    tiny.write_json(folder / "lora.json", lora | (more_lora or {}))
     named = {"model_path": model, "data_path": folder / "rows.json", "lora_config": folder / "lora.json"}
     more = {"output_dir": folder / "run", "seq_length": 96, "source_length": 80, "source_prefix": PREFIX}
     more |= {"max_steps": 40, "learning_rate": 2e-2, "eval_fraction": 0.2, "base_dropout": False}
@@ -101,3 +107,38 @@ def test_from_rows_to_replies(family, models, tmp_path):
                 )[0]  # fmt: skip
             text = tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             assert text.strip() == said["run"][number].strip(), (number, one is whole)
+
+
+@pytest.mark.parametrize(
+    ("lora", "flags", "told"),
+    [
+        ({"task_type": "CAUSAL_LM"}, {}, "task_type CAUSAL_LM does not fit a t5"),
+        ({"modules_to_save": ["shared"]}, {}, "training the embedding or the head of a t5 is not implemented"),
+        ({"trainable_token_indices": [3]}, {}, "training the embedding or the head of a t5 is not implemented"),
+        ({}, {"template": "chatml"}, "template has no effect for task_type SEQ_2_SEQ_LM"),
+        ({}, {"on_long_row": "split"}, "on_long_row split means nothing for SEQ_2_SEQ_LM"),
+        ({}, {"source_length": 4}, "the source has .* tokens for --source_length 4; raise --source_length to at least"),
+        ({}, {"columns": ("target=output",)}, "no known shape"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_refused(lora, flags, told, models, tmp_path):
+    with pytest.raises(UserError, match=told):
+        tune(tmp_path, models["t5, version 1.1"], lora, **flags)
+
+
+def test_what_replies_cannot_be_asked_for(models):
+    model = models["t5, version 1.1"]
+    with pytest.raises(UserError, match="system has no effect: a t5 is an encoder-decoder"):
+        megalora.generate(model_path=model, prompt="a", system="b")
+
+
+def test_a_row_that_is_too_long_is_cut(models):
+    """A source keeps the end that the tokenizer sets; a target that is cut has none."""
+    opened = OpenedTokenizer(transformers.AutoTokenizer.from_pretrained(models["bart"]), models["bart"])
+    rows = PairRows(opened, Sides(6, 0), "p")
+    chunk = Chunk("rows", 0, [{"text": "a b c d e f g h", "summary": "h g f e d c b a"}])
+    documents, report = rows.encoder(EncodeSettings(4, "truncate")).encode(chunk)
+    sample = documents.sample(0)
+    assert sample.input_ids.tolist() == rows.source("a b c d e f g h")[:6] + rows.target("h g f e d c b a")[:4]
+    assert (sample.labels != -100).tolist() == [False] * 6 + [True] * 4 and report.seen["long truncated"] == 1

@@ -297,9 +297,9 @@ class ModelSpec:
         """Every distinct norm."""
         branches = (branch for layer in set(self.stack.layers) for step in layer for branch in step.branches)
         found = (norm for branch in branches for norm in branch.norms)
-        ends = (self.embedding.norm, self.stack.final_norm)
+        ends = [self.embedding.norm, self.stack.final_norm]
         if self.encoder is not None:
-            ends += (self.encoder.embedding.norm, self.encoder.final_norm)
+            ends += [self.encoder.embedding.norm, self.encoder.final_norm]
         return tuple(dict.fromkeys((*found, *(norm for norm in ends if norm is not None))))
 
     @cached_property

@@ -67,8 +67,8 @@ def cross_attention(
     parts = []
     for q_n, k_m, v_m in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
         if len(q_n) and len(k_m):
-            one = (x.transpose(0, 1).unsqueeze(0) for x in (q_n, k_m, v_m))
-            parts.append(scaled_dot_product_attention(*one, scale=scale).squeeze(0).transpose(0, 1))
+            q_1, k_1, v_1 = (x.transpose(0, 1).unsqueeze(0) for x in (q_n, k_m, v_m))
+            parts.append(scaled_dot_product_attention(q_1, k_1, v_1, scale=scale).squeeze(0).transpose(0, 1))
         else:
             parts.append(torch.zeros_like(q_n))
     return torch.cat(parts)

@@ -19,10 +19,12 @@ class RelativeBias:
 
     def __init__(self, root: nn.Module, table: spec.RelativeTable, heads: int, own: Part, place: Placement):
         try:
-            self._table = root.get_submodule(table.name)  # of a layer before this one
+            found = root.get_submodule(table.name)  # of a layer before this one
         except AttributeError:
-            self._table = Frozen((table.buckets, heads), None, place)
-            hang(root, table.name, self._table)
+            found = Frozen((table.buckets, heads), None, place)
+            hang(root, table.name, found)
+        assert isinstance(found, Frozen), table.name
+        self._table = found
         self._own, self._dtype = own, place.master_dtype
         self._buckets = buckets(table).to(place.device)
 
