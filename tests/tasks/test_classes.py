@@ -31,7 +31,7 @@ from megalora.batch import Batch
 from megalora.building import resolve_lora
 from megalora.data import Sample, build_rows
 from megalora.data.loader import Loader
-from megalora.models.blocks.ends import EmbeddingBlock
+from megalora.models.blocks.ends import EmbeddingBlock, words_of
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
@@ -199,7 +199,8 @@ def test_classifier_dropout_of_chatglm_counts():
 def test_the_embedding_of_electra_is_dropped_before_it_is_projected():
     config = config_from_dict(fields_of("electra", hidden_dropout_prob=0.5))
     place, root = Placement(Axis(), False, torch.float64, "cpu"), torch.nn.Module()
-    block = EmbeddingBlock(root, config.embedding, place, WordsAdapter(False, (), None))
+    words = words_of(root, config.embedding, place, WordsAdapter(False, (), None))
+    block = EmbeddingBlock(root, config.embedding, place, words)
     with torch.no_grad():
         for name, parameter in root.named_parameters():
             parameter.copy_(whole_tensor(name, tuple(parameter.shape), 0.3))
