@@ -188,9 +188,9 @@ def test_a_prompt_goes_on_from_what_its_slot_holds(case):
     case, fed = case("llama"), []
     feed = replica.Steps.prefill
 
-    def prefill(steps, hidden, token_ids, spans, adapters):
+    def prefill(steps, hidden, token_ids, spans, adapters, sources):
         fed.append(len(token_ids))
-        return feed(steps, hidden, token_ids, spans, adapters)
+        return feed(steps, hidden, token_ids, spans, adapters, sources)
 
     said = "\n".join([QUESTIONS[0], QUESTIONS[1]])
     with mock.patch.object(replica.Steps, "prefill", prefill):

@@ -14,7 +14,7 @@ FIELDS = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
     "num_local_experts": 6, "num_experts_per_tok": 2,
 }  # fmt: skip
-ROWS = SimpleNamespace(lengths=torch.tensor([9, 9]))
+ROWS = SimpleNamespace(lengths=torch.tensor([9, 9]), tokens=18, sides=None)
 
 
 def test_only_the_experts_of_a_token_count():
