@@ -261,10 +261,12 @@ def load_base_weights(stage: Stage, folder: str | Path) -> None:
 
 def base_names(config: ModelSpec) -> BaseNames:
     """Return the names and shapes that the files of a model's base weights must have."""
+    words = None if config.stored_words is None else config.vocab_size
+    stored = config if config.stored_words is None else config.with_words(config.stored_words)
     embedding, head = config.embedding.weight, config.head
     if isinstance(head, ClassHead):
-        return BaseNames(config.tensors, embedding, "", False, config.files, frozenset(head.trained))
-    return BaseNames(config.tensors, embedding, head.weight, head.tied, config.files, head.optional)
+        return BaseNames(stored.tensors, embedding, "", False, config.files, frozenset(head.trained), words)
+    return BaseNames(stored.tensors, embedding, head.weight, head.tied, config.files, head.optional, words)
 
 
 def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int, ...]]:

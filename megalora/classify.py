@@ -55,6 +55,7 @@ from megalora.pipeline.p2p import Neighbours
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.tasks.entities import are_entity_tags, entities
+from megalora.vocabulary import adapter_tokens, with_rows_for
 
 _ROW = 512  # tokens of a packed row, where no text is longer
 _READ = {"prompt", "prompts_file", "output_file", "seq_length", "text_generation", "logits_dir"}  # flags that it reads
@@ -82,7 +83,10 @@ def classify(
         check_task(task, config, f"adapter {adapter.where}")
         config = config.for_task(task, labels)
         check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
-        opened = open_tokenizer(model.model_path)
+    added = on_first(lambda: adapter_tokens(adapter, model.model_path), mesh.world)
+    with together(mesh.world):
+        config = with_rows_for(config, added, model.model_path, adapter.tensors)
+        opened = open_tokenizer(model.model_path, added)
         rendering = ClassRows(opened, task, labels, last=config.causal, columns=config.columns)
     weights = model.resume_from_checkpoint or model.model_path
     on_first(lambda: check_base(adapter, base_identity(config, weights, opened.tokenizer)), mesh.world)

@@ -12,7 +12,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,12 +28,12 @@ from megalora.checkpoint.base.gguf import read_gguf, write_hf
 from megalora.checkpoint.base.hf import AsStored, is_hf
 from megalora.checkpoint.base.quantised import holds_quantised
 from megalora.checkpoint.base.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
-from megalora.checkpoint.base.weights import BaseWeights, open_base
+from megalora.checkpoint.base.weights import BaseWeights, open_base, with_own_head
 from megalora.checkpoint.layout import Layout, has_shards
 from megalora.checkpoint.run.folder import tokenizer_folder
 from megalora.checkpoint.target import TargetFolder, companions
-from megalora.data import load_tokenizer
 from megalora.data.classes import write_labels
+from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
 from megalora.identity import adapter_labels, adapter_template, base_identity, check_base
@@ -43,7 +44,8 @@ from megalora.monitor.progress import ByteProgress
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
-from megalora.tokenizer_files import has_tokenizer, read_template, write_template, write_tokenizer
+from megalora.tokenizer_files import has_tokenizer, read_template, write_template
+from megalora.vocabulary import adapter_tokens, with_rows_for
 
 
 def convert(arguments: Conversion) -> None:
@@ -122,9 +124,13 @@ def _read_model(folder: str) -> ModelSpec:
     config.json's.
     """
     config, note = settle_head(read_config(folder), folder)
+    _say(note)
+    return config
+
+
+def _say(note: str | None) -> None:
     if note is not None:
         print(f"megalora: {note}", file=sys.stderr, flush=True)
-    return config
 
 
 def max_file_bytes(arguments: Conversion) -> int:
@@ -138,9 +144,12 @@ def write_base(
     plan: Plan,
     model: str,
     chat_template: str | None = None,
-    labels: Sequence[str] = (),
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the planned weights and the model folder's other files, with `chat_template` and `labels` if given."""
+    """Write the planned weights and the model folder's other files, with `chat_template` if given.
+
+    finish  is called with the folder, to change the copies
+    """
     beside = companions(model)
     nbytes = plan.nbytes + sum(file.stat().st_size for file in beside.values())
     target.check_room(nbytes)
@@ -152,8 +161,8 @@ def write_base(
         with ByteProgress(sum(file.nbytes for file in plan.files), arguments.command) as progress:
             transfer(weights, plan, folder, progress.advance)
         copy_companions(beside, folder)
-        if labels:
-            write_labels(model, folder, labels)
+        if finish is not None:
+            finish(folder)
         if not isinstance(weights, AsStored):
             _forget_quantisation(folder)
         if chat_template is not None and chat_template != read_template(folder):
@@ -204,8 +213,9 @@ def write_its_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folde
     config = next((place for place in places if (place / "config.json").is_file()), None)
     if labels and config is not None:
         write_labels(config, folder, labels)
+    added = adapter_tokens(adapter, base) if base and source == Path(base) else ()
     if source is not None:
-        write_tokenizer(source, folder, template)
+        (open_tokenizer(source, added) if added else OpenedTokenizer(None, source)).write(folder, template)
     elif template is not None:
         write_template(folder, template)
 
@@ -230,32 +240,60 @@ def _adapter_merge(arguments: Conversion) -> None:
     base = _base_of(adapter, arguments)
     target = target_of(arguments.paths, base)
     config, lora = _its_base(adapter, arguments)
-    if config.labels:
-        weights: BaseWeights = open_base(base, base_names(config))
-    else:
-        config, weights = read_base(base)
+    if not config.labels:
+        config, note = settle_head(config, base)
+        _say(note)
+    weights = open_base(base, base_names(config))
+    added = adapter_tokens(adapter, base)
     if adapter.trainer is not None:  # it says what it was trained on
-        check_base(adapter, base_identity(config, base, load_tokenizer(base)))
+        check_base(adapter, base_identity(config, base, open_tokenizer(base, added).tokenizer))
     transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
-    _check_tied_merge(config, lora, adapter)
+    untied = _adapts_one_end(config, lora)
+    if untied and isinstance(config.head, Head):
+        weights = with_own_head(weights, base_names(config))
+        config = replace(config, head=replace(config.head, tied=False))
+        _say(f"embedding and head are two matrices in {arguments.paths.output}: the adapter trains them apart")
     own = config.head.trained if isinstance(config.head, ClassHead) else ()
     merged = MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens, own)
     plan = plan_hf(tensor_types(merged, config.tensors), max_file_bytes(arguments))
-    write_base(arguments, target, merged, plan, base, adapter_template(adapter), config.labels)
+
+    def finish(folder: Path) -> None:
+        if config.labels:
+            write_labels(base, folder, config.labels)
+        if added:
+            open_tokenizer(base, added).write(folder)
+        if config.stored_words is not None or untied:
+            _write_ends(folder, config)
+
+    write_base(arguments, target, merged, plan, base, adapter_template(adapter), finish)
 
 
-def _check_tied_merge(config: ModelSpec, lora: ResolvedLora, adapter: AdapterCheckpoint) -> None:
-    """Raise UserError where embedding and head are one matrix in the base, and would be two with the adapter in it."""
-    if not isinstance(config.head, Head) or not config.head.tied:
-        return
-    ends = config.embedding.name, config.head.name
-    apart = [name for name in ends if name in lora.saved or name in lora.adapters]
-    if apart or config.head.name in lora.tokens:
+def _write_ends(folder: Path, config: ModelSpec) -> None:
+    """Put the number of words, and whether the head is tied, into a copied config.json.
+
+    Raises UserError where that does not take effect.
+    """
+    file = folder / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    names = [name for name in ("vocab_size", "padded_vocab_size") if name in fields] or ["vocab_size"]
+    fields |= dict.fromkeys(names, config.vocab_size)
+    if isinstance(config.head, Head):
+        fields["tie_word_embeddings"] = config.head.tied
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    found = read_config(file)
+    if found.vocab_size != config.vocab_size or (isinstance(found.head, Head) and found.head.tied != config.head.tied):
         raise UserError(
-            f"adapter {adapter.where}: adapts {(apart or ends)[0]}, and the model ties {ends[0]} and {ends[1]}, which "
-            "would have to be two matrices",
+            f"a {config.model_type} cannot be written with {config.vocab_size} words and the head apart",
             "use the adapter as it is",
         )
+
+
+def _adapts_one_end(config: ModelSpec, lora: ResolvedLora) -> bool:
+    """Return whether embedding and head are one matrix in the base, and two with the adapter in it."""
+    if not isinstance(config.head, Head) or not config.head.tied:
+        return False
+    ends = config.embedding.name, config.head.name
+    return any(name in lora.saved or name in lora.adapters for name in ends) or config.head.name in lora.tokens
 
 
 def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
@@ -272,9 +310,11 @@ def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
 def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[ModelSpec, ResolvedLora]:
     """Return model and adapter, checked to belong together."""
     lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
-    config = read_config(_base_of(adapter, arguments))
+    base = _base_of(adapter, arguments)
+    config = read_config(base)
     check_task(lora_config.task_type, config, f"adapter {adapter.where}")
     config = config.for_task(lora_config.task_type, adapter_labels(adapter))
+    config = with_rows_for(config, adapter_tokens(adapter, base), base, adapter.tensors)
     lora = resolve_lora(lora_config, config)
     check_adapter(adapter.tensors, lora, config, adapter.where)
     return config, lora

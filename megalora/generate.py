@@ -57,6 +57,7 @@ from megalora.parallel.collectives import broadcast_object, gather_objects, on_f
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 from megalora.rows import refuse_of_sources
+from megalora.vocabulary import adapter_tokens, with_rows_for
 
 SEED = 42  # of the sampling, where none is given
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -75,7 +76,7 @@ def generate(arguments: GenerateArguments) -> None:
         if found is not None and found.lora_config.get("task_type") in CLASSIFICATION:
             classify(arguments, found, mesh, device)
             return
-        opened = _open(arguments, mesh)
+        opened = _open(arguments, found, mesh)
         adapter, recorded = _checked(arguments, opened, found, mesh)
         asked = _asked(arguments, opened, recorded, mesh)
         later = Later()
@@ -147,8 +148,8 @@ class _Asked:
 SharedOut = Callable[[Sequence[Prompt], bool, Listener | None], list[Reply]]
 
 
-def _open(arguments: GenerateArguments, mesh: ParallelMesh) -> _Opened:
-    """Read the model's config, and the tokenizer where it is needed. Collective."""
+def _open(arguments: GenerateArguments, adapter: AdapterCheckpoint | None, mesh: ParallelMesh) -> _Opened:
+    """Read the model's config, and the tokenizer where it is needed, both with the adapter's new tokens. Collective."""
     model, options, world = arguments.model, arguments.generation, mesh.world
     stops = tuple(map(unescaped, options.stop or ()))
     tokenizer = reader = None
@@ -165,10 +166,13 @@ def _open(arguments: GenerateArguments, mesh: ParallelMesh) -> _Opened:
         longer = None if options.seq_length is None else check_length(config, options.seq_length)
         context = options.seq_length or config.max_position_embeddings
     config, own_head = on_first(lambda: settle_head(config, model.resume_from_checkpoint or model.model_path), world)
+    added = () if adapter is None else on_first(lambda: adapter_tokens(adapter, model.model_path), world)
     with together(world):
+        if adapter is not None:
+            config = with_rows_for(config, added, model.model_path, adapter.tensors)
         if world.is_first or (stops and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
-            tokenizer = open_tokenizer(model.model_path)
-            reader = Reader(tokenizer.tokenizer, stops)
+            tokenizer = open_tokenizer(model.model_path, added)
+            reader = Reader(tokenizer.tokenizer, stops, shown=[token.content for token in added])
     return _Opened(config, context, tokenizer, reader, stops, tuple(note for note in (longer, own_head) if note), first)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.added_tokens import AddedToken
 from megalora.building import DTYPES, resolve_base, resolve_lora
 from megalora.errors import UserError
 from megalora.flags import ParallelArguments, PlanArguments
@@ -26,6 +28,7 @@ from megalora.planning.shapes import shape_of
 from megalora.planning.timing import chunk_seconds
 from megalora.profiling import read_profile
 from megalora.rows import refuse_of_sources
+from megalora.vocabulary import train_rows_of, with_rows_for
 
 _GIB = 2**30
 _STEP_ROWS = 128  # of a step over all GPUs, where nothing says how many
@@ -45,6 +48,10 @@ def plan(arguments: PlanArguments) -> list[Plan]:
         what = f"longest is not implemented for a {config.model_type}, whose rows have two lengths"
         raise UserError(what, "leave it out")
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
+    if names := arguments.new_special_tokens:
+        added = [AddedToken(config.vocab_size + i, name) for i, name in enumerate(names)]
+        config = with_rows_for(config, added, arguments.model_path)
+        lora_config = train_rows_of(lora_config, config, added)
     lora = resolve_lora(lora_config, config)
     base_format = resolve_base(arguments.base_format, config).name
     device = DEVICES[arguments.device]
@@ -269,6 +276,8 @@ def _gib(size: int) -> float:
 def _flags(chosen: Plan, arguments: PlanArguments) -> str:
     """Return the best layout as flags of `megalora finetune`."""
     base = "" if arguments.base_format == "auto" else f" --base_format {arguments.base_format}"
+    if arguments.new_special_tokens:
+        base += f" --new_special_tokens {shlex.join(arguments.new_special_tokens)}"
     work = chosen.layout.work
     sources = f" --source_length {work.source_length}" if work.source_length else ""
     return f"  {layout_flags(chosen, arguments)}{base} --seq_length {work.seq_length}{sources}"

@@ -22,6 +22,7 @@ from megalora.data.dataset import encode_row, scan
 from megalora.data.documents import Documents
 from megalora.data.pieces import IGNORE, Sample
 from megalora.data.report import Report
+from megalora.data.tokenizer import new_tokens, open_tokenizer
 from megalora.errors import UserError
 from megalora.files import read_json
 from megalora.flags import DataArguments, Preview
@@ -64,12 +65,13 @@ def preview(arguments: Preview) -> None:
 def _rendering(model_path: str, data: DataArguments) -> Rendering:
     """Return how rows become documents; the folder may be of a tokenizer alone, which then has a chat template."""
     file = Path(model_path) / "config.json"
+    added = new_tokens(model_path, data.new_special_tokens) if data.new_special_tokens else ()
     if file.is_file() and is_encoder_decoder(read_json(file)):
-        return rendering("SEQ_2_SEQ_LM", read_config(model_path), model_path, data, (), Axis())
+        return rendering("SEQ_2_SEQ_LM", read_config(model_path), model_path, data, (), Axis(), added)
     for name in ("source_length", "source_prefix"):
         if getattr(data, name) is not None:
             raise UserError(f"{name} has no effect: {model_path} is no encoder-decoder", "leave it out")
-    return ChatTemplate.load(model_path, data.template, template_options(data))
+    return ChatTemplate.of(open_tokenizer(model_path, added), data.template, template_options(data))
 
 
 def _by_row(documents: Documents, wanted: range) -> Iterator[tuple[int, list[Sample]]]:

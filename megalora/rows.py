@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from megalora.added_tokens import AddedToken
 from megalora.choices import CLASSIFICATION
 from megalora.data import ChatTemplate, DataSettings, FieldNames, Rendering, default_cache
 from megalora.data.classes import ClassRows, choose_labels
@@ -32,22 +34,32 @@ def template_options(data: DataArguments) -> TemplateOptions:
 
 
 def rendering(
-    task: str, config: ModelSpec, model_path: str, data: DataArguments, labels: tuple[str, ...], world: Axis
+    task: str,
+    config: ModelSpec,
+    model_path: str,
+    data: DataArguments,
+    labels: tuple[str, ...],
+    world: Axis,
+    added: Sequence[AddedToken] = (),
 ) -> Rendering:
     """Return how the rows of a task become documents. Collective over `world`.
 
     labels  those of the adapter that the run starts from, where it is a classifier's
+    added   tokens that the tokenizer gets beyond those of the model's folder
     Raises UserError, on every rank, for labels that cannot be used, and flags that mean nothing for the task.
     """
     with together(world):
+        if config.encoder is not None and added:
+            what = f"new_special_tokens is not implemented for a {config.model_type}, which has an encoder"
+            raise UserError(what, "add the tokens to model and tokenizer with transformers first")
+        opened = open_tokenizer(model_path, added)
         if config.encoder is None:
             refuse_of_sources(config, source_length=data.source_length, source_prefix=data.source_prefix)
             if task not in CLASSIFICATION:
-                return ChatTemplate.load(model_path, data.template, template_options(data))
+                return ChatTemplate.of(opened, data.template, template_options(data))
         for name, unset in _OF_TEMPLATES.items():
             if getattr(data, name) != unset:
                 raise UserError(f"{name} has no effect for task_type {task}: it has no chat template", "leave it out")
-        opened = open_tokenizer(model_path)
         if config.encoder is not None:
             sides = Sides(data.source_tokens, config.encoder.start)
             return PairRows(opened, sides, data.source_prefix or "")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.added_tokens import AddedToken
 from megalora.building import (
     check_task,
     check_vocabulary,
@@ -25,6 +26,7 @@ from megalora.cluster.launch import restarts
 from megalora.cluster.lock import RunLock
 from megalora.data import Loader, PackedRows, Rendering, load_dataset, load_split
 from megalora.data.classes import ClassRows
+from megalora.data.tokenizer import new_tokens
 from megalora.errors import UserError
 from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
 from megalora.identity import (
@@ -42,6 +44,7 @@ from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.rows import data_settings, rendering
+from megalora.vocabulary import adapter_tokens, train_rows_of, with_rows_for
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,9 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
         _check_recompute(config, parallel.recompute_layers)
         notes = _check_length(config, data, train, parallel.sequence_parallel, mesh)
-    weights = model.resume_from_checkpoint or model.model_path
-    with together(mesh.world):
         asked = base_dropouts(config)
         config = choose_base_dropout(config, train.base_dropout)
+    weights = model.resume_from_checkpoint or model.model_path
     not_locked = _keep_others_out(lock, mesh)
     notes += [not_locked] if not_locked else []
     overwrite = _overwrites(model, train, mesh)
@@ -108,18 +110,19 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         check_task(lora_config.task_type, config, "lora_config")
         check_context(config, mesh.cp.size, lora_config.task_type)
         recorded = () if start is None else adapter_labels(start.checkpoint)
-    template = rendering(lora_config.task_type, config, model.model_path, data, recorded, mesh.world)
+    added = on_first(lambda: _added_tokens(arguments, start), mesh.world)
+    template = rendering(lora_config.task_type, config, model.model_path, data, recorded, mesh.world, added)
     config = config.for_task(lora_config.task_type, template.labels if isinstance(template, ClassRows) else ())
     config, own_head = on_first(lambda: settle_head(config, weights), mesh.world)
-    notes += [own_head] if own_head else []
+    notes += [*([own_head] if own_head else []), *template.notes]
     with together(mesh.world):
-        lora = resolve_lora(lora_config, config)
+        config = with_rows_for(config, added, model.model_path, None if start is None else start.checkpoint.tensors)
+        lora = resolve_lora(train_rows_of(lora_config, config, added), config)
         _check_same_adapter(lora, start, config)
         rows, eval_rows = _load_rows(template, data, train)
         for loaded in (rows, eval_rows):
             if loaded is not None:
                 check_vocabulary(loaded.max_token_id, config, model.model_path)
-    notes += template.notes
     loader = _loader(rows, train, mesh, config)
     base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
     base_format = resolve_base(model.base_format, config).name
@@ -242,6 +245,25 @@ def _lora_config(model: ModelArguments, start: Start | None, config: ModelSpec) 
     return LoraConfig(task_type="CAUSAL_LM" if config.encoder is None else "SEQ_2_SEQ_LM")
 
 
+def _added_tokens(arguments: FinetuneArguments, start: Start | None) -> tuple[AddedToken, ...]:
+    """Return the tokens that the tokenizer gets: those of the adapter to start from, or those that are asked for.
+
+    For one rank: it reads. Raises UserError where the two are not the same.
+    """
+    names, model_path = arguments.data.new_special_tokens, arguments.model.model_path
+    if start is None:
+        return new_tokens(model_path, names) if names else ()
+    found = adapter_tokens(start.checkpoint, model_path)
+    has = [token.content for token in found]
+    if names is not None and has != list(names):
+        raise UserError(
+            f"adapter {start.checkpoint.where}: has {f'the new tokens {has}' if has else 'no new tokens'}, but "
+            f"new_special_tokens names {list(names)}",
+            _other_adapter(start, "new_special_tokens"),
+        )
+    return found
+
+
 def _check_same_adapter(lora: ResolvedLora, start: Start | None, config: ModelSpec) -> None:
     """Raise UserError where --lora_config means another adapter than the one to start from."""
     if start is None:
@@ -264,8 +286,9 @@ def _check_same_adapter(lora: ResolvedLora, start: Start | None, config: ModelSp
         )
 
 
-def _other_adapter(start: Start) -> str:
-    remedy = "leave --lora_config out, or name the one that the adapter was made with"
+def _other_adapter(start: Start, flag: str = "lora_config") -> str:
+    what = "the one" if flag == "lora_config" else "those"
+    remedy = f"leave --{flag} out, or name {what} that the adapter was made with"
     return f"{remedy}; or name another output_dir, or give --overwrite_output_dir true" if start.own else remedy
 
 
@@ -329,7 +352,8 @@ def _check_length(
             raise UserError(
                 f"per_device_train_batch_size ({train.per_device_train_batch_size}) * source_length "
                 f"({data.source_tokens}) = {tokens_of_sources} tokens are not a multiple of tensor_parallel_size "
-                f"({mesh.tp.size}), as --sequence_parallel needs: change source_length"
+                f"({mesh.tp.size}), as --sequence_parallel needs",
+                "change source_length",
             )
     if tokens % parts:
         sizes = f"tensor_parallel_size ({mesh.tp.size})" if sequence_parallel else ""

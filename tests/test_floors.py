@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 EDGES = {"errors", "batch", "choices", "files", "recipes", "tokenizer_files"}  # plain types that every floor may use
+EDGES |= {"added_tokens"}
 GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
 SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster", "web", "runs"}
 # What the commands are put together from.
 PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
-PARTS |= {"serving"}
+PARTS |= {"serving", "vocabulary"}
 TOP = {"auto_layout", "rows", "sources", "starting", "stepping", "summary"}  # and the commands
 TOP |= {"finetune", "generate", "classify", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
 TOP |= {"recombine"}
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "recipes": {"errors"},
     "tokenizer_files": {"errors", "files"},
+    "added_tokens": {"errors", "files", "tokenizer_files"},
     "adapters": EDGES,
     "choices": set(),
     "learning_rate": set(),

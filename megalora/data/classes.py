@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from ..added_tokens import entries_of
 from ..errors import UserError
 from ..files import read_json, write_file
-from ..tokenizer_files import write_tokenizer
 from .documents import CLASSES, Documents
 from .encode import EncodeSettings
 from .fields import FieldNames
@@ -73,7 +73,8 @@ class ClassRows:
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint carries of it."""
-        return {"labels": list(self.labels)}
+        added = {"added_tokens": entries_of(self.opened.added)} if self.opened.added else {}
+        return {"labels": list(self.labels), **added}
 
     def identity(self) -> str:
         """Return a hash of the task and its labels."""
@@ -85,7 +86,7 @@ class ClassRows:
 
         With that config transformers builds the head of the adapter's size: AutoConfig.from_pretrained(folder).
         """
-        write_tokenizer(self.opened.folder, folder)
+        self.opened.write(folder)
         write_labels(self.opened.folder, folder, self.labels)
 
     def encoder(self, settings: EncodeSettings) -> ClassEncoder:

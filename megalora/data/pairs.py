@@ -59,7 +59,7 @@ def read_pair(
         row = {("input" if name == "prompt" else name): value for name, value in row.items()}
     if not isinstance(row, dict) or not row:
         kind = "an empty object" if row == {} else f"a JSON {json_type(row)}"
-        raise UserError(f"{where}: a row must be an object with fields, this is {kind}")
+        raise UserError(f"{where}: a row must be an object with fields, this is {kind}", "write each row as an object")
     fields = Fields(row, where, "", names or FieldNames(), Counter() if seen is None else seen)
     found = [pair for pair in PAIRS if pair[0] in fields and pair[1] in fields]
     if question and not found:
@@ -68,7 +68,7 @@ def read_pair(
         what = f"no known shape (fields {names_of(row)})"
         if found:
             what = f"two shapes ({' and '.join('{' + ', '.join(filter(None, pair)) + '}' for pair in found)})"
-        raise UserError(f"{where}: the row has {what}; known shapes: {_KNOWN}; --columns maps other names")
+        raise UserError(f"{where}: the row has {what}; known shapes: {_KNOWN}", "--columns maps other names")
     texts = [_text(fields.take(name), where, name) if name else None for name in found[0]]
     fields.finish(text for text in texts if text is not None)
     return Pair(texts[0] or "", texts[1])
@@ -77,11 +77,11 @@ def read_pair(
 def _text(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         what = "is empty" if value is None or isinstance(value, str) else f"is a JSON {json_type(value)}"
-        raise UserError(f"{where}: {name} {what}; it must be a text with something in it")
+        raise UserError(f"{where}: {name} {what}", "it must be a text with something in it")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {name} has half of a surrogate pair; fix its encoding") from None
+        raise UserError(f"{where}: {name} has half of a surrogate pair", "fix its encoding") from None
     return value
 
 
@@ -209,7 +209,7 @@ class PairEncoder:
             reason = f"too long, the {side} has {len(ids)} tokens for --{flag} {limit}"
             if self.settings.on_long_row == "error":
                 remedy = f"raise --{flag} to at least {len(ids)}, or say what becomes of it with --on_long_row"
-                raise UserError(f"{reason}; {remedy} truncate or skip")
+                raise UserError(reason, f"{remedy} truncate or skip")
             if self.settings.on_long_row == "skip":
                 report.problem(where, reason, wanted=True)
                 return None

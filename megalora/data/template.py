@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..added_tokens import entries_of
 from ..errors import UserError
-from ..tokenizer_files import write_tokenizer
 from .conversation import Conversation, Message
 from .pieces import IGNORE, PieceTokenizer, Sample, Segment
 from .rendering import Rendered, Renderer, size_of, told
@@ -78,8 +78,7 @@ class ChatTemplate:
 
     template  None (the tokenizer's own; "plain" where it has none), a name in `BUILT_IN`, or the path of a jinja file
     recorded  the jinja source that an adapter was trained with; it is used where `template` is None
-    folder    of the tokenizer's files
-    notes     lines that the user should read, of loading the tokenizer; those of choosing the template are added
+    opened    what the tokenizer was loaded as: its files, its added tokens (which texts may write), its notes
     `description` says in words which one is used. Raises UserError for an unknown template, one that cannot be
     compiled, one that does not end a reply with a special token, and variables that it does not read.
     """
@@ -91,12 +90,13 @@ class ChatTemplate:
         options: TemplateOptions = TemplateOptions(),
         *,
         recorded: str | None = None,
-        folder: Path | None = None,
-        notes: Sequence[str] = (),
+        opened: OpenedTokenizer | None = None,
     ):
-        self.tokenizer, self.options, self.folder = tokenizer, options, folder
+        self.tokenizer, self.options, self.opened = tokenizer, options, opened
+        self.added = () if opened is None else opened.added
         chosen = choose(tokenizer, template, recorded)
-        self.description, self.notes = chosen.description, (*notes, *chosen.notes)
+        self.description = chosen.description
+        self.notes = (*(() if opened is None else opened.notes), *chosen.notes)
         self._names = dict(tokenizer.special_tokens_map)
         self._renderer = self._for_tools = Renderer(with_fixed_date(chosen.source), self.description)
         if chosen.for_tools is not None:
@@ -124,7 +124,7 @@ class ChatTemplate:
         cls, opened: OpenedTokenizer, template: str | None, options: TemplateOptions, recorded: str | None = None
     ) -> ChatTemplate:
         """Build the template of a tokenizer that was opened. Raises UserError."""
-        return cls(opened.tokenizer, template, options, recorded=recorded, folder=opened.folder, notes=opened.notes)
+        return cls(opened.tokenizer, template, options, recorded=recorded, opened=opened)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ class ChatTemplate:
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint carries of it."""
-        return {"chat_template": self.source}
+        return {"chat_template": self.source, **({"added_tokens": entries_of(self.added)} if self.added else {})}
 
     def identity(self) -> str:
         """Return a hash of the template's source and of the options that change what it gives."""
@@ -143,12 +143,13 @@ class ChatTemplate:
         options = self.options.history_thinking, self.options.special_tokens_in_text
         if options != (TemplateOptions().history_thinking, TemplateOptions().special_tokens_in_text):
             hashed += repr(options)
+        hashed += repr([token.content for token in self.added]) if self.added else ""
         return hashlib.sha256(hashed.encode()).hexdigest()[:16]
 
     def write(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a folder, with this template. Raises UserError."""
-        assert self.folder is not None, "a template that was not loaded from a folder"
-        write_tokenizer(self.folder, folder, None if self._copied_as_it_is else self.source)
+        assert self.opened is not None, "a template that was not loaded from a folder"
+        self.opened.write(folder, None if self._copied_as_it_is else self.source)
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Return the tokens that generation starts from: the messages (the user's last) and the start of a reply."""
@@ -381,7 +382,7 @@ class ChatTemplate:
         probe = Conversation((Message("user", "Hi"), Message("assistant", MARK)))
         text = self._render(probe, add_generation_prompt=False).text
         around = {token for token in self.tokenizer.added_tokens_encoder if token in text} - set(THINKING_TAGS)
-        return _special_tokens(self.tokenizer) | around
+        return (_special_tokens(self.tokenizer) - {token.content for token in self.added}) | around
 
 
 def _special_tokens(tokenizer: Any) -> set[str]:

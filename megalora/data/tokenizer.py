@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..added_tokens import AddedToken, add_to_files, added_tokens_of
 from ..errors import UserError
+from ..files import write_file
 from ..tokenizer_files import (
     CONFIG_FILE,
     FILES,
@@ -24,6 +28,7 @@ from ..tokenizer_files import (
     VOCABULARIES,
     has_tokenizer,
     read_fields,
+    write_tokenizer,
 )
 
 _LARGEST_FILE = 512 << 20  # bytes; the largest in use are of 34 MB
@@ -57,11 +62,27 @@ PROBES = (*_WORDS, *_LINES, *_SCRIPTS, *_NUMBERS, *_CODE)
 
 @dataclass(frozen=True)
 class OpenedTokenizer:
-    """A tokenizer of transformers, the folder it is from, and lines that the user should read about it."""
+    """A tokenizer of transformers, the folder it is from, and lines that the user should read about it.
+
+    added  tokens that it has beyond those of the folder
+    """
 
     tokenizer: Any
     folder: Path
     notes: tuple[str, ...] = ()
+    added: tuple[AddedToken, ...] = ()
+
+    def write(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """Write the tokenizer's files into a folder, as `write_tokenizer`, with the added tokens. Raises UserError."""
+        write_tokenizer(self.folder, folder, chat_template)
+        if not self.added:
+            return
+        try:
+            if not (file := Path(folder) / TOKENIZER_FILE).is_file():
+                write_file(file, _backend(self.tokenizer, self.folder).to_str(pretty=True).encode())
+            add_to_files(folder, self.added)
+        except OSError as error:
+            raise UserError(f"{folder}: the tokenizer cannot be written ({error.strerror})", "free space") from None
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -69,9 +90,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     return open_tokenizer(folder).tokenizer
 
 
-def open_tokenizer(folder: str | Path) -> OpenedTokenizer:
+def open_tokenizer(folder: str | Path, added: Sequence[AddedToken] = ()) -> OpenedTokenizer:
     """Load the tokenizer of a Hugging Face folder from local files only; never run code of the folder.
 
+    added  tokens that it gets beyond those of the folder
     Where transformers gives other tokens than the folder's own tokenizer.json, the file's tokens are used and a note
     says so. Raises UserError where there are no tokenizer files, where they cannot be read or would need code of the
     folder, and where the tokens of the file cannot be had.
@@ -91,7 +113,53 @@ def open_tokenizer(folder: str | Path) -> OpenedTokenizer:
     elif (folder / SENTENCEPIECE_FILE).is_file():
         note = _like_sentencepiece(tokenizer, folder / SENTENCEPIECE_FILE)
         notes += [note] if note else []
-    return OpenedTokenizer(tokenizer, folder, tuple(notes))
+    opened = OpenedTokenizer(tokenizer, folder, tuple(notes))
+    return _with_tokens(opened, tuple(added)) if added else opened
+
+
+def new_tokens(folder: str | Path, names: Sequence[str]) -> tuple[AddedToken, ...]:
+    """Return special tokens of these names, with the ids that the tokenizer of `folder` gives them.
+
+    Raises UserError for a token that it has already, and a tokenizer that cannot get more.
+    """
+    from tokenizers import AddedToken as Added
+    from tokenizers import Tokenizer
+
+    tokenizer = open_tokenizer(folder).tokenizer
+    vocabulary = tokenizer.get_vocab()
+    for name in names:
+        if name in vocabulary:
+            raise UserError(
+                f"new_special_tokens: {name!r} is a token of {folder} already (id {vocabulary[name]})",
+                f"leave it out; to train its row, give trainable_token_indices [{vocabulary[name]}] in lora_config",
+            )
+    whole = Tokenizer.from_str(_backend(tokenizer, folder).to_str())
+    whole.add_special_tokens([Added(name, special=True, normalized=False) for name in names])
+    return tuple(AddedToken(whole.token_to_id(name), name) for name in names)
+
+
+def tokens_beyond(folder: str | Path, base: str | Path) -> tuple[AddedToken, ...]:
+    """Return the added tokens that the tokenizer.json in `folder` has and the tokenizer in `base` lacks.
+
+    No tokens where one of them has no tokenizer. Raises UserError for files that cannot be read, and for tokens of
+    `folder` that have the ids of others in `base`.
+    """
+    file, other = Path(folder) / TOKENIZER_FILE, Path(base) / TOKENIZER_FILE
+    if not file.is_file() or not has_tokenizer(base):
+        return ()
+    if other.is_file() and file.stat().st_size == other.stat().st_size and file.read_bytes() == other.read_bytes():
+        return ()
+    vocabulary = load_tokenizer(base).get_vocab()
+    found = added_tokens_of(read_fields(file).get("added_tokens") or (), str(file))
+    beyond = tuple(token for token in found if token.content not in vocabulary)
+    taken = set(vocabulary.values())
+    for token in beyond:
+        if token.id in taken:
+            raise UserError(
+                f"{file}: token {token.content!r} has id {token.id}, which is another token's in {base}",
+                "name the model that the adapter was trained on",
+            )
+    return beyond
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -149,6 +217,33 @@ def _load(folder: Path, code: str | None) -> Any:
     if not works:
         raise UserError(f"the tokenizer in {folder} gives no tokens for a text", "copy its files again")
     return tokenizer
+
+
+def _backend(tokenizer: Any, folder: str | Path) -> Any:
+    """Its tokenizer of the `tokenizers` library. Raises UserError where it has none."""
+    found = getattr(tokenizer, "backend_tokenizer", None)
+    if found is None:
+        raise UserError(
+            f"the tokenizer in {folder} has no fast version, which new tokens need", "take a folder with tokenizer.json"
+        )
+    return found
+
+
+def _with_tokens(opened: OpenedTokenizer, added: tuple[AddedToken, ...]) -> OpenedTokenizer:
+    """Load the tokenizer again, from files that have more tokens. Raises UserError where these have other ids."""
+    grown = replace(opened, added=added)
+    with tempfile.TemporaryDirectory() as aside:
+        grown.write(aside)
+        if (config := opened.folder / "config.json").is_file():  # transformers asks it for the class
+            shutil.copyfile(config, Path(aside) / "config.json")
+        tokenizer = open_tokenizer(aside).tokenizer
+    for token in added:
+        if tokenizer.convert_tokens_to_ids(token.content) != token.id:
+            raise UserError(
+                f"the tokenizer in {opened.folder} does not take the new token {token.content!r} as id {token.id}",
+                "take a folder whose tokenizer.json lists its added tokens at the end of the vocabulary",
+            )
+    return replace(grown, tokenizer=tokenizer)
 
 
 # ---- comparing with the file ----

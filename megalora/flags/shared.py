@@ -57,6 +57,19 @@ PER_DEVICE_TRAIN_BATCH_SIZE = Definition("rows in one microbatch of one data-par
 GLOBAL_BATCH_SIZE = Definition("rows in one step over all processes", at_least=1)
 GRADIENT_ACCUMULATION_STEPS = Definition("microbatches in one step of one data-parallel rank", at_least=1)
 
+NEW_SPECIAL_TOKENS = Definition(
+    "tokens to add to tokenizer and model: their rows are trained, and rows of the data may write them", verbatim=True
+)
+
+
+def check_new_tokens(tokens: tuple[str, ...] | None) -> None:
+    """Raise UserError for new_special_tokens that are blank, or named twice."""
+    for token in tokens or ():
+        if not token.strip() or token != token.strip():
+            raise UserError(f"new_special_tokens {token!r} begins or ends with a blank", "leave the blank out")
+    if len(set(tokens or ())) != len(tokens or ()):
+        raise UserError("new_special_tokens names a token twice", "keep one")
+
 
 def template_variables(text: str | None) -> dict[str, Any]:
     """Return the value of chat_template_kwargs: variables of the chat template. Raises UserError."""

@@ -63,12 +63,14 @@ class PlanArguments(Section):
     virtual_pipeline_size: int | None = shared.VIRTUAL_PIPELINE_SIZE.field(None, unset="searched")
     recompute: str | None = shared.RECOMPUTE_FLAG.field(None, unset="searched")
     base_format: str = shared.BASE_FORMAT.field("auto")
+    new_special_tokens: tuple[str, ...] | None = shared.NEW_SPECIAL_TOKENS.field(None, unset="none")
     dtype: str = flag("bfloat16", "compute dtype", choices=tuple(name for name in DTYPES if name != "float64"))
     profile_file: str | None = shared.PROFILE_FILE.field(None, unset="estimated times of device")
     draw: str | None = flag(None, "SVG file to draw one step of the best layout to", unset="no drawing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        shared.check_new_tokens(self.new_special_tokens)
         if (self.partition_method == "custom") != (self.custom_partition is not None):
             raise UserError("partition_method custom and custom_partition go together", "give both or neither")
         if self.longest:

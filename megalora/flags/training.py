@@ -77,6 +77,7 @@ class DataArguments(Section):
         choices=("split", "mask", "keep"),
     )
     special_tokens_in_text: bool = shared.SPECIAL_TOKENS_IN_TEXT.field(False)
+    new_special_tokens: tuple[str, ...] | None = shared.NEW_SPECIAL_TOKENS.field(None, unset="none")
     train_on: str = flag(
         "all",
         "tokens to train on: all replies, the last reply of each row, or the prompts too",
@@ -103,6 +104,7 @@ class DataArguments(Section):
                 raise UserError(f"columns {pair!r} is not ours=yours", "write it like output=reply")
         if len(self.renamed_columns) != len(self.columns or ()):
             raise UserError("columns names one of your fields twice", "keep one")
+        shared.check_new_tokens(self.new_special_tokens)
         shared.template_variables(self.chat_template_kwargs)
 
     @property

@@ -64,7 +64,7 @@ def beginning(folder: str | Path, start: int, forced: int | None) -> tuple[int, 
     for name, value in (("decoder_start_token_id", start), ("forced_bos_token_id", forced)):
         value = value if fields.get(name) is None else fields[name]
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise UserError(f"{file}: {name} = {value!r}: must be a token id")
+            raise UserError(f"{file}: {name} = {value!r} is not valid", "give a token id")
         found += [] if value is None else [value]
     return tuple(found)
 

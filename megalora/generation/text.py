@@ -153,11 +153,15 @@ class Thinking:
 
 
 class Reader:
-    """Reads replies by a model's tokenizer. stops: texts that end a reply."""
+    """Reads replies by a model's tokenizer.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
+    stops  texts that end a reply
+    shown  special tokens that are a part of the text, as the tags of thinking are
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), shown: Sequence[str] = ()):
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        tags = unseen_stops(tokenizer, (THINK, END_OF_THINKING))  # they are shown, even where they are special tokens
+        tags = unseen_stops(tokenizer, (THINK, END_OF_THINKING, *shown))
         self._tags = {token_id: tokenizer.decode([token_id]) for token_id in tags}
 
     def answer(self, reply: Reply, prompt: Prompt) -> Answer:

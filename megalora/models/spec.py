@@ -204,6 +204,7 @@ class ModelSpec:
     model_type     as config.json names it
     dtype          of the weights in the file, as config.json names it, or None
     stored         the format of the linears in the file, one of choices.BASE_FORMATS
+    stored_words   rows of the embedding in the file, where they are another number than its vocab_size
     predicting     layers behind the last that only predict further tokens, which files may hold: they are passed over
     task_heads     heads that it can have instead, for other tasks (see `for_task`)
     """
@@ -215,6 +216,7 @@ class ModelSpec:
     model_type: str = ""
     dtype: str | None = None
     stored: str = "dense"
+    stored_words: int | None = None
     predicting: int = 0
     files: FileNames = field(default_factory=FileNames)
     task_heads: tuple[TaskHead, ...] = ()
@@ -256,6 +258,12 @@ class ModelSpec:
         passed = (*self.files.passed, *sorted(others - {f"{name}." for name in found.names}))
         head = replace(found, out=out, labels=tuple(labels))
         return replace(self, head=head, files=replace(self.files, passed=passed))
+
+    def with_words(self, vocab_size: int) -> ModelSpec:
+        """Return the model with another number of words than its file has: rows are added at the end, or left out."""
+        stored = self.vocab_size if self.stored_words is None else self.stored_words
+        embedding = replace(self.embedding, vocab_size=vocab_size)
+        return replace(self, embedding=embedding, stored_words=None if vocab_size == stored else stored)
 
     @property
     def hidden_size(self) -> int:

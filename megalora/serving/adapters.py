@@ -21,6 +21,7 @@ from megalora.identity import adapter_template, base_identity, check_base, other
 from megalora.models.linears import Linear
 from megalora.models.spec import Experts, LatentAttention, ModelSpec, mixers_of
 from megalora.models.stage import Stage
+from megalora.vocabulary import adapter_tokens
 
 _ONE_FOR_ALL = ("bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
 
@@ -53,6 +54,8 @@ class AdapterReader:
                 f"adapter {name} ({adapter.where}) is of task_type {task}, which writes no text",
                 "name an adapter of task_type CAUSAL_LM",
             )
+        if added := adapter_tokens(adapter, self._model_path):
+            raise _not_shared(name, adapter, f"new tokens ({', '.join(token.content for token in added)})")
         check_base(adapter, self._identity)
         notes = (*adapter.notes, *other_base_format(adapter, self._base_format))
         lora = _resolved(name, adapter, self._config)

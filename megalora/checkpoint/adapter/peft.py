@@ -32,7 +32,9 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 _OF_LINEARS = (*_FACTORS, ".lora_B.bias", ".lora_magnitude_vector", ".bias", *_EMBEDDING_FACTORS, f".{TOKENS}")
-_COPY = ".base_layer.weight"  # of an adapted embedding, which peft saves beside its factors: the base's, not trained
+# What peft saves beside what is trained: the base's matrix of an adapted embedding, and a second copy of a whole one.
+_COPIES = (".base_layer.weight", ".original_module.weight", ".modules_to_save.weight")
+_HEADS, _EMBEDDINGS = ("lm_head", "embed_out"), ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
 def read_peft(folder: str | Path) -> AdapterCheckpoint:
@@ -55,8 +57,13 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     if isinstance(base, str):
         lora_config["base_model_name_or_path"] = base
     file, raw = _read_tensors(folder)
-    saved = tuple(f"{PREFIX}{name}" for name in _saved_names(fields, raw))
-    tensors = {_our_name(key, file, saved): tensor for key, tensor in raw.items() if not key.endswith(_COPY)}
+    raw, copies = _without_copies(raw, fields)
+    resized = {name for name in map(_end_of, raw) if name and name not in (fields.get("modules_to_save") or ())}
+    if resized:  # what peft saves of a model whose vocabulary was resized: as if it were trained in full
+        lora_config["modules_to_save"] = sorted({*(lora_config["modules_to_save"] or ()), *resized})
+    modules = (*(fields.get("modules_to_save") or ()), *resized)
+    saved = tuple(f"{PREFIX}{name}" for name in _saved_names(modules, raw))
+    tensors = {_our_name(key, file, saved): tensor for key, tensor in raw.items()}
     adapted = _adapted(tensors)
     for linear in sorted(adapted):
         factors = [tensors.get(linear + suffix) for suffix in _FACTORS]
@@ -72,8 +79,7 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
             )
     if not adapted and not tensors:
         raise UserError(f"{file}: holds no lora_A", "name the folder of a trained adapter")
-    copies = sorted(key for key in raw if key.endswith(_COPY))
-    note = f"{file}: {', '.join(copies)}: copies of the base's weights, which are read from the base"
+    note = f"{file}: {', '.join(copies)}: copies, which are not read"
     return AdapterCheckpoint(lora_config, tensors, where=str(folder), notes=(note,) if copies else ())
 
 
@@ -165,9 +171,30 @@ def _peft_key(name: str, adapted: set[str]) -> str:
     return PREFIX + (f"{linear}.base_layer.bias" if name.endswith(".bias") and linear in adapted else name)
 
 
-def _saved_names(fields: Mapping[str, Any], raw: Mapping[str, torch.Tensor]) -> set[str]:
+def _without_copies(
+    raw: Mapping[str, torch.Tensor], fields: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the tensors without what is there twice, or is the base's own; and the names of those left out."""
+    copies = {key for key in raw if key.endswith(_COPIES[:2])}
+    copies |= {key for key in raw if key.endswith(_COPIES[2]) and key.replace(".modules_to_save", "") in raw}
+    rows = [key for key in raw if key.endswith(f".{TOKENS}")]
+    if isinstance(fields.get("trainable_token_indices"), list) and len(rows) == 2 and torch.equal(*map(raw.get, rows)):
+        copies |= {key for key in rows if _module_of(key, f".{TOKENS}") in _HEADS}  # tied: the embedding's
+    return {key: tensor for key, tensor in raw.items() if key not in copies}, sorted(copies)
+
+
+def _module_of(key: str, leaf: str) -> str:
+    return key.removesuffix(leaf).rpartition(".")[2]
+
+
+def _end_of(key: str) -> str | None:
+    """Return the module, where a tensor is the whole matrix of an embedding or a head."""
+    name = _module_of(key, ".weight")
+    return name if key.endswith(".weight") and name in (*_HEADS, *_EMBEDDINGS) else None
+
+
+def _saved_names(modules: Collection[str], raw: Mapping[str, torch.Tensor]) -> set[str]:
     """Return the names in the file of the tensors of modules that are trained in full."""
-    modules = fields.get("modules_to_save") or ()
     names = (key.removeprefix(PREFIX) for key in raw)
     return {n for n in names if any(f".{n}".rpartition(".")[0].endswith(f".{module}") for module in modules)}
 

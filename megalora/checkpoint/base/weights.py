@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from megalora.checkpoint.base.hf import HfWeights, is_hf
 from megalora.checkpoint.base.quantised import QuantisedWeights, is_quantised
+from megalora.checkpoint.base.resized import ResizedWeights
 from megalora.checkpoint.base.shards import BaseShards
 from megalora.checkpoint.layout import has_shards
 from megalora.errors import UserError
@@ -43,6 +44,7 @@ class BaseNames:
     tied             the head is the embedding: it is not read where the file has it
     files            how names in files differ from ours
     optional         tensors that are trained in full: files need not have them, and they are no part of the base
+    words            rows that the matrices of the words get, where the model has another number than its files
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -51,6 +53,7 @@ class BaseNames:
     tied: bool
     files: FileNames
     optional: frozenset[str] = frozenset()
+    words: int | None = None
 
 
 class BaseWeights(Protocol):
@@ -146,7 +149,15 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
                 f"means {list(shape)}",
                 "take weights and config.json from one model",
             )
-    return weights
+    if names.words is None:
+        return weights
+    of_words = (names.embedding, names.head, names.head.removesuffix("weight") + "bias")
+    return ResizedWeights(weights, names.words, [name for name in of_words if name in weights.shapes])
+
+
+def with_own_head(weights: BaseWeights, names: BaseNames) -> BaseWeights:
+    """Return the weights of a model that ties its head, with the embedding as a head of its own."""
+    return _Renamed(weights, {**{name: name for name in weights.shapes}, names.head: names.embedding})
 
 
 def _check_prefix(folder: Path, weights: BaseWeights, files: Mapping[str, str], names: BaseNames) -> None:
@@ -213,7 +224,7 @@ def load_base(module: nn.Module, folder: str | Path, *, splits: Mapping[str, Spl
         f"{prefix}.weight": linear for prefix, linear in module.named_modules() if isinstance(linear, ParallelLinear)
     }
     for name, linear in linears.items():
-        assert splits[name].global_shape == tuple(names.shapes[name]), (name, splits[name])
+        assert splits[name].global_shape == tuple(weights.shapes[name]), (name, splits[name])
         linear.fill_weight(_Weight(weights, name))
     for name, parameter in module.named_parameters():
         if "lora_" in name or "trainable_tokens" in name or name in linears:
@@ -221,7 +232,7 @@ def load_base(module: nn.Module, folder: str | Path, *, splits: Mapping[str, Spl
         source = names.embedding if names.tied and name == names.head else name
         if source in names.optional and source not in weights.shapes:
             continue  # drawn
-        split, whole = splits[name], names.shapes.get(source)
+        split, whole = splits[name], weights.shapes.get(source)
         assert whole is not None and split.global_shape == tuple(whole), (name, split, whole)
         assert tuple(parameter.shape) == split.local_shape, (name, parameter.shape, split)
         for theirs, ours in split.blocks():
@@ -234,7 +245,7 @@ def model_fingerprint(folder: str | Path, names: BaseNames) -> str:
     It is the same for an HF folder and for shards of it. Reads a few bytes of each tensor.
     Raises UserError as `open_base`.
     """
-    weights = open_base(folder, names)
+    weights = open_base(folder, replace(names, words=None))
     digest = hashlib.sha256()
     for name in sorted(names.shapes.keys() - names.optional):
         shape, dtype = weights.shapes[name], weights.dtype(name)
