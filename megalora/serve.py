@@ -49,6 +49,7 @@ from megalora.serving.app import build_app
 from megalora.serving.backlog import Backlog
 from megalora.serving.loading import AdapterLoader
 from megalora.serving.models import Catalogue, ServedModel
+from megalora.serving.toolcalls import TAGS
 from megalora.web.guard import allowed_hosts
 from megalora.web.server import address_of, bind, served, token_for, with_token
 
@@ -193,6 +194,7 @@ class _Models:
         return Catalogue(
             {model.name: model for model in made},
             Reader(self._opened.tokenizer),
+            Reader(self._opened.tokenizer, shown=TAGS),
             self._config.vocab_size,
             _without_text(self._opened),
             context,

@@ -72,8 +72,10 @@ class Answer:
         choice = {"index": number, "finish_reason": parts[-1].finish_reason, "logprobs": self._logprobs(number, tokens)}
         if not self._chat:
             return {**choice, "text": content}
-        message = {"role": "assistant", "content": content}
-        return {**choice, "message": message | ({"reasoning_content": reasoning} if reasoning else {})}
+        calls = [call.written() for part in parts for call in part.calls]
+        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        return {**choice, "message": message | ({"tool_calls": calls} if calls else {})}
 
     def _chunk(self, part: Part, first: bool) -> dict[str, Any]:
         logprobs = self._logprobs(part.choice, part.tokens) if part.tokens else None
@@ -83,7 +85,9 @@ class Answer:
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
         if part.reasoning:
             delta["reasoning_content"] = part.reasoning
-        if part.content or (first and not part.reasoning):
+        if part.calls:
+            delta["tool_calls"] = [call.written(index=True) for call in part.calls]
+        if part.content or (first and not part.reasoning and not part.calls):
             delta["content"] = part.content
         return {**choice, "delta": delta}
 

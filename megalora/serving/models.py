@@ -49,7 +49,7 @@ class ServedModel:
 @dataclass(frozen=True)
 class Catalogue:
     """models    by name, the base first; adapters may come and go, on the event loop
-    reader    of replies, which all models share with their tokenizer
+    reader    of replies, which all models share with their tokenizer; tool_reader: which shows the words of calls too
     words     the model's vocab_size: token ids are below it
     special   id of each special token that leaves no text, by the token
     context   longest prompt and reply together, in tokens
@@ -59,6 +59,7 @@ class Catalogue:
 
     models: dict[str, ServedModel]
     reader: Reader
+    tool_reader: Reader
     words: int
     special: Mapping[str, int]
     context: int

@@ -15,19 +15,22 @@ from megalora.serving.bodies import Asked
 from megalora.serving.errors import ApiError, bad
 from megalora.serving.metrics import ServerMetrics
 from megalora.serving.models import Catalogue, ServedModel
+from megalora.serving.toolcalls import Call, CallReader
 
 
 @dataclass(frozen=True)
 class Part:
     """Some of one reply.
 
+    calls          of tools
     tokens         with their log-probabilities, where these are asked for
-    finish_reason  "stop" or "length", with its last part
+    finish_reason  "stop", "length" or "tool_calls", with its last part
     """
 
     choice: int
     content: str
     reasoning: str
+    calls: tuple[Call, ...] = ()
     tokens: tuple[tuple[int, Logprobs], ...] = ()
     finish_reason: str | None = None
 
@@ -37,6 +40,7 @@ class _Choice:
     """One reply under way. held: tokens whose log-probabilities no part has told yet."""
 
     following: Following
+    calls: CallReader
     tokens: int = 0
     held: list[tuple[int, Logprobs]] = field(default_factory=list)
     ended: bool = False
@@ -64,6 +68,8 @@ class Replies:
         self._backlog, self._metrics, self._started = backlog, metrics, time.monotonic()
         self._events: asyncio.Queue[tuple[int, Token | End]] = asyncio.Queue()
         chat = asked.conversation is not None
+        tools = asked.conversation.tools if chat else ()
+        reader = catalogue.tool_reader if tools else catalogue.reader
         stops = {*model.stop_token_ids, *(catalogue.special[stop] for stop in asked.stop if stop in catalogue.special)}
         requests, self._choices = [], []
         for ids in prompts:
@@ -74,7 +80,7 @@ class Replies:
                 prompt = Prompt(0, ids, model.adapter, stream=len(requests))
                 longest = min(asked.max_new_tokens or room, room)
                 requests.append(Request(prompt, asked.sampling, longest, frozenset(stops), asked.logprobs))
-                self._choices.append(_Choice(catalogue.reader.follow(prompt, asked.stop, thinking=chat)))
+                self._choices.append(_Choice(reader.follow(prompt, asked.stop, thinking=chat), CallReader(tools)))
         self._tickets: list[Ticket] = backlog.submit(requests, lambda *event: self._events.put_nowait(event))
 
     @property
@@ -133,10 +139,18 @@ class Replies:
             raise ApiError(503, "the server stopped before the reply was whole")
         return self._part(place, choice.following.rest(), "length" if end.finish_reason == LENGTH else "stop")
 
-    def _part(self, place: int, pieces: Sequence[Piece], finish_reason: str | None = None) -> Part:
+    def _part(self, place: int, pieces: Sequence[Piece], finish_reason: str | None = None) -> Part | None:
         choice = self._choices[place]
-        content = "".join(piece.text for piece in pieces if not piece.thinking)
         reasoning = "".join(piece.text for piece in pieces if piece.thinking)
+        found = choice.calls.add("".join(piece.text for piece in pieces if not piece.thinking))
+        if finish_reason is not None:
+            found += choice.calls.rest()
+            if finish_reason == "stop" and choice.calls.count:
+                finish_reason = "tool_calls"
+        content = "".join(one for one in found if isinstance(one, str))
+        calls = tuple(one for one in found if isinstance(one, Call))
+        if not (content or reasoning or calls or finish_reason):
+            return None  # all of it is held back
         tokens, choice.held = tuple(choice.held), []
-        return Part(place, content, reasoning, tokens, finish_reason)
+        return Part(place, content, reasoning, calls, tokens, finish_reason)
 

@@ -21,12 +21,19 @@ pytest.importorskip("starlette")
 from megalora.serving.app import build_app  # noqa: E402
 from megalora.serving.backlog import Backlog  # noqa: E402
 from megalora.serving.models import Catalogue, ServedModel  # noqa: E402
+from megalora.serving.toolcalls import TAGS  # noqa: E402
 from megalora.web.guard import allowed_hosts  # noqa: E402
 from megalora.web.server import bind, served  # noqa: E402
 
 TOKENIZER = tokenizer()
 THINKING = "<think>\nLet me see.\n</think>\n\nIt is 4."
 SLOTS, WAITING = 2, 3
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TEMPLATE = (  # chatml that prints tools
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class Replica(threading.Thread):
@@ -54,9 +61,9 @@ class Replica(threading.Thread):
 
 @contextlib.contextmanager
 def serving():
-    template = ChatTemplate(TOKENIZER)
+    template = ChatTemplate(TOKENIZER, recorded=TEMPLATE)
     models = {"m": ServedModel("m", 0, template, (END,))}
-    catalogue = Catalogue(models, Reader(TOKENIZER), len(TOKENIZER), {}, 500, {}, 0)
+    catalogue = Catalogue(models, Reader(TOKENIZER), Reader(TOKENIZER, shown=TAGS), len(TOKENIZER), {}, 500, {}, 0)
     backlog = Backlog(SLOTS, WAITING)
     replica = Replica(backlog)
     replica.start()
@@ -93,6 +100,26 @@ def test_the_server():
         assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Let me see."
         assert "".join(delta.get("content", "") for delta in deltas) == "It is 4."
         assert ask(stop="see")[1]["choices"][0]["message"]["reasoning_content"] == "Let me"
+
+        arguments = {"city": "Paris"}
+        call = json.dumps({"name": "weather", "arguments": arguments})
+        replica.text = f"<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{call}\n</tool_call>"
+        for body in ({"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"}, {}):
+            status, answer = ask(**body)
+            choice, (_, chunks) = answer["choices"][0], ask(**body, stream=True)
+            deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+            content = "".join(delta.get("content") or "" for delta in deltas)
+            streamed = [one for delta in deltas for one in delta.get("tool_calls", ())]
+            assert choice["message"]["reasoning_content"] == "Hm." and content == choice["message"]["content"]
+            assert choice["finish_reason"] == chunks[-1]["choices"][0]["finish_reason"]
+            if "tool_choice" in body or not body:
+                assert choice["finish_reason"] == "stop" and call in content and not streamed
+                continue
+            assert choice["finish_reason"] == "tool_calls" and content == "I look."
+            for one in (*choice["message"]["tool_calls"], *streamed):
+                assert one["function"]["name"] == "weather" and one["type"] == "function"
+                assert json.loads(one["function"]["arguments"]) == arguments
+            assert len(streamed) == 1 and streamed[0]["index"] == 0
 
         replica.text, replica.end = "ab", FAILED
         status, answer = ask()
