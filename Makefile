@@ -1,4 +1,4 @@
-# make install | demo | test | torture | proof | parity | lint | clean
+# make install | demo | test | torture | proof | parity | compat | lint | clean
 #
 # PYTHON=python3.12 chooses another interpreter, TORCH=torch==2.9.1 another torch. PyPI's torch serves NVIDIA GPUs as
 # well as CPUs; where only the CPU build is wanted (it is much smaller), TORCH may carry pip's options for getting it.
@@ -11,7 +11,7 @@ VENV := .venv
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help install test torture proof parity lint demo demo-tokens clean FORCE
+.PHONY: help install test torture proof parity compat lint demo demo-tokens clean FORCE
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip install -qq
@@ -25,6 +25,7 @@ help:
 	@echo "make torture   kill a run 50 times at random moments; every resume must be exact (KILLS=50 SEED=0)"
 	@echo "make proof     every pipeline schedule at every size up to 16 stages, 4 chunks, 64 microbatches (minutes)"
 	@echo "make parity    greedy replies against transformers and peft: 20 prompts, each family and a real model"
+	@echo "make compat    tokenizers as read by each version of transformers in VERSIONS, in environments of their own"
 	@echo "make lint      ruff, mypy, and clang-format where it is installed"
 	@echo "make clean     remove what was built; the environment and the demo's model stay"
 
@@ -90,6 +91,23 @@ proof: install
 
 parity: install
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -q tests/test_generation_parity.py --questions 20
+
+# Each has transformers and what it requires; all else, torch too, is found in .venv.
+VERSIONS ?= 4.51.3 4.57.1 5.0.0 5.3.0 5.8.0 5.10.0 5.15.1 5.17.0
+
+compat: install
+	@set -e; shared=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	for version in $(VERSIONS); do \
+		one=.compat/$$version; \
+		if [ ! -e $$one/.complete ]; then \
+			$(VENV)/bin/python -m venv --clear --without-pip $$one; \
+			$(VENV)/bin/python -m pip --python $$one/bin/python install -qq "transformers==$$version" sentencepiece; \
+			echo "$$shared" > $$($$one/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth; \
+			touch $$one/.complete; \
+		fi; \
+		echo "== transformers $$version"; \
+		PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $$one/bin/python -m pytest -q -p no:cacheprovider tests/data/test_tokenizer.py; \
+	done
 
 lint: install
 	@$(RUN) ruff check .

@@ -345,8 +345,8 @@ def test_a_part_of_a_run_leaves_no_export_of_an_older_one_and_says_what_has_chan
 @pytest.mark.parametrize("part", ["", "checkpoints/iter_0000004"])
 def test_a_new_run_does_not_remove_the_adapter_it_starts_from(inputs, half, part):
     flags = {"overwrite_output_dir": True, "resume_peft_from_checkpoint": half / part}
-    (line,) = refused(inputs.flags(half, **FLAGS, **flags))
-    assert "lies in output_dir" in line and "copy the adapter elsewhere" in line
+    line, hint = refused(inputs.flags(half, **FLAGS, **flags))
+    assert "lies in output_dir" in line and "copy the adapter elsewhere" in hint
     assert read_adapter(half / "checkpoints/iter_0000004").tensors
 
 

@@ -134,6 +134,9 @@ def new_tokens(folder: str | Path, names: Sequence[str]) -> tuple[AddedToken, ..
                 f"leave it out; to train its row, give trainable_token_indices [{vocabulary[name]}] in lora_config",
             )
     whole = Tokenizer.from_str(_backend(tokenizer, folder).to_str())
+    file = Path(folder) / TOKENIZER_FILE
+    if file.is_file():  # it has the ids: classes of transformers may add tokens of their own
+        whole = Tokenizer.from_file(str(file))
     whole.add_special_tokens([Added(name, special=True, normalized=False) for name in names])
     return tuple(AddedToken(whole.token_to_id(name), name) for name in names)
 
@@ -275,6 +278,10 @@ def _like_its_file(tokenizer: Any, folder: Path) -> tuple[Any, str | None]:
     try:
         alone = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         still = _difference(alone, encode, probes)
+        if still is not None:  # transformers 4 puts some flags of tokenizer_config.json into the file's own parts
+            backend = alone.backend_tokenizer
+            backend.normalizer, backend.pre_tokenizer = own.normalizer, own.pre_tokenizer
+            still = _difference(alone, encode, probes)
     except Exception as error:
         still = f"{different}; reading the file alone: {error!s:.200}"
     if still is not None:

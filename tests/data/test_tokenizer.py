@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from megalora.data.tokenizer import PROBES, open_tokenizer
+from megalora.data.tokenizer import PROBES, new_tokens, open_tokenizer
 from megalora.errors import UserError
 from megalora.tokenizer_files import read_template, write_tokenizer
 
@@ -79,6 +79,33 @@ def test_tokens_are_those_of_the_file(tmp_path, backend, name, model_type):
     assert opened.tokenizer.eos_token == "</s>"
 
 
+OPTIONS = [{"legacy": True}, {"legacy": False, "add_prefix_space": False}, {"add_prefix_space": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options))
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("backend", [byte_level, byte_level_by_digits, like_sentencepiece])
+def test_flags_of_the_config_and_added_tokens(tmp_path, backend, name, options):
+    """Flags that older files carry, and tokens that were added in several ways; then new ones are added here."""
+    own = backend()
+    own.add_special_tokens([AddedToken("<|strip|>", lstrip=True, rstrip=True), AddedToken("<|im_end|>")])
+    own.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("ab", single_word=True)])
+    folder = folder_of(tmp_path, own, "llama", tokenizer_class=name, **options)
+    texts = (*PROBES, "a <|strip|> b", "<tool>a<|im_end|>", " <tool> ab b", "abb ab", "<new>a <new> b")
+    for tokens in ((), ("<new>",)):
+        added = new_tokens(folder, tokens) if tokens else ()
+        assert [token.id for token in added] == [own.get_vocab_size() + i for i in range(len(tokens))]
+        opened = open_tokenizer(folder, added)
+        own.add_special_tokens([AddedToken(token) for token in tokens])
+        for text in texts:
+            ids = opened.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert ids == own.encode(text, add_special_tokens=False).ids, text
+        opened.write(tmp_path / "copy")
+        copy = open_tokenizer(tmp_path / "copy").tokenizer
+        assert copy(list(texts))["input_ids"] == opened.tokenizer(list(texts))["input_ids"]
+        assert not tokens or copy.decode([added[0].id], skip_special_tokens=True) == ""
+
+
 def test_a_file_that_wins_is_said(tmp_path):
     """Qwen2's class of transformers puts its own pre-tokenizer in the place of the file's."""
     folder = folder_of(tmp_path, byte_level_by_digits(), "qwen2", tokenizer_class="Qwen2TokenizerFast")
@@ -109,6 +136,11 @@ def test_a_sentencepiece_model_alone(tmp_path, monkeypatch):
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     for text in ("hello  world", " who\n\nare you 你好 🙂"):
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == model.encode(text)
+    grown = open_tokenizer(tmp_path, new_tokens(tmp_path, ["<new>"]))
+    grown.write(tmp_path / "copy")  # with a tokenizer.json, which the folder lacks
+    for one in (grown.tokenizer, open_tokenizer(tmp_path / "copy").tokenizer):
+        ids = one("hello <new>", add_special_tokens=False)["input_ids"]
+        assert ids[: len(model.encode("hello"))] == model.encode("hello") and ids[-1] == grown.added[0].id
     monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts, **_: {"input_ids": [[7]] * len(texts)})
     with pytest.raises(UserError, match="other tokens than the sentencepiece model itself"):
         open_tokenizer(tmp_path)
@@ -165,7 +197,8 @@ def test_a_pipe_in_place_of_a_file(tmp_path):
 def test_a_copy_carries_the_template(tmp_path):
     from transformers import AutoTokenizer
 
-    folder = folder_of(tmp_path / "model", byte_level(), chat_template="own {{ messages[0].content }}")
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "own {{ messages[0].content }}"}
+    folder = folder_of(tmp_path / "model", byte_level(), **named)
     for template in (None, "other {{ messages[0].content }}"):
         target = tmp_path / str(template)
         target.mkdir()
