@@ -114,6 +114,7 @@ setup(
         "numpy",
         "rich",
         "pyyaml",
+        "regex",
     ],
     extras_require={
         "data": ["pyarrow", "zstandard", "datasets>=4"],  # parquet and arrow, .zst, datasets saved to disk

@@ -41,7 +41,7 @@ from megalora.data.pieces import IGNORE, Sample
 from megalora.data.readers import READERS
 from megalora.data.tokenizer import open_tokenizer
 from megalora.errors import UserError
-from megalora.files import write_file
+from megalora.files import read_text, write_file
 from megalora.flags import GenerateArguments, GenerationArguments
 from megalora.identity import adapter_labels, base_identity, check_base, other_base_format
 from megalora.models.config import check_layout, check_length, read_config
@@ -172,10 +172,7 @@ def _values(options: GenerationArguments) -> list[tuple[Any, str]]:
     path = Path(options.prompts_file or "")
     if path.suffix.lower() in READERS:
         return [(row, f"{path} row {number}") for number, row in enumerate(read_rows(path))]
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts_file {path}: cannot be read ({error})", "give UTF-8, one text a line") from None
+    lines = read_text(path, what="prompts_file").split("\n")
     found = [(line.strip(), f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"prompts_file {path} holds no text", "write one a line")

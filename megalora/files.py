@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,10 @@ except ImportError:  # a platform without it
     fcntl = None
 
 JSON_BYTES = 16 << 20  # of a JSON file that lists no tensors: the largest of real models are below 1 MB
+TEXT_BYTES = 64 << 20  # of a text that people write
+YAML_BYTES = 128 << 10  # of flags; a megabyte takes PyYAML ten seconds
+_YAML_DEPTH = 500
+_YAML_VALUES = 10_000  # with those that an alias stands for, each time
 _NO_LOCKS = "this system has no flock"
 
 
@@ -74,6 +79,61 @@ def read_json(
     if not isinstance(value, dict):
         raise UserError(f"{name}: holds a {type(value).__name__}, not an object", remedy)
     return value
+
+
+def read_text(file: Path, remedy: str = "save it as UTF-8", *, what: str = "", most: int = TEXT_BYTES) -> str:
+    """Return the text of a regular file in UTF-8, without a byte order mark. Arguments as of `read_json`.
+
+    Raises UserError that names the file, and for other bytes their line.
+    """
+    name = f"{what} {file}".lstrip()
+    data = b""
+    try:
+        data = read_bytes(file, most)
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})", "check the path") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name} line {line}: byte {error.start} is not UTF-8", remedy) from None
+
+
+def yaml_pairs(text: str) -> list[tuple[Any, Any]] | None:
+    """Return the (key, value) pairs of a YAML text, doubles included; None where it holds something else.
+
+    Plain values only. Raises yaml.YAMLError and ValueError, also for a text that is too deep or multiplies itself.
+    """
+    import yaml
+
+    depths = itertools.accumulate((mark in "[{") - (mark in "]}") for mark in text)
+    if len(text) > YAML_BYTES or max(depths, default=0) > _YAML_DEPTH:  # of which PyYAML takes the square
+        raise ValueError(f"more than {YAML_BYTES:,} characters, or nested too deeply")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if _values_of(node, {}) > _YAML_VALUES:
+            raise ValueError(f"more than {_YAML_VALUES:,} values")
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            return None
+        pairs = [] if node is None else node.value
+        return [(loader.construct_object(key, deep=True), loader.construct_object(v, deep=True)) for key, v in pairs]
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (TypeError, AttributeError, OverflowError) as error:  # PyYAML's own, of odd values
+        raise ValueError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _values_of(node: Any, known: dict[int, float]) -> float:
+    """Return how many values are below a YAML node; an alias counts each time, one within itself without end."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        inner = getattr(node, "value", None)
+        parts = inner if isinstance(inner, list) else []
+        flat = (part for item in parts for part in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_values_of(part, known) for part in flat)
+    return known[id(node)]
 
 
 def sha256(file: Path) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megalora.errors import UserError
-from megalora.files import write_file
+from megalora.files import read_json, read_text, write_file
 
 TOKENIZER_FILE, SENTENCEPIECE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 TEMPLATE_FILE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
+TEMPLATE_BYTES = 4 << 20
 VOCABULARIES = (TOKENIZER_FILE, SENTENCEPIECE_FILE, "spiece.model", "vocab.json", "vocab.txt")
 FILES = (*VOCABULARIES, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
@@ -80,29 +81,15 @@ def read_template(folder: str | Path) -> str | None:
     """Return the one chat template that a folder's files give, or None. Raises UserError where one cannot be read."""
     file = Path(folder) / TEMPLATE_FILE
     if file.is_file():
-        return read_text(file)
+        return read_text(file, most=TEMPLATE_BYTES)
     config = Path(folder) / CONFIG_FILE
     found = read_fields(config).get("chat_template") if config.is_file() else None
     return found if isinstance(found, str) else None
 
 
-def read_text(file: Path) -> str:
-    """Return the text of a UTF-8 file, without a byte order mark. Raises UserError."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})", "check the file") from None
-
-
 def read_fields(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file, with a byte order mark or not. Raises UserError."""
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error!s:.200})", "copy it again") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: is no JSON object", "copy it again")
-    return fields
+    return read_json(file, "copy it again")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "choices": set(),
     "learning_rate": set(),
     # What a flag offers is defined where it is done, so flags know these; all without torch.
-    "flags": {"errors", "choices", "learning_rate", "pipeline", "planning", "recipes"},
+    "flags": {"errors", "choices", "learning_rate", "pipeline", "planning", "recipes", "files"},
     "parallel.mesh": EDGES,
     "ops": EDGES,
     "parallel": GROUND,
@@ -49,6 +49,7 @@ MAY_IMPORT = {
     **{module: LOWER | {"models", "learning_rate", "flags"} | SERVICES | PARTS | TOP for module in TOP},
 }
 TORCH_ONLY = {"adapters", "parallel.mesh", "ops"}  # the third-party packages of these; Triton comes with torch
+THEIRS = ("torch", "triton", "regex")  # regex: expressions of adapters within a time
 
 
 def module_name(file: Path, root: Path = ROOT) -> str:
@@ -96,7 +97,7 @@ def violations(source: str, module: str, is_package: bool) -> list[str]:
         if root == "tools":
             bad.append(f"{module}:{line} imports {name}: tools are command lines over the package")
         elif root != "megalora":
-            if part in TORCH_ONLY and root not in ("torch", "triton") and root not in sys.stdlib_module_names:
+            if part in TORCH_ONLY and root not in THEIRS and root not in sys.stdlib_module_names:
                 bad.append(f"{module}:{line} imports {name}: {part} may use torch only")
         elif name != "megalora" and part_of(name) not in MAY_IMPORT[part] | {part}:
             allowed = ", ".join(sorted(MAY_IMPORT[part])) or "nothing of ours"

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from megalora.adapters.lora import Adapter
+from megalora.adapters.patterns import Patterns, check_pattern, ends_of, named
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.adapters.words import Tokens, WordsAdapter, checked_tokens, saved_modules, trained_tokens
 from megalora.choices import CLASSIFICATION, TASKS
@@ -51,6 +51,8 @@ PREPARED = ("pissa", "olora")  # inits that change the base, which `megalora con
 _CHANGE_BASE = (*PREPARED, "corda", "loftq")
 
 
+MOST_RANK, MOST_ALPHA = 1 << 16, 1e9
+_MOST_LAYERS = 1 << 12
 HEADS = ("classifier", "score")  # peft's modules_to_save of a classifier: its head, which is trained in full
 
 
@@ -168,20 +170,21 @@ class LoraConfig:
             targets = DEFAULT_TARGET_MODULES[model_type]
         names = (*linears, *ends)
         short = sorted({name.rsplit(".", 1)[-1] for name in names})
-        if isinstance(targets, str):
-            pattern = None if targets == "all-linear" else _compiled(targets, "lora_config: target_modules")
+        patterns = Patterns()
+        if targets == "all-linear":
+            matched = [n for n in linears if n not in routers]
+        elif isinstance(targets, str):
             for name in without:
-                if pattern is not None and pattern.fullmatch(name):
+                if patterns.fits(targets, name):
                     raise UserError(
                         f"lora_config: target_modules {targets!r} matches {name}, which cannot carry an adapter",
                         "leave it out of the expression",
                     )
-            every = [n for n in linears if n not in routers]
-            matched = every if pattern is None else [n for n in names if pattern.fullmatch(n)]
+            matched = [n for n in names if patterns.fits(targets, n)]
         else:
-            matched = [n for n in names if any(n == t or n.endswith("." + t) for t in targets)]
+            matched, ends_of_names = named(names, targets), set[str]().union(*map(ends_of, names))
             for target in targets:
-                if not any(n == target or n.endswith("." + target) for n in names):
+                if target not in ends_of_names:
                     raise UserError(
                         f"lora_config: target_modules names {target!r}, which is no linear of this model",
                         f"choose among {', '.join(short)}",
@@ -195,24 +198,28 @@ class LoraConfig:
                     f"0 to {max(layers)}",
                     "correct the index",
                 )
-            exactly = () if isinstance(targets, str) else targets  # as peft: a full name stands for itself
+            exactly = set() if isinstance(targets, str) else {*targets}  # as peft: a full name stands for itself
             matched = [n for n in matched if n in exactly or linears.get(n) in self.layers_to_transform]
-        matched = [n for n in matched if not self._excludes(n)]
+        excluded = self._excluded(matched, patterns)
+        matched = [n for n in matched if n not in excluded]
         if not matched:
             raise UserError(
                 f"lora_config: target_modules {self.target_modules!r} matches no linear of this model",
                 f"choose among {', '.join(short)}",
             )
-        for field_name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, field_name):
-                if not any(_matches(pattern, name) for name in names):  # one that is not adapted does no harm
-                    said = f"{field_name} names {pattern!r}, which matches no linear of this model"
-                    raise UserError(f"lora_config: {said}", "correct or remove the name")
+        self._check_patterns(names, patterns)
         saved = saved_modules(self.modules_to_save, ends)
         tokens = trained_tokens(self.trainable_token_indices, ends, vocab_size) if ends else {}
         matched = [n for n in matched if n not in saved]  # as peft: what is trained in full has no branch
         self._check_ends(set(matched) & set(ends), saved, tokens)
-        return ResolvedLora(self, {name: self._adapter(name) for name in matched}, saved, tokens)
+        return ResolvedLora(self, {name: self._adapter(name, patterns) for name in matched}, saved, tokens)
+
+    def _check_patterns(self, names: Sequence[str], patterns: Patterns) -> None:
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, field_name):
+                if not any(patterns.fits_end(pattern, name) for name in names):  # one that is not adapted does no harm
+                    said = f"{field_name} names {pattern!r}, which matches no linear of this model"
+                    raise UserError(f"lora_config: {said}", "correct or remove the name")
 
     def _check_ends(self, adapted: Collection[str], saved: Collection[str], tokens: Collection[str]) -> None:
         for field_name in ("use_dora", "lora_bias"):
@@ -231,18 +238,20 @@ class LoraConfig:
 
     def of_names(self, names: Sequence[str]) -> dict[str, Adapter]:
         """Return the adapter of each of `names`, which are adapted: where the model is not known."""
-        return {name: self._adapter(name) for name in names}
+        patterns = Patterns()
+        return {name: self._adapter(name, patterns) for name in names}
 
-    def _adapter(self, name: str) -> Adapter:
-        r = int(_by_pattern(self.rank_pattern, name, self.r))
-        alpha = float(_by_pattern(self.alpha_pattern, name, self.lora_alpha))
+    def _adapter(self, name: str, patterns: Patterns) -> Adapter:
+        r = int(patterns.value(self.rank_pattern, name, self.r))
+        alpha = float(patterns.value(self.alpha_pattern, name, self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         return Adapter(r, scaling, self.lora_dropout, self.lora_bias, self.use_dora)
 
-    def _excludes(self, name: str) -> bool:
+    def _excluded(self, names: Sequence[str], patterns: Patterns) -> set[str]:
+        """Return which of these names exclude_modules means."""
         if isinstance(self.exclude_modules, str):
-            return re.fullmatch(self.exclude_modules, name) is not None
-        return any(name == one or name.endswith(f".{one}") for one in self.exclude_modules or ())
+            return {name for name in names if patterns.fits(self.exclude_modules, name)}
+        return set(named(names, self.exclude_modules or ()))
 
 
 @dataclass(frozen=True)
@@ -315,8 +324,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_RANK
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MOST_ALPHA
 
 
 def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -324,11 +337,11 @@ def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
 
     def need(name: str, good: bool, what: str) -> None:
         if name in values and not good:
-            raise UserError(f"{where}: {name} = {values[name]!r} is not valid", f"give {what}")
+            raise UserError(f"{where}: {name} = {values[name]!r:.200} is not valid", f"give {what}")
 
     v = values.get
-    need("r", _is_positive_int(v("r")), "a positive integer")
-    need("lora_alpha", _is_number(v("lora_alpha")) and 0 < v("lora_alpha") < math.inf, "a positive number")
+    need("r", _is_rank(v("r")), f"a positive integer, at most {MOST_RANK}")
+    need("lora_alpha", _is_alpha(v("lora_alpha")), f"a positive number, at most {MOST_ALPHA:g}")
     need("lora_dropout", _is_number(v("lora_dropout")) and 0 <= v("lora_dropout") < 1, "a number in [0, 1)")
     need("bias", v("bias") in ("none", "all", "lora_only"), "none, all or lora_only")
     init = v("init_lora_weights")
@@ -343,12 +356,11 @@ def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
             values.pop(name, None)
             continue
         whole = name == "rank_pattern"
-        ok = isinstance(pattern, dict) and all(
-            _is_positive_int(x) if whole else _is_number(x) and x > 0 for x in pattern.values()
-        )
-        need(name, ok, "an object of positive numbers by module name pattern")
+        ok = isinstance(pattern, dict) and all(map(_is_rank if whole else _is_alpha, pattern.values()))
+        most = MOST_RANK if whole else MOST_ALPHA
+        need(name, ok, f"an object of positive numbers, at most {most:g}, by module name pattern")
         for key in pattern:
-            _compiled(key, f"{where}: {name}")
+            check_pattern(key, f"{where}: {name}")
     odd = [r for r in (v("r") or LoraConfig.r, *(v("rank_pattern") or {}).values()) if r % 2]
     if init == "orthogonal" and odd:
         raise UserError(
@@ -376,8 +388,8 @@ def _check_layers(values: dict[str, Any], need: Callable[[str, bool, str], None]
         return
     if isinstance(layers, int):
         layers = values["layers_to_transform"] = [layers]
-    good = isinstance(layers, (list, tuple)) and len(layers) > 0
-    good = good and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
+    good = isinstance(layers, (list, tuple)) and 0 < len(layers) <= _MOST_LAYERS
+    good = good and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < _MOST_LAYERS for i in layers)
     need("layers_to_transform", good, "a layer index or a list of them")
     values["layers_to_transform"] = tuple(sorted(set(layers)))
 
@@ -396,21 +408,4 @@ def _check_modules(values: dict[str, Any], need: Callable[[str, bool, str], None
             good = isinstance(modules, str) and name != "modules_to_save"
             need(name, good, "a list of names, all-linear or a regular expression")
             if modules != "all-linear" or name == "exclude_modules":
-                _compiled(modules, f"{where}: {name}")
-
-
-def _compiled(pattern: str, where: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is not a regular expression ({error})", "fix the expression") from None
-
-
-def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """Return the value of the first pattern that matches."""
-    return next((value for pattern, value in patterns.items() if _matches(pattern, name)), default)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Apply PEFT's rule: a regular expression for the whole name, or for its end after a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+                check_pattern(modules, f"{where}: {name}")

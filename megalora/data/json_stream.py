@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from ..errors import UserError
 
 BLOCK = 1 << 20  # bytes read at a time
+ROW_BYTES = 64 << 20  # of one row: a million tokens are 4 MB
 _NEAR = 16  # an error this near to the end of what was read may be a value that goes on
 _BOM = b"\xef\xbb\xbf"
 
@@ -41,12 +42,19 @@ def read_values(file: BinaryIO, name: str) -> Iterator[Any]:
         raise stream.error("Extra data after the list of rows")
 
 
-def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, the line) of the lines of a JSON Lines file that are not blank."""
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(ROW_BYTES + 1), b""), 1):
+        if len(line) > ROW_BYTES:
+            raise too_long(f"{name} line {number}")
         line = (line.removeprefix(_BOM) if number == 1 else line).strip(b" \t\r\n")
         if line:
             yield number, line
+
+
+def too_long(where: str) -> UserError:
+    """Return the error of a row that is larger than any that is meant."""
+    return UserError(f"{where}: a row of more than {ROW_BYTES:,} bytes", "split it")
 
 
 def is_lines(file: BinaryIO) -> bool:
@@ -120,6 +128,8 @@ class _Stream:
         self._column = len(passed) - passed.rfind("\n") if lines else self._column + len(passed)
         self._line += lines
         waiting = self._text[self._at :]
+        if len(waiting) > ROW_BYTES:
+            raise too_long(f"{self._name} from line {self._line}")
         data = self._file.read(max(BLOCK, len(waiting)))
         self._ended = not data
         try:

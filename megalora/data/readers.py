@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import UserError
-from .json_stream import is_lines, read_lines, read_values
+from ..files import check_regular
+from .json_stream import ROW_BYTES, is_lines, read_lines, read_values, too_long
 
 CHUNK = 1024  # rows handed on at a time
 _BATCH = 1024  # rows of a table decoded at a time
@@ -118,7 +119,7 @@ def _batches(path: str, lines: bool) -> Iterator[tuple[list, bool]]:
                 lines = is_lines(file)
             if lines:
                 with _opened(path, compression) as file:
-                    yield from ((rows, True) for rows in _chunked(read_lines(file)))
+                    yield from ((rows, True) for rows in _chunked(read_lines(file, path)))
                 return
         with _opened(path, compression) as file:
             yield from ((rows, False) for rows in _chunked(reader(file, path)))
@@ -149,16 +150,37 @@ def _json(file: BinaryIO, name: str) -> Iterator[Any]:
     return read_values(file, name)
 
 
+class _Lines:
+    """The lines of a text, of which a row may have several: more than ROW_BYTES characters of one are an error."""
+
+    def __init__(self, file: BinaryIO, name: str, newline: str):
+        self._text, self._name = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline), name
+        self.number = self._held = 0
+
+    def begin(self) -> None:
+        """Begin another row."""
+        self._held = 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._text.readline(ROW_BYTES + 1):
+            self.number += 1
+            self._held += len(line)
+            if self._held > ROW_BYTES:
+                raise too_long(f"{self._name} line {self.number}")
+            yield line
+
+
 def _table(separator: str) -> Callable[[BinaryIO, str], Iterator[Any]]:
     def rows(file: BinaryIO, name: str) -> Iterator[Any]:
-        csv.field_size_limit(1 << 30)
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.reader(text, delimiter=separator, strict=True)
+        csv.field_size_limit(ROW_BYTES)
+        lines = _Lines(file, name, "")
+        reader = csv.reader(lines, delimiter=separator, strict=True)
         try:
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise UserError(f"{name} line 1: a column is named twice", "give each its own name")
             for values in reader:
+                lines.begin()
                 if not values:
                     continue
                 if len(values) != len(header):
@@ -179,9 +201,9 @@ def _conll(file: BinaryIO, name: str) -> Iterator[Any]:
     """Yield a word and its tag a line, the first and the last of its columns; blank lines between sentences."""
     words: list[str] = []
     tags: list[str] = []
-    number = 0
+    lines = _Lines(file, name, "\n")
     try:
-        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), 1):
+        for line in lines:
             columns = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
             if columns and columns[0] == "-DOCSTART-":
                 continue
@@ -189,13 +211,14 @@ def _conll(file: BinaryIO, name: str) -> Iterator[Any]:
                 if words:
                     yield {"tokens": words, "tags": tags}
                 words, tags = [], []
+                lines.begin()
                 continue
             if len(columns) < 2:
-                raise UserError(f"{name} line {number}: a word without a tag", "write them with a blank or tab between")
+                raise UserError(f"{name} line {lines.number}: a word without a tag", "put a blank or tab between them")
             words.append(columns[0])
             tags.append(columns[-1])
     except UnicodeDecodeError:
-        raise UserError(f"{name} after line {number}: not UTF-8", "save the file as UTF-8") from None
+        raise UserError(f"{name} after line {lines.number}: not UTF-8", "save the file as UTF-8") from None
     if words:
         yield {"tokens": words, "tags": tags}
 
@@ -256,6 +279,7 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 
 def _opened(path: str, compression: str) -> BinaryIO:
+    check_regular(Path(path))
     if compression == ".gz":
         return gzip.open(path, "rb")
     if compression == ".zst":

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..tokenizer_files import read_text
+from ..files import read_text
+from ..tokenizer_files import TEMPLATE_BYTES
 
 # Every built-in starts with the tokenizer's own beginning-of-text token, where it sets one before any text.
 BUILT_IN = {
@@ -98,7 +99,7 @@ def _named(tokenizer: Any, name: str, several: Mapping[str, str]) -> Choice:
     if name in several and not Path(name).exists():
         return Choice(several[name], f"the tokenizer's chat template {name}")
     try:
-        return Choice(read_text(Path(name)).removeprefix(FIXED_DATE), f"the template {name}")
+        return Choice(read_text(Path(name), most=TEMPLATE_BYTES).removeprefix(FIXED_DATE), f"the template {name}")
     except UserError as error:
         names = f"; the tokenizer's are {', '.join(sorted(several))}" if len(several) > 1 else ""
         reason = f"{name} is no built-in template and cannot be read as a jinja file ({error})"

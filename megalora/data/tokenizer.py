@@ -23,7 +23,7 @@ from ..tokenizer_files import (
     CONFIG_FILE,
     FILES,
     SENTENCEPIECE_FILE,
-    TEMPLATE_FILE,
+    TEMPLATES_FOLDER,
     TOKENIZER_FILE,
     VOCABULARIES,
     has_tokenizer,
@@ -180,11 +180,11 @@ def _check_files(folder: Path) -> None:
     if not has_tokenizer(folder):
         missing = ", ".join(VOCABULARIES)
         raise UserError(f"{folder} has no tokenizer (none of {missing})", "copy it from the model's folder")
-    for name in (*FILES, TEMPLATE_FILE):
-        file = folder / name
-        if file.exists() and not file.is_file():
+    for file in (*folder.iterdir(), *folder.glob(f"{TEMPLATES_FOLDER}/*")):  # transformers opens some of any name
+        mine = file.name in FILES or file.suffix == ".jinja"
+        if not file.is_file() and (mine or not file.is_dir()):
             raise UserError(f"{file}: is not a regular file", "copy the tokenizer's files again")
-        if file.exists() and file.stat().st_size > _LARGEST_FILE:
+        if mine and file.stat().st_size > _LARGEST_FILE:
             raise UserError(f"{file}: {file.stat().st_size / 1e9:.1f} GB are no tokenizer", "copy its files again")
 
 

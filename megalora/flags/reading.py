@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.errors import UserError
+from megalora.files import YAML_BYTES, read_text, yaml_pairs
 from megalora.flags.flag import Flag, show
 from megalora.flags.rules import Rule, no_effect
 from megalora.recipes import PREFIX, recipe_file
@@ -171,24 +172,19 @@ def _load_yaml(path: str) -> list[tuple[Any, Any]]:
     if path.startswith(PREFIX):
         path = str(recipe_file(path.removeprefix(PREFIX)))
     advice = "write one `name: value` per line"
+    text = read_text(Path(path), what="config", most=YAML_BYTES)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"config {path} cannot be read ({error.strerror})", "give the path of a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path} is not YAML: byte {error.start} is not UTF-8", "save it as UTF-8") from error
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        pairs = [tuple(loader.construct_object(one, deep=True) for one in pair) for pair in pairs]
+        pairs = yaml_pairs(text)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise UserError(f"config {path}{where} is not valid YAML ({problem})", advice) from error
-    if isinstance(node, (yaml.ScalarNode, yaml.SequenceNode)):
-        raise UserError(f"config {path} holds a {node.id}, not flags", advice)
+    if pairs is None:
+        raise UserError(f"config {path} holds no flags", advice)
+    for name, _ in pairs:
+        if isinstance(name, (list, dict, set)):
+            raise UserError(f"config {path}: {name!r:.100} is not the name of a flag", advice)
     return pairs
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megalora.errors import UserError
+from megalora.files import read_json
 
 FILE = "generation_config.json"
 _LARGEST_FILE = 1 << 20  # bytes
@@ -94,17 +94,7 @@ def _read(file: Path) -> dict[str, Any]:
     """Return the fields of a JSON file; none where there is no file."""
     if not file.exists():
         return {}
-    if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
-        raise UserError(f"{file}: is no file of at most {_LARGEST_FILE:,} bytes", "download it again")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})", "check the file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is no JSON object ({error})", "download it again") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: is no JSON object", "download it again")
-    return fields
+    return read_json(file, "download it again", most=_LARGEST_FILE)
 
 
 def _number(value: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from megalora.data import ChatTemplate, Conversation, Message, read_rows, to_question
 from megalora.errors import UserError
+from megalora.files import read_text
 from megalora.generation.defaults import eos_token_ids
 
 ROWS = (".json", ".jsonl")
@@ -52,7 +53,8 @@ def read_questions(path: str | Path, system: str | None) -> list[Question]:
     path = Path(path)
     if path.suffix.lower() in ROWS:
         return [_of_row(row, system, f"{path} row {number}") for number, row in enumerate(read_rows(path))]
-    lines = _text(path).split("\n")  # a line may hold other separators, as U+2028; strip() takes a carriage return
+    # A line may hold other separators, as U+2028; strip() takes a carriage return.
+    lines = read_text(path, what="prompts_file").split("\n")
     questions = [
         ask(line.strip(), system, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
     ]
@@ -110,15 +112,3 @@ def _of_row(row: object, system: str | None, where: str) -> Question:
 
 def _system_message(system: str | None) -> Sequence[Message]:
     return () if system is None else (Message("system", system),)
-
-
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"prompts_file {path}: cannot be read ({error.strerror or error})", "check the path") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} line {line}: byte {error.start} is not UTF-8", "save the file as UTF-8") from None

@@ -112,7 +112,8 @@ def _in_our_names(raw: Mapping[str, Any], aliases: Mapping[str, str], where: str
 def _refuse_differing(values: Mapping[str, Any], where: str) -> None:
     """Raise UserError where these names of one field have different values."""
     given = {name: value for name, value in values.items() if value is not None}
-    if any(value != next(iter(given.values())) for value in given.values()):
+    first = next(iter(given.values()), None)
+    if any(value is not first and value != first for value in given.values()):  # a NaN is not equal to itself
         both = " and ".join(f"{name} = {value!r}" for name, value in given.items())
         raise UserError(f"{where}: {both} are one field", "keep one of them")
 

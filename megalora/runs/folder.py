@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megalora.errors import UserError
+from megalora.files import YAML_BYTES, yaml_pairs
 from megalora.runs.series import GrowingFile, thinned
 
 METRICS, EVALUATIONS, SETTINGS = "metrics.jsonl", "eval_metrics.jsonl", "run.yaml"
 EVALUATION = "eval/"  # before the names of numbers of evaluations
 MOST_RUNS = 200
-_SETTINGS_BYTES, _LOG_BYTES, _MOST_LOGS, _MOST_NOTES = 1 << 20, 1 << 18, 64, 300
+_LOG_BYTES, _MOST_LOGS, _MOST_NOTES = 1 << 18, 64, 300
 _STEP = re.compile(r"step (\d+)/(\d+) ")
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 _ROUTINE = re.compile(r"step \d+(/\d+)? (\(epoch|loss|by phase)|step \d+: evaluation")
@@ -94,16 +95,15 @@ class Run:
         import yaml
 
         try:
-            text = _tail(self.folder / SETTINGS, _SETTINGS_BYTES)
+            text = _tail(self.folder / SETTINGS, YAML_BYTES)
         except OSError:
             return {}
         if self._settings is None or self._settings[0] != text:
             try:
-                found = yaml.safe_load(text)
-            except (yaml.YAMLError, ValueError, RecursionError):
-                found = None
-            fields = found if isinstance(found, dict) else {}
-            self._settings = text, {str(name): _shown(value) for name, value in fields.items()}
+                found = yaml_pairs(text) or []
+            except (yaml.YAMLError, ValueError):
+                found = []
+            self._settings = text, {str(name): _shown(value) for name, value in found}
         return self._settings[1]
 
     def notes(self) -> list[Note]:

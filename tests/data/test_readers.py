@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from fractions import Fraction
 from unittest import mock
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalora.data import read_rows
+from megalora.data import json_stream, read_rows, readers
 from megalora.data.readers import NotLines, Source, parse_sources, read_chunks
 from megalora.errors import UserError
 
@@ -74,9 +75,29 @@ def test_bad_files_are_told_with_the_place(tmp_path, content, told):
 
 
 def test_missing_file_and_folder(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(UserError, match="cannot read the data file"):
-            list(read_rows(path))
+    os.mkfifo(tmp_path / "pipe.csv")
+    for path in ("none.json", ".", "pipe.csv"):
+        with pytest.raises(UserError, match="cannot read the data file .*No such|is not a regular file"):
+            list(read_rows(tmp_path / path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.conll", "a.tsv"])
+def test_a_row_that_goes_on_and_on(tmp_path, monkeypatch, name):
+    """In one line or many; of a compressed file a few bytes are enough for it."""
+    for module in (readers, json_stream):
+        monkeypatch.setattr(module, "ROW_BYTES", 5000)
+    ends = {"jsonl": '{"a": "%s"}', "json": '[{"a": [%s 1]}]', "csv": 'a\n"%s"', "conll": "%s", "tsv": "%s"}
+    inner = {"jsonl": "x", "json": "1, ", "csv": 'x""\n', "conll": "word TAG\n", "tsv": "x"}[name[2:]]
+    monkeypatch.setattr(json_stream, "BLOCK", 1000)
+    for count, good in ((100, True), (6000, False)):
+        with gzip.open(tmp_path / f"{name}.gz", "wb") as file:
+            file.write((ends[name[2:]] % (inner * count)).encode())
+        if good:
+            list(read_chunks(str(tmp_path / f"{name}.gz"))) if name != "a.tsv" else None
+            continue
+        for lines in (True, False):
+            with pytest.raises(UserError, match=r"a\.\w+\.gz (from )?line \d+: a row of more than 5,000 bytes"):
+                list(read_chunks(str(tmp_path / f"{name}.gz"), lines=lines))
 
 
 ROWS = [{"instruction": 'a, "b"\nc', "output": "é"}, {"instruction": "d", "output": "e"}]

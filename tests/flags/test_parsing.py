@@ -1,11 +1,13 @@
 """Flags, YAML and their errors: what is accepted, where it goes, and what each mistake says."""
 
 import dataclasses
+import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from fuzz import examples, ours_only
 from hypothesis import given
 from hypothesis import strategies as st
 from snapshots import assert_snapshot
@@ -237,7 +239,7 @@ MISTAKES = [
     ("--partition_method custom --custom_partition 4 4", ["4 4 names 2 stages", "is 1"]),
     ("--warmup_steps 10 --max_steps 10", ["warmup_steps (10)", "steps of the run (10)"]),
     ("--config a.yaml --config b.yaml", ["--config takes one"]),
-    ("--config nowhere.yaml", ["nowhere.yaml cannot be read"]),
+    ("--config nowhere.yaml", ["nowhere.yaml: cannot be read"]),
 ]
 
 
@@ -426,8 +428,39 @@ def test_yaml_mistakes(yaml, text, words):
     assert path in said and "\n" not in said and all(word in said for word in words), said
 
 
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 50_000, "a: " * 50_000, "{a: " * 20_000, LAUGHS, "a: &a [*a]\n", "a: b\n" * 40_000,
+     "[1]: 2\n", "? {a: 1}\n: 2\n", "seed: 2001-02-30\n", f"seed: {'1' * 5000}\n", "seed: 0b\n", "<<: 1\n",
+     "seed: !!python/object/apply:os.system [ls]\n", "seed: !!int x\n", "seed: !!binary é\n", "a: \x00\n"],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_yaml_of_a_stranger(yaml, text):
+    with pytest.raises(UserError, match="run.yaml") as caught:
+        parse_finetune([yaml(GOOD + text if text[0] not in "[{?" else text)])
+    assert len(str(caught.value)) < 1000
+
+
+@examples(60)
+@given(text=st.text(alphabet="ab0123456789:&*[]{}!?|>-<, \n'\"#%@~.", max_size=40))
+def test_any_yaml(tmp_path_factory, text):
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(GOOD + text)
+    ours_only(lambda: parse_finetune([str(file)]))
+
+
+def test_yaml_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    for path in (tmp_path / "run.yaml", tmp_path):
+        with pytest.raises(UserError, match="is not a regular file"):
+            parse_finetune(["--config", str(path)])
+
+
 def test_yaml_that_is_not_a_mapping(yaml):
-    for text, words in (("- a\n- b\n", "sequence"), (b"\xff\xfe\x00", "UTF-8"), ("{", "not valid YAML")):
+    for text, words in (("- a\n- b\n", "holds no flags"), (b"\xff\xfe\x00", "UTF-8"), ("{", "not valid YAML")):
         with pytest.raises(UserError, match=words):
             parse_finetune([yaml(text)])
     with pytest.raises(UserError, match="must be given"):

@@ -8,13 +8,19 @@ Needs the gguf package.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalora.checkpoint.base.gguf_check import check_claims, check_sizes
 from megalora.errors import UserError
 
+_COUNTS = (
+    "block_count", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count", "expert_count",
+)  # fmt: skip
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -51,9 +57,13 @@ def read_gguf(file: str | Path) -> Gguf:
     except ImportError as error:
         raise UserError(f"{file}: reading GGUF needs the package gguf ({error})", "pip install gguf") from None
     try:
+        check_claims(file)
         reader = GGUFReader(file)
         found = {name: field.contents() for name, field in reader.fields.items()}
         tensors = [int(tensor.n_elements) for tensor in reader.tensors]
+        check_sizes(_sizes(found), sum(tensors), len(tensors))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})", "name a GGUF file") from None
     except Exception as error:  # the reader fails on damaged bytes in any way
@@ -87,6 +97,18 @@ def read_gguf(file: str | Path) -> Gguf:
         raise UserError(f"{file}: lacks metadata of a language model ({error!r})", "take another GGUF file") from None
 
 
+def _sizes(fields: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Return (field, value) of what transformers makes tensors and lists of, and products that are tensors here."""
+    arch = fields.get("general.architecture")
+    found = {name: fields[f"{arch}.{name}"] for name in _COUNTS if f"{arch}.{name}" in fields}
+    width, tokens = found.get("embedding_length", 0), fields.get("tokenizer.ggml.tokens", ())
+    sizes: list[tuple[str, object]] = [(f"{arch}.{name}", value) for name, value in found.items()]
+    inner = found.get("feed_forward_length", 0)
+    if isinstance(width, int) and isinstance(inner, int):
+        sizes += [("embedding_length * feed_forward_length", width * inner), ("vocabulary", width * len(tokens))]
+    return sizes
+
+
 def write_hf(gguf: Gguf, folder: Path) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer, in a folder that exists.
 
@@ -101,7 +123,9 @@ def _write_model(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        with tempfile.TemporaryDirectory() as alone:  # transformers reads what lies beside it too, such as an adapter
+            (Path(alone) / "model.gguf").symlink_to(file.resolve())
+            loaded = AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
     except Exception as error:  # of another kind for each thing that it cannot do
         raise UserError(
             f"{file}: transformers cannot read it ({error!s:.200})", "take the model's safetensors instead"

@@ -1,9 +1,14 @@
 """A GGUF file as an HF folder: weights, tokens and metadata as they are in it; what cannot be read is said."""
 
 import json
+import os
+import struct
 
 import numpy as np
 import pytest
+from fuzz import examples, ours_only
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
@@ -107,3 +112,68 @@ def test_what_cannot_be_read(tmp_path, capsys):
     assert convert(tmp_path / "nowhere.gguf", tmp_path / "hf") == 2
     assert "nowhere.gguf does not exist" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))
+
+
+def _gguf(tensors=0, fields=(), body=b"", version=3) -> bytes:
+    """A header: fields are (name, type, value as bytes)."""
+    packed = b"".join(struct.pack("<Q", len(n)) + n + struct.pack("<I", kind) + value for n, kind, value in fields)
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, len(fields)) + packed + body
+
+
+def _list(kind: int, count: int) -> bytes:
+    return struct.pack("<IQ", kind, count)
+
+
+LIES = {
+    "values without end": _gguf(fields=[(b"tokenizer.ggml.scores", 9, _list(6, 2**40))]),
+    "texts without end": _gguf(fields=[(b"tokenizer.ggml.tokens", 9, _list(8, 2**40))]),
+    "lists of lists": _gguf(fields=[(b"a", 9, _list(9, 2**40) + _list(9, 2**40))]),
+    "a text without end": _gguf(fields=[(b"a", 8, struct.pack("<Q", 2**63))]),
+    "a type": _gguf(fields=[(b"a", 77, b"0" * 100)]),
+    "fields": b"GGUF" + struct.pack("<IQQ", 3, 0, 2**40) + b"0" * 100,
+    "tensors": b"GGUF" + struct.pack("<IQQ", 3, 2**40, 0) + b"0" * 100,
+    "dimensions": _gguf(1, body=struct.pack("<Q1sI", 1, b"a", 2**31) + b"0" * 100),
+    "elements": _gguf(1, body=struct.pack("<Q1sIQQIQ", 1, b"a", 2, 2**40, 2**40, 0, 0) + b"0" * 100),
+    "another version": _gguf(version=1),
+    "no GGUF": b"GGUX" + b"0" * 100,
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_that_claims_more_than_it_holds(tmp_path, lie):
+    (tmp_path / "a.gguf").write_bytes(LIES[lie])
+    with pytest.raises(UserError, match=r"a\.gguf: is damaged or not GGUF .* download it again"):
+        read_gguf(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("name", ["block_count", "embedding_length", "feed_forward_length"])
+def test_a_size_beyond_what_the_tensors_are_is_refused(tmp_path, name):
+    """Of block_count transformers makes as many layers before it looks for their tensors."""
+    data = write(tmp_path / "a.gguf").read_bytes()
+    at = data.index(f"llama.{name}".encode()) + len(f"llama.{name}") + 4
+    (tmp_path / "a.gguf").write_bytes(data[:at] + struct.pack("<I", 10**9) + data[at + 4 :])
+    with pytest.raises(UserError, match=f"is damaged or not GGUF .*{name}"):
+        read_gguf(tmp_path / "a.gguf")
+
+
+def test_only_a_regular_file_is_read(tmp_path):
+    os.mkfifo(tmp_path / "a.gguf")
+    with pytest.raises(UserError, match="a.gguf: is not a regular file"):
+        read_gguf(tmp_path / "a.gguf")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sound") / "a.gguf").read_bytes()
+
+
+@examples(40)
+@given(data=st.data())
+def test_any_bytes(sound, tmp_path, data):
+    """Above all in the metadata, which is the first 6,000 of them."""
+    whole, numbers = bytearray(sound), st.integers(0, 2**64 - 1).map(lambda n: n.to_bytes(8, "little"))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at, new = data.draw(st.integers(0, 6000)), data.draw(st.binary(min_size=1, max_size=8) | numbers)
+        whole[at : at + len(new)] = new
+    (tmp_path / "a.gguf").write_bytes(whole[: data.draw(st.integers(0, len(whole)) | st.just(len(whole)))])
+    ours_only(lambda: read_gguf(tmp_path / "a.gguf"))
