@@ -9,6 +9,7 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
+from megalora.models.published import PUBLISHED, REFUSED
 from megalora.models.spec import (
     MLP,
     Alibi,
@@ -85,6 +86,12 @@ def models_page() -> str:
         "## Architectures",
         "In the family's default configuration of transformers; what depends on the config is listed below.",
         "\n".join(_table(columns, map(_architecture, families()))),
+        "## Published dense models",
+        "Their config.json, as far as known when this was written, is read, and a tiny model with the same fields has "
+        "transformers' logits (`tests/models/test_dense_configs.py`):",
+        "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in PUBLISHED.items()),
+        "These are refused:",
+        "\n".join(f"- {name}: {why}" for name, why in REFUSED.items()),
         "## Fields and names",
         f"For every family: {every}. Rope types, unless said otherwise: {_code(rotary.FIELDS)}.",
         *("\n".join(_family(family)) for family in families()),

@@ -1,0 +1,60 @@
+"""Published dense models whose config.json is tested: a tiny copy with the same fields has transformers' logits.
+
+The fields are those of tests/dense_configs.py, written from memory;
+tests/models/test_dense_configs.py holds both lists together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PUBLISHED: Mapping[str, tuple[str, ...]] = {
+    "llama": (
+        "Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf", "Llama-2-7b-chat-hf", "CodeLlama-7b-hf",
+        "CodeLlama-13b-hf", "CodeLlama-34b-hf", "CodeLlama-70b-hf", "Meta-Llama-3-8B", "Meta-Llama-3-70B",
+        "Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.1-405B", "Llama-3.2-1B", "Llama-3.2-3B",
+        "Llama-3.3-70B-Instruct", "Llama-Guard-3-8B", "Llama-3.1-Nemotron-70B-Instruct-HF",
+        "Llama-3.1-Tulu-3-8B", "Llama-3.1-Minitron-4B-Width-Base", "Hermes-3-Llama-3.1-8B",
+        "DeepSeek-R1-Distill-Llama-8B", "DeepSeek-R1-Distill-Llama-70B", "TinyLlama-1.1B-Chat-v1.0",
+        "Sheared-LLaMA-1.3B", "Sheared-LLaMA-2.7B", "vicuna-7b-v1.5", "vicuna-7b-v1.5-16k", "open_llama_3b",
+        "open_llama_7b", "open_llama_13b", "Amber", "SOLAR-10.7B-v1.0", "SmolLM-135M", "SmolLM-360M",
+        "SmolLM-1.7B", "SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B", "deepseek-llm-7b-base",
+        "deepseek-llm-67b-base", "deepseek-math-7b-instruct", "deepseek-coder-1.3b-base",
+        "deepseek-coder-6.7b-base", "deepseek-coder-33b-base", "Yi-6B", "Yi-9B", "Yi-34B", "Yi-34B-200K",
+        "Yi-1.5-9B-Chat", "Yi-Coder-9B", "Falcon3-1B-Base", "Falcon3-7B-Base", "Falcon3-10B-Base",
+        "granite-3b-code-base-2k", "granite-8b-code-base-4k", "OpenCoder-8B-Base", "EuroLLM-1.7B",
+        "salamandra-7b",
+    ),
+    "mistral": (
+        "Mistral-7B-v0.1", "Mistral-7B-Instruct-v0.1", "Mistral-7B-Instruct-v0.2", "Mistral-7B-v0.3",
+        "Mathstral-7B-v0.1", "Codestral-22B-v0.1", "Mistral-Small-Instruct-2409", "Mistral-Large-Instruct-2407",
+        "Mistral-Large-Instruct-2411", "Mistral-Nemo-Base-2407", "Mistral-Nemo-Instruct-2407",
+        "Mistral-NeMo-Minitron-8B-Base", "Mistral-Small-24B-Base-2501", "Devstral-Small-2505",
+        "Magistral-Small-2506", "Ministral-8B-Instruct-2410", "zephyr-7b-beta", "OpenHermes-2.5-Mistral-7B",
+        "openchat-3.5-1210", "Starling-LM-7B-alpha",
+    ),
+    "qwen2": (
+        "Qwen1.5-0.5B", "Qwen1.5-1.8B", "Qwen1.5-4B", "Qwen1.5-7B", "Qwen1.5-14B", "Qwen1.5-32B", "Qwen1.5-72B",
+        "Qwen1.5-110B", "CodeQwen1.5-7B", "Qwen2-0.5B", "Qwen2-1.5B", "Qwen2-7B", "Qwen2-72B", "Qwen2.5-0.5B",
+        "Qwen2.5-1.5B-Instruct", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B-Instruct",
+        "Qwen2.5-72B-Instruct", "Qwen2.5-7B-Instruct with YaRN", "Qwen2.5-7B-Instruct-1M", "Qwen2.5-Coder-7B",
+        "Qwen2.5-Coder-32B-Instruct", "Qwen2.5-Math-1.5B", "Qwen2.5-Math-7B", "QwQ-32B",
+        "DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-7B",
+    ),
+    "qwen3": (
+        "Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-8B-Base",
+        "Qwen3-4B-Instruct-2507", "Qwen3-4B-Thinking-2507", "Qwen3-Embedding-0.6B", "Qwen3-Reranker-0.6B",
+    ),
+}  # fmt: skip
+"""Names of models, as their publishers call them, by model_type."""
+
+REFUSED: Mapping[str, str] = {
+    "Llama-2-7B-GPTQ": "its weights are quantised by a method that is not read",
+    "Qwen2.5-7B-Instruct-AWQ": "its weights are quantised by a method that is not read",
+    "Qwen3-32B-AWQ": "its weights are quantised by a method that is not read",
+    "DeepSeek-R1-0528-Qwen3-8B": "`attn_factor` is no field that transformers reads: the message says what to write",
+    "e5-mistral-7b-instruct": "its folder has no head that writes text",
+    "Qwen2.5-Math-RM-72B": "its head gives rewards",
+    "gte-Qwen2-7B-instruct": "its attention is not causal",
+}
+"""Published models of the same types that are refused, and why."""
