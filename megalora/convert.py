@@ -20,6 +20,7 @@ import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import base_names, check_adapter, check_task, resolve_lora, settle_head, stage_layers
+from megalora.checkpoint.adapter.engines import engines_caution
 from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
@@ -194,7 +195,10 @@ def copy_companions(beside: Mapping[str, Path], folder: Path) -> None:
 def _adapter_to_peft(arguments: Conversion) -> None:
     target = target_of(arguments.paths)
     adapter = open_adapter(arguments.paths.input)
-    LoraConfig.from_dict(adapter.lora_config, adapter.where)
+    lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where)
+    if lora_config.task_type == "CAUSAL_LM":
+        modules = {name.partition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
+        _say(engines_caution(lora_config.to_dict(), modules))
 
     def write(folder: Path) -> None:
         write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megalora.building import Engine
+from megalora.checkpoint.adapter.engines import engines_caution
 from megalora.checkpoint.adapter.peft import peft_caution
 from megalora.checkpoint.run.folder import remove_export
 from megalora.checkpoint.run.state import iteration_folder, note_best
@@ -228,10 +229,13 @@ class Session:
             step = None if best is None else self.evaluations.best.step
             on_first(lambda: note_best(self.arguments.train.output_dir, step), self.mesh.world)
             config = self.beginning.config
-            caution = peft_caution(config.model_type, self.beginning.lora.adapters, config.routers)
-            if caution is not None:
-                self.monitor.note(caution)
-            task = self.beginning.lora.config.task_type
+            lora = self.beginning.lora
+            task = lora.config.task_type
+            caution = peft_caution(config.model_type, lora.adapters, config.routers)
+            served = engines_caution(lora.config.to_dict(), lora.adapters) if task == "CAUSAL_LM" else None
+            for note in (caution, served):
+                if note is not None:
+                    self.monitor.note(note)
             self.monitor.note(f"try it: {generate_command(self.arguments, self.mesh, task)}")
 
     def _best_saved(self) -> Path | None:
