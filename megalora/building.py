@@ -411,7 +411,7 @@ def build_trainer(
         fill(stage)
     stage.settle()
     with together(mesh.world):
-        how = {"timed": settings.timed, "offloads": stage.offloads, "trains_words": stage.trains_words}
+        how: dict[str, Any] = {"timed": settings.timed, "offloads": stage.offloads, "trains_words": stage.trains_words}
         graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, **layer_facts(config), **how)
     if graphs:
         stage.use_graphs()

@@ -180,7 +180,8 @@ def _title(config: ModelSpec, lora: ResolvedLora, base_format: str, arguments: P
 
 
 def _layouts(plans: list[Plan], too_large: list[TooLarge]) -> Table:
-    cut = any(one.layout.cp > 1 for one in (*plans, *too_large))  # else nothing is said of context parallelism
+    layouts = [*(one.layout for one in plans), *(one.layout for one in too_large)]
+    cut = any(layout.cp > 1 for layout in layouts)  # else nothing is said of context parallelism
     sizes = ("tensor", "pipeline", *(("context",) if cut else ()), "data", "schedule", "recompute", "rows")
     table = _table(*sizes, "GiB", "step", "bubble", "tokens/s")
     for one in plans[:_SHOWN]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalora.adapters.config import LoraConfig
+from megalora.added_tokens import AddedToken
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.data import Rendering
 from megalora.data.dataset import encode_row
 from megalora.data.pieces import IGNORE
+from megalora.data.tokenizer import new_tokens
 from megalora.errors import UserError
 from megalora.flags import DataArguments, ModelArguments, parse_finetune
 from megalora.identity import adapter_labels
@@ -19,6 +21,7 @@ from megalora.parallel.mesh import build_mesh
 from megalora.preview import token_texts
 from megalora.rows import data_settings, rendering
 from megalora.runs.folder import SETTINGS
+from megalora.vocabulary import adapter_tokens
 
 MOST_PIECES = 4000  # of a document
 _STARTED = re.compile(r"^# megalora [^\n]*started in ([^\n]*); flags")
@@ -66,13 +69,17 @@ def _rendering(folder: Path, model: ModelArguments, data: DataArguments) -> Rend
     """Return how the rows of the run's task become documents. folder: where the run was started, which its paths are
     from.
     """
-    task, labels, model_path = LoraConfig().task_type, (), str(folder / model.model_path)
+    model_path = str(folder / model.model_path)
+    task, labels, added = LoraConfig().task_type, tuple[str, ...](), tuple[AddedToken, ...]()
     if model.resume_peft_from_checkpoint is not None:
         adapter = open_adapter(folder / model.resume_peft_from_checkpoint)
         task, labels = LoraConfig.from_dict(adapter.lora_config, adapter.where).task_type, adapter_labels(adapter)
+        added = adapter_tokens(adapter, model_path)
     if model.lora_config is not None:
         task = LoraConfig.from_json(str(folder / model.lora_config)).task_type
-    return rendering(task, read_config(model_path), model_path, data, labels, build_mesh(0, 1).world)
+    if not added and data.new_special_tokens:
+        added = new_tokens(model_path, data.new_special_tokens)
+    return rendering(task, read_config(model_path), model_path, data, labels, build_mesh(0, 1).world, added)
 
 
 def _from(folder: Path, data_path: str) -> str:

@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from megalora import cli
+from megalora.samples import sample_documents
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -106,6 +107,8 @@ def test_numbers_are_those_of_one_process_and_files_those_of_peft(name, runs, tm
         ]  # fmt: skip
         assert cli.main(command) == 0, capsys.readouterr().err
         assert json.loads(said.read_text())["response"].strip() == wanted.strip()
+    pieces = [text for text, _ in sample_documents(run, 1)[0].pieces]
+    assert "|sep|" in pieces or "<tool>" in pieces, "the rows are shown with the tokens that the run added"
     status = cli.main(["serve", "--model_path", str(model), "--adapters", f"a={run}", "--port", "0"])
     said = capsys.readouterr().err
     assert status != 0 and ("merge it" in said), said

@@ -71,7 +71,8 @@ class Replies:
         tools = asked.conversation.tools if chat else ()
         reader = catalogue.tool_reader if tools else catalogue.reader
         stops = {*model.stop_token_ids, *(catalogue.special[stop] for stop in asked.stop if stop in catalogue.special)}
-        requests, self._choices = [], []
+        self._choices = []
+        requests: list[Request] = []
         for ids in prompts:
             if max(ids) >= catalogue.words or min(ids) < 0:
                 raise bad(f"prompt has a token id that is not from 0 to {catalogue.words - 1}", "prompt")
