@@ -23,7 +23,7 @@ help:
 	@echo "make demo-tokens   fine-tune a real encoder to find names in sentences; F1 on held-out ones, no GPU needed"
 	@echo "make test      the whole CPU test suite; PYTEST_ARGS='-k packing' for a part of it"
 	@echo "make torture   kill a run 50 times at random moments; every resume must be exact (KILLS=50 SEED=0)"
-	@echo "make proof     every pipeline schedule at every size up to 16 stages, 4 chunks, 64 microbatches (minutes)"
+	@echo "make proof     every schedule up to 16 stages, 4 chunks, 64 microbatches; the whole grid of layouts (many minutes)"
 	@echo "make parity    greedy replies against transformers and peft: 20 prompts, each family and a real model"
 	@echo "make compat    tokenizers as read by each version of transformers in VERSIONS, in environments of their own"
 	@echo "make lint      ruff, mypy, and clang-format where it is installed"
@@ -87,6 +87,7 @@ torture: install
 
 proof: install
 	@$(RUN) MEGALORA_PROOF=all python -m pytest -n $(JOBS) --dist worksteal -q tests/pipeline/test_schedule.py \
+		tests/test_layouts.py \
 		'tests/test_modern.py::test_every_layout_gives_the_numbers_of_one_process'
 
 parity: install

@@ -245,7 +245,7 @@ OPTIONS = {  # name: (run, dp)
 
 @pytest.mark.parametrize("part", range(3))
 def test_every_option_gives_the_numbers_of_one_process(part):
-    check_all([*OPTIONS.values()][part::3])
+    check_all([(run.on(steps=2), dp) for run, dp in OPTIONS.values()][part::3])
 
 
 def schedule_runs(pp: int) -> list[Run]:
@@ -255,13 +255,15 @@ def schedule_runs(pp: int) -> list[Run]:
         chunks = 2 if schedule.chunked else 1
         layers = pp * chunks if pp > 2 else 4
         base = Run("llama", pp=pp, schedule=name, chunks=chunks, steps=2, model={"num_hidden_layers": layers})
-        for rows, adapted in (
+        cases = [
             (max(1, pp - 1), None),
             (1, list(range(layers // 2, layers))),
             (pp + 1, list(range(layers // 2, layers))),
             (pp + 1, [layers // 2 - 1]),
-        ):
-            found.append(base.on(rows=rows, **lora(layers_to_transform=adapted)))
+        ]
+        if pp == 8 and not os.environ.get("MEGALORA_PROOF"):  # the slowest; what is left out, 4 stages show
+            cases = cases[::3]
+        found += [base.on(rows=rows, **lora(layers_to_transform=adapted)) for rows, adapted in cases]
     return found
 
 
