@@ -330,7 +330,14 @@ def _chosen(
         whole, part = divmod(source.weight, 1)
         parts += [mine] * whole
         if part:
-            drawn = permutation(len(mine), seed, SOURCE_EPOCH - number)[: round(Fraction(len(mine)) * part)]
+            count = round(Fraction(len(mine)) * part)
+            if not whole and not count and len(mine):
+                share = f"{source.path}:{float(source.weight):g}"
+                raise UserError(
+                    f"--data_path {share} leaves none of its {len(mine):,} documents",
+                    "raise the weight, or leave the path out",
+                )
+            drawn = permutation(len(mine), seed, SOURCE_EPOCH - number)[:count]
             parts.append(mine[np.sort(np.asarray(drawn, dtype=np.int64))])
     return np.concatenate(parts), held
 

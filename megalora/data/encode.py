@@ -5,6 +5,7 @@ This is the work that is shared out over the cores of a node: an encoder can be 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,6 +20,7 @@ from .readers import Chunk
 from .report import Report, reason_of
 from .template import IGNORE, ChatTemplate, Sample, Segment
 
+_PLACEHOLDER = re.compile(r"\{\{ ?(name|author) ?\}\}")  # of LLaMA-Factory's identity.json
 OnLongRow = Literal["error", "skip", "truncate", "split"]
 
 
@@ -63,6 +65,8 @@ class Encoder:
             pieces += [document.pieces for document in made]
             named += [(number, where, document.conversation) for document in made]
             report.seen["template special"] += sum(document.special_in_text for document in made)
+            report.seen["template ids"] += any(document.made_ids for document in made)
+            report.seen["template placeholders"] += _has_placeholder(conversation)
             report.seen["template weighted"] += any(document.weighted for document in made)
             if len(made) > 1:
                 report.seen["template split"] += 1
@@ -108,3 +112,7 @@ class Encoder:
 
     def _encode_one(self, conversation: Conversation) -> Sample:
         return self.template.tokenize([self.template.segments(conversation)])[0]
+
+
+def _has_placeholder(conversation: Conversation) -> bool:
+    return any("{{" in message.content and _PLACEHOLDER.search(message.content) for message in conversation.messages)

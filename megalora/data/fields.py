@@ -33,8 +33,13 @@ HARMLESS = frozenset(
 )
 
 _PREFERENCE = (
-    "these are preference rows (DPO, KTO), and training here is supervised: to learn the preferred replies alone, name "
-    f"that field with {COLUMNS_FLAG} output=chosen and leave the other out with {IGNORE_FLAG} rejected"
+    "these are preference rows (DPO), and training here is supervised: to learn the preferred replies alone, write "
+    f"them as the last turn, or name a field of texts with {COLUMNS_FLAG} output=chosen and leave the other out with "
+    f"{IGNORE_FLAG} rejected"
+)
+_JUDGED = (
+    "a judgement of a reply (KTO) is not learned from: keep the rows with good replies alone, and leave the field out "
+    f"with {IGNORE_FLAG}"
 )
 _TEXT_ONLY = "rows are trained as text alone: leave such rows out"
 _TOKENS = "rows are tokenised here: give their text"
@@ -42,7 +47,10 @@ _TOKENS = "rows are tokenised here: give their text"
 # Fields that would change what is learned -> what to do instead. Any other unknown field is refused as well.
 _REMEDIES = {
     **dict.fromkeys(("chosen", "rejected", "chosen_response", "rejected_response", "winner", "better"), _PREFERENCE),
-    **dict.fromkeys(("label", "kto_tag", "preference", "score_chosen", "score_rejected"), _PREFERENCE),
+    **dict.fromkeys(("chosen_messages", "rejected_messages", "preference"), _PREFERENCE),
+    **dict.fromkeys(("score_chosen", "score_rejected"), _PREFERENCE),
+    "label": f"{_JUDGED} label (for a classifier set task_type in --lora_config)",
+    "kto_tag": f"{_JUDGED} kto_tag",
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "objects"), _TEXT_ONLY),
     **dict.fromkeys(("input_ids", "attention_mask", "labels", "token_ids", "position_ids"), _TOKENS),
     "context": f"where it belongs to the question, say so with {COLUMNS_FLAG} input=context",

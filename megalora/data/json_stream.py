@@ -66,13 +66,26 @@ def is_lines(file: BinaryIO) -> bool:
         return False
 
 
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; for `object_pairs_hook`. Raises RepeatedField: of two values one would be lost."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedField(next(name for name in names if names.count(name) > 1))
+    return fields
+
+
+class RepeatedField(ValueError):
+    """An object of JSON that has a field twice, whose name is the argument."""
+
+
 class _Stream:
     """The text of a file from a place on: `_text[_at:]` and what is not read yet."""
 
     def __init__(self, file: BinaryIO, name: str):
         self._file, self._name = file, name
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder()
+        self._json = json.JSONDecoder(object_pairs_hook=unique_fields)
         self._text, self._at = "", 0
         self._bytes = 0  # read from the file
         self._newlines = 0  # in the bytes read
@@ -104,6 +117,8 @@ class _Stream:
                 if cut and self._more():
                     continue
                 raise self.error(error.msg, self._at + behind) from None
+            except RepeatedField as error:
+                raise self.error(f"an object has the field {str(error)[:40]!r} twice") from None
             except (RecursionError, ValueError) as error:  # nested too deep, a number of thousands of digits
                 raise UserError(f"{self._name}: JSON that cannot be read: {error}", "fix the file") from None
             if end == len(self._text) and self._more():  # a number may go on

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from ..errors import UserError
 from ..files import check_regular
-from .json_stream import ROW_BYTES, is_lines, read_lines, read_values, too_long
+from .json_stream import ROW_BYTES, is_lines, read_lines, read_values, too_long, unique_fields
 
 CHUNK = 1024  # rows handed on at a time
 _BATCH = 1024  # rows of a table decoded at a time
@@ -56,7 +56,7 @@ class Chunk:
         if self.lines is None:
             return self.rows
         try:
-            return [json.loads(line) for _, line in self.lines]
+            return [json.loads(line, object_pairs_hook=unique_fields) for _, line in self.lines]
         except (ValueError, RecursionError):
             raise NotLines from None
 
@@ -228,7 +228,7 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Any]:
     parquet = _import("pyarrow.parquet", f"{name} is a parquet file")
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH):
-            yield from batch.to_pylist()
+            yield from map(_row_of_table, batch.to_pylist())
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{name} cannot be read as parquet: {error}", "copy the file again") from None
 
@@ -243,9 +243,20 @@ def _arrow(file: BinaryIO, name: str) -> Iterator[Any]:
             file.seek(0)
             batches = iter(pyarrow.ipc.open_stream(file))
         for batch in batches:
-            yield from batch.to_pylist()
+            yield from map(_row_of_table, batch.to_pylist())
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{name} cannot be read as arrow: {error}", "copy the file again") from None
+
+
+def _row_of_table(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without nulls in its objects: in a table the arguments of a call have the fields of all calls."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[BinaryIO, str], Iterator[Any]]] = {
@@ -358,7 +369,8 @@ def _dataset_rows(path: str) -> Iterator[Any]:
     for start in range(0, len(dataset), _BATCH):
         columns = dataset[start : start + _BATCH]
         names = list(columns)
-        yield from (dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        for values in zip(*columns.values(), strict=True):
+            yield _row_of_table(dict(zip(names, values, strict=True)))
 
 
 def _load_dataset(path: str) -> Any:

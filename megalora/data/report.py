@@ -12,6 +12,12 @@ from .fields import COLUMNS_FLAG, IGNORE_FLAG, FieldNames, shown
 
 _KINDS = 20  # kinds of bad rows that are told one by one
 _FIELDS = 12
+# What was seen in the rows -> a line for the start-up, behind the number of rows.
+_TOLD = {
+    "template weighted": "rows have weights of their own: the loss is the weighted mean over the labels",
+    "template ids": "rows have ids of tool calls that were made for the template, of nine letters and digits",
+    "template placeholders": "rows hold {{name}} or {{author}} and learn just that: put the names in their place first",
+}
 
 
 @dataclass
@@ -140,9 +146,7 @@ class Report:
                 f"{rows:,} rows became {documents:,} documents, because the template prints earlier replies otherwise "
                 "than they are generated (without their thinking): --history_thinking mask or keep makes one of each"
             )
-        if self.seen["template weighted"]:
-            count = self.seen["template weighted"]
-            notes.append(f"{count:,} rows have weights of their own: the loss is the weighted mean over the labels")
+        notes += [f"{self.seen[name]:,} {told}" for name, told in _TOLD.items() if self.seen[name]]
         if self.seen["template special"]:
             count = self.seen["template special"]
             notes.append(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,24 +29,29 @@ from .conversation import Conversation, Message
 from .pieces import IGNORE, PieceTokenizer, Sample, Segment
 from .rendering import Rendered, Renderer, size_of, told
 from .special import THINKING_TAGS, SpecialTokens
-from .template_choice import OPTIONS, choose, with_fixed_date
+from .template_choice import OPTIONS, choose, with_defaults, with_fixed_date
 from .tokenizer import OpenedTokenizer, open_tokenizer
-from .toolcalls import CALL_FORMS, CallForm, call_names, longest_word, tool_names
+from .toolcalls import CALL_FORMS, CallForm, call_names, longest_word, tool_names, with_short_ids
 from .transcript import MARK, Ending, Span, Transcript
 
 __all__ = ["IGNORE", "ChatTemplate", "Document", "Sample", "Segment", "TemplateOptions"]
 
 HistoryThinking = Literal["split", "mask", "keep"]
 
+_FOR_TOOLS = "give a --template (a jinja file) that does, or leave such rows out"
 _SET_BY_THE_RUN = frozenset(["messages", "tools", "documents", "add_generation_prompt"])
 
 
 @dataclass(frozen=True)
 class Document:
-    """The pieces of one document, and the conversation that it is: its messages say in `trained` what it trains."""
+    """The pieces of one document, and the conversation that it is: its messages say in `trained` what it trains.
+
+    made_ids  its calls of tools have ids that were made for the template
+    """
 
     conversation: Conversation
     pieces: list[Segment]
+    made_ids: bool = False
 
     @property
     def special_in_text(self) -> int:
@@ -102,7 +107,7 @@ class ChatTemplate:
         if chosen.for_tools is not None:
             self._for_tools = Renderer(with_fixed_date(chosen.for_tools), f"{self.description} for tools")
         self._check_variables(options.variables)
-        self.source = with_fixed_date(_with_defaults(options.variables, chosen.source))
+        self.source = with_fixed_date(with_defaults(options.variables, chosen.source))
         self._copied_as_it_is = chosen.own and self.source == chosen.source
         self._pieces_of = PieceTokenizer(tokenizer)
         self._reads_thinking = False
@@ -202,7 +207,7 @@ class ChatTemplate:
             text, spans = self._document(transcript, turn)
             trained = {span.turn for span in spans if span.as_generated and span.turn in left}
             part = _trains(conversation, turn, trained, wanted if turn == replies[-1] else set(replies))
-            found.append(Document(part, self._pieces(transcript, text, spans, part)))
+            found.append(Document(part, self._pieces(transcript, text, spans, part), transcript.made_ids))
             left = left - trained
             if not left or self.options.history_thinking == "mask":
                 return found[::-1]
@@ -266,9 +271,10 @@ class ChatTemplate:
         """Return the texts of a conversation, which is checked to be printed whole."""
         self._check_variables(conversation.template_kwargs)
         if conversation.tools and "tools" not in self._for_tools.variables:
-            raise UserError(f"{self.description} does not print tools", f"give another {OPTIONS}")
+            raise UserError(f"{self.description} does not print tools", _FOR_TOOLS)
         marked = conversation if self.options.special_tokens_in_text else self._special.mark(conversation)
         form = self._form_of_calls(marked)
+        spoken = with_short_ids(marked) if form.short_ids else marked
 
         def render(part: Conversation, add_generation_prompt: bool) -> Rendered:
             return self._render(part, add_generation_prompt, form)
@@ -277,9 +283,8 @@ class ChatTemplate:
             return UserError(f"{self.description} {what}", f"give another {OPTIONS}")
 
         renderer = self._for_tools if conversation.tools else self._renderer
-        transcript = Transcript(
-            marked, render, self._ending, renderer.marks_replies, blame, marked=marked is not conversation
-        )
+        made = {"marked": marked is not conversation, "made_ids": spoken.messages != marked.messages}
+        transcript = Transcript(spoken, render, self._ending, renderer.marks_replies, blame, **made)
         self._check_printed(marked, transcript.prompt(transcript.last_turn))
         return transcript
 
@@ -302,9 +307,9 @@ class ChatTemplate:
         try:
             return renderer.render(size_of(variables["messages"]) + size_of(variables["tools"]), **variables)
         except Exception as error:  # whatever the template raises, and the sandbox
-            has_system = any(message.role == "system" for message in messages)
-            remedy = "move the system text into the first user turn, or " if has_system else ""
             reason = f"{self.description} refuses the conversation: {told(error)}"
+            of_system = messages and messages[0].role == "system" and re.search("system|role", told(error).lower())
+            remedy = "move the system text into the first user turn, or " if of_system else ""
             raise UserError(reason, f"{remedy}give another {OPTIONS}") from None
 
     def _form_of_calls(self, conversation: Conversation) -> CallForm:
@@ -315,7 +320,8 @@ class ChatTemplate:
         problem = None
         for form in CALL_FORMS:
             try:
-                text = self._render(conversation, False, form).text
+                spoken = with_short_ids(conversation) if form.short_ids else conversation
+                text = self._render(spoken, False, form).text
             except UserError as error:
                 problem = problem or error
                 continue
@@ -323,7 +329,7 @@ class ChatTemplate:
                 return form
         if problem is not None:
             raise problem
-        raise UserError(f"{self.description} does not print tool calls", f"give another {OPTIONS}")
+        raise UserError(f"{self.description} does not print tool calls", _FOR_TOOLS)
 
     def _check_printed(self, conversation: Conversation, text: str) -> None:
         """Raise UserError where a system text, tool or tool result is not in the text."""
@@ -332,10 +338,10 @@ class ChatTemplate:
                 remedy = f"move it into the first user turn, or give another {OPTIONS}"
                 raise UserError(f"{self.description} drops the system text", remedy)
             if message.role == "tool" and longest_word(message.content) not in text:
-                raise UserError(f"{self.description} does not print the results of tools", f"give another {OPTIONS}")
+                raise UserError(f"{self.description} does not print the results of tools", _FOR_TOOLS)
         for name in tool_names(conversation):
             if name not in text:
-                raise UserError(f"{self.description} does not print the tools ({name})", f"give another {OPTIONS}")
+                raise UserError(f"{self.description} does not print the tools ({name})", _FOR_TOOLS)
 
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
         for name in variables:
@@ -428,21 +434,3 @@ def _trains(conversation: Conversation, turn: int, trained: set[int], wanted: se
     if tuple(messages) == conversation.messages:
         return conversation
     return replace(conversation, messages=tuple(messages))
-
-
-def _with_defaults(variables: Mapping[str, Any], source: str) -> str:
-    """Return the template with values for variables that are not given, so that whoever uses it later has them too."""
-    set_here = (
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
-        for name, value in sorted(variables.items())
-    )
-    return "".join(set_here) + source
-
-
-def _literal(value: Any) -> str:
-    """Return a value of JSON as jinja writes it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,15 @@ def with_fixed_date(source: str) -> str:
     return FIXED_DATE + source if "strftime_now" in source and not source.startswith(FIXED_DATE) else source
 
 
+def with_defaults(variables: Mapping[str, Any], source: str) -> str:
+    """Return the template with values for variables that are not given, so that whoever uses it later has them too."""
+    set_here = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+        for name, value in sorted(variables.items())
+    )
+    return "".join(set_here) + source
+
+
 def _named(tokenizer: Any, name: str, several: Mapping[str, str]) -> Choice:
     if name in BUILT_IN:
         return Choice(_bos(tokenizer) + BUILT_IN[name], f"the built-in template {name}")
@@ -110,3 +120,12 @@ def _bos(tokenizer: Any) -> str:
     """Return jinja for the beginning-of-text token, where the tokenizer itself sets one before a text."""
     bos = tokenizer.bos_token_id
     return "{{ bos_token }}" if bos is not None and tokenizer("a")["input_ids"][0] == bos else ""
+
+
+def _literal(value: Any) -> str:
+    """Return a value of JSON as jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .conversation import Conversation, Message
@@ -16,10 +19,12 @@ class CallForm:
 
     text_arguments  the arguments as a text of JSON, as OpenAI sends them, not as an object
     empty_content   what stands for no content: "absent", "none" (null) or "text" (an empty one)
+    short_ids       calls and results have ids of nine letters and digits (Mistral), see `with_short_ids`
     """
 
     text_arguments: bool = False
     empty_content: str = "absent"
+    short_ids: bool = False
 
     def written(self, message: Message) -> dict[str, Any]:
         """Return a message as templates take it; fields that are null are left out, as transformers leaves them out."""
@@ -32,7 +37,44 @@ class CallForm:
         return written
 
 
-CALL_FORMS = tuple(CallForm(text, empty) for empty in ("absent", "none", "text") for text in (False, True))
+CALL_FORMS = tuple(
+    CallForm(text, empty, short)
+    for short in (False, True)
+    for empty in ("absent", "none", "text")
+    for text in (False, True)
+)
+
+
+def with_short_ids(conversation: Conversation) -> Conversation:
+    """Return the conversation with ids of nine letters and digits for its calls, and for the results of each.
+
+    An id that has this form stays; another one, or none, becomes a hash of the call and its place. A result without
+    the id of a call belongs to the first call that has none yet.
+    """
+    known: dict[str, str] = {}
+    waiting: list[str] = []
+    messages: list[Message] = []
+    for message in conversation.messages:
+        if message.tool_calls:
+            place = f"{len(messages)} "
+            calls = [(call, _short_id(call, f"{place}{number}")) for number, call in enumerate(message.tool_calls)]
+            known |= {str(call["id"]): short for call, short in calls if "id" in call}
+            waiting = [short for _, short in calls]
+            message = replace(message, tool_calls=tuple({**call, "id": short} for call, short in calls))
+        elif message.role == "tool":
+            short = known.get(str(message.extra.get("tool_call_id")), waiting[0] if waiting else None)
+            waiting = [other for other in waiting if other != short]
+            if short is not None:
+                message = replace(message, extra={**message.extra, "tool_call_id": short})
+        messages.append(message)
+    return replace(conversation, messages=tuple(messages))
+
+
+def _short_id(call: Mapping[str, Any], place: str) -> str:
+    if re.fullmatch("[A-Za-z0-9]{9}", str(call.get("id", ""))):
+        return str(call["id"])
+    digest = hashlib.sha256((place + json.dumps(call, sort_keys=True)).encode()).digest()
+    return base64.b32encode(digest)[:9].decode()
 
 
 def call_names(conversation: Conversation) -> list[str]:

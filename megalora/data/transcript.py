@@ -65,6 +65,7 @@ class Transcript:
     marks_replies  the template says itself, with {% generation %}, which text is the assistant's
     blame          makes the error that says what the template does wrong
     marked         the special tokens in the messages are marked
+    made_ids       the calls of tools have ids that were made for the template
     """
 
     def __init__(
@@ -76,10 +77,11 @@ class Transcript:
         blame: Callable[[str], UserError],
         *,
         marked: bool = False,
+        made_ids: bool = False,
     ):
         self._conversation, self._messages = conversation, conversation.messages
         self._render, self._ending, self._marks_replies = render, ending, marks_replies
-        self._blame, self.marked = blame, marked
+        self._blame, self.marked, self.made_ids = blame, marked, made_ids
         self._prompts: dict[int, Rendered] = {}
         self._wholes: dict[int, Rendered] = {}
         self._replies: dict[int, str] = {}
@@ -231,29 +233,44 @@ class Transcript:
                 "switch it on with enable_thinking, or remove the thinking",
             )
         if opened:
-            return _inside(content) + self._ending.end
+            return _inside(content, turn) + self._ending.end
         place = self._place(whole, turn, turn + 1, False)
         printed = content if place is None else whole[slice(*place)]
         return self._ending.lead + (printed if _keeps(printed, message) else content) + self._ending.end
 
     def _calls(self, turn: int, opened: bool) -> str:
-        """Return a message that calls tools, where the template does not print it behind its prompt."""
-        message, whole = self._messages[turn], self._whole(turn).text
-        base = self.prompt(turn).rstrip().removesuffix(THINK)
-        reply = self._ending.cut(whole[len(base) :]) if opened and whole.startswith(base) else None
+        """Return a message that calls tools, where the template does not print it whole behind its prompt."""
+        message, whole, base = self._messages[turn], self._whole(turn).text, self.prompt(turn)
+        if not opened and not whole.startswith(base):  # a system text that moves with the last question (Mistral)
+            whole = self._render(_without_system(self._part(turn + 1)), False).text
+            base = self._render(_without_system(self._part(turn)), True).text
+        if opened:
+            base = base.rstrip().removesuffix(THINK)
+        reply = self._ending.cut(whole[len(base) :]) if whole.startswith(base) else None
         if reply is None:
-            raise self._blame(f"renders message {turn + 1} so that its tool calls cannot be found behind the prompt")
-        if not _keeps(reply, message):  # it prints calls without the thinking before them
-            reply = message.with_thinking_in_content().content + reply
-        return _inside(reply)
+            calls = f"the tool calls of message {turn + 1}"
+            raise self._blame(f"does not print {calls} behind their prompt, with an end token")
+        if not _keeps(reply, message):
+            if not opened or not _keeps(reply, replace(message, thinking=None)):
+                lost = "text" if message.content.strip() else "thinking"
+                raise self._blame(f"drops the {lost} of message {turn + 1}, which calls tools")
+            reply = replace(message, content="").with_thinking_in_content().content + reply
+        return _inside(reply, turn) if opened else reply
 
 
-def _inside(reply: str) -> str:
+def _inside(reply: str, turn: int) -> str:
     """Return a reply behind a prompt that opens the thinking; where it has none the empty one is closed, as Qwen3 does.
     """
     if reply.lstrip().startswith(THINK):
         return reply.lstrip().removeprefix(THINK).removeprefix("\n")
+    if THINK in reply.partition(END_OF_THINKING)[0]:
+        raise UserError(f"message {turn + 1} has text before its {THINK}, which its prompt opens", "take it out")
     return reply if END_OF_THINKING in reply else f"\n{END_OF_THINKING}\n\n{reply}"
+
+
+def _without_system(conversation: Conversation) -> Conversation:
+    messages = tuple(message for message in conversation.messages if message.role != "system")
+    return replace(conversation, messages=messages)
 
 
 def check_thinking(message: Message) -> None:
@@ -266,9 +283,8 @@ def check_thinking(message: Message) -> None:
 
 
 def _keeps(reply: str, message: Message) -> bool:
-    """Return whether nothing of a message with thinking is lost in a reply, white space and the tags of thinking aside.
-    """
-    if message.thinking is None and END_OF_THINKING not in message.content:
+    """Return whether a reply has all of a message with thinking or tool calls, but white space and <think>."""
+    if message.thinking is None and END_OF_THINKING not in message.content and not message.tool_calls:
         return True
     return _squashed(message.with_thinking_in_content().content) in _squashed(reply)
 

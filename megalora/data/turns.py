@@ -77,6 +77,8 @@ def read_message(fields: Fields, tools: list[dict[str, Any]]) -> Message:
     if role in ("user", "assistant") and not text.strip() and not calls and thinking is None:
         raise UserError(f"{fields.place}: the {name} text is empty", "fill it in or remove the row")
     fields.finish([text])
+    if role == "tool" and weight:
+        raise UserError(f"{fields.place}: the result of a tool is never trained", "leave its train or weight out")
     return weighted(Message(role, text, thinking, tuple(calls), extra=extra), weight)
 
 
@@ -148,14 +150,14 @@ def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
             kind = json_type(function)
             raise UserError(f"{place}: the function of a tool call is a JSON {kind}", "make it an object")
         function = dict(function)
-        name, arguments = function.pop("name", None), function.pop("arguments", function.pop("parameters", {}))
+        name, arguments = function.pop("name", None), function.pop("arguments", function.pop("parameters", None))
         kind, identity = outer.pop("type", "function") or "function", outer.pop("id", None)
         outer.pop("index", None)
         left = [key for key, item in (*outer.items(), *function.items()) if not empty(item)]
         if left or kind != "function" or not isinstance(name, str) or not name:
             wrong = f"has the fields {names_of(left)}" if left else f"is of type {kind!r}, named {name!r}"
             raise UserError(f"{place}: a tool call {wrong}", "write it as {name, arguments}, with id and type at most")
-        if isinstance(arguments, str):
+        if isinstance(arguments, str) or arguments is None:
             arguments = from_json(arguments or "{}", f"{place}: the arguments of the call of {name}")
         if not isinstance(arguments, dict):
             kind = json_type(arguments)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import chat_templates
 import pytest
-from chat_templates import bpe
+from chat_templates import backend, make, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, pre_tokenizers
 
 from megalora.data import ChatTemplate, Conversation
 from megalora.data.pieces import IGNORE
 from megalora.data.template import TemplateOptions
+from megalora.data.toolcalls import with_short_ids
 from megalora.errors import UserError
 
 THOUGHT = "<think>\nhm\n</think>\n\nd"
@@ -42,6 +42,8 @@ END = {
     "r1": "<｜end▁of▁sentence｜>",
     "deepseek_v3": "<｜end▁of▁sentence｜>",
     "llama31": "<|eot_id|>",
+    "llama32": "<|eot_id|>",
+    "r1_first": "<｜end▁of▁sentence｜>",
     "mistral_v3": "</s>",
     "gemma": "<end_of_turn>",
     "phi3": "<|end|>",
@@ -56,7 +58,7 @@ EXPECTED = {
     "mistral_v3": (
         [[" b", " d"]],
         [[" <think>\nso\n</think>\n\nb", " " + THOUGHT]],
-        [[f"[TOOL_CALLS] [{PRINTED}]", " It is 12."]],
+        [[f'[TOOL_CALLS] [{PRINTED[:-1]}, "id": "abcdefghi"}}]', " It is 12."]],
     ),
     "gemma": (*PLAIN, None),
     "phi3": (*PLAIN, None),
@@ -73,39 +75,15 @@ EXPECTED = {
     "qwen3_training": ([[f"{EMPTY}b", f"{EMPTY}d"]], [["<think>\nso\n</think>\n\nb", THOUGHT]], None),
 }  # fmt: skip
 NO_SYSTEM = {"gemma"}
-NO_TOOLS = {"r1", "deepseek_v3"}  # they print calls and results, not what may be called
+EXPECTED["llama32"] = EXPECTED["llama31"]
+EXPECTED["r1_first"] = ([["b", "d"]], [["<think>\nso\n</think>\n\nb"], [THOUGHT]], [[DEEPSEEK_CALL, "It is 12."]])
+NO_TOOLS = {"r1", "r1_first", "deepseek_v3"}  # they print calls and results, not what may be called
 
 
 @pytest.fixture(scope="module", params=sorted(EXPECTED))
 def named(request):
     """(name, tokenizer) of each template."""
     return request.param, chat_templates.tokenizer_of(request.param, backend(request.param))
-
-
-def trained(template, conversation):
-    """The trained texts of each document, and the whole texts."""
-    documents = []
-    for sample in template.encode(conversation):
-        runs, last = [], False
-        for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
-            assert label in (IGNORE, token)
-            if label != IGNORE:
-                runs = runs if last else [*runs, []]
-                runs[-1].append(token)
-            last = label != IGNORE
-        documents.append([template.tokenizer.decode(run) for run in runs])
-    return documents
-
-
-def backend(name):
-    """Byte-level BPE that cuts texts as Llama 3 and Qwen do: line breaks stay together, whatever follows."""
-    made = bpe([token for token in chat_templates.TEMPLATES[name].special if token])
-    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    cut = pre_tokenizers.Split(Regex(words), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    return made
 
 
 def conversations(name):
@@ -184,10 +162,6 @@ def test_masks_of_templates_that_mark_replies():
     lost = [user("a"), assistant("<think>x</think>y</think>z")]
     with pytest.raises(UserError, match="drops a part of message 2"):
         template.documents(Conversation.from_dicts(lost))
-
-
-def make(name, **options):
-    return ChatTemplate(chat_templates.tokenizer_of(name, backend(name)), options=TemplateOptions(**options))
 
 
 def test_thinking_is_never_lost():
@@ -300,9 +274,49 @@ def test_tools_that_are_not_printed_are_refused():
     for name in ("deepseek_v3", "r1", "chatml", "phi3"):
         with pytest.raises(UserError, match="does not print tools"):
             make(name).documents(Conversation.from_dicts(TALK, tools=(TOOL,)))
-    with pytest.raises(UserError, match="Tool call IDs should be 9 characters"):
-        calls = [user("w"), assistant("", tool_calls=[{**CALL, "id": "1"}]), RESULT, assistant("d")]
-        make("mistral_v3").documents(Conversation.from_dicts(calls, tools=(TOOL,)))
+
+
+def test_ids_of_calls_that_a_template_cannot_take():
+    """The result of each call has its id, whether the row named them or not; the same ones in the prompts after."""
+    calls = [{**CALL, "id": "call_1"}, {name: value for name, value in CALL.items() if name != "id"}]
+    results = [{"role": "tool", "content": "v", "tool_call_id": "call_1"}, {"role": "tool", "content": "u"}]
+    messages = [user("w"), assistant("", tool_calls=calls), *results, assistant("d")]
+    spoken = with_short_ids(Conversation.from_dicts(messages)).messages
+    first, second = (call["id"] for call in spoken[1].tool_calls)
+    assert first != second and all(len(name) == 9 and name.isalnum() for name in (first, second))
+    assert [message.extra["tool_call_id"] for message in spoken[2:4]] == [first, second]
+    assert with_short_ids(Conversation.from_dicts(CALLS)) == Conversation.from_dicts(CALLS)
+    template = make("mistral_v3")
+    messages = [SYSTEM, *messages, user("more"), assistant("e")]  # a text that moves along with the last question
+    conversation = Conversation.from_dicts(messages, tools=(TOOL,))
+    assert all(document.made_ids for document in template.documents(conversation))
+    calls, replies = trained(template, conversation)
+    assert calls[0].startswith("[TOOL_CALLS] [{") and len(calls) == 1 and calls[0].count('"id"') == 2
+    assert replies == [" d</s>", " e</s>"]
+    (document,) = template.documents(Conversation.from_dicts(CALLS, tools=(TOOL,)))
+    assert not document.made_ids
+
+
+def test_words_of_a_message_that_calls_tools_are_printed_or_it_is_refused():
+    tools = (TOOL,)
+    for name, said in [("text", assistant("I look.", tool_calls=[CALL])),
+                       ("thinking", assistant("", tool_calls=[CALL], reasoning_content="hm"))]:  # fmt: skip
+        calls = [user("w"), said, RESULT, assistant("d")]
+        words = "I look." if name == "text" else "hm"
+        for template in ("qwen25", "qwen3"):
+            assert words in trained(make(template), Conversation.from_dicts(calls, tools=tools))[0][0]
+        for template in ("llama31", "mistral_v3", "deepseek_v3"):
+            with pytest.raises(UserError, match=f"drops the {name} of message 2, which calls tools"):
+                make(template).documents(Conversation.from_dicts(calls, tools=() if template in NO_TOOLS else tools))
+    (first, _) = trained(make("r1"), Conversation.from_dicts(calls))  # its prompt opens the thinking, which goes on
+    assert first == [f"hm\n</think>\n\n{DEEPSEEK_CALL}<｜end▁of▁sentence｜>"]
+    with pytest.raises(UserError, match="message 2 has text before its <think>, which its prompt opens"):
+        make("r1").documents(Conversation.from_dicts([user("a"), assistant("Well. <think>hm</think> b")]))
+    silent = chat_templates.tokenizer_of("deepseek_v3", backend("deepseek_v3"))
+    for token in ("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>"):
+        silent.chat_template = silent.chat_template.replace(token, "")
+    with pytest.raises(UserError, match="does not print the tool calls of message 2 behind their prompt, with an end"):
+        ChatTemplate(silent).documents(Conversation.from_dicts(CALLS))
 
 
 def test_prompts_are_trained_when_asked():
@@ -368,7 +382,7 @@ def test_special_tokens_in_text_are_as_in_transformers():
 
 
 def test_a_template_with_a_date_is_itself_when_it_is_read_again():
-    template = make("llama31")
+    template = make("llama32")
     again = ChatTemplate(template.tokenizer, recorded=template.source)
     assert again.source == template.source and again.identity() == template.identity()
     assert again.description == "the tokenizer's chat template" and not again.notes

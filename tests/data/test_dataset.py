@@ -208,6 +208,14 @@ def test_text_rows_are_trained_whole(template, write_json):
 NUMBERED = [{"instruction": "hello", "output": f"number {number}."} for number in range(40)]
 
 
+def test_what_is_learned_otherwise_than_it_looks_is_told(template, write_json):
+    """Names that were never put in, as in LLaMA-Factory's identity.json."""
+    row = {"instruction": "a", "output": "I am {{name}}, made by {{ author }}."}
+    assert load(write_json([row, row, {"instruction": "{{x}}", "output": "b"}]), template).notes == (
+        "2 rows hold {{name}} or {{author}} and learn just that: put the names in their place first",
+    )
+
+
 def test_a_share_for_evaluation(template, write_json):
     path = write_json(NUMBERED)
     how = DataSettings(128)
@@ -249,6 +257,8 @@ def test_several_files_and_weights(template, write_json, tmp_path):
     assert load(folder, template).fingerprint == load(f"{one},{other}", template).fingerprint
     with pytest.raises(UserError, match="weight must be above 0"):
         load(f"{one}:0", template)
+    with pytest.raises(UserError, match="one.json:0.01 leaves none of its 10 documents: raise the weight"):
+        load(f"{one}:0.01,{other}", template)
     with pytest.raises(UserError, match="cannot read the data file .*none.json"):
         load(f"{one},{tmp_path}/none.json", template)
 

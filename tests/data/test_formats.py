@@ -149,6 +149,10 @@ def test_what_is_not_read_is_refused_by_name(field, value):
         ({"messages": [user("a"), assistant("b") | {"weight": -1}]}, "weight is '-1': give 0, or a number from"),
         ({"messages": [user("a"), assistant("b") | {"weight": float("nan")}]}, "weight is 'nan': give 0, or"),
         ({"messages": [user("a"), assistant("b") | {"train": 0.5}]}, "train is '0.5': give true or false"),
+        (
+            {"messages": [user("a"), assistant("b"), {"role": "tool", "content": "r", "train": True}, assistant("b")]},
+            "message 3: the result of a tool is never trained",
+        ),
         ({"messages": [user("a"), assistant("b") | {"train": False, "weight": 0.5}]}, "train and weight contradict"),
         ({"messages": [user("a"), assistant("b") | {"train": True, "masked": True}]}, "contradict each other"),
         ({"messages": [user("a") | {"thinking": "hm"}, assistant("b")]}, "a user message has thinking"),
@@ -321,6 +325,10 @@ def test_parallel_calls_and_words_before_them():
     found = to_conversation({"conversations": turns}, "here").messages
     assert found[1] == Message("assistant", "I look.", "hm", (CALL, CALL))
     assert [message.content for message in found[2:]] == ['{"r": "\u00e9"}', "2", "b"]
+    for nothing in (None, "", "{}", {}):
+        called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": nothing}}]}
+        (call,) = to_conversation({"messages": [user("a"), called]}, "here").messages[1].tool_calls
+        assert call["function"] == {"name": "f", "arguments": {}}
     named = {"role": "tool", "content": "r", "name": "f", "tool_call_id": "7"}
     row = {"messages": [user("a"), {"role": "assistant", "tool_calls": [CALL | {"id": "7"}]}, named, assistant("b")]}
     dicts = to_messages(row, "here")

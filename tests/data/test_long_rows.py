@@ -64,9 +64,7 @@ def test_split_takes_as_many_turns_as_fit(template, write_json):
 
 def test_an_exchange_that_is_too_long_by_itself(template, write_json):
     long = {"messages": [*TURNS[:2], {"role": "user", "content": "word " * 300}, TURNS[3]]}
-    with pytest.raises(
-        UserError, match=r"row 0: too long, .*: message 3 and its reply are \d+ tokens by them"
-    ):
+    with pytest.raises(UserError, match=r"row 0: too long, .*: message 3 and its reply are \d+ tokens by them"):
         load(write_json([long]), template, 128, on_long_row="split")
 
 
@@ -125,7 +123,7 @@ def test_text_rows(template, write_json, chatml):
 def test_the_nested_rows_train_at_the_seq_length_of_the_reference_launch(shared_dir, r1):
     template = ChatTemplate(r1)
     path = shared_dir / "data" / "self_cognition_EmoLLM_nested.json"
-    with pytest.raises(UserError, match=r"3401 tokens for --seq_length 2048; .*--on_long_row split"):
+    with pytest.raises(UserError, match=r"3401 tokens for --seq_length 2048: .*--on_long_row split"):
         load(path, template, 2048)
     rows = load(path, template, 2048, on_long_row="split")
     flat = load(shared_dir / "data" / "self_cognition_EmoLLM.json", template, 2048)

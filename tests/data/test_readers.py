@@ -64,6 +64,8 @@ def test_rows_as_the_reference_readme_prints_them(tmp_path):
         (b'{"a": 1}\n{"a": "\xff"}', "line 2: byte 16 is not UTF-8"),
         (b"[" * 100_000, "cannot be read"),
         (b"1" * 5000, "cannot be read"),
+        (b'[{"a": 1},\n {"a": {"b": 1, "b": 2}}]', "line 2 column 2: bad JSON: an object has the field 'b' twice"),
+        (b'{"a": 1}\n{"a": 1, "a": 1}', "line 2 column 1: bad JSON: an object has the field 'a' twice"),
     ],
 )
 def test_bad_files_are_told_with_the_place(tmp_path, content, told):
@@ -173,6 +175,19 @@ def test_parquet_and_arrow(tmp_path):
         (tmp_path / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(UserError, match=f"{name} (cannot be read as|is damaged)"):
             list(read_rows(tmp_path / name))
+
+
+def test_nulls_that_a_table_puts_into_objects(tmp_path):
+    """A table gives each object the fields of all of them; arguments of calls must not learn them. A field stays."""
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [
+        {"calls": [{"arguments": {"city": "x"}}], "output": "b"},
+        {"calls": [{"arguments": {"q": 1}}], "output": None},
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert list(read_rows(tmp_path / "rows.arrow")) == rows
 
 
 def test_a_dataset_saved_to_disk(tmp_path):
