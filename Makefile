@@ -1,4 +1,4 @@
-# make install | demo | test | torture | proof | parity | compat | lint | clean
+# make install | demo | test | torture | fuzz | proof | parity | compat | lint | clean
 #
 # PYTHON=python3.12 chooses another interpreter, TORCH=torch==2.9.1 another torch. PyPI's torch serves NVIDIA GPUs as
 # well as CPUs; where only the CPU build is wanted (it is much smaller), TORCH may carry pip's options for getting it.
@@ -11,7 +11,7 @@ VENV := .venv
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help install test torture proof parity compat lint demo demo-tokens clean FORCE
+.PHONY: help install test torture fuzz proof parity compat lint demo demo-tokens clean FORCE
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip install -qq
@@ -23,6 +23,7 @@ help:
 	@echo "make demo-tokens   fine-tune a real encoder to find names in sentences; F1 on held-out ones, no GPU needed"
 	@echo "make test      the whole CPU test suite; PYTEST_ARGS='-k packing' for a part of it"
 	@echo "make torture   kill a run 50 times at random moments; every resume must be exact (KILLS=50 SEED=0)"
+	@echo "make fuzz      files and requests made up at random, EXAMPLES=100000 for each reader: only our own errors (hours)"
 	@echo "make proof     every schedule up to 16 stages, 4 chunks, 64 microbatches; the whole grid of layouts (many minutes)"
 	@echo "make parity    greedy replies against transformers and peft: 20 prompts, each family and a real model"
 	@echo "make compat    tokenizers as read by each version of transformers in VERSIONS, in environments of their own"
@@ -84,6 +85,10 @@ test: install
 
 torture: install
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -q -s tests/test_torture.py --kills $(or $(KILLS),50) --seed $(or $(SEED),0)
+
+fuzz: install
+	@$(RUN) OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),100000) python -m pytest -q -n $(JOBS) --dist worksteal \
+		-k "any or match_as_pefts" $(shell grep -rl "fuzz import.*examples" tests --include=test_*.py)
 
 proof: install
 	@$(RUN) MEGALORA_PROOF=all python -m pytest -n $(JOBS) --dist worksteal -q tests/pipeline/test_schedule.py \

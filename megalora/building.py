@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -255,8 +256,9 @@ def settle_head(config: ModelSpec, folder: str | Path) -> tuple[ModelSpec, str |
 
 
 def load_base_weights(stage: Stage, folder: str | Path) -> None:
-    """Fill the frozen weights of the stage, by slice. Raises UserError as `checkpoint.load_base`."""
-    load_base(stage, folder, splits=named_splits(stage), names=base_names(stage.config))
+    """Fill the frozen weights of the stage, by slice; print what is not finite. Raises UserError as `load_base`."""
+    for line in load_base(stage, folder, splits=named_splits(stage), names=base_names(stage.config)):
+        print(f"megalora: {line}", file=sys.stderr, flush=True)
 
 
 def base_names(config: ModelSpec) -> BaseNames:

@@ -29,6 +29,7 @@ from rich.table import Table
 from megalora import __version__
 from megalora.cluster.environment import environment_int
 from megalora.cluster.launch import choose_device, distributed
+from megalora.cluster.sockets import is_loopback, listening
 from megalora.cluster.watch import host_name
 from megalora.flags import DoctorArguments
 from megalora.ops import extension
@@ -68,6 +69,8 @@ def doctor(wanted: DoctorArguments) -> bool:
             show([(host_name(), one) for one in mine])
         return False
     with distributed(device, tp, pp) as mesh:
+        if not alone:
+            mine.append(_listening(len(set(gather_objects(host_name(), mesh.world)))))
         hosts = gather_objects((host_name(), mine if environment_int("LOCAL_RANK", 0) == 0 else []), mesh.world)
         rows = [(host, one) for host, findings in hosts for one in findings]
         if not alone:
@@ -104,6 +107,18 @@ def this_host(wanted: DoctorArguments, device: torch.device) -> list[Finding]:
         lambda: [disk(wanted.output_dir, wanted.free_space)],
     ]
     return [one for check in checks for one in check()]
+
+
+def _listening(hosts: int) -> Finding:
+    """Return on what this process and its launcher listen, now that the ranks have found one another."""
+    sockets = listening([os.getpid(), os.getppid()])
+    text = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in sockets) or "nothing"
+    if all(is_loopback(address) for address, _ in sockets):
+        return Finding("listens", OK, f"{text}: other machines reach none of it")
+    if hosts == 1:
+        remedy = "start with megalora COMMAND --nproc N, which listens on the loopback alone, or keep others out"
+        return Finding("listens", WARNING, f"{text}: whoever reaches these ports can disturb the run: {remedy}")
+    return Finding("listens", OK, f"{text}: only the hosts of the run should reach these ports")
 
 
 def _versions() -> list[Finding]:

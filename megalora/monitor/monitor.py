@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -108,9 +109,10 @@ class Monitor:
             self._problem = self._explained(f"step {record['step']}", error)
 
     def _explained(self, what: str, error: OSError) -> UserError:
+        fix = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make output_dir writable"
         return UserError(
             f"output_dir {self._folder}: {what} cannot be logged ({error.strerror or error})",
-            "free space, and give the same command again: it goes on from the newest checkpoint",
+            f"{fix}, and give the same command again: it goes on from its newest checkpoint, where it has one",
         )
 
     def note(self, text: str) -> None:

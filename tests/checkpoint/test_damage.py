@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import edited, ours_only
-from hypothesis import HealthCheck, example, given, settings
+from fuzz import edited, examples, ours_only
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megalora.checkpoint.adapter.opening import open_adapter
@@ -23,7 +23,7 @@ from megalora.parallel.split import Split, shard_range
 NAME = "model.layers.0.self_attn.q_proj.lora_B.weight"
 SHARDS = ("mp_rank_00_pp_rank_000", "mp_rank_01_pp_rank_000")
 FILES = (MANIFEST, *(f"{shard}/{name}" for shard in SHARDS for name in (ADAPTER_FILE, CONFIG_FILE)))
-COMMON = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+COMMON = examples(120)
 
 
 @pytest.fixture(scope="module")

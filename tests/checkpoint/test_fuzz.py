@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from fuzz import JSON, edited, ours_only
-from hypothesis import HealthCheck, example, given, settings
+from fuzz import JSON, edited, examples, ours_only
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -20,7 +20,7 @@ from megalora.checkpoint.base.weights import BaseNames, open_base
 from megalora.errors import UserError
 from megalora.models.spec import FileNames
 
-COMMON = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+COMMON = examples(40)
 SHAPES = {"model.embed_tokens.weight": (6, 4), "model.layers.0.mlp.up_proj.weight": (8, 4), "model.norm.weight": (4,)}
 DEEP = 100_000
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as some
 
 from megalora.serving.bodies import Asked, read_chat, read_completion, read_json
@@ -52,7 +53,7 @@ def tried(work) -> None:
             sound(asked)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(BODIES, MESSAGES)
 def test_any_object(body, messages):
     data = json.dumps(body).encode()
@@ -62,7 +63,7 @@ def test_any_object(body, messages):
     tried(lambda: read_chat(read_json(full), {}))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(some.binary(max_size=200) | some.text('{}[]",:0123456789e+-.\\untrfalsmodp', max_size=60).map(str.encode))
 def test_any_bytes(data):
     tried(lambda: read_json(data))

@@ -130,6 +130,23 @@ def test_tied_head_is_the_embedding(tmp_path, present):
     assert torch.equal(loaded["lm_head.weight"], tensors["model.embed_tokens.weight"][3:7])
 
 
+def test_values_that_are_not_finite_are_counted(tmp_path):
+    """Of what a rank reads; so too a value that is finite in the file and not in the dtype that it is read into."""
+    tensors = make_tensors()
+    tensors["model.embed_tokens.weight"][2] = torch.nan
+    tensors["model.norm.weight"][0] = -torch.inf
+    tensors["model.norm.weight"][1] = 1e30
+    save_file(tensors, tmp_path / "model.safetensors")
+    rows = tensors["model.embed_tokens.weight"].shape[1]
+    for dtype, norms in ((torch.float32, 1), (torch.float16, 2)):
+        splits = whole(SHAPES)
+        said = load_base(make_module(splits, dtype), tmp_path, splits=splits, names=names_of(SHAPES))
+        assert sorted(line.partition(".safetensors: ")[2] for line in said) == [
+            f"model.embed_tokens.weight: {rows:,} values are not finite: what reads them gives NaN",
+            f"model.norm.weight: {norms} values are not finite: what reads them gives NaN",
+        ]
+
+
 def test_other_names_of_a_file_are_read(tmp_path):
     """A bare model lacks the prefix; a head may have another name; two names of one tensor are refused."""
     tensors = make_tensors()
