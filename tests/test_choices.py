@@ -28,4 +28,5 @@ def test_optimizers(monkeypatch):
 
 def test_conversions():
     program = importlib.import_module("megalora.convert")
-    assert tuple(program._COMMANDS) == tuple(CONVERT_COMMANDS)
+    recombine = importlib.import_module("megalora.recombine")
+    assert (*program._COMMANDS, *recombine.RECOMBINE) == tuple(CONVERT_COMMANDS)
