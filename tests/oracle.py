@@ -88,6 +88,11 @@ EXPERTS = {
             "original_max_position_embeddings": 64,
         },
     },
+    "glm4_moe": {
+        "model_type": "glm4_moe", "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 1,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 2, "routed_scaling_factor": 1.5, "head_dim": 8,
+        "use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1,
+    },
 }  # fmt: skip
 # The older decoders, which tests of their own go through (tests/test_classic.py).
 _NO_PDROP = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -261,8 +266,9 @@ LACKS = {
 
 def fields_of(family: str, **more: object) -> dict:
     """config.json of a tiny model of the family, with `more` where the family has such fields."""
+    layers = {"num_hidden_layers": 3} if family in EXPERTS else {}  # each of which has many linears
     own = (FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ)[family]
-    fields = TINY | own | more
+    fields = TINY | layers | own | more
     left_out = {name for name in TINY if family in MODERN and fields[name] is None}
     left_out |= {name for name in LACKS.get(family, ()) if family not in SEQ2SEQ or name not in own | more}
     return {name: value for name, value in fields.items() if name not in left_out}

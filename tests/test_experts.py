@@ -41,9 +41,8 @@ TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 def layouts(family: str) -> list[Run]:
     """Of four processes."""
     return [
-        Run(family, tp=4, micro_batch_rows=2, lora=EVERY),
-        Run(family, tp=2, pp=2, sequence_parallel=True, recompute="full", lora=EVERY),
-        Run(family, tp=2, sequence_parallel=True, exchange=True, micro_batch_rows=2, lora=EVERY),
+        Run(family, tp=2, pp=2, sequence_parallel=True, recompute="full", lora=EVERY, steps=2),
+        Run(family, tp=2, sequence_parallel=True, exchange=True, micro_batch_rows=2, lora=EVERY, steps=2),
     ]
 
 
@@ -70,7 +69,11 @@ def each(rank: int, world_size: int, runs: list[Run], tied: Run):
 
 def test_every_layout_gives_the_numbers_of_one_process():
     runs = [run for family in EXPERTS for run in layouts(family)]
-    runs += [Run("qwen3_moe", tp=4, base_format="nf4"), Run("deepseek_v3", tp=2, pp=2, base_format="fp8")]
+    runs += [
+        Run("qwen2_moe", tp=4, micro_batch_rows=2, lora=EVERY, steps=2),
+        Run("qwen3_moe", tp=4, base_format="nf4"),
+        Run("deepseek_v3", tp=2, pp=2, base_format="fp8"),
+    ]
     tied = Run("qwen3_moe", tp=4, sequence_parallel=True, lora=ALL_LINEAR | {"target_modules": TARGETS})
     ranks = spawn(each, 4, runs, tied)
     for i, run in enumerate(runs):
@@ -79,12 +82,6 @@ def test_every_layout_gives_the_numbers_of_one_process():
     assert largest_difference(alone, [outcome for _, outcome in ranks]) <= 1e-12
     idle = [name for name, (_, gradient) in alone.gradients.items() if not gradient.any()]
     assert {name.split(".")[5] for name in idle} == {"2", "3", "4", "5"}, "top 2 of 6, all equal: experts 0 and 1"
-
-
-@pytest.mark.parametrize("family", EXPERTS)
-def test_recompute_changes_nothing(family):
-    run = Run(family, recompute="full", lora=EVERY)
-    assert largest_difference(reference(run), [train(0, 1, run)]) <= 1e-12
 
 
 def test_ranks_and_scales_of_single_experts():
