@@ -481,8 +481,9 @@ def test_an_activation_that_is_not_implemented_is_named(family, field):
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_moe"])
 def test_a_kind_of_layer_that_is_not_implemented_is_named(family):
-    kinds = ["full_attention", "chunked_attention"] * 2
-    fields = fields_of(family) | {"use_sliding_window": True, "sliding_window": 5, "layer_types": kinds}
+    fields = fields_of(family)
+    kinds = (["full_attention", "chunked_attention"] * 2)[: fields["num_hidden_layers"]]
+    fields |= {"use_sliding_window": True, "sliding_window": 5, "layer_types": kinds}
     with pytest.raises(UserError, match="layer_types has 'chunked_attention'"):
         config_from_dict(fields)
 

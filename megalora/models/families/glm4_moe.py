@@ -20,7 +20,8 @@ FAMILY = Family(
     reads=LLAMA_FIELDS
     | frozenset(
         """attention_bias use_qk_norm n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size
-        first_k_dense_replace routed_scaling_factor n_group topk_group norm_topk_prob num_nextn_predict_layers""".split()
+        first_k_dense_replace routed_scaling_factor n_group topk_group norm_topk_prob
+        num_nextn_predict_layers""".split()
     ),
     fixed=LLAMA_FIXED | ROUTER_FIXED,
     harmless=(HARMLESS - {"head_dim"}) | {"num_mtp_layers", "router_aux_loss_coef"},
