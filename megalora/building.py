@@ -75,29 +75,24 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     head = config.head
     ends = (*((head.name,) if isinstance(head, Head) else ()), config.embedding.name)
     without = () if isinstance(head, Head) else head.names  # of a classifier, trained in full
-    resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without, config.routers)
+    stacks = config.stacked_linears
+    args = config.model_type, layers, ends, config.vocab_size, without, config.routers, stacks
+    resolved = lora_config.resolve(*args)
     if config.encoder is not None and any(resolved.words(end).trains for end in ends):
         raise UserError(
             f"lora_config: training the embedding or the head of a {config.model_type} is not implemented",
             f"leave {' and '.join(ends)} out of target_modules and modules_to_save, and trainable_token_indices too",
         )
-    transposed = any(placed.linear.transposed for name, placed in config.linears.items() if name in resolved.adapters)
+    stacked = tuple(stack for stack, names in stacks.items() if not resolved.adapters.keys().isdisjoint(names))
+    apart = resolved.adapters.keys() & config.linears.keys() - {name for names in stacks.values() for name in names}
+    transposed = any(config.linears[name].linear.transposed for name in apart)
     if lora_config.fan_in_fan_out and not transposed:
         raise UserError(
             f"lora_config: fan_in_fan_out = true is for weights stored as [in, out], and none that is adapted in this "
             f"{config.model_type} model is",
             "remove the field",
         )
-    return replace(resolved, config=replace(lora_config, fan_in_fan_out=transposed))
-
-
-def check_task(task: str, config: ModelSpec, where: str) -> None:
-    """Raise UserError where a model cannot be trained for a task."""
-    if task not in config.tasks:
-        raise UserError(
-            f"{where}: task_type {task} does not fit a {config.model_type}",
-            f"choose {' or '.join(config.tasks)}, or another model",
-        )
+    return replace(resolved, config=replace(lora_config, fan_in_fan_out=transposed, target_parameters=stacked or None))
 
 
 @dataclass(frozen=True)
@@ -267,8 +262,10 @@ def base_names(config: ModelSpec) -> BaseNames:
     stored = config if config.stored_words is None else config.with_words(config.stored_words)
     embedding, head = config.embedding.weight, config.head
     if isinstance(head, ClassHead):
-        return BaseNames(stored.tensors, embedding, "", False, config.files, frozenset(head.trained), words)
-    return BaseNames(stored.tensors, embedding, head.weight, head.tied, config.files, head.optional, words)
+        weight, tied, optional = "", False, frozenset(head.trained)
+    else:
+        weight, tied, optional = head.weight, head.tied, head.optional
+    return BaseNames(stored.tensors, embedding, weight, tied, config.files, optional, words, config.stacks)
 
 
 def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int, ...]]:

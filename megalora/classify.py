@@ -24,7 +24,6 @@ import torch
 from megalora.adapters.config import LoraConfig
 from megalora.building import (
     build_stage,
-    check_task,
     load_adapter,
     load_base_weights,
     resolve_base,
@@ -44,7 +43,7 @@ from megalora.errors import UserError
 from megalora.files import read_text, write_file
 from megalora.flags import GenerateArguments, GenerationArguments
 from megalora.identity import adapter_labels, base_identity, check_base, other_base_format
-from megalora.models.config import check_layout, check_length, read_config
+from megalora.models.config import check_layout, check_length, check_task, read_config
 from megalora.models.inputs import Inputs, training_inputs
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage

@@ -19,17 +19,20 @@ from pathlib import Path
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.building import base_names, check_adapter, check_task, resolve_lora, settle_head, stage_layers
+from megalora.building import base_names, check_adapter, resolve_lora, settle_head, stage_layers
 from megalora.checkpoint.adapter.engines import engines_caution
+from megalora.checkpoint.adapter.fused import apart
 from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.adapter.peft import write_peft
+from megalora.checkpoint.adapter.peft import peft_caution, write_peft
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, save_adapter
 from megalora.checkpoint.base.gguf import read_gguf, write_hf
 from megalora.checkpoint.base.hf import AsStored, is_hf
 from megalora.checkpoint.base.quantised import holds_quantised
+from megalora.checkpoint.base.source import BaseWeights
+from megalora.checkpoint.base.stacked import Stacked
 from megalora.checkpoint.base.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
-from megalora.checkpoint.base.weights import BaseWeights, open_base, with_own_head
+from megalora.checkpoint.base.weights import open_base, with_own_head
 from megalora.checkpoint.layout import Layout, has_shards
 from megalora.checkpoint.run.folder import tokenizer_folder
 from megalora.checkpoint.target import TargetFolder, companions
@@ -38,7 +41,7 @@ from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
 from megalora.identity import adapter_labels, adapter_template, base_identity, check_base
-from megalora.models.config import check_layout, read_config
+from megalora.models.config import check_layout, check_task, read_config
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.monitor.progress import ByteProgress
@@ -71,6 +74,8 @@ def _to_hf(arguments: Conversion) -> None:
     config, weights = read_base(arguments.paths.input)
     if holds_quantised(arguments.paths.input):  # with the scales, and named as they are
         weights = AsStored(arguments.paths.input)
+    else:
+        weights = as_in_files(weights, config)
     plan = plan_hf(tensor_types(weights, config.tensors), max_file_bytes(arguments))
     write_base(arguments, target, weights, plan, arguments.paths.input)
 
@@ -80,6 +85,7 @@ def _dequantise(arguments: Conversion) -> None:
     config, weights = read_base(arguments.paths.input)
     if not holds_quantised(arguments.paths.input):
         raise UserError(f"input {arguments.paths.input}: is not quantised", "use it as it is")
+    weights = as_in_files(weights, config)
     plan = plan_hf(tensor_types(weights, config.tensors), max_file_bytes(arguments))
     write_base(arguments, target, weights, plan, arguments.paths.input)
 
@@ -109,6 +115,11 @@ def read_base(folder: str) -> tuple[ModelSpec, BaseWeights]:
     """Return the model in a folder of safetensors or shards, checked to be whole."""
     config = _read_model(folder)
     return config, open_base(folder, base_names(config))
+
+
+def as_in_files(weights: BaseWeights, config: ModelSpec) -> BaseWeights:
+    """Return `weights` by our names as those of the model's safetensors: with one tensor for all experts, where so."""
+    return Stacked(weights, config.stacks) if config.stacks else weights
 
 
 def _refuse_quantised(folder: str) -> None:
@@ -199,12 +210,25 @@ def _adapter_to_peft(arguments: Conversion) -> None:
     if lora_config.task_type == "CAUSAL_LM":
         modules = {name.partition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
         _say(engines_caution(lora_config.to_dict(), modules))
+    _say_caution(adapter, arguments)
 
     def write(folder: Path) -> None:
         write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base)
         write_its_tokenizer(adapter, arguments, folder)
 
     write_adapter(arguments, target, adapter, write)
+
+
+def _say_caution(adapter: AdapterCheckpoint, arguments: Conversion) -> None:
+    """Print what peft makes of an adapter of experts, where it is not what was trained and the model is known."""
+    base = arguments.base.base or adapter.lora_config.get("base_model_name_or_path")
+    if base is None or not (Path(base) / "config.json").is_file():
+        return
+    config = read_config(base)
+    adapted = [name.removesuffix(".lora_A.weight") for name in adapter.tensors if name.endswith(".lora_A.weight")]
+    caution = peft_caution(config.model_type, adapted, config.routers)
+    if caution is not None:
+        print(f"megalora: {caution}", file=sys.stderr, flush=True)
 
 
 def write_its_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folder: Path) -> None:
@@ -226,8 +250,7 @@ def write_its_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folde
 
 def _adapter_from_peft(arguments: Conversion) -> None:
     target = target_of(arguments.paths)
-    adapter = open_adapter(arguments.paths.input)
-    config, lora = _its_base(adapter, arguments)
+    adapter, config, lora = _its_base(open_adapter(arguments.paths.input), arguments)
     places = _places(config, arguments.layout, lora)
 
     def write(folder: Path) -> None:
@@ -243,7 +266,7 @@ def _adapter_merge(arguments: Conversion) -> None:
     adapter = open_adapter(arguments.paths.input)
     base = _base_of(adapter, arguments)
     target = target_of(arguments.paths, base)
-    config, lora = _its_base(adapter, arguments)
+    adapter, config, lora = _its_base(adapter, arguments)
     if not config.labels:
         config, note = settle_head(config, base)
         _say(note)
@@ -258,7 +281,9 @@ def _adapter_merge(arguments: Conversion) -> None:
         config = replace(config, head=replace(config.head, tied=False))
         _say(f"embedding and head are two matrices in {arguments.paths.output}: the adapter trains them apart")
     own = config.head.trained if isinstance(config.head, ClassHead) else ()
-    merged = MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens, own)
+    merged = as_in_files(
+        MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens, own), config
+    )
     plan = plan_hf(tensor_types(merged, config.tensors), max_file_bytes(arguments))
 
     def finish(folder: Path) -> None:
@@ -311,17 +336,18 @@ def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
     return named
 
 
-def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[ModelSpec, ResolvedLora]:
-    """Return model and adapter, checked to belong together."""
-    lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
+def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[AdapterCheckpoint, ModelSpec, ResolvedLora]:
+    """Return an adapter by the model's names, the model and what is adapted, checked to belong together."""
     base = _base_of(adapter, arguments)
     config = read_config(base)
+    adapter = apart(adapter, config.fused_experts)
+    lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
     check_task(lora_config.task_type, config, f"adapter {adapter.where}")
     config = config.for_task(lora_config.task_type, adapter_labels(adapter))
     config = with_rows_for(config, adapter_tokens(adapter, base), base, adapter.tensors)
     lora = resolve_lora(lora_config, config)
     check_adapter(adapter.tensors, lora, config, adapter.where)
-    return config, lora
+    return adapter, config, lora
 
 
 def write_adapter(

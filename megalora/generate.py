@@ -27,7 +27,6 @@ from megalora.building import (
     resolve_lora,
     settle_head,
 )
-from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.choices import CLASSIFICATION
 from megalora.classify import classify
@@ -49,7 +48,14 @@ from megalora.generation.requests import Listener, Prompt, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.terminal import Voice
 from megalora.generation.text import Ear, Reader
-from megalora.identity import adapter_prefix, adapter_template, base_identity, check_base, other_base_format
+from megalora.identity import (
+    adapter_for,
+    adapter_prefix,
+    adapter_template,
+    base_identity,
+    check_base,
+    other_base_format,
+)
 from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
@@ -362,7 +368,7 @@ def _adapter(arguments: GenerateArguments, mesh: ParallelMesh) -> AdapterCheckpo
     path = arguments.model.resume_peft_from_checkpoint
     if True not in _repliers(arguments):
         return None
-    return on_first(lambda: replace(open_adapter(path), optimizer=None), mesh.world)
+    return on_first(lambda: replace(adapter_for(path, arguments.model.model_path), optimizer=None), mesh.world)
 
 
 def _checked(

@@ -9,6 +9,8 @@ from typing import Any
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import base_names
+from megalora.checkpoint.adapter.fused import apart
+from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.run.state import identity_difference
@@ -18,10 +20,11 @@ from megalora.data.template_choice import with_fixed_date
 from megalora.data.tokenizer import tokenizer_identity
 from megalora.errors import UserError
 from megalora.files import read_json
+from megalora.models.config import read_config
 from megalora.models.spec import ModelSpec
 from megalora.tokenizer_files import read_template
 
-_LATER = ("exclude_modules", "use_dora", "lora_bias")
+_LATER = ("exclude_modules", "use_dora", "lora_bias", "target_parameters")
 _NOT_OF_A_RUN = ("peft_type", "task_type", "inference_mode", "fan_in_fan_out")
 _OF_THE_BASE = ("model", "tokenizer")
 _BASE_FORMAT = "base format"
@@ -36,6 +39,14 @@ def base_identity(config: ModelSpec, weights: str, tokenizer: Any) -> dict[str, 
     digest = model_fingerprint(weights, base_names(config))
     layers = f"{config.num_hidden_layers} layers of {config.hidden_size}"
     return {"model": f"{config.model_type}, {layers}, {digest[:16]}", "tokenizer": tokenizer_identity(tokenizer)}
+
+
+def adapter_for(path: str | Path, model_path: str | Path) -> AdapterCheckpoint:
+    """Return the adapter in `path` by the names of the linears of the model in `model_path`. Raises UserError."""
+    adapter = open_adapter(path)
+    if not adapter.lora_config.get("target_parameters"):
+        return adapter
+    return apart(adapter, read_config(model_path).fused_experts)
 
 
 def run_identity(

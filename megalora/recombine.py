@@ -29,10 +29,11 @@ from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
+from megalora.checkpoint.base.source import BaseWeights
 from megalora.checkpoint.base.transfer import plan_hf, tensor_types, transfer
-from megalora.checkpoint.base.weights import BaseWeights
 from megalora.checkpoint.target import companions
 from megalora.convert import (
+    as_in_files,
     copy_companions,
     max_file_bytes,
     read_base,
@@ -220,7 +221,7 @@ def _init(arguments: Conversion) -> None:
     tensors = dict(_started(config, lora, weights, _STARTS[kind]))
     negative = {name: replace(adapter, scaling=-adapter.scaling) for name, adapter in lora.adapters.items()}
     transposed = [name for name, placed in config.linears.items() if placed.linear.transposed]
-    residual = MergedWeights(weights, negative, tensors, transposed)
+    residual = as_in_files(MergedWeights(weights, negative, tensors, transposed), config)
     plan = plan_hf(tensor_types(residual, config.tensors), max_file_bytes(arguments))
     target.check_room(plan.nbytes)
     if paths.dry_run:

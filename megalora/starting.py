@@ -10,7 +10,6 @@ import torch
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.added_tokens import AddedToken
 from megalora.building import (
-    check_task,
     check_vocabulary,
     resolve_base,
     resolve_dtype,
@@ -18,7 +17,6 @@ from megalora.building import (
     settle_head,
     trained_shapes,
 )
-from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.run.folder import announce_removal, cancel_removal, check_own, in_run, removal_is_pending
 from megalora.checkpoint.run.state import identity_difference, newest_sound
@@ -30,6 +28,7 @@ from megalora.data.tokenizer import new_tokens
 from megalora.errors import UserError
 from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
 from megalora.identity import (
+    adapter_for,
     adapter_labels,
     base_identity,
     check_base,
@@ -38,7 +37,7 @@ from megalora.identity import (
     progress,
     run_identity,
 )
-from megalora.models.config import check_context, check_layout, check_length, read_config
+from megalora.models.config import check_context, check_layout, check_length, check_task, read_config
 from megalora.models.dropouts import base_dropouts, choose_base_dropout, told
 from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
@@ -224,7 +223,7 @@ def _find_start(model: ModelArguments, train: TrainArguments, overwrite: bool, m
                     "give --overwrite_output_dir true to start afresh",
                 )
         named = model.resume_peft_from_checkpoint
-        return None if named is None else Start(open_adapter(named), own=False)
+        return None if named is None else Start(adapter_for(named, model.model_path), own=False)
 
     return on_first(find, mesh.world)
 

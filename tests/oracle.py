@@ -93,6 +93,14 @@ EXPERTS = {
         "moe_intermediate_size": 16, "first_k_dense_replace": 2, "routed_scaling_factor": 1.5, "head_dim": 8,
         "use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1,
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss", "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32,
+        "head_dim": 8, "sliding_window": 6, "swiglu_limit": 0.6, "pad_token_id": 0,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
 }  # fmt: skip
 # The older decoders, which tests of their own go through (tests/test_classic.py).
 _NO_PDROP = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}

@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 import transformers
-from oracle import ALL_LINEAR, EXPERTS, Run, fields_of, largest_difference, reference, train, train_each
+from oracle import ALL_LINEAR, EXPERTS, Run, fields_of, in_file_order, largest_difference, reference, train, train_each
 from spawn import spawn
 from test_field_parity import documents
 
@@ -33,6 +33,7 @@ from megalora.models.routers import Router
 from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
+from megalora.parallel.split import named_splits
 
 EVERY = ALL_LINEAR | {"target_modules": r"model\.layers\..*"}  # routers too
 TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
@@ -100,7 +101,11 @@ def test_ranks_and_scales_of_single_experts():
 def plain_names(model) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
     """Our name of each weight -> where it lies in transformers' module, and the parameter that holds it."""
     found = {}
+    stacks = config_from_dict(fields_of(model.config.model_type)).stacks
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in stacks:
+            found |= {ours: (part, parameter) for ours, part in zip(stacks[name], parameter, strict=True)}
+            continue
         name = name.replace("mlp.gate.", "block_sparse_moe.gate.") if model.config.model_type == "mixtral" else name
         if name.endswith("experts.gate_up_proj"):
             stem = name.removesuffix("gate_up_proj")
@@ -162,18 +167,19 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
     stage = Stage(config, range(config.num_hidden_layers), Placement(Axis(), False, dtype, "cpu"), resolved)
     oracle.fill(stage)
     stage.refresh_adapters()
-    ours = dict(stage.named_parameters())
+    splits, trained = named_splits(stage), stage.trainable()
+    ours = {name: in_file_order(splits[name], p.detach()) for name, p in stage.named_parameters()}
     fields = fields_of(family)
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields),
-        attn_implementation="sdpa",
+        attn_implementation="eager" if family == "gpt_oss" else "sdpa",
         experts_implementation="eager",
     ).to(dtype)
     places = plain_names(model)
     assert set(places) == {name for name in config.tensors}
     with torch.no_grad():
         for name, (place, _) in places.items():
-            place.copy_(merged(name, ours, resolved))
+            place.copy_(merged(name, ours, config, resolved))
     ours_loss, theirs_loss = 0.0, 0.0
     for row in documents(config.vocab_size):
         for document in row:
@@ -196,19 +202,23 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
         place, holder = places[f"{name}.weight"]
         offset = place.storage_offset() - holder.storage_offset()
         dW = holder.grad.contiguous().as_strided(place.shape, place.stride(), offset)
-        A, B = (ours[f"{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        for factor, expected in ((A, adapter.scaling * B.T @ dW), (B, adapter.scaling * dW @ A.T)):
+        dW = dW.T if config.linears[name].linear.transposed else dW
+        keys = [f"{name}.{factor}.weight" for factor in ("lora_A", "lora_B")]
+        A, B = (ours[key] for key in keys)
+        for key, expected in zip(keys, (adapter.scaling * B.T @ dW, adapter.scaling * dW @ A.T), strict=True):
+            grad = in_file_order(splits[key], trained[key].grad)
             assert expected.abs().max() > 1e-9, name
-            assert (factor.grad - expected).abs().max() <= tolerance * expected.abs().max(), name
+            assert (grad - expected).abs().max() <= tolerance * expected.abs().max(), name
 
 
-def merged(name: str, ours: dict, lora) -> torch.Tensor:
+def merged(name: str, ours: dict, config, lora) -> torch.Tensor:
     linear = name.removesuffix(".weight")
-    adapter = lora.adapter(linear)
+    adapter = lora.adapter(linear) if name.endswith(".weight") else None
     if adapter is None:
         return ours[name]
     A, B = (ours[f"{linear}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-    return ours[name] + adapter.scaling * B @ A
+    delta = adapter.scaling * B @ A
+    return ours[name] + (delta.T if config.linears[linear].linear.transposed else delta)
 
 
 # ---- the choice
@@ -257,7 +267,10 @@ def test_what_experts_cannot_carry_is_refused(field):
 # ---- generation
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "deepseek_v3"])
+CACHED = ("qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", CACHED)
 def test_a_cache_gives_the_hidden_states_of_whole_sequences(family):
     """Prompts of two lengths, one that goes on from what the cache holds, then single tokens: adapters in force."""
     config = config_from_dict(fields_of(family))
@@ -277,7 +290,7 @@ def test_a_cache_gives_the_hidden_states_of_whole_sequences(family):
             hidden = steps.decode(None, [texts[0][7 + i], texts[1][10 + i]], [0, 1], [7 + i, 10 + i])
             close(hidden, torch.stack([expected[0][7 + i], expected[1][10 + i]]))
     sizes = {tuple(x.shape[1:]) for pair in steps._cache._layers.values() for x in pair}
-    if family != "qwen2_moe":
+    if family.startswith("deepseek"):
         assert sizes == {(1, 16, 24)}, "a token takes one latent and its rotated features, whatever the heads"
 
 

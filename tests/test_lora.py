@@ -149,6 +149,7 @@ def test_a_model_type_without_default_asks_for_names():
         {"rank_pattern": {"(": 4}}, {"alpha_pattern": {"q_proj": -1}}, {"alpha_pattern": {"q_proj": "1"}},
         {"layers_to_transform": []}, {"layers_to_transform": [-1]}, {"layers_to_transform": ["0"]},
         {"layers_to_transform": [True]}, {"layers_to_transform": "all"},
+        {"target_parameters": "w"}, {"target_parameters": [1]},
         {"task_type": "FEATURE_EXTRACTION"}, {"task_type": "CAUSALLM"},
         {"peft_type": "IA3"},
     ],
@@ -165,7 +166,7 @@ def test_a_value_out_of_range_is_refused_by_name(fields):
     "fields",
     [
         {"layer_replication": [[0, 4]]}, {"megatron_config": {"a": 1}},
-        {"target_parameters": ["w"]}, {"loftq_config": {"bits": 4}},
+        {"loftq_config": {"bits": 4}},
         {"eva_config": {"rho": 2}}, {"corda_config": {}}, {"use_qalora": True}, {"arrow_config": {"a": 1}},
         {"alora_invocation_tokens": [1]}, {"lora_aplha": 16}, {"dropout": 0.1}, {"velora_config": {"a": 1}},
     ],

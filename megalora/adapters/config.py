@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megalora.adapters.lora import Adapter
@@ -37,7 +38,6 @@ _NEUTRAL: Mapping[str, tuple] = {
     "use_qalora": (False,),
     "use_bdlora": (None, False),
     "megatron_config": (None,),
-    "target_parameters": (None, []),
     "loftq_config": (None, {}),
     "eva_config": (None,),
     "corda_config": (None,),
@@ -63,6 +63,8 @@ class LoraConfig:
     target_modules    None: the default of the model_type; names (a module matches when its name is one of them or
                       ends in "." + one); "all-linear": every linear but the head and routers; any other string: a
                       regular expression over the whole module name
+    target_parameters names of tensors that hold the weights of all experts of a layer (gpt_oss): their linears are
+                      adapted too, each by itself. peft's way to name what it has no modules for
     r, lora_alpha     rank and scale; rank_pattern and alpha_pattern map a pattern of module names to other values
     use_rslora        s = alpha / sqrt(r) instead of alpha / r
     bias              which biases are trained: "none", "all", or "lora_only", those of adapted modules
@@ -82,6 +84,7 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] | str | None = None
     bias: str = "none"
     modules_to_save: tuple[str, ...] | None = None
@@ -154,6 +157,7 @@ class LoraConfig:
         vocab_size: int = 0,
         without: Sequence[str] = (),
         routers: Collection[str] = (),
+        stacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> ResolvedLora:
         """Return which linears of a model are adapted, and how.
 
@@ -161,9 +165,12 @@ class LoraConfig:
         ends     full names of the head and the embedding
         without  full names of linears that cannot carry an adapter
         routers  full names of those of `linears` that "all-linear" leaves out, as in peft, where they are no linears
+        stacks   full name of each tensor that holds the weights of several linears -> their names
         Raises UserError where nothing matches, a name in the list matches nothing, or a layer index does not exist.
         """
         targets = self.target_modules
+        if targets is None and self.target_parameters:
+            targets = ()
         if targets is None:
             if model_type not in DEFAULT_TARGET_MODULES:
                 raise UserError(f"lora_config: no default target_modules for model_type {model_type!r}", "name them")
@@ -190,16 +197,11 @@ class LoraConfig:
                         f"choose among {', '.join(short)}",
                     )
         if self.layers_to_transform is not None:
-            layers = set(linears.values())
-            missing = [i for i in self.layers_to_transform if i not in layers]
-            if missing:
-                raise UserError(
-                    f"lora_config: layers_to_transform names layer {missing[0]}, but the model has layers "
-                    f"0 to {max(layers)}",
-                    "correct the index",
-                )
             exactly = set() if isinstance(targets, str) else {*targets}  # as peft: a full name stands for itself
-            matched = [n for n in matched if n in exactly or linears.get(n) in self.layers_to_transform]
+            chosen = self._check_layers(self.layers_to_transform, set(linears.values()))
+            matched = [n for n in matched if n in exactly or linears.get(n) in chosen]
+        stacked = self._of_parameters(model_type, stacks)
+        matched = [*matched, *(n for n in linears if n in stacked - {*matched})]
         excluded = self._excluded(matched, patterns)
         matched = [n for n in matched if n not in excluded]
         if not matched:
@@ -214,12 +216,39 @@ class LoraConfig:
         self._check_ends(set(matched) & set(ends), saved, tokens)
         return ResolvedLora(self, {name: self._adapter(name, patterns) for name in matched}, saved, tokens)
 
+    @staticmethod
+    def _check_layers(chosen: Collection[int], layers: Collection[int]) -> Collection[int]:
+        """Return the layers that layers_to_transform names. Raises UserError for one that the model lacks."""
+        missing = [i for i in chosen if i not in layers]
+        if missing:
+            raise UserError(
+                f"lora_config: layers_to_transform names layer {missing[0]}, but the model has layers 0 to "
+                f"{max(layers)}",
+                "correct the index",
+            )
+        return chosen
+
     def _check_patterns(self, names: Sequence[str], patterns: Patterns) -> None:
         for field_name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field_name):
                 if not any(patterns.fits_end(pattern, name) for name in names):  # one that is not adapted does no harm
                     said = f"{field_name} names {pattern!r}, which matches no linear of this model"
                     raise UserError(f"lora_config: {said}", "correct or remove the name")
+
+    def _of_parameters(self, model_type: str, stacks: Mapping[str, Sequence[str]]) -> set[str]:
+        """Return the linears whose weights the tensors of `target_parameters` hold."""
+        found: set[str] = set()
+        for target in self.target_parameters or ():
+            named = [parts for name, parts in stacks.items() if name == target or name.endswith(f".{target}")]
+            if not named:
+                known = ", ".join(sorted({name.partition(".experts.")[2] for name in stacks}))
+                choose = f"choose among experts.{known.replace(', ', ', experts.')}" if known else (
+                    "name the linears of its experts in target_modules"
+                )  # fmt: skip
+                said = f"target_parameters names {target!r}, which holds no weights of experts of {model_type}"
+                raise UserError(f"lora_config: {said}", choose)
+            found |= {name for parts in named for name in parts}
+        return found
 
     def _check_ends(self, adapted: Collection[str], saved: Collection[str], tokens: Collection[str]) -> None:
         for field_name in ("use_dora", "lora_bias"):
@@ -397,15 +426,15 @@ def _check_layers(values: dict[str, Any], need: Callable[[str, bool, str], None]
 def _check_modules(values: dict[str, Any], need: Callable[[str, bool, str], None], where: str) -> None:
     if "trainable_token_indices" in values:
         values["trainable_token_indices"] = checked_tokens(values["trainable_token_indices"], where)
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+    for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
         modules = values.get(name)
         if isinstance(modules, (list, tuple, set)):
-            empty = name != "target_modules"
+            empty = name != "target_modules" or bool(values.get("target_parameters"))
             good = (empty or len(modules) > 0) and all(isinstance(t, str) for t in modules)
             need(name, good, "a list of names")
             values[name] = tuple(sorted(modules)) or None
         elif modules is not None:
-            good = isinstance(modules, str) and name != "modules_to_save"
+            good = isinstance(modules, str) and name not in ("modules_to_save", "target_parameters")
             need(name, good, "a list of names, all-linear or a regular expression")
             if modules != "all-linear" or name == "exclude_modules":
                 check_pattern(modules, f"{where}: {name}")

@@ -155,7 +155,7 @@ BOUNDS: Mapping[str, Bound] = {
         Number(False, 1e-9, 1e9),
         """routed_scaling_factor attention_multiplier embedding_multiplier residual_multiplier logits_scaling
         logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping mup_embeddings_scale
-        mup_output_alpha mup_width_scale attn_config.softmax_scale attn_config.clip_qkv""",
+        mup_output_alpha mup_width_scale swiglu_alpha swiglu_limit attn_config.softmax_scale attn_config.clip_qkv""",
     ),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
     **_all(

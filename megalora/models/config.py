@@ -224,6 +224,15 @@ def check_writes_text(config: ModelSpec, model_path: str, hint: str) -> None:
         raise UserError(f"model_path {model_path}: a {config.model_type} writes no text", hint)
 
 
+def check_task(task: str, config: ModelSpec, where: str) -> None:
+    """Raise UserError where a model cannot be trained for a task."""
+    if task not in config.tasks:
+        raise UserError(
+            f"{where}: task_type {task} does not fit a {config.model_type}",
+            f"choose {' or '.join(config.tasks)}, or another model",
+        )
+
+
 def check_context(config: ModelSpec, cp: int, task: str) -> None:
     """Raise UserError where documents cannot be cut over cp ranks: attention must be causal, with plain scores."""
     if cp == 1:

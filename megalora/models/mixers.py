@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from megalora.models.linears import Linear, Projection, linears_of
+from megalora.models.linears import Fused, Linear, Projection, linears_of
 from megalora.models.routers import Router
 
 
@@ -115,6 +116,7 @@ class Attention:
     causal          a token sees none behind it
     clip            q, k and v are cut to [-clip, clip], before their norms
     dropout         of the base, of the probabilities in training
+    sinks           name of a tensor [heads]: a score of each head that takes its share of the softmax and gives nothing
     """
 
     q: Projection
@@ -133,6 +135,12 @@ class Attention:
     causal: bool = True
     clip: float | None = None
     dropout: float = 0.0
+    sinks: str | None = None
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of what is neither linear nor norm."""
+        if self.sinks is not None:
+            yield self.sinks, (self.heads,)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -218,6 +226,13 @@ class LatentAttention:
         return tuple(norm for norm in (self.q_norm, self.kv_norm) if norm is not None)
 
 
+class Clamp(NamedTuple):
+    """(up + 1) * gate * sigmoid(alpha * gate), gate cut to at most `limit`, up to [-limit, limit] (gpt_oss)."""
+
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True)
 class MLP:
     """down(act(gate) * up), or down(act(up)) where there is no gate.
@@ -226,6 +241,7 @@ class MLP:
     inner     features between
     act       HF's name of the activation
     dropout   of the base, of what down reads
+    clamp     what down reads instead, of experts alone
     """
 
     up: Projection
@@ -234,6 +250,7 @@ class MLP:
     act: str
     gate: Projection | None = None
     dropout: float = 0.0
+    clamp: Clamp | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -250,6 +267,8 @@ class Experts:
 
     expert       of which each has its own, with {expert} for its index in the names
     shared       the MLP of all tokens; shared_gate: its result times sigmoid(gate), one number a token
+    stacked      files hold one tensor for all experts, [count, ...], whose name lacks `{expert}.` and `.weight`
+    weighs_input the weight of an expert multiplies what it reads, not its result
     """
 
     router: Router
@@ -257,16 +276,29 @@ class Experts:
     expert: MLP
     shared: MLP | None = None
     shared_gate: Linear | None = None
+    stacked: bool = False
+    weighs_input: bool = False
 
     def at(self, index: int) -> MLP:
         """Return the MLP of one expert."""
 
-        def named(linear: Linear) -> Linear:
-            return replace(linear, name=linear.name.format(expert=index))
+        def named(made: Projection) -> Any:
+            linear = made.linear if isinstance(made, Fused) else made
+            linear = replace(linear, name=linear.name.format(expert=index))
+            return replace(made, linear=linear) if isinstance(made, Fused) else linear
 
         mlp = self.expert
-        assert isinstance(mlp.gate, Linear) and isinstance(mlp.up, Linear)
+        assert mlp.gate is not None
         return replace(mlp, gate=named(mlp.gate), up=named(mlp.up), down=named(mlp.down))
+
+    def stacks(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield the name of each tensor of all experts in the file, and our names of its parts, one an expert."""
+        if not self.stacked:
+            return
+        for linear in self.expert.linears:
+            stem = linear.name.replace("{expert}.", "")
+            for end, ours in (("", "weight"), *((("_bias", "bias"),) if linear.bias else ())):
+                yield f"{stem}{end}", tuple(f"{linear.name.format(expert=i)}.{ours}" for i in range(self.count))
 
     @property
     def linears(self) -> tuple[Linear, ...]:

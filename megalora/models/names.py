@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from torch import nn
 
+from megalora.parallel.split import Split
+
+
+class Stem(nn.Module):
+    """A part of a name; splits: how the parameters that stand directly below it are cut, by their last name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.splits: dict[str, Split] = {}
+
+    def shard_dims(self) -> dict[str, Split]:
+        return self.splits
+
 
 def hang(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Register `module` below `root` under the dotted `name`, with plain modules in between where there are none."""
+    """Register `module` below `root` under the dotted `name`, with stems in between where there are none."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:
-            root.add_module(part, nn.Module())
+            root.add_module(part, Stem())
         root = root._modules[part]
     assert last not in root._modules, name
     root.add_module(last, module)

@@ -173,12 +173,12 @@ ROUTER_FIXED = {"output_router_logits": False}
 ROUTER_HARMLESS = frozenset({"router_aux_loss_coef"})
 
 
-def router(hf: Fields, name: str, count: int, **how: Any) -> Router:
+def router(hf: Fields, name: str, count: int, *, bias: bool = False, **how: Any) -> Router:
     """Return a router that chooses num_experts_per_tok of `count` experts. Raises UserError for more than all."""
     top = hf.num_experts_per_tok
     if top > count:
         hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count})", "correct it")
-    return Router(Linear(name, hf.hidden_size, count), top, **how)
+    return Router(Linear(name, hf.hidden_size, count, bias), top, **how)
 
 
 def sparse_layers(hf: Fields) -> tuple[bool, ...]:

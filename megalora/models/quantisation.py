@@ -11,7 +11,8 @@ _REMEDY = "take the model's unquantised checkpoint, which --base_format nf4 or f
 
 
 def stored_format(raw: Mapping[str, Any], where: str) -> str:
-    """Return the format of the linears in the files of a config.json: "nf4", "fp8", or "dense".
+    """Return the format of the linears in the files of a config.json: "nf4", "fp8", or "dense", also where only the
+    experts of MXFP4 are quantised, which are decoded.
 
     Raises UserError for a way of quantising that is not read.
     """
@@ -25,9 +26,12 @@ def stored_format(raw: Mapping[str, Any], where: str) -> str:
     method = fields.get("quant_method")
     if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
         method = "bitsandbytes"  # early files do not name it
+    if method == "mxfp4":
+        return "dense"
     readers = {"bitsandbytes": _bitsandbytes, "fp8": _fp8, "compressed-tensors": _compressed_tensors}
     if method not in readers:
-        raise _refused(where, f"quant_method = {method!r} is not read (bitsandbytes, fp8 and compressed-tensors are)")
+        known = "bitsandbytes, fp8, mxfp4 and compressed-tensors"
+        raise _refused(where, f"quant_method = {method!r} is not read ({known} are)")
     return readers[method](fields, where)
 
 

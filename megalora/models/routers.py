@@ -13,6 +13,7 @@ class Router:
 
     linear       logits, one an expert
     score        "softmax" over all experts, or "sigmoid"
+    by_logits    the choice is by the logits, in the dtype that they have, not by the scores
     renormalise  the chosen scores are divided by their sum
     scale        what the weights are multiplied by
     wide         logits are computed in float32, else in the compute dtype (scores always in float32)
@@ -24,6 +25,7 @@ class Router:
     linear: Linear
     top: int
     score: str = "softmax"
+    by_logits: bool = False
     renormalise: bool = False
     scale: float = 1.0
     wide: bool = False

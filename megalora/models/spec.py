@@ -34,6 +34,7 @@ from megalora.models.mixers import (  # noqa: F401
     MLP,
     Alibi,
     Attention,
+    Clamp,
     CrossAttention,
     Experts,
     LatentAttention,
@@ -326,9 +327,10 @@ class ModelSpec:
 
     @property
     def plain_scores(self) -> bool:
-        """Whether the kernels of GPUs compute all attention: no scores are capped, none have a bias."""
-        mixers = (mixer for mixer in self.mixers if isinstance(mixer, Attention))
-        return all(mixer.softcap is None and not isinstance(mixer.position, Alibi | RelativeTable) for mixer in mixers)
+        """Whether the kernels of GPUs compute all attention: no scores are capped, none have a bias or sinks."""
+        mixers = [mixer for mixer in self.mixers if isinstance(mixer, Attention)]
+        biased = any(isinstance(mixer.position, Alibi | RelativeTable) for mixer in mixers)
+        return not biased and all(mixer.softcap is None and mixer.sinks is None for mixer in mixers)
 
     @property
     def reads_positions(self) -> bool:
@@ -364,6 +366,37 @@ class ModelSpec:
         return [sizes[i] for i in range(self.num_hidden_layers)]
 
     @cached_property
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """Every tensor of the file that holds those of several experts, by full name, and their full names in order."""
+        return {
+            self.stack.of_layer(index, name): tuple(self.stack.of_layer(index, part) for part in parts)
+            for index, layer in enumerate(self.stack.layers)
+            for mixer in mixers_of(layer)
+            if isinstance(mixer, Experts)
+            for name, parts in mixer.stacks()
+        }
+
+    @cached_property
+    def stacked_linears(self) -> Mapping[str, tuple[str, ...]]:
+        """Every tensor of the file that holds the weights of several experts, and the linears that they are of."""
+        weights = {name: parts for name, parts in self.stacks.items() if parts[0].endswith(".weight")}
+        return {name: tuple(part.removesuffix(".weight") for part in parts) for name, parts in weights.items()}
+
+    @cached_property
+    def fused_experts(self) -> Mapping[str, tuple[str, ...]]:
+        """The linears of experts that transformers has in one: its name for those of one expert, and ours."""
+        found: dict[str, tuple[str, ...]] = {}
+        for index, layer in enumerate(self.stack.layers):
+            for mixer in mixers_of(layer):
+                if not isinstance(mixer, Experts) or mixer.stacked:
+                    continue
+                for expert in range(mixer.count):
+                    *ups, down = (self.stack.of_layer(index, linear.name) for linear in mixer.at(expert).linears)
+                    stem = self.stack.of_layer(index, f"mlp.experts.{expert}")
+                    found |= {f"{stem}.gate_up_proj": tuple(ups), f"{stem}.down_proj": (down,)}
+        return found
+
+    @cached_property
     def shares(self) -> Mapping[str, float]:
         """The share of all tokens that goes through a linear on average, by full name, where it is less than 1."""
         return {
@@ -386,7 +419,7 @@ class ModelSpec:
             for mixer in mixers_of(layer):
                 if isinstance(mixer, Attention) and isinstance(mixer.position, RelativeTable):
                     found[mixer.position.weight] = (mixer.position.buckets, mixer.heads)
-                for part in (*mixer.linears, *((mixer,) if isinstance(mixer, Experts) else ())):
+                for part in (*mixer.linears, *((mixer,) if isinstance(mixer, Attention | Experts) else ())):
                     found |= {self.stack.of_layer(index, name): shape for name, shape in part.tensors()}
         found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))
         for index, layer in enumerate(self.stack.layers):

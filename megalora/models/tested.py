@@ -48,7 +48,7 @@ _PARITY = (
 )
 _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
-_EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe mixtral qwen2_moe qwen3_moe"
+_EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss mixtral qwen2_moe qwen3_moe"
 _TODAY = (
     "cohere cohere2 exaone4 gemma gemma2 gemma3_text glm glm4 granite nemotron olmo2 olmo3 smollm3 stablelm starcoder2"
 )
@@ -125,7 +125,7 @@ FEATURES = (
         "greedy replies are transformers', token for token",
         {
             "cache": _types(f"{_FIRST_NAMES} btlm chatglm codegen gpt_bigcode gpt_neo mpt opt phi")
-            | _types("deepseek_v2 deepseek_v3 qwen2_moe"),
+            | _types("deepseek_v2 deepseek_v3 gpt_oss qwen2_moe"),
             "shared": _types("glm4_moe mixtral qwen3_moe"),
             "labels": _types(_ENCODERS),
         },

@@ -56,7 +56,7 @@ def decode_attention(
 
 
 def _capped(q_BHD, keys, values, seen, behind, scores: Scores) -> torch.Tensor:
-    """Map keys, values [B, K, n, D], seen [B, 1, n], behind [B, n] to [B, H, D], with softcap and biases."""
+    """Map keys, values [B, K, n, D], seen [B, 1, n], behind [B, n] to [B, H, D], with softcap, biases and sinks."""
     wide, group = torch.promote_types(q_BHD.dtype, torch.float32), q_BHD.shape[1] // keys.shape[1]
     q = q_BHD.unflatten(1, (-1, group)).to(wide)
     s = q @ keys.to(wide).transpose(2, 3) * (q.shape[3] ** -0.5 if scores.scale is None else scores.scale)
@@ -66,7 +66,12 @@ def _capped(q_BHD, keys, values, seen, behind, scores: Scores) -> torch.Tensor:
         s = s - scores.slopes.view(1, -1, group, 1) * behind[:, None, None].abs()
     if scores.offsets is not None:
         s = s + scores.bias(behind).transpose(0, 1).unflatten(1, (-1, group))
-    weights = s.masked_fill(~seen.unsqueeze(2), float("-inf")).softmax(-1).to(q_BHD.dtype)
+    s = s.masked_fill(~seen.unsqueeze(2), float("-inf"))
+    if scores.sinks is None:
+        weights = s.softmax(-1).to(q_BHD.dtype)
+    else:
+        sinks = scores.sinks.view(1, -1, group, 1).expand(len(s), -1, -1, -1).to(wide)
+        weights = torch.cat([s, sinks], -1).softmax(-1)[..., :-1].to(q_BHD.dtype)
     return (weights @ values).flatten(1, 2)
 
 

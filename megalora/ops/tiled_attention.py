@@ -27,6 +27,7 @@ class Scores:
     slopes   [H] in at least float32, of this rank's query heads: -slope * |query - key| is added (ALiBi); None: nothing
     causal   a token sees none behind it
     offsets  [H, 2 L + 1] in at least float32: offsets[h, L + key - query] is added, beyond L as at L (T5); or None
+    sinks    [H] in at least float32, of this rank's query heads: scores that take part in the softmax and give nothing
     """
 
     scale: float | None = None
@@ -34,11 +35,12 @@ class Scores:
     slopes: torch.Tensor | None = None
     causal: bool = True
     offsets: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def simple(self) -> bool:
         """Whether torch's own kernels compute them, forward and backward."""
-        return self.softcap is None and self.slopes is None and self.offsets is None
+        return self.softcap is None and self.slopes is None and self.offsets is None and self.sinks is None
 
     def bias(self, behind: torch.Tensor) -> torch.Tensor:
         """Return `offsets` [H, ...] where query - key is `behind` [...]."""
@@ -162,13 +164,22 @@ class TiledDocuments:
             return torch.bmm(a, b, out_dtype=self.wide)
         return torch.bmm(a.to(self.wide), b.to(self.wide))
 
+    def total(self, s: torch.Tensor) -> torch.Tensor:
+        """Return the logsumexp [C K, G, n] of the scores [C K, G, n, m] and the sinks: with it in place of that of the
+        scores alone, the probabilities and their backward pass are those with sinks."""
+        total, sinks = s.logsumexp(-1), self.scores.sinks
+        if sinks is None:
+            return total
+        each = sinks.view(1, self.kv_heads, self.group).expand(self.run.count, -1, -1).reshape(-1, self.group, 1)
+        return torch.logaddexp(total, each.to(total.dtype))
+
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (attention [C N, H, D], logsumexp of the scores [C K, G, N])."""
         out = torch.empty_like(self.q)
         lse = torch.empty(self.q.shape[:3], dtype=self.wide, device=self.q.device)
         for tile in self.tiles():
             s, _ = self.weights(tile)
-            lse[:, :, tile.first : tile.stop] = total = s.logsumexp(-1)
+            lse[:, :, tile.first : tile.stop] = total = self.total(s)
             p = self.dropped(s.sub_(total.unsqueeze(-1)).exp_(), tile).to(self.q.dtype)
             part = self.product(p.flatten(1, 2), self.v[:, tile.low : tile.high])
             out[:, :, tile.first : tile.stop] = part.unflatten(1, (self.group, -1))

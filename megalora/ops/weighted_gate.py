@@ -1,6 +1,13 @@
-"""SwiGLU of experts' rows, each times the weight of its pair: one Triton kernel on a GPU, torch elsewhere."""
+"""What stands between up and down of experts, and the weights of pairs in it: SwiGLU in one Triton kernel on a GPU,
+torch elsewhere.
+
+Legend: M rows (pairs of token and expert), F tokens, k choices of each, I inner features.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -10,36 +17,130 @@ from megalora.ops.swiglu import swiglu, swiglu_backward
 _BLOCK = 1024
 
 
-def weighted_gate(gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
-    """Return w silu(gate) up with room behind it, [M, I + room], undefined in the room.
+class Gate(Protocol):
+    """weighs_result: the weight of a pair is a factor of what down reads; else it is within its gate."""
 
-    gate_up [M, 2 I], gate before up; weights [F, k] in at least float32. Not for autograd.
-    """
-    if not fuses(gate_up):
-        X = swiglu(gate_up, room)
-        X[:, : gate_up.shape[1] // 2].mul_(weights.flatten()[routes.pair, None])
+    @property
+    def weighs_result(self) -> bool: ...
+
+    def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
+        """Return what down reads with room behind it, [M, I + room], undefined in the room.
+
+        gate_up [M, 2 I], gate before up (Clamped: in turn); weights [F, k] in at least float32. Not for autograd.
+        """
+        ...
+
+    def backward(
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (the gradient of gate_up [M, 2 I], that of each row's weight [M]) from dh [M, I], overwritten."""
+        ...
+
+
+class _Silu:
+    """w silu(gate) up."""
+
+    weighs_result = True
+
+    def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
+        if not fuses(gate_up):
+            X = swiglu(gate_up, room)
+            X[:, : gate_up.shape[1] // 2].mul_(_of_rows(weights, routes))
+            return X
+        from megalora.ops.routing_kernels import gate_kernel
+
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        X = gate_up.new_empty(rows, size + room)
+        grid = (rows, -(-size // _BLOCK))
+        gate_kernel[grid](gate_up, weights.contiguous(), routes.pair, routes.count, X, size, X.stride(0), BLOCK=_BLOCK)
         return X
-    from megalora.ops.routing_kernels import gate_kernel
 
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    X = gate_up.new_empty(rows, size + room)
-    grid = (rows, -(-size // _BLOCK))
-    gate_kernel[grid](gate_up, weights.contiguous(), routes.pair, routes.count, X, size, X.stride(0), BLOCK=_BLOCK)
-    return X
+    def backward(
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not fuses(gate_up):
+            dweights = (dh * swiglu(gate_up)).sum(1, dtype=weights.dtype)
+            return swiglu_backward(dh.mul_(_of_rows(weights, routes)), gate_up, None)[0], dweights
+        from megalora.ops.routing_kernels import gate_backward_kernel
+
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        grad, dweights = torch.empty_like(gate_up), weights.new_empty(rows)
+        gate_backward_kernel[(rows,)](
+            dh, gate_up, weights.contiguous(), routes.pair, routes.count, grad, dweights, size, dh.stride(0),
+            BLOCK=_BLOCK,
+        )  # fmt: skip
+        return grad, dweights
 
 
-def weighted_gate_backward(
-    dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (the gradient of gate_up [M, 2 I], that of each row's weight [M]) from dh [M, I], which is overwritten."""
-    if not fuses(gate_up):
-        dweights = (dh * swiglu(gate_up)).sum(1, dtype=weights.dtype)
-        return swiglu_backward(dh.mul_(weights.flatten()[routes.pair, None]), gate_up, None)[0], dweights
-    from megalora.ops.routing_kernels import gate_backward_kernel
+SILU = _Silu()
 
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    grad, dweights = torch.empty_like(gate_up), weights.new_empty(rows)
-    gate_backward_kernel[(rows,)](
-        dh, gate_up, weights.contiguous(), routes.pair, routes.count, grad, dweights, size, dh.stride(0), BLOCK=_BLOCK
-    )
-    return grad, dweights
+
+class _ScaledInput:
+    """silu(w gate) (w up): the weight multiplies what the expert reads (llama4)."""
+
+    weighs_result = False
+
+    def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
+        return swiglu(gate_up * _of_rows(weights, routes).to(gate_up.dtype), room)
+
+    def backward(
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        w = _of_rows(weights, routes).to(gate_up.dtype)
+        grad = swiglu_backward(dh, gate_up * w, None)[0]
+        dweights = (grad * gate_up).sum(1, dtype=weights.dtype)
+        return grad.mul_(w), dweights
+
+
+SCALED_INPUT = _ScaledInput()
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """w (up + 1) gate sigmoid(alpha gate), gate cut to at most `limit`, up to [-limit, limit] (gpt_oss).
+
+    Columns of gate and up lie in turn: gate 0, up 0, gate 1, ...
+    """
+
+    alpha: float
+    limit: float
+
+    weighs_result = True
+
+    def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
+        gate, up = self._cut(gate_up)
+        size = gate.shape[1]
+        X = gate_up.new_empty(gate_up.shape[0], size + room)
+        torch.mul(gate * torch.sigmoid(gate * self.alpha), up + 1, out=X[:, :size])
+        X[:, :size].mul_(_of_rows(weights, routes))
+        return X
+
+    def backward(
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = self._cut(gate_up)
+        opened = torch.sigmoid(gate * self.alpha)
+        glu = gate * opened
+        dweights = (dh * glu * (up + 1)).sum(1, dtype=weights.dtype)
+        dh.mul_(_of_rows(weights, routes))
+        grad = torch.empty_like(gate_up)
+        dgate, dup = _in_turn(grad)
+        torch.mul(dh * (up + 1), opened * (1 + self.alpha * gate * (1 - opened)), out=dgate)
+        torch.mul(dh, glu, out=dup)
+        raw_gate, raw_up = _in_turn(gate_up)
+        dgate.masked_fill_(raw_gate > self.limit, 0.0)
+        dup.masked_fill_(raw_up.abs() > self.limit, 0.0)
+        return grad, dweights
+
+    def _cut(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = _in_turn(gate_up)
+        return gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+
+
+def _in_turn(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate_up[:, 0::2], gate_up[:, 1::2]
+
+
+def _of_rows(weights: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """Return the weight of each row [M, 1]."""
+    return weights.flatten()[routes.pair, None]

@@ -149,6 +149,8 @@ class ExpertGroup:
                 "lora_config: use_dora and lora_bias are not implemented for the linears of experts",
                 "leave the field out, or name other target_modules",
             )
+        if any(linear.bias is not None and linear.bias.requires_grad for linear in self.linears):
+            raise UserError('lora_config: biases of experts cannot be trained: set bias to "none"')
         self.dropout = max((adapter.dropout for adapter in adapters), default=0.0)
         count, self.output = len(self.experts), sum(self.sizes)
         self.matrix = expert_matrices(place, count, self.output, self.in_features, self.room)
@@ -165,6 +167,10 @@ class ExpertGroup:
     @property
     def linears(self) -> list[ParallelLinear]:
         return [linear for linears in self.experts for linear in linears]
+
+    @property
+    def biased(self) -> bool:
+        return self.experts[0][0].bias is not None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -237,13 +243,20 @@ class ExpertGroup:
         z[:, : self.rank] = grouped_nt(dropped, self.down, bounds)
         z[:, self.rank :].zero_()
 
-    def multiply(self, X: torch.Tensor, bounds: Bounds, expert: torch.Tensor) -> torch.Tensor:
-        """Return X P_e^T + b_e [M, O] for X [M, I + C]; expert [M] int64."""
+    def multiply(
+        self, X: torch.Tensor, bounds: Bounds, expert: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return X P_e^T + w b_e [M, O] for X [M, I + C]; expert [M] int64, weights [M, 1], 1 where there are none."""
         assert self._ready, "refresh() comes before the first use"
         y = self.matrix.multiply(X, bounds)
         if self.bias is None:
             return y
-        return y.add_(self.bias[expert.clamp(max=len(self.experts) - 1)])
+        return y.add_(self.bias_of(expert)) if weights is None else y.addcmul_(self.bias_of(expert), weights)
+
+    def bias_of(self, expert: torch.Tensor) -> torch.Tensor:
+        """Return the bias of each row's expert [M, O], in the compute dtype."""
+        assert self.bias is not None
+        return self.bias[expert.clamp(max=len(self.experts) - 1)]
 
     def multiply_transposed(self, dy: torch.Tensor, bounds: Bounds, branch_only: bool) -> torch.Tensor:
         """Return dy P_e [M, I + C], or its last C columns alone."""

@@ -2,8 +2,8 @@
 
 The weight of a pair is applied to what down reads, which is the same sum and needs none of down's results in backward:
 
-    X   = [x of the pair's token | z]        gate_up = X P_e^T
-    X'  = [w silu(gate) up | z']             y       = X' P'_e^T          out of a token = sum of its pairs' y
+    X   = [x of the pair's token | z]        gate_up = X P_e^T + b_e
+    X'  = [w silu(gate) up | z']             y       = X' P'_e^T + w b'_e   out of a token = sum of its pairs' y
 
 Kept for backward: x, gate_up, z, z' and the weights; the rest is made again. Legend as in megalora.parallel.experts.
 """
@@ -17,18 +17,19 @@ import torch
 from megalora.ops.dropout import Dropout, dropout, dropout_add_
 from megalora.ops.grouped import grouped
 from megalora.ops.routing import Routes, by_pair, combine, dispatch, route
-from megalora.ops.weighted_gate import weighted_gate, weighted_gate_backward
+from megalora.ops.weighted_gate import SILU, Gate
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.placement import Placement, Tokens
 
 
 class ExpertPair:
-    """gate and up, then down, of this rank's experts [first, stop)."""
+    """gate and up, then down, of this rank's experts [first, stop); gate: what stands between them."""
 
-    def __init__(self, up: ExpertGroup, down: ExpertGroup, first: int):
+    def __init__(self, up: ExpertGroup, down: ExpertGroup, first: int, gate: Gate = SILU):
         assert sum(up.sizes) == 2 * down.in_features and len(up.experts) == len(down.experts)
-        self.up, self.down, self.first, self.stop = up, down, first, first + len(up.experts)
+        assert down.biased <= gate.weighs_result, "the bias of what is not weighed is not weighed either"
+        self.up, self.down, self.first, self.stop, self.gate = up, down, first, first + len(up.experts), gate
 
     def row_index(self, routes: Routes, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what dropout is drawn from at each row, [M] int64, at the input of gate and up, and at that of down.
@@ -80,9 +81,10 @@ def _forward(pair: ExpertPair, x: torch.Tensor, weights: torch.Tensor, chosen: t
     up.project(X, routes.bounds, index, up.draw(tokens))
     gate_up, z_up = up.multiply(X, routes.bounds, routes.expert), X[:, up.in_features :].clone()
     del X
-    X = weighted_gate(gate_up, weights, routes, down.room)
+    X = pair.gate.forward(gate_up, weights, routes, down.room)
     down.project(X, routes.bounds, down_index, down.draw(tokens))
-    y, z_down = down.multiply(X, routes.bounds, routes.expert), X[:, down.in_features :].clone()
+    of_rows = weights.flatten()[routes.pair, None].to(x.dtype) if down.biased else None
+    y, z_down = down.multiply(X, routes.bounds, routes.expert, of_rows), X[:, down.in_features :].clone()
     return combine(y, routes), routes, gate_up, z_up, z_down
 
 
@@ -102,16 +104,18 @@ class _Experts(torch.autograd.Function):
         index, down_index = pair.row_index(routes, tokens)
         needs_x, needs_weights = ctx.needs_input_grad[:2]
         dy = dispatch(dout, routes, dout.shape[1])
-        X = weighted_gate(gate_up, weights, routes, 0)
+        X = pair.gate.forward(gate_up, weights, routes, 0)
         trains_up = up.anchor is not None
         dh = _backward(
             down, dy, X, z_down, ctx.factors[1], routes, down_index, down.draw(tokens),
             needs_x or trains_up or needs_weights,
         )  # fmt: skip
+        of_bias = (dy * down.bias_of(routes.expert)).sum(1, dtype=weights.dtype) if down.biased else 0
         del dy, X
         if dh is None:
             return (None,) * 6
-        dgate_up, of_rows = weighted_gate_backward(dh, gate_up, weights, routes)
+        dgate_up, of_rows = pair.gate.backward(dh, gate_up, weights, routes)
+        of_rows = of_rows + of_bias if down.biased else of_rows
         dweights = by_pair(of_rows, routes) if needs_weights else None
         if not (needs_x or trains_up):
             return None, dweights, None, None, None, None

@@ -264,7 +264,7 @@ class _Rank:
             return self._group(index, inputs, [(linear, linear.out_features) for linear in linears], row_parallel=False)
 
         mlps = [mixer.at(i).linears for i in range(mixer.count)]
-        ups, downs = [group(mlp[:2], size) for mlp in mlps], [group(mlp[2:], mixer.expert.inner) for mlp in mlps]
+        ups, downs = [group(mlp[:-1], size) for mlp in mlps], [group(mlp[-1:], mixer.expert.inner) for mlp in mlps]
         return Experts(
             group([mixer.router.linear], size),
             max(ups, key=lambda one: one.rank),

@@ -11,13 +11,12 @@ import torch
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.adapters.shared import Room
 from megalora.building import check_adapter, named_splits, resolve_lora
-from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.choices import CLASSIFICATION
 from megalora.data.tokenizer import open_tokenizer
 from megalora.errors import UserError
 from megalora.generation.requests import Change
-from megalora.identity import adapter_template, base_identity, check_base, other_base_format
+from megalora.identity import adapter_for, adapter_template, base_identity, check_base, other_base_format
 from megalora.models.linears import Linear
 from megalora.models.spec import Experts, LatentAttention, ModelSpec, mixers_of
 from megalora.models.stage import Stage
@@ -47,7 +46,7 @@ class AdapterReader:
 
     def read(self, name: str, folder: str) -> ReadAdapter:
         """Return the adapter `name` of a folder. Raises UserError where it is none that this base can share."""
-        adapter = open_adapter(folder)
+        adapter = adapter_for(folder, self._model_path)
         task = adapter.lora_config.get("task_type")
         if task in CLASSIFICATION:  # told first: the base with its head has another identity
             raise UserError(

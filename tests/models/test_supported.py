@@ -68,7 +68,7 @@ def tested() -> dict[str, dict[str, set[str]]]:
     found["parity"] = {"yes": packed | set(EXPERTS)}
     found["CUDA graphs"] = {"yes": ON_GPU}
     replies = six | modern | set(map(kind, SEQ2SEQ)) | {"gpt2", "bloom", "falcon", "gptj"}
-    by_token = {family for family, _ in classic.VARIANTS.values()} | {"qwen2_moe", "deepseek_v2", "deepseek_v3"}
+    by_token = {family for family, _ in classic.VARIANTS.values()} | set(experts.CACHED)
     found["generate"] = {"yes": replies, "cache": by_token - replies, "labels": set(map(kind, ENCODERS))}
     counted = {nodes.FIELDS["model_type"], "qwen3", *nodes.OLDER}
     counted |= {

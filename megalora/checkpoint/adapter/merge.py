@@ -9,7 +9,7 @@ import torch
 
 from megalora.adapters.dora import factors, square_norms
 from megalora.adapters.words import TOKENS
-from megalora.checkpoint.base.weights import BaseWeights
+from megalora.checkpoint.base.source import BaseWeights
 from megalora.errors import UserError
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.words import TOKENS
+from megalora.checkpoint.adapter.fused import by_expert, fused, is_fused
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.disk import unpickled
 from megalora.checkpoint.manifest import MANIFEST, entry_of, verify, write_manifest
@@ -52,6 +53,8 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
         fields.pop("qalora_group_size", None)  # peft writes it always
     # peft saves true in every folder and, when it loads one, goes by its own argument instead.
     fields["inference_mode"] = False
+    if not fields.get("target_modules") and fields.get("target_parameters"):
+        fields["target_modules"] = None
     lora_config = LoraConfig.from_dict(fields, str(config), trained=True).to_dict()
     base = fields.get("base_model_name_or_path")
     if isinstance(base, str):
@@ -64,6 +67,7 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     modules = (*(fields.get("modules_to_save") or ()), *resized)
     saved = tuple(f"{PREFIX}{name}" for name in _saved_names(modules, raw))
     tensors = {_our_name(key, file, saved): tensor for key, tensor in raw.items()}
+    tensors = by_expert(tensors, lora_config, str(file))
     adapted = _adapted(tensors)
     for linear in sorted(adapted):
         factors = [tensors.get(linear + suffix) for suffix in _FACTORS]
@@ -104,9 +108,12 @@ def write_peft(
         "inference_mode": True,
     }
     embeddings = {name.removesuffix(".lora_embedding_A") for name in tensors if name.endswith(".lora_embedding_A")}
-    fields |= _explicit_targets(fields, adapted | embeddings)
+    tensors = fused(tensors, fields)
+    modules = {name for name in _adapted(tensors) if not is_fused(fields, name.removesuffix(".base_layer"))}
+    fields |= _explicit_targets(fields, modules | embeddings)
     if any(_EXPERT.search(name) for name in adapted):  # peft refuses dropout there, even to use the adapter
-        fields |= {"target_modules": sorted({name.rpartition(".")[2] for name in adapted}), "lora_dropout": 0.0}
+        fields |= {"target_modules": sorted({name.rpartition(".")[2] for name in modules}), "lora_dropout": 0.0}
+    adapted = modules
     keys = {_peft_key(name, adapted): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         refuse_link(folder)

@@ -118,19 +118,22 @@ class HfWeights:
         Whole rows are read even where `index` cuts them: a cut along dim 1 takes bytes from the whole tensor.
         """
         entry, dtype = self._entries[name], self._stored_dtype(name)
-        rows, columns = index[0], index[1:]
-        row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
+        rows, columns, shape, offset = index[0], index[1:], entry.shape, entry.offset
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        while len(shape) > 2 and rows.stop - rows.start == 1:  # one of several in one tensor: rows of it
+            offset, shape, out = offset + rows.start * row_bytes, shape[1:], out[0]
+            rows, columns, row_bytes = columns[0], columns[1:], row_bytes // shape[0]
         step = max(1, BLOCK_BYTES // max(1, row_bytes))
         count = min(step, rows.stop - rows.start)
         if count * row_bytes > self._buffer.numel():
             self._buffer = torch.empty(max(BLOCK_BYTES, row_bytes), dtype=torch.uint8)
-        block = self._buffer[: count * row_bytes].view(dtype).view(count, *entry.shape[1:])
+        block = self._buffer[: count * row_bytes].view(dtype).view(count, *shape[1:])
         block_bytes = self._buffer.numpy().data
         try:
             with open(self._files[name], "rb", buffering=0) as stream:
                 for start in range(rows.start, rows.stop, step):
                     count = min(step, rows.stop - start)
-                    stream.seek(entry.offset + start * row_bytes)
+                    stream.seek(offset + start * row_bytes)
                     _read_exactly(stream, block_bytes[: count * row_bytes])
                     place = start - rows.start
                     out[place : place + count].copy_(block[(slice(count), *columns)])

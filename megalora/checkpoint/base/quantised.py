@@ -4,6 +4,7 @@ bitsandbytes, 4-bit    X.weight U8 [n / 2, 1]; .absmax, .quant_map and, quantise
                        .nested_quant_map; .quant_state.bitsandbytes__nf4, JSON in bytes
 fp8 (DeepSeek, Qwen)   X.weight F8_E4M3 with X.weight_scale_inv, one scale a block of 128 x 128, or one in all
 compressed-tensors     X.weight F8_E4M3 with X.weight_scale: one scale in all, one a row, or one a block
+MXFP4 (gpt_oss)        X_blocks U8 with X_scales U8, see megalora.checkpoint.base.mxfp4
 
 Each quantised weight stands here as one tensor of its decoded shape; linears that a checkpoint leaves in floating point
 stand as they are.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from megalora.checkpoint.base.hf import HfWeights, is_hf
+from megalora.checkpoint.base.mxfp4 import BLOCKS, Mxfp4
 from megalora.errors import UserError
 from megalora.files import read_json
 from megalora.ops.fp8 import Fp8Rows, Fp8Weight
@@ -57,12 +59,18 @@ class QuantisedWeights:
         names = weights.shapes.keys()
         block = _block_size(weights.folder)
         self._quantised: dict[str, _Nf4 | _Fp8] = {}
+        self._mxfp4: dict[str, Mxfp4] = {}
         parts: set[str] = set()
         for name in sorted(names):
             if _STATE in name:
                 found: _Nf4 | _Fp8 = _Nf4(weights, *name.split(_STATE))
             elif weights.kind(name) == "F8_E4M3":
                 found = _Fp8(weights, name, block)
+            elif name.endswith(BLOCKS) and weights.kind(name) == "U8":
+                stacked = Mxfp4(weights, name.removesuffix(BLOCKS))
+                self._mxfp4[stacked.name] = stacked
+                parts |= stacked.parts
+                continue
             else:
                 continue
             self._quantised[found.name] = found
@@ -75,6 +83,7 @@ class QuantisedWeights:
                 continue
             self.shapes[name] = weights.shapes[name]
             self._refuse(name)
+        self.shapes |= {name: stacked.shape for name, stacked in self._mxfp4.items()}
 
     def _refuse(self, name: str) -> None:
         """Raise UserError for a tensor that says that the files are quantised, but not how."""
@@ -89,20 +98,24 @@ class QuantisedWeights:
 
     def where(self, name: str) -> str:
         """Return the file that holds tensor `name`, for messages."""
-        return self._weights.where(name)
+        return self._weights.where(name + BLOCKS if name in self._mxfp4 else name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of tensor `name`, that in which it was quantised. Raises UserError as HfWeights."""
+        if name in self._mxfp4:
+            return Mxfp4.dtype
         found = self._quantised.get(name)
         return self._weights.dtype(name) if found is None else found.dtype
 
     def stored(self, name: str) -> Nf4Weight | Fp8Weight | None:
-        """Return a quantised tensor as it is stored; None for any other."""
+        """Return a quantised tensor as it is stored; None for any other, and for MXFP4, which is decoded."""
         found = self._quantised.get(name)
         return None if found is None else found.stored(0, found.shape[0])
 
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
         """Copy the decoded `tensor[index]` into `out` (its shape; any dtype and device), some rows at a time."""
+        if name in self._mxfp4:
+            return self._mxfp4[name].copy(index, out)
         found = self._quantised.get(name)
         if found is None:
             return self._weights.copy(name, index, out)

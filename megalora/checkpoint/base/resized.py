@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Protocol
 
 import torch
 
+from megalora.checkpoint.base.source import BaseWeights
 from megalora.ops.fp8 import Fp8Weight
 from megalora.ops.nf4 import Nf4Weight
 
 _ROWS = 4096  # that are summed at a time
-
-
-class _Weights(Protocol):
-    """megalora.checkpoint.base.weights.BaseWeights, which is made of these."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def where(self, name: str) -> str: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None: ...
-
-    def stored(self, name: str) -> Nf4Weight | Fp8Weight | None: ...
 
 
 class ResizedWeights:
@@ -35,7 +20,7 @@ class ResizedWeights:
     sum, in float64, takes the rows in the same order everywhere.
     """
 
-    def __init__(self, base: _Weights, words: int, of_words: Collection[str]):
+    def __init__(self, base: BaseWeights, words: int, of_words: Collection[str]):
         self._base, self._of_words = base, frozenset(of_words)
         self._means: dict[str, torch.Tensor] = {}
         self.shapes: Mapping[str, tuple[int, ...]] = {

@@ -19,8 +19,8 @@ import torch
 
 from megalora.checkpoint.base import hf
 from megalora.checkpoint.base.shards import LAYOUT_FILE, layout_json
+from megalora.checkpoint.base.source import BaseWeights
 from megalora.checkpoint.base.streams import SafetensorsStream, TensorStream, TensorType, TorchStream
-from megalora.checkpoint.base.weights import BaseWeights
 from megalora.checkpoint.layout import BASE_FILE, Layout
 from megalora.files import write_file
 from megalora.parallel.split import Split

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from megalora.checkpoint.base.hf import HfWeights, is_hf
 from megalora.checkpoint.base.quantised import QuantisedWeights, is_quantised
 from megalora.checkpoint.base.resized import ResizedWeights
 from megalora.checkpoint.base.shards import BaseShards
+from megalora.checkpoint.base.source import BaseWeights
+from megalora.checkpoint.base.stacked import Unstacked
 from megalora.checkpoint.layout import has_shards
 from megalora.errors import UserError
 from megalora.ops.fp8 import Fp8Weight
@@ -46,6 +48,7 @@ class BaseNames:
     files            how names in files differ from ours
     optional         tensors that are trained in full: files need not have them, and they are no part of the base
     words            rows that the matrices of the words get, where the model has another number than its files
+    stacks           tensors of files that hold several of `shapes`: their names -> ours, in order
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -55,21 +58,7 @@ class BaseNames:
     files: FileNames
     optional: frozenset[str] = frozenset()
     words: int | None = None
-
-
-class BaseWeights(Protocol):
-    """A place that base weights are read from."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # of each whole tensor
-
-    def where(self, name: str) -> str: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None: ...
-
-    def stored(self, name: str) -> Nf4Weight | Fp8Weight | None: ...  # as it is on disk, where that is quantised
+    stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class _Weight:
@@ -240,8 +229,9 @@ def _as_they_lie(folder: Path, names: BaseNames) -> BaseWeights:
     if has_shards(folder) and not is_hf(folder):
         head = names.shapes.get(names.embedding)  # of a tied model, which some files hold all the same
         return BaseShards(folder, {**({names.head: head} if head else {}), **names.shapes})
-    weights = HfWeights(folder)
-    return QuantisedWeights(weights) if is_quantised(weights) else weights
+    files = HfWeights(folder)
+    weights: BaseWeights = QuantisedWeights(files) if is_quantised(files) else files
+    return Unstacked(weights, names.stacks) if names.stacks else weights
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megalora.models import spec
@@ -21,7 +22,7 @@ from megalora.ops.probability_dropout import draw_probabilities
 from megalora.ops.rope import rope, split_rope
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
-from megalora.parallel.split import cut_heads, kv_copies
+from megalora.parallel.split import Part, cut_heads, kv_copies
 
 
 class AttentionBlock:
@@ -58,12 +59,21 @@ class AttentionBlock:
             own = attention.position.slopes[cut.query.start : cut.query.stop]
             self.slopes = torch.tensor(own, dtype=at.place.master_dtype, device=at.place.device)
             slopes = None if attention.position.rounded else self.slopes
-        self.scores = Scores(attention.scale, attention.softcap, slopes, attention.causal)
+        sinks = None if attention.sinks is None else self._sinks(attention, at, cut.query)
+        self.scores = Scores(attention.scale, attention.softcap, slopes, attention.causal, sinks=sinks)
         # With ALiBi's bias among the features of q and k, the scale is that of the heads without them.
         scale = dim**-0.5 if attention.scale is None else attention.scale
         self.widened = Scores(scale, attention.softcap, None, attention.causal)
         heads = range(cut.query.start, cut.query.stop)
         self.sites = [at.site(f"{attention.out.name}.probabilities.{head}") for head in heads]
+
+    @staticmethod
+    def _sinks(attention: spec.Attention, at: LayerPlace, heads: Part) -> nn.Parameter:
+        """Build the sinks of this rank's heads."""
+        assert attention.sinks is not None and not isinstance(attention.position, spec.Alibi)
+        sinks = nn.Parameter(torch.empty(heads.size, dtype=at.place.dtype, device=at.place.device), requires_grad=False)
+        at.parameter(attention.sinks, sinks, heads.cut().split((attention.heads,), 0))
+        return sinks
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:

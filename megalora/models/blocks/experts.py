@@ -19,6 +19,7 @@ from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.models.routers import Router
 from megalora.ops.routing import take
+from megalora.ops.weighted_gate import SCALED_INPUT, SILU, Clamped, Gate
 from megalora.parallel.experts import ExpertGroup, share_storage
 from megalora.parallel.experts_grad import ExpertPair, apply_experts, gather_tokens
 from megalora.parallel.formats import BaseFormat
@@ -39,9 +40,9 @@ class ExpertsBlock:
         mlps = [experts.at(index) for index in range(first, stop)]
         linears = [[at.expert(linear) for linear in mlp.linears] for mlp in mlps]
         share_storage([linear for own in linears for linear in own])
-        up = ExpertGroup([own[:2] for own in linears], at.site("up"), at.place)
-        down = ExpertGroup([own[2:] for own in linears], at.site("experts.down"), at.place)
-        self.experts = ExpertPair(up, down, first)
+        up = ExpertGroup([own[:-1] for own in linears], at.site("up"), at.place)
+        down = ExpertGroup([own[-1:] for own in linears], at.site("experts.down"), at.place)
+        self.experts = ExpertPair(up, down, first, _gate_of(experts))
         self.shared = None
         if experts.shared is not None:
             self.shared = MLPBlock(experts.shared, at, reduces=False, gathered=True, site="shared.down")
@@ -75,6 +76,16 @@ class ExpertsBlock:
         return reduce_terms(terms, self.place, biases) if self.reduces and self.place.tp.size > 1 else terms
 
 
+def _gate_of(experts: spec.Experts) -> Gate:
+    """Return what stands between up and down of an expert."""
+    mlp = experts.expert
+    alternates = isinstance(mlp.up, spec.Fused) and isinstance(mlp.up.rows, spec.ByHead)
+    assert mlp.act == "silu" and alternates == (mlp.clamp is not None), mlp
+    if experts.weighs_input:
+        return SCALED_INPUT
+    return SILU if mlp.clamp is None else Clamped(*mlp.clamp)
+
+
 class RouterBlock:
     """Weights and experts of each token, the same on every tp rank: all compute the same of the same tokens.
 
@@ -100,7 +111,7 @@ class RouterBlock:
         router = self.spec
         logits = apply_group(self.group, x.to(self.dtype), inputs.tokens).to(self.wide)
         scores = torch.softmax(logits, -1) if router.score == "softmax" else torch.sigmoid(logits)
-        chosen = self._chosen(scores.detach(), inputs)
+        chosen = self._chosen((logits if router.by_logits else scores).detach(), inputs)
         weights = take(scores, chosen)
         if router.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

@@ -9,12 +9,12 @@ from torch import nn
 from megalora.adapters.config import ResolvedLora
 from megalora.models import spec
 from megalora.models.blocks.norm import NORMS, Norm, NormAcrossHeads, NormOfEachHead
-from megalora.models.names import hang
+from megalora.models.names import Stem, hang
 from megalora.ops.dropout import named_site
 from megalora.parallel.experts import ExpertLinear, ReplicatedLinear
 from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear, TokenLinear
 from megalora.parallel.placement import Placement
-from megalora.parallel.split import Cut, Part, joined_cut
+from megalora.parallel.split import Cut, Part, Split, joined_cut
 
 # The layer's inputs to adapted linears, each with its own dropout mask. Numbers of existing runs never move: a new kind
 # of input gets a number from a stable hash of its name (docs/design.md).
@@ -65,10 +65,17 @@ class LayerPlace:
         """Build a linear that every rank holds whole, and whose gradients are terms of a sum over tp."""
         return self._whole(ReplicatedLinear, linear)
 
-    def parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """Register a parameter of the layer that is neither linear nor norm, beside the module that has its stem."""
+    def parameter(self, name: str, parameter: nn.Parameter, split: Split | None = None) -> None:
+        """Register a parameter of the layer that is neither linear nor norm, beside the module that has its stem.
+
+        split  where it is cut, of a stem that is no module of its own
+        """
         *path, last = self.stack.of_layer(self.index, name).split(".")
-        self.root.get_submodule(".".join(path)).register_parameter(last, parameter)
+        stem = self.root.get_submodule(".".join(path))
+        stem.register_parameter(last, parameter)
+        if split is not None:
+            assert isinstance(stem, Stem), name
+            stem.splits[last] = split
 
     def _whole(self, kind: type, linear: spec.Linear):
         name = self.stack.of_layer(self.index, linear.name)

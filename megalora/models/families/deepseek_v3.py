@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import LLAMA_FILES, LLAMA_FIXED, ROUTER_FIXED, gated_mlp, llama_like, router
@@ -49,7 +50,7 @@ def _scale(hf: Fields, head_dim: int) -> float | None:
     return head_dim**-0.5 * (0.1 * every * math.log(factor) + 1.0) ** 2
 
 
-def grouped_choice(hf: Fields, count: int) -> dict[str, int]:
+def grouped_choice(hf: Fields, count: int) -> dict[str, Any]:
     """Return how many groups experts are in, and how many of them a token may choose from. Raises UserError."""
     groups, kept = hf.n_group or 1, hf.topk_group or 1
     if count % groups or kept > groups:

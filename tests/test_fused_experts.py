@@ -1,0 +1,225 @@
+"""Models whose files hold the experts of a layer in one tensor: loading, MXFP4, conversions, and peft's form of their
+adapters (`target_parameters`), both ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from oracle import ALL_LINEAR, fields_of, in_file_order, whole_tensor
+from safetensors.torch import load_file, save_file
+from test_convert import done, run, sums
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from variants import ours_of, peer_of
+
+from megalora.adapters.config import LoraConfig
+from megalora.building import resolve_lora
+from megalora.checkpoint.adapter.peft import read_peft, write_peft
+from megalora.checkpoint.base.hf import HfWeights
+from megalora.checkpoint.base.quantised import QuantisedWeights
+from megalora.errors import UserError
+from megalora.identity import adapter_for
+from megalora.models.config import config_from_dict
+from megalora.parallel.split import named_splits
+
+STACKED = ("gpt_oss",)
+PROMPT = [5, 17, 99, 3, 42, 8, 8, 120, 61]
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def logits_of(stage) -> torch.Tensor:
+    from test_experts import alone
+
+    with torch.no_grad():
+        return stage.head(alone(stage, PROMPT))
+
+
+def saved(name: str, folder: Path) -> torch.nn.Module:
+    """transformers' model of the family, float32, and its files in `folder`."""
+    model = peer_of(name, torch.float32, "eager")
+    model.save_pretrained(folder)
+    return model
+
+
+def adapted(name: str, folder: Path, lora: dict):
+    """Our model from these files with adapters made of their names, and them as they are saved."""
+    stage = ours_of(name, folder, torch.float32, {"target_modules": None} | lora)
+    splits = named_splits(stage)
+    tensors = {key: in_file_order(splits[key], p.detach()) for key, p in stage.trainable().items()}
+    return stage, tensors
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_files_of_transformers_and_adapters_as_peft_has_them(name, tmp_path, capsys):
+    """The same logits from transformers' files; the adapter of all that peft can adapt gives them with peft too; what
+    peft saves is read back bit for bit; merged, transformers gives them without peft. To shards and back is exact."""
+    base = tmp_path / "base"
+    model = saved(name, base)
+    lora = ALL_LINEAR | {"lora_dropout": 0.0, "target_modules": "all-linear"}
+    stage, tensors = adapted(name, base, lora)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        plain = ours_of(name, base, torch.float32, {"target_modules": ["q_proj"], "r": 1})
+        for key, p in plain.trainable().items():
+            p.zero_() if "lora_B" in key else None
+        plain.refresh_adapters()
+        close(logits_of(plain), model(ids).logits[0])
+    expected = logits_of(stage)
+    fields = resolve_lora(LoraConfig.from_dict(lora), stage.config).config.to_dict()
+    write_peft(tmp_path / "ours", tensors, fields, str(base))
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert written["target_parameters"] and "gate_up_proj" not in written["target_modules"]
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(
+        base, attn_implementation="eager", dtype=torch.float32), tmp_path / "ours")  # fmt: skip
+    with torch.no_grad():
+        close(theirs(ids).logits[0], expected)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = adapter_for(tmp_path / "theirs", base)
+    assert back.tensors.keys() == tensors.keys()
+    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in tensors.items())
+    done(capsys, "adapter", "merge", "--input", tmp_path / "theirs", "--base", base, "--output", tmp_path / "merged")
+    assert sums(tmp_path / "merged").keys() == sums(base).keys()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.no_grad():
+        close(merged(ids).logits[0], expected)
+    layout = ("--tensor_parallel_size", 2, "--pipeline_parallel_size", 3)
+    done(capsys, "to-shards", "--input", base, "--output", tmp_path / "shards", *layout)
+    done(capsys, "to-hf", "--input", tmp_path / "shards", "--output", tmp_path / "again")
+    assert sums(tmp_path / "again") == sums(base)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+# ---- MXFP4
+
+
+@pytest.fixture
+def in_four_bits(tmp_path) -> Path:
+    """Files of gpt_oss with random codes, as they are published: only the experts' weights are in 4 bits."""
+    folder = tmp_path / "mxfp4"
+    folder.mkdir()
+    fields = fields_of("gpt_oss", hidden_size=64)
+    fields |= {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    config = config_from_dict(fields)
+    stacks = {name: (len(parts), *config.tensors[parts[0]]) for name, parts in config.stacks.items()}
+    inside = {part for parts in config.stacks.values() for part in parts}
+    shapes = stacks | {name: shape for name, shape in config.tensors.items() if name not in inside}
+    tensors = {name: whole_tensor(name, shape, 0.1).bfloat16() for name, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(1)
+    for name in config.stacked_linears:
+        experts, rows, columns = tensors.pop(name).shape
+        size = experts, columns, rows // 32
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*size, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(117, 124, size, generator=generator, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_mxfp4_is_decoded_as_transformers_does(in_four_bits, tmp_path, capsys):
+    stored = load_file(in_four_bits / "model.safetensors")
+    weights, stack = QuantisedWeights(HfWeights(in_four_bits)), f"{EXPERTS}.gate_up_proj"
+    whole = convert_moe_packed_tensors(stored[f"{stack}_blocks"], stored[f"{stack}_scales"])
+    assert weights.shapes[stack] == tuple(whole.shape) == (5, 64, 64) and weights.dtype(stack) == torch.bfloat16
+    index = (slice(1, 4), slice(21, 50), slice(3, 60))
+    part = torch.empty(3, 29, 57, dtype=torch.bfloat16)
+    weights.copy(stack, index, part)
+    assert torch.equal(part, whole[index])
+    done(capsys, "to-hf", "--input", in_four_bits, "--output", tmp_path / "same")
+    assert sums(tmp_path / "same") == sums(in_four_bits)
+    done(capsys, "dequantise", "--input", in_four_bits, "--output", tmp_path / "dense")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert torch.equal(dense[stack], whole)
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    stages = [ours_of_folder(folder) for folder in (in_four_bits, tmp_path / "dense")]
+    assert torch.equal(*map(logits_of, stages))
+
+
+def ours_of_folder(folder: Path):
+    from megalora.building import base_names
+    from megalora.checkpoint.base.weights import load_base
+    from megalora.models.config import read_config
+    from megalora.models.stage import NO_LORA, Stage
+    from megalora.parallel.mesh import Axis
+    from megalora.parallel.placement import Placement
+
+    config = read_config(folder)
+    stage = Stage(config, range(config.num_hidden_layers), Placement(Axis(), False, torch.float32, "cpu"), NO_LORA)
+    load_base(stage, folder, splits=named_splits(stage), names=base_names(config))
+    stage.refresh_adapters()
+    return stage
+
+
+GATE, DOWN = f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"
+SECOND = "model.layers.1.mlp"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t.pop(f"{GATE}_scales"), "gate_up_proj_scales is missing"),
+        (lambda t: t.update({f"{DOWN}_scales": t[f"{DOWN}_scales"][:, :3].clone()}), "are no MXFP4"),
+        (lambda t: t[f"{DOWN}_scales"].fill_(255), "holds scales that are not finite"),
+        (lambda t: t.pop(f"{SECOND}.experts.down_proj_bias"), f"lacks {SECOND}.experts.0.down_proj"),
+        (lambda t: t.update({f"{SECOND}.router.bias": torch.zeros(4)}), "config.json means [5]"),
+        (lambda t: t.update({f"{GATE}_bias": torch.zeros(4, 64)}), "config.json means 5 experts"),
+    ],
+)
+def test_damaged_experts_are_one_line(in_four_bits, tmp_path, capsys, change, said):
+    file = in_four_bits / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    status, told = run(capsys, "dequantise", "--input", in_four_bits, "--output", tmp_path / "dense")
+    assert status == 2 and said in told, told
+
+
+# ---- experts apart in the files, in one in peft
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_an_adapter_of_fused_parameters_is_read_for_experts_apart(name, tmp_path, capsys):
+    """peft's own adapter of gate_up_proj and down_proj: gate and up get one A each, which is the same branch."""
+    base = tmp_path / "base"
+    model = saved(name, base)
+    parameters = ["mlp.experts.gate_up_proj", "0.mlp.experts.down_proj"]
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=parameters)
+    )
+    with torch.no_grad():
+        for key, p in tuned.named_parameters():
+            p.copy_(whole_tensor(key, tuple(p.shape), 0.15)) if "lora_" in key else None
+        expected = tuned(torch.tensor([PROMPT])).logits[0]
+    tuned.save_pretrained(tmp_path / "theirs")
+    done(capsys, "adapter", "merge", "--input", tmp_path / "theirs", "--base", base, "--output", tmp_path / "merged")
+    close(logits_of(ours_of_folder(tmp_path / "merged")), expected)
+
+
+def test_target_parameters_name_experts_of_stacked_files_only():
+    config = config_from_dict(fields_of("gpt_oss"))
+    lora = LoraConfig.from_dict({"r": 2, "target_modules": [], "target_parameters": ["1.mlp.experts.down_proj"]})
+    assert resolve_lora(lora, config).adapters.keys() == {f"model.layers.1.mlp.experts.{e}.down_proj" for e in range(5)}
+    with pytest.raises(UserError, match="choose among experts.down_proj, experts.gate_up_proj"):
+        resolve_lora(LoraConfig.from_dict({"target_parameters": ["experts.up_proj"]}), config)
+    with pytest.raises(UserError, match="name the linears of its experts in target_modules"):
+        resolve_lora(
+            LoraConfig.from_dict({"target_parameters": ["experts.down_proj"]}), config_from_dict(fields_of("mixtral"))
+        )
+
+
+def test_experts_of_several_ranks_have_no_form_in_peft(tmp_path):
+    names = [f"{EXPERTS}.{e}.down_proj" for e in range(2)]
+    tensors = {f"{n}.lora_{f}.weight": torch.zeros(2, 2) for n in names for f in "AB"}
+    fields = {"r": 2, "target_parameters": [f"{EXPERTS}.down_proj"], "alpha_pattern": {names[1]: 3.0}}
+    with pytest.raises(UserError, match="several ranks or scales"):
+        write_peft(tmp_path, tensors, fields)
+    write_peft(tmp_path, tensors, fields | {"alpha_pattern": {}})
+    assert read_peft(tmp_path).tensors.keys() == tensors.keys()
