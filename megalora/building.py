@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -250,10 +249,9 @@ def settle_head(config: ModelSpec, folder: str | Path) -> tuple[ModelSpec, str |
     return replace(config, head=replace(config.head, tied=False)), note
 
 
-def load_base_weights(stage: Stage, folder: str | Path) -> None:
-    """Fill the frozen weights of the stage, by slice; print what is not finite. Raises UserError as `load_base`."""
-    for line in load_base(stage, folder, splits=named_splits(stage), names=base_names(stage.config)):
-        print(f"megalora: {line}", file=sys.stderr, flush=True)
+def load_base_weights(stage: Stage, folder: str | Path) -> tuple[str, ...]:
+    """Fill the frozen weights of the stage, by slice; return and raise as `load_base`."""
+    return load_base(stage, folder, splits=named_splits(stage), names=base_names(stage.config))
 
 
 def base_names(config: ModelSpec) -> BaseNames:

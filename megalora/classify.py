@@ -47,7 +47,7 @@ from megalora.models.config import check_layout, check_length, check_task, read_
 from megalora.models.inputs import Inputs, training_inputs
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
-from megalora.parallel.collectives import all_reduce, broadcast_object, gather_objects, on_first, together
+from megalora.parallel.collectives import all_reduce, broadcast_object, gather_objects, on_first, tell_once, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 from megalora.pipeline.p2p import Neighbours
@@ -106,9 +106,10 @@ def classify(
             uneven_heads=parallel.uneven_heads,
         )
     with together(mesh.world):
-        load_base_weights(stage, weights)
+        notes = load_base_weights(stage, weights)
         load_adapter(stage, adapter.tensors, adapter.where)
         stage.refresh_adapters()
+    tell_once(notes, mesh.world)
     probabilities = _probabilities(stage, asked, mesh)
     with together(mesh.world):
         if mesh.world.is_first:

@@ -39,7 +39,7 @@ from megalora.monitor import Monitor, Timers
 from megalora.monitor.console import Console
 from megalora.monitor.meter import Meter
 from megalora.monitor.metrics import METRICS
-from megalora.parallel.collectives import gather_objects, on_first, together
+from megalora.parallel.collectives import gather_objects, on_first, tell_once, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange
 from megalora.parallel.placement import Placement
@@ -205,10 +205,11 @@ def _engine(
 ) -> Engine:
     """Build the trainer, with the adapter, moments and numbers that the run starts from. Collective."""
     train, parallel, start = arguments.train, arguments.parallel, beginning.start
+    notes: list[str] = []
 
     def fill(stage: Stage) -> None:
         stage.reset_head(train.seed)
-        load_base_weights(stage, beginning.weights)
+        notes.extend(load_base_weights(stage, beginning.weights))
         if start is None:
             stage.reset_adapters(train.seed)
         else:
@@ -239,6 +240,7 @@ def _engine(
     engine = build_trainer(
         beginning.config, mesh, beginning.lora, place, settings, fill, clock=watch, watch=profiler.watch
     )
+    tell_once(notes, mesh.world)
     with together(mesh.world):
         if beginning.first_step:
             restore(engine.trainer, start.checkpoint, engine.splits)

@@ -59,7 +59,7 @@ from megalora.identity import (
 from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
-from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
+from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, tell_once, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 from megalora.rows import refuse_of_sources
@@ -237,10 +237,11 @@ def _stage(
             uneven_heads=parallel.uneven_heads,
         )
     with together(mesh.world):
-        load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
+        notes = load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
         stage.keep_base()
         if adapter is not None:
             load_adapter(stage, adapter.tensors, adapter.where)
+    tell_once(notes, mesh.world)
     return stage
 
 

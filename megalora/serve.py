@@ -41,7 +41,7 @@ from megalora.generation.text import Reader
 from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
-from megalora.parallel.collectives import on_first, together
+from megalora.parallel.collectives import on_first, tell_once, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 from megalora.serving.adapters import AdapterReader, put_adapters, room_for
@@ -156,11 +156,12 @@ def _stage(
             uneven_heads=layout.uneven_heads,
         )
     with together(mesh.world):
-        load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
+        notes = load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
         if shared is not None:
             if read.room is None:
                 load_adapter(stage, shared.tensors, "of the server")
             stage.share_adapters(shared.owners)
+    tell_once(notes, mesh.world)
     return stage
 
 

@@ -177,10 +177,10 @@ def test_a_run_on_two_stages_is_profiled_and_the_next_run_and_the_plan_read_it(t
     assert column(first, "loss") == column(second, "loss"), "recording changes no number"
     words = ["--model_path", str(inputs.model), "--lora_config", str(inputs.lora), "--gpus", "2", "--seq_length", "64"]
     assert main(["plan", *words, "--profile_file", str(trace)]) == 2
-    assert "device was cpu: give --device cpu" in capsys.readouterr().err
+    assert "device was cpu\nhint: give --device cpu" in capsys.readouterr().err
     words += ["--device", "cpu"]
     assert main(["plan", *words, "--profile_file", str(trace)]) == 2
-    assert "dtype was float32: give --dtype float32" in capsys.readouterr().err
+    assert "dtype was float32\nhint: give --dtype float32" in capsys.readouterr().err
     words += ["--dtype", "float32", "--pipeline_parallel_size", "2", "--per_device_train_batch_size", "1"]
     assert main(["plan", *words, "--profile_file", str(trace)]) == 0
     stages = re.findall(r"([\d.e+]+) \+ ([\d.e+]+)", capsys.readouterr().out)  # ms forward and backward of each

@@ -117,7 +117,7 @@ def test_from_rows_to_replies(family, models, tmp_path):
         ({"trainable_token_indices": [3]}, {}, "training the embedding or the head of a t5 is not implemented"),
         ({}, {"template": "chatml"}, "template has no effect for task_type SEQ_2_SEQ_LM"),
         ({}, {"on_long_row": "split"}, "on_long_row split means nothing for SEQ_2_SEQ_LM"),
-        ({}, {"source_length": 4}, "the source has .* tokens for --source_length 4; raise --source_length to at least"),
+        ({}, {"source_length": 4}, "the source has .* tokens for --source_length 4: raise --source_length to at least"),
         ({}, {"columns": ("target=output",)}, "no known shape"),
     ],
     ids=lambda value: str(value)[:40],

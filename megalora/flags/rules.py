@@ -26,6 +26,10 @@ def _without_evaluation(name: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda v: bool(v[name]) and v["eval_data_path"] is None and v["eval_fraction"] is None
 
 
+def _without_steps(name: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda v: bool(v[name]) and v["eval_steps"] is None
+
+
 _CUSTOM = Rule(
     "custom_partition",
     "partition_method",
@@ -96,11 +100,14 @@ FINETUNE_RULES = (
         )
         for name in ("eval_steps", "early_stopping_patience", "keep_best")
     ),
-    Rule(
-        "early_stopping_patience",
-        "eval_steps",
-        lambda v: v["eval_steps"] is None,
-        "give eval_steps: without it only one evaluation is made, at the end",
+    *(
+        Rule(
+            name,
+            "eval_steps",
+            _without_steps(name),
+            "give eval_steps: without it only one evaluation is made, at the end",
+        )
+        for name in ("early_stopping_patience", "keep_best")
     ),
 )
 GENERATE_RULES = (

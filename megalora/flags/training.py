@@ -270,7 +270,7 @@ class TrainArguments(Section):
     def warmup(self, total_steps: int) -> int:
         """Return the steps of warmup in a run of `total_steps`: warmup_ratio is rounded up to a whole step, but the
         last step is none of them."""
-        if self.warmup_ratio is None:
+        if not self.warmup_ratio:
             return self.warmup_steps
         return min(math.ceil(Fraction(str(self.warmup_ratio)) * total_steps), total_steps - 1)
 

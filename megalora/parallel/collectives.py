@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -86,6 +87,14 @@ def gather_objects(value: object, axis: Axis) -> list:
     values: list = [None] * axis.size
     dist.all_gather_object(values, value, group=axis.group)
     return values
+
+
+def tell_once(lines: Iterable[str], axis: Axis) -> None:
+    """Print on the first rank of the axis what its ranks have to say, a line that several have once. Collective."""
+    said = gather_objects(list(lines), axis)
+    if axis.is_first:
+        for line in dict.fromkeys(line for part in said for line in part):
+            print(f"megalora: {line}", file=sys.stderr, flush=True)
 
 
 def agree(error: UserError | None, axis: Axis) -> None:

@@ -150,7 +150,7 @@ class ExpertGroup:
                 "leave the field out, or name other target_modules",
             )
         if any(linear.bias is not None and linear.bias.requires_grad for linear in self.linears):
-            raise UserError('lora_config: biases of experts cannot be trained: set bias to "none"')
+            raise UserError("lora_config: biases of experts cannot be trained", 'set bias to "none"')
         self.dropout = max((adapter.dropout for adapter in adapters), default=0.0)
         count, self.output = len(self.experts), sum(self.sizes)
         self.matrix = expert_matrices(place, count, self.output, self.in_features, self.room)

@@ -46,8 +46,9 @@ def partition(
     elif method == "custom":
         counts = list(custom or [])
         if len(counts) != stages or sum(counts) != n or min(counts, default=0) < 1:
+            given = " ".join(map(str, counts)) or "(not given)"
             raise UserError(
-                f"custom_partition {' '.join(map(str, counts)) or '(not given)'} is not {stages} stages, {n} layers",
+                f"custom_partition {given} does not divide {n} layers over {stages} stages",
                 f"give {stages} positive numbers of layers, one a stage, that add up to num_hidden_layers ({n})",
             )
     else:

@@ -105,7 +105,7 @@ NEEDS = {  # flags that have an effect only with others
     "recompute_layers": "--recompute full",
     "eval_steps": "--eval_data_path e.json",
     "early_stopping_patience": "--eval_data_path e.json --eval_steps 2",
-    "keep_best": "--eval_data_path e.json",
+    "keep_best": "--eval_data_path e.json --eval_steps 2",
     "min_lr_rate": "--lr_scheduler_type cosine_with_min_lr",
     "lr_decay_ratio": "--lr_scheduler_type warmup_stable_decay",
     "lr_power": "--lr_scheduler_type polynomial",
@@ -159,6 +159,12 @@ def test_every_flag_reaches_its_field(command, section, flag):
     parts = [getattr(arguments, one.name) for one in dataclasses.fields(arguments)]
     (part,) = (one for one in parts if type(one) is section)
     assert getattr(part, flag.name) == value != flag.default
+
+
+def test_a_warmup_ratio_of_zero_is_no_warmup_ratio():
+    """As the HF Trainer, whose default it is: recipes made from its configs name both."""
+    train = finetune(BASE + " --warmup_ratio 0 --warmup_steps 3 --max_steps 9").train
+    assert train.warmup(9) == 3
 
 
 @pytest.mark.parametrize("name", [flag.name for flag in flags_of(CompatibilityArguments)])
