@@ -9,16 +9,22 @@ import torch
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_base, resolve_dtype, resolve_lora
+from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.adapter.shards import CONFIG_FILE
+from megalora.checkpoint.run.state import newest_file
 from megalora.cluster.environment import environment_int
 from megalora.errors import UserError
+from megalora.files import read_json
 from megalora.flags import FinetuneArguments
 from megalora.flags.writing import changed
 from megalora.models.config import read_config
-from megalora.plan import layout_flags, nothing_fits, sizes_of
+from megalora.models.spec import ModelSpec
+from megalora.plan import layout_flags, nothing_fits, sizes_of, slowness
 from megalora.planning.devices import device_of
 from megalora.planning.layouts import Planner
 from megalora.planning.nodes import Workload
 from megalora.planning.plans import Cluster, Plan, Wanted
+from megalora.profiling import read_profile
 
 _GIB = 2**30
 _RESERVE = {"cuda": 4 * _GIB, "cpu": _GIB}  # what is left free on each device, or for each process on a CPU
@@ -100,11 +106,13 @@ def _best(
     """
     model, parallel, train = arguments.model, arguments.parallel, arguments.train
     config = read_config(model.model_path)
-    defaults = LoraConfig(task_type=config.tasks[0])
-    lora = resolve_lora(defaults if model.lora_config is None else LoraConfig.from_json(model.lora_config), config)
-    local = environment_int("LOCAL_WORLD_SIZE", world_size)
-    usable = _memory(device, local) - _RESERVE[device.type]
-    cluster = Cluster(world_size, local, usable, device_of(device))
+    lora = resolve_lora(_lora_config(arguments, config), config)
+    base_format = resolve_base(model.base_format, config).name
+    cluster = _cluster(arguments, device, world_size)
+    if parallel.profile_file is not None:
+        measured = read_profile(parallel.profile_file, config, base_format)
+        factor = slowness(measured, config, lora, cluster.device, device.type)
+        cluster = replace(cluster, device=cluster.device.scaled(factor))
     given = dict(changed(parallel))
     rows = train.global_batch_size
     if rows is None:  # as data parallelism alone would have it: the layout changes no number
@@ -113,7 +121,7 @@ def _best(
         1,
         arguments.data.seq_length,
         element=resolve_dtype(model.dtype, device).itemsize,
-        base_format=resolve_base(model.base_format, config).name,
+        base_format=base_format,
         source_length=0 if config.encoder is None else arguments.data.source_tokens,
     )
     wanted = Wanted(
@@ -130,15 +138,47 @@ def _best(
         partition_method=parallel.partition_method,
         custom_partition=parallel.custom_partition,
         uneven_heads=parallel.uneven_heads,
+        recompute_layers=parallel.recompute_layers,
+        offloads=parallel.offload_activations,
     )
     plans, too_large = Planner(config, lora, cluster, device.type).search(wanted)
     if not plans:
-        raise nothing_fits(too_large[0], cluster, usable / _GIB)
+        raise nothing_fits(too_large[0], cluster, cluster.usable / _GIB)
     return plans[0], cluster, len(plans)
+
+
+def _lora_config(arguments: FinetuneArguments, config: ModelSpec) -> LoraConfig:
+    """Return the one that the run will have (see megalora.starting): of the flag, else of the checkpoint or the adapter
+    that it goes on from, else the default."""
+    model, train = arguments.model, arguments.train
+    if model.lora_config is not None:
+        return LoraConfig.from_json(model.lora_config)
+    file = None if train.overwrite_output_dir else newest_file(train.output_dir, CONFIG_FILE)
+    if file is not None:
+        return LoraConfig.from_dict(read_json(file), str(file), trained=True)
+    if model.resume_peft_from_checkpoint is not None:
+        adapter = open_adapter(model.resume_peft_from_checkpoint)
+        return LoraConfig.from_dict(adapter.lora_config, adapter.where, trained=True)
+    return LoraConfig(task_type=config.tasks[0])
+
+
+def _cluster(arguments: FinetuneArguments, device: torch.device, world_size: int) -> Cluster:
+    """Return the processes of the run with what each may take, --memory at most. Of the host's memory, whose free part
+    differs from host to host, each has a share of half of all, where the run is told to offload."""
+    local, most = environment_int("LOCAL_WORLD_SIZE", world_size), arguments.parallel.memory
+    usable = _memory(device, local) - _RESERVE[device.type]
+    if most is not None:
+        usable = min(usable, int(most * _GIB))
+    host = _host_memory() // 2 // local if arguments.parallel.offload_activations else 0
+    return Cluster(world_size, local, usable, device_of(device), host)
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _memory(device: torch.device, processes: int) -> int:
     """Return the bytes of a GPU, or of each process's share of a host."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    return _host_memory() // processes

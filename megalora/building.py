@@ -4,7 +4,6 @@ share."""
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
 from megalora.pipeline.actions import Action
 from megalora.pipeline.p2p import Neighbours
-from megalora.pipeline.partition import partition
 from megalora.pipeline.runner import PipelineRunner
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.devices import device_of
@@ -39,7 +37,7 @@ from megalora.planning.fitting import AS_GIVEN, Fit, Fitting, StageUse, of_all_s
 from megalora.planning.memory import exchange_bytes
 from megalora.planning.nodes import Workload
 from megalora.planning.shapes import shape_of
-from megalora.planning.timing import LayerCosts, layer_costs
+from megalora.planning.timing import LayerCosts, cut_layers, layer_costs
 from megalora.profiling import measured_costs, read_profile
 from megalora.tasks import TASKS
 from megalora.training import Trainer
@@ -212,16 +210,9 @@ def stage_layers(
 
     costs  for partition_method cost; None: those of the forward of the model alone
     """
-    of_layers: Sequence[float]
-    first: float
-    last: float
     if partition_method == "cost":
         costs = costs or layer_seconds(config, NO_LORA, 1, torch.device("cpu"))
-        of_layers, first, last = costs.layers, costs.first, costs.last
-    else:
-        of_layers = config.layer_sizes
-        first = last = math.prod(config.tensors[config.embedding.weight])
-    return partition(partition_method, of_layers, stages, first_cost=first, last_cost=last, custom=custom_partition)
+    return cut_layers(config, partition_method, stages, costs, custom_partition)
 
 
 def check_vocabulary(largest: int, config: ModelSpec, model_path: str) -> None:

@@ -240,6 +240,7 @@ def _engine(
     engine = build_trainer(
         beginning.config, mesh, beginning.lora, place, settings, fill, clock=watch, watch=profiler.watch
     )
+    notes += [engine.cut.fit.note] if engine.cut.fit is not None and engine.cut.fit.note else []
     tell_once(notes, mesh.world)
     with together(mesh.world):
         if beginning.first_step:

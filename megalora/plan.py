@@ -26,7 +26,7 @@ from megalora.planning.nodes import Workload
 from megalora.planning.plans import Cluster, Layout, Plan, StagePlan, TooLarge, Wanted
 from megalora.planning.shapes import shape_of
 from megalora.planning.timing import chunk_seconds
-from megalora.profiling import read_profile
+from megalora.profiling import Measured, read_profile
 from megalora.rows import refuse_of_sources
 from megalora.vocabulary import train_rows_of, with_rows_for
 
@@ -140,16 +140,21 @@ def _slowness(
                 f"profile_file {arguments.profile_file} is of a run whose {flag} was {theirs}",
                 f"give --{flag} {theirs}, or profile a run on what is planned for",
             )
+    return slowness(measured, config, lora, device, _type(arguments))
+
+
+def slowness(measured: Measured, config: ModelSpec, lora: ResolvedLora, device: Device, device_type: str) -> float:
+    """Return how many times as long as counted the compute of a profiled run took; device_type: "cuda" or "cpu"."""
     work = Workload(
         measured.rows,
         measured.seq_length,
-        element=DTYPES[arguments.dtype].itemsize,
+        element=measured.element,
         sequence_parallel=measured.sequence_parallel,
         recompute=measured.recompute_method,
-        base_format=base_format,
+        base_format=measured.base_format,
         context_parallel=measured.context_parallel,
     )
-    shape = shape_of(config, lora, measured.tp, _type(arguments))
+    shape = shape_of(config, lora, measured.tp, device_type)
     last = len(measured.layers) - 1
     counted = 0.0
     for i, (start, stop) in enumerate(measured.layers):
@@ -296,6 +301,8 @@ def layout_flags(chosen: Plan, asked: PlanArguments | ParallelArguments) -> str:
         "schedule": layout.schedule if layout.pp > 1 else None,
         "virtual_pipeline_size": layout.chunks if layout.chunks > 1 else None,
         "recompute": layout.recompute if layout.recompute != "auto" else None,
+        "recompute_layers": layout.recompute_layers,
+        "offload_activations": None if layout.offloads is None else str(layout.offloads).lower(),
         "per_device_train_batch_size": work.rows,
         "gradient_accumulation_steps": layout.microbatches,
     }

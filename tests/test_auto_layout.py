@@ -1,5 +1,6 @@
 """--layout auto, --global_batch_size and --dry_run: what is chosen, and that it changes no number."""
 
+import json
 import re
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from snapshots import assert_snapshot
 from tiny import column, tune
 
+from megalora import auto_layout
 from megalora.auto_layout import choose
 from megalora.errors import UserError
 from megalora.flags import parse_finetune
+from megalora.planning.devices import DEVICES
+from megalora.planning.layouts import Planner
 
 CPU = torch.device("cpu")
 
@@ -77,6 +81,71 @@ def test_rows_of_a_microbatch_by_tokens(chosen):
         chosen(1, max_tokens_per_microbatch=length - 1)
     with pytest.raises(UserError, match="both say how many rows a microbatch has"):
         chosen(1, max_tokens_per_microbatch=4 * length, per_device_train_batch_size=4)
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """As on four H100s, for what is reckoned before anything runs."""
+    monkeypatch.setattr(auto_layout, "_memory", lambda device, processes: 80 << 30)
+    monkeypatch.setattr(auto_layout, "device_of", lambda device: DEVICES["h100"])
+    searched = []
+    search = Planner.search
+    monkeypatch.setattr(Planner, "search", lambda self, wanted: searched.append((self, wanted)) or search(self, wanted))
+    return searched
+
+
+GPU = torch.device("cuda")
+
+
+def test_no_flag_of_memory_is_passed_over(chosen, on_gpus):
+    flags = {"global_batch_size": 8, "layout": "auto", "dtype": "float32", "base_format": "dense"}
+    _, (note,) = chosen(4, GPU, **flags)
+    assert "of 76.0 GiB" in note
+    _, (note,) = chosen(4, GPU, memory=40.0, **flags)
+    assert "of 40.0 GiB" in note
+    with pytest.raises(UserError, match="no layout fits 4 GPUs of "):
+        chosen(4, GPU, memory=0.0001, **flags)
+    arguments, (note,) = chosen(4, GPU, recompute="full", recompute_layers=1, offload_activations=True, **flags)
+    assert "--recompute full --recompute_layers 1 --offload_activations true" in note
+    (planner, wanted) = on_gpus[-1]
+    plans, _ = planner.search(wanted)
+    assert all("1 full (1 in host memory)" in stage.recompute for plan in plans for stage in plan.stages)
+    assert arguments.parallel.recompute_layers == 1 and plans[0].stages[0].host > 0
+    _, (note,) = chosen(4, GPU, offload_activations=False, **flags)
+    assert "--offload_activations false" in note
+
+
+def test_a_profile_scales_the_chosen_plan(inputs, chosen, on_gpus, tmp_path):
+    tune(1, inputs.flags(tmp_path / "profiled", max_steps=3, profile=True))
+    trace, slower = tmp_path / "profiled/profile/trace.json", tmp_path / "slower.json"
+    told = json.loads(trace.read_text())
+    measured = told["otherData"]["measured"]
+    measured |= {name: [100 * seconds for seconds in measured[name]] for name in ("forward", "recompute", "backward")}
+    slower.write_text(json.dumps(told))
+    flags = {"global_batch_size": 8, "layout": "auto", "dtype": "float32"}
+    speeds = []
+    for file in (trace, slower):
+        chosen(4, GPU, profile_file=file, **flags)
+        speeds.append(on_gpus[-1][0]._cluster.device.gemm32)
+    assert speeds[0] == pytest.approx(100 * speeds[1]) and speeds[0] != DEVICES["h100"].gemm32
+    with pytest.raises(UserError, match="profile_file"):
+        chosen(4, GPU, profile_file=tmp_path / "none.json", **flags)
+
+
+def test_a_run_that_goes_on_is_planned_with_its_own_adapter(inputs, chosen, on_gpus, tmp_path):
+    """Without --lora_config: the checkpoint's, or the adapter's that it starts from, not the default."""
+    wide = json.dumps({"r": 24, "target_modules": ["gate_proj"]})
+    tune(1, inputs.flags(tmp_path / "run", max_steps=1, lora_config=wide))
+    flags = {"global_batch_size": 8, "layout": "auto", "lora_config": None}
+
+    def planned(**more) -> tuple[int, set[str]]:
+        chosen(4, GPU, **flags, **more)
+        lora = on_gpus[-1][0]._lora
+        return lora.config.r, {name.rpartition(".")[2] for name in lora.adapters}
+
+    assert planned() == (24, {"gate_proj"})
+    assert planned(output_dir=tmp_path / "new", resume_peft_from_checkpoint=tmp_path / "run") == (24, {"gate_proj"})
+    assert planned(output_dir=tmp_path / "new")[0] == planned(overwrite_output_dir=True)[0] == 8
 
 
 def test_a_chosen_layout_gives_the_same_numbers(inputs, tmp_path):

@@ -47,10 +47,10 @@ def experts_nodes(layer: Any, mixer: Experts, flowing: bool) -> list[Node]:
 def routed_nodes(mixer: Experts, work: Workload, tokens: int, device_type: str, flowing: bool) -> list[Node]:
     """Return the nodes of the router and of the rank's experts; flowing: their input requires a gradient.
 
-    tokens  F, all of the microbatch; the rank's experts take their even share of the pairs, times `work.busy`. On a GPU
+    tokens  F, all of the microbatch; the rank's experts take their even share of the pairs. On a GPU
             every pair has a row, whatever the rank
     """
-    rows = mixer.rows(tokens, work.busy)
+    rows = mixer.rows(tokens)
     held = tokens * mixer.top if device_type == "cuda" else rows
     return [_router(mixer, work, tokens, flowing), _pair(mixer, work, tokens, rows, held, flowing)]
 

@@ -54,11 +54,12 @@ class Fitting:
         if self.method == "auto" and self.budget is not None:
             work = _offloading(stage, work, host, 0)
         elif self.method == "full":
+            offloaded = _offloading(stage, work, host, count).offloaded if self.offloads else frozenset()
             work = first_layers(work, stage, count if self.layers is None else self.layers, "full")
-            work = _offloading(stage, work, host, count) if self.offloads else work
+            work = replace(work, offloaded=frozenset(i for i in offloaded if work.level(i) == "full"))
         elif self.method is not None:
             work = replace(work, recompute="none" if self.method == "auto" else self.method)
-        return Fit(work, stage.memory(work), stage.host(work), True)
+        return Fit(work, stage.memory(work), stage.host(work))
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,24 @@ class StageUse:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a stage is run. memory, host: what it needs so; fits: whether there is as much."""
+    """How a stage is run. memory, host: what it needs so; lacks: bytes of that which the budget does not have."""
 
     work: Workload
     memory: Memory
     host: int
-    fits: bool
+    lacks: int = 0
+
+    @property
+    def note(self) -> str | None:
+        """A line for the user where even the least that the stage can need is more than there is."""
+        if not self.lacks:
+            return None
+        need, room = (size / 2**30 for size in (self.memory.total, self.memory.total - self.lacks))
+        return (
+            f"recompute auto: with all layers computed again a stage needs {need:.1f} GiB by the plan's count, and may "
+            f"take {room:.1f}: it will probably run out of memory (give a smaller per_device_train_batch_size, a "
+            "shorter seq_length, more ranks to a copy of the model, or --base_format nf4)"
+        )
 
     def words(self, layers: Sequence[int]) -> str:
         """Return what is recomputed of these layers, such as "3 full (2 in host memory), 5 none"."""
@@ -136,7 +149,7 @@ def fit(stage: StageUse, work: Workload, budget: Budget) -> Fit:
         best = choice(low)
         break
     memory = stage.memory(best)
-    return Fit(best, memory, stage.host(best), memory.total <= budget.device)
+    return Fit(best, memory, stage.host(best), max(0, memory.total - budget.device))
 
 
 def first_layers(work: Workload, stage: StageUse, count: int, level: str, rest: str = "none") -> Workload:

@@ -12,7 +12,6 @@ from megalora.errors import UserError
 from megalora.models.config import check_context, check_layout
 from megalora.models.spec import ModelSpec
 from megalora.pipeline.actions import FORWARD, RECOMPUTE, SENDS, Action
-from megalora.pipeline.partition import partition
 from megalora.pipeline.schedule import SCHEDULES, Schedule
 from megalora.pipeline.simulate import simulate
 from megalora.planning.devices import Device, device_of
@@ -20,7 +19,7 @@ from megalora.planning.fitting import Budget, Fit, Fitting, StageUse
 from megalora.planning.nodes import Workload, chunk_nodes
 from megalora.planning.plans import Cluster, Layout, Plan, Sizes, StagePlan, TooLarge, Wanted
 from megalora.planning.shapes import Shape, shape_of
-from megalora.planning.timing import LayerCosts, Seconds, layer_costs, node_seconds, reduce_seconds
+from megalora.planning.timing import LayerCosts, Seconds, cut_layers, layer_costs, node_seconds, reduce_seconds
 
 _OPTIMIZER_PASSES = 10  # over the adapters' float32 elements: clipping, AdamW, the copies in the compute dtype
 _CHUNKS = (2, 4)  # of a stage, that are tried under an interleaved schedule
@@ -175,7 +174,8 @@ class Planner:
                 auto = recompute == "auto"
                 work = replace(wanted.work, rows=rows, sequence_parallel=sequence_parallel, context_parallel=cp)
                 work = replace(work, recompute="none" if auto else recompute)
-                yield Layout(tp, pp, dp, schedule.name, chunks, microbatches, work, auto=auto)
+                layout = Layout(tp, pp, dp, schedule.name, chunks, microbatches, work, auto=auto)
+                yield replace(layout, recompute_layers=wanted.recompute_layers, offloads=wanted.offloads)
 
     def _schedules(self, pp: int, wanted: Wanted) -> Iterator[tuple[Schedule, int]]:
         for schedule in [SCHEDULES[wanted.schedule]] if wanted.schedule else SCHEDULES.values():
@@ -209,7 +209,9 @@ class Planner:
     def _update_seconds(self, layout: Layout, stages: Sequence[StagePlan]) -> float:
         """Return the seconds a step of reducing the adapters' gradients over data parallel, and of the optimizer."""
         device, shape = self._cluster.device, self._shape(layout.tp)
-        elements = max(sum(shape.layers[i].trained for chunk in stage.chunks for i in chunk) for stage in stages)
+        elements = max(
+            shape.trained(stage.chunks, first=s == 0, last=s == layout.pp - 1) for s, stage in enumerate(stages)
+        )
         speed = self._cluster.speed(layout.tp, layout.dp)
         return reduce_seconds(4 * elements, layout.dp, speed, device) + 4 * elements * _OPTIMIZER_PASSES / device.memory
 
@@ -233,29 +235,21 @@ class Planner:
         return replace(device, overlaps=False) if layout.tp_comm_overlap is False else device
 
     def _parts(self, layout: Layout, wanted: Wanted, costs: LayerCosts) -> list[range]:
-        shape, method = self._shape(layout.tp), wanted.partition_method
-        key = layout.pace, layout.pp * layout.chunks, method
-        if key in self._cuts:
-            return self._cuts[key]
-        of_layers: Sequence[float] = costs.layers
-        first, last = costs.first, costs.last
-        if method == "parameters":
-            of_layers, first, last = [layer.frozen for layer in shape.layers], shape.embedding, shape.embedding
-        self._cuts[key] = partition(
-            method,
-            of_layers,
-            layout.pp * layout.chunks,
-            first_cost=first,
-            last_cost=last,
-            custom=wanted.custom_partition,
-        )
+        key = layout.pace, layout.pp * layout.chunks, wanted.partition_method
+        if key not in self._cuts:
+            method, parts, custom = wanted.partition_method, layout.pp * layout.chunks, wanted.custom_partition
+            self._cuts[key] = cut_layers(self._config, method, parts, costs, custom)
         return self._cuts[key]
 
     def _fit(self, layout: Layout, stage: StageUse) -> Fit:
-        key = layout.tp, layout.work, layout.auto, stage.chunks, stage.first, stage.last, stage.in_flight, stage.inputs
+        layers, offloads = layout.recompute_layers, layout.offloads
+        of_stage = stage.chunks, stage.first, stage.last, stage.in_flight, stage.inputs
+        key = layout.tp, layout.work, layout.auto, layers, offloads, *of_stage
         if key not in self._fits:
-            budget = Budget(self._cluster.usable, self._cluster.host) if layout.auto else None
-            self._fits[key] = Fitting("auto" if layout.auto else None, budget).choose(stage, layout.work)
+            chosen = layout.auto or layers is not None or bool(offloads)
+            budget = Budget(self._cluster.usable, self._cluster.host) if chosen else None
+            fitting = Fitting(layout.recompute if chosen else None, budget, layers, offloads)
+            self._fits[key] = fitting.choose(stage, layout.work)
         return self._fits[key]
 
     def _seconds(self, layout: Layout, work: Workload, chunk: range, first: bool, last: bool) -> Seconds:

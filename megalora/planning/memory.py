@@ -72,13 +72,11 @@ def stage_memory(
     ends = shape.embedding + shape.before if first else 0
     final = 0 if shape.final_norm is None else shape.final_norm.elements
     ends += shape.head + final + shape.behind if last else 0
-    if first and last and shape.tied:
+    if first and last and shape.shared:
         ends -= shape.embedding
     words = [shape.words[i] for i, here in enumerate((first, last)) if here]
     ends -= sum(shape.embedding for _, whole in words if whole)
-    frozen, trained = sum(layer.frozen for layer in layers), sum(layer.trained for layer in layers)
-    trained += shape.scoring if last else 0
-    trained += sum(elements for elements, _ in words)
+    frozen, trained = sum(layer.frozen for layer in layers), shape.trained(chunks, first=first, last=last)
     groups = [group for layer in layers for times, group in layer.counted for _ in range(times)]
     room = sum(group.room * group.output for group in groups)
     linears = sum(group.inputs * group.output for group in groups)

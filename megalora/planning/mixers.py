@@ -165,9 +165,9 @@ class Experts:
     def norms(self) -> int:
         return 0
 
-    def rows(self, tokens: int, busy: float = 1.0) -> int:
-        """Return how many pairs of `tokens` tokens fall to the rank, `busy` times its even share."""
-        return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count * busy))
+    def rows(self, tokens: int) -> int:
+        """Return how many pairs of `tokens` tokens fall to the rank: its even share."""
+        return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count))
 
 
 Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts

@@ -19,7 +19,6 @@ class Workload:
     sequence_parallel  whether activations between the linears are cut over tp
     recompute          what is computed again in backward, one of choices.RECOMPUTE_LEVELS: one for all layers, or that
                        of each layer of the model
-    busy               pairs that fall to the busiest rank's experts, in even shares (1: routing is even)
     base_format        of the frozen linears, one of choices.BASE_FORMATS
     tile               tokens at once where what treats every token alone is computed again; 0: all
     offloaded          layers of which what is kept is in host memory
@@ -35,7 +34,6 @@ class Workload:
     element: int = 2
     sequence_parallel: bool = False
     recompute: str | tuple[str, ...] = "none"
-    busy: float = 1.0
     base_format: str = "dense"
     tile: int = TILE
     offloaded: frozenset[int] = frozenset()

@@ -35,6 +35,7 @@ class Wanted:
 
     step_rows     rows of a step over all GPUs; None: rows * microbatches of each data-parallel rank
     work          rows and recompute of it are replaced by those of the layout
+    recompute_layers, offloads  as `Fitting` takes them
     """
 
     work: Workload
@@ -51,6 +52,8 @@ class Wanted:
     partition_method: str = "cost"
     custom_partition: tuple[int, ...] | None = None
     uneven_heads: bool = False
+    recompute_layers: int | None = None
+    offloads: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Layout:
     dp        ranks with the same parameters: data-parallel ones, times the context-parallel ones of the work
     cuda_graphs, tp_comm_overlap  as the flags of a run; None: what a run then does
     auto      each stage recomputes as little as fits (recompute auto), whatever the work says
+    recompute_layers, offloads  as `Fitting` takes them
     """
 
     tp: int
@@ -72,6 +76,8 @@ class Layout:
     cuda_graphs: bool | None = None
     tp_comm_overlap: bool | None = None
     auto: bool = False
+    recompute_layers: int | None = None
+    offloads: bool | None = None
 
     @property
     def cp(self) -> int:

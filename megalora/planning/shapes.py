@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +176,17 @@ class Shape:
     def embedding(self) -> int:
         """Elements of the embedding."""
         return self.vocabulary * self.width
+
+    @property
+    def shared(self) -> bool:
+        """Whether a tied head reads the embedding's own matrix, where one stage has both: neither trains a matrix of
+        its own."""
+        return self.tied and not any(whole for _, whole in self.words)
+
+    def trained(self, chunks: Iterable[range], *, first: bool, last: bool) -> int:
+        """Return the elements that a stage of these chunks trains, at the ends of the model too."""
+        layers = sum(self.layers[i].trained for chunk in chunks for i in chunk)
+        return layers + (self.words[0][0] if first else 0) + (self.words[1][0] + self.scoring if last else 0)
 
 
 def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = "cuda") -> Shape:

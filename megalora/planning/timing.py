@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megalora.models.spec import ModelSpec
+from megalora.pipeline.partition import partition
 from megalora.planning.devices import Device
 from megalora.planning.nodes import Message, Node, Pass, Workload, chunk_nodes
 from megalora.planning.shapes import Shape
@@ -107,6 +110,24 @@ class LayerCosts:
         seconds[-1] += self.last
         whole = sum(seconds)
         return [one / whole for one in seconds]
+
+
+def cut_layers(
+    config: ModelSpec,
+    method: str,
+    parts: int,
+    costs: LayerCosts | None = None,
+    custom: tuple[int, ...] | None = None,
+) -> list[range]:
+    """Return the layers of each of `parts` stages (or chunks of stages). Raises UserError as `partition`.
+
+    costs  for method cost, which needs them
+    """
+    if method == "cost":
+        assert costs is not None
+        return partition(method, costs.layers, parts, first_cost=costs.first, last_cost=costs.last, custom=custom)
+    words = math.prod(config.tensors[config.embedding.weight])
+    return partition(method, config.layer_sizes, parts, first_cost=words, last_cost=words, custom=custom)
 
 
 def layer_costs(shape: Shape, work: Workload, device: Device) -> LayerCosts:

@@ -24,7 +24,8 @@ WORK = Workload(1, 65536)
 
 def levels(bytes_: int, host: int = 0) -> list[str]:
     chosen = fit(STAGE, WORK, Budget(bytes_, host))
-    assert chosen.fits == (chosen.memory.total <= bytes_) and chosen.host <= host
+    assert chosen.lacks == max(0, chosen.memory.total - bytes_) and chosen.host <= host
+    assert (chosen.note is None) == (chosen.lacks == 0)
     return [chosen.work.level(i) for i in range(LAYERS)]
 
 
@@ -40,7 +41,7 @@ def test_as_little_as_needed_in_the_order_of_what_it_costs():
         assert all(a <= b for a, b in zip(before, ranks, strict=True)), "less memory, and less computed again"
         assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) <= 2, ranks
         seen |= {chosen.work.level(i) for i in range(LAYERS)}
-        if not chosen.fits:
+        if chosen.lacks:
             break
         before, size = ranks, size - step
     assert seen == set(order) and ranks == [len(order) - 1] * LAYERS
@@ -54,7 +55,7 @@ def test_host_memory_comes_before_attention_is_computed_again():
     chosen = fit(STAGE, WORK, Budget(layer - 1, host=1 << 40))
     assert {chosen.work.level(i) for i in range(LAYERS)} == {"layer"} and chosen.work.offloaded == {0}
     little = fit(STAGE, WORK, Budget(bare.memory.total - 1, host=chosen.host * 2))
-    assert little.fits and little.host <= chosen.host * 2 and "full" in little.work.recompute
+    assert not little.lacks and little.host <= chosen.host * 2 and "full" in little.work.recompute
     assert little.words(range(LAYERS)).count("in host memory") >= 1
 
 
@@ -65,6 +66,8 @@ def test_flags_of_a_run():
     assert Fitting("auto").choose(STAGE, WORK).work.recompute == "none"  # on a CPU
     budget = Budget(1 << 50, 1 << 50)
     assert len(Fitting("full", budget, offloads=True).choose(STAGE, WORK).work.offloaded) == LAYERS
+    both = Fitting("full", budget, layers=3, offloads=True).choose(STAGE, WORK).work
+    assert both.recompute == some.work.recompute and both.offloaded == {0, 1, 2}
     assert not Fitting("auto", budget, offloads=False).choose(STAGE, WORK).work.offloaded
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalora.adapters.config import LoraConfig
-from megalora.building import resolve_lora
+from megalora.building import resolve_lora, stage_layers
 from megalora.errors import UserError
 from megalora.models.config import config_from_dict
 from megalora.models.stage import Stage
@@ -14,7 +14,7 @@ from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 from megalora.pipeline.schedule import SCHEDULES
 from megalora.planning.devices import DEVICES
-from megalora.planning.layouts import Planner, _least_seconds
+from megalora.planning.layouts import _OPTIMIZER_PASSES, Planner, _least_seconds
 from megalora.planning.memory import stage_memory
 from megalora.planning.nodes import Workload
 from megalora.planning.plans import Cluster, Wanted
@@ -41,11 +41,10 @@ def planner(gpus: int = 4, usable: int = 2**33, lora=LORA, config=CONFIG) -> Pla
     return Planner(config, lora, Cluster(gpus, 8, usable, DEVICES["h100"]))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("tp, pp, stage", [(1, 1, 0), (2, 1, 0), (2, 2, 0), (1, 2, 1), (8, 2, 1)])
-def test_what_stands_in_memory_is_what_the_stage_holds(tp, pp, stage, tied):
+def what_the_stage_holds(tp, pp, stage, tied, **lora_fields):
     config = config_from_dict({**FIELDS, "model_type": "qwen2", "tie_word_embeddings": tied})
-    lora = resolve_lora(LoraConfig.from_dict({"r": 4, "target_modules": "all-linear", "bias": "all"}), config)
+    fields = {"r": 4, "target_modules": "all-linear", "bias": "all", **lora_fields}
+    lora = resolve_lora(LoraConfig.from_dict(fields), config)
     layers = range(8 * stage // pp, 8 * (stage + 1) // pp)
     first, last = stage == 0, stage == pp - 1
     place = Placement(Axis(0, tuple(range(tp))), False, torch.bfloat16, "cpu")
@@ -61,6 +60,48 @@ def test_what_stands_in_memory_is_what_the_stage_holds(tp, pp, stage, tied):
     assert memory.adapters == trained + aside
     assert memory.optimizer == 3 * trained
     assert memory.weights == sum(weights.values()) - trained
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tp, pp, stage", [(1, 1, 0), (2, 1, 0), (2, 2, 0), (1, 2, 1), (8, 2, 1)])
+def test_what_stands_in_memory_is_what_the_stage_holds(tp, pp, stage, tied):
+    what_the_stage_holds(tp, pp, stage, tied)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_trained_matrix_of_words_is_not_shared_with_the_other_end(saved, tied):
+    for tp, pp, stage in ((1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 2, 1)):
+        what_the_stage_holds(tp, pp, stage, tied, modules_to_save=saved)
+
+
+def test_the_update_counts_what_is_trained_at_the_ends():
+    wanted = Wanted(WORK, step_rows=4, tp=1, pp=1)
+
+    def update(fields=LORA, config=CONFIG) -> float:
+        (plan,), _ = planner(gpus=1, lora=fields, config=config).search(wanted)
+        return plan.seconds - plan.timeline.makespan
+
+    def of(config=CONFIG, **fields):
+        return resolve_lora(LoraConfig.from_dict({"r": 4, "target_modules": "all-linear", **fields}), config)
+
+    element = 4 * _OPTIMIZER_PASSES / DEVICES["h100"].memory
+    assert update(of(modules_to_save=["lm_head"])) - update() == pytest.approx(512 * 64 * element)
+    assert update(of(modules_to_save=["embed_tokens"])) - update() == pytest.approx(512 * 64 * element)
+    classes = CONFIG.for_task("SEQ_CLS", tuple("abcdefgh"))
+    scoring = update(of(classes, task_type="SEQ_CLS"), classes) - update()
+    assert scoring == pytest.approx(8 * 64 * element)
+
+
+@pytest.mark.parametrize("tp", [1, 4, 8])
+def test_parameters_cut_a_plan_as_a_run(tp):
+    """The layers of a rank are not in the proportions of the whole: norms and shared key heads are on every rank."""
+    config = config_from_dict({**FIELDS, "num_key_value_heads": 1, "hidden_size": 128, "vocab_size": 800})
+    lora = resolve_lora(LoraConfig.from_dict({"r": 4}), config)
+    for pp in (2, 3, 4):
+        wanted = Wanted(WORK, step_rows=16, tp=tp, pp=pp, schedule="1f1b", partition_method="parameters")
+        (plan,), _ = planner(gpus=tp * pp, lora=lora, config=config).search(wanted)
+        assert [stage.chunks[0] for stage in plan.stages] == stage_layers(config, pp, "parameters", None)
 
 
 def test_more_in_flight_needs_more():

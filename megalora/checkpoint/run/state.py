@@ -208,6 +208,14 @@ def newest_sound(output_dir: str | Path) -> tuple[SavedCheckpoint | None, list[s
     return found, complaints + ([complaint] if complaint else [])
 
 
+def newest_file(output_dir: str | Path, name: str) -> Path | None:
+    """Return the file `name` of a shard of the newest checkpoint that has one, unverified; None where there is none."""
+    for _, folder in _iterations(output_dir):
+        if found := sorted(folder.glob(f"*/{name}")):
+            return found[0]
+    return None
+
+
 def note_best(output_dir: str | Path, step: int | None) -> None:
     """Note that the result of the run is the checkpoint of `step`; None: its newest. For one rank."""
     file = checkpoints_folder(output_dir) / BEST
