@@ -12,6 +12,7 @@ from megalora import flags
 from megalora.cluster.environment import NPROC, check_launcher, environment_int
 from megalora.errors import UserError
 from megalora.flags.flag import flags_of
+from megalora.model_paths import check_holds_base, model_folder
 from megalora.web.server import require_web
 
 if TYPE_CHECKING:
@@ -19,37 +20,47 @@ if TYPE_CHECKING:
     from megalora.planning.plans import Plan
 
 
+_OF_WEIGHTS = ("model_path", "resume_from_checkpoint")
+
+
 def finetune(arguments: flags.FinetuneArguments) -> FinetuneResult:
     """Train an adapter, and return its last metrics and the paths of what was written."""
     _check_started(arguments.parallel)
-    check_finetune(arguments, environment_int("WORLD_SIZE", 1))
+    arguments = check_finetune(arguments, environment_int("WORLD_SIZE", 1))
     from megalora.finetune import finetune
 
     return finetune(arguments)
 
 
-def check_finetune(arguments: flags.FinetuneArguments, processes: int) -> None:
-    """Raise UserError for what can be known to be wrong on `processes` processes without torch."""
+def check_finetune(arguments: flags.FinetuneArguments, processes: int) -> flags.FinetuneArguments:
+    """Return the arguments with the folder of the model, where model_path names one of the hub.
+
+    Raises UserError for what can be known to be wrong on `processes` processes without torch.
+    """
     flags.validate_world(arguments.parallel, processes)
+    arguments = replace(arguments, model=_with_folder(arguments.model))
     if not arguments.train.overwrite_output_dir:
         # A run that overwrites first notes so in output_dir: started again by torchrun, it would otherwise take the
         # older run there for its own.
         _check_paths(arguments.model, arguments.data)
+    return arguments
 
 
 def generate(arguments: flags.GenerateArguments) -> None:
     """Write replies to standard output or to a file, or chat in the terminal."""
     _check_started(arguments.parallel)
-    check_generate(arguments, environment_int("WORLD_SIZE", 1))
+    arguments = check_generate(arguments, environment_int("WORLD_SIZE", 1))
     from megalora.generate import generate
 
     generate(arguments)
 
 
-def check_generate(arguments: flags.GenerateArguments, processes: int) -> None:
-    """Raise UserError for what can be known to be wrong on `processes` processes without torch."""
+def check_generate(arguments: flags.GenerateArguments, processes: int) -> flags.GenerateArguments:
+    """Check as `check_finetune`, for a generation."""
     flags.validate_world(arguments.parallel, processes)
+    arguments = replace(arguments, model=_with_folder(arguments.model))
     _check_paths(arguments.model, arguments.generation)
+    return arguments
 
 
 def replies(arguments: flags.GenerateArguments) -> list[dict[str, Any]]:
@@ -68,8 +79,8 @@ def replies(arguments: flags.GenerateArguments) -> list[dict[str, Any]]:
             return [json.loads(line) for line in lines]
 
 
-def check_serve(arguments: flags.Serving, processes: int) -> None:
-    """Raise UserError for what can be seen wrong before any of `processes` processes is started."""
+def check_serve(arguments: flags.Serving, processes: int) -> flags.Serving:
+    """Check as `check_finetune`, for a server."""
     layout = arguments.layout
     needed = layout.tensor_parallel_size * layout.pipeline_parallel_size
     if processes != needed:
@@ -78,14 +89,16 @@ def check_serve(arguments: flags.Serving, processes: int) -> None:
             f"there are {processes} processes",
             f"start {needed}, or another server on another port for each further copy",
         )
+    arguments = replace(arguments, served=_with_folder(arguments.served))
     _check_paths(arguments.served)
     require_web()
+    return arguments
 
 
 def serve(arguments: flags.Serving) -> None:
     """Serve a model and its adapters over HTTP, until a signal asks to stop."""
     check_launcher()
-    check_serve(arguments, environment_int("WORLD_SIZE", 1))
+    arguments = check_serve(arguments, environment_int("WORLD_SIZE", 1))
     from megalora.serve import serve
 
     serve(arguments)
@@ -111,6 +124,7 @@ def report(arguments: flags.ReportArguments) -> Path:
 def data(arguments: flags.Preview) -> None:
     """Print rows as a run would see them, with counts and lengths."""
     _one_process("data")
+    arguments = replace(arguments, shown=_with_folder(arguments.shown))
     _check_paths(arguments.shown)
     from megalora.preview import preview
 
@@ -174,4 +188,12 @@ def _check_paths(*sections: Any) -> None:
     for section in sections:
         kind: type = type(section)
         for flag in flags_of(kind):
-            flag.check_exists(getattr(section, flag.name))
+            value = getattr(section, flag.name)
+            flag.check_exists(value)
+            if flag.name in _OF_WEIGHTS and hasattr(section, "resume_from_checkpoint") and value is not None:
+                check_holds_base(value, flag.name)
+
+
+def _with_folder(section: Any) -> Any:
+    """Return a section whose model_path is a folder of this machine, where it can be."""
+    return replace(section, model_path=model_folder(section.model_path))

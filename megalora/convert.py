@@ -41,6 +41,7 @@ from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
 from megalora.identity import adapter_labels, adapter_template, base_identity, check_base
+from megalora.model_paths import model_folder
 from megalora.models.config import check_layout, check_task, read_config
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
@@ -330,10 +331,15 @@ def _base_of(adapter: AdapterCheckpoint, arguments: Conversion) -> str:
     if arguments.base.base is not None:
         return arguments.base.base
     named = adapter.lora_config.get("base_model_name_or_path")
-    if named is None or not Path(named).is_dir():
-        said = "does not name its base model" if named is None else f"is of {named}, which is no folder here"
-        raise UserError(f"adapter {adapter.where}: {said}", "give --base")
-    return named
+    if named is None:
+        raise UserError(f"adapter {adapter.where}: does not name its base model", "give --base")
+    try:
+        folder = model_folder(named)
+    except UserError:  # none of the hub's either
+        folder = named
+    if not Path(folder).is_dir():
+        raise UserError(f"adapter {adapter.where}: is of {named}, which is no folder here", "give --base")
+    return folder
 
 
 def _its_base(adapter: AdapterCheckpoint, arguments: Conversion) -> tuple[AdapterCheckpoint, ModelSpec, ResolvedLora]:

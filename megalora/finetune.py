@@ -34,6 +34,7 @@ from megalora.cluster.watch import Watch
 from megalora.errors import UserError
 from megalora.flags import FinetuneArguments
 from megalora.flags.writing import run_yaml
+from megalora.model_paths import public_name
 from megalora.models.stage import Stage
 from megalora.monitor import Monitor, Timers
 from megalora.monitor.console import Console
@@ -301,7 +302,8 @@ def _files(
         mesh=mesh,
         parameters=engine.parameters,
         splits=engine.splits,
-        lora_config=beginning.lora.config.to_dict() | {"base_model_name_or_path": arguments.model.model_path},
+        lora_config=beginning.lora.config.to_dict()
+        | {"base_model_name_or_path": public_name(arguments.model.model_path)},
         trainer=engine.trainer,
         identity=beginning.identity,
         first=monitor.sync,

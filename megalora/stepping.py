@@ -18,6 +18,7 @@ from megalora.cluster.watch import Watch
 from megalora.data import steps_ahead
 from megalora.errors import Interrupted, Preempted
 from megalora.flags import FinetuneArguments
+from megalora.model_paths import public_name
 from megalora.monitor import Monitor, Timers
 from megalora.monitor.evaluations import Evaluations
 from megalora.monitor.meter import Meter
@@ -160,7 +161,7 @@ class Session:
         return export(
             checkpoint,
             arguments.train.output_dir,
-            arguments.model.model_path,
+            public_name(arguments.model.model_path),
             self.mesh,
             self.beginning.template.write,
         )

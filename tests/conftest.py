@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("untimed")
     cache = tempfile.TemporaryDirectory(prefix="megalora-tests-")  # what commands keep for later runs
     os.environ["XDG_CACHE_HOME"] = cache.name
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
     config.add_cleanup(cache.cleanup)
 
 

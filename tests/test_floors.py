@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 EDGES = {"errors", "batch", "choices", "files", "recipes", "tokenizer_files"}  # plain types that every floor may use
-EDGES |= {"added_tokens"}
+EDGES |= {"added_tokens", "model_paths"}
 GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "recipes": {"errors"},
     "tokenizer_files": {"errors", "files"},
+    "model_paths": {"errors"},
     "added_tokens": {"errors", "files", "tokenizer_files"},
     "adapters": EDGES,
     "choices": set(),

@@ -11,6 +11,7 @@ from typing import Any
 
 from megalora.errors import UserError
 from megalora.files import YAML_BYTES, read_text, yaml_pairs
+from megalora.flags.elsewhere import advice
 from megalora.flags.flag import Flag, show
 from megalora.flags.rules import Rule, no_effect
 from megalora.recipes import PREFIX, recipe_file
@@ -191,6 +192,10 @@ def _load_yaml(path: str) -> list[tuple[Any, Any]]:
 def _unknown(what: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str], dashes: str) -> UserError:
     if name in elsewhere:
         return UserError(f"{what} belongs to {elsewhere[name]}", "leave it out here")
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    known = list(known)
+    ours = advice(name, known)
+    if ours is not None:
+        return UserError(f"unknown {what}", ours)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f"did you mean {dashes}{nearest[0]}? " if nearest else ""
     return UserError(f"unknown {what}", f"{guess}--help lists all flags")

@@ -22,7 +22,7 @@ class ModelArguments(Section):
 
     model_path: str = flag(
         REQUIRED,
-        "Hugging Face folder of the model: config.json, tokenizer, weights",
+        "Hugging Face folder of the model: config.json, tokenizer, weights; or OWNER/NAME on its hub",
         exists="a Hugging Face folder with config.json, tokenizer and weights",
     )
     resume_from_checkpoint: str | None = flag(
