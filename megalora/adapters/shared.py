@@ -53,7 +53,7 @@ class Room:
         for name, adapter in lora.adapters.items():
             if name not in known:
                 raise UserError(
-                    f"{name} is adapted, for which --max_adapters has no room (experts and latent attention)",
+                    f"{name} is adapted, for which --max_adapters has no room (experts)",
                     "merge the adapter (megalora convert adapter merge) and serve the merged model",
                 )
             if adapter.r > self.rank:

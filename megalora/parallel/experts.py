@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalora.adapters.lora import Adapter
 from megalora.errors import UserError
 from megalora.ops import limits
 from megalora.ops.dropout import Dropout, dropout
@@ -25,76 +24,28 @@ from megalora.ops.grouped import Bounds, grouped_nt, grouped_outer
 from megalora.ops.lora_linear import room_for
 from megalora.ops.scaled_copy import scaled_copy_
 from megalora.parallel.expert_matrices import expert_matrices
-from megalora.parallel.linear import AdapterSplits, ParallelLinear
+from megalora.parallel.linear import ParallelLinear, WholeLinear
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, whole_split
 
 
-class ExpertLinear(ParallelLinear):
+class ExpertLinear(WholeLinear):
     """A linear of one expert, whole on the one rank that has the expert: other ranks do not know it."""
 
-    def __init__(
-        self,
-        name: str,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        adapter: Adapter | None,
-        trains_bias: bool,
-        place: Placement,
-        transposed: bool = False,
-    ):
-        r = 0 if adapter is None else adapter.r
-        shape = (in_features, out_features) if transposed else (out_features, in_features)
-        super().__init__(
-            name,
-            _whole(shape),
-            _whole((out_features,)) if bias else None,
-            AdapterSplits(_whole((r, in_features)), _whole((out_features, r)), *[_whole((out_features,))] * 2),
-            adapter,
-            trains_bias,
-            transposed,
-            place,
-        )
+    @staticmethod
+    def split(shape: tuple[int, ...], place: Placement, trained: bool) -> Split:
+        """Return that this rank alone has it."""
+        return Split.range(shape, 0, 0, shape[0])
 
 
-def _whole(shape: tuple[int, ...]) -> Split:
-    return Split.range(shape, 0, 0, shape[0])
-
-
-class ReplicatedLinear(ParallelLinear):
+class ReplicatedLinear(WholeLinear):
     """A linear that every tp rank holds whole and computes for all tokens, of which each uses its own experts' part: so
     every gradient is one term of a sum over tp."""
 
-    def __init__(
-        self,
-        name: str,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        adapter: Adapter | None,
-        trains_bias: bool,
-        place: Placement,
-        transposed: bool = False,
-    ):
-        r, tp = 0 if adapter is None else adapter.r, place.tp
-        shape = (in_features, out_features) if transposed else (out_features, in_features)
-        super().__init__(
-            name,
-            whole_split(shape, tp),
-            whole_split((out_features,), tp, partial_grad=True) if bias else None,
-            AdapterSplits(
-                whole_split((r, in_features), tp, partial_grad=True),
-                whole_split((out_features, r), tp, partial_grad=True),
-                *[whole_split((out_features,), tp, partial_grad=True)] * 2,
-            ),
-            adapter,
-            trains_bias,
-            transposed,
-            place,
-        )
+    @staticmethod
+    def split(shape: tuple[int, ...], place: Placement, trained: bool) -> Split:
+        """Return that all ranks have it."""
+        return whole_split(shape, place.tp, partial_grad=trained)
 
 
 def share_storage(linears: Sequence[ParallelLinear]) -> None:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megalora.errors import UserError
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import lora_down_, room_for
 from megalora.ops.scaled_copy import scaled_copy_
@@ -40,6 +39,25 @@ class Product(NamedTuple):
     y: torch.Tensor
     X: torch.Tensor
     kept: torch.Tensor | None = None
+
+
+class Factors(NamedTuple):
+    """y = scale * (x W^T + own(x A^T) (s B)^T) + bias, the branch in force, in the compute dtype.
+
+    weight W [O, I]; branch s B [O, R] and down A [R, I], None without adapters; others [F, R] the columns that are not
+    a token's own, where several adapters share the branch; scale [O] of DoRA; bias [O]
+    """
+
+    weight: torch.Tensor
+    branch: torch.Tensor | None
+    down: torch.Tensor | None
+    others: torch.Tensor | None
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def own(self, z: torch.Tensor) -> torch.Tensor:
+        """Return z [F, H, R] with zeros in the columns of other adapters."""
+        return z if self.others is None else z.masked_fill(self.others.unsqueeze(1), 0.0)
 
 
 class LinearGroup:
@@ -215,16 +233,15 @@ class LinearGroup:
         assert len(columns) == sum(self.ranks)
         self._owners = torch.tensor(columns, device=self.place.device) if columns else None
 
-    def adapted_weight(self) -> torch.Tensor:
-        """Return W + s B A [O, I] of all linears with the branch in force, in the compute dtype: a copy if adapted."""
-        if self._owners is not None:
-            raise UserError("several adapters at once are not implemented for latent attention", "load one at a time")
-        if self.dora is not None:
-            raise UserError("generation from latent attention with DoRA is not implemented", "merge the adapter first")
-        weight = self.matrix.weight(slice(0, sum(self.sizes)))
-        if self.down is None:
-            return weight
-        return weight + self.matrix.branch(slice(0, sum(self.sizes)), slice(0, sum(self.ranks))) @ self.down
+    def factors(self, tokens: Tokens) -> Factors:
+        """Return what the group multiplies `tokens` by, for whoever moves the product elsewhere."""
+        rows, columns = slice(0, sum(self.sizes)), slice(0, sum(self.ranks))
+        branch = None if self.down is None else self.matrix.branch(rows, columns)
+        others = None
+        if tokens.adapters is not None and self._owners is not None:
+            others = self._owners != tokens.adapters.unsqueeze(1)
+        scale = None if self.dora is None else self.dora.scale
+        return Factors(self.matrix.weight(rows), branch, self.down, others, scale, self.own_bias)
 
     def keep_base(self) -> None:
         """Keep the base's own biases, to `switch` later, where an adapter brings others. Call before it is loaded."""

@@ -185,12 +185,13 @@ class ColumnParallelLinear(ParallelLinear):
         )
 
 
-class TokenLinear(ParallelLinear):
-    """y = x W^T + s (dropout(x) A^T) B^T + b of a rank's own tokens, whole on every rank.
+class WholeLinear(ParallelLinear):
+    """A linear that a rank holds whole: `split` says who else does, and whether gradients are terms of a sum."""
 
-    Without sequence parallelism every rank computes the same, gradients included; with it each its own tokens, and
-    gradients are terms of a sum over tp.
-    """
+    @staticmethod
+    def split(shape: tuple[int, ...], place: Placement, trained: bool) -> Split:
+        """Return where a tensor of this whole shape lies; trained: it gets a gradient."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -204,22 +205,35 @@ class TokenLinear(ParallelLinear):
         place: Placement,
         transposed: bool = False,
     ):
-        r, tp, partial = 0 if adapter is None else adapter.r, place.tp, place.gathers
+        def trained(*shape: int) -> Split:
+            return self.split(shape, place, True)
+
+        r = 0 if adapter is None else adapter.r
         shape = (in_features, out_features) if transposed else (out_features, in_features)
+        factors = trained(r, in_features), trained(out_features, r)
         super().__init__(
             name,
-            whole_split(shape, tp),
-            whole_split((out_features,), tp, partial_grad=partial) if bias else None,
-            AdapterSplits(
-                whole_split((r, in_features), tp, partial),
-                whole_split((out_features, r), tp, partial),
-                *[whole_split((out_features,), tp, partial)] * 2,
-            ),
+            self.split(shape, place, False),
+            trained(out_features) if bias else None,
+            AdapterSplits(*factors, trained(out_features), trained(out_features)),
             adapter,
             trains_bias,
             transposed,
             place,
         )
+
+
+class TokenLinear(WholeLinear):
+    """y = x W^T + s (dropout(x) A^T) B^T + b of a rank's own tokens, whole on every rank.
+
+    Without sequence parallelism every rank computes the same, gradients included; with it each its own tokens, and
+    gradients are terms of a sum over tp.
+    """
+
+    @staticmethod
+    def split(shape: tuple[int, ...], place: Placement, trained: bool) -> Split:
+        """Return that all ranks have it."""
+        return whole_split(shape, place.tp, partial_grad=trained and place.gathers)
 
 
 class RowParallelLinear(ParallelLinear):

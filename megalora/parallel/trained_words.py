@@ -16,7 +16,7 @@ from torch import nn
 
 from megalora.adapters.lora import initial_factor
 from megalora.adapters.words import WordsAdapter
-from megalora.ops.dropout import keep_mask
+from megalora.ops.dropout import keep_mask, named_site
 from megalora.parallel.collectives import all_gather, all_reduce, local_tokens
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megalora.parallel.linear import LoraFactor
@@ -143,8 +143,7 @@ class TrainedHead(VocabParallelHead):
                 "lora_B.weight": cut.split((vocab_size, adapter.lora.r), 0),
             }
             self.lora_A, self.lora_B = (LoraFactor(split.local_shape, place) for split in self._factors.values())
-        digest = hashlib.sha256(name.encode()).digest()
-        self._site = int.from_bytes(digest[:4], "little") | 1 << 31
+        self._site = named_site(name)
 
     def shard_dims(self) -> dict[str, Split]:
         return super().shard_dims() | (self._factors if self.adapter.lora is not None else {})

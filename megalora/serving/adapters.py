@@ -18,7 +18,7 @@ from megalora.errors import UserError
 from megalora.generation.requests import Change
 from megalora.identity import adapter_for, adapter_template, base_identity, check_base, other_base_format
 from megalora.models.linears import Linear
-from megalora.models.spec import Experts, LatentAttention, ModelSpec, mixers_of
+from megalora.models.spec import Experts, ModelSpec, mixers_of
 from megalora.models.stage import Stage
 from megalora.vocabulary import adapter_tokens
 
@@ -101,13 +101,12 @@ def room_for(adapters: int, rank: int, config: ModelSpec) -> Room:
 
 
 def _shareable(config: ModelSpec) -> dict[str, Linear]:
-    """Return the linears of whose adapters a batch may mix several, by full name: not those of experts and of latents.
-    """
+    """Return the linears of whose adapters a batch may mix several, by full name: not those of experts."""
     return {
         config.stack.of_layer(index, linear.name): linear
         for index, layer in enumerate(config.stack.layers)
         for mixer in mixers_of(layer)
-        if not isinstance(mixer, (Experts, LatentAttention))
+        if not isinstance(mixer, Experts)
         for linear in mixer.linears
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from oracle import fields_of
 from spawn import spawn
 
 from megalora.adapters.config import LoraConfig
@@ -35,13 +37,21 @@ ADAPTERS = (
     {"r": 5, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 1}},
     {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["gate_proj", "o_proj", "v_proj"]},
 )
+LATENT = fields_of("deepseek_v3")
+OF_LATENTS = (
+    {"r": 2, "lora_alpha": 6, "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
+    {"r": 5, "lora_alpha": 9, "target_modules": ["kv_b_proj"]},
+    {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["o_proj", "q_b_proj"]},
+)
+KINDS = {"qwen2": (FIELDS, ADAPTERS), "latent": (LATENT, OF_LATENTS)}
 NEW = 12
 GREEDY = Sampling()
 PROMPTS = [[5 + i, 9, 40 - i, *range(3, 3 + i)] for i in range(7)]
 
 
-def make_stage(lora, mesh):
-    stage, _ = build_stage(config_from_dict(FIELDS), mesh, lora, Placement(mesh.tp, False, torch.float64, "cpu"))
+def make_stage(lora, mesh, kind):
+    place = Placement(mesh.tp, False, torch.float64, "cpu")
+    stage, _ = build_stage(config_from_dict(KINDS[kind][0]), mesh, lora, place)
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
             if "lora_" not in name:  # the same on every layout: of its name, and sliced
@@ -59,10 +69,11 @@ def draw(name, shape):
     return torch.randn(shape, generator=generator).double() * 0.3 + ("norm" in name)
 
 
-def adapters():
-    config = config_from_dict(FIELDS)
+def adapters(kind):
+    fields, loras = KINDS[kind]
+    config = config_from_dict(fields)
     found = []
-    for number, fields in enumerate(ADAPTERS):
+    for number, fields in enumerate(loras):
         lora = resolve_lora(LoraConfig.from_dict(fields), config)
         shapes = trained_shapes(lora, config)
         found.append((lora, {name: draw(f"{number}{name}", shape).float() for name, shape in shapes.items()}))
@@ -105,22 +116,22 @@ class Ear:
         self.replies[prompt.number] = reply
 
 
-def alone():
+def alone(kind="qwen2"):
     """The greedy reply of the base and of each adapter, loaded alone, to each prompt."""
     mesh = build_mesh(0, 1)
     found = []
-    for lora, tensors in [(NO_LORA, {}), *adapters()]:
-        stage = make_stage(lora, mesh)
+    for lora, tensors in [(NO_LORA, {}), *adapters(kind)]:
+        stage = make_stage(lora, mesh, kind)
         load_adapter(stage, tensors, "here")
         one = Replica(stage, mesh.pp, mesh.tp, 64, Sampling(), ())
         found.append([reply.token_ids for reply in one.replies([Prompt(i, p) for i, p in enumerate(PROMPTS)], NEW)])
     return found
 
 
-def serve(rank, world_size, tp, requests, interrupt=(), slots=4):
+def serve(rank, world_size, tp, requests, interrupt=(), slots=4, kind="qwen2"):
     mesh = build_mesh(rank, world_size, tp, world_size // tp)
-    shared = share(adapters())
-    stage = make_stage(shared.lora, mesh)
+    shared = share(adapters(kind))
+    stage = make_stage(shared.lora, mesh, kind)
     load_adapter(stage, shared.tensors, "here")
     stage.share_adapters(shared.owners)
     one = Replica(stage, mesh.pp, mesh.tp, 64, Sampling(), (), listened_to=True)
@@ -142,11 +153,12 @@ def mixed():
     ]
 
 
-def test_a_mixed_batch_gives_each_its_own():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch_gives_each_its_own(kind):
     """On one process, and over tensor and pipeline parallel ranks; requests join while others run."""
-    expected, requests = alone(), mixed()
+    expected, requests = alone(kind), mixed()
     assert len({tuple(replies) for replies in expected}) == 4, "the adapters reply alike"
-    ranks = [serve(0, 1, 1, requests), spawn(serve, 4, 2, requests)[0]]
+    ranks = [serve(0, 1, 1, requests, kind=kind), spawn(serve, 4, 2, requests, (), 4, kind)[0]]
     for replies, heard, logprobs in ranks:
         for one in requests:
             number, adapter = one.prompt.number, one.prompt.adapter

@@ -50,7 +50,7 @@ class LatentAttentionBlock:
         self.kv_up = LinearGroup((kv_up,), at.site("attention.kv_latent"), at.place)
         out = at.row(attention.out, part.times(attention.value))
         self.output = LinearGroup((out,), at.site("out"), at.place, reduces=reduces)
-        self.scores = Scores(attention.scale)
+        self.scores = Scores(attention.head_dim**-0.5 if attention.scale is None else attention.scale)
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -91,15 +91,14 @@ class LatentAttentionBlock:
         k = torch.cat([plain, turned.expand(-1, self.heads, -1)], -1)
         width = max(k.shape[-1], V)
         q, k, v = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-        scores = Scores(self.spec.scale or self.spec.head_dim**-0.5) if width > self.spec.head_dim else self.scores
         pieces = None
         if inputs.context is not None:
             k, v, pieces = inputs.context.gather(k, v, None)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if pieces is not None:
-                return piece_attention(q, k, v, pieces, None, scores)
-            return attention(q, k, v, inputs.bounds, None, inputs.packed, scores)
+                return piece_attention(q, k, v, pieces, None, self.scores)
+            return attention(q, k, v, inputs.bounds, None, inputs.packed, self.scores)
 
         return inputs.attend(attend, q, k, v)[..., :V].flatten(1)
 
@@ -111,13 +110,32 @@ class LatentAttentionBlock:
         return q, rope(turned.unsqueeze(1), *table, interleaved)
 
     def _cached(self, q: torch.Tensor, latent: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Do as `_core` over a cache of latents: latent [F, L], normed."""
+        """Do as `_core` over a cache of latents: latent [F, L], normed.
+
+        Of a bias of kv_up the keys' part adds the same to all scores of a query, so that nothing comes of it.
+        """
         P, V, L = self.spec.plain, self.spec.value, self.spec.latent
         q, turned = self._rotated(q, turned, inputs)
-        k_up, v_up = self.kv_up.adapted_weight().unflatten(0, (self.heads, P + V)).split([P, V], 1)
+        up = self.kv_up.factors(inputs.tokens)
+
+        def of_heads(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return rows.unflatten(0, (self.heads, P + V)).split([P, V], 1)
+
+        k_up, v_up = of_heads(up.weight)
         plain, q_turned = q.split([P, self.spec.turned], -1)
-        q = torch.cat([torch.einsum("fhp,hpl->fhl", plain, k_up), q_turned], -1)
+        if up.scale is not None:
+            k_scale, v_scale = of_heads(up.scale.to(q.dtype))
+            plain = plain * k_scale
+        query = torch.einsum("fhp,hpl->fhl", plain, k_up)
+        if up.branch is not None:
+            k_branch, v_branch = of_heads(up.branch)
+            query = query + up.own(torch.einsum("fhp,hpr->fhr", plain, k_branch)) @ up.down
         entry = torch.cat([latent.unsqueeze(1), turned], -1)
-        scores = Scores(self.spec.scale or self.spec.head_dim**-0.5)
-        context = inputs.cache.attend(self.layer, q, entry, entry, None, scores)[..., :L]
-        return torch.einsum("fhl,hvl->fhv", context, v_up).flatten(1)
+        q = torch.cat([query, q_turned], -1)
+        context = inputs.cache.attend(self.layer, q, entry, entry, None, self.scores)[..., :L]
+        v = torch.einsum("fhl,hvl->fhv", context, v_up)
+        if up.branch is not None:
+            v = v + torch.einsum("fhr,hvr->fhv", up.own(context @ up.down.t()), v_branch)
+        if up.scale is not None:
+            v = v * v_scale
+        return (v if up.bias is None else v + of_heads(up.bias)[1]).flatten(1)

@@ -55,15 +55,15 @@ class LayerPlace:
 
     def expert(self, linear: spec.Linear) -> ExpertLinear:
         """Build a linear of an expert that this rank holds."""
-        return self._whole(ExpertLinear, linear)
+        return self._linear(ExpertLinear, linear)
 
     def token(self, linear: spec.Linear) -> TokenLinear:
         """Build a linear that every rank holds whole, for its own tokens."""
-        return self._whole(TokenLinear, linear)
+        return self._linear(TokenLinear, linear)
 
     def replicated(self, linear: spec.Linear) -> ReplicatedLinear:
         """Build a linear that every rank holds whole, and whose gradients are terms of a sum over tp."""
-        return self._whole(ReplicatedLinear, linear)
+        return self._linear(ReplicatedLinear, linear)
 
     def parameter(self, name: str, parameter: nn.Parameter, split: Split | None = None) -> None:
         """Register a parameter of the layer that is neither linear nor norm, beside the module that has its stem.
@@ -76,15 +76,6 @@ class LayerPlace:
         if split is not None:
             assert isinstance(stem, Stem), name
             stem.splits[last] = split
-
-    def _whole(self, kind: type, linear: spec.Linear):
-        name = self.stack.of_layer(self.index, linear.name)
-        module = kind(
-            name, linear.in_features, linear.out_features, bias=linear.bias, adapter=self.lora.adapter(name),
-            trains_bias=self.lora.trains_bias(name), place=self.place, transposed=linear.transposed,
-        )  # fmt: skip
-        hang(self.root, name, module)
-        return module
 
     def columns(self, outputs: list[tuple[str, spec.Projection, Part]]) -> tuple[ColumnParallelLinear, ...]:
         """Build the linears of several outputs: (name, what makes it, this rank's units of it) each.
@@ -124,10 +115,10 @@ class LayerPlace:
         hang(self.root, self.stack.of_layer(self.index, norm.name), module)
         return module
 
-    def _linear(self, kind: type, linear: spec.Linear, cut: Cut | Part):
+    def _linear(self, kind: type, linear: spec.Linear, *cut: Cut | Part):
         name = self.stack.of_layer(self.index, linear.name)
         module = kind(
-            name, linear.in_features, linear.out_features, cut, bias=linear.bias, adapter=self.lora.adapter(name),
+            name, linear.in_features, linear.out_features, *cut, bias=linear.bias, adapter=self.lora.adapter(name),
             trains_bias=self.lora.trains_bias(name), place=self.place, transposed=linear.transposed,
         )  # fmt: skip
         hang(self.root, name, module)
