@@ -82,6 +82,8 @@ def classify(
         check_task(task, config, f"adapter {adapter.where}")
         config = config.for_task(task, labels)
         check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
+        length = arguments.generation.seq_length
+        longer = None if length is None else check_length(config, length)
     added = on_first(lambda: adapter_tokens(adapter, model.model_path), mesh.world)
     with together(mesh.world):
         config = with_rows_for(config, added, model.model_path, adapter.tensors)
@@ -94,7 +96,7 @@ def classify(
         base = resolve_base(model.base_format, config)
         place = Placement(mesh.tp, False, resolve_dtype(model.dtype, device), device, base=base)
         if mesh.world.is_first:
-            for note in (*adapter.notes, *other_base_format(adapter, base.name)):
+            for note in (*([longer] if longer else []), *adapter.notes, *other_base_format(adapter, base.name)):
                 print(f"megalora: {note}", file=sys.stderr, flush=True)
         stage, _ = build_stage(
             config,
@@ -143,8 +145,6 @@ def _asked(options: GenerationArguments, rendering: ClassRows, config: ModelSpec
 
     def read() -> tuple[list[Any], list[Sample]]:
         longest = options.seq_length or config.max_position_embeddings
-        if options.seq_length is not None:
-            check_length(config, options.seq_length)
         encoder = rendering.encoder(EncodeSettings(longest))
         found, samples = [], []
         for value, where in _values(options):

@@ -24,7 +24,7 @@ from megalora.checkpoint.adapter.engines import engines_caution
 from megalora.checkpoint.adapter.fused import apart
 from megalora.checkpoint.adapter.merge import MergedWeights
 from megalora.checkpoint.adapter.opening import open_adapter
-from megalora.checkpoint.adapter.peft import peft_caution, write_peft
+from megalora.checkpoint.adapter.peft import dropout_caution, peft_caution, write_peft
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, save_adapter
 from megalora.checkpoint.base.gguf import read_gguf, write_hf
 from megalora.checkpoint.base.hf import AsStored, is_hf
@@ -208,8 +208,9 @@ def _adapter_to_peft(arguments: Conversion) -> None:
     target = target_of(arguments.paths)
     adapter = open_adapter(arguments.paths.input)
     lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where)
+    modules = {name.partition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
+    _say(dropout_caution(adapter.lora_config, modules))
     if lora_config.task_type == "CAUSAL_LM":
-        modules = {name.partition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
         _say(engines_caution(lora_config.to_dict(), modules))
     _say_caution(adapter, arguments)
 

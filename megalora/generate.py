@@ -204,11 +204,11 @@ def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, 
                 stop, questions = stop_token_ids(model_path, template), _questions(options)
                 notes = (*notes, *(template.notes or (f"prompts are written with {template.description}",)))
                 notes = (*notes, *_special_tokens(template, questions or ()))
-                token_ids = questions and [encode(template, question, opened.context) for question in questions]
+                token_ids = [encode(template, question, opened.context) for question in questions or ()]
             stop = (*stop, *unseen_stops(opened.tokenizer.tokenizer, opened.stops))
             streamed = _is_streamed(options)
             output = None if questions is None else _output(questions, options, _repliers(arguments), streamed)
-            asked = (token_ids, stop, sampling)
+            asked = (None if questions is None else token_ids, stop, sampling)
     token_ids, stop, sampling = broadcast_object(asked, world)
     return _Asked(template, output, notes, token_ids, stop, sampling)
 
@@ -258,7 +258,8 @@ def _talk(
         repliers, stdin = _repliers(arguments), sys.stdin.fileno()
         chat = Chat(asked.template, opened.reader, voice, options.system, opened.context, stdin, repliers)
     if opened.reader is not None:
-        ear = Ear(opened.reader, show=chat and chat.show, interrupted=chat and chat.interrupted)
+        show, interrupted = (None, None) if chat is None else (chat.show, chat.interrupted)
+        ear = Ear(opened.reader, show=show, interrupted=interrupted)
     dialogue(mesh.world, chat, lambda prompt, adapted: shared_out([prompt], adapted, ear)[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from megalora.added_tokens import AddedToken
 from megalora.choices import CLASSIFICATION
@@ -19,6 +20,12 @@ from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import Axis
 
+if TYPE_CHECKING:
+    from megalora.data.conversation import TrainOn
+    from megalora.data.dataset import OnBadRow
+    from megalora.data.encode import OnLongRow
+    from megalora.data.template import HistoryThinking
+
 # Flags of the chat template, with what they are where they are not given.
 _OF_TEMPLATES = {
     "template": None,
@@ -30,7 +37,8 @@ _OF_TEMPLATES = {
 
 def template_options(data: DataArguments) -> TemplateOptions:
     """Return how the chat template is used."""
-    return TemplateOptions(data.template_variables, data.history_thinking, data.special_tokens_in_text)
+    history = cast("HistoryThinking", data.history_thinking)
+    return TemplateOptions(data.template_variables, history, data.special_tokens_in_text)
 
 
 def rendering(
@@ -80,9 +88,9 @@ def data_settings(data: DataArguments) -> DataSettings:
     return DataSettings(
         data.seq_length,
         packing=data.packing,
-        on_bad_row=data.on_bad_row,
-        on_long_row=data.on_long_row,
-        train_on=data.train_on,
+        on_bad_row=cast("OnBadRow", data.on_bad_row),
+        on_long_row=cast("OnLongRow", data.on_long_row),
+        train_on=cast("TrainOn", data.train_on),
         names=FieldNames(data.renamed_columns, frozenset(data.ignore_columns or ())),
         max_rows=data.max_rows,
         data_cache=Path(data.data_cache) if data.data_cache else default_cache(),

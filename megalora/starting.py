@@ -277,10 +277,20 @@ def _check_same_adapter(lora: ResolvedLora, start: Start | None, config: ModelSp
                 f"means {ours.get(name)}",
                 _other_adapter(start),
             )
-    if trained_shapes(lora, config) != trained_shapes(theirs, config):
+    for name in sorted(lora.tokens.keys() | theirs.tokens.keys()):
+        if lora.tokens.get(name) != theirs.tokens.get(name):
+            trained, meant = (list(one.tokens.get(name, ())) for one in (theirs, lora))
+            raise UserError(
+                f"adapter {start.checkpoint.where}: of {name} it trained the rows of tokens {trained}, but "
+                f"--lora_config means {meant}",
+                _other_adapter(start),
+            )
+    here, there = trained_shapes(lora, config), trained_shapes(theirs, config)
+    if different := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        name = different[0]
+        shape, wanted = ("nothing" if one is None else str(list(one)) for one in (there.get(name), here.get(name)))
         raise UserError(
-            f"adapter {start.checkpoint.where}: bias = {theirs.config.bias!r}, but --lora_config says "
-            f"{lora.config.bias!r}",
+            f"adapter {start.checkpoint.where}: of {name} it trained {shape}, but --lora_config means {wanted}",
             _other_adapter(start),
         )
 

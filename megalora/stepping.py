@@ -10,7 +10,7 @@ import torch
 
 from megalora.building import Engine
 from megalora.checkpoint.adapter.engines import engines_caution
-from megalora.checkpoint.adapter.peft import peft_caution
+from megalora.checkpoint.adapter.peft import dropout_caution, peft_caution
 from megalora.checkpoint.run.folder import remove_export
 from megalora.checkpoint.run.state import iteration_folder, note_best
 from megalora.cluster.preemption import CTRL_C, Preemption
@@ -234,7 +234,7 @@ class Session:
             task = lora.config.task_type
             caution = peft_caution(config.model_type, lora.adapters, config.routers)
             served = engines_caution(lora.config.to_dict(), lora.adapters) if task == "CAUSAL_LM" else None
-            for note in (caution, served):
+            for note in (caution, dropout_caution(lora.config.to_dict(), lora.adapters), served):
                 if note is not None:
                     self.monitor.note(note)
             self.monitor.note(f"try it: {generate_command(self.arguments, self.mesh, task)}")

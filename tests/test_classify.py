@@ -129,6 +129,15 @@ def test_a_classifier_is_of_the_base_that_is_asked_for(model, tmp_path, capfd):
     assert nf4["scores"] != dense["scores"]
 
 
+def test_a_length_beyond_the_model_is_told(model, tmp_path, capfd):
+    tune(tmp_path, model, "SEQ_CLS", TEXTS, max_steps=1)
+    adapter = {"model_path": model, "resume_peft_from_checkpoint": tmp_path / "run", "prompt": "Ada is good"}
+    for length, beyond in ((256, False), (100_000, True)):
+        capfd.readouterr()
+        megalora.generate(**adapter, seq_length=length)
+        assert (f"seq_length ({length}) is more than the" in capfd.readouterr().err) == beyond
+
+
 def test_an_encoder_alone_is_told_what_it_lacks():
     fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = config_from_dict(fields | {"model_type": "bert", "num_attention_heads": 2})

@@ -21,7 +21,7 @@ from test_field_parity import documents
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import resolve_lora
-from megalora.checkpoint.adapter.peft import peft_caution, read_peft, write_peft
+from megalora.checkpoint.adapter.peft import dropout_caution, peft_caution, read_peft, write_peft
 from megalora.errors import UserError
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
@@ -294,6 +294,28 @@ def test_a_cache_gives_the_hidden_states_of_whole_sequences(family):
         assert sizes == {(1, 16, 24)}, "a token takes one latent and its rotated features, whatever the heads"
 
 
+OF_LATENTS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latents_with_factors_and_biases(family, field):
+    """The products with kv_b_proj move to queries and results: so do DoRA's factors, and biases of B."""
+    config = config_from_dict(fields_of(family))
+    targets = [name for name in OF_LATENTS if any(n.endswith(f".{name}") for n in config.linears)]
+    lora = resolve_lora(LoraConfig.from_dict({"r": 3, "target_modules": targets, field: True}), config)
+    stage = Stage(config, range(config.num_hidden_layers), Placement(Axis(), False, torch.float64, "cpu"), lora)
+    oracle.fill(stage)
+    stage.refresh_adapters()
+    ids = torch.randint(0, config.vocab_size, (12,), generator=torch.Generator().manual_seed(3)).tolist()
+    with torch.no_grad():
+        expected = alone(stage, ids)
+        steps = Steps(stage, 1, 16)
+        close(steps.prefill(None, ids[:9], [Span(0, 0, 9)]), expected[:9])
+        for place in range(9, 12):
+            close(steps.decode(None, [ids[place]], [0], [place])[0], expected[place])
+
+
 def alone(stage: Stage, ids: list[int]) -> torch.Tensor:
     """The final hidden states of one document."""
     count = len(ids)
@@ -328,6 +350,10 @@ def test_an_export_has_what_peft_takes_with_experts(tmp_path):
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (written["lora_dropout"], written["target_modules"]) == (0.0, ["gate_proj", "up_proj"])
     assert read_peft(tmp_path / "peft").tensors.keys() == tensors.keys()
+    modules = {name.partition(".lora_")[0] for name in tensors}
+    assert "says lora_dropout 0 instead of 0.1" in dropout_caution(fields, modules)
+    assert dropout_caution(fields | {"lora_dropout": 0.0}, modules) is None
+    assert dropout_caution(fields, {"model.layers.0.mlp.gate_proj"}) is None
 
 
 EXPERT, SHARED = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.mlp.shared_experts.gate_proj"

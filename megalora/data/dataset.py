@@ -57,6 +57,9 @@ def encoder_of(rendering: Rendering, settings: EncodeSettings) -> Encodes:
 _INLINE = 4  # chunks that are encoded here before worker processes are worth their start
 
 
+OnBadRow = Literal["error", "skip"]
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """How rows become packed rows; the flags of the same names.
@@ -68,7 +71,7 @@ class DataSettings:
 
     seq_length: int
     packing: bool = True
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: OnBadRow = "error"
     on_long_row: OnLongRow = "error"
     train_on: TrainOn = "all"
     names: FieldNames = field(default_factory=FieldNames)
@@ -129,7 +132,7 @@ def _load(
     chosen, held = _chosen(documents, sources, first_rows, seed, eval_fraction)
     identity = [[str(source.weight) for source in sources], str(eval_fraction), seed if held is not None else None]
     plain = held is None and all(source.weight == 1 for source in sources)
-    parts = []
+    parts: list[PackedRows | None] = []
     for name, members in (("train", chosen), ("eval", held)):
         if members is None:
             parts.append(None)
@@ -337,8 +340,8 @@ def _chosen(
                     f"--data_path {share} leaves none of its {len(mine):,} documents",
                     "raise the weight, or leave the path out",
                 )
-            drawn = permutation(len(mine), seed, SOURCE_EPOCH - number)[:count]
-            parts.append(mine[np.sort(np.asarray(drawn, dtype=np.int64))])
+            taken = permutation(len(mine), seed, SOURCE_EPOCH - number)[:count]
+            parts.append(mine[np.sort(np.asarray(taken, dtype=np.int64))])
     return np.concatenate(parts), held
 
 

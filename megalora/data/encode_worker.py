@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -17,6 +18,7 @@ def main() -> None:
             chunk = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        answer: tuple[Any, Exception | None]
         try:
             answer = (encoder.encode(chunk), None)
         except Exception as error:  # raised again where the rows are asked for

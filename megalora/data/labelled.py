@@ -99,8 +99,8 @@ def read_tagged(
         raise UserError(f"{fields.place}: has a text but no spans", "give spans, [] where the text has no entity")
     fields.finish()
     spans = [] if named is None else _spans(named[1], text, fields.place)
-    words, tags = _tagged(text, spans)
-    return TaggedWords(words, tags if given else None)
+    tagged, tags = _tagged(text, spans)
+    return TaggedWords(tagged, tags if given else None)
 
 
 def read_labelled(

@@ -109,8 +109,8 @@ class Loader:
         sources = [row.source for row in rows if row.source is not None]
         if not sources:
             return batch
-        bounds = (_bounds([span for row in side for span in row.spans]) for side in (rows, sources))
-        return replace(batch, source=_batch_of(sources, places), crossing=tuple(bounds))
+        own, theirs = (_bounds([span for row in side for span in row.spans]) for side in (rows, sources))
+        return replace(batch, source=_batch_of(sources, places), crossing=(own, theirs))
 
 
 def _batch_of(rows: Sequence[Row], places: Sequence[int]) -> Batch:

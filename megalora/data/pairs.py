@@ -219,8 +219,8 @@ class PairEncoder:
         end = self.rows.special_at_end
         if len(source) > limits[0]:
             source = source[: limits[0] - end] + source[len(source) - end :]
-        ids = np.array(source + target[: limits[1]], dtype=np.int32)
-        labels = np.where(np.arange(len(ids)) >= len(source), ids, IGNORE).astype(np.int32)
-        return Sample(ids, labels)
+        tokens = np.array(source + target[: limits[1]], dtype=np.int32)
+        labels = np.where(np.arange(len(tokens)) >= len(source), tokens, IGNORE).astype(np.int32)
+        return Sample(tokens, labels)
 
 

@@ -10,8 +10,8 @@ from megalora.pipeline.partition import METHODS
 from megalora.pipeline.schedule import SCHEDULES
 
 BASE_FORMAT = Definition(
-    "how the frozen linears are held: in the compute dtype (dense), in 8 bits (fp8) or in 4 bits (nf4); auto is as the "
-    "files have them",
+    "how the base model's linear weights are held in memory: in the compute dtype (dense), in 8 bits (fp8) or in 4 "
+    "bits (nf4); auto is as the files have them",
     choices=("auto", *BASE_FORMATS),
 )
 LORA_CONFIG = Definition("lora_config.json of a new adapter, or its contents", training_only=True)

@@ -131,7 +131,7 @@ class ConvertArguments(Section):
     )
     output: str = flag(REQUIRED, "folder to write; must not be the input")
     overwrite: bool = flag(False, "replace a model or adapter in output, once the new one is complete")
-    dry_run: bool = flag(False, "run all checks and report what would be written, but write nothing")
+    dry_run: bool = flag(False, "check everything and say what would be written, without writing it")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class BaseArguments(Section):
 
     base: str | None = flag(
         None,
-        "base model of the adapter: a Hugging Face folder or megalora shards",
+        "folder of the model that the adapter was trained on: a Hugging Face folder or megalora shards",
         unset="the folder that the adapter names",
     )
 

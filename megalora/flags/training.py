@@ -177,7 +177,8 @@ class TrainArguments(Section):
     seed: int = flag(42, "seed of adapter init, dropout and data order", at_least=0, at_most=2**63 - 1)
     base_dropout: bool | None = flag(
         None,
-        "apply the dropouts of the base model that its config.json asks for: embedding, residual, attention",
+        "train with the base model's own dropout, beside lora_dropout: of embedding, residual and attention, as its "
+        "config.json says",
         unset="true where config.json asks for any",
     )
     eval_steps: int | None = flag(None, "evaluate every this many steps", at_least=1, unset="only at the end")
@@ -194,7 +195,9 @@ class TrainArguments(Section):
     save_steps: int = flag(500, "write a checkpoint every this many steps, and after the last step", at_least=1)
     save_total_limit: int | None = flag(None, "keep only this many of the newest checkpoints", at_least=1, unset="all")
     dry_run: bool = flag(
-        False, "do everything up to the first step, and tell what the run will be; train nothing, and write nothing"
+        False,
+        "load the model and the rows, print the run's settings, memory and length, and stop before the first step; "
+        "output_dir is left as it is",
     )
     logging_steps: int = flag(1, "log every this many steps", at_least=1)
     cuda_graphs: bool | None = flag(

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megalora.data import ChatTemplate, Conversation, Message
 from megalora.errors import UserError
@@ -54,7 +55,7 @@ def dialogue(world: Axis, chat: Chat | None, reply: Callable[[Prompt, bool], Rep
     """
     with chat.attention() if chat is not None else _deaf():
         for number in itertools.count():
-            turn = NothingYet()
+            turn: Turn | NothingYet | None = NothingYet()
             while isinstance(turn, NothingYet):
                 turn = broadcast_object(chat.listen(KEEP_ALIVE) if chat is not None else None, world)
             if turn is None:
@@ -220,7 +221,7 @@ def _deaf() -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _on_interrupt(handler: object) -> Iterator[None]:
+def _on_interrupt(handler: Any) -> Iterator[None]:
     """Send SIGINT to `handler` (None: to whom it goes now) while inside."""
     if handler is None or threading.current_thread() is not threading.main_thread():
         yield

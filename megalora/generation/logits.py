@@ -21,7 +21,8 @@ class LogitsFolder:
     """
 
     def __init__(self, folder: str | Path):
-        self._folder, self._saved = Path(folder), set()
+        self._folder = Path(folder)
+        self._saved: set[int] = set()  # numbers of prompts
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -35,6 +35,7 @@ from megalora.generation.sampling import NOT_FINITE, Logprobs, Sampling, Seen, c
 from megalora.generation.steps import Steps
 from megalora.models.stage import Stage
 from megalora.parallel.collectives import broadcast_object
+from megalora.parallel.embedding import VocabParallelHead
 from megalora.parallel.mesh import Axis
 
 MAX_RUNNING = 64  # sequences that run at a time,
@@ -303,9 +304,9 @@ class Replica:
             verdicts = told.tolist()
         *verdicts, more, changes = verdicts
         self._more, self._changes = bool(more), bool(changes)
-        for sequence, verdict in zip(fed, verdicts, strict=True):
-            if verdict:
-                sequence.finish_reason = _VERDICTS[verdict]
+        for sequence, number in zip(fed, verdicts, strict=True):
+            if number:
+                sequence.finish_reason = _VERDICTS[number]
 
     # ---- the steps ----
 
@@ -321,7 +322,7 @@ class Replica:
         if self._pp.is_last:
             lengths = [span.stop - span.start for span in spans]
             ends = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
-            logits = self._stage.head(hidden[ends])
+            logits = self._head(hidden[ends])
             if self._keep_logits is not None:
                 self._hand_over_logits(fed, hidden.split(lengths))
         else:
@@ -337,9 +338,15 @@ class Replica:
         adapters = [sequence.prompt.adapter for sequence in fed]
         hidden = self._steps.decode(self._received(len(ids)), ids, slots, places, adapters)
         if self._pp.is_last:
-            return self._chosen(fed, self._stage.head(hidden))
+            return self._chosen(fed, self._head(hidden))
         self._send(hidden)
         return self._chosen(fed, None)
+
+    @property
+    def _head(self) -> VocabParallelHead:
+        head = self._stage.head
+        assert isinstance(head, VocabParallelHead), "a model that writes text"
+        return head
 
     @property
     def _chooses(self) -> bool:
@@ -393,7 +400,7 @@ class Replica:
 
     def _hand_over_logits(self, fed: Sequence[_Sequence], hidden: Sequence[torch.Tensor]) -> None:
         for sequence, its_hidden in zip(fed, hidden, strict=True):
-            logits = self._stage.head(its_hidden)
+            logits = self._head(its_hidden)
             if self._chooses:
                 self._keep_logits(sequence.prompt, logits)
 

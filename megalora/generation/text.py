@@ -193,13 +193,14 @@ class Reader:
     def _decode(self, token_ids: Sequence[int]) -> str:
         if not self._tags:
             return decode(self._tokenizer, token_ids)
-        parts: list[list[int] | str] = [[]]
+        said, between = "", list[int]()
         for token in token_ids:
             if token in self._tags:
-                parts += [self._tags[token], []]
+                said += decode(self._tokenizer, between) + self._tags[token]
+                between = []
             else:
-                parts[-1].append(token)
-        return "".join(part if isinstance(part, str) else decode(self._tokenizer, part) for part in parts)
+                between.append(token)
+        return said + decode(self._tokenizer, between)
 
     def _thinking(self, prompt: Prompt) -> Thinking:
         end = self._tokenizer.decode(list(prompt.token_ids[-8:]))  # some templates begin the thinking themselves

@@ -147,6 +147,17 @@ def peft_caution(model_type: str, adapted: Collection[str], routers: Collection[
     return f"{problem}: to use this adapter with transformers, put it into the weights (convert adapter merge)"
 
 
+def dropout_caution(lora_config: Mapping[str, Any], adapted: Collection[str]) -> str | None:
+    """Return a line where `write_peft` writes another lora_dropout than the adapter was trained with."""
+    if not lora_config.get("lora_dropout") or not any(_EXPERT.search(name) for name in adapted):
+        return None
+    return (
+        f"adapter_config.json says lora_dropout 0 instead of {lora_config['lora_dropout']:g}: peft refuses dropout of "
+        "experts, even to use the adapter; to train it further with dropout, start from the run itself or give "
+        "--lora_config"
+    )
+
+
 def _absolute(base: str | None) -> str | None:
     """Return the absolute path of a folder, which is read from elsewhere; any other name as it is."""
     return str(Path(base).resolve()) if base is not None and Path(base).is_dir() else base
