@@ -41,10 +41,11 @@ TORCH_LIBRARY(megalora, m) {
   def("cross_entropy_grad_(Tensor(a!) logits, Tensor label, Tensor max, Tensor total) -> ()");
 
   // q, out, dout, dq [T, H, D]; k, v [T, K, D]; heads and tokens of any stride; lse [H, T]; dk, dv [T, H, D], the share
-  // of each query head, of the type of the arithmetic.
-  def("attention_(Tensor q, Tensor k, Tensor v, int[] bounds, int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  // of each query head, of the type of the arithmetic; softcap 0: none; slopes, sinks [H], of that type too.
+  def("attention_(Tensor q, Tensor k, Tensor v, int[] bounds, int window, float scale, float softcap, Tensor? slopes, "
+      "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse) -> ()");
   def("attention_backward_(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] bounds, "
-      "int window, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+      "int window, float scale, float softcap, Tensor? slopes, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
 
   // The branches of LoRA linears that read one input x [T, K]: A [R, K], dz [T, R], z [T, R or more].
   def("lora_down_(Tensor(a!) z, Tensor x, Tensor A, " MASK "=None, Tensor(b!)? copy=None) -> ()");

@@ -51,11 +51,12 @@ Mask make_mask(const MaskArguments& arguments, const Tensor& x);
 namespace cpu {
 
 MEGALORA_OPS_OF_CPU_AND_CUDA
-void attention_(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window,
-                const Tensor& out, const Tensor& lse);
+void attention_(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window, double scale,
+                double softcap, const OptionalTensor& slopes, const OptionalTensor& sinks, const Tensor& out,
+                const Tensor& lse);
 void attention_backward_(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                         const Tensor& lse, at::IntArrayRef bounds, int64_t window, const Tensor& dq, const Tensor& dk,
-                         const Tensor& dv);
+                         const Tensor& lse, at::IntArrayRef bounds, int64_t window, double scale, double softcap,
+                         const OptionalTensor& slopes, const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
 }  // namespace cpu
 

@@ -22,12 +22,16 @@ namespace megalora::cpu {
 namespace {
 
 // Causal attention within documents: q, k, v as [T, H, D] and [T, K, D] by their strides. A task is a document and a
-// query head; lse [H, T] wide is the logarithm of each row's sum of exponentials.
+// query head; lse [H, T] wide is the logarithm of each row's sum of exponentials. A score q k^T `scale` becomes
+// softcap tanh(score / softcap), unless softcap is 0, and then gets slopes[head] (key - query), ALiBi. A head's sink is
+// one more score, which gives nothing.
 struct AttentionParams {
   Heads q, k, v, out;
   void* lse;
   const int64_t* bounds;  // [documents + 1]
   int64_t documents, tokens, head_dim, window;
+  double scale, softcap;
+  const void *slopes, *sinks;  // [H] wide, or null
   Type type;
 };
 
@@ -88,12 +92,34 @@ MEGALORA_INLINE int64_t first_tile(int64_t query, int64_t window) {
   return std::max<int64_t>(0, query - window + 1) / kTile * kTile;
 }
 
+// s [n] = softcap tanh(s / softcap), and its derivatives by s.
+template <typename wide>
+MEGALORA_INLINE void cap(wide* s, wide* derivatives, int64_t n, wide softcap) {
+  const wide inverse = 1 / softcap;
+  for (int64_t j = 0; j < n; ++j) {
+    const wide t = tanh_of(s[j] * inverse);
+    s[j] = softcap * t;
+    derivatives[j] = 1 - t * t;
+  }
+}
+
+// s [n] += slope (key - query), where the first key stands `behind` tokens before the query.
+template <typename wide>
+MEGALORA_INLINE void add_alibi(wide* s, int64_t n, wide slope, int64_t behind) {
+  for (int64_t j = 0; j < n; ++j) s[j] += slope * static_cast<wide>(static_cast<int32_t>(j - behind));
+}
+
+template <typename wide>
+MEGALORA_INLINE wide of_head(const void* numbers, int64_t head) {
+  return static_cast<const wide*>(numbers)[head];
+}
+
 template <typename scalar_t>
 MEGALORA_INLINE void forward(const AttentionParams& a, int64_t begin, int64_t end) {
   using wide = wide_t<scalar_t>;
   constexpr wide nothing = -std::numeric_limits<wide>::infinity();
   const int64_t dim = a.head_dim, width = padded(dim), group = a.q.count / a.k.count;
-  const wide scale = 1 / std::sqrt(static_cast<wide>(dim));
+  const wide scale = static_cast<wide>(a.scale), softcap = static_cast<wide>(a.softcap);
   std::vector<wide> q(kTile * width), keys(kTile * width), scores(kTile * kTile), out(kTile * width);
   std::vector<wide> columns, values;  // of a whole document
   for (int64_t task = begin; task < end; ++task) {
@@ -120,6 +146,8 @@ MEGALORA_INLINE void forward(const AttentionParams& a, int64_t begin, int64_t en
           wide* s = scores.data() + i * kTile;
           const Seen range = seen(query + i, key, count, a.window);
           wide lanes[kTile];
+          if (softcap != 0) cap(s, lanes, n, softcap);
+          if (a.slopes) add_alibi(s, n, of_head<wide>(a.slopes, head), query + i - key);
           for (int64_t j = 0; j < n; ++j) lanes[j] = s[j] = j >= range.first && j < range.last ? s[j] : nothing;
           for (int64_t half = n / 2; half > 0; half /= 2) {
             for (int64_t j = 0; j < half; ++j) lanes[j] = lanes[j] > lanes[j + half] ? lanes[j] : lanes[j + half];
@@ -139,6 +167,13 @@ MEGALORA_INLINE void forward(const AttentionParams& a, int64_t begin, int64_t en
               true);
       }
       for (int64_t i = 0; i < rows; ++i) {
+        if (a.sinks) {
+          const wide sink = of_head<wide>(a.sinks, head), maximum = std::max(largest[i], sink);
+          const wide fade = exp_nonpositive(largest[i] - maximum);
+          total[i] = total[i] * fade + exp_nonpositive(sink - maximum);
+          largest[i] = maximum;
+          for (int64_t d = 0; d < width; ++d) out[i * width + d] *= fade;
+        }
         const wide inverse = 1 / total[i];
         for (int64_t d = 0; d < width; ++d) out[i * width + d] *= inverse;
         static_cast<wide*>(a.lse)[head * a.tokens + start + query + i] = largest[i] + std::log(total[i]);
@@ -148,13 +183,14 @@ MEGALORA_INLINE void forward(const AttentionParams& a, int64_t begin, int64_t en
   }
 }
 
-// With p = exp(s - lse), delta = rowsum(dout out): ds = p (dout v^T - delta); dv = p^T dout, dk = ds^T q, dq = ds k.
+// With p = exp(s - lse), delta = rowsum(dout out): ds = p (dout v^T - delta), times the derivative of softcap;
+// dv = p^T dout, dk = ds^T q, dq = ds k. The sink is in lse.
 template <typename scalar_t>
 MEGALORA_INLINE void backward(const AttentionBackwardParams& b, int64_t begin, int64_t end) {
   using wide = wide_t<scalar_t>;
   const AttentionParams& a = b.forward;
   const int64_t dim = a.head_dim, width = padded(dim), group = a.q.count / a.k.count, heads = a.q.count;
-  const wide scale = 1 / std::sqrt(static_cast<wide>(dim));
+  const wide scale = static_cast<wide>(a.scale), softcap = static_cast<wide>(a.softcap);
   std::vector<wide> keys(kTile * width), key_columns(kTile * dim), values(kTile * width), value_columns(kTile * dim);
   std::vector<wide> p(kTile * kTile), ds(kTile * kTile), dk(kTile * width), dv(kTile * width);
   std::vector<wide> q, dout, out(kTile * width), dq, delta;  // of a whole document, but for out
@@ -198,11 +234,17 @@ MEGALORA_INLINE void backward(const AttentionBackwardParams& b, int64_t begin, i
           wide *p_row = p.data() + i * kTile, *ds_row = ds.data() + i * kTile;
           const Seen range = seen(query + i, key, count, a.window);
           const wide total = lse[query + i], mean = delta[query + i];
+          wide derivatives[kTile];
+          if (softcap != 0) cap(p_row, derivatives, n, softcap);
+          if (a.slopes) add_alibi(p_row, n, of_head<wide>(a.slopes, head), query + i - key);
           for (int64_t j = 0; j < n; ++j) {
             const wide s = p_row[j] < total ? p_row[j] - total : 0;  // rounding may lift it a little above 0
             const wide weight = j >= range.first && j < range.last ? exp_nonpositive(s) : 0;
             p_row[j] = weight;
             ds_row[j] = weight != 0 ? weight * (ds_row[j] - mean) : 0;
+          }
+          if (softcap != 0) {
+            for (int64_t j = 0; j < n; ++j) ds_row[j] *= derivatives[j];
           }
         }
         outer(dv.data(), width, count, {p.data(), kTile, 1}, dout_tile, width, rows, width, true);
@@ -225,9 +267,17 @@ MEGALORA_MULTIVERSION void attention_backward_tasks(const AttentionBackwardParam
   dispatch(a.forward.type, [&](auto zero) MEGALORA_INLINE_LAMBDA { backward<decltype(zero)>(a, begin, end); });
 }
 
+// Numbers [H] of the query heads, if given.
+const void* checked_numbers(const OptionalTensor& x, const Tensor& q) {
+  if (!x) return nullptr;
+  check_wide(*x, q.size(1), q);
+  return data_of(*x);
+}
+
 // Of the documents whose bounds are given.
 AttentionParams checked(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window,
-                        const Tensor& out, const Tensor& lse) {
+                        double scale, double softcap, const OptionalTensor& slopes, const Tensor& out,
+                        const Tensor& lse) {
   MEGALORA_CHECK(q.dim() == 3 && k.dim() == 3, q.sizes(), " and ", k.sizes());
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
   MEGALORA_CHECK(k.size(1) > 0 && heads % k.size(1) == 0, heads, " query heads for ", k.size(1), " key heads");
@@ -237,6 +287,7 @@ AttentionParams checked(const Tensor& q, const Tensor& k, const Tensor& v, at::I
   check_matrix(out, q.sizes(), q);
   check_wide(lse, heads * tokens, q);
   MEGALORA_CHECK(window > 0, "window ", window);
+  MEGALORA_CHECK(std::isfinite(scale) && softcap >= 0, "scale ", scale, ", softcap ", softcap);
   MEGALORA_CHECK(!bounds.empty() && bounds.front() == 0 && bounds.back() == tokens, bounds, " for ", tokens, " tokens");
   MEGALORA_CHECK(std::is_sorted(bounds.begin(), bounds.end()), bounds);
   AttentionParams params{};
@@ -250,24 +301,29 @@ AttentionParams checked(const Tensor& q, const Tensor& k, const Tensor& v, at::I
   params.tokens = tokens;
   params.head_dim = dim;
   params.window = window;
+  params.scale = scale;
+  params.softcap = softcap;
+  params.slopes = checked_numbers(slopes, q);
   params.type = type_of(q);
   return params;
 }
 
 }  // namespace
 
-void attention_(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window,
-                const Tensor& out, const Tensor& lse) {
-  const AttentionParams params = checked(q, k, v, bounds, window, out, lse);
+void attention_(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window, double scale,
+                double softcap, const OptionalTensor& slopes, const OptionalTensor& sinks, const Tensor& out,
+                const Tensor& lse) {
+  AttentionParams params = checked(q, k, v, bounds, window, scale, softcap, slopes, out, lse);
+  params.sinks = checked_numbers(sinks, q);
   at::parallel_for(0, params.documents * q.size(1), 1,
                    [&](int64_t begin, int64_t end) { attention_tasks(params, begin, end); });
 }
 
 void attention_backward_(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                         const Tensor& lse, at::IntArrayRef bounds, int64_t window, const Tensor& dq, const Tensor& dk,
-                         const Tensor& dv) {
+                         const Tensor& lse, at::IntArrayRef bounds, int64_t window, double scale, double softcap,
+                         const OptionalTensor& slopes, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   AttentionBackwardParams params{};
-  params.forward = checked(q, k, v, bounds, window, out, lse);
+  params.forward = checked(q, k, v, bounds, window, scale, softcap, slopes, out, lse);
   check_matrix(dout, q.sizes(), q);
   check_matrix(dq, q.sizes(), q);
   check_wide(dk, q.numel(), q);

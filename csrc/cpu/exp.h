@@ -1,4 +1,4 @@
-// exp of numbers that are not positive, in a form that compilers turn into vector code.
+// exp of numbers that are not positive, and tanh, in a form that compilers turn into vector code.
 #pragma once
 
 #include <cmath>
@@ -30,6 +30,21 @@ MEGALORA_INLINE float exp_nonpositive(float x) {
 }
 
 MEGALORA_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+
+// tanh to about 2 units in the last place; the polynomial for small x is that of Cephes' tanhf.
+MEGALORA_INLINE float tanh_of(float x) {
+  const float size = x < 0 ? -x : x, z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float small = (p * z) * x + x;
+  const float e = exp_nonpositive(-2 * size), large = (1 - e) / (1 + e);
+  return size < 0.625f ? small : x < 0 ? -large : large;
+}
+
+MEGALORA_INLINE double tanh_of(double x) { return std::tanh(x); }
 
 // 1 / (1 + exp(-x)) and 1 minus that, each to its own precision.
 template <typename T>

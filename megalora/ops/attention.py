@@ -1,6 +1,7 @@
 """Attention within documents: a kernel of our own on the CPU; elsewhere torch's SDPA, one call a run of documents of
 one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths. What these kernels do not
-compute, softcap and ALiBi, goes in tiles of plain torch there (megalora.ops.tiled_attention)."""
+compute (softcap, ALiBi and sinks on a GPU, T5's offsets anywhere) goes in tiles of plain torch
+(megalora.ops.tiled_attention)."""
 
 from __future__ import annotations
 
@@ -93,8 +94,8 @@ def attention(
     """
     if dropout is not None:
         return tiled_attention(q, k, v, _runs(bounds), window, scores, dropout)
-    if _compiled(q) and scores.simple and scores.scale is None and scores.causal:
-        return _CompiledAttention.apply(q, k, v, tuple(bounds), len(q) if window is None else window)
+    if scores.causal and scores.offsets is None and _compiled(q):
+        return _CompiledAttention.apply(q, k, v, tuple(bounds), len(q) if window is None else window, scores)
     runs = _runs(bounds)
     if not scores.simple or (q.device.type == "cpu" and not scores.causal):
         return tiled_attention(q, k, v, runs, window, scores)
@@ -115,13 +116,16 @@ def _compiled(q: torch.Tensor) -> bool:
 
 class _CompiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bounds, window):
+    def forward(ctx, q, k, v, bounds, window, scores):
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
-        torch.ops.megalora.attention_(q, k, v, bounds, window, out, lse)
+        scale = q.shape[2] ** -0.5 if scores.scale is None else scores.scale
+        slopes, sinks = (None if x is None else x.to(lse.dtype).contiguous() for x in (scores.slopes, scores.sinks))
+        how = bounds, window, scale, scores.softcap or 0.0, slopes
+        torch.ops.megalora.attention_(q, k, v, *how, sinks, out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.bounds, ctx.window = bounds, window
+        ctx.how = how
         return out
 
     @staticmethod
@@ -130,9 +134,9 @@ class _CompiledAttention(torch.autograd.Function):
         dout = dout if dout.stride(2) == 1 else dout.contiguous()
         dq = torch.empty(q.shape, dtype=q.dtype)
         shares = [torch.empty(q.shape, dtype=lse.dtype) for _ in range(2)]  # of each query head
-        torch.ops.megalora.attention_backward_(dout, q, k, v, out, lse, ctx.bounds, ctx.window, dq, *shares)
+        torch.ops.megalora.attention_backward_(dout, q, k, v, out, lse, *ctx.how, dq, *shares)
         dk, dv = (share.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for share in shares)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def cached_attention(

@@ -1,5 +1,5 @@
 """Attention in plain torch, a tile of queries at a time: right for every kind of scores, forward and backward, in
-bounded memory. It serves where no kernel does: softcap and ALiBi on a GPU, float16 on a CPU.
+bounded memory. It serves where no kernel does: softcap, ALiBi and sinks on a GPU, encoders and float16 on a CPU.
 
 Legend: C documents of one length, K key/value heads, G query heads that read one of them, N queries and S keys of a
 document (N < S over a cache: query n stands at S - N + n), n queries of a tile, m keys that it reads, D head_dim.

@@ -1,10 +1,13 @@
 """The C++ attention of the CPU against the formula in float64, on documents and windows on each side of its tiles."""
 
+import math
+
 import pytest
 import torch
 
 from megalora.ops import extension
-from megalora.ops.attention import attention
+from megalora.ops import tiled_attention as tiles
+from megalora.ops.attention import Scores, attention
 
 pytestmark = pytest.mark.skipif(not extension.has_kernels("cpu"), reason="no megalora._C: " + extension.REMEDY)
 
@@ -68,6 +71,47 @@ def test_scores_of_any_size(scale):
         torch.testing.assert_close(a.double(), b, rtol=2e-3, atol=2e-3 * float(b.abs().max()))
 
 
+KINDS = {
+    "scale (granite)": Scores(scale=0.0156),
+    "softcap (gemma2)": Scores(scale=0.2, softcap=1.5),
+    "softcap, far below it": Scores(scale=1e-3, softcap=50.0),
+    "slopes (bloom, mpt)": Scores(slopes=torch.tensor([0.5, 0.25, 2.0, 2**-8], dtype=torch.float64)),
+    "sinks (gpt_oss)": Scores(sinks=torch.tensor([-2.0, 40.0, 0.5, 9.0], dtype=torch.float64)),
+    "all": Scores(0.7, 2.0, torch.tensor([0.5, 0.25, 0.125, 0.375]), sinks=torch.tensor([-1.0, 0.0, 1.5, 2.0])),
+}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_scores_is_that_of_plain_torch(kind, window, dtype, monkeypatch):
+    """Value and gradients against the tiles of plain torch in float64: the kernel must not come to them."""
+    q, k, v, dout, bounds = inputs([1, 65, 17, 130], 4, 2, 10, dtype)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    runs = [tiles.Run(a, 1, b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    wanted = tiles.tiled_attention(*exact, runs, window, KINDS[kind])
+    wanted = [wanted, *torch.autograd.grad(wanted, exact, dout.double())]
+    monkeypatch.setattr(tiles.TiledDocuments, "forward", lambda self: pytest.fail("plain torch"))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, bounds, window, scores=KINDS[kind])
+    for found, right in zip([out, *torch.autograd.grad(out, leaves, dout)], wanted, strict=True):
+        assert found.dtype == dtype and found.shape == right.shape
+        # A sink of 40 leaves little: values are compared with what they are.
+        assert (found.double() - right).abs().max() <= ROUNDING[dtype] * right.abs().max().clamp(min=1)
+
+
+def test_softcap_is_as_exact_as_torchs_tanh():
+    """On one key beside a key of score 0, the weight tells tanh of every size."""
+    x = torch.logspace(-4, 1.5, 4000).flatten()
+    x = torch.cat([x, -x])
+    q = torch.stack([torch.zeros_like(x), x], 1).flatten().view(-1, 1, 1)
+    k = torch.tensor([0.0, 1.0]).repeat(len(x)).view(-1, 1, 1)
+    bounds = list(range(0, 2 * len(x) + 1, 2))
+    found = attention(q, k, k, bounds, scores=Scores(scale=1.0, softcap=1.0))[1::2, 0, 0]
+    right = torch.sigmoid(x.double().tanh())
+    assert (found.double() - right).abs().max() <= 1.5e-7
+
+
 def test_heads_that_are_views():
     """As a cut of qkv leaves them, and a gradient with heads before tokens."""
     qkv = torch.randn(40, 8, 12, dtype=torch.float64)
@@ -82,9 +126,10 @@ def test_heads_that_are_views():
 def arguments():
     q, k, v, dout, bounds = inputs([7, 9], 4, 2, 8, torch.float32)
     out, lse = torch.empty_like(q), torch.zeros(4, 16)
+    how = bounds, 16, 0.3, 1.5, torch.rand(4)
     return {
-        "attention_": (q, k, v, bounds, 16, out, lse),
-        "attention_backward_": (dout, q, k, v, out, lse, bounds, 16, *(torch.empty_like(q) for _ in range(3))),
+        "attention_": (q, k, v, *how, torch.rand(4), out, lse),
+        "attention_backward_": (dout, q, k, v, out, lse, *how, *(torch.empty_like(q) for _ in range(3))),
     }
 
 
@@ -101,6 +146,10 @@ def test_ops_are_well_registered(name):
         lambda q, k, v, *rest: (q[:, :3], k, v, *rest),
         lambda q, k, v, *rest: (q, k, v.double(), *rest),
         lambda q, k, v, bounds, window, *rest: (q, k, v, bounds, 0, *rest),
+        lambda q, k, v, bounds, window, scale, *rest: (q, k, v, bounds, window, math.inf, *rest),
+        lambda q, k, v, bounds, window, scale, cap, *rest: (q, k, v, bounds, window, scale, -1.0, *rest),
+        lambda *front_and_rest: (*front_and_rest[:7], torch.rand(3), *front_and_rest[8:]),
+        lambda *front_and_rest: (*front_and_rest[:8], torch.rand(4).double(), *front_and_rest[9:]),
     ],
 )
 def test_op_quotes_the_condition_that_fails(change):
