@@ -93,7 +93,10 @@ fuzz: install
 proof: install
 	@$(RUN) MEGALORA_PROOF=all python -m pytest -n $(JOBS) --dist worksteal -q tests/pipeline/test_schedule.py \
 		tests/test_layouts.py \
-		'tests/test_modern.py::test_every_layout_gives_the_numbers_of_one_process'
+		'tests/test_modern.py::test_every_layout_gives_the_numbers_of_one_process' \
+		'tests/test_classic.py::test_every_layout_gives_the_numbers_of_one_process' \
+		'tests/tasks/test_classes.py::test_layouts_of_four_processes' \
+		'tests/tasks/test_seq2seq.py::test_layouts_of_four_processes'
 
 parity: install
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -q tests/test_generation_parity.py --questions 20

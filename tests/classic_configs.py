@@ -126,6 +126,21 @@ _PHI = {
     "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 51200,
 }  # fmt: skip
 
+
+
+def _internlm2(hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "attn_implementation": "eager",
+        "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config",
+                     "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"},
+        "bias": False, "hidden_act": "silu", "hidden_size": hidden, "initializer_range": 0.02,
+        "intermediate_size": inner, "max_position_embeddings": 32768, "num_attention_heads": heads,
+        "num_hidden_layers": layers, "num_key_value_heads": kv, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 1000000, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 92544, **more,
+    }  # fmt: skip
+
+
+_DYNAMIC = {"type": "dynamic", "factor": 2.0}
 CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "gpt2": (_gpt2(768, 12, 12), 124_439_808),
     "gpt2-medium": (_gpt2(1024, 24, 16), 354_823_168),
@@ -205,6 +220,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
         "prefix_projection": False},
         6_243_584_000,
     ),
+    "internlm2-1_8b": (_internlm2(2048, 8192, 24, 16, 8), 1_889_110_016),
+    "internlm2-7b": (_internlm2(4096, 14336, 32, 32, 8), 7_737_708_544),
+    "internlm2_5-7b-chat": (_internlm2(4096, 14336, 32, 32, 8, rope_scaling=_DYNAMIC), 7_737_708_544),
+    "internlm2-20b": (_internlm2(6144, 16384, 48, 48, 8), 19_861_149_696),
     "btlm-3b-8k": (
         {
             "model_type": "btlm", "architectures": ["BTLMLMHeadModel"], "activation_function": "swiglu",

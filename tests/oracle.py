@@ -126,6 +126,7 @@ CLASSIC = {
         "model_type": "chatglm", "padded_vocab_size": 131, "ffn_hidden_size": 80, "kv_channels": 8, "seq_length": 256,
         "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "layernorm_epsilon": 1e-5,
     },
+    "internlm2": {"model_type": "internlm2", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "btlm": {
         "model_type": "btlm", "n_inner": 80, "activation_function": "swiglu", "position_embedding_type": "alibi",
         "mup_embeddings_scale": 1.7, "mup_output_alpha": 2.0, "mup_width_scale": 0.6, "mup_scale_qk_dot_by_d": True,
@@ -230,6 +231,10 @@ MODERN = {
         "model_type": "qwen3", "max_position_embeddings": 32, "use_sliding_window": True, "sliding_window": 5,
         "layer_types": ["full_attention", "sliding_attention"] * 2,
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+    "internlm3": {
+        "model_type": "internlm3", "head_dim": 8, "qkv_bias": True, "bias": True, "pad_token_id": 0,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
     },
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.

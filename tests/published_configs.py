@@ -218,4 +218,16 @@ CONFIGS = {
         },
         14_659_507_200,
     ),
+    "internlm3-8b-instruct": (
+        {
+            "model_type": "internlm3", "architectures": ["InternLM3ForCausalLM"], "attention_dropout": 0.0,
+            "auto_map": {"AutoConfig": "configuration_internlm3.InternLM3Config",
+                         "AutoModelForCausalLM": "modeling_internlm3.InternLM3ForCausalLM"},
+            "bias": False, "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 32768,
+            "qkv_bias": False, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"},
+            "rope_theta": 50000000, "tie_word_embeddings": False, "vocab_size": 128512,
+            **_sizes(4096, 10240, 48, 32, 2),
+        },
+        8_804_241_408,
+    ),
 }  # fmt: skip

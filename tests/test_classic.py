@@ -9,6 +9,7 @@ whole units.
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import test_field_parity as field
@@ -38,7 +39,7 @@ RW = {
 }  # fmt: skip
 NARROW = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
 VARIANTS = {
-    **{family: (family, {}) for family in CLASSIC},
+    **{family: (family, {}) for family in CLASSIC if family != "internlm2"},
     "gpt2, scaled by layer": (
         "gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "n_inner": 64},
     ),
@@ -53,6 +54,7 @@ VARIANTS = {
     "opt, narrow, norms behind": ("opt", NARROW),
     "opt, no biases": ("opt", {"enable_bias": False, "_remove_final_layer_norm": True}),
     "phi, norms on the heads": ("phi", {"qk_layernorm": True, "num_key_value_heads": 8}),
+    "internlm2": ("internlm2", {"bias": False}),
 }  # fmt: skip
 DROPPED = {
     "gpt2": ("gpt2", PDROP),
@@ -69,15 +71,18 @@ SAME_CUT = (
     "gpt2, scaled by layer", "gpt_neo, narrow", "RefinedWeb", "RefinedWebModel", "falcon, all heads", "opt, no biases",
 )  # fmt: skip
 CUT_DOCUMENTS = ("gpt2", "bloom", "falcon, ALiBi")
-REMOTE = ("RefinedWeb", "RefinedWebModel", "chatglm", "btlm")  # transformers lacks them
+REMOTE = ("RefinedWeb", "RefinedWebModel", "chatglm", "btlm", "internlm2")  # transformers lacks them
 EAGER = ("gpt_neo", "bloom", "mpt")  # of which it has no other attention
 
 
 # ---- every layout
 
 
-def layouts() -> list[Run]:
-    """Of four processes: each variant that is cut in a way of its own on one layout, and dropouts of the base."""
+def layouts(every: bool = False) -> list[Run]:
+    """Of four processes: each variant that is cut in a way of its own on one layout, and dropouts of the base.
+
+    every: all variants, each on every layout
+    """
     options = (
         {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full"},
         {"tp": 4, "micro_batch_rows": 2},
@@ -86,16 +91,18 @@ def layouts() -> list[Run]:
     )
     cut_documents = {"tp": 2, "cp": 2, "micro_batch_rows": 2}
     found = []
-    cut = [case for name, case in VARIANTS.items() if name not in SAME_CUT]
+    cut = [case for name, case in VARIANTS.items() if every or name not in SAME_CUT]
     for number, (family, model) in enumerate((*cut, *DROPPED.values())):
-        found.append(Run(family, model=SMALL | model, steps=2, **options[number % 4]))
+        chosen = options if every else [options[number % 4]]
+        found += [Run(family, model=SMALL | model, steps=2, **layout) for layout in chosen]
     for family, model in (VARIANTS[name] for name in CUT_DOCUMENTS):
         found.append(Run(family, model=SMALL | model, steps=2, **cut_documents))
     return found
 
 def test_every_layout_gives_the_numbers_of_one_process():
-    runs = layouts()
-    ranks = spawn(train_each, 4, runs)
+    """`make proof`: each variant on every one of the layouts."""
+    runs = layouts(every=os.environ.get("MEGALORA_PROOF") == "all")
+    ranks = spawn(train_each, 4, runs, timeout=60 + 20 * len(runs))
     for i, run in enumerate(runs):
         assert largest_difference(reference(run), [outcomes[i] for outcomes in ranks]) <= 1e-12, run
 
@@ -182,4 +189,4 @@ def test_tokens_one_by_one_are_the_document_at_once(name):
 
 def test_the_variants_are_of_every_older_decoder():
     assert {family for family, _ in VARIANTS.values()} == set(CLASSIC)
-    assert len(list(itertools.chain(VARIANTS, DROPPED))) == 35
+    assert len(list(itertools.chain(VARIANTS, DROPPED))) == 36

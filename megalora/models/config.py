@@ -144,6 +144,12 @@ def check_length(spec: ModelSpec, seq_length: int, flag: str = "seq_length") -> 
             "positions beyond",
             "choose at most that",
         )
+    if any(rotary.only_to is not None for rotary in spec.rotaries):
+        raise UserError(
+            f"{flag} ({seq_length}) is more than the model's max_position_embeddings ({longest}), beyond which "
+            "rope_type dynamic turns by the length of each text, which is not implemented",
+            "choose at most that, or extend the model with rope_type yarn or linear in config.json",
+        )
     return (
         f"{flag} ({seq_length}) is more than the {longest} tokens that the model is made for: replies to longer "
         f"texts may be poor, unless rope_scaling in config.json extends them"

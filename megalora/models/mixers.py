@@ -54,6 +54,7 @@ class Rotary:
     factor               what cos and sin are multiplied by (YaRN, longrope; 1 elsewhere)
     interleaved          pairs are neighbours (x[2 j], x[2 j + 1]); else halves (x[j], x[j + n / 2])
     long, long_from      other frequencies for documents of more than `long_from` tokens (longrope)
+    only_to              a longer document would need frequencies that depend on its length (dynamic NTK); None: any
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -61,6 +62,7 @@ class Rotary:
     interleaved: bool = False
     long: tuple[float, ...] | None = None
     long_from: int = 0
+    only_to: int | None = None
 
     @property
     def size(self) -> int:

@@ -19,6 +19,7 @@ from megalora.models.spec import Rotary
 FIELDS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": frozenset(
         "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
@@ -215,14 +216,15 @@ def rotary(
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = rope["rope_type"]
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         size = int(head_dim * rope.get(_PARTIAL, 1.0))
         if size % 2 or size < 2:
             raise UserError(
                 f"{where}: {size} of {head_dim} features of a head would rotate, which is no even number",
                 "correct the config",
             )
-        return plain(size, rope["rope_theta"], interleaved)
+        found = plain(size, rope["rope_theta"], interleaved)
+        return replace(found, only_to=_unscaled_length(rope, max_position_embeddings, where))
     config = SimpleNamespace(  # what transformers' formulas read of a config: version 4 the old form, 5 the new one
         rope_parameters=rope, rope_scaling=rope, rope_theta=rope["rope_theta"], head_dim=head_dim, hidden_size=head_dim,
         num_attention_heads=1, partial_rotary_factor=rope.get(_PARTIAL, 1.0), standardize_rope_params=lambda: None,
@@ -243,6 +245,16 @@ def rotary(
         return replace(found, long=tuple(long.tolist()), long_from=original)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
         raise UserError(f"{where}: rope fields {dict(rope)}: {error!r} is missing or wrong", "correct it") from None
+
+
+def _unscaled_length(rope: Mapping[str, Any], max_position_embeddings: int | None, where: str) -> int | None:
+    """Return the tokens up to which rope type dynamic changes nothing; None for one that never does."""
+    if rope["rope_type"] != "dynamic":
+        return None
+    if rope.get("factor") is None or max_position_embeddings is None:
+        missing = "factor" if rope.get("factor") is None else "max_position_embeddings"
+        raise UserError(f"{where}: rope_type dynamic without {missing}", "take config.json from the model's own folder")
+    return max_position_embeddings
 
 
 def plain(size: int, theta: float, interleaved: bool = False) -> Rotary:

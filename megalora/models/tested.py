@@ -50,7 +50,8 @@ _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
 _EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss mixtral qwen2_moe qwen3_moe"
 _TODAY = (
-    "cohere cohere2 exaone4 gemma gemma2 gemma3_text glm glm4 granite nemotron olmo2 olmo3 smollm3 stablelm starcoder2"
+    "cohere cohere2 exaone4 gemma gemma2 gemma3_text glm glm4 granite internlm3 nemotron olmo2 olmo3 smollm3 stablelm "
+    "starcoder2"
 )
 _ENCODERS = "bert electra roberta"
 _SEQ2SEQ = "bart t5"
@@ -60,7 +61,7 @@ FEATURES = (
         "parity",
         (*_PARITY, "tests/test_experts.py", _REMOTE),
         "losses and gradients of adapters are those of transformers and peft (experts: of the merged model in "
-        "transformers; `btlm`, `chatglm`: of their published code written in plain torch)",
+        "transformers; `btlm`, `chatglm`, `internlm2`: of their published code written in plain torch)",
         {"shared": _types(_FIRST_NAMES)},
     ),
     Feature(
@@ -73,37 +74,34 @@ FEATURES = (
         "TP",
         _LAYOUTS,
         "tensor parallelism; must divide the attention heads or `--uneven_heads true`",
-        {"proof": _types("olmo2"), "shared": _types(_FIRST_NAMES)},
+        {"proof": _types(f"{_FIRST_NAMES} internlm3 olmo2")},
     ),
     Feature(
         "SP",
         _LAYOUTS,
         "sequence parallelism, with tensor parallelism",
-        {
-            "proof": _types("cohere2 exaone4 glm olmo2 starcoder2"),
-            "shared": _types(f"{_FIRST_NAMES} bert bloom btlm phi roberta"),
-        },
+        {"proof": _types(f"{_FIRST_NAMES} bert btlm cohere2 exaone4 glm gptj internlm3 olmo2 roberta starcoder2")},
     ),
     Feature(
         "PP",
         _LAYOUTS,
         "pipeline parallelism, at least one layer a stage; every schedule is tested with `llama`",
-        {"proof": _types("cohere glm glm4 smollm3"), "shared": _types(f"{_FIRST_NAMES} chatglm gpt_neo mpt")},
+        {"proof": _types(f"{_FIRST_NAMES} chatglm cohere glm glm4 gpt_neo mpt smollm3")},
     ),
     Feature(
         "DP",
         _LAYOUTS,
         "data parallelism",
         {
-            "proof": _types(_TODAY) - _types("cohere gemma2 glm4 smollm3"),
-            "shared": _types(f"{_FIRST_NAMES} bloom btlm codegen electra falcon gpt2 gpt_bigcode phi roberta"),
+            "proof": (_types(_TODAY) - _types("cohere gemma2 glm4 smollm3"))
+            | _types(f"{_FIRST_NAMES} bloom btlm codegen electra gpt2 gpt_bigcode gptj internlm2 phi roberta"),
         },
     ),
     Feature(
         "recompute",
         _LAYOUTS,
         "selective (attention) or full",
-        {"proof": _types("glm"), "shared": _types(f"{_FIRST_NAMES} chatglm gpt_neo mpt roberta")},
+        {"proof": _types(f"{_FIRST_NAMES} chatglm glm gpt_neo mpt roberta")},
     ),
     Feature(
         "CUDA graphs",
@@ -112,7 +110,7 @@ FEATURES = (
         "dropout of attention and encoder-decoders",
         {
             "untested": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}")
-            | _types("bloom btlm chatglm codegen falcon gpt2 gpt_bigcode gpt_neo gptj mpt opt phi")
+            | _types("bloom btlm chatglm codegen falcon gpt2 gpt_bigcode gpt_neo gptj internlm2 mpt opt phi")
         },
         needs_gpu=True,
     ),
@@ -124,7 +122,7 @@ FEATURES = (
         ),
         "greedy replies are transformers', token for token",
         {
-            "cache": _types(f"{_FIRST_NAMES} btlm chatglm codegen gpt_bigcode gpt_neo mpt opt phi")
+            "cache": _types(f"{_FIRST_NAMES} btlm chatglm codegen gpt_bigcode gpt_neo internlm2 mpt opt phi")
             | _types("deepseek_v2 deepseek_v3 gpt_oss qwen2_moe"),
             "shared": _types("glm4_moe mixtral qwen3_moe"),
             "labels": _types(_ENCODERS),
@@ -136,7 +134,7 @@ FEATURES = (
         "what a microbatch keeps, counted to the byte",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_ENCODERS} {_SEQ2SEQ}")
-            | _types("btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo mistral phi")
+            | _types("btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo internlm2 mistral phi")
         },
     ),
     Feature(
@@ -145,7 +143,7 @@ FEATURES = (
         "safetensors to shards and back, every bit kept",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}")
-            | _types("bloom btlm chatglm codegen gpt_bigcode gpt_neo gptj mpt opt phi")
+            | _types("bloom btlm chatglm codegen gpt_bigcode gpt_neo gptj internlm2 mpt opt phi")
         },
     ),
     Feature(
@@ -153,7 +151,7 @@ FEATURES = (
         ("tests/test_convert_adapter.py", "tests/test_classic_files.py"),
         "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2` "
         "and `falcon`; merged into the base: `llama`, `gpt2` and `falcon`",
-        {"shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} btlm chatglm gpt_neo")},
+        {"shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} btlm chatglm gpt_neo internlm2")},
     ),
 )
 

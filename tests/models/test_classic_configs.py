@@ -18,7 +18,7 @@ from megalora.pipeline.partition import partition
 
 CUT = (
     "gpt2-large", "starcoder", "gpt-neo-2.7B", "gpt-j-6b", "codegen-2B", "bloom", "opt-350m", "mpt-7b", "falcon-40b",
-    "phi-2", "chatglm3-6b", "btlm-3b-8k",
+    "phi-2", "chatglm3-6b", "btlm-3b-8k", "internlm2_5-7b-chat",
 )  # fmt: skip
 GPT2, GLM, MPT, OPT = (CONFIGS[name][0] for name in ("gpt2", "chatglm3-6b", "mpt-7b", "opt-1.3b"))
 

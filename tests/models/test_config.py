@@ -228,10 +228,11 @@ def named(name: str) -> str:
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": -1}}, "factor"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "factor"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1]}}, "longrope"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "longrope"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}}, "proportional"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"rope_parameters": ["linear"]}, "rope_parameters"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
@@ -502,6 +503,17 @@ def test_how_long_a_document_may_be(fields, longest):
     spec = config_from_dict(LLAMA | fields)
     assert check_length(spec, longest) is None
     assert f"more than the {longest} tokens" in check_length(spec, longest + 1)
+
+
+def test_dynamic_frequencies_are_plain_ones_up_to_the_models_length():
+    """Beyond, they would depend on the length of the text."""
+    plain = config_from_dict(LLAMA)
+    spec = config_from_dict(LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    assert [r.inverse_frequencies for r in spec.rotaries] == [r.inverse_frequencies for r in plain.rotaries]
+    assert check_length(spec, 128) is None
+    with pytest.raises(UserError, match=r"seq_length \(129\).*dynamic") as raised:
+        check_length(spec, 129)
+    assert "yarn" in raised.value.hint
 
 
 def test_what_transformers_does_not_read_of_a_rope_is_said():

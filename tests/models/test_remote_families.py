@@ -1,7 +1,7 @@
 """Families whose code transformers lacks, against plain torch written from their published code: loss and gradients.
 
-BTLM (modeling_btlm.py of cerebras/btlm-3b-8k-base), ChatGLM2 and 3 (modeling_chatglm.py of THUDM/chatglm3-6b). Their
-`auto_map` names that code: it is never run.
+BTLM (modeling_btlm.py of cerebras/btlm-3b-8k-base), ChatGLM2 and 3 (modeling_chatglm.py of THUDM/chatglm3-6b),
+InternLM2 (modeling_internlm2.py of internlm/internlm2_5-7b). Their `auto_map` names that code: it is never run.
 """
 
 from __future__ import annotations
@@ -85,6 +85,34 @@ def chatglm(w: Weights, f: Mapping, ids: torch.Tensor) -> torch.Tensor:
     return norm(x, "transformer.encoder.final_layernorm") @ w["transformer.output_layer.weight"].T
 
 
+def internlm2(w: Weights, f: Mapping, ids: torch.Tensor) -> torch.Tensor:
+    heads, groups = f["num_attention_heads"], f["num_key_value_heads"]
+    dim = f["hidden_size"] // heads
+    angles = torch.arange(len(ids))[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    cos, sin = (table.double().unsqueeze(1) for table in (angles.cos(), angles.sin()))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + f["rms_norm_eps"]) * w[f"{name}.weight"]
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    x = w["model.tok_embeddings.weight"][ids]
+    for i in range(f["num_hidden_layers"]):
+        at = f"model.layers.{i}"
+        mixed = linear(norm(x, f"{at}.attention_norm"), f"{at}.attention.wqkv").unflatten(-1, (groups, -1, dim))
+        q, k, v = mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
+        x = x + linear(attend(turn(q), turn(k), v, dim**-0.5, None), f"{at}.attention.wo")
+        h = norm(x, f"{at}.ffn_norm")
+        gated = functional.silu(linear(h, f"{at}.feed_forward.w1")) * linear(h, f"{at}.feed_forward.w3")
+        x = x + linear(gated, f"{at}.feed_forward.w2")
+    return linear(norm(x, "model.norm"), "output")
+
+
 def batch(vocab_size: int) -> Batch:
     tokens = sum(LENGTHS)
     ids = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(2))
@@ -94,7 +122,7 @@ def batch(vocab_size: int) -> Batch:
     return Batch(ids, labels, positions, bounds, torch.arange(tokens))
 
 
-@pytest.mark.parametrize("family, logits", [("btlm", btlm), ("chatglm", chatglm)])
+@pytest.mark.parametrize("family, logits", [("btlm", btlm), ("chatglm", chatglm), ("internlm2", internlm2)])
 def test_loss_and_gradients_are_those_of_the_published_code(family: str, logits: Callable[..., torch.Tensor]):
     fields = fields_of(family)
     config = config_from_dict(fields)

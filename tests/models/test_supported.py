@@ -52,9 +52,9 @@ def tested() -> dict[str, dict[str, set[str]]]:
     )
     runs = variants.layout_runs(list(MODERN)) + classic.layouts()
     runs += [run for family in EXPERTS for run in experts.layouts(family)]
-    runs += [run.on(**classes.LAYOUTS[i % len(classes.LAYOUTS)]) for i, run in enumerate(classes.RUNS)]
-    runs += pairs.RUNS
-    in_suite, in_proof = axes(runs), axes(variants.layout_runs(list(MODERN), every=True))
+    runs += classes.layouts() + pairs.layouts()
+    every = [*variants.layout_runs(list(MODERN), every=True), *classic.layouts(every=True)]
+    in_suite, in_proof = axes(runs), axes([*every, *classes.layouts(every=True), *pairs.layouts(every=True)])
     for family in FAMILIES:  # test_the_cases_cover_what_they_promise
         in_suite[family] |= ALL_AXES
     found = {name: {"yes": {k for k, has in in_suite.items() if name in has}} for name in ALL_AXES}
@@ -63,7 +63,8 @@ def tested() -> dict[str, dict[str, set[str]]]:
     modern, six = set(map(kind, MODERN)), set(FAMILIES)
     packed = six | modern | set(map(kind, {case.family for case in classes.PARITY}))
     packed |= set(map(kind, SEQ2SEQ))
-    packed |= {family for family, _ in classic.VARIANTS.values() if family not in classic.REMOTE} | {"btlm", "chatglm"}
+    packed |= {family for family, _ in classic.VARIANTS.values() if family not in classic.REMOTE}
+    packed |= {"btlm", "chatglm", "internlm2"}
     found["packing"] = {"yes": packed}
     found["parity"] = {"yes": packed | set(EXPERTS)}
     found["CUDA graphs"] = {"yes": ON_GPU}

@@ -4,6 +4,7 @@ transformers reads one document at a time, ours a packed batch. Heads are drawn 
 """
 
 import itertools
+import os
 from dataclasses import dataclass, field
 
 import peft
@@ -60,9 +61,16 @@ RUNS = [
 ]  # fmt: skip
 
 
+def layouts(every: bool = False) -> list[Run]:
+    """Each run on one of LAYOUTS, in turn; every: on all of them."""
+    chosen = [LAYOUTS if every else [LAYOUTS[number % len(LAYOUTS)]] for number in range(len(RUNS))]
+    return [run.on(**layout) for run, each in zip(RUNS, chosen, strict=True) for layout in each]
+
+
 def test_layouts_of_four_processes():
-    runs = [run.on(**LAYOUTS[number % len(LAYOUTS)]) for number, run in enumerate(RUNS)]
-    outcomes = spawn(train_each, 4, runs)
+    """`make proof`: each on every one of the layouts."""
+    runs = layouts(every=os.environ.get("MEGALORA_PROOF") == "all")
+    outcomes = spawn(train_each, 4, runs, timeout=60 + 20 * len(runs))
     for number, run in enumerate(runs):
         assert largest_difference(reference(run), [ranks[number] for ranks in outcomes]) <= 1e-12, run
 
