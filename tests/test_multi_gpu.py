@@ -1,6 +1,7 @@
 """Several GPUs of one host through NCCL: the same run on every layout, and a rank that is killed."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -37,6 +38,25 @@ LAYOUTS = {  # name: (data-parallel size, flags)
     "pp2, eager": (1, PP2 | {"schedule": "eager_1f1b"}),
     "tp2 pp2": (1, TP2 | PP2),
     "tp2 pp2 dp2, sequence parallel": (2, TP2 | PP2 | SP),
+}
+CP2, TP4 = {"context_parallel_size": 2}, {"tensor_parallel_size": 4}
+WIDE = {  # on four GPUs and more, of a model with eight heads: (data-parallel size, flags)
+    "cp2": (1, CP2),
+    "tp4, sequence parallel": (1, TP4 | SP),
+    "pp4": (1, {"pipeline_parallel_size": 4}),
+    "cp4": (1, {"context_parallel_size": 4}),
+    "tp2 cp2, sequence parallel": (1, TP2 | CP2 | SP),
+    "tp8": (1, {"tensor_parallel_size": 8, "sequence_parallel": False}),
+    "tp8, sequence parallel": (1, {"tensor_parallel_size": 8} | SP),
+    "tp4 dp2, sequence parallel": (2, TP4 | SP),
+    "tp2 pp2 cp2, sequence parallel": (1, TP2 | PP2 | CP2 | SP),
+}
+HEADS = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4}
+MODELS = {
+    "dense": HEADS | {"intermediate_size": 256},
+    "experts": HEADS
+    | {"model_type": "qwen3_moe", "intermediate_size": 256, "moe_intermediate_size": 64}
+    | {"num_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": True},
 }
 
 
@@ -93,6 +113,29 @@ def test_every_layout_logs_the_same(inputs, alone, tmp_path, name):
     assert column(tmp_path / "run", "loss") == pytest.approx(column(reference, "loss"), abs=tolerance)
     if dtype == "float32":
         assert largest_difference(exported(tmp_path / "run"), exported(reference)) < 1e-3
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def wide(request, tmp_path_factory):
+    """(inputs of a model that eight ranks can share, the folder of its run on one GPU)."""
+    folder = tmp_path_factory.mktemp("wide")
+    made = tiny.make_inputs(folder)
+    tiny.save_model(folder / "model", **MODELS[request.param])
+    _run(1, made.flags(folder / "run", gradient_accumulation_steps=ROWS, dtype="float32", learning_rate=1e-3))
+    return made, folder / "run"
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_more_gpus_log_the_same(wide, tmp_path, name):
+    (inputs, reference), (dp, layout) = wide, WIDE[name]
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+    processes = dp * math.prod(layout.get(size, 1) for size in sizes)
+    if processes > torch.cuda.device_count():
+        pytest.skip(f"{processes} GPUs are needed, {torch.cuda.device_count()} are here")
+    flags = layout | {"gradient_accumulation_steps": ROWS // dp, "dtype": "float32", "learning_rate": 1e-3}
+    _run(processes, inputs.flags(tmp_path / "run", **flags))
+    assert column(tmp_path / "run", "loss") == pytest.approx(column(reference, "loss"), abs=1e-4)
+    assert largest_difference(exported(tmp_path / "run"), exported(reference)) < 1e-3
 
 
 def test_a_stage_with_nothing_to_train(inputs, tmp_path):
