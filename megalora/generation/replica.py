@@ -1,7 +1,9 @@
 """The stages of one copy of the model (its pp x tp ranks) as a thing that replies.
 
 Every rank of a replica holds the same sequences and runs the same steps. Prompts that find a free slot of the cache
-are fed whole, in one step together; then all running sequences go on by one token a step. The last stage says which
+are fed in one step together; then all running sequences go on by one token a step. A prompt of more than STEP_TOKENS
+tokens is fed in parts of so many, and between two of them the running sequences go on, and other prompts enter: its
+activations take no more memory than those of a short one, and nobody waits for all of it. The last stage says which
 token comes next to all; whoever listens on the first rank may end a reply before the model does.
 
 `replies` replies to prompts that are all there; `serve` to requests as they come, each with a sampling of its own and,
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ from megalora.generation.requests import (
     Reply,
     Request,
 )
-from megalora.generation.sampling import NOT_FINITE, Logprobs, Sampling, Seen, choose, draw, logprobs
+from megalora.generation.sampling import NOT_FINITE, Logprobs, Sampling, Seen, choose, logprobs
+from megalora.generation.sequences import Ongoing, Queue, by_sampling, common_start
 from megalora.generation.steps import Steps
 from megalora.models.stage import Stage
 from megalora.parallel.collectives import broadcast_object
@@ -41,39 +43,13 @@ from megalora.parallel.mesh import Axis
 MAX_RUNNING = 64  # sequences that run at a time,
 CACHE_TOKENS = 32768  # as far as the cache, of this many tokens, holds them
 FEW = 8  # where no more run, each may have a share of the cache as if they were so many: a dialogue seldom outgrows it
-STEP_TOKENS = 8192  # prompts join a step up to this many tokens: it bounds the memory of the activations
+STEP_TOKENS = 8192  # prompts join a step up to this many tokens, and longer ones are cut: the memory of activations
 REFILL = 8  # new prompts join when one slot in this many is free: few steps, each of many tokens
 WORTH_KEEPING = 32  # a prompt that begins with at least this many tokens of what a free slot holds goes on from there
 
 KEEP_ALIVE = 60.0  # seconds that the ranks wait for a request before they tell one another that there is none
 
 _VERDICTS = (None, STOP, INTERRUPTED)  # of a listener, as they are told to the other ranks
-
-
-@dataclass
-class _Sequence:
-    """A request under way. kept: its tokens in the cache; room: longest reply."""
-
-    request: Request
-    slot: int
-    room: int
-    kept: int
-    reply: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    logprobs: Logprobs | None = None  # of the newest token
-
-    @property
-    def prompt(self) -> Prompt:
-        return self.request.prompt
-
-
-@dataclass
-class _Queue:
-    """waiting: requests without a slot; free: slots of the cache; running: sequences that have one."""
-
-    free: list[int]
-    waiting: deque[Request] = field(default_factory=deque)
-    running: list[_Sequence] = field(default_factory=list)
 
 
 class Replica:
@@ -127,13 +103,13 @@ class Replica:
             return []
         self._make_room(prompts, max_new_tokens)
         requests = (Request(prompt, self._sampling, max_new_tokens, self._stop) for prompt in prompts)
-        queue = _Queue([*range(self._steps.slots)], deque(requests))
+        queue = Queue([*range(self._steps.slots)], deque(requests))
         done: dict[int, Reply] = {}
-        while queue.waiting or queue.running:
+        while not queue.rests:
             for sequence in self._advance(queue, listener):
                 if sequence.finish_reason == FAILED:
                     raise self._not_finite(sequence.prompt)
-                done[sequence.prompt.number] = reply = _reply(sequence)
+                done[sequence.prompt.number] = reply = sequence.said
                 if listener is not None:
                     listener.done(sequence.prompt, reply)
         return [done[prompt.number] for prompt in prompts]
@@ -159,9 +135,9 @@ class Replica:
         put    makes a change of the adapters on this rank's stage; None: the inbox brings none
         A request whose logits are not finite ends as FAILED, and the others go on. After `reserve`.
         """
-        queue = _Queue([*range(self._steps.slots)])
+        queue = Queue([*range(self._steps.slots)])
         while True:
-            if not queue.running and not queue.waiting:
+            if queue.rests:
                 news = None if inbox is None else (inbox.wait(KEEP_ALIVE), inbox.change())
                 found, change = broadcast_object(news, world)
                 if change is not None:
@@ -179,7 +155,7 @@ class Replica:
                 queue.waiting.extend(broadcast_object([] if inbox is None else inbox.take(len(queue.free)), world))
             for sequence in self._advance(queue, listener, inbox):
                 if listener is not None:
-                    listener.done(sequence.prompt, _reply(sequence))
+                    listener.done(sequence.prompt, sequence.said)
 
     def _change(self, change: Change, put: Callable[[Change], None], inbox: Inbox | None) -> None:
         """Make a change of the adapters, which no running sequence uses."""
@@ -189,14 +165,14 @@ class Replica:
         if inbox is not None:
             inbox.changed()
 
-    def _advance(self, queue: _Queue, listener: Listener | None, inbox: Inbox | None = None) -> list[_Sequence]:
+    def _advance(self, queue: Queue, listener: Listener | None, inbox: Inbox | None = None) -> list[Ongoing]:
         """Make one step: of new prompts, or of all running sequences. Return those that it ends."""
         if queue.waiting and self._joins(queue):
-            fed = self._seat(queue)
-            tokens = self._prefill(fed)
-            queue.running += fed
+            queue.entering.append(self._seat(queue))
+        if queue.entering and not (queue.turn and queue.running):
+            fed, tokens = self._enter(queue)
         else:
-            fed = list(queue.running)
+            queue.turn, fed = False, list(queue.running)
             tokens = self._decode(fed)
         for sequence, token in zip(fed, tokens, strict=True):
             self._take(sequence, token)
@@ -241,13 +217,15 @@ class Replica:
         self._steps = Steps(self._stage, slots, capacity, source)
         self._held = [(0, []) for _ in range(slots)]
 
-    def _joins(self, queue: _Queue) -> bool:
-        """Return whether the next step is one of new prompts, where some wait."""
-        return not queue.running or len(queue.free) >= max(1, self._steps.slots // REFILL)
+    def _joins(self, queue: Queue) -> bool:
+        """Return whether prompts that wait are to enter."""
+        if not queue.running and not queue.entering:
+            return True
+        return len(queue.free) >= max(1, self._steps.slots // REFILL)
 
-    def _seat(self, queue: _Queue) -> list[_Sequence]:
+    def _seat(self, queue: Queue) -> list[Ongoing]:
         """Take waiting prompts into free slots, as many as one step feeds."""
-        seated: list[_Sequence] = []
+        seated: list[Ongoing] = []
         fed, waiting, free = 0, queue.waiting, queue.free
         while waiting and free and (fed == 0 or fed + waiting[0].prompt.fed <= STEP_TOKENS):
             request = waiting.popleft()
@@ -259,7 +237,7 @@ class Replica:
             self._held[slot] = prompt.adapter, list(prompt.token_ids)
             if self._seen is not None and request.sampling.repetition_penalty != 1.0:
                 self._seen.start(slot, prompt.token_ids)
-            seated.append(_Sequence(request, slot, room, kept))
+            seated.append(Ongoing(request, slot, room, kept))
             fed += prompt.fed - kept
         return seated
 
@@ -269,13 +247,13 @@ class Replica:
             return free[-1], 0
         length = len(prompt.token_ids)
         mine = [slot for slot in free if self._held[slot][0] == prompt.adapter and self._steps.goes_on(slot, length)]
-        common = {slot: _common(self._held[slot][1], prompt.token_ids) for slot in mine}
+        common = {slot: common_start(self._held[slot][1], prompt.token_ids) for slot in mine}
         best = max(mine, key=lambda slot: common[slot], default=free[-1])
         # The last token of the prompt is fed in any case: the reply starts from it.
         kept = min(common.get(best, 0), len(prompt.token_ids) - 1)
         return (best, kept) if kept >= WORTH_KEEPING else (free[-1], 0)
 
-    def _take(self, sequence: _Sequence, token: int) -> None:
+    def _take(self, sequence: Ongoing, token: int) -> None:
         """Take the model's next token of a sequence: it ends the reply, or goes on it."""
         sequence.kept = len(sequence.prompt.token_ids) + len(sequence.reply)
         if token in sequence.request.stop_token_ids or token == NOT_FINITE:
@@ -285,7 +263,7 @@ class Replica:
         if len(sequence.reply) == sequence.room:
             sequence.finish_reason = LENGTH
 
-    def _listen(self, fed: Sequence[_Sequence], listener: Listener | None, inbox: Inbox | None) -> None:
+    def _listen(self, fed: Sequence[Ongoing], listener: Listener | None, inbox: Inbox | None) -> None:
         """Ask what the listener says to the new tokens, and whether the inbox has requests, on every rank."""
         if not self._listened_to:
             return
@@ -310,26 +288,48 @@ class Replica:
 
     # ---- the steps ----
 
-    def _prefill(self, fed: Sequence[_Sequence]) -> list[int]:
-        """Feed the prompts, or what the cache does not hold of them; return the first token of each reply."""
-        spans = [Span(sequence.slot, sequence.kept, len(sequence.prompt.token_ids)) for sequence in fed]
-        ids = [token for sequence in fed for token in sequence.prompt.token_ids[sequence.kept :]]
+    def _enter(self, queue: Queue) -> tuple[list[Ongoing], list[int]]:
+        """Feed prompts that enter, or the next part of a long one. Return those that are whole then, and the first
+        token of each reply.
+        """
+        fed = queue.entering.popleft()
+        spans = [sequence.part(STEP_TOKENS) for sequence in fed]
+        hidden = self._prefill(fed, spans)
+        whole = [i for i, one in enumerate(fed) if spans[i].stop == len(one.prompt.token_ids)]
+        assert len(whole) in (0, len(fed)), "a prompt that is cut enters alone"
+        for sequence, span in zip(fed, spans, strict=True):
+            sequence.kept = span.stop
+        queue.turn = not whole or bool(queue.entering)
+        if not whole:
+            queue.entering.append(fed)
+            return [], []
+        queue.running += fed
+        logits = None
+        if hidden is not None:
+            ends = torch.tensor([span.stop - span.start for span in spans], device=hidden.device).cumsum(0) - 1
+            logits = self._head(hidden[ends])
+        return fed, self._chosen(fed, logits)
+
+    def _prefill(self, fed: Sequence[Ongoing], spans: Sequence[Span]) -> torch.Tensor | None:
+        """Feed these spans of the prompts, and with the last one hand their logits over; return the hidden states on
+        the last stage."""
+        ids = [t for one, span in zip(fed, spans, strict=True) for t in one.prompt.token_ids[span.start : span.stop]]
         adapters = [sequence.prompt.adapter for sequence in fed]
         sources = [sequence.prompt.source for sequence in fed if sequence.prompt.source]
         received = self._received(len(ids) + sum(map(len, sources)))
-        hidden = self._steps.prefill(received, ids, spans, adapters, sources)
-        logits = None
-        if self._pp.is_last:
-            lengths = [span.stop - span.start for span in spans]
-            ends = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
-            logits = self._head(hidden[ends])
-            if self._keep_logits is not None:
-                self._hand_over_logits(fed, hidden.split(lengths))
-        else:
+        lengths = [len(sequence.prompt.token_ids) for sequence in fed]
+        hidden = self._steps.prefill(received, ids, spans, adapters, sources, lengths)
+        if not self._pp.is_last:
             self._send(hidden)
-        return self._chosen(fed, logits)
+            return None
+        if self._keep_logits is not None:
+            for sequence, span, part in zip(fed, spans, hidden.split([s.stop - s.start for s in spans]), strict=True):
+                sequence.parts.append(part)
+                if span.stop == len(sequence.prompt.token_ids):
+                    self._hand_over_logits(sequence)
+        return hidden
 
-    def _decode(self, fed: Sequence[_Sequence]) -> list[int]:
+    def _decode(self, fed: Sequence[Ongoing]) -> list[int]:
         """Feed the newest token of each reply; return the next one of each."""
         ids = [sequence.reply[-1] for sequence in fed]
         slots, places = [sequence.slot for sequence in fed], [sequence.kept for sequence in fed]
@@ -352,12 +352,12 @@ class Replica:
     def _chooses(self) -> bool:
         return self._pp.is_last and self._tp.is_first
 
-    def _chosen(self, fed: Sequence[_Sequence], logits: torch.Tensor | None) -> list[int]:
+    def _chosen(self, fed: Sequence[Ongoing], logits: torch.Tensor | None) -> list[int]:
         """Return the next token of each sequence, on every rank, from the logits [n, vocab_size] of the last stage."""
         device = self._stage.place.device
         chosen = torch.empty(len(fed), dtype=torch.int64, device=device)
         if self._chooses:
-            for sampling, rows in _by_sampling(fed).items():
+            for sampling, rows in by_sampling(fed).items():
                 every = len(rows) == len(fed)
                 chosen_rows = self._choose(logits if every else logits[rows], sampling, [fed[row] for row in rows])
                 chosen[slice(None) if every else rows] = chosen_rows
@@ -367,18 +367,18 @@ class Replica:
         self._tell_logprobs(fed, logits, chosen)
         return chosen.tolist()
 
-    def _choose(self, logits: torch.Tensor, sampling: Sampling, fed: Sequence[_Sequence]) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, sampling: Sampling, fed: Sequence[Ongoing]) -> torch.Tensor:
         """Return the next token [n] of sequences that are sampled alike, from their logits [n, vocab_size]."""
         penalised = self._seen is not None and sampling.repetition_penalty != 1.0
         slots = torch.tensor([sequence.slot for sequence in fed], device=logits.device) if penalised else None
         if penalised:
             logits = self._seen.penalised(logits, slots, sampling.repetition_penalty)
-        chosen = choose(logits, sampling, [_draw(sequence) for sequence in fed])
+        chosen = choose(logits, sampling, [sequence.draw for sequence in fed])
         if penalised:
             self._seen.add(slots, chosen.clamp(min=0))
         return chosen
 
-    def _tell_logprobs(self, fed: Sequence[_Sequence], logits: torch.Tensor | None, chosen: torch.Tensor) -> None:
+    def _tell_logprobs(self, fed: Sequence[Ongoing], logits: torch.Tensor | None, chosen: torch.Tensor) -> None:
         """Give the sequences that ask for them the log-probabilities of their tokens, where a listener may be."""
         rows = [row for row, sequence in enumerate(fed) if sequence.request.logprobs is not None]
         if not rows:
@@ -398,11 +398,11 @@ class Replica:
             "give --dtype bfloat16 or float32, or check the weights",
         )
 
-    def _hand_over_logits(self, fed: Sequence[_Sequence], hidden: Sequence[torch.Tensor]) -> None:
-        for sequence, its_hidden in zip(fed, hidden, strict=True):
-            logits = self._head(its_hidden)
-            if self._chooses:
-                self._keep_logits(sequence.prompt, logits)
+    def _hand_over_logits(self, sequence: Ongoing) -> None:
+        logits = self._head(torch.cat(sequence.parts))
+        sequence.parts.clear()
+        if self._chooses:
+            self._keep_logits(sequence.prompt, logits)
 
     def _received(self, tokens: int) -> torch.Tensor | None:
         """Return the hidden states [tokens, hidden_size] of the stage before; None on the first."""
@@ -415,32 +415,6 @@ class Replica:
 
     def _send(self, hidden: torch.Tensor) -> None:
         dist.send(hidden, self._pp.ranks[self._pp.rank + 1], self._pp.group)
-
-
-def _reply(sequence: _Sequence) -> Reply:
-    return Reply(tuple(sequence.reply), sequence.finish_reason)
-
-
-def _by_sampling(fed: Sequence[_Sequence]) -> dict[Sampling, list[int]]:
-    """Return the rows of the sequences that are sampled alike, but for their seeds."""
-    rows: dict[Sampling, list[int]] = {}
-    for row, sequence in enumerate(fed):
-        rows.setdefault(replace(sequence.request.sampling, seed=0), []).append(row)
-    return rows
-
-
-def _draw(sequence: _Sequence) -> float:
-    prompt = sequence.prompt
-    stream = prompt.number if prompt.stream is None else prompt.stream
-    return draw(sequence.request.sampling.seed, stream, len(sequence.reply))
-
-
-def _common(held: Sequence[int], token_ids: Sequence[int]) -> int:
-    """Return tokens that both begin with."""
-    for i, (a, b) in enumerate(zip(held, token_ids, strict=False)):
-        if a != b:
-            return i
-    return min(len(held), len(token_ids))
 
 
 def _broadcast(x: torch.Tensor, axis: Axis, source: int) -> None:

@@ -48,26 +48,29 @@ class Steps:
         spans: Sequence[Span],
         adapters: Sequence[int] | None = None,
         sources: Sequence[Sequence[int]] = (),
+        lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Feed token_ids, the tokens of the spans one after another.
 
         adapters  the adapter of each sequence where the stage shares several (Stage.share_adapters), else not read
+        lengths   of each sequence's whole prompt, of which a span may be a part; None: the spans end them
         sources   of an encoder-decoder: that of each sequence, whose tokens stand before the others in `hidden`
         """
         place = self._stage.place
         if any(rotary.long is not None for rotary in self._rope):
-            for span in (span for span in spans if span.start == 0):
-                self._lengths[span.slot] = self._prompted[span.slot] = span.stop
+            for span, length in zip(spans, lengths or [span.stop for span in spans], strict=True):
+                if span.start == 0:
+                    self._lengths[span.slot] = self._prompted[span.slot] = length
         step = PrefillStep.of(self._cache, spans, head_features(self._stage.config), place.dtype, self._device)
         of_tokens = None
         if self._stage.shares_adapters:
-            lengths = torch.tensor([span.stop - span.start for span in spans])
-            of_tokens = torch.tensor(adapters).repeat_interleave(lengths).to(self._device)
+            tokens = torch.tensor([span.stop - span.start for span in spans])
+            of_tokens = torch.tensor(adapters).repeat_interleave(tokens).to(self._device)
         ids, source = torch.tensor(token_ids, device=self._device), None
         if sources:
             new = NewSources.of([span.slot for span in spans], [len(one) for one in sources], self._device)
-            lengths = torch.tensor([len(one) for one in sources], device=self._device)
-            self._cache.source_lengths[torch.tensor([span.slot for span in spans], device=self._device)] = lengths
+            of_slots = torch.tensor([len(one) for one in sources], device=self._device)
+            self._cache.source_lengths[torch.tensor([span.slot for span in spans], device=self._device)] = of_slots
             step, source = replace(step, sources=new), self._source(sources, new)
         return self._run(hidden, ids, step.slots, step.places, of_tokens, step, source)
 

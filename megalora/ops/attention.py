@@ -19,6 +19,7 @@ from megalora.ops.tiled_attention import PLAIN, Run, Scores, tiled_attention, ti
 
 __all__ = ["MOST_FEATURES", "PLAIN", "Packed", "Scores", "attention", "cached_attention", "is_even", "pack", "packs"]
 
+_SCORED = 1 << 26  # scores, or entries of a mask, at a time, where new tokens see those of a cache
 MOST_FEATURES = 256  # of a head, in FlashAttention's kernels
 # On Hopper cuDNN's kernels are well ahead of FlashAttention-2; torch takes the first that can run.
 _GPU_BACKENDS: list[SDPBackend] = [
@@ -149,6 +150,21 @@ def cached_attention(
     assert scores.causal
     if not scores.simple:
         return tiled_cached_attention(q, k, v, window, scores)
+    new, held = len(q), len(k)
+    if 1 < new < held and (window is None or held <= window) and packs(q.shape[2], q.dtype, q.device):
+        # "causal" means the lower right corner to this op, as to torch.nn.attention.bias.causal_lower_right.
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, 0.0, True, False, scale=scores.scale)[0].squeeze(0).transpose(0, 1)
+    most = max(1, _SCORED // (held * (q.shape[1] if q.device.type == "cpu" else 1)))
+    if new > most and new < held:  # the mask, and on a CPU the scores, are of so many queries at a time
+        stops = range(0, new, most)
+        parts = [slice(start, min(new, start + most)) for start in stops]
+        seen = [held - new + part.stop for part in parts]
+        outputs = (
+            cached_attention(q[p], k[:stop], v[:stop], window, scores) for p, stop in zip(parts, seen, strict=True)
+        )
+        return torch.cat(list(outputs))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return _sdpa(q, k, v, window, scores).squeeze(0).transpose(0, 1)
 

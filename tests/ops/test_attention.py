@@ -82,6 +82,34 @@ def test_cached_attention_is_the_end_of_the_whole(new, window):
     torch.testing.assert_close(cached_attention(q[-new:], k, v, window), whole[-new:], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+def test_many_new_tokens_over_a_cache_are_scored_a_few_at_a_time(monkeypatch, window):
+    q, k, v = random_qkv(23)
+    whole, masks = attention(q, k, v, [0, 23], window)[-17:], []
+    sdpa = module.scaled_dot_product_attention
+
+    def counted(q, k, v, **how):
+        masks.append(q.shape[1] * q.shape[2] * k.shape[2])
+        return sdpa(q, k, v, **how)
+
+    monkeypatch.setattr(module, "_SCORED", 300)
+    monkeypatch.setattr(module, "scaled_dot_product_attention", counted)
+    torch.testing.assert_close(cached_attention(q[-17:], k, v, window), whole, rtol=1e-12, atol=1e-12)
+    assert len(masks) > 4 and max(masks) <= 300
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("window", [None, 100, 3000])
+@pytest.mark.parametrize("new", [2, 300, 1024])
+def test_cached_attention_on_a_gpu(new, window, dtype):
+    q, k, v = (x.detach().to("cuda") for x in random_qkv(2048, heads=8, kv_heads=2, dim=64))
+    whole = explicit(q.cpu(), k.cpu(), v.cpu(), [0, 2048], window)[-new:]
+    found = cached_attention(*(x.to(dtype) for x in (q[-new:], k, v)), window)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(found.cpu().double(), whole, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("features", [MOST_FEATURES, MOST_FEATURES + 8])
 def test_kernels_that_read_bounds_on_the_device_get_no_head_that_is_too_large(monkeypatch, features):
     """ALiBi and latents make heads larger than those that the bounds were packed for."""

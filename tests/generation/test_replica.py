@@ -1,0 +1,147 @@
+"""Long prompts in parts: the numbers of whole ones, on every layout, while others go on."""
+
+import itertools
+from unittest import mock
+
+import oracle
+import pytest
+import torch
+from oracle import ALL_LINEAR, fields_of
+from spawn import spawn
+
+from megalora.adapters.config import LoraConfig
+from megalora.building import build_stage, resolve_lora
+from megalora.generation import replica
+from megalora.generation.replica import Replica
+from megalora.generation.requests import Prompt, Request
+from megalora.generation.sampling import Sampling
+from megalora.generation.steps import Steps
+from megalora.models.config import config_from_dict
+from megalora.parallel.mesh import build_mesh
+from megalora.parallel.placement import Placement
+
+FAMILIES = ("mistral", "gemma2", "gpt_oss", "deepseek_v2", "bloom", "gpt2", "phi3, longrope")
+LENGTHS, NEW, WHOLE, PART = (30, 3, 45), 5, 8192, 7
+
+
+def make_stage(mesh, family: str):
+    config = config_from_dict(fields_of(family))
+    lora = resolve_lora(LoraConfig.from_dict(ALL_LINEAR), config)
+    stage, _ = build_stage(config, mesh, lora, Placement(mesh.tp, False, torch.float64, "cpu"))
+    oracle.fill(stage)
+    return stage
+
+
+def prompts(lengths=LENGTHS) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(4)
+    return [Prompt(i, torch.randint(1, 90, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
+
+
+def replies(rank: int, world_size: int, tp: int, family: str, step_tokens: int):
+    """(the replies, the logits of each prompt on the rank that keeps them, tokens of each prefill)"""
+    mesh = build_mesh(rank, world_size, tp, world_size // tp)
+    logits, fed = {}, []
+    prefill = Steps.prefill
+
+    def counted(self, hidden, ids, spans, *rest):
+        fed.append(len(ids))
+        return prefill(self, hidden, ids, spans, *rest)
+
+    with mock.patch.object(replica, "STEP_TOKENS", step_tokens), mock.patch.object(Steps, "prefill", counted):
+        one = Replica(
+            make_stage(mesh, family), mesh.pp, mesh.tp, 96, Sampling(), (),
+            keep_logits=lambda prompt, x: logits.update({prompt.number: x.clone()}),
+        )  # fmt: skip
+        said = [reply.token_ids for reply in one.replies(prompts(), NEW)]
+    return said, logits, fed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_in_parts_has_the_numbers_of_the_whole(family):
+    """Windows, softcap, sinks, latents, ALiBi, learned positions, and frequencies chosen by the prompt's length."""
+    said, logits, fed = replies(0, 1, 1, family, WHOLE)
+    assert fed == [sum(LENGTHS)]
+    again, in_parts, fed = replies(0, 1, 1, family, PART)
+    assert max(fed) <= PART and sum(fed) == sum(LENGTHS)
+    assert again == said and in_parts.keys() == logits.keys()
+    for number, whole in logits.items():
+        torch.testing.assert_close(in_parts[number], whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["mistral", "deepseek_v2"])
+def test_parts_over_tensor_and_pipeline_ranks(family):
+    said, logits, _ = replies(0, 1, 1, family, WHOLE)
+    found = spawn(replies, 4, 2, family, PART)
+    assert all(one[0] == said and max(one[2]) <= PART for one in found)
+    for number, whole in logits.items():
+        torch.testing.assert_close(found[2][1][number], whole, rtol=1e-12, atol=1e-12)
+
+
+class Inbox:
+    """Requests that are there at once; the first is asked for alone."""
+
+    def __init__(self, requests):
+        self.left = list(requests)
+
+    def wait(self, seconds):
+        return self.take(1) or None
+
+    def take(self, count):
+        taken, self.left = self.left[:count], self.left[count:]
+        return taken
+
+    def waiting(self):
+        return bool(self.left)
+
+    def changing(self):
+        return False
+
+    def change(self):
+        return None
+
+
+class Diary:
+    """What happens, in order: the tokens of each prompt's part, the sequences of a decoding step, who is done."""
+
+    def __init__(self):
+        self.lines, self.replies = [], {}
+
+    def hear(self, prompt, token_id, logprobs):
+        return None
+
+    def done(self, prompt, reply):
+        self.lines.append(("done", prompt.number))
+        self.replies[prompt.number] = reply.token_ids
+
+
+def test_others_go_on_and_enter_between_the_parts_of_a_long_prompt(monkeypatch):
+    monkeypatch.setattr(replica, "STEP_TOKENS", PART)
+    mesh, diary = build_mesh(0, 1), Diary()
+    prefill, decode = Steps.prefill, Steps.decode
+
+    def fed(self, hidden, ids, spans, *rest):
+        diary.lines.append(("fed", len(ids)))
+        return prefill(self, hidden, ids, spans, *rest)
+
+    def decoded(self, hidden, ids, *rest):
+        diary.lines.append(("decoded", len(ids)))
+        return decode(self, hidden, ids, *rest)
+
+    monkeypatch.setattr(Steps, "prefill", fed)
+    monkeypatch.setattr(Steps, "decode", decoded)
+    stage, asked = make_stage(mesh, "mistral"), prompts((4, 70, 5, 6))
+    one = Replica(stage, mesh.pp, mesh.tp, 128, Sampling(), (), listened_to=True)
+    one.reserve(4, 128)
+    one.serve(Inbox([Request(p, Sampling(), NEW + p.number, frozenset()) for p in asked]), diary, mesh.world)
+    assert diary.lines[0] == ("fed", 4), "the first"
+    parts = [i for i, line in enumerate(diary.lines) if line == ("fed", PART)]
+    assert len(parts) == 70 // PART, diary.lines
+    for i, j in itertools.pairwise(parts):
+        over = {("done", 0), ("done", 2), ("done", 3)} <= {*diary.lines[:j]}  # nobody else is there
+        assert over or any(kind == "decoded" for kind, _ in diary.lines[i + 1 : j]), diary.lines
+    last = parts[-1]
+    assert {("done", 0), ("done", 2)} <= {*diary.lines[:last]}, diary.lines
+    assert {("fed", 4), ("fed", 5), ("fed", 6)} <= {*diary.lines[:last]}, "nobody waits for all of the long one"
+    alone = Replica(stage, mesh.pp, mesh.tp, 128, Sampling(), ())
+    for prompt in asked:
+        assert diary.replies[prompt.number] == alone.replies([prompt], NEW + prompt.number)[0].token_ids
