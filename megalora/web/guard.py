@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Iterable
 from http.cookies import CookieError, SimpleCookie
@@ -25,6 +26,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+_DRAINED_BYTES, _DRAINED_SECONDS = 64 << 20, 10.0  # of the body of a refused request
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -52,10 +54,13 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
-        cookie = None
+        body = _Body(receive, waits="expect" in headers)
+        receive, cookie = body.receive, None
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if message["status"] >= 400:
+                    await body.drain()
                 found = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     found[name] = value
@@ -97,6 +102,37 @@ def _bearer(headers: Headers) -> str:
 def _cookie_name(scope: Scope) -> str:
     server: Any = scope.get("server") or ("", 0)
     return f"megalora-{server[1]}"  # browsers keep one jar for all ports of a host
+
+
+class _Body:
+    """The body of a request: what a refusal leaves of it is read and thrown away first.
+
+    A connection that is closed with bytes unread is reset, and a client that still sends would see that and never the
+    reply.
+
+    waits  the client asks (Expect: 100-continue) before it sends
+    """
+
+    def __init__(self, receive: Receive, waits: bool):
+        self._receive, self._ended = receive, waits
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._ended = not message.get("more_body", False)
+        return message
+
+    async def drain(self) -> None:
+        """Read the rest, as far as it is not too much and does not take too long."""
+
+        async def read() -> None:
+            left = _DRAINED_BYTES
+            while not self._ended and left > 0:
+                left -= len((await self.receive()).get("body", b""))
+
+        try:
+            await asyncio.wait_for(read(), _DRAINED_SECONDS)
+        except asyncio.TimeoutError:
+            pass
 
 
 def _host_name(host: str) -> str:

@@ -233,12 +233,23 @@ def test_mistakes_of_http(server):
     assert server.ask("/v1/nothing")[0] == 404 and server.ask("/v1/chat/completions")[0] == 405
     assert server.ask("/v1/chat/completions", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert server.ask("/v1/models", headers={"Host": "evil.example"})[0] == 403
-    assert server.ask("/v1/chat/completions", b" " * (9 << 20))[0] == 413
     for prompt in ([], [""], [1.5], [99999], [-1], {"a": 1}, None, list(range(3, 60)) * 9):
         status, answer, _ = server.ask("/v1/completions", {"model": "base", "prompt": prompt, "max_tokens": 2})
         assert status == 400 and "prompt" in str(answer["error"]), prompt
     headers = server.ask("/")[2]
     assert "default-src 'none'" in headers["content-security-policy"] or "Content-Security-Policy" in headers
+
+
+def test_a_refusal_reaches_a_client_that_still_sends(server):
+    """A connection that is closed with bytes unread is reset, and the client sees no answer."""
+    body, close = b" " * (50 << 20), {"Connection": "close"}
+    status, answer, _ = server.ask("/v1/chat/completions", body, close)
+    assert status == 413 and "the body is larger than 8,388,608 bytes" in answer["error"]["message"]
+    assert server.ask("/v1/chat/completions", body, close | {"Content-Type": "text/plain"})[0] == 415
+    assert server.ask("/v1/nothing", body, close)[0] == 404
+    assert server.ask("/v1/chat/completions", body, close | {"Host": "evil.example"})[0] == 403
+    assert server.ask("/v1/chat/completions", body)[0] == 413
+    assert server.ask("/health")[0] == 200
 
 
 def settled(server, seconds=20):
