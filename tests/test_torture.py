@@ -15,6 +15,7 @@ import signal
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ import torch
 from spawn import SpawnError, spawn
 from tiny import exported, metrics
 
+from megalora import saving
 from megalora.checkpoint.adapter import shards
 from megalora.checkpoint.adapter.shards import read_adapter
 from megalora.checkpoint.run.folder import checkpoints_folder
 from megalora.checkpoint.run.state import newest_sound
+from megalora.data import cache
 from megalora.saving import RunSaver
 from megalora.training import Trainer
 
@@ -45,6 +48,15 @@ FLAGS = {
     "gradient_accumulation_steps": 2,
 }
 DIARY = "diary"  # beside the run: what rank 0 began, a line each
+CACHE = "cache"  # beside the run: the tokens of its rows
+EVENTS = {  # how often each is drawn, its largest count, and the most seconds behind it
+    "start": (2, 1, 1.5),
+    "cache": (2, 3, 0.01),
+    "step": (6, 14, 0.03),
+    "save": (6, 3, 0.15),
+    "disk": (6, 60, 0.0),
+    "export": (2, 2, 0.02),
+}
 
 
 @dataclass(frozen=True)
@@ -52,17 +64,19 @@ class Kill:
     """Which rank, and when: `seconds` after the `count`-th event of its life."""
 
     rank: int
-    event: str  # "start" of the process, a "step", a "save", a "disk" operation of a save
+    event: str  # "start" of the process, a part of the "cache" of tokens, a "step", a "save", a "disk" operation of a
+    # save, an "export" (of rank 0)
     count: int
     seconds: float
     grace: float  # seconds that the other ranks have before they are killed too
 
     @classmethod
     def draw(cls, source: random.Random) -> Kill:
-        event = source.choices(["start", "step", "save", "disk"], [1, 3, 3, 3])[0]
-        most, seconds = {"start": (1, 1.5), "step": (14, 0.03), "save": (3, 0.15), "disk": (60, 0.0)}[event]
+        event = source.choices(list(EVENTS), [weight for weight, *_ in EVENTS.values()])[0]
+        _, most, seconds = EVENTS[event]
         count, grace = source.randint(1, most), source.choice([0.0, 0.0, 0.2, 1.0])
-        return cls(source.randrange(RANKS), event, count, source.uniform(0.0, seconds), grace)
+        rank = 0 if event == "export" else source.randrange(RANKS)
+        return cls(rank, event, count, source.uniform(0.0, seconds), grace)
 
     def __str__(self) -> str:
         return f"rank {self.rank}, {1e3 * self.seconds:5.1f} ms after {self.event} {self.count}, others +{self.grace} s"
@@ -146,6 +160,10 @@ def live(rank: int, world_size: int, command: list[str], kill: Kill | None) -> l
         patches.enter_context(mock.patch.object(shards, "save_tensors", written))
         patches.enter_context(mock.patch.object(Trainer, "step", stepped))
         patches.enter_context(mock.patch.object(RunSaver, "save", saved))
+        for owner, name in [(cache, "verified"), (cache.Writer, "add"), (cache.Writer, "finish"), (cache, "_put")]:
+            patches.enter_context(mock.patch.object(owner, name, life.before("cache", getattr(owner, name))))
+        for name in ("read_adapter", "write_peft"):
+            patches.enter_context(mock.patch.object(saving, name, life.before("export", getattr(saving, name))))
         writes = (os, "fsync"), (os, "replace"), (shards, "save_tensors")
         for owner, name in [*writes, (Path, "rename"), (Path, "mkdir"), (shutil, "rmtree")]:
             patches.enter_context(mock.patch.object(owner, name, life.before("disk", getattr(owner, name))))
@@ -183,6 +201,7 @@ class Runs:
     def __init__(self, inputs: tiny.Inputs, folder: Path, whole: dict[str, object], source: random.Random):
         self._inputs, self._folder, self._whole, self._source = inputs, folder, whole, source
         self.kills = self.in_saves = self.complete = self.most_lost = 0
+        self.events: Counter[str] = Counter()
 
     def run(self, kills: int) -> None:
         while self.kills < kills:
@@ -193,7 +212,8 @@ class Runs:
             self.complete += 1
             shutil.rmtree(self._folder)
         print(
-            f"{self.kills} kills ({self.in_saves} with a save under way) in {self.complete} runs of {STEPS} steps, all "
+            f"{self.kills} kills ({self.in_saves} with a save under way, {self.events['cache']} of the tokens being "
+            f"cached, {self.events['export']} of the export) in {self.complete} runs of {STEPS} steps, all "
             f"complete and bit-identical; at most {self.most_lost} steps done again (a checkpoint every {SAVE_STEPS})"
         )
 
@@ -202,7 +222,10 @@ class Runs:
         run = self._folder / "run"
         before, _ = newest_sound(run)
         (self._folder / DIARY).write_text("")
-        command = self._inputs.flags(run, **FLAGS, eval_data_path=self._inputs.data)
+        flags = {"data_cache": self._folder / CACHE, "eval_data_path": self._inputs.data}
+        command = self._inputs.flags(run, **FLAGS, **flags)
+        if kill is not None and kill.event == "cache":
+            shutil.rmtree(self._folder / CACHE, ignore_errors=True)
         try:
             spawn(live, RANKS, command, kill, grace=kill.grace if kill else 0.0)
         except SpawnError as error:
@@ -211,6 +234,7 @@ class Runs:
         else:
             return True
         self.kills += 1
+        self.events[kill.event] += 1
         steps, saves = self._diary()
         saved, complaints = newest_sound(run)
         self._judge(kill, before, saved, complaints, steps, saves)

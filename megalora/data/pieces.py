@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .words import WordTokens, cuts_at_spaces
 
 IGNORE = -100
 # What stands before a piece from the middle of a text, where the tokenizer sets a space before any text. A newline is
@@ -56,6 +57,8 @@ class PieceTokenizer:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._guards = _guards(tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._words = WordTokens(backend) if backend is not None and cuts_at_spaces(backend) else None
 
     def samples(self, documents: Sequence[Sequence[Segment]]) -> list[Sample]:
         """Return documents as samples. Raises UserError for a special token that cannot be tokenised as text."""
@@ -119,6 +122,8 @@ class PieceTokenizer:
             backend.no_truncation()
             backend.no_padding()
             backend.encode_special_tokens = False
+            if self._words is not None:
+                return self._words.ids(texts)
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         # verbose=False: documents longer than the tokenizer's model_max_length are judged elsewhere
         more = {"split_special_tokens": True} if verbatim else {}
