@@ -93,6 +93,11 @@ EXPERTS = {
         "moe_intermediate_size": 16, "first_k_dense_replace": 2, "routed_scaling_factor": 1.5, "head_dim": 8,
         "use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1,
     },
+    "llama4_text": {
+        "model_type": "llama4_text", "num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size": 32,
+        "intermediate_size_mlp": 56, "head_dim": 8, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 3,
+        "attention_chunk_size": 7, "floor_scale": 4, "attn_scale": 0.3, "pad_token_id": 0, "rope_theta": 10000.0,
+    },
     "gpt_oss": {
         "model_type": "gpt_oss", "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32,
         "head_dim": 8, "sliding_window": 6, "swiglu_limit": 0.6, "pad_token_id": 0,

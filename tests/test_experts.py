@@ -6,6 +6,7 @@ is the merged model: with W + s B A for W, dA = s B^T dW and dB = s dW A^T.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -17,6 +18,7 @@ import transformers
 from oracle import ALL_LINEAR, EXPERTS, Run, fields_of, in_file_order, largest_difference, reference, train, train_each
 from spawn import spawn
 from test_field_parity import documents
+from variants import check_greedy
 
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
@@ -134,13 +136,15 @@ def precise_norm(monkeypatch):
     """RMSNorm and the routers' softmax of transformers in the dtype of their input."""
 
     def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        eps = getattr(self, "variance_epsilon", None) or self.eps
+        return getattr(self, "weight", 1) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
     for family in EXPERTS:
-        modeling = getattr(getattr(transformers.models, family), f"modeling_{family}")
-        for name in [name for name in vars(modeling) if name.endswith("RMSNorm") and name[0] != "_"]:
+        config = transformers.CONFIG_MAPPING[family].__module__
+        modeling = importlib.import_module(config.replace(".configuration_", ".modeling_"))
+        for name in [name for name in vars(modeling) if name.endswith(("RMSNorm", "L2Norm")) and name[0] != "_"]:
             monkeypatch.setattr(getattr(modeling, name), "forward", forward)
-        for name in [name for name in vars(modeling) if name.lower().endswith("topkrouter")]:
+        for name in [name for name in vars(modeling) if name.lower().endswith(("topkrouter", "llama4router"))]:
             router = getattr(modeling, name)
             monkeypatch.setattr(router, "forward", in_double(router.forward))
 
@@ -196,7 +200,8 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
             loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
             loss.backward()
             theirs_loss += loss.item()
-    tolerance = 1e-5 if family == "deepseek_v2" else 1e-10  # whose rotations transformers computes in float32
+    # Those whose rotations transformers computes in float32.
+    tolerance = 1e-5 if family in ("deepseek_v2", "llama4_text") else 1e-10
     assert abs(ours_loss - theirs_loss) <= tolerance * abs(theirs_loss)
     for name, adapter in resolved.adapters.items():
         place, holder = places[f"{name}.weight"]
@@ -267,7 +272,7 @@ def test_what_experts_cannot_carry_is_refused(field):
 # ---- generation
 
 
-CACHED = ("qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+CACHED = ("qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text")
 
 
 @pytest.mark.parametrize("family", CACHED)
@@ -314,6 +319,11 @@ def test_latents_with_factors_and_biases(family, field):
         close(steps.prefill(None, ids[:9], [Span(0, 0, 9)]), expected[:9])
         for place in range(9, 12):
             close(steps.decode(None, [ids[place]], [0], [place])[0], expected[place])
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_greedy_replies_are_those_of_transformers(family, tmp_path):
+    check_greedy(family, tmp_path, "eager")
 
 
 def alone(stage: Stage, ids: list[int]) -> torch.Tensor:

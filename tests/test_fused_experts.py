@@ -26,7 +26,8 @@ from megalora.identity import adapter_for
 from megalora.models.config import config_from_dict
 from megalora.parallel.split import named_splits
 
-STACKED = ("gpt_oss",)
+APART = ("qwen3_moe", "mixtral")
+STACKED = ("gpt_oss", "llama4_text")
 PROMPT = [5, 17, 99, 3, 42, 8, 8, 120, 61]
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -185,7 +186,7 @@ def test_damaged_experts_are_one_line(in_four_bits, tmp_path, capsys, change, sa
 # ---- experts apart in the files, in one in peft
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", APART)
 def test_an_adapter_of_fused_parameters_is_read_for_experts_apart(name, tmp_path, capsys):
     """peft's own adapter of gate_up_proj and down_proj: gate and up get one A each, which is the same branch."""
     base = tmp_path / "base"

@@ -155,13 +155,14 @@ def check_greedy(
     for parameter in stage.trainable().values():
         parameter.data.zero_()
     stage.refresh_adapters()
+    model.generation_config.eos_token_id = None  # which it would not write before the last token
     generator = torch.Generator().manual_seed(4)
     prompts = [torch.randint(1, 131, (length,), generator=generator).tolist() for length in lengths]
     theirs = []
     for prompt in prompts:
         out = model.generate(
             input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+            max_new_tokens=new, do_sample=False, pad_token_id=0,
         )  # fmt: skip
         theirs.append(out[0, len(prompt) :].tolist())
     assert greedy(stage, prompts, new) == theirs

@@ -13,6 +13,7 @@ Legend: F tokens of the step, H query heads and K key/value heads of this rank, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, pack
+from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, in_chunks, pack
 from megalora.ops.cross_attention import Crossing, cross_attention
 from megalora.ops.decode_attention import decode_attention
 
@@ -32,6 +33,12 @@ class Span:
     slot: int
     start: int
     stop: int
+
+
+def _cut(span: Span, chunk: int) -> list[Span]:
+    """Return the parts of new tokens that lie in one chunk each."""
+    edges = range(span.start - span.start % chunk + chunk, span.stop, chunk)
+    return [Span(span.slot, a, b) for a, b in itertools.pairwise((span.start, *edges, span.stop))]
 
 
 class KVCache:
@@ -123,7 +130,14 @@ class PrefillStep:
         return cls(cache, spans, slots.to(device), places.to(device), bounds, pack(bounds, head_dim, dtype, device))
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores = PLAIN
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None,
+        scores: Scores = PLAIN,
+        chunk: int | None = None,
     ) -> torch.Tensor:
         """Keep k, v [F, K, D] of the new tokens of `layer`; return attention of q [F, H, D] over all tokens kept."""
         keys, values = self.cache.layer(layer, k, v)
@@ -131,14 +145,25 @@ class PrefillStep:
         if values is not keys:
             values[self.slots, :, self.places] = v
         if all(span.start == 0 for span in self.spans):
-            return attention(q, k, v, self.bounds, window, self.packed, scores)
+            bounds = self.bounds if chunk is None else in_chunks(self.bounds, chunk)
+            packed = self.packed if bounds == self.bounds else self.repacked(bounds, q)
+            return attention(q, k, v, bounds, window, packed, scores)
         outputs = []
-        for span, (begin, end) in zip(self.spans, itertools.pairwise(self.bounds), strict=True):
-            # What the window of the first new token does not reach, none of them sees.
-            seen = slice(0 if window is None else max(0, span.start + 1 - window), span.stop)
+        spans = self.spans if chunk is None else [part for span in self.spans for part in _cut(span, chunk)]
+        ends = itertools.accumulate((span.stop - span.start for span in spans), initial=0)
+        for span, (begin, end) in zip(spans, itertools.pairwise(ends), strict=True):
+            # What the window, or the chunk, of the first new token does not reach, none of them sees.
+            first = 0 if window is None else max(0, span.start + 1 - window)
+            first = first if chunk is None else max(first, span.start - span.start % chunk)
+            seen = slice(first, span.stop)
             k_seen, v_seen = (x[span.slot, :, seen].transpose(0, 1) for x in (keys, values))
             outputs.append(cached_attention(q[begin:end], k_seen, v_seen, window, scores))
         return torch.cat(outputs)
+
+    @staticmethod
+    def repacked(bounds: Sequence[int], q: torch.Tensor) -> Packed | None:
+        """Return `packed` for other bounds, of heads as q [F, H, D] has them."""
+        return pack(bounds, q.shape[2], q.dtype, q.device)
 
     def cross(
         self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float
@@ -158,11 +183,25 @@ class DecodeStep:
     positions: torch.Tensor
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores = PLAIN
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None,
+        scores: Scores = PLAIN,
+        chunk: int | None = None,
     ) -> torch.Tensor:
         """Do as PrefillStep.attend."""
         cached = self.cache.layer(layer, k, v)
-        return decode_attention(q, k, v, *cached, self.slots, self.positions, window, scores)
+        if chunk is not None and self.last < chunk:  # all are in their first chunk
+            chunk = None
+        return decode_attention(q, k, v, *cached, self.slots, self.positions, window, scores, chunk)
+
+    @functools.cached_property
+    def last(self) -> int:
+        """The greatest position of a token. Waits for the device."""
+        return int(self.positions.max())
 
     def cross(
         self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float

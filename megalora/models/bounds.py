@@ -112,7 +112,7 @@ BOUNDS: Mapping[str, Bound] = {
         Number(True, 1, 1 << 24),
         """hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size n_inner ffn_dim
         ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank d_model d_ff encoder_ffn_dim
-        decoder_ffn_dim""",
+        decoder_ffn_dim intermediate_size_mlp""",
     ),
     **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),
     **_all(Number(True, 1, 1 << 16), "type_vocab_size"),
@@ -125,7 +125,7 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(_LAYERS, "max_window_layers first_k_dense_replace"),
     **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers"),
     **_all(Each(Word(), MOST_LAYERS), "layer_types attention_layers"),
-    **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers"),
+    **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers"),
     **_all(Each(Number(True, 0, 1), MOST_LAYERS), "no_rope_layers"),
     "attention_types": Repeated(),
     "expansion_ratio": Number(True, 1, 1 << 8),
@@ -140,7 +140,7 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(Number(True, 2, 1 << 14), "head_dim qk_rope_head_dim rotary_dim"),
     "num_ln_in_parallel_attn": Number(True, 1, 2),
     # documents
-    **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size"),
+    **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size attention_chunk_size"),
     "sliding_window": Number(True, 0, 1 << 32),  # transformers writes 0 where use_sliding_window is false
     # experts
     **_all(_EXPERTS, "num_experts num_local_experts n_routed_experts n_group topk_group"),
@@ -155,7 +155,8 @@ BOUNDS: Mapping[str, Bound] = {
         Number(False, 1e-9, 1e9),
         """routed_scaling_factor attention_multiplier embedding_multiplier residual_multiplier logits_scaling
         logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping mup_embeddings_scale
-        mup_output_alpha mup_width_scale swiglu_alpha swiglu_limit attn_config.softmax_scale attn_config.clip_qkv""",
+        mup_output_alpha mup_width_scale floor_scale attn_scale swiglu_alpha swiglu_limit
+        attn_config.softmax_scale attn_config.clip_qkv""",
     ),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
     **_all(
@@ -170,8 +171,8 @@ BOUNDS: Mapping[str, Bound] = {
         """_remove_final_layer_norm add_qkv_bias alibi attention_bias bias do_layer_norm_before enable_bias mlp_bias
         multi_query multi_query_attention mup_scale_qk_dot_by_d new_decoder_architecture norm_topk_prob parallel_attn
         position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx scale_attn_weights
-        tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias use_sliding_window
-        scale_embedding scale_decoder_outputs is_gated_act""",
+        attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias
+        use_sliding_window scale_embedding scale_decoder_outputs is_gated_act""",
     ),
     **_all(
         Word(),
@@ -182,6 +183,7 @@ BOUNDS: Mapping[str, Bound] = {
 # Fields that mean something where they are null or left out; a number of any other name must be there.
 OPTIONAL = frozenset(
     """head_dim num_key_value_heads n_inner ffn_hidden_size word_embed_proj_dim q_lora_rank num_nextn_predict_layers
-    layer_types mlp_only_layers sliding_window seq_length n_group topk_group num_ln_in_parallel_attn classifier_dropout
-    attn_logit_softcapping final_logit_softcapping attn_config attn_config.softmax_scale attn_config.clip_qkv""".split()
+    layer_types mlp_only_layers sliding_window attention_chunk_size seq_length n_group topk_group
+    num_ln_in_parallel_attn classifier_dropout attn_logit_softcapping final_logit_softcapping attn_config
+    attn_config.softmax_scale attn_config.clip_qkv""".split()
 )

@@ -253,6 +253,8 @@ def check_context(config: ModelSpec, cp: int, task: str) -> None:
             what = "attention that is not causal"
         elif isinstance(mixer, Attention) and mixer.softcap is not None:
             what = "attention with softcap"
+        elif isinstance(mixer, Attention) and mixer.chunk is not None:
+            what = "attention in chunks"
         elif isinstance(mixer, Attention) and mixer.dropout:
             what = "dropout of attention's probabilities (--base_dropout false switches it off)"
     if any(rotary.long is not None for rotary in config.rotaries):

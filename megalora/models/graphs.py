@@ -93,6 +93,8 @@ def tiled_by(config: ModelSpec) -> str | None:
     attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention)]
     if any(attention.softcap is not None for attention in attentions):
         return "softcap"
+    if config.chunks:
+        return "chunks"
     if config.encoder is not None:
         return "relative positions or two lengths of a document"
     return "dropout" if any(attention.dropout > 0 for attention in attentions) else None

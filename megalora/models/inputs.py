@@ -12,7 +12,7 @@ from megalora.batch import Batch, to_device
 from megalora.models.rotary import rope_table
 from megalora.models.spec import Alibi, Attention, LatentAttention, ModelSpec, Rotary
 from megalora.ops.alibi import EXTRA
-from megalora.ops.attention import Packed, Scores, pack
+from megalora.ops.attention import Packed, Scores, in_chunks, pack
 from megalora.ops.cross_attention import Crossing
 from megalora.parallel.context import ContextKeys
 from megalora.parallel.placement import Placement, Tokens
@@ -24,9 +24,19 @@ class Cache(Protocol):
     """Keys and values of earlier tokens (generation)."""
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scores: Scores
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None,
+        scores: Scores,
+        chunk: int | None = None,
     ) -> torch.Tensor:
-        """Keep k, v [F, K, D] of the new tokens of `layer`; return attention of q [F, H, D] over all tokens kept."""
+        """Keep k, v [F, K, D] of the new tokens of `layer`; return attention of q [F, H, D] over all tokens kept.
+
+        window, chunk  as models.spec.Attention has them
+        """
         ...
 
     def cross(
@@ -62,6 +72,7 @@ class Inputs:
     crossing   which of its tokens each decoder's token sees
     unread     nobody reads the result of the mixer at work (see megalora.models.recompute): its last product is
                left out
+    chunks     bounds and packed of the documents cut into chunks, by their size
     """
 
     input_ids: torch.Tensor
@@ -83,6 +94,7 @@ class Inputs:
     crossing: Crossing | None = None
     unread: bool = False
     weights: torch.Tensor | None = None
+    chunks: Mapping[int, tuple[tuple[int, ...], Packed | None]] = field(default_factory=dict)
 
     def attend(self, attention: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
         """Return attention(*sources), for all tensors that need a gradient: all attention in training goes this way."""
@@ -111,7 +123,10 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
     """Return the Inputs of a microbatch; seed None switches dropout off (evaluation)."""
     # Before the copy to the device: reading these there would wait for it.
     bounds = tuple(batch.cu_seqlens.tolist())
-    packed = pack(bounds, head_features(config), place.dtype, torch.device(place.device))
+    kinds = head_features(config), place.dtype, torch.device(place.device)
+    packed = pack(bounds, *kinds)
+    cuts = {chunk: in_chunks(bounds, chunk) for chunk in config.chunks}
+    chunks = {chunk: (cut, packed if cut == bounds else pack(cut, *kinds)) for chunk, cut in cuts.items()}
     labelled = (batch.labels != -100).nonzero().squeeze(-1)
     weights = None if batch.weights is None else to_device(batch.weights[labelled], place.device)
     labelled = to_device(labelled, place.device)
@@ -135,6 +150,7 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
         context=context,
         columns=batch.columns,
         weights=weights,
+        chunks=chunks,
     )
     if batch.source is None:
         return found

@@ -23,6 +23,7 @@ class Norm:
     precise  the weight is applied in float32, before the result is rounded to the compute dtype; else after (RMSNorm)
     heads    so many weights, one for each head of q or k: [heads, size] (cohere); 0: one for all
     apart    each head's weight is a tensor of its own, `{name}.{head}.weight` [size] (stablelm)
+    weighted there is a weight; else the file has nothing of it (RMSNorm)
     """
 
     name: str
@@ -34,9 +35,12 @@ class Norm:
     precise: bool = False
     heads: int = 0
     apart: bool = False
+    weighted: bool = True
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the name and shape of each tensor in the file."""
+        if not self.weighted:
+            return
         if self.apart:
             yield from ((f"{self.name}.{head}.weight", (self.size,)) for head in range(self.heads))
             return
@@ -104,6 +108,13 @@ class RelativeTable:
 Position = Rotary | Alibi | RelativeTable
 
 
+class Temperature(NamedTuple):
+    """q at position p of its document is multiplied by 1 + scale * log(1 + floor((p + 1) / step)) (llama4)."""
+
+    step: float
+    scale: float
+
+
 @dataclass(frozen=True)
 class Attention:
     """Self-attention over heads.
@@ -112,7 +123,10 @@ class Attention:
     position        how scores know positions; None: not at all (NoPE)
     window          a token sees itself and the window - 1 tokens before it; None: all before it. Not causal: as many
                     behind it too
+    chunk           a token sees what is before it from the last multiple of `chunk` on, in positions of its document
     q_norm, k_norm  before the rotation: over each head, or where their size is that of all heads over these together
+    turns_first     the rotation comes before q_norm and k_norm
+    temperature     of q, behind its norm and rotation; None: 1
     scale           what scores are multiplied by; None: 1 / sqrt(head_dim)
     softcap         a scaled score s becomes softcap * tanh(s / softcap)
     causal          a token sees none behind it
@@ -138,6 +152,9 @@ class Attention:
     clip: float | None = None
     dropout: float = 0.0
     sinks: str | None = None
+    chunk: int | None = None
+    turns_first: bool = False
+    temperature: Temperature | None = None
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and shape of what is neither linear nor norm."""

@@ -42,6 +42,7 @@ from megalora.models.mixers import (  # noqa: F401
     Position,
     RelativeTable,
     Rotary,
+    Temperature,
 )
 
 _LAYER = re.compile(r".*?\.\d+\.")  # what the name of a layer's tensor begins with
@@ -327,16 +328,26 @@ class ModelSpec:
 
     @property
     def plain_scores(self) -> bool:
-        """Whether the kernels of GPUs compute all attention: no scores are capped, none have a bias or sinks."""
+        """Whether the kernels of GPUs compute all attention: no scores are capped, none have a bias or sinks, and what
+        a token sees does not begin at multiples of its position."""
         mixers = [mixer for mixer in self.mixers if isinstance(mixer, Attention)]
         biased = any(isinstance(mixer.position, Alibi | RelativeTable) for mixer in mixers)
-        return not biased and all(mixer.softcap is None and mixer.sinks is None for mixer in mixers)
+        return not biased and all(
+            mixer.softcap is None and mixer.sinks is None and mixer.chunk is None for mixer in mixers
+        )
 
     @property
     def reads_positions(self) -> bool:
         """Whether a part of the model reads the position of a token itself, not a table made of it."""
-        alibi = any(isinstance(mixer, Attention) and isinstance(mixer.position, Alibi) for mixer in self.mixers)
-        return alibi or self.embedding.positions is not None
+        attentions = [mixer for mixer in self.mixers if isinstance(mixer, Attention)]
+        read = any(isinstance(one.position, Alibi) or one.temperature is not None for one in attentions)
+        return read or self.embedding.positions is not None
+
+    @property
+    def chunks(self) -> frozenset[int]:
+        """The sizes of the chunks in which attention goes, where it does."""
+        of_mixers = (mixer.chunk for mixer in self.mixers if isinstance(mixer, Attention))
+        return frozenset(chunk for chunk in of_mixers if chunk is not None)
 
     @cached_property
     def rotaries(self) -> tuple[Rotary, ...]:

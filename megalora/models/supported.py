@@ -137,6 +137,7 @@ def _attention(family: Family, spec: ModelSpec) -> str:
     said = ["grouped queries" if grouped else "as many key/value heads as query heads"]
     said = ["one key/value head"] if attention.kv_heads == 1 else said
     said += ["sliding window"] if "sliding_window" in family.reads else []
+    said += ["attention in chunks, layers without positions"] if spec.chunks else []
     said += [f"{_norm(attention.q_norm)} on q and k"] if attention.q_norm is not None else []
     share = position.size / attention.head_dim if isinstance(position, Rotary) else 1
     said += [f"{share:.0%} of each head rotates"] if share < 1 else []
@@ -153,7 +154,7 @@ def _is_fused(projection: Projection | None) -> bool:
 
 
 def _norm(norm: Norm) -> str:
-    return {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind]
+    return {"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind] + ("" if norm.weighted else " without weights")
 
 
 def _family(family: Family) -> Iterable[str]:

@@ -48,7 +48,8 @@ _PARITY = (
 )
 _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
-_EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss mixtral qwen2_moe qwen3_moe"
+_EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss llama4_text mixtral qwen2_moe qwen3_moe"
+_STACKED = _types("gpt_oss llama4_text")  # whose files hold the experts of a layer in one tensor
 _TODAY = (
     "cohere cohere2 exaone4 gemma gemma2 gemma3_text glm glm4 granite internlm3 nemotron olmo2 olmo3 smollm3 stablelm "
     "starcoder2"
@@ -122,9 +123,7 @@ FEATURES = (
         ),
         "greedy replies are transformers', token for token",
         {
-            "cache": _types(f"{_FIRST_NAMES} btlm chatglm codegen gpt_bigcode gpt_neo internlm2 mpt opt phi")
-            | _types("deepseek_v2 deepseek_v3 gpt_oss qwen2_moe"),
-            "shared": _types("glm4_moe mixtral qwen3_moe"),
+            "cache": _types(f"{_FIRST_NAMES} btlm chatglm codegen gpt_bigcode gpt_neo internlm2 mpt opt phi"),
             "labels": _types(_ENCODERS),
         },
     ),
@@ -139,19 +138,24 @@ FEATURES = (
     ),
     Feature(
         "convert",
-        ("tests/test_convert.py", "tests/test_classic_files.py"),
+        ("tests/test_convert.py", "tests/test_classic_files.py", "tests/test_fused_experts.py"),
         "safetensors to shards and back, every bit kept",
         {
-            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}")
+            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}") - _STACKED
             | _types("bloom btlm chatglm codegen gpt_bigcode gpt_neo gptj internlm2 mpt opt phi")
         },
     ),
     Feature(
         "PEFT files",
-        ("tests/test_convert_adapter.py", "tests/test_classic_files.py"),
-        "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2` "
-        "and `falcon`; merged into the base: `llama`, `gpt2` and `falcon`",
-        {"shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} btlm chatglm gpt_neo internlm2")},
+        ("tests/test_convert_adapter.py", "tests/test_classic_files.py", "tests/test_fused_experts.py"),
+        "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2`, "
+        "`falcon`, `gpt_oss` and `llama4_text`; merged into the base: `llama`, `gpt2`, `falcon`, `gpt_oss`, "
+        "`llama4_text`, `mixtral` and `qwen3_moe`",
+        {
+            "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} btlm chatglm")
+            - _types("gpt_oss llama4_text mixtral qwen3_moe")
+            | _types("gpt_neo internlm2")
+        },
     ),
 )
 

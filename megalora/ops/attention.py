@@ -17,7 +17,10 @@ from megalora.ops import extension
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import PLAIN, Run, Scores, tiled_attention, tiled_cached_attention
 
-__all__ = ["MOST_FEATURES", "PLAIN", "Packed", "Scores", "attention", "cached_attention", "is_even", "pack", "packs"]
+__all__ = [
+    "MOST_FEATURES", "PLAIN", "Packed", "Scores", "attention", "cached_attention", "in_chunks", "is_even", "pack",
+    "packs",
+]  # fmt: skip
 
 _SCORED = 1 << 26  # scores, or entries of a mask, at a time, where new tokens see those of a cache
 MOST_FEATURES = 256  # of a head, in FlashAttention's kernels
@@ -65,6 +68,12 @@ def pack(bounds: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
     return Packed(cu_seqlens, max(128, 1 << (longest - 1).bit_length()))
+
+
+def in_chunks(bounds: Sequence[int], chunk: int) -> tuple[int, ...]:
+    """Return the cumulative bounds of documents with each cut at the multiples of `chunk` tokens from its start."""
+    starts = (range(start, stop, chunk) for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+    return (*(place for document in starts for place in document), bounds[-1])
 
 
 def is_even(bounds: Sequence[int]) -> bool:

@@ -23,15 +23,17 @@ def decode_attention(
     positions_B: torch.Tensor,
     window: int | None = None,
     scores: Scores = PLAIN,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Keep k and v in the cache and return the attention of q [B, H, D] over the tokens up to them.
 
     Sequence b lies in slot slots[b], and its new token takes place positions[b] there; both [B] int64, no slot twice.
     K divides H: query head h reads head h * K // H. window: a token sees itself and the window - 1 tokens before it;
-    None: all before it. scores: as `attention` takes them, causal.
+    None: all before it. scores: as `attention` takes them, causal. chunk: a token sees none before the last multiple of
+    it; in plain torch.
     """
     assert scores.causal
-    if scores.simple and _compiled(q_BHD, k_BKD, v_BKD):
+    if chunk is None and scores.simple and _compiled(q_BHD, k_BKD, v_BKD):
         if scores.scale is not None:  # the kernel has its own
             q_BHD = q_BHD * (scores.scale * q_BHD.shape[2] ** 0.5)
         out = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
@@ -43,7 +45,10 @@ def decode_attention(
     values_SKCD[slots_B, :, positions_B] = v_BKD
     longest = int(positions_B.max()) + 1
     behind = positions_B[:, None] - torch.arange(longest, device=q_BHD.device)
-    seen = ((behind >= 0) if window is None else (behind >= 0) & (behind < window))[:, None, :]
+    seen = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    if chunk is not None:
+        seen = seen & (behind <= positions_B[:, None] % chunk)
+    seen = seen[:, None, :]
     # A mask does not hide what is not finite, and nobody has written there yet.
     keys, values = (x[slots_B, :, :longest].masked_fill(~seen.unsqueeze(-1), 0) for x in (keys_SKCD, values_SKCD))
     if not scores.simple:

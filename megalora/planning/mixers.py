@@ -31,7 +31,11 @@ class Attention:
     extra          features of q, k and v beside those of a head, which carry ALiBi's bias
     clips          q, k and v are clipped
     reads_views    attention, or what clips, keeps q k v as the linears made them
-    qk_stacked     elements of their weights that are put together out of one tensor a head, and kept
+    qk_stacked     elements of their weights that are put together out of one tensor a head, or are 1 everywhere, and
+                   kept
+    chunk          tokens of the chunks in which it goes
+    turns_first    the norms read what is rotated
+    tempered       q is multiplied by a number of its position
     """
 
     qkv: Group
@@ -49,6 +53,9 @@ class Attention:
     clips: bool = False
     reads_views: bool = False
     qk_stacked: int = 0
+    chunk: int | None = None
+    turns_first: bool = False
+    tempered: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -65,9 +65,13 @@ class Workload:
         """Tokens of a message between stages: those of the sources too."""
         return self.tokens + self.rows * self.source_length
 
-    def seen(self, window: int | None) -> float:
-        """Return keys that a token sees on average in a layer with that window."""
+    def seen(self, window: int | None, chunk: int | None = None) -> float:
+        """Return keys that a token sees on average in a layer with that window, or in chunks of that size."""
         length = self.seq_length
+        if chunk is not None and chunk < length:
+            chunks, rest = divmod(length, chunk)
+            keys = (chunks * chunk * (chunk + 1) + rest * (rest + 1)) / (2 * length)
+            return keys if self.context is None else min(keys, self.context)
         if window is None or window >= length:
             return (length + 1) / 2 if self.context is None else self.context
         whole = (window * (window + 1) / 2 + (length - window) * window) / length

@@ -350,7 +350,7 @@ class _LayerNodes:
         given = full * (layer.heads + 2 * layer.kv_heads) * layer.head_dim * e
         q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
-        flops = 4 * layer.heads * dim * work.seen(layer.window) * full
+        flops = 4 * layer.heads * dim * work.seen(layer.window, layer.chunk) * full
         kept = qkv + q + statistics + (given if layer.clips else 0)
         cp = work.context_parallel
         shared = (Message("context", 2 * kv * cp, ranks=cp),) if cp > 1 else ()
@@ -358,9 +358,13 @@ class _LayerNodes:
             kept += round(2 * kv * (cp - 0.5))
         if layer.qk_rows:
             # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
-            copies = q + kv if layer.qk_kernel and _kernels(self.shape.device_type) else 0
+            # What a rotation before them made is theirs alone.
+            copied = layer.turns_first or (layer.qk_kernel and _kernels(self.shape.device_type))
+            copies = q + kv if copied else 0
             copies += layer.qk_stacked * e
             kept += copies + full * layer.qk_rows * layer.qk_statistics * _STATISTIC + (qkv - kv)
+        if layer.tempered:
+            kept += q + full * e
         dout = q
         workspace = full * layer.heads * dim * 4  # dq is summed in float32
         sums = (Message("reduce", full * _STATISTIC),) * 2 if layer.qk_across and self.shape.tp > 1 else ()

@@ -234,7 +234,7 @@ def _words(config: ModelSpec, lora: ResolvedLora, of_head: bool, tp: int) -> tup
 def _norm(norm: spec.Norm | None) -> Norm | None:
     if norm is None:
         return None
-    return Norm(norm.size * (1 + norm.bias), 2 if norm.kind == "layer" else 1)
+    return Norm(norm.size * (norm.weighted + norm.bias), 2 if norm.kind == "layer" else 1)
 
 
 class _Rank:
@@ -342,13 +342,14 @@ class _Rank:
             extra = EXTRA
         clips, rotates = mixer.clip is not None, isinstance(position, spec.Rotary)
         more: dict[str, Any] = {"extra": extra, "clips": clips, "reads_views": clips or not (rotates or extra)}
+        more |= {"chunk": mixer.chunk, "turns_first": mixer.turns_first, "tempered": mixer.temperature is not None}
         if norm is None:
             return Attention(*groups, heads, kv_heads, dim, mixer.window, **more)
         across = not norm.heads and norm.size != dim
-        elements = (heads + kv_heads) * dim if norm.heads or across else 2 * dim * (1 + norm.bias)
+        elements = (heads + kv_heads) * dim if norm.heads or across else 2 * dim * (norm.weighted + norm.bias)
         rows, statistics = 2 if across else heads + kv_heads, 2 if norm.kind == "layer" else 1
         kernel = norm.kind == "rms" and not across
-        more |= {"qk_stacked": elements if norm.apart else 0}
+        more |= {"qk_stacked": (elements if norm.apart else 0) if norm.weighted else 2 * dim}
         return Attention(
             *groups, heads, kv_heads, dim, mixer.window, elements, rows, statistics, kernel, across, **more
         )

@@ -45,10 +45,10 @@ def axes(runs) -> dict[str, set[str]]:
 def tested() -> dict[str, dict[str, set[str]]]:
     """Feature -> cell -> model types, as the tables of the tests have them."""
     pytest.importorskip("peft")
-    variants, classic, experts, files, classes, nodes, pairs = map(
+    variants, classic, experts, files, classes, nodes, pairs, fused = map(
         module,
         ("variants.py", "test_classic.py", "test_experts.py", "test_classic_files.py", "tasks/test_classes.py")
-        + ("planning/test_nodes.py", "tasks/test_seq2seq.py"),
+        + ("planning/test_nodes.py", "tasks/test_seq2seq.py", "test_fused_experts.py"),
     )
     runs = variants.layout_runs(list(MODERN)) + classic.layouts()
     runs += [run for family in EXPERTS for run in experts.layouts(family)]
@@ -68,7 +68,7 @@ def tested() -> dict[str, dict[str, set[str]]]:
     found["packing"] = {"yes": packed}
     found["parity"] = {"yes": packed | set(EXPERTS)}
     found["CUDA graphs"] = {"yes": ON_GPU}
-    replies = six | modern | set(map(kind, SEQ2SEQ)) | {"gpt2", "bloom", "falcon", "gptj"}
+    replies = six | modern | set(map(kind, SEQ2SEQ)) | set(EXPERTS) | {"gpt2", "bloom", "falcon", "gptj"}
     by_token = {family for family, _ in classic.VARIANTS.values()} | set(experts.CACHED)
     found["generate"] = {"yes": replies, "cache": by_token - replies, "labels": set(map(kind, ENCODERS))}
     counted = {nodes.FIELDS["model_type"], "qwen3", *nodes.OLDER}
@@ -77,8 +77,9 @@ def tested() -> dict[str, dict[str, set[str]]]:
     }
     counted |= {kind(name) for name in MODERN if "phi3" not in name and name not in nodes.NO_KERNEL}
     found["plan"] = {"yes": counted}
-    found["convert"] = {"yes": six | {"gpt2", "falcon"}}
-    found["PEFT files"] = {"yes": six | {family for family, _ in files.MODELS.values()}}
+    found["convert"] = {"yes": six | {"gpt2", "falcon", *fused.STACKED}}
+    read = {family for family, _ in files.MODELS.values()} | {*fused.STACKED, *fused.APART}
+    found["PEFT files"] = {"yes": six | read}
     return found
 
 

@@ -251,6 +251,16 @@ def test_and_of_decoders_of_today(name, recompute):
     check("all linears", recompute, range(1, 4), Axis(), False, **row | OF_HEADS.get(row["model_type"], {}))
 
 
+CHUNKS = {"moe_layers": [], "intermediate_size_mlp": 48, "attention_chunk_size": 7, "no_rope_layer_interval": 2}
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
+@pytest.mark.parametrize("more", [{}, {"use_qk_norm": False}, {"attn_temperature_tuning": False}])
+def test_and_of_attention_in_chunks(more, recompute):
+    fields = {"model_type": "llama4_text", "head_dim": 8, "pad_token_id": 0, **CHUNKS, **more}
+    check("all linears", recompute, range(0, 4), Axis(), False, **fields)
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "cohere, norms on the heads", "granite", "starcoder2"])
 def test_and_of_these_on_a_tensor_parallel_rank(two_ranks, name, sequence_parallel):

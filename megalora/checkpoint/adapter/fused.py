@@ -8,6 +8,8 @@ peft wraps such a parameter P [E, ...] of module X; two of them are wrapped one 
 
 lora_A [E r, in] has the rows of expert 0 first; lora_B [out, r E] the columns of rank 0 of all experts first
 (peft/tuners/lora/layer.py, ParamWrapper.get_delta_weight). Ours: X.{e}.gate_up_proj.lora_A.weight [r, in], ...
+Of a module that does not say that its parameters are [E, in, out] (Llama4TextExperts: it lacks `is_transposed`) peft
+takes them for [E, out, in]: what it calls lora_A is our lora_B, transposed, and the other way round.
 
 Legend: E experts, r rank.
 """
@@ -27,6 +29,7 @@ from megalora.errors import UserError
 
 _ORDER = ("gate_up_proj", "down_proj")  # as transformers registers them: the first is the innermost
 _INNER, _FACTOR = ".base_layer", re.compile(r"(.*)\.lora_([AB])\.weight")
+_TURNED = "feed_forward.experts"  # the end of the names of modules whose factors change places
 _OF_EXPERT = re.compile(r"(.*)\.(\d+)\.(\w+)\.lora_([AB])\.weight")
 Tensors = dict[str, torch.Tensor]
 
@@ -68,8 +71,13 @@ def by_expert(tensors: Tensors, fields: Mapping[str, Any], where: str) -> Tensor
         count = total // r
         for e in range(count):
             part = tensor[e * r : (e + 1) * r] if match[2] == "A" else tensor[:, e::count]
-            found[f"{module}.{e}.{leaf}.lora_{match[2]}.weight"] = part.contiguous()
+            factor, part = (_other(match[2]), part.T) if module.endswith(_TURNED) else (match[2], part)
+            found[f"{module}.{e}.{leaf}.lora_{factor}.weight"] = part.contiguous()
     return found
+
+
+def _other(factor: str) -> str:
+    return "B" if factor == "A" else "A"
 
 
 def fused(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> Tensors:
@@ -99,6 +107,8 @@ def fused(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> Ten
                 "merge the adapter (megalora convert adapter merge)",
             )
         parts = [experts[e] for e in sorted(experts)]
+        if module.endswith(_TURNED):
+            factor, parts = _other(factor), [part.T for part in parts]
         whole = torch.cat(parts) if factor == "A" else torch.stack(parts, 2).flatten(1)
         wrapped = _wrapped(parameters, module)
         inner = _INNER if len(wrapped) > 1 and leaf == wrapped[0] else ""

@@ -103,16 +103,19 @@ class AttentionBlock:
             k, v = k[:, self.reads], v[:, self.reads]
         tokens = inputs.tokens
         dropout = draw_probabilities(tokens.draw(self.spec.dropout, 0), self.sites, tokens.index)
-        packed = inputs.packed is not None and dim + EXTRA <= MOST_FEATURES
-        widens = scores.slopes is None or inputs.context is not None or (packed and dropout is None)
+        in_one_call = inputs.packed is not None and dim + EXTRA <= MOST_FEATURES
+        widens = scores.slopes is None or inputs.context is not None or (in_one_call and dropout is None)
         if self.slopes is not None and widens:
             scores = self.widened
             q, k, v = self._with_bias(q, k, v, inputs)
         if self.relative is not None:
             scores = replace(scores, offsets=self.relative())
         if inputs.cache is not None:
-            context = inputs.cache.attend(self.layer, q, k, v, window, scores)
+            context = inputs.cache.attend(self.layer, q, k, v, window, scores, self.spec.chunk)
         else:
+            bounds, packed = inputs.bounds, inputs.packed
+            if self.spec.chunk is not None:  # documents, each cut into chunks
+                bounds, packed = inputs.chunks[self.spec.chunk]
             pieces = None
             if inputs.context is not None:
                 assert dropout is None, "check_context refuses it"
@@ -121,7 +124,7 @@ class AttentionBlock:
             def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
                 if pieces is not None:
                     return piece_attention(q, k, v, pieces, window, scores)
-                return attention(q, k, v, inputs.bounds, window, inputs.packed, scores, dropout)
+                return attention(q, k, v, bounds, window, packed, scores, dropout)
 
             context = inputs.attend(attend, q, k, v)
         return context[..., :dim].flatten(1)
@@ -142,8 +145,18 @@ class AttentionBlock:
             tables = inputs.tables[position]
             return split_rope(qkv, *tables, self.heads, self.kv_heads, position.interleaved)
         q, k, v = qkv.unflatten(-1, (-1, self.spec.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if self.q_norm is not None:
+        if self.q_norm is not None and not self.spec.turns_first:
             q, k = self.q_norm(q), self.k_norm(k)
         if position is not None:
             q, k = (rope(x, *inputs.tables[position], position.interleaved) for x in (q, k))
+        if self.q_norm is not None and self.spec.turns_first:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.temperature is not None:
+            q = q * _temperatures(self.spec.temperature, inputs.position_ids, q.dtype)
         return q, k, v
+
+
+def _temperatures(made: spec.Temperature, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what q is multiplied by at these positions [F, 1, 1]."""
+    wide = position_ids.to(torch.promote_types(dtype, torch.float32))
+    return (1 + made.scale * torch.log1p(torch.floor((wide + 1) / made.step))).to(dtype)[:, None, None]

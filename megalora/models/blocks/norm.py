@@ -19,7 +19,7 @@ class Norm(nn.Module):
     part  this rank's heads, or features, where the weight is cut over tp; None: it is whole
     """
 
-    weight: nn.Parameter
+    weight: torch.Tensor
     bias: nn.Parameter | None
 
     def __init__(self, norm: spec.Norm, place: Placement, part: Part | None = None):
@@ -36,6 +36,9 @@ class Norm(nn.Module):
             self.register_parameter(name, nn.Parameter(values, requires_grad=False))
         if not norm.bias:
             self.register_parameter("bias", None)
+        if not norm.weighted:
+            assert norm.kind == "rms" and not norm.offset, norm
+            self.weight = torch.ones(norm.size, dtype=place.dtype, device=place.device)
 
     def shard_dims(self) -> dict[str, Split]:
         return self._splits
