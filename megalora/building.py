@@ -70,6 +70,8 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
     head = config.head
+    if isinstance(head, ClassHead):
+        lora_config = replace(lora_config, modules_to_save=_beside_head(lora_config.modules_to_save, head))
     ends = (*((head.name,) if isinstance(head, Head) else ()), config.embedding.name)
     without = () if isinstance(head, Head) else head.names  # of a classifier, trained in full
     stacks = config.stacked_linears
@@ -90,6 +92,12 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             "remove the field",
         )
     return replace(resolved, config=replace(lora_config, fan_in_fan_out=transposed, target_parameters=stacked or None))
+
+
+def _beside_head(saved: tuple[str, ...] | None, head: ClassHead) -> tuple[str, ...] | None:
+    """Return modules_to_save without the modules of a classifier's head that are trained in any case."""
+    trained = [linear.name for linear in head.linears if head.trains(linear)]
+    return saved and tuple(n for n in saved if not any(name == n or name.startswith(f"{n}.") for name in trained))
 
 
 @dataclass(frozen=True)

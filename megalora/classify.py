@@ -32,7 +32,7 @@ from megalora.building import (
 )
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.data import build_rows, pack, read_rows
-from megalora.data.classes import READS, ClassRows
+from megalora.data.classes import ClassRows
 from megalora.data.encode import EncodeSettings
 from megalora.data.labelled import LabelledText, TaggedWords
 from megalora.data.loader import Loader
@@ -148,7 +148,7 @@ def _asked(options: GenerationArguments, rendering: ClassRows, config: ModelSpec
         encoder = rendering.encoder(EncodeSettings(longest))
         found, samples = [], []
         for value, where in _values(options):
-            row: Any = READS[rendering.task](value, where, question=True)
+            row: Any = rendering.read(value, where, question=True)
             row = replace(row, tags=None) if isinstance(row, TaggedWords) else replace(row, label=None)
             sample = encoder.sample(row, where)
             if len(sample.input_ids) > longest:

@@ -72,7 +72,7 @@ def rendering(
             sides = Sides(data.source_tokens, config.encoder.start)
             return PairRows(opened, sides, data.source_prefix or "")
     names = FieldNames(data.renamed_columns, frozenset(data.ignore_columns or ()))
-    labels = labels or on_first(lambda: choose_labels(task, model_path, data.data_path, names), world)
+    labels = labels or on_first(lambda: choose_labels(task, model_path, data.data_path, names, config.columns), world)
     return ClassRows(opened, task, labels, last=config.causal, columns=config.columns)
 
 

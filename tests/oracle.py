@@ -249,6 +249,20 @@ ENCODERS = {
     "roberta": {"model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-6},
     "xlm-roberta": {"model_type": "xlm-roberta", "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-6},
     "electra": {"model_type": "electra", "embedding_size": 24, "layer_norm_eps": 1e-6},
+    "layoutlm": {"model_type": "layoutlm", "layer_norm_eps": 1e-6, "max_2d_position_embeddings": 1024},
+    "deberta": {
+        "model_type": "deberta", "relative_attention": True, "pos_att_type": ["c2p", "p2c"],
+        "position_biased_input": False, "max_relative_positions": 9,
+    },
+    "deberta-v2": {
+        "model_type": "deberta-v2", "relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 7,
+        "norm_rel_ebd": "layer_norm", "share_att_key": True, "position_biased_input": False, "pooler_dropout": 0.1,
+        "max_relative_positions": 20,
+    },
+    "deberta-v2, apart": {
+        "model_type": "deberta-v2", "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 2,
+        "max_relative_positions": 12,
+    },
 }
 # Encoder-decoders, with the dropouts that their configs have in practice.
 _T5 = {
@@ -441,6 +455,9 @@ def classified(sample: Sample, config: ModelSpec, task: str) -> Sample:
     if task == "SEQ_CLS":
         kept = np.arange(len(ids)) == (len(ids) - 1 if config.causal else 0)
     columns = {name: (np.arange(len(ids)) * 3 // len(ids) > 1).astype("int32") for name in config.columns}
+    if "boxes" in columns:
+        corners = (np.arange(2 * len(ids)).reshape(-1, 2) * 37 + ids[:, None]) % 500
+        columns["boxes"] = np.concatenate([corners, corners + 1 + ids[:, None] % 400], 1).astype("int32")
     columns |= {"classes": np.where(kept, (ids + 7 * np.arange(len(ids))) % len(LABELS), -100).astype("int32")}
     return Sample(ids, np.full_like(sample.labels, -100), columns)
 

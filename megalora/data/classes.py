@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..files import read_json, write_file
 from .documents import CLASSES, Documents
 from .encode import EncodeSettings
 from .fields import FieldNames
-from .labelled import Label, LabelledText, TaggedWords, read_labelled, read_tagged
+from .labelled import PAGE, Box, Label, LabelledText, TaggedWords, read_labelled, read_tagged
 from .pieces import IGNORE, Sample
 from .readers import Chunk, parse_sources, read_rows
 from .report import Report, reason_of
@@ -32,7 +32,15 @@ from .tokenizer import OpenedTokenizer
 READS = {"TOKEN_CLS": read_tagged, "SEQ_CLS": read_labelled}  # how a row is read, by task
 WHAT = {"TOKEN_CLS": "token classification", "SEQ_CLS": "text classification"}
 TOKEN_TYPES = "token_types"  # the column of which text of a pair a token is of
+BOXES = "boxes"  # the column of where a token stands on its page
+BOX_AT_END = (PAGE, PAGE, PAGE, PAGE)  # of special tokens behind a text; of those before it 0, as transformers has it
 _MOST_LABELS = 4096
+
+
+def reader(task: str, columns: Sequence[str]) -> Callable[..., TaggedWords | LabelledText]:
+    """Return how a row of a task is read for a model that reads these columns."""
+    read: Callable[..., TaggedWords | LabelledText] = READS[task]
+    return partial(read, boxed=True) if BOXES in columns else read
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class ClassRows:
     task      TOKEN_CLS or SEQ_CLS
     labels    names of the classes, in order
     last      the class of a text stands at its last token (decoders), else at its first
-    columns   what else the model reads of each token: token_types
+    columns   what else the model reads of each token: token_types, boxes
     """
 
     opened: OpenedTokenizer
@@ -54,6 +62,11 @@ class ClassRows:
     @property
     def tokenizer(self) -> Any:
         return self.opened.tokenizer
+
+    @property
+    def read(self) -> Callable[..., TaggedWords | LabelledText]:
+        """Reads a row, as `labelled.read_tagged` does."""
+        return reader(self.task, self.columns)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -116,7 +129,7 @@ class ClassEncoder:
 
     def encode(self, chunk: Chunk) -> tuple[Documents, Report]:
         """Return the documents of a chunk, in order, and the report. Raises readers.NotLines."""
-        report, read = Report(), READS[self.rows.task]
+        report, read = Report(), self.rows.read
         documents: list[Sample] = []
         numbers: list[int] = []
         for number, row in enumerate(chunk.parse(), chunk.first):
@@ -161,6 +174,9 @@ class ClassEncoder:
         columns = {CLASSES: classes}
         if TOKEN_TYPES in self.rows.columns:
             columns[TOKEN_TYPES] = np.array(encoding.type_ids, dtype=np.int32)
+        if BOXES in self.rows.columns:
+            assert isinstance(row, TaggedWords) and row.boxes is not None
+            columns[BOXES] = _boxes_of(encoding.word_ids, row.boxes)
         return Sample(ids, np.full(len(ids), IGNORE, dtype=np.int32), columns)
 
     def _fitting(self, sample: Sample, where: str, report: Report) -> Sample | None:
@@ -231,6 +247,15 @@ def truncated(sample: Sample, length: int, special: int) -> Sample:
     return Sample(sample.input_ids[kept], sample.labels[kept], columns)
 
 
+def _boxes_of(word_ids: Sequence[int | None], boxes: Sequence[Box]) -> np.ndarray:
+    """Return the box of each token [T, 4] int32: its word's; of special tokens the page's corners."""
+    found, inside = [], False
+    for word in word_ids:
+        inside = inside or word is not None
+        found.append(boxes[word] if word is not None else BOX_AT_END if inside else (0, 0, 0, 0))
+    return np.array(found, dtype=np.int32)
+
+
 def _first_pieces(word_ids: Sequence[int | None]) -> dict[int, int]:
     """Return the place of the first token of each word -> the word."""
     before, found = None, {}
@@ -255,9 +280,12 @@ def write_labels(model: str | Path, folder: str | Path, labels: Sequence[str]) -
     write_file(Path(folder) / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def choose_labels(task: str, model_path: str | Path, data_path: str | Path, names: FieldNames) -> tuple[str, ...]:
+def choose_labels(
+    task: str, model_path: str | Path, data_path: str | Path, names: FieldNames, columns: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Return the names of the classes, in order: those of the model's config.json where it names them, else the data's.
 
+    columns  what the model reads of each token
     Names of the data are sorted; numbers 0 to n are named LABEL_0 to LABEL_n, as transformers does.
     Raises UserError for labels that cannot be used.
     """
@@ -269,7 +297,7 @@ def choose_labels(task: str, model_path: str | Path, data_path: str | Path, name
             f"{where}: problem_type {problem} is not implemented", "give each text one label, and remove the field"
         )
     named = labels_of(config, str(where))
-    return named or _labels_of_rows(task, data_path, names)
+    return named or _labels_of_rows(task, data_path, names, columns)
 
 
 def labels_of(config: Any, where: str, defaults: bool = False) -> tuple[str, ...]:
@@ -291,10 +319,12 @@ def default_names(count: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{i}" for i in range(count))
 
 
-def _labels_of_rows(task: str, data_path: str | Path, names: FieldNames) -> tuple[str, ...]:
+def _labels_of_rows(
+    task: str, data_path: str | Path, names: FieldNames, columns: Sequence[str]
+) -> tuple[str, ...]:
     found: set[Label] = set()
     for source in parse_sources(str(data_path)):
-        found.update(_labels(task, read_rows(source.path), names))
+        found.update(_labels(reader(task, columns), read_rows(source.path), names))
     numbers = {label for label in found if isinstance(label, int)}
     if numbers and numbers != found:
         raise UserError(f"data_path {data_path}: some labels are names and some are numbers", "keep one kind")
@@ -310,9 +340,11 @@ def _labels_of_rows(task: str, data_path: str | Path, names: FieldNames) -> tupl
     return default_names(count) if numbers else tuple(sorted(str(label) for label in found))
 
 
-def _labels(task: str, rows: Iterable[Any], names: FieldNames) -> Iterable[Label]:
+def _labels(
+    read: Callable[..., TaggedWords | LabelledText], rows: Iterable[Any], names: FieldNames
+) -> Iterable[Label]:
     for number, row in enumerate(rows):
         try:
-            yield from READS[task](row, f"row {number}", names).labels
+            yield from read(row, f"row {number}", names).labels
         except UserError:
             continue  # counted, and told, when the rows are encoded

@@ -3,6 +3,7 @@
 | task | shapes |
 |---|---|
 | TOKEN_CLS | {tokens, tags}, {words, ner_tags}, a CoNLL file; {text, spans: [{start, end, label}]} |
+|           | of words on a page: {tokens, tags, bbox} |
 | SEQ_CLS   | {text, label}, {sentence1, sentence2, label}, {premise, hypothesis, label} |
 
 A tag or label is a name, or the number of one. Spans become tags in the BIO scheme.
@@ -21,11 +22,14 @@ from .fields import COLUMNS_FLAG, FieldNames, Fields, json_type, names_of
 
 OUTSIDE = "O"
 Label = str | int
+Box = tuple[int, int, int, int]
+PAGE = 1000  # the most that a coordinate of a box can be
 
 _WORDS = ("tokens", "words")
 _TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 _TEXTS = ("text", "sentence", "sentence1", "premise", "question1")
 _SECOND = ("text_pair", "sentence2", "hypothesis", "question2")
+_BOXES = ("bbox", "bboxes", "boxes")
 _SPANS = ("spans", "entities", "label")
 _LABELS = ("label", "labels", "class", "intent")
 _PARTS = re.compile(r"\w+|[^\w\s]")  # a word, or a punctuation mark
@@ -41,10 +45,14 @@ class Word:
 
 @dataclass(frozen=True)
 class TaggedWords:
-    """Words and the tag of each; tags None: they are to be found."""
+    """Words and the tag of each; tags None: they are to be found.
+
+    boxes  where each word stands on its page: left, top, right, bottom, in thousandths; None: not told
+    """
 
     words: tuple[Word, ...]
     tags: tuple[Label, ...] | None
+    boxes: tuple[Box, ...] | None = None
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -65,9 +73,17 @@ class LabelledText:
 
 
 def read_tagged(
-    row: Any, where: str, names: FieldNames | None = None, seen: Counter[str] | None = None, *, question: bool = False
+    row: Any,
+    where: str,
+    names: FieldNames | None = None,
+    seen: Counter[str] | None = None,
+    *,
+    question: bool = False,
+    boxed: bool = False,
 ) -> TaggedWords:
-    """Return one row as words and their tags. question: tags are asked for, and need not be there.
+    """Return one row as words and their tags.
+
+    question  tags are asked for, and need not be there; boxed: each word has a box, which is read
 
     Raises UserError for a row that is malformed, that has another number of tags than of words, whose spans overlap or
     end beyond the text, or that has a field which is not read.
@@ -86,8 +102,12 @@ def read_tagged(
             raise UserError(f"{fields.place}: {len(words)} tokens but {len(tags)} tags", "give each token one tag")
         else:
             found = tuple(tags)
+        boxes = _boxes(fields.take(*_BOXES), len(words), fields.place) if boxed else None
         fields.finish()
-        return TaggedWords(tuple(Word(word) for word in words), found)
+        return TaggedWords(tuple(Word(word) for word in words), found, boxes)
+    if boxed:
+        said = f"{fields.place}: has no tokens (fields {names_of(row)}), of which each would have a box"
+        raise UserError(said, f"write {{tokens, tags, bbox}}, or map other names with {COLUMNS_FLAG}")
     if not fields.present(_TEXTS):
         raise UserError(
             f"{fields.place}: no known shape (fields {names_of(row)})",
@@ -159,6 +179,24 @@ def _texts(value: Any, place: str, name: str) -> list[str]:
         what = "an empty list" if value == [] else f"a JSON {json_type(value)}"
         raise UserError(f"{place}: {name} is {what}", "give a list of words")
     return [_text(word, f"{place}: token {number}") for number, word in enumerate(value)]
+
+
+def _boxes(value: Any, count: int, place: str) -> tuple[Box, ...]:
+    """Return the boxes of `count` words."""
+    if not isinstance(value, list):
+        what = "has no bbox" if value is None else f"bbox is a JSON {json_type(value)}"
+        raise UserError(f"{place}: {what}", "give bbox, a list with [left, top, right, bottom] for each token")
+    if len(value) != count:
+        raise UserError(f"{place}: {count} tokens but {len(value)} boxes in bbox", "give each token one box")
+    for number, box in enumerate(value):
+        whole = isinstance(box, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in box)
+        if not whole or len(box) != 4 or min(box) < 0 or max(box) > PAGE or box[0] > box[2] or box[1] > box[3]:
+            raise UserError(
+                f"{place}: box {number} of bbox is {box!r:.60}, not [left, top, right, bottom] in whole numbers from 0 "
+                f"to {PAGE}",
+                f"scale the page to {PAGE} x {PAGE}, from the upper left corner",
+            )
+    return tuple(tuple(box) for box in value)
 
 
 def _spans(value: Any, text: str, place: str) -> list[tuple[int, int, str]]:

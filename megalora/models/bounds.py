@@ -77,6 +77,16 @@ class Each:
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """A list of names, or one text with "|" between them."""
+
+    told: str = 'a list of names, or a text such as "p2c|c2p"'
+
+    def allows(self, value: Any) -> bool:
+        return Word().allows(value) or Each(Word(), 100).allows(value)
+
+
+@dataclass(frozen=True)
 class Repeated:
     """A list of [list of names, times that it is repeated], of so many layers together as a model can have."""
 
@@ -112,10 +122,10 @@ BOUNDS: Mapping[str, Bound] = {
         Number(True, 1, 1 << 24),
         """hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size n_inner ffn_dim
         ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank d_model d_ff encoder_ffn_dim
-        decoder_ffn_dim intermediate_size_mlp""",
+        decoder_ffn_dim intermediate_size_mlp pooler_hidden_size""",
     ),
     **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),
-    **_all(Number(True, 1, 1 << 16), "type_vocab_size"),
+    **_all(Number(True, 0, 1 << 16), "type_vocab_size"),
     **_all(Number(True, 0, 1 << 28), "pad_token_id decoder_start_token_id forced_bos_token_id"),
     # layers
     **_all(
@@ -137,10 +147,12 @@ BOUNDS: Mapping[str, Bound] = {
     ),
     **_all(Number(True, 1, 1 << 14), "qk_nope_head_dim v_head_dim kv_channels d_kv"),
     **_all(Number(True, 4, 1 << 16), "relative_attention_num_buckets relative_attention_max_distance"),
-    **_all(Number(True, 2, 1 << 14), "head_dim qk_rope_head_dim rotary_dim"),
+    **_all(Number(True, -1, 1 << 16), "max_relative_positions position_buckets"),
+    **_all(Number(True, 2, 1 << 14), "head_dim qk_rope_head_dim rotary_dim attention_head_size"),
     "num_ln_in_parallel_attn": Number(True, 1, 2),
     # documents
     **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size attention_chunk_size"),
+    "max_2d_position_embeddings": Number(True, 1, 1 << 16),
     "sliding_window": Number(True, 0, 1 << 32),  # transformers writes 0 where use_sliding_window is false
     # experts
     **_all(_EXPERTS, "num_experts num_local_experts n_routed_experts n_group topk_group"),
@@ -163,7 +175,7 @@ BOUNDS: Mapping[str, Bound] = {
         Number(False, 0.0, 0.99),
         """attention_dropout attention_probs_dropout_prob attn_config.attn_pdrop attn_pdrop classifier_dropout dropout
         embd_pdrop embed_dropout embedding_dropout hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop
-        residual_dropout dropout_rate activation_dropout""",
+        residual_dropout dropout_rate activation_dropout pooler_dropout cls_dropout""",
     ),
     # what is no number
     **_all(
@@ -172,12 +184,15 @@ BOUNDS: Mapping[str, Bound] = {
         multi_query multi_query_attention mup_scale_qk_dot_by_d new_decoder_architecture norm_topk_prob parallel_attn
         position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx scale_attn_weights
         attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias
-        use_sliding_window scale_embedding scale_decoder_outputs is_gated_act""",
+        use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention share_att_key
+        position_biased_input""",
     ),
     **_all(
         Word(),
-        """activation activation_function hidden_act hidden_activation topk_method feed_forward_proj dense_act_fn""",
+        """activation activation_function hidden_act hidden_activation topk_method feed_forward_proj dense_act_fn
+        pooler_hidden_act norm_rel_ebd""",
     ),
+    "pos_att_type": Kinds(),
     "attn_config": Object(),
 }
 # Fields that mean something where they are null or left out; a number of any other name must be there.

@@ -28,13 +28,22 @@ BERT_CLASSES = frozenset({"Model", "ForMaskedLM", "ForPreTraining", "ForQuestion
 
 
 def encoder(
-    hf: Fields, prefix: str, heads: tuple[TaskHead, ...], *, offset: int = 0, width: int | None = None
+    hf: Fields,
+    prefix: str,
+    heads: tuple[TaskHead, ...],
+    *,
+    offset: int = 0,
+    width: int | None = None,
+    attention: Attention | None = None,
+    positions: bool = True,
 ) -> ModelSpec:
     """Return an encoder with BERT's names below `prefix`.
 
-    heads   for its tasks, the first of which it has until a task is chosen
-    offset  the row of the first position
-    width   of the embedding, where it is projected to hidden_size behind its norm
+    heads      for its tasks, the first of which it has until a task is chosen
+    offset     the row of the first position
+    width      of the embedding, where it is projected to hidden_size behind its norm
+    attention  of every layer; None: BERT's
+    positions  the embedding has learned ones
     """
     at, width = f"{prefix}.embeddings", width or hf.hidden_size
     narrow = width != hf.hidden_size
@@ -42,23 +51,27 @@ def encoder(
         f"{at}.word_embeddings",
         hf.vocab_size,
         hf.hidden_size,
-        positions=Positions(f"{at}.position_embeddings", hf.max_position_embeddings, offset),
-        types=Positions(f"{at}.token_type_embeddings", hf.type_vocab_size),
+        positions=Positions(f"{at}.position_embeddings", hf.max_position_embeddings, offset) if positions else None,
+        types=Positions(f"{at}.token_type_embeddings", hf.type_vocab_size) if hf.type_vocab_size else None,
         norm=layer_norms(width, hf.layer_norm_eps)(f"{at}.LayerNorm"),
         project=Linear(f"{prefix}.embeddings_project", width, hf.hidden_size, bias=True) if narrow else None,
         projects_last=narrow,
         dropout=hf.hidden_dropout_prob,
     )
-    stack = Stack(f"{prefix}.encoder.layer", (_layer(hf),) * hf.num_hidden_layers, None)
+    layer = _layer(hf, attention or _attention(hf))
+    stack = Stack(f"{prefix}.encoder.layer", (layer,) * hf.num_hidden_layers, None)
     return ModelSpec(embedding, stack, heads[0].head, hf.max_position_embeddings - offset, task_heads=heads)
 
 
-def _layer(hf: Fields) -> tuple[Residual, Residual]:
-    size, heads, dropout = hf.hidden_size, hf.num_attention_heads, hf.hidden_dropout_prob
-    norm = layer_norms(size, hf.layer_norm_eps)
+def _attention(hf: Fields) -> Attention:
+    size, heads, dropout = hf.hidden_size, hf.num_attention_heads, hf.attention_probs_dropout_prob
     q, k, v = (Linear(f"attention.self.{name}", size, size, True) for name in ("query", "key", "value"))
-    out, within = Linear("attention.output.dense", size, size, True), hf.attention_probs_dropout_prob
-    attention = Attention(q, k, v, out, heads, heads, head_dim(hf), None, causal=False, dropout=within)
+    out = Linear("attention.output.dense", size, size, True)
+    return Attention(q, k, v, out, heads, heads, head_dim(hf), None, causal=False, dropout=dropout)
+
+
+def _layer(hf: Fields, attention: Attention) -> tuple[Residual, Residual]:
+    dropout, norm = hf.hidden_dropout_prob, layer_norms(hf.hidden_size, hf.layer_norm_eps)
     mlp = plain_mlp(hf, "intermediate.dense", "output.dense", hf.intermediate_size, "hidden_act", bias=True)
     return (
         Residual(attention, None, post_norm=norm("attention.output.LayerNorm"), dropout=dropout),

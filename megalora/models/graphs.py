@@ -23,7 +23,7 @@ import torch
 
 from megalora.errors import UserError
 from megalora.models.inputs import Inputs, head_features
-from megalora.models.mixers import Attention
+from megalora.models.mixers import Attention, Disentangled
 from megalora.models.recorder import Graph, Recorder
 from megalora.models.spec import ModelSpec
 from megalora.ops.attention import Packed, is_even, packs
@@ -95,7 +95,7 @@ def tiled_by(config: ModelSpec) -> str | None:
         return "softcap"
     if config.chunks:
         return "chunks"
-    if config.encoder is not None:
+    if config.encoder is not None or any(isinstance(one.position, Disentangled) for one in attentions):
         return "relative positions or two lengths of a document"
     return "dropout" if any(attention.dropout > 0 for attention in attentions) else None
 

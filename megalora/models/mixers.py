@@ -105,7 +105,46 @@ class RelativeTable:
         return f"{self.name}.weight"
 
 
-Position = Rotary | Alibi | RelativeTable
+@dataclass(frozen=True)
+class Disentangled:
+    """Scores of content against position (DeBERTa): beside q . k a score gets q . K(r) and k . Q(r), where r is the row
+    of query - key in a frozen table, and K and Q are linears of that row. All terms are scaled alike.
+
+    name      `{name}.weight` [2 span, size], which all layers share
+    span      distances from -span to span - 1 have a row each; farther ones share the outermost
+    key, query  K and Q, each of the heads' features; None: there is no such term
+    shared    K and Q are the layer's own k and q, adapters included, which are not in the file a second time
+    furthest  distances behind span // 2 share rows by their logarithm, up to this one; None: they do not
+    norm      of the table's rows
+    dropout   of the base, of the table's rows
+    """
+
+    name: str
+    size: int
+    span: int
+    key: Linear | None
+    query: Linear | None
+    shared: bool = False
+    furthest: int | None = None
+    norm: Norm | None = None
+    dropout: float = 0.0
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Those that read the table and nothing else."""
+        return () if self.shared else linears_of((self.key, self.query))
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name and shape of what the layers share."""
+        yield self.weight, (2 * self.span, self.size)
+        yield from () if self.norm is None else self.norm.tensors()
+
+
+Position = Rotary | Alibi | RelativeTable | Disentangled
 
 
 class Temperature(NamedTuple):
@@ -133,6 +172,7 @@ class Attention:
     clip            q, k and v are cut to [-clip, clip], before their norms
     dropout         of the base, of the probabilities in training
     sinks           name of a tensor [heads]: a score of each head that takes its share of the softmax and gives nothing
+    q_bias, v_bias  names of tensors [heads head_dim] that are added to q and v: biases that are not the linears' own
     """
 
     q: Projection
@@ -155,15 +195,21 @@ class Attention:
     chunk: int | None = None
     turns_first: bool = False
     temperature: Temperature | None = None
+    q_bias: str | None = None
+    v_bias: str | None = None
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and shape of what is neither linear nor norm."""
         if self.sinks is not None:
             yield self.sinks, (self.heads,)
+        for bias in (self.q_bias, self.v_bias):
+            if bias is not None:
+                yield bias, (self.heads * self.head_dim,)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return (*linears_of((self.q, self.k, self.v)), self.out)
+        positions = self.position.linears if isinstance(self.position, Disentangled) else ()
+        return (*linears_of((self.q, self.k, self.v)), *positions, self.out)
 
     @property
     def norms(self) -> tuple[Norm, ...]:

@@ -4,8 +4,9 @@ A family (megalora.models.families) composes these from a config; modules, loadi
 generation read them. Sizes are those of the whole model, names those of the Hugging Face file: a layer's are relative
 to its place in the stack, `{prefix}.{index}.`.
 
-Linears are in megalora.models.linears; norms, positions and mixers in megalora.models.mixers. To add a kind of these,
-add its dataclass there, its block in megalora/models/blocks and its counts in megalora/planning/nodes.py.
+Linears are in megalora.models.linears, embeddings in megalora.models.embeddings; norms, positions and mixers in
+megalora.models.mixers. To add a kind of these, add its dataclass there, its block in megalora/models/blocks and its
+counts in megalora/planning/nodes.py.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from megalora.models.embeddings import Boxes, Embedding, Positions  # noqa: F401
 from megalora.models.heads import BUFFERS, ClassHead, FileNames, Head, TaskHead  # noqa: F401
 from megalora.models.linears import (  # noqa: F401 (a spec is composed of them: families import all from here)
     Blocked,
@@ -36,6 +38,7 @@ from megalora.models.mixers import (  # noqa: F401
     Attention,
     Clamp,
     CrossAttention,
+    Disentangled,
     Experts,
     LatentAttention,
     Norm,
@@ -117,62 +120,6 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Positions:
-    """Learned positions: `{name}.weight` [rows, hidden_size]; position p has row p + offset."""
-
-    name: str
-    rows: int
-    offset: int = 0
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """What enters the first layer: dropout(norm(project(scale * words) + positions + types)), each where there is one.
-
-    name     `{name}.weight` [vocab_size, width], the words; width is hidden_size unless they are projected to it
-    project  from the words' width to hidden_size; frozen, and without an adapter
-    types    learned, of the text of a pair that a token is of (the column token_types), where there are several rows
-    projects_last  project is applied behind the norm instead, whose size is the words' width (electra)
-    rounded  the scale is rounded to the compute dtype first (gemma)
-    dropout  of the base, in training
-    """
-
-    name: str
-    vocab_size: int
-    hidden_size: int
-    positions: Positions | None = None
-    norm: Norm | None = None
-    project: Linear | None = None
-    types: Positions | None = None
-    projects_last: bool = False
-    scale: float = 1.0
-    rounded: bool = False
-    dropout: float = 0.0
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size if self.project is None else self.project.in_features
-
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the name and shape of each tensor in the file."""
-        yield self.weight, (self.vocab_size, self.width)
-        width = self.width if self.projects_last else self.hidden_size
-        for table in (self.positions, self.types):
-            if table is not None:
-                yield table.weight, (table.rows, width)
-        for part in (self.norm, self.project):
-            yield from () if part is None else part.tensors()
-
-
-@dataclass(frozen=True)
 class Encoder:
     """The first layers of an encoder-decoder's stack: they read the source, and every decoder layer what they leave.
 
@@ -237,7 +184,8 @@ class ModelSpec:
     def columns(self) -> tuple[str, ...]:
         """What it reads of each token beside its id and position."""
         types = self.embedding.types
-        return () if types is None or types.rows == 1 else ("token_types",)
+        found = () if types is None or types.rows == 1 else ("token_types",)
+        return found if self.embedding.boxes is None else (*found, "boxes")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -305,9 +253,11 @@ class ModelSpec:
     @cached_property
     def norms(self) -> tuple[Norm, ...]:
         """Every distinct norm."""
+        positions = (mixer.position for mixer in self.mixers if isinstance(mixer, Attention))
         branches = (branch for layer in set(self.stack.layers) for step in layer for branch in step.branches)
         found = (norm for branch in branches for norm in branch.norms)
         ends = [self.embedding.norm, self.stack.final_norm]
+        ends += [position.norm for position in positions if isinstance(position, Disentangled)]
         if self.encoder is not None:
             ends += [self.encoder.embedding.norm, self.encoder.final_norm]
         return tuple(dict.fromkeys((*found, *(norm for norm in ends if norm is not None))))
@@ -331,7 +281,7 @@ class ModelSpec:
         """Whether the kernels of GPUs compute all attention: no scores are capped, none have a bias or sinks, and what
         a token sees does not begin at multiples of its position."""
         mixers = [mixer for mixer in self.mixers if isinstance(mixer, Attention)]
-        biased = any(isinstance(mixer.position, Alibi | RelativeTable) for mixer in mixers)
+        biased = any(isinstance(mixer.position, Alibi | RelativeTable | Disentangled) for mixer in mixers)
         return not biased and all(
             mixer.softcap is None and mixer.sinks is None and mixer.chunk is None for mixer in mixers
         )
@@ -410,7 +360,14 @@ class ModelSpec:
     @cached_property
     def shares(self) -> Mapping[str, float]:
         """The share of all tokens that goes through a linear on average, by full name, where it is less than 1."""
-        return {
+        tables = {  # of positions, whose rows a microbatch reads once, however many tokens it has
+            self.stack.of_layer(index, linear.name): 0.0
+            for index, layer in enumerate(self.stack.layers)
+            for mixer in mixers_of(layer)
+            if isinstance(mixer, Attention) and isinstance(mixer.position, Disentangled)
+            for linear in mixer.position.linears
+        }
+        return tables | {
             self.stack.of_layer(index, linear.name): mixer.router.top / mixer.count
             for index, layer in enumerate(self.stack.layers)
             for mixer in mixers_of(layer)
@@ -430,6 +387,8 @@ class ModelSpec:
             for mixer in mixers_of(layer):
                 if isinstance(mixer, Attention) and isinstance(mixer.position, RelativeTable):
                     found[mixer.position.weight] = (mixer.position.buckets, mixer.heads)
+                if isinstance(mixer, Attention) and isinstance(mixer.position, Disentangled):
+                    found |= dict(mixer.position.tensors())
                 for part in (*mixer.linears, *((mixer,) if isinstance(mixer, Attention | Experts) else ())):
                     found |= {self.stack.of_layer(index, name): shape for name, shape in part.tensors()}
         found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))

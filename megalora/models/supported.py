@@ -13,6 +13,7 @@ from megalora.models.published import PUBLISHED, REFUSED
 from megalora.models.spec import (
     MLP,
     Alibi,
+    Disentangled,
     Experts,
     Fused,
     LatentAttention,
@@ -143,6 +144,7 @@ def _attention(family: Family, spec: ModelSpec) -> str:
     said += [f"{share:.0%} of each head rotates"] if share < 1 else []
     said += ["ALiBi"] if isinstance(position, Alibi) else []
     said += ["relative positions by a table"] if isinstance(position, RelativeTable) else []
+    said += ["scores of content against position"] if isinstance(position, Disentangled) else []
     said += ["cross attention in the decoder"] if spec.encoder is not None else []
     said += ["learned positions"] if spec.embedding.positions is not None else []
     said += ["q k v in one linear"] if _is_fused(attention.q) else []

@@ -54,7 +54,7 @@ _TODAY = (
     "cohere cohere2 exaone4 gemma gemma2 gemma3_text glm glm4 granite internlm3 nemotron olmo2 olmo3 smollm3 stablelm "
     "starcoder2"
 )
-_ENCODERS = "bert electra roberta"
+_ENCODERS = "bert deberta deberta-v2 electra layoutlm roberta"
 _SEQ2SEQ = "bart t5"
 
 FEATURES = (
@@ -81,7 +81,7 @@ FEATURES = (
         "SP",
         _LAYOUTS,
         "sequence parallelism, with tensor parallelism",
-        {"proof": _types(f"{_FIRST_NAMES} bert btlm cohere2 exaone4 glm gptj internlm3 olmo2 roberta starcoder2")},
+        {"proof": _types(f"{_FIRST_NAMES} btlm cohere2 exaone4 glm gptj internlm3 olmo2 roberta starcoder2")},
     ),
     Feature(
         "PP",
@@ -95,7 +95,7 @@ FEATURES = (
         "data parallelism",
         {
             "proof": (_types(_TODAY) - _types("cohere gemma2 glm4 smollm3"))
-            | _types(f"{_FIRST_NAMES} bloom btlm codegen electra gpt2 gpt_bigcode gptj internlm2 phi roberta"),
+            | _types(f"{_FIRST_NAMES} bloom btlm codegen electra gpt2 gpt_bigcode gptj internlm2 layoutlm phi roberta"),
         },
     ),
     Feature(

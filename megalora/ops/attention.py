@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops import extension
 from megalora.ops.probability_dropout import ProbabilityDropout
-from megalora.ops.tiled_attention import PLAIN, Run, Scores, tiled_attention, tiled_cached_attention
+from megalora.ops.tiled_attention import PLAIN, Run, Scores, runs_of, tiled_attention, tiled_cached_attention
 
 __all__ = [
     "MOST_FEATURES", "PLAIN", "Packed", "Scores", "attention", "cached_attention", "in_chunks", "is_even", "pack",
@@ -78,7 +78,7 @@ def in_chunks(bounds: Sequence[int], chunk: int) -> tuple[int, ...]:
 
 def is_even(bounds: Sequence[int]) -> bool:
     """Return whether all documents are of one length."""
-    return len(_runs(bounds)) == 1
+    return len(runs_of(bounds)) == 1
 
 
 def attention(
@@ -103,10 +103,10 @@ def attention(
     Returns [T, H, D].
     """
     if dropout is not None:
-        return tiled_attention(q, k, v, _runs(bounds), window, scores, dropout)
+        return tiled_attention(q, k, v, runs_of(bounds), window, scores, dropout)
     if scores.causal and scores.offsets is None and _compiled(q):
         return _CompiledAttention.apply(q, k, v, tuple(bounds), len(q) if window is None else window, scores)
-    runs = _runs(bounds)
+    runs = runs_of(bounds)
     if not scores.simple or (q.device.type == "cpu" and not scores.causal):
         return tiled_attention(q, k, v, runs, window, scores)
     if q.shape[2] > MOST_FEATURES:
@@ -176,18 +176,6 @@ def cached_attention(
         return torch.cat(list(outputs))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return _sdpa(q, k, v, window, scores).squeeze(0).transpose(0, 1)
-
-
-def _runs(bounds: Sequence[int]) -> list[Run]:
-    """Return each run of neighbouring documents of one length."""
-    runs: list[Run] = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        length = stop - start
-        if runs and runs[-1].length == length:
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
-        else:
-            runs.append(Run(start, 1, length))
-    return runs
 
 
 def _run(

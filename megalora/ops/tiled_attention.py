@@ -60,6 +60,18 @@ class Run(NamedTuple):
     length: int
 
 
+def runs_of(bounds: Sequence[int]) -> list[Run]:
+    """Return each run of neighbouring documents of one length."""
+    runs: list[Run] = []
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        length = stop - start
+        if runs and runs[-1].length == length:
+            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+        else:
+            runs.append(Run(start, 1, length))
+    return runs
+
+
 def tiled_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -80,7 +92,7 @@ def tiled_cached_attention(
     return TiledDocuments(q, k, v, Run(0, 1, len(q)), window, scores).forward()[0]
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Queries [first, stop) and the keys [low, high) that they read; seen [n, m]: which of these each query sees."""
 
     first: int
@@ -114,7 +126,7 @@ class TiledDocuments:
         x = x.unflatten(0, (self.run.count, self.kv_heads)).flatten(1, 2)
         return x.transpose(1, 2).flatten(0, 1)
 
-    def tiles(self) -> Iterator[_Tile]:
+    def tiles(self) -> Iterator[Tile]:
         length, keys, device = self.run.length, self.keys, self.q.device
         most = _TILE.get(device.type, _TILE["cpu"]) // max(1, self.q.shape[0] * self.group * keys)
         step, ahead = max(16, most), keys - length
@@ -130,9 +142,9 @@ class TiledDocuments:
                 near = behind.abs() < self.window
                 seen = near if seen is None else seen & near
             plain = self.scores.slopes is None and self.scores.offsets is None
-            yield _Tile(first, stop, low, high, seen, None if plain else behind)
+            yield Tile(first, stop, low, high, seen, None if plain else behind)
 
-    def weights(self, tile: _Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def weights(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (scores, not seen: -inf, [C K, G, n, m], what softcap's tanh gave there)."""
         q = self.q[:, :, tile.first : tile.stop]
         s = self.product(q.flatten(1, 2), self.k[:, tile.low : tile.high].transpose(1, 2)).mul_(self.scale)
@@ -150,13 +162,18 @@ class TiledDocuments:
             s.masked_fill_(~tile.seen, float("-inf"))
         return s, tanh
 
-    def dropped(self, p: torch.Tensor, tile: _Tile) -> torch.Tensor:
+    def dropped(self, p: torch.Tensor, tile: Tile) -> torch.Tensor:
         """Return p [C K, G, n, m], the probabilities or their gradient, where it is kept, and 0 elsewhere."""
         if self.dropout is None:
             return p
         keep = self.dropout.keep(self.run.count, slice(tile.first, tile.stop), slice(tile.low, tile.high))
         keep = keep.unflatten(1, (self.kv_heads, self.group)).flatten(0, 1)
         return torch.where(keep, p * self.dropout.scale, 0.0)
+
+    def also(self, ds: torch.Tensor, tile: Tile) -> torch.Tensor | None:
+        """Do what else is to be done with the gradient of the scores [C K, G n, m] before the scale; return what is to
+        be added to dq [C K, n, D] of the tile, where there is one query head to a key, or None."""
+        return None
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return a [B, n, i] b [B, i, m] in at least float32."""
@@ -203,6 +220,9 @@ class TiledDocuments:
                 ds.mul_(tanh.square_().neg_().add_(1))
             ds, p = (x.to(self.q.dtype).flatten(1, 2) for x in (ds.mul_(self.scale), p))
             dq[:, :, rows] = self.product(ds, self.k[:, keys]).unflatten(1, (self.group, -1))
+            more = self.also(ds, tile)
+            if more is not None:
+                dq[:, 0, rows] += more
             dk[:, keys] += self.product(ds.transpose(1, 2), self.q[:, :, rows].flatten(1, 2))
             dv[:, keys] += self.product(p.transpose(1, 2), d)
         dk, dv = (x.unflatten(0, (self.run.count, -1)).transpose(1, 2).flatten(0, 1) for x in (dk, dv))

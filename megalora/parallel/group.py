@@ -211,7 +211,7 @@ class LinearGroup:
             parts = self.down.split([linear.rank for linear in adapted])
             copies += [(part, linear.lora_A.weight, 1.0) for part, linear in zip(parts, adapted, strict=True)]
         if self._has_bias:
-            self.bias = torch.empty(sum(self.sizes), **place)
+            self.bias = torch.zeros(sum(self.sizes), **place)  # a linear may lack what another has
             parts = self.bias.split(self.sizes)
             copies += [(p, one.bias, 1.0) for p, one in zip(parts, self.linears, strict=True) if one.bias is not None]
         scaled_copy_(copies)

@@ -36,6 +36,10 @@ class Attention:
     chunk          tokens of the chunks in which it goes
     turns_first    the norms read what is rotated
     tempered       q is multiplied by a number of its position
+    positions      the linears that read a table of `rows` positions, the tokens' own where these are shared; scores
+                   have `terms` of them
+    shares         they are the tokens' own
+    biases         q and v have biases that are not the linears'
     """
 
     qkv: Group
@@ -56,10 +60,16 @@ class Attention:
     chunk: int | None = None
     turns_first: bool = False
     tempered: bool = False
+    positions: Group | None = None
+    rows: int = 0
+    terms: int = 0
+    shares: bool = False
+    biases: int = 0
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        return self.qkv, self.out
+        own = () if self.positions is None or self.shares else (self.positions,)
+        return (self.qkv, self.out, *own)
 
 
 @dataclass(frozen=True)

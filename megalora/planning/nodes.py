@@ -23,6 +23,7 @@ from megalora.planning.groups import Group, with_factors
 from megalora.planning.latent import latent_nodes
 from megalora.planning.mixers import MLP, Attention, CrossAttention, Experts, LatentAttention, Mixer, Norm
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
+from megalora.planning.positions import position_nodes
 from megalora.planning.quantised import on_base
 from megalora.planning.recomputed import Run, again_of, attention_again, part_of, tiled
 from megalora.planning.shapes import Branch, Layer, Shape, Step
@@ -176,7 +177,7 @@ class _LayerNodes:
         return self._mlp(mixer, source, flowing, unread=self.again and not read)
 
     def _attention(self, mixer: Attention, source: str, flowing: bool) -> list[Node]:
-        after = flowing or mixer.qkv.trains
+        after = flowing or any(group.trains for group in mixer.groups[:1] + mixer.groups[2:])
         # The norms of q and k keep views of q k v, as does attention where nothing rotates; and what is computed again
         # begins with it.
         read = mixer.qk_rows > 0 or mixer.reads_views or self.work.recompute == "selective"
@@ -185,6 +186,7 @@ class _LayerNodes:
         context = "recomputed" if self.work.recompute == "selective" and after else "kept" if kept else "new"
         return [
             self._linears(mixer.qkv, source, flowing, read=read),
+            *position_nodes(self, mixer, after),
             self._core(mixer, after),
             self._linears(mixer.out, context, after),
         ]
@@ -350,8 +352,8 @@ class _LayerNodes:
         given = full * (layer.heads + 2 * layer.kv_heads) * layer.head_dim * e
         q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
-        flops = 4 * layer.heads * dim * work.seen(layer.window, layer.chunk) * full
-        kept = qkv + q + statistics + (given if layer.clips else 0)
+        flops = 4 * layer.heads * dim * (work.seen(layer.window, layer.chunk) + layer.terms * layer.rows / 2) * full
+        kept = qkv + q + statistics + (given if layer.clips else 0) + layer.biases * q
         cp = work.context_parallel
         shared = (Message("context", 2 * kv * cp, ranks=cp),) if cp > 1 else ()
         if cp > 1:  # keys and values up to each piece instead of this rank's

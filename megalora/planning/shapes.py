@@ -343,6 +343,12 @@ class _Rank:
         clips, rotates = mixer.clip is not None, isinstance(position, spec.Rotary)
         more: dict[str, Any] = {"extra": extra, "clips": clips, "reads_views": clips or not (rotates or extra)}
         more |= {"chunk": mixer.chunk, "turns_first": mixer.turns_first, "tempered": mixer.temperature is not None}
+        if isinstance(position, spec.Disentangled):
+            own = [("", linear, heads * dim) for linear in position.linears]
+            more["positions"] = groups[0] if position.shared else self._columns(index, own)
+            more["terms"] = (position.key is not None) + (position.query is not None)
+            more |= {"rows": 2 * position.span, "shares": position.shared}
+        more["biases"] = sum(bias is not None for bias in (mixer.q_bias, mixer.v_bias))
         if norm is None:
             return Attention(*groups, heads, kv_heads, dim, mixer.window, **more)
         across = not norm.heads and norm.size != dim

@@ -1,12 +1,14 @@
 """Rows with labels: shapes, spans, CoNLL files, words to pieces, and one clear line for each that cannot be used."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 
 from megalora.data import DataSettings, FieldNames, load_dataset, read_rows
-from megalora.data.classes import ClassRows, choose_labels
+from megalora.data.classes import ClassRows, _boxes_of, choose_labels
 from megalora.data.encode import EncodeSettings
 from megalora.data.labelled import read_labelled, read_tagged
 from megalora.data.tokenizer import OpenedTokenizer
@@ -41,6 +43,41 @@ def test_a_span_that_begins_in_a_word_cuts_it():
     found = read_tagged({"text": "It was 5km.", "spans": [{"start": 8, "end": 10, "label": "UNIT"}]}, "row 0")
     assert [(word.text, word.spaced) for word in found.words][2:] == [("5", True), ("km", False), (".", False)]
     assert found.tags[2:] == ("O", "B-UNIT", "O")
+
+
+def test_each_piece_has_the_box_of_its_word(rows):
+    row = {"tokens": ["Adagio", "in", "g"], "tags": ["O"] * 3, "bbox": [[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]]}
+    placed = replace(rows, columns=("boxes",))
+    sample = placed.encoder(EncodeSettings(64)).sample(placed.read(row, "row 0"), "row 0")
+    words = np.cumsum(sample.columns["classes"] != -100) - 1
+    assert len(words) > 3 and sample.columns["boxes"].tolist() == [row["bbox"][word] for word in words]
+    assert _boxes_of([None, 0, 0, 1, None, None], [(1, 2, 3, 4), (5, 6, 7, 8)]).tolist() == [
+        [0, 0, 0, 0], [1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8], [1000] * 4, [1000] * 4,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("boxes", "told"),
+    [
+        (None, "row 0: has no bbox"),
+        ([[1, 2, 3, 4]], "2 tokens but 1 boxes"),
+        ([[1, 2, 3, 4], [1, 2, 3, 1001]], "box 1 of bbox"),
+        ([[1, 2, 3, 4], [3, 2, 1, 4]], "box 1 of bbox"),
+        ([[0.1, 0.2, 0.3, 0.4], [1, 2, 3, 4]], "box 0 of bbox"),
+        ("x", "bbox is a JSON string"),
+    ],
+)
+def test_a_bad_box_is_told(boxes, told):
+    row = {"tokens": ["a", "b"], "tags": ["O", "O"], "bbox": boxes}
+    with pytest.raises(UserError, match=told):
+        read_tagged(row, "row 0", boxed=True)
+    with pytest.raises(UserError, match="has no tokens"):
+        read_tagged({"text": "a"}, "row 0", question=True, boxed=True)
+
+
+def test_boxes_are_refused_where_no_model_reads_them():
+    with pytest.raises(UserError, match="bbox"):
+        read_tagged({"tokens": ["a"], "tags": ["O"], "bbox": [[1, 2, 3, 4]]}, "row 0")
 
 
 BAD = [

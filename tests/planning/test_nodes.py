@@ -265,3 +265,20 @@ def test_and_of_attention_in_chunks(more, recompute):
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "cohere, norms on the heads", "granite", "starcoder2"])
 def test_and_of_these_on_a_tensor_parallel_rank(two_ranks, name, sequence_parallel):
     check("all linears", "none", range(0, 4), two_ranks, sequence_parallel, **MODERN[name])
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2", "deberta-v2, apart"])
+def test_and_of_tables_of_positions(family, recompute):
+    """But for the numbers of their rows, which layers share."""
+    config = config_from_dict(fields_of(family)).for_task("TOKEN_CLS", ["O", "B"])
+    lora = LoraConfig.from_dict({"r": 4, "task_type": "TOKEN_CLS", "target_modules": "all-linear"})
+    resolved, place = resolve_lora(lora, config), Placement(Axis(), False, torch.float32, "cpu")
+    stage = Stage(config, range(1, 3), place, resolved, first=False, last=False, recompute=recompute)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.fill_(0.01)
+    work = Workload(ROWS, LENGTH, element=4, recompute=recompute)
+    nodes = chunk_nodes(shape_of(config, resolved, 1, "cpu"), range(1, 3), work, first=False, last=False)
+    rows = 8 * (2 * LENGTH + 1 + 2 * 2 * max(mixer.position.span for mixer in config.mixers[:1]))
+    assert abs(held_by_autograd(stage, True) - kept_bytes(nodes)) <= rows

@@ -35,6 +35,7 @@ _EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 _OF_LINEARS = (*_FACTORS, ".lora_B.bias", ".lora_magnitude_vector", ".bias", *_EMBEDDING_FACTORS, f".{TOKENS}")
 # What peft saves beside what is trained: the base's matrix of an adapted embedding, and a second copy of a whole one.
 _COPIES = (".base_layer.weight", ".original_module.weight", ".modules_to_save.weight")
+_POOLER = "pooler"
 _HEADS, _EMBEDDINGS = ("lm_head", "embed_out"), ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
@@ -107,6 +108,8 @@ def write_peft(
         "base_model_name_or_path": _absolute(base_model_name_or_path or lora_config.get("base_model_name_or_path")),
         "inference_mode": True,
     }
+    if any(name.startswith(f"{_POOLER}.") for name in tensors):  # of DeBERTa's classifiers, which train it
+        fields["modules_to_save"] = list(dict.fromkeys([*(fields.get("modules_to_save") or ()), _POOLER]))
     embeddings = {name.removesuffix(".lora_embedding_A") for name in tensors if name.endswith(".lora_embedding_A")}
     tensors = fused(tensors, fields)
     modules = {name for name in _adapted(tensors) if not is_fused(fields, name.removesuffix(".base_layer"))}
@@ -212,9 +215,9 @@ def _end_of(key: str) -> str | None:
 
 
 def _saved_names(modules: Collection[str], raw: Mapping[str, torch.Tensor]) -> set[str]:
-    """Return the names in the file of the tensors of modules that are trained in full."""
+    """Return the names in the file of the tensors of modules that are trained in full, and of modules in these."""
     names = (key.removeprefix(PREFIX) for key in raw)
-    return {n for n in names if any(f".{n}".rpartition(".")[0].endswith(f".{module}") for module in modules)}
+    return {n for n in names if ".lora_" not in n and any(f".{module}." in f".{n}" for module in modules)}
 
 
 def _our_name(key: str, file: Path, saved: Collection[str] = ()) -> str:

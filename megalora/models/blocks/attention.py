@@ -12,13 +12,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megalora.models import spec
+from megalora.models.blocks.disentangled import DisentangledPositions
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.blocks.relative import RelativeBias
 from megalora.models.inputs import Inputs
 from megalora.ops.alibi import EXTRA, with_bias, with_rounded_bias
 from megalora.ops.attention import MOST_FEATURES, Scores, attention
+from megalora.ops.disentangled_attention import Positions, disentangled_attention
 from megalora.ops.piece_attention import piece_attention
-from megalora.ops.probability_dropout import draw_probabilities
+from megalora.ops.probability_dropout import ProbabilityDropout, draw_probabilities
 from megalora.ops.rope import rope, split_rope
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
@@ -52,14 +54,20 @@ class AttentionBlock:
             self.q_norm = at.head_norm(attention.q_norm, dim, cut.query, [1] * self.heads)
         if attention.k_norm is not None:
             self.k_norm = at.head_norm(attention.k_norm, dim, cut.kv, copies)
-        self.slopes = slopes = self.relative = None
+        self.slopes = slopes = self.relative = self.positions = None
         if isinstance(attention.position, spec.RelativeTable):
             self.relative = RelativeBias(at.root, attention.position, attention.heads, cut.query, at.place)
+        if isinstance(attention.position, spec.Disentangled):
+            self.positions = DisentangledPositions(attention, cut.query, self.qkv, at)
         if isinstance(attention.position, spec.Alibi):
             own = attention.position.slopes[cut.query.start : cut.query.stop]
             self.slopes = torch.tensor(own, dtype=at.place.master_dtype, device=at.place.device)
             slopes = None if attention.position.rounded else self.slopes
-        sinks = None if attention.sinks is None else self._sinks(attention, at, cut.query)
+        sinks = None if attention.sinks is None else self._of_heads(attention.sinks, attention, at, cut.query, 1)
+        self.biases = [
+            None if name is None else self._of_heads(name, attention, at, cut.query, dim)
+            for name in (attention.q_bias, attention.v_bias)
+        ]
         self.scores = Scores(attention.scale, attention.softcap, slopes, attention.causal, sinks=sinks)
         # With ALiBi's bias among the features of q and k, the scale is that of the heads without them.
         scale = dim**-0.5 if attention.scale is None else attention.scale
@@ -68,16 +76,17 @@ class AttentionBlock:
         self.sites = [at.site(f"{attention.out.name}.probabilities.{head}") for head in heads]
 
     @staticmethod
-    def _sinks(attention: spec.Attention, at: LayerPlace, heads: Part) -> nn.Parameter:
-        """Build the sinks of this rank's heads."""
-        assert attention.sinks is not None and not isinstance(attention.position, spec.Alibi)
-        sinks = nn.Parameter(torch.empty(heads.size, dtype=at.place.dtype, device=at.place.device), requires_grad=False)
-        at.parameter(attention.sinks, sinks, heads.cut().split((attention.heads,), 0))
-        return sinks
+    def _of_heads(name: str, attention: spec.Attention, at: LayerPlace, heads: Part, size: int) -> nn.Parameter:
+        """Build the frozen tensor `name` of this rank's heads, `size` features each."""
+        assert name != attention.sinks or not isinstance(attention.position, spec.Alibi)
+        own = torch.empty(heads.size * size, dtype=at.place.dtype, device=at.place.device)
+        found = nn.Parameter(own, requires_grad=False)
+        at.parameter(name, found, heads.times(size).cut().split((attention.heads * size,), 0))
+        return found
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
-        return self.qkv, self.output
+        return (self.qkv, self.output, *(() if self.positions is None else self.positions.groups))
 
     @property
     def room(self) -> int:
@@ -87,13 +96,14 @@ class AttentionBlock:
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         qkv = apply_group(self.qkv, X, inputs.tokens)
+        positions = None if self.positions is None else self.positions(inputs)
         if self.recompute and torch.is_grad_enabled():
-            context = checkpoint(self._core, qkv, inputs, use_reentrant=False, preserve_rng_state=False)
+            context = checkpoint(self._core, qkv, inputs, positions, use_reentrant=False, preserve_rng_state=False)
         else:
-            context = self._core(qkv, inputs)
+            context = self._core(qkv, inputs, positions)
         return apply_group(self.output, context, inputs.tokens)
 
-    def _core(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    def _core(self, qkv: torch.Tensor, inputs: Inputs, positions: Positions | None) -> torch.Tensor:
         """Map qkv [F, (H + 2 K) D] to [F, H D]."""
         window, scores, dim = self.spec.window, self.scores, self.spec.head_dim
         if self.spec.clip is not None:
@@ -103,6 +113,9 @@ class AttentionBlock:
             k, v = k[:, self.reads], v[:, self.reads]
         tokens = inputs.tokens
         dropout = draw_probabilities(tokens.draw(self.spec.dropout, 0), self.sites, tokens.index)
+        q, v = (x if bias is None else x + bias.view_as(x[0]) for x, bias in zip((q, v), self.biases, strict=True))
+        if positions is not None:
+            return self._disentangled(q, k, v, positions, inputs, dropout)
         in_one_call = inputs.packed is not None and dim + EXTRA <= MOST_FEATURES
         widens = scores.slopes is None or inputs.context is not None or (in_one_call and dropout is None)
         if self.slopes is not None and widens:
@@ -128,6 +141,27 @@ class AttentionBlock:
 
             context = inputs.attend(attend, q, k, v)
         return context[..., :dim].flatten(1)
+
+    def _disentangled(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: Positions,
+        inputs: Inputs,
+        dropout: ProbabilityDropout | None,
+    ) -> torch.Tensor:
+        """Return the attention [F, H D] whose scores know content and position apart."""
+        assert inputs.cache is None and inputs.context is None and self.reads is None
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+            terms = iter(more)
+            keys, queries = (None if x is None else next(terms) for x in (positions.keys, positions.queries))
+            given = Positions(keys, queries, positions.rows)
+            return disentangled_attention(q, k, v, given, inputs.bounds, self.scores, dropout)
+
+        terms = [x for x in (positions.keys, positions.queries) if x is not None]
+        return inputs.attend(attend, q, k, v, *terms).flatten(1)
 
     def _with_bias(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs

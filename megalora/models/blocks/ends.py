@@ -59,8 +59,8 @@ def words_of(
 
 
 class EmbeddingBlock:
-    """dropout(norm(project(scale * words) + positions + types)), each where the spec has it; or, where it projects
-    last, project(dropout(norm(scale * words + positions + types))).
+    """dropout(norm(project(scale * words) + positions + types + boxes)), each where the spec has it; or, where it
+    projects last, project(dropout(norm(scale * words + positions + types))).
 
     The words are cut over tp, the rest is not.
     """
@@ -83,6 +83,10 @@ class EmbeddingBlock:
         self._positions, self._types = (
             self._table(root, table, width) for table in (embedding.positions, embedding.types)
         )
+        self._boxes: list[Frozen] = []  # tables of left and right, top and bottom, heights, widths
+        for name in () if embedding.boxes is None else embedding.boxes.names:
+            self._boxes.append(Frozen((embedding.boxes.rows, width), None, place))
+            hang(root, name, self._boxes[-1])
         self._norm = None if embedding.norm is None else NORMS[embedding.norm.kind](embedding.norm, place)
         if embedding.norm is not None:
             hang(root, embedding.norm.name, self._norm)
@@ -102,10 +106,23 @@ class EmbeddingBlock:
         elif self._types is not None:
             rows = self._place.own_tokens(inputs.columns["token_types"])
             hidden = hidden + nn.functional.embedding(rows, self._types.weight)
+        if self._boxes:
+            hidden = hidden + self._placed(self._place.own_tokens(inputs.columns["boxes"]))
         if self._norm is not None:
             hidden = self._norm(hidden)
         hidden = drop(hidden, inputs.tokens.local, inputs.tokens.draw(self.spec.dropout, self._site))
         return self._project(hidden) if self._project is not None and self.spec.projects_last else hidden
+
+    def _placed(self, boxes: torch.Tensor) -> torch.Tensor:
+        """Return [T, width], what boxes [T, 4] (left, top, right, bottom) add to the words."""
+        left, top, right, bottom = boxes.unbind(1)
+        rows = ((left, right), (top, bottom), (bottom - top,), (right - left,))
+        parts = [
+            nn.functional.embedding(row, table.weight)
+            for table, some in zip(self._boxes, rows, strict=True)
+            for row in some
+        ]
+        return torch.stack(parts).sum(0)
 
     def _table(self, root: nn.Module, table: spec.Positions | None, width: int) -> Frozen | None:
         if table is None:
