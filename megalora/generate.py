@@ -97,8 +97,8 @@ def generate(arguments: GenerateArguments) -> None:
             asked.sampling,
             asked.stop,
             listened_to=_is_streamed(options) or options.stop is not None,
-            keep_logits=keep_logits,
-        )
+            keep_logits=keep_logits, fp8_cache=options.kv_cache == "fp8",
+        )  # fmt: skip
         if mesh.world.is_first:
             _say_notes([*([remark] if remark else []), *asked.notes], adapter, asked.token_ids, mesh)
 

@@ -84,13 +84,16 @@ def serve(arguments: Serving) -> None:
         if read.room is not None:
             put_adapters(stage, read.room, read.changes, empty=True)
             put = functools.partial(_put, stage, read.room)
-        replica = Replica(stage, mesh.pp, mesh.tp, context, Sampling(), (), listened_to=True)
-        replica.reserve(options.max_running, context)
+        fp8 = options.kv_cache == "fp8"
+        replica = Replica(stage, mesh.pp, mesh.tp, context, Sampling(), (), listened_to=True, fp8_cache=fp8)
+        with together(mesh.world):
+            held = replica.reserve(options.max_running, context)
         if catalogue is None:
             with _on_signals(signal.SIG_IGN):  # rank 0 says when the end is
                 replica.serve(None, None, mesh.world, put)
             return
-        for note in (*([remark] if remark else []), *read.notes):
+        cached = f"keys and values of {options.max_running} requests of {context:,} tokens: {held / 2**30:.3g} GiB"
+        for note in (*([remark] if remark else []), *read.notes, f"{cached} on each rank, {options.kv_cache}"):
             _say(note)
         backlog = Backlog(options.max_running, options.max_waiting)
         token = token_for(options.host, options.token)

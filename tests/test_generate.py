@@ -214,6 +214,21 @@ def test_whoever_runs_together(case, asked, tmp_path, limits):
     assert [row["response"] for row in rows(out)] == case.tuned
 
 
+def test_a_cache_in_8_bits_by_flag(case, asked):
+    """The kinds of cache that are asked for; the replies of a short chat may be the same."""
+    case, kinds = case("llama"), []
+    steps = replica.Steps
+
+    def made(*rest):
+        kinds.append(rest[-1])
+        return steps(*rest)
+
+    with mock.patch.object(replica, "Steps", made):
+        words = [flags(case, "--prompt", QUESTIONS[1], *more) for more in ((), ("--kv_cache", "fp8"))]
+        dense, fp8 = run(0, 1, *words)
+    assert kinds == [False, True] and dense == case.tuned[1] + "\n" and fp8.strip()
+
+
 def test_shards_of_another_layout(case, tmp_path):
     case = case("qwen3")
     folder = tmp_path / "shards"

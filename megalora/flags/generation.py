@@ -73,6 +73,7 @@ class GenerationArguments(Section):
         at_least=2,
         unset="the model's max_position_embeddings",
     )
+    kv_cache: str = shared.KV_CACHE.field("dense")
     disable_adapter: bool = flag(False, "reply from the base model, without resume_peft_from_checkpoint")
     compare_base: bool = flag(False, "show the base model's reply next to the adapter's")
     show_thinking: bool = flag(False, "show the reasoning of a reply (between its think tags), apart from the answer")

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from megalora.choices import BASE_FORMATS, RECOMPUTE
+from megalora.choices import BASE_FORMATS, KV_CACHES, RECOMPUTE
 from megalora.errors import UserError
 from megalora.flags.flag import Definition
 from megalora.pipeline.partition import METHODS
@@ -13,6 +13,11 @@ BASE_FORMAT = Definition(
     "how the base model's linear weights are held in memory: in the compute dtype (dense), in 8 bits (fp8) or in 4 "
     "bits (nf4); auto is as the files have them",
     choices=("auto", *BASE_FORMATS),
+)
+KV_CACHE = Definition(
+    "how keys and values of earlier tokens are kept: in the compute dtype (dense), or in 8 bits (fp8): about half the "
+    "memory of 16 bits, rounded, and slower on GPUs",
+    choices=KV_CACHES,
 )
 LORA_CONFIG = Definition("lora_config.json of a new adapter, or its contents", training_only=True)
 TEMPLATE = Definition("chat template: a built-in name or a jinja file")

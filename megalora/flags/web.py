@@ -112,6 +112,7 @@ class ServeArguments(Section):
         at_least=2,
         unset="the model's max_position_embeddings, at most 4096",
     )
+    kv_cache: str = shared.KV_CACHE.field("dense")
     stop_timeout: float = flag(
         30.0, "seconds that running requests have to end when the server is told to stop", at_least=0
     )

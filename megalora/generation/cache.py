@@ -23,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, in_chunks, pack
 from megalora.ops.cross_attention import Crossing, cross_attention
-from megalora.ops.decode_attention import decode_attention
+from megalora.ops.decode_attention import decode_attention, kept_attention
+from megalora.ops.fp8_cache import decode_heads, encode_heads, scales_of
 
 
 @dataclass(frozen=True)
@@ -41,45 +42,114 @@ def _cut(span: Span, chunk: int) -> list[Span]:
     return [Span(span.slot, a, b) for a, b in itertools.pairwise((span.start, *edges, span.stop))]
 
 
+class Dense:
+    """Keys or values of one layer in the compute dtype: `whole` [slots, K, capacity, D], like x [F, K, D]."""
+
+    def __init__(self, slots: int, capacity: int, x: torch.Tensor):
+        self.whole = x.new_empty(slots, x.shape[1], capacity, x.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes
+
+    def put(self, slots: torch.Tensor, places: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Keep x [F, K, D] at places [F] of slots [F]; return it as it is kept."""
+        self.whole[slots, :, places] = x
+        return x
+
+    def of(self, slots: torch.Tensor | int, places: slice) -> torch.Tensor:
+        """Return what is kept at these places of one slot, [K, n, D], or of several, [B, K, n, D]."""
+        return self.whole[slots, :, places]
+
+
+class Fp8:
+    """As Dense, in 8 bits (megalora.ops.fp8_cache): what is kept is rounded, for the step that keeps it too."""
+
+    def __init__(self, slots: int, capacity: int, x: torch.Tensor):
+        heads, features = x.shape[1:]
+        self._codes = x.new_empty(slots, heads, capacity, features, dtype=torch.uint8)
+        self._scales = x.new_empty(slots, heads, capacity, scales_of(features), dtype=torch.float32)
+        self._dtype = x.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.nbytes + self._scales.nbytes
+
+    def put(self, slots: torch.Tensor, places: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Do as Dense.put."""
+        codes, scales = encode_heads(x)
+        self._codes[slots, :, places], self._scales[slots, :, places] = codes, scales
+        return decode_heads(codes, scales, self._dtype)
+
+    def of(self, slots: torch.Tensor | int, places: slice) -> torch.Tensor:
+        """Do as Dense.of."""
+        return decode_heads(self._codes[slots, :, places], self._scales[slots, :, places], self._dtype)
+
+
+Kept = Dense | Fp8
+
+
 class KVCache:
-    """`slots` sequences of up to `capacity` tokens.
+    """`slots` sequences of up to `capacity` tokens, in the compute dtype or in 8 bits (fp8).
 
     A layer's keys and values, [slots, K, capacity, D] each, are allocated once, at its first step: the layer knows
     how many heads it holds. Of an encoder-decoder each slot has a source too, of up to `source_capacity` tokens:
     `source_lengths` [slots] int64 says of how many.
     """
 
-    def __init__(self, slots: int, capacity: int, source_capacity: int = 0, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        slots: int,
+        capacity: int,
+        source_capacity: int = 0,
+        device: torch.device | str = "cpu",
+        fp8: bool = False,
+    ):
         self.slots, self.capacity, self.source_capacity = slots, capacity, source_capacity
         self.source_lengths = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kind = Fp8 if fp8 else Dense
+        self._layers: dict[int, tuple[Kept, Kept]] = {}
+        self._sources: dict[int, tuple[Kept, Kept]] = {}
+
+    def head_bytes(self, features: int, element: int) -> int:
+        """Return the bytes of one head of keys (or values) in all slots; element: of a number in the compute dtype."""
+        each = features + 4 * scales_of(features) if self._kind is Fp8 else features * element
+        return self.slots * self.capacity * each
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is allocated."""
+        pairs = (*self._layers.values(), *self._sources.values())
+        return sum(one.nbytes for pair in pairs for one in dict.fromkeys(pair))
 
     def keep_sources(
         self, index: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, places: torch.Tensor
     ) -> None:
         """Keep a layer's keys and values k, v [G, H, D] of sources: each token's slot and place [G]."""
         if index not in self._sources:
-            shape = (self.slots, k.shape[1], self.source_capacity, k.shape[2])
-            self._sources[index] = k.new_zeros(shape), v.new_zeros(shape)
+            both = (self._kind(self.slots, self.source_capacity, x) for x in (k, v))
+            self._sources[index] = tuple(both)  # type: ignore[assignment]
         for kept, new in zip(self._sources[index], (k, v), strict=True):
-            kept[slots, :, places] = new
+            kept.put(slots, places, new)
 
     def attend_sources(self, index: int, q: torch.Tensor, slots: torch.Tensor, scale: float) -> torch.Tensor:
         """Return the attention [B, H, D] of one query each, q [B, H, D], to the sources in `slots` [B]."""
         lengths = self.source_lengths[slots]
         longest = int(lengths.max())
         seen = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]
-        keys, values = (kept[slots, :, :longest] for kept in self._sources[index])
+        # A mask does not hide what is not finite, and nobody has written there yet.
+        hidden = ~seen.squeeze(1).unsqueeze(-1)
+        keys, values = (
+            kept.of(slots, slice(0, longest)).masked_fill(hidden, 0) for kept in self._sources[index]
+        )  # fmt: skip
         return scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=seen, scale=scale).squeeze(2)
 
-    def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[Kept, Kept]:
         """Return (keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v.
         """
         if index not in self._layers:
-            shape = (self.slots, k.shape[1], self.capacity, k.shape[2])
-            keys = k.new_empty(shape)
-            self._layers[index] = (keys, keys if k is v else k.new_empty(shape))
+            keys = self._kind(self.slots, self.capacity, k)
+            self._layers[index] = (keys, keys if k is v else self._kind(self.slots, self.capacity, v))
         return self._layers[index]
 
 
@@ -141,9 +211,8 @@ class PrefillStep:
     ) -> torch.Tensor:
         """Keep k, v [F, K, D] of the new tokens of `layer`; return attention of q [F, H, D] over all tokens kept."""
         keys, values = self.cache.layer(layer, k, v)
-        keys[self.slots, :, self.places] = k
-        if values is not keys:
-            values[self.slots, :, self.places] = v
+        same, k = k is v, keys.put(self.slots, self.places, k)
+        v = k if same else values.put(self.slots, self.places, v)
         if all(span.start == 0 for span in self.spans):
             bounds = self.bounds if chunk is None else in_chunks(self.bounds, chunk)
             packed = self.packed if bounds == self.bounds else self.repacked(bounds, q)
@@ -156,7 +225,7 @@ class PrefillStep:
             first = 0 if window is None else max(0, span.start + 1 - window)
             first = first if chunk is None else max(first, span.start - span.start % chunk)
             seen = slice(first, span.stop)
-            k_seen, v_seen = (x[span.slot, :, seen].transpose(0, 1) for x in (keys, values))
+            k_seen, v_seen = (x.of(span.slot, seen).transpose(0, 1) for x in (keys, values))
             outputs.append(cached_attention(q[begin:end], k_seen, v_seen, window, scores))
         return torch.cat(outputs)
 
@@ -193,10 +262,18 @@ class DecodeStep:
         chunk: int | None = None,
     ) -> torch.Tensor:
         """Do as PrefillStep.attend."""
-        cached = self.cache.layer(layer, k, v)
+        keys, values = self.cache.layer(layer, k, v)
         if chunk is not None and self.last < chunk:  # all are in their first chunk
             chunk = None
-        return decode_attention(q, k, v, *cached, self.slots, self.positions, window, scores, chunk)
+        how = self.positions, window, scores, chunk
+        if isinstance(keys, Dense) and isinstance(values, Dense):
+            return decode_attention(q, k, v, keys.whole, values.whole, self.slots, *how)
+        keys.put(self.slots, self.positions, k)
+        if values is not keys:
+            values.put(self.slots, self.positions, v)
+        longest = slice(0, self.last + 1)
+        k_seen = keys.of(self.slots, longest)
+        return kept_attention(q, k_seen, k_seen if values is keys else values.of(self.slots, longest), *how)
 
     @functools.cached_property
     def last(self) -> int:

@@ -57,6 +57,7 @@ class Replica:
     context          longest prompt and reply together, in tokens
     stop_token_ids   each of them ends a reply
     listened_to      whether the first rank (of pp and tp) brings a Listener
+    fp8_cache        keys and values are kept in 8 bits
     keep_logits      is given each prompt and its logits [tokens, vocab_size], on the last stage's first rank; all ranks
                      bring one or none does
     """
@@ -71,12 +72,13 @@ class Replica:
         stop_token_ids: Collection[int],
         *,
         listened_to: bool = False,
+        fp8_cache: bool = False,
         keep_logits: Callable[[Prompt, torch.Tensor], None] | None = None,
     ):
         stage.refresh_adapters()
         self._stage, self._pp, self._tp = stage, pp, tp
         self._context, self._sampling, self._stop = context, sampling, frozenset(stop_token_ids)
-        self._listened_to, self._keep_logits = listened_to, keep_logits
+        self._listened_to, self._keep_logits, self._fp8 = listened_to, keep_logits, fp8_cache
         self._steps: Steps | None = None
         self._held: list[tuple[int, list[int]]] = []  # whose tokens each slot of the cache holds: (adapter, tokens)
         self._seen: Seen | None = None
@@ -114,12 +116,25 @@ class Replica:
                     listener.done(sequence.prompt, reply)
         return [done[prompt.number] for prompt in prompts]
 
-    def reserve(self, slots: int, capacity: int) -> None:
-        """Make the cache that `serve` needs: `slots` sequences at a time, each of up to `capacity` tokens."""
+    def reserve(self, slots: int, capacity: int) -> int:
+        """Make the cache that `serve` needs: `slots` sequences at a time, each of up to `capacity` tokens. Return its
+        bytes on this rank.
+
+        Raises UserError where a GPU has no room for it: it is allocated by the first prompt, when it is too late.
+        """
         self._context = min(self._context, capacity)
         self._renew_cache(slots, self._context)
         if self._chooses:
             self._seen = Seen(slots, self._stage.config.vocab_size, self._stage.place.device)
+        needed, room = self._steps.cache_bytes, _free_memory(torch.device(self._stage.place.device))
+        if room is not None and needed > room:
+            rounded = "" if self._fp8 else ", or --kv_cache fp8"
+            raise UserError(
+                f"keys and values of {slots} requests of {self._context} tokens need {needed / 2**30:.1f} GiB on a "
+                f"GPU, and {room / 2**30:.1f} are free beside the model",
+                f"give a smaller --max_running or --seq_length{rounded}, or more ranks to the copy of the model",
+            )
+        return needed
 
     @torch.inference_mode()
     def serve(
@@ -214,7 +229,7 @@ class Replica:
 
     def _renew_cache(self, slots: int, capacity: int, source: int = 0) -> None:
         self._steps = None  # before the next one is made: there may not be room for both
-        self._steps = Steps(self._stage, slots, capacity, source)
+        self._steps = Steps(self._stage, slots, capacity, source, self._fp8)
         self._held = [(0, []) for _ in range(slots)]
 
     def _joins(self, queue: Queue) -> bool:
@@ -415,6 +430,14 @@ class Replica:
 
     def _send(self, hidden: torch.Tensor) -> None:
         dist.send(hidden, self._pp.ranks[self._pp.rank + 1], self._pp.group)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a GPU, those that torch holds unused too; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _broadcast(x: torch.Tensor, axis: Axis, source: int) -> None:

@@ -10,27 +10,29 @@ import torch
 from megalora.generation.cache import DecodeStep, KVCache, NewSources, PrefillStep, Span
 from megalora.generation.graphs import DecodeGraphs
 from megalora.models.blocks.attention import AttentionBlock
+from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.inputs import Cache, Inputs, head_features
 from megalora.models.rotary import rope_table
-from megalora.models.spec import Rotary
+from megalora.models.spec import Alibi, Rotary
 from megalora.models.stage import Stage
+from megalora.ops.alibi import EXTRA
 from megalora.ops.attention import pack
 from megalora.ops.decode_attention import has_kernel
 from megalora.parallel.placement import Tokens
 
 
 class Steps:
-    """The stage of this rank with a cache of `slots` sequences of up to `capacity` tokens.
+    """The stage of this rank with a cache of `slots` sequences of up to `capacity` tokens, in 8 bits where fp8.
 
     Both kinds of step take token ids and, behind the first stage, `hidden` [tokens, hidden_size] of the stage before;
     both give the hidden states [tokens, hidden_size] that the next stage or the head reads.
     """
 
-    def __init__(self, stage: Stage, slots: int, capacity: int, source_capacity: int = 0):
+    def __init__(self, stage: Stage, slots: int, capacity: int, source_capacity: int = 0, fp8: bool = False):
         self.slots, self.capacity, self.source_capacity = slots, capacity, source_capacity
         self._stage, self._device = stage, torch.device(stage.place.device)
-        recorded = _can_be_recorded(stage)
-        self._cache = KVCache(slots + recorded, capacity, source_capacity, self._device)
+        recorded = not fp8 and _can_be_recorded(stage)
+        self._cache = KVCache(slots + recorded, capacity, source_capacity, self._device, fp8)
         self._rope = {rotary: self._tables(rotary) for rotary in stage.config.rotaries}
         # longrope: tokens of the first prompt of each slot. What follows in the slot keeps the frequencies of that.
         self._lengths = torch.zeros(self._cache.slots, dtype=torch.int64, device=self._device)
@@ -40,6 +42,13 @@ class Steps:
             like = torch.empty(stage.config.hidden_size, dtype=stage.place.dtype, device=self._device)
             first = stage.embedding is not None
             self._graphs = DecodeGraphs(self._decode, slots, self._device, None if first else like)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values once a prompt was fed, but for those of sources."""
+        element, stage = self._stage.place.dtype.itemsize, self._stage
+        entries = [entry for block in stage.attentions for entry in _entries(block)]
+        return sum(heads * self._cache.head_bytes(features, element) for heads, features in entries)
 
     def prefill(
         self,
@@ -153,6 +162,15 @@ class Steps:
         tokens = Tokens(places, places, seed=None, step=0, adapters=adapters)
         inputs = Inputs(ids, None, None, (), tables, tokens, cache, position_ids=places, source=source)
         return self._stage(hidden, inputs)
+
+
+def _entries(block: AttentionBlock | LatentAttentionBlock) -> list[tuple[int, int]]:
+    """Return (heads, features) of what a layer keeps of a token: keys and values, or one latent."""
+    if isinstance(block, LatentAttentionBlock):
+        return [(1, block.spec.latent + block.spec.turned)]
+    position = block.spec.position
+    width = block.spec.head_dim + EXTRA * (isinstance(position, Alibi) and position.rounded)
+    return 2 * [(block.kv_heads if block.reads is None else block.heads, width)]
 
 
 def _can_be_recorded(stage: Stage) -> bool:

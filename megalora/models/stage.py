@@ -133,8 +133,13 @@ class Stage(nn.Module):
     @property
     def attention(self) -> AttentionBlock | LatentAttentionBlock:
         """The first attention block."""
+        return self.attentions[0]
+
+    @property
+    def attentions(self) -> list[AttentionBlock | LatentAttentionBlock]:
+        """Every block of self-attention, in order."""
         blocks = (block for layer in self.layers.values() for block in layer.blocks)
-        return next(block for block in blocks if isinstance(block, AttentionBlock | LatentAttentionBlock))
+        return [block for block in blocks if isinstance(block, AttentionBlock | LatentAttentionBlock)]
 
     @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:

@@ -44,16 +44,33 @@ def decode_attention(
     keys_SKCD[slots_B, :, positions_B] = k_BKD
     values_SKCD[slots_B, :, positions_B] = v_BKD
     longest = int(positions_B.max()) + 1
-    behind = positions_B[:, None] - torch.arange(longest, device=q_BHD.device)
+    keys, values = (x[slots_B, :, :longest] for x in (keys_SKCD, values_SKCD))
+    return kept_attention(q_BHD, keys, values, positions_B, window, scores, chunk)
+
+
+def kept_attention(
+    q_BHD: torch.Tensor,
+    keys_BKnD: torch.Tensor,
+    values_BKnD: torch.Tensor,
+    positions_B: torch.Tensor,
+    window: int | None = None,
+    scores: Scores = PLAIN,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Return the attention of q [B, H, D] over the first n tokens of each sequence, those beyond its own hidden.
+
+    In plain torch; positions, window, scores and chunk as `decode_attention` takes them.
+    """
+    behind = positions_B[:, None] - torch.arange(keys_BKnD.shape[2], device=q_BHD.device)
     seen = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
     if chunk is not None:
         seen = seen & (behind <= positions_B[:, None] % chunk)
     seen = seen[:, None, :]
     # A mask does not hide what is not finite, and nobody has written there yet.
-    keys, values = (x[slots_B, :, :longest].masked_fill(~seen.unsqueeze(-1), 0) for x in (keys_SKCD, values_SKCD))
+    keys, values = (x.masked_fill(~seen.unsqueeze(-1), 0) for x in (keys_BKnD, values_BKnD))
     if not scores.simple:
         return _capped(q_BHD, keys, values, seen, behind, scores)
-    gqa = q_BHD.shape[1] != k_BKD.shape[1]
+    gqa = q_BHD.shape[1] != keys.shape[1]
     out = torch.nn.functional.scaled_dot_product_attention(
         q_BHD.unsqueeze(2), keys, values, attn_mask=seen.unsqueeze(2), enable_gqa=gqa, scale=scores.scale
     )

@@ -7,14 +7,16 @@ import torch
 
 from megalora.generation.cache import DecodeStep, KVCache, PrefillStep, Span
 from megalora.ops.attention import attention
+from megalora.ops.fp8_cache import decode_heads, encode_heads
 
 
 def prefill(cache, spans):
     return PrefillStep.of(cache, spans, 8, torch.float64, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_steps_of_several_sequences(seed):
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_of_several_sequences(seed, fp8):
     """Any lengths, window and slots; the sequences go on by any number of tokens at a step, or rest."""
     rng = random.Random(seed)
     lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 4))]
@@ -23,10 +25,14 @@ def test_steps_of_several_sequences(seed):
     generator = torch.Generator().manual_seed(0)
     heads = {"q": 4, "k": 2, "v": 2}
     whole = {n: torch.randn(sum(lengths), h, 8, generator=generator).double() for n, h in heads.items()}
-    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    bounds, given = [sum(lengths[:i]) for i in range(len(lengths) + 1)], dict(whole)
     expected = attention(whole["q"], whole["k"], whole["v"], bounds, window)
 
-    cache = KVCache(len(lengths), max(lengths))
+    cache = KVCache(len(lengths), max(lengths), fp8=fp8)
+    if fp8:  # of what is kept, and the step that keeps it reads it so too
+        whole |= {n: decode_heads(*encode_heads(whole[n]), torch.float64) for n in "kv"}
+        exact, expected = expected, attention(whole["q"], whole["k"], whole["v"], bounds, window)
+        assert 0 < (exact - expected).abs().max() < 0.5
     slots = rng.sample(range(len(lengths)), len(lengths))
     kept = [0] * len(lengths)
     found = torch.full_like(expected, torch.nan)
@@ -43,7 +49,7 @@ def test_steps_of_several_sequences(seed):
             if all(span.stop == span.start + 1 for span in spans) and rng.random() < 0.8:
                 at, places = torch.tensor([[span.slot, span.start] for span in spans]).t()
                 step = DecodeStep(cache, at, places)
-            q, k, v = (whole[name][rows] for name in "qkv")
+            q, k, v = (given[name][rows] for name in "qkv")
             found[rows] = step.attend(3, q, k, v, window)
     torch.testing.assert_close(found, expected)
 
@@ -54,8 +60,8 @@ def test_layers_keep_apart():
     step.attend(0, x, x, x, None)
     out = step.attend(1, x, x, 5 * x, None)
     assert torch.equal(out, 5 * x)
-    assert cache.layer(0, x, x.clone())[1].shape == (1, 2, 2, 4)
-    assert cache.layer(0, x, x.clone())[1][0, :, 0].equal(x[0])
+    assert cache.layer(0, x, x.clone())[1].whole.shape == (1, 2, 2, 4)
+    assert cache.layer(0, x, x.clone())[1].whole[0, :, 0].equal(x[0])
 
 
 def test_more_than_it_holds_is_a_bug():

@@ -11,7 +11,9 @@ from spawn import spawn
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, resolve_lora
+from megalora.errors import UserError
 from megalora.generation import replica
+from megalora.generation.cache import KVCache, Span
 from megalora.generation.replica import Replica
 from megalora.generation.requests import Prompt, Request
 from megalora.generation.sampling import Sampling
@@ -20,7 +22,7 @@ from megalora.models.config import config_from_dict
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
 
-FAMILIES = ("mistral", "gemma2", "gpt_oss", "deepseek_v2", "bloom", "gpt2", "phi3, longrope")
+FAMILIES = ("mistral", "gemma2", "gpt_oss", "deepseek_v2", "bloom", "gpt2", "phi3, longrope", "llama4_text")
 LENGTHS, NEW, WHOLE, PART = (30, 3, 45), 5, 8192, 7
 
 
@@ -37,7 +39,7 @@ def prompts(lengths=LENGTHS) -> list[Prompt]:
     return [Prompt(i, torch.randint(1, 90, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
 
 
-def replies(rank: int, world_size: int, tp: int, family: str, step_tokens: int):
+def replies(rank: int, world_size: int, tp: int, family: str, step_tokens: int, fp8: bool = False):
     """(the replies, the logits of each prompt on the rank that keeps them, tokens of each prefill)"""
     mesh = build_mesh(rank, world_size, tp, world_size // tp)
     logits, fed = {}, []
@@ -49,7 +51,7 @@ def replies(rank: int, world_size: int, tp: int, family: str, step_tokens: int):
 
     with mock.patch.object(replica, "STEP_TOKENS", step_tokens), mock.patch.object(Steps, "prefill", counted):
         one = Replica(
-            make_stage(mesh, family), mesh.pp, mesh.tp, 96, Sampling(), (),
+            make_stage(mesh, family), mesh.pp, mesh.tp, 96, Sampling(), (), fp8_cache=fp8,
             keep_logits=lambda prompt, x: logits.update({prompt.number: x.clone()}),
         )  # fmt: skip
         said = [reply.token_ids for reply in one.replies(prompts(), NEW)]
@@ -58,7 +60,7 @@ def replies(rank: int, world_size: int, tp: int, family: str, step_tokens: int):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_in_parts_has_the_numbers_of_the_whole(family):
-    """Windows, softcap, sinks, latents, ALiBi, learned positions, and frequencies chosen by the prompt's length."""
+    """Windows, chunks, softcap, sinks, latents, ALiBi, learned positions, frequencies by the length of the prompt."""
     said, logits, fed = replies(0, 1, 1, family, WHOLE)
     assert fed == [sum(LENGTHS)]
     again, in_parts, fed = replies(0, 1, 1, family, PART)
@@ -75,6 +77,57 @@ def test_parts_over_tensor_and_pipeline_ranks(family):
     assert all(one[0] == said and max(one[2]) <= PART for one in found)
     for number, whole in logits.items():
         torch.testing.assert_close(found[2][1][number], whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["mistral", "deepseek_v2", "gemma2", "gpt_oss", "bloom", "llama4_text"])
+def test_a_cache_in_8_bits(family):
+    """Near the numbers of the compute dtype, and the same in parts and over ranks: scales are of a head and a token."""
+    _, exact, _ = replies(0, 1, 1, family, WHOLE)
+    said, logits, _ = replies(0, 1, 1, family, WHOLE, True)
+    again, in_parts, _ = replies(0, 1, 1, family, PART, True)
+    assert again == said
+    over = spawn(replies, 4, 2, family, PART, True)[2] if family in ("mistral", "deepseek_v2") else (said, logits)
+    assert over[0] == said
+    for number, whole in logits.items():
+        torch.testing.assert_close(in_parts[number], whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(over[1][number], whole, rtol=1e-12, atol=1e-12)
+        off = (whole - exact[number]).norm() / exact[number].norm()
+        assert 1e-5 < off < 0.1, off
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2_moe"])
+def test_the_bytes_of_a_cache_are_told_before_it_is_there(family, fp8):
+    stage = make_stage(build_mesh(0, 1), family)
+    stage.refresh_adapters()
+    steps = Steps(stage, 3, 40, fp8=fp8)
+    told = steps.cache_bytes
+    with torch.inference_mode():
+        steps.prefill(None, [1, 2], [Span(1, 0, 2)])
+    assert steps._cache.nbytes == told > 0
+
+
+def test_8_bits_take_half_of_16():
+    x = torch.zeros(1, 8, 128, dtype=torch.bfloat16)
+    sizes = []
+    for fp8 in (False, True):
+        cache = KVCache(2, 64, fp8=fp8)
+        cache.layer(0, x, x.clone())
+        sizes.append(cache.nbytes)
+    assert sizes == [2 * 2 * 8 * 64 * 256, 2 * 2 * 8 * 64 * (128 + 4)]
+
+
+def test_a_cache_that_a_gpu_has_no_room_for_is_refused(monkeypatch):
+    mesh = build_mesh(0, 1)
+    one = Replica(make_stage(mesh, "mistral"), mesh.pp, mesh.tp, 96, Sampling(), ())
+    held = one.reserve(4, 64)
+    assert held == one._steps.cache_bytes > 0
+    monkeypatch.setattr(replica, "_free_memory", lambda device: held)
+    one.reserve(4, 64)
+    monkeypatch.setattr(replica, "_free_memory", lambda device: held - 1)
+    with pytest.raises(UserError, match="keys and values of 4 requests of 64 tokens need .* GiB on a GPU") as refused:
+        one.reserve(4, 64)
+    assert "--kv_cache fp8" in refused.value.hint
 
 
 class Inbox:

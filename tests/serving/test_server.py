@@ -7,6 +7,7 @@ import asyncio
 import concurrent.futures
 import json
 import random
+import re
 import shutil
 import signal
 import socket
@@ -447,3 +448,4 @@ def test_several_processes_and_a_graceful_end(case):
             status, answer, _ = under_way.result()
         assert status == 200 and len(answer["choices"]) == 16
         assert server.ended() == 0 and server.said[-1] == "megalora: stopped"
+        assert any(re.search(r"keys and values of \d+ requests of .* GiB on each rank, dense", s) for s in server.said)
