@@ -7,6 +7,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")  # building.DTYPES
 BASE_FORMATS = ("dense", "fp8", "nf4")  # parallel.formats.BaseFormat
 KV_CACHES = ("dense", "fp8")  # generation.cache.Dense and Fp8
 OPTIMIZERS = ("adamw", "apex")  # optimizer.AdapterOptimizer
+TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "none")  # monitor.trackers
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS")  # tasks.TASKS
 CLASSIFICATION = ("TOKEN_CLS", "SEQ_CLS")  # those of them whose head is trained in full
 RECOMPUTE = ("auto", "none", "selective", "full")  # planning.fitting

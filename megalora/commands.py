@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +44,21 @@ def check_finetune(arguments: flags.FinetuneArguments, processes: int) -> flags.
     if not arguments.train.overwrite_output_dir:
         # A run that overwrites first notes so in output_dir: started again by torchrun, it would otherwise take the
         # older run there for its own.
-        _check_paths(arguments.model, arguments.data)
+        _check_paths(arguments.model, arguments.data, arguments.train)
+    _check_trackers(arguments.train.report_to or ())
     return arguments
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError where a package that metrics are to go to is not installed. On several hosts rank 0 finds out."""
+    if environment_int("LOCAL_WORLD_SIZE", 1) != environment_int("WORLD_SIZE", 1):
+        return
+    for name in names:
+        if name != "none" and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"report_to {name}: the package {name} is not installed",
+                f"pip install {name}, or leave it out of report_to",
+            )
 
 
 def generate(arguments: flags.GenerateArguments) -> None:

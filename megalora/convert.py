@@ -20,6 +20,7 @@ import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.building import base_names, check_adapter, resolve_lora, settle_head, stage_layers
+from megalora.card import CARD, merged_card, read_card, write_card
 from megalora.checkpoint.adapter.engines import engines_caution
 from megalora.checkpoint.adapter.fused import apart
 from megalora.checkpoint.adapter.merge import MergedWeights
@@ -34,14 +35,15 @@ from megalora.checkpoint.base.stacked import Stacked
 from megalora.checkpoint.base.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
 from megalora.checkpoint.base.weights import open_base, with_own_head
 from megalora.checkpoint.layout import Layout, has_shards
-from megalora.checkpoint.run.folder import tokenizer_folder
+from megalora.checkpoint.run.folder import export_folder, tokenizer_folder
 from megalora.checkpoint.target import TargetFolder, companions
 from megalora.data.classes import write_labels
 from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
+from megalora.files import write_file
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
 from megalora.identity import adapter_labels, adapter_template, base_identity, check_base
-from megalora.model_paths import model_folder
+from megalora.model_paths import model_folder, public_name
 from megalora.models.config import check_layout, check_task, read_config
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
@@ -217,8 +219,17 @@ def _adapter_to_peft(arguments: Conversion) -> None:
     def write(folder: Path) -> None:
         write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base)
         write_its_tokenizer(adapter, arguments, folder)
+        card = _card_of(adapter)
+        if card is not None:
+            write_card(folder, card)
 
     write_adapter(arguments, target, adapter, write)
+
+
+def _card_of(adapter: AdapterCheckpoint) -> str | None:
+    """Return the model card of an adapter, where it is in a PEFT folder of ours or its run has exported one."""
+    where = Path(adapter.where)
+    return read_card(where) or read_card(export_folder(where.parent.parent))
 
 
 def _say_caution(adapter: AdapterCheckpoint, arguments: Conversion) -> None:
@@ -295,6 +306,9 @@ def _adapter_merge(arguments: Conversion) -> None:
             open_tokenizer(base, added).write(folder)
         if config.stored_words is not None or untied:
             _write_ends(folder, config)
+        # The base's own card, if it was copied along, does not tell of this model.
+        card = merged_card(public_name(str(base)), adapter.lora_config["task_type"], _card_of(adapter))
+        write_file(folder / CARD, card.encode())
 
     write_base(arguments, target, merged, plan, base, adapter_template(adapter), finish)
 

@@ -33,7 +33,7 @@ from megalora.cluster.ranklog import RankLog
 from megalora.cluster.watch import Watch
 from megalora.errors import UserError
 from megalora.flags import FinetuneArguments
-from megalora.flags.writing import run_yaml
+from megalora.flags.writing import run_yaml, settings_of
 from megalora.model_paths import public_name
 from megalora.models.stage import Stage
 from megalora.monitor import Monitor, Timers
@@ -106,7 +106,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         notes += engine.notes
         crossing = tp_crossing(mesh.world_size, tp, pp, watch.hosts, _reduced_megabytes(beginning, tokens))
         notes += [crossing] if crossing else []
-        loaders = [one for one in (beginning.loader, beginning.eval_loader) if one is not None]
+        loaders = [beginning.loader, *beginning.evaluations.values()]
         notes += [note for loader in loaders for note in loader.rows.notes]
         table = start_up_table(arguments, beginning, engine, work, mesh)
         if train.dry_run:
@@ -121,9 +121,8 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
                 monitor.note(note)
             flops = flops_per_token(beginning.config, beginning.lora, beginning.loader.rows)
             meter = Meter(flops, mesh.world_size, beginning.loader.steps_per_epoch)
-            session = Session(
-                arguments, beginning, engine, work, mesh, monitor, saver, meter, timers, watch, profiler, preemption
-            )
+            parts = monitor, saver, meter, timers, watch, profiler, preemption
+            session = Session(arguments, beginning, engine, work, mesh, *parts, table)
             session.run()
     return FinetuneResult(
         output_dir=Path(train.output_dir),
@@ -295,7 +294,15 @@ def _files(
     if train.save:
         on_first(lambda: beginning.template.write(tokenizer_folder(train.output_dir)), mesh.world)
     with together(mesh.world):
-        monitor = Monitor(train.output_dir, mesh.rank, beginning.total_steps, beginning.first_step, log.write)
+        monitor = Monitor(
+            train.output_dir,
+            mesh.rank,
+            beginning.total_steps,
+            beginning.first_step,
+            log.write,
+            train.report_to,
+            settings_of(arguments),
+        )
     saver = RunSaver(
         train.output_dir,
         train.save_total_limit,

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from megalora.card import write_card
 from megalora.checkpoint.adapter.peft import write_peft
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter, save_adapter
 from megalora.checkpoint.layout import Layout
@@ -152,10 +153,12 @@ def export(
     model_path: str,
     mesh: ParallelMesh,
     write_tokenizer: Callable[[Path], None],
+    card: str,
 ) -> Path:
     """Write the adapter of a checkpoint as a PEFT folder beside the checkpoints; return that. Collective.
 
     write_tokenizer  called on the first rank: writes the run's tokenizer and chat template into a folder
+    card             the text of its model card
     """
     folder = export_folder(output_dir)
 
@@ -163,6 +166,7 @@ def export(
         adapter = read_adapter(checkpoint)
         write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
         write_tokenizer(folder)
+        write_card(folder, card)
 
     on_first(write, mesh.world)
     return folder

@@ -27,6 +27,7 @@ from megalora.data.classes import ClassRows
 from megalora.data.tokenizer import new_tokens
 from megalora.errors import UserError
 from megalora.flags import DataArguments, FinetuneArguments, ModelArguments, TrainArguments
+from megalora.hub import check_hub
 from megalora.identity import (
     adapter_for,
     adapter_labels,
@@ -43,6 +44,7 @@ from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.rows import data_settings, rendering
+from megalora.sample_replies import SampleReplies
 from megalora.vocabulary import adapter_tokens, train_rows_of, with_rows_for
 
 
@@ -63,6 +65,7 @@ class Beginning:
     overwrite  the run that is in output_dir is removed before the first step
     identity   what must not change between the parts of one run; settings: what may
     template   how rows become documents, which the run's checkpoints and export carry
+    evaluations  rows of each evaluation set, by name ("": that of one without a name)
     notes      lines for the user
     """
 
@@ -73,7 +76,8 @@ class Beginning:
     weights: str
     template: Rendering
     loader: Loader
-    eval_loader: Loader | None
+    evaluations: Mapping[str, Loader]
+    samples: SampleReplies | None
     start: Start | None
     overwrite: bool
     identity: dict[str, str]
@@ -119,9 +123,8 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         lora = resolve_lora(train_rows_of(lora_config, config, added), config)
         _check_same_adapter(lora, start, config)
         rows, eval_rows = _load_rows(template, data, train)
-        for loaded in (rows, eval_rows):
-            if loaded is not None:
-                check_vocabulary(loaded.max_token_id, config, model.model_path)
+        check_vocabulary(max(one.max_token_id for one in (rows, *eval_rows.values())), config, model.model_path)
+    samples = SampleReplies.of(arguments, config, lora_config.task_type, template, mesh)
     loader = _loader(rows, train, mesh, config)
     base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
     base_format = resolve_base(model.base_format, config).name
@@ -149,7 +152,8 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         weights=weights,
         template=template,
         loader=loader,
-        eval_loader=None if eval_rows is None else _loader(eval_rows, train, mesh, config, shuffle=False),
+        evaluations={name: _loader(one, train, mesh, config, shuffle=False) for name, one in eval_rows.items()},
+        samples=samples,
         start=start,
         overwrite=overwrite,
         identity=identity,
@@ -186,6 +190,8 @@ def _overwrites(model: ModelArguments, train: TrainArguments, mesh: ParallelMesh
 
     def ask() -> bool:
         check_own(train.output_dir)
+        if train.push_to_hub is not None:
+            check_hub(train.push_to_hub)
         if not train.overwrite_output_dir:
             if not train.dry_run:
                 cancel_removal(train.output_dir)
@@ -377,13 +383,16 @@ def _check_length(
     return [longer] if longer else []
 
 
-def _load_rows(template: Rendering, data: DataArguments, train: TrainArguments) -> tuple[PackedRows, PackedRows | None]:
-    """Return the rows to train on, and those of the evaluation."""
+def _load_rows(
+    template: Rendering, data: DataArguments, train: TrainArguments
+) -> tuple[PackedRows, dict[str, PackedRows]]:
+    """Return the rows to train on, and those of each evaluation set by its name."""
     settings = data_settings(data)
     rows, held_out = load_split(data.data_path, template, settings, train.seed, data.eval_fraction or 0.0)
-    if data.eval_data_path is None:
-        return rows, held_out
-    return rows, load_dataset(data.eval_data_path, template, replace(settings, check_names=False), train.seed)
+    if held_out is not None:
+        return rows, {"": held_out}
+    settings = replace(settings, check_names=False)
+    return rows, {name: load_dataset(path, template, settings, train.seed) for name, path in data.evaluations}
 
 
 def _loader(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megalora import __version__
 from megalora.building import Engine
+from megalora.card import adapter_card, versions
 from megalora.checkpoint.adapter.engines import engines_caution
 from megalora.checkpoint.adapter.peft import dropout_caution, peft_caution
-from megalora.checkpoint.run.folder import remove_export
+from megalora.checkpoint.run.folder import export_folder, remove_export
 from megalora.checkpoint.run.state import iteration_folder, note_best
 from megalora.cluster.preemption import CTRL_C, Preemption
 from megalora.cluster.watch import Watch
 from megalora.data import steps_ahead
-from megalora.errors import Interrupted, Preempted
+from megalora.errors import Interrupted, Preempted, UserError
 from megalora.flags import FinetuneArguments
+from megalora.flags.writing import settings_text
+from megalora.hub import push
 from megalora.model_paths import public_name
 from megalora.monitor import Monitor, Timers
 from megalora.monitor.evaluations import Evaluations
@@ -54,6 +59,7 @@ class Session:
     watch: Watch
     profiler: Profiler
     preemption: Preemption
+    table: Mapping[str, Mapping[str, Any]]
     loss: float | None = None
     evaluation_loss: float | None = None
     saved: Path | None = None
@@ -68,6 +74,8 @@ class Session:
             self.meter.go_on(begun.start.checkpoint.trainer)
         batches = steps_ahead(begun.loader.step, first, total)
         self._take_up_evaluations()
+        if not first:
+            self._reply(0)
         if first < total:  # an adapter of fewer steps could be mistaken for this run's
             on_first(lambda: remove_export(train.output_dir), self.mesh.world)
         steps = train.profile_steps if train.profile else 0
@@ -86,7 +94,8 @@ class Session:
             self._log(step, result, profiled)
             if train.save and (leaving or _every(train.save_steps, step) or step == total):
                 self._save(step)
-            if begun.eval_loader is not None and (_every(train.eval_steps, step) or step == total):
+            if _every(train.eval_steps, step) or step == total:
+                self._reply(step)
                 self._evaluate(step)
             if leaving:
                 self._leave(step)
@@ -113,7 +122,9 @@ class Session:
         if profiled and step - 1 == profiled[-1]:
             with self.meter.apart(self.timers):
                 self.monitor.note(self._write_profile())
-        if step % self.arguments.train.logging_steps == 0 or step == self.beginning.total_steps:
+        train = self.arguments.train
+        first = step == 1 and train.logging_first_step
+        if first or step % train.logging_steps == 0 or step == self.beginning.total_steps:
             self.monitor.step(self.meter.record(step, result, self.timers) | self._busiest_expert())
         else:
             self.monitor.progress(step)
@@ -136,12 +147,21 @@ class Session:
             self.saved = self.saver.save(step, self.meter.state() | carried)
         self._saved_steps.add(step)
 
+    def _reply(self, step: int) -> None:
+        """Write the replies to the sample prompts, where there are any. Collective."""
+        if self.beginning.samples is not None:
+            with self.meter.apart(self.timers):
+                try:
+                    self.monitor.replies(step, self.beginning.samples.replies(self.engine.stage))
+                except UserError as error:  # logits that are not finite: whether the run goes on, its steps decide
+                    self.monitor.note(f"step {step}: no replies to the sample prompts: {error.message}")
+
     def _evaluate(self, step: int) -> None:
-        loader = self.beginning.eval_loader
+        """Evaluate, where there are rows for it. Collective."""
+        if not self.beginning.evaluations:
+            return
         with self.meter.apart(self.timers):
-            task, labels = TASKS[self.beginning.lora.config.task_type], self.beginning.config.labels
-            steps = (loader.step(i) for i in range(loader.steps_per_epoch))
-            report = task.report(*self.engine.trainer.measure(steps, task.width(labels)), labels)
+            report = self._measured()
             self.monitor.evaluation({"step": step, **report})
         loss = self.evaluation_loss = report["loss"]
         train = self.arguments.train
@@ -151,6 +171,19 @@ class Session:
             self.saver.spare(step)
         if self.evaluations.exhausted(train.early_stopping_patience) and train.save and step not in self._saved_steps:
             self._save(step)  # the run ends here
+
+    def _measured(self) -> dict[str, Any]:
+        """Return the metrics of all evaluation rows together, and of each set by its name. Collective."""
+        task, labels = TASKS[self.beginning.lora.config.task_type], self.beginning.config.labels
+        width, sets = task.width(labels), dict[str, Any]()
+        whole, count = [0.0] * width, 0.0
+        for name, loader in self.beginning.evaluations.items():
+            steps = (loader.step(i) for i in range(loader.steps_per_epoch))
+            sums, labelled = self.engine.trainer.measure(steps, width)
+            whole, count = [a + b for a, b in zip(whole, sums, strict=True)], count + labelled
+            if name:
+                sets[name] = task.report(sums, labelled, labels)
+        return task.report(whole, count, labels) | sets
 
     def _note_saves(self) -> None:
         for note in self.saver.notes():
@@ -164,7 +197,24 @@ class Session:
             public_name(arguments.model.model_path),
             self.mesh,
             self.beginning.template.write,
+            self._card(checkpoint),
         )
+
+    def _card(self, checkpoint: Path) -> str:
+        """Return the model card of a checkpoint of this run."""
+        arguments, lora = self.arguments, self.beginning.lora
+        losses: dict[str, Any] = {"exported checkpoint": checkpoint.name}
+        if self.loss is not None:
+            losses["last training loss"] = f"{self.loss:.4f}"
+        if self.evaluation_loss is not None:
+            losses["last evaluation loss"] = f"{self.evaluation_loss:.4f}"
+        if self.evaluations.best is not None:
+            best = self.evaluations.best
+            losses["lowest evaluation loss"] = f"{best.loss:.4f}, of step {best.step}"
+        base = public_name(arguments.model.model_path)
+        table = {**self.table, "model": {**self.table["model"], "path": base}}
+        sections = {**table, "results": losses, "versions": versions()}
+        return adapter_card(base, lora.config.task_type, sections, settings_text(arguments), __version__)
 
     def _write_profile(self) -> str:
         """Write the recorded steps beside what they were predicted to take; return a note. Collective."""
@@ -182,15 +232,20 @@ class Session:
         """Go on from the evaluations of earlier starts, and make the one before which such a start was stopped, after
         its save. Collective."""
         begun, train = self.beginning, self.arguments.train
-        if not begun.continues or begun.eval_loader is None:
+        if not begun.continues:
             return
         first = begun.first_step
+        due = _every(train.eval_steps, first) or first >= begun.total_steps
+        if due and first and on_first(lambda: self.monitor.last_replies, self.mesh.world) < first:
+            self._reply(first)
+        if not begun.evaluations:
+            return
         made = on_first(lambda: self.monitor.earlier_evaluations, self.mesh.world)
         self.evaluations, self._saved_steps = Evaluations(made), {first}
         if self.evaluations.best is not None and train.keep_best:
             self.saver.spare(self.evaluations.best.step)
         last = made[-1][0] if made else 0
-        if last < first and (_every(train.eval_steps, first) or first >= begun.total_steps):
+        if last < first and due:
             self._evaluate(first)
 
     def _stops_early(self) -> bool:
@@ -237,7 +292,15 @@ class Session:
             for note in (caution, dropout_caution(lora.config.to_dict(), lora.adapters), served):
                 if note is not None:
                     self.monitor.note(note)
+            self._push()
             self.monitor.note(f"try it: {generate_command(self.arguments, self.mesh, task)}")
+
+    def _push(self) -> None:
+        """Put the export into the repository that push_to_hub names. Raises UserError, on every rank. Collective."""
+        train = self.arguments.train
+        if train.push_to_hub is not None:
+            folder = export_folder(train.output_dir)
+            self.monitor.note(f"pushed: {on_first(lambda: push(folder, train.push_to_hub), self.mesh.world)}")
 
     def _best_saved(self) -> Path | None:
         """Return the checkpoint with the lowest evaluation loss where it is to be kept and is there. Collective."""

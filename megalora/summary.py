@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ def start_up_table(
             "rows": f"{rows.documents:,} documents in {rows.rows:,} rows of {rows.seq_length} tokens",
             "tokens": f"{rows.tokens:,}, {rows.labelled_tokens:,} of them labelled",
             "task" if begun.config.labels else "template": f"{template.description} ({template.identity()})",
-            "evaluation": _evaluation_rows(begun.eval_loader),
+            "evaluation": _evaluation_rows(begun.evaluations),
         },
         "training": _training(arguments.train, begun),
     }
@@ -104,8 +105,12 @@ def layout_of(arguments: FinetuneArguments, work: Workload, stage: Stage, mesh: 
     )
 
 
-def _evaluation_rows(loader: Loader | None) -> str:
-    return "none" if loader is None else f"{loader.rows.documents:,} documents in {loader.rows.rows:,} rows"
+def _evaluation_rows(sets: Mapping[str, Loader]) -> str:
+    told = [
+        f"{f'{name}: ' if name else ''}{loader.rows.documents:,} documents in {loader.rows.rows:,} rows"
+        for name, loader in sets.items()
+    ]
+    return "; ".join(told) or "none"
 
 
 def _training(train: TrainArguments, begun: Beginning) -> dict[str, str]:

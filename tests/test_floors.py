@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 EDGES = {"errors", "batch", "choices", "files", "recipes", "tokenizer_files"}  # plain types that every floor may use
-EDGES |= {"added_tokens", "model_paths"}
+EDGES |= {"added_tokens", "model_paths", "hub", "card"}
 GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
@@ -22,7 +22,7 @@ PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", 
 PARTS |= {"serving", "vocabulary"}
 TOP = {"auto_layout", "rows", "sources", "starting", "stepping", "summary"}  # and the commands
 TOP |= {"finetune", "generate", "classify", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
-TOP |= {"recombine"}
+TOP |= {"recombine", "sample_replies"}
 TOP |= {"serve", "board", "report", "samples"}
 
 # What each part of the package may import of the package, besides itself.
@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "recipes": {"errors"},
     "tokenizer_files": {"errors", "files"},
     "model_paths": {"errors"},
+    "hub": {"errors"},
+    "card": {"errors", "files"},
     "added_tokens": {"errors", "files", "tokenizer_files"},
     "adapters": EDGES,
     "choices": set(),

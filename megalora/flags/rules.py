@@ -23,7 +23,11 @@ class Rule:
 
 
 def _without_evaluation(name: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda v: bool(v[name]) and v["eval_data_path"] is None and v["eval_fraction"] is None
+    def idle(v: Mapping[str, Any]) -> bool:
+        replies = name == "eval_steps" and v["sample_prompts"] is not None
+        return bool(v[name]) and v["eval_data_path"] is None and v["eval_fraction"] is None and not replies
+
+    return idle
 
 
 def _without_steps(name: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -88,6 +92,9 @@ FINETUNE_RULES = (
     ),
     Rule("save_steps", "save", lambda v: not v["save"], "set save to true"),
     Rule("save_total_limit", "save", lambda v: not v["save"], "set save to true"),
+    Rule("sample_max_new_tokens", "sample_prompts", lambda v: v["sample_prompts"] is None, "give sample_prompts"),
+    Rule("logging_first_step", "logging_steps", lambda v: v["logging_steps"] == 1, "set logging_steps above 1"),
+    Rule("push_to_hub", "save", lambda v: v["push_to_hub"] is not None and not v["save"], "set save to true"),
     Rule("profile_steps", "profile", lambda v: not v["profile"], "set profile to true"),
     Rule("profile_file", "partition_method", lambda v: v["partition_method"] != "cost", "set partition_method to cost"),
     Rule("keep_best", "save", lambda v: v["keep_best"] and not v["save"], "set save to true"),

@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from megalora.choices import DTYPES, OPTIMIZERS
+from megalora.choices import DTYPES, OPTIMIZERS, TRACKERS
 from megalora.errors import UserError
 from megalora.flags import shared
 from megalora.flags.flag import REQUIRED, Section, flag, flags_of, show
 from megalora.learning_rate import SCHEDULES as LEARNING_RATES
 from megalora.learning_rate import Shape, learning_rate_factor
+
+_NAMED = re.compile(r"(?:([A-Za-z0-9][\w-]{0,49})=)?(.*)", re.DOTALL)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_NOT_NAMES = frozenset("step loss perplexity accuracy precision recall f1 macro_f1".split())
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,12 @@ class DataArguments(Section):
         "training data: files, folders or datasets separated by commas, each with an optional :WEIGHT "
         "(json, jsonl, csv, tsv, parquet, arrow; also .gz, .zst)",
     )
-    eval_data_path: str | None = flag(None, "evaluation data, in the same formats", unset="no evaluation")
+    eval_data_path: tuple[str, ...] | None = flag(
+        None,
+        "evaluation data, in the same formats; several sets as NAME=DATA, each with a loss of its own",
+        verbatim=True,
+        unset="no evaluation",
+    )
     eval_fraction: float | None = flag(
         None, "fraction of the training rows to hold out for evaluation", above=0, below=1, unset="none"
     )
@@ -99,6 +108,7 @@ class DataArguments(Section):
         super().__post_init__()
         if self.eval_fraction is not None and self.eval_data_path is not None:
             raise UserError("eval_fraction and eval_data_path both name evaluation rows", "give one of them")
+        self._check_evaluations()
         for pair in self.columns or ():
             if not re.fullmatch(r"[^=]+=[^=]+", pair):
                 raise UserError(f"columns {pair!r} is not ours=yours", "write it like output=reply")
@@ -106,6 +116,22 @@ class DataArguments(Section):
             raise UserError("columns names one of your fields twice", "keep one")
         shared.check_new_tokens(self.new_special_tokens)
         shared.template_variables(self.chat_template_kwargs)
+
+    def _check_evaluations(self) -> None:
+        names = [name for name, _ in self.evaluations]
+        for name, data in self.evaluations:
+            if len(names) > 1 and not name:
+                raise UserError(f"eval_data_path {data} has no name", f"write each set as NAME=DATA: held={data}")
+            if name in _NOT_NAMES or name.startswith("f1_"):
+                raise UserError(f"eval_data_path names a set {name}, as a metric is named", "choose another name")
+            if names.count(name) > 1:
+                raise UserError(f"eval_data_path names two sets {name}", "give each a name of its own")
+
+    @property
+    def evaluations(self) -> tuple[tuple[str, str], ...]:
+        """(name, data) of each evaluation set of eval_data_path; the name is "" where none is given."""
+        found = (_NAMED.fullmatch(word) for word in self.eval_data_path or ())
+        return tuple((match[1] or "", match[2]) for match in found if match)
 
     @property
     def source_tokens(self) -> int:
@@ -182,6 +208,16 @@ class TrainArguments(Section):
         unset="true where config.json asks for any",
     )
     eval_steps: int | None = flag(None, "evaluate every this many steps", at_least=1, unset="only at the end")
+    sample_prompts: str | None = flag(
+        None,
+        "file of prompts, one a line or rows of json, whose replies are written to replies.jsonl in output_dir: at the "
+        "start, at every evaluation and at the end, greedy",
+        exists="a file of prompts",
+        unset="none",
+    )
+    sample_max_new_tokens: int = flag(
+        128, "maximum length of a reply to sample_prompts, in tokens", at_least=1, at_most=2048
+    )
     early_stopping_patience: int | None = flag(
         None,
         "stop after this many evaluations in a row without a lower loss",
@@ -194,12 +230,24 @@ class TrainArguments(Section):
     save: bool = flag(True, "write checkpoints")
     save_steps: int = flag(500, "write a checkpoint every this many steps, and after the last step", at_least=1)
     save_total_limit: int | None = flag(None, "keep only this many of the newest checkpoints", at_least=1, unset="all")
+    push_to_hub: str | None = flag(
+        None,
+        "OWNER/NAME of a repository of the Hugging Face hub to put the adapter in, at the end; a new one is private",
+        unset="nowhere",
+    )
     dry_run: bool = flag(
         False,
         "load the model and the rows, print the run's settings, memory and length, and stop before the first step; "
         "output_dir is left as it is",
     )
     logging_steps: int = flag(1, "log every this many steps", at_least=1)
+    logging_first_step: bool = flag(False, "log the first step too")
+    report_to: tuple[str, ...] | None = flag(
+        None,
+        "where metrics go besides metrics.jsonl; all but tensorboard are packages to install, which work offline too",
+        choices=TRACKERS,
+        unset="tensorboard",
+    )
     cuda_graphs: bool | None = flag(
         None,
         "replay the layers as CUDA graphs: same numbers, less launch overhead",
@@ -235,6 +283,11 @@ class TrainArguments(Section):
             )
         if self.warmup_ratio and self.warmup_steps:
             raise UserError("warmup_ratio and warmup_steps both say how long the warmup is", "give one of them")
+        if self.push_to_hub is not None and not _REPOSITORY.fullmatch(self.push_to_hub):
+            raise UserError(f"push_to_hub {self.push_to_hub} is no repository", "give OWNER/NAME")
+        named = self.report_to or ()
+        if "none" in named and len(named) > 1:
+            raise UserError(f"report_to {show(named)} names none beside others", "give none alone, or the others")
         if self.max_steps is not None:
             self._check_warmup(self.max_steps)
 

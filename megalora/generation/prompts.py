@@ -43,8 +43,8 @@ def ask(text: str, system: str | None, where: str) -> Question:
     return Question(Conversation((*_system_message(system), Message("user", text))), where)
 
 
-def read_questions(path: str | Path, system: str | None) -> list[Question]:
-    """Return the questions of a file, in order.
+def read_questions(path: str | Path, system: str | None, what: str = "prompts_file") -> list[Question]:
+    """Return the questions of a file, in order. what: the flag that names it.
 
     .json, .jsonl: rows as for training; the question is the conversation up to its last reply, which need not be
     there; also {prompt: text}, or texts. Any other file: one a line, blank lines left out. Raises UserError (file, row
@@ -54,12 +54,12 @@ def read_questions(path: str | Path, system: str | None) -> list[Question]:
     if path.suffix.lower() in ROWS:
         return [_of_row(row, system, f"{path} row {number}") for number, row in enumerate(read_rows(path))]
     # A line may hold other separators, as U+2028; strip() takes a carriage return.
-    lines = read_text(path, what="prompts_file").split("\n")
+    lines = read_text(path, what=what).split("\n")
     questions = [
         ask(line.strip(), system, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
     ]
     if not questions:
-        raise UserError(f"prompts_file {path} holds no prompts", "write one a line")
+        raise UserError(f"{what} {path} holds no prompts", "write one a line")
     return questions
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from rich import box
@@ -110,10 +110,18 @@ class Console:
             self.note(f"step {step} by phase: {seconds}")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Print one evaluation: its step, its loss, and the other metrics of the task."""
-        told = [f"{name} {_number(value, '.4g')}" for name, value in record.items() if name not in ("step", "loss")]
-        loss = _number(record.get("loss"), ".4f")
-        self.note(f"step {record['step']}: evaluation {', '.join([f'loss {loss}', *told])}")
+        """Print one evaluation: its step, its loss, and the other metrics of the task; a line more for each set."""
+        self.note(f"step {record['step']}: evaluation {_metrics(record)}")
+        for name, one in record.items():
+            if isinstance(one, Mapping):
+                self.note(f"step {record['step']}: evaluation of {name}: {_metrics(one)}")
+
+    def replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
+        """Print the first reply to the sample prompts, as far as a line holds it."""
+        for reply in replies[:1]:
+            prompt, response = (" ".join(str(reply[name]).split()) for name in ("prompt", "response"))
+            more = f" (and {len(replies) - 1} more in replies.jsonl)" if len(replies) > 1 else ""
+            self.note(f"step {step}: to {_short(prompt, 40)!r} it says {_short(response, 60)!r}{more}")
 
     def note(self, text: str) -> None:
         """Print one line, above the bar where there is one."""
@@ -129,6 +137,16 @@ class Console:
         done = max(step - self._resumed, 1)
         seconds = round((self._clock() - self._start) / done * (self._total - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _metrics(record: Mapping[str, Any]) -> str:
+    others = {name: value for name, value in record.items() if name not in ("step", "loss")}
+    told = [f"{name} {_number(value, '.4g')}" for name, value in others.items() if not isinstance(value, Mapping)]
+    return ", ".join([f"loss {_number(record.get('loss'), '.4f')}", *told])
 
 
 def _rate(flops: float) -> str:

@@ -17,6 +17,7 @@ from megalora.files import open_own, refuse_link, write_file
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "eval_metrics.jsonl"
+REPLIES = "replies.jsonl"  # to the sample prompts
 _LINE_BYTES = 1 << 20  # a longer line is none of ours
 
 
@@ -24,11 +25,18 @@ class JsonLines:
     """Appends records to `path`, flushed one by one. Lines of steps after `resumed_step` are removed.
 
     A number that is not finite has no JSON: it becomes null. A record whose loss or grad_norm is so gets
-    `"skipped": true`. last_step: of the last line that an earlier start wrote and that stays; 0: there is none. damage:
-    which lines were not as they were written, and were left out. Raises OSError, and UserError where `path` is a link.
+    `"skipped": true`.
+    lazy       make no file before there is a record
+    last_step  of the last line that an earlier start wrote and that stays; 0: there is none
+    damage     which lines were not as they were written, and were left out
+    Raises OSError, and UserError where `path` is a link.
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0):
+    def __init__(self, path: Path, resumed_step: int = 0, lazy: bool = False):
+        self._path, self._file = path, None
+        self.last_step, self.damage = 0, None
+        if lazy and not path.exists() and not path.is_symlink():
+            return
         self._file = open_own(path)  # before anything is read: it refuses a link or a pipe
         self.last_step, self.damage = _truncate(path, resumed_step)
         self._file.close()
@@ -39,15 +47,19 @@ class JsonLines:
         line = dict(record)
         if not all(_finite(line.get(name)) for name in ("loss", "grad_norm")):
             line["skipped"] = True
+        if self._file is None:
+            self._file = open_own(self._path)
         self._file.write(json.dumps(_without_nan(line), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
         """Put the lines on disk. Raises OSError."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class EventWriter:
@@ -67,7 +79,7 @@ class EventWriter:
     def write(self, record: Mapping[str, Any], group: str) -> None:
         """Write every finite number of the record as a scalar `group/name` (`group/outer/name` where nested)."""
         if self._writer is not None:
-            for name, value in _scalars(record, group):
+            for name, value in scalars(record, group):
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
@@ -77,7 +89,9 @@ class EventWriter:
 
 def losses(path: Path) -> list[tuple[int, float]]:
     """Return (step, loss) of every line that has both; a loss of null, which was not finite, is NaN. Raises OSError."""
-    found = []
+    found: list[tuple[int, float]] = []
+    if not path.exists():
+        return found
     with path.open("rb") as lines:
         for line in iter(lambda: lines.readline(_LINE_BYTES), b""):
             step = _step_of(line)
@@ -93,15 +107,15 @@ def _truncate(path: Path, last_step: int) -> tuple[int, str | None]:
     Returns the step of the last line that is kept (0: none), and which lines were damaged. A last line without its end
     was torn by a crash, which is no damage.
     """
-    steps, damaged = [0], []
+    steps, damaged = list[int](), []
 
     def write_kept(new: BinaryIO) -> None:
         with path.open("rb") as old:
             for number, line in enumerate(iter(lambda: old.readline(_LINE_BYTES), b""), 1):
                 step = _step_of(line)
-                if step is None or (step <= steps[-1] and step <= last_step):
+                if step is None or (steps and step <= min(steps[-1], last_step)):
                     damaged.append((number, line))
-                elif step <= last_step:
+                elif step <= last_step > 0:  # a fresh run keeps nothing, its step 0 neither
                     new.write(line)
                     steps.append(step)
 
@@ -109,7 +123,7 @@ def _truncate(path: Path, last_step: int) -> tuple[int, str | None]:
     if damaged and not damaged[-1][1].endswith(b"\n"):
         damaged.pop()
     numbers = ", ".join(str(number) for number, _ in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
-    return steps[-1], f"{path}: damaged lines are left out: {numbers}" if damaged else None
+    return steps[-1] if steps else 0, f"{path}: damaged lines are left out: {numbers}" if damaged else None
 
 
 def _step_of(line: bytes) -> int | None:
@@ -133,9 +147,11 @@ def _without_nan(value: Any) -> Any:
     return value if _finite(value) else None
 
 
-def _scalars(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+def scalars(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    """Yield `prefix/name` (`prefix/outer/name` where nested) and value of every finite number of a record but its step.
+    """
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}/{name}")
+            yield from scalars(value, f"{prefix}/{name}")
         elif isinstance(value, (int, float)) and name != "step" and math.isfinite(value):
             yield f"{prefix}/{name}", value

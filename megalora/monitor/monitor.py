@@ -1,16 +1,17 @@
-"""What a run shows of itself: console, metrics.jsonl and TensorBoard behind one object, on rank 0 only."""
+"""What a run shows of itself: console, metrics.jsonl and trackers behind one object, on rank 0 only."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megalora.errors import UserError
 from megalora.monitor.console import Console
-from megalora.monitor.metrics import EVALUATIONS, METRICS, EventWriter, JsonLines, losses
+from megalora.monitor.metrics import EVALUATIONS, METRICS, REPLIES, JsonLines, losses
+from megalora.monitor.trackers import About, Trackers
 
 
 class Monitor:
@@ -19,6 +20,7 @@ class Monitor:
     output_dir: folder of the run, made where missing. total_steps: last step of the run. resumed_step: steps
     done before this start (0: a fresh run); what an earlier start wrote about later steps is taken out, so
     that the files are those of a run that was never interrupted. log: takes each line of the console too.
+    report_to: names of trackers, None: TensorBoard where it can be had; they are told the settings.
     UserError where output_dir cannot be written. A file that cannot be written later (a full disk) sets `failed`;
     `check` raises it, because the ranks that wait for this one must stop with it.
     """
@@ -30,6 +32,8 @@ class Monitor:
         total_steps: int,
         resumed_step: int = 0,
         log: Callable[[str], None] = lambda line: None,
+        report_to: tuple[str, ...] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
         self._active = rank == 0
         self._problem: UserError | None = None
@@ -39,17 +43,16 @@ class Monitor:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = JsonLines(folder / METRICS, resumed_step)
-            self._evaluations = JsonLines(folder / EVALUATIONS, resumed_step)
-            self._events = EventWriter(folder / "runs", resumed_step)
+            self._evaluations = JsonLines(folder / EVALUATIONS, resumed_step, lazy=True)
+            self._replies = JsonLines(folder / REPLIES, resumed_step, lazy=True)
+            self._console = Console(total_steps, resumed_step, log=log)
+            self._trackers = Trackers(About(folder, resumed_step, report_to, settings or {}), self._console.note)
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written ({error})", "give a folder that can") from error
-        self._console = Console(total_steps, resumed_step, log=log)
         self._earlier = losses(folder / EVALUATIONS)
-        for lines in (self._metrics, self._evaluations):
+        for lines in (self._metrics, self._evaluations, self._replies):
             if lines.damage:
                 self.note(lines.damage)
-        if self._events.missing:
-            self.note(f"TensorBoard is not written: {self._events.missing}")
 
     def summary(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
         """Print the start-up table: {section: {name: value}}, in this order."""
@@ -78,6 +81,21 @@ class Monitor:
             self._write(self._evaluations, record, "eval")
             self._console.evaluation(record)
 
+    def replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the model says to the sample prompts after `step` steps: prompt, response, finish_reason of each.
+        """
+        if self._active and self._problem is None:
+            try:
+                self._replies.write({"step": step, "replies": list(replies)})
+            except OSError as error:
+                self._problem = self._explained(f"step {step}", error)
+            self._console.replies(step, replies)
+
+    @property
+    def last_replies(self) -> int:
+        """Step of the last replies that earlier starts have written, 0 where there are none; on rank 0."""
+        return self._replies.last_step
+
     @property
     def earlier_evaluations(self) -> list[tuple[int, float]]:
         """(step, loss) of the evaluations that earlier starts have made; on rank 0."""
@@ -98,13 +116,14 @@ class Monitor:
         if self._active:
             self._metrics.sync()
             self._evaluations.sync()
+            self._replies.sync()
 
     def _write(self, lines: JsonLines, record: Mapping[str, Any], group: str) -> None:
         if self._problem is not None:
             return
         try:
             lines.write(record)
-            self._events.write(record, group)
+            self._trackers.write(record, group)
         except OSError as error:
             self._problem = self._explained(f"step {record['step']}", error)
 
@@ -125,7 +144,7 @@ class Monitor:
         if self._active:
             self._active = False
             self._console.close()
-            for file in (self._metrics, self._evaluations, self._events):
+            for file in (self._metrics, self._evaluations, self._replies, self._trackers):
                 try:
                     file.close()
                 except OSError as error:

@@ -40,7 +40,7 @@ class VocabParallelEmbedding(_VocabParallel):
         rows = nn.functional.embedding((input_ids - self.start) * mine, self.weight)
         hidden = all_reduce(rows.mul_(mine.unsqueeze(-1)), tp)
         # A copy: what is kept of it for backward must not keep the other ranks' tokens.
-        return local_tokens(hidden, tp).clone() if self.place.sequence_parallel else hidden
+        return local_tokens(hidden, tp).clone() if self.place.cuts_tokens else hidden
 
 
 class VocabParallelHead(_VocabParallel):

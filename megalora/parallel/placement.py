@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,6 +45,13 @@ class Tokens:
         return replace(self, index=self.index.view(ranks, -1)[:, rows].flatten(), local=self.local[rows])
 
 
+@dataclass
+class _Whole:
+    """Whether no token is cut just now. One object for a stage, whose placements are made of one another."""
+
+    now: bool = False
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a layer's parameters live: tp axis, sequence parallelism, compute dtype, device.
@@ -59,6 +68,16 @@ class Placement:
     exchange: Exchange | None = None
     base: BaseFormat = field(default_factory=BaseFormat, compare=False)
     cp: Axis = Axis()
+    _whole: _Whole = field(default_factory=_Whole, compare=False, repr=False)
+
+    @contextlib.contextmanager
+    def with_whole_tokens(self) -> Iterator[None]:
+        """Generate inside, with a stage that trains with sequence parallelism: every tp rank has all tokens."""
+        before, self._whole.now = self._whole.now, True
+        try:
+            yield
+        finally:
+            self._whole.now = before
 
     @property
     def master_dtype(self) -> torch.dtype:
@@ -66,10 +85,15 @@ class Placement:
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
+    def cuts_tokens(self) -> bool:
+        """Whether a tp rank has its own tokens alone between the linears."""
+        return self.sequence_parallel and not self._whole.now
+
+    @property
     def gathers(self) -> bool:
         """Whether activations outside the linears are cut over the tokens."""
-        return self.sequence_parallel and self.tp.size > 1
+        return self.cuts_tokens and self.tp.size > 1
 
     def own_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's tokens of x [F, ...] under sequence parallelism, else all: [T, ...], a view."""
-        return local_tokens(x, self.tp) if self.sequence_parallel else x
+        return local_tokens(x, self.tp) if self.cuts_tokens else x

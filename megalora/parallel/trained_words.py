@@ -219,7 +219,7 @@ class _SumWords(torch.autograd.Function):
     def forward(ctx, rows, place):
         ctx.place = place
         hidden = all_reduce(rows.clone(), place.tp)
-        return local_tokens(hidden, place.tp).clone() if place.sequence_parallel else hidden
+        return local_tokens(hidden, place.tp).clone() if place.cuts_tokens else hidden
 
     @staticmethod
     def backward(ctx, dy):

@@ -105,6 +105,8 @@ NEEDS = {  # flags that have an effect only with others
     "recompute_layers": "--recompute full",
     "eval_steps": "--eval_data_path e.json",
     "early_stopping_patience": "--eval_data_path e.json --eval_steps 2",
+    "sample_max_new_tokens": "--sample_prompts p.txt",
+    "logging_first_step": "--logging_steps 2",
     "keep_best": "--eval_data_path e.json --eval_steps 2",
     "min_lr_rate": "--lr_scheduler_type cosine_with_min_lr",
     "lr_decay_ratio": "--lr_scheduler_type warmup_stable_decay",
@@ -133,6 +135,8 @@ def sample(flag):
         text = value = '{"enable_thinking": false}'
     if flag.name == "columns":
         text = value = "output=some text"
+    if flag.name == "push_to_hub":
+        text = value = "some/text"
     if (limits.at_least or 0) > 1:
         text, value = str(limits.at_least), limits.at_least
     return (text, (value,)) if flag.many else (text, value)

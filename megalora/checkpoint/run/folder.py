@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+from megalora.card import CARD, read_card
 from megalora.checkpoint.manifest import MANIFEST
 from megalora.errors import UserError
 from megalora.files import aside_of, read_json, refuse_link, write_file
@@ -25,7 +26,7 @@ ITERATION = re.compile(r"iter_(\d{7,})")
 EXPORT_FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST)
 _PENDING = ".overwrite"  # in output_dir: its run is to be removed, and is there still
 _CHECKPOINTS, _EXPORT, _TOKENIZER, _EVENTS = "checkpoints", "peft", "tokenizer", "runs"
-_LINES = ("metrics.jsonl", "eval_metrics.jsonl")
+_LINES = ("metrics.jsonl", "eval_metrics.jsonl", "replies.jsonl", "trackers.json")
 RUN_FILE = "run.yaml"  # the flags of the run; another's file of that name is left alone
 _OWN = (_CHECKPOINTS, _EXPORT, _TOKENIZER, _EVENTS, *_LINES)
 _APPENDED = ("logs", "profile", MARKER)  # nothing is removed there
@@ -168,6 +169,8 @@ def remove_run(output_dir: str | Path) -> None:
 
 
 def _clear_export(folder: Path) -> None:
+    if read_card(folder) is not None:
+        (folder / CARD).unlink()
     for name in EXPORT_FILES:
         (folder / name).unlink(missing_ok=True)
     remove_tokenizer(folder)

@@ -1,0 +1,95 @@
+"""Replies to sample prompts while a run trains: of its own stages, greedy, at the start, at evaluations and at the end.
+
+They are lines of replies.jsonl: {"step", "replies": [{"prompt", "response", "finish_reason"}, ...]}.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalora.data import ChatTemplate, Rendering
+from megalora.errors import UserError
+from megalora.flags import FinetuneArguments
+from megalora.generation.prompts import encode, read_questions, stop_token_ids
+from megalora.generation.replica import Replica
+from megalora.generation.requests import Prompt
+from megalora.generation.sampling import Sampling
+from megalora.generation.text import Reader
+from megalora.models.spec import ModelSpec
+from megalora.models.stage import Stage
+from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
+from megalora.parallel.mesh import ParallelMesh
+
+MOST_PROMPTS = 32
+MOST_CHARACTERS = 2000  # of a prompt, in replies.jsonl
+_GREEDY = Sampling(temperature=0.0, seed=0)
+
+
+class SampleReplies:
+    """The prompts of a file, and the replies that the stages of a run give to them. Every rank has one (collective).
+
+    Raises UserError for prompts that cannot be used, and for a task or a schedule that does not write text here.
+    """
+
+    def __init__(
+        self, arguments: FinetuneArguments, config: ModelSpec, task: str, template: Rendering, mesh: ParallelMesh
+    ):
+        self._mesh, self._room = mesh, arguments.train.sample_max_new_tokens
+        self._context = config.max_position_embeddings
+        with together(mesh.world):
+            if not isinstance(template, ChatTemplate) or config.encoder is not None:
+                raise UserError(f"sample_prompts has no effect for task_type {task}", "leave it out")
+            if arguments.parallel.virtual_pipeline_size > 1:
+                raise UserError(
+                    "sample_prompts is not implemented with virtual_pipeline_size above 1",
+                    "leave one of them out; megalora generate replies with the checkpoints of the run",
+                )
+        self._template = template
+        asked = on_first(lambda: self._asked(arguments, template), mesh.world)
+        self._texts, self._ids, self._stop = asked
+
+    @classmethod
+    def of(
+        cls, arguments: FinetuneArguments, config: ModelSpec, task: str, template: Rendering, mesh: ParallelMesh
+    ) -> SampleReplies | None:
+        """Return those of a run; None where it has no sample prompts. Collective."""
+        if arguments.train.sample_prompts is None:
+            return None
+        return cls(arguments, config, task, template, mesh)
+
+    def _asked(
+        self, arguments: FinetuneArguments, template: ChatTemplate
+    ) -> tuple[list[str], list[list[int]], tuple[int, ...]]:
+        file, model_path = arguments.train.sample_prompts, arguments.model.model_path
+        questions = read_questions(file, None, what="sample_prompts")
+        if len(questions) > MOST_PROMPTS:
+            raise UserError(
+                f"sample_prompts {file}: holds {len(questions)} prompts, and at most {MOST_PROMPTS} are taken",
+                "leave some out: the run waits for their replies",
+            )
+        ids = [encode(template, question, self._context) for question in questions]
+        return [question.text[:MOST_CHARACTERS] for question in questions], ids, stop_token_ids(model_path, template)
+
+    def replies(self, stage: Stage) -> list[dict[str, Any]]:
+        """Return what the stages reply now, on every rank. Collective.
+
+        The copies of the model take turns at the prompts. Raises UserError where logits are not finite.
+        """
+        mesh, copies = self._mesh, self._mesh.replicas
+        prompts = [Prompt(number, ids) for number, ids in enumerate(self._ids)]
+        with together(mesh.world), stage.place.with_whole_tokens():
+            # No longer than is needed: memory is the run's.
+            context = min(self._context, max(map(len, self._ids)) + self._room)
+            replica = Replica(stage, mesh.pp, mesh.tp, context, _GREEDY, self._stop)
+            mine = replica.replies(prompts[copies.rank :: copies.size], self._room)
+        parts = gather_objects(mine, copies)
+        replies = [parts[i % copies.size][i // copies.size] for i in range(len(prompts))]
+        told = None
+        if mesh.world.is_first:
+            reader = Reader(self._template.tokenizer)
+            answers = [reader.answer(reply, prompt) for reply, prompt in zip(replies, prompts, strict=True)]
+            told = [
+                {"prompt": text, "response": answer.whole, "finish_reason": answer.finish_reason}
+                for text, answer in zip(self._texts, answers, strict=True)
+            ]
+        return broadcast_object(told, mesh.world)
