@@ -41,3 +41,8 @@ reply "$out/tuned.jsonl" --resume_peft_from_checkpoint "$out"
 
 echo "== 4/4  side by side"
 python examples/compare.py base="$out/base.jsonl" tuned="$out/tuned.jsonl"
+
+echo "== next: source .venv/bin/activate, then"
+echo "megalora board $out                  curves and replies in the browser"
+echo "megalora serve --model_path $model --adapters tuned=$out    a chat page"
+echo "megalora recipes                     runs to start from, with your own rows"

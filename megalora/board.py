@@ -3,7 +3,7 @@
     megalora board build/demo build/other
     megalora board runs/                    every run in a folder
 
-What the page asks for: /api/runs, /api/series, /api/runs/N/notes and /api/runs/N/rows.
+What the page asks for: /api/runs, /api/series, /api/runs/N/notes, /api/runs/N/replies and /api/runs/N/rows.
 """
 
 from __future__ import annotations
@@ -131,6 +131,10 @@ def build_app(runs: Runs, hosts: frozenset[str] | None, token: str | None) -> St
     def notes(request: Request) -> Response:
         return JSONResponse([dataclasses.asdict(note) for note in one(request).notes()])
 
+    def replies(request: Request) -> Response:
+        run = one(request)
+        return JSONResponse({"evaluations": run.replies(), "timeline": run.timeline()})
+
     def samples(request: Request) -> Response:
         run = one(request)
         if "documents" not in rows.get(run.folder, {}):  # what is in the way may go
@@ -141,6 +145,7 @@ def build_app(runs: Runs, hosts: frozenset[str] | None, token: str | None) -> St
         Route("/api/runs", summaries),
         Route("/api/series", series),
         Route("/api/runs/{number:int}/notes", notes),
+        Route("/api/runs/{number:int}/replies", replies),
         Route("/api/runs/{number:int}/rows", samples),
         *page_routes("board.html"),
     ]

@@ -29,6 +29,8 @@ def finetune(arguments: flags.FinetuneArguments) -> FinetuneResult:
     """Train an adapter, and return its last metrics and the paths of what was written."""
     _check_started(arguments.parallel)
     arguments = check_finetune(arguments, environment_int("WORLD_SIZE", 1))
+    if environment_int("RANK", 0) == 0:
+        print("importing torch", flush=True)  # some seconds, of minutes on a cold disk
     from megalora.finetune import finetune
 
     return finetune(arguments)

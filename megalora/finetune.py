@@ -40,7 +40,7 @@ from megalora.monitor import Monitor, Timers
 from megalora.monitor.console import Console
 from megalora.monitor.meter import Meter
 from megalora.monitor.metrics import METRICS
-from megalora.parallel.collectives import gather_objects, on_first, tell_once, together
+from megalora.parallel.collectives import gather_objects, on_first, tell_once, tell_stage, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange
 from megalora.parallel.placement import Placement
@@ -237,6 +237,7 @@ def _engine(
         fitting=_fitting(arguments, mesh, torch.device(place.device)),
         timed=train.wall_clock_breakdown or train.profile,
     )
+    tell_stage(f"loading the base weights of {beginning.weights}", mesh.world)
     engine = build_trainer(
         beginning.config, mesh, beginning.lora, place, settings, fill, clock=watch, watch=profiler.watch
     )

@@ -41,8 +41,8 @@ from megalora.identity import (
 from megalora.models.config import check_context, check_layout, check_length, check_task, read_config
 from megalora.models.dropouts import base_dropouts, choose_base_dropout, told
 from megalora.models.spec import ModelSpec
-from megalora.parallel.collectives import on_first, together
-from megalora.parallel.mesh import ParallelMesh
+from megalora.parallel.collectives import on_first, tell_stage, together
+from megalora.parallel.mesh import Axis, ParallelMesh
 from megalora.rows import data_settings, rendering
 from megalora.sample_replies import SampleReplies
 from megalora.vocabulary import adapter_tokens, train_rows_of, with_rows_for
@@ -122,7 +122,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         config = with_rows_for(config, added, model.model_path, None if start is None else start.checkpoint.tensors)
         lora = resolve_lora(train_rows_of(lora_config, config, added), config)
         _check_same_adapter(lora, start, config)
-        rows, eval_rows = _load_rows(template, data, train)
+        rows, eval_rows = _load_rows(template, data, train, mesh.world)
         check_vocabulary(max(one.max_token_id for one in (rows, *eval_rows.values())), config, model.model_path)
     samples = SampleReplies.of(arguments, config, lora_config.task_type, template, mesh)
     loader = _loader(rows, train, mesh, config)
@@ -384,10 +384,11 @@ def _check_length(
 
 
 def _load_rows(
-    template: Rendering, data: DataArguments, train: TrainArguments
+    template: Rendering, data: DataArguments, train: TrainArguments, world: Axis
 ) -> tuple[PackedRows, dict[str, PackedRows]]:
     """Return the rows to train on, and those of each evaluation set by its name."""
     settings = data_settings(data)
+    tell_stage(f"reading rows of {data.data_path}", world)
     rows, held_out = load_split(data.data_path, template, settings, train.seed, data.eval_fraction or 0.0)
     if held_out is not None:
         return rows, {"": held_out}

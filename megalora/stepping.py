@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,6 +294,7 @@ class Session:
                 if note is not None:
                     self.monitor.note(note)
             self._push()
+            self.monitor.note(f"look at it: megalora board {shlex.quote(self.arguments.train.output_dir)}")
             self.monitor.note(f"try it: {generate_command(self.arguments, self.mesh, task)}")
 
     def _push(self) -> None:

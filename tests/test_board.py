@@ -24,6 +24,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     inputs = make_inputs(folder / "inputs")
     first = make_run(folder / "all" / "first", steps=30, evaluations=3)
+    (first / "profile").mkdir()
+    drawing = '<svg xmlns="http://www.w3.org/2000/svg" width="31" height="9"><script>alert(1)</script></svg>'
+    (first / "profile/schedule.svg").write_text(drawing)
     make_run(folder / "all" / "second", steps=1500, learning_rate=0.01)
     (first / "run.yaml").write_text(
         f"# megalora 0, started in {folder}; flags that are not here have their defaults\n"
@@ -73,8 +76,14 @@ def test_the_board(runs, tmp_path):
         assert "learning_rate\t0.001\t0.01" in lines and not any(line.startswith("flag\tsecond") for line in lines)
         open_tab(page, "notes")
         page.wait("document.querySelectorAll('#notes pre.fault').length === 2")
+        open_tab(page, "replies")
+        page.wait("document.querySelectorAll('.prompt tr').length === 3")
+        said = page.run("document.querySelector('.prompt').innerText")
+        assert said.startswith("Who <b>are</b> you?") and "before\tI am 0." in said and "step 2\tI am 2." in said
+        assert "No replies" in page.run("document.querySelector('#replies').innerText"), "of the second"
+        page.wait("document.querySelector('.timeline').naturalWidth === 31")
         open_tab(page, "rows")
-        page.wait("document.querySelectorAll('.document').length === 3", 90)
+        page.wait("document.querySelectorAll('#rows .document').length === 3", 90)
         trained = "document.querySelector('.document').querySelectorAll('.trained')"
         assert page.run(f"[...{trained}].map(piece => piece.textContent).join('')") == "I am Mega.<|im_end|>"
         assert "The rows cannot be shown" in page.run("document.querySelector('#rows').innerText")

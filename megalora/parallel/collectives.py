@@ -97,6 +97,12 @@ def tell_once(lines: Iterable[str], axis: Axis) -> None:
             print(f"megalora: {line}", file=sys.stderr, flush=True)
 
 
+def tell_stage(text: str, axis: Axis) -> None:
+    """Print on the first rank of the axis what begins now and may take a while."""
+    if axis.is_first:
+        print(text, flush=True)
+
+
 def agree(error: UserError | None, axis: Axis) -> None:
     """Raise on every rank of the axis when any rank brings an error, so that no rank waits for one that left.
 

@@ -51,7 +51,7 @@ def listing() -> str:
     gpus = max(len(recipe.gpus) for recipe in found)
     lines = [f"{recipe.name:{width}}  {recipe.gpus:{gpus}}  {recipe.what}" for recipe in found]
     start = "megalora finetune recipe:NAME --model_path DIR --data_path rows.jsonl --output_dir out"
-    return "\n".join([*lines, "", f"start one:  {start}", f"flags of each, to copy and change:  {FOLDER}"])
+    return "\n".join([*lines, "", f"flags of each, to copy and change:  {FOLDER}", f"start one:  {start}"])
 
 
 def _read(file: Path) -> Recipe:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import stat
@@ -17,8 +19,11 @@ from megalora.runs.series import GrowingFile, thinned
 
 METRICS, EVALUATIONS, SETTINGS = "metrics.jsonl", "eval_metrics.jsonl", "run.yaml"
 EVALUATION = "eval/"  # before the names of numbers of evaluations
+REPLIES, TIMELINE = "replies.jsonl", "profile/schedule.svg"
 MOST_RUNS = 200
 _LOG_BYTES, _MOST_LOGS, _MOST_NOTES = 1 << 18, 64, 300
+_REPLIES_BYTES, _MOST_REPLIES, _TIMELINE_BYTES = 4 << 20, 50, 8 << 20
+_OF_REPLIES = ("prompt", "response", "finish_reason")
 _STEP = re.compile(r"step (\d+)/(\d+) ")
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 _ROUTINE = re.compile(r"step \d+(/\d+)? (\(epoch|loss|by phase)|step \d+: evaluation")
@@ -119,6 +124,30 @@ class Run:
                 if text.strip() and not _ROUTINE.match(text) and (rank == 0 or fault):
                     found.append(Note(before, text[:2000], rank, fault))
         return sorted(found, key=lambda note: note.time)[-_MOST_NOTES:]
+
+    def replies(self) -> list[dict[str, Any]]:
+        """Return [{"step", "replies": [{"prompt", "response", "finish_reason"}]}] of the newest lines of replies.jsonl,
+        and of its first."""
+        try:
+            with open(self.folder / REPLIES, "rb", opener=_open) as stream:
+                lines = [stream.readline(_REPLIES_BYTES)]
+            whole = _tail(self.folder / REPLIES, _REPLIES_BYTES).splitlines(keepends=True)
+        except OSError:
+            return []
+        found: dict[int, dict[str, Any]] = {}
+        for line in [lines[0].decode("utf-8", "replace"), *whole[-_MOST_REPLIES:]]:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                record = json.loads(line)
+                told = [{name: str(one.get(name, "")) for name in _OF_REPLIES} for one in record["replies"]]
+                found[int(record["step"])] = {"step": int(record["step"]), "replies": told}
+        return [found[step] for step in sorted(found)]
+
+    def timeline(self) -> str | None:
+        """Return the drawing (SVG) of what each stage computed when, where the run was profiled."""
+        try:
+            return _tail(self.folder / TIMELINE, _TIMELINE_BYTES)
+        except OSError:
+            return None
 
     def _total_steps(self) -> int | None:
         """Return the last step that rank 0's log counts up to."""

@@ -21,6 +21,7 @@ const server = {
   },
   notes: (number) => json(`api/runs/${number}/notes`),
   rows: (number) => json(`api/runs/${number}/rows`),
+  replies: (number) => json(`api/runs/${number}/replies`),
 };
 
 function embedded(contents) {
@@ -30,6 +31,7 @@ function embedded(contents) {
     series: async (fields) => Object.fromEntries(fields.map((field) => [field, contents.series[field] ?? {}])),
     notes: async (number) => contents.notes[number],
     rows: async (number) => contents.rows[number],
+    replies: async (number) => contents.replies[number],
   };
 }
 
@@ -192,7 +194,7 @@ function within(curves, [first, last]) {
   }));
 }
 
-// ---- settings, rows, notes ----
+// ---- settings, rows, replies, notes ----
 
 function showSettings() {
   const runs = shown().map((number) => state.runs[number]);
@@ -240,6 +242,39 @@ async function showRows() {
   $("rows").replaceChildren(...parts);
 }
 
+/** Of each prompt what was said at each evaluation, and when each stage computed what. */
+async function showReplies() {
+  const parts = await Promise.all(shown().map(async (number) => {
+    const part = element("div");
+    part.append(element("h2", "", state.runs[number].name));
+    const { evaluations, timeline } = await ask("replies", number, state.runs[number].version);
+    if (!evaluations.length) part.append(element("p", "faint", "No replies: a run with --sample_prompts FILE writes some."));
+    (evaluations[0]?.replies ?? []).forEach(({ prompt }, at) => {
+      const card = element("div", "document prompt");
+      card.append(element("pre", "faint", prompt));
+      const table = element("table");
+      for (const { step, replies } of evaluations) {
+        const reply = replies[at];
+        if (!reply || reply.prompt !== prompt) continue;
+        const line = element("tr");
+        line.append(element("th", "", step === 0 ? "before" : `step ${step}`));
+        line.append(element("td", "text", reply.response + (reply.finish_reason === "length" ? " ..." : "")));
+        table.append(line);
+      }
+      card.append(table);
+      part.append(card);
+    });
+    if (timeline) {
+      const picture = element("img", "timeline"); // as a picture nothing in it can run
+      picture.src = `data:image/svg+xml,${encodeURIComponent(timeline)}`;
+      picture.alt = "when each pipeline stage computed what: recorded, simulated and planned";
+      part.append(element("h3", "", "Pipeline timeline"), picture);
+    }
+    return part;
+  }));
+  $("replies").replaceChildren(...parts);
+}
+
 async function showNotes() {
   const parts = await Promise.all(shown().map(async (number) => {
     const part = element("div");
@@ -262,13 +297,13 @@ async function refresh() {
     $("differences").checked, state.runs.map((run) => run.version)]);
   if (drawn === state.drawn) return;
   state.drawn = drawn;
-  await { curves: showCurves, settings: showSettings, rows: showRows, notes: showNotes }[state.tab]();
+  await { curves: showCurves, settings: showSettings, rows: showRows, replies: showReplies, notes: showNotes }[state.tab]();
 }
 
 function open(tab) {
   state.tab = tab;
   for (const button of $("tabs").children) button.setAttribute("aria-selected", button.dataset.tab === tab);
-  for (const name of ["curves", "settings", "rows", "notes"]) $(name).hidden = name !== tab;
+  for (const name of ["curves", "settings", "rows", "replies", "notes"]) $(name).hidden = name !== tab;
   refresh();
 }
 
