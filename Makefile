@@ -1,4 +1,4 @@
-# make install | demo | test | torture | fuzz | proof | parity | compat | lint | clean
+# make install | demo | wheel | test | torture | fuzz | proof | parity | compat | lint | clean
 #
 # PYTHON=python3.12 chooses another interpreter, TORCH=torch==2.9.1 another torch. PyPI's torch serves NVIDIA GPUs as
 # well as CPUs; where only the CPU build is wanted (it is much smaller), TORCH may carry pip's options for getting it.
@@ -11,7 +11,7 @@ VENV := .venv
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help install test torture fuzz proof parity compat lint demo demo-tokens clean FORCE
+.PHONY: help install wheel test torture fuzz proof parity compat lint demo demo-tokens clean FORCE
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip install -qq
@@ -21,6 +21,7 @@ help:
 	@echo "make install   .venv with torch, the package and its compiled ops"
 	@echo "make demo      fine-tune a real model on 4 processes and compare its replies; no GPU needed"
 	@echo "make demo-tokens   fine-tune a real encoder to find names in sentences; F1 on held-out ones, no GPU needed"
+	@echo "make wheel     a wheel in dist/, named by the torch that its compiled ops are for; with CUDA kernels where nvcc is"
 	@echo "make test      the whole CPU test suite; PYTEST_ARGS='-k packing' for a part of it"
 	@echo "make torture   kill a run 50 times at random moments; every resume must be exact (KILLS=50 SEED=0)"
 	@echo "make fuzz      files and requests made up at random, EXAMPLES=100000 for each reader: only our own errors (hours)"
@@ -49,7 +50,7 @@ command -v '$(PYTHON)' >/dev/null || fail 'no $(PYTHON) here: install Python 3.1
 	|| fail 'this Python cannot make environments: install its venv module (Debian: python3-venv)'; \
 if [ '$(MEGALORA_BUILD_EXTENSION)' != 0 ]; then \
 	command -v "$${CXX:-c++}" >/dev/null \
-		|| fail "no C++ compiler ($${CXX:-c++}): install one (Debian: g++), or set CXX"; \
+		|| fail "no C++ compiler ($${CXX:-c++}): install one (Debian: g++), set CXX, or go without the faster compiled ops: MEGALORA_BUILD_EXTENSION=0 make install"; \
 	'$(PYTHON)' -c 'import os, sysconfig as s; os.stat(os.path.join(s.get_path("include"), "Python.h"))' 2>/dev/null \
 		|| fail 'the C headers of this Python are missing: install them (Debian: python3-dev)'; \
 fi
@@ -80,6 +81,10 @@ demo: install
 
 demo-tokens: install
 	@$(RUN) examples/demo_tokens.sh
+
+wheel: install
+	@$(RUN) MEGALORA_WHEEL=1 $(VENV)/bin/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 test: install
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist worksteal -q $(PYTEST_ARGS)

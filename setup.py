@@ -1,6 +1,7 @@
 """Builds the package and its compiled ops (`csrc/`, module `megalora._C`) against the installed torch.
 
-pip install --no-build-isolation -e .                              needs torch and a C++ compiler
+pip install --no-build-isolation -e .                              builds them where torch and a C++ compiler are
+pip install .                                                      has no torch to build against: references serve
 MEGALORA_BUILD_EXTENSION=0 pip install --no-build-isolation -e .   needs neither; the torch references serve
 MEGALORA_BUILD_EXTENSION=cpu pip install --no-build-isolation -e . no CUDA kernels
 
@@ -11,6 +12,7 @@ GPUs.
 import os
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,8 +38,25 @@ CUDA_FLAGS = [
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client"]
 
 
-def version() -> str:
-    return re.search(r'^__version__ = "(.+)"$', (ROOT / "megalora/__init__.py").read_text(), re.MULTILINE)[1]
+def version(built: str) -> str:
+    """built: what the compiled ops are for, "cpu" or "cuda"; "": there are none. `make wheel` names wheels by it."""
+    plain = re.search(r'^__version__ = "(.+)"$', (ROOT / "megalora/__init__.py").read_text(), re.MULTILINE)[1]
+    if not built or os.environ.get("MEGALORA_WHEEL") != "1":
+        return plain
+    import torch
+
+    return f"{plain}+torch{re.match(r'[0-9.]*[0-9]', torch.__version__)[0]}.{built}"
+
+
+def without_ops(why: str) -> tuple[dict, str]:
+    """Go on without the compiled ops, and say what that costs."""
+    print(
+        f"megalora is installed without its compiled ops ({why}): attention, LoRA products, norms and dropout run in "
+        "plain torch, with the same numbers, slower. To build them: pip install torch; "
+        "pip install --no-build-isolation .",
+        file=sys.stderr,
+    )
+    return {}, ""
 
 
 def note_sources(folder: Path) -> Path:
@@ -54,17 +73,26 @@ def note_sources(folder: Path) -> Path:
     return header
 
 
-def compiled_ops() -> dict:
-    """The `setup` arguments that build csrc/ into one module, or none if that is switched off."""
-    wanted = os.environ.get("MEGALORA_BUILD_EXTENSION", "1")
+def compiled_ops() -> tuple[dict, str]:
+    """The `setup` arguments that build csrc/ into one module, and what for; none if that is switched off or cannot be.
+    """
+    asked = os.environ.get("MEGALORA_BUILD_EXTENSION")
+    wanted = asked or "1"
     if wanted not in ("0", "1", "cpu"):
         sys.exit(f"MEGALORA_BUILD_EXTENSION is {wanted!r}: give 0 (no compiled ops), cpu (no CUDA kernels) or 1")
     if wanted == "0":
-        return {}
+        return {}, ""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        if asked is None:
+            return without_ops(f"there is no C++ compiler {compiler}")
+        sys.exit(f"no C++ compiler {compiler}: install one, or set CXX (MEGALORA_BUILD_EXTENSION=0 skips the build)")
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ModuleNotFoundError:
+        if asked is None:
+            return without_ops("there is no torch to build them against")
         sys.exit(
             "megalora builds its ops against an installed torch, and there is none: pip install torch, then "
             "pip install --no-build-isolation . (MEGALORA_BUILD_EXTENSION=0 skips the build)"
@@ -93,12 +121,13 @@ def compiled_ops() -> dict:
         extra_link_args=["-fopenmp"],
     )
     extension.depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}, "cuda" if cuda else "cpu"
 
 
+OPS, BUILT_FOR = compiled_ops()
 setup(
     name="megalora",
-    version=version(),
+    version=version(BUILT_FOR),
     description="LoRA fine-tuning with tensor, pipeline and data parallelism, alike on every layout",
     packages=find_packages(include=["megalora", "megalora.*"]),
     package_data={"megalora.web": ["static/*"], "megalora.recipes": ["*.yaml"]},
@@ -120,6 +149,7 @@ setup(
         "data": ["pyarrow", "zstandard", "datasets>=4"],  # parquet and arrow, .zst, datasets saved to disk
         "demo": ["gguf"],
         "serve": SERVE,  # also megalora board
+        "trackers": ["wandb", "mlflow", "swanlab"],  # --report_to
         "test": [
             "pytest",
             "pytest-xdist",
@@ -134,5 +164,5 @@ setup(
         ],
     },
     entry_points={"console_scripts": ["megalora = megalora.cli:main"]},
-    **compiled_ops(),
+    **OPS,
 )

@@ -61,5 +61,6 @@ def _devices() -> frozenset[str]:
 
 def _absent(why: str) -> frozenset[str]:
     if os.environ.get("RANK", "0") == "0":  # set by torchrun; the process group need not exist yet
-        logger.warning("megalora's compiled ops %s: the slower torch references stand in; %s", why, REMEDY)
+        slower = "attention, LoRA products, norms and dropout"
+        logger.warning("megalora's compiled ops %s: slower torch references stand in (%s); %s", why, slower, REMEDY)
     return frozenset()
