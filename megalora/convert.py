@@ -307,7 +307,7 @@ def _adapter_merge(arguments: Conversion) -> None:
         if config.stored_words is not None or untied:
             _write_ends(folder, config)
         # The base's own card, if it was copied along, does not tell of this model.
-        card = merged_card(public_name(str(base)), adapter.lora_config["task_type"], _card_of(adapter))
+        card = merged_card(public_name(str(base)), lora.config.task_type, _card_of(adapter))
         write_file(folder / CARD, card.encode())
 
     write_base(arguments, target, merged, plan, base, adapter_template(adapter), finish)
