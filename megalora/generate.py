@@ -38,7 +38,7 @@ from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import GenerateArguments, GenerationArguments
 from megalora.generation.defaults import sampling_defaults, unescaped
-from megalora.generation.dialogue import NAMES, Chat, dialogue
+from megalora.generation.dialogue import NAMES, Chat, dialogue, edits_lines
 from megalora.generation.later import Later
 from megalora.generation.logits import LogitsFolder
 from megalora.generation.output import Output
@@ -256,7 +256,8 @@ def _talk(
     if mesh.world.is_first:
         voice = Voice(sys.stdout, options.show_thinking)
         repliers, stdin = _repliers(arguments), sys.stdin.fileno()
-        chat = Chat(asked.template, opened.reader, voice, options.system, opened.context, stdin, repliers)
+        edited = edits_lines(mesh.world)
+        chat = Chat(asked.template, opened.reader, voice, options.system, opened.context, stdin, repliers, edited)
     if opened.reader is not None:
         show, interrupted = (None, None) if chat is None else (chat.show, chat.interrupted)
         ear = Ear(opened.reader, show=show, interrupted=interrupted)

@@ -84,11 +84,12 @@ def reply(folder: Path, *flags: str, tokens: int) -> str:
 
 @pytest.fixture
 def terminal(folder):
-    def start(tokens: int) -> Terminal:
+    def start(tokens: int, kind: str = "dumb") -> Terminal:
         command = [sys.executable, "-m", "megalora", "generate", "--model_path", str(folder / "model")]
         command += ["--resume_peft_from_checkpoint", str(folder / "run"), "--max_new_tokens", str(tokens)]
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tiny.ROOT)}
+        environment |= {"TERM": kind}  # a dumb one shows what is typed as it is
         return Terminal(command, environment)
 
     return start
@@ -130,4 +131,24 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(folder, terminal):
     at.wait("> ")
     assert at.process.poll() is None
     at.type("\x04")
+    assert at.close() == 0
+
+
+def test_pasted_lines_are_one_question(folder, terminal):
+    pytest.importorskip("readline")
+    adapter = ["--resume_peft_from_checkpoint", str(folder / "run")]
+    whole = reply(folder, *adapter, "--prompt", "Who are you?\nWho?", tokens=12)
+    at = terminal(12, "xterm")
+    at.wait("> ")
+    at.type("\x1b[200~Who are you?\nWho?\x1b[201~")
+    at.wait("Who?")
+    at.type("\n")
+    shown = at.wait(" ...\n")
+    assert whole in shown and shown.count(whole) == 1
+    at.wait("> ")
+    at.type("lost")
+    at.wait("lost")
+    at.type("\x03")  # forgets the line that is being written
+    assert "Ctrl-D ends" in at.wait("> ")
+    at.type("/quit\n")
     assert at.close() == 0

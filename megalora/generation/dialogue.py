@@ -74,6 +74,8 @@ class Chat:
 
     context      longest prompt and reply together, in tokens
     descriptor   of the input; lines are read from it directly, so that waiting for one can be left off
+    edited       read lines by readline, which edits and recalls them and takes pasted lines as one, and which cannot
+                 leave off waiting
     repliers     who replies, as Turn.adapted; where the adapted model is among them the person may choose
     """
 
@@ -86,13 +88,15 @@ class Chat:
         context: int,
         descriptor: int,
         repliers: tuple[bool, ...],
+        edited: bool = False,
     ):
         self._template, self._reader, self._voice = template, reader, voice
         self._system, self._context = system, context
         self._repliers, self._has_adapter = repliers, True in repliers
         self._descriptor, self._unread, self._ended = descriptor, b"", False
         self._history: tuple[Message, ...] = ()
-        self._shows_mark = os.isatty(descriptor)
+        self._shows_mark, self._edited = os.isatty(descriptor) and not edited, edited
+        self._at_terminal = os.isatty(descriptor)
         self._replying = self._interrupted = False
         self._turn: Turn | None = None
 
@@ -101,13 +105,15 @@ class Chat:
     @contextlib.contextmanager
     def attention(self) -> Iterator[None]:
         """Let Ctrl-C stop a reply while inside, and not end the program."""
-        with _on_interrupt(self._interrupt if self._shows_mark else None):
-            if self._shows_mark:
+        with _on_interrupt(self._interrupt if self._at_terminal else None):
+            if self._at_terminal:
                 print(HINT, file=sys.stderr, flush=True)
             self._mark()
             yield
 
     def _interrupt(self, signum: int, frame: object) -> None:
+        if not self._replying and self._edited:
+            raise KeyboardInterrupt  # out of readline, which forgets the line
         if not self._replying:
             print(f"\n{HINT}", file=sys.stderr, flush=True)
             self._mark()
@@ -164,7 +170,12 @@ class Chat:
         return Turn(token_ids, self._repliers)
 
     def _line(self, patience: float) -> bytes | None:
-        """Return the next line, without its end; b"" if it is not there after `patience` seconds; None at the end."""
+        """Return the next line, without its end; b"" if it is not there after `patience` seconds; None at the end.
+
+        Where lines are edited, one may be several that were pasted.
+        """
+        if self._edited:
+            return self._edited_line()
         while b"\n" not in self._unread and not self._ended:
             if not select.select([self._descriptor], [], [], patience)[0]:
                 return b""
@@ -177,6 +188,15 @@ class Chat:
         if not line.strip():
             self._mark()
         return line
+
+    def _edited_line(self) -> bytes | None:
+        try:
+            return input("> ").encode("utf-8", "surrogateescape")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print(f"\n{HINT}", file=sys.stderr, flush=True)
+            return b""
 
     # ---- the replies ----
 
@@ -213,6 +233,20 @@ class Chat:
     def _mark(self) -> None:
         if self._shows_mark:
             print("> ", end="", flush=True)
+
+
+def edits_lines(world: Axis) -> bool:
+    """Return whether lines are typed at a terminal where readline can be had.
+
+    On several ranks it is not used: they wait for one another, and readline cannot leave off waiting.
+    """
+    if world.size > 1 or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        import readline  # noqa: F401  # from its import on input() edits lines
+    except ImportError:  # Python can be built without it
+        return False
+    return True
 
 
 def _deaf() -> contextlib.AbstractContextManager:
