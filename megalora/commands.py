@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megalora import flags
 from megalora.cluster.environment import NPROC, check_launcher, environment_int
@@ -29,11 +31,15 @@ def finetune(arguments: flags.FinetuneArguments) -> FinetuneResult:
     """Train an adapter, and return its last metrics and the paths of what was written."""
     _check_started(arguments.parallel)
     arguments = check_finetune(arguments, environment_int("WORLD_SIZE", 1))
-    if environment_int("RANK", 0) == 0:
-        print("importing torch", flush=True)  # some seconds, of minutes on a cold disk
+    _tell("importing torch", sys.stdout)  # some seconds, or minutes from a cold disk
     from megalora.finetune import finetune
 
     return finetune(arguments)
+
+
+def _tell(line: str, file: TextIO) -> None:
+    if environment_int("RANK", 0) == 0:
+        print(line, file=file, flush=True)
 
 
 def check_finetune(arguments: flags.FinetuneArguments, processes: int) -> flags.FinetuneArguments:
@@ -70,6 +76,10 @@ def generate(arguments: flags.GenerateArguments) -> None:
     from megalora.generate import generate
 
     generate(arguments)
+    adapter = arguments.model.resume_peft_from_checkpoint
+    if adapter is not None and arguments.generation.prompt is not None and sys.stderr.isatty():
+        words = ["megalora", "serve", "--model_path", arguments.model.model_path, "--adapters", f"tuned={adapter}"]
+        _tell(f"megalora: to talk to it on a page: {shlex.join(words)}", sys.stderr)
 
 
 def check_generate(arguments: flags.GenerateArguments, processes: int) -> flags.GenerateArguments:

@@ -114,6 +114,8 @@ def _batches(path: str, lines: bool) -> Iterator[tuple[list, bool]]:
     if suffix not in READERS and suffix in UNREADABLE:
         raise UserError(f"{path}: {UNREADABLE[suffix][0]}", UNREADABLE[suffix][1])
     try:
+        if reader is _json:
+            _check_is_text(path, compression)
         if lines and reader is _json:
             with _opened(path, compression) as file:
                 lines = is_lines(file)
@@ -130,6 +132,15 @@ def _batches(path: str, lines: bool) -> Iterator[tuple[list, bool]]:
         raise UserError(f"cannot read the data file {path}: {reason}", "check the path") from None
     except (EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {error}", "copy the file again") from None
+
+
+def _check_is_text(path: str, compression: str) -> None:
+    """Raise UserError where a file that is named as JSON begins as one of another format does."""
+    with _opened(path, compression) as file:
+        head = file.read(6)
+    found = next((suffix for start, suffix in _STARTS.items() if head.startswith(start)), None)
+    if found is not None:
+        raise UserError(f"{path} is a {found[1:]} file by its first bytes", f"end its name in {found}")
 
 
 def _chunked(rows: Iterator[Any]) -> Iterator[list[Any]]:
@@ -279,6 +290,9 @@ UNREADABLE = {
     **dict.fromkeys((".yaml", ".yml", ".xml", ".txt", ".md"), ("this format is not read", "write JSON Lines")),
 }
 _COMPRESSED = (".gz", ".zst")
+
+
+_STARTS = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
 def _suffixes(path: Path) -> tuple[str, str]:

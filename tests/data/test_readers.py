@@ -260,3 +260,11 @@ def test_values_longer_than_a_block(tmp_path):
         list(read_rows(path))
     with pytest.raises(UserError, match=f"byte {path.stat().st_size - 1} "):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize(("start", "suffix"), [(b"PAR1", ".parquet"), (b"ARROW1", ".arrow"), (b"\x1f\x8b", ".gz")])
+def test_a_file_of_another_format_under_the_name_of_json_is_told(tmp_path, start, suffix):
+    for name in ("rows.json", "rows.jsonl"):
+        (tmp_path / name).write_bytes(start + b"\x00\xff\n")
+        with pytest.raises(UserError, match=rf"is a {suffix[1:]} file by its first bytes: end its name in {suffix}"):
+            list(read_rows(tmp_path / name))
