@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny
+
+from megalora import cli
+from megalora.flags.tools import CONVERT_COMMANDS
 
 LOADERS = ("from_pretrained", "from_config")
 
@@ -60,9 +65,18 @@ COMMANDS = {
     "dialogue": lambda inputs, out: ["--model_path", str(inputs.model), "--max_new_tokens", "1"],
     "plan": lambda inputs, out: ["--model_path", str(inputs.model), "--gpus", "1"],
     "doctor": lambda inputs, out: ["--model_path", str(inputs.model)],
+    "data": lambda inputs, out: ["--model_path", str(inputs.model), "--data_path", str(inputs.data)],
+    "serve": lambda inputs, out: ["--model_path", str(inputs.model), "--port", "0"],
     "convert to-shards": lambda inputs, out: ["--input", str(inputs.model), "--output", str(out)],
     "convert to-hf": lambda inputs, out: ["--input", str(inputs.model), "--output", str(out)],
 }
+
+
+READ_NO_MODEL = {"board", "report", "recipes"}
+
+
+def test_every_command_is_tried():
+    assert {command.split()[0] for command in COMMANDS} - {"dialogue"} | READ_NO_MODEL == set(cli._COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -77,28 +91,41 @@ def test_no_command_runs_or_asks(hostile, tmp_path, command):
     assert not ran.exists()
     assert "[y/N]" not in done.stdout + done.stderr and "custom code" not in done.stderr
     assert "Traceback" not in done.stderr
-    if command in ("finetune", "generate", "dialogue"):
+    if command in ("finetune", "generate", "dialogue", "data", "serve"):
         assert done.returncode == 2 and "asks to run its own code (mine.Mine), which megalora never does" in done.stderr
 
 
-def test_merging_does_not_run_it_either(hostile, tmp_path):
+def test_no_conversion_runs_it_either(hostile, tmp_path, monkeypatch, capsys):
+    """Each with a sound adapter, wherever it takes a folder of a model."""
     inputs, ran = hostile
-    adapter = tmp_path / "adapter"
-    clean = tmp_path / "model"
+    adapter, clean, model = tmp_path / "adapter", tmp_path / "model", str(inputs.model)
     shutil.copytree(inputs.model, clean)
     fields = json.loads((clean / "tokenizer_config.json").read_text())
     fields.pop("auto_map")
     (clean / "tokenizer_config.json").write_text(json.dumps(fields | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     tiny.tune(1, inputs.flags(adapter, model_path=clean, max_steps=1))
-    words = ["convert", "adapter", "merge", "--input", str(adapter), "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-m", "megalora", *words, "--base", str(inputs.model)],
-        input="y\n" * 100, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_environment(),
-    )  # fmt: skip
-    assert done.returncode == 2 and "never does" in done.stderr and not ran.exists()
+    run, peft = str(adapter), str(adapter / "peft")
+    flags = {
+        **{name: ["--input", model] for name in ("to-shards", "to-hf", "reshard", "dequantise", "from-gguf")},
+        "adapter to-peft": ["--input", run, "--base", model],
+        "adapter from-peft": ["--input", peft, "--base", model],
+        "adapter merge": ["--input", run, "--base", model],
+        "adapter combine": ["--input", run, "--others", peft],
+        "adapter extract": ["--input", model, "--base", model],
+        "adapter compare": ["--adapter", run, "--other", peft],
+        "adapter init": ["--input", model, "--lora_config", str(inputs.lora)],
+        "adapter to-lora": ["--input", run, "--base", model, "--initial", peft],
+    }
+    assert flags.keys() == CONVERT_COMMANDS.keys()
+    for name, words in flags.items():
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
+        output = [] if name == "adapter compare" else ["--output", str(tmp_path / f"out of {name}")]
+        status = cli.main(["convert", *name.split(), *words, *output])
+        said = capsys.readouterr().err
+        assert not ran.exists() and status in (0, 2) and "Traceback" not in said, (name, said)
+        if name == "adapter merge":
+            assert status == 2 and "never does" in said
 
 
 def _environment():
-    import os
-
     return os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
