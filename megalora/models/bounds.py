@@ -197,8 +197,8 @@ BOUNDS: Mapping[str, Bound] = {
 }
 # Fields that mean something where they are null or left out; a number of any other name must be there.
 OPTIONAL = frozenset(
-    """head_dim num_key_value_heads n_inner ffn_hidden_size word_embed_proj_dim q_lora_rank num_nextn_predict_layers
-    layer_types mlp_only_layers sliding_window attention_chunk_size seq_length n_group topk_group
+    """head_dim num_key_value_heads n_inner word_embed_proj_dim q_lora_rank num_nextn_predict_layers
+    layer_types mlp_only_layers sliding_window attention_chunk_size n_group topk_group
     num_ln_in_parallel_attn classifier_dropout attn_logit_softcapping final_logit_softcapping attn_config
     attn_config.softmax_scale attn_config.clip_qkv""".split()
 )

@@ -45,6 +45,9 @@ def encoder(
     attention  of every layer; None: BERT's
     positions  the embedding has learned ones
     """
+    if offset >= hf.max_position_embeddings:
+        what = f"pad_token_id ({offset - 1}) leaves no row of max_position_embeddings ({hf.max_position_embeddings})"
+        hf.fail(f"{what}: positions begin behind it", "take config.json from the model's own folder")
     at, width = f"{prefix}.embeddings", width or hf.hidden_size
     narrow = width != hf.hidden_size
     embedding = Embedding(

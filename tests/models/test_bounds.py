@@ -53,6 +53,27 @@ def test_a_value_beyond_the_bound_is_a_line(model_type):
                     config_from_dict(raw | {"rope_scaling": rope, "rope_theta": rope.get("rope_theta", 1e4)})
 
 
+def read(raw):
+    """The sizes hang together: the tensors can be listed and counted."""
+    spec = config_from_dict(raw)
+    assert all(size > 0 for shape in spec.tensors.values() for size in shape), raw
+    assert spec.max_position_embeddings > 0 and all(mixer.linears for mixer in spec.mixers)
+
+
+@pytest.mark.parametrize("model_type", sorted(BY_TYPE))
+def test_a_field_that_is_null_or_zero(model_type):
+    family, raw = known_families()[model_type], BY_TYPE[model_type]
+    for name in family.reads:
+        for value in (None, 0, 2**16):
+            ours_only(lambda: read(raw | {name: value}))  # noqa: B023
+
+
+def test_positions_behind_a_padding_token_that_leaves_none():
+    raw = BY_TYPE["xlm-roberta"]
+    with pytest.raises(UserError, match=r"pad_token_id \(65536\) leaves no row of max_position_embeddings"):
+        config_from_dict(raw | {"pad_token_id": 2**16})
+
+
 def test_what_would_be_a_list_without_end():
     for extra in ({"num_labels": 10**9}, {"num_hidden_layers": 10**9}, {"layer_types": ["full_attention"] * 10**5}):
         for model_type in ("qwen3", "gemma2", "gpt_neo"):
@@ -62,7 +83,6 @@ def test_what_would_be_a_list_without_end():
 @examples(60)
 @given(data=st.data())
 def test_any_config(data):
-    """The sizes of every family hang together, or it says so: its tensors can be listed and counted."""
     raw = BY_TYPE[data.draw(st.sampled_from(sorted(BY_TYPE)))]
     family = known_families()[raw["model_type"]]
     numbers = st.integers(-2, 70) | st.floats() | st.sampled_from([2**16, 2**40, True, None]) | JSON
@@ -70,10 +90,4 @@ def test_any_config(data):
         raw = raw | data.draw(st.dictionaries(st.sampled_from(sorted(family.reads)), numbers, min_size=1, max_size=3))
     else:
         raw = data.draw(edited(raw))
-
-    def read():
-        spec = config_from_dict(raw if isinstance(raw, dict) else {})
-        assert all(size > 0 for shape in spec.tensors.values() for size in shape), raw
-        assert spec.max_position_embeddings > 0 and all(mixer.linears for mixer in spec.mixers)
-
-    ours_only(read)
+    ours_only(lambda: read(raw if isinstance(raw, dict) else {}))

@@ -52,4 +52,5 @@ FAMILY = Family(
     rotates=False,
     aliases={"n_embed": "hidden_size"},
     files=FileNames(prefix="transformer."),
+    optional=frozenset({"seq_length"}),
 )

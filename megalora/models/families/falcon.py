@@ -88,4 +88,5 @@ FAMILY = Family(
     harmless=frozenset({"ff_factor"}),  # ffn_hidden_size says it
     aliases={"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
     files=FALCON_FILES,
+    optional=frozenset({"ffn_hidden_size"}),
 )
