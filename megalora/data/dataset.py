@@ -191,14 +191,8 @@ def _encode(sources: list[Source], encoder: Encodes, settings: DataSettings, wri
             first_rows.append(report.rows)
             for documents, part in _encoded(source.path, encoder, settings):
                 documents = replace(documents, rows=documents.rows + first_rows[-1])
-                for index in range(len(documents)):
-                    sample = documents.sample(index)
-                    digest.update(len(sample.input_ids).to_bytes(8, "little"))
-                    digest.update(sample.input_ids.astype("<i4").tobytes() + sample.labels.astype("<i4").tobytes())
-                    for name, column in sorted(sample.columns.items()):
-                        digest.update(name.encode() + column.astype("<i4").tobytes())
-                    if sample.weights is not None:
-                        digest.update(b"weights" + sample.weights.astype("<f4").tobytes())
+                for data in documents.written():
+                    digest.update(data)
                 writer.add(documents)
                 count += len(documents)
                 report.add(part)

@@ -9,7 +9,7 @@ Three documents of 4, 3 and 2 tokens, the labelled ones marked with a dot below:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,35 @@ class Documents:
     def _run_labels(self) -> np.ndarray:
         """[K], labels of each run once they are shifted."""
         return self.runs[:, 1] - np.maximum(self.runs[:, 0], 1)
+
+    def written(self) -> Iterator[bytes]:
+        """Yield all that the documents say, for a hash: of each its length, ids, labels, columns and weights."""
+        if not self.columns and self.weights is None:
+            yield self._plainly_written()
+            return
+        for index in range(len(self)):
+            sample = self.sample(index)
+            yield len(sample.input_ids).to_bytes(8, "little")
+            yield sample.input_ids.astype("<i4").tobytes() + sample.labels.astype("<i4").tobytes()
+            for name, column in sorted(sample.columns.items()):
+                yield name.encode() + column.astype("<i4").tobytes()
+            if sample.weights is not None:
+                yield b"weights" + sample.weights.astype("<f4").tobytes()
+
+    def _plainly_written(self) -> bytes:
+        """Return `written` of documents that are ids and labels alone, all at once."""
+        lengths = self.lengths
+        first_tokens, first_words = self.ends - lengths, np.cumsum(2 + 2 * lengths) - (2 + 2 * lengths)
+        edges = np.zeros(len(self.ids) + 1, dtype=np.int8)  # 1 where a labelled run starts, -1 where one ends
+        runs = self.runs + np.repeat(first_tokens, np.diff(self.run_ends, prepend=0))[:, None]
+        np.add.at(edges, runs[:, 0], 1)
+        np.add.at(edges, runs[:, 1], -1)
+        words = np.empty(2 * (len(self) + len(self.ids)), dtype="<i4")
+        words[first_words], words[first_words + 1] = lengths, lengths >> 32
+        places = np.arange(len(self.ids)) + np.repeat(first_words + 2 - first_tokens, lengths)
+        words[places] = self.ids
+        words[places + np.repeat(lengths, lengths)] = np.where(np.cumsum(edges[:-1]) > 0, self.ids, IGNORE)
+        return words.tobytes()
 
     def sample(self, index: int) -> Sample:
         """Return one document. Its labels are not shifted."""

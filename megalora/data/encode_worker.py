@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -13,6 +14,8 @@ def main() -> None:
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything prints goes to standard error
     encoder = pickle.load(sys.stdin.buffer)
+    gc.freeze()  # what is there by now is never garbage, and takes long to look through
+    gc.disable()
     while True:
         try:
             chunk = pickle.load(sys.stdin.buffer)
@@ -25,6 +28,7 @@ def main() -> None:
             answer = (None, error)
         pickle.dump(answer, results, protocol=5)
         results.flush()
+        gc.collect()  # once a chunk, not whenever a row has made some objects
 
 
 if __name__ == "__main__":

@@ -151,6 +151,8 @@ class Fields:
 
     def take_named(self, *names: str) -> tuple[str, Any] | None:
         """Return what `take` does, with the name."""
+        if self._left.keys().isdisjoint(names):
+            return None
         found = [(name, self._left[name]) for name in names if not empty(self._left.get(name))]
         if len(found) > 1:
             both = " and ".join(name for name, _ in found)

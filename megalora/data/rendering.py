@@ -38,6 +38,8 @@ _DEEP = frozenset("tojson string pprint join format escape e urlencode xmlattr s
 _GROWS = frozenset("replace join translate expandtabs format format_map indent batch slice sum wordwrap".split())
 _WEIGHED = "_weighed"  # the filter
 _SCALARS = (str, int, float, bool, type(None), jinja2.Undefined)
+_PLAIN = frozenset([str, list, tuple, dict])  # what attribute of one is safe depends on its name alone
+_MOST_NAMES = 1 << 10
 
 
 class Refused(Exception):
@@ -144,6 +146,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.budget = self._look_at = self.written = 0
         self._deadline: float | None = None
         self.generated: list[tuple[int, int]] = []
+        self._safe: dict[tuple[type, str], bool] = {}
         self.filters = {name: self._charged(name, work) for name, work in self.filters.items()}
         self.filters |= {"tojson": self._charged("tojson", _to_json), _WEIGHED: self._weighed}
         self.tests = {name: self._charged(name, work) for name, work in self.tests.items()}
@@ -230,6 +233,15 @@ class _Environment(ImmutableSandboxedEnvironment):
             return safe(*args, **kwargs)
 
         return formatted
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Return what the sandbox says of an attribute, which it takes long to find: it is asked once for each."""
+        key = type(obj), attr
+        if key[0] not in _PLAIN or len(self._safe) > _MOST_NAMES:
+            return super().is_safe_attribute(obj, attr, value)
+        if key not in self._safe:
+            self._safe[key] = super().is_safe_attribute(obj, attr, value)
+        return self._safe[key]
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         if isinstance(argument, slice):

@@ -10,12 +10,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from stacked import stacked
 
 from megalora.data import ChatTemplate, DataSettings, FieldNames, load_dataset
 from megalora.data import cache as cache_module
 from megalora.data import dataset as dataset_module
+from megalora.data.documents import Documents
 from megalora.data.encode import Encoder
+from megalora.data.template import IGNORE, Sample
 from megalora.errors import UserError
 
 ROWS = [{"instruction": f"hello {number}", "output": "I am Mega. " * (1 + number % 5)} for number in range(40)]
@@ -190,3 +194,15 @@ def test_names_that_no_row_has(template, write_json):
     for names in (FieldNames({"reply": "output"}), FieldNames({}, frozenset({"reply"}))):
         with pytest.raises(UserError, match="no row has a field reply"):
             load(write_json(ROWS), template, None, names=names)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=6), max_size=5))
+def test_what_is_hashed_of_documents(documents):
+    """All at once it is the same as one after another."""
+    ids = [np.array([token for token, _ in tokens], np.int32) for tokens in documents]
+    labels = [np.array([token if keep else IGNORE for token, keep in tokens], np.int32) for tokens in documents]
+    made = Documents.of([Sample(*both) for both in zip(ids, labels, strict=True)], range(len(ids)))
+    expected = b"".join(
+        len(own).to_bytes(8, "little") + own.tobytes() + its.tobytes() for own, its in zip(ids, labels, strict=True)
+    )
+    assert b"".join(made.written()) == expected
