@@ -94,8 +94,8 @@ def torchrun(*options: str) -> list[str]:
     return [*launcher, str(ROOT / "tools/finetune.py")]
 
 
-def same_run(folder: Path, whole: Path) -> None:
-    assert column(folder, "step") == [*range(1, STEPS + 1)]
+def same_run(folder: Path, whole: Path, steps: int = STEPS) -> None:
+    assert column(folder, "step") == [*range(1, steps + 1)]
     assert column(folder, "loss") == column(whole, "loss")
     assert tiny.largest_difference(exported(folder), exported(whole)) == 0
 
@@ -114,6 +114,22 @@ def test_a_killed_rank_and_the_restart_by_torchrun(inputs, whole, tmp_path):
     assert "continuing after step" in (tmp_path / "out0").read_text()
     log = (tmp_path / "run/logs/rank_00000.log").read_text()
     assert log.count("---- rank 0 on ") == 2 and "rank 1 on " in log and "in step" in log and "File " in log
+
+
+def test_a_rank_lost_in_the_ring(inputs, tmp_path):
+    """Of context parallelism: one line says which, and the same command goes on from the checkpoint, bit for bit."""
+    ring = {"max_steps": 40, "save_steps": 10, "context_parallel_size": 2}
+    tiny.tune(2, inputs.flags(tmp_path / "whole", **ring))
+    command = [*torchrun(), *inputs.flags(tmp_path / "run", **ring)]
+    with Running(tmp_path, *command) as run:
+        run.until_step(15)
+        run.signal(1, signal.SIGKILL)
+        assert run.until_it_ends() != 0
+    (line,) = [line for line in run.errors.splitlines() if line.startswith("megalora: ")]
+    assert re.match(r"megalora: rank 1 on \S+ has died, last heard of in step \d+.*; the run ends here", line)
+    with Running(tmp_path, *command) as run:
+        assert run.until_it_ends() == 0, run.errors
+    same_run(tmp_path / "run", tmp_path / "whole", 40)
 
 
 def test_a_stopped_rank_is_named_by_the_others(inputs, tmp_path):

@@ -1,4 +1,7 @@
-"""An adapter to start from, against the --lora_config that is given too."""
+"""What a run starts from: an adapter against --lora_config, tokens of a microbatch against the ranks."""
+
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -6,8 +9,10 @@ from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.errors import UserError
+from megalora.flags import parse_finetune
 from megalora.models.config import config_from_dict
-from megalora.starting import Start, _check_same_adapter
+from megalora.parallel.mesh import Axis, ParallelMesh
+from megalora.starting import Start, _check_length, _check_same_adapter
 
 CONFIG = config_from_dict(
     {
@@ -49,3 +54,24 @@ def test_what_is_another_adapter_is_named(theirs, ours, told):
         _check_same_adapter(resolve_lora(LoraConfig.from_dict(fields | ours), CONFIG), start, CONFIG)
     assert "leave --lora_config out" in refused.value.hint
     _check_same_adapter(resolve_lora(LoraConfig.from_dict(fields | theirs), CONFIG), start, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("cp", "tp", "told"),
+    [
+        (3, 1, r"\(1\) \* seq_length \(64\) = 64 tokens are not a multiple of context_parallel_size \(3\)$"),
+        (32, 4, r"not a multiple of context_parallel_size \(32\) \* tensor_parallel_size \(4\)$"),
+        (16, 4, None),
+    ],
+)
+def test_tokens_that_context_parallel_ranks_cannot_share(cp, tp, told):
+    required = {name: "x" for name in ("model_path", "data_path", "output_dir")}
+    arguments = parse_finetune([word for name, value in required.items() for word in (f"--{name}", value)])
+    data = replace(arguments.data, seq_length=64)
+    mesh = ParallelMesh(cp=Axis(0, tuple(range(cp))), tp=Axis(0, tuple(range(tp))))
+    if told is None:
+        assert _check_length(CONFIG, data, arguments.train, True, mesh) == []
+        return
+    with pytest.raises(UserError) as refused:
+        _check_length(CONFIG, data, arguments.train, tp > 1, mesh)
+    assert re.search(told, refused.value.message) and refused.value.hint == "change seq_length"

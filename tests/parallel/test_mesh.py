@@ -1,14 +1,16 @@
-"""How long the ranks of a mesh wait for one another."""
+"""Which processes a mesh needs, and how long its ranks wait for one another."""
 
 import datetime
+import re
 import time
 
 import pytest
 import torch
 from spawn import spawn
 
+from megalora.errors import UserError
 from megalora.parallel.collectives import all_reduce
-from megalora.parallel.mesh import build_mesh
+from megalora.parallel.mesh import build_mesh, layout
 
 
 def late(rank: int, world_size: int, seconds: float) -> str:
@@ -24,3 +26,17 @@ def late(rank: int, world_size: int, seconds: float) -> str:
 @pytest.mark.parametrize("seconds, ends", [(0.5, "given up"), (60.0, "2.0")])
 def test_a_rank_waits_as_long_as_it_is_told(seconds, ends):
     assert spawn(late, 2, seconds)[0] == ends
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told", "hint"),
+    [
+        ((4, 1, 1, 3), r"\* context_parallel_size \(3\) = 3", "a multiple of 3 processes or change the three"),
+        ((4, 2, 2, 2), r"context_parallel_size \(2\) = 8", "start a multiple of 8 processes"),
+        ((6, 4, 1, 1), r"pipeline_parallel_size \(1\) = 4$", "change the two sizes"),
+    ],
+)
+def test_processes_that_the_sizes_do_not_divide(sizes, told, hint):
+    with pytest.raises(UserError) as refused:
+        layout(*sizes)
+    assert re.search(told, refused.value.message) and hint in refused.value.hint
