@@ -79,7 +79,8 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     resolved = lora_config.resolve(*args)
     if config.encoder is not None and any(resolved.words(end).trains for end in ends):
         raise UserError(
-            f"lora_config: training the embedding or the head of a {config.model_type} is not implemented",
+            f"lora_config: training the embedding or the head of a {config.model_type} is not implemented: encoder, "
+            "decoder and head read the same words, mostly on several stages, and their gradients are not summed",
             f"leave {' and '.join(ends)} out of target_modules and modules_to_save, and trainable_token_indices too",
         )
     stacked = tuple(stack for stack, names in stacks.items() if not resolved.adapters.keys().isdisjoint(names))

@@ -37,7 +37,7 @@ from megalora.data.template import TemplateOptions
 from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import GenerateArguments, GenerationArguments
-from megalora.generation.defaults import sampling_defaults, unescaped
+from megalora.generation.defaults import not_applied, sampling_defaults, unescaped
 from megalora.generation.dialogue import NAMES, Chat, dialogue, edits_lines
 from megalora.generation.later import Later
 from megalora.generation.logits import LogitsFolder
@@ -193,7 +193,8 @@ def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, 
     with together(world):
         if world.is_first:
             sampling, sampled_by = _sampling(options, sampling_defaults(model_path))
-            notes = (*opened.notes, *sampled_by)
+            left_out = not_applied(model_path)
+            notes = (*opened.notes, *sampled_by, *(() if left_out is None else (left_out,)))
             if opened.config.encoder is not None:
                 rows = sources.source_rows(opened.tokenizer, options, recorded)
                 stop, questions = sources.stops(model_path, rows), sources.questions(options)

@@ -32,7 +32,7 @@ from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import Serving
 from megalora.generate import PATIENCE
-from megalora.generation.defaults import sampling_defaults
+from megalora.generation.defaults import not_applied, sampling_defaults
 from megalora.generation.prompts import decode, stop_token_ids
 from megalora.generation.replica import Replica
 from megalora.generation.requests import Change
@@ -93,7 +93,8 @@ def serve(arguments: Serving) -> None:
                 replica.serve(None, None, mesh.world, put)
             return
         cached = f"keys and values of {options.max_running} requests of {context:,} tokens: {held / 2**30:.3g} GiB"
-        for note in (*([remark] if remark else []), *read.notes, f"{cached} on each rank, {options.kv_cache}"):
+        known = (remark, not_applied(arguments.served.model_path))
+        for note in (*filter(None, known), *read.notes, f"{cached} on each rank, {options.kv_cache}"):
             _say(note)
         backlog = Backlog(options.max_running, options.max_waiting)
         token = token_for(options.host, options.token)

@@ -10,6 +10,8 @@ import tiny
 import torch
 import transformers
 from oracle import fields_of
+from spawn import spawn
+from talking import run
 
 import megalora
 from megalora import cli
@@ -107,6 +109,52 @@ def test_from_rows_to_replies(family, models, tmp_path):
                 )[0]  # fmt: skip
             text = tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             assert text.strip() == said["run"][number].strip(), (number, one is whole)
+
+
+@pytest.mark.parametrize("family", ["t5, version 1.1", "bart"])
+def test_an_adapter_of_peft_replies_alike_on_every_layout(family, models, tmp_path):
+    """Greedy replies of an adapter that peft made are those of peft, on tensor and pipeline parallel ranks too."""
+    model, auto, adapter = models[family], transformers.AutoModelForSeq2SeqLM, tmp_path / "adapter"
+    names = ["q", "v", "wo"] if family != "bart" else ["q_proj", "v_proj", "fc2"]
+    lora = peft.LoraConfig(r=3, lora_alpha=6, target_modules=names, task_type="SEQ_2_SEQ_LM")
+    torch.manual_seed(5)
+    theirs = peft.get_peft_model(auto.from_pretrained(model), lora).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.3)
+    theirs.save_pretrained(adapter)
+    tokenizer, expected = transformers.AutoTokenizer.from_pretrained(model), []
+    file, out = tmp_path / "asked.json", tmp_path / "out.jsonl"
+    tiny.write_json(file, [ROWS[number] for number in PROBES])
+    for number in PROBES:
+        ids = tokenizer(ROWS[number]["input"], return_tensors="pt").input_ids
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            reply = theirs.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=9 + (family == "bart"),
+                do_sample=False, num_beams=1, forced_eos_token_id=None,
+            )[0]  # fmt: skip
+        expected.append(tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
+    assert len(set(expected)) > 1
+    command = ["--model_path", model, "--resume_peft_from_checkpoint", adapter, "--prompts_file", file]
+    command = [str(word) for word in (*command, "--output_file", out, "--max_new_tokens", 9, "--dtype", "float32")]
+    for tp, pp in ((1, 1), (2, 2), (4, 1), (1, 4)):
+        layout = ["--tensor_parallel_size", str(tp), "--pipeline_parallel_size", str(pp)]
+        printed = [run(0, 1, command)] if tp * pp == 1 else spawn(run, 4, [*command, *layout])
+        assert printed == [[""]] * (tp * pp)
+        said = [json.loads(line)["response"].strip() for line in out.read_text(encoding="utf-8").splitlines()]
+        assert said == expected, (tp, pp)
+
+
+def test_beams_that_the_model_asks_for_are_told(models, tmp_path, capfd):
+    for file in models["bart"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink()
+    tiny.write_json(tmp_path / "generation_config.json", {"num_beams": 4, "no_repeat_ngram_size": 3})
+    megalora.generate(model_path=tmp_path, prompt="red green", max_new_tokens=2)
+    told = "not applied in generation, though generation_config.json of the model asks for it: num_beams 4, no_repeat"
+    assert told in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,45 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# Fields with which transformers replies otherwise, and which are not implemented -> values that change nothing.
+_NOT_APPLIED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0, 0.0),
+    "penalty_alpha": (0, 0.0),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1, 1.0),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ([], {}),
+    "exponential_decay_length_penalty": (),
+    "typical_p": (1, 1.0),
+    "epsilon_cutoff": (0, 0.0),
+    "eta_cutoff": (0, 0.0),
+}
+_OF_BEAMS = {"length_penalty": (1, 1.0), "early_stopping": (False,)}  # which mean nothing without beams
+
+
+def not_applied(folder: str | Path) -> str | None:
+    """Return a line on what a model's generation_config.json asks for and replies here do without; None where nothing.
+
+    Without that file transformers takes the fields of config.json, as it saved them there at first (BART).
+    """
+    file = Path(folder) / FILE
+    file = file if file.exists() else Path(folder) / "config.json"
+    fields = _read(file)
+    known = _NOT_APPLIED | (_OF_BEAMS if fields.get("num_beams") not in (None, 1) else {})
+    asked = {name: fields[name] for name, without in known.items() if fields.get(name) not in (None, *without)}
+    if not asked:
+        return None
+    told = ", ".join(f"{name} {value!r:.40}" for name, value in asked.items())
+    return f"not applied in generation, though {file.name} of the model asks for it: {told}"
+
+
 def sampling_defaults(folder: str | Path) -> dict[str, float]:
     """Return the fields of sampling that a model's generation_config.json sets, by the names of the flags.
 

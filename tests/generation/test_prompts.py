@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from megalora.errors import UserError
-from megalora.generation.defaults import sampling_defaults, unescaped
+from megalora.generation.defaults import not_applied, sampling_defaults, unescaped
 from megalora.generation.prompts import ask, encode, read_questions, stop_token_ids, unseen_stops
 
 
@@ -161,6 +161,16 @@ def test_sampling_that_the_model_asks_for(tmp_path):
     assert sampling_defaults(config(tmp_path, do_sample=True, **asked, bos_token_id=1)) == asked
     assert sampling_defaults(config(tmp_path, **asked, repetition_penalty=1.05)) == {"repetition_penalty": 1.05}
     assert sampling_defaults(config(tmp_path, do_sample=True, temperature=None)) == {"temperature": 1.0}
+
+
+def test_what_is_asked_for_and_not_applied_is_said(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_beams": 4, "length_penalty": 2.0, "early_stopping": True}))
+    said = "not applied in generation, though {} of the model asks for it: {}"
+    beams = "num_beams 4, length_penalty 2.0, early_stopping True"
+    assert not_applied(tmp_path) == said.format("config.json", beams)
+    assert not_applied(config(tmp_path, num_beams=1, length_penalty=2.0, no_repeat_ngram_size=0)) is None
+    name = "generation_config.json"
+    assert not_applied(config(tmp_path, no_repeat_ngram_size=3)) == said.format(name, "no_repeat_ngram_size 3")
 
 
 @pytest.mark.parametrize(
