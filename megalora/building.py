@@ -294,6 +294,13 @@ def check_adapter(
     """Raise UserError, the same on every rank, where names or shapes of an adapter are not those of this model."""
     expected = trained_shapes(lora, config)
     missing, left_over = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    dense = config.head.dense if isinstance(config.head, ClassHead) else None
+    if missing and dense is not None and all(name.startswith(f"{dense.name}.") for name in missing):
+        part, said = dense.name.partition(".")[0], "peft saves it only where modules_to_save names it"
+        raise UserError(
+            f"adapter {where}: lacks {dense.name}, which the classifier reads: {said}",
+            f'train it again with modules_to_save: ["{part}"]',
+        )
     if missing or left_over:
         name = (missing or left_over)[0]
         what = "lacks" if missing else "has, but the model does not,"

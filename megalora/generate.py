@@ -193,8 +193,7 @@ def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, 
     with together(world):
         if world.is_first:
             sampling, sampled_by = _sampling(options, sampling_defaults(model_path))
-            left_out = not_applied(model_path)
-            notes = (*opened.notes, *sampled_by, *(() if left_out is None else (left_out,)))
+            notes = (*opened.notes, *sampled_by, *filter(None, [not_applied(model_path)]))
             if opened.config.encoder is not None:
                 rows = sources.source_rows(opened.tokenizer, options, recorded)
                 stop, questions = sources.stops(model_path, rows), sources.questions(options)

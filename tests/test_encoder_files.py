@@ -94,6 +94,19 @@ def test_peft_reads_what_was_trained_and_megalora_what_peft_saves(family, task, 
     assert load_file(again / "adapter_model.safetensors").keys() == tiny.exported(tmp_path / "run").keys()
 
 
+def test_an_adapter_that_lacks_its_pooler_says_so(tmp_path):
+    model = base_of("deberta-v2", tmp_path / "model")
+    labels = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+    config = transformers.AutoConfig.from_pretrained(model, **labels)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=4)
+    theirs = peft.get_peft_model(AUTO["SEQ_CLS"].from_pretrained(model, config=config), lora)
+    for part in (theirs, config):
+        part.save_pretrained(tmp_path / "adapter")
+    tiny.write_json(tmp_path / "rows.json", TEXTS)
+    with pytest.raises(UserError, match="lacks pooler.dense, which the classifier reads: peft saves it only where"):
+        said_of(tmp_path, model, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("family", ["deberta", "deberta-v2, apart", "layoutlm"])
 def test_shards_keep_every_bit(family, tmp_path):
     model, shards, back = base_of(family, tmp_path / "model"), tmp_path / "shards", tmp_path / "back"
