@@ -32,7 +32,7 @@ from megalora.checkpoint.base.hf import AsStored, is_hf
 from megalora.checkpoint.base.quantised import holds_quantised
 from megalora.checkpoint.base.source import BaseWeights
 from megalora.checkpoint.base.stacked import Stacked
-from megalora.checkpoint.base.transfer import Plan, plan_hf, plan_shards, tensor_types, transfer
+from megalora.checkpoint.base.transfer import TransferPlan, plan_hf, plan_shards, tensor_types, transfer
 from megalora.checkpoint.base.weights import open_base, with_own_head
 from megalora.checkpoint.layout import Layout, has_shards
 from megalora.checkpoint.run.folder import export_folder, tokenizer_folder
@@ -156,7 +156,7 @@ def write_base(
     arguments: Conversion,
     target: TargetFolder,
     weights: BaseWeights,
-    plan: Plan,
+    plan: TransferPlan,
     model: str,
     chat_template: str | None = None,
     finish: Callable[[Path], None] | None = None,
@@ -411,7 +411,9 @@ def target_of(paths: ConvertArguments, *more: str) -> TargetFolder:
     return TargetFolder(paths.output, paths.overwrite, [paths.input, *more])
 
 
-def _say_plan(arguments: Conversion, target: TargetFolder, plan: Plan, beside: Mapping[str, Path], nbytes: int) -> None:
+def _say_plan(
+    arguments: Conversion, target: TargetFolder, plan: TransferPlan, beside: Mapping[str, Path], nbytes: int
+) -> None:
     width = max(len(file.path) for file in plan.files)
     print(f"{arguments.command}: {arguments.paths.input} -> {arguments.paths.output}, which would hold")
     for file in plan.files:

@@ -299,7 +299,7 @@ def _clocks(world: Axis) -> Finding:
 
 
 @dataclass(frozen=True)
-class Link:
+class MeasuredLink:
     """One way between two ranks: seconds of a small message, bytes a second of a large one."""
 
     axis: str
@@ -325,7 +325,7 @@ def links(mesh: ParallelMesh, hosts: Sequence[str], device: torch.device) -> lis
             continue
         text = f"all-reduce over {name} of {axis.size}: {min(speeds) / 1e9:.2f} GB/s on the slowest rank"
         findings.append(Finding(f"{name} all-reduce", OK, text))
-    found: dict[tuple[int, int], Link] = {}
+    found: dict[tuple[int, int], MeasuredLink] = {}
     for name in ("tp", "dp", "pp"):
         for pair in _pairs(gather_objects(getattr(mesh, name).ranks, mesh.world)):
             if pair not in found:
@@ -338,7 +338,7 @@ def _pairs(groups: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
     return sorted({pair for ranks in groups for pair in zip(ranks, ranks[1:], strict=False)})
 
 
-def judge_links(found: Sequence[Link]) -> list[Finding]:
+def judge_links(found: Sequence[MeasuredLink]) -> list[Finding]:
     """Return the slow ones by name, and one row for the others of each kind. Pure."""
     findings = []
     for inside in (True, False):
@@ -374,7 +374,7 @@ def _reduction(axis: Axis, device: torch.device) -> float:
     return 2 * (axis.size - 1) / axis.size * size / seconds
 
 
-def _measure(name: str, pair: tuple[int, int], world: Axis, hosts: Sequence[str], device: torch.device) -> Link:
+def _measure(name: str, pair: tuple[int, int], world: Axis, hosts: Sequence[str], device: torch.device) -> MeasuredLink:
     """Send to and fro between two ranks while the others wait. Collective."""
     times = None
     if world.rank in pair:
@@ -386,7 +386,7 @@ def _measure(name: str, pair: tuple[int, int], world: Axis, hosts: Sequence[str]
     latency, speed = gather_objects(times, world)[pair[0]]
     a, b = pair
     between = f"rank {a} on {hosts[a]} - rank {b} on {hosts[b]}"
-    return Link(name, pair, between, hosts[a] == hosts[b], latency, speed)
+    return MeasuredLink(name, pair, between, hosts[a] == hosts[b], latency, speed)
 
 
 def bandwidth(empty: Sequence[float], full: Sequence[float], nbytes: int) -> float | None:

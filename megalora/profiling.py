@@ -34,7 +34,7 @@ TRACE_BYTES = 1 << 30  # a trace has a line for each compute of each rank
 
 
 @dataclass(frozen=True)
-class Span:
+class TimedSpan:
     """Something that a rank did, in seconds from the start of its step. action: None for a phase of the clock."""
 
     name: str
@@ -50,7 +50,7 @@ class Profiler:
         self._device = device
         self._marks: list[tuple[str, Action | None, Any, Any]] | None = None  # of the step that is recorded
         self._zero: Any = None
-        self._steps: list[list[Span]] = []
+        self._steps: list[list[TimedSpan]] = []
 
     @contextlib.contextmanager
     def step(self, recorded: bool, world: Axis) -> Iterator[None]:
@@ -63,7 +63,8 @@ class Profiler:
         self._zero, self._marks = self._mark(), []
         yield
         self._synchronize()
-        self._steps.append([Span(name, action, self._since(a), self._since(b)) for name, action, a, b in self._marks])
+        marks = self._marks
+        self._steps.append([TimedSpan(name, action, self._since(a), self._since(b)) for name, action, a, b in marks])
         self._marks = None
 
     def watch(self, action: Action) -> contextlib.AbstractContextManager:
@@ -80,7 +81,7 @@ class Profiler:
 
         return timed
 
-    def collect(self, world: Axis) -> list[list[list[Span]]]:
+    def collect(self, world: Axis) -> list[list[list[TimedSpan]]]:
         """Return [rank][step] the spans of all ranks. Collective."""
         return gather_objects(self._steps, world)
 
@@ -163,7 +164,7 @@ def model_words(config: ModelSpec) -> str:
 
 
 def write_profile(
-    folder: str | Path, recorded: Sequence[Sequence[Sequence[Span]]], plan: Plan, model: str, device: str
+    folder: str | Path, recorded: Sequence[Sequence[Sequence[TimedSpan]]], plan: Plan, model: str, device: str
 ) -> str:
     """Return the trace and the drawing of what Profiler.collect gave, in `folder`; returns a line that says so.
 

@@ -73,7 +73,7 @@ def test_a_full_disk(tmp_path):
 
 
 def link(ranks, inside, bandwidth, latency=1e-5):
-    return doctor.Link("pp", ranks, f"rank {ranks[0]} - rank {ranks[1]}", inside, latency, bandwidth)
+    return doctor.MeasuredLink("pp", ranks, f"rank {ranks[0]} - rank {ranks[1]}", inside, latency, bandwidth)
 
 
 def test_slow_links_are_named():

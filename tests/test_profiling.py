@@ -22,7 +22,15 @@ from megalora.planning.layouts import predicted
 from megalora.planning.nodes import Workload
 from megalora.planning.plans import Layout
 from megalora.planning.timing import LayerCosts
-from megalora.profiling import Profiler, Span, measured_costs, model_words, read_profile, recorded_steps, write_profile
+from megalora.profiling import (
+    Profiler,
+    TimedSpan,
+    measured_costs,
+    model_words,
+    read_profile,
+    recorded_steps,
+    write_profile,
+)
 
 FIELDS = {
     "model_type": "llama",
@@ -87,10 +95,10 @@ def profile_of(folder, parts=(2, 2), seconds=(1.0, 2.0), **work):
     plan = predicted(config, lora, layout, ranges, torch.device("cpu"))
     recorded = []
     for each in seconds[: len(parts)]:
-        spans, now = [Span("data", None, 0.0, 0.1)], 0.1
+        spans, now = [TimedSpan("data", None, 0.0, 0.1)], 0.1
         for m in range(3):
             for op in (FORWARD, BACKWARD):
-                spans.append(Span(op, Action(op, m), now, now + each))
+                spans.append(TimedSpan(op, Action(op, m), now, now + each))
                 now += each
         recorded.append([spans, spans])
     return write_profile(folder, recorded, plan, model_words(config), "cpu")

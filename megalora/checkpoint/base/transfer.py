@@ -53,7 +53,7 @@ class TensorFile:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TransferPlan:
     """All that a folder of base weights will hold.
 
     tensors  every tensor, whole, in the order it is read
@@ -81,7 +81,7 @@ def tensor_types(weights: BaseWeights, order: Iterable[str]) -> dict[str, Tensor
     return {name: found[name] for name in names}
 
 
-def plan_hf(tensors: Mapping[str, TensorType], max_file_bytes: int) -> Plan:
+def plan_hf(tensors: Mapping[str, TensorType], max_file_bytes: int) -> TransferPlan:
     """Return one model.safetensors, or several files of at most `max_file_bytes` (or one tensor) each with their index.
     """
     groups: list[list[str]] = [[]]
@@ -106,10 +106,10 @@ def plan_hf(tensors: Mapping[str, TensorType], max_file_bytes: int) -> Plan:
         weight_map = {name: file.path for file in files for name in file.parts}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts[hf.INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    return Plan(tensors, files, texts)
+    return TransferPlan(tensors, files, texts)
 
 
-def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mapping[str, Split]]) -> Plan:
+def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mapping[str, Split]]) -> TransferPlan:
     """Return a shard for each place of the layout.
 
     splits  what lies there of which tensors; what no place has (rotary frequencies, in old files) is whole on all
@@ -125,10 +125,10 @@ def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mappi
         table = {name: TensorType(tensors[name].dtype, split.local_shape) for name, split in parts.items()}
         files.append(TensorFile(f"{layout.folder}/{BASE_FILE}", parts, table))
         texts[f"{layout.folder}/{LAYOUT_FILE}"] = layout_json(layout, parts)
-    return Plan(tensors, files, texts)
+    return TransferPlan(tensors, files, texts)
 
 
-def transfer(weights: BaseWeights, plan: Plan, folder: Path, progress: Callable[[int], None]) -> None:
+def transfer(weights: BaseWeights, plan: TransferPlan, folder: Path, progress: Callable[[int], None]) -> None:
     """Write what is planned into `folder`, which exists. `progress` is told bytes as they are written.
 
     Raises UserError where `weights` cannot be read, OSError where `folder` cannot be written.
