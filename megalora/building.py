@@ -14,6 +14,7 @@ from torch import nn
 
 from megalora import choices
 from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.adapters.sharing import expert_count, holder
 from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
@@ -92,7 +93,9 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             f"{config.model_type} model is",
             "remove the field",
         )
-    return replace(resolved, config=replace(lora_config, fan_in_fan_out=transposed, target_parameters=stacked or None))
+    count = expert_count(lora_config.expert_lora, lora_config.init_lora_weights, resolved.adapters, config.linears)
+    told = {"fan_in_fan_out": transposed, "target_parameters": stacked or None, "expert_count": count}
+    return replace(resolved, config=replace(lora_config, **told))
 
 
 def _beside_head(saved: tuple[str, ...] | None, head: ClassHead) -> tuple[str, ...] | None:
@@ -273,8 +276,9 @@ def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int
         if lora.trains_bias(name) and linear.bias:
             shapes[f"{name}.bias"] = (linear.out_features,)
         if (adapter := lora.adapter(name)) is not None:
-            shapes[f"{name}.lora_A.weight"] = (adapter.r, linear.in_features)
-            shapes[f"{name}.lora_B.weight"] = (linear.out_features, adapter.r)
+            holders = [holder(name, factor, lora.config.expert_lora) for factor in "AB"]
+            shapes[f"{holders[0]}.lora_A.weight"] = (adapter.r, linear.in_features)
+            shapes[f"{holders[1]}.lora_B.weight"] = (linear.out_features, adapter.r)
             if adapter.bias:
                 shapes[f"{name}.lora_B.bias"] = (linear.out_features,)
             if adapter.dora:

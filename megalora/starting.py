@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.adapters.sharing import in_common
 from megalora.added_tokens import AddedToken
 from megalora.building import (
     check_vocabulary,
@@ -121,7 +122,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     with together(mesh.world):
         config = with_rows_for(config, added, model.model_path, None if start is None else start.checkpoint.tensors)
         lora = resolve_lora(train_rows_of(lora_config, config, added), config)
-        _check_same_adapter(lora, start, config)
+        start = _checked_start(start, lora, config)
         rows, eval_rows = _load_rows(template, data, train, mesh.world)
         check_vocabulary(max(one.max_token_id for one in (rows, *eval_rows.values())), config, model.model_path)
     samples = SampleReplies.of(arguments, config, lora_config.task_type, template, mesh)
@@ -269,10 +270,25 @@ def _added_tokens(arguments: FinetuneArguments, start: Start | None) -> tuple[Ad
     return found
 
 
-def _check_same_adapter(lora: ResolvedLora, start: Start | None, config: ModelSpec) -> None:
-    """Raise UserError where --lora_config means another adapter than the one to start from."""
+def _checked_start(start: Start | None, lora: ResolvedLora, config: ModelSpec) -> Start | None:
+    """Return what the run starts from, with one factor for all experts where the run shares it.
+
+    Raises UserError where --lora_config means another adapter.
+    """
     if start is None:
-        return
+        return None
+    ours = lora.config
+    if ours.expert_count is not None and not start.checkpoint.lora_config.get("expert_count"):
+        tensors = in_common(start.checkpoint.tensors, ours.expert_lora, start.checkpoint.where)
+        more = {"expert_lora": ours.expert_lora, "expert_count": ours.expert_count}
+        fields = start.checkpoint.lora_config | more
+        start = replace(start, checkpoint=replace(start.checkpoint, tensors=tensors, lora_config=fields))
+    _check_same_adapter(lora, start, config)
+    return start
+
+
+def _check_same_adapter(lora: ResolvedLora, start: Start, config: ModelSpec) -> None:
+    """Raise UserError where --lora_config means another adapter than the one to start from."""
     theirs = resolve_lora(LoraConfig.from_dict(start.checkpoint.lora_config, start.checkpoint.where), config)
     ours = {name: (adapter.r, adapter.scaling) for name, adapter in lora.adapters.items()}
     other = {name: (adapter.r, adapter.scaling) for name, adapter in theirs.adapters.items()}

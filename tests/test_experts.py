@@ -21,8 +21,9 @@ from test_field_parity import documents
 from variants import check_greedy
 
 from megalora.adapters.config import LoraConfig
+from megalora.adapters.sharing import in_common
 from megalora.batch import Batch
-from megalora.building import resolve_lora
+from megalora.building import load_adapter, resolve_lora
 from megalora.checkpoint.adapter.peft import dropout_caution, peft_caution, read_peft, write_peft
 from megalora.errors import UserError
 from megalora.generation.cache import Span
@@ -85,6 +86,76 @@ def test_every_layout_gives_the_numbers_of_one_process():
     assert largest_difference(alone, [outcome for _, outcome in ranks]) <= 1e-12
     idle = [name for name, (_, gradient) in alone.gradients.items() if not gradient.any()]
     assert {name.split(".")[5] for name in idle} == {"2", "3", "4", "5"}, "top 2 of 6, all equal: experts 0 and 1"
+
+
+ALL_EXPERTS = ALL_LINEAR | {"target_modules": r".*\.(experts\..*|q_proj)"}
+
+
+def test_shared_factors_give_the_numbers_of_one_process():
+    """A, or A and B, of all experts of a layer in one: over tp 1, 2 and 4, with stages and replicas."""
+    runs = []
+    for mode, family in (("shared_a", "qwen3_moe"), ("shared", "mixtral"), ("shared_a", "gpt_oss")):
+        run = Run(family, lora=ALL_EXPERTS | {"expert_lora": mode}, steps=2)
+        runs += [run.on(tp=2, pp=2, recompute="full"), run.on(tp=4, micro_batch_rows=2, sequence_parallel=True)]
+        runs += [run.on(tp=2), run.on(pp=2)]  # with two replicas each
+    for run, outcomes in zip(runs, zip(*spawn(train_each, 4, runs), strict=True), strict=True):
+        expected = reference(run)
+        assert largest_difference(expected, list(outcomes)) <= 1e-12, run
+        names = {name for name in expected.adapters if ".experts." in name and "lora_A" in name}
+        assert all(name.rpartition(".experts.")[2][0] not in "0123456789" for name in names) and names
+    plain = reference(runs[0].on(lora=ALL_EXPERTS))
+    assert abs(plain.losses[-1] - reference(runs[0]).losses[-1]) > 1e-6, "sharing matters"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("mode", ["shared_a", "shared"])
+def test_shared_factors_are_written_for_each_expert(family, mode, tmp_path):
+    """What is exported, read again by a model without sharing, has the same hidden states to the last bit."""
+    config, ids = config_from_dict(fields_of(family)), [5, 17, 99, 3, 42, 8, 120, 61]
+    lora = LoraConfig.from_dict(ALL_EXPERTS | {"expert_lora": mode, "lora_dropout": 0.0})
+    whole = range(config.num_hidden_layers)
+    stages = []
+    for resolved in (resolve_lora(lora, config), None):
+        if resolved is None:
+            read = read_peft(tmp_path)
+            resolved = resolve_lora(LoraConfig.from_dict(read.lora_config), config)
+        stage = Stage(config, whole, Placement(Axis(), False, torch.float32, "cpu"), resolved)
+        oracle.fill(stage)
+        if stages:
+            load_adapter(stage, read.tensors, read.where)
+        else:
+            splits = named_splits(stage)
+            tensors = {name: in_file_order(splits[name], p.detach()) for name, p in stage.trainable().items()}
+            write_peft(tmp_path, tensors, resolved.config.to_dict())
+        stage.refresh_adapters()
+        stages.append(stage)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not {"expert_lora", "expert_count"} & written.keys()
+    a, b = (sum(p.numel() for p in stage.trainable().values()) for stage in stages)
+    assert a < b
+    with torch.no_grad():
+        assert torch.equal(*(alone(stage, ids) for stage in stages))
+    back = in_common(read.tensors, mode, "here")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], one) for name, one in tensors.items())
+    name = next(name for name in read.tensors if ".experts.3." in name and "lora_A" in name)
+    with pytest.raises(UserError, match=re.escape(f"experts have factors of their own ({name})")):
+        in_common(read.tensors | {name: read.tensors[name] + 1}, mode, "here")
+
+
+@pytest.mark.parametrize(
+    "family, fields, said",
+    [
+        ("qwen3_moe", {"expert_lora": "both"}, "expert_lora = 'both' is not valid"),
+        ("qwen3_moe", {"expert_lora": "shared_a", "target_modules": ["q_proj"]}, "but no linear of experts is adapted"),
+        ("llama", {"expert_lora": "shared", "target_modules": ["q_proj"]}, "but no linear of experts is adapted"),
+        ("qwen3_moe", {"expert_lora": "shared", "rank_pattern": {r"experts\.3\.up_proj": 2}}, "several ranks"),
+        ("qwen3_moe", {"expert_lora": "shared", "target_modules": r".*experts\.[0-3]\..*"}, "several ranks"),
+        ("qwen3_moe", {"expert_lora": "shared_a", "r": 4, "init_lora_weights": "orthogonal"}, "orthogonal"),
+    ],
+)
+def test_factors_that_cannot_be_shared(family, fields, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        resolve_lora(LoraConfig.from_dict(ALL_LINEAR | fields), config_from_dict(fields_of(family)))
 
 
 def test_ranks_and_scales_of_single_experts():

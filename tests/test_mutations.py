@@ -32,6 +32,7 @@ import megalora.tasks.causal
 import megalora.training
 from megalora.data.loader import Loader
 from megalora.parallel.collectives import Pending
+from megalora.parallel.experts import SharedFactors
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
@@ -361,6 +362,18 @@ def _():
             refresh(self)
 
     wrap(LinearGroup, "refresh", change)
+
+
+SHARES = ALL_LINEAR | {"target_modules": r".*\.(experts\..*|q_proj)", "expert_lora": "shared"}
+
+
+@mutation("a factor that experts share is not summed over tp", Run("qwen3_moe", tp=2, lora=SHARES, steps=2))
+def _():
+    def change(init, self, *args):
+        init(self, *args)
+        self._splits = {name: dataclasses.replace(one, partial_grad=False) for name, one in self._splits.items()}
+
+    wrap(SharedFactors, "__init__", change)
 
 
 # ---- where things begin

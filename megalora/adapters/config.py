@@ -15,6 +15,7 @@ from typing import Any
 
 from megalora.adapters.lora import Adapter
 from megalora.adapters.patterns import Patterns, check_pattern, ends_of, named
+from megalora.adapters.sharing import check_field
 from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.adapters.words import Tokens, WordsAdapter, checked_tokens, saved_modules, trained_tokens
 from megalora.choices import CLASSIFICATION, TASKS
@@ -77,6 +78,8 @@ class LoraConfig:
     init_lora_weights True: A uniform (Kaiming, a = sqrt 5), B zero; "gaussian": A normal with deviation 1 / r, B zero;
                       False: both uniform; "orthogonal": neither zero, but B A
     inference_mode    the adapter is for use, not for training
+    expert_lora       factors that all experts of a layer share (see megalora.adapters.sharing): "per_expert": none,
+                      "shared_a": A, "shared": both. expert_count: how many do, told by the model
     fan_in_fan_out    adapted weights are [in, out] in the model's file (GPT-2): told by the model, it need not be given
     """
 
@@ -99,6 +102,8 @@ class LoraConfig:
     inference_mode: bool = False
     task_type: str = "CAUSAL_LM"
     fan_in_fan_out: bool = False
+    expert_lora: str = "per_expert"
+    expert_count: int | None = None
 
     @classmethod
     def from_json(cls, path: str | Path) -> LoraConfig:
@@ -145,6 +150,8 @@ class LoraConfig:
             out[f.name] = (
                 list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
             )
+        if self.expert_lora == "per_expert":
+            del out["expert_lora"], out["expert_count"]
         if self.task_type in CLASSIFICATION:
             out["modules_to_save"] = [*HEADS, *(self.modules_to_save or ())]
         return out
@@ -377,6 +384,7 @@ def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
     need("init_lora_weights", isinstance(init, bool) or init in _INITS, f"true, false or {' or '.join(_INITS)}")
     for name in ("use_rslora", "inference_mode", "fan_in_fan_out", "use_dora", "lora_bias"):
         need(name, isinstance(v(name), bool), "true or false")
+    check_field(values, need)
     _check_layers(values, need)
     _check_modules(values, need, where)
     for name in ("rank_pattern", "alpha_pattern"):

@@ -36,7 +36,7 @@ from megalora.ops.dropout import drop, named_site
 from megalora.parallel.base import FrozenMatrix
 from megalora.parallel.decomposition import Decomposition, settle_norms
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
-from megalora.parallel.experts import ExpertGroup
+from megalora.parallel.experts import ExpertGroup, SharedFactors
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.linear import ParallelLinear
 from megalora.parallel.loss import next_token_loss
@@ -314,7 +314,7 @@ class Stage(nn.Module):
         for words in self._trained_words:
             words.reset(seed, self.lora.config.init_lora_weights)
         for module in self.modules():
-            if isinstance(module, ParallelLinear):
+            if isinstance(module, ParallelLinear | SharedFactors):
                 module.reset_adapter(seed, self.lora.config.init_lora_weights)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megalora.adapters.lora import initial_factor
 from megalora.errors import UserError
 from megalora.ops import limits
 from megalora.ops.dropout import Dropout, dropout
@@ -24,7 +25,7 @@ from megalora.ops.grouped import Bounds, grouped_nt, grouped_outer
 from megalora.ops.lora_linear import room_for
 from megalora.ops.scaled_copy import scaled_copy_
 from megalora.parallel.expert_matrices import expert_matrices
-from megalora.parallel.linear import ParallelLinear, WholeLinear
+from megalora.parallel.linear import LoraFactor, ParallelLinear, WholeLinear
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, whole_split
 
@@ -48,9 +49,43 @@ class ReplicatedLinear(WholeLinear):
         return whole_split(shape, place.tp, partial_grad=trained)
 
 
+class SharedFactors(nn.Module):
+    """Factors that the same linears of all experts of a layer share: every tp rank has them, and adds up the gradients
+    of its own experts, so that each gradient is one term of a sum over tp.
+
+    name     the initial values are drawn from it
+    linears  of this rank's experts, which use these factors instead of their own; factors: "A" or "AB"
+    """
+
+    def __init__(self, name: str, linears: Sequence[ParallelLinear], factors: str, place: Placement):
+        super().__init__()
+        first = linears[0]
+        assert first.adapter is not None
+        self.name, self.r = name, first.adapter.r
+        shapes = {"A": (self.r, first.local_columns), "B": (first.local_rows, self.r)}
+        self._splits = {
+            f"lora_{factor}.weight": whole_split(shapes[factor], place.tp, partial_grad=True) for factor in factors
+        }
+        for factor in factors:
+            key, made = f"lora_{factor}", LoraFactor(shapes[factor], place)
+            self.add_module(key, made)
+            for linear in linears:
+                linear.borrow(key, made)
+
+    def shard_dims(self) -> dict[str, Split]:
+        return self._splits
+
+    @torch.no_grad()
+    def reset_adapter(self, seed: int, init_lora_weights: bool | str) -> None:
+        """Fill the factors with their initial values, the same on every layout."""
+        for key, split in self._splits.items():
+            whole = initial_factor(f"{self.name}.{key}", split.global_shape, seed, init_lora_weights, self.r)
+            self.get_parameter(key).copy_(whole)
+
+
 def share_storage(linears: Sequence[ParallelLinear]) -> None:
     """Move the factors of `linears` into one tensor, in order: then one operation can read those of all experts."""
-    parameters = [p for linear in linears for p in linear.trainables().values()]
+    parameters = list(dict.fromkeys(p for linear in linears for p in linear.trainables().values()))
     if not parameters:
         return
     flat = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
@@ -230,6 +265,11 @@ class ExpertGroup:
     def _add(self, part: int, name: str, grads: torch.Tensor) -> None:
         """Add grads [E, ...] to the gradient of the factor `name` of each linear of a part, where it wants one."""
         weights = self._trained[part, name]
+        first = weights[0]
+        if first is not None and len(weights) > 1 and weights[1] is first:  # all experts share it
+            first.grad = torch.zeros_like(first) if first.grad is None else first.grad
+            first.grad.add_(grads[:, : first.shape[0], : first.shape[1]].sum(0))
+            return
         for weight in weights:
             if weight is not None and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)

@@ -102,6 +102,12 @@ class ParallelLinear(nn.Module):
         """Set the weight to this rank's part of `source`, quantised where the matrix is."""
         self._matrix.fill(self._rows, source, self._splits["weight"], self.transposed)
 
+    def borrow(self, key: str, factor: LoraFactor) -> None:
+        """Use another module's factor as its own lora_A or lora_B (`key`), which it gives up."""
+        delattr(self, key)
+        del self._splits[f"{key}.weight"]
+        object.__setattr__(self, key, factor)  # not as a module of its own
+
     @property
     def rank(self) -> int:
         return 0 if self.adapter is None else self.adapter.r
@@ -134,6 +140,8 @@ class ParallelLinear(nn.Module):
         if self.adapter is None:
             return
         for key, factor in (("lora_A.weight", self.lora_A), ("lora_B.weight", self.lora_B)):
+            if key not in self._splits:  # another module holds it
+                continue
             split = self._splits[key]
             whole = initial_factor(f"{self.name}.{key}", split.global_shape, seed, init_lora_weights, self.adapter.r)
             factor.weight.copy_(split.slice(whole))

@@ -150,6 +150,7 @@ class Experts:
     up, down     of one expert, of which the rank holds `held`
     count, top   experts in all, and how many a token chooses
     shared, gate the MLP of all tokens and the linear that gates it
+    spared       elements of factors that its experts share, which it does not hold for each
     """
 
     router: Group
@@ -161,6 +162,7 @@ class Experts:
     wide: bool
     shared: MLP | None
     gate: Group | None
+    spared: int = 0
 
     @property
     def groups(self) -> tuple[Group, ...]:

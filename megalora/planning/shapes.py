@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalora.adapters.config import ResolvedLora
+from megalora.adapters.sharing import SHARED
 from megalora.models import spec
 from megalora.models.blocks.mlp import INNER_STEP
 from megalora.models.spec import ModelSpec
@@ -102,7 +103,8 @@ class Layer:
 
     @property
     def trained(self) -> int:
-        return sum(times * group.trained for times, group in self.counted)
+        spared = sum(mixer.spared for mixer in self.mixers if isinstance(mixer, Experts))
+        return sum(times * group.trained for times, group in self.counted) - spared
 
     @property
     def copies(self) -> int:
@@ -276,16 +278,21 @@ class _Rank:
 
         mlps = [mixer.at(i).linears for i in range(mixer.count)]
         ups, downs = [group(mlp[:-1], size) for mlp in mlps], [group(mlp[-1:], mixer.expert.inner) for mlp in mlps]
+        up, down = (max(groups, key=lambda one: one.rank) for groups in (ups, downs))
+        held, factors = -(-mixer.count // len(self._ranks)), SHARED[self._lora.config.expert_lora]
+        pairs = [(one.inputs, out, r) for one in (up, down) for out, r in zip(one.outputs, one.ranks, strict=True)]
+        common = sum(r * (inputs * ("A" in factors) + out * ("B" in factors)) for inputs, out, r in pairs)
         return Experts(
             group([mixer.router.linear], size),
-            max(ups, key=lambda one: one.rank),
-            max(downs, key=lambda one: one.rank),
-            -(-mixer.count // len(self._ranks)),
+            up,
+            down,
+            held,
             mixer.count,
             mixer.router.top,
             mixer.router.wide,
             None if mixer.shared is None else self._mlp(index, mixer.shared),
             None if mixer.shared_gate is None else group([mixer.shared_gate], size),
+            spared=(held - 1) * common,
         )
 
     def _cross(self, index: int, mixer: spec.CrossAttention) -> CrossAttention:

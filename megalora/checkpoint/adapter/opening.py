@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from megalora.adapters.sharing import by_expert
 from megalora.checkpoint.adapter import peft
 from megalora.checkpoint.adapter.merak import read_reference, reference_folder
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
@@ -32,11 +33,11 @@ def open_adapter(path: str | Path) -> AdapterCheckpoint:
     if has_shards(path):
         if is_iteration(path) or (path / MANIFEST).exists():
             verified(path)
-        return read_adapter(path)
+        return _by_expert(read_adapter(path))
     run = path.parent if path.name == "checkpoints" else path
     saved, complaints = result_of(run)
     if saved is not None:
-        return replace(read_adapter(saved.folder), notes=tuple(complaints))
+        return replace(_by_expert(read_adapter(saved.folder)), notes=tuple(complaints))
     if complaints:
         raise UserError(
             f"adapter {path}: no checkpoint of this run is sound: {'; '.join(complaints)}",
@@ -47,3 +48,11 @@ def open_adapter(path: str | Path) -> AdapterCheckpoint:
         "checkpoints/iter_* (a run)",
         "name one of these",
     )
+
+
+def _by_expert(adapter: AdapterCheckpoint) -> AdapterCheckpoint:
+    """Return an adapter whose factors are each expert's own; without moments where experts shared some."""
+    if adapter.lora_config.get("expert_count") is None:
+        return adapter
+    tensors, fields = by_expert(adapter.tensors, adapter.lora_config)
+    return replace(adapter, tensors=tensors, lora_config=fields, optimizer=None)

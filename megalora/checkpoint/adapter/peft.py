@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from megalora.adapters.config import LoraConfig
+from megalora.adapters.sharing import by_expert as shared_by_expert
 from megalora.adapters.words import TOKENS
 from megalora.checkpoint.adapter.fused import by_expert, fused, is_fused
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
@@ -102,6 +103,7 @@ def write_peft(
     Raises UserError where the folder cannot be written.
     """
     folder = Path(folder)
+    tensors, lora_config = shared_by_expert(tensors, lora_config)
     adapted = _adapted(tensors)
     fields = dict(lora_config) | {
         "peft_type": "LORA",

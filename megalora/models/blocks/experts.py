@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from megalora.adapters.sharing import SHARED
 from megalora.models import spec
 from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.place import LayerPlace
@@ -39,6 +40,9 @@ class ExpertsBlock:
         first, stop = shard_range(experts.count, at.place.tp.rank, at.place.tp.size)
         mlps = [experts.at(index) for index in range(first, stop)]
         linears = [[at.expert(linear) for linear in mlp.linears] for mlp in mlps]
+        if factors := SHARED[at.lora.config.expert_lora]:
+            for part in zip(*linears, strict=True):
+                at.share_factors(part, factors)
         share_storage([linear for own in linears for linear in own])
         up = ExpertGroup([own[:-1] for own in linears], at.site("up"), at.place)
         down = ExpertGroup([own[-1:] for own in linears], at.site("experts.down"), at.place)

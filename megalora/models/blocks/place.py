@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from megalora.adapters.config import ResolvedLora
+from megalora.adapters.sharing import holder
 from megalora.models import spec
 from megalora.models.blocks.norm import NORMS, Norm, NormAcrossHeads, NormOfEachHead
 from megalora.models.names import Stem, hang
 from megalora.ops.dropout import named_site
-from megalora.parallel.experts import ExpertLinear, ReplicatedLinear
+from megalora.parallel.experts import ExpertLinear, ReplicatedLinear, SharedFactors
 from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear, TokenLinear
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Cut, Part, Split, joined_cut
@@ -56,6 +58,12 @@ class LayerPlace:
     def expert(self, linear: spec.Linear) -> ExpertLinear:
         """Build a linear of an expert that this rank holds."""
         return self._linear(ExpertLinear, linear)
+
+    def share_factors(self, linears: Sequence[ExpertLinear], factors: str) -> None:
+        """Let the same linears of this rank's experts, where they are adapted, have the `factors` of all experts."""
+        if linears[0].adapter is not None:
+            name = holder(linears[0].name, factors[0], self.lora.config.expert_lora)
+            hang(self.root, name, SharedFactors(name, linears, factors, self.place))
 
     def token(self, linear: spec.Linear) -> TokenLinear:
         """Build a linear that every rank holds whole, for its own tokens."""
