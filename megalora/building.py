@@ -94,8 +94,8 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             "remove the field",
         )
     count = expert_count(lora_config.expert_lora, lora_config.init_lora_weights, resolved.adapters, config.linears)
-    told = {"fan_in_fan_out": transposed, "target_parameters": stacked or None, "expert_count": count}
-    return replace(resolved, config=replace(lora_config, **told))
+    told = replace(lora_config, fan_in_fan_out=transposed, target_parameters=stacked or None, expert_count=count)
+    return replace(resolved, config=told)
 
 
 def _beside_head(saved: tuple[str, ...] | None, head: ClassHead) -> tuple[str, ...] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 from oracle import ALL_LINEAR, EXPERTS, Run, fields_of, in_file_order, largest_difference, reference, train, train_each
+from safetensors.torch import save_file
 from spawn import spawn
 from test_field_parity import documents
 from variants import check_greedy
@@ -23,8 +25,9 @@ from variants import check_greedy
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.sharing import in_common
 from megalora.batch import Batch
-from megalora.building import load_adapter, resolve_lora
+from megalora.building import base_names, load_adapter, resolve_lora
 from megalora.checkpoint.adapter.peft import dropout_caution, peft_caution, read_peft, write_peft
+from megalora.checkpoint.base.weights import load_base
 from megalora.errors import UserError
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
@@ -33,7 +36,7 @@ from megalora.models.config import check_layout, config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.linears import Linear
 from megalora.models.routers import Router
-from megalora.models.stage import Stage
+from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
@@ -57,7 +60,7 @@ def all_on_the_first(rank: int, world_size: int, run: Run):
     def tied(stage: Stage) -> None:
         fill(stage)
         for name, parameter in stage.named_parameters():
-            if re.search(r"\.gate\.weight$", name):
+            if re.search(r"\.(gate|router)\.weight$", name):
                 parameter.data.zero_()
 
     oracle.fill = tied
@@ -156,6 +159,29 @@ def test_shared_factors_are_written_for_each_expert(family, mode, tmp_path):
 def test_factors_that_cannot_be_shared(family, fields, said):
     with pytest.raises(UserError, match=re.escape(said)):
         resolve_lora(LoraConfig.from_dict(ALL_LINEAR | fields), config_from_dict(fields_of(family)))
+
+
+NINE = {"num_experts": 9, "num_local_experts": 9, "n_routed_experts": 9, "n_group": 3, "topk_group": 2}
+
+
+def of_eight(family: str) -> Run:
+    """On eight processes, which hold two or one of nine experts each."""
+    model = {name: value for name, value in NINE.items() if name in EXPERTS[family]}
+    return Run(family, tp=8, micro_batch_rows=2, lora=EVERY, steps=2, model=model)
+
+
+def test_eight_tensor_parallel_ranks():
+    """Experts are dealt unevenly; one expert gets every token of a batch, and seven ranks have nothing to do."""
+    families = EXPERTS if os.environ.get("MEGALORA_PROOF") else ["qwen2_moe"]
+    runs = [of_eight(family).on(sequence_parallel=i % 2 == 0) for i, family in enumerate(families)]
+    alone = of_eight("llama4_text").on(lora=ALL_LINEAR)  # whose routers stay tied
+    ranks = spawn(each, 8, runs, alone)
+    for i, run in enumerate(runs):
+        assert largest_difference(reference(run), [outcomes[i] for outcomes, _ in ranks]) <= 1e-12, run
+    expected = all_on_the_first(0, 1, alone.on(tp=1))
+    assert largest_difference(expected, [outcome for _, outcome in ranks]) <= 1e-12
+    busy = {name.split(".")[5] for name, (_, grad) in expected.gradients.items() if ".experts." in name and grad.any()}
+    assert busy == {"0"}, "top 1 of 9, all equal: expert 0"
 
 
 def test_ranks_and_scales_of_single_experts():
@@ -325,6 +351,35 @@ def test_groups_limit_the_choice():
 def test_bad_configs_are_refused_by_name(family, fields, said):
     with pytest.raises(UserError, match=re.escape(said)):
         config_from_dict(fields_of(family, **fields))
+
+
+@pytest.mark.parametrize(
+    "family, change, said",
+    [
+        ("qwen3_moe", {"mlp.experts.3.up_proj.weight": None}, "lacks model.layers.1.mlp.experts.3.up_proj.weight"),
+        ("mixtral", {"block_sparse_moe.experts.4.w2.weight": (48, 8)}, "config.json means [48, 80]"),
+        ("qwen2_moe", {"mlp.experts.8.up_proj.weight": (24, 48)}, "mlp.experts.8.up_proj.weight"),
+        ("glm4_moe", {"mlp.gate.e_score_correction_bias": (5,)}, "config.json means [6]"),
+        ("deepseek_v3", {"mlp.gate.e_score_correction_bias": None}, "mlp.gate.e_score_correction_bias"),
+        ("llama4_text", {"feed_forward.router.weight": (5, 48)}, "config.json means [6, 48]"),
+        ("llama4_text", {"feed_forward.experts.down_proj": (5, 32, 48)}, "config.json means 6 experts"),
+    ],
+)
+def test_damaged_files_are_one_line(family, change, said, tmp_path):
+    """Experts that are missing, of another shape or too many, and routers for another number of them."""
+    config, layer = config_from_dict(fields_of(family)), 2 if family == "glm4_moe" else 1
+    inside = {part for parts in config.stacks.values() for part in parts}
+    shapes = {name: shape for name, shape in config.tensors.items() if name not in inside}
+    shapes |= {name: (len(parts), *config.tensors[parts[0]]) for name, parts in config.stacks.items()}
+    for name, shape in change.items():
+        name = f"model.layers.{layer}.{name}"
+        shapes |= {name: shape}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if shape is not None}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    stage = Stage(config, range(3), Placement(Axis(), False, torch.float32, "cpu"), NO_LORA)
+    with pytest.raises(UserError) as caught:
+        load_base(stage, tmp_path, splits=named_splits(stage), names=base_names(config))
+    assert said in caught.value.message and "\n" not in caught.value.message and caught.value.hint
 
 
 def test_fewer_experts_than_ranks_are_refused():

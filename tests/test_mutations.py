@@ -20,9 +20,11 @@ from spawn import spawn
 import megalora.data.loader
 import megalora.data.packing
 import megalora.models.blocks.attention
+import megalora.models.blocks.experts
 import megalora.models.stage
 import megalora.ops.lora_backward
 import megalora.parallel.embedding
+import megalora.parallel.experts_grad
 import megalora.parallel.grads
 import megalora.parallel.group_grad
 import megalora.parallel.linear
@@ -32,7 +34,7 @@ import megalora.tasks.causal
 import megalora.training
 from megalora.data.loader import Loader
 from megalora.parallel.collectives import Pending
-from megalora.parallel.experts import SharedFactors
+from megalora.parallel.experts import ExpertGroup, ReplicatedLinear, SharedFactors
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
@@ -374,6 +376,72 @@ def _():
         self._splits = {name: dataclasses.replace(one, partial_grad=False) for name, one in self._splits.items()}
 
     wrap(SharedFactors, "__init__", change)
+
+
+# ---- experts
+
+ROUTED = ALL_LINEAR | {"target_modules": r"model\.layers\..*"}  # routers too
+SHARED2 = Run("qwen2_moe", tp=2, lora=ROUTED, steps=2)
+GROUPED2 = Run("deepseek_v3", tp=2, lora=ROUTED, steps=2)
+
+
+@mutation("factors that every rank holds whole for its experts are not summed over tp", SHARED2)
+def _():
+    def change(split, shape, place, trained):
+        return dataclasses.replace(split(shape, place, trained), partial_grad=False)
+
+    original = ReplicatedLinear.split
+    ReplicatedLinear.split = staticmethod(lambda *args: change(original, *args))
+
+
+@mutation("a rank takes the rows of another rank's experts", SHARED2)
+def _():
+    def change(init, self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.first, self.stop = 0, self.stop - self.first
+
+    wrap(megalora.parallel.experts_grad.ExpertPair, "__init__", change)
+
+
+@mutation("a rank chooses experts from all groups", GROUPED2)
+def _():
+    def change(choose, scores, router):
+        return choose(scores, dataclasses.replace(router, groups=1) if dist.get_rank() == 1 else router)
+
+    wrap(megalora.models.blocks.experts, "choose", change)
+
+
+@mutation("backward sorts the rows by an order of before", SHARED2)
+def _():
+    last = {}
+
+    def change(route, chosen, *args):
+        routes = route(chosen, *args)
+        rows = routes.pair.shape[0]
+        stale = last.get("pair", routes.pair)
+        last["pair"] = routes.pair
+        order = stale[:rows] if len(stale) >= rows else torch.cat([stale, routes.pair[len(stale) :]])
+        return dataclasses.replace(routes, pair=order)
+
+    wrap(megalora.parallel.experts_grad, "route", change)
+
+
+@mutation("branches of experts are those of the first step", SHARED2)
+def _():
+    def change(refresh, self):
+        if not self._ready:
+            refresh(self)
+
+    wrap(ExpertGroup, "refresh", change)
+
+
+@mutation("ties go to the higher index on one rank", Run("qwen3_moe", tp=2, lora=ROUTED, steps=2))
+def _():
+    def change(choose, scores, router):
+        chosen = choose(scores.round(decimals=1), router)  # so that there are ties
+        return scores.shape[1] - 1 - choose(scores.round(decimals=1).flip(1), router) if dist.get_rank() else chosen
+
+    wrap(megalora.models.blocks.experts, "choose", change)
 
 
 # ---- where things begin

@@ -23,7 +23,7 @@ class Norm:
 class Attention:
     """A megalora.models.spec.Attention on one rank: its groups, and its heads there.
 
-    norms          elements of the norms of q and k
+    norms          elements of the norms of q and k, and of sinks
     qk_rows        rows a token that these normalise: the heads, or 2 where each goes over all heads; 0: there are none
     qk_statistics  numbers that they keep of such a row
     qk_kernel      they are the ops of RMSNorm
@@ -151,6 +151,7 @@ class Experts:
     count, top   experts in all, and how many a token chooses
     shared, gate the MLP of all tokens and the linear that gates it
     spared       elements of factors that its experts share, which it does not hold for each
+    norms        elements of what corrects the choice
     """
 
     router: Group
@@ -163,6 +164,7 @@ class Experts:
     shared: MLP | None
     gate: Group | None
     spared: int = 0
+    norms: int = 0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -179,10 +181,6 @@ class Experts:
     @property
     def trains(self) -> bool:
         return any(group.trains for group in self.groups)
-
-    @property
-    def norms(self) -> int:
-        return 0
 
     def rows(self, tokens: int) -> int:
         """Return how many pairs of `tokens` tokens fall to the rank: its even share."""

@@ -293,6 +293,7 @@ class _Rank:
             None if mixer.shared is None else self._mlp(index, mixer.shared),
             None if mixer.shared_gate is None else group([mixer.shared_gate], size),
             spared=(held - 1) * common,
+            norms=sum(math.prod(shape) for _, shape in mixer.tensors()),
         )
 
     def _cross(self, index: int, mixer: spec.CrossAttention) -> CrossAttention:
@@ -356,15 +357,16 @@ class _Rank:
             more["terms"] = (position.key is not None) + (position.query is not None)
             more |= {"rows": 2 * position.span, "shares": position.shared}
         more["biases"] = sum(bias is not None for bias in (mixer.q_bias, mixer.v_bias))
+        sinks = 0 if mixer.sinks is None else heads
         if norm is None:
-            return Attention(*groups, heads, kv_heads, dim, mixer.window, **more)
+            return Attention(*groups, heads, kv_heads, dim, mixer.window, sinks, **more)
         across = not norm.heads and norm.size != dim
         elements = (heads + kv_heads) * dim if norm.heads or across else 2 * dim * (norm.weighted + norm.bias)
         rows, statistics = 2 if across else heads + kv_heads, 2 if norm.kind == "layer" else 1
         kernel = norm.kind == "rms" and not across
         more |= {"qk_stacked": (elements if norm.apart else 0) if norm.weighted else 2 * dim}
         return Attention(
-            *groups, heads, kv_heads, dim, mixer.window, elements, rows, statistics, kernel, across, **more
+            *groups, heads, kv_heads, dim, mixer.window, elements + sinks, rows, statistics, kernel, across, **more
         )
 
     @functools.cache  # noqa: B019 (a _Rank lives as long as one shape_of)
