@@ -14,7 +14,7 @@ from torch import nn
 
 from megalora import choices
 from megalora.adapters.config import LoraConfig, ResolvedLora
-from megalora.adapters.sharing import expert_count, holder
+from megalora.adapters.sharing import counted, factor_keys
 from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
@@ -70,14 +70,12 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             "choose none or lora_only",
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
-    head = config.head
+    head, stacks = config.head, config.stacked_linears
     if isinstance(head, ClassHead):
         lora_config = replace(lora_config, modules_to_save=_beside_head(lora_config.modules_to_save, head))
     ends = (*((head.name,) if isinstance(head, Head) else ()), config.embedding.name)
     without = () if isinstance(head, Head) else head.names  # of a classifier, trained in full
-    stacks = config.stacked_linears
-    args = config.model_type, layers, ends, config.vocab_size, without, config.routers, stacks
-    resolved = lora_config.resolve(*args)
+    resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without, config.routers, stacks)
     if config.encoder is not None and any(resolved.words(end).trains for end in ends):
         raise UserError(
             f"lora_config: training the embedding or the head of a {config.model_type} is not implemented: encoder, "
@@ -93,9 +91,8 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             f"{config.model_type} model is",
             "remove the field",
         )
-    count = expert_count(lora_config.expert_lora, lora_config.init_lora_weights, resolved.adapters, config.linears)
-    told = replace(lora_config, fan_in_fan_out=transposed, target_parameters=stacked or None, expert_count=count)
-    return replace(resolved, config=told)
+    told = counted(lora_config, resolved.adapters, config.linears)
+    return replace(resolved, config=replace(told, fan_in_fan_out=transposed, target_parameters=stacked or None))
 
 
 def _beside_head(saved: tuple[str, ...] | None, head: ClassHead) -> tuple[str, ...] | None:
@@ -276,9 +273,8 @@ def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int
         if lora.trains_bias(name) and linear.bias:
             shapes[f"{name}.bias"] = (linear.out_features,)
         if (adapter := lora.adapter(name)) is not None:
-            holders = [holder(name, factor, lora.config.expert_lora) for factor in "AB"]
-            shapes[f"{holders[0]}.lora_A.weight"] = (adapter.r, linear.in_features)
-            shapes[f"{holders[1]}.lora_B.weight"] = (linear.out_features, adapter.r)
+            keys = factor_keys(name, lora.config.expert_lora)
+            shapes |= {keys[0]: (adapter.r, linear.in_features), keys[1]: (linear.out_features, adapter.r)}
             if adapter.bias:
                 shapes[f"{name}.lora_B.bias"] = (linear.out_features,)
             if adapter.dora:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,16 +70,22 @@ def check_field(values: Mapping[str, Any], need: Callable[[str, bool, str], None
     need("expert_count", count is None or whole, "the number of experts of a layer, or leave it out")
 
 
-def expert_count(mode: str, init: bool | str, adapters: Mapping[str, Adapter], linears: Collection[str]) -> int | None:
-    """Return how many experts share a factor; None where each has its own.
+def factor_keys(linear: str, mode: str) -> tuple[str, str]:
+    """Return the full names of lora_A and lora_B of a linear."""
+    return f"{holder(linear, 'A', mode)}.lora_A.weight", f"{holder(linear, 'B', mode)}.lora_B.weight"
+
+
+def counted(config: Any, adapters: Mapping[str, Adapter], linears: Collection[str]) -> Any:
+    """Return a LoraConfig that says how many experts share a factor, where they do.
 
     adapters  by name of the adapted linears; linears: the names of all
     Raises UserError where they cannot: some have no adapter, or another rank, or none has one.
     """
+    mode = config.expert_lora
     if mode == "per_expert":
-        return None
+        return replace(config, expert_count=None)
     said = f"lora_config: expert_lora = {mode!r}"
-    if init == "orthogonal":
+    if config.init_lora_weights == "orthogonal":
         raise UserError(f"{said} goes with no init_lora_weights = 'orthogonal'", "leave one out")
     kinds: dict[str, list[str]] = {}
     for name in linears:
@@ -95,4 +102,4 @@ def expert_count(mode: str, init: bool | str, adapters: Mapping[str, Adapter], l
                 f"{said}: the experts of {kind} have adapters of several ranks ({low}: {ranks[low]})",
                 "give them one rank, or per_expert",
             )
-    return len(next(iter(adapted.values())))
+    return replace(config, expert_count=len(next(iter(adapted.values()))))
