@@ -93,7 +93,7 @@ def read_card(folder: Path) -> str | None:
 
 def _head(base: str, library: str, task: str) -> list[str]:
     """Return the front matter that the hub reads: a folder of this machine is no base_model there."""
-    named = [f"base_model: {base}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else []
+    named = [f"base_model: {base}"] if _is_public(base) else []
     found = [*named, f"library_name: {library}", "tags:", "- lora", "- megalora"]
     return ["---", *found, f"pipeline_tag: {_PIPELINES[task]}", "---", MARK, ""]
 
@@ -114,8 +114,12 @@ def _use(base: str, task: str) -> list[str]:
     ]
 
 
+def _is_public(base: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+
+
 def _short(base: str) -> str:
-    return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else Path(base).name or base
+    return base if _is_public(base) else Path(base).name or base
 
 
 def _cell(value: Any) -> str:

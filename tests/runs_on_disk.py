@@ -10,6 +10,7 @@ LOG = """\
 2026-11-28 23:50:14 the adapter is new
 2026-11-28 23:50:15 step 1/40 (epoch 0.05)  loss 6.1798  lr 5.000e-03  grad norm 8.5895  548 tokens/s
 2026-11-28 23:50:15 step 1 by phase: forward 0.031s  backward 0.031s
+2026-11-28 23:50:15 step 10: to 'Who are you?' it says 'an error'
 2026-11-28 23:50:15 step 10: evaluation loss 3.8739, perplexity 48.13
 """
 

@@ -37,6 +37,7 @@ def test_the_card_of_an_export_tells_of_its_run(inputs, run):
     assert front_matter(card) == {
         "library_name": "peft", "tags": ["lora", "megalora"], "pipeline_tag": "text-generation"
     }, "a folder of this machine is no base_model of the hub"  # fmt: skip
+    assert f"# LoRA adapter of {inputs.model.name}\n" in card
     assert f"Trained with megalora {megalora.__version__}" in card
     assert "| learning rate | 0.005, cosine |" in card and "1 = tensor 1 x pipeline 1 x data 1" in card
     assert "| torch |" in card and "48 documents in" in card

@@ -26,7 +26,7 @@ _REPLIES_BYTES, _MOST_REPLIES, _TIMELINE_BYTES = 4 << 20, 50, 8 << 20
 _OF_REPLIES = ("prompt", "response", "finish_reason")
 _STEP = re.compile(r"step (\d+)/(\d+) ")
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
-_ROUTINE = re.compile(r"step \d+(/\d+)? (\(epoch|loss|by phase)|step \d+: evaluation")
+_ROUTINE = re.compile(r"step \d+(/\d+)? (\(epoch|loss|by phase)|step \d+: (evaluation|to ['\"])")
 _FAULT = re.compile(r"error|Traceback|nan|not finite|skipped|lost|died|hang|damaged|killed|Error", re.IGNORECASE)
 
 
