@@ -31,7 +31,8 @@ def finetune(arguments: flags.FinetuneArguments) -> FinetuneResult:
     """Train an adapter, and return its last metrics and the paths of what was written."""
     _check_started(arguments.parallel)
     arguments = check_finetune(arguments, environment_int("WORLD_SIZE", 1))
-    _tell("importing torch", sys.stdout)  # some seconds, or minutes from a cold disk
+    if sys.stdout.isatty():
+        _tell("importing torch", sys.stdout)  # some seconds, or minutes from a cold disk
     from megalora.finetune import finetune
 
     return finetune(arguments)

@@ -98,8 +98,8 @@ def tell_once(lines: Iterable[str], axis: Axis) -> None:
 
 
 def tell_stage(text: str, axis: Axis) -> None:
-    """Print on the first rank of the axis what begins now and may take a while."""
-    if axis.is_first:
+    """Print on the first rank of the axis, at a terminal, what begins now and may take a while."""
+    if axis.is_first and sys.stdout.isatty():
         print(text, flush=True)
 
 
