@@ -10,6 +10,7 @@ from fractions import Fraction
 from unittest import mock
 
 import pytest
+from fuzz import examples, ours_only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -268,3 +269,16 @@ def test_a_file_of_another_format_under_the_name_of_json_is_told(tmp_path, start
         (tmp_path / name).write_bytes(start + b"\x00\xff\n")
         with pytest.raises(UserError, match=rf"is a {suffix[1:]} file by its first bytes: end its name in {suffix}"):
             list(read_rows(tmp_path / name))
+
+
+@examples(60)
+@given(
+    suffix=st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".conll", ".json.gz"]),
+    data=st.binary(max_size=60) | st.text('{}[]",:0123456789e+-.\\\nuntrfalsemgc\t', max_size=80).map(str.encode),
+    packed=st.booleans(),
+)
+def test_any_bytes(tmp_path_factory, suffix, data, packed):
+    """Under any name they are rows or a line; packed right or not."""
+    file = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    file.write_bytes(gzip.compress(data) if packed and suffix.endswith(".gz") else data)
+    ours_only(lambda: list(read_rows(file)))

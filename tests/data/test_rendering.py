@@ -10,7 +10,8 @@ import chat_templates
 import pytest
 import tiny
 from chat_templates import bpe
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalora.data.rendering import Refused, Renderer, size_of, told
@@ -158,13 +159,13 @@ def test_a_limit_is_not_an_error_of_ours():
         Renderer(HOSTILE["loops"], "t").render(0, messages=[])
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.lists(
         st.sampled_from([*EXPRESSIONS, "x", "(", ")", "{% for i in range(9) %}", "{% endfor %}", "{{", "}}", "~", "|"])
     )
 )
-def test_nonsense(parts):
+def test_any_nonsense(parts):
     source = "{% set x = 1 %}{{ " + " ~ ".join(parts) + " }}"
     try:
         renderer = Renderer(source, "t")

@@ -5,6 +5,7 @@ import math
 import os
 
 import pytest
+from fuzz import examples, ours_only
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -66,6 +67,24 @@ def test_a_line_that_is_none_of_ours_is_left_out_and_said(tmp_path, line):
     lines.close()
     assert lines.last_step == 2 and path.read_bytes() == whole
     assert lines.damage.startswith(f"{path}: damaged lines are left out: 2")
+
+
+@examples(60)
+@given(st.binary(max_size=60) | st.text('{}[]",:0123456789e+-.\\\nstep', max_size=80).map(str.encode))
+def test_any_bytes(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(record_line(1) + data + record_line(2))
+
+    def resumed():
+        lines = JsonLines(path, 2)
+        lines.close()
+        assert read(path)[0] == record(1)
+
+    assert ours_only(resumed)
+
+
+def record_line(step):
+    return f"{json.dumps(record(step))}\n".encode()
 
 
 def test_half_a_line_lost_in_the_middle_is_said(tmp_path):
