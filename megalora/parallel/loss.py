@@ -19,8 +19,16 @@ from megalora.parallel.placement import Tokens
 from megalora.parallel.trained_words import TrainedHead
 
 # Logits of one chunk on this rank: enough rows for an efficient GEMM; on a CPU no more than 32 MiB in float32, which
-# malloc gives again without fresh pages.
+# malloc gives again without fresh pages. A large vocabulary takes more: below FEWEST_ROWS, reading (and packing) the
+# head for each chunk costs more than fresh pages do.
 CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
+FEWEST_ROWS = {"cuda": 1, "cpu": 256}
+
+
+def chunk_rows(device_type: str, vocabulary: int) -> int:
+    """Return the labelled tokens of one chunk, at most, over so much of the vocabulary."""
+    kind = device_type if device_type in CHUNK_LOGITS else "cpu"
+    return max(FEWEST_ROWS[kind], CHUNK_LOGITS[kind] // vocabulary)
 
 
 class Labels(Protocol):
@@ -79,7 +87,7 @@ class _CrossEntropySum(torch.autograd.Function):
             dhidden = torch.empty_like(full) if everything else torch.zeros_like(full)
         loss = torch.zeros((), dtype=torch.promote_types(full.dtype, torch.float32), device=full.device)
         widest = -(-head.vocab_size // tp.size)  # of all ranks: they must make the same chunks
-        most = max(1, CHUNK_LOGITS.get(full.device.type, CHUNK_LOGITS["cpu"]) // widest)
+        most = chunk_rows(full.device.type, widest)
         chunk = -(-labelled.shape[0] // -(-labelled.shape[0] // most)) if labelled.shape[0] else 1  # of equal size
         for start in range(0, labelled.shape[0], chunk):
             part = slice(start, start + chunk)

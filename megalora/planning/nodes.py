@@ -16,7 +16,7 @@ from megalora.ops import extension
 from megalora.ops.activations import KEEPS_RESULT
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
-from megalora.parallel.loss import CHUNK_LOGITS
+from megalora.parallel.loss import chunk_rows
 from megalora.planning.cross import cross_nodes
 from megalora.planning.experts import experts_nodes
 from megalora.planning.groups import Group, with_factors
@@ -405,7 +405,7 @@ def _tail(shape: Shape, work: Workload, tokens: Tokens, flowing: bool) -> list[N
     """
     e, rows = work.element, shape.classes or shape.vocabulary
     labelled = round(tokens.full * work.labelled)
-    chunk = min(labelled, max(1, CHUNK_LOGITS.get(shape.device_type, CHUNK_LOGITS["cpu"]) // rows))
+    chunk = min(labelled, chunk_rows(shape.device_type, rows))
     logits = chunk * rows * e * (1 + shape.capped)
     read, whole = tokens.local * shape.width * e, tokens.full * shape.width * e  # what the head reads
     gathered = whole if tokens.gathers else 0

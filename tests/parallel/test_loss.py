@@ -64,6 +64,7 @@ ALONE = Placement(Axis(), False, torch.float64, "cpu")
 def test_any_chunk_gives_the_loss_of_the_whole(name, chunk, monkeypatch):
     """A chunk smaller than one row of logits is one row; the last chunk is short or exactly full."""
     monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", chunk)
+    monkeypatch.setitem(module.FEWEST_ROWS, "cpu", 1)
     labels = torch.tensor(LABELS[name])
     equal(ours(labels, ALONE), expected(labels))
 
@@ -72,6 +73,7 @@ def test_any_chunk_gives_the_loss_of_the_whole(name, chunk, monkeypatch):
 @pytest.mark.parametrize("name", ["most", "all", "one"])
 def test_each_label_counts_by_its_coefficient(name, chunk, monkeypatch):
     monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", chunk)
+    monkeypatch.setitem(module.FEWEST_ROWS, "cpu", 1)
     labels = torch.tensor(LABELS[name])
     labelled = (labels != -100).nonzero().squeeze(-1)
     coefficients = tensor(3, len(labelled)).abs() + 0.1
@@ -140,6 +142,11 @@ def test_the_factor_of_a_loss_is_not_rounded():
     assert torch.equal(grads[1], (grads[0].float() * (1 / 4080)).bfloat16())
 
 
+def test_a_large_vocabulary_is_read_for_many_rows_at_a_time():
+    assert [module.chunk_rows("cpu", v) for v in (4096, 49_152, 151_936)] == [2048, 256, 256]
+    assert [module.chunk_rows("cuda", v) for v in (49_152, 1 << 29)] == [5461, 1]
+
+
 def test_the_head_is_frozen():
     head, hidden = head_of(13, ALONE), tensor(1, T, H).requires_grad_()
     loss_of(hidden, head, torch.tensor(LABELS["all"])).backward()
@@ -150,7 +157,7 @@ def test_the_head_is_frozen():
 
 
 def cut(rank: int, world_size: int, vocab_size: int, sequence_parallel: bool, chunk: int):
-    module.CHUNK_LOGITS["cpu"] = chunk
+    module.CHUNK_LOGITS["cpu"], module.FEWEST_ROWS["cpu"] = chunk, 1
     place = Placement(build_mesh(rank, world_size, tp=world_size).tp, sequence_parallel, torch.float64, "cpu")
     mine = slice(rank * T // world_size, (rank + 1) * T // world_size) if sequence_parallel else slice(None)
     found = {}
