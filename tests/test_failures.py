@@ -15,8 +15,8 @@ import tiny
 from tiny import column, exported
 
 ROOT = tiny.ROOT
-STEPS = 120
-FLAGS = {"max_steps": STEPS, "save_steps": 20, "tensor_parallel_size": 2}
+STEPS = 60
+FLAGS = {"max_steps": STEPS, "save_steps": 10, "tensor_parallel_size": 2}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
 
 pytestmark = [
@@ -104,7 +104,7 @@ def test_a_killed_rank_and_the_restart_by_torchrun(inputs, whole, tmp_path):
     """Unattended; and --overwrite_output_dir does not undo what the run itself has made."""
     flags = inputs.flags(tmp_path / "run", **FLAGS, overwrite_output_dir=True)
     with Running(tmp_path, *torchrun("--max_restarts", "3"), *flags) as run:
-        run.until_step(30)
+        run.until_step(15)
         run.signal(1, signal.SIGKILL)
         assert run.until_it_ends() == 0, run.errors
     lines = [line for line in run.errors.splitlines() if line.startswith("megalora: ")]
@@ -155,10 +155,10 @@ def test_a_signal_to_leave(inputs, whole, tmp_path):
     command = ["bash", ROOT / "scripts/slurm/run.sh", *inputs.flags(tmp_path / "run", **FLAGS)]
     environment = {"GPUS_PER_NODE": "2", "PREFLIGHT": "0", "PYTHON": sys.executable}
     with Running(tmp_path, *command, **environment) as run:
-        run.until_step(30)
+        run.until_step(15)
         os.kill(run.process.pid, signal.SIGTERM)
         assert run.until_it_ends() == 75, run.errors
-    assert re.search(r"^megalora: stopped by SIG\w+ after step \d+ of 120, saved in ", run.errors, re.MULTILINE)
+    assert re.search(rf"^megalora: stopped by SIG\w+ after step \d+ of {STEPS}, saved in ", run.errors, re.MULTILINE)
     assert (tmp_path / "run/peft/adapter_model.safetensors").exists()
     with Running(tmp_path, *command, **environment) as run:
         assert run.until_it_ends() == 0, run.errors

@@ -56,9 +56,8 @@ def same_run(folder: Path, whole: Path) -> None:
 
 
 START = {
-    "one task a rank": (["srun", "-p", "P", "-N", "2", "-n", "4"], {}),
+    "one task a rank, by yhrun": (["yhrun", "-p", "P", "-N", "2", "-n", "4"], {}),  # another name of srun
     "one task a node": (["srun", "-p", "P", "-N", "2", "-n", "2"], {"GPUS_PER_NODE": "2"}),
-    "yhrun": (["yhrun", "-p", "P", "-N", "2", "-n", "4"], {}),
 }
 
 

@@ -44,7 +44,7 @@ def test_the_link_goes_down_in_a_step(hosts, inputs, tmp_path):
     tiny.tune(2, inputs.flags(whole, **FLAGS))
     flags = inputs.flags(tmp_path / "run", **FLAGS, heartbeat_timeout=8)
     with start(hosts, 0, tmp_path / "a", flags) as first, start(hosts, 1, tmp_path / "b", flags) as second:
-        first.until_step(30)
+        first.until_step(15)
         hosts.link(up=False)
         both = {name: run.until_it_ends(60) for name, run in (("a", first), ("b", second))}
     assert 0 not in both.values(), (first.errors, second.errors)
