@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import datetime
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -121,7 +122,10 @@ class _Server:
 
 
 def _serve(connection: Connection) -> None:
-    import torch.distributed  # noqa: F401  (imported here once, for all the ranks to come)
+    # Imported here once, for all the ranks to come: torch's optimizers import the compiler when they are made, which
+    # would be most of a small test's time.
+    import torch._dynamo  # noqa: F401
+    import torch.distributed  # noqa: F401
 
     while True:
         try:
@@ -144,6 +148,8 @@ def _run(request: _Request, caller: Connection) -> str | None:
     if threads:
         return f"importing {request.file} starts threads ({', '.join(threads)}), after which a fork is not safe"
 
+    gc.collect()
+    gc.freeze()  # else a rank's collector would write to, and so copy, all pages with objects
     fork = multiprocessing.get_context("fork")
     ranks = [
         fork.Process(target=_rank, args=(getattr(module, request.function), rank, request))
