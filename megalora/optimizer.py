@@ -16,6 +16,41 @@ from megalora.errors import UserError
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of each parameter, its shape and dtype
 
 
+class FusedAdamW:
+    """torch.optim.AdamW(groups, fused=True) by its kernel, for parameters of one device and dtype.
+
+    torch's own class imports torch's compiler when it is made: most of a second of every start.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float):
+        self.param_groups = [{"lr": lr, "betas": betas, "eps": eps, **group} for group in groups]
+        self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, found_inf: torch.Tensor | None = None) -> None:
+        """Make one update; found_inf: a float32 scalar on their device, nothing is updated where it is 1."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            states = [self._state(p) for p in parameters]
+            average, square, steps = ([state[key] for state in states] for key in (*MOMENTS, "step"))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                parameters, [p.grad for p in parameters], average, square, [], steps, lr=group["lr"],
+                beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                amsgrad=False, maximize=False, grad_scale=None, found_inf=found_inf,
+            )  # fmt: skip
+            if found_inf is not None:
+                torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+    def _state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        if p not in self.state:
+            zeros = {key: torch.zeros_like(p) for key in MOMENTS}
+            self.state[p] = zeros | {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+        return self.state[p]
+
+
 class AdapterOptimizer:
     """AdamW over named parameters; a stage may have none.
 
@@ -38,8 +73,8 @@ class AdapterOptimizer:
         assert kind in OPTIMIZERS, kind
         self._parameters = dict(parameters)
         self._steps = 0
-        self._optimizer: torch.optim.Optimizer | None = None
-        build: Callable[..., torch.optim.Optimizer] = _apex_adam() if kind == "apex" else torch.optim.AdamW
+        self._optimizer: Any = None
+        build: Callable[..., Any] = _apex_adam() if kind == "apex" else FusedAdamW
         grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, p in parameters.items():
             quick = "lora_B" in name or p.dim() == 1
@@ -47,8 +82,7 @@ class AdapterOptimizer:
             grouped.setdefault(place, []).append(p)
         self._grouped = grouped
         self._ratios = [ratio for _, ratio in grouped]
-        options = {} if kind == "apex" else {"fused": True}
-        self._make = functools.partial(build, lr=0.0, betas=betas, eps=eps, **options)
+        self._make = functools.partial(build, lr=0.0, betas=betas, eps=eps)
         self._parts: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}  # which updated tensor holds it, from where on
 
     def _build(self) -> None:
@@ -85,10 +119,8 @@ class AdapterOptimizer:
             return
         for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
             group["lr"] = learning_rate * ratio
-        if isinstance(self._optimizer, torch.optim.AdamW):
-            # As torch.amp.GradScaler hands it over: an attribute that AdamW does not declare.
-            self._optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
-            self._optimizer.step()
+        if isinstance(self._optimizer, FusedAdamW):
+            self._optimizer.step(None if skip is None else skip.float())
         elif skip is None or not skip.item():
             self._optimizer.step()
 
@@ -117,14 +149,14 @@ class AdapterOptimizer:
             return
         for whole in dict.fromkeys(one for one, _ in self._parts.values()):
             moments = {key: torch.empty_like(whole) for key in MOMENTS}
-            if isinstance(self._optimizer, torch.optim.AdamW):
+            if isinstance(self._optimizer, FusedAdamW | torch.optim.AdamW):
                 moments["step"] = torch.tensor(float(steps), dtype=torch.float32, device=whole.device)
             self._optimizer.state[whole] = moments
         for name, p in self._parameters.items():
             for key in MOMENTS:
                 self._of(p, key).copy_(state[name][key])
         for group in self._optimizer.param_groups:
-            if "step" in group or not isinstance(self._optimizer, torch.optim.AdamW):
+            if "step" in group or not isinstance(self._optimizer, FusedAdamW | torch.optim.AdamW):
                 group["step"] = steps  # apex counts in the group
 
 

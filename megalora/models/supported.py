@@ -94,7 +94,8 @@ def models_page() -> str:
         "These are refused:",
         "\n".join(f"- {name}: {why}" for name, why in REFUSED.items()),
         "## Fields and names",
-        f"For every family: {every}. Rope types, unless said otherwise: {_code(rotary.FIELDS)}.",
+        f"For every family: {every}. Rope types, unless said otherwise: {_code(rotary.FIELDS)} "
+        "(`dynamic` up to `max_position_embeddings` tokens).",
         *("\n".join(_family(family)) for family in families()),
     ]
     return "\n\n".join(parts)
