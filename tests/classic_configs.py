@@ -140,6 +140,16 @@ def _internlm2(hidden: int, inner: int, layers: int, heads: int, kv: int, **more
     }  # fmt: skip
 
 
+def _neox(hidden: int, layers: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu", "hidden_size": hidden,
+        "initializer_range": 0.02, "intermediate_size": 4 * hidden, "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048, "num_attention_heads": heads, "num_hidden_layers": layers,
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "use_cache": True,
+        "use_parallel_residual": True, "vocab_size": vocabulary, **more,
+    }  # fmt: skip
+
+
 _DYNAMIC = {"type": "dynamic", "factor": 2.0}
 CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "gpt2": (_gpt2(768, 12, 12), 124_439_808),
@@ -220,6 +230,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
         "prefix_projection": False},
         6_243_584_000,
     ),
+    "pythia-1.4b": (_neox(2048, 24, 16, 50304), 1_414_647_808),
+    "pythia-6.9b": (_neox(4096, 32, 32, 50432), 6_857_302_016),
+    "gpt-neox-20b": (_neox(6144, 44, 64, 50432, hidden_act="gelu_fast"), 20_554_567_680),
     "internlm2-1_8b": (_internlm2(2048, 8192, 24, 16, 8), 1_889_110_016),
     "internlm2-7b": (_internlm2(4096, 14336, 32, 32, 8), 7_737_708_544),
     "internlm2_5-7b-chat": (_internlm2(4096, 14336, 32, 32, 8, rope_scaling=_DYNAMIC), 7_737_708_544),

@@ -1,7 +1,7 @@
 """Published dense models whose config.json is tested: a tiny copy with the same fields has transformers' logits.
 
-The fields are those of tests/dense_configs.py, written from memory;
-tests/models/test_dense_configs.py holds both lists together.
+The fields are those of tests/dense_configs.py, written from memory; tests/models/test_dense_configs.py holds both lists
+together. BUILT: those of tests/classic_configs.py and tests/published_configs.py.
 """
 
 from __future__ import annotations
@@ -58,3 +58,41 @@ REFUSED: Mapping[str, str] = {
     "gte-Qwen2-7B-instruct": "its attention is not causal",
 }
 """Published models of the same types that are refused, and why."""
+
+BUILT: Mapping[str, tuple[str, ...]] = {
+    "RefinedWeb": ("falcon-40b, first form",),
+    "RefinedWebModel": ("falcon-7b, first form",),
+    "bloom": ("bloom-560m", "bloom-1b7", "bloom-7b1", "bloom"),
+    "btlm": ("btlm-3b-8k",),
+    "chatglm": ("chatglm2-6b", "chatglm3-6b"),
+    "codegen": ("codegen-350M", "codegen-2B", "codegen-6B"),
+    "cohere": ("c4ai-command-r-v01",),
+    "cohere2": ("c4ai-command-r7b-12-2024",),
+    "exaone4": ("EXAONE-4.0-1.2B",),
+    "falcon": ("falcon-7b", "falcon-40b", "falcon-rw-1b", "falcon-11b"),
+    "gemma": ("gemma-2b", "gemma-7b"),
+    "gemma2": ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"),
+    "gemma3_text": ("gemma-3-1b-it",),
+    "glm": ("glm-4-9b-hf",),
+    "glm4": ("GLM-4-9B-0414", "GLM-4-32B-0414"),
+    "gpt2": ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"),
+    "gpt_bigcode": ("starcoder", "santacoder"),
+    "gpt_neo": ("gpt-neo-125m", "gpt-neo-1.3B", "gpt-neo-2.7B"),
+    "gpt_neox": ("pythia-1.4b", "pythia-6.9b", "gpt-neox-20b"),
+    "gptj": ("gpt-j-6b",),
+    "granite": ("granite-3.1-8b-base", "granite-3.1-2b-base"),
+    "internlm2": ("internlm2-1_8b", "internlm2-7b", "internlm2_5-7b-chat", "internlm2-20b"),
+    "internlm3": ("internlm3-8b-instruct",),
+    "mpt": ("mpt-7b", "mpt-7b-storywriter", "mpt-30b"),
+    "nemotron": ("Minitron-4B-Base",),
+    "olmo2": ("OLMo-2-1124-7B", "OLMo-2-1124-13B"),
+    "olmo3": ("Olmo-3-1025-7B",),
+    "opt": ("opt-125m", "opt-350m", "opt-1.3b", "opt-6.7b", "opt-30b"),
+    "phi": ("phi-1.5", "phi-2"),
+    "phi3": ("Phi-3-mini-4k-instruct", "Phi-3.5-mini-instruct", "phi-4"),
+    "smollm3": ("SmolLM3-3B",),
+    "stablelm": ("stablelm-2-1_6b", "stablelm-2-12b"),
+    "starcoder2": ("starcoder2-3b", "starcoder2-7b", "starcoder2-15b"),
+}  # fmt: skip
+"""Published models whose config.json is read and cut into tensor 2 x pipeline 4, with the parameters that they have
+(gpt2-xl and falcon-7b have an odd number of heads: with uneven_heads)."""

@@ -9,7 +9,7 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
-from megalora.models.published import PUBLISHED, REFUSED
+from megalora.models.published import BUILT, PUBLISHED, REFUSED
 from megalora.models.spec import (
     MLP,
     Alibi,
@@ -87,10 +87,14 @@ def models_page() -> str:
         "## Architectures",
         "In the family's default configuration of transformers; what depends on the config is listed below.",
         "\n".join(_table(columns, map(_architecture, families()))),
-        "## Published dense models",
+        "## Published models",
         "Their config.json, as far as known when this was written, is read, and a tiny model with the same fields has "
         "transformers' logits (`tests/models/test_dense_configs.py`):",
         "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in PUBLISHED.items()),
+        "These are read and cut into tensor 2 x pipeline 4 on the meta device, with the parameters that they are "
+        "published with (`tests/models/test_classic_configs.py`, `tests/models/test_real_configs.py`; `gpt2-xl` and "
+        "`falcon-7b` have an odd number of heads, for which `--uneven_heads true` is needed):",
+        "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in BUILT.items()),
         "These are refused:",
         "\n".join(f"- {name}: {why}" for name, why in REFUSED.items()),
         "## Fields and names",

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import published_configs
 import pytest
 import torch
 from classic_configs import CONFIGS
@@ -10,16 +11,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megalora.errors import UserError
 from megalora.models.config import check_layout, config_from_dict
+from megalora.models.published import BUILT
 from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 from megalora.pipeline.partition import partition
 
-CUT = (
-    "gpt2-large", "starcoder", "gpt-neo-2.7B", "gpt-j-6b", "codegen-2B", "bloom", "opt-350m", "mpt-7b", "falcon-40b",
-    "phi-2", "chatglm3-6b", "btlm-3b-8k", "internlm2_5-7b-chat",
-)  # fmt: skip
+ODD = ("gpt2-xl", "falcon-7b", "falcon-7b, first form")  # numbers of heads
 GPT2, GLM, MPT, OPT = (CONFIGS[name][0] for name in ("gpt2", "chatglm3-6b", "mpt-7b", "opt-1.3b"))
 
 
@@ -29,10 +28,14 @@ def test_parameters(name):
     assert sum(map(math.prod, config_from_dict(raw).tensors.values())) == count
 
 
-@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_is_on_the_ranks_of_tp2_pp4(name):
     config = config_from_dict(CONFIGS[name][0])
-    check_layout(config, 2, 4)
+    if name in ODD:
+        with pytest.raises(UserError, match="does not divide num_attention_heads") as raised:
+            check_layout(config, 2, 4)
+        assert "--uneven_heads true" in raised.value.hint
+    check_layout(config, 2, 4, uneven_heads=name in ODD)
     elements: dict[str, int] = {}
     for s, layers in enumerate(partition("uniform", [1] * config.num_hidden_layers, 4)):
         for rank in range(2):
@@ -45,7 +48,14 @@ def test_every_parameter_is_on_the_ranks_of_tp2_pp4(name):
     wanted = {n: math.prod(shape) for n, shape in config.tensors.items()} | head
     shared = {n for n in wanted if elements[n] > wanted[n]}  # of key/value heads that both ranks read
     assert elements.keys() == wanted.keys() and all(elements[n] >= count for n, count in wanted.items())
-    assert all("c_attn" in n for n in shared), shared
+    assert all("c_attn" in n or "query_key_value" in n for n in shared), shared
+
+
+def test_the_page_names_them():
+    everything = CONFIGS | published_configs.CONFIGS
+    for kind in {raw["model_type"] for raw, _ in everything.values()} | BUILT.keys():
+        assert {*BUILT[kind]} == {name for name, (raw, _) in everything.items() if raw["model_type"] == kind}, kind
+    assert sum(map(len, BUILT.values())) >= 60
 
 
 @pytest.mark.parametrize("name", ["gpt2-xl", "santacoder", "gpt-neo-125m", "codegen-6B", "opt-350m", "falcon-11b"])
