@@ -158,7 +158,10 @@ def test_gpus_bound_to_tasks(start):
 
 def test_without_slurm(start):
     _, words, _ = start({"GPUS": "2"}, "--a", "b")
-    assert "--standalone" in words and option(words, "--nproc_per_node") == "2" and words[-2:] == ["--a", "b"]
+    alone = ["-m", "megalora.cluster.local", "--max_restarts", "3", "--nproc", "2"]  # which listens on the loopback
+    assert words == [*alone, str(ROOT / "tools/finetune.py"), "--a", "b"]
+    one = STEP | {"SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1", "GPUS_PER_NODE": "2"}
+    assert start(one)[1][:6] == alone
     several = {"NNODES": "2", "NODE_RANK": "1", "GPUS_PER_NODE": "4"}
     assert "set MASTER_ADDR" in start(several, status=2)[2].stderr
     _, words, _ = start(several | {"MASTER_ADDR": "h1"})

@@ -1,11 +1,14 @@
 """Starts a command on N processes of this host, as torchrun does on one or many. No torch.
 
+    python -m megalora.cluster.local --nproc 8 --max_restarts 3 tools/finetune.py FLAGS     (scripts/slurm, on one host)
+
 Unlike torchrun's, the store through which the ranks find one another listens on the loopback alone, and an error stays
 the one line that rank 0 prints.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -21,12 +24,16 @@ from megalora.errors import UserError
 
 _PATIENCE = 30.0  # seconds that the others have to end by themselves once a rank has failed
 _LAST_WORDS = 10.0  # seconds between asking a rank to end and ending it
+_NOT_AGAIN = (0, 2, 75, 130, 143)  # done, an error of the user, saved and asked to leave, and ended by a signal
 
 
-def run_here(processes: int, words: Sequence[str], *, interactive: bool = False) -> int:
+def run_here(
+    processes: int, words: Sequence[str], *, interactive: bool = False, program: Sequence[str] = ("-m", "megalora")
+) -> int:
     """Run `megalora WORDS` on `processes` ranks of this host, and return the exit status: that of the first to fail.
 
     interactive  rank 0 reads the terminal, so the ranks stay in its process group, where Ctrl-C reaches them by itself
+    program      what Python runs instead of megalora
     Raises UserError where a launcher (torchrun, mpirun, srun) has started this process as one of several.
     """
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
@@ -38,7 +45,7 @@ def run_here(processes: int, words: Sequence[str], *, interactive: bool = False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "megalora", *words],
+                [sys.executable, *program, *words],
                 env=_environment(rank, processes, listener),
                 stdin=None if rank == 0 and interactive else subprocess.DEVNULL,
                 pass_fds=(listener.fileno(),) if rank == 0 else (),
@@ -51,6 +58,19 @@ def run_here(processes: int, words: Sequence[str], *, interactive: bool = False)
             return _wait(ranks)
         finally:
             _end(ranks)
+
+
+def run_again(processes: int, program: str, words: Sequence[str], restarts: int) -> int:
+    """Run a program as `run_here`, and start it again where a rank has died, so many times; return the last status."""
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    for count in range(restarts + 1):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count)  # torchrun's name for it
+        status = run_here(processes, words, interactive=interactive, program=[program])
+        if status in _NOT_AGAIN or count == restarts:
+            break
+        again = f"started again, {count + 1} of {restarts} times"
+        print(f"megalora: the run ended with status {status}: {again}", file=sys.stderr, flush=True)
+    return status
 
 
 def _environment(rank: int, processes: int, listener: socket.socket) -> Mapping[str, str]:
@@ -120,3 +140,22 @@ def _signals_passed_on(ranks: Sequence[subprocess.Popen], interactive: bool) -> 
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def main() -> int:
+    """Run the command line of this module."""
+    parser = argparse.ArgumentParser(description="start a program on processes of this host")
+    parser.add_argument("--nproc", type=int, required=True)
+    parser.add_argument("--max_restarts", type=int, default=3)
+    parser.add_argument("program")
+    parser.add_argument("words", nargs=argparse.REMAINDER)
+    given = parser.parse_args()
+    try:
+        return run_again(given.nproc, given.program, given.words, given.max_restarts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,7 @@
 # What run.sh, gen.sh and doctor.sh share: from a Slurm allocation to one process a rank. Sourced by them.
 #
 # What the environment may set:
-#   GPUS_PER_NODE              processes that torchrun starts on a node (default: Slurm's count, else the GPUs seen)
+#   GPUS_PER_NODE              processes that torchrun (on one host: megalora) starts on a node (default: Slurm's count, else the GPUs seen)
 #   TP, PP                     --tensor_parallel_size and --pipeline_parallel_size, where FLAGS do not give them
 #   MAX_RESTARTS               how often torchrun starts the ranks again after one has died (default 3)
 #   PREFLIGHT                  0: no `megalora doctor` on each node before the start
@@ -132,8 +132,8 @@ find_place_in_step() { # sets NNODES, NODE_RANK, MASTER_*, and RANK and its kin 
     else
         name=${SLURMD_NODENAME:-$(hostname)}
         count_processes
-        torchrun_on_nodes --rdzv_id "$SLURM_JOB_ID.$step" --local_addr "$name"
-        note "$NNODES nodes, one task each: torchrun starts $processes processes a node ($processes_from)"
+        if ((NNODES == 1)); then on_this_host; else torchrun_on_nodes --rdzv_id "$SLURM_JOB_ID.$step" --local_addr "$name"; fi
+        note "$NNODES nodes, one task each: $starter starts $processes processes a node ($processes_from)"
     fi
     note "MASTER_ADDR=$MASTER_ADDR (first of ${hosts//$'\n'/ }), MASTER_PORT=$MASTER_PORT (from the job's id)"
 }
@@ -142,18 +142,22 @@ find_place_without_slurm() {
     NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} other_host=${MASTER_ADDR:-}
     count_processes
     if ((NNODES == 1)); then
-        torchrun=(-m torch.distributed.run --standalone --max_restarts "${MAX_RESTARTS:-3}" --nproc_per_node "$processes")
-        WORLD_SIZE=$processes
+        on_this_host
     else
         [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES without Slurm: set MASTER_ADDR to the first machine"
         MASTER_PORT=${MASTER_PORT:-29500}
         torchrun_on_nodes --rdzv_id megalora --local_addr "$(route_to_other src)"
     fi
-    note "no Slurm: torchrun starts $processes processes on each of $NNODES nodes ($processes_from)"
+    note "no Slurm: $starter starts $processes processes on each of $NNODES nodes ($processes_from)"
+}
+
+on_this_host() { # sets the command: as torchrun, but for a store that listens on the loopback alone
+    WORLD_SIZE=$processes starter=megalora
+    torchrun=(-m megalora.cluster.local --max_restarts "${MAX_RESTARTS:-3}" --nproc "$processes")
 }
 
 torchrun_on_nodes() { # torchrun_on_nodes OPTIONS...: sets the command; its rendezvous lets nodes restart together
-    WORLD_SIZE=$((NNODES * processes))
+    WORLD_SIZE=$((NNODES * processes)) starter=torchrun
     torchrun=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$processes"
         --max_restarts "${MAX_RESTARTS:-3}" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT"
         --rdzv_conf "is_host=$((NODE_RANK == 0))" "$@")

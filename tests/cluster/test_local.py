@@ -129,3 +129,29 @@ def test_the_second_ctrl_c_leaves_at_once(monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):  # as it was before
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_of_one_host_starts_again_where_a_rank_has_died(started_again):
+    """By scripts/slurm: until it ends by itself, and not after an error that it would end with again."""
+    died = "import os, sys; open('starts', 'a').write(os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+    found = started_again(died + "os.environ['TORCHELASTIC_RESTART_COUNT'] + os.environ['RANK'] == '01' and 1/0")
+    assert found[:2] == (0, ["00", "01", "10", "11"]) and "status 1: started again, 1 of 2 times" in found[2]
+    assert started_again(died + "sys.exit(3)")[:2] == (3, ["00", "01", "02", "10", "11", "12"])
+    for status in (2, 75):
+        assert started_again(died + f"sys.exit({status})")[:2] == (status, ["00", "10"])
+
+
+@pytest.fixture
+def started_again(tmp_path):
+    """A program on two processes -> (status, rank and number of each start, what was said)."""
+
+    def run(source):
+        (tmp_path / "program.py").write_text(source)
+        (tmp_path / "starts").write_text("")
+        command = [sys.executable, "-m", "megalora.cluster.local", "--nproc", "2", "--max_restarts", "2", "program.py"]
+        environment = CLEAN | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        text = (tmp_path / "starts").read_text()
+        return done.returncode, sorted(text[at : at + 2] for at in range(0, len(text), 2)), done.stderr
+
+    return run
