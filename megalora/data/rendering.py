@@ -38,7 +38,8 @@ _DEEP = frozenset("tojson string pprint join format escape e urlencode xmlattr s
 _GROWS = frozenset("replace join translate expandtabs format format_map indent batch slice sum wordwrap".split())
 _WEIGHED = "_weighed"  # the filter
 _SCALARS = (str, int, float, bool, type(None), jinja2.Undefined)
-_PLAIN = frozenset([str, list, tuple, dict])  # what attribute of one is safe depends on its name alone
+# What attribute of one is safe depends on its name alone.
+_PLAIN = frozenset([str, list, tuple, dict, jinja2.utils.Namespace, jinja2.runtime.LoopContext])
 _MOST_NAMES = 1 << 10
 
 
@@ -99,10 +100,10 @@ def size_of(value: Any) -> int:
     """Return the characters of all texts in a value of JSON."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, Mapping):
-        return sum(size_of(key) + size_of(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return sum(map(size_of, value))
+    if isinstance(value, (dict, Mapping)):
+        return sum(size_of(key) + size_of(item) for key, item in value.items())
     return 1
 
 
