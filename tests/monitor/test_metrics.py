@@ -78,7 +78,7 @@ def test_any_bytes(tmp_path_factory, data):
     def resumed():
         lines = JsonLines(path, 2)
         lines.close()
-        assert read(path)[0] == record(1)
+        assert path.read_bytes().startswith(record_line(1))
 
     assert ours_only(resumed)
 
