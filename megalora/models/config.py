@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import math
@@ -77,8 +78,10 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
     kinds, model_type = known_families(), raw.get("model_type")
     family = kinds.get(model_type) if isinstance(model_type, str) else None
     if family is None:
+        near = difflib.get_close_matches(str(model_type), kinds, n=3) or ["llama", "qwen2", "deepseek_v3"]
         raise UserError(
-            f"{where}: model_type = {model_type!r} is not implemented", f"take a model of {', '.join(sorted(kinds))}"
+            f"{where}: model_type = {model_type!r} is not implemented",
+            f"take a model of a type that docs/models.md lists, such as {', '.join(near)}",
         )
     return spec_of(family, raw, where)
 
