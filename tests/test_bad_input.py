@@ -85,7 +85,7 @@ def sharded(missing: str) -> Callable[[Path], None]:
         weight_map = {}
         for number, name in enumerate(sorted(tensors)):
             weight_map[name] = f"model-0000{1 + number % 2}-of-00002.safetensors"
-        for file in set(weight_map.values()):
+        for file in sorted(set(weight_map.values())):
             part = {name: t for name, t in tensors.items() if weight_map[name] == file}
             if missing == "key":
                 part.pop("model.norm.weight", None)
@@ -192,7 +192,7 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
     ),
     "model type": (
         lambda m: m.config(model_type="nonesuch"),
-        ("config.json: model_type = 'nonesuch' is not implemented", "a type that docs/models.md lists, such as llama"),
+        ("config.json: model_type = 'nonesuch' is not implemented", "lists, such as llama"),
     ),
     "config is no JSON": (
         lambda m: m.model(lambda folder: (folder / "config.json").write_text('{"model_type": ')),

@@ -18,7 +18,7 @@ from megalora.building import build_stage, load_adapter, load_base_weights, reso
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import save_adapter
 from megalora.checkpoint.layout import Layout
-from megalora.generation import dialogue, output, replica
+from megalora.generation import dialogue, output, replica, sequences
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
 from megalora.models.config import read_config
@@ -188,9 +188,9 @@ def test_a_prompt_goes_on_from_what_its_slot_holds(case):
     case, fed = case("llama"), []
     feed = replica.Steps.prefill
 
-    def prefill(steps, hidden, token_ids, spans, adapters, sources):
+    def prefill(steps, hidden, token_ids, *others):
         fed.append(len(token_ids))
-        return feed(steps, hidden, token_ids, spans, adapters, sources)
+        return feed(steps, hidden, token_ids, *others)
 
     said = "\n".join([QUESTIONS[0], QUESTIONS[1]])
     with mock.patch.object(replica.Steps, "prefill", prefill):
@@ -278,7 +278,7 @@ def test_each_token_draws_a_number_of_its_own(case, asked):
         drawn.append((seed, prompt, place))
         return 0.5
 
-    with mock.patch.object(replica, "draw", draw):
+    with mock.patch.object(sequences, "draw", draw):
         run(0, 1, flags(case, "--prompts_file", asked, "--temperature", 1, "--seed", 8))
     places = {prompt: [at for _, number, at in drawn if number == prompt] for prompt in range(len(QUESTIONS))}
     assert len(drawn) == sum(map(len, places.values())) > len(QUESTIONS)
