@@ -83,7 +83,7 @@ def compiled_ops() -> tuple[dict, str]:
     if wanted == "0":
         return {}, ""
     compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
+    if shutil.which(compiler.split()[0]) is None:  # CXX may have a launcher before it, or options behind
         if asked is None:
             return without_ops(f"there is no C++ compiler {compiler}")
         sys.exit(f"no C++ compiler {compiler}: install one, or set CXX (MEGALORA_BUILD_EXTENSION=0 skips the build)")

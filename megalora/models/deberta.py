@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from megalora.models.encoders import BERT_CLASSES, BERT_FIELDS, encoder, encoder_files, token_head
-from megalora.models.family import Fields
+from megalora.models.family import Family, Fields
 from megalora.models.parts import head_dim
 from megalora.models.spec import Attention, ClassHead, Disentangled, Linear, ModelSpec, TaskHead
 
-DEBERTA_FIELDS = (BERT_FIELDS - {"classifier_dropout"}) | frozenset(
+_FIELDS = (BERT_FIELDS - {"classifier_dropout"}) | frozenset(
     """relative_attention max_relative_positions pos_att_type position_biased_input pooler_dropout pooler_hidden_act
     pooler_hidden_size cls_dropout embedding_size attention_head_size""".split()
 )
-DEBERTA_OPTIONAL = frozenset("pos_att_type pooler_hidden_size cls_dropout embedding_size attention_head_size".split())
-DEBERTA_FIXED = {"is_decoder": False, "talking_head": False}
-DEBERTA_HARMLESS = frozenset("gradient_checkpointing legacy padding_idx tie_word_embeddings".split())
-DEBERTA_CLASSES = BERT_CLASSES
-DEBERTA_FILES = replace(
+_OPTIONAL = frozenset("pos_att_type pooler_hidden_size cls_dropout embedding_size attention_head_size".split())
+_FIXED = {"is_decoder": False, "talking_head": False}
+_HARMLESS = frozenset("gradient_checkpointing legacy padding_idx tie_word_embeddings".split())
+_FILES = replace(
     encoder_files("deberta", "cls.", "lm_predictions.", "mask_predictions."),
     ignored=(
         *encoder_files("deberta").ignored,
@@ -28,6 +28,23 @@ DEBERTA_FILES = replace(
     ),
 )
 _TERMS = ("c2p", "p2c")  # content to position, position to content
+
+
+def deberta_family(kind: str, read: Callable[[Fields], ModelSpec], example: dict[str, Any]) -> Family:
+    """Return the family of a model_type, with the fields that all versions have."""
+    return Family(
+        (kind,),
+        read,
+        reads=_FIELDS,
+        fixed=_FIXED,
+        harmless=_HARMLESS,
+        rotates=False,
+        generates=False,
+        optional=_OPTIONAL,
+        files=_FILES,
+        example=example,
+        architectures=BERT_CLASSES,
+    )
 
 
 def deberta(hf: Fields, attention: Callable[[tuple[str, ...]], Attention]) -> ModelSpec:

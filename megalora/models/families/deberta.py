@@ -1,18 +1,7 @@
 """DeBERTa: an encoder whose scores know content and position apart; q, k and v are one linear."""
 
-from megalora.models.deberta import (
-    DEBERTA_CLASSES,
-    DEBERTA_FIELDS,
-    DEBERTA_FILES,
-    DEBERTA_FIXED,
-    DEBERTA_HARMLESS,
-    DEBERTA_OPTIONAL,
-    deberta,
-    disentangled,
-    furthest,
-    scale,
-)
-from megalora.models.family import Family, Fields
+from megalora.models.deberta import deberta, deberta_family, disentangled, furthest, scale
+from megalora.models.family import Fields
 from megalora.models.parts import head_dim
 from megalora.models.spec import Attention, ByHead, Fused, Linear, ModelSpec
 
@@ -36,16 +25,8 @@ def _attention(hf: Fields, terms: tuple[str, ...]) -> Attention:
     )
 
 
-FAMILY = Family(
-    ("deberta",),
+FAMILY = deberta_family(
+    "deberta",
     read,
-    reads=DEBERTA_FIELDS,
-    fixed=DEBERTA_FIXED,
-    harmless=DEBERTA_HARMLESS,
-    rotates=False,
-    generates=False,
-    optional=DEBERTA_OPTIONAL,
-    files=DEBERTA_FILES,
-    example={"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
-    architectures=DEBERTA_CLASSES,
+    {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
 )

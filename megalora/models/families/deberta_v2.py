@@ -1,18 +1,9 @@
 """DeBERTa-v2 and DeBERTa-v3: DeBERTa with q, k and v apart, which may read positions too; far ones share their rows."""
 
-from megalora.models.deberta import (
-    DEBERTA_CLASSES,
-    DEBERTA_FIELDS,
-    DEBERTA_FILES,
-    DEBERTA_FIXED,
-    DEBERTA_HARMLESS,
-    DEBERTA_OPTIONAL,
-    deberta,
-    disentangled,
-    furthest,
-    scale,
-)
-from megalora.models.family import Family, Fields
+from dataclasses import replace
+
+from megalora.models.deberta import deberta, deberta_family, disentangled, furthest, scale
+from megalora.models.family import Fields
 from megalora.models.parts import head_dim, layer_norms
 from megalora.models.spec import Attention, Linear, ModelSpec
 
@@ -49,17 +40,10 @@ def _normed(hf: Fields) -> bool:
     return "layer_norm" in kinds
 
 
-FAMILY = Family(
-    ("deberta-v2",),
+_SAME = deberta_family(
+    "deberta-v2",
     read,
-    reads=DEBERTA_FIELDS | {"position_buckets", "share_att_key", "norm_rel_ebd"},
-    fixed=DEBERTA_FIXED | {"conv_kernel_size": 0},
-    harmless=DEBERTA_HARMLESS | {"conv_act", "conv_groups"},
-    rotates=False,
-    generates=False,
-    optional=DEBERTA_OPTIONAL | {"position_buckets", "norm_rel_ebd"},
-    files=DEBERTA_FILES,
-    example={
+    {
         "relative_attention": True,
         "pos_att_type": ["p2c", "c2p"],
         "position_biased_input": False,
@@ -67,5 +51,11 @@ FAMILY = Family(
         "share_att_key": True,
         "norm_rel_ebd": "layer_norm",
     },
-    architectures=DEBERTA_CLASSES,
+)
+FAMILY = replace(
+    _SAME,
+    reads=_SAME.reads | {"position_buckets", "share_att_key", "norm_rel_ebd"},
+    fixed={**_SAME.fixed, "conv_kernel_size": 0},
+    harmless=_SAME.harmless | {"conv_act", "conv_groups"},
+    optional=_SAME.optional | {"position_buckets", "norm_rel_ebd"},
 )
