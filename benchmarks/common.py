@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -101,16 +101,22 @@ def read_fields(model: str | None) -> dict:
 
 
 @torch.no_grad()
-def fill_quantised(module: torch.nn.Module) -> None:
-    """Random weights for the linears whose base is quantised: they have no parameter to be filled."""
+def fill_quantised(module: torch.nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Quantise `weights`, or random ones, into the linears whose base is in 8 or 4 bits: they have no parameter to be
+    filled. One linear at a time is in 16 bits, those of experts too.
+    """
     device = next(module.parameters()).device
     for linear in module.modules():
         if isinstance(linear, ParallelLinear) and linear.weight is None:
-            shape = linear.shard_dims()["weight"].global_shape
-            linear.fill_weight(_RandomWeight(torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02))
+            if weights is None:
+                shape = linear.shard_dims()["weight"].global_shape
+                whole = torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02)
+            else:
+                whole = weights[f"{linear.name}.weight"]
+            linear.fill_weight(_Weight(whole))
 
 
-class _RandomWeight:
+class _Weight:
     """As a file would hold it (a megalora.parallel.base.WeightSource)."""
 
     def __init__(self, whole: torch.Tensor):

@@ -8,8 +8,9 @@ The model is the shape of a config.json with random weights (an HF folder with w
 document. A step is zero_grad, forward, backward, gradient clipping and AdamW. Contenders: ours; fp8 and nf4, ours on a
 base in 8 or 4 bits; peft, eager with torch's own choice of attention; liger, the same with Liger's kernels and cuDNN's
 attention (where liger_kernel is installed). On a CPU they make their steps in turn and on the same weights; on a GPU
-one runs after the other, each with the memory to itself. Prints the median of each, its peak memory on a GPU (what
-torch has reserved), and how much faster ours is; --output writes JSON.
+one runs after the other, each with the memory to itself. Prints the median of each, its peak memory on a GPU (what its
+tensors took, and what torch has reserved for them), and how much faster ours is; --output writes JSON. fp8 and nf4
+hold one linear at a time in 16 bits while they are filled: `--contenders nf4` runs where the 16-bit model does not fit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import gc
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from common import add_machine, add_model, build_base, fill_quantised, machine, read_fields, record, where_of
@@ -46,6 +48,7 @@ CONTENDERS = {
     "peft": "transformers + peft",
     "liger": "the same + Liger + cuDNN",
 }
+COLUMNS = ("contender", "seconds, median", "tokens/s", "GiB allocated", "GiB reserved")
 
 
 class Step:
@@ -70,6 +73,11 @@ class Step:
         ]
         self.label_count = int((shifted != -100).sum())
         self.token_count = rows * length
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """The arguments of transformers' model."""
+        return {"input_ids": self.ids, "labels": self.labels, "use_cache": False}
 
 
 def make_trainer(
@@ -109,6 +117,21 @@ def ours(
 ):
     """A function that makes one step of ours and returns its loss; weights None: random ones."""
     mesh = ParallelMesh()
+    trainer, _ = make_trainer(
+        config_from_dict(fields),
+        mesh,
+        lora,
+        Placement(mesh.tp, False, dtype, data.ids.device, base=BaseFormat(base_format)),
+        Workload(*data.ids.shape, element=dtype.itemsize, recompute=options.recompute, base_format=base_format),
+        filled(weights),
+        cuda_graphs=vars(options).get("cuda_graphs"),
+    )
+    count = iter(range(10**9))
+    return lambda: trainer.step(next(count), data).loss
+
+
+def filled(weights: Mapping[str, torch.Tensor] | None) -> Callable[[Stage], None]:
+    """A function that gives a stage `weights`, quantised where its base is; None: random ones."""
 
     def fill(stage: Stage) -> None:
         if weights is None:
@@ -117,19 +140,10 @@ def ours(
         for name, parameter in stage.named_parameters():
             if not parameter.requires_grad:
                 parameter.data.copy_(weights[name])
+        fill_quantised(stage, weights)
         load_adapter(stage, {name: weights[name] for name in stage.trainable()}, "of the benchmark")
 
-    trainer, _ = make_trainer(
-        config_from_dict(fields),
-        mesh,
-        lora,
-        Placement(mesh.tp, False, dtype, data.ids.device, base=BaseFormat(base_format)),
-        Workload(*data.ids.shape, element=dtype.itemsize, recompute=options.recompute, base_format=base_format),
-        fill,
-        cuda_graphs=vars(options).get("cuda_graphs"),
-    )
-    count = iter(range(10**9))
-    return lambda: trainer.step(next(count), data).loss
+    return fill
 
 
 @torch.no_grad()
@@ -144,15 +158,17 @@ def randomize(module: torch.nn.Module) -> None:
     fill_quantised(module)
 
 
-def peers(model: torch.nn.Module, data: Step, attention: Callable = contextlib.nullcontext) -> Callable[[], float]:
-    """A function that makes one step of transformers + peft and returns its loss."""
+def peers(
+    model: torch.nn.Module, read: Mapping[str, Any], attention: Callable = contextlib.nullcontext
+) -> Callable[[], float]:
+    """A function that makes one step of transformers + peft and returns its loss. read: what the model is given."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def step() -> float:
         optimizer.zero_grad()
         with attention():
-            loss = model(input_ids=data.ids, labels=data.labels, use_cache=False).loss
+            loss = model(**read).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -184,15 +200,22 @@ def build_peer(fields: dict, lora: dict, dtype: torch.dtype, device: torch.devic
     if options.recompute == "full":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+    draw_b(model)
     return model
 
 
+def draw_b(model: torch.nn.Module) -> None:
+    """A B that is not zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+
+
 def measure(steps: dict[str, Callable[[], float]], device: torch.device, warmup: int, count: int) -> dict[str, dict]:
-    """Seconds of each step after `warmup` of them, made in turn; the first loss; peak memory in GiB on a GPU."""
-    found = {name: {"seconds": [], "loss": None, "peak_gib": None} for name in steps}
+    """Seconds of each step after `warmup` of them, made in turn; the first loss; peak memory in GiB on a GPU,
+    reserved (peak_gib) and allocated."""
+    nothing = {"loss": None, "peak_gib": None, "allocated_gib": None}
+    found: dict[str, dict[str, Any]] = {name: {"seconds": [], **nothing} for name in steps}
     for i in range(warmup + count):
         for name, step in steps.items():
             if device.type == "cuda":
@@ -208,6 +231,7 @@ def measure(steps: dict[str, Callable[[], float]], device: torch.device, warmup:
                 result["seconds"].append(elapsed)
                 if device.type == "cuda":
                     result["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+                    result["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
 
 
@@ -219,10 +243,32 @@ def release(device: torch.device) -> None:
 
 def plain_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The peer's tensors by our names."""
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", ""): p.detach()
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for part in ("base_model.model.", ".base_layer", ".default", ".modules_to_save", ".original_module"):
+            name = name.replace(part, "")
+        found[name] = parameter.detach()
+    return found
+
+
+def told(results: dict[str, dict], tokens: int) -> list[tuple[str, ...]]:
+    """Print what `measure` found, and return the rows of COLUMNS. tokens: of a step."""
+    rows = []
+    for name, result in results.items():
+        times, gib = result["seconds"], [result["allocated_gib"], result["peak_gib"]]
+        median = result["median"] = statistics.median(times)
+        shown = ["" if each is None else f"{each:.1f}" for each in gib]
+        memory = f", peak {shown[0]} GiB allocated, {shown[1]} reserved" if all(shown) else ""
+        print(
+            f"{CONTENDERS[name]:26s} {median:.4f} s ({min(times):.3f} .. {max(times):.3f}), "
+            f"{tokens / median:,.0f} tokens/s, first loss {result['loss']:.4f}{memory}"
+        )
+        rows.append((CONTENDERS[name], f"{median:.4f}", f"{tokens / median:,.0f}", *shown))
+    for name in results if "ours" in results else ():
+        if name != "ours":
+            ratio = results[name]["median"] / results["ours"]["median"]
+            print(f"ours is {ratio:.3f} times as fast as {CONTENDERS[name]} (takes {1 / ratio:.3f} of its time)")
+    return rows
 
 
 def has_liger() -> bool:
@@ -257,17 +303,18 @@ def main() -> None:
         "target_modules": targets[0] if targets == ["all-linear"] else targets,
     }
     data = Step(options.rows, options.seq_length, fields["vocab_size"], options.labels == "half", device)
+    read = data.read
     names = options.contenders or ["ours", "peft", *(["liger"] if device.type == "cuda" and has_liger() else [])]
     make = {
         "ours": lambda: ours(None, fields, lora, data, dtype, options),
         "fp8": lambda: ours(None, fields, lora, data, dtype, options, "fp8"),
         "nf4": lambda: ours(None, fields, lora, data, dtype, options, "nf4"),
-        "peft": lambda: peers(build_peer(fields, lora, dtype, device, options), data),
-        "liger": lambda: peers(with_liger(build_peer(fields, lora, dtype, device, options)), data, cudnn_attention),
+        "peft": lambda: peers(build_peer(fields, lora, dtype, device, options), read),
+        "liger": lambda: peers(with_liger(build_peer(fields, lora, dtype, device, options)), read, cudnn_attention),
     }
     if device.type == "cpu" and names == ["ours", "peft"]:
         model = build_peer(fields, lora, dtype, device, options)
-        steps = {"ours": ours(plain_weights(model), fields, lora, data, dtype, options), "peft": peers(model, data)}
+        steps = {"ours": ours(plain_weights(model), fields, lora, data, dtype, options), "peft": peers(model, read)}
         results = measure(steps, device, options.warmup, options.steps)
     else:
         results = {}
@@ -277,28 +324,13 @@ def main() -> None:
             except torch.OutOfMemoryError:
                 print(f"{CONTENDERS[name]:26s} out of memory")
             release(device)
-    for name, result in results.items():
-        times = result["seconds"]
-        median = result["median"] = statistics.median(times)
-        memory = "" if result["peak_gib"] is None else f", peak {result['peak_gib']:.1f} GiB"
-        print(
-            f"{CONTENDERS[name]:26s} {median:.4f} s ({min(times):.3f} .. {max(times):.3f}), "
-            f"{data.token_count / median:,.0f} tokens/s, first loss {result['loss']:.4f}{memory}"
-        )
-    for name in results.keys() - {"ours"} if "ours" in results else ():
-        ratio = results[name]["median"] / results["ours"]["median"]
-        print(f"ours is {ratio:.3f} times as fast as {CONTENDERS[name]} (takes {1 / ratio:.3f} of its time)")
+    rows = told(results, data.token_count)
     where = where_of(device)
     print(f"{where}, {dtype}, torch {torch.__version__}")
     if options.output:
-        rows = [
-            (CONTENDERS[name], f"{median:.4f}", f"{data.token_count / median:,.0f}", f"{peak:.1f}" if peak else "")
-            for name, median, peak in ((name, each["median"], each["peak_gib"]) for name, each in results.items())
-        ]
         about = f"{options.rows} rows of {options.seq_length} tokens, r {options.r}, p {options.dropout}, {dtype}."
-        columns = ("contender", "seconds, median", "tokens/s", "GiB")
         figures = {"options": vars(options), "results": results}
-        record(options.output, "A training step", about, where, columns, rows, figures)
+        record(options.output, "A training step", about, where, COLUMNS, rows, figures)
 
 
 if __name__ == "__main__":
