@@ -1,4 +1,4 @@
-"""benchmarks/: RESULTS.md is current, what `record` writes becomes a section of it, and our linear is called right."""
+"""benchmarks/: RESULTS.md is current, what `record` writes becomes a section of it, and what is timed is right."""
 
 import json
 import sys
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import fields_of
+
+from megalora.models.config import config_from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,3 +57,60 @@ def test_the_linear_that_is_timed_is_right(benchmark):
     expected = [y.detach(), *torch.autograd.grad(y, (x, A, B), case.dy)]
     for ours, theirs in zip(lora_linear.megalora_linear(case, 4)(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 90}
+SMALL_T5 = {"num_layers": 1, "num_decoder_layers": 1, "d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 48}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
+@pytest.mark.parametrize("shape", ["bert-large", "deberta-v3-large", "t5-3b"])
+def test_both_contenders_of_encoders_do_the_same(shape, benchmark, monkeypatch, capsys, tmp_path):
+    encoders, file = benchmark("encoders"), tmp_path / "it.json"
+    change = json.dumps(SMALL_T5 | {"vocab_size": 90} if shape == "t5-3b" else SMALL)
+    words = f"{shape} --rows 2 --seq_length 12 --steps 1 --warmup 1 --dropout 0 --base_dropout false --r 4".split()
+    words += ["--source_length", "9"] if shape == "t5-3b" else []
+    monkeypatch.setattr(
+        sys, "argv", ["encoders.py", *words, "--device", "cpu", "--change", change, "--output", str(file)]
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    encoders.main()
+    assert "without dropout the losses are" in capsys.readouterr().out
+    results = json.loads(file.read_text())["figures"]["results"]
+    assert results["ours"]["loss"] == pytest.approx(results["peft"]["loss"], rel=1e-5)
+    with pytest.raises(SystemExit, match="do not do the same"):
+        encoders.compared({"ours": 2.0, "peft": 2.1}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("base_format", ["fp8", "nf4"])
+def test_a_quantised_base_is_filled_with_the_weights_of_every_expert(base_format, benchmark):
+    generate, common = benchmark("generate"), benchmark("common")
+    fields = fields_of("qwen3_moe")
+    weights = {name: torch.randn(shape) for name, shape in config_from_dict(fields).tensors.items()}
+    stage = generate.build_ours(weights, fields, None, base_format, torch.float32, torch.device("cpu"))
+    linears = [one for one in stage.modules() if isinstance(one, common.ParallelLinear) and one.weight is None]
+    assert sum(".experts." in linear.name for linear in linears) >= 2 * 3 * fields["num_experts"]
+    for linear in linears:
+        held, given = linear._matrix.weight(linear._rows), weights[f"{linear.name}.weight"]
+        assert torch.nn.functional.cosine_similarity(held.flatten(), given.flatten(), dim=0) > 0.99, linear.name
+
+
+def test_generation_without_transformers_model(benchmark, monkeypatch, tmp_path):
+    generate, file = benchmark("generate"), tmp_path / "it.json"
+    (tmp_path / "config.json").write_text(json.dumps(fields_of("llama")))
+    words = "--prompts 2 --prompt_tokens 3 5 --new_tokens 2 --repeats 1 --bandwidth 9 --device cpu --peer none".split()
+    words += ["--base_format", "nf4", "fp8", "--model", str(tmp_path / "config.json"), "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.setattr(generate, "build_base", None)
+    generate.main()
+    assert {row[1] for row in json.loads(file.read_text())["rows"]} == {generate.OURS["nf4"], generate.OURS["fp8"]}
+
+
+def test_what_quality_compares(benchmark):
+    quality = benchmark("quality")
+    one, other = ({"losses": losses, "evaluation": last} for losses, last in (([3, 2, 1], 1.5), ([3, 3, 0], 1.0)))
+    assert quality.apart(one, other, 2) == {"steps": 2 / 3, "smoothed": 0.25, "last": 0.0, "evaluation": 0.5}
+    exact = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([2.0])}
+    found = quality.cosines({"a": torch.tensor([[0.6, 0.8]]), "b": torch.tensor([2.0])}, exact)
+    assert found == {"a": pytest.approx(0.6), "b": pytest.approx(1.0), "": pytest.approx(4.6 / 5)}
