@@ -114,3 +114,51 @@ def test_what_quality_compares(benchmark):
     exact = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([2.0])}
     found = quality.cosines({"a": torch.tensor([[0.6, 0.8]]), "b": torch.tensor([2.0])}, exact)
     assert found == {"a": pytest.approx(0.6), "b": pytest.approx(1.0), "": pytest.approx(4.6 / 5)}
+
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_of_random_weights_is_a_whole_model(benchmark, tmp_path, tied):
+    import transformers
+
+    fields = TINY | {"tie_word_embeddings": tied}
+    size = benchmark("random_folder").write_folder(tmp_path, fields, "bf16", torch.device("cpu"))
+    assert size == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    first, *others = (dict(layer.named_parameters()) for layer in model.model.layers)
+    for other in others:
+        assert all(torch.equal(first[name], weight) for name, weight in other.items())
+    assert first["mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert 0.018 < first["mlp.up_proj.weight"].float().std() < 0.022
+    assert first["input_layernorm.weight"].eq(1).all()
+    # A loader that finds fewer tokens than rows may clear rows: zeros take less power, and are faster.
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == fields["vocab_size"]
+
+
+def test_a_folder_of_unequal_layers_is_refused(benchmark):
+    shapes = {"model.layers.0.w": (2, 2), "model.layers.1.w": (2, 3), "model.norm.weight": (2,)}
+    with pytest.raises(ValueError, match="equal layers"):
+        benchmark("random_folder")._split(shapes)
+
+
+def test_a_write_that_takes_a_part_is_continued(benchmark):
+    written = bytearray()
+
+    def write(data):
+        written.extend(data[:3])
+        return len(data[:3])
+
+    benchmark("random_folder").write_all(write, [b"12345", memoryview(b"678")])
+    assert written == b"12345678"
