@@ -74,4 +74,4 @@ def stops(folder: str | Path, rows: PairRows) -> tuple[int, ...]:
 def first_tokens(folder: str | Path, config: ModelSpec) -> tuple[int, ...]:
     """Return what the decoder begins with: its start token, and the one that it is made to write first."""
     assert config.encoder is not None
-    return beginning(folder, config.encoder.start, config.encoder.forced)
+    return beginning(folder, config.encoder.start, config.encoder.forced, config.vocab_size)

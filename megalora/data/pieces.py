@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .tokenizer import told_as
 from .words import WordTokens, cuts_at_spaces
 
 IGNORE = -100
@@ -56,9 +57,10 @@ class PieceTokenizer:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._guards = _guards(tokenizer)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._words = WordTokens(backend) if backend is not None and cuts_at_spaces(backend) else None
+        with told_as("the tokenizer cannot be used", "copy its files again"):
+            self._guards = _guards(tokenizer)
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            self._words = WordTokens(backend) if backend is not None and cuts_at_spaces(backend) else None
 
     def samples(self, documents: Sequence[Sequence[Segment]]) -> list[Sample]:
         """Return documents as samples. Raises UserError for a special token that cannot be tokenised as text."""
@@ -117,6 +119,10 @@ class PieceTokenizer:
         )
 
     def _call(self, texts: list[str], verbatim: bool) -> list[list[int]]:
+        with told_as("the tokenizer cannot read a text", "take the text out, or use another tokenizer"):
+            return self._called(texts, verbatim)
+
+    def _called(self, texts: list[str], verbatim: bool) -> list[list[int]]:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None and not verbatim:  # by itself: no offsets, no copies
             backend.no_truncation()
@@ -146,8 +152,8 @@ def _behind(ids: list[int], guard: list[int]) -> list[int] | None:
 def _guards(tokenizer: Any) -> list[tuple[str, list[int]]]:
     """Return (text, its tokens) of what may stand before a piece; none where the tokenizer sets no space before a text.
     """
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
-    if not first.startswith("\u2581"):
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
+    if not first or not first[0].startswith("\u2581"):
         return []
     known = [(guard, tokenizer(guard, add_special_tokens=False)["input_ids"]) for guard in _GUARDS]
     return [(guard, ids) for guard, ids in known if ids] or [(_GUARDS[0], [])]

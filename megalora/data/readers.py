@@ -239,8 +239,8 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Any]:
     parquet = _import("pyarrow.parquet", f"{name} is a parquet file")
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH):
-            yield from map(_row_of_table, batch.to_pylist())
-    except (pyarrow.ArrowException, ValueError) as error:
+            yield from _rows_of_batch(batch)
+    except (pyarrow.ArrowException, ValueError, MemoryError) as error:  # a size in it may be any number
         raise UserError(f"{name} cannot be read as parquet: {error}", "copy the file again") from None
 
 
@@ -254,9 +254,14 @@ def _arrow(file: BinaryIO, name: str) -> Iterator[Any]:
             file.seek(0)
             batches = iter(pyarrow.ipc.open_stream(file))
         for batch in batches:
-            yield from map(_row_of_table, batch.to_pylist())
-    except (pyarrow.ArrowException, ValueError) as error:
+            yield from _rows_of_batch(batch)
+    except (pyarrow.ArrowException, ValueError, MemoryError) as error:  # a size in it may be any number
         raise UserError(f"{name} cannot be read as arrow: {error}", "copy the file again") from None
+
+
+def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
+    batch.validate(full=True)  # offsets that lead out of the file are followed otherwise, and the process dies
+    return map(_row_of_table, batch.to_pylist())
 
 
 def _row_of_table(row: dict[str, Any]) -> dict[str, Any]:

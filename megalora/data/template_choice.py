@@ -65,6 +65,8 @@ def choose(tokenizer: Any, template: str | None, recorded: str | None = None) ->
     """
     several = tokenizer.chat_template
     several = several if isinstance(several, Mapping) else {"default": several} if several else {}
+    if not all(isinstance(source, str) for source in several.values()):
+        raise UserError("the tokenizer's chat_template is no text", "copy tokenizer_config.json again")
     several = {name: source.removeprefix("\ufeff").removeprefix(FIXED_DATE) for name, source in several.items()}
     recorded = recorded and recorded.removeprefix(FIXED_DATE)
     if template is not None:

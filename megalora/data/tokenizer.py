@@ -7,11 +7,13 @@ folder's own file is what the model was trained with, so the two are compared be
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,17 +104,20 @@ def open_tokenizer(folder: str | Path, added: Sequence[AddedToken] = ()) -> Open
     if not folder.is_dir():
         raise UserError(f"no folder {folder} to read the tokenizer from", "check the path")
     _check_files(folder)
-    code = _own_code(folder)
+    code, model = _own_code(folder), None
+    if not (folder / TOKENIZER_FILE).is_file() and (folder / SENTENCEPIECE_FILE).is_file():
+        model = _sentencepiece_model(folder / SENTENCEPIECE_FILE)
     tokenizer = _load(folder, code)
     notes = (
         [f"{folder}: its own tokenizer code ({code}) is not run; transformers' class reads its files"] if code else []
     )
-    if (folder / TOKENIZER_FILE).is_file():
-        tokenizer, note = _like_its_file(tokenizer, folder)
-        notes += [note] if note else []
-    elif (folder / SENTENCEPIECE_FILE).is_file():
-        note = _like_sentencepiece(tokenizer, folder / SENTENCEPIECE_FILE)
-        notes += [note] if note else []
+    note = None
+    with told_as(f"the tokenizer in {folder} cannot read every text", "copy its files again"):
+        if (folder / TOKENIZER_FILE).is_file():
+            tokenizer, note = _like_its_file(tokenizer, folder)
+        elif model is not None:
+            note = _like_sentencepiece(tokenizer, model, folder / SENTENCEPIECE_FILE)
+    notes += [note] if note else []
     opened = OpenedTokenizer(tokenizer, folder, tuple(notes))
     return _with_tokens(opened, tuple(added)) if added else opened
 
@@ -133,11 +138,12 @@ def new_tokens(folder: str | Path, names: Sequence[str]) -> tuple[AddedToken, ..
                 f"new_special_tokens: {name!r} is a token of {folder} already (id {vocabulary[name]})",
                 f"leave it out; to train its row, give trainable_token_indices [{vocabulary[name]}] in lora_config",
             )
-    whole = Tokenizer.from_str(_backend(tokenizer, folder).to_str())
     file = Path(folder) / TOKENIZER_FILE
-    if file.is_file():  # it has the ids: classes of transformers may add tokens of their own
-        whole = Tokenizer.from_file(str(file))
-    whole.add_special_tokens([Added(name, special=True, normalized=False) for name in names])
+    with told_as(f"the tokenizer in {folder} cannot get new tokens", "copy its files again"):
+        whole = Tokenizer.from_str(_backend(tokenizer, folder).to_str())
+        if file.is_file():  # it has the ids: classes of transformers may add tokens of their own
+            whole = Tokenizer.from_file(str(file))
+        whole.add_special_tokens([Added(name, special=True, normalized=False) for name in names])
     return tuple(AddedToken(whole.token_to_id(name), name) for name in names)
 
 
@@ -207,19 +213,38 @@ def _load(folder: Path, code: str | None) -> Any:
     alone = [PreTrainedTokenizerFast] if (folder / TOKENIZER_FILE).is_file() and not code else []
     for kind in (AutoTokenizer, *alone):
         try:
-            tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            works = len(tokenizer("a b", add_special_tokens=False)["input_ids"]) > 0
+            with told_as(f"cannot read the tokenizer in {folder}", "copy its files again"):
+                loaded = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+                works = len(loaded("a b", add_special_tokens=False)["input_ids"]) > 0
+            tokenizer = loaded
             break
-        except Exception as raised:  # transformers raises whatever its parsers raise
+        except UserError as raised:
             error = error or raised
     if tokenizer is None and code:
         never = f"it asks to run its own code ({code}), which megalora never does"
         raise UserError(f"cannot read the tokenizer in {folder}: {never}", "use a tokenizer that transformers has")
     if tokenizer is None:
-        raise UserError(f"cannot read the tokenizer in {folder}: {error!s:.300}", "copy its files again")
+        raise error
     if not works:
         raise UserError(f"the tokenizer in {folder} gives no tokens for a text", "copy its files again")
     return tokenizer
+
+
+@contextlib.contextmanager
+def told_as(what: str, hint: str) -> Iterator[None]:
+    """Raise what a library of tokenizers raises inside as a UserError: of its files, or of a text.
+
+    They raise bare Exceptions and whatever their parsers raise; a panic of `tokenizers` (a regular expression of
+    tokenizer.json that backtracks without end) is none of them.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {error!s:.300}", hint) from None
 
 
 def _backend(tokenizer: Any, folder: str | Path) -> Any:
@@ -259,10 +284,8 @@ def _like_its_file(tokenizer: Any, folder: Path) -> tuple[Any, str | None]:
     from transformers import PreTrainedTokenizerFast
 
     file = folder / TOKENIZER_FILE
-    try:
+    with told_as(f"{file}: is no tokenizer", "copy it again"):
         own = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{file}: is no tokenizer ({error!s:.200})", "copy it again") from None
     own.no_padding()
     own.no_truncation()
     special = [token.content for token in own.get_added_tokens_decoder().values()]
@@ -289,19 +312,25 @@ def _like_its_file(tokenizer: Any, folder: Path) -> tuple[Any, str | None]:
     return alone, f"{what} ({different}); the file's are used"
 
 
-def _like_sentencepiece(tokenizer: Any, file: Path) -> str | None:
+def _sentencepiece_model(file: Path) -> Any:
+    """Return the sentencepiece model of a file, None where it is a table as of tiktoken. Raises UserError."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        if not _is_tiktoken(file):
+            raise UserError(f"{file}: is no sentencepiece model ({error!s:.200})", "copy it again") from None
+    if importlib.util.find_spec("tiktoken") is None:
+        raise UserError(f"{file}: is a file of tiktoken, which is not installed", "pip install tiktoken")
+    return None
+
+
+def _like_sentencepiece(tokenizer: Any, model: Any, file: Path) -> str | None:
     """Make the tokenizer give the tokens of the sentencepiece model that it is made from; a line where it did not.
 
     Raises UserError where that cannot be had.
     """
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        if _is_tiktoken(file):
-            return None
-        raise UserError(f"{file}: is no sentencepiece model ({error!s:.200})", "copy it again") from None
     different = _difference(tokenizer, model.encode, PROBES)
     if different is None:
         return None

@@ -11,6 +11,7 @@ from megalora.files import read_json
 
 FILE = "generation_config.json"
 _LARGEST_FILE = 1 << 20  # bytes
+_LARGEST = 1 << 31  # of any number
 
 # Fields of sampling -> (what is right, in words, whether a value is right).
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -92,18 +93,19 @@ def eos_token_ids(folder: str | Path) -> list[int]:
     return []
 
 
-def beginning(folder: str | Path, start: int, forced: int | None) -> tuple[int, ...]:
+def beginning(folder: str | Path, start: int, forced: int | None, words: int) -> tuple[int, ...]:
     """Return what an encoder-decoder begins with: decoder_start_token_id, and forced_bos_token_id where there is one.
 
     start, forced  those of config.json; generation_config.json goes before it, as in transformers
+    words          rows of the vocabulary. Raises UserError for what is no token of it
     """
     file = Path(folder) / FILE
     fields = _read(file)
     found = []
     for name, value in (("decoder_start_token_id", start), ("forced_bos_token_id", forced)):
         value = value if fields.get(name) is None else fields[name]
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise UserError(f"{file}: {name} = {value!r} is not valid", "give a token id")
+        if value is not None and not (_is_id(value) and 0 <= value < words):
+            raise UserError(f"{file}: {name} = {value!r} is not valid", f"give a token id below {words:,}")
         found += [] if value is None else [value]
     return tuple(found)
 
@@ -124,7 +126,7 @@ def _eos(file: Path) -> list[int]:
     """Return the eos_token_id of a JSON file: one, several or none."""
     value = _read(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    if not all(map(_is_id, ids)):
         raise UserError(f"{file}: eos_token_id = {value!r} is not valid", "give a token id or a list of them")
     return ids
 
@@ -136,5 +138,10 @@ def _read(file: Path) -> dict[str, Any]:
     return read_json(file, "download it again", most=_LARGEST_FILE)
 
 
+def _is_id(value: Any) -> bool:
+    """Return whether a value may be a token id; some files have -1 for none."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST

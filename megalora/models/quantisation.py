@@ -29,7 +29,7 @@ def stored_format(raw: Mapping[str, Any], where: str) -> str:
     if method == "mxfp4":
         return "dense"
     readers = {"bitsandbytes": _bitsandbytes, "fp8": _fp8, "compressed-tensors": _compressed_tensors}
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         known = "bitsandbytes, fp8, mxfp4 and compressed-tensors"
         raise _refused(where, f"quant_method = {method!r} is not read ({known} are)")
     return readers[method](fields, where)

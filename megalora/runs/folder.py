@@ -24,6 +24,7 @@ MOST_RUNS = 200
 _LOG_BYTES, _MOST_LOGS, _MOST_NOTES = 1 << 18, 64, 300
 _REPLIES_BYTES, _MOST_REPLIES, _TIMELINE_BYTES = 4 << 20, 50, 8 << 20
 _OF_REPLIES = ("prompt", "response", "finish_reason")
+_ODD = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # of lines that are not ours
 _STEP = re.compile(r"step (\d+)/(\d+) ")
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 _ROUTINE = re.compile(r"step \d+(/\d+)? (\(epoch|loss|by phase)|step \d+: (evaluation|to ['\"])")
@@ -136,7 +137,7 @@ class Run:
             return []
         found: dict[int, dict[str, Any]] = {}
         for line in [lines[0].decode("utf-8", "replace"), *whole[-_MOST_REPLIES:]]:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            with contextlib.suppress(*_ODD):
                 record = json.loads(line)
                 told = [{name: str(one.get(name, "")) for name in _OF_REPLIES} for one in record["replies"]]
                 found[int(record["step"])] = {"step": int(record["step"]), "replies": told}

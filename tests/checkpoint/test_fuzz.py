@@ -17,6 +17,7 @@ from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
 from megalora.checkpoint.base.hf import INDEX, SINGLE, HfWeights
 from megalora.checkpoint.base.weights import BaseNames, open_base
+from megalora.checkpoint.manifest import MANIFEST, digest
 from megalora.errors import UserError
 from megalora.models.spec import FileNames
 
@@ -66,6 +67,8 @@ def sound(tmp_path_factory):
     adapter = {f"{linear}.lora_A.weight": torch.ones(2, 4), f"{linear}.lora_B.weight": torch.ones(8, 2)}
     lora = LoraConfig(r=2, target_modules=("q_proj",), rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 4})
     write_peft(folder / "peft", adapter, lora.to_dict(), "some/model")
+    shutil.copytree(folder / "peft", folder / "export")
+    (folder / "peft" / MANIFEST).unlink()  # of a stranger: without sums, or with sums that he has made
     return folder
 
 
@@ -79,6 +82,7 @@ def test_the_sound_ones_are_read(sound):
     read_all(sound / "one")
     read_all(sound / "several")
     open_adapter(sound / "peft")
+    open_adapter(sound / "export")
 
 
 @COMMON
@@ -194,6 +198,8 @@ def test_any_adapter_config(sound, tmp_path, data):
     else:
         body = data.draw(edited(body))
     file.write_text(json.dumps(body))
+    if data.draw(st.booleans()):
+        rename(folder / "adapter_model.safetensors", data.draw(KEYS))
 
     def read():
         found = open_adapter(folder)
@@ -202,13 +208,46 @@ def test_any_adapter_config(sound, tmp_path, data):
     ours_only(read)
 
 
+LINEAR = "base_model.model.model.layers.0.self_attn.q_proj"
+PARTS = ["lora_A", "lora_B", "weight", "bias", "lora_embedding_A", "lora_magnitude_vector", "base_layer", "default",
+         "modules_to_save", "original_module", "experts", "0", "17", "lm_head", "embed_tokens", "token_adapter",
+         "trainable_tokens_delta", "pooler", "dense", "classifier", "score", "", "model", "layers"]  # fmt: skip
+KEYS = st.dictionaries(
+    st.integers(0, 1),
+    st.lists(st.sampled_from([LINEAR, *PARTS]), min_size=1, max_size=5).map(".".join) | st.text(max_size=4),
+    max_size=2,
+)
+
+
+def rename(file, names) -> None:
+    """Give tensors of a safetensors file other names, by their numbers."""
+    header, values = parts_of(file)
+    keys = [key for key in header if key != "__metadata__"]
+    new = {keys[number]: name for number, name in names.items()}
+    file.write_bytes(join(json.dumps({new.get(key, key): value for key, value in header.items()}), values))
+
+
 @COMMON
 @given(data=st.data())
 def test_any_adapter_file(sound, tmp_path, data):
     folder = fresh(sound, "peft", tmp_path)
     file = folder / "adapter_model.safetensors"
     header, values = parts_of(file)
+    rename(file, data.draw(KEYS))
+    ours_only(lambda: open_adapter(folder))
     file.write_bytes(join(json.dumps(data.draw(edited(header))), values))
     ours_only(lambda: open_adapter(folder))
     file.write_bytes(data.draw(st.binary(max_size=60)))
     assert not ours_only(lambda: open_adapter(folder))
+
+
+@COMMON
+@given(data=st.data())
+def test_any_sums_of_an_export(sound, tmp_path, data):
+    """Right or not for what they say: whoever writes a folder may write its sums."""
+    folder = fresh(sound, "export", tmp_path)
+    body = data.draw(edited({k: v for k, v in json.loads((folder / MANIFEST).read_text()).items() if k != "sha256"}))
+    if isinstance(body, dict) and data.draw(st.booleans()):
+        body = body | {"sha256": digest(body)}
+    (folder / MANIFEST).write_text(json.dumps(body))
+    ours_only(lambda: open_adapter(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import struct
 import sys
 from fractions import Fraction
 from unittest import mock
@@ -17,6 +18,11 @@ from hypothesis import strategies as st
 from megalora.data import json_stream, read_rows, readers
 from megalora.data.readers import NotLines, Source, parse_sources, read_chunks
 from megalora.errors import UserError
+
+try:
+    import zstandard
+except ImportError:  # whose absence is a line too
+    zstandard = None
 
 
 def by_lines(path):
@@ -273,12 +279,64 @@ def test_a_file_of_another_format_under_the_name_of_json_is_told(tmp_path, start
 
 @examples(60)
 @given(
-    suffix=st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".conll", ".json.gz"]),
+    suffix=st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".conll", ".json.gz", ".json.zst"]),
     data=st.binary(max_size=60) | st.text('{}[]",:0123456789e+-.\\\nuntrfalsemgc\t', max_size=80).map(str.encode),
     packed=st.booleans(),
 )
 def test_any_bytes(tmp_path_factory, suffix, data, packed):
     """Under any name they are rows or a line; packed right or not."""
     file = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    if packed and suffix.endswith(".zst") and zstandard is not None:
+        data = zstandard.compress(data)
     file.write_bytes(gzip.compress(data) if packed and suffix.endswith(".gz") else data)
     ours_only(lambda: list(read_rows(file)))
+
+
+def tables(folder) -> dict[str, bytes]:
+    """The bytes of small tables with what rows have: texts, lists, objects, nulls, numbers; one file in several pieces.
+    """
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = pyarrow.Table.from_pylist([{"a": "x" * n, "b": [n, None], "c": {"d": 0.5 * n, "e": None}} for n in range(9)])
+    made = {}
+    for codec in ("NONE", "SNAPPY", "ZSTD"):
+        parquet.write_table(rows, folder / "a.parquet", compression=codec, row_group_size=4)
+        made[f"{codec}.parquet"] = (folder / "a.parquet").read_bytes()
+    for name, begin in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with begin(str(folder / name), rows.schema) as writer:
+            writer.write_table(rows, max_chunksize=4)
+        made[name] = (folder / name).read_bytes()
+    return made
+
+
+@pytest.fixture(scope="module")
+def sound_tables(tmp_path_factory):
+    return tables(tmp_path_factory.mktemp("tables"))
+
+
+@examples(60)
+@given(data=st.data())
+def test_any_table(sound_tables, tmp_path, data):
+    """Bytes changed anywhere, or the end missing: of parquet its end says what is where, of arrow its beginning."""
+    name = data.draw(st.sampled_from(sorted(sound_tables)))
+    whole, file = bytearray(sound_tables[name]), tmp_path / f"any{name[name.index('.') :]}"
+    numbers = st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1]).map(lambda n: n.to_bytes(8, "little"))
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(whole) - 1))
+        new = data.draw(st.binary(min_size=1, max_size=4) | numbers)
+        whole[at : at + len(new)] = new
+    file.write_bytes(whole[: data.draw(st.just(len(whole)) | st.integers(0, len(whole)))])
+    ours_only(lambda: list(read_rows(file)))
+
+
+def test_a_table_whose_offsets_lead_out_of_the_file(tmp_path):
+    """They are followed unless they are checked, and the process dies."""
+    pyarrow = pytest.importorskip("pyarrow")
+    batch = pyarrow.record_batch({"a": ["hello", "world"]})
+    with pyarrow.ipc.new_file(str(tmp_path / "rows.arrow"), batch.schema) as writer:
+        writer.write_batch(batch)
+    sound, wrong = struct.pack("<3i", 0, 5, 10), struct.pack("<3i", 0, 5, 2**30)
+    content = (tmp_path / "rows.arrow").read_bytes()
+    assert content.count(sound) == 1
+    (tmp_path / "rows.arrow").write_bytes(content.replace(sound, wrong))
+    with pytest.raises(UserError, match="rows.arrow cannot be read as arrow: .*: copy the file again"):
+        list(read_rows(tmp_path / "rows.arrow"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -184,6 +186,14 @@ def test_unusable_templates(chatml, tmp_path, source, told):
     path.write_text(source)
     with pytest.raises(UserError, match=told):
         ChatTemplate(chatml, str(path))
+
+
+@pytest.mark.parametrize("value", [{"default": {"a": "b"}}, {"default": 3}])
+def test_a_template_of_the_tokenizer_that_is_no_text(chatml, value):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = value
+    with pytest.raises(UserError, match="chat_template is no text: copy tokenizer_config.json again"):
+        ChatTemplate(tokenizer)
 
 
 def test_unknown_template_name(chatml):

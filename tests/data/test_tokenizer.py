@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from megalora.data.pieces import PieceTokenizer, Segment
 from megalora.data.tokenizer import PROBES, new_tokens, open_tokenizer
 from megalora.errors import UserError
 from megalora.tokenizer_files import read_template, write_tokenizer
@@ -208,3 +209,30 @@ def test_a_copy_carries_the_template(tmp_path):
         assert said == ("own a" if template is None else "other a")
         assert read_template(target) == (template or "own {{ messages[0].content }}")
         assert copy("a  b")["input_ids"] == open_tokenizer(folder).tokenizer("a  b")["input_ids"]
+
+
+def test_an_expression_of_the_file_that_backtracks_without_end(tmp_path):
+    """`tokenizers` gives up after 10 million steps, by a panic, which is no Exception."""
+    own = byte_level()
+    own.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    pieces = PieceTokenizer(open_tokenizer(folder_of(tmp_path, own)).tokenizer)
+    assert len(pieces.ids([Segment("aaa", 1.0)])) == 3
+    with pytest.raises(UserError, match=r"cannot read a text: .*retry-limit-in-match over: take the text out"):
+        pieces.ids([Segment("a" * 60 + "b", 1.0)])
+
+
+def test_a_vocabulary_that_lacks_the_unknown_token(tmp_path):
+    own = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match=r"WordLevel error: Missing \[UNK\] token from the vocabulary: copy its files"):
+        open_tokenizer(folder_of(tmp_path, own, unk_token=None))
+
+
+def test_a_model_of_sentencepiece_that_is_damaged(tmp_path):
+    """transformers takes it for one of tiktoken, which it asks for."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMES | {"tokenizer_class": "LlamaTokenizer"}))
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff" * 50)
+    with pytest.raises(UserError, match=r"tokenizer.model: is no sentencepiece model .*: copy it again"):
+        open_tokenizer(tmp_path)

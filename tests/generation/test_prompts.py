@@ -1,12 +1,16 @@
 """Questions from files, and where replies end."""
 
 import json
+import math
 
 import pytest
 import tiny
+from fuzz import JSON, edited, examples, ours_only
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalora.errors import UserError
-from megalora.generation.defaults import not_applied, sampling_defaults, unescaped
+from megalora.generation.defaults import beginning, eos_token_ids, not_applied, sampling_defaults, unescaped
 from megalora.generation.prompts import ask, encode, read_questions, stop_token_ids, unseen_stops
 
 
@@ -161,6 +165,27 @@ def test_sampling_that_the_model_asks_for(tmp_path):
     assert sampling_defaults(config(tmp_path, do_sample=True, **asked, bos_token_id=1)) == asked
     assert sampling_defaults(config(tmp_path, **asked, repetition_penalty=1.05)) == {"repetition_penalty": 1.05}
     assert sampling_defaults(config(tmp_path, do_sample=True, temperature=None)) == {"temperature": 1.0}
+
+
+SOUND = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1,
+         "eos_token_id": [3, 9], "decoder_start_token_id": 1, "forced_bos_token_id": 2, "num_beams": 4}  # fmt: skip
+
+
+@examples(60)
+@given(data=st.data())
+def test_any_generation_config(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()
+    numbers = st.integers(-2, 3) | st.floats() | st.sampled_from([2**63, 10**400, -(10**400), True]) | JSON
+    body = SOUND | data.draw(st.dictionaries(st.sampled_from(sorted(SOUND)), numbers, max_size=3))
+    (folder / "generation_config.json").write_text(json.dumps(data.draw(st.just(body) | edited(body))))
+
+    def read():
+        asked, ids = sampling_defaults(folder), [*eos_token_ids(folder), *beginning(folder, 1, None, 500)]
+        assert all(math.isfinite(float(value)) for value in asked.values()), asked
+        assert all(-(2**31) < i < 2**31 for i in ids), ids
+        not_applied(folder)
+
+    ours_only(read)
 
 
 def test_what_is_asked_for_and_not_applied_is_said(tmp_path):

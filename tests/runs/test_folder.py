@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+from fuzz import examples
+from hypothesis import given
+from hypothesis import strategies as st
 from runs_on_disk import make_run
 
 from megalora.errors import UserError
@@ -52,5 +55,37 @@ def test_hostile_folders(tmp_path):
     os.mkfifo(folder / "run.yaml")
     os.mkfifo(folder / "logs" / "rank_00002.log")
     (folder / "logs" / "rank_x.log").write_text("error")
+    (folder / "replies.jsonl").write_text('{"step": 1e999, "replies": []}\n')
     run = Run(folder, "")
+    assert run.replies() == []
     assert run.settings() == {} and len(run.notes()) == 3
+
+
+LINES = st.lists(
+    st.binary(max_size=30)
+    | st.text('{}[]",:0123456789e+-.\\nstep', max_size=40).map(str.encode)
+    | st.sampled_from(
+        [b'{"step": 3, "loss": 1e999}', b'{"step": 1e999}', b'{"step": 9007199254740993, "x": 1}', b"[" * 5000,
+         b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b'{"step": 2, "phases": {"forward": {"a": 1}}}',
+         b'{"step": 1e400, "replies": [{}]}', b'{"step": 1, "replies": [{"prompt": 3}, 4]}', b"2026-01-01 00:00:00 nan",
+         b"step 5/99999999999999999999 ", b"---", b"a: !!binary x", b"a: &a [*a]"]
+    ),
+    max_size=5,
+).map(b"\n".join)  # fmt: skip
+
+
+@examples(60)
+@given(data=st.data())
+def test_any_files_of_a_run(tmp_path_factory, data):
+    """The board shows what there is of them, and never fails."""
+    folder = tmp_path_factory.getbasetemp() / "any_run"
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "eval_metrics.jsonl", "replies.jsonl", "run.yaml", "logs/rank_00000.log"):
+        (folder / name).write_bytes(data.draw(LINES))
+    run = Run(folder, "any")
+    run.look()
+    run.read_on()
+    assert run.summary()["name"] == "any" and run.version
+    for name in run.fields():
+        run.series(name, 0, 10, 4)
+    run.settings(), run.notes(), run.replies()

@@ -12,6 +12,7 @@ stand as they are.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ _SCALES = ("_scale_inv", "_scale")
 # Of the activations or the cache of an engine that serves the model: they do not change its weights.
 _HARMLESS = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")
 _AGAIN = "download the model again, or take its unquantised checkpoint"
+_STATE_BYTES = 1 << 16  # of the settings of a weight; 300 in use
 _STEP = 16 << 20  # bytes of codes that are decoded at a time
 
 
@@ -145,8 +147,9 @@ class _Nf4:
             ]
             self._nested = int(state["nested_blocksize"]) if "nested_blocksize" in state else None
             self._offset = float(state.get("nested_offset", 0.0))
-            sound = min(rows, columns, self._block, self._nested or 1) > 0 and math.isfinite(self._offset)
-        except (KeyError, TypeError, ValueError):
+            numbers = rows, columns, self._block, self._nested or 1
+            sound = min(numbers) > 0 and max(numbers) < 2**31 and math.isfinite(self._offset)
+        except (KeyError, TypeError, ValueError, OverflowError):
             sound = False
         if not sound:
             raise UserError(f"{self.where}: {name}{_STATE}nf4 is damaged", _AGAIN)
@@ -172,12 +175,12 @@ class _Nf4:
         return self._weights.where(self.name + _STATE + "nf4")
 
     def _state(self) -> Mapping[str, Any]:
-        try:
-            state = json.loads(bytes(self._weights.raw(self.name + _STATE + "nf4").tolist()))
-        except ValueError:
-            state = None
+        name, state = self.name + _STATE + "nf4", None
+        if math.prod(self._weights.shapes[name]) <= _STATE_BYTES and self._weights.kind(name) == "U8":
+            with contextlib.suppress(ValueError, RecursionError):
+                state = json.loads(bytes(self._weights.raw(name).view(-1).tolist()))
         if not isinstance(state, dict):
-            raise UserError(f"{self.where}: {self.name}{_STATE}nf4 is damaged", _AGAIN)
+            raise UserError(f"{self.where}: {name} is damaged", _AGAIN)
         return state
 
     def stored(self, start: int, stop: int) -> Nf4Weight:

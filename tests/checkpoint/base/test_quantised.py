@@ -86,6 +86,8 @@ NF4 = f"{Q}.quant_state.bitsandbytes__nf4"
         ("bitsandbytes", drop(f"{Q}.absmax"), ["lacks", f"{Q}.absmax"]),
         ("bitsandbytes", drop(NF4), [f"{Q} is in 4 bits", "is missing"]),
         ("bitsandbytes", put(NF4, lambda x: x[:-1]), [NF4, "damaged"]),
+        ("bitsandbytes", put(NF4, torch.full((50_000,), 91, dtype=torch.uint8)), [NF4, "damaged"]),  # brackets
+        ("bitsandbytes", put(NF4, lambda x: x.float()), [NF4, "damaged"]),
         ("bitsandbytes", put(f"{Q}.nested_absmax", lambda x: x[:0]), [f"{Q}.nested_absmax holds 0 values"]),
         ("bitsandbytes", put(f"{Q}.quant_map", lambda x: x + 0.1), [f"{Q}.quant_map", "not that of NF4"]),
         ("bitsandbytes", put(f"{Q}.nested_quant_map", spoiled), [f"{Q}.nested_quant_map", "not finite"]),
@@ -110,6 +112,7 @@ def test_what_is_wrong_with_the_scales_is_one_line(tmp_path, kind, change, parts
     "config, part",
     [
         ({"quant_method": "gptq"}, "quant_method = 'gptq' is not read"),
+        ({"quant_method": ["fp8"]}, "quant_method = ['fp8'] is not read"),
         ({"load_in_8bit": True, "load_in_4bit": False}, "8-bit format is not read"),
         ({"bnb_4bit_quant_type": "fp4"}, "'fp4' is not read"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "'e5m2' is not read"),
