@@ -43,7 +43,7 @@ from megalora.errors import UserError
 from megalora.files import write_file
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
 from megalora.identity import adapter_labels, adapter_template, base_identity, check_base
-from megalora.model_paths import model_folder, public_name
+from megalora.model_paths import check_no_adapter, model_folder, public_name
 from megalora.models.config import check_layout, check_task, read_config
 from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
@@ -116,6 +116,7 @@ def _from_gguf(arguments: Conversion) -> None:
 
 def read_base(folder: str) -> tuple[ModelSpec, BaseWeights]:
     """Return the model in a folder of safetensors or shards, checked to be whole."""
+    check_no_adapter(Path(folder), "input")
     config = _read_model(folder)
     return config, open_base(folder, base_names(config))
 

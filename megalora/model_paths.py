@@ -87,13 +87,8 @@ def check_holds_base(path: str, flag: str) -> None:
     found = next(iter(sorted(folder.glob("*.gguf"))), None)
     if found is not None:
         raise _gguf(flag, found)
-    if (folder / "adapter_config.json").exists():
-        what = "a PEFT adapter"
-    elif any(folder.glob("mp_rank_*/lora_partial_model_optim.pt")):
-        what = "a checkpoint of an adapter"
-    elif (folder / ".megalora.json").exists():
-        what = "the output_dir of a run"
-    else:
+    what = _kind_of_adapter(folder)
+    if what is None:
         return
     also = ", which goes with model_path" if flag == "model_path" else ""
     raise UserError(
@@ -101,6 +96,25 @@ def check_holds_base(path: str, flag: str) -> None:
         f"give it as resume_peft_from_checkpoint{also and ', and the model it was trained on as model_path'}"
         f"{'' if also else ', and leave resume_from_checkpoint out'}",
     )
+
+
+def check_no_adapter(folder: Path, flag: str) -> None:
+    """Raise UserError if the value of `flag`, which a conversion of base weights reads, is an adapter."""
+    what = None if (folder / "config.json").exists() else _kind_of_adapter(folder)
+    if what is not None:
+        raise UserError(
+            f"{flag} {folder}: is {what}, and holds no base weights",
+            "give it to megalora convert adapter to-peft, or to adapter merge, which adds it to its base",
+        )
+
+
+def _kind_of_adapter(folder: Path) -> str | None:
+    """Return what a folder without base weights is, in words; None where it is nothing of an adapter."""
+    if (folder / "adapter_config.json").exists():
+        return "a PEFT adapter"
+    if any(folder.glob("mp_rank_*/lora_partial_model_optim.pt")):
+        return "a checkpoint of an adapter"
+    return "the output_dir of a run" if (folder / ".megalora.json").exists() else None
 
 
 def _gguf(flag: str, file: Path) -> UserError:

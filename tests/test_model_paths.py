@@ -9,6 +9,7 @@ import tiny
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from megalora import commands
+from megalora.convert import read_base
 from megalora.errors import UserError
 from megalora.flags import parse_finetune, parse_generate
 from megalora.model_paths import check_holds_base, model_folder, public_name
@@ -107,6 +108,8 @@ def test_adapters_and_gguf_files_are_no_base(tmp_path):
             check_holds_base(str(tmp_path / name), "model_path")
         with pytest.raises(UserError, match=f"{what}.*and leave resume_from_checkpoint out"):
             check_holds_base(str(tmp_path / name), "resume_from_checkpoint")
+        with pytest.raises(UserError, match=f"input .*{what}.*megalora convert adapter to-peft"):
+            read_base(str(tmp_path / name))
     for name in ("m.gguf", "g"):
         with pytest.raises(UserError, match="is a GGUF file.*megalora convert from-gguf --input .*gguf --output DIR"):
             check_holds_base(str(tmp_path / name), "model_path")

@@ -56,8 +56,9 @@ class TargetFolder:
     def check_room(self, nbytes: int) -> None:
         """Raise UserError where the disk has no room for files of that size beside what is there."""
         if self.free_bytes < nbytes + _SPARE_BYTES:
+            needed = (nbytes + _SPARE_BYTES) / 1e9
             raise UserError(
-                f"output {self._shown}: needs {nbytes / 1e9:.2f} GB, but {self.free_bytes / 1e9:.2f} GB are free",
+                f"output {self._shown}: needs {needed:.2f} GB, but {self.free_bytes / 1e9:.2f} GB are free",
                 "free space, or name a folder on another disk",
             )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,7 +75,9 @@ class EventWriter:
         except ImportError as error:
             self.missing = f"the tensorboard package is not usable ({error})"
             return
+        before = threading.enumerate()
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+        self._hook = _without_tracebacks([thread for thread in threading.enumerate() if thread not in before])
 
     def write(self, record: Mapping[str, Any], group: str) -> None:
         """Write every finite number of the record as a scalar `group/name` (`group/outer/name` where nested)."""
@@ -84,7 +87,26 @@ class EventWriter:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            finally:
+                if threading.excepthook is self._hook[0]:
+                    threading.excepthook = self._hook[1]
+
+
+def _without_tracebacks(writers: Sequence[threading.Thread]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Print no traceback of what ends the threads that write events: the next `write` raises it, to be told in a line.
+
+    Returns the hook that was set, and the one before it.
+    """
+    before = threading.excepthook
+
+    def hook(arguments: Any) -> None:
+        if arguments.thread not in writers:
+            before(arguments)
+
+    threading.excepthook = hook
+    return hook, before
 
 
 def losses(path: Path) -> list[tuple[int, float]]:

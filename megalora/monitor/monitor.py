@@ -128,6 +128,11 @@ class Monitor:
             self._problem = self._explained(f"step {record['step']}", error)
 
     def _explained(self, what: str, error: OSError) -> UserError:
+        if not self._folder.exists():
+            return UserError(
+                f"output_dir {self._folder}: is gone, so that {what} cannot be logged",
+                "see who removes it, and give the same command again: it begins anew",
+            )
         fix = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make output_dir writable"
         return UserError(
             f"output_dir {self._folder}: {what} cannot be logged ({error.strerror or error})",

@@ -91,7 +91,7 @@ def test_room(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 2 << 30))
     target.check_room(1 << 30)
-    with pytest.raises(UserError, match="needs 2.15 GB, but 2.15 GB are free"):
+    with pytest.raises(UserError, match="needs 2.21 GB, but 2.15 GB are free"):
         target.check_room(2 << 30)
 
 

@@ -1,6 +1,9 @@
 """Console, files and events as one object, silent on other ranks."""
 
 import json
+import shutil
+import threading
+import time
 
 import pytest
 
@@ -54,3 +57,22 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output_dir .*file.* cannot be written"):
         Monitor(tmp_path / "file", 0, 10)
+
+
+def test_a_folder_that_is_removed_while_a_run_writes_to_it(tmp_path, monkeypatch):
+    """One line, and no traceback of the thread that writes TensorBoard's events."""
+    ended = []
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    hook = threading.excepthook
+    monitor, step = Monitor(tmp_path / "run", 0, 10**6), 0
+    monitor.step(RECORD)
+    shutil.rmtree(tmp_path / "run")
+    while not monitor.failed:
+        step += 1
+        monitor.step(RECORD | {"step": step})
+        time.sleep(0.01)  # the thread writes at most every two minutes, but when its first line comes
+        assert step < 1000
+    with pytest.raises(UserError, match=r"run: is gone, so that step \d+ cannot be logged: .* it begins anew"):
+        monitor.check()
+    monitor.close()
+    assert ended == [] and threading.excepthook is hook

@@ -11,6 +11,7 @@ from megalora.checkpoint.adapter.merak import read_reference, reference_folder
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
 from megalora.checkpoint.layout import has_shards
 from megalora.checkpoint.manifest import MANIFEST
+from megalora.checkpoint.run.folder import export_folder
 from megalora.checkpoint.run.state import is_iteration, result_of, verified
 from megalora.errors import UserError
 
@@ -23,6 +24,8 @@ def open_adapter(path: str | Path) -> AdapterCheckpoint:
     Raises UserError where there is none, or where it is damaged.
     """
     path = Path(path)
+    if path.is_file() and (path.parent / peft.CONFIG_FILE).exists():
+        raise UserError(f"adapter {path}: is a file of an adapter", f"name its folder, {path.parent}")
     if not path.is_dir():
         raise UserError(f"adapter {path}: is not a folder", "name a run, its checkpoint, shards or a PEFT folder")
     if (path / peft.CONFIG_FILE).exists():
@@ -39,9 +42,10 @@ def open_adapter(path: str | Path) -> AdapterCheckpoint:
     if saved is not None:
         return replace(_by_expert(read_adapter(saved.folder)), notes=tuple(complaints))
     if complaints:
+        export = export_folder(run)
         raise UserError(
             f"adapter {path}: no checkpoint of this run is sound: {'; '.join(complaints)}",
-            "name another run or adapter",
+            f"name its export, {export}" if (export / peft.CONFIG_FILE).exists() else "name another run or adapter",
         )
     raise UserError(
         f"adapter {path}: holds neither {peft.CONFIG_FILE} (PEFT), mp_rank_XX_pp_rank_YYY (shards) nor "

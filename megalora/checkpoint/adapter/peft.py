@@ -48,7 +48,8 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
-        verify(folder, "adapter", f"export it again; if it was changed on purpose, remove {MANIFEST}")
+        again = "export it again (megalora convert adapter to-peft --input RUN --output DIR)"
+        verify(folder, "adapter", f"{again}; if it was changed on purpose, remove {MANIFEST}")
     config = folder / CONFIG_FILE
     fields = read_json(config)
     if not fields.get("use_qalora"):

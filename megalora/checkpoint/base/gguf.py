@@ -52,6 +52,9 @@ def read_gguf(file: str | Path) -> Gguf:
     here.
     """
     file = Path(file)
+    if file.is_dir():
+        inside = next(iter(sorted(file.glob("*.gguf"))), None)
+        raise UserError(f"{file}: is a folder", f"name {'a GGUF file' if inside is None else inside}")
     try:
         from gguf import GGUFReader, TokenType
     except ImportError as error:

@@ -7,6 +7,7 @@ claimed, or is a symbolic link, is not megalora's: a run refuses to start there 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -79,9 +80,10 @@ def claim(output_dir: str | Path, flags: str = "") -> str | None:
         if flags and not foreign:
             write_file(file, flags.encode())
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
             f"output_dir {output_dir}: cannot be written ({error.strerror or error})",
-            "make it writable, or name another",
+            f"{'free space' if full else 'make it writable'}, or name another",
         ) from None
     return f"{file} is yours: the flags of this run are not written there" if flags and foreign else None
 
@@ -89,7 +91,8 @@ def claim(output_dir: str | Path, flags: str = "") -> str | None:
 def _owned(output_dir: Path) -> frozenset[str]:
     marker = output_dir / MARKER
     if marker.exists():
-        owns = read_json(marker, "remove the file, and what lies beside it of the run").get("owns")
+        remedy = "remove it: a run that has checkpoints goes on without; of one that has none, remove output_dir"
+        owns = read_json(marker, remedy).get("owns")
         return frozenset(name for name in owns if isinstance(name, str)) if isinstance(owns, list) else frozenset()
     # Runs of before there was a marker. No other program gives a checkpoint this name and a manifest.
     checkpoints = checkpoints_folder(output_dir).glob(f"iter_*/{MANIFEST}")

@@ -152,7 +152,8 @@ def _explained(error: Exception, where: Path) -> tuple[str, str | None]:
         return error.message, error.hint
     said = f"checkpoint {where.with_suffix('')}: cannot be written"
     if isinstance(error, OSError):
-        return f"{said} ({error.strerror or error})", "free space, or make output_dir writable"
+        remedy = "free space, or make output_dir writable, and give the same command again"
+        return f"{said} ({error.strerror or error})", remedy
     return f"{said} ({type(error).__name__}: {error})", None
 
 
@@ -203,7 +204,7 @@ def newest_sound(output_dir: str | Path) -> tuple[SavedCheckpoint | None, list[s
             found = verified(folder)
             break
         except UserError as error:
-            complaints.append(str(error))
+            complaints.append(error.message)  # not the remedy: an older one is taken here
     complaint = _tracker_complaint(checkpoints_folder(output_dir) / TRACKER, found)
     return found, complaints + ([complaint] if complaint else [])
 

@@ -162,6 +162,15 @@ def test_only_a_regular_file_is_read(tmp_path):
         read_gguf(tmp_path / "a.gguf")
 
 
+def test_a_folder_of_one(tmp_path):
+    with pytest.raises(UserError, match="is a folder: name a GGUF file"):
+        read_gguf(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"is a folder: name {tmp_path / 'a.gguf'}"):
+        read_gguf(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     return write(tmp_path_factory.mktemp("sound") / "a.gguf").read_bytes()

@@ -1,9 +1,12 @@
 """What of an output_dir is a run's own: nothing else is written over or removed, and nothing behind a link."""
 
+import errno
 import json
+import os
 
 import pytest
 
+from megalora.checkpoint.run import folder as run_folder
 from megalora.checkpoint.run.folder import MARKER, check_own, claim, export_folder, remove_export, remove_run
 from megalora.errors import UserError
 
@@ -78,6 +81,22 @@ def test_a_marker_that_says_nothing_gives_nothing(tmp_path):
         (tmp_path / MARKER).write_text(json.dumps(value))
         with pytest.raises(UserError, match="of another program"):
             check_own(tmp_path)
+
+
+def test_a_marker_that_is_damaged(tmp_path):
+    (tmp_path / MARKER).write_text("{")
+    with pytest.raises(UserError, match="is not JSON.*: remove it: a run that has checkpoints goes on without"):
+        check_own(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable")])
+def test_an_output_dir_that_cannot_be_claimed(tmp_path, monkeypatch, number, remedy):
+    def fails(file, data):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_folder, "write_file", fails)
+    with pytest.raises(UserError, match=rf"cannot be written \(.*\): {remedy}, or name another"):
+        claim(tmp_path)
 
 
 def test_run_yaml_of_the_user_is_left_alone(tmp_path):

@@ -241,6 +241,7 @@ def test_damage_is_named_and_passed_over(run, damage, words):
     saved, complaints = newest_sound(run)
     assert saved.step == 10
     assert words in complaints[0] and str(folder) in complaints[0], complaints
+    assert "take an older one" not in complaints[0], "it is taken"
     assert "says '20', but step 10" in complaints[1]  # the tracker
     assert open_adapter(run).notes == tuple(complaints)
     with pytest.raises(UserError):
@@ -348,5 +349,13 @@ def test_no_adapter_says_what_was_looked_for(tmp_path):
 def test_a_run_without_a_sound_checkpoint(run):
     for step in (10, 20):
         (run / "checkpoints" / f"iter_00000{step}" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint of this run is sound.*iter_0000020.*iter_0000010"):
+    told = "no checkpoint of this run is sound.*iter_0000020.*iter_0000010"
+    with pytest.raises(UserError, match=f"{told}.*: name another run"):
         open_adapter(run)
+    (run / "peft").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run / "peft" / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{told}.*: name its export, {run / 'peft'}"):
+        open_adapter(run)
+    with pytest.raises(UserError, match=f"safetensors: is a file of an adapter: name its folder, {run / 'peft'}"):
+        open_adapter(run / "peft" / "adapter_model.safetensors")
