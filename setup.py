@@ -148,6 +148,7 @@ setup(
     extras_require={
         "data": ["pyarrow", "zstandard", "datasets>=4"],  # parquet and arrow, .zst, datasets saved to disk
         "demo": ["gguf"],
+        "images": ["pillow"],  # models that read images (blip-2)
         "serve": SERVE,  # also megalora board
         "trackers": ["wandb", "mlflow", "swanlab"],  # --report_to
         "test": [
@@ -156,6 +157,7 @@ setup(
             "hypothesis",
             "peft",
             "openai",
+            "pillow",
             *SERVE,
             "ruff",
             "mypy>=2",

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megalora.pictures import Picture
+
 
 @dataclass(frozen=True)
 class Context:
@@ -39,6 +41,8 @@ class Batch:
     columns       [T] or [T, k] int64 each, what else a model reads of each token, by name (token types, boxes)
     weights       [T] float32, what each label counts for in the loss; None: 1 each
     source        of an encoder-decoder: what the encoder reads, a batch of as many rows without labels
+    pictures      images that stand before documents; the column "pictures", [T, 2], has of each of their tokens which
+                  of them it is of, counted from 1, and which of its vectors; (0, 0) of all other tokens
     crossing      cumulative bounds in T and in the source's tokens of each document and its source
     """
 
@@ -52,9 +56,10 @@ class Batch:
     weights: torch.Tensor | None = None
     source: Batch | None = None
     crossing: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    pictures: tuple[Picture, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        apart = ("columns", "context", "source", "crossing")
+        apart = ("columns", "context", "source", "crossing", "pictures")
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         moved: dict[str, Any] = {name: to_device(one, device) for name, one in given.items() if one is not None}
         columns = {name: to_device(column, device) for name, column in self.columns.items()}

@@ -54,10 +54,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_base(name: str, config: ModelSpec) -> BaseFormat:
-    """Return the format of the frozen linears for one stage; "auto" is that of the model's files.
-
-    Raises UserError where the model cannot be held so.
-    """
+    """Return the format of the frozen linears for one stage; "auto" is that of the model's files."""
     found = config.stored if name == "auto" else name
     return BaseFormat(found, as_stored=name == "auto" and found != "dense")
 
@@ -92,6 +89,8 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             "remove the field",
         )
     told = counted(lora_config, resolved.adapters, config.linears)
+    if config.prefix is not None:  # short names would mean linears of the prefix too, where peft reads them
+        told = replace(told, target_modules=tuple(sorted(resolved.adapters)))
     return replace(resolved, config=replace(told, fan_in_fan_out=transposed, target_parameters=stacked or None))
 
 

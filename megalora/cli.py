@@ -124,8 +124,7 @@ def _generate(argv: list[str]) -> int:
     arguments = flags.parse_generate(argv)
     if _starts_processes(arguments.parallel):
         commands.check_generate(arguments, arguments.parallel.nproc)
-        asks = arguments.generation.prompt is None and arguments.generation.prompts_file is None
-        return _run_here(arguments.parallel.nproc, ["generate", *argv], interactive=asks)
+        return _run_here(arguments.parallel.nproc, ["generate", *argv], interactive=arguments.generation.chats)
     if arguments.not_applied:
         # On standard error: standard output is for the replies.
         _say(f"megalora: not applied in generation: {', '.join(arguments.not_applied)}", sys.stderr)

@@ -94,7 +94,7 @@ def check_generate(arguments: flags.GenerateArguments, processes: int) -> flags.
 def replies(arguments: flags.GenerateArguments) -> list[dict[str, Any]]:
     """Generate, and return the rows of the output file, which need not be named. On other ranks than 0: none."""
     options = arguments.generation
-    if options.prompt is None and options.prompts_file is None:
+    if options.chats:
         raise UserError(
             "prompt or prompts_file must be given: a chat needs a terminal", "give one, or run megalora generate"
         )

@@ -48,6 +48,7 @@ from megalora.planning.fitting import Budget, Fitting
 from megalora.planning.free import free_memory
 from megalora.planning.nodes import Workload
 from megalora.profiling import Profiler
+from megalora.rows import pixel_reader
 from megalora.saving import RunSaver, restore
 from megalora.starting import Beginning, begin
 from megalora.stepping import Session
@@ -210,6 +211,7 @@ def _engine(
     def fill(stage: Stage) -> None:
         stage.reset_head(train.seed)
         notes.extend(load_base_weights(stage, beginning.weights))
+        stage.read_pictures(pixel_reader(beginning.config, arguments.model.model_path))
         if start is None:
             stage.reset_adapters(train.seed)
         else:

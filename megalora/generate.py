@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from megalora import sources
+from megalora import image_prompts, sources
 from megalora.adapters.config import LoraConfig, ResolvedLora
+from megalora.asked import questions_of, sampling_of, special_tokens, template_of
 from megalora.building import (
     build_stage,
     load_adapter,
@@ -33,7 +34,6 @@ from megalora.classify import classify
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
 from megalora.data import ChatTemplate
-from megalora.data.template import TemplateOptions
 from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import GenerateArguments, GenerationArguments
@@ -42,7 +42,7 @@ from megalora.generation.dialogue import NAMES, Chat, dialogue, edits_lines
 from megalora.generation.later import Later
 from megalora.generation.logits import LogitsFolder
 from megalora.generation.output import Output
-from megalora.generation.prompts import Question, ask, encode, read_questions, stop_token_ids, unseen_stops
+from megalora.generation.prompts import Question, encode, stop_token_ids, unseen_stops
 from megalora.generation.replica import Replica
 from megalora.generation.requests import Listener, Prompt, Reply
 from megalora.generation.sampling import Sampling
@@ -62,11 +62,10 @@ from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, tell_once, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
-from megalora.rows import refuse_of_sources
+from megalora.pictures import Picture
+from megalora.rows import pixel_reader, refuse_of_sources
 from megalora.vocabulary import adapter_tokens, with_rows_for
 
-SEED = 42  # of the sampling, where none is given
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 ROUND = 512  # prompts of one replica between two exchanges of replies
 # How long a replica waits for the others' replies, or for the person at the terminal: the watch finds ranks that die.
 PATIENCE = datetime.timedelta(days=30)
@@ -131,14 +130,17 @@ class _Opened:
     notes: tuple[str, ...]
     first: tuple[int, ...]
 
-    def prompt(self, number: int, ids: Sequence[int]) -> Prompt:
-        """Return the prompt of these tokens, which an encoder-decoder's encoder reads."""
-        return Prompt(number, ids) if self.config.encoder is None else Prompt(number, self.first, source=ids)
+    def prompt(self, number: int, ids: Sequence[int], picture: Picture | None) -> Prompt:
+        """Return the prompt of these tokens, which an encoder-decoder's encoder reads. picture: stands before them."""
+        if self.config.encoder is not None:
+            return Prompt(number, self.first, source=ids, picture=picture)
+        return Prompt(number, ids, picture=picture)
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked. token_ids: of each prompt; None: a dialogue. stop: token ids that end a reply.
+    """What is asked. token_ids: of each prompt; None: a dialogue. stop: token ids that end a reply. pictures: the image
+    of each prompt, where the model reads one.
 
     template, output, notes  on rank 0 alone
     """
@@ -149,6 +151,7 @@ class _Asked:
     token_ids: list[list[int]] | None
     stop: tuple[int, ...]
     sampling: Sampling
+    pictures: list[Picture] | None
 
 
 SharedOut = Callable[[Sequence[Prompt], bool, Listener | None], list[Reply]]
@@ -167,6 +170,7 @@ def _open(arguments: GenerateArguments, adapter: AdapterCheckpoint | None, mesh:
             refuse_of_sources(config, source_prefix=options.source_prefix)
         else:
             sources.check_flags(options, config)
+        image_prompts.check_flags(options, config)
         first = () if config.encoder is None else sources.first_tokens(model.model_path, config)
         check_layout(config, mesh.tp.size, mesh.pp.size, arguments.parallel.uneven_heads)
         longer = None if options.seq_length is None else check_length(config, options.seq_length)
@@ -188,29 +192,39 @@ def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, 
     recorded  source of the chat template that the adapter was trained with, or the prefix of its sources
     """
     model_path, options, world = arguments.model.model_path, arguments.generation, mesh.world
-    template = output = asked = None
+    template = output = asked = pictures = None
+    prefix = opened.config.prefix
     notes: tuple[str, ...] = ()
     with together(world):
         if world.is_first:
-            sampling, sampled_by = _sampling(options, sampling_defaults(model_path))
+            sampling, sampled_by = sampling_of(options, sampling_defaults(model_path))
             notes = (*opened.notes, *sampled_by, *filter(None, [not_applied(model_path)]))
             if opened.config.encoder is not None:
                 rows = sources.source_rows(opened.tokenizer, options, recorded)
-                stop, questions = sources.stops(model_path, rows), sources.questions(options)
+                stop = sources.stops(model_path, rows)
+                questions = sources.questions(options) if prefix is None else None
+                if questions is None:
+                    questions, pictures = image_prompts.read(options, opened.config)
                 token_ids = sources.encode(rows, questions, opened.config)
                 notes = (*notes, *rows.notes, *([f"each prompt stands behind {rows.prefix!r}"] if rows.prefix else []))
             else:
-                template = _template(options, opened.tokenizer, recorded)
-                stop, questions = stop_token_ids(model_path, template), _questions(options)
+                template = template_of(options, opened.config, opened.tokenizer, recorded)
+                stop = stop_token_ids(model_path, template)
+                questions = questions_of(options) if prefix is None else None
+                if prefix is not None:
+                    questions, pictures = image_prompts.read(options, opened.config)
                 notes = (*notes, *(template.notes or (f"prompts are written with {template.description}",)))
-                notes = (*notes, *_special_tokens(template, questions or ()))
-                token_ids = [encode(template, question, opened.context) for question in questions or ()]
+                notes = (*notes, *special_tokens(template, questions or ()))
+                room = opened.context - (0 if prefix is None else prefix.tokens)
+                token_ids = [encode(template, question, room) for question in questions or ()]
+            if prefix is not None:
+                token_ids = [[prefix.placeholder] * prefix.tokens + ids for ids in token_ids]
             stop = (*stop, *unseen_stops(opened.tokenizer.tokenizer, opened.stops))
             streamed = _is_streamed(options)
             output = None if questions is None else _output(questions, options, _repliers(arguments), streamed)
-            asked = (None if questions is None else token_ids, stop, sampling)
-    token_ids, stop, sampling = broadcast_object(asked, world)
-    return _Asked(template, output, notes, token_ids, stop, sampling)
+            asked = (None if questions is None else token_ids, stop, sampling, pictures)
+    token_ids, stop, sampling, pictures = broadcast_object(asked, world)
+    return _Asked(template, output, notes, token_ids, stop, sampling, pictures)
 
 
 def _stage(
@@ -237,6 +251,7 @@ def _stage(
             uneven_heads=parallel.uneven_heads,
         )
     with together(mesh.world):
+        stage.read_pictures(pixel_reader(config, model.model_path))
         notes = load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
         stage.keep_base()
         if adapter is not None:
@@ -274,7 +289,9 @@ def _reply(
 ) -> None:
     """Reply to all prompts, a round at a time, by each of the repliers."""
     output, reader, streamed = asked.output, opened.reader, _is_streamed(arguments.generation)
-    prompts = [opened.prompt(number, ids) for number, ids in enumerate(asked.token_ids)]
+    pictures = asked.pictures or [None] * len(asked.token_ids)
+    pairs = zip(asked.token_ids, pictures, strict=True)
+    prompts = [opened.prompt(number, ids, picture) for number, (ids, picture) in enumerate(pairs)]
     for first in range(0, len(prompts), ROUND * mesh.dp.size):
         part = prompts[first : first + ROUND * mesh.dp.size]
         for adapted in _repliers(arguments):
@@ -310,50 +327,6 @@ def _shared_out(
         later.check()
     parts = gather_objects(mine, dp)
     return [parts[i % dp.size][i // dp.size] for i in range(len(prompts))]
-
-
-# ---- what is asked ----
-
-
-def _template(options: GenerationArguments, opened: OpenedTokenizer, recorded: str | None) -> ChatTemplate:
-    variables = TemplateOptions(options.template_variables, special_tokens_in_text=options.special_tokens_in_text)
-    return ChatTemplate.of(opened, options.template, variables, recorded)
-
-
-def _questions(options: GenerationArguments) -> list[Question] | None:
-    if options.prompt is not None:
-        return [ask(options.prompt, options.system, "prompt")]
-    if options.prompts_file is not None:
-        return read_questions(options.prompts_file, options.system)
-    return None
-
-
-def _sampling(options: GenerationArguments, defaults: Mapping[str, float]) -> tuple[Sampling, list[str]]:
-    """Return how to sample: by the flags, and by the model's `defaults` where they say nothing; and lines on that."""
-    taken = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    chosen = {name: taken.get(name, getattr(options, name)) for name in _SAMPLING}
-    sampling = Sampling(
-        chosen["temperature"] or 0.0,
-        int(chosen["top_k"]) if chosen["top_k"] else None,
-        chosen["top_p"],
-        chosen["min_p"] or None,
-        1.0 if chosen["repetition_penalty"] is None else chosen["repetition_penalty"],
-        SEED if options.seed is None else options.seed,
-    )
-    if sampling.temperature == 0:
-        for name in ("top_k", "top_p", "min_p"):
-            if getattr(options, name) is not None and options.temperature is None:
-                raise UserError(
-                    f"{name} {getattr(options, name):g} has no effect with temperature 0, which is what this model's "
-                    "generation_config.json leaves",
-                    f"give a temperature above 0, or leave {name} out",
-                )
-        taken = {name: value for name, value in taken.items() if name == "repetition_penalty"}
-    told = ", ".join(f"{name} {value:g}" for name, value in taken.items())
-    lines = [f"generation_config.json of the model says {told}: flags go on top"] if told else []
-    if sampling.temperature == 0 and options.seed is not None and options.temperature is None:
-        lines.append("not applied in generation: seed, because the likeliest token is taken")
-    return sampling, lines
 
 
 # ---- who answers ----
@@ -412,9 +385,9 @@ def _resolved(adapter: AdapterCheckpoint, config: ModelSpec) -> ResolvedLora:
 def _is_streamed(options: GenerationArguments) -> bool:
     """Return whether a reply is shown token by token: in a dialogue, and of one prompt where nothing stands beside it.
     """
-    if options.prompt is None and options.prompts_file is None:
+    if options.chats:
         return True
-    return options.prompt is not None and options.output_file is None and not options.compare_base
+    return options.prompts_file is None and options.output_file is None and not options.compare_base
 
 
 def _output(
@@ -428,12 +401,6 @@ def _output(
         show_thinking=options.show_thinking,
         streamed=streamed,
     )
-
-
-def _special_tokens(template: ChatTemplate, questions: Sequence[Question]) -> list[str]:
-    """Return a line where prompts contain special tokens."""
-    count = sum(template.special_in_text(question.conversation) for question in questions)
-    return [f"special tokens in the prompts are tokenised as text ({count:,} times)"] if count else []
 
 
 def _say_notes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -176,8 +177,12 @@ def _title(config: ModelSpec, lora: ResolvedLora, base_format: str, arguments: P
     nodes = -(-arguments.gpus // arguments.gpus_per_node)
     base = "" if base_format == "dense" else f", base in {base_format}"
     length = "one row in each microbatch" if arguments.longest else f"{arguments.seq_length} tokens a row"
+    prefix = ""
+    if config.prefix is not None:
+        elements = sum(math.prod(shape) for _, shape in config.prefix.tensors())
+        prefix = f", behind {elements:,} parameters for images, on the first stage"
     return (
-        f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}; adapters r "
+        f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}{prefix}; adapters r "
         f"{lora.config.r} on {targets}; {length}, {arguments.dtype}{base}\n"
         f"{arguments.gpus} x {arguments.device} on {nodes} node{'s' if nodes > 1 else ''}, {memory:g} GiB each, "
         f"{arguments.reserve:g} of them left free (CUDA, NCCL, fragments)"

@@ -26,7 +26,7 @@ from megalora.data.tokenizer import new_tokens, open_tokenizer
 from megalora.errors import UserError
 from megalora.files import read_json
 from megalora.flags import DataArguments, Preview
-from megalora.models.config import is_encoder_decoder, read_config
+from megalora.models.config import is_encoder_decoder, read_config, reads_images
 from megalora.parallel.mesh import Axis
 from megalora.rows import data_settings, rendering, template_options
 
@@ -66,8 +66,10 @@ def _rendering(model_path: str, data: DataArguments) -> Rendering:
     """Return how rows become documents; the folder may be of a tokenizer alone, which then has a chat template."""
     file = Path(model_path) / "config.json"
     added = new_tokens(model_path, data.new_special_tokens) if data.new_special_tokens else ()
-    if file.is_file() and is_encoder_decoder(read_json(file)):
-        return rendering("SEQ_2_SEQ_LM", read_config(model_path), model_path, data, (), Axis(), added)
+    raw = read_json(file) if file.is_file() else {}
+    if is_encoder_decoder(raw) or reads_images(raw):
+        config = read_config(model_path)
+        return rendering(config.tasks[0], config, model_path, data, (), Axis(), added)
     for name in ("source_length", "source_prefix"):
         if getattr(data, name) is not None:
             raise UserError(f"{name} has no effect: {model_path} is no encoder-decoder", "leave it out")

@@ -10,10 +10,12 @@ from megalora.added_tokens import AddedToken
 from megalora.choices import CLASSIFICATION
 from megalora.data import ChatTemplate, DataSettings, FieldNames, Rendering, default_cache
 from megalora.data.classes import ClassRows, choose_labels
+from megalora.data.images import ImageRows, read_processing
 from megalora.data.packing import Sides
 from megalora.data.pairs import PairRows
+from megalora.data.pixels import PixelReader
 from megalora.data.template import TemplateOptions
-from megalora.data.tokenizer import open_tokenizer
+from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import DataArguments
 from megalora.models.spec import ModelSpec
@@ -64,16 +66,40 @@ def rendering(
         if config.encoder is None:
             refuse_of_sources(config, source_length=data.source_length, source_prefix=data.source_prefix)
             if task not in CLASSIFICATION:
-                return ChatTemplate.of(opened, data.template, template_options(data))
+                template = data.template or image_template(config, opened)
+                return with_images(ChatTemplate.of(opened, template, template_options(data)), config, model_path)
         for name, unset in _OF_TEMPLATES.items():
             if getattr(data, name) != unset:
                 raise UserError(f"{name} has no effect for task_type {task}: it has no chat template", "leave it out")
         if config.encoder is not None:
             sides = Sides(data.source_tokens, config.encoder.start)
-            return PairRows(opened, sides, data.source_prefix or "")
+            return with_images(PairRows(opened, sides, data.source_prefix or ""), config, model_path)
     names = FieldNames(data.renamed_columns, frozenset(data.ignore_columns or ()))
     labels = labels or on_first(lambda: choose_labels(task, model_path, data.data_path, names, config.columns), world)
     return ClassRows(opened, task, labels, last=config.causal, columns=config.columns)
+
+
+def with_images(
+    rows: ChatTemplate | PairRows, config: ModelSpec, model_path: str
+) -> ChatTemplate | PairRows | ImageRows:
+    """Return how rows are read behind images, where the model has those before its texts; else `rows`."""
+    if config.prefix is None:
+        return rows
+    processing = read_processing(model_path)
+    PixelReader(processing, config.prefix.vision.image_size, model_path)  # which refuses what it cannot read
+    return ImageRows(rows, config.prefix.tokens, config.prefix.placeholder, processing)
+
+
+def image_template(config: ModelSpec, opened: OpenedTokenizer) -> str | None:
+    """Return the built-in template for texts behind images, where neither model nor adapter has one of their own."""
+    return "bare" if config.prefix is not None and not opened.tokenizer.chat_template else None
+
+
+def pixel_reader(config: ModelSpec, model_path: str) -> PixelReader | None:
+    """Return what reads the pixels of images; None where the model reads none. Raises UserError."""
+    if config.prefix is None:
+        return None
+    return PixelReader(read_processing(model_path), config.prefix.vision.image_size, model_path)
 
 
 def refuse_of_sources(config: ModelSpec, **given: object) -> None:

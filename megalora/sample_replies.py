@@ -37,6 +37,9 @@ class SampleReplies:
         self._mesh, self._room = mesh, arguments.train.sample_max_new_tokens
         self._context = config.max_position_embeddings
         with together(mesh.world):
+            if config.prefix is not None:
+                what = f"sample_prompts is not implemented for a {config.model_type}, which reads images"
+                raise UserError(what, "leave it out; megalora generate replies with the checkpoints of the run")
             if not isinstance(template, ChatTemplate) or config.encoder is not None:
                 raise UserError(f"sample_prompts has no effect for task_type {task}", "leave it out")
             if arguments.parallel.virtual_pipeline_size > 1:

@@ -72,6 +72,9 @@ def serve(arguments: Serving) -> None:
             if config.encoder is not None:
                 what = f"model_path {arguments.served.model_path}: a {config.model_type} is an encoder-decoder"
                 raise UserError(f"{what}, which serve does not answer with", "use megalora generate")
+            if config.prefix is not None:
+                what = f"model_path {arguments.served.model_path}: a {config.model_type} reads images"
+                raise UserError(f"{what}, which serve does not take", "use megalora generate")
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
             context = on_first(lambda: _context(config, options.seq_length), mesh.world)
         reader = _reader(arguments, config)

@@ -28,7 +28,7 @@ def check_flags(options: GenerationArguments, config: ModelSpec) -> None:
     for one in fields(options):
         if one.name in _NO_EFFECT and getattr(options, one.name) != one.default:
             raise UserError(f"{one.name} has no effect: a {config.model_type} is an encoder-decoder", "leave it out")
-    if options.prompt is None and options.prompts_file is None:
+    if options.chats:
         what = f"a {config.model_type} is an encoder-decoder, which does not chat"
         raise UserError(what, "give prompt or prompts_file")
 

@@ -295,7 +295,8 @@ class Session:
                     self.monitor.note(note)
             self._push()
             self.monitor.note(f"look at it: megalora board {shlex.quote(self.arguments.train.output_dir)}")
-            self.monitor.note(f"try it: {generate_command(self.arguments, self.mesh, task)}")
+            command = generate_command(self.arguments, self.mesh, task, config.prefix is not None)
+            self.monitor.note(f"try it: {command}")
 
     def _push(self) -> None:
         """Put the export into the repository that push_to_hub names. Raises UserError, on every rank. Collective."""

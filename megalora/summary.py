@@ -52,8 +52,11 @@ def start_up_table(
 _TRIED = {**dict.fromkeys(CLASSIFICATION, "a text to label"), "SEQ_2_SEQ_LM": "a text"}  # prompts, by task
 
 
-def generate_command(arguments: FinetuneArguments, mesh: ParallelMesh, task: str) -> str:
-    """Return the command line that tries the adapter of a run: a chat, the label of a text or what it becomes."""
+def generate_command(arguments: FinetuneArguments, mesh: ParallelMesh, task: str, images: bool = False) -> str:
+    """Return the command line that tries the adapter of a run: a chat, the label of a text or what it becomes.
+
+    images  its model reads one before each text
+    """
     model, processes = arguments.model, mesh.tp.size * mesh.pp.size
     given = {
         "model_path": model.model_path,
@@ -64,7 +67,8 @@ def generate_command(arguments: FinetuneArguments, mesh: ParallelMesh, task: str
         "tensor_parallel_size": mesh.tp.size if mesh.tp.size > 1 else None,
         "pipeline_parallel_size": mesh.pp.size if mesh.pp.size > 1 else None,
         "uneven_heads": "true" if arguments.parallel.uneven_heads else None,
-        "prompt": _TRIED.get(task),
+        "prompt": "a text" if images else _TRIED.get(task),
+        "image": "image.png" if images else None,
     }
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join(["megalora", "generate", *words])

@@ -29,6 +29,7 @@ from megalora.parallel.formats import BaseFormat
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Split, named_splits
+from megalora.pictures import Picture
 from megalora.planning.nodes import Workload
 
 TINY = {
@@ -283,6 +284,31 @@ SEQ2SEQ = {
         "forced_bos_token_id": 0,
     },
 }  # fmt: skip
+# Models that read an image before each text; the language models have their dropouts too.
+_TOWERS = {
+    "vision_config": {
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 28,
+        "patch_size": 7,
+    },
+    "qformer_config": {
+        "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2,
+    },
+    "num_query_tokens": 4,
+    "image_token_index": 130,
+}  # fmt: skip
+IMAGES = {
+    "blip-2, opt": {
+        "model_type": "blip-2", **_TOWERS,
+        "text_config": {
+            "model_type": "opt", "hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 80, "num_hidden_layers": 4,
+            "num_attention_heads": 8, "vocab_size": 131, "max_position_embeddings": 256,
+        },
+    },
+    "blip-2, t5": {
+        "model_type": "blip-2", **_TOWERS,
+        "text_config": {"model_type": "t5", "vocab_size": 131, **_T5, "decoder_start_token_id": 0},
+    },
+}  # fmt: skip
 _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
@@ -290,6 +316,7 @@ LACKS = {
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
     **dict.fromkeys(ENCODERS, _OLD),
     **dict.fromkeys(SEQ2SEQ, tuple(name for name in TINY if name != "vocab_size")),
+    **dict.fromkeys(IMAGES, tuple(TINY)),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "codegen", "falcon", "opt", "btlm"), _OLDER),
     **dict.fromkeys(("bloom", "mpt", "RefinedWeb", "RefinedWebModel"), (*_OLDER, "max_position_embeddings")),
     "chatglm": (*_OLDER, "max_position_embeddings", "vocab_size"),
@@ -299,14 +326,14 @@ LACKS = {
 def fields_of(family: str, **more: object) -> dict:
     """config.json of a tiny model of the family, with `more` where the family has such fields."""
     layers = {"num_hidden_layers": 3} if family in EXPERTS else {}  # each of which has many linears
-    own = (FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ)[family]
+    own = (FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ | IMAGES)[family]
     fields = TINY | layers | own | more
     left_out = {name for name in TINY if family in MODERN and fields[name] is None}
     left_out |= {name for name in LACKS.get(family, ()) if family not in SEQ2SEQ or name not in own | more}
     return {name: value for name, value in fields.items() if name not in left_out}
 
 
-for _family in FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ:
+for _family in FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ | IMAGES:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
     config_from_dict(fields_of(_family))
@@ -397,8 +424,11 @@ class RandomWeight:
 
 
 def fill(stage: Stage) -> None:
-    """Random base weights, initial adapters, and a B that is not zero."""
+    """Random base weights, initial adapters, a B that is not zero, and images that are drawn from their names."""
     stage.reset_adapters(seed=11)
+    if stage.config.prefix is not None:
+        shape = (3, *2 * (stage.config.prefix.vision.image_size,))
+        stage.read_pictures(lambda picture: whole_tensor(picture.digest, shape, 1.0))
     with torch.no_grad():
         parameters = dict(stage.named_parameters(remove_duplicate=False))
         for name, split in named_splits(stage).items():
@@ -421,13 +451,15 @@ def rows_of(run: Run, config: ModelSpec):
     if config.encoder is not None:
         return pairs_of(run, config, generator)
     for _ in range(5 * run.rows):
-        length = int(torch.randint(3, run.seq_length, (), generator=generator))
+        room = run.seq_length - (0 if config.prefix is None else config.prefix.tokens)
+        length = int(torch.randint(3, room, (), generator=generator))
         ids = torch.randint(0, vocab_size, (length,), generator=generator)
         labels = torch.where(torch.arange(length) >= length // 3, ids, -100)
         sample = Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32"))
         if run.weights:
             weights = np.resize(np.float32(run.weights), length) * (sample.labels != -100)
             sample = replace(sample, weights=weights)
+        sample = behind_image(sample, config, len(documents))
         documents.append(sample if run.task == "CAUSAL_LM" else classified(sample, config, run.task))
     bins = pack([len(d.input_ids) for d in documents], run.seq_length)
     return build_rows(documents, bins, run.seq_length, 0)
@@ -441,12 +473,23 @@ def pairs_of(run: Run, config: ModelSpec, generator: torch.Generator):
         source, target = (int(torch.randint(2, length // 2, (), generator=generator)) for length in limits)
         ids = torch.randint(0, config.vocab_size, (source + target,), generator=generator)
         labels = torch.where(torch.arange(len(ids)) >= source, ids, -100)
-        documents.append(Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32")))
+        sample = Sample(ids.numpy().astype("int32"), labels.numpy().astype("int32"))
+        documents.append(behind_image(sample, config, len(documents)))
     sides = Sides(run.source_length, config.encoder.start)
     lengths = Sides.lengths(Documents.of(documents, range(len(documents))))
     bins = pack_sides(lengths, (run.source_length, run.seq_length))
     assert max(map(len, bins)) > 1
     return build_rows(documents, bins, run.seq_length, 0, sides)
+
+
+def behind_image(sample: Sample, config: ModelSpec, number: int) -> Sample:
+    """The same behind the tokens of one of a few images, where the model reads images."""
+    if config.prefix is None:
+        return sample
+    tokens = config.prefix.tokens
+    ids = np.concatenate([np.full(tokens, config.prefix.placeholder, np.int32), sample.input_ids])
+    labels = np.concatenate([np.full(tokens, -100, np.int32), sample.labels])
+    return Sample(ids, labels, picture=Picture(f"{number % 3}.png", f"image {number % 3}", tokens))
 
 
 def classified(sample: Sample, config: ModelSpec, task: str) -> Sample:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 EDGES = {"errors", "batch", "choices", "files", "recipes", "tokenizer_files"}  # plain types that every floor may use
-EDGES |= {"added_tokens", "model_paths", "hub", "card"}
+EDGES |= {"added_tokens", "model_paths", "hub", "card", "pictures"}
 GROUND = EDGES | {"adapters", "parallel.mesh", "ops"}
 LOWER = GROUND | {"parallel"}
 # These are handed an nn.Module or plain values, and know neither the models nor one another.
@@ -20,7 +20,8 @@ SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster", "web", "runs
 # What the commands are put together from.
 PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
 PARTS |= {"serving", "vocabulary"}
-TOP = {"auto_layout", "rows", "sources", "starting", "stepping", "summary"}  # and the commands
+TOP = {"auto_layout", "rows", "sources", "image_prompts", "starting", "stepping", "summary"}
+TOP |= {"asked"}  # and the commands
 TOP |= {"finetune", "generate", "classify", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
 TOP |= {"recombine", "sample_replies"}
 TOP |= {"serve", "board", "report", "samples"}
@@ -30,7 +31,8 @@ MAY_IMPORT = {
     # megalora/__init__.py: importing any part runs it, so it imports the rest in functions alone (see test_api.py).
     "": {"errors", "commands", "flags", "finetune", "planning"},
     "errors": set(),
-    "batch": set(),
+    "batch": {"pictures"},
+    "pictures": {"errors", "files"},
     "files": {"errors"},
     "recipes": {"errors"},
     "tokenizer_files": {"errors", "files"},
@@ -179,7 +181,8 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_a_model_is_data_without_torch():
-    parts = tuple(f"megalora.models.{n}" for n in ("spec", "embeddings", "mixers", "heads", "linears", "routers"))
+    named = ("spec", "embeddings", "mixers", "heads", "linears", "routers", "prefix")
+    parts = tuple(f"megalora.models.{name}" for name in named)
     names = {name for part in parts for _, name in imports(MODULES[part].read_text(encoding="utf-8"), part, False)}
     assert all(name in parts or name.partition(".")[0] in sys.stdlib_module_names for name in names), names
 

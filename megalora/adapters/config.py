@@ -182,6 +182,8 @@ class LoraConfig:
             if model_type not in DEFAULT_TARGET_MODULES:
                 raise UserError(f"lora_config: no default target_modules for model_type {model_type!r}", "name them")
             targets = DEFAULT_TARGET_MODULES[model_type]
+            met = {name.rpartition(".")[2] for name in linears}
+            targets = tuple(t for t in targets if t in met) or targets  # some are of another language model within it
         names = (*linears, *ends)
         short = sorted({name.rsplit(".", 1)[-1] for name in names})
         patterns = Patterns()

@@ -4,6 +4,7 @@
                        ids.bin         token ids, int32           (see documents.py)
                        runs.bin        labelled runs, int32
                        column-*.bin    what else is read of each token, int32, by name
+                       pictures.jsonl      path, SHA-256 and tokens of each document's image, where they have one
                        index.npz       ends, run_ends, rows, and the weights of the runs where they are not all 1
                        layout-*.npz    which document lies in which row, by seed
     {data_cache}/{key}.lock            held while it is made or verified
@@ -35,10 +36,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import UserError
+from ..pictures import Picture
 from .documents import Documents
 from .report import BadRows
 
 _BLOCK = 1 << 24  # bytes hashed at a time
+PICTURES = "pictures.jsonl"
 _HASHERS = 4  # threads
 
 
@@ -55,6 +58,7 @@ class Writer:
         self._ids, self._runs = (folder / "ids.bin").open("wb"), (folder / "runs.bin").open("wb")
         self._columns: dict[str, tuple[BinaryIO, tuple[int, ...]]] = {}  # name -> file, shape behind the tokens
         self._parts: list[tuple[np.ndarray, ...]] = []
+        self._pictures: BinaryIO | None = None
 
     def add(self, documents: Documents) -> None:
         self._ids.write(np.ascontiguousarray(documents.ids, dtype="<i4").data)
@@ -63,6 +67,10 @@ class Writer:
             if name not in self._columns:
                 self._columns[name] = (self.folder / f"column-{name}.bin").open("wb"), column.shape[1:]
             self._columns[name][0].write(np.ascontiguousarray(column, dtype="<i4").data)
+        if documents.pictures:
+            self._pictures = self._pictures or (self.folder / PICTURES).open("wb")
+            for one in documents.pictures:
+                self._pictures.write(json.dumps([one.path, one.digest, one.tokens]).encode() + b"\n")
         weights = np.ones(len(documents.runs), np.float32) if documents.weights is None else documents.weights
         self._parts.append((documents.lengths, np.diff(documents.run_ends, prepend=0), documents.rows, weights))
 
@@ -78,7 +86,7 @@ class Writer:
         save_arrays(self.folder / "index.npz", **index, **({} if (weights == 1).all() else {"weights": weights}))
         files = {
             name: [(self.folder / name).stat().st_size, file_digest(self.folder / name)]
-            for name in ("ids.bin", "runs.bin", *(f"column-{name}.bin" for name in self._columns), "index.npz")
+            for name in (*(Path(file.name).name for file in self._files), "index.npz")
         }
         columns_of = {name: list(shape) for name, (_, shape) in self._columns.items()}
         text = json.dumps({"files": files, "report": report, "columns": columns_of})
@@ -90,7 +98,8 @@ class Writer:
 
     @property
     def _files(self) -> list[BinaryIO]:
-        return [self._ids, self._runs, *(file for file, _ in self._columns.values())]
+        own = [self._ids, self._runs, *(file for file, _ in self._columns.values())]
+        return own if self._pictures is None else [*own, self._pictures]
 
 
 def cached(root: Path, key: str, make: Callable[[Writer], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
@@ -167,7 +176,11 @@ def open_documents(folder: Path) -> Documents:
         for name, shape in json.loads(text)["columns"].items()
     }
     ids, runs = _mapped(folder / "ids.bin"), _mapped(folder / "runs.bin").reshape(-1, 2)
-    return Documents(ids, ends, runs, run_ends, rows, columns, weights)
+    pictures: list[Picture] = []
+    if (folder / PICTURES).exists():
+        with (folder / PICTURES).open("rb") as file:
+            pictures = [Picture(*json.loads(line)) for line in file]
+    return Documents(ids, ends, runs, run_ends, rows, columns, weights, pictures)
 
 
 def file_digest(path: Path) -> str:

@@ -31,6 +31,7 @@ from .conversation import TrainOn
 from .documents import Documents
 from .encode import Encoder, EncodeSettings, OnLongRow
 from .fields import FieldNames
+from .images import ImageRows
 from .packing import PackedRows, Sides, lay_out, pack, pack_sides
 from .pairs import PairRows
 from .pieces import Sample
@@ -40,7 +41,7 @@ from .sampler import EVALUATION_EPOCH, PACKING_EPOCH, SOURCE_EPOCH, permutation
 from .template import ChatTemplate
 from .workers import encode_all
 
-Rendering = ChatTemplate | ClassRows | PairRows  # how rows become documents
+Rendering = ChatTemplate | ClassRows | PairRows | ImageRows  # how rows become documents
 
 
 class Encodes(Protocol):
@@ -137,7 +138,7 @@ def _load(
         if members is None:
             parts.append(None)
             continue
-        sides = template.sides if isinstance(template, PairRows) else None
+        sides = template.sides if isinstance(template, PairRows | ImageRows) else None
         order, ends = _layout(folder, name, documents, members, settings, seed, identity, sides)
         rows = lay_out(documents, order, ends, settings.seq_length, template.end_token_id, report.top, sides)
         # Any id does as padding: no document attends to it, and it has no label. The tokenizer's own for it may have

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..pictures import Picture
 from .template import IGNORE, Sample
 
 CLASSES = "classes"  # the column of what is to be learned where that is no token
@@ -31,6 +32,7 @@ class Documents:
     rows      [D] int64, the number of the row that each came from, over all sources
     columns   [T] or [T, k] int32 each, as Sample.columns; every document has the same
     weights   [K] float32, what a label of each run counts for in the loss; None: all count 1
+    pictures  [D], the image of each; empty where they have none
     """
 
     ids: np.ndarray
@@ -40,6 +42,7 @@ class Documents:
     rows: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     weights: np.ndarray | None = None
+    pictures: Sequence[Picture] = ()
 
     @classmethod
     def of(cls, samples: Sequence[Sample], rows: Sequence[int]) -> Documents:
@@ -65,6 +68,7 @@ class Documents:
                 for name in (samples[0].columns if samples else ())
             },
             weights,
+            [sample.picture for sample in samples if sample.picture is not None],
         )
 
     def __len__(self) -> int:
@@ -101,8 +105,8 @@ class Documents:
         return self.runs[:, 1] - np.maximum(self.runs[:, 0], 1)
 
     def written(self) -> Iterator[bytes]:
-        """Yield all that the documents say, for a hash: of each its length, ids, labels, columns and weights."""
-        if not self.columns and self.weights is None:
+        """Yield all that the documents say, for a hash: of each its length, ids, labels, columns, weights and image."""
+        if not self.columns and self.weights is None and not self.pictures:
             yield self._plainly_written()
             return
         for index in range(len(self)):
@@ -113,6 +117,8 @@ class Documents:
                 yield name.encode() + column.astype("<i4").tobytes()
             if sample.weights is not None:
                 yield b"weights" + sample.weights.astype("<f4").tobytes()
+            if sample.picture is not None:
+                yield b"picture" + sample.picture.digest.encode()
 
     def _plainly_written(self) -> bytes:
         """Return `written` of documents that are ids and labels alone, all at once."""
@@ -141,7 +147,7 @@ class Documents:
             if weights is not None:
                 weights[begin:end] = self.weights[run]
         columns = {name: np.array(column[start:stop]) for name, column in self.columns.items()}
-        return Sample(ids, labels, columns, weights)
+        return Sample(ids, labels, columns, weights, self.pictures[index] if self.pictures else None)
 
 
 def label_runs(labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

@@ -32,12 +32,14 @@ class EncodeSettings:
     on_long_row  what becomes of a longer one: "error" (a bad row), "skip", "truncate", "split"
     train_on     the rule of the run for what is labelled, where the row does not say so itself
     names        the user's word on the names of fields
+    before       tokens of an image that will stand before each document
     """
 
     seq_length: int
     on_long_row: OnLongRow = "error"
     train_on: TrainOn = "all"
     names: FieldNames = field(default_factory=FieldNames)
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Encoder:
 
     def _fitting(self, where: str, conversation: Conversation, sample: Sample, report: Report) -> Iterator[Sample]:
         """Yield the documents of a row: itself, or what on_long_row makes of it; none where it cannot be used."""
-        settings, length = self.settings, len(sample.input_ids)
+        settings, length = self.settings, self.settings.before + len(sample.input_ids)
         report.length(length, where)
         documents = [sample]
         if length > settings.seq_length:
@@ -97,7 +99,7 @@ class Encoder:
                 return
             make = truncate if settings.on_long_row == "truncate" else split
             try:
-                documents, done = make(conversation, sample, settings.seq_length, self._encode_one)
+                documents, done = make(conversation, sample, settings.seq_length - settings.before, self._encode_one)
             except UserError as error:
                 report.problem(where, f"{reason}: {reason_of(error, where)}")
                 return

@@ -17,7 +17,7 @@ import torch
 
 from ..batch import Batch
 from .context import cut_batch
-from .packing import PackedRows, Row
+from .packing import PICTURES, PackedRows, Row
 from .sampler import deal, permutation, steps_per_epoch
 
 T = TypeVar("T")
@@ -117,14 +117,20 @@ def _batch_of(rows: Sequence[Row], places: Sequence[int]) -> Batch:
     """Return rows as the tokens of one batch; places: of the rows in the step."""
     length = len(rows[0].input_ids)
     weights = [row.weights for row in rows if row.weights is not None]  # of all rows, or of none
+    columns = {name: _joined([row.columns[name] for row in rows]) for name in rows[0].columns}
+    if PICTURES in columns:  # they are counted over all rows of the batch
+        before = accumulate((len(row.pictures) for row in rows[:-1]), initial=0)
+        more = torch.tensor(list(before)).repeat_interleave(length)
+        columns[PICTURES][:, 0] += more * (columns[PICTURES][:, 0] > 0)
     return Batch(
         input_ids=_joined([row.input_ids for row in rows]),
         labels=_joined([row.labels for row in rows]),
         position_ids=_joined([row.position_ids for row in rows]),
         cu_seqlens=torch.tensor(_bounds([one for row in rows for one in _attended(row)]), dtype=torch.int32),
         token_index=torch.cat([torch.arange(r * length, (r + 1) * length) for r in places]),
-        columns={name: _joined([row.columns[name] for row in rows]) for name in rows[0].columns},
+        columns=columns,
         weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
+        pictures=tuple(picture for row in rows for picture in row.pictures),
     )
 
 

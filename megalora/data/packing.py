@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..pictures import Picture
 from .documents import CLASSES, Documents
 from .template import IGNORE, Sample
 
+PICTURES = "pictures"  # the column of image tokens
 OPEN_ROWS = 256  # in which `pack_sides` looks for room
 
 
@@ -35,6 +37,8 @@ class Row:
     lengths   of its documents, the padding tail the last; they sum to S
     columns   [S] or [S, k] int32 each, as Sample.columns; 0 in the padding
     used      tokens that are not padding
+    pictures  images of its documents, in order. The column "pictures" has for each of their tokens (which of them,
+              counted from 1; which of its vectors), and (0, 0) elsewhere
     source    what an encoder reads: a row of as many documents, without labels
     """
 
@@ -46,6 +50,7 @@ class Row:
     used: int
     weights: np.ndarray | None = None
     source: Row | None = None
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def spans(self) -> list[int]:
@@ -68,7 +73,8 @@ class Sides:
         """Return source and target of a document; the labels of the target are where they are predicted."""
         ids, first = document.input_ids, int(np.flatnonzero(document.labels != IGNORE)[0])
         read = np.concatenate((ids.dtype.type([self.start_token_id]), ids[first:-1]))
-        return Sample(ids[:first], document.labels[:first]), Sample(read, document.labels[first:])
+        source = Sample(ids[:first], document.labels[:first], picture=document.picture)
+        return source, Sample(read, document.labels[first:])
 
     @staticmethod
     def lengths(source: Documents) -> np.ndarray:
@@ -139,14 +145,17 @@ class PackedRows:
         documents = [self.source.sample(member) for member in self.members[start : int(self.row_ends[index])].tolist()]
         if self.sides is None:
             labels = [document.columns.get(CLASSES, shift(document.labels)) for document in documents]
-            return self._laid_out(documents, labels, self.seq_length)
+            return self._laid_out(documents, labels, self.seq_length, bool(self.source.pictures))
         parts = [self.sides.parts(document) for document in documents]
         sources, targets = [source for source, _ in parts], [target for _, target in parts]
         row = self._laid_out(targets, [target.labels for target in targets], self.seq_length)
-        source = self._laid_out(sources, [source.labels for source in sources], self.sides.source_length)
+        labels, length = [source.labels for source in sources], self.sides.source_length
+        source = self._laid_out(sources, labels, length, bool(self.source.pictures))
         return replace(row, source=source)
 
-    def _laid_out(self, documents: Sequence[Sample], labels_of: Sequence[np.ndarray], length: int) -> Row:
+    def _laid_out(
+        self, documents: Sequence[Sample], labels_of: Sequence[np.ndarray], length: int, with_pictures: bool = False
+    ) -> Row:
         """Return documents and their labels, each at the place where it is predicted, in a row of `length` tokens."""
         input_ids = np.full(length, self.pad_token_id, dtype=np.int32)
         labels = np.full(length, IGNORE, dtype=np.int32)
@@ -156,6 +165,9 @@ class PackedRows:
             for name, column in self.source.columns.items()
             if name != CLASSES
         }
+        if with_pictures:
+            columns[PICTURES] = np.zeros((length, 2), dtype=np.int32)
+        pictures = [document.picture for document in documents if document.picture is not None]
         weights = None if self.source.weights is None else np.zeros(length, dtype=np.float32)
         lengths, at = [], 0
         for document, its_labels in zip(documents, labels_of, strict=True):
@@ -163,7 +175,8 @@ class PackedRows:
             assert stop <= length, "a row is over-full"
             input_ids[at:stop], labels[at:stop] = document.input_ids, its_labels
             for name, column in columns.items():
-                column[at:stop] = document.columns[name]
+                if name != PICTURES:
+                    column[at:stop] = document.columns[name]
             if weights is not None:
                 weights[at : stop - 1] = document.weights[1:]
             position_ids[at:stop] = np.arange(stop - at, dtype=np.int32)
@@ -172,7 +185,11 @@ class PackedRows:
         if at < length:
             position_ids[at:] = np.arange(length - at, dtype=np.int32)
             lengths.append(length - at)
-        return Row(input_ids, labels, position_ids, tuple(lengths), columns, at, weights)
+        starts = np.cumsum([0, *lengths])
+        for number, picture in enumerate(pictures):  # every document has one, or none has
+            places = slice(starts[number], starts[number] + picture.tokens)
+            columns[PICTURES][places, 0], columns[PICTURES][places, 1] = number + 1, np.arange(picture.tokens)
+        return Row(input_ids, labels, position_ids, tuple(lengths), columns, at, weights, pictures=tuple(pictures))
 
 
 def pack(lengths: Sequence[int], seq_length: int, packing: bool = True) -> list[list[int]]:

@@ -32,7 +32,7 @@ from .tokenizer import OpenedTokenizer
 
 PAIRS = (  # names of source and target
     ("input", "output"), ("source", "target"), ("text", "summary"), ("document", "summary"), ("article", "highlights"),
-    ("inputs", "targets"),
+    ("inputs", "targets"), ("prompt", "response"), ("prompt", "completion"),
 )  # fmt: skip
 _SOURCES = tuple(dict.fromkeys(source for source, _ in PAIRS))
 _KNOWN = "{input, output}, {source, target}, {text, summary}"
@@ -200,20 +200,22 @@ class PairEncoder:
 
     def _fitting(self, source: list[int], target: list[int], where: str, report: Report) -> Sample | None:
         """Return the document of a row, or what on_long_row makes of it."""
-        longest, limits = max(len(source), len(target)), (self.rows.sides.source_length, self.settings.seq_length)
-        report.length(longest, where)
-        sides = (("source", source, "source_length", limits[0]), ("target", target, "seq_length", limits[1]))
-        for side, ids, flag, limit in sides:
+        before = self.settings.before
+        limits = self.rows.sides.source_length - before, self.settings.seq_length
+        report.length(max(before + len(source), len(target)), where)
+        sides = (("source", source, "source_length", limits[0], before), ("target", target, "seq_length", limits[1], 0))
+        for side, ids, flag, limit, more in sides:
             if len(ids) <= limit:
                 continue
-            reason = f"too long, the {side} has {len(ids)} tokens for --{flag} {limit}"
+            total = len(ids) + more
+            reason = f"too long, the {side} has {total} tokens for --{flag} {limit + more}"
             if self.settings.on_long_row == "error":
-                remedy = f"raise --{flag} to at least {len(ids)}, or say what becomes of it with --on_long_row"
+                remedy = f"raise --{flag} to at least {total}, or say what becomes of it with --on_long_row"
                 raise UserError(reason, f"{remedy} truncate or skip")
             if self.settings.on_long_row == "skip":
                 report.problem(where, reason, wanted=True)
                 return None
-        if longest > min(limits) and (len(source) > limits[0] or len(target) > limits[1]):
+        if len(source) > limits[0] or len(target) > limits[1]:
             report.seen["long truncated"] += 1
         # A source keeps the special tokens at its end; a target that is cut has none: a reply does not end there.
         end = self.rows.special_at_end

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..pictures import Picture
 from .tokenizer import told_as
 from .words import WordTokens, cuts_at_spaces
 
@@ -25,16 +26,18 @@ class Sample:
     weights  [n] float32, what each label counts for in the loss, 0 where there is none; None: all labels count 1
     columns  what else a task or a model reads of each token, by name: [n] or [n, k] int32. "classes" is what is to be
              learned where that is no token: the class of each token, -100 where there is none
+    picture  an image that stands before the text: its tokens are the first ones
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     weights: np.ndarray | None = None
+    picture: Picture | None = None
 
     def part(self, block: slice) -> Sample:
         """Return a part of the document, which must not be read for columns."""
-        assert not self.columns
+        assert not self.columns and self.picture is None
         weights = None if self.weights is None else self.weights[block]
         return Sample(self.input_ids[block], self.labels[block], weights=weights)
 

@@ -22,6 +22,13 @@ BUILT_IN = {
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
     ),
+    # The prompt as it is and the reply behind it: of models that read an image and a text without turns.
+    "bare": (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+        "{% else %}{{ message['content'] }}{% endif %}"
+        "{% endfor %}"
+    ),
     "chatml": (
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -21,6 +21,12 @@ class GenerationArguments(Section):
         unset="a chat in the terminal",
         exists="a file of prompts; check the path",
     )
+    image: str | None = flag(
+        None,
+        "image file before the prompt, for a model that reads one (blip-2); without a prompt it is described",
+        unset="none; rows of prompts_file name their own",
+        exists="an image file; check the path",
+    )
     output_file: str | None = flag(None, "JSON lines file for the replies", unset="the terminal")
     system: str | None = flag(None, "system message before each prompt", unset="the template's", empty=True)
     max_new_tokens: int = flag(256, "maximum length of a reply, in tokens", at_least=1)
@@ -87,6 +93,11 @@ class GenerationArguments(Section):
         if self.compare_base and self.disable_adapter:
             raise UserError("compare_base and disable_adapter are both true", "give one of them")
         shared.template_variables(self.chat_template_kwargs)
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are typed: none is given."""
+        return self.prompt is None and self.prompts_file is None and self.image is None
 
     @property
     def template_variables(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def ask(text: str, system: str | None, where: str) -> Question:
             part.encode("utf-8")
         except UnicodeEncodeError:  # bytes of the command line or terminal that Python could not decode
             raise UserError(f"{where} or its system message is not UTF-8", "set the terminal to UTF-8") from None
-    return Question(Conversation((*_system_message(system), Message("user", text))), where)
+    return Question(Conversation((*system_message(system), Message("user", text))), where)
 
 
 def read_questions(path: str | Path, system: str | None, what: str = "prompts_file") -> list[Question]:
@@ -107,8 +107,9 @@ def _of_row(row: object, system: str | None, where: str) -> Question:
     asked = to_question(row, where)
     if system is not None and asked.messages[0].role == "system":
         raise UserError(f"{where}: has a system message of its own", "leave --system out, or take it out of the row")
-    return Question(replace(asked, messages=(*_system_message(system), *asked.messages)), where)
+    return Question(replace(asked, messages=(*system_message(system), *asked.messages)), where)
 
 
-def _system_message(system: str | None) -> Sequence[Message]:
+def system_message(system: str | None) -> Sequence[Message]:
+    """Return the system message that stands before a question, where there is one."""
     return () if system is None else (Message("system", system),)

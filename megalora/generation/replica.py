@@ -258,7 +258,8 @@ class Replica:
 
     def _slot_for(self, prompt: Prompt, free: Sequence[int]) -> tuple[int, int]:
         """Return (slot, tokens of the prompt that it holds already), in a dialogue the turns before."""
-        if self._keep_logits is not None or prompt.source:  # of all tokens: all are fed; or keys are of the source
+        # Of all tokens: all are fed; or keys are of the source, or of what stands before the text.
+        if self._keep_logits is not None or prompt.source or prompt.picture is not None:
             return free[-1], 0
         length = len(prompt.token_ids)
         mine = [slot for slot in free if self._held[slot][0] == prompt.adapter and self._steps.goes_on(slot, length)]
@@ -333,7 +334,8 @@ class Replica:
         sources = [sequence.prompt.source for sequence in fed if sequence.prompt.source]
         received = self._received(len(ids) + sum(map(len, sources)))
         lengths = [len(sequence.prompt.token_ids) for sequence in fed]
-        hidden = self._steps.prefill(received, ids, spans, adapters, sources, lengths)
+        pictures = [sequence.prompt.picture for sequence in fed]
+        hidden = self._steps.prefill(received, ids, spans, adapters, sources, lengths, pictures)
         if not self._pp.is_last:
             self._send(hidden)
             return None

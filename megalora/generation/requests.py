@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from megalora.generation.sampling import Logprobs, Sampling
+from megalora.pictures import Picture
 
 STOP, LENGTH, INTERRUPTED, FAILED = "stop", "length", "interrupted", "failed"
 
@@ -20,6 +21,7 @@ class Prompt:
     number   of the prompt in the run; no two that run at a time have the same
     adapter  who replies, where the stage shares several adapters: 0 the base, 1 the first adapter, ...
     source   of an encoder-decoder: what the encoder reads; token_ids are what the decoder begins with
+    picture  an image, whose tokens are the first of the source, or where there is none of token_ids
     stream   number that the random numbers of its reply come from, beside the seed; None: `number`
     """
 
@@ -28,6 +30,7 @@ class Prompt:
     adapter: int = 0
     stream: int | None = None
     source: Sequence[int] = ()
+    picture: Picture | None = None
 
     @property
     def fed(self) -> int:

@@ -11,7 +11,7 @@ from megalora.generation.cache import DecodeStep, KVCache, NewSources, PrefillSt
 from megalora.generation.graphs import DecodeGraphs
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
-from megalora.models.inputs import Cache, Inputs, head_features
+from megalora.models.inputs import Cache, Inputs, Placed, head_features
 from megalora.models.rotary import rope_table
 from megalora.models.spec import Alibi, Rotary
 from megalora.models.stage import Stage
@@ -19,6 +19,7 @@ from megalora.ops.alibi import EXTRA
 from megalora.ops.attention import pack
 from megalora.ops.decode_attention import has_kernel
 from megalora.parallel.placement import Tokens
+from megalora.pictures import Picture
 
 
 class Steps:
@@ -58,12 +59,14 @@ class Steps:
         adapters: Sequence[int] | None = None,
         sources: Sequence[Sequence[int]] = (),
         lengths: Sequence[int] | None = None,
+        pictures: Sequence[Picture | None] = (),
     ) -> torch.Tensor:
         """Feed token_ids, the tokens of the spans one after another.
 
         adapters  the adapter of each sequence where the stage shares several (Stage.share_adapters), else not read
         lengths   of each sequence's whole prompt, of which a span may be a part; None: the spans end them
         sources   of an encoder-decoder: that of each sequence, whose tokens stand before the others in `hidden`
+        pictures  the image of each sequence, at the start of its source, or of its prompt where it has none
         """
         place = self._stage.place
         if any(rotary.long is not None for rotary in self._rope):
@@ -80,16 +83,34 @@ class Steps:
             new = NewSources.of([span.slot for span in spans], [len(one) for one in sources], self._device)
             of_slots = torch.tensor([len(one) for one in sources], device=self._device)
             self._cache.source_lengths[torch.tensor([span.slot for span in spans], device=self._device)] = of_slots
-            step, source = replace(step, sources=new), self._source(sources, new)
-        return self._run(hidden, ids, step.slots, step.places, of_tokens, step, source)
+            step = replace(step, sources=new)
+            source = self._source(sources, new, self._placed(pictures, [(0, len(one)) for one in sources]))
+            pictures = ()
+        placed = self._placed(pictures, [(span.start, span.stop) for span in spans])
+        return self._run(hidden, ids, step.slots, step.places, of_tokens, step, source, placed)
 
-    def _source(self, sources: Sequence[Sequence[int]], new: NewSources) -> Inputs:
+    def _placed(self, pictures: Sequence[Picture | None], parts: Sequence[tuple[int, int]]) -> Placed | None:
+        """Return where images go whose texts are fed from `start` to `stop` each; None where no token is of one."""
+        found = [picture for picture in pictures if picture is not None]
+        if not found or self._stage.embedding is None:
+            return None
+        columns, number = [], 0
+        for picture, (start, stop) in zip(pictures, parts, strict=True):
+            column = torch.zeros(stop - start, 2, dtype=torch.int64)
+            if picture is not None:
+                number += 1
+                own = torch.arange(start, max(start, min(stop, picture.tokens)))
+                column[: len(own), 0], column[: len(own), 1] = number, own
+            columns.append(column)
+        return Placed.of(found, torch.cat(columns), self._stage.place)
+
+    def _source(self, sources: Sequence[Sequence[int]], new: NewSources, placed: Placed | None) -> Inputs:
         """Return what the encoder reads."""
         ids = torch.tensor([token for one in sources for token in one], device=self._device)
         tokens = Tokens(new.places, new.places, seed=None, step=0)
         dtype = self._stage.place.dtype
         packed = pack(new.bounds, self._stage.config.head_dim, dtype, self._device)
-        return Inputs(ids, None, None, new.bounds, {}, tokens, packed=packed, position_ids=new.places)
+        return Inputs(ids, None, None, new.bounds, {}, tokens, packed=packed, position_ids=new.places, placed=placed)
 
     def goes_on(self, slot: int, length: int) -> bool:
         """Return whether a prompt of `length` tokens may keep what the slot holds: keys of the same frequencies."""
@@ -153,6 +174,7 @@ class Steps:
         adapters: torch.Tensor | None,
         cache: Cache,
         source: Inputs | None = None,
+        placed: Placed | None = None,
     ) -> torch.Tensor:
         tables = {}
         for rotary, (cos, sin) in self._rope.items():
@@ -160,7 +182,7 @@ class Steps:
             tables[rotary] = cos[rows], sin[rows]
         # No dropout, so nothing is drawn from the places.
         tokens = Tokens(places, places, seed=None, step=0, adapters=adapters)
-        inputs = Inputs(ids, None, None, (), tables, tokens, cache, position_ids=places, source=source)
+        inputs = Inputs(ids, None, None, (), tables, tokens, cache, position_ids=places, source=source, placed=placed)
         return self._stage(hidden, inputs)
 
 

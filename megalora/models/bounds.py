@@ -115,6 +115,10 @@ def _all(bound: Bound, names: str) -> dict[str, Bound]:
     return dict.fromkeys(names.split(), bound)
 
 
+def _of(objects: tuple[str, ...], bound: Bound, names: str) -> dict[str, Bound]:
+    return _all(bound, " ".join(f"{owner}.{name}" for owner in objects for name in names.split()))
+
+
 _HEADS, _EXPERTS, _LENGTH = Number(True, 1, 1 << 14), Number(True, 1, 1 << 14), Number(True, 1, 1 << 32)
 _LAYERS = Number(True, 0, MOST_LAYERS)
 BOUNDS: Mapping[str, Bound] = {
@@ -193,7 +197,19 @@ BOUNDS: Mapping[str, Bound] = {
         pooler_hidden_act norm_rel_ebd""",
     ),
     "pos_att_type": Kinds(),
-    "attn_config": Object(),
+    **_all(Object(), "attn_config vision_config qformer_config text_config"),
+    # of blip-2
+    **_all(Number(True, 1, 1 << 14), "num_query_tokens"),
+    **_all(Number(True, 0, 1 << 28), "image_token_index"),
+    **_all(Flag(), "is_encoder_decoder"),
+    **_of(("vision_config", "qformer_config"), Number(True, 1, 1 << 20), "hidden_size intermediate_size"),
+    **_of(("vision_config", "qformer_config"), Number(True, 1, MOST_LAYERS), "num_hidden_layers"),
+    **_of(("vision_config", "qformer_config"), _HEADS, "num_attention_heads"),
+    **_of(("vision_config", "qformer_config"), Number(False, 1e-30, 1.0), "layer_norm_eps"),
+    **_of(("vision_config", "qformer_config"), Word(), "hidden_act"),
+    **_of(("vision_config",), Number(True, 1, 1 << 14), "image_size patch_size"),
+    **_of(("vision_config",), Flag(), "qkv_bias"),
+    **_of(("qformer_config",), Number(True, 1, MOST_LAYERS), "cross_attention_frequency"),
 }
 # Fields that mean something where they are null or left out; a number of any other name must be there.
 OPTIONAL = frozenset(

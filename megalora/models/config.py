@@ -18,10 +18,18 @@ from megalora.models import families, rotary
 from megalora.models.bounds import BOUNDS
 from megalora.models.family import Family, Fields, RemoteConfig, check_field
 from megalora.models.quantisation import stored_format
-from megalora.models.spec import MLP, Attention, CrossAttention, Experts, LatentAttention, ModelSpec
+from megalora.models.spec import (
+    MLP,
+    Attention,
+    CrossAttention,
+    Experts,
+    FileNames,
+    LatentAttention,
+    ModelSpec,
+)
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
     architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype dual_chunk_attention_config
@@ -66,10 +74,19 @@ def read_config(path: str | Path) -> ModelSpec:
     return config_from_dict(raw, str(file))
 
 
-def is_encoder_decoder(raw: Mapping[str, Any]) -> bool:
-    """Return whether the fields of a config.json are of an encoder-decoder that is implemented."""
+def reads_images(raw: Mapping[str, Any]) -> bool:
+    """Return whether the fields of a config.json are of a model that reads an image before each text."""
     kind = raw.get("model_type")
     family = known_families().get(kind) if isinstance(kind, str) else None
+    return family is not None and "vision_config" in family.reads
+
+
+def is_encoder_decoder(raw: Mapping[str, Any]) -> bool:
+    """Return whether the fields of a config.json are of an encoder-decoder that is implemented."""
+    kind, inner = raw.get("model_type"), raw.get("text_config")
+    family = known_families().get(kind) if isinstance(kind, str) else None
+    if family is not None and "text_config" in family.reads and isinstance(inner, Mapping):
+        return is_encoder_decoder(inner)
     return family is not None and family.fixed.get("is_encoder_decoder") is True
 
 
@@ -105,13 +122,14 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     further = range(spec.num_hidden_layers, spec.num_hidden_layers + spec.predicting)
     passed = tuple(spec.stack.of_layer(index, "") for index in further)
+    files = family.files if spec.files == FileNames() else spec.files  # of a model within another
     longest = int(min(rotary.extended_length(rope, spec.max_position_embeddings), _undivided_length(raw, where)))
     return replace(
         spec,
         model_type=raw["model_type"],
         dtype=dtype,
         stored=stored_format(raw, where),
-        files=replace(family.files, passed=(*family.files.passed, *passed)),
+        files=replace(files, passed=(*files.passed, *passed)),
         max_position_embeddings=longest,
     )
 
@@ -197,11 +215,11 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
     """Raise UserError for a field, of the file or a default of transformers' class, that nothing accounts for."""
     from transformers import PretrainedConfig
 
-    passed_over = {*_HARMLESS, *family.harmless, *rotary.CONFIG_FIELDS, *family.rope, *family.reads}
+    passed_over = {*HARMLESS, *family.harmless, *rotary.CONFIG_FIELDS, *family.rope, *family.reads}
     passed_over |= {theirs for ours, theirs in getattr(hf, "attribute_map", {}).items() if ours in family.reads}
     passed_over |= {"partial_rotary_factor"} if family.partial is not None else set()
     passed_over |= {family.sliding_theta[0]} if family.sliding_theta is not None else set()
-    fixed = {**FIXED, **family.fixed}
+    fixed = {name: value for name, value in {**FIXED, **family.fixed}.items() if name not in family.reads}
     values = {**hf.to_dict(), **{k: v for k, v in raw.items() if v is not None}}
     general = set(PretrainedConfig().to_dict()) - raw.keys()
     for name, value in values.items():

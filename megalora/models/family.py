@@ -9,7 +9,7 @@ from typing import Any
 
 from megalora.errors import UserError
 from megalora.models import rotary
-from megalora.models.bounds import BOUNDS, OPTIONAL, Flag
+from megalora.models.bounds import BOUNDS, OPTIONAL, Flag, Object
 from megalora.models.spec import FileNames, ModelSpec, Rotary
 from megalora.ops.activations import ACTIVATIONS
 
@@ -115,11 +115,18 @@ class Fields:
         if name not in self._family.reads:
             raise AssertionError(f"{self._family.types[0]} reads {name}, which it does not declare")
         value = getattr(self._hf, name, None)
+        if isinstance(BOUNDS[name], Object) and hasattr(value, "to_diff_dict"):  # a config within the config
+            value = value.to_diff_dict()
         check_field(name, value, self._where)
         optional = name in OPTIONAL or name in self._family.optional or isinstance(BOUNDS[name], Flag)
         if value is None and not optional:
             self.fail(f"{name} is missing", "take config.json from the model's own folder")
         return value
+
+    @property
+    def where(self) -> str:
+        """The file that they are from."""
+        return self._where
 
     def fail(self, message: str, hint: str | None = None) -> None:
         """Raise UserError about this config."""
@@ -168,7 +175,7 @@ class Fields:
             if own in fixed and value != fixed[own]:
                 self.fail(f"{name}.{own} = {value!r} is not implemented", f"take a model with {own} = {fixed[own]!r}")
             known = own in fixed or own in defaults or own in harmless or own in general or own.startswith("_")
-            if not known and value not in (None, False):
+            if not known and value not in (None, False, "", [], {}):
                 self.fail(
                     f"{name}.{own} = {value!r} is not read and may change the numbers", "remove it if it does not"
                 )

@@ -43,6 +43,7 @@ def choose_graphs(
     offloads: bool = False,
     tiled: str | None = None,
     trains_words: bool = False,
+    prefixed: bool = False,
 ) -> tuple[bool, str | None]:
     """Return (whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they
     serve.
@@ -52,6 +53,7 @@ def choose_graphs(
     offloads  activations are kept in host memory
     tiled     what attention goes in tiles of plain torch for, which read the documents' bounds on the host
     trains_words  something of the embedding or of the head is trained
+    prefixed  images stand before texts
     Raises UserError where they are wanted and cannot be.
     """
     on_gpu = torch.device(place.device).type == "cuda"
@@ -66,6 +68,8 @@ def choose_graphs(
         obstacle = "activations are kept in host memory"
     elif timed and mesh.tp.size > 1:
         obstacle = "wall_clock_breakdown and profile time the collectives inside layers"
+    elif prefixed:
+        obstacle = "the vectors of images are found anew for each microbatch"
     elif trains_words:
         obstacle = "the embedding or the head is trained"
     elif place.dtype not in (torch.bfloat16, torch.float16):
@@ -85,7 +89,12 @@ def choose_graphs(
 
 def layer_facts(config: ModelSpec) -> dict[str, Any]:
     """Return what `choose_graphs` is to know of a model's layers."""
-    return {"head_dim": head_features(config), "experts": config.has_experts, "tiled": tiled_by(config)}
+    return {
+        "head_dim": head_features(config),
+        "experts": config.has_experts,
+        "tiled": tiled_by(config),
+        "prefixed": config.prefix is not None,
+    }
 
 
 def tiled_by(config: ModelSpec) -> str | None:

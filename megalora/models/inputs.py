@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from megalora.ops.attention import Packed, Scores, in_chunks, pack
 from megalora.ops.cross_attention import Crossing
 from megalora.parallel.context import ContextKeys
 from megalora.parallel.placement import Placement, Tokens
+from megalora.pictures import Picture
 
 RopeTables = Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]]
 
@@ -47,6 +48,33 @@ class Cache(Protocol):
 
 
 @dataclass(frozen=True)
+class Placed:
+    """Images before texts, and where their vectors go.
+
+    pictures  those that this rank's tokens are of
+    tokens    [n] int64, places among this rank's tokens
+    rows      [n] int64, what goes there: a row of the vectors of `pictures`, one image after another
+    """
+
+    pictures: tuple[Picture, ...]
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, pictures: Sequence[Picture], column: torch.Tensor, place: Placement) -> Placed | None:
+        """Return it from a batch's images and its column "pictures" [F, 2] on the CPU; None where there are none."""
+        own = place.own_tokens(column)
+        tokens = own[:, 0].nonzero().squeeze(-1)
+        if not len(tokens):
+            return None
+        numbers, rows = own[tokens].unbind(1)
+        seen, of_seen = numbers.unique(return_inverse=True)
+        chosen = tuple(pictures[number - 1] for number in seen.tolist())
+        starts = torch.tensor([0, *(one.tokens for one in chosen)]).cumsum(0)
+        return cls(chosen, to_device(tokens, place.device), to_device(starts[of_seen] + rows, place.device))
+
+
+@dataclass(frozen=True)
 class Inputs:
     """One microbatch as the layers see it.
 
@@ -72,6 +100,7 @@ class Inputs:
     crossing   which of its tokens each decoder's token sees
     unread     nobody reads the result of the mixer at work (see megalora.models.recompute): its last product is
                left out
+    placed     images before texts, where there are such
     chunks     bounds and packed of the documents cut into chunks, by their size
     """
 
@@ -95,6 +124,7 @@ class Inputs:
     unread: bool = False
     weights: torch.Tensor | None = None
     chunks: Mapping[int, tuple[tuple[int, ...], Packed | None]] = field(default_factory=dict)
+    placed: Placed | None = None
 
     def attend(self, attention: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
         """Return attention(*sources), for all tensors that need a gradient: all attention in training goes this way."""
@@ -127,6 +157,7 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
     packed = pack(bounds, *kinds)
     cuts = {chunk: in_chunks(bounds, chunk) for chunk in config.chunks}
     chunks = {chunk: (cut, packed if cut == bounds else pack(cut, *kinds)) for chunk, cut in cuts.items()}
+    placed = Placed.of(batch.pictures, batch.columns["pictures"], place) if batch.pictures else None
     labelled = (batch.labels != -100).nonzero().squeeze(-1)
     weights = None if batch.weights is None else to_device(batch.weights[labelled], place.device)
     labelled = to_device(labelled, place.device)
@@ -151,6 +182,7 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
         columns=batch.columns,
         weights=weights,
         chunks=chunks,
+        placed=placed,
     )
     if batch.source is None:
         return found

@@ -47,6 +47,7 @@ from megalora.models.mixers import (  # noqa: F401
     Rotary,
     Temperature,
 )
+from megalora.models.prefix import ImagePrefix
 
 _LAYER = re.compile(r".*?\.\d+\.")  # what the name of a layer's tensor begins with
 Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts
@@ -156,6 +157,7 @@ class ModelSpec:
     stored_words   rows of the embedding in the file, where they are another number than its vocab_size
     predicting     layers behind the last that only predict further tokens, which files may hold: they are passed over
     task_heads     heads that it can have instead, for other tasks (see `for_task`)
+    prefix         what makes vectors of an image, which stand before a text; None: it reads text alone
     """
 
     embedding: Embedding
@@ -169,6 +171,7 @@ class ModelSpec:
     predicting: int = 0
     files: FileNames = field(default_factory=FileNames)
     task_heads: tuple[TaskHead, ...] = ()
+    prefix: ImagePrefix | None = None
 
     @property
     def encoder(self) -> Encoder | None:
@@ -379,7 +382,8 @@ class ModelSpec:
     @cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor of the file, by full name, with its shape; without the head where it is tied."""
-        found: dict[str, tuple[int, ...]] = dict(self.embedding.tensors())
+        found: dict[str, tuple[int, ...]] = dict(() if self.prefix is None else self.prefix.tensors())
+        found |= dict(self.embedding.tensors())
         if self.encoder is not None:
             found |= dict(self.encoder.embedding.tensors())
             found |= {} if self.encoder.final_norm is None else dict(self.encoder.final_norm.tensors())

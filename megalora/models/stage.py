@@ -26,6 +26,7 @@ from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
+from megalora.models.blocks.prefix import PrefixBlock, ReadPicture
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
@@ -92,9 +93,12 @@ class Stage(nn.Module):
         # Parameters hang below the stage by their names (megalora.models.names), what computes with them is in
         # `_parts`: modules here would be registered a second time.
         words = lora.words(config.embedding.name)
-        embedding = None
+        embedding = prefix = None
+        if first and config.prefix is not None:
+            prefix = PrefixBlock(self, config.prefix, place)
         if first:
-            embedding = EmbeddingBlock(self, config.embedding, place, words_of(self, config.embedding, place, words))
+            made = words_of(self, config.embedding, place, words)
+            embedding = EmbeddingBlock(self, config.embedding, place, made, prefix=prefix)
         blocks = {
             i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, levels[i], tile, i in offloaded))
             for i in chain(*self._chunks)
@@ -102,7 +106,7 @@ class Stage(nn.Module):
         encoder = None
         if config.encoder is not None:
             shared = None if embedding is None else embedding.words
-            encoder = EncoderBlock(self, config.encoder, blocks, place, shared)
+            encoder = EncoderBlock(self, config.encoder, blocks, place, shared, prefix)
         norm = None
         head: HeadBlock | ClassScores | None = None
         if last and stack.final_norm is not None:
@@ -184,6 +188,11 @@ class Stage(nn.Module):
             return hidden if memory is None else torch.cat([memory, hidden])
         draw = inputs.tokens.draw(self.config.stack.dropout, named_site("final norm"))
         return self._parts.head.reads(drop(hidden, inputs.tokens.local, draw))
+
+    def read_pictures(self, read: ReadPicture | None) -> None:
+        """Say how the pixels of images are read. Call before the first image; without a prefix here it does nothing."""
+        if self.embedding is not None and self.embedding.prefix is not None:
+            self.embedding.prefix.read = read
 
     def shard_dims(self) -> dict[str, Split]:
         """Return how tp cuts what is registered here itself: the head's bias in a row (spec.Head.bias_row)."""

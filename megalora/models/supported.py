@@ -174,6 +174,8 @@ def _family(family: Family) -> Iterable[str]:
     yield f"- Reads {_code(sorted(family.reads))}{', and the rope fields' if family.rotates else ''}."
     if not family.generates:
         yield f"- Every token sees its whole document. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
+    if spec.prefix is not None:
+        yield "- Reads an image before each text, see [images.md](images.md): its vision tower and Q-Former are frozen."
     if spec.encoder is not None:
         yield f"- An encoder-decoder. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
     if family.partial is not None:

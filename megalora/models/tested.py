@@ -40,11 +40,11 @@ def _types(names: str) -> Types:
 
 _LAYOUTS: tuple[str, ...] = (
     *("tests/test_layouts.py", "tests/test_modern.py", "tests/test_classic.py", "tests/test_experts.py"),
-    *("tests/tasks/test_classes.py", "tests/tasks/test_seq2seq.py"),
+    *("tests/tasks/test_classes.py", "tests/tasks/test_seq2seq.py", "tests/tasks/test_images.py"),
 )
 _PARITY = (
     *("tests/test_field_parity.py", "tests/test_modern.py", "tests/test_classic.py", "tests/tasks/test_classes.py"),
-    "tests/tasks/test_seq2seq.py",
+    *("tests/tasks/test_seq2seq.py", "tests/tasks/test_images.py"),
 )
 _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
@@ -108,10 +108,11 @@ FEATURES = (
         "CUDA graphs",
         ("tests/test_gpu_step.py",),
         "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, softcap, "
-        "dropout of attention and encoder-decoders",
+        "dropout of attention, encoder-decoders and images",
         {
             "untested": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}")
             | _types("bloom btlm chatglm codegen falcon gpt2 gpt_bigcode gpt_neo gptj internlm2 mpt opt phi")
+            | _types("blip-2")
         },
         needs_gpu=True,
     ),
@@ -119,7 +120,7 @@ FEATURES = (
         "generate",
         (
             *("tests/test_generation_parity.py", "tests/test_modern.py", "tests/test_classic_files.py"),
-            *("tests/test_classic.py", "tests/test_experts.py", "tests/test_seq2seq.py"),
+            *("tests/test_classic.py", "tests/test_experts.py", "tests/test_seq2seq.py", "tests/test_images.py"),
         ),
         "greedy replies are transformers', token for token",
         {
@@ -133,12 +134,12 @@ FEATURES = (
         "what a microbatch keeps, counted to the byte",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_ENCODERS} {_SEQ2SEQ}")
-            | _types("btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo internlm2 mistral phi")
+            | _types("blip-2 btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo internlm2 mistral phi")
         },
     ),
     Feature(
         "convert",
-        ("tests/test_convert.py", "tests/test_classic_files.py", "tests/test_fused_experts.py"),
+        ("tests/test_convert.py", "tests/test_classic_files.py", "tests/test_fused_experts.py", "tests/test_images.py"),
         "safetensors to shards and back, every bit kept",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}") - _STACKED
@@ -147,10 +148,13 @@ FEATURES = (
     ),
     Feature(
         "PEFT files",
-        ("tests/test_convert_adapter.py", "tests/test_classic_files.py", "tests/test_fused_experts.py"),
+        (
+            *("tests/test_convert_adapter.py", "tests/test_classic_files.py", "tests/test_fused_experts.py"),
+            "tests/test_images.py",
+        ),
         "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2`, "
-        "`falcon`, `gpt_oss` and `llama4_text`; merged into the base: `llama`, `gpt2`, `falcon`, `gpt_oss`, "
-        "`llama4_text`, `mixtral` and `qwen3_moe`",
+        "`falcon`, `gpt_oss`, `llama4_text` and `blip-2`; merged into the base: `llama`, `gpt2`, `falcon`, `gpt_oss`, "
+        "`llama4_text`, `mixtral`, `qwen3_moe` and `blip-2`",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} btlm chatglm")
             - _types("gpt_oss llama4_text mixtral qwen3_moe")

@@ -70,6 +70,7 @@ def stage_memory(
     layers = [shape.layers[i] for chunk in chunks for i in chunk]
     e = work.element
     ends = shape.embedding + shape.before if first else 0
+    prefix = shape.prefix[0] * e + shape.prefix[1] * max(e, 4) if first else 0
     final = 0 if shape.final_norm is None else shape.final_norm.elements
     ends += shape.head + final + shape.behind if last else 0
     if first and last and shape.shared:
@@ -92,7 +93,7 @@ def stage_memory(
     exchanged = exchange_bytes(shape, max(work.tokens, work.sent - work.tokens), e) if exchanges else 0
     held = sum(linear_bytes(group, work.base_format, e) for group in groups)
     return Memory(
-        weights=(frozen - linears + room + ends) * e + held,
+        weights=(frozen - linears + room + ends) * e + held + prefix,
         adapters=trained * _MASTER + copies * e,
         optimizer=3 * trained * _MASTER,
         activations=max(peak_bytes(part) for part in nodes)

@@ -142,6 +142,7 @@ class Shape:
     scoring     elements that are trained of a classifier's head
     lowest      the first layer that has something to train; the number of layers where none has
     encoders    layers of the encoder of an encoder-decoder: the first ones
+    prefix      elements of what makes vectors of images, before the first layer: in the compute dtype, and in float32
     device_type "cuda" or "cpu": the room of a group, and what a few ops keep, depend on it
     """
 
@@ -162,6 +163,7 @@ class Shape:
     scoring: int = 0
     words: tuple[tuple[int, bool], tuple[int, bool]] = ((0, False), (0, False))
     encoders: int = 0
+    prefix: tuple[int, int] = (0, 0)
 
     @property
     def head(self) -> int:
@@ -220,7 +222,15 @@ def shape_of(config: ModelSpec, lora: ResolvedLora, tp: int, device_type: str = 
         sum(map(math.prod, trained.values())),
         (_words(config, lora, False, tp), _words(config, lora, True, tp)),
         0 if config.encoder is None else config.encoder.count,
+        _prefix(config.prefix),
     )
+
+
+def _prefix(prefix: spec.ImagePrefix | None) -> tuple[int, int]:
+    sizes = [0, 0]
+    for name, shape in () if prefix is None else prefix.tensors():
+        sizes[prefix.is_wide(name)] += math.prod(shape)
+    return sizes[0], sizes[1]
 
 
 def _words(config: ModelSpec, lora: ResolvedLora, of_head: bool, tp: int) -> tuple[int, bool]:

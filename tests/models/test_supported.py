@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from oracle import CLASSIC, ENCODERS, EXPERTS, FAMILIES, MODERN, SEQ2SEQ, fields_of
+from oracle import CLASSIC, ENCODERS, EXPERTS, FAMILIES, IMAGES, MODERN, SEQ2SEQ, fields_of
 
 from megalora.models.config import known_families
 from megalora.models.supported import MARKERS, families, models_page, readme_table, summary
@@ -45,14 +45,14 @@ def axes(runs) -> dict[str, set[str]]:
 def tested() -> dict[str, dict[str, set[str]]]:
     """Feature -> cell -> model types, as the tables of the tests have them."""
     pytest.importorskip("peft")
-    variants, classic, experts, files, classes, nodes, pairs, fused = map(
+    variants, classic, experts, files, classes, nodes, pairs, fused, images = map(
         module,
         ("variants.py", "test_classic.py", "test_experts.py", "test_classic_files.py", "tasks/test_classes.py")
-        + ("planning/test_nodes.py", "tasks/test_seq2seq.py", "test_fused_experts.py"),
+        + ("planning/test_nodes.py", "tasks/test_seq2seq.py", "test_fused_experts.py", "tasks/test_images.py"),
     )
     runs = variants.layout_runs(list(MODERN)) + classic.layouts()
     runs += [run for family in EXPERTS for run in experts.layouts(family)]
-    runs += classes.layouts() + pairs.layouts()
+    runs += classes.layouts() + pairs.layouts() + images.layouts()
     every = [*variants.layout_runs(list(MODERN), every=True), *classic.layouts(every=True)]
     in_suite, in_proof = axes(runs), axes([*every, *classes.layouts(every=True), *pairs.layouts(every=True)])
     for family in FAMILIES:  # test_the_cases_cover_what_they_promise
@@ -62,13 +62,13 @@ def tested() -> dict[str, dict[str, set[str]]]:
         found[name]["proof"] = {k for k, has in in_proof.items() if name in has} - found[name]["yes"]
     modern, six = set(map(kind, MODERN)), set(FAMILIES)
     packed = six | modern | set(map(kind, {case.family for case in classes.PARITY}))
-    packed |= set(map(kind, SEQ2SEQ))
+    packed |= set(map(kind, SEQ2SEQ | IMAGES))
     packed |= {family for family, _ in classic.VARIANTS.values() if family not in classic.REMOTE}
     packed |= {"btlm", "chatglm", "internlm2"}
     found["packing"] = {"yes": packed}
     found["parity"] = {"yes": packed | set(EXPERTS)}
     found["CUDA graphs"] = {"yes": ON_GPU}
-    replies = six | modern | set(map(kind, SEQ2SEQ)) | set(EXPERTS) | {"gpt2", "bloom", "falcon", "gptj"}
+    replies = six | modern | set(map(kind, SEQ2SEQ | IMAGES)) | set(EXPERTS) | {"gpt2", "bloom", "falcon", "gptj"}
     by_token = {family for family, _ in classic.VARIANTS.values()} | set(experts.CACHED)
     found["generate"] = {"yes": replies, "cache": by_token - replies, "labels": set(map(kind, ENCODERS))}
     counted = {nodes.FIELDS["model_type"], "qwen3", *nodes.OLDER}
@@ -77,8 +77,8 @@ def tested() -> dict[str, dict[str, set[str]]]:
     }
     counted |= {kind(name) for name in MODERN if "phi3" not in name and name not in nodes.NO_KERNEL}
     found["plan"] = {"yes": counted}
-    found["convert"] = {"yes": six | {"gpt2", "falcon", *fused.STACKED}}
-    read = {family for family, _ in files.MODELS.values()} | {*fused.STACKED, *fused.APART}
+    found["convert"] = {"yes": six | {"gpt2", "falcon", "blip-2", *fused.STACKED}}
+    read = {"blip-2"} | {family for family, _ in files.MODELS.values()} | {*fused.STACKED, *fused.APART}
     found["PEFT files"] = {"yes": six | read}
     return found
 
@@ -107,7 +107,7 @@ def test_the_table_of_the_readme_is_current():
 
 
 def test_the_tests_run_every_family():
-    modern = {row["model_type"] for row in (MODERN | SEQ2SEQ | ENCODERS).values()}
+    modern = {row["model_type"] for row in (MODERN | SEQ2SEQ | ENCODERS | IMAGES).values()}
     assert set(FAMILIES) | set(EXPERTS) | set(CLASSIC) | modern == set(known_families())
 
 

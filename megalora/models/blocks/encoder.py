@@ -15,6 +15,7 @@ from megalora.models import spec
 from megalora.models.blocks.ends import EmbeddingBlock
 from megalora.models.blocks.layer import Layer
 from megalora.models.blocks.norm import NORMS
+from megalora.models.blocks.prefix import PrefixBlock
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
 from megalora.models.recompute import Recomputer
@@ -33,11 +34,12 @@ class EncoderBlock:
         layers: Mapping[int, Layer],
         place: Placement,
         words: VocabParallelEmbedding | None,
+        prefix: PrefixBlock | None = None,
     ):
         self.spec, self.layers = encoder, {i: layer for i, layer in layers.items() if i < encoder.count}
         self._embedding = self._norm = None
         if words is not None:
-            self._embedding = EmbeddingBlock(root, encoder.embedding, place, words, "encoder embedding")
+            self._embedding = EmbeddingBlock(root, encoder.embedding, place, words, "encoder embedding", prefix)
         if encoder.final_norm is not None and encoder.count - 1 in self.layers:
             self._norm = NORMS[encoder.final_norm.kind](encoder.final_norm, place)
             hang(root, encoder.final_norm.name, self._norm)

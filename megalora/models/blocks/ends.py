@@ -10,6 +10,7 @@ from torch import nn
 from megalora.adapters.words import WordsAdapter
 from megalora.models import spec
 from megalora.models.blocks.norm import NORMS
+from megalora.models.blocks.prefix import PrefixBlock
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
 from megalora.ops.dropout import drop, named_site
@@ -72,9 +73,15 @@ class EmbeddingBlock:
         place: Placement,
         words: VocabParallelEmbedding,
         site: str = "embedding",
+        prefix: PrefixBlock | None = None,
     ):
-        """Build it. words: registered below `root`; site: name of the dropout of the base."""
+        """Build it.
+
+        words   registered below `root`; site: name of the dropout of the base
+        prefix  what makes vectors of images, which take the places of words
+        """
         self.spec, self._place, self.words, self._site = embedding, place, words, named_site(site)
+        self.prefix = prefix
         self._scale = embedding.scale
         if embedding.rounded:
             self._scale = torch.tensor(embedding.scale, dtype=place.dtype).item()
@@ -96,6 +103,8 @@ class EmbeddingBlock:
         hidden = self.words(inputs.input_ids)
         if self._scale != 1.0:
             hidden = hidden * self._scale
+        if inputs.placed is not None:
+            hidden = self.prefix.put(hidden, inputs.placed)
         if self._project is not None and not self.spec.projects_last:
             hidden = self._project(hidden)
         if self._positions is not None:
