@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/multiversion.h"
+#include "cpu/tiles.h"
 #include "kernel_limits.h"
 
 #if __has_include("megalora_sources.h")  // where setup.py builds it: a digest of csrc/, see megalora/ops/sources.py
@@ -65,6 +66,7 @@ pybind11::dict build_info() {
   info["openmp"] = false;
 #endif
   info["instruction_set"] = instruction_set();
+  info["tiles"] = megalora::cpu::has_tiles();
   info["sources"] = MEGALORA_SOURCES;
   info["limits"] = limits();
   return info;
@@ -74,5 +76,5 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
-        "devices, torch, compiler, openmp, instruction_set, sources and limits of this build.");
+        "devices, torch, compiler, openmp, instruction_set, tiles, sources and limits of this build.");
 }

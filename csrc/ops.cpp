@@ -87,6 +87,8 @@ TORCH_LIBRARY(megalora, m) {
 
   // x [M, I], weight [O, I], bias [O] -> [M, O]; few rows, summed in float32.
   def("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  // The same in float32, of any number of rows, on CPUs with AMX tiles; weight [O, I] or the transpose of such.
+  def("tile_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   // q, out [B, H, D], k, v [B, K, D], keys, values [S, K, C, D], slots, positions [B] int64; window 0: none.
   def("decode_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
       "Tensor positions, int window, Tensor(c!) out) -> ()");
@@ -116,6 +118,7 @@ TORCH_LIBRARY_IMPL(megalora, CPU, m) {
   MEGALORA_IMPLEMENT_OPS_OF_CPU_AND_CUDA(cpu, m);
   m.impl("attention_", &cpu::attention_);
   m.impl("attention_backward_", &cpu::attention_backward_);
+  m.impl("tile_linear", &cpu::tile_linear);
 }
 
 #if defined(MEGALORA_CUDA)
@@ -142,6 +145,7 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
   m.impl("lora_down_weight_grad", masked<&meta::lora_down_weight_grad>);
   m.impl("lora_up_weight_grad", &meta::lora_up_weight_grad);
   m.impl("skinny_linear", &meta::skinny_linear);
+  m.impl("tile_linear", &meta::skinny_linear);
   m.impl("fp8_skinny_linear", &meta::fp8_skinny_linear);
   for (const char* name : {"dropout_add_",
                            "rms_norm_",

@@ -57,6 +57,7 @@ void attention_(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayR
 void attention_backward_(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                          const Tensor& lse, at::IntArrayRef bounds, int64_t window, double scale, double softcap,
                          const OptionalTensor& slopes, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+Tensor tile_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 
 }  // namespace cpu
 

@@ -38,6 +38,13 @@ def has_kernels(device_type: str) -> bool:
     return device_type in _devices()
 
 
+@constant_when_compiled
+@functools.cache
+def has_tiles() -> bool:
+    """Return whether `tile_linear` runs here: on a CPU with AMX tiles for bfloat16, under Linux 5.16 or later."""
+    return has_kernels("cpu") and importlib.import_module("megalora._C").build_info()["tiles"]
+
+
 @functools.cache
 def _devices() -> frozenset[str]:
     try:
