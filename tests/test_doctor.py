@@ -72,6 +72,30 @@ def test_a_full_disk(tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("sockets", "hosts", "state", "words"),
+    [
+        ([], 1, doctor.OK, "nothing: other machines reach none of it"),
+        ([("127.0.0.1", 29500), ("::1", 7)], 1, doctor.OK, "127.0.0.1:29500, [::1]:7: other machines reach none"),
+        ([("0.0.0.0", 29500)], 1, doctor.WARNING, "0.0.0.0:29500: whoever reaches these ports can disturb the run"),
+        ([("::", 29500)], 1, doctor.WARNING, "start with megalora COMMAND --nproc N"),
+        ([("10.0.0.1", 29500)], 2, doctor.OK, "10.0.0.1:29500: only the hosts of the run should reach these ports"),
+    ],
+)
+def test_what_listens_where(monkeypatch, sockets, hosts, state, words):
+    monkeypatch.setattr(doctor, "listening", lambda processes: sockets)
+    found = doctor._listening(hosts)
+    assert (found.check, found.state) == ("listens", state) and words in found.text
+
+
+def test_examples_listen_on_the_loopback():
+    scripts = sorted((ROOT / "examples").glob("*.sh"))
+    assert scripts and not [file for file in scripts if "torchrun" in file.read_text()]
+    for file in scripts:
+        starts = [line for line in file.read_text().splitlines() if "megalora finetune" in line]
+        assert all("--nproc" in line for line in starts), file
+
+
 def link(ranks, inside, bandwidth, latency=1e-5):
     return doctor.MeasuredLink("pp", ranks, f"rank {ranks[0]} - rank {ranks[1]}", inside, latency, bandwidth)
 

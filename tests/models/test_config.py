@@ -228,6 +228,15 @@ def named(name: str) -> str:
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": -1}}, "factor"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "factor",
+        ),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "factor"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1]}}, "longrope"),
