@@ -159,7 +159,9 @@ def check_base(checkpoint: AdapterCheckpoint, base: Mapping[str, str]) -> None:
     ours = {name: base[name] for name in _OF_THE_BASE}
     difference = identity_difference({name: theirs.identity.get(name, "(none)") for name in _OF_THE_BASE}, ours)
     if difference:
+        shapes = [str(one.get("model")).rpartition(",")[0] for one in (theirs.identity, ours)]
+        anyway = "; or, to use the adapter on this one all the same, the run's peft folder"
         raise UserError(
             f"adapter {checkpoint.where}: was trained on another base ({difference})",
-            "name that model; or, to use the adapter on this one all the same, the run's peft folder",
+            f"name that model{anyway if shapes[0] == shapes[1] else ''}",
         )

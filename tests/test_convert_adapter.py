@@ -12,7 +12,7 @@ import tiny
 import torch
 from oracle import FAMILIES
 from safetensors.torch import load_file, save_file
-from test_convert import done, make, refused, sums
+from test_convert import done, make, refused, run, sums
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import load_adapter, load_base_weights, resolve_lora
@@ -231,11 +231,17 @@ def test_a_run_is_merged_into_its_own_base_only(tmp_path, capsys):
     shapes = {"lora_A": (2, 32), "lora_B": (32, 2)}
     tensors = {f"model.layers.0.self_attn.q_proj.{f}.weight": torch.ones(s) for f, s in shapes.items()}
     splits = {name: Split(tuple(tensor.shape)) for name, tensor in tensors.items()}
-    trainer = {"step": 1, "identity": {"model": "llama, another", "tokenizer": "another"}}
     lora = {"r": 2, "target_modules": "model.layers.0.self_attn.q_proj"}
-    save_adapter(tmp_path / "run", tensors, splits, Layout(), lora, {}, trainer)
     words = ["adapter", "merge", "--input", tmp_path / "run", "--output", tmp_path / "out", "--base", base]
-    refused(capsys, "was trained on another base", *words)
+    for model, hint in (
+        ("llama, 2 layers of 64, 0123", "name that model"),
+        ("llama, 2 layers of 32, 0123", "name that model; or, to use the adapter on this one all the same, the run's"),
+    ):
+        trainer = {"step": 1, "identity": {"model": model, "tokenizer": "another"}}
+        save_adapter(tmp_path / "run", tensors, splits, Layout(), lora, {}, trainer)
+        refused(capsys, "was trained on another base", *words)
+        status, told = run(capsys, *words)
+        assert status == 2 and hint in told and ("all the same" in hint) == ("all the same" in told), told
     save_adapter(tmp_path / "run", tensors, splits, Layout(), lora)
     done(capsys, *words)
 
