@@ -90,6 +90,7 @@ def test_adapters_and_gguf_files_are_no_base(tmp_path):
     made(
         "run/.megalora.json", "run/peft/adapter_config.json", "run/peft/adapter_model.safetensors", "m.gguf", "g/a.gguf"
     )
+    made("g/adapter_config.json")
     made("run/checkpoints/iter_0000002/mp_rank_00_pp_rank_000/lora_partial_model_optim.pt")
     made(
         "hf/config.json",

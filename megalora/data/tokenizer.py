@@ -318,7 +318,7 @@ def _sentencepiece_model(file: Path) -> Any:
 
     try:
         return SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: its own message is not UTF-8
         if not _is_tiktoken(file):
             raise UserError(f"{file}: is no sentencepiece model ({error!s:.200})", "copy it again") from None
     if importlib.util.find_spec("tiktoken") is None:

@@ -233,6 +233,15 @@ def test_a_vocabulary_that_lacks_the_unknown_token(tmp_path):
 def test_a_model_of_sentencepiece_that_is_damaged(tmp_path):
     """transformers takes it for one of tiktoken, which it asks for."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMES | {"tokenizer_class": "LlamaTokenizer"}))
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff" * 50)
-    with pytest.raises(UserError, match=r"tokenizer.model: is no sentencepiece model .*: copy it again"):
-        open_tokenizer(tmp_path)
+    for data in (b"\x0a\xff" * 50, _with_byte_piece(b"<0x\x80Q>")):  # of this the library's own message is not UTF-8
+        (tmp_path / "tokenizer.model").write_bytes(data)
+        with pytest.raises(UserError, match=r"tokenizer.model: is no sentencepiece model .*: copy it again"):
+            open_tokenizer(tmp_path)
+
+
+def _with_byte_piece(piece: bytes) -> bytes:
+    """A sentencepiece model of four pieces, the last one of a byte."""
+    pieces = [(b"<unk>", 2), (b"<s>", 3), (b"</s>", 3), (piece, 6)]
+    fields = [b"\x0a" + bytes([len(name)]) + name + b"\x18" + bytes([kind]) for name, kind in pieces]
+    trainer = b"\x12\x05" + b"\x18\x02" + b"\xb8\x02\x01"  # BPE, byte_fallback
+    return b"".join(b"\x0a" + bytes([len(field)]) + field for field in fields) + trainer

@@ -77,6 +77,7 @@ def test_a_gguf_becomes_a_folder(tmp_path):
     from transformers import AutoTokenizer
 
     file = write(tmp_path / "tiny.gguf")
+    (tmp_path / "adapter_config.json").write_text("{}")  # transformers would load that too
     assert convert(file, tmp_path / "hf", "--dry_run") == 0 and not (tmp_path / "hf").exists()
     assert convert(file, tmp_path / "hf") == 0
     config = read_config(tmp_path / "hf")
