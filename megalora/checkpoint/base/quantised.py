@@ -147,7 +147,7 @@ class _Nf4:
             ]
             self._nested = int(state["nested_blocksize"]) if "nested_blocksize" in state else None
             self._offset = float(state.get("nested_offset", 0.0))
-            numbers = rows, columns, self._block, self._nested or 1
+            numbers = rows, columns, self._block, 1 if self._nested is None else self._nested
             sound = min(numbers) > 0 and max(numbers) < 2**31 and math.isfinite(self._offset)
         except (KeyError, TypeError, ValueError, OverflowError):
             sound = False
@@ -167,7 +167,7 @@ class _Nf4:
                     f"{list(self.shape)} in blocks of {self._block} has {size}",
                     _AGAIN,
                 )
-        if not torch.allclose(weights.raw(f"{name}.quant_map").float(), torch.tensor(NUMBERS), atol=1e-6):
+        if not torch.allclose(weights.raw(f"{name}.quant_map").float().view(-1), torch.tensor(NUMBERS), atol=1e-6):
             raise UserError(f"{weights.where(name)}: {name}.quant_map is not that of NF4", _AGAIN)
 
     @property

@@ -77,6 +77,12 @@ def spoiled(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def text(x: torch.Tensor, old: bytes, new: bytes) -> torch.Tensor:
+    data = bytes(x.tolist())
+    assert old in data
+    return torch.tensor(list(data.replace(old, new)), dtype=torch.uint8)
+
+
 NF4 = f"{Q}.quant_state.bitsandbytes__nf4"
 
 
@@ -88,6 +94,8 @@ NF4 = f"{Q}.quant_state.bitsandbytes__nf4"
         ("bitsandbytes", put(NF4, lambda x: x[:-1]), [NF4, "damaged"]),
         ("bitsandbytes", put(NF4, torch.full((50_000,), 91, dtype=torch.uint8)), [NF4, "damaged"]),  # brackets
         ("bitsandbytes", put(NF4, lambda x: x.float()), [NF4, "damaged"]),
+        ("bitsandbytes", put(NF4, lambda x: text(x, b'_blocksize": 256', b'_blocksize": 0')), ["damaged"]),
+        ("bitsandbytes", put(f"{Q}.quant_map", lambda x: (x + 0.1).view(2, 8)), ["not that of NF4"]),
         ("bitsandbytes", put(f"{Q}.nested_absmax", lambda x: x[:0]), [f"{Q}.nested_absmax holds 0 values"]),
         ("bitsandbytes", put(f"{Q}.quant_map", lambda x: x + 0.1), [f"{Q}.quant_map", "not that of NF4"]),
         ("bitsandbytes", put(f"{Q}.nested_quant_map", spoiled), [f"{Q}.nested_quant_map", "not finite"]),
