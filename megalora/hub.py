@@ -33,7 +33,7 @@ def push(folder: Path, repository: str) -> str:
             f"push_to_hub {repository}: {folder} is whole, but could not be put there ({_line(error)})",
             f"put it there later: hf upload {repository} {folder}",
         ) from None
-    return f"https://huggingface.co/{repository}"
+    return f"{client.endpoint}/{repository}"  # HF_ENDPOINT may name another hub
 
 
 def _client() -> Any:

@@ -81,6 +81,8 @@ def test_a_name_of_the_hub_is_the_base_model_and_ones_own_card_stays(tmp_path):
 class Hub:
     """What is asked of the hub's client. failing: the name of a call that it cannot answer."""
 
+    endpoint = "https://hub.example"  # as HF_ENDPOINT names it
+
     def __init__(self):
         self.calls, self.failing = [], None
 
@@ -103,7 +105,7 @@ def fake(monkeypatch):
 def test_an_adapter_is_pushed_at_the_end(inputs, fake, tmp_path):
     done = tune(1, inputs.flags(tmp_path / "run", max_steps=1, push_to_hub="me/mine"))[0]
     folder = str(tmp_path / "run/peft")
-    assert "pushed: https://huggingface.co/me/mine" in done.out
+    assert "pushed: https://hub.example/me/mine" in done.out
     assert fake.calls == [
         ("whoami", {}),
         ("create_repo", "me/mine", {"private": True, "exist_ok": True}),

@@ -49,6 +49,19 @@ def test_sets_that_cannot_be_told_apart_are_refused(words, says):
         DataArguments("rows.json", eval_data_path=words)
 
 
+def test_a_file_that_is_there_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    of = DataArguments("r", eval_data_path=("part=1.json",))
+    assert of.evaluations == (("part", "1.json"),)
+    (tmp_path / "part=1.json").write_text("[]")
+    assert of.evaluations == (("", "part=1.json"),)
+    assert DataArguments("r", eval_data_path=("part=1.json,2.json",)).evaluations == (("", "part=1.json,2.json"),)
+    with pytest.raises(UserError, match="eval_data_path part=1.json has no name: write each set as NAME=DATA: held="):
+        DataArguments("r", eval_data_path=("part=1.json", "x=2.json"))
+    named = DataArguments("r", eval_data_path=("a=part=1.json", "x=2.json"))
+    assert named.evaluations == (("a", "part=1.json"), ("x", "2.json"))
+
+
 def test_names_are_read():
     of = DataArguments("rows.json", eval_data_path=("a-1=x.json,y.json", "b=./c=d.json"))
     assert of.evaluations == (("a-1", "x.json,y.json"), ("b", "./c=d.json"))

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from megalora.choices import DTYPES, OPTIMIZERS, TRACKERS
@@ -129,9 +130,14 @@ class DataArguments(Section):
 
     @property
     def evaluations(self) -> tuple[tuple[str, str], ...]:
-        """(name, data) of each evaluation set of eval_data_path; the name is "" where none is given."""
-        found = (_NAMED.fullmatch(word) for word in self.eval_data_path or ())
-        return tuple((match[1] or "", match[2]) for match in found if match)
+        """(name, data) of each evaluation set of eval_data_path; the name is "" where none is given.
+
+        What is there by the whole word is no name: a file may be called part=1.json.
+        """
+        words = self.eval_data_path or ()
+        found = ((word, _NAMED.fullmatch(word)) for word in words)
+        named = {word: match for word, match in found if match and not Path(word.split(",")[0]).exists()}
+        return tuple((named[word][1] or "", named[word][2]) if word in named else ("", word) for word in words)
 
     @property
     def source_tokens(self) -> int:
