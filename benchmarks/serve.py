@@ -59,6 +59,9 @@ class Ear:
     def hear(self, prompt: Prompt, token_id: int, logprobs: object) -> None:
         self.first.setdefault(prompt.number, time.perf_counter())
 
+    def left(self, prompt: Prompt) -> bool:
+        return False
+
     def done(self, prompt: Prompt, reply: Reply) -> None:
         self.replies[prompt.number] = reply
 

@@ -191,10 +191,11 @@ class Replica:
             tokens = self._decode(fed)
         for sequence, token in zip(fed, tokens, strict=True):
             self._take(sequence, token)
-        self._listen(fed, listener, inbox)
-        ended = [sequence for sequence in fed if sequence.finish_reason is not None]
-        queue.free += [sequence.slot for sequence in ended]
-        queue.running = [sequence for sequence in queue.running if sequence.finish_reason is None]
+        self._listen(fed, queue, listener, inbox)
+        ended = queue.remove_ended()
+        for sequence in ended:
+            if not sequence.reply:  # left while its prompt was fed: the slot holds a part of it
+                self._held[sequence.slot][1][sequence.kept :] = []
         return ended
 
     # ---- who runs ----
@@ -279,16 +280,18 @@ class Replica:
         if len(sequence.reply) == sequence.room:
             sequence.finish_reason = LENGTH
 
-    def _listen(self, fed: Sequence[Ongoing], listener: Listener | None, inbox: Inbox | None) -> None:
-        """Ask what the listener says to the new tokens, and whether the inbox has requests, on every rank."""
+    def _listen(self, fed: Sequence[Ongoing], queue: Queue, listener: Listener | None, inbox: Inbox | None) -> None:
+        """Ask which replies the new tokens end, who has left, and whether the inbox has requests; on every rank."""
+        unfed = queue.unfed
         if not self._listened_to:
             return
-        verdicts = [0] * len(fed)
+        verdicts = [0] * (len(fed) + len(unfed))
         if listener is not None:
             for i, sequence in enumerate(fed):
                 if sequence.finish_reason not in (STOP, FAILED):
                     verdict = listener.hear(sequence.prompt, sequence.reply[-1], sequence.logprobs)
                     verdicts[i] = _VERDICTS.index(verdict)
+            verdicts[len(fed) :] = [_VERDICTS.index(INTERRUPTED) * listener.left(one.prompt) for one in unfed]
         verdicts += [int(inbox is not None and inbox.waiting()), int(inbox is not None and inbox.changing())]
         if self._pp.size * self._tp.size > 1:
             told = torch.tensor(verdicts, device=self._stage.place.device)
@@ -298,7 +301,7 @@ class Replica:
             verdicts = told.tolist()
         *verdicts, more, changes = verdicts
         self._more, self._changes = bool(more), bool(changes)
-        for sequence, number in zip(fed, verdicts, strict=True):
+        for sequence, number in zip((*fed, *unfed), verdicts, strict=True):
             if number:
                 sequence.finish_reason = _VERDICTS[number]
 

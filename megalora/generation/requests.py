@@ -80,6 +80,10 @@ class Listener(Protocol):
         """Return the next token of the reply to a prompt. Returns STOP or INTERRUPTED to end the reply with it."""
         ...
 
+    def left(self, prompt: Prompt) -> bool:
+        """Return whether nobody waits for the reply to a prompt any more: asked while the prompt is being fed."""
+        ...
+
     def done(self, prompt: Prompt, reply: Reply) -> None:
         """Note that the reply is whole."""
         ...

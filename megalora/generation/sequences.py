@@ -69,6 +69,21 @@ class Queue:
     def rests(self) -> bool:
         return not (self.waiting or self.entering or self.running)
 
+    @property
+    def unfed(self) -> list[Ongoing]:
+        """Those that enter."""
+        return [sequence for group in self.entering for sequence in group]
+
+    def remove_ended(self) -> list[Ongoing]:
+        """Take the sequences out that have ended, and return them: their slots are free."""
+        ended = [sequence for sequence in (*self.unfed, *self.running) if sequence.finish_reason is not None]
+        if ended:
+            groups = ([one for one in group if one.finish_reason is None] for group in self.entering)
+            self.entering = deque(group for group in groups if group)
+            self.running = [sequence for sequence in self.running if sequence.finish_reason is None]
+            self.free += [sequence.slot for sequence in ended]
+        return ended
+
 
 def by_sampling(fed: Sequence[Ongoing]) -> dict[Sampling, list[int]]:
     """Return the rows of the sequences that are sampled alike, but for their seeds."""

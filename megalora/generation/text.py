@@ -257,7 +257,10 @@ class Ear:
             self._show(pieces)
         if following.stopped:
             return STOP
-        return INTERRUPTED if self._interrupted is not None and self._interrupted() else None
+        return INTERRUPTED if self.left(prompt) else None
+
+    def left(self, prompt: Prompt) -> bool:
+        return self._interrupted is not None and self._interrupted()
 
     def done(self, prompt: Prompt, reply: Reply) -> None:
         following = self._following.pop(prompt.number, None)

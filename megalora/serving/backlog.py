@@ -94,7 +94,7 @@ class Backlog:
                 raise ApiError(429, f"{len(self._waiting)} requests wait already: try again later", None, "queue_full")
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Leave requests off: those that run end with their next token."""
+        """Leave requests off: those that run end with their next token, or the next part of their prompt."""
         with self._changed:
             for ticket in tickets:
                 ticket.cancelled = True
@@ -116,7 +116,7 @@ class Backlog:
         self._closed = True
 
     def abort(self) -> None:
-        """Take no more requests, and end those that are there with their next token. Without a lock too."""
+        """Take no more requests, and end those that are there as `cancel` does. Without a lock too."""
         self._closed = self._aborted = True
 
     @property
@@ -176,11 +176,13 @@ class Backlog:
         _settle(loop, made, None)
 
     def hear(self, prompt: Prompt, token_id: int, logprobs: Logprobs | None) -> str | None:
-        ticket = self._running[prompt.number]
-        if ticket.cancelled or self._aborted:
+        if self.left(prompt):
             return INTERRUPTED
-        self._event(ticket, Token(token_id, logprobs))
+        self._event(self._running[prompt.number], Token(token_id, logprobs))
         return None
+
+    def left(self, prompt: Prompt) -> bool:
+        return self._running[prompt.number].cancelled or self._aborted
 
     def done(self, prompt: Prompt, reply: Reply) -> None:
         with self._changed:

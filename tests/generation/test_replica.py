@@ -156,20 +156,24 @@ class Inbox:
 class Diary:
     """What happens, in order: the tokens of each prompt's part, the sequences of a decoding step, who is done."""
 
-    def __init__(self):
-        self.lines, self.replies = [], {}
+    def __init__(self, leaves=None):
+        self.lines, self.replies, self._leaves = [], {}, leaves
 
     def hear(self, prompt, token_id, logprobs):
         return None
+
+    def left(self, prompt):
+        """Who `leaves` does so after two parts of its prompt."""
+        return prompt.number == self._leaves and self.lines.count(("fed", PART)) >= 2
 
     def done(self, prompt, reply):
         self.lines.append(("done", prompt.number))
         self.replies[prompt.number] = reply.token_ids
 
 
-def test_others_go_on_and_enter_between_the_parts_of_a_long_prompt(monkeypatch):
+def write_down(diary, monkeypatch):
+    """Have the diary written from now on."""
     monkeypatch.setattr(replica, "STEP_TOKENS", PART)
-    mesh, diary = build_mesh(0, 1), Diary()
     prefill, decode = Steps.prefill, Steps.decode
 
     def fed(self, hidden, ids, spans, *rest):
@@ -182,6 +186,27 @@ def test_others_go_on_and_enter_between_the_parts_of_a_long_prompt(monkeypatch):
 
     monkeypatch.setattr(Steps, "prefill", fed)
     monkeypatch.setattr(Steps, "decode", decoded)
+
+
+def test_who_leaves_is_noticed_between_the_parts_of_its_prompt(monkeypatch):
+    diary = Diary(leaves=0)
+    write_down(diary, monkeypatch)
+    mesh = build_mesh(0, 1)
+    stage, (long, other) = make_stage(mesh, "mistral"), prompts((70, 5))
+    again = Prompt(2, long.token_ids)  # finds a part of itself in the slot, and must not take it for the whole
+    one = Replica(stage, mesh.pp, mesh.tp, 128, Sampling(), (), listened_to=True)
+    one.reserve(1, 128)
+    one.serve(Inbox([Request(p, Sampling(), NEW, frozenset()) for p in (long, again, other)]), diary, mesh.world)
+    assert diary.lines[:3] == [("fed", PART), ("fed", PART), ("done", 0)]
+    assert diary.replies[0] == ()
+    alone = Replica(stage, mesh.pp, mesh.tp, 128, Sampling(), ())
+    for prompt in (again, other):
+        assert diary.replies[prompt.number] == alone.replies([prompt], NEW)[0].token_ids
+
+
+def test_others_go_on_and_enter_between_the_parts_of_a_long_prompt(monkeypatch):
+    mesh, diary = build_mesh(0, 1), Diary()
+    write_down(diary, monkeypatch)
     stage, asked = make_stage(mesh, "mistral"), prompts((4, 70, 5, 6))
     one = Replica(stage, mesh.pp, mesh.tp, 128, Sampling(), (), listened_to=True)
     one.reserve(4, 128)

@@ -112,6 +112,9 @@ class Ear:
         self.logprobs.setdefault(prompt.number, []).append(logprobs)
         return INTERRUPTED if self.interrupt.get(prompt.number) == len(self.heard[prompt.number]) else None
 
+    def left(self, prompt):
+        return False
+
     def done(self, prompt, reply):
         self.replies[prompt.number] = reply
 
