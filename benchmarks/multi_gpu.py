@@ -31,15 +31,14 @@ from train_step import LEARNING_RATE, randomize
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import (
-    DTYPES,
     EngineSettings,
     build_trainer,
     largest_exchange,
-    resolve_dtype,
     resolve_lora,
 )
 from megalora.choices import BASE_FORMATS, RECOMPUTE
 from megalora.cluster.launch import choose_device, distributed
+from megalora.compute_dtype import DTYPES, local_dtype
 from megalora.data.context import cut_batch
 from megalora.models.config import config_from_dict
 from megalora.parallel.formats import BaseFormat
@@ -120,7 +119,7 @@ def layouts(processes: int) -> list[Layout]:
 def planned(options: argparse.Namespace, device: torch.device) -> list[Layout]:
     """The layouts that the planner puts first, each of other sizes."""
     config = config_from_dict(read_fields(options.model))
-    lora, dtype = resolve_lora(LoraConfig.from_dict(LORA), config), resolve_dtype(options.dtype, device)
+    lora, dtype = resolve_lora(LoraConfig.from_dict(LORA), config), local_dtype(options.dtype, device)
     work = Workload(1, options.seq_length, element=dtype.itemsize, base_format=options.base_format)
     usable, host = (int(size * 2**30) for size in (options.memory, options.host))
     cluster = Cluster(options.processes, options.processes, usable, device_of(device), host)
@@ -165,7 +164,7 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
     device, _ = choose_device()
     config = config_from_dict(read_fields(options.model))
     with distributed(device, layout.tp, layout.pp, cp=layout.cp) as mesh:
-        dtype, lora = resolve_dtype(options.dtype, device), resolve_lora(LoraConfig.from_dict(LORA), config)
+        dtype, lora = local_dtype(options.dtype, device), resolve_lora(LoraConfig.from_dict(LORA), config)
         rows = layout.rows or options.rows
         tokens, overlap = rows * options.seq_length // layout.cp, {"auto": None, "true": True, "false": False}
         exchange_bytes = largest_exchange(config, lora, layout.tp, tokens, dtype, device)

@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 
 from megalora.adapters.config import LoraConfig
-from megalora.building import resolve_base, resolve_dtype, resolve_lora
+from megalora.building import resolve_base, resolve_lora
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import CONFIG_FILE
 from megalora.checkpoint.run.state import newest_file
 from megalora.cluster.environment import environment_int
+from megalora.compute_dtype import local_dtype
 from megalora.errors import UserError
 from megalora.files import read_json
 from megalora.flags import FinetuneArguments
@@ -120,7 +121,7 @@ def _best(
     work = Workload(
         1,
         arguments.data.seq_length,
-        element=resolve_dtype(model.dtype, device).itemsize,
+        element=local_dtype(model.dtype, device).itemsize,
         base_format=base_format,
         source_length=0 if config.encoder is None else arguments.data.source_tokens,
     )

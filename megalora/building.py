@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalora import choices
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.adapters.sharing import counted, factor_keys
 from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
@@ -42,15 +41,6 @@ from megalora.planning.timing import LayerCosts, cut_layers, layer_costs
 from megalora.profiling import measured_costs, read_profile
 from megalora.tasks import TASKS
 from megalora.training import Trainer
-
-DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype; "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return DTYPES[name]
 
 
 def resolve_base(name: str, config: ModelSpec) -> BaseFormat:

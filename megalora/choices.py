@@ -3,7 +3,7 @@
 Each is the one definition of these names; what they stand for is defined by the module named here.
 """
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")  # building.DTYPES
+DTYPES = ("bfloat16", "float16", "float32", "float64")  # compute_dtype.DTYPES
 BASE_FORMATS = ("dense", "fp8", "nf4")  # parallel.formats.BaseFormat
 KV_CACHES = ("dense", "fp8")  # generation.cache.Dense and Fp8
 OPTIMIZERS = ("adamw", "apex")  # optimizer.AdapterOptimizer

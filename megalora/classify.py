@@ -27,10 +27,10 @@ from megalora.building import (
     load_adapter,
     load_base_weights,
     resolve_base,
-    resolve_dtype,
     resolve_lora,
 )
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
+from megalora.compute_dtype import choose_dtype
 from megalora.data import build_rows, pack, read_rows
 from megalora.data.classes import ClassRows
 from megalora.data.encode import EncodeSettings
@@ -92,9 +92,10 @@ def classify(
     weights = model.resume_from_checkpoint or model.model_path
     on_first(lambda: check_base(adapter, base_identity(config, weights, opened.tokenizer)), mesh.world)
     asked = _asked(arguments.generation, rendering, config, mesh)
+    dtype = choose_dtype(model.dtype, device, mesh.world).dtype
     with together(mesh.world):
         base = resolve_base(model.base_format, config)
-        place = Placement(mesh.tp, False, resolve_dtype(model.dtype, device), device, base=base)
+        place = Placement(mesh.tp, False, dtype, device, base=base)
         if mesh.world.is_first:
             for note in (*([longer] if longer else []), *adapter.notes, *other_base_format(adapter, base.name)):
                 print(f"megalora: {note}", file=sys.stderr, flush=True)

@@ -164,7 +164,7 @@ def _placement(
     work //= parallel.context_parallel_size
     if beginning.config.encoder is not None:
         work = max(work, arguments.train.per_device_train_batch_size * arguments.data.source_tokens)
-    dtype = beginning.dtype
+    dtype = beginning.compute.dtype
     with together(mesh.world):
         exchange, note = choose_exchange(
             parallel.tp_comm_overlap,
@@ -186,7 +186,7 @@ def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
         rows.seq_length,
         context=seen.of_targets,
         labelled=rows.labelled_tokens / (rows.tokens - seen.sources),
-        element=beginning.dtype.itemsize,
+        element=beginning.compute.dtype.itemsize,
         sequence_parallel=arguments.parallel.sequence_parallel,
         base_format=beginning.base_format,
         context_parallel=arguments.parallel.context_parallel_size,
@@ -272,7 +272,7 @@ def _fitting(arguments: FinetuneArguments, mesh: ParallelMesh, device: torch.dev
 
 def _reduced_megabytes(beginning: Beginning, tokens: int) -> float:
     """Return what tensor parallelism reduces in one layer and microbatch: twice in forward, twice in backward."""
-    return 4 * tokens * beginning.config.hidden_size * beginning.dtype.itemsize / 1e6
+    return 4 * tokens * beginning.config.hidden_size * beginning.compute.dtype.itemsize / 1e6
 
 
 # ---- what the run writes ----

@@ -24,7 +24,6 @@ from megalora.building import (
     load_adapter,
     load_base_weights,
     resolve_base,
-    resolve_dtype,
     resolve_lora,
     settle_head,
 )
@@ -33,6 +32,7 @@ from megalora.choices import CLASSIFICATION
 from megalora.classify import classify
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
+from megalora.compute_dtype import choose_dtype
 from megalora.data import ChatTemplate
 from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
@@ -236,9 +236,9 @@ def _stage(
 ) -> Stage:
     """Build this rank's part of the model, with base and adapter in it. Collective."""
     model, parallel = arguments.model, arguments.parallel
+    dtype = choose_dtype(model.dtype, device, mesh.world).dtype
     with together(mesh.world):
         lora = NO_LORA if adapter is None else _resolved(adapter, config)
-        dtype = resolve_dtype(model.dtype, device)
         base = resolve_base(model.base_format, config)
         place = Placement(mesh.tp, sequence_parallel=False, dtype=dtype, device=device, base=base)
         stage, _ = build_stage(

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.added_tokens import AddedToken
-from megalora.building import DTYPES, resolve_base, resolve_lora
+from megalora.building import resolve_base, resolve_lora
+from megalora.compute_dtype import DTYPES
 from megalora.errors import UserError
 from megalora.flags import ParallelArguments, PlanArguments
 from megalora.models.config import check_length, read_config

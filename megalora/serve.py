@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from megalora.adapters.shared import Room, SharedAdapters, share
-from megalora.building import build_stage, load_adapter, load_base_weights, resolve_base, resolve_dtype
+from megalora.building import build_stage, load_adapter, load_base_weights, resolve_base
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
+from megalora.compute_dtype import choose_dtype
 from megalora.data import ChatTemplate
 from megalora.data.template import TemplateOptions
 from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
@@ -150,9 +151,10 @@ def _stage(
 ) -> Stage:
     """Build this rank's part of the model, with the base and all adapters in it. Collective."""
     layout, model, shared = arguments.layout, arguments.served, read.shared
+    dtype = choose_dtype(model.dtype, device, mesh.world).dtype
     with together(mesh.world):
         base = resolve_base(model.base_format, config)
-        place = Placement(mesh.tp, False, resolve_dtype(model.dtype, device), device, base=base)
+        place = Placement(mesh.tp, False, dtype, device, base=base)
         stage, _ = build_stage(
             config,
             mesh,

@@ -13,7 +13,6 @@ from megalora.added_tokens import AddedToken
 from megalora.building import (
     check_vocabulary,
     resolve_base,
-    resolve_dtype,
     resolve_lora,
     settle_head,
     trained_shapes,
@@ -23,6 +22,7 @@ from megalora.checkpoint.run.folder import announce_removal, cancel_removal, che
 from megalora.checkpoint.run.state import identity_difference, newest_sound
 from megalora.cluster.launch import restarts
 from megalora.cluster.lock import RunLock
+from megalora.compute_dtype import ComputeDtype, choose_dtype
 from megalora.data import Loader, PackedRows, Rendering, load_dataset, load_split
 from megalora.data.classes import ClassRows
 from megalora.data.tokenizer import new_tokens
@@ -56,11 +56,18 @@ class Start:
     checkpoint: AdapterCheckpoint
     own: bool
 
+    @property
+    def dtype(self) -> str | None:
+        """Name of the compute dtype of the run that is continued; None where this is another run."""
+        settings = (self.checkpoint.trainer or {}).get("settings") if self.own else None
+        return settings.get("dtype") if isinstance(settings, dict) else None
+
 
 @dataclass(frozen=True)
 class Beginning:
     """Everything that is decided before anything is built; the same on every rank.
 
+    compute    the compute dtype
     base_format  of the frozen linears, one of choices.BASE_FORMATS
     weights    the folder of the base weights
     overwrite  the run that is in output_dir is removed before the first step
@@ -72,7 +79,7 @@ class Beginning:
 
     config: ModelSpec
     lora: ResolvedLora
-    dtype: torch.dtype
+    compute: ComputeDtype
     base_format: str
     weights: str
     template: Rendering
@@ -96,7 +103,6 @@ class Beginning:
 def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, device: torch.device) -> Beginning:
     """Look at everything that is asked for. Collective. Raises UserError, on every rank, for what the user can fix."""
     model, data, train, parallel = arguments.model, arguments.data, arguments.train, arguments.parallel
-    dtype = resolve_dtype(model.dtype, device)
     with together(mesh.world):
         config = read_config(model.model_path)
         check_layout(config, mesh.tp.size, mesh.pp.size, parallel.uneven_heads)
@@ -109,6 +115,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     notes += [not_locked] if not_locked else []
     overwrite = _overwrites(model, train, mesh)
     start = _find_start(model, train, overwrite, mesh)
+    compute = choose_dtype(model.dtype, device, mesh.world, None if start is None else start.dtype)
     with together(mesh.world):
         lora_config = _lora_config(model, start, config)
         check_task(lora_config.task_type, config, "lora_config")
@@ -136,7 +143,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     with together(mesh.world):
         first_step, start_note = _first_step(start, identity)
         total_steps = train.total_steps(loader.steps_per_epoch)
-        settings = _settings(train, dtype, total_steps)
+        settings = _settings(train, compute.dtype, total_steps)
         if start is not None:
             notes += [*start.checkpoint.notes, start_note, *other_template(start.checkpoint, template)]
             notes += other_base_format(start.checkpoint, base_format)
@@ -148,7 +155,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     return Beginning(
         config=config,
         lora=lora,
-        dtype=dtype,
+        compute=compute,
         base_format=base_format,
         weights=weights,
         template=template,

@@ -182,7 +182,7 @@ def _layout(
         ),
         "schedule": (f"{parallel.schedule}, " if mesh.pp.size > 1 else "")
         + f"{microbatches} microbatch{'es' * (microbatches > 1)} a step{recompute}{waiting}",
-        "device": f"{device}, {str(place.dtype).removeprefix('torch.')}, "
+        "device": f"{device}, {begun.compute}, "
         f"{'' if place.base.name == 'dense' else f'base in {place.base.name}, '}"
         f"{'compiled' if extension.has_kernels(device) else 'plain torch'} ops"
         f"{', CUDA graphs' if stage.uses_graphs else ''}",

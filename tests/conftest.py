@@ -31,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.TemporaryDirectory(prefix="megalora-tests-")  # what commands keep for later runs
     os.environ["XDG_CACHE_HOME"] = cache.name
     os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+    # dtype auto is float32 on every machine, in what tests start too (megalora/compute_dtype.py).
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
     config.add_cleanup(cache.cleanup)
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from megalora import building, choices
+from megalora import choices, compute_dtype
 from megalora.flags import CONVERT_COMMANDS
 from megalora.optimizer import AdapterOptimizer
 
 
 def test_dtypes():
-    assert {name: str(dtype) for name, dtype in building.DTYPES.items()} == {
+    assert {name: str(dtype) for name, dtype in compute_dtype.DTYPES.items()} == {
         name: f"torch.{name}" for name in choices.DTYPES
     }
 

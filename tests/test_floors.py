@@ -19,7 +19,7 @@ LOWER = GROUND | {"parallel"}
 SERVICES = {"pipeline", "data", "checkpoint", "monitor", "cluster", "web", "runs"}
 # What the commands are put together from.
 PARTS = {"tasks", "optimizer", "planning", "profiling", "building", "training", "saving", "identity", "generation"}
-PARTS |= {"serving", "vocabulary"}
+PARTS |= {"compute_dtype", "serving", "vocabulary"}
 TOP = {"auto_layout", "rows", "sources", "image_prompts", "starting", "stepping", "summary"}
 TOP |= {"asked"}  # and the commands
 TOP |= {"finetune", "generate", "classify", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}

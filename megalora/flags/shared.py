@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from megalora.choices import BASE_FORMATS, KV_CACHES, RECOMPUTE
+from megalora.choices import BASE_FORMATS, DTYPES, KV_CACHES, RECOMPUTE
 from megalora.errors import UserError
 from megalora.flags.flag import Definition
 from megalora.pipeline.partition import METHODS
@@ -13,6 +13,10 @@ BASE_FORMAT = Definition(
     "how the base model's linear weights are held in memory: in the compute dtype (dense), in 8 bits (fp8) or in 4 "
     "bits (nf4); auto is as the files have them",
     choices=("auto", *BASE_FORMATS),
+)
+DTYPE = Definition(
+    "compute dtype; auto is bfloat16 on GPUs and on CPUs with AMX, float32 on other CPUs",
+    choices=("auto", *DTYPES),
 )
 KV_CACHE = Definition(
     "how keys and values of earlier tokens are kept: in the compute dtype (dense), or in 8 bits (fp8): about half the "

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megalora.choices import DTYPES, OPTIMIZERS, TRACKERS
+from megalora.choices import OPTIMIZERS, TRACKERS
 from megalora.errors import UserError
 from megalora.flags import shared
 from megalora.flags.flag import REQUIRED, Section, flag, flags_of, show
@@ -43,7 +43,7 @@ class ModelArguments(Section):
     )
     lora_config: str | None = shared.LORA_CONFIG.field(None, unset="chosen by model_type")
     base_format: str = shared.BASE_FORMAT.field("auto")
-    dtype: str = flag("auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPUs", choices=("auto", *DTYPES))
+    dtype: str = shared.DTYPE.field("auto")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.choices import DTYPES
 from megalora.errors import UserError
 from megalora.flags import shared
 from megalora.flags.flag import REQUIRED, Definition, Section, flag
@@ -65,7 +64,7 @@ class ServedArguments(Section):
         exists="a Hugging Face folder or megalora shards",
     )
     base_format: str = shared.BASE_FORMAT.field("auto")
-    dtype: str = flag("auto", "compute dtype; auto is bfloat16 on GPUs and float32 on CPUs", choices=("auto", *DTYPES))
+    dtype: str = shared.DTYPE.field("auto")
     nproc: int | None = shared.NPROC.field(None, unset="those of torchrun, or one")
 
     def __post_init__(self) -> None:
