@@ -119,7 +119,7 @@ def build_app(runs: Runs, hosts: frozenset[str] | None, token: str | None) -> St
 
     # Functions that are not async run in threads, so that a slow one does not hold up the others.
     def summaries(request: Request) -> Response:
-        return JSONResponse([run.summary() | {"settings": run.settings()} for run in runs.all()])
+        return JSONResponse([run.told() for run in runs.all()])
 
     def series(request: Request) -> Response:
         query = request.query_params

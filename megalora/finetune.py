@@ -52,7 +52,7 @@ from megalora.rows import pixel_reader
 from megalora.saving import RunSaver, restore
 from megalora.starting import Beginning, begin
 from megalora.stepping import Session
-from megalora.summary import contexts, flops_per_token, forecast, not_sequence_parallel, start_up_table
+from megalora.summary import contexts, drawn_layout, flops_per_token, forecast, not_sequence_parallel, start_up_table
 from megalora.training import steady_heap
 
 
@@ -291,7 +291,8 @@ def _files(
     with together(mesh.world):
         log = RankLog(train.log_dir or Path(train.output_dir) / "logs", mesh.rank, watch.hosts[mesh.rank])
         watch.tell(log.write, log.say, log.file)
-    note = on_first(lambda: claim(train.output_dir, flags), mesh.world)
+    layout = drawn_layout(arguments.parallel.schedule, engine.cut, mesh)
+    note = on_first(lambda: claim(train.output_dir, flags, layout), mesh.world)
     if beginning.overwrite:
         on_first(lambda: remove_run(train.output_dir), mesh.world)
     if train.save:

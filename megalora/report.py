@@ -62,7 +62,7 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         for field in fields
     }
     return {
-        "runs": [run.summary() | {"settings": run.settings()} for run in runs],
+        "runs": [run.told() for run in runs],
         "series": {name: {n: curve for n, curve in some.items() if curve[0]} for name, some in series.items()},
         "notes": [[dataclasses.asdict(note) for note in run.notes()] for run in runs],
         "replies": [{"evaluations": run.replies(), "timeline": run.timeline()} for run in runs],

@@ -109,6 +109,26 @@ def layout_of(arguments: FinetuneArguments, work: Workload, stage: Stage, mesh: 
     )
 
 
+def drawn_layout(schedule: str, cut: Cut, mesh: ParallelMesh) -> dict[str, Any]:
+    """Return how a run is divided over its processes, for JSON: the sizes of the mesh, and of each pipeline stage its
+    layers [first, last], chunk by chunk, and its share of the compute."""
+    stages = mesh.pp.size
+    return {
+        "tensor": mesh.tp.size,
+        "pipeline": stages,
+        "context": mesh.cp.size,
+        "data": mesh.dp.size,
+        "schedule": schedule if stages > 1 else "",
+        "stages": [
+            {
+                "layers": [[part[0], part[-1]] for part in cut.layers[number::stages]],
+                "share": round(sum(cut.shares[number::stages]), 4),
+            }
+            for number in range(stages)
+        ],
+    }
+
+
 def _evaluation_rows(sets: Mapping[str, Loader]) -> str:
     told = [
         f"{f'{name}: ' if name else ''}{loader.rows.documents:,} documents in {loader.rows.rows:,} rows"

@@ -27,6 +27,9 @@ def runs(tmp_path_factory):
     (first / "profile").mkdir()
     drawing = '<svg xmlns="http://www.w3.org/2000/svg" width="31" height="9"><script>alert(1)</script></svg>'
     (first / "profile/schedule.svg").write_text(drawing)
+    stages = [{"layers": [[0, 1], [4, 4]], "share": 0.4}, {"layers": [[2, 3], [5, 5]], "share": 0.6}]
+    layout = {"tensor": 2, "pipeline": 2, "context": 1, "data": 3, "schedule": "interleaved_1f1b", "stages": stages}
+    (first / ".megalora.json").write_text(json.dumps({"format": 1, "owns": [], "layout": layout}))
     make_run(folder / "all" / "second", steps=1500, learning_rate=0.01)
     (first / "run.yaml").write_text(
         f"# megalora 0, started in {folder}; flags that are not here have their defaults\n"
@@ -73,6 +76,13 @@ def test_the_board(runs, tmp_path):
         page.run("document.querySelector('#differences').click()")
         page.wait("document.querySelectorAll('#flags tr').length > 1")
         lines = page.run("[...document.querySelectorAll('#flags tr')].map(line => line.innerText)")
+        assert page.run("document.querySelectorAll('.layout').length") == 1, "the second run has no mark"
+        drawn = page.run("[...document.querySelectorAll('.layout tr')].map(line => line.innerText.split('\\t'))")
+        assert [line[:2] for line in drawn] == [["stage 0", "layers 0 to 1, 4"], ["stage 1", "layers 2 to 3, 5"]]
+        ranks = "[...document.querySelectorAll('.layout tr')].map(line => [...line.querySelectorAll('.ranks')]"
+        ranks += ".map(frame => [...frame.children].map(rank => Number(rank.textContent))))"
+        assert page.run(ranks) == [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]]
+        assert "12 processes: tensor 2 x pipeline 2 x data 3" in page.run("document.querySelector('.layout').innerText")
         assert "learning_rate\t0.001\t0.01" in lines and not any(line.startswith("flag\tsecond") for line in lines)
         open_tab(page, "notes")
         page.wait("document.querySelectorAll('#notes pre.fault').length === 2")

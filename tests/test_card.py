@@ -1,5 +1,6 @@
 """Model cards of exports and merged models, and --push_to_hub with a hub that is none."""
 
+import json
 import sys
 
 import huggingface_hub
@@ -40,6 +41,10 @@ def test_the_card_of_an_export_tells_of_its_run(inputs, run):
     assert f"# LoRA adapter of {inputs.model.name}\n" in card
     assert f"Trained with megalora {megalora.__version__}" in card
     assert "| learning rate | 0.005, cosine |" in card and "1 = tensor 1 x pipeline 1 x data 1" in card
+    mark = json.loads((run / ".megalora.json").read_text())
+    whole = [{"layers": [[0, mark["layout"]["stages"][0]["layers"][0][1]]], "share": 1.0}]
+    sizes = {"tensor": 1, "pipeline": 1, "context": 1, "data": 1, "schedule": ""}
+    assert mark["layout"] == sizes | {"stages": whole}, "which the board draws"
     assert "| torch |" in card and "48 documents in" in card
     losses = [line["loss"] for line in metrics(run, "eval_metrics.jsonl")]
     assert f"| last training loss | {metrics(run)[-1]['loss']:.4f} |" in card

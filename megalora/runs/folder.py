@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -19,10 +20,11 @@ from megalora.runs.series import GrowingFile, thinned
 
 METRICS, EVALUATIONS, SETTINGS = "metrics.jsonl", "eval_metrics.jsonl", "run.yaml"
 EVALUATION = "eval/"  # before the names of numbers of evaluations
-REPLIES, TIMELINE = "replies.jsonl", "profile/schedule.svg"
+REPLIES, TIMELINE, MARK = "replies.jsonl", "profile/schedule.svg", ".megalora.json"
 MOST_RUNS = 200
 _LOG_BYTES, _MOST_LOGS, _MOST_NOTES = 1 << 18, 64, 300
 _REPLIES_BYTES, _MOST_REPLIES, _TIMELINE_BYTES = 4 << 20, 50, 8 << 20
+_MARK_BYTES, _LARGEST_AXIS = 1 << 20, 1024
 _OF_REPLIES = ("prompt", "response", "finish_reason")
 _ODD = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # of lines that are not ours
 _STEP = re.compile(r"step (\d+)/(\d+) ")
@@ -48,6 +50,7 @@ class Run:
         self.folder, self.name = folder, name
         self._total: tuple[str, int | None] | None = None  # (version, steps)
         self._settings: tuple[str, dict[str, str]] | None = None  # (the file, its flags)
+        self._layout: tuple[str, dict[str, Any] | None] | None = None  # (the file, what it says)
         self._files = {"": GrowingFile(folder / METRICS), EVALUATION: GrowingFile(folder / EVALUATIONS)}
 
     def look(self) -> None:
@@ -96,6 +99,10 @@ class Run:
             "fields": self.fields(),
         }
 
+    def told(self) -> dict[str, Any]:
+        """Return what the page holds of a run at any time: its summary, settings and layout."""
+        return self.summary() | {"settings": self.settings(), "layout": self.layout()}
+
     def settings(self) -> dict[str, str]:
         """Return the flags that the run was started with, as text by name. Empty where there are none to be read."""
         import yaml
@@ -142,6 +149,16 @@ class Run:
                 told = [{name: str(one.get(name, "")) for name in _OF_REPLIES} for one in record["replies"]]
                 found[int(record["step"])] = {"step": int(record["step"]), "replies": told}
         return [found[step] for step in sorted(found)]
+
+    def layout(self) -> dict[str, Any] | None:
+        """Return how the run is divided over its processes, as the mark in its folder has it; None where it has not."""
+        try:
+            text = _tail(self.folder / MARK, _MARK_BYTES)
+        except OSError:
+            return None
+        if self._layout is None or self._layout[0] != text:
+            self._layout = text, _layout_of(text)
+        return self._layout[1]
 
     def timeline(self) -> str | None:
         """Return the drawing (SVG) of what each stage computed when, where the run was profiled."""
@@ -216,6 +233,23 @@ def _open(path: str, flags: int) -> int:
         os.close(descriptor)
         raise OSError(f"{path}: is not a regular file")
     return descriptor
+
+
+def _layout_of(text: str) -> dict[str, Any] | None:
+    """Return the layout in a mark: what is not as a run writes it is none."""
+    try:
+        told = json.loads(text)["layout"]
+        sizes = {name: int(told[name]) for name in ("tensor", "pipeline", "context", "data")}
+        stages = [
+            {"layers": [[int(first), int(last)] for first, last in one["layers"]], "share": float(one["share"])}
+            for one in told["stages"]
+        ]
+        schedule = str(told["schedule"])[:50]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    sound = all(1 <= size <= _LARGEST_AXIS for size in sizes.values()) and len(stages) == sizes["pipeline"]
+    sound = sound and all(math.isfinite(stage["share"]) for stage in stages)
+    return {**sizes, "schedule": schedule, "stages": stages} if sound else None
 
 
 def _shown(value: Any) -> str:

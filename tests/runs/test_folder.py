@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -45,6 +46,31 @@ def test_folders_of_runs_and_their_names(tmp_path):
         find_runs([str(tmp_path / "nowhere")])
 
 
+LAYOUT = {
+    "tensor": 2, "pipeline": 1, "context": 1, "data": 3, "schedule": "",
+    "stages": [{"layers": [[0, 3]], "share": 1.0}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ({"layout": LAYOUT}, LAYOUT),
+        ({}, None),
+        ([], None),
+        ({"layout": LAYOUT | {"tensor": 10**9}}, None),
+        ({"layout": LAYOUT | {"data": 0}}, None),
+        ({"layout": LAYOUT | {"pipeline": 2}}, None),
+        ({"layout": LAYOUT | {"stages": [{"layers": [[0]], "share": 1}]}}, None),
+        ({"layout": LAYOUT | {"stages": [{"layers": [[0, 1]], "share": float("nan")}]}}, None),
+        ({"layout": LAYOUT | {"stages": [{"layers": [[0, float("inf")]], "share": 1}]}}, None),
+    ],
+)
+def test_a_layout_is_as_a_run_writes_it_or_none(tmp_path, told, found):
+    (tmp_path / ".megalora.json").write_text(json.dumps(told))
+    assert Run(tmp_path, "").layout() == found
+
+
 def test_hostile_folders(tmp_path):
     folder = make_run(tmp_path / "out")
     (folder / "run.yaml").write_text("!!python/object/apply:os.system [false]")
@@ -58,7 +84,8 @@ def test_hostile_folders(tmp_path):
     (folder / "replies.jsonl").write_text('{"step": 1e999, "replies": []}\n')
     run = Run(folder, "")
     assert run.replies() == []
-    assert run.settings() == {} and len(run.notes()) == 3
+    os.mkfifo(folder / ".megalora.json")
+    assert run.settings() == {} and len(run.notes()) == 3 and run.layout() is None
 
 
 LINES = st.lists(
@@ -80,7 +107,7 @@ def test_any_files_of_a_run(tmp_path_factory, data):
     """The board shows what there is of them, and never fails."""
     folder = tmp_path_factory.getbasetemp() / "any_run"
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "eval_metrics.jsonl", "replies.jsonl", "run.yaml", "logs/rank_00000.log"):
+    for name in ("metrics.jsonl", "eval_metrics.jsonl", "replies.jsonl", "run.yaml", "logs/rank_00000.log", ".megalora.json"):
         (folder / name).write_bytes(data.draw(LINES))
     run = Run(folder, "any")
     run.look()
@@ -88,4 +115,4 @@ def test_any_files_of_a_run(tmp_path_factory, data):
     assert run.summary()["name"] == "any" and run.version
     for name in run.fields():
         run.series(name, 0, 10, 4)
-    run.settings(), run.notes(), run.replies()
+    run.settings(), run.notes(), run.replies(), run.layout()

@@ -11,7 +11,9 @@ import errno
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megalora.card import CARD, read_card
 from megalora.checkpoint.manifest import MANIFEST
@@ -64,11 +66,12 @@ def check_own(output_dir: str | Path) -> None:
         )
 
 
-def claim(output_dir: str | Path, flags: str = "") -> str | None:
+def claim(output_dir: str | Path, flags: str = "", layout: Mapping[str, Any] | None = None) -> str | None:
     """Mark what a run writes in output_dir as its own. For one rank, after `check_own`. Raises UserError.
 
     flags  the text of run.yaml. It is not written where the user has a file of that name there: a note that says so is
            returned.
+    layout  how the run is divided over its processes, which the board draws; it is kept in the mark
     """
     output_dir = Path(output_dir)
     file = output_dir / RUN_FILE
@@ -76,7 +79,8 @@ def claim(output_dir: str | Path, flags: str = "") -> str | None:
     owns = _OWN if foreign else (*_OWN, RUN_FILE)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_file(output_dir / MARKER, (json.dumps({"format": 1, "owns": owns}) + "\n").encode())
+        told = {"format": 1, "owns": owns} | ({} if layout is None else {"layout": layout})
+        write_file(output_dir / MARKER, (json.dumps(told) + "\n").encode())
         if flags and not foreign:
             write_file(file, flags.encode())
     except OSError as error:

@@ -196,8 +196,53 @@ function within(curves, [first, last]) {
 
 // ---- settings, rows, replies, notes ----
 
+const MOST_COPIES = 8;
+
+/** The processes of a run: a line a pipeline stage, a box a process; those side by side in one frame share each layer. */
+function layoutOf(layout) {
+  const { tensor, pipeline, context, data, schedule, stages } = layout;
+  const sizes = [["tensor", tensor], ["pipeline", pipeline], ["context", context], ["data", data]];
+  const processes = tensor * pipeline * context * data;
+  const told = sizes.filter(([, size]) => size > 1).map(([name, size]) => `${name} ${size}`).join(" x ");
+  const figure = element("div", "layout");
+  figure.append(element("div", "faint", `${processes} process${processes > 1 ? `es: ${told}` : ""}${schedule ? `, ${schedule}` : ""}`));
+  const table = element("table");
+  const copies = Math.min(MOST_COPIES, data * context);
+  stages.forEach((stage, p) => {
+    const line = element("tr");
+    const layers = stage.layers.map(([first, last]) => (first === last ? `${first}` : `${first} to ${last}`)).join(", ");
+    const share = element("td");
+    const bar = element("div", "share");
+    bar.style.width = `${(6 * Math.max(0, Math.min(1, stage.share))).toFixed(2)}rem`;
+    share.append(bar, element("span", "faint", `${(100 * stage.share).toFixed(0)}% of the compute`));
+    line.append(element("th", "", pipeline > 1 ? `stage ${p}` : "all"), element("td", "", `layers ${layers}`), share);
+    for (let copy = 0; copy < copies; copy++) {
+      const cell = element("td");
+      const frame = element("div", "ranks");
+      for (let t = 0; t < tensor; t++) frame.append(element("span", "rank", String((p * data * context + copy) * tensor + t)));
+      cell.append(frame);
+      line.append(cell);
+    }
+    if (data * context > copies) line.append(element("td", "faint", `and ${data * context - copies} more such`));
+    table.append(line);
+  });
+  const scroll = element("div", "scroll");
+  scroll.append(table);
+  figure.append(scroll);
+  return figure;
+}
+
+function showLayouts(runs) {
+  $("layouts").replaceChildren(...runs.filter((run) => run.layout).map((run) => {
+    const part = element("div");
+    part.append(element("h2", "", run.name), layoutOf(run.layout));
+    return part;
+  }));
+}
+
 function showSettings() {
   const runs = shown().map((number) => state.runs[number]);
+  showLayouts(runs);
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))];
   const head = element("tr");
   head.append(element("th", "", "flag"), ...runs.map((run) => element("th", "", run.name)));
