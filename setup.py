@@ -149,6 +149,7 @@ setup(
         "data": ["pyarrow", "zstandard", "datasets>=4"],  # parquet and arrow, .zst, datasets saved to disk
         "demo": ["gguf"],
         "images": ["pillow"],  # models that read images (blip-2)
+        "plots": ["matplotlib"],  # metrics.png at the end of a run
         "serve": SERVE,  # also megalora board
         "trackers": ["wandb", "mlflow", "swanlab"],  # --report_to
         "test": [

@@ -48,7 +48,11 @@ def board(arguments: BoardArguments) -> None:
         try:
             with served(build_app(runs, hosts, token), listening, CONNECTIONS):
                 address = with_token(f"{address_of(listening, arguments.host)}/", token, arguments.token)
-                print(f"megalora: {len(runs.all())} runs at {address}", file=sys.stderr, flush=True)
+                found = runs.all()
+                print(f"megalora: {len(found)} runs at {address}", file=sys.stderr, flush=True)
+                talks = next((command for run in found if (command := run.serve_command())), None)
+                if talks is not None:
+                    print(f"megalora: to talk to it: {talks}", file=sys.stderr, flush=True)
                 while not stopped.wait(_REST if runs.read_on() else 0.5):
                     pass
         finally:

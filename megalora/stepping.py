@@ -34,6 +34,7 @@ from megalora.planning.devices import device_of
 from megalora.planning.layouts import predicted
 from megalora.planning.nodes import Workload
 from megalora.profiling import Profiler, model_words, recorded_steps, write_profile
+from megalora.runs.curves import write_curves
 from megalora.saving import RunSaver, export
 from megalora.starting import Beginning
 from megalora.summary import generate_command, layout_of
@@ -294,9 +295,21 @@ class Session:
                 if note is not None:
                     self.monitor.note(note)
             self._push()
-            self.monitor.note(f"look at it: megalora board {shlex.quote(self.arguments.train.output_dir)}")
             command = generate_command(self.arguments, self.mesh, task, config.prefix is not None)
             self.monitor.note(f"try it: {command}")
+        self._draw()
+        self.monitor.note(f"look at it: megalora board {shlex.quote(self.arguments.train.output_dir)}")
+
+    def _draw(self) -> None:
+        """Draw the curves, where matplotlib is there for it. What is in the way is no fault of the run."""
+        if self.mesh.world.is_first:
+            try:
+                picture = write_curves(self.arguments.train.output_dir)
+            except (OSError, UserError) as error:
+                self.monitor.note(f"the curves are not drawn: {error}")
+            else:
+                if picture is not None:
+                    self.monitor.note(f"curves: {picture}")
 
     def _push(self) -> None:
         """Put the export into the repository that push_to_hub names. Raises UserError, on every rank. Collective."""

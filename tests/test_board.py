@@ -30,6 +30,8 @@ def runs(tmp_path_factory):
     stages = [{"layers": [[0, 1], [4, 4]], "share": 0.4}, {"layers": [[2, 3], [5, 5]], "share": 0.6}]
     layout = {"tensor": 2, "pipeline": 2, "context": 1, "data": 3, "schedule": "interleaved_1f1b", "stages": stages}
     (first / ".megalora.json").write_text(json.dumps({"format": 1, "owns": [], "layout": layout}))
+    (first / "peft").mkdir()
+    (first / "peft/adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
     make_run(folder / "all" / "second", steps=1500, learning_rate=0.01)
     (first / "run.yaml").write_text(
         f"# megalora 0, started in {folder}; flags that are not here have their defaults\n"
@@ -104,6 +106,9 @@ def test_the_board(runs, tmp_path):
         page.wait("document.documentElement.scrollWidth <= 390")
         assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
         assert page.errors == []
+        model, run = runs.parent / "inputs/model", (runs / "first").resolve()
+        next_step = f"megalora: to talk to it: megalora serve --model_path {model} --adapters tuned={run}"
+        assert server.said[-1] == next_step
         assert server.ask("/api/runs", method="POST", body={})[0] == 405, "it only reads"
         assert server.ask("/api/runs", headers={"Host": "evil.example"})[0] == 403
         assert server.ask("/api/series?field=loss&points=inf")[0] == 200

@@ -67,7 +67,7 @@ def test_every_extra_that_is_named_is_there():
     for page in pages:
         for names in re.findall(r"(?:megalora|\.)\[([a-z,]+)\]", page.read_text(encoding="utf-8")):
             assert set(names.split(",")) <= EXTRAS, f"{page}: {names}"
-    assert {"serve", "data", "trackers", "test", "demo"} <= EXTRAS
+    assert {"serve", "data", "plots", "trackers", "test", "demo"} <= EXTRAS
 
 
 # ---- images

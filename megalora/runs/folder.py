@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ _MARK_BYTES, _LARGEST_AXIS = 1 << 20, 1024
 _OF_REPLIES = ("prompt", "response", "finish_reason")
 _ODD = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # of lines that are not ours
 _STEP = re.compile(r"step (\d+)/(\d+) ")
+_STARTED = re.compile(r"# megalora [^\n]*started in ([^\n]*); flags")
+_ADAPTER = "peft/adapter_config.json"
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 _ROUTINE = re.compile(r"step \d+(/\d+)? (\(epoch|loss|by phase)|step \d+: (evaluation|to ['\"])")
 _FAULT = re.compile(r"error|Traceback|nan|not finite|skipped|lost|died|hang|damaged|killed|Error", re.IGNORECASE)
@@ -102,6 +105,22 @@ class Run:
     def told(self) -> dict[str, Any]:
         """Return what the page holds of a run at any time: its summary, settings and layout."""
         return self.summary() | {"settings": self.settings(), "layout": self.layout()}
+
+    def serve_command(self) -> str | None:
+        """Return the command line that talks with the run's adapter; None where it has none that writes text (yet)."""
+        try:
+            adapter = json.loads(_tail(self.folder / _ADAPTER, _MARK_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return None
+        model = self.settings().get("model_path")
+        if model is None or not isinstance(adapter, dict) or adapter.get("task_type") != "CAUSAL_LM":
+            return None
+        started = _STARTED.match(self._settings[0] if self._settings else "")
+        if started and not Path(model).is_dir() and (Path(started[1]) / model).is_dir():
+            model = str(Path(started[1]) / model)
+        here = Path.cwd()
+        folder = self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
+        return shlex.join(["megalora", "serve", "--model_path", model, "--adapters", f"tuned={folder}"])
 
     def settings(self) -> dict[str, str]:
         """Return the flags that the run was started with, as text by name. Empty where there are none to be read."""
@@ -240,7 +259,7 @@ def _layout_of(text: str) -> dict[str, Any] | None:
     try:
         told = json.loads(text)["layout"]
         sizes = {name: int(told[name]) for name in ("tensor", "pipeline", "context", "data")}
-        stages = [
+        stages: list[dict[str, Any]] = [
             {"layers": [[int(first), int(last)] for first, last in one["layers"]], "share": float(one["share"])}
             for one in told["stages"]
         ]
