@@ -25,7 +25,7 @@ def run(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     evaluation = {"eval_data_path": inputs.data, "eval_steps": 1}
     done = tune(1, inputs.flags(folder, max_steps=2, **evaluation))[0]
-    assert done.out.rstrip().splitlines()[-1] == f"look at it: megalora board {folder}", "the last line is the next step"
+    assert done.out.rstrip().splitlines()[-1] == f"look at it: megalora board {folder}", "the next step"
     return folder
 
 

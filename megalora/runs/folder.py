@@ -116,8 +116,8 @@ class Run:
         if model is None or not isinstance(adapter, dict) or adapter.get("task_type") != "CAUSAL_LM":
             return None
         started = _STARTED.match(self._settings[0] if self._settings else "")
-        if started and not Path(model).is_dir() and (Path(started[1]) / model).is_dir():
-            model = str(Path(started[1]) / model)
+        if started and not os.path.isdir(model) and os.path.isdir(from_there := os.path.join(started[1], model)):
+            model = from_there
         here = Path.cwd()
         folder = self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
         return shlex.join(["megalora", "serve", "--model_path", model, "--adapters", f"tuned={folder}"])

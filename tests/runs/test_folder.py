@@ -95,7 +95,9 @@ LINES = st.lists(
         [b'{"step": 3, "loss": 1e999}', b'{"step": 1e999}', b'{"step": 9007199254740993, "x": 1}', b"[" * 5000,
          b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b'{"step": 2, "phases": {"forward": {"a": 1}}}',
          b'{"step": 1e400, "replies": [{}]}', b'{"step": 1, "replies": [{"prompt": 3}, 4]}', b"2026-01-01 00:00:00 nan",
-         b"step 5/99999999999999999999 ", b"---", b"a: !!binary x", b"a: &a [*a]"]
+         b"step 5/99999999999999999999 ", b"---", b"a: !!binary x", b"a: &a [*a]",
+         b'{"layout": {"tensor": 1e999}}', b'{"task_type": "CAUSAL_LM"}', b"model_path: " + b"x" * 5000,
+         b"# megalora 0, started in /x; flags"]
     ),
     max_size=5,
 ).map(b"\n".join)  # fmt: skip
@@ -107,7 +109,9 @@ def test_any_files_of_a_run(tmp_path_factory, data):
     """The board shows what there is of them, and never fails."""
     folder = tmp_path_factory.getbasetemp() / "any_run"
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "eval_metrics.jsonl", "replies.jsonl", "run.yaml", "logs/rank_00000.log", ".megalora.json"):
+    (folder / "peft").mkdir(exist_ok=True)
+    names = ["metrics.jsonl", "eval_metrics.jsonl", "replies.jsonl", "run.yaml", "logs/rank_00000.log"]
+    for name in (*names, ".megalora.json", "peft/adapter_config.json"):
         (folder / name).write_bytes(data.draw(LINES))
     run = Run(folder, "any")
     run.look()
@@ -115,4 +119,4 @@ def test_any_files_of_a_run(tmp_path_factory, data):
     assert run.summary()["name"] == "any" and run.version
     for name in run.fields():
         run.series(name, 0, 10, 4)
-    run.settings(), run.notes(), run.replies(), run.layout()
+    run.settings(), run.notes(), run.replies(), run.layout(), run.serve_command()
