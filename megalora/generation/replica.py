@@ -193,9 +193,8 @@ class Replica:
             self._take(sequence, token)
         self._listen(fed, queue, listener, inbox)
         ended = queue.remove_ended()
-        for sequence in ended:
-            if not sequence.reply:  # left while its prompt was fed: the slot holds a part of it
-                self._held[sequence.slot][1][sequence.kept :] = []
+        for sequence in (one for one in ended if not one.reply):  # left before all was fed: its slot holds a part
+            self._held[sequence.slot][1][sequence.kept :] = []
         return ended
 
     # ---- who runs ----
