@@ -134,6 +134,34 @@ def test_the_search_finds_the_fastest_of_each_size():
     assert found[0].tokens_per_second == pytest.approx(max(speeds.values()), rel=0.006)
 
 
+LLAMA_8B = {
+    **FIELDS, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+}  # fmt: skip
+SMALL = {**LLAMA_8B, "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+
+
+@pytest.mark.parametrize("fields", [SMALL, LLAMA_8B], ids=["small", "8B"])
+@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize("length", [8192])
+def test_the_chosen_layout_is_within_5_percent_of_the_best_and_there_is_one_where_any_fits(fields, gpus, length):
+    config = config_from_dict(fields)
+    lora = resolve_lora(LoraConfig.from_dict({"r": 16, "target_modules": "all-linear"}), config)
+    wanted = Wanted(Workload(1, length), step_rows=8, cp=1)
+    met = set()
+    for usable in (80 << 30, 20 << 30, 5 << 30):
+        one, everything = every_plan(wanted, gpus=gpus, usable=usable, config=config, lora=lora)
+        fitting = [each for each in everything if max(stage.memory.total for stage in each[1]) <= usable]
+        found, _ = one.search(wanted)
+        assert bool(found) == bool(fitting), usable
+        met.add(bool(fitting))
+        if fitting:
+            best = min(one.plan(*each).seconds for each in fitting)
+            assert found[0].seconds <= 1.05 * best, (usable, found[0].layout)
+            assert found[0].memory <= usable
+    assert True in met and (fields is SMALL or False in met), "both happen"
+
+
 def test_no_schedule_is_faster_than_its_bound():
     wanted = Wanted(WORK, step_rows=16, tp=1)
     one, everything = every_plan(wanted)
