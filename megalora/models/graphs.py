@@ -27,6 +27,7 @@ from megalora.models.mixers import Attention, Disentangled
 from megalora.models.recorder import Graph, Recorder
 from megalora.models.spec import ModelSpec
 from megalora.ops.attention import Packed, is_even, packs
+from megalora.ops.fused_attention import fuses
 from megalora.ops.grouped import runs_grouped
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
@@ -51,7 +52,7 @@ def choose_graphs(
     experts   the model has experts
     timed     the communication inside layers is to be timed (wall_clock_breakdown, profile)
     offloads  activations are kept in host memory
-    tiled     what attention goes in tiles of plain torch for, which read the documents' bounds on the host
+    tiled     what makes attention go by the documents' bounds on the host
     trains_words  something of the embedding or of the head is trained
     prefixed  images stand before texts
     Raises UserError where they are wanted and cannot be.
@@ -98,14 +99,16 @@ def layer_facts(config: ModelSpec) -> dict[str, Any]:
 
 
 def tiled_by(config: ModelSpec) -> str | None:
-    """Return what attention goes in tiles of plain torch for on a GPU, None where it does not."""
+    """Return what makes attention on a GPU go by the documents' bounds on the host, None where it does not."""
     attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention)]
-    if any(attention.softcap is not None for attention in attentions):
-        return "softcap"
     if config.chunks:
         return "chunks"
     if config.encoder is not None or any(isinstance(one.position, Disentangled) for one in attentions):
         return "relative positions or two lengths of a document"
+    if fuses(head_features(config), torch.bfloat16, torch.device("cuda")):
+        return None
+    if any(attention.softcap is not None for attention in attentions):
+        return "softcap"
     return "dropout" if any(attention.dropout > 0 for attention in attentions) else None
 
 

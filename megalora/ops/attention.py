@@ -1,7 +1,7 @@
 """Attention within documents: a kernel of our own on the CPU; elsewhere torch's SDPA, one call a run of documents of
-one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths. What these kernels do not
-compute (softcap, ALiBi and sinks on a GPU, T5's offsets anywhere) goes in tiles of plain torch
-(megalora.ops.tiled_attention)."""
+one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths. What torch's kernels do
+not compute (softcap, ALiBi, sinks, offsets, dropout) is a kernel of our own on a GPU in 16 bits
+(megalora.ops.fused_attention), and else goes in tiles of plain torch (megalora.ops.tiled_attention)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops import extension
+from megalora.ops.fused_attention import Documents, fused_attention, fuses
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import PLAIN, Run, Scores, runs_of, tiled_attention, tiled_cached_attention
 
@@ -102,6 +103,8 @@ def attention(
     dropout of the probabilities
     Returns [T, H, D].
     """
+    if (dropout is not None or not scores.simple) and fuses(q.shape[2], q.dtype, q.device):
+        return fused_attention(q, k, v, _documents(bounds, packed, q.device), window, scores, dropout)
     if dropout is not None:
         return tiled_attention(q, k, v, runs_of(bounds), window, scores, dropout)
     if scores.causal and scores.offsets is None and _compiled(q):
@@ -117,6 +120,16 @@ def attention(
         return _run(q, k, v, runs[0], window, scores)
     parts = [slice(start, start + count * length) for start, count, length in runs]
     return torch.cat([_run(q[p], k[p], v[p], run, window, scores) for p, run in zip(parts, runs, strict=True)])
+
+
+def _documents(bounds: Sequence[int], packed: Packed | None, device: torch.device) -> Documents:
+    runs = runs_of(bounds)
+    if len(runs) == 1:
+        return Documents(runs[0].count, runs[0].length)
+    if packed is not None:
+        return Documents(len(packed.cu_seqlens) - 1, packed.longest, packed.cu_seqlens)
+    on_device = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+    return Documents(len(bounds) - 1, max(run.length for run in runs), on_device)
 
 
 def _compiled(q: torch.Tensor) -> bool:

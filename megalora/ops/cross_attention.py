@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops.attention import packs
+from megalora.ops.fused_attention import Documents, fused_attention, fuses
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import Run, Scores, TiledDocuments
 
@@ -58,6 +59,10 @@ def cross_attention(
 
     scale  what scores are multiplied by; dropout: of the probabilities
     """
+    if dropout is not None and crossing.on_device is not None and fuses(q.shape[2], q.dtype, q.device):
+        (bounds, key_bounds), (queries, keys) = crossing.on_device, crossing.lengths
+        documents = Documents(len(queries), max(queries), bounds, key_bounds, max(keys))
+        return fused_attention(q, k, v, documents, None, Scores(scale, causal=False), dropout)
     if dropout is not None:
         return _Tiled.apply(q, k, v, crossing, Scores(scale, causal=False), dropout)
     queries, keys = crossing.lengths

@@ -8,7 +8,6 @@ Legend: C documents of one length, N tokens of each, H heads of this rank, n que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +63,9 @@ class ProbabilityDropout:
 
 
 def draw_probabilities(
-    draw: Dropout | None, sites: Sequence[int], token_index: torch.Tensor, key_index: torch.Tensor | None = None
+    draw: Dropout | None, sites: torch.Tensor, token_index: torch.Tensor, key_index: torch.Tensor | None = None
 ) -> ProbabilityDropout | None:
-    """Return the ProbabilityDropout of these sites, or None where nothing is drawn; key_index: see there."""
+    """Return the ProbabilityDropout of these sites [H] int64, or None where nothing is drawn; key_index: see there."""
     if draw is None or draw.threshold == 0:
         return None
-    return ProbabilityDropout(draw, torch.tensor(sites, device=token_index.device), token_index, key_index)
+    return ProbabilityDropout(draw, sites, token_index, key_index)

@@ -50,7 +50,7 @@ def test_the_formula_forward_and_backward(p, terms, small, monkeypatch):
     rows = rows_of(Disentangled("table", DIM, SPAN, None, None, furthest=20), 64)
     tokens = torch.arange(BOUNDS[-1]) + 5
     draws = Dropout(p=p, seed=3, site=0, step=1) if p else None
-    dropout = draw_probabilities(draws, range(HEADS), tokens)
+    dropout = draw_probabilities(draws, torch.arange(HEADS), tokens)
     given = op.Positions(keys, queries, rows)
     ours = op.disentangled_attention(q, k, v, given, BOUNDS, Scores(SCALE, causal=False), dropout)
     theirs = plain(q, k, v, keys, queries, rows, dropout)

@@ -7,7 +7,7 @@ from megalora.ops.dropout import Dropout, keep_mask
 from megalora.ops.probability_dropout import draw_probabilities
 
 DRAW = Dropout(p=0.3, seed=5, site=0, step=2)
-SITES = (11, 12, 13, 14)
+SITES = torch.tensor([11, 12, 13, 14])
 
 
 def test_masks_are_those_of_the_tokens():

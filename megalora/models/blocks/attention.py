@@ -73,7 +73,8 @@ class AttentionBlock:
         scale = dim**-0.5 if attention.scale is None else attention.scale
         self.widened = Scores(scale, attention.softcap, None, attention.causal)
         heads = range(cut.query.start, cut.query.stop)
-        self.sites = [at.site(f"{attention.out.name}.probabilities.{head}") for head in heads]
+        sites = [at.site(f"{attention.out.name}.probabilities.{head}") for head in heads]
+        self.sites = torch.tensor(sites, device=at.place.device)
 
     @staticmethod
     def _of_heads(name: str, attention: spec.Attention, at: LayerPlace, heads: Part, size: int) -> nn.Parameter:

@@ -31,7 +31,8 @@ class CrossAttentionBlock:
         self.kv = LinearGroup(kv, at.site("cross.kv"), at.place)
         self.output = LinearGroup((at.row(attention.out, part),), at.site("cross.out"), at.place, reduces=reduces)
         self.scale = attention.head_dim**-0.5 if attention.scale is None else attention.scale
-        self.sites = [at.site(f"{attention.out.name}.probabilities.{head}") for head in range(own.start, own.stop)]
+        sites = [at.site(f"{attention.out.name}.probabilities.{head}") for head in range(own.start, own.stop)]
+        self.sites = torch.tensor(sites, device=at.place.device)
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:

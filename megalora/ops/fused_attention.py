@@ -1,0 +1,174 @@
+"""Attention on GPUs by kernels of our own (megalora.ops.attention_kernels), for what torch's do not compute: softcap,
+ALiBi, sinks, T5's offsets and dropout of probabilities, each with windows and heads that share keys.
+
+Legend: T tokens, H query heads, K key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megalora.ops.probability_dropout import ProbabilityDropout
+from megalora.ops.tiled_attention import Scores
+
+MOST_FEATURES = 256
+_MEAN_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents begin: bounds [N + 1] int32 on the device, none longer than `longest`; or, with bounds None,
+    `count` of exactly `longest` tokens.
+
+    key_bounds, longest_keys  of the keys, where they are those of other tokens (cross attention); else None, 0
+    """
+
+    count: int
+    longest: int
+    bounds: torch.Tensor | None = None
+    key_bounds: torch.Tensor | None = None
+    longest_keys: int = 0
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether triton is there: it comes with torch for GPUs."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def fuses(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the kernels take it: 16-bit floats on a GPU, heads of up to 256 features."""
+    return device.type == "cuda" and dtype.itemsize == 2 and head_dim <= MOST_FEATURES and has_triton()
+
+
+def fused_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: Documents,
+    window: int | None,
+    scores: Scores,
+    dropout: ProbabilityDropout | None,
+) -> torch.Tensor:
+    """Return the attention [T, H, D] of q [T, H, D] over k, v [T, K, D], as megalora.ops.attention.attention; or over
+    k, v [S, K, D] of a document's other tokens.
+    """
+    return _FusedAttention.apply(q, k, v, documents, window, scores, dropout)
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, documents, window, scores, dropout):
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        out, lse = forward(q, k, v, documents, window, scores, dropout)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.how = documents, window, scores, dropout
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return *backward(dout, *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
+def forward(q, k, v, documents, window, scores, dropout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (attention [T, H, D], the scores' logsumexp to base 2 [H, T] float32)."""
+    from megalora.ops import attention_kernels as kernels
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    M, N, warps, stages = _tiles(q.shape[2], "forward")
+    grid = (-(-documents.longest // M), documents.count, q.shape[1])
+    where, numbers, switches = _arguments(q, k, documents, window, scores, dropout)
+    with torch.cuda.device(q.device):
+        kernels.forward_kernel[grid](
+            q, k, v, out, lse, *where, scores.slopes, scores.sinks, scores.offsets, *numbers,
+            *_strides(q, k, v, out), **switches, SINKS=scores.sinks is not None, M=M, N=N,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout, q, k, v, out, lse, documents, window, scores, dropout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dq [T, H, D], dk, dv [T, K, D]) from dout [T, H, D] and what forward had and gave."""
+    from megalora.ops import attention_kernels as kernels
+
+    total, heads, D = q.shape
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    mean = torch.empty_like(lse)
+    where, numbers, switches = _arguments(q, k, documents, window, scores, dropout)
+    ahead = 0 if dropout is None else 7  # a document's first tile of keys may begin before it
+    with torch.cuda.device(q.device):
+        kernels.mean_kernel[-(-total // _MEAN_ROWS), heads](
+            dout, out, mean, total, *_strides(dout, out), D=D, WIDE=switches["WIDE"], M=_MEAN_ROWS
+        )
+        M, N, warps, stages = _tiles(D, "queries")
+        kernels.query_kernel[-(-documents.longest // M), documents.count, heads](
+            q, k, v, dout, lse, mean, dq, *where, scores.slopes, scores.offsets, *numbers,
+            *_strides(q, k, v, dout, dq), **switches, M=M, N=N, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        M, N, warps, stages = _tiles(D, "keys")
+        longest = documents.longest_keys or documents.longest
+        kernels.key_kernel[-(-(longest + ahead) // N), documents.count, k.shape[1]](
+            q, k, v, dout, lse, mean, dk, dv, *where, scores.slopes, scores.offsets, *numbers,
+            *_strides(q, k, v, dout, dk), **switches, M=M, N=N, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [step for x in tensors for step in x.stride()[:2]]
+
+
+def _arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    documents: Documents,
+    window: int | None,
+    scores: Scores,
+    dropout: ProbabilityDropout | None,
+) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """Return what all kernels take: (documents and dropout's tensors, numbers, constants)."""
+    D, step = q.shape[2], 0
+    tokens = keys = sites = live = None
+    threshold, kept, key = 0, 1.0, 0
+    if dropout is not None:
+        draw, tokens, sites = dropout.draw, dropout.token_index, dropout.sites
+        keys = tokens if dropout.key_index is None else dropout.key_index
+        threshold, kept, key = draw.threshold, draw.scale, draw.key
+        if isinstance(draw.step, torch.Tensor):
+            live = draw.step
+        else:
+            step = draw.step
+    where = [documents.bounds, documents.key_bounds, documents.longest, len(q), tokens, keys, sites, live]
+    scale = D**-0.5 if scores.scale is None else scores.scale
+    longest = 0 if scores.offsets is None else scores.offsets.shape[1] // 2
+    numbers = [scale, scores.softcap or 0.0, window or 0, longest, threshold, kept, key, step]
+    switches = {
+        "GROUP": q.shape[1] // k.shape[1], "D": D, "WIDE": max(16, 1 << (D - 1).bit_length()),
+        "EVEN": documents.bounds is None, "CROSS": documents.key_bounds is not None, "CAUSAL": scores.causal,
+        "WINDOWED": window is not None, "SOFTCAP": scores.softcap is not None, "SLOPED": scores.slopes is not None,
+        "OFFSETS": scores.offsets is not None, "DROPS": dropout is not None, "LIVE": live is not None,
+    }  # fmt: skip
+    return where, numbers, switches
+
+
+@functools.cache
+def _tiles(D: int, kernel: str) -> tuple[int, int, int, int]:
+    """Return (queries and keys of a tile, warps, stages of the loop's loads): what fits the registers and the shared
+    memory of Hopper, or for large heads of less.
+    """
+    if D > 128 and torch.cuda.get_device_properties().shared_memory_per_block_optin < 200_000:
+        return {"forward": (64, 64, 8, 1), "queries": (64, 32, 8, 1), "keys": (32, 64, 8, 1)}[kernel]
+    if D > 128:
+        return {"forward": (128, 64, 8, 2), "queries": (128, 32, 8, 1), "keys": (32, 64, 8, 2)}[kernel]
+    if D > 64:
+        return {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 2), "keys": (32, 128, 8, 2)}[kernel]
+    return {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 3), "keys": (64, 128, 8, 2)}[kernel]
