@@ -166,13 +166,15 @@ struct Fp8DecodeParams {
 
 // out [rows, columns] of NF4 codes [rows, columns / 2], whose absmax [rows, columns / 64] are codes with scale, numbers
 // and offset, or float32 (then `scale` is null). first: the number of the first block in the whole weight, of
-// which a row has `width`.
+// which a row has `width`. Parts of several weights may lie one below the other, alike in all that: `weight_rows` rows
+// of each, with `scales` scales and an offset of its own.
 struct Nf4DecodeParams {
   const uint8_t* codes;
   const void* absmax;
   const float *scale, *numbers, *offset;
   Matrix out;
   int64_t rows, columns, first, width, nested_block;
+  int64_t weight_rows, scales;
   Type type;
 };
 

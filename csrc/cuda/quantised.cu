@@ -209,9 +209,9 @@ __device__ __forceinline__ void write(const Matrix& out, int64_t row, int64_t co
 
 template <bool bfloat16>
 __global__ void __launch_bounds__(kDecodeThreads) fp8_decode_kernel(Fp8DecodeParams params) {
-  const int64_t column = 8 * (static_cast<int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x);
+  const int64_t column = 8 * (static_cast<int64_t>(blockIdx.y) * kDecodeThreads + threadIdx.x);
   if (column >= params.columns) return;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kDecodedRows;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kDecodedRows;
   const auto* codes = static_cast<const uint8_t*>(params.codes.data) + column;
 #pragma unroll
   for (int i = 0; i < kDecodedRows; ++i) {
@@ -259,10 +259,9 @@ __global__ void __launch_bounds__(kDecodeThreads) nf4_decode_kernel(Nf4DecodePar
   if (threadIdx.x < 16) numbers[threadIdx.x] = kNumbers[threadIdx.x];
   if (params.scale != nullptr && threadIdx.x < kNestedNumbers) nested[threadIdx.x] = params.numbers[threadIdx.x];
   __syncthreads();
-  const int64_t column = 8 * (static_cast<int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x);
+  const int64_t column = 8 * (static_cast<int64_t>(blockIdx.y) * kDecodeThreads + threadIdx.x);
   if (column >= params.columns) return;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kDecodedRows, blocks = params.columns / kBlock;
-  const float offset = params.scale == nullptr ? 0.0f : *params.offset;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kDecodedRows, blocks = params.columns / kBlock;
 #pragma unroll
   for (int i = 0; i < kDecodedRows; ++i) {
     const int64_t row = first + i;
@@ -273,9 +272,11 @@ __global__ void __launch_bounds__(kDecodeThreads) nf4_decode_kernel(Nf4DecodePar
     if (params.scale == nullptr) {
       absmax = static_cast<const float*>(params.absmax)[at];
     } else {  // rounded after each step, as in the reference
-      const int64_t block = params.first + row * params.width + column / kBlock;
+      const int64_t weight = row / params.weight_rows;
+      const int64_t block = params.first + (row - weight * params.weight_rows) * params.width + column / kBlock;
       const float number = nested[static_cast<const uint8_t*>(params.absmax)[at]];
-      absmax = __fadd_rn(__fmul_rn(number, params.scale[block / params.nested_block]), offset);
+      const float scale = params.scale[weight * params.scales + block / params.nested_block];
+      absmax = __fadd_rn(__fmul_rn(number, scale), params.offset[weight]);
     }
     float v[8];
 #pragma unroll
@@ -287,9 +288,9 @@ __global__ void __launch_bounds__(kDecodeThreads) nf4_decode_kernel(Nf4DecodePar
   }
 }
 
-dim3 decode_grid(int64_t rows, int64_t columns) {
-  return {static_cast<unsigned>((columns / 8 + kDecodeThreads - 1) / kDecodeThreads),
-          static_cast<unsigned>((rows + kDecodedRows - 1) / kDecodedRows)};
+dim3 decode_grid(int64_t rows, int64_t columns) {  // the second dimension has 65,535 blocks at most
+  return {static_cast<unsigned>((rows + kDecodedRows - 1) / kDecodedRows),
+          static_cast<unsigned>((columns / 8 + kDecodeThreads - 1) / kDecodeThreads)};
 }
 
 }  // namespace

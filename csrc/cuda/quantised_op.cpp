@@ -136,12 +136,14 @@ void nf4_decode_(const Tensor& codes, const Tensor& absmax, const OptionalTensor
   MEGALORA_CHECK(absmax.scalar_type() == (scale ? at::kByte : at::kFloat), absmax.scalar_type());
   MEGALORA_CHECK(scale.has_value() == numbers.has_value() && scale.has_value() == offset.has_value(), "all or none");
   if (out.numel() == 0) return;
+  const int64_t weights = offset ? offset->numel() : 1, weight_rows = out.size(0) / weights;
   if (scale) {
     check_floats(*scale, scale->numel(), out);
     check_floats(*numbers, 256, out);
-    check_floats(*offset, 1, out);
-    const int64_t last = first + (out.size(0) - 1) * width + out.size(1) / kBlock - 1;
-    MEGALORA_CHECK(nested_block > 0 && last / nested_block < scale->numel(), scale->sizes());
+    check_floats(*offset, weights, out);
+    MEGALORA_CHECK(out.size(0) % weights == 0 && scale->numel() % weights == 0, scale->sizes(), " of ", weights);
+    const int64_t last = first + (weight_rows - 1) * width + out.size(1) / kBlock - 1;
+    MEGALORA_CHECK(nested_block > 0 && last / nested_block < scale->numel() / weights, scale->sizes());
   }
   const c10::cuda::CUDAGuard guard(out.device());
   Nf4DecodeParams params{};
@@ -151,7 +153,9 @@ void nf4_decode_(const Tensor& codes, const Tensor& absmax, const OptionalTensor
     params.scale = scale->const_data_ptr<float>();
     params.numbers = numbers->const_data_ptr<float>();
     params.offset = offset->const_data_ptr<float>();
+    params.scales = scale->numel() / weights;
   }
+  params.weight_rows = weight_rows;
   params.out = matrix_of(out);
   params.rows = out.size(0);
   params.columns = out.size(1);
@@ -171,7 +175,7 @@ Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& sca
   MEGALORA_CHECK(branch.dim() == 2 && branch.size(0) == codes.size(0) && branch.size(1) % kOctet == 0, branch.sizes());
   MEGALORA_CHECK(x.size(1) == codes.size(1) + branch.size(1), x.sizes(), " for ", codes.sizes(), branch.sizes());
   check_rows(codes, codes);
-  check_rows(branch, x);
+  if (branch.size(1) > 0) check_rows(branch, x);  // without adapters there is none, and its rows have no length
   check_floats(scale, codes.size(0), x);
   Tensor dense;
   if (bias) {

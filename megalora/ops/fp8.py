@@ -10,7 +10,7 @@ Legend: T tokens, I in_features, O out_features.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,8 @@ def quantise_rows(x: torch.Tensor, factor: torch.Tensor | None = None) -> tuple[
     """Return (codes [T, I] e4m3, scale [T, 1] float32) of x [T, I] (times factor [I] float32), each row by its own."""
     wide = x.float() if factor is None else x.float() * factor
     absmax = wide.abs().amax(1, keepdim=True)
-    scale = torch.where(absmax == 0, 1.0, absmax / LARGEST)
+    # Divided by a tensor: by a number, GPUs multiply by its inverse, which rounds otherwise than a CPU.
+    scale = torch.where(absmax == 0, 1.0, absmax / torch.full_like(absmax, LARGEST))
     return (wide / scale).clamp_(-LARGEST, LARGEST).to(E4M3), scale
 
 
@@ -116,13 +117,25 @@ def multiplies(index: int | None) -> bool:
     return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
-def quantise_factor(x: torch.Tensor, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what quantise_rows does, but for rounding, of one factor of a product on a GPU: x [T, I] in 16 bits."""
+Room = Callable[[tuple[int, int]], torch.Tensor]  # memory for codes of a shape
+
+
+def _new_codes(x: torch.Tensor, shape: tuple[int, int], room: Room | None) -> torch.Tensor:
+    return torch.empty(shape, dtype=E4M3, device=x.device) if room is None else room(shape)
+
+
+def quantise_factor(
+    x: torch.Tensor, factor: torch.Tensor | None = None, room: Room | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what quantise_rows does, but for rounding, of one factor of a product on a GPU: x [T, I] in 16 bits.
+
+    The codes lie in new memory, or where `room` says.
+    """
     x = x if x.stride(1) == 1 and x.stride(0) % limits.OCTET == 0 else x.contiguous()
     takes = x.itemsize == 2 and x.shape[1] % limits.OCTET == 0 and x.shape[1] <= limits.LARGEST_FP8_ROW
     if not (takes and extension.has_kernels("cuda")):
         return quantise_rows(x, factor)
-    codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    codes = _new_codes(x, (x.shape[0], x.shape[1]), room)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     torch.ops.megalora.fp8_quantise_(x, factor, codes, scale, None, None)
     return codes, scale
@@ -169,15 +182,18 @@ def _two_terms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantise_with_branch(
-    X: torch.Tensor, columns: int, rank: int, factor: torch.Tensor
+    X: torch.Tensor, columns: int, rank: int, factor: torch.Tensor, room: Room | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (codes [T, I + terms], scale [T, 1]) of X = [x | z ...] [T, I + R or more], z as `branch_terms_` says."""
+    """Return (codes [T, I + terms], scale [T, 1]) of X = [x | z ...] [T, I + R or more], z as `branch_terms_` says.
+
+    The codes lie in new memory, or where `room` says.
+    """
     if not (X.stride(1) == 1 and X.stride(0) % limits.OCTET == 0):
         X = X.contiguous()
     shape = len(X), columns + terms_for(rank)
     takes = X.itemsize == 2 and columns <= limits.LARGEST_FP8_ROW and rank <= limits.LARGEST_FP8_BRANCH
     if extension.has_kernels("cuda") and X.is_cuda and takes:
-        codes = torch.empty(shape, dtype=E4M3, device=X.device)
+        codes = _new_codes(X, shape, room)
         scale = torch.empty(len(X), 1, dtype=torch.float32, device=X.device)
         torch.ops.megalora.fp8_quantise_(X[:, :columns], None, codes, scale, X[:, columns:], factor)
         return codes, scale

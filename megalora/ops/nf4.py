@@ -170,6 +170,8 @@ class Nf4Rows:
     absmax   [rows, blocks a row], as `Absmax.stored` has them, from the block on in which the row begins
     meaning  of these
     first    the place of the first value in the whole weight, whose rows have `width` values
+    weights  how many weights the rows are of, one below the other: the same rows of each, which has its line of
+             `meaning.scale` [weights, nested blocks] and `meaning.offset` [weights]; of one: [nested blocks] and []
     """
 
     codes: torch.Tensor
@@ -179,6 +181,7 @@ class Nf4Rows:
     width: int
     columns: int
     block: int
+    weights: int = 1
 
     @property
     def aligned(self) -> bool:
@@ -198,9 +201,21 @@ class Nf4Rows:
                 self.codes, self.absmax, m.scale, m.numbers, m.offset, m.nested_block, *blocks, out
             )
             return
+        if self.weights > 1:
+            for weight, place in enumerate(out.chunk(self.weights)):
+                self.of(weight).decode_(place)
+            return
         step = max(1, _CHUNK // max(1, self.columns))
         for first in range(0, len(self.codes), step):
             self._decode(slice(first, min(first + step, len(self.codes))), out)
+
+    def of(self, weight: int) -> Nf4Rows:
+        """Return the rows of one of the weights; they share the memory."""
+        count, m = len(self.codes) // self.weights, self.meaning
+        rows = slice(weight * count, (weight + 1) * count)
+        if self.weights > 1 and m.scale is not None and m.offset is not None:
+            m = replace(m, scale=m.scale[weight], offset=m.offset[weight])
+        return replace(self, codes=self.codes[rows], absmax=self.absmax[rows], meaning=m, weights=1)
 
     def _decode(self, rows: slice, out: torch.Tensor) -> None:
         codes, device = self.codes[rows], out.device

@@ -12,6 +12,7 @@ import torch
 from megalora.ops.grouped import Bounds, grouped, grouped_nt, parts_of, runs_grouped
 from megalora.parallel.base import DenseView, FrozenMatrix
 from megalora.parallel.placement import Placement
+from megalora.parallel.rows_stack import RowsStack
 
 
 class ExpertMatrices(Protocol):
@@ -73,7 +74,11 @@ class QuantisedExperts:
     def __init__(self, place: Placement, experts: int, rows: int, columns: int, room: int):
         self.rows, self.columns, self.room, self._place = rows, columns, room, place
         how = place.dtype, place.device
-        self._matrices = [place.base.matrix(rows, columns, 0, *how) for _ in range(experts)]
+        self._matrices, self._stack = [], RowsStack(experts * rows)
+        for expert in range(experts):
+            matrix = place.base.quantised_matrix(rows, columns, 0, *how)
+            matrix.lie_in(self._stack, expert * rows)
+            self._matrices.append(matrix)
         self.branch = torch.empty(experts, rows, room, dtype=place.dtype, device=place.device)
         if runs_grouped(torch.device(place.device), place.dtype):
             place.base.scratch.reserve(experts * rows * (columns + room) * place.dtype.itemsize)
@@ -107,10 +112,13 @@ class QuantisedExperts:
     def _decoded(self) -> torch.Tensor:
         """Return [W_e | s B_e] of all experts [E, O, I + C], in the scratch."""
         shape = len(self._matrices) * self.rows, self.columns + self.room
-        whole = self._place.base.scratch.take(shape, self._place.dtype, self._place.device)
-        whole = whole.view(-1, self.rows, shape[1])
-        for matrix, out in zip(self._matrices, whole, strict=True):
-            matrix.decode_(out[:, : self.columns])
+        scratch = self._place.base.scratch.take(shape, self._place.dtype, self._place.device)
+        whole, rows = scratch.view(-1, self.rows, shape[1]), self._stack.whole()
+        if rows is not None:
+            rows.decode_(scratch[:, : self.columns])
+        else:  # the file has them in several forms
+            for matrix, out in zip(self._matrices, whole, strict=True):
+                matrix.decode_(out[:, : self.columns])
         whole[:, :, self.columns :].copy_(self.branch)
         return whole
 

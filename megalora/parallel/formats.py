@@ -39,5 +39,12 @@ class BaseFormat:
         """
         if self.name == "dense":
             return DenseMatrix(rows, columns, room, dtype, device)
+        return self.quantised_matrix(rows, columns, room, dtype, device, rank=rank)
+
+    def quantised_matrix(
+        self, rows: int, columns: int, room: int, dtype: torch.dtype, device: torch.device | str, *, rank: int = 0
+    ) -> Fp8Matrix | Nf4Matrix:
+        """Return a matrix as `matrix` does; the format is one that is quantised."""
+        assert self.name != "dense"
         kind = Fp8Matrix if self.name == "fp8" else Nf4Matrix
         return kind(rows, columns, room, dtype, device, self._scratch, rank=rank, as_stored=self.as_stored)

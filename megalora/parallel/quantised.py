@@ -17,30 +17,13 @@ from megalora.errors import UserError
 from megalora.ops import extension, fp8, limits
 from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
 from megalora.ops.matmul import matmul, matmul_nt
-from megalora.ops.nf4 import Nf4Rows, Nf4Weight, quantise_nf4
+from megalora.ops.nf4 import Nf4Weight, quantise_nf4
 from megalora.parallel.base import WeightSource
+from megalora.parallel.rows_stack import DenseRows, Rows, RowsStack
 from megalora.parallel.split import Split
 
 Range = tuple[int, int]
 Stored = Nf4Weight | Fp8Weight | None
-
-
-@dataclass(frozen=True)
-class DenseRows:
-    """Rows of a weight that is not quantised: codes [rows, columns], the values."""
-
-    codes: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes
-
-    def decode_(self, out: torch.Tensor) -> None:
-        """Write the values into out [rows, columns]."""
-        out.copy_(self.codes)
-
-
-Rows = Nf4Rows | Fp8Rows | DenseRows
 
 
 @dataclass(frozen=True)
@@ -66,6 +49,9 @@ class Scratch:
     def __init__(self) -> None:
         self._nbytes = 0
         self._memory: torch.Tensor | None = None
+        self._columns = 0
+        self._codes: list[torch.Tensor] = []
+        self._recorded = False
 
     def reserve(self, nbytes: int) -> None:
         """Have room for so many bytes."""
@@ -81,6 +67,24 @@ class Scratch:
         if self._memory is None:
             self._memory = torch.empty(self._nbytes, dtype=torch.uint8, device=device)
         return self._memory[: shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
+
+    def reserve_codes(self, columns: int) -> None:
+        """Have room for codes of so many columns in each row."""
+        self._columns = max(self._columns, columns)
+
+    def codes(self, shape: tuple[int, int], device: torch.device | str) -> torch.Tensor:
+        """Return memory for the e4m3 codes of a product's other factor, beside what `take` returns.
+
+        It grows with the rows; what a CUDA graph was recorded with stays. Each product's own would leave holes in the
+        graphs' memory between what the layers keep.
+        """
+        self._recorded |= torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing()
+        needed = shape[0] * shape[1]
+        if not self._codes or self._codes[-1].numel() < needed:
+            if not self._recorded:
+                self._codes.clear()
+            self._codes.append(torch.empty(shape[0] * max(self._columns, shape[1]), dtype=E4M3, device=device))
+        return self._codes[-1][:needed].view(shape)
 
 
 class _QuantisedMatrix:
@@ -102,6 +106,7 @@ class _QuantisedMatrix:
         self._dtype, self._device, self._scratch, self._as_stored = dtype, device, scratch, as_stored
         self._branch = torch.empty(rows, room, dtype=dtype, device=device)
         self._parts: dict[int, Rows] = {}  # by their first row
+        self._stack: tuple[RowsStack, int] | None = None
 
     def _scratch_bytes(self) -> int:
         """Return what a product needs of the scratch."""
@@ -144,7 +149,14 @@ class _QuantisedMatrix:
         """Return the rows that are wanted of W, quantised as the file has them (`stored`), or here."""
         raise NotImplementedError
 
+    def lie_in(self, stack: RowsStack, first: int) -> None:
+        """Keep the codes in `stack` from its row `first` on, and decode before products. Before it is filled."""
+        self._stack = stack, first
+
     def _put(self, first: int, part: Rows) -> None:
+        if self._stack is not None:
+            stack, offset = self._stack
+            part = stack.put(offset + first, part)
         self._parts[first] = part
         self._scratch.reserve(self._scratch_bytes())
 
@@ -211,6 +223,10 @@ class Fp8Matrix(_QuantisedMatrix):
         )
         self._terms: torch.Tensor | None = None
 
+    def lie_in(self, stack: RowsStack, first: int) -> None:
+        self._multiplies = False
+        super().lie_in(stack, first)
+
     def _scratch_bytes(self) -> int:
         return self.rows * (self.columns + self.room) if self._multiplies else super()._scratch_bytes()
 
@@ -232,6 +248,7 @@ class Fp8Matrix(_QuantisedMatrix):
         self._terms = torch.empty(self.rows, self.columns + fp8.terms_for(self.rank), dtype=E4M3, device=self._device)
         self._codes = self._terms[:, : self.columns]
         self._scale = torch.empty(1, self.rows, **made)
+        self._scratch.reserve_codes(max(self._terms.shape[1], self.rows))
         self._ones = torch.ones(1, self.columns + self.room, **made)
         self._factor = torch.ones(self.rank, **made)
 
@@ -251,6 +268,9 @@ class Fp8Matrix(_QuantisedMatrix):
             branch = self._branch[:, : self.rank]
             fp8.branch_terms_(branch, self._scale[0], self._terms[:, self.columns :], self._factor)
 
+    def _room_for_codes(self, shape: tuple[int, int]) -> torch.Tensor:
+        return self._scratch.codes(shape, self._device)
+
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -260,8 +280,9 @@ class Fp8Matrix(_QuantisedMatrix):
             y = torch.ops.megalora.fp8_skinny_linear(X, self._codes, self._scale, self._branch, bias)
             return y if out is None else out.copy_(y)
         if not self.rank:
-            return fp8.product(fp8.quantise_factor(X[:, : self.columns]), self._codes, self._scale, bias, out)
-        quantised = fp8.quantise_with_branch(X, self.columns, self.rank, self._factor)
+            quantised = fp8.quantise_factor(X[:, : self.columns], None, self._room_for_codes)
+            return fp8.product(quantised, self._codes, self._scale, bias, out)
+        quantised = fp8.quantise_with_branch(X, self.columns, self.rank, self._factor, self._room_for_codes)
         return fp8.product(quantised, self._terms, self._scale, bias, out)
 
     def multiply_transposed(
@@ -271,7 +292,8 @@ class Fp8Matrix(_QuantisedMatrix):
             return super().multiply_transposed(dY, out, branch_only=branch_only)
         turned = self._scratch.take((self.columns + self.room, self.rows), E4M3, self._device)
         fp8.turn(self._codes, turned[: self.columns])
-        dX = fp8.product(fp8.quantise_factor(dY, self._scale[0]), turned, self._ones, None, out)
+        quantised = fp8.quantise_factor(dY, self._scale[0], self._room_for_codes)
+        dX = fp8.product(quantised, turned, self._ones, None, out)
         if self.room:  # behind dX there is what lay in the scratch
             torch.mm(dY, self._branch, out=dX[:, self.columns :])
         return dX

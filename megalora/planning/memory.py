@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megalora.planning.nodes import Workload, chunk_nodes, kept_bytes, peak_bytes
 from megalora.planning.quantised import linear_bytes, scratch_bytes
 from megalora.planning.shapes import Shape
+from megalora.planning.tokens import Tokens
 
 # cuBLAS keeps this much on Hopper, through torch's allocator (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG).
 _GEMM_WORKSPACE = {"cuda": 32 << 20}
@@ -78,7 +79,8 @@ def stage_memory(
     words = [shape.words[i] for i, here in enumerate((first, last)) if here]
     ends -= sum(shape.embedding for _, whole in words if whole)
     frozen, trained = sum(layer.frozen for layer in layers), shape.trained(chunks, first=first, last=last)
-    groups = [group for layer in layers for times, group in layer.counted for _ in range(times)]
+    counted = [pair for layer in layers for pair in layer.counted]
+    groups = [group for times, group in counted for _ in range(times)]
     room = sum(group.room * group.output for group in groups)
     linears = sum(group.inputs * group.output for group in groups)
     copies = sum(layer.copies for layer in layers) - room
@@ -92,6 +94,7 @@ def stage_memory(
     exchanges = work.sequence_parallel and shape.tp > 1 and shape.device_type == "cuda"
     exchanged = exchange_bytes(shape, max(work.tokens, work.sent - work.tokens), e) if exchanges else 0
     held = sum(linear_bytes(group, work.base_format, e) for group in groups)
+    at_once = min(Tokens.of(shape, work).full, work.tile or work.tokens)
     return Memory(
         weights=(frozen - linears + room + ends) * e + held + prefix,
         adapters=trained * _MASTER + copies * e,
@@ -101,5 +104,5 @@ def stage_memory(
         + max(0, in_flight - 1) * waiting
         + (0 if first else max(0, inputs - 1) * stream),
         buffers=_GEMM_WORKSPACE.get(shape.device_type, 0) + (0 if alone else _MESSAGES * stream) + exchanged
-        + scratch_bytes(groups, work.base_format, e, shape.device_type),
+        + scratch_bytes(counted, work.base_format, e, shape.device_type, at_once),
     )

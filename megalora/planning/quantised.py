@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from megalora.ops import nf4
+from megalora.ops.fp8 import terms_for
 from megalora.planning.groups import Group
 
 
@@ -29,12 +30,26 @@ def multiplies_fp8(base_format: str, element: int, device_type: str) -> bool:
     return base_format == "fp8" and element == 2 and device_type == "cuda"
 
 
-def scratch_bytes(groups: Sequence[Group], base_format: str, element: int, device_type: str) -> int:
-    """Return the bytes that the quantised matrices of a stage share: one decoded, or its codes turned."""
+def scratch_bytes(
+    counted: Sequence[tuple[int, Group]], base_format: str, element: int, device_type: str, tokens: int
+) -> int:
+    """Return the bytes that the quantised matrices of a stage share: one decoded; or its codes turned, and those of
+    what it is multiplied with. On a GPU a layer's experts are decoded together.
+
+    counted  the groups with how many there are of each in a layer: more than one are experts
+    tokens   of one product
+    """
     if base_format == "dense":
         return 0
-    each = 1 if multiplies_fp8(base_format, element, device_type) else element
-    return each * max(((group.inputs + group.room) * group.output for group in groups), default=0)
+    together = device_type == "cuda" and element == 2
+    sizes = [(times, (group.inputs + group.room) * group.output, group) for times, group in counted]
+    decoded = max((times * size * element for times, size, _ in sizes if together and times > 1), default=0)
+    single = [(size, group) for times, size, group in sizes if not together or times == 1]
+    largest = max((size for size, _ in single), default=0)
+    if not multiplies_fp8(base_format, element, device_type):
+        return max(decoded, largest * element)
+    codes = max((max(group.inputs + terms_for(group.rank), group.output) for _, group in single), default=0)
+    return max(decoded, largest) + tokens * codes
 
 
 class _Workload(Protocol):

@@ -34,14 +34,15 @@ def randn(*shape, seed=0):
 @pytest.mark.parametrize("rows, columns", [(300, 4096), (7, 48), (9, 6144), (33, 28672), (5, 57344)])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_rows_are_quantised_as_the_reference_does_it(rows, columns, scaled):
-    x = (randn(rows, columns + 64) * torch.rand(rows, 1)).bfloat16().cuda()[:, :columns]
+    x = (randn(rows, columns + 64) * randn(rows, 1, seed=1)).bfloat16().cuda()[:, :columns]
     x[3] = 0
-    factor = torch.rand(columns).cuda() if scaled else None
+    factor = randn(columns, seed=2).abs().cuda() if scaled else None
     codes, scale = quantise_factor(x, factor)
     wanted, wanted_scale = quantise_rows(x, factor)
     torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
-    # The kernel multiplies by the inverse of the scale: now and then another code, the next one.
-    assert (codes.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() < 1e-4
+    # The kernel multiplies by the inverse of the scale: now and then another code, the next one. Of a row in bfloat16
+    # whole groups of equal values lie halfway between two codes.
+    assert (codes.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() < 2e-3
     assert (codes.float() - wanted.float()).abs().max() <= 32
 
 
@@ -130,3 +131,13 @@ def test_the_terms_of_a_branch_are_those_of_the_reference(rank):
     torch.testing.assert_close(*sums, rtol=1e-3, atol=2e-3)
     assert (codes_there.cpu().float() != codes.float()).float().mean() < 1e-3
     assert not terms_there[:, 3 * rank :].any() and not codes_there[:, inputs + 3 * rank :].float().any()
+
+
+def test_a_linear_without_adapters_takes_few_rows():
+    """No column of a branch: a base alone generates."""
+    codes, scale = quantise_rows(randn(64, 128).bfloat16().cuda())
+    for rows in (1, 2, 4):
+        x = randn(rows, 128, seed=rows).bfloat16().cuda()
+        y = torch.ops.megalora.fp8_skinny_linear(x, codes, scale.view(1, -1), x.new_empty(64, 0), None)
+        wanted = x.float() @ (codes.float() * scale).t()
+        assert (y.float() - wanted).norm() / wanted.norm() < 4e-3
