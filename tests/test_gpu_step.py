@@ -32,11 +32,19 @@ SIZES = {
     "head_dim": 32,
     "vocab_size": 264,
 }
-Q_AND_V = r".*\.(q_proj|v_proj|qkv_proj|query_key_value)"
+Q_AND_V = r".*\.(q_proj|v_proj|qkv_proj|query_key_value|kv_b_proj)"
 
 
 def sizes(family: str, **more: object) -> dict:
-    return SIZES | more | ({"rotary_pct": 0.5} if family == "gpt_neox" else {})
+    own = {"gpt_neox": {"rotary_pct": 0.5}}
+    latent = {"num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32}
+    own |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), latent)
+    own["granite"] = {"attention_dropout": 0.1}
+    own["starcoder2"] = {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
+    fields = SIZES | more | own.get(family, {})
+    if family in ("granite", "starcoder2"):
+        del fields["head_dim"]  # these have none
+    return fields
 
 
 @pytest.mark.parametrize("family", FAMILIES | EXPERTS)
@@ -143,7 +151,7 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("family", FAMILIES | EXPERTS)
+@pytest.mark.parametrize("family", sorted((FAMILIES | EXPERTS).keys() - {"llama4_text"}))  # its chunks have no graphs
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("targets", [Q_AND_V, "all-linear"], ids=["qv", "all"])
 def test_graphs_give_the_same_bits(family, recompute, targets, deterministic):
@@ -153,6 +161,15 @@ def test_graphs_give_the_same_bits(family, recompute, targets, deterministic):
     ]  # fmt: skip
     wanted, adapters = run_steps(steps, False, family, recompute, targets)
     ours, ours_adapters = run_steps(steps, True, family, recompute, targets)
+    assert ours == wanted
+    assert all(torch.equal(p, ours_adapters[name]) for name, p in adapters.items())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "starcoder2"])
+def test_graphs_with_softcap_and_base_dropouts_give_the_same_bits(family, deterministic):
+    steps = [StepOf([EVEN, CUT]), StepOf([CUT, EVEN]), StepOf([EVEN, CUT]), StepOf([OTHER_CUT, EVEN])]
+    wanted, adapters = run_steps(steps, False, family)
+    ours, ours_adapters = run_steps(steps, True, family)
     assert ours == wanted
     assert all(torch.equal(p, ours_adapters[name]) for name, p in adapters.items())
 

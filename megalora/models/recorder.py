@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,6 +18,18 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
     def reset(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's collector from freeing another graph during a recording, which would end it with an error."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Recorder:
@@ -42,7 +56,10 @@ class Recorder:
                     work()
             torch.cuda.current_stream().wait_stream(side)
         graph, pool = torch.cuda.CUDAGraph(), self._lasting if lasting else self._pool
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=self._error_mode):
+        with (
+            _no_collection(),
+            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=self._error_mode),
+        ):
             result = work()
         return result, graph
 

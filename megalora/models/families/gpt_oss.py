@@ -15,6 +15,8 @@ from megalora.models.parts import (
 )
 from megalora.models.spec import MLP, ByHead, Clamp, Experts, Fused, Layer, Linear, ModelSpec, Residual
 
+ALPHA, LIMIT = 1.702, 7.0  # where config.json leaves them out, as the published ones do with alpha
+
 
 def read(hf: Fields) -> ModelSpec:
     if hf.rope["rope_type"] == "default":
@@ -23,7 +25,8 @@ def read(hf: Fields) -> ModelSpec:
     at, windows = "mlp.experts.{expert}.", layer_windows(hf)
     gate_up = Fused(Linear(f"{at}gate_up_proj", size, 2 * inner, True, transposed=True), ByHead(1, ("gate", "up")))
     down = Linear(f"{at}down_proj", inner, size, True, transposed=True)
-    expert = MLP(gate_up, down, inner, "silu", gate_up, clamp=Clamp(hf.swiglu_alpha, hf.swiglu_limit))
+    clamp = Clamp(hf.swiglu_alpha or ALPHA, hf.swiglu_limit or LIMIT)
+    expert = MLP(gate_up, down, inner, "silu", gate_up, clamp=clamp)
     choice = router(hf, "mlp.router", count, bias=True, by_logits=True, renormalise=True)
     experts = Experts(choice, count, expert, stacked=True)
 
@@ -45,6 +48,7 @@ FAMILY = Family(
         """num_local_experts num_experts_per_tok sliding_window layer_types attention_bias swiglu_alpha
         swiglu_limit""".split()
     ),
+    optional=frozenset(("swiglu_alpha", "swiglu_limit")),
     fixed=LLAMA_FIXED | ROUTER_FIXED,
     harmless=ROUTER_HARMLESS | {"initial_context_length"},
     theta=150000.0,
