@@ -20,6 +20,7 @@ import torch
 from common import add_machine, machine, where_of
 from train_step import Step, ours
 
+from megalora.choices import BASE_FORMATS
 from megalora.ops.grouped import grouped, grouped_nt, grouped_outer
 
 QWEN3_30B_A3B = {
@@ -89,7 +90,7 @@ def step_seconds(fields: dict, layers: int, options, device: torch.device, dtype
         "target_modules": "all-linear",
     }
     data = Step(options.rows, options.seq_length, fields["vocab_size"], False, device)
-    step = ours(None, fields, lora, data, dtype, options)
+    step = ours(None, fields, lora, data, dtype, options, options.base_format)
     found = seconds(step, device, options.steps)
     if options.profile and device.type == "cuda":
         activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--recompute", default="none")
+    parser.add_argument("--base_format", choices=BASE_FORMATS, default="dense", help="of the steps")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--cuda_graphs", type=lambda word: {"true": True, "false": False}[word])

@@ -82,6 +82,14 @@ class Inbox:
         taken, self._left = self._left[:count], self._left[count:]
         return taken
 
+    def changing(self) -> bool:
+        return False
+
+    def change(self) -> None:
+        """Return that no adapter comes or goes."""
+
+    def changed(self) -> None: ...
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens a second of a replica that serves.")

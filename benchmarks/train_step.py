@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--target_modules", nargs="+", default=["q_proj", "v_proj"])
     parser.add_argument("--use_dora", action="store_true", help="DoRA: magnitudes beside A and B")
+    parser.add_argument("--expert_lora", choices=("shared_a", "shared"), help="for ours alone")
     parser.add_argument("--recompute", choices=("none", "full"), default="none")
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all that can run here")
     parser.add_argument("--no_cuda_graphs", dest="cuda_graphs", action="store_const", const=False)
@@ -306,6 +307,8 @@ def main() -> None:
         "use_dora": options.use_dora,
         "target_modules": targets[0] if targets == ["all-linear"] else targets,
     }
+    if options.expert_lora:
+        lora["expert_lora"] = options.expert_lora
     data = Step(options.rows, options.seq_length, fields["vocab_size"], options.labels == "half", device)
     read = data.read
     names = options.contenders or ["ours", "peft", *(["liger"] if device.type == "cuda" and has_liger() else [])]

@@ -162,3 +162,11 @@ def test_a_write_that_takes_a_part_is_continued(benchmark):
 
     benchmark("random_folder").write_all(write, [b"12345", memoryview(b"678")])
     assert written == b"12345678"
+
+
+def test_serving_is_timed(benchmark, monkeypatch, capsys):
+    tiny = ["--tiny", "--clients", "4", "--prompt_tokens", "8", "--new_tokens", "3"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/serve.py", *tiny])
+    benchmark("serve").main()
+    out = capsys.readouterr().out
+    assert "replies equal to those of all at once: 4 of 4" in out and "first token of a 8-token prompt" in out
