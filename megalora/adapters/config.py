@@ -210,7 +210,8 @@ class LoraConfig:
             chosen = self._check_layers(self.layers_to_transform, set(linears.values()))
             matched = [n for n in matched if n in exactly or linears.get(n) in chosen]
         stacked = self._of_parameters(model_type, stacks)
-        matched = [*matched, *(n for n in linears if n in stacked - {*matched})]
+        more = stacked - {*matched}
+        matched = [*matched, *(n for n in linears if n in more)]
         excluded = self._excluded(matched, patterns)
         matched = [n for n in matched if n not in excluded]
         if not matched:

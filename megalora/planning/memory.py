@@ -80,9 +80,8 @@ def stage_memory(
     ends -= sum(shape.embedding for _, whole in words if whole)
     frozen, trained = sum(layer.frozen for layer in layers), shape.trained(chunks, first=first, last=last)
     counted = [pair for layer in layers for pair in layer.counted]
-    groups = [group for times, group in counted for _ in range(times)]
-    room = sum(group.room * group.output for group in groups)
-    linears = sum(group.inputs * group.output for group in groups)
+    room = sum(times * group.room * group.output for times, group in counted)
+    linears = sum(times * group.inputs * group.output for times, group in counted)
     copies = sum(layer.copies for layer in layers) - room
     nodes = [
         chunk_nodes(shape, chunk, work, first=first and i == 0, last=last and i == len(chunks) - 1)
@@ -93,7 +92,7 @@ def stage_memory(
     alone = first and last and len(chunks) == 1
     exchanges = work.sequence_parallel and shape.tp > 1 and shape.device_type == "cuda"
     exchanged = exchange_bytes(shape, max(work.tokens, work.sent - work.tokens), e) if exchanges else 0
-    held = sum(linear_bytes(group, work.base_format, e) for group in groups)
+    held = sum(times * linear_bytes(group, work.base_format, e) for times, group in counted)
     at_once = min(Tokens.of(shape, work).full, work.tile or work.tokens)
     return Memory(
         weights=(frozen - linears + room + ends) * e + held + prefix,
