@@ -210,8 +210,7 @@ class LoraConfig:
             chosen = self._check_layers(self.layers_to_transform, set(linears.values()))
             matched = [n for n in matched if n in exactly or linears.get(n) in chosen]
         stacked = self._of_parameters(model_type, stacks)
-        more = stacked - {*matched}
-        matched = [*matched, *(n for n in linears if n in more)]
+        matched = [*dict.fromkeys([*matched, *(n for n in linears if n in stacked)])]
         excluded = self._excluded(matched, patterns)
         matched = [n for n in matched if n not in excluded]
         if not matched:
