@@ -10,6 +10,7 @@
     {data_cache}/{key}.lock            held while it is made or verified
     {data_cache}/{key}.checked         touched when that was done: who waited meanwhile need not do it again
     {data_cache}/{key}.failed          the error that ended it, for who waited meanwhile
+    {data_cache}/file-*.json           digests of data files, see `known_digest`
 
 The key is a hash of everything that the documents depend on. A cache that is missing, incomplete or damaged is made
 again. It is written aside and renamed, so that a reader never sees half of it; who comes second waits for the lock and
@@ -40,9 +41,11 @@ from ..pictures import Picture
 from .documents import Documents
 from .report import BadRows
 
-_BLOCK = 1 << 24  # bytes hashed at a time
 PICTURES = "pictures.jsonl"
+_BLOCK = 1 << 28  # bytes of a file that one thread hashes,
+_READ = 1 << 20  # so many at a time
 _HASHERS = 4  # threads
+_SETTLED = 3.0  # seconds after which a file that is written to has another time: the coarsest clock of a file system
 
 
 def default_cache() -> Path:
@@ -188,27 +191,55 @@ def file_digest(path: Path) -> str:
     size = path.stat().st_size
 
     def block(start: int) -> bytes:
+        digest, left, buffer = hashlib.sha256(), _BLOCK, memoryview(bytearray(_READ))
         with path.open("rb", buffering=0) as file:
             file.seek(start)
-            digest, left = hashlib.sha256(), 16 * _BLOCK
-            while left and (data := file.read(min(_BLOCK, left))):
-                digest.update(data)
-                left -= len(data)
-            return digest.digest()
+            while left and (count := file.readinto(buffer[:left])):
+                digest.update(buffer[:count])
+                left -= count
+        return digest.digest()
 
     with ThreadPoolExecutor(_HASHERS) as threads:
-        parts = list(threads.map(block, range(0, size, 16 * _BLOCK)))
+        parts = list(threads.map(block, range(0, size, _BLOCK)))
     return hashlib.sha256(b"".join(parts) + size.to_bytes(8, "little")).hexdigest()
+
+
+def known_digest(root: Path, path: Path) -> str:
+    """Return `file_digest` of a data file, which is hashed again only where it may have been touched since.
+
+    As git's index does it: what identifies a file, its size and its times, of which every write moves one that no
+    program can set back, are kept beside its digest. A file that was written to a moment ago is not kept, since one
+    more write may have the same time.
+    """
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    kept, stamp = root / f"file-{name}.json", _stamp(path)
+    try:
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        if before["stamp"] == stamp:
+            return str(before["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    now, digest = time.time(), file_digest(path)
+    if _stamp(path) == stamp and now - max(stamp[-2:]) / 1e9 > _SETTLED:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with _whole(kept) as file:
+                file.write(json.dumps({"path": str(path), "stamp": stamp, "digest": digest}).encode())
+        except OSError:
+            pass  # the folder cannot be written: `cached` says so where that is needed
+    return digest
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return what is another number once a file is written to or replaced; the last two are times in ns."""
+    found = path.stat()
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays to a file, whole or not at all."""
-    number, aside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    with os.fdopen(number, "wb") as file:
+    with _whole(path) as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def load_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray] | None:
@@ -218,6 +249,21 @@ def load_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray] | None:
             return [file[name] for name in names]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path` once it is written; several processes may do so."""
+    number, aside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,10 +12,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,14 +26,14 @@ import tokenizers
 import transformers
 
 from ..errors import UserError
-from .cache import Writer, cached, file_digest, load_arrays, locked, open_documents, save_arrays
+from .cache import Writer, cached, file_digest, known_digest, load_arrays, locked, open_documents, save_arrays
 from .classes import ClassRows
 from .conversation import TrainOn
 from .documents import Documents
 from .encode import Encoder, EncodeSettings, OnLongRow
 from .fields import FieldNames
 from .images import ImageRows
-from .packing import PackedRows, Sides, lay_out, pack, pack_sides
+from .packing import PackedRows, Sides, lay_out, pack_arrays, pack_sides
 from .pairs import PairRows
 from .pieces import Sample
 from .readers import Chunk, NotLines, Source, dataset_fingerprint, parse_sources, read_chunks, read_rows
@@ -121,7 +122,9 @@ def _load(
     started = time.monotonic()
     encoder = encoder_of(template, settings.encoding)
     folder, made, now = cached(
-        root, _key(sources, template, settings), lambda writer: _encode(sources, encoder, settings, writer)
+        root,
+        _key(sources, template, settings, partial(known_digest, root)),
+        lambda writer: _encode(sources, encoder, settings, writer),
     )
     documents, report = open_documents(folder), Report.from_json(made["report"])
     first_rows = made["first_rows"]
@@ -253,9 +256,11 @@ def _limited(chunks: Iterator[Chunk], max_rows: int | None) -> Iterator[Chunk]:
         return
 
 
-def _key(sources: list[Source], template: Rendering, settings: DataSettings) -> str:
+def _key(
+    sources: list[Source], template: Rendering, settings: DataSettings, content: Callable[[Path], str] = file_digest
+) -> str:
     """Return a hash of all that the tokens of the rows depend on: content, tokenizer, template, settings, and this
-    code.
+    code. content: gives the digest of a file.
     """
     backend = getattr(template.tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else repr(sorted(template.tokenizer.get_vocab().items()))
@@ -263,7 +268,7 @@ def _key(sources: list[Source], template: Rendering, settings: DataSettings) -> 
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
     depends = {
-        "content": [dataset_fingerprint(source.path) or file_digest(Path(source.path)) for source in sources],
+        "content": [dataset_fingerprint(source.path) or content(Path(source.path)) for source in sources],
         "names": [Path(source.path).name for source in sources],
         "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
         "special": sorted(map(str, template.tokenizer.all_special_tokens)),
@@ -336,7 +341,7 @@ def _chosen(
                     "raise the weight, or leave the path out",
                 )
             taken = permutation(len(mine), seed, SOURCE_EPOCH - number)[:count]
-            parts.append(mine[np.sort(np.asarray(taken, dtype=np.int64))])
+            parts.append(mine[np.sort(taken)])
     return np.concatenate(parts), held
 
 
@@ -365,11 +370,11 @@ def _packed(
     documents: Documents, chosen: np.ndarray, settings: DataSettings, seed: int, sides: Sides | None
 ) -> list[np.ndarray]:
     """Return [members, row_ends] of the packed rows."""
-    order = chosen[np.asarray(permutation(len(chosen), seed, PACKING_EPOCH), dtype=np.int64)]
+    order = chosen[permutation(len(chosen), seed, PACKING_EPOCH)]
     if sides is None:
-        bins = pack(documents.lengths[order].tolist(), settings.seq_length, settings.packing)
-    else:
-        limits = (sides.source_length, settings.seq_length)
-        bins = pack_sides(Sides.lengths(documents)[order], limits, settings.packing)
+        places, row_ends = pack_arrays(documents.lengths[order], settings.seq_length, settings.packing)
+        return [order[places], row_ends]
+    limits = (sides.source_length, settings.seq_length)
+    bins = pack_sides(Sides.lengths(documents)[order], limits, settings.packing)
     members = order[np.fromiter((index for row in bins for index in row), np.int64, len(order))]
     return [members, np.cumsum([len(row) for row in bins], dtype=np.int64)]

@@ -47,27 +47,27 @@ class Documents:
     @classmethod
     def of(cls, samples: Sequence[Sample], rows: Sequence[int]) -> Documents:
         """Build from documents with labels that are not shifted, and their row numbers."""
-        runs = [label_runs(sample.labels, sample.weights) for sample in samples]
-        weights = None
-        if any(sample.weights is not None for sample in samples):
-            weights = _concatenated(
-                [
-                    np.ones(len(part)) if sample.weights is None else sample.weights[part[:, 0]]
-                    for sample, part in zip(samples, runs, strict=True)
-                ],
-                np.float32,
-            )
+        ends = np.cumsum([len(sample.input_ids) for sample in samples], dtype=np.int64)
+        counted: np.ndarray = _concatenated([sample.labels for sample in samples], np.int32) != IGNORE
+        weighted = any(sample.weights is not None for sample in samples)
+        if weighted:
+            given = [
+                np.ones(len(sample.labels), np.float32) if sample.weights is None else sample.weights
+                for sample in samples
+            ]
+            counted = np.where(counted, _concatenated(given, np.float32), np.float32(0))
+        runs, run_ends, weights = label_runs(counted, ends)
         return cls(
             _concatenated([sample.input_ids for sample in samples], np.int32),
-            np.cumsum([len(sample.input_ids) for sample in samples], dtype=np.int64),
-            _concatenated(runs, np.int32).reshape(-1, 2),
-            np.cumsum([len(part) for part in runs], dtype=np.int64),
+            ends,
+            runs,
+            run_ends,
             np.asarray(rows, dtype=np.int64),
             {
                 name: _concatenated([sample.columns[name] for sample in samples], np.int32)
                 for name in (samples[0].columns if samples else ())
             },
-            weights,
+            weights if weighted else None,
             [sample.picture for sample in samples if sample.picture is not None],
         )
 
@@ -150,12 +150,23 @@ class Documents:
         return Sample(ids, labels, columns, weights, self.pictures[index] if self.pictures else None)
 
 
-def label_runs(labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the [k, 2] int32 (start, stop) of the labelled runs of a document's labels [n], of one weight each."""
-    counted = (labels != IGNORE).astype(np.float32) if weights is None else np.where(labels != IGNORE, weights, 0)
-    bounds = np.flatnonzero(np.diff(counted, prepend=0, append=0))
-    runs = np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int32)
-    return runs[counted[runs[:, 0]] != 0]
+def label_runs(counted: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the labelled runs of documents that end at `ends` [D]: `Documents.runs`, `.run_ends` and `.weights`.
+
+    counted  [T], what each label counts for, 0 where there is none; a run has one value
+    """
+    edges = np.ones(len(counted) + 1, dtype=bool)
+    edges[1:-1] = counted[1:] != counted[:-1]
+    edges[ends] = True
+    bounds = np.flatnonzero(edges)
+    starts, stops = bounds[:-1], bounds[1:]
+    labelled = counted[starts] != 0
+    starts, stops = starts[labelled], stops[labelled]
+    document = np.searchsorted(ends, starts, side="right")
+    first = (ends - np.diff(ends, prepend=0))[document]
+    runs = np.stack([starts - first, stops - first], axis=1).astype(np.int32)
+    run_ends = np.cumsum(np.bincount(document, minlength=len(ends)), dtype=np.int64)
+    return runs, run_ends, counted[starts].astype(np.float32)
 
 
 def _bounds(ends: np.ndarray, index: int) -> tuple[int, int]:

@@ -76,7 +76,7 @@ class Loader:
         self.global_batch_rows = micro_batch_rows * num_microbatches * dp_size
         self.steps_per_epoch = steps_per_epoch(rows.rows, self.global_batch_rows)
         self._empty = rows.empty
-        self._order: tuple[int, list[int]] = (0, self._epoch_order(0))  # a cache: (epoch, its order)
+        self._order: tuple[int, np.ndarray] = (0, self._epoch_order(0))  # a cache: (epoch, its order)
 
     def step(self, step: int) -> Step:
         """Step `step`, counted from 0 over all epochs; depends on the constructor's arguments alone."""
@@ -84,7 +84,7 @@ class Loader:
         if self._order[0] != epoch:
             self._order = (epoch, self._epoch_order(epoch))
         first = number * self.global_batch_rows
-        chosen = self._order[1][first : first + self.global_batch_rows]
+        chosen = self._order[1][first : first + self.global_batch_rows].tolist()
         work = [1.0] * self.global_batch_rows
         if self._attention is not None:
             work[: len(chosen)] = (1.0 + self._attention[chosen]).tolist()
@@ -99,8 +99,9 @@ class Loader:
             token_count=int(self.rows.row_tokens[chosen].sum()),
         )
 
-    def _epoch_order(self, epoch: int) -> list[int]:
-        return permutation(self.rows.rows, self.seed, epoch) if self.shuffle else list(range(self.rows.rows))
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        rows = self.rows.rows
+        return permutation(rows, self.seed, epoch).astype(np.int32) if self.shuffle else np.arange(rows, dtype=np.int32)
 
     def _batch(self, chosen: list[int], places: Sequence[int]) -> Batch:
         """Return the rows at `places` of the step, whose rows are `chosen`; places beyond those are empty rows."""

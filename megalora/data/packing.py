@@ -14,8 +14,9 @@ the document.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from .documents import CLASSES, Documents
 from .template import IGNORE, Sample
 
 PICTURES = "pictures"  # the column of image tokens
+_AT_A_TIME = 1 << 16
 OPEN_ROWS = 256  # in which `pack_sides` looks for room
 
 
@@ -199,46 +201,67 @@ def pack(lengths: Sequence[int], seq_length: int, packing: bool = True) -> list[
     their order. Next-fit instead in the rare case that it needs fewer rows. packing=False: one document a
     row, in order.
     """
-    assert all(0 < length <= seq_length for length in lengths), "a document must fit a row"
+    order, row_ends = pack_arrays(np.asarray(lengths, np.int64), seq_length, packing)
+    return [part.tolist() for part in np.split(order, row_ends[:-1])] if len(order) else []
+
+
+def pack_arrays(lengths: np.ndarray, seq_length: int, packing: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `pack` does as arrays: the indices of all rows [D] int64, and where each row ends in them [R] int64.
+
+    lengths  [D] integers
+    """
+    assert ((lengths > 0) & (lengths <= seq_length)).all(), "a document must fit a row"
     if not packing:
-        return [[index] for index in range(len(lengths))]
-    return min(_best_fit_decreasing(lengths, seq_length), _next_fit(lengths, seq_length), key=len)
+        return np.arange(len(lengths)), np.arange(1, len(lengths) + 1)
+    longest_first = np.argsort(-lengths, kind="stable")
+    best, next_fit = _best_fit(lengths[longest_first], seq_length), _next_fit(lengths, seq_length)
+    if next_fit.max(initial=-1) < best.max(initial=-1):
+        longest_first, best = np.arange(len(lengths)), next_fit
+    counts = np.bincount(best)
+    return longest_first[np.argsort(best, kind="stable")], np.cumsum(counts, dtype=np.int64)
 
 
-def _best_fit_decreasing(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
-    rows: list[list[int]] = []
+def _best_fit(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """Return the row of each document, [D] int32: the fullest that still holds it. lengths: in the order of packing."""
+    rows = array("i")
+    count = 0
     by_space: dict[int, list[int]] = {}  # free space -> rows with just that much
     spaces: list[int] = []  # the keys of by_space, sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect_left(spaces, lengths[index])
+    for length in _numbers(lengths):
+        at = bisect_left(spaces, length)
         if at == len(spaces):
-            space, row = seq_length, len(rows)
-            rows.append([])
+            space, row, count = seq_length, count, count + 1
         else:
             space = spaces[at]
             row = by_space[space].pop()
             if not by_space[space]:
                 del by_space[space], spaces[at]
-        rows[row].append(index)
-        space -= lengths[index]
+        rows.append(row)
+        space -= length
         if space and space not in by_space:
             insort(spaces, space)
             by_space[space] = []
         if space:
             by_space[space].append(row)
-    return rows
+    return np.array(rows, np.int32)
 
 
-def _next_fit(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    space = 0
-    for index, length in enumerate(lengths):
+def _next_fit(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """Return the row of each document, [D] int32: the last one, or a new one where that has no room."""
+    rows = array("i")
+    space, row = 0, -1
+    for length in _numbers(lengths):
         if length > space:
-            rows.append([])
-            space = seq_length
-        rows[-1].append(index)
+            space, row = seq_length, row + 1
+        rows.append(row)
         space -= length
-    return rows
+    return np.array(rows, np.int32)
+
+
+def _numbers(values: np.ndarray) -> Iterator[int]:
+    """Yield the values as Python's integers, of which few exist at a time."""
+    for first in range(0, len(values), _AT_A_TIME):
+        yield from values[first : first + _AT_A_TIME].tolist()
 
 
 def pack_sides(lengths: np.ndarray, limits: tuple[int, int], packing: bool = True) -> list[list[int]]:
@@ -293,8 +316,7 @@ def lay_out(
     sides: Sides | None = None,
 ) -> PackedRows:
     """Return the rows whose documents are `members`, cut at `row_ends`; see `PackedRows`."""
-    sums = (np.concatenate(([0], np.cumsum(counts[members]))) for counts in (source.lengths, source.label_counts))
-    tokens, labels = (np.diff(total[row_ends], prepend=0).astype(np.int64) for total in sums)
+    tokens, labels = (_sums(counts, members, row_ends) for counts in (source.lengths, source.label_counts))
     weights, of_documents = labels, source.label_weights
     if of_documents is not None:
         assert sides is None, "labels of pairs count 1 each"
@@ -302,3 +324,15 @@ def lay_out(
         weights = np.bincount(row, of_documents[members], len(row_ends))
     rows = PackedRows(seq_length, pad_token_id, source, members, row_ends, tokens, labels, weights, max_token_id)
     return rows if sides is None else replace(rows, sides=sides)
+
+
+def _sums(counts: np.ndarray, members: np.ndarray, row_ends: np.ndarray) -> np.ndarray:
+    """Return the sum of `counts` [D] over the members of each row, [R] int64; rows may be empty."""
+    found = np.zeros(len(row_ends) + 1, np.int64)
+    total = done = 0
+    for first in range(0, len(row_ends), _AT_A_TIME):  # no large arrays of the moment
+        ends = row_ends[first : first + _AT_A_TIME]
+        sums = np.cumsum(counts[members[done : ends[-1]]], dtype=np.int64)
+        found[first + 1 : first + 1 + len(ends)] = total + np.append(0, sums)[ends - done]
+        total, done = found[first + len(ends)], int(ends[-1])
+    return np.diff(found)

@@ -14,6 +14,7 @@ from .tokenizer import told_as
 from .words import WordTokens, cuts_at_spaces
 
 IGNORE = -100
+Tokens = Sequence[int] | np.ndarray  # ids
 # What stands before a piece from the middle of a text, where the tokenizer sets a space before any text. A newline is
 # one byte token in most such vocabularies and merges with nothing; the second is of none, so it is a few byte tokens.
 _GUARDS = ("\n", "\ue0f3")
@@ -63,28 +64,35 @@ class PieceTokenizer:
         with told_as("the tokenizer cannot be used", "copy its files again"):
             self._guards = _guards(tokenizer)
             backend = getattr(tokenizer, "backend_tokenizer", None)
-            self._words = WordTokens(backend) if backend is not None and cuts_at_spaces(backend) else None
+            by_words = backend is not None and not self._guards and cuts_at_spaces(backend)
+            self._words = WordTokens(backend) if by_words else None
 
     def samples(self, documents: Sequence[Sequence[Segment]]) -> list[Sample]:
         """Return documents as samples. Raises UserError for a special token that cannot be tokenised as text."""
         samples = []
         for pieces, parts in zip(documents, self._tokens(documents), strict=True):
-            counts = [len(ids) for ids in parts]
-            input_ids = np.array([token for ids in parts for token in ids], np.int32)
-            weights = np.repeat(np.fromiter((piece.weight for piece in pieces), np.float32, len(pieces)), counts)
-            labels = np.where(weights > 0, input_ids, np.int32(IGNORE))
-            plain = all(piece.weight in (0, 1) for piece in pieces)
-            samples.append(Sample(input_ids, labels, weights=None if plain else weights))
+            input_ids = _joined(parts)
+            labels, weights, at = input_ids.copy(), None, 0
+            if any(piece.weight not in (0, 1) for piece in pieces):
+                weights = np.empty(len(input_ids), np.float32)
+            for piece, ids in zip(pieces, parts, strict=True):
+                stop = at + len(ids)
+                if not piece.weight > 0:
+                    labels[at:stop] = IGNORE
+                if weights is not None:
+                    weights[at:stop] = piece.weight
+                at = stop
+            samples.append(Sample(input_ids, labels, weights=weights))
         return samples
 
     def ids(self, pieces: Sequence[Segment]) -> list[int]:
         """Return the tokens of one document."""
-        return [token for ids in self._tokens([pieces])[0] for token in ids]
+        return _joined(self._tokens([pieces])[0]).tolist()
 
-    def _tokens(self, documents: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
+    def _tokens(self, documents: Sequence[Sequence[Segment]]) -> list[list[Tokens]]:
         """Return the token ids of each document and piece."""
         flat = [(piece, number > 0) for pieces in documents for number, piece in enumerate(pieces)]
-        found: list[list[int]] = [[]] * len(flat)
+        found: list[Tokens] = [[]] * len(flat)
         for verbatim in (False, True):
             places = [place for place, (piece, _) in enumerate(flat) if piece.verbatim == verbatim]
             texts = [flat[place][0].text for place in places]
@@ -94,7 +102,7 @@ class PieceTokenizer:
         tokens = iter(found)
         return [[next(tokens) for _ in pieces] for pieces in documents]
 
-    def _encode(self, texts: list[str], inner: list[bool], verbatim: bool) -> list[list[int]]:
+    def _encode(self, texts: list[str], inner: list[bool], verbatim: bool) -> Sequence[Tokens]:
         """Return token ids. inner: the piece is from the middle of a text, so that it gets no space of its own."""
         if not texts:
             return []
@@ -121,11 +129,11 @@ class PieceTokenizer:
             f"the tokenizer has no token that stays apart before {text[:20]!r}", "use one with byte fallback"
         )
 
-    def _call(self, texts: list[str], verbatim: bool) -> list[list[int]]:
+    def _call(self, texts: list[str], verbatim: bool) -> list[Any]:
         with told_as("the tokenizer cannot read a text", "take the text out, or use another tokenizer"):
             return self._called(texts, verbatim)
 
-    def _called(self, texts: list[str], verbatim: bool) -> list[list[int]]:
+    def _called(self, texts: list[str], verbatim: bool) -> list[Any]:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None and not verbatim:  # by itself: no offsets, no copies
             backend.no_truncation()
@@ -146,6 +154,11 @@ class PieceTokenizer:
                         "take it out of the messages, or give --special_tokens_in_text true for the token itself",
                     )
         return found
+
+
+def _joined(parts: Sequence[Tokens]) -> np.ndarray:
+    """Return [n] int32, the token ids of pieces one after another."""
+    return np.concatenate([np.asarray(ids, np.int32) for ids in parts]) if parts else np.empty(0, np.int32)
 
 
 def _behind(ids: list[int], guard: list[int]) -> list[int] | None:

@@ -36,7 +36,9 @@ _LONGEST_NUMBER = 10_000  # in a call: what pads, repeats or indents
 _WIDTH = re.compile(r"\d{5,}|[%{][^{}a-z]*[*{]")  # in a format string: a large width, or one that is an argument
 _DEEP = frozenset("tojson string pprint join format escape e urlencode xmlattr sum sort unique groupby min max".split())
 _GROWS = frozenset("replace join translate expandtabs format format_map indent batch slice sum wordwrap".split())
-_WEIGHED = "_weighed"  # the filter
+_WEIGHED, _STEPPED, _JOINED = "_weighed", "_step", "_joined"  # filters, which compiled templates call directly
+# Tests that look at no more than a type or an identity; what a loop does of these, its steps charge (see `_parse`).
+_INSTANT = frozenset("none defined undefined string mapping number boolean true false integer float sameas".split())
 _SCALARS = (str, int, float, bool, type(None), jinja2.Undefined)
 # What attribute of one is safe depends on its name alone.
 _PLAIN = frozenset([str, list, tuple, dict, jinja2.utils.Namespace, jinja2.runtime.LoopContext])
@@ -92,7 +94,8 @@ class Renderer:
         """
         environment = self._environment
         environment.begin(MAX_WORK + WORK_PER_CHARACTER * size)
-        text = "".join(environment.collected(self._template.generate(**variables)))
+        blocks = self._template.root_render_func(self._template.new_context(variables))
+        text = "".join(environment.collected(blocks) if self.marks_replies else blocks)
         return Rendered(text, tuple(environment.generated))
 
 
@@ -149,8 +152,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.generated: list[tuple[int, int]] = []
         self._safe: dict[tuple[type, str], bool] = {}
         self.filters = {name: self._charged(name, work) for name, work in self.filters.items()}
-        self.filters |= {"tojson": self._charged("tojson", _to_json), _WEIGHED: self._weighed}
-        self.tests = {name: self._charged(name, work) for name, work in self.tests.items()}
+        self.filters["tojson"] = self._charged("tojson", _to_json)
+        self.filters |= {_WEIGHED: self._weighed, _STEPPED: self._step, _JOINED: self._joined}
+        charged = {name: self._charged(name, work) for name, work in self.tests.items() if name not in _INSTANT}
+        self.tests = {**self.tests, **charged}
         self.globals.pop("lipsum")
         self.globals |= {"raise_exception": _raise, "strftime_now": _now, "range": self._range}
 
@@ -180,20 +185,23 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise Refused(f"it takes longer than {MAX_SECONDS:g} s")
         self._look_at = max(self.budget - _BETWEEN_LOOKS, 0)
 
-    # What the compiled template calls
+    # What the compiled template calls. It is given the context so that the compiler does not call it by itself.
 
-    def step(self, literal: int) -> str:
-        """Charge one iteration of a loop, or a call of a macro, whose body has `literal` characters of text."""
-        self.charge(literal)
-        return ""
+    @jinja2.pass_context
+    def _step(self, context: Any, work: int) -> None:
+        """Charge one iteration of a loop, or a call of a macro, whose body has `work` characters and expressions."""
+        self.budget -= work + _STEP
+        if self.budget < self._look_at:
+            self._look()
 
-    def joined(self, *parts: Any) -> str:
+    @jinja2.pass_context
+    def _joined(self, context: Any, *parts: Any) -> str:
         """Return the operator ~."""
         texts = [str(self._printed(part)) for part in parts]
         self.charge(sum(map(len, texts)))
         return "".join(texts)
 
-    @jinja2.pass_context  # which keeps the compiler from calling it by itself
+    @jinja2.pass_context
     def _weighed(self, context: Any, value: Any) -> Any:
         """Return a side of a comparison, or a list, tuple or dict that the template makes."""
         if isinstance(value, str):
@@ -203,6 +211,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is type(right) is str:  # nearly all there are
+            self.charge(len(left) + len(right))
+            return left + right
         if operator == "*":
             self.charge(_product(left, right))
         elif operator == "**" and (abs(left) > _LONGEST_NUMBER or abs(right) > 64):
@@ -245,6 +256,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self._safe[key]
 
     def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(obj) is dict and type(argument) is str and argument in obj:
+            return obj[argument]
         if isinstance(argument, slice):
             self.charge(_length(obj))
         return super().getitem(obj, argument)
@@ -314,22 +327,20 @@ class _Environment(ImmutableSandboxedEnvironment):
     # What is compiled
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Return every loop and macro counts its steps, and ~ charges what it joins."""
+        """Return the tree of a template whose loops and macros charge their steps, and ~ what it joins."""
         tree = super()._parse(source, name, filename)
         for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
             literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-            node.body.insert(0, _statement("step", nodes.Const(literal), line=node.lineno))
+            work = literal + sum(1 for _ in node.find_all(nodes.Expr))
+            step = _calls(_STEPPED, [nodes.Const(work)], node.lineno)
+            node.body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
         _instrument(tree)
         return tree
 
 
-def _statement(name: str, *arguments: nodes.Expr, line: int) -> nodes.ExprStmt:
-    return nodes.ExprStmt(_calls(name, arguments, line)).set_lineno(line)
-
-
-def _calls(name: str, arguments: Sequence[nodes.Expr], line: int) -> nodes.Call:
-    call = nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None)
-    return call.set_lineno(line)
+def _calls(name: str, arguments: Sequence[nodes.Expr], line: int) -> nodes.Filter:
+    first, *others = arguments
+    return nodes.Filter(first, name, others, [], None, None).set_lineno(line)
 
 
 def _instrument(node: nodes.Node) -> None:
@@ -344,12 +355,21 @@ def _instrument(node: nodes.Node) -> None:
 def _instrumented(node: nodes.Node, parent: nodes.Node) -> nodes.Node:
     _instrument(node)
     if isinstance(node, nodes.Concat):
-        return _calls("joined", node.nodes, node.lineno)
+        return _calls(_JOINED, node.nodes, node.lineno)
     made = isinstance(node, (nodes.List, nodes.Dict)) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
     compared = isinstance(parent, (nodes.Compare, nodes.Operand)) and isinstance(node, nodes.Expr)
+    if isinstance(parent, nodes.Compare) and _is_brief(parent):
+        compared = False
     if (made or compared) and not isinstance(node, nodes.Const):
-        return nodes.Filter(node, _WEIGHED, [], [], None, None).set_lineno(node.lineno)
+        return _calls(_WEIGHED, [node], node.lineno)
     return node
+
+
+def _is_brief(compare: nodes.Compare) -> bool:
+    """Return whether a comparison is `== constant` or `!= constant`, which goes over no more than the constant."""
+    if len(compare.ops) != 1 or compare.ops[0].op not in ("eq", "ne"):
+        return False
+    return any(isinstance(side, nodes.Const) for side in (compare.expr, compare.ops[0].expr))
 
 
 def _length(value: Any) -> int:

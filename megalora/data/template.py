@@ -408,10 +408,10 @@ def _resolved(conversation: Conversation) -> Conversation:
     if all(message.trained is not None for message in conversation.messages):
         return conversation
     messages = tuple(
-        replace(message, trained=message.role == "assistant") if message.trained is None else message
+        message.with_trained(message.role == "assistant") if message.trained is None else message
         for message in conversation.messages
     )
-    return replace(conversation, messages=messages)
+    return conversation.with_messages(messages)
 
 
 def _trains(conversation: Conversation, turn: int, trained: set[int], wanted: set[int]) -> Conversation:

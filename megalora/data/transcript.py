@@ -149,7 +149,7 @@ class Transcript:
         return [turn for turn in range(stop) if self._messages[turn].role == "assistant"]
 
     def _part(self, stop: int) -> Conversation:
-        return replace(self._conversation, messages=self._messages[:stop])
+        return self._conversation.with_messages(self._messages[:stop])
 
     def _prompt(self, turn: int) -> Rendered:
         if turn not in self._prompts:

@@ -52,6 +52,8 @@ def read_message(fields: Fields, tools: list[dict[str, Any]]) -> Message:
     """
     name, role = _role(fields)
     text, thinking, calls = _parts(fields.take(*TEXT_FIELDS), f"{fields.place}: the {name} text", fields, role)
+    if text.strip() and not (fields.left() or thinking or calls) and role != "call":  # nearly all turns
+        return Message(role, text)
     thinking = _one_thinking(fields, thinking, text)
     calls += tool_calls(fields.take("tool_calls"), fields.place)
     call = fields.take("function_call")

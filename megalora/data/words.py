@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
+
+import numpy as np
 
 # Spaces and what follows them, up to a space behind a character that is no white space.
 _WORDS = re.compile(r" *[^ ]+(?:(?<=\s) +[^ ]*)*| +")
@@ -45,18 +46,18 @@ class WordTokens:
 
     def __init__(self, backend: Any):
         self._backend = backend
-        self._known: dict[str, tuple[int, ...]] = {}
+        self._known: dict[str, bytes] = {}  # ids, int32
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WordTokens, (self._backend,)  # another process learns words of its own
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without tokens that the tokenizer sets around one."""
+    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the token ids of each text, [n] int32, without tokens that the tokenizer sets around one."""
         cut, known = [_WORDS.findall(text) for text in texts], self._known
         new = list(set().union(*cut).difference(known))
         encoded = self._backend.encode_batch_fast(new, add_special_tokens=False)
-        known.update((word, tuple(one.ids)) for word, one in zip(new, encoded, strict=True))
-        found = [list(chain.from_iterable(map(known.__getitem__, words))) for words in cut]
+        known.update((word, np.array(one.ids, np.int32).tobytes()) for word, one in zip(new, encoded, strict=True))
+        found = [np.frombuffer(b"".join(map(known.__getitem__, words)), np.int32) for words in cut]
         for word in new:
             if len(word) > _LONGEST_WORD:
                 del known[word]

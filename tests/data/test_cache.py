@@ -6,6 +6,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -114,10 +115,44 @@ def test_ranks_that_waited_do_not_verify_again(template, write_json, tmp_path):
     with mock.patch.object(cache_module, "file_digest", side_effect=cache_module.file_digest) as digest:
         os.utime(marker, (0, 0))
         load(path, template, cache)
-        assert digest.call_count == 3 and marker.stat().st_mtime > 0, "ids, runs and index"
+        assert len(hashed(digest, path)) == 3 and marker.stat().st_mtime > 0, "ids, runs and index"
         os.utime(marker, (time.time() + 60,) * 2)  # as if it had been touched while this one waited
         load(path, template, cache)
-        assert digest.call_count == 3
+        assert len(hashed(digest, path)) == 3
+
+
+def hashed(digest: mock.Mock, but: Path) -> list[Path]:
+    return [call.args[0] for call in digest.call_args_list if call.args[0] != but]
+
+
+def test_a_data_file_is_hashed_again_only_where_it_was_touched(template, write_json, tmp_path, made):
+    path, cache = write_json(ROWS), tmp_path / "cache"
+    before = path.stat()
+    with mock.patch.object(cache_module, "file_digest", side_effect=cache_module.file_digest) as digest:
+
+        def times() -> int:
+            digest.reset_mock()
+            load(path, template, cache)
+            return len(digest.call_args_list) - len(hashed(digest, path))
+
+        with mock.patch.object(cache_module, "_SETTLED", 1e9):
+            assert [times(), times()] == [1, 1], "a file of this moment may be written to again within one tick"
+        with mock.patch.object(cache_module, "_SETTLED", -1e9):
+            assert [times(), times()] == [1, 0]
+            (kept,) = cache.glob("file-*.json")
+            kept.write_text(kept.read_text()[:-5])
+            assert [times(), times()] == [1, 0]
+            changed = path.read_bytes().replace(b"hello 7", b"hello 8")
+            path.write_bytes(changed)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+            calls = made.call_count
+            assert times() == 1 and made.call_count == calls + 1, "the same size and time of writing"
+            other = path.with_name("other.json")
+            other.write_bytes(changed)
+            os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+            other.rename(path)
+            assert [times(), times()] == [1, 0], "another file of the same size and time"
 
 
 def test_two_at_once(template, write_json, tmp_path, made):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stacked import stacked
 
-from megalora.data import Sample, build_rows, pack
+from megalora.data import Sample, build_rows, pack, packing
 
 
 def next_fit(lengths, seq_length):
@@ -40,6 +42,35 @@ def test_each_document_once_no_row_over_no_more_rows_than_next_fit(lengths, seq_
     assert len(bins) <= next_fit(lengths, seq_length)
     assert bins == pack(lengths, seq_length)
     assert pack(lengths, seq_length, packing=False) == [[index] for index in range(len(lengths))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))
+def test_rows_never_change(lengths, seq_length):
+    """Best fit as a list of lists, written plainly: another order would make every resumed run see other rows."""
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (space, when it came about), of the rows
+    for count, index in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        holds = [(space, -when, row) for row, (space, when) in enumerate(spaces) if space >= lengths[index]]
+        if not holds:
+            rows.append([])
+            spaces.append((seq_length, count))
+        row = min(holds)[2] if holds else len(rows) - 1
+        rows[row].append(index)
+        spaces[row] = (spaces[row][0] - lengths[index], count)
+    if len(rows) <= next_fit(lengths, seq_length):
+        assert pack(lengths, seq_length) == rows
+    found = pack(lengths, seq_length)
+    with mock.patch.object(packing, "_AT_A_TIME", 3):
+        assert pack(lengths, seq_length) == found
+
+
+def test_sums_of_rows():
+    counts, members = np.array([5, 7, 11, 13]), np.array([3, 0, 1, 1, 2])
+    for size in (1, 2, 100):
+        with mock.patch.object(packing, "_AT_A_TIME", size):
+            assert packing._sums(counts, members, np.array([0, 2, 2, 5])).tolist() == [0, 18, 0, 25]
+            assert packing._sums(counts, members[:0], np.array([0])).tolist() == [0]
 
 
 def test_next_fit_where_it_is_better():
