@@ -19,7 +19,7 @@ from rich.text import Text
 
 from megalora.data import ChatTemplate, Rendering
 from megalora.data.dataset import encode_row, scan
-from megalora.data.documents import Documents
+from megalora.data.documents import CLASSES, Documents
 from megalora.data.pieces import IGNORE, Sample
 from megalora.data.report import Report
 from megalora.data.tokenizer import new_tokens, open_tokenizer
@@ -146,8 +146,10 @@ class _Printer:
 
     def _document(self, name: str, sample: Sample) -> None:
         labelled = sample.labels != IGNORE
+        if CLASSES not in sample.columns:
+            labelled[:1] = False  # there is nothing to predict it from
         self.line(f"\n{name}: {len(sample.input_ids):,} tokens, {int(labelled.sum()):,} of them trained")
-        weights = (labelled.astype(float) if sample.weights is None else sample.weights).tolist()
+        weights = (labelled.astype(float) if sample.weights is None else sample.weights * labelled).tolist()
         pieces = list(token_texts(self._tokenizer, sample.input_ids.tolist(), weights))
         if self._coloured:
             text = Text()

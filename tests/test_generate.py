@@ -19,6 +19,7 @@ from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import save_adapter
 from megalora.checkpoint.layout import Layout
 from megalora.generation import dialogue, output, replica, sequences
+from megalora.generation import text as text_module
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
 from megalora.models.config import read_config
@@ -130,6 +131,13 @@ def test_stop_strings(case, asked, tmp_path, world_size, tp, pp):
     assert [row["response"] for row in rows(out)] == cut != case.tuned
     for row, whole, text in zip(rows(out), case.tuned, cut, strict=True):
         assert text == whole or row["finish_reason"] == "stop"
+
+
+def test_stop_strings_with_escapes(case):
+    case = case("llama")
+    with mock.patch.object(text_module, "Until", side_effect=text_module.Until) as until:
+        run(0, 1, flags(case, "--prompt", QUESTIONS[0], "--stop", r"\n\n", r"a\tb", r"\\n"))
+    assert until.call_args_list and all(call.args[0] == ("\n\n", "a\tb", r"\n") for call in until.call_args_list)
 
 
 def test_streaming_gives_the_same_text(case):
@@ -416,9 +424,18 @@ def run_broken(rank: int, world_size: int, command: list[str]) -> list[str]:
         return run(rank, world_size, command)
 
 
-def test_sampling_is_the_models_own_where_no_flag_says_otherwise(case, asked, tmp_path, capsys):
-    """generation_config.json: read, said, and overridden by flags."""
-    case, models_own = case("llama"), {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "eos_token_id": [0, END]}
+@pytest.mark.parametrize(
+    ("asks", "switch_off"),
+    [({"temperature": 0.8, "top_p": 0.9}, 1), ({"temperature": 0.9, "top_k": 2}, 0),
+     ({"temperature": 0.7, "repetition_penalty": 1.6}, 1)],
+    ids=["top_p", "top_k", "repetition_penalty"],
+)  # fmt: skip
+def test_sampling_is_the_models_own_where_no_flag_says_otherwise(case, asked, tmp_path, capsys, asks, switch_off):
+    """generation_config.json: read, said, and overridden by flags. switch_off: the value without the second field."""
+    case, models_own = case("llama"), {"do_sample": True, **asks, "eos_token_id": [0, END]}
+    second = list(asks)[1]
+    told = ", ".join(f"{name} {value}" for name, value in asks.items())
+    same = [word for name, value in asks.items() for word in (f"--{name}", value)]
     model = tmp_path / "model"
     shutil.copytree(case.model, model)
     (model / "generation_config.json").write_text(json.dumps(models_own))
@@ -431,11 +448,10 @@ def test_sampling_is_the_models_own_where_no_flag_says_otherwise(case, asked, tm
         return [row["response"] for row in rows(file)]
 
     own = reply(out[0], model)
-    assert (
-        "generation_config.json of the model says temperature 0.8, top_p 0.9: flags go on top"
-        in capsys.readouterr().err
-    )
-    assert own == reply(out[1], case.model, "--temperature", 0.8, "--top_p", 0.9) != case.tuned
-    assert reply(out[2], model, "--temperature", 0) == case.tuned
-    assert "generation_config.json of the model says" not in capsys.readouterr().err
-    assert reply(out[3], model, "--top_p", 1) == reply(out[1], case.model, "--temperature", 0.8)
+    assert f"generation_config.json of the model says {told}: flags go on top" in capsys.readouterr().err
+    assert own == reply(out[1], case.model, *same) != case.tuned
+    if second != "repetition_penalty":
+        assert reply(out[2], model, "--temperature", 0) == case.tuned
+        assert "generation_config.json of the model says" not in capsys.readouterr().err
+    without = reply(out[3], model, f"--{second}", switch_off)
+    assert without == reply(out[1], case.model, "--temperature", asks["temperature"]) != own

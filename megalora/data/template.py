@@ -285,7 +285,7 @@ class ChatTemplate:
         renderer = self._for_tools if conversation.tools else self._renderer
         made = {"marked": marked is not conversation, "made_ids": spoken.messages != marked.messages}
         transcript = Transcript(spoken, render, self._ending, renderer.marks_replies, blame, **made)
-        self._check_printed(marked, transcript.prompt(transcript.last_turn))
+        self._check_printed(marked, transcript)
         return transcript
 
     def _render(
@@ -331,10 +331,11 @@ class ChatTemplate:
             raise problem
         raise UserError(f"{self.description} does not print tool calls", _FOR_TOOLS)
 
-    def _check_printed(self, conversation: Conversation, text: str) -> None:
+    def _check_printed(self, conversation: Conversation, transcript: Transcript) -> None:
         """Raise UserError where a system text, tool or tool result is not in the text."""
-        for message in conversation.messages:
-            if message.role == "system" and message.content.strip() not in text:
+        text = transcript.prompt(transcript.last_turn)
+        for turn, message in enumerate(conversation.messages):
+            if message.role == "system" and not transcript.prints_system(turn):
                 remedy = f"move it into the first user turn, or give another {OPTIONS}"
                 raise UserError(f"{self.description} drops the system text", remedy)
             if message.role == "tool" and longest_word(message.content) not in text:

@@ -15,6 +15,7 @@ from .conversation import Conversation, Message
 from .rendering import Rendered
 
 MARK = "megalora-reply-marker"
+_TELLING = 24  # characters of a text that a template does not write by itself
 THINK, END_OF_THINKING = "<think>", "</think>"
 Render = Callable[[Conversation, bool], Rendered]
 
@@ -95,6 +96,20 @@ class Transcript:
     def prompt(self, turn: int) -> str:
         """Return what generation starts from to write message `turn`."""
         return self._prompt(turn).text
+
+    def prints_system(self, turn: int) -> bool:
+        """Return whether the prompt of the last reply has the system text of message `turn`; an empty one it has.
+
+        A short text, or one that another message holds too, may stand there without it: a marker in its place tells.
+        """
+        messages, stop = self._messages, self.last_turn
+        content = messages[turn].content.strip()
+        if not content or content not in self.prompt(stop):
+            return not content
+        if len(content) >= _TELLING and sum(content in message.content for message in messages) == 1:
+            return True
+        marked = (*messages[:turn], replace(messages[turn], content=MARK), *messages[turn + 1 :])
+        return MARK in self._render(self._conversation.with_messages(marked[:stop]), True).text
 
     def reply(self, turn: int) -> str:
         """Return message `turn` as generation writes it behind `prompt(turn)`, with its end token."""

@@ -29,6 +29,7 @@ OPENAI = [
 ]
 ROWS = {
     "alpaca": {"instruction": "a", "input": "x", "output": "b"},
+    "identity, zh": {"instruction": "你是谁？", "input": "", "output": "我是 {{name}}，请多指教。"},
     "alpaca with history": {"instruction": "c", "input": "", "output": "d", "system": "s", "history": [["a", "b"]]},
     "EmoLLM": {"conversation": [{"system": "s", "input": "a", "output": "b"}, {"input": "c", "output": "d"}]},
     "EmoLLM's swift": {"query": "c", "response": "d", "history": [["a", "b"]]},
@@ -114,7 +115,7 @@ TEMPLATES = {
         one=f'[TOOL_CALLS] [{CALL[:-1]}, "id": "{IDS[0]}"}}]</s>',
         two='[TOOL_CALLS] [{{"name": "find", "arguments": {{"q": 1}}, "id": "{}"}}, '
         '{{"name": "find", "arguments": {{"q": 2}}, "id": "{}"}}]</s>'.format(*IDS[1:]),
-        reason="drops the thinking of message 3, which calls tools",
+        reason="drops the system text",  # it prints it in a last question alone, not before the result of a tool
     ),
     "qwen25": Expected(
         "{}<|im_end|>",
@@ -144,7 +145,8 @@ def expected(of: Expected, kind: str) -> list[list[str]] | str:
     else:
         if kind in ("alpaca with history", "EmoLLM") and not of.system:
             return "System role not supported"
-        texts = [of.reply.format(text) for text in ("b" if kind in ("alpaca", "v1_sft") else "bd")]
+        said = {"identity, zh": [ROWS["identity, zh"]["output"]], "alpaca": "b", "v1_sft": "b"}.get(kind, "bd")
+        texts = [of.reply.replace("{}", text) for text in said]
     return [[text] for text in texts] if of.alone else [texts]
 
 

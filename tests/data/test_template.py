@@ -172,6 +172,28 @@ def test_templates_that_refuse_or_drop_the_system_text(chatml, tmp_path):
             encode(template, SYSTEM)
 
 
+def test_a_system_text_that_is_elsewhere_in_the_text_is_dropped_all_the_same(chatml, tmp_path):
+    """One letter of the template's own, or the question once more."""
+    path = tmp_path / "t.jinja"
+    drops = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    path.write_text(drops + chatml.chat_template)
+    for content in ("s", HI[0]["content"], "user"):
+        messages = [{"role": "system", "content": content}, *HI]
+        encode(ChatTemplate(chatml), messages)
+        with pytest.raises(UserError, match="drops the system text"):
+            encode(ChatTemplate(chatml, str(path)), messages)
+    encode(ChatTemplate(chatml, str(path)), [{"role": "system", "content": " "}, *HI])
+
+
+def test_the_last_of_two_system_texts_alone_is_printed(r1):
+    """R1's template keeps one."""
+    template = ChatTemplate(r1)
+    for first, second in (("s", "t"), ("Be brief.", "Be kind.")):
+        messages = [{"role": "system", "content": first}, *HI, {"role": "system", "content": second}, *CHINESE]
+        with pytest.raises(UserError, match="drops the system text"):
+            encode(template, messages)
+
+
 @pytest.mark.parametrize(
     "source, told",
     [
