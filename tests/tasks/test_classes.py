@@ -181,8 +181,10 @@ def plain_name(name: str) -> str:
 
 @pytest.mark.parametrize("case", PARITY, ids=lambda case: f"{case.family}-{case.task}")
 def test_the_numbers_of_transformers_and_peft(case):
-    loss, gradients, scores = ours(case, torch.float32)
-    their_loss, their_gradients, their_scores = theirs(case, torch.float32)
+    # In float64, for in float32 the rounding of one CPU's products is 1e-5 of a small gradient from that of another's.
+    # Parts of transformers are float32 whatever the dtype: DeBERTa's scale, norms and rotations of decoders.
+    loss, gradients, scores = ours(case, torch.float64)
+    their_loss, their_gradients, their_scores = theirs(case, torch.float64)
     assert gradients.keys() == their_gradients.keys()
     assert abs(loss - their_loss) <= 1e-5 * abs(their_loss)
     assert (scores - their_scores).abs().max() <= 1e-5 * their_scores.abs().max()
