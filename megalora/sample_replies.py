@@ -5,6 +5,7 @@ They are lines of replies.jsonl: {"step", "replies": [{"prompt", "response", "fi
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from megalora.data import ChatTemplate, Rendering
@@ -12,7 +13,7 @@ from megalora.errors import UserError
 from megalora.flags import FinetuneArguments
 from megalora.generation.prompts import encode, read_questions, stop_token_ids
 from megalora.generation.replica import Replica
-from megalora.generation.requests import Prompt
+from megalora.generation.requests import Prompt, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.text import Reader
 from megalora.models.spec import ModelSpec
@@ -78,21 +79,32 @@ class SampleReplies:
 
         The copies of the model take turns at the prompts. Raises UserError where logits are not finite.
         """
-        mesh, copies = self._mesh, self._mesh.replicas
         prompts = [Prompt(number, ids) for number, ids in enumerate(self._ids)]
-        with together(mesh.world), stage.place.with_whole_tokens():
-            # No longer than is needed: memory is the run's.
-            context = min(self._context, max(map(len, self._ids)) + self._room)
-            replica = Replica(stage, mesh.pp, mesh.tp, context, _GREEDY, self._stop)
-            mine = replica.replies(prompts[copies.rank :: copies.size], self._room)
-        parts = gather_objects(mine, copies)
-        replies = [parts[i % copies.size][i // copies.size] for i in range(len(prompts))]
+        # No longer than is needed: memory is the run's.
+        context = min(self._context, max(map(len, self._ids)) + self._room)
+        replies = greedy_replies(stage, self._mesh, prompts, context, self._stop, self._room)
         told = None
-        if mesh.world.is_first:
+        if self._mesh.world.is_first:
             reader = Reader(self._template.tokenizer)
             answers = [reader.answer(reply, prompt) for reply, prompt in zip(replies, prompts, strict=True)]
             told = [
                 {"prompt": text, "response": answer.whole, "finish_reason": answer.finish_reason}
                 for text, answer in zip(self._texts, answers, strict=True)
             ]
-        return broadcast_object(told, mesh.world)
+        return broadcast_object(told, self._mesh.world)
+
+
+def greedy_replies(
+    stage: Stage, mesh: ParallelMesh, prompts: Sequence[Prompt], context: int, stop: Collection[int], room: int
+) -> list[Reply]:
+    """Return what the stages of a run reply now to each prompt, in order, on every rank. Collective.
+
+    context  longest prompt and reply together, in tokens; room: longest reply; stop: token ids that end one
+    The copies of the model take turns at the prompts. Raises UserError where logits are not finite.
+    """
+    copies = mesh.replicas
+    with together(mesh.world), stage.place.with_whole_tokens():
+        replica = Replica(stage, mesh.pp, mesh.tp, context, _GREEDY, stop)
+        mine = replica.replies(prompts[copies.rank :: copies.size], room)
+    parts = gather_objects(mine, copies)
+    return [parts[i % copies.size][i // copies.size] for i in range(len(prompts))]

@@ -46,6 +46,7 @@ from megalora.parallel.collectives import on_first, tell_stage, together
 from megalora.parallel.mesh import Axis, ParallelMesh
 from megalora.rows import data_settings, rendering
 from megalora.sample_replies import SampleReplies
+from megalora.scored_replies import ScoredReplies
 from megalora.vocabulary import adapter_tokens, train_rows_of, with_rows_for
 
 
@@ -73,6 +74,7 @@ class Beginning:
     overwrite  the run that is in output_dir is removed before the first step
     identity   what must not change between the parts of one run; settings: what may
     template   how rows become documents, which the run's checkpoints and export carry
+    samples, scored  what the run replies to while it trains, where it does: prompts of a file, evaluation rows
     evaluations  rows of each evaluation set, by name ("": that of one without a name)
     notes      lines for the user
     """
@@ -86,6 +88,7 @@ class Beginning:
     loader: Loader
     evaluations: Mapping[str, Loader]
     samples: SampleReplies | None
+    scored: ScoredReplies | None
     start: Start | None
     overwrite: bool
     identity: dict[str, str]
@@ -132,7 +135,6 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         start = _checked_start(start, lora, config)
         rows, eval_rows = _load_rows(template, data, train, mesh.world)
         check_vocabulary(max(one.max_token_id for one in (rows, *eval_rows.values())), config, model.model_path)
-    samples = SampleReplies.of(arguments, config, lora_config.task_type, template, mesh)
     loader = _loader(rows, train, mesh, config)
     base = on_first(lambda: base_identity(config, weights, template.tokenizer), mesh.world)
     base_format = resolve_base(model.base_format, config).name
@@ -161,7 +163,8 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         template=template,
         loader=loader,
         evaluations={name: _loader(one, train, mesh, config, shuffle=False) for name, one in eval_rows.items()},
-        samples=samples,
+        samples=SampleReplies.of(arguments, config, lora_config.task_type, template, mesh),
+        scored=ScoredReplies.of(arguments, config, lora_config.task_type, template, eval_rows, mesh),
         start=start,
         overwrite=overwrite,
         identity=identity,

@@ -185,7 +185,16 @@ class Session:
             whole, count = [a + b for a, b in zip(whole, sums, strict=True)], count + labelled
             if name:
                 sets[name] = task.report(sums, labelled, labels)
-        return task.report(whole, count, labels) | sets
+        report = task.report(whole, count, labels)
+        if self.beginning.scored is not None:
+            try:
+                report["rouge_l"], of_sets = self.beginning.scored.scores(self.engine.stage)
+            except UserError as error:  # logits that are not finite: whether the run goes on, its steps decide
+                self.monitor.note(f"no replies to the evaluation rows: {error.message}")
+                return report | sets
+            for name in sets:
+                sets[name] |= {"rouge_l": of_sets[name]}
+        return report | sets
 
     def _note_saves(self) -> None:
         for note in self.saver.notes():

@@ -23,7 +23,7 @@ PARTS |= {"compute_dtype", "serving", "vocabulary"}
 TOP = {"auto_layout", "rows", "sources", "image_prompts", "starting", "stepping", "summary"}
 TOP |= {"asked"}  # and the commands
 TOP |= {"finetune", "generate", "classify", "preview", "plan", "cli", "commands", "convert", "doctor", "__main__"}
-TOP |= {"recombine", "sample_replies"}
+TOP |= {"recombine", "sample_replies", "scored_replies"}
 TOP |= {"serve", "board", "report", "samples"}
 
 # What each part of the package may import of the package, besides itself.

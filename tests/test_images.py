@@ -21,6 +21,7 @@ from megalora.data.images import ImageRows, read_processing
 from megalora.data.pixels import PixelReader
 from megalora.errors import UserError
 from megalora.pictures import find_picture
+from megalora.tasks.rouge import rouge_l
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
 
@@ -129,13 +130,21 @@ def ids_of(folder):
 @pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_from_rows_to_replies(kind, models, rows, tmp_path):
     model = models[kind]
-    tune(tmp_path, model, rows, eval_fraction=0.2, max_steps=40, learning_rate=3e-2)
-    losses = tiny.column(tmp_path / "run", "loss")
-    assert losses[-1] < 0.7 * losses[0] and "loss" in tiny.metrics(tmp_path / "run", "eval_metrics.jsonl")[-1]
+    scored = {"eval_generate": 9, "eval_data_path": (str(rows),)} if kind == "t5" else {"eval_fraction": 0.2}
+    tune(tmp_path, model, rows, **scored, max_steps=40, learning_rate=3e-2)
+    losses, measured = tiny.column(tmp_path / "run", "loss"), tiny.metrics(tmp_path / "run", "eval_metrics.jsonl")[-1]
+    assert losses[-1] < 0.7 * losses[0] and "loss" in measured
     export, merged, out = tmp_path / "run" / "peft", tmp_path / "merged", tmp_path / "out.jsonl"
     ours = replies(model, rows, out, tmp_path / "run")
     base = replies(model, rows, out)
     assert ours == replies(model, rows, out, export) != base and len(set(ours)) > 1
+    if kind == "t5":
+        said = [row["response"] for row in megalora.generate(
+            model_path=model, prompts_file=rows, max_new_tokens=64, resume_peft_from_checkpoint=tmp_path / "run"
+        )]  # fmt: skip
+        asked = json.loads(rows.read_text(encoding="utf-8"))
+        rouge = [rouge_l(row["response"], reply) for row, reply in zip(asked[:9], said[:9], strict=True)]
+        assert measured["rouge_l"] == pytest.approx(sum(rouge) / 9, abs=1e-12)
     words = ["convert", "adapter", "merge", "--input", tmp_path / "run", "--base", model, "--output", merged]
     assert cli.main([str(word) for word in words]) == 0
     auto = transformers.Blip2ForConditionalGeneration
@@ -192,10 +201,10 @@ def test_a_run_goes_on_and_knows_its_images(models, rows, tmp_path):
     (moved / "rows.json").write_bytes(rows.read_bytes())
     Image.new("RGB", (20, 20), (1, 2, 3)).save(moved / "images" / "4.png")
     with pytest.raises(UserError, match="a checkpoint of another run .*data"):
-        tune(parts, model, moved / "rows.json", max_steps=6, data_cache=tmp_path / "other")
+        tune(parts, model, moved / "rows.json", max_steps=6)
     Image.new("RGB", (20, 20), (3, 2, 1)).save(moved / "images" / "4.png")  # and the rows' tokens are kept
     with pytest.raises(UserError, match="4.png': has changed since the rows were read"):
-        tune(tmp_path / "whole", model, moved / "rows.json", overwrite_output_dir=True, data_cache=tmp_path / "other")
+        tune(tmp_path / "whole", model, moved / "rows.json", overwrite_output_dir=True, data_cache=parts / "cache")
 
 
 def test_the_base_goes_through_shards_and_back(models, rows, tmp_path):

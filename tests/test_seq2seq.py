@@ -21,6 +21,7 @@ from megalora.data.pairs import PairRows
 from megalora.data.readers import Chunk
 from megalora.data.tokenizer import OpenedTokenizer
 from megalora.errors import UserError
+from megalora.tasks.rouge import rouge_l
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
 
@@ -145,6 +146,31 @@ def test_an_adapter_of_peft_replies_alike_on_every_layout(family, models, tmp_pa
         assert printed == [[""]] * (tp * pp)
         said = [json.loads(line)["response"].strip() for line in out.read_text(encoding="utf-8").splitlines()]
         assert said == expected, (tp, pp)
+
+
+def test_replies_to_evaluation_rows_are_scored(models, tmp_path):
+    """They are those of `megalora generate` to the first rows of each set, on every layout."""
+    model, held = models["t5, version 1.1"], tmp_path / "held.json"
+    rows = [row | {"output": "big red blue"} for row in ROWS[::3]]  # words that the model knows few others of
+    tiny.write_json(held, rows)
+    scored = {"eval_generate": 6, "eval_fraction": None, "eval_data_path": (f"held={held}",)}
+    tune(tmp_path, model, max_steps=60, eval_steps=40, learning_rate=3e-2, **scored)
+    found, run_folder = tiny.metrics(tmp_path / "run", "eval_metrics.jsonl"), tmp_path / "run"
+    scores = [line["rouge_l"] for line in found]
+    assert [line["held"]["rouge_l"] for line in found] == scores and len(scores) == 2
+    asked = {"prompts_file": held, "max_new_tokens": 96, "resume_peft_from_checkpoint": run_folder}
+    said = [row["response"] for row in megalora.generate(model_path=model, **asked)]
+    rouge = [rouge_l(row["output"], reply) for row, reply in zip(rows, said, strict=True)]
+    assert scores[-1] == pytest.approx(sum(rouge[:6]) / 6, abs=1e-12) and scores[-1] > 0
+    given = {"model_path": model, "data_path": tmp_path / "rows.json"}
+    given |= {"resume_peft_from_checkpoint": run_folder / "peft"}  # the run itself would be gone on with
+    given |= {"output_dir": tmp_path / "cut", "seq_length": 96, "source_length": 80, "source_prefix": PREFIX}
+    given |= {"base_dropout": "false", "max_steps": 1, "learning_rate": 1e-9, "eval_generate": 6}
+    given |= {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "sequence_parallel": "true"}
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    tiny.tune(4, [*words, "--eval_data_path", f"held={held}"])
+    cut = tiny.metrics(tmp_path / "cut", "eval_metrics.jsonl")[-1]
+    assert cut["rouge_l"] == cut["held"]["rouge_l"] == pytest.approx(scores[-1], abs=1e-12)
 
 
 def test_beams_that_the_model_asks_for_are_told(models, tmp_path, capfd):

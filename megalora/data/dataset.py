@@ -270,6 +270,8 @@ def _key(
     depends = {
         "content": [dataset_fingerprint(source.path) or content(Path(source.path)) for source in sources],
         "names": [Path(source.path).name for source in sources],
+        # Images are found from there, and the documents say where.
+        "images": [os.path.abspath(source.path) for source in sources] if isinstance(template, ImageRows) else [],
         "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
         "special": sorted(map(str, template.tokenizer.all_special_tokens)),
         "template": template.identity(),

@@ -105,7 +105,7 @@ FINETUNE_RULES = (
             _without_evaluation(name),
             "give eval_data_path or eval_fraction",
         )
-        for name in ("eval_steps", "early_stopping_patience", "keep_best")
+        for name in ("eval_steps", "eval_generate", "early_stopping_patience", "keep_best")
     ),
     *(
         Rule(
@@ -132,7 +132,7 @@ GENERATE_RULES = (
     Rule(
         "output_file",
         "prompt",
-        lambda v: v["prompt"] is None and v["prompts_file"] is None,
+        lambda v: v["prompt"] is None and v["prompts_file"] is None and v["image"] is None,
         "give prompt or prompts_file",
     ),
     Rule(

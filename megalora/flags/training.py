@@ -18,7 +18,7 @@ from megalora.learning_rate import Shape, learning_rate_factor
 
 _NAMED = re.compile(r"(?:([A-Za-z0-9][\w-]{0,49})=)?(.*)", re.DOTALL)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_NOT_NAMES = frozenset("step loss perplexity accuracy precision recall f1 macro_f1".split())
+_NOT_NAMES = frozenset("step loss perplexity accuracy precision recall f1 macro_f1 rouge_l".split())
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,12 @@ class TrainArguments(Section):
         unset="true where config.json asks for any",
     )
     eval_steps: int | None = flag(None, "evaluate every this many steps", at_least=1, unset="only at the end")
+    eval_generate: int = flag(
+        0,
+        "at each evaluation, write replies to this many rows of each evaluation set and score them (ROUGE-L); for "
+        "SEQ_2_SEQ_LM",
+        at_least=0,
+    )
     sample_prompts: str | None = flag(
         None,
         "file of prompts, one a line or rows of json, whose replies are written to replies.jsonl in output_dir: at the "

@@ -104,6 +104,7 @@ NEEDS = {  # flags that have an effect only with others
     "virtual_pipeline_size": "--schedule interleaved_1f1b --pipeline_parallel_size 2",
     "recompute_layers": "--recompute full",
     "eval_steps": "--eval_data_path e.json",
+    "eval_generate": "--eval_data_path e.json",
     "early_stopping_patience": "--eval_data_path e.json --eval_steps 2",
     "sample_max_new_tokens": "--sample_prompts p.txt",
     "logging_first_step": "--logging_steps 2",
