@@ -107,13 +107,15 @@ class Run:
         return self.summary() | {"settings": self.settings(), "layout": self.layout()}
 
     def serve_command(self) -> str | None:
-        """Return the command line that talks with the run's adapter; None where it has none that writes text (yet)."""
+        """Return the command line that talks with the run's adapter; None where there is none (yet) to be served."""
         try:
             adapter = json.loads(_tail(self.folder / _ADAPTER, _MARK_BYTES))
         except (OSError, ValueError, RecursionError):
             return None
         model = self.settings().get("model_path")
         if model is None or not isinstance(adapter, dict) or adapter.get("task_type") != "CAUSAL_LM":
+            return None
+        if not _may_be_served(adapter):
             return None
         started = _STARTED.match(self._settings[0] if self._settings else "")
         if started and not os.path.isdir(model) and os.path.isdir(from_there := os.path.join(started[1], model)):
@@ -201,6 +203,15 @@ class Run:
             return []
         numbered = [(re.fullmatch(r"rank_(\d{1,9})\.log", file.name), file) for file in files]
         return [(int(match[1]), file) for match, file in numbered if match]
+
+
+def _may_be_served(adapter: dict[str, Any]) -> bool:
+    """Return whether `megalora serve --adapters` may take such an adapter_config.json (megalora.serving.adapters)."""
+    whole = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+    if any(adapter.get(field) for field in whole) or adapter.get("bias", "none") != "none":
+        return False
+    targets = adapter.get("target_modules")
+    return not any("experts" in str(name) for name in (targets if isinstance(targets, list) else [targets]))
 
 
 def find_runs(folders: Sequence[str]) -> list[Path]:

@@ -103,6 +103,23 @@ LINES = st.lists(
 ).map(b"\n".join)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("fields", "served"),
+    [
+        ({}, True), ({"task_type": "TOKEN_CLS"}, False), ({"use_dora": True}, False), ({"bias": "lora_only"}, False),
+        ({"modules_to_save": ["lm_head"]}, False), ({"target_modules": "all-linear"}, True),
+        ({"target_modules": ["model.layers.0.mlp.experts.0.up_proj"]}, False),
+    ],
+)  # fmt: skip
+def test_the_command_that_serves_an_adapter(tmp_path, fields, served):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "run.yaml").write_text("model_path: base\n")
+    adapter = {"task_type": "CAUSAL_LM", "bias": "none", "target_modules": ["q_proj"]} | fields
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(adapter))
+    command = Run(tmp_path, "run").serve_command()
+    assert command is None if not served else command.startswith("megalora serve --model_path base --adapters tuned=")
+
+
 @examples(60)
 @given(data=st.data())
 def test_any_files_of_a_run(tmp_path_factory, data):
