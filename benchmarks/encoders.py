@@ -134,7 +134,7 @@ def build_peer(shape: Shape, config: ModelSpec, lora: dict, dtype, device: torch
     kind = transformers.CONFIG_MAPPING[fields.pop("model_type")]
     torch.manual_seed(0)
     with device:
-        model = auto.from_config(kind(**fields), dtype=dtype)
+        model = auto.from_config(kind(**fields), dtype=dtype, trust_remote_code=False)
         adapted = lora | {"target_modules": sorted(config.linears)}
         model = peft.get_peft_model(model, peft.LoraConfig(**adapted))
         draw_b(model)

@@ -63,7 +63,7 @@ def _shapes_of(fields: dict) -> Shapes:
 
     config = transformers.CONFIG_MAPPING[fields["model_type"]](**fields)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -132,6 +132,7 @@ def load(folder: Path, options: argparse.Namespace) -> torch.nn.Module:
         device_map={"": 0},
         offload_embedding=False,
         local_files_only=True,
+        trust_remote_code=False,
         use_exact_model_name=True,
     )
     targets = options.target_modules

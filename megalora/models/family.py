@@ -115,7 +115,7 @@ class Fields:
         if name not in self._family.reads:
             raise AssertionError(f"{self._family.types[0]} reads {name}, which it does not declare")
         value = getattr(self._hf, name, None)
-        if isinstance(BOUNDS[name], Object) and hasattr(value, "to_diff_dict"):  # a config within the config
+        if isinstance(BOUNDS.get(name), Object) and hasattr(value, "to_diff_dict"):  # a config within the config
             value = value.to_diff_dict()
         check_field(name, value, self._where)
         optional = name in OPTIONAL or name in self._family.optional or isinstance(BOUNDS[name], Flag)

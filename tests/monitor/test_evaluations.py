@@ -57,7 +57,7 @@ def test_a_run_stops_early_and_exports_the_best(inputs, tmp_path):
     assert "stopped early: no lower evaluation loss in the last 2 evaluations; the lowest is 2.0000" in done.out
     assert checkpoints(folder) == ["iter_0000004", "iter_0000008"], "the newest, and the best"
     assert same(folder, 4) and not same(folder, 8)
-    assert f"--resume_peft_from_checkpoint {folder}" in done.out.splitlines()[-1], "the command that tries it"
+    assert f"--resume_peft_from_checkpoint {folder}" in done.out.splitlines()[-2], "the command that tries it"
     found = open_adapter(folder)
     assert found.where.endswith("iter_0000004"), "the result of a run is what it exported"
     assert "has the lowest evaluation loss of the run, and is taken; the newest" in found.notes[0]
