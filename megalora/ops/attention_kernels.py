@@ -88,6 +88,23 @@ def _scores(
 
 
 @triton.jit
+def _keys_seen(
+    first, count, window, shift, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """Return the range of keys that a tile of queries from row `first` on sees, from the start of a tile of keys on.
+
+    Tiles of keys begin with a block of eight numbers, `shift` keys before a multiple of N.
+    """
+    low, high = 0, count
+    if CAUSAL:
+        high = tl.minimum(count, first + M)
+    if WINDOWED:
+        low = tl.maximum(0, first - window + 1)
+        high = tl.minimum(high, first + M + window - 1)
+    return (low + shift) // N * N - shift, high
+
+
+@triton.jit
 def _place(x, start, at, count, stride, head, ROWS: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr):
     """Return (pointers, mask) of ROWS rows of a document from row `at` on, [ROWS, WIDE]."""
     local, features = tl.arange(0, ROWS), tl.arange(0, WIDE)
@@ -141,13 +158,7 @@ def forward_kernel(
         site = tl.load(sites + head).to(tl.uint32)
         if LIVE:
             now = tl.load(live_step)
-    low, high = 0, count
-    if CAUSAL:
-        high = tl.minimum(count, first + M)
-    if WINDOWED:
-        low = tl.maximum(0, first - window + 1)
-        high = tl.minimum(high, first + M + window - 1)
-    low = (low + shift) // N * N - shift  # tiles of keys begin with a block of eight numbers
+    low, high = _keys_seen(first, count, window, shift, CAUSAL, WINDOWED, M, N)
     if SINKS:
         most = tl.zeros((M,), tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2E
         sums = tl.zeros((M,), tl.float32) + 1.0
@@ -227,13 +238,7 @@ def query_kernel(
         site = tl.load(sites + head).to(tl.uint32)
         if LIVE:
             now = tl.load(live_step)
-    low, high = 0, count
-    if CAUSAL:
-        high = tl.minimum(count, first + M)
-    if WINDOWED:
-        low = tl.maximum(0, first - window + 1)
-        high = tl.minimum(high, first + M + window - 1)
-    low = (low + shift) // N * N - shift
+    low, high = _keys_seen(first, count, window, shift, CAUSAL, WINDOWED, M, N)
     result = tl.zeros((M, WIDE), tl.float32)
     for at in range(low, high, N):
         column = at + tl.arange(0, N)

@@ -165,7 +165,7 @@ def _tiles(D: int, kernel: str) -> tuple[int, int, int, int]:
     """Return (queries and keys of a tile, warps, stages of the loop's loads): what fits the registers and the shared
     memory of Hopper, or for large heads of less.
     """
-    device: Any = torch.cuda.get_device_properties()  # its types lack what it has
+    device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())  # its types lack what it has
     if D > 128 and device.shared_memory_per_block_optin < 200_000:
         return {"forward": (64, 64, 8, 1), "queries": (64, 32, 8, 1), "keys": (32, 64, 8, 1)}[kernel]
     if D > 128:
