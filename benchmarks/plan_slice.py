@@ -5,7 +5,8 @@
 The rank's tensor-parallel and pipeline neighbours do not exist: a fake process group takes their messages at once and
 gives nothing, so what is timed is the rank's own compute. Random weights, 2048 tokens a row, all labelled, bfloat16,
 LoRA r = 16 on all linears. Microbatches run one after another, forward then backward, and forwards ahead of backwards
-as many as 1F1B keeps in flight on that stage.
+as many as 1F1B keeps in flight on that stage. `--layers N` takes so many layers in place of the configuration's, and
+of a model that begins with dense layers one dense layer and N - 1 with experts.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from train_step import randomize
+
 from megalora.adapters.config import LoraConfig
 from megalora.batch import Batch
 from megalora.building import resolve_lora
+from megalora.choices import BASE_FORMATS
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
 from megalora.optimizer import AdapterOptimizer
+from megalora.parallel.formats import BaseFormat
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.mesh import Axis, ParallelMesh
 from megalora.parallel.placement import Placement
@@ -50,7 +55,8 @@ class Slice:
         lora = resolve_lora(LoraConfig.from_dict(LORA), self.config)
         tp = Axis(0, tuple(range(options.tp)), dist.group.WORLD if options.tp > 1 else None)
         self.first, self.last = options.stage == 0, options.stage == options.pp - 1
-        place = Placement(tp, work.sequence_parallel, torch.bfloat16, self.device)
+        base = BaseFormat(options.base_format)
+        place = Placement(tp, work.sequence_parallel, torch.bfloat16, self.device, base=base)
         self.stage = Stage(
             self.config,
             parts[options.stage],
@@ -61,8 +67,7 @@ class Slice:
             recompute=work.recompute,
         )
         with torch.no_grad():
-            for parameter in self.stage.parameters():
-                parameter.copy_(torch.randn(parameter.shape, device=self.device, dtype=torch.bfloat16) * 0.01)
+            randomize(self.stage)
         parameters = self.stage.trainable()
         self.gradients = FlatGradients(parameters, named_splits(self.stage), ParallelMesh(tp=tp))
         self.optimizer = AdapterOptimizer(parameters)
@@ -121,14 +126,26 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=0)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--base_format", default="dense", choices=("dense", *BASE_FORMATS))
+    parser.add_argument("--layers", type=int, help="of the model; default: all")
     parser.add_argument("--microbatches", type=int, default=6)
     options = parser.parse_args()
     with open(options.model, encoding="utf-8") as file:
         fields = json.load(file)
+    if options.layers:
+        fields["num_hidden_layers"] = options.layers
+        if fields.get("first_k_dense_replace"):
+            fields["first_k_dense_replace"] = 1
     config, device = config_from_dict(fields), device_of(torch.device("cuda"))
     if options.tp > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.tp)
-    work = Workload(options.rows, LENGTH, sequence_parallel=options.tp > 1, recompute=options.recompute)
+    work = Workload(
+        options.rows,
+        LENGTH,
+        sequence_parallel=options.tp > 1,
+        recompute=options.recompute,
+        base_format=options.base_format,
+    )
     shape = shape_of(config, resolve_lora(LoraConfig.from_dict(LORA), config), options.tp)
     costs = layer_costs(shape, work, device)
     parts = partition("cost", costs.layers, options.pp, first_cost=costs.first, last_cost=costs.last)
@@ -149,7 +166,7 @@ def main() -> None:
     whole = chunk_seconds(shape, parts[options.stage], work, device, **ends)
     layers = parts[options.stage]
     where = f"tp {options.tp}, pp {options.pp}, stage {options.stage} (layers {layers[0]} to {layers[-1]})"
-    print(f"{where}, {options.rows} rows, recompute {options.recompute}, {ahead} in flight")
+    print(f"{where}, {options.rows} rows, recompute {options.recompute}, base {options.base_format}, {ahead} in flight")
     print("| | predicted | measured |\n|---|---|---|")
     print(f"| memory, GiB | {memory.total / GIB:.2f} | {peak / GIB:.2f} |")
     for name, seconds, measured in (
