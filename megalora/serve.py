@@ -38,6 +38,7 @@ from megalora.generation.prompts import decode, stop_token_ids
 from megalora.generation.replica import Replica
 from megalora.generation.requests import Change
 from megalora.generation.sampling import Sampling
+from megalora.generation.steps import graph_obstacle
 from megalora.generation.text import Reader
 from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.spec import ModelSpec
@@ -45,7 +46,7 @@ from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import on_first, tell_once, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
-from megalora.serving.adapters import AdapterReader, put_adapters, room_for
+from megalora.serving.adapters import AdapterReader, ReadAdapter, linears_of_experts, put_adapters, room_for
 from megalora.serving.app import build_app
 from megalora.serving.backlog import Backlog
 from megalora.serving.loading import AdapterLoader
@@ -97,7 +98,7 @@ def serve(arguments: Serving) -> None:
                 replica.serve(None, None, mesh.world, put)
             return
         cached = f"keys and values of {options.max_running} requests of {context:,} tokens: {held / 2**30:.3g} GiB"
-        known = (remark, not_applied(arguments.served.model_path))
+        known = (remark, not_applied(arguments.served.model_path), _without_graphs(stage, fp8))
         for note in (*filter(None, known), *read.notes, f"{cached} on each rank, {options.kv_cache}"):
             _say(note)
         backlog = Backlog(options.max_running, options.max_waiting)
@@ -141,9 +142,18 @@ def _read(arguments: Serving, config: ModelSpec, reader: AdapterReader) -> _Read
         shared = share([(one.lora, one.tensors) for one in read]) if read else None
         return _Read(shared, None, (), templates, notes)
     largest = max((adapter.r for one in read for adapter in one.lora.adapters.values()), default=0)
-    room = room_for(model.max_adapters, model.max_adapter_rank or max(USUAL_RANK, largest), config)
+    rank = model.max_adapter_rank or max(USUAL_RANK, largest)
+    room = room_for(model.max_adapters, rank, config, _has_room_for_experts(model.room_for_experts, read, config))
     changes = tuple(Change(number, room.fit(one.lora, one.tensors)) for number, one in enumerate(read, 1))
     return _Read(room.empty(), room, changes, templates, notes)
+
+
+def _has_room_for_experts(asked: bool | None, read: Sequence[ReadAdapter], config: ModelSpec) -> bool:
+    """Return whether adapters of experts may come. Raises UserError where the model has no experts."""
+    of_experts = linears_of_experts(config)
+    if asked is not None and not of_experts:
+        raise UserError(f"room_for_experts has no effect: a {config.model_type} has no experts", "leave it out")
+    return any(not of_experts.isdisjoint(one.lora.adapters) for one in read) if asked is None else asked
 
 
 def _stage(
@@ -172,6 +182,12 @@ def _stage(
             stage.share_adapters(shared.owners)
     tell_once(notes, mesh.world)
     return stage
+
+
+def _without_graphs(stage: Stage, fp8: bool) -> str | None:
+    """Return a line for the user of a GPU whose decoding steps are not CUDA graphs."""
+    obstacle = None if torch.device(stage.place.device).type == "cpu" else graph_obstacle(stage, fp8)
+    return None if obstacle is None else f"tokens are decoded without CUDA graphs: {obstacle}"
 
 
 def _put(stage: Stage, room: Room, change: Change) -> None:

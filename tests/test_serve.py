@@ -8,20 +8,14 @@ import socket
 from unittest import mock
 
 import pytest
-import torch
-from oracle import EXPERTS, TINY
+from oracle import TINY
 from talking import make_model
 from told import user_error
 
 from megalora import cli
-from megalora.adapters.config import LoraConfig
-from megalora.adapters.shared import share
-from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.errors import UserError
 from megalora.models.config import config_from_dict
-from megalora.parallel.mesh import build_mesh
-from megalora.parallel.placement import Placement
 from megalora.serving import adapters
 from megalora.serving.adapters import check_shared
 
@@ -65,7 +59,8 @@ def test_flags(capsys, tmp_path):
     assert "max_adapters 1 is less than the 2" in refused(
         capsys, *model, "--max_adapters", 1, "--adapters", "a=x", "b=y"
     )
-    assert "no effect without max_adapters" in refused(capsys, *model, "--max_adapter_rank", 8)
+    for word, value in (("max_adapter_rank", 8), ("room_for_experts", "true")):
+        assert f"{word} has no effect without max_adapters" in refused(capsys, *model, f"--{word}", value)
     assert "token must be 8 to 200 letters" in refused(capsys, *model, "--token", "a b c d e f")
     with mock.patch.dict("sys.modules", {"uvicorn": None}):
         assert "pip install 'megalora[serve]'" in refused(capsys, *model)
@@ -77,6 +72,8 @@ def test_what_cannot_be_served(capsys, folders, tmp_path):
         port = taken.getsockname()[1]
         assert f"port {port}: cannot listen there" in refused(capsys, *model, "--port", port)
     model += ["--port", 0]
+    room = refused(capsys, *model, "--max_adapters", 1, "--room_for_experts", "true")
+    assert "room_for_experts has no effect: a llama has no experts" in room
     assert "host nowhere.invalid is not an address" in refused(capsys, *model, "--host", "nowhere.invalid")
     assert "two models are named model" in refused(capsys, *model, "--adapters", f"model={folders / 'adapter'}")
     for fields, part in (
@@ -95,21 +92,3 @@ def test_what_cannot_be_served(capsys, folders, tmp_path):
     elsewhere = UserError("was trained on another base")
     with mock.patch.object(adapters, "check_base", side_effect=elsewhere):
         assert "writes no text" in refused(capsys, *model, "--adapters", f"tuned={other}"), "not what its head does"
-
-
-def test_adapters_of_experts_do_not_share_a_batch():
-    """Adapters beside the experts do; those of experts are refused, by name."""
-    config, mesh = config_from_dict(TINY | EXPERTS["qwen3_moe"]), build_mesh(0, 1)
-    place = Placement(mesh.tp, False, torch.float32, torch.device("cpu"))
-    for targets in (["q_proj"], ["gate_proj"]):
-        lora = resolve_lora(LoraConfig.from_dict({"r": 2, "target_modules": targets}), config)
-        tensors = {name: torch.ones(shape) for name, shape in trained_shapes(lora, config).items()}
-        shared = share([(lora, tensors), (lora, tensors)])
-        stage, _ = build_stage(config, mesh, shared.lora, place)
-        load_adapter(stage, shared.tensors, "here")
-        if targets == ["q_proj"]:
-            stage.share_adapters(shared.owners)
-            assert stage.shares_adapters
-        else:
-            with pytest.raises(UserError, match="those of experts cannot share a batch"):
-                stage.share_adapters(shared.owners)

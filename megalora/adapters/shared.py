@@ -53,8 +53,8 @@ class Room:
         for name, adapter in lora.adapters.items():
             if name not in known:
                 raise UserError(
-                    f"{name} is adapted, for which --max_adapters has no room (experts)",
-                    "merge the adapter (megalora convert adapter merge) and serve the merged model",
+                    f"{name} is adapted, a linear of experts, for which --max_adapters has no room",
+                    "start the server with --room_for_experts true",
                 )
             if adapter.r > self.rank:
                 raise UserError(

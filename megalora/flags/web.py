@@ -57,6 +57,11 @@ class ServedArguments(Section):
     max_adapter_rank: int | None = flag(
         None, "rank that each of max_adapters has room for", at_least=1, unset="16, or the largest of --adapters"
     )
+    room_for_experts: bool | None = flag(
+        None,
+        "max_adapters has room on the linears of experts too, which takes memory for each of them",
+        unset="true where an adapter of --adapters is of experts",
+    )
     resume_from_checkpoint: str | None = flag(
         None,
         "folder to load the base weights from: Hugging Face safetensors or megalora shards",
@@ -83,6 +88,8 @@ class ServedArguments(Section):
             )
         if self.max_adapter_rank is not None and self.max_adapters is None:
             raise UserError("max_adapter_rank has no effect without max_adapters", "give that as well")
+        if self.room_for_experts is not None and self.max_adapters is None:
+            raise UserError("room_for_experts has no effect without max_adapters", "give that as well")
 
     @property
     def named_adapters(self) -> tuple[tuple[str, str], ...]:

@@ -18,6 +18,7 @@ from megalora.models.stage import Stage
 from megalora.ops.alibi import EXTRA
 from megalora.ops.attention import pack
 from megalora.ops.decode_attention import has_kernel
+from megalora.ops.grouped import runs_grouped
 from megalora.parallel.placement import Tokens
 from megalora.pictures import Picture
 
@@ -32,7 +33,7 @@ class Steps:
     def __init__(self, stage: Stage, slots: int, capacity: int, source_capacity: int = 0, fp8: bool = False):
         self.slots, self.capacity, self.source_capacity = slots, capacity, source_capacity
         self._stage, self._device = stage, torch.device(stage.place.device)
-        recorded = not fp8 and _can_be_recorded(stage)
+        recorded = graph_obstacle(stage, fp8) is None
         self._cache = KVCache(slots + recorded, capacity, source_capacity, self._device, fp8)
         self._rope = {rotary: self._tables(rotary) for rotary in stage.config.rotaries}
         # longrope: tokens of the first prompt of each slot. What follows in the slot keeps the frequencies of that.
@@ -195,16 +196,24 @@ def _entries(block: AttentionBlock | LatentAttentionBlock) -> list[tuple[int, in
     return 2 * [(block.kv_heads if block.reads is None else block.heads, width)]
 
 
-def _can_be_recorded(stage: Stage) -> bool:
-    """Return whether a decoding step has fixed shapes and never waits for the host: on a GPU, with the attention
-    kernel, and without messages between the GPUs of a stage.
+def graph_obstacle(stage: Stage, fp8: bool) -> str | None:
+    """Return what keeps decoding steps from being CUDA graphs: shapes that change, or a wait for the host; else None.
+
+    fp8: of the cache
     """
-    place, attention = stage.place, stage.attention
-    return (
-        torch.device(place.device).type == "cuda"
-        and place.tp.size == 1
-        and stage.config.plain_scores
-        and stage.config.encoder is None
-        and isinstance(attention, AttentionBlock)
-        and has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.spec.head_dim)
-    )
+    place, config = stage.place, stage.config
+    device, dtype = torch.device(place.device), str(place.dtype).removeprefix("torch.")
+    attention = stage.attention
+    if device.type != "cuda":
+        return "there is no GPU"
+    if fp8:
+        return "keys and values in 8 bits are decoded by torch"
+    if place.tp.size > 1:
+        return "the GPUs of a stage send messages within a step"
+    if config.encoder is not None or not config.plain_scores or not isinstance(attention, AttentionBlock):
+        return "attention of this model has no decoding kernel"
+    if not has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.spec.head_dim):
+        return f"attention in {dtype} with heads of {attention.spec.head_dim} has no decoding kernel"
+    if config.has_experts and not runs_grouped(device, place.dtype):
+        return f"experts in {dtype} count their tokens on the host"
+    return None

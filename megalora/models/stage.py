@@ -15,7 +15,6 @@ from torch import nn
 
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.choices import RECOMPUTE_LEVELS
-from megalora.errors import UserError
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.classes import ClassScores
@@ -241,7 +240,7 @@ class Stage(nn.Module):
         if in_place:  # of generation: its graphs are not the stage's
             assert self._graphs is None and self.shares_adapters
             for group in self.groups:
-                if isinstance(group, LinearGroup) and any(group.ranks):
+                if any(group.ranks):
                     group.refresh(in_place=True)
             return
         if self._graphs is not None:
@@ -263,19 +262,9 @@ class Stage(nn.Module):
             words.keep_base()
 
     def share_adapters(self, owners: Mapping[str, Sequence[int]]) -> None:
-        """Let several adapters share the branches (see LinearGroup.share): a batch may then mix their tokens.
-
-        Raises UserError for adapters that a batch cannot mix: of the linears of experts.
-        """
+        """Let several adapters share the branches (see LinearGroup.share): a batch may then mix their tokens."""
         for group in self.groups:
-            if isinstance(group, LinearGroup):
-                group.share(owners)
-            elif any(group.ranks):
-                name = next(linear.name for linear in group.linears if linear.rank)
-                raise UserError(
-                    f"adapters of {name}: those of experts cannot share a batch with others",
-                    "merge the adapter (megalora convert adapter merge) and serve the merged model",
-                )
+            group.share(owners)
         self.shares_adapters = True
 
     def switch_adapters(self, on: bool) -> None:

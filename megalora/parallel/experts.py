@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +22,14 @@ from megalora.ops import limits
 from megalora.ops.dropout import Dropout, dropout
 from megalora.ops.grouped import Bounds, grouped_nt, grouped_outer
 from megalora.ops.lora_linear import room_for
+from megalora.ops.routing import Routes
 from megalora.ops.scaled_copy import scaled_copy_
 from megalora.parallel.expert_matrices import expert_matrices
 from megalora.parallel.linear import LoraFactor, ParallelLinear, WholeLinear
-from megalora.parallel.placement import Placement
+from megalora.parallel.placement import Placement, Tokens
 from megalora.parallel.split import Split, whole_split
+
+_NOBODY = -1  # the owner of columns that fill a branch up to the rank of the largest
 
 
 class ExpertLinear(WholeLinear):
@@ -142,6 +144,7 @@ class ExpertGroup:
         self.matrix = expert_matrices(place, count, self.output, self.in_features, self.room)
         self.down: torch.Tensor | None = None  # A of all branches [E, R, I] in the compute dtype
         self.bias: torch.Tensor | None = None  # [E, O] in the compute dtype
+        self._owners: torch.Tensor | None = None  # of several adapters: the one of each column of z, [E or 1, R]
         self._ready = False
         self._gradients: dict[tuple[int, str], tuple[list[int | None], torch.Tensor | None]] = {}
         self.rows = _ranges(self.sizes)
@@ -159,7 +162,7 @@ class ExpertGroup:
         return self.experts[0][0].bias is not None
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh(self, in_place: bool = False) -> None:
         """Put s B_e beside W_e, and A in the compute dtype aside: as `LinearGroup.refresh`."""
         if not self._ready:
             self.matrix.branch.zero_()
@@ -167,22 +170,33 @@ class ExpertGroup:
                 shape = len(self.experts), self.rank, self.in_features
                 self.down = torch.zeros(shape, dtype=self.place.dtype, device=self.place.device)
             self._ready = True
-        if self.down is not None:
+        if self.down is not None and not in_place:
             self.down = torch.zeros_like(self.down)  # a new tensor: the old one may still be in use
         for part, rows, columns in zip(self.parts, self.rows, self.branches, strict=True):
             if self.down is not None:
                 _put(self.down[:, columns], [(linear, "lora_A") for linear in part], scaled=False)
             _put(self._tail(rows, columns), [(linear, "lora_B") for linear in part], scaled=True)
         biased = [[linear.bias for linear in linears] for linears in self.experts]
-        if biased[0][0] is not None:
+        if biased[0][0] is not None and not (in_place and self.bias is not None):  # no adapter changes them
             self.bias = torch.stack([torch.cat([b.detach() for b in row]).to(self.place.dtype) for row in biased])
 
     def _tail(self, rows: slice, columns: slice) -> torch.Tensor:
         return self.matrix.branch[:, rows, columns]
 
     def share(self, owners: Mapping[str, Sequence[int]]) -> None:
-        """Let several adapters share the branches, as `LinearGroup.share`: not implemented for experts."""
-        raise UserError("several adapters at once are not implemented for models of experts", "load one at a time")
+        """Let several adapters share the branches, as `LinearGroup.share`."""
+        if not self.rank:
+            return
+        rows = []
+        for linears in self.experts:
+            columns: list[int] = []
+            for linear, rank in zip(linears, self.ranks, strict=True):
+                own = owners[linear.name] if linear.rank else []
+                columns += [*own, *[_NOBODY] * (rank - len(own))]
+            rows.append(columns)
+        if all(columns == rows[0] for columns in rows):
+            del rows[1:]
+        self._owners = torch.tensor(rows, device=self.place.device)
 
     def keep_base(self) -> None:
         """Do nothing, for nothing of the base changes: biases of experts are not trained."""
@@ -216,18 +230,24 @@ class ExpertGroup:
         """One of the factors, for autograd to see that the group trains; None where it does not."""
         return next((w for weights in self._trained.values() for w in weights if w is not None), None)
 
-    def draw(self, tokens: Any) -> Dropout | None:
+    def draw(self, tokens: Tokens) -> Dropout | None:
         """Return the dropout of the group's input."""
         return tokens.draw(self.dropout, self.site)
 
-    def project(self, X: torch.Tensor, bounds: Bounds, index: torch.Tensor, draw: Dropout | None) -> None:
-        """Write z = dropout(x) A_e^T behind x, in place: X [M, I + C], index [M] int64."""
+    def project(self, X: torch.Tensor, routes: Routes, index: torch.Tensor, tokens: Tokens) -> None:
+        """Write z = dropout(x) A_e^T behind x, in place, 0 in columns of other adapters than a row's own.
+
+        X [M, I + C]; index [M] int64, what dropout is drawn from
+        """
         if self.down is None:
             return
-        x, z = X[:, : self.in_features], X[:, self.in_features :]
+        x, z, draw = X[:, : self.in_features], X[:, self.in_features :], self.draw(tokens)
         dropped = x if draw is None else dropout(x, index, draw)
-        z[:, : self.rank] = grouped_nt(dropped, self.down, bounds)
+        z[:, : self.rank] = grouped_nt(dropped, self.down, routes.bounds)
         z[:, self.rank :].zero_()
+        if tokens.adapters is not None and self._owners is not None:
+            owners = self._owners if len(self._owners) == 1 else self._owners[self._held(routes.expert)]
+            z[:, : self.rank].masked_fill_(owners != tokens.adapters[routes.token, None], 0.0)
 
     def multiply(
         self, X: torch.Tensor, bounds: Bounds, expert: torch.Tensor, weights: torch.Tensor | None = None
@@ -242,7 +262,11 @@ class ExpertGroup:
     def bias_of(self, expert: torch.Tensor) -> torch.Tensor:
         """Return the bias of each row's expert [M, O], in the compute dtype."""
         assert self.bias is not None
-        return self.bias[expert.clamp(max=len(self.experts) - 1)]
+        return self.bias[self._held(expert)]
+
+    def _held(self, expert: torch.Tensor) -> torch.Tensor:
+        """Return `expert` with one of this rank's for rows that belong to none, which nobody reads."""
+        return expert.clamp(max=len(self.experts) - 1)
 
     def multiply_transposed(self, dy: torch.Tensor, bounds: Bounds, branch_only: bool) -> torch.Tensor:
         """Return dy P_e [M, I + C], or its last C columns alone."""

@@ -78,11 +78,11 @@ def _forward(pair: ExpertPair, x: torch.Tensor, weights: torch.Tensor, chosen: t
     routes = route(chosen, pair.first, pair.stop, x.dtype)
     index, down_index = pair.row_index(routes, tokens)
     X = dispatch(x, routes, up.in_features, up.room)
-    up.project(X, routes.bounds, index, up.draw(tokens))
+    up.project(X, routes, index, tokens)
     gate_up, z_up = up.multiply(X, routes.bounds, routes.expert), X[:, up.in_features :].clone()
     del X
     X = pair.gate.forward(gate_up, weights, routes, down.room)
-    down.project(X, routes.bounds, down_index, down.draw(tokens))
+    down.project(X, routes, down_index, tokens)
     of_rows = weights.flatten()[routes.pair, None].to(x.dtype) if down.biased else None
     y, z_down = down.multiply(X, routes.bounds, routes.expert, of_rows), X[:, down.in_features :].clone()
     return combine(y, routes), routes, gate_up, z_up, z_down

@@ -207,11 +207,8 @@ class Run:
 
 def _may_be_served(adapter: dict[str, Any]) -> bool:
     """Return whether `megalora serve --adapters` may take such an adapter_config.json (megalora.serving.adapters)."""
-    whole = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-    if any(adapter.get(field) for field in whole) or adapter.get("bias", "none") != "none":
-        return False
-    targets = adapter.get("target_modules")
-    return not any("experts" in str(name) for name in (targets if isinstance(targets, list) else [targets]))
+    whole = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+    return not any(adapter.get(field) for field in whole) and adapter.get("bias", "none") == "none"
 
 
 def find_runs(folders: Sequence[str]) -> list[Path]:

@@ -17,7 +17,6 @@ from megalora.data.tokenizer import open_tokenizer
 from megalora.errors import UserError
 from megalora.generation.requests import Change
 from megalora.identity import adapter_for, adapter_template, base_identity, check_base, other_base_format
-from megalora.models.linears import Linear
 from megalora.models.spec import Experts, ModelSpec, mixers_of
 from megalora.models.stage import Stage
 from megalora.vocabulary import adapter_tokens
@@ -95,20 +94,22 @@ def _not_shared(name: str, adapter: AdapterCheckpoint, what: str) -> UserError:
     )
 
 
-def room_for(adapters: int, rank: int, config: ModelSpec) -> Room:
-    """Return room for `adapters` adapters of up to `rank`, on every linear that adapters can share."""
-    return Room(adapters, rank, tuple(_shareable(config)))
+def room_for(adapters: int, rank: int, config: ModelSpec, of_experts: bool) -> Room:
+    """Return room for `adapters` adapters of up to `rank` on every linear, those of experts only where `of_experts`."""
+    left_out = frozenset() if of_experts else linears_of_experts(config)
+    return Room(adapters, rank, tuple(name for name in config.linears if name not in left_out))
 
 
-def _shareable(config: ModelSpec) -> dict[str, Linear]:
-    """Return the linears of whose adapters a batch may mix several, by full name: not those of experts."""
-    return {
-        config.stack.of_layer(index, linear.name): linear
+def linears_of_experts(config: ModelSpec) -> frozenset[str]:
+    """Return the full names of the linears that experts have of their own."""
+    return frozenset(
+        config.stack.of_layer(index, linear.name)
         for index, layer in enumerate(config.stack.layers)
         for mixer in mixers_of(layer)
-        if not isinstance(mixer, Experts)
-        for linear in mixer.linears
-    }
+        if isinstance(mixer, Experts)
+        for expert in range(mixer.count)
+        for linear in mixer.at(expert).linears
+    )
 
 
 @torch.no_grad()

@@ -9,16 +9,18 @@ from spawn import spawn
 
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.shared import share
+from megalora.adapters.sharing import by_expert
 from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
 from megalora.generation import replica
 from megalora.generation.replica import Replica
-from megalora.generation.requests import FAILED, INTERRUPTED, LENGTH, STOP, Prompt, Request
+from megalora.generation.requests import FAILED, INTERRUPTED, LENGTH, STOP, Change, Prompt, Request
 from megalora.generation.sampling import Sampling
 from megalora.models.config import config_from_dict
 from megalora.models.stage import NO_LORA
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
+from megalora.serving.adapters import put_adapters, room_for
 
 FIELDS = {
     "model_type": "qwen2",  # with biases
@@ -43,7 +45,33 @@ OF_LATENTS = (
     {"r": 5, "lora_alpha": 9, "target_modules": ["kv_b_proj"]},
     {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["o_proj", "q_b_proj"]},
 )
-KINDS = {"qwen2": (FIELDS, ADAPTERS), "latent": (LATENT, OF_LATENTS)}
+IN_EXPERTS = ["gate_proj", "up_proj", "down_proj"]
+OF_EXPERTS = (  # every expert_lora; ranks differ between experts, and linears beside experts are adapted or not
+    {"r": 2, "lora_alpha": 6, "target_modules": "all-linear", "rank_pattern": {r"experts\.[13]\.down_proj": 4}},
+    {"r": 3, "lora_alpha": 3, "target_modules": ["o_proj", *IN_EXPERTS], "expert_lora": "shared_a"},
+    {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": IN_EXPERTS[1:], "expert_lora": "shared"},
+)
+OF_SOME = (  # with the router, and experts that some adapters leave alone
+    {"r": 2, "lora_alpha": 6, "target_modules": ["gate", "q_proj", "experts.2.up_proj", "experts.0.down_proj"]},
+    {"r": 3, "lora_alpha": 9, "target_modules": ["experts.2.up_proj", "experts.5.gate_proj"]},
+    {"r": 1, "lora_alpha": 4, "target_modules": "all-linear", "exclude_modules": ["experts.0.up_proj"]},
+)
+FUSED = ["gate_up_proj", "down_proj"]
+KINDS = {
+    "qwen2": (FIELDS, ADAPTERS),
+    "latent": (LATENT, OF_LATENTS),
+    "experts": (fields_of("qwen3_moe"), OF_EXPERTS),
+    "some experts": (fields_of("qwen3_moe"), OF_SOME),
+    "experts beside one of all tokens": (fields_of("qwen2_moe"), OF_EXPERTS),
+    "experts with biases": (
+        fields_of("gpt_oss"),
+        [
+            {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"},
+            {"r": 3, "lora_alpha": 9, "target_modules": FUSED, "expert_lora": "shared"},
+            {"r": 4, "lora_alpha": 8, "target_modules": ["gate_up_proj", "q_proj"], "expert_lora": "shared_a"},
+        ],
+    ),
+}
 NEW = 12
 GREEDY = Sampling()
 PROMPTS = [[5 + i, 9, 40 - i, *range(3, 3 + i)] for i in range(7)]
@@ -70,6 +98,7 @@ def draw(name, shape):
 
 
 def adapters(kind):
+    """Each as it is trained: experts may share factors."""
     fields, loras = KINDS[kind]
     config = config_from_dict(fields)
     found = []
@@ -77,6 +106,15 @@ def adapters(kind):
         lora = resolve_lora(LoraConfig.from_dict(fields), config)
         shapes = trained_shapes(lora, config)
         found.append((lora, {name: draw(f"{number}{name}", shape).float() for name, shape in shapes.items()}))
+    return found
+
+
+def as_read(kind):
+    """The same as a server reads them: a factor that experts share is there for each of them."""
+    config, found = config_from_dict(KINDS[kind][0]), []
+    for lora, tensors in adapters(kind):
+        tensors, fields = by_expert(tensors, lora.config.to_dict())
+        found.append((resolve_lora(LoraConfig.from_dict(fields), config), tensors))
     return found
 
 
@@ -131,12 +169,18 @@ def alone(kind="qwen2"):
     return found
 
 
-def serve(rank, world_size, tp, requests, interrupt=(), slots=4, kind="qwen2"):
-    mesh = build_mesh(rank, world_size, tp, world_size // tp)
-    shared = share(adapters(kind))
+def serve(rank, world_size, tp, requests, interrupt=(), slots=4, kind="qwen2", comes_and_goes=False):
+    """comes_and_goes: each adapter takes a place that another has left."""
+    mesh, read = build_mesh(rank, world_size, tp, world_size // tp), as_read(kind)
+    room = room_for(len(read), 6, config_from_dict(KINDS[kind][0]), of_experts=True) if comes_and_goes else None
+    shared = share(read) if room is None else room.empty()
     stage = make_stage(shared.lora, mesh, kind)
-    load_adapter(stage, shared.tensors, "here")
+    if room is None:
+        load_adapter(stage, shared.tensors, "here")
     stage.share_adapters(shared.owners)
+    for changes in (range(1, 3), range(3)) if room is not None else ():
+        taken = [Change(place, room.fit(*read[adapter])) for place, adapter in enumerate(changes, 1)]
+        put_adapters(stage, room, taken, empty=changes.start == 1)
     one = Replica(stage, mesh.pp, mesh.tp, 64, Sampling(), (), listened_to=True)
     one.reserve(slots, 64)
     inbox, ear = (Inbox(requests), Ear(interrupt)) if rank == 0 else (None, None)
@@ -156,12 +200,17 @@ def mixed():
     ]
 
 
+def twice(rank, world_size, requests, kind):
+    """With the adapters of the start, and with others that come while it runs."""
+    return [serve(rank, world_size, 2, requests, kind=kind, comes_and_goes=comes) for comes in (False, True)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch_gives_each_its_own(kind):
     """On one process, and over tensor and pipeline parallel ranks; requests join while others run."""
     expected, requests = alone(kind), mixed()
     assert len({tuple(replies) for replies in expected}) == 4, "the adapters reply alike"
-    ranks = [serve(0, 1, 1, requests, kind=kind), spawn(serve, 4, 2, requests, (), 4, kind)[0]]
+    ranks = [serve(0, 1, 1, requests, kind=kind), *spawn(twice, 4, requests, kind)[0]]
     for replies, heard, logprobs in ranks:
         for one in requests:
             number, adapter = one.prompt.number, one.prompt.adapter
@@ -173,8 +222,9 @@ def test_a_mixed_batch_gives_each_its_own(kind):
             for token, told in zip(wanted, logprobs[number] if adapter == 1 else (), strict=False):
                 assert told.likeliest[0] == (token, told.chosen) and len(told.likeliest) == 2
                 assert told.likeliest[1][1] <= told.chosen < 0
-    for a, b in zip(*(one[2].values() for one in ranks), strict=True):
-        torch.testing.assert_close([t.chosen for t in a if t], [t.chosen for t in b if t])
+    for some in zip(*(one[2].values() for one in ranks), strict=True):
+        for told in some[1:]:
+            torch.testing.assert_close([t.chosen for t in some[0] if t], [t.chosen for t in told if t])
 
 
 def test_each_request_has_its_own_way():

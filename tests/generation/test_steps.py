@@ -5,16 +5,17 @@ import torch
 from oracle import fields_of
 
 from megalora.adapters.config import LoraConfig
-from megalora.building import build_stage, resolve_lora
+from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
 from megalora.generation.cache import Span
 from megalora.generation.replica import Replica
-from megalora.generation.requests import Prompt
+from megalora.generation.requests import Change, Prompt
 from megalora.generation.sampling import Sampling
 from megalora.generation.steps import Steps
 from megalora.models.config import config_from_dict
 from megalora.models.stage import NO_LORA
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
+from megalora.serving.adapters import put_adapters, room_for
 
 FIELDS = {
     "model_type": "qwen2",
@@ -38,6 +39,10 @@ PLACES = [
     pytest.param("cuda", torch.float32, 1e-3, id="cuda-without-kernel", marks=pytest.mark.gpu),
 ]
 LENGTHS, SLOTS = (11, 4, 8), (2, 0, 3)
+OF_EXPERTS = {  # a token goes to all: no rounding sends it elsewhere
+    **{name: value for name, value in FIELDS.items() if "window" not in name},
+    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 64,
+}  # fmt: skip
 
 
 def make_stage(dtype, device):
@@ -88,6 +93,51 @@ def test_decoding_is_feeding_the_whole(device, dtype, tolerance):
     stage.switch_adapters(True)
     assert not torch.allclose(base, tuned, rtol=1e-2, atol=1e-2), "a recording reads the weights where they are"
     torch.testing.assert_close(steps.decode(None, *again), tuned)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@torch.inference_mode()
+def test_a_step_of_several_adapters_of_experts(device, dtype, tolerance):
+    """Each token gets what its adapter alone gives, also after an adapter has changed in place."""
+    config, mesh = config_from_dict(OF_EXPERTS), build_mesh(0, 1)
+    lora = resolve_lora(LoraConfig.from_dict({"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}), config)
+
+    def drawn(seed, name, shape):
+        generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
+        return torch.randn(shape, generator=generator) * 0.1 + ("norm" in name)
+
+    def of(lora):
+        stage, _ = build_stage(config, mesh, lora, Placement(mesh.tp, False, dtype, torch.device(device)))
+        for name, parameter in stage.named_parameters():
+            parameter.copy_(drawn(0, name, parameter.shape))
+        return stage
+
+    shapes = trained_shapes(lora, config)
+    adapters = [{name: drawn(seed, name, shape) for name, shape in shapes.items()} for seed in (1, 2, 3)]
+    text = [5, 17, 42, 8, 61, 3]
+    expected = []
+    for tensors in adapters:
+        stage = of(lora)
+        load_adapter(stage, tensors, "here")
+        stage.refresh_adapters()
+        expected.append(Steps(stage, 1, 20).prefill(None, text, [Span(0, 0, len(text))])[-1])
+
+    room = room_for(2, 8, config, of_experts=True)
+    shared = room.empty()
+    stage = of(shared.lora)
+    stage.share_adapters(shared.owners)
+    fits = [room.fit(lora, tensors) for tensors in adapters]
+    put_adapters(stage, room, [Change(1, fits[0]), Change(2, fits[1])], empty=True)
+    stage.refresh_adapters()
+    steps = Steps(stage, 4, 20)
+    for numbers in ((0, 1), (2, 1)):  # which adapter is in each place
+        last = len(text) - 1
+        steps.prefill(None, text[:-1] * 2, [Span(slot, 0, last) for slot in (0, 1)], [1, 2])
+        out = steps.decode(None, [text[-1]] * 2, [0, 1], [last] * 2, [1, 2])
+        for row, number in enumerate(numbers):
+            torch.testing.assert_close(out[row], expected[number], rtol=tolerance, atol=tolerance)
+        assert not torch.allclose(out[0], out[1], rtol=3 * tolerance, atol=3 * tolerance)
+        put_adapters(stage, room, [Change(1, fits[2])])
 
 
 @torch.inference_mode()

@@ -108,7 +108,8 @@ LINES = st.lists(
     [
         ({}, True), ({"task_type": "TOKEN_CLS"}, False), ({"use_dora": True}, False), ({"bias": "lora_only"}, False),
         ({"modules_to_save": ["lm_head"]}, False), ({"target_modules": "all-linear"}, True),
-        ({"target_modules": ["model.layers.0.mlp.experts.0.up_proj"]}, False),
+        ({"target_modules": ["model.layers.0.mlp.experts.0.up_proj"]}, True),
+        ({"target_modules": None, "target_parameters": ["mlp.experts.gate_up_proj"]}, True),
     ],
 )  # fmt: skip
 def test_the_command_that_serves_an_adapter(tmp_path, fields, served):
