@@ -147,15 +147,15 @@ def filled(weights: Mapping[str, torch.Tensor] | None) -> Callable[[Stage], None
 
 
 @torch.no_grad()
-def randomize(module: torch.nn.Module) -> None:
+def randomize(stage: Stage) -> None:
     """Weights as an untrained model has them, and a B that is not zero."""
     torch.manual_seed(0)
-    for name, parameter in module.named_parameters():
+    for name, parameter in stage.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             parameter.normal_(std=0.02)
-    fill_quantised(module)
+    fill_quantised(stage)
 
 
 def peers(

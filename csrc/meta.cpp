@@ -31,4 +31,10 @@ Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor&, co
   return at::empty_symint({x.sym_size(0), codes.sym_size(0)}, x.options());
 }
 
+Tensor nf4_skinny_linear(const Tensor& x, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
+                         at::TensorList, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, const Tensor& branch,
+                         const OptionalTensor&) {
+  return at::empty_symint({x.sym_size(0), branch.sym_size(0)}, x.options());
+}
+
 }  // namespace megalora::meta

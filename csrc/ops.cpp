@@ -84,6 +84,9 @@ TORCH_LIBRARY(megalora, m) {
   def("nf4_decode_(Tensor codes, Tensor absmax, Tensor? scale, Tensor? numbers, Tensor? offset, int nested_block, "
       "int first, int width, Tensor(a!) out) -> ()");
   def("fp8_skinny_linear(Tensor x, Tensor codes, Tensor scale, Tensor branch, Tensor? bias) -> Tensor");
+  // Of several weights one below the other, each as nf4_decode_ takes it.
+  def("nf4_skinny_linear(Tensor x, Tensor[] codes, Tensor[] absmax, Tensor[] scale, Tensor[] numbers, Tensor[] offset, "
+      "int[] nested_block, int[] first, int[] width, Tensor branch, Tensor? bias) -> Tensor");
 
   // x [M, I], weight [O, I], bias [O] -> [M, O]; few rows, summed in float32.
   def("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
@@ -135,6 +138,7 @@ TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
   m.impl("fp8_decode_", &cuda::fp8_decode_);
   m.impl("nf4_decode_", &cuda::nf4_decode_);
   m.impl("fp8_skinny_linear", &cuda::fp8_skinny_linear);
+  m.impl("nf4_skinny_linear", &cuda::nf4_skinny_linear);
   m.impl("scale_columns_", &cuda::scale_columns_);
   m.impl("scale_columns_backward_", &cuda::scale_columns_backward_);
 }
@@ -147,6 +151,7 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
   m.impl("skinny_linear", &meta::skinny_linear);
   m.impl("tile_linear", &meta::skinny_linear);
   m.impl("fp8_skinny_linear", &meta::fp8_skinny_linear);
+  m.impl("nf4_skinny_linear", &meta::nf4_skinny_linear);
   for (const char* name : {"dropout_add_",
                            "rms_norm_",
                            "rms_norm_backward_",

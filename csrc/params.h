@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "kernel_limits.h"
 #include "mask.h"
 
 namespace megalora {
@@ -179,13 +180,32 @@ struct Nf4DecodeParams {
 };
 
 // y [M, O] contiguous = x [M, I + C] [codes * scale | branch]^T + bias [O] (null: none); codes [O, I] e4m3, scale [O]
-// float32, branch [O, C].
+// float32, branch [O, C]; 1 <= M <= kMostQuantisedRows.
 struct Fp8SkinnyParams {
   Matrix x, codes, branch;
   const float* scale;
   const void* bias;
   void* y;
   int64_t rows, in_features, out_features, room;
+  Type type;
+};
+
+// Some outputs of an NF4 weight, as Nf4DecodeParams has them, with scales: from `first_output` on of those that are
+// multiplied. Nested blocks have 2^nested_shift blocks. first_block, blocks: of the kernel's grid.
+struct Nf4Part {
+  const uint8_t *codes, *absmax;
+  const float *scale, *numbers, *offset;
+  int64_t outputs, first_output, first, width, nested_shift;
+  int64_t first_block, blocks;
+};
+
+// As Fp8SkinnyParams, with `count` parts of NF4 one below the other.
+struct Nf4SkinnyParams {
+  Matrix x, branch;
+  Nf4Part parts[kMostNf4Parts];
+  const void* bias;
+  void* y;
+  int64_t count, rows, in_features, out_features, room;
   Type type;
 };
 

@@ -51,6 +51,12 @@ inline void check_matrix(const Tensor& m, const Tensor& like) {
   check_rows(m, like);
 }
 
+// Adjacent floats on the device of `like`.
+inline void check_floats(const Tensor& x, int64_t count, const Tensor& like) {
+  MEGALORA_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(), "got ", x.scalar_type(), " ", x.strides());
+  MEGALORA_CHECK(x.numel() == count && x.device() == like.device(), x.sizes(), " on ", x.device());
+}
+
 // A mask whose blocks of eight features are those of x.
 inline Mask octet_mask(const MaskArguments& arguments, const Tensor& x) {
   const Mask mask = make_mask(arguments, x);

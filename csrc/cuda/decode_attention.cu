@@ -6,6 +6,7 @@
 // (reduce_kernel) over the parts.
 #include <algorithm>
 
+#include "cuda/decode_step.h"
 #include "cuda/halves.h"
 #include "cuda/launch.h"
 #include "kernel_limits.h"
@@ -112,6 +113,8 @@ __device__ __forceinline__ void merge_teams(float* partial, const Softmax<G>& so
 
 template <int G, int D, bool bfloat16>
 __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(DecodeAttentionParams params) {
+  let_next_start();
+  await_previous();
   constexpr int kTeam = Teams<D>::lanes;
   const int split = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z;
   const int position = static_cast<int>(params.positions[sequence]);
@@ -152,6 +155,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(DecodeAtte
 
 template <bool bfloat16>
 __global__ void reduce_kernel(DecodeAttentionParams params) {
+  let_next_start();
+  await_previous();
   const int dim = static_cast<int>(params.head_dim), d = threadIdx.x, head = blockIdx.x;
   const int64_t sequence = blockIdx.y, kv_head = head / params.group, g = head % params.group;
   const int64_t stride = params.group * (2 + dim);
@@ -177,8 +182,8 @@ void launch_group(const DecodeAttentionParams& params, cudaStream_t stream) {
   const bool bfloat16 = params.type == Type::bfloat16;
   const auto attention = bfloat16 ? attention_kernel<G, D, true> : attention_kernel<G, D, false>;
   const auto reduce = bfloat16 ? reduce_kernel<true> : reduce_kernel<false>;
-  attention<<<parts, kAttentionThreads, 0, stream>>>(params);
-  reduce<<<heads, D, 0, stream>>>(params);
+  launch_following(attention, parts, kAttentionThreads, params.sequences, stream, params);
+  launch_following(reduce, heads, D, params.sequences, stream, params);
 }
 
 template <int D>

@@ -25,6 +25,7 @@ void launch_turn(const TurnParams& params, cudaStream_t stream);
 void launch_fp8_decode(const Fp8DecodeParams& params, cudaStream_t stream);
 void launch_nf4_decode(const Nf4DecodeParams& params, cudaStream_t stream);
 void launch_fp8_skinny(const Fp8SkinnyParams& params, cudaStream_t stream);
+void launch_nf4_skinny(Nf4SkinnyParams params, cudaStream_t stream);  // sets the blocks of the parts
 
 // bfloat16 or float16.
 void launch_skinny_linear(const SkinnyLinearParams& params, cudaStream_t stream);

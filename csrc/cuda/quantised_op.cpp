@@ -1,5 +1,4 @@
 // Quantised weights on CUDA.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include "cuda/checks.h"
@@ -14,11 +13,6 @@ bool is_half(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.sca
 
 // e4m3 codes, or bytes.
 bool is_codes(const Tensor& x) { return x.scalar_type() == at::kFloat8_e4m3fn || x.scalar_type() == at::kByte; }
-
-void check_floats(const Tensor& x, int64_t count, const Tensor& like) {
-  MEGALORA_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(), "got ", x.scalar_type(), " ", x.strides());
-  MEGALORA_CHECK(x.numel() == count && x.device() == like.device(), x.sizes(), " on ", x.device());
-}
 
 void check_out(const Tensor& out, const Tensor& like) {
   MEGALORA_CHECK(out.dim() == 2 && is_half(out) && out.size(1) % kOctet == 0, out.sizes(), " of ", out.scalar_type());
@@ -165,41 +159,6 @@ void nf4_decode_(const Tensor& codes, const Tensor& absmax, const OptionalTensor
   params.type = type_of(out);
   launch_nf4_decode(params, stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
-                         const OptionalTensor& bias) {
-  check_matrix(x, x);
-  MEGALORA_CHECK(x.size(0) <= kMostSkinnyRows, x.sizes());
-  MEGALORA_CHECK(codes.dim() == 2 && is_codes(codes) && codes.size(1) % 16 == 0, codes.sizes());
-  MEGALORA_CHECK(branch.dim() == 2 && branch.size(0) == codes.size(0) && branch.size(1) % kOctet == 0, branch.sizes());
-  MEGALORA_CHECK(x.size(1) == codes.size(1) + branch.size(1), x.sizes(), " for ", codes.sizes(), branch.sizes());
-  check_rows(codes, codes);
-  if (branch.size(1) > 0) check_rows(branch, x);  // without adapters there is none, and its rows have no length
-  check_floats(scale, codes.size(0), x);
-  Tensor dense;
-  if (bias) {
-    dense = bias->contiguous();
-    MEGALORA_CHECK(dense.numel() == codes.size(0) && dense.scalar_type() == x.scalar_type(), dense.sizes());
-  }
-  const c10::cuda::CUDAGuard guard(x.device());
-  Tensor y = at::empty({x.size(0), codes.size(0)}, x.options());
-  if (y.numel() == 0) return y;
-  Fp8SkinnyParams params{};
-  params.x = matrix_of(x);
-  params.codes = matrix_of(codes);
-  params.branch = matrix_of(branch);
-  params.scale = scale.const_data_ptr<float>();
-  params.bias = dense.defined() ? dense.const_data_ptr() : nullptr;
-  params.y = y.mutable_data_ptr();
-  params.rows = x.size(0);
-  params.in_features = codes.size(1);
-  params.out_features = codes.size(0);
-  params.room = branch.size(1);
-  params.type = type_of(x);
-  launch_fp8_skinny(params, stream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return y;
 }
 
 }  // namespace megalora::cuda

@@ -1,4 +1,5 @@
 // RMSNorm, alone or with the sum of the residual stream before it, and its backward pass.
+#include "cuda/decode_step.h"
 #include "cuda/launch.h"
 #include "cuda/vectors.h"
 
@@ -23,6 +24,8 @@ __device__ __forceinline__ float row_sum(float value, float* scratch) {
 // eps: of the parameters, in the type of the arithmetic.
 template <typename T, int threads, int held>
 __global__ void rms_norm_kernel(RmsNormParams params, float eps) {
+  let_next_start();
+  await_previous();
   const auto *x = static_cast<const T*>(params.x.data), *delta = static_cast<const T*>(params.delta);
   const int64_t size = params.size;
   __shared__ float scratch[32];
@@ -138,8 +141,8 @@ void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
     using T = decltype(zero);
     with_row_shape<T>(params.size, [&](auto shape) {
       constexpr int threads = decltype(shape)::threads, held = decltype(shape)::held, block = decltype(shape)::block;
-      rms_norm_kernel<T, threads, held>
-          <<<blocks_for(params.rows, block / threads), block, 0, stream>>>(params, static_cast<float>(params.eps));
+      launch_following(rms_norm_kernel<T, threads, held>, dim3(blocks_for(params.rows, block / threads)), block,
+                       params.rows, stream, params, static_cast<float>(params.eps));
     });
   });
 }

@@ -1,5 +1,6 @@
 // Heads and their rotation: a thread takes one vector of the first half of a head and its partner in the second half.
 // Tokens are the grid's first dimension: dividing 64-bit numbers to find them took longer than the memory.
+#include "cuda/decode_step.h"
 #include "cuda/launch.h"
 #include "cuda/vectors.h"
 
@@ -11,6 +12,8 @@ constexpr int kRopeThreads = 128;
 template <typename T, bool backward>
 __global__ void split_rope_kernel(const __grid_constant__ SplitRopeParams params, int heads, int kv_heads,
                                   int head_dim) {
+  let_next_start();
+  await_previous();
   constexpr int each = Vector<T>::size;
   const int half = head_dim / 2, parts = half / each, all = heads + 2 * kv_heads;
   const unsigned i = blockIdx.y * blockDim.x + threadIdx.x;
@@ -51,7 +54,7 @@ void launch_split_rope(const SplitRopeParams& params, cudaStream_t stream) {
     const int64_t work = int64_t{heads + 2 * kv_heads} * (head_dim / 2 / Vector<T>::size);
     const auto kernel = params.backward ? split_rope_kernel<T, true> : split_rope_kernel<T, false>;
     const dim3 grid(static_cast<unsigned>(params.tokens), blocks_for(work, kRopeThreads));
-    kernel<<<grid, kRopeThreads, 0, stream>>>(params, heads, kv_heads, head_dim);
+    launch_following(kernel, grid, kRopeThreads, params.tokens, stream, params, heads, kv_heads, head_dim);
   });
 }
 

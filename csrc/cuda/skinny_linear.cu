@@ -1,5 +1,6 @@
 // A linear of a few rows on a GPU. Bound by what it reads once: the weight. Its grid depends on shapes alone, so that a
 // CUDA graph can hold it.
+#include "cuda/decode_step.h"
 #include "cuda/halves.h"
 #include "cuda/launch.h"
 #include "kernel_limits.h"
@@ -10,18 +11,10 @@ namespace {
 constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
-// The weight is read once and by nobody else soon.
-__device__ __forceinline__ uint4 stream(const uint4* from) {
-  uint4 words;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-      : "l"(from));
-  return words;
-}
-
 // A warp makes kOutputs outputs of each row of x. kUnrolled octets of each weight's row are under way at a time: fewer
 // do not keep the memory busy, more take registers from warps that would.
 constexpr int kWarps = 8, kOutputs = 2, kUnrolled = 4;
+constexpr int64_t kPrefetched = 2048;  // bytes of a row, before the kernel before has ended
 
 template <int M, bool bfloat16>
 __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearParams params) {
@@ -29,6 +22,12 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
   const auto* weight = static_cast<const uint16_t*>(params.weight.data);
   const int lane = threadIdx.x % kLanes;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes) * kOutputs;
+  const int64_t fetched = static_cast<int64_t>(blockIdx.x) * kWarps * kOutputs + threadIdx.x;
+  if (threadIdx.x < kWarps * kOutputs && fetched < params.out_features) {
+    prefetch(weight + fetched * params.weight.stride, static_cast<uint32_t>(min(2 * params.in_features, kPrefetched)));
+  }
+  let_next_start();
+  await_previous();
   if (first >= params.out_features) return;
   const uint4* weights[kOutputs];
 #pragma unroll
@@ -44,7 +43,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
 #pragma unroll
     for (int u = 0; u < kUnrolled; ++u) {
 #pragma unroll
-      for (int o = 0; o < kOutputs; ++o) words[u][o] = stream(weights[o] + at + u * kLanes);
+      for (int o = 0; o < kOutputs; ++o) words[u][o] = stream_octet(weights[o] + at + u * kLanes);
     }
 #pragma unroll
     for (int u = 0; u < kUnrolled; ++u) {
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
       float w[8];
-      unpack<bfloat16>(stream(weights[o] + at), w);
+      unpack<bfloat16>(stream_octet(weights[o] + at), w);
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         float x[8];
@@ -95,7 +94,7 @@ template <int M>
 void launch_rows(const SkinnyLinearParams& params, cudaStream_t stream) {
   const auto kernel = params.type == Type::bfloat16 ? skinny_kernel<M, true> : skinny_kernel<M, false>;
   const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
-  kernel<<<blocks, kWarps * kLanes, 0, stream>>>(params);
+  launch_following(kernel, dim3(blocks), kWarps * kLanes, M, stream, params);
 }
 
 }  // namespace

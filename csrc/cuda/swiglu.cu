@@ -1,4 +1,5 @@
 // silu(gate) * up and its backward pass.
+#include "cuda/decode_step.h"
 #include "cuda/launch.h"
 #include "cuda/vectors.h"
 
@@ -9,6 +10,8 @@ __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f +
 
 template <typename T>
 __global__ void swiglu_kernel(const __grid_constant__ SwiGluParams params) {
+  let_next_start();
+  await_previous();
   constexpr int each = Vector<T>::size;
   const auto* gate_up = static_cast<const T*>(params.gate_up);
   const int64_t size = params.size;
@@ -53,8 +56,8 @@ __global__ void swiglu_backward_kernel(const __grid_constant__ SwiGluBackwardPar
 void launch_swiglu(const SwiGluParams& params, cudaStream_t stream) {
   dispatch(params.type, [&](auto zero) {
     using T = decltype(zero);
-    swiglu_kernel<T>
-        <<<blocks_for(params.rows * params.size / Vector<T>::size, kThreads), kThreads, 0, stream>>>(params);
+    const dim3 grid(blocks_for(params.rows * params.size / Vector<T>::size, kThreads));
+    launch_following(swiglu_kernel<T>, grid, kThreads, params.rows, stream, params);
   });
 }
 

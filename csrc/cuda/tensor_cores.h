@@ -41,6 +41,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ __forceinline__ float load_shared(uint32_t address) {
+  float x;
+  asm("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
+  return x;
+}
+// Behind a barrier: what is read at this address is read behind it too.
+__device__ __forceinline__ uint32_t written(uint32_t address) {
+  asm volatile("" : "+r"(address)::"memory");
+  return address;
+}
+
 // Copies 16 bytes in the background, or writes zeros where there is nothing to copy.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megalora.ops import extension
+from megalora.ops import extension, limits
 from megalora.ops.fp8 import takes_decoded
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -230,6 +230,45 @@ class Nf4Rows:
             return
         place = (starts % self.block).unsqueeze(1) + torch.arange(self.columns, device=device)
         out[rows].copy_(values * absmax.gather(1, place // self.block))
+
+
+# ---- products of a few rows, without a decoded weight
+
+
+def multiplies(parts: Sequence[Nf4Rows]) -> bool:
+    """Return whether `product` takes these: whole blocks, with absmax in nested blocks of a power of two."""
+    meanings = [part.meaning for part in parts]
+    return (
+        0 < len(parts) <= limits.MOST_NF4_PARTS
+        and all(part.aligned and part.block == BLOCK and part.weights == 1 for part in parts)
+        and all(m.scale is not None and m.nested_block & (m.nested_block - 1) == 0 for m in meanings)
+    )
+
+
+def product(
+    X: torch.Tensor, parts: Sequence[Nf4Rows], branch: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return X [W | branch]^T + bias [T, O] of up to MOST_QUANTISED_ROWS rows X [T, I + C], 16-bit floats on a GPU.
+
+    W is the parts one below the other, branch [O, C]. A value of W is rounded to X's dtype as `decode_` rounds it, sums
+    are in float32: the product with the decoded weight, which is never written.
+    """
+    return torch.ops.megalora.nf4_skinny_linear(X, *_lists(parts), branch, bias)
+
+
+def _lists(parts: Sequence[Nf4Rows]) -> tuple[list[Any], ...]:
+    """Return what the op takes of the parts: codes, absmax, scale, numbers, offset, nested_block, first, width."""
+    meanings = [part.meaning for part in parts]
+    return (
+        [part.codes for part in parts],
+        [part.absmax for part in parts],
+        [m.scale for m in meanings],
+        [m.numbers for m in meanings],
+        [m.offset for m in meanings],
+        [m.nested_block for m in meanings],
+        [part.first // part.block for part in parts],
+        [part.width // part.block for part in parts],
+    )
 
 
 @torch.no_grad()

@@ -2,11 +2,13 @@
 
 A matrix is decoded before each product into a scratch [W | s B] that all matrices of a stage share, so that a product
 with a quantised base is the product with a dense one of the decoded values: the same on every device and layout, but
-for rounding.
+for rounding. On GPUs a few rows (a step of generation) are multiplied by codes that are decoded on the way, with no
+scratch: the same values, and a fraction of the bytes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +16,10 @@ from typing import Any
 import torch
 
 from megalora.errors import UserError
-from megalora.ops import extension, fp8, limits
+from megalora.ops import extension, fp8, limits, nf4
 from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
 from megalora.ops.matmul import matmul, matmul_nt
-from megalora.ops.nf4 import Nf4Weight, quantise_nf4
+from megalora.ops.nf4 import Nf4Rows, Nf4Weight, quantise_nf4
 from megalora.parallel.base import WeightSource
 from megalora.parallel.rows_stack import DenseRows, Rows, RowsStack
 from megalora.parallel.split import Split
@@ -191,8 +193,38 @@ class _QuantisedMatrix:
         return whole
 
 
+def _few(X: torch.Tensor) -> bool:
+    """Return whether kernels that decode on the way take X [T, columns + room] (csrc/cuda/quantised_skinny.cu)."""
+    return (
+        X.is_cuda
+        and extension.has_kernels("cuda")
+        and len(X) <= limits.MOST_QUANTISED_ROWS
+        and X.itemsize == 2
+        and X.stride(1) == 1
+        and all(n % limits.OCTET == 0 for n in (*X.shape[1:], X.stride(0), X.data_ptr() // X.itemsize))
+    )
+
+
 class Nf4Matrix(_QuantisedMatrix):
     """W in NF4."""
+
+    def multiply(
+        self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not (_few(X) and self._multiplied):
+            return super().multiply(X, bias, out)
+        y = nf4.product(X, self._multiplied, self._branch, bias)
+        return y if out is None else out.copy_(y)
+
+    def _put(self, first: int, part: Rows) -> None:
+        super()._put(first, part)
+        self.__dict__.pop("_multiplied", None)
+
+    @functools.cached_property
+    def _multiplied(self) -> list[Nf4Rows]:
+        """The rows in their order; none where they are not multiplied as they are."""
+        parts = [part for _, part in sorted(self._parts.items()) if isinstance(part, Nf4Rows)]
+        return parts if len(parts) == len(self._parts) and nf4.multiplies(parts) else []
 
     def _read(self, source: WeightSource, stored: Stored, wanted: _Wanted) -> Sequence[Rows]:
         if isinstance(stored, Nf4Weight):
@@ -276,7 +308,7 @@ class Fp8Matrix(_QuantisedMatrix):
     ) -> torch.Tensor:
         if self._terms is None:
             return super().multiply(X, bias, out)
-        if len(X) <= limits.MOST_SKINNY_ROWS and extension.has_kernels("cuda") and X.stride(1) == 1:
+        if _few(X):
             y = torch.ops.megalora.fp8_skinny_linear(X, self._codes, self._scale, self._branch, bias)
             return y if out is None else out.copy_(y)
         if not self.rank:

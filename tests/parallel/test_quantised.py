@@ -5,8 +5,10 @@ import torch
 from oracle import RandomWeight
 
 from megalora.errors import UserError
+from megalora.ops import extension, limits, nf4
 from megalora.ops.fp8 import E4M3, Fp8Rows
-from megalora.ops.nf4 import quantise_nf4
+from megalora.ops.nf4 import NUMBERS, quantise_nf4, unpacked
+from megalora.parallel import quantised
 from megalora.parallel.formats import BaseFormat
 from megalora.parallel.split import Split
 
@@ -105,3 +107,71 @@ def test_memory_for_products_in_e4m3_is_there_only_where_all_rows_have_one_scale
         assert (matrix._terms is not None) is in_place
         held = {part.codes.untyped_storage().data_ptr() for part in matrix._parts.values()}
         assert held == {matrix._terms.untyped_storage().data_ptr()} if in_place else len(held) == 2
+
+
+def nf4_skinny(x, codes, absmax, scale, numbers, offset, nested_block, first, width, branch, bias):
+    """What csrc/cuda/quantised_skinny.cu does, in plain torch: every part by its own numbers."""
+    parts = []
+    for i, bytes_of_rows in enumerate(codes):
+        values = torch.tensor(NUMBERS)[unpacked(bytes_of_rows.reshape(-1)).int()].view(len(bytes_of_rows), -1, 64)
+        rows, blocks = values.shape[:2]
+        place = first[i] + torch.arange(rows).unsqueeze(1) * width[i] + torch.arange(blocks)
+        largest = numbers[i][absmax[i].int()] * scale[i][place // nested_block[i]] + offset[i]
+        parts.append((values * largest.unsqueeze(2)).view(rows, -1).to(x.dtype))
+    y = x @ torch.cat((torch.cat(parts), branch), 1).t()
+    return y if bias is None else y + bias
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The op for few rows on a CPU, and how often it was called."""
+    if not extension.load():
+        pytest.skip("no megalora._C: " + extension.REMEDY)
+    calls = []
+
+    def op(x, *arguments):
+        calls.append(len(x))
+        return nf4_skinny(x, *arguments)
+
+    library = torch.library.Library("megalora", "IMPL")
+    library.impl("nf4_skinny_linear", op, "CPU")
+    monkeypatch.setattr(quantised, "_few", lambda X: len(X) <= limits.MOST_QUANTISED_ROWS)
+    yield calls
+    library._destroy()
+
+
+def test_few_rows_are_multiplied_with_codes_of_all_linears_in_their_order(few_rows):
+    """A matrix of two linears, filled in any order, the second with rows from two places and a part of the columns."""
+    base, columns = BaseFormat("nf4"), 128
+    W = {"first": random(40, columns), "second": random(96, columns)}
+    split = Split((96, columns), 0, ((3, 2, 5, 20), (60, 1, 7, 0)))
+    matrix = base.matrix(57, columns, ROOM, torch.float64, "cpu", rank=ROOM)
+    matrix.fill(slice(40, 57), RandomWeight(W["second"]), split, False)
+    matrix.fill(slice(0, 40), RandomWeight(W["first"]), Split((40, columns)), False)
+    matrix.branch(slice(0, 57), slice(0, ROOM)).copy_(random(57, ROOM))
+    P = torch.cat((matrix.weight(slice(0, 57)), random(57, ROOM)), 1)
+    X, bias = random(limits.MOST_QUANTISED_ROWS, columns + ROOM), random(57)
+    out = torch.empty(len(X), 57, dtype=torch.float64)
+    torch.testing.assert_close(matrix.multiply(X, bias), X @ P.t() + bias, rtol=1e-6, atol=1e-6)
+    assert matrix.multiply(X, out=out) is out and out.equal(matrix.multiply(X))
+    assert few_rows == 3 * [len(X)]
+    many = random(limits.MOST_QUANTISED_ROWS + 1, columns + ROOM)
+    torch.testing.assert_close(matrix.multiply(many), many @ P.t(), rtol=1e-6, atol=1e-6)
+    assert len(few_rows) == 3
+
+
+def test_rows_of_other_forms_are_decoded(few_rows):
+    """Rows that end inside a block, absmax that are not quantised, more parts than the kernel takes."""
+    W = random(32, 128)
+    uneven = filled(BaseFormat("nf4"), random(32, 80), Split((32, 80)))
+    cut = filled(BaseFormat("nf4"), W, Split.range((32, 128), 1, 0, 96))
+    runs = tuple((2 * i, 1, 1, 0) for i in range(limits.MOST_NF4_PARTS + 1))
+    many = filled(BaseFormat("nf4"), W, Split((32, 128), 0, runs))
+    for matrix in (uneven, cut, many):
+        X = random(3, matrix.columns + ROOM)
+        wanted = X[:, : matrix.columns] @ matrix.weight(slice(0, matrix.rows)).t()
+        torch.testing.assert_close(matrix.multiply(X), wanted)
+    (part,) = quantise_nf4(W).rows([(0, 32)], (0, 128))
+    plain = nf4.replace(part, meaning=nf4.Absmax(plain=part.meaning.at(torch.arange(64).view(32, 2), part.absmax)[:0]))
+    assert nf4.multiplies([part]) and not nf4.multiplies([plain]) and not nf4.multiplies([])
+    assert few_rows == []
