@@ -1,0 +1,52 @@
+// As much of CUDA as quantised_skinny.cu needs on a CPU: a thread for each of a block's, blocks one after another.
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = void*;
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __constant__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+using std::max;
+using std::min;
+
+inline thread_local dim3 threadIdx, blockIdx;
+inline std::barrier<>* block_barrier;
+inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+
+inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | uint64_t{b} << 32;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= uint32_t(bytes >> (8 * (selector >> 4 * i & 7)) & 255) << 8 * i;
+  return picked;
+}
