@@ -19,7 +19,6 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-
 from train_step import randomize
 
 from megalora.adapters.config import LoraConfig
@@ -117,6 +116,19 @@ class Slice:
         torch.cuda.synchronize()
         return tuple([a.elapsed_time(b) for a, b in times[name]] for name in ("forward", "backward"))
 
+    def busy(self) -> tuple[float, float]:
+        """(ms of the kernels of one forward, of one backward): what a step takes that is replayed from CUDA graphs."""
+        self.gradients.zero()
+        found = []
+        _, out = self.forward()
+        for work in (self.forward, lambda: self.backward(out)):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                work()
+                torch.cuda.synchronize()
+            kernels = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+            found.append(sum(event.device_time_total for event in kernels) / 1e3)
+        return found[0], found[1]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,22 +170,27 @@ def main() -> None:
     torch.cuda.reset_peak_memory_stats()
     forward, backward = alone.step(options.microbatches, ahead)
     peak = torch.cuda.max_memory_allocated()
+    busy = alone.busy()
 
     # Without the collectives, whose messages are not sent here.
     never = float("inf")
     silent = replace(device, link=never, network=never, collective=never, latency=0.0, meeting=0.0, overlaps=False)
     predicted = chunk_seconds(shape, parts[options.stage], work, silent, **ends)
+    replayed = chunk_seconds(shape, parts[options.stage], work, silent.with_graphs(), **ends)
     whole = chunk_seconds(shape, parts[options.stage], work, device, **ends)
     layers = parts[options.stage]
     where = f"tp {options.tp}, pp {options.pp}, stage {options.stage} (layers {layers[0]} to {layers[-1]})"
     print(f"{where}, {options.rows} rows, recompute {options.recompute}, base {options.base_format}, {ahead} in flight")
     print("| | predicted | measured |\n|---|---|---|")
     print(f"| memory, GiB | {memory.total / GIB:.2f} | {peak / GIB:.2f} |")
-    for name, seconds, measured in (
-        ("forward", predicted.forward, forward),
-        ("backward", predicted.recompute + predicted.backward, backward),
+    for name, times, measured in (
+        ("forward", predicted, statistics.median(forward)),
+        ("backward", predicted, statistics.median(backward)),
+        ("forward, its kernels alone", replayed, busy[0]),
+        ("backward, its kernels alone", replayed, busy[1]),
     ):
-        print(f"| {name} of a microbatch, ms | {1e3 * seconds:.1f} | {statistics.median(measured):.1f} |")
+        seconds = times.forward if name.startswith("forward") else times.recompute + times.backward
+        print(f"| {name}, ms a microbatch | {1e3 * seconds:.1f} | {measured:.1f} |")
     print(f"the collectives are predicted to add {1e3 * (whole.total - predicted.total):.1f} ms")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
 

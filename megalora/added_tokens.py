@@ -68,7 +68,12 @@ def _to_config(config: Mapping[str, Any], tokens: Sequence[AddedToken]) -> dict[
         entries = {str(entry.pop("id")): entry for entry in entries_of(tokens)}
         found["added_tokens_decoder"] = {**found["added_tokens_decoder"], **entries}
     name = next((name for name in _LISTS if isinstance(found.get(name), list)), _LISTS[-1])
-    return found | {name: [*(found.get(name) or ()), *(token.content for token in tokens if token.special)]}
+    there = found.get(name)
+    if there is not None and not isinstance(there, list):
+        raise UserError(
+            f"{name} of the tokenizer's files is {json.dumps(there)[:80]}, not a list of tokens", "copy them again"
+        )
+    return found | {name: [*(there or ()), *(token.content for token in tokens if token.special)]}
 
 
 def _to_map(special: Mapping[str, Any], tokens: Sequence[AddedToken]) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _parquet(file: BinaryIO, name: str) -> Iterator[Any]:
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH):
             yield from _rows_of_batch(batch)
-    except (pyarrow.ArrowException, ValueError, MemoryError) as error:  # a size in it may be any number
+    except _damages(pyarrow) as error:
         raise UserError(f"{name} cannot be read as parquet: {error}", "copy the file again") from None
 
 
@@ -255,8 +255,13 @@ def _arrow(file: BinaryIO, name: str) -> Iterator[Any]:
             batches = iter(pyarrow.ipc.open_stream(file))
         for batch in batches:
             yield from _rows_of_batch(batch)
-    except (pyarrow.ArrowException, ValueError, MemoryError) as error:  # a size in it may be any number
+    except _damages(pyarrow) as error:
         raise UserError(f"{name} cannot be read as arrow: {error}", "copy the file again") from None
+
+
+def _damages(pyarrow: Any) -> tuple[type[Exception], ...]:
+    """Return what reading a damaged table may raise: a size in it may be any number."""
+    return pyarrow.ArrowException, ValueError, MemoryError, OverflowError
 
 
 def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:

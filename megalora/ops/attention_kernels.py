@@ -63,14 +63,18 @@ def _halves(word, threshold):
 
 @triton.jit
 def _scores(
-    s, row, column, rows, count, window, slope, offsets, of_head, longest, scale, softcap,
+    s, row, column, first, at, rows, count, window, slope, offsets, of_head, longest, scale, softcap,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Return (the scores times log2(e), not seen: -inf; the tanh of softcap, or s) of products s; row and column are
-    broadcast against it, of `rows` queries and `count` keys.
+    """Return (the scores times log2(e), not seen: -inf; the tanh of softcap, or s) of products s; row and column, from
+    `first` and `at` on, are broadcast against it, of `rows` queries and `count` keys.
     """
-    s = s * scale
     tanh = s
+    if not (SOFTCAP or SLOPED or OFFSETS):
+        s = s * (scale * LOG2E)
+    else:
+        s = s * scale
     if SOFTCAP:
         tanh = 2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0
         s = softcap * tanh
@@ -79,12 +83,22 @@ def _scores(
     if OFFSETS:
         place = tl.minimum(tl.maximum(column - row, -longest), longest) + longest
         s = s + tl.load(offsets + of_head + place)
-    seen = (column >= 0) & (column < count) & (row < rows)
+    if SOFTCAP or SLOPED or OFFSETS:
+        s = s * LOG2E
+    # Most tiles are seen whole: comparing each of their elements costs as much as the exponentials.
+    whole = (at >= 0) & (at + N <= count) & (first + M <= rows)
     if CAUSAL:
-        seen = seen & (column <= row)
+        whole = whole & (at + N <= first + 1)
     if WINDOWED:
-        seen = seen & (row - column < window) & (column - row < window)
-    return tl.where(seen, s * LOG2E, float("-inf")), tanh
+        whole = whole & (first + M - at <= window) & (at + N - first <= window)
+    if not whole:
+        seen = (column >= 0) & (column < count) & (row < rows)
+        if CAUSAL:
+            seen = seen & (column <= row)
+        if WINDOWED:
+            seen = seen & (row - column < window) & (column - row < window)
+        s = tl.where(seen, s, float("-inf"))
+    return s, tanh
 
 
 @triton.jit
@@ -133,8 +147,8 @@ def forward_kernel(
     scale, softcap, window, longest, threshold, kept, key, step,
     q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, CROSS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr, SINKS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
+    SINKS: tl.constexpr,
     DROPS: tl.constexpr, LIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute out [T, H, D] and lse [H, T] of a tile of queries."""
@@ -170,8 +184,9 @@ def forward_kernel(
         column = at + tl.arange(0, N)
         keys = _load(k, key_start, at, count, k_token, of_key, N, WIDE, D)
         s, _ = _scores(
-            tl.dot(tile, tl.trans(keys)), row[:, None], column[None, :], rows, count, window, slope,
-            offsets, head * (2 * longest + 1), longest, scale, softcap, CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS,
+            tl.dot(tile, tl.trans(keys)), row[:, None], column[None, :], first, at, rows, count, window, slope,
+            offsets, head * (2 * longest + 1), longest, scale, softcap,
+            CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS, M, N,
         )  # fmt: skip
         new = tl.maximum(most, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -209,8 +224,7 @@ def query_kernel(
     scale, softcap, window, longest, threshold, kept, key, step,
     q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, dq_token, dq_head,
     GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, CROSS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
     DROPS: tl.constexpr, LIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of queries: ds = p (dout v^T - mean) times softcap's slope, dq = scale ds k."""
@@ -245,8 +259,9 @@ def query_kernel(
         keys = _load(k, key_start, at, count, k_token, of_key, N, WIDE, D)
         values = _load(v, key_start, at, count, v_token, of_value, N, WIDE, D)
         s, tanh = _scores(
-            tl.dot(tile, tl.trans(keys)), row[:, None], column[None, :], rows, count, window, slope,
-            offsets, head * (2 * longest + 1), longest, scale, softcap, CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS,
+            tl.dot(tile, tl.trans(keys)), row[:, None], column[None, :], first, at, rows, count, window, slope,
+            offsets, head * (2 * longest + 1), longest, scale, softcap,
+            CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS, M, N,
         )  # fmt: skip
         p = tl.exp2(s - logsum[:, None])
         ds = tl.dot(d, tl.trans(values))
@@ -267,11 +282,12 @@ def key_kernel(
     scale, softcap, window, longest, threshold, kept, key, step,
     q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, dk_token, dk_head,
     GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, CROSS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
-    DROPS: tl.constexpr, LIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
+    DROPS: tl.constexpr, LIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk = scale ds^T q and dv = p^T dout of a tile of keys, over all query heads that read them."""
+    """Compute dk = scale ds^T q and dv = p^T dout of a tile of keys, over the query heads that read them; or of each of
+    PARTS of these heads by itself: the sums of their parts are left to the caller.
+    """
     start, rows = _document(bounds, length, EVEN)
     key_start, count = start, rows
     if CROSS:
@@ -285,7 +301,8 @@ def key_kernel(
     at = tl.program_id(0) * N - shift
     if at >= count:
         return
-    kv_head = tl.program_id(2)
+    part = tl.program_id(2)
+    kv_head = part // PARTS
     column = at + tl.arange(0, N)
     keys = _load(k, key_start, at, count, k_token, kv_head.to(tl.int64) * k_head, N, WIDE, D)
     values = _load(v, key_start, at, count, v_token, kv_head.to(tl.int64) * v_head, N, WIDE, D)
@@ -293,12 +310,10 @@ def key_kernel(
     if CAUSAL:
         low = tl.maximum(at, 0)
     if WINDOWED:
-        low = tl.maximum(low, at - window + 1)
-        high = tl.minimum(rows, at + N + window - 1)
+        low, high = tl.maximum(low, at - window + 1), tl.minimum(rows, at + N + window - 1)
     low = low // M * M
-    dks = tl.zeros((N, WIDE), tl.float32)
-    dvs = tl.zeros((N, WIDE), tl.float32)
-    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+    dks, dvs = tl.zeros((N, WIDE), tl.float32), tl.zeros((N, WIDE), tl.float32)
+    for head in range(part * (GROUP // PARTS), (part + 1) * (GROUP // PARTS)):
         slope, site = 0.0, 0
         if SLOPED:
             slope = tl.load(slopes + head)
@@ -313,9 +328,9 @@ def key_kernel(
             logsum = tl.load(lse + here, mask=row < rows, other=float("inf"))
             means = tl.load(mean + here, mask=row < rows, other=0.0)
             s, tanh = _scores(
-                tl.dot(keys, tl.trans(tile)), row[None, :], column[:, None], rows, count, window, slope,
-                offsets, head * (2 * longest + 1), longest, scale, softcap,
-                CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS,
+                tl.dot(keys, tl.trans(tile)), row[None, :], column[:, None], first, at, rows, count, window,
+                slope, offsets, head * (2 * longest + 1), longest, scale, softcap,
+                CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS, M, N,
             )  # fmt: skip
             p = tl.exp2(s - logsum[None, :])
             ds = tl.dot(values, tl.trans(d))
@@ -329,5 +344,5 @@ def key_kernel(
             if SOFTCAP:
                 ds = ds * (1.0 - tanh * tanh)
             dks += tl.dot(ds.to(tile.dtype), tile)
-    _store(dk, dks * scale, key_start, at, count, dk_token, kv_head.to(tl.int64) * dk_head, N, WIDE, D)
-    _store(dv, dvs, key_start, at, count, dk_token, kv_head.to(tl.int64) * dk_head, N, WIDE, D)
+    _store(dk, dks * scale, key_start, at, count, dk_token, part.to(tl.int64) * dk_head, N, WIDE, D)
+    _store(dv, dvs, key_start, at, count, dk_token, part.to(tl.int64) * dk_head, N, WIDE, D)

@@ -18,6 +18,9 @@ from megalora.ops.tiled_attention import Scores
 
 MOST_FEATURES = 256
 _MEAN_ROWS = 32
+# Tiles of keys for each multiprocessor below which the query heads that share keys go to programs of their own: tiles
+# differ in length by as much as there are tiles of a document, and the longest end last.
+_FEWEST_WAVES = 6
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def backward(
 
     total, heads, D = q.shape
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     mean = torch.empty_like(lse)
     where, numbers, switches = _arguments(q, k, documents, window, scores, dropout)
     ahead = 0 if dropout is None else 7  # a document's first tile of keys may begin before it
@@ -116,10 +119,17 @@ def backward(
         )  # fmt: skip
         M, N, warps, stages = _tiles(D, "keys")
         longest = documents.longest_keys or documents.longest
-        kernels.key_kernel[-(-(longest + ahead) // N), documents.count, k.shape[1]](
+        tiles, parts = -(-(longest + ahead) // N) * documents.count, 1
+        if tiles * k.shape[1] < _FEWEST_WAVES * _multiprocessors(q.device):
+            parts = heads // k.shape[1]
+        kind = {"dtype": k.dtype if parts == 1 else torch.float32, "device": q.device}
+        dk, dv = (torch.empty(len(x), x.shape[1] * parts, D, **kind) for x in (k, v))
+        kernels.key_kernel[tiles // documents.count, documents.count, k.shape[1] * parts](
             q, k, v, dout, lse, mean, dk, dv, *where, scores.slopes, scores.offsets, *numbers,
-            *_strides(q, k, v, dout, dk), **switches, M=M, N=N, num_warps=warps, num_stages=stages,
+            *_strides(q, k, v, dout, dk), **switches, PARTS=parts, M=M, N=N, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+    if parts > 1:
+        dk, dv = (x.unflatten(1, (-1, parts)).sum(2).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv
 
 
@@ -158,6 +168,11 @@ def _arguments(
         "OFFSETS": scores.offsets is not None, "DROPS": dropout is not None, "LIVE": live is not None,
     }  # fmt: skip
     return where, numbers, switches
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

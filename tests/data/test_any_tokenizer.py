@@ -149,6 +149,14 @@ def test_any_config_of_a_tokenizer(sound, tmp_path, data):
     ours_only(lambda: use(folder, sound))
 
 
+@pytest.mark.parametrize("name", ["extra_special_tokens", "additional_special_tokens"])
+def test_a_list_of_special_tokens_that_is_none(name, sound, tmp_path):
+    folder = fresh(tmp_path)
+    write(folder, "tokenizer.json", BODIES[0])
+    write(folder, "tokenizer_config.json", CONFIG | {"extra_special_tokens": None, name: True})
+    assert not ours_only(lambda: use(folder, sound))
+
+
 @examples(20)
 @given(data=st.data())
 def test_any_sentencepiece_model(sound, model, tmp_path, data):

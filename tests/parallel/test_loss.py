@@ -193,3 +193,27 @@ def test_every_cut_of_the_vocabulary(tp, vocab_size, chunk, sequence_parallel):
 @pytest.mark.parametrize("tp", [2, 4])
 def test_chunks_of_an_uneven_vocabulary(tp):
     check_cut(tp, 13, False, chunk=20, timeout=10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab_size", [49155, 1001, 1000])
+@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.125, 30.0)])
+def test_a_vocabulary_whose_rows_do_not_end_on_16_bytes(vocab_size, scale, softcap):
+    """Their logits stand in rows that do, which the kernels of the loss take; a float32 on a CPU says what is right."""
+    found = []
+    hidden, weight = tensor(1, 96, 64), tensor(2, vocab_size, 64) / 8
+    labels = torch.randint(vocab_size, (96,), generator=torch.Generator().manual_seed(3))
+    labels[::7], labels[5] = -100, vocab_size - 1
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        head = VocabParallelHead(vocab_size, 64, Placement(Axis(), False, dtype, device), scale=scale, softcap=softcap)
+        with torch.no_grad():
+            head.weight.copy_(weight.bfloat16())
+        h = hidden.bfloat16().to(device, dtype).requires_grad_()
+        if device == "cuda":
+            assert head.logits(h.detach()).stride(0) % 8 == 0
+        total = loss_of(h, head, labels.to(device))
+        total.backward()
+        found.append((total.item(), h.grad.double().cpu()))
+    (wanted, right), (given, grad) = found
+    assert given == pytest.approx(wanted, rel=5e-3)
+    assert torch.nn.functional.cosine_similarity(grad.flatten(), right.flatten(), dim=0) > 0.9995

@@ -34,6 +34,7 @@ _SCALES = ("_scale_inv", "_scale")
 _HARMLESS = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")
 _AGAIN = "download the model again, or take its unquantised checkpoint"
 _STATE_BYTES = 1 << 16  # of the settings of a weight; 300 in use
+_FLOATS = ("F32", "BF16", "F16")  # how scales are stored
 _STEP = 16 << 20  # bytes of codes that are decoded at a time
 
 
@@ -167,6 +168,10 @@ class _Nf4:
                     f"{list(self.shape)} in blocks of {self._block} has {size}",
                     _AGAIN,
                 )
+        kinds = ("U8",) if self._nested is not None else _FLOATS
+        if weights.kind(f"{name}.absmax") not in kinds:
+            found = weights.kind(f"{name}.absmax")
+            raise UserError(f"{self.where}: {name}.absmax is stored as {found}, not as {' or '.join(kinds)}", _AGAIN)
         if not torch.allclose(weights.raw(f"{name}.quant_map").float().view(-1), torch.tensor(NUMBERS), atol=1e-6):
             raise UserError(f"{weights.where(name)}: {name}.quant_map is not that of NF4", _AGAIN)
 
@@ -238,7 +243,7 @@ class _Fp8:
                 f"blocks of {block[0]} x {block[1]} has {list(blocks)}",
                 _AGAIN,
             )
-        if weights.kind(self._scale) not in ("F32", "BF16", "F16"):
+        if weights.kind(self._scale) not in _FLOATS:
             kind = weights.kind(self._scale)
             raise UserError(f"{weights.where(self._scale)}: {self._scale} in {kind} is not read", _AGAIN)
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from megalora.checkpoint.base.hf import SINGLE, HfWeights
 from megalora.checkpoint.base.quantised import QuantisedWeights
+from megalora.errors import UserError
 from megalora.models.quantisation import stored_format
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -113,6 +114,15 @@ def test_any_scales(tmp_path, data):
         config = data.draw(edited(config))
     write(tmp_path / "any", tensors, config)
     ours_only(lambda: read(tmp_path / "any"))
+
+
+def test_codes_of_scales_in_floats(tmp_path):
+    """A NaN among them would be a place in the table of numbers."""
+    tensors, config = SOUND["bitsandbytes"]
+    name = NAME + ".absmax"
+    write(tmp_path / "any", tensors | {name: tensors[name].float() * float("nan")}, config)
+    with pytest.raises(UserError, match="absmax is stored as F32, not as U8"):
+        read(tmp_path / "any")
 
 
 @examples(60)
