@@ -12,6 +12,7 @@ from unittest import mock
 import hypothesis
 import pytest
 import torch
+from spawn import wait_for_no_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Several processes run at a time (xdist, spawn), and sums over more threads differ in the last bit.
     torch.set_num_threads(1)
+    wait_for_no_disk()
     hypothesis.settings.register_profile("untimed", deadline=None)  # a machine under load is slow, not wrong
     hypothesis.settings.load_profile("untimed")
     cache = tempfile.TemporaryDirectory(prefix="megalora-tests-")  # what commands keep for later runs

@@ -121,12 +121,20 @@ class _Server:
 # ---- the server process ----
 
 
+def wait_for_no_disk() -> None:
+    """Let fsync look at its file alone, in this process and those forked from it: no test's machine loses its power,
+    and a disk takes milliseconds each time, of thousands. Commands that tests start as they are do wait.
+    """
+    os.fsync = os.fstat  # OSError for what is no open file, as before
+
+
 def _serve(connection: Connection) -> None:
     # Imported here once, for all the ranks to come: torch's optimizers import the compiler when they are made, which
     # would be most of a small test's time.
     import torch._dynamo  # noqa: F401
     import torch.distributed  # noqa: F401
 
+    wait_for_no_disk()
     while True:
         try:
             request = connection.recv()
