@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from shared_memory import SharedMemory
+from spawn import spawn
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import EngineSettings, build_trainer, resolve_lora
@@ -363,7 +365,7 @@ class Run:
     device: str = "cpu"
     lora: dict = field(default_factory=lambda: dict(ALL_LINEAR))
     model: dict = field(default_factory=dict)
-    steps: int = 3
+    steps: int = 2
     rows: int = 4
     micro_batch_rows: int = 1
     seq_length: int = 24
@@ -604,3 +606,23 @@ def largest_difference(reference: Outcome, outcomes: list[Outcome]) -> float:
                 split.put(covered[name], torch.ones_like(part))
     assert all(c.all() for c in covered.values()), "a part of an adapter is on no rank"
     return max(d if math.isfinite(d) else math.inf for d in differences)
+
+
+def check_runs(world_size: int, runs: Sequence[Run], tolerance: float = 1e-12) -> None:
+    """Assert that so many processes, started once for all runs, give the numbers of one."""
+    ranks = spawn(train_each, world_size, runs, timeout=600 + 20 * len(runs))
+    differences = {
+        repr(run): largest_difference(reference(run), list(outcomes))
+        for run, outcomes in zip(runs, zip(*ranks, strict=True), strict=True)
+    }
+    apart = {run: difference for run, difference in differences.items() if not difference <= tolerance}
+    assert not apart, f"{world_size} processes"
+
+
+def check_all(cases: Iterable[tuple[Run, int]], tolerance: float = 1e-12) -> None:
+    """The same for (run, dp)."""
+    by_size = defaultdict(list)
+    for run, dp in cases:
+        by_size[run.tp * run.pp * run.cp * dp].append(run)
+    for size, runs in by_size.items():
+        check_runs(size, runs, tolerance)

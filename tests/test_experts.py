@@ -48,8 +48,8 @@ TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 def layouts(family: str) -> list[Run]:
     """Of four processes."""
     return [
-        Run(family, tp=2, pp=2, sequence_parallel=True, recompute="full", lora=EVERY, steps=2),
-        Run(family, tp=2, sequence_parallel=True, exchange=True, micro_batch_rows=2, lora=EVERY, steps=2),
+        Run(family, tp=2, pp=2, sequence_parallel=True, recompute="full", lora=EVERY),
+        Run(family, tp=2, sequence_parallel=True, exchange=True, micro_batch_rows=2, lora=EVERY),
     ]
 
 
@@ -77,7 +77,7 @@ def each(rank: int, world_size: int, runs: list[Run], tied: Run):
 def test_every_layout_gives_the_numbers_of_one_process():
     runs = [run for family in EXPERTS for run in layouts(family)]
     runs += [
-        Run("qwen2_moe", tp=4, micro_batch_rows=2, lora=EVERY, steps=2),
+        Run("qwen2_moe", tp=4, micro_batch_rows=2, lora=EVERY),
         Run("qwen3_moe", tp=4, base_format="nf4"),
         Run("deepseek_v3", tp=2, pp=2, base_format="fp8"),
     ]
@@ -98,7 +98,7 @@ def test_shared_factors_give_the_numbers_of_one_process():
     """A, or A and B, of all experts of a layer in one: over tp 1, 2 and 4, with stages and replicas."""
     runs = []
     for mode, family in (("shared_a", "qwen3_moe"), ("shared", "mixtral"), ("shared_a", "gpt_oss")):
-        run = Run(family, lora=ALL_EXPERTS | {"expert_lora": mode}, steps=2)
+        run = Run(family, lora=ALL_EXPERTS | {"expert_lora": mode})
         runs += [run.on(tp=2, pp=2, recompute="full"), run.on(tp=4, micro_batch_rows=2, sequence_parallel=True)]
         runs += [run.on(tp=2), run.on(pp=2)]  # with two replicas each
     for run, outcomes in zip(runs, zip(*spawn(train_each, 4, runs), strict=True), strict=True):
@@ -167,7 +167,7 @@ NINE = {"num_experts": 9, "num_local_experts": 9, "n_routed_experts": 9, "n_grou
 def of_eight(family: str) -> Run:
     """On eight processes, which hold two or one of nine experts each."""
     model = {name: value for name, value in NINE.items() if name in EXPERTS[family]}
-    return Run(family, tp=8, micro_batch_rows=2, lora=EVERY, steps=2, model=model)
+    return Run(family, tp=8, micro_batch_rows=2, lora=EVERY, model=model)
 
 
 def test_eight_tensor_parallel_ranks():

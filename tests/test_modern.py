@@ -4,7 +4,7 @@ import os
 
 import pytest
 import variants
-from oracle import MODERN
+from oracle import MODERN, check_runs
 
 NAMES = list(MODERN)
 
@@ -12,7 +12,7 @@ NAMES = list(MODERN)
 def test_every_layout_gives_the_numbers_of_one_process():
     """`make proof`: each variant on every one of the layouts."""
     every = os.environ.get("MEGALORA_PROOF") == "all"
-    variants.check_layouts(variants.layout_runs(NAMES, every))
+    check_runs(4, variants.layout_runs(NAMES, every))
 
 
 @pytest.mark.parametrize("name", NAMES)
