@@ -22,18 +22,20 @@ struct LoraDownParams : LoraParams {
   Matrix x, z;
   int64_t z_columns;
   // On CUDA. copy [T, F] = x, where its data are not null. With gate_up [T, 2 F], contiguous, gate before up, where not
-  // null: x = silu(gate) * up is made, into `copy`, instead of read; R <= kLargestRankGatedDown.
+  // null: x = act(gate) * up is made, into `copy`, instead of read; R <= kLargestRankGatedDown.
   Matrix copy;
   const void* gate_up;
+  Gate gate;  // none where gate_up is null
 };
 
 // out [T, F] = dx + mask * scale * (dz [T, R] A), out may be dx. On the CPU it is.
 struct LoraInputGradParams : LoraParams {
   Matrix dx, dz, out;
-  // On CUDA, where gate_up [T, 2 F] is not null and x = silu(gate) * up: that sum goes on to grad [T, 2 F], the
+  // On CUDA, where gate_up [T, 2 F] is not null and x = act(gate) * up: that sum goes on to grad [T, 2 F], the
   // gradient of gate_up, and out is not written; and x [T, F] is made again where not null, 0 where it is dropped. All
   // contiguous.
   const void* gate_up;
+  Gate gate;
   void *grad, *x;
 };
 
@@ -59,12 +61,13 @@ struct FactorGrads {
 // The backward pass in one read of what it reads, on CUDA: out = dx + mask * scale * (dz A), out may be dx, and
 // grads.down += dz^T dropout(x).
 //
-// With gate_up [T, 2 F], where not null: x = silu(gate) * up is made again, the sum goes on to grad [T, 2 F], the
+// With gate_up [T, 2 F], where not null: x = act(gate) * up is made again, the sum goes on to grad [T, 2 F], the
 // gradient of gate_up, and grads.gate += s dgate^T z[:, : ranks of gate], grads.up += s dup^T z[:, those of gate : and
 // of up]. gate_up and grad are contiguous; out and x are not used.
 struct LoraBackwardParams : LoraParams {
   Matrix dx, dz, out, x, z;
   const void* gate_up;
+  Gate gate;
   void* grad;
   FactorGrads grads;
   float* sums;  // room for what the blocks sum up: as many elements as lora_backward_sums says

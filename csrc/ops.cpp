@@ -24,13 +24,15 @@ TORCH_LIBRARY(megalora, m) {
   def("dropout_add_(Tensor(a!) out, Tensor g, " MASK "=None) -> ()");
 
   // x, delta, sum [N, D]; weight [D]; y [N, D], rows of any stride; inverse [N] float32.
-  def("rms_norm_(Tensor x, Tensor? delta, Tensor weight, float eps, Tensor(a!)? sum, Tensor(b!) y, Tensor(c!) inverse) "
-      "-> ()");
-  def("rms_norm_backward_(Tensor dy, Tensor x, Tensor weight, Tensor inverse, Tensor? residual, Tensor(a!) dx) -> ()");
+  def("rms_norm_(Tensor x, Tensor? delta, Tensor weight, float eps, Tensor(a!)? sum, Tensor(b!) y, Tensor(c!) inverse, "
+      "bool precise=False, bool offset=False) -> ()");
+  def("rms_norm_backward_(Tensor dy, Tensor x, Tensor weight, Tensor inverse, Tensor? residual, Tensor(a!) dx, "
+      "bool precise=False, bool offset=False) -> ()");
 
-  // gate_up, grad [T, 2 I]; out, dy [T, I], rows of any stride.
-  def("swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
-  def("swiglu_backward_(Tensor dy, Tensor gate_up, Tensor(a!) grad) -> ()");
+  // gate_up, grad [T, 2 I]; out, dy [T, I], rows of any stride. gate, here and below: silu, or on CUDA also gelu_tanh
+  // and gelu.
+  def("swiglu_(Tensor gate_up, Tensor(a!) out, str gate='silu') -> ()");
+  def("swiglu_backward_(Tensor dy, Tensor gate_up, Tensor(a!) grad, str gate='silu') -> ()");
 
   // qkv [T, (H + 2 K) D]; q [T, H, D], k, v [T, K, D], heads and tokens of any stride; cos, sin [T, D / 2].
   def("split_rope_(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) q, Tensor(b!) k, Tensor(c!) v) -> ()");
@@ -55,16 +57,17 @@ TORCH_LIBRARY(megalora, m) {
   // lora_down_input_grad_, and dA, cut into those of its branches, += dz^T dropout(x).
   def("lora_backward_(Tensor(a!) dx, Tensor dz, Tensor x, Tensor A, " MASK
       ", Tensor(b!)[] dA, Tensor(c!)? out=None) -> ()");
-  // x = silu(gate) * up, and z as lora_down_ makes it of x.
-  def("swiglu_lora_down_(Tensor(a!) z, Tensor gate_up, Tensor A, " MASK ", Tensor(b!) x) -> ()");
-  // grad [T, 2 K] = that of gate_up where x [T, K] = silu(gate) * up has the gradient dy plus the term of the branch;
+  // x = act(gate) * up, and z as lora_down_ makes it of x.
+  def("swiglu_lora_down_(Tensor(a!) z, Tensor gate_up, Tensor A, " MASK ", Tensor(b!) x, str gate='silu') -> ()");
+  // grad [T, 2 K] = that of gate_up where x [T, K] = act(gate) * up has the gradient dy plus the term of the branch;
   // x is made again, 0 where it is dropped.
   def("swiglu_lora_backward_(Tensor dy, Tensor gate_up, Tensor dz, Tensor A, " MASK
-      ", Tensor(a!) grad, Tensor(b!)? x) -> ()");
+      ", Tensor(a!) grad, Tensor(b!)? x, str gate='silu') -> ()");
   // swiglu_lora_backward_, and dA as well; and where z is given, of gate and up: dB += scaling grad^T z, each of its
   // part.
   def("swiglu_lora_gradients_(Tensor dy, Tensor gate_up, Tensor dz, Tensor A, " MASK
-      ", Tensor(a!) grad, Tensor(b!)[] dA, Tensor? z, Tensor(c!)[] dB, float[] scaling) -> ()");
+      ", Tensor(a!) grad, Tensor(b!)[] dA, Tensor? z, Tensor(c!)[] dB, float[] scaling, str gate='silu') "
+      "-> ()");
 
   // x, dy, y, dx [T, O], rows of any stride; g [O] float32; sums [parts, O] float32, where y is given.
   def("scale_columns_(Tensor(a!) x, Tensor g) -> ()");

@@ -4,8 +4,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
+#include "check.h"
 #include "mask.h"
+#include "params.h"
 
 namespace megalora {
 
@@ -23,15 +26,25 @@ struct MaskArguments {
 // The mask of the rows of x [T, F]. Checks the arguments. On the CPU the live step is read now, else by the kernels.
 Mask make_mask(const MaskArguments& arguments, const Tensor& x);
 
+// The arguments of an op that say what it computes, as the kernels take them.
+inline Gate gate_of(std::string_view name) {
+  MEGALORA_CHECK(name == "silu" || name == "gelu_tanh" || name == "gelu", name);
+  return name == "silu" ? Gate::silu : name == "gelu" ? Gate::gelu : Gate::gelu_tanh;
+}
+inline NormRounding norm_rounding(bool precise, bool offset) {
+  MEGALORA_CHECK(precise || !offset, "where it is rounded before the weight, give 1 + w");
+  return {precise, offset};
+}
+
 #define MEGALORA_OPS_OF_CPU_AND_CUDA                                                                                  \
   Tensor dropout(const Tensor& x, const MaskArguments& mask);                                                         \
   void dropout_add_(const Tensor& out, const Tensor& g, const MaskArguments& mask);                                   \
   void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps,                      \
-                 const OptionalTensor& sum, const Tensor& y, const Tensor& inverse);                                  \
+                 const OptionalTensor& sum, const Tensor& y, const Tensor& inverse, bool precise, bool offset);       \
   void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& inverse,             \
-                          const OptionalTensor& residual, const Tensor& dx);                                          \
-  void swiglu_(const Tensor& gate_up, const Tensor& out);                                                             \
-  void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad);                                 \
+                          const OptionalTensor& residual, const Tensor& dx, bool precise, bool offset);               \
+  void swiglu_(const Tensor& gate_up, const Tensor& out, std::string_view gate);                                      \
+  void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad, std::string_view gate);          \
   void split_rope_(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q, const Tensor& k,         \
                    const Tensor& v);                                                                                  \
   void split_rope_backward_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,  \
@@ -65,14 +78,15 @@ namespace cuda {
 
 MEGALORA_OPS_OF_CPU_AND_CUDA
 void swiglu_lora_down_(const Tensor& z, const Tensor& gate_up, const Tensor& A, const MaskArguments& mask,
-                       const Tensor& x);
+                       const Tensor& x, std::string_view gate);
 void lora_backward_(const Tensor& dx, const Tensor& dz, const Tensor& x, const Tensor& A, const MaskArguments& mask,
                     at::TensorList dA, const OptionalTensor& out);
 void swiglu_lora_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& dz, const Tensor& A,
-                           const MaskArguments& mask, const Tensor& grad, const OptionalTensor& x);
+                           const MaskArguments& mask, const Tensor& grad, const OptionalTensor& x,
+                           std::string_view gate);
 void swiglu_lora_gradients_(const Tensor& dy, const Tensor& gate_up, const Tensor& dz, const Tensor& A,
                             const MaskArguments& mask, const Tensor& grad, at::TensorList dA, const OptionalTensor& z,
-                            at::TensorList dB, at::ArrayRef<double> scaling);
+                            at::TensorList dB, at::ArrayRef<double> scaling, std::string_view gate);
 void scale_columns_(const Tensor& x, const Tensor& g);
 void scale_columns_backward_(const Tensor& dy, const OptionalTensor& y, const Tensor& g, const Tensor& dx,
                              const OptionalTensor& sums);

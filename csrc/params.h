@@ -15,6 +15,9 @@ namespace megalora {
 
 enum class Type { float64, float32, bfloat16, float16 };
 
+// The activation of gated MLPs, x = act(gate) * up; none: x is not made of gate and up.
+enum class Gate { none, silu, gelu_tanh, gelu };
+
 // A matrix by its rows.
 struct Matrix {
   void* data;
@@ -36,6 +39,11 @@ struct DropoutParams {
   Type type;
 };
 
+// Where y is rounded: before the weight is applied, or behind it (`precise`), when the weight may be 1 + w (`offset`).
+struct NormRounding {
+  bool precise, offset;
+};
+
 // sum = x + delta (delta null: sum is not written, x is normed); y = weight * sum * inverse; inverse [N] wide. Rows of
 // delta and sum are `size` apart.
 struct RmsNormParams {
@@ -44,6 +52,7 @@ struct RmsNormParams {
   void *sum, *inverse;
   double eps;
   int64_t rows, size;
+  NormRounding rounding;
   Type type;
 };
 
@@ -53,14 +62,16 @@ struct RmsNormBackwardParams {
   const void *weight, *inverse, *residual;
   void* dx;
   int64_t rows, size;
+  NormRounding rounding;
   Type type;
 };
 
-// out [N, I] = silu(gate) * up, gate_up [N, 2 I] contiguous, gate before up.
+// out [N, I] = act(gate) * up, gate_up [N, 2 I] contiguous, gate before up.
 struct SwiGluParams {
   const void* gate_up;
   Matrix out;
   int64_t rows, size;
+  Gate gate;
   Type type;
 };
 
@@ -70,6 +81,7 @@ struct SwiGluBackwardParams {
   const void* gate_up;
   void* grad;
   int64_t rows, size;
+  Gate gate;
   Type type;
 };
 

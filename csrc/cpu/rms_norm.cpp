@@ -7,17 +7,20 @@
 namespace megalora::cpu {
 namespace {
 
-// What is multiplied by the weight is rounded to the tensors' type before and after, as in HF.
-template <typename scalar_t>
-MEGALORA_INLINE wide_t<scalar_t> product(scalar_t x, scalar_t weight) {
+// x times the weight plus shift. What is not precise is rounded to the tensors' type before the weight and behind it,
+// as in HF.
+template <bool precise, typename scalar_t>
+MEGALORA_INLINE wide_t<scalar_t> product(wide_t<scalar_t> x, scalar_t weight, wide_t<scalar_t> shift) {
   using wide = wide_t<scalar_t>;
-  return static_cast<wide>(static_cast<scalar_t>(static_cast<wide>(x) * static_cast<wide>(weight)));
+  const wide w = static_cast<wide>(weight);
+  return precise ? x * (w + shift) : static_cast<wide>(static_cast<scalar_t>(x * w));
 }
 
-template <typename scalar_t>
+template <typename scalar_t, bool precise>
 MEGALORA_INLINE void forward(const RmsNormParams& a, int64_t begin, int64_t end) {
   using wide = wide_t<scalar_t>;
   const auto* weight = static_cast<const scalar_t*>(a.weight);
+  const wide shift = a.rounding.offset;
   for (int64_t row = begin; row < end; ++row) {
     const auto* x = static_cast<const scalar_t*>(a.x.data) + row * a.x.stride;
     if (a.delta != nullptr) {
@@ -45,16 +48,18 @@ MEGALORA_INLINE void forward(const RmsNormParams& a, int64_t begin, int64_t end)
     static_cast<wide*>(a.inverse)[row] = inverse;
     auto* y = static_cast<scalar_t*>(a.y.data) + row * a.y.stride;
     for (int64_t i = 0; i < a.size; ++i) {
-      const auto normed = static_cast<scalar_t>(static_cast<wide>(x[i]) * inverse);
-      y[i] = static_cast<scalar_t>(product(normed, weight[i]));
+      const wide exact = static_cast<wide>(x[i]) * inverse;
+      const wide normed = precise ? exact : static_cast<wide>(static_cast<scalar_t>(exact));
+      y[i] = static_cast<scalar_t>(product<precise>(normed, weight[i], shift));
     }
   }
 }
 
-template <typename scalar_t>
+template <typename scalar_t, bool precise>
 MEGALORA_INLINE void backward(const RmsNormBackwardParams& a, int64_t begin, int64_t end) {
   using wide = wide_t<scalar_t>;
   const auto* weight = static_cast<const scalar_t*>(a.weight);
+  const wide shift = a.rounding.offset;
   for (int64_t row = begin; row < end; ++row) {
     const auto* dy = static_cast<const scalar_t*>(a.dy.data) + row * a.dy.stride;
     const auto* x = static_cast<const scalar_t*>(a.x.data) + row * a.x.stride;
@@ -63,19 +68,19 @@ MEGALORA_INLINE void backward(const RmsNormBackwardParams& a, int64_t begin, int
     const int64_t whole = a.size / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) {
       for (int64_t j = 0; j < kLanes; ++j) {
-        const wide dn = product(dy[i + j], weight[i + j]);
+        const wide dn = product<precise>(static_cast<wide>(dy[i + j]), weight[i + j], shift);
         lanes[j] += dn * (static_cast<wide>(x[i + j]) * inverse);
       }
     }
     for (int64_t i = whole; i < a.size; ++i) {
-      const wide dn = product(dy[i], weight[i]);
+      const wide dn = product<precise>(static_cast<wide>(dy[i]), weight[i], shift);
       lanes[i - whole] += dn * (static_cast<wide>(x[i]) * inverse);
     }
     const wide mean = sum_lanes(lanes) / static_cast<wide>(a.size);
     const auto* residual = a.residual ? static_cast<const scalar_t*>(a.residual) + row * a.size : nullptr;
     auto* dx = static_cast<scalar_t*>(a.dx) + row * a.size;
     for (int64_t i = 0; i < a.size; ++i) {
-      const wide dn = product(dy[i], weight[i]);
+      const wide dn = product<precise>(static_cast<wide>(dy[i]), weight[i], shift);
       const auto through = static_cast<scalar_t>((dn - static_cast<wide>(x[i]) * inverse * mean) * inverse);
       dx[i] = residual ? static_cast<scalar_t>(static_cast<wide>(through) + static_cast<wide>(residual[i])) : through;
     }
@@ -83,17 +88,21 @@ MEGALORA_INLINE void backward(const RmsNormBackwardParams& a, int64_t begin, int
 }
 
 MEGALORA_MULTIVERSION void norm_rows(const RmsNormParams& a, int64_t begin, int64_t end) {
-  dispatch(a.type, [&](auto zero) MEGALORA_INLINE_LAMBDA { forward<decltype(zero)>(a, begin, end); });
+  dispatch(a.type, [&](auto zero) MEGALORA_INLINE_LAMBDA {
+    a.rounding.precise ? forward<decltype(zero), true>(a, begin, end) : forward<decltype(zero), false>(a, begin, end);
+  });
 }
 
 MEGALORA_MULTIVERSION void norm_backward_rows(const RmsNormBackwardParams& a, int64_t begin, int64_t end) {
-  dispatch(a.type, [&](auto zero) MEGALORA_INLINE_LAMBDA { backward<decltype(zero)>(a, begin, end); });
+  dispatch(a.type, [&](auto zero) MEGALORA_INLINE_LAMBDA {
+    a.rounding.precise ? backward<decltype(zero), true>(a, begin, end) : backward<decltype(zero), false>(a, begin, end);
+  });
 }
 
 }  // namespace
 
 void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps,
-               const OptionalTensor& sum, const Tensor& y, const Tensor& inverse) {
+               const OptionalTensor& sum, const Tensor& y, const Tensor& inverse, bool precise, bool offset) {
   MEGALORA_CHECK(x.dim() == 2, x.sizes());
   MEGALORA_CHECK(delta.has_value() == sum.has_value(), "delta and sum go together");
   check_rows(x, x);
@@ -114,12 +123,13 @@ void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weigh
   params.eps = eps;
   params.rows = x.size(0);
   params.size = x.size(1);
+  params.rounding = norm_rounding(precise, offset);
   params.type = type_of(x);
   for_rows(norm_rows, params, params.rows, params.size);
 }
 
 void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& inverse,
-                        const OptionalTensor& residual, const Tensor& dx) {
+                        const OptionalTensor& residual, const Tensor& dx, bool precise, bool offset) {
   MEGALORA_CHECK(x.dim() == 2, x.sizes());
   check_rows(x, x);
   check_matrix(dy, x.sizes(), x);
@@ -136,6 +146,7 @@ void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight,
   params.dx = dx.mutable_data_ptr();
   params.rows = x.size(0);
   params.size = x.size(1);
+  params.rounding = norm_rounding(precise, offset);
   params.type = type_of(x);
   for_rows(norm_backward_rows, params, params.rows, params.size);
 }

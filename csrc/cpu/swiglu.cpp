@@ -48,7 +48,8 @@ MEGALORA_MULTIVERSION void swiglu_backward_rows(const SwiGluBackwardParams& a, i
 
 }  // namespace
 
-void swiglu_(const Tensor& gate_up, const Tensor& out) {
+void swiglu_(const Tensor& gate_up, const Tensor& out, std::string_view gate) {
+  MEGALORA_CHECK(gate_of(gate) == Gate::silu, gate);
   MEGALORA_CHECK(out.dim() == 2, out.sizes());
   check_rows(out, out);
   check_dense(gate_up, {out.size(0), 2 * out.size(1)}, out);
@@ -61,7 +62,8 @@ void swiglu_(const Tensor& gate_up, const Tensor& out) {
   for_rows(swiglu_rows, params, params.rows, params.size);
 }
 
-void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad) {
+void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad, std::string_view gate) {
+  MEGALORA_CHECK(gate_of(gate) == Gate::silu, gate);
   MEGALORA_CHECK(dy.dim() == 2, dy.sizes());
   check_rows(dy, dy);
   check_dense(gate_up, {dy.size(0), 2 * dy.size(1)}, dy);

@@ -3,7 +3,7 @@
 //   out   = dx + mask * scale * (dz A)
 //   dA   += dz^T dropout(x)
 //
-// or, where x = silu(gate) * up is made again, from gate and up:
+// or, where x = act(gate) * up is made again, from gate and up:
 //
 //   [dgate | dup] = the gradient of gate and up where dx + mask * scale * (dz A) is that of x
 //   dA   += dz^T dropout(x),    dB_gate += s dgate^T z_gate,    dB_up += s dup^T z_up
@@ -55,7 +55,7 @@ __device__ __forceinline__ void do_tile(BackwardSum<Shape>& sum, BackwardTile<Sh
       const uint32_t after = (total & keep) | (before & ~keep);
       if constexpr (Shape::gated) {
         uint32_t dgate, dup, made;
-        swiglu_backward<bfloat16>(after, word(tile.gate[i], q), word(tile.up[i], q), dgate, dup, made);
+        swiglu_backward<bfloat16, Shape::act>(after, word(tile.gate[i], q), word(tile.up[i], q), dgate, dup, made);
         set_word(tile.gate[i], q, dgate);
         set_word(tile.up[i], q, dup);
         dropped[i] = made & keep;
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
 
 // ---- launches
 
-using SmallestShape = BackwardShape<false, BackwardRank16>;  // features and tokens are those of every shape
-constexpr int kGatedSums = BackwardShape<true, BackwardRank16>::sums;
+using SmallestShape = BackwardShape<Gate::none, BackwardRank16>;  // features and tokens are those of every shape
+constexpr int kGatedSums = BackwardShape<Gate::silu, BackwardRank16>::sums;
 
 int64_t splits_for(int64_t tokens, int64_t features, int64_t sums) {
   return factor_splits(tokens, features, sums, SmallestShape::features, SmallestShape::tokens);
@@ -209,23 +209,26 @@ cudaError_t run_shape(BackwardArguments arguments, cudaStream_t stream) {
   return launched == cudaSuccess ? finish(arguments, splits, Shape::sums, stream) : launched;
 }
 
-template <bool bfloat16, bool gated, typename Tiles>
+template <bool bfloat16, Gate act, typename Tiles>
 cudaError_t run(const BackwardArguments& arguments, cudaStream_t stream) {
-  using Deep = BackwardShape<gated, Tiles>;
-  using Flat = BackwardShape<gated, BackwardFlat<Tiles>>;
+  using Deep = BackwardShape<act, Tiles>;
+  using Flat = BackwardShape<act, BackwardFlat<Tiles>>;
   static_assert(Flat::shared_bytes <= kSharedMemory);
   return grants_shared_memory(Deep::shared_bytes) ? run_shape<bfloat16, Deep>(arguments, stream)
                                                   : run_shape<bfloat16, Flat>(arguments, stream);
 }
 
 template <bool bfloat16>
-cudaError_t run_by_rank(const BackwardArguments& arguments, cudaStream_t stream) {
+cudaError_t run_by_rank(const BackwardArguments& arguments, Gate gate, cudaStream_t stream) {
   static_assert(16 * BackwardRank48::rank_tiles >= kLargestRankBackward);
   static_assert(16 * BackwardRank16::rank_tiles >= kLargestRankGatedBackward);
-  if (arguments.gate_up != nullptr) return run<bfloat16, true, BackwardRank16>(arguments, stream);
-  if (arguments.rank <= 16) return run<bfloat16, false, BackwardRank16>(arguments, stream);
-  if (arguments.rank <= 32) return run<bfloat16, false, BackwardRank32>(arguments, stream);
-  return run<bfloat16, false, BackwardRank48>(arguments, stream);
+  if (gate != Gate::none) {
+    return dispatch_gate(
+        gate, [&](auto made) { return run<bfloat16, decltype(made)::value, BackwardRank16>(arguments, stream); });
+  }
+  if (arguments.rank <= 16) return run<bfloat16, Gate::none, BackwardRank16>(arguments, stream);
+  if (arguments.rank <= 32) return run<bfloat16, Gate::none, BackwardRank32>(arguments, stream);
+  return run<bfloat16, Gate::none, BackwardRank48>(arguments, stream);
 }
 
 }  // namespace
@@ -252,7 +255,8 @@ cudaError_t launch_lora_backward(const LoraBackwardParams& params, cudaStream_t 
   arguments.z = half_matrix(params.z);
   arguments.grads = params.grads;
   arguments.sums = params.sums;
-  return dispatch_half(params.type, [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, stream); });
+  return dispatch_half(params.type,
+                       [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, params.gate, stream); });
 }
 
 }  // namespace megalora

@@ -73,7 +73,8 @@ void lora_backward_(const Tensor& dx_TK, const Tensor& dz_TR, const Tensor& x_TK
 
 void swiglu_lora_gradients_(const Tensor& dy_TK, const Tensor& gate_up, const Tensor& dz_TR, const Tensor& A_RK,
                             const MaskArguments& mask, const Tensor& grad, at::TensorList dA,
-                            const OptionalTensor& z_TZ, at::TensorList dB, at::ArrayRef<double> scaling) {
+                            const OptionalTensor& z_TZ, at::TensorList dB, at::ArrayRef<double> scaling,
+                            std::string_view gate) {
   check_gradients(dy_TK, dz_TR, A_RK);
   MEGALORA_CHECK(A_RK.size(0) <= kLargestRankGatedBackward, "rank ", A_RK.size(0));
   check_gate_up(gate_up, dy_TK);
@@ -87,12 +88,14 @@ void swiglu_lora_gradients_(const Tensor& dy_TK, const Tensor& gate_up, const Te
     params.z = matrix_of(*z_TZ);
   }
   params.gate_up = gate_up.const_data_ptr();
+  params.gate = gate_of(gate);
   params.grad = grad.mutable_data_ptr();
   run(params, dy_TK, dz_TR);
 }
 
 void swiglu_lora_backward_(const Tensor& dy_TK, const Tensor& gate_up, const Tensor& dz_TR, const Tensor& A_RK,
-                           const MaskArguments& mask, const Tensor& grad, const OptionalTensor& x_TK) {
+                           const MaskArguments& mask, const Tensor& grad, const OptionalTensor& x_TK,
+                           std::string_view gate) {
   check_gradients(dy_TK, dz_TR, A_RK);
   check_gate_up(gate_up, dy_TK);
   check_gate_up(grad, dy_TK);
@@ -106,6 +109,7 @@ void swiglu_lora_backward_(const Tensor& dy_TK, const Tensor& gate_up, const Ten
   params.dz = matrix_of(dz_TR);
   params.out = matrix_of(dy_TK);
   params.gate_up = gate_up.const_data_ptr();
+  params.gate = gate_of(gate);
   params.grad = grad.mutable_data_ptr();
   params.x = data_or_null(x_TK);
   const c10::cuda::CUDAGuard guard(dy_TK.device());

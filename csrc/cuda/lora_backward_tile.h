@@ -56,9 +56,11 @@ struct BackwardFlat : Tiles {
 //
 // To and from memory eight lanes move 128 bytes of one row at a time, else requests of 32 bytes are what bounds the
 // kernel. A tile lies in shared memory by rows, octet c of row r at c ^ (r & 6): neither side meets a bank twice.
-template <bool gated_, typename Tiles>
+// act: Gate::none where x is read.
+template <Gate act_, typename Tiles>
 struct BackwardShape : Tiles {
-  static constexpr bool gated = gated_;
+  static constexpr Gate act = act_;
+  static constexpr bool gated = act != Gate::none;
   using Tiles::rank_tiles, Tiles::feature_warps, Tiles::token_warps, Tiles::stages;
   static constexpr int sums = rank_tiles + (gated ? 2 : 0);  // of 16 ranks each: dA's, dB_gate's, dB_up's
   static constexpr int warps = feature_warps * token_warps, threads = kLanes * warps;

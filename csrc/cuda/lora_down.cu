@@ -21,7 +21,7 @@ namespace {
 struct DownArguments {
   HalfMatrix z, x;
   HalfMatrix copy;          // of x, as far as it goes; null: none
-  const uint16_t* gate_up;  // [T, 2 F], where x = silu(gate) * up is made, into `copy`, instead of read
+  const uint16_t* gate_up;  // [T, 2 F], where x = act(gate) * up is made, into `copy`, instead of read
   const uint16_t* A;
   Draw draw;
   int tokens, features, rank, z_columns;
@@ -73,9 +73,11 @@ struct GatedDownRank64 : DownRank64 {
 //
 // In a block of 32 features, thread (g, t) owns features 8t .. 8t + 7 of its rows: words 0, 1 of these are its pairs of
 // the first mma's inner dimension, words 2, 3 of the second's.
-template <bool gated_, typename Tiles>
+// act: Gate::none where x is read.
+template <Gate act_, typename Tiles>
 struct DownShape : Tiles {
-  static constexpr bool gated = gated_;
+  static constexpr Gate act = act_;
+  static constexpr bool gated = act != Gate::none;
   using Tiles::rank_tiles, Tiles::row_tiles, Tiles::row_warps, Tiles::feature_warps, Tiles::stages;
   static constexpr int stage_features = 64 * feature_warps;
   static constexpr int threads = kLanes * row_warps * feature_warps, rows = 16 * row_tiles * row_warps;
@@ -182,8 +184,8 @@ __device__ __forceinline__ void multiply_half(DownSum<Shape>& sum, uint4* x, con
     uint4 all = x[octet];
     if constexpr (Shape::gated) {
       const uint4 up = x[Shape::input_octets + octet];
-      all = {swiglu<bfloat16>(all.x, up.x), swiglu<bfloat16>(all.y, up.y), swiglu<bfloat16>(all.z, up.z),
-             swiglu<bfloat16>(all.w, up.w)};
+      all = {swiglu<bfloat16, Shape::act>(all.x, up.x), swiglu<bfloat16, Shape::act>(all.y, up.y),
+             swiglu<bfloat16, Shape::act>(all.z, up.z), swiglu<bfloat16, Shape::act>(all.w, up.w)};
       x[octet] = all;
     }
     v[i] = all & kept;
@@ -320,28 +322,31 @@ cudaError_t run_shape(DownArguments arguments, cudaStream_t stream) {
 }
 
 // Flat: for a GPU that grants a block no more than kSharedMemory, where Tiles ask for more.
-template <bool bfloat16, bool gated, typename Tiles, typename Flat = Tiles>
+template <bool bfloat16, Gate act, typename Tiles, typename Flat = Tiles>
 cudaError_t run(const DownArguments& arguments, cudaStream_t stream) {
-  using Deep = DownShape<gated, Tiles>;
-  static_assert(DownShape<gated, Flat>::shared_bytes <= kSharedMemory);
+  using Deep = DownShape<act, Tiles>;
+  static_assert(DownShape<act, Flat>::shared_bytes <= kSharedMemory);
   return grants_shared_memory(Deep::shared_bytes) ? run_shape<bfloat16, Deep>(arguments, stream)
-                                                  : run_shape<bfloat16, DownShape<gated, Flat>>(arguments, stream);
+                                                  : run_shape<bfloat16, DownShape<act, Flat>>(arguments, stream);
 }
 
 template <bool bfloat16>
-cudaError_t run_by_rank(const DownArguments& arguments, cudaStream_t stream) {
+cudaError_t run_by_rank(const DownArguments& arguments, Gate gate, cudaStream_t stream) {
   static_assert(8 * DownRank192::rank_tiles >= kLargestRank);
   static_assert(8 * GatedDownRank64::rank_tiles >= kLargestRankGatedDown);
-  if (arguments.gate_up != nullptr) {
-    if (arguments.rank <= 16) return run<bfloat16, true, GatedDownRank16>(arguments, stream);
-    if (arguments.rank <= 32) return run<bfloat16, true, GatedDownRank32>(arguments, stream);
-    return run<bfloat16, true, GatedDownRank64>(arguments, stream);
+  if (gate != Gate::none) {
+    return dispatch_gate(gate, [&](auto made) {
+      constexpr Gate act = decltype(made)::value;
+      if (arguments.rank <= 16) return run<bfloat16, act, GatedDownRank16>(arguments, stream);
+      if (arguments.rank <= 32) return run<bfloat16, act, GatedDownRank32>(arguments, stream);
+      return run<bfloat16, act, GatedDownRank64>(arguments, stream);
+    });
   }
-  if (arguments.rank <= 16) return run<bfloat16, false, DownRank16>(arguments, stream);
-  if (arguments.rank <= 32) return run<bfloat16, false, DownRank32>(arguments, stream);
-  if (arguments.rank <= 64) return run<bfloat16, false, DownRank64, DownRank64Flat>(arguments, stream);
-  if (arguments.rank <= 128) return run<bfloat16, false, DownRank128>(arguments, stream);
-  return run<bfloat16, false, DownRank192>(arguments, stream);
+  if (arguments.rank <= 16) return run<bfloat16, Gate::none, DownRank16>(arguments, stream);
+  if (arguments.rank <= 32) return run<bfloat16, Gate::none, DownRank32>(arguments, stream);
+  if (arguments.rank <= 64) return run<bfloat16, Gate::none, DownRank64, DownRank64Flat>(arguments, stream);
+  if (arguments.rank <= 128) return run<bfloat16, Gate::none, DownRank128>(arguments, stream);
+  return run<bfloat16, Gate::none, DownRank192>(arguments, stream);
 }
 
 }  // namespace
@@ -359,7 +364,8 @@ cudaError_t launch_lora_down(const LoraDownParams& params, cudaStream_t stream) 
   arguments.features = static_cast<int>(params.features);
   arguments.rank = static_cast<int>(params.rank);
   arguments.z_columns = static_cast<int>(params.z_columns);
-  return dispatch_half(params.type, [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, stream); });
+  return dispatch_half(params.type,
+                       [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, params.gate, stream); });
 }
 
 }  // namespace megalora

@@ -1,5 +1,5 @@
-// dx += mask * scale * (dz A) on tensor cores, alone or with the backward pass of the SwiGLU that made x; bound by one
-// pass over dx. What all LoRA kernels have in common is said in lora_down.cu.
+// dx += mask * scale * (dz A) on tensor cores, alone or with the backward pass of what made x of gate and up; bound by
+// one pass over dx. What all LoRA kernels have in common is said in lora_down.cu.
 #include "cuda/clusters.h"
 #include "cuda/draw.h"
 #include "cuda/lora.h"
@@ -187,14 +187,14 @@ __device__ __forceinline__ void read_gate_up(uint4 (&gate)[2][2], uint4 (&up)[2]
 }
 
 // Passes dx's octet at (row, column) on to gate and up, and makes x again.
-template <bool bfloat16>
+template <bool bfloat16, Gate act>
 __device__ __forceinline__ void write_gated(const InputGradArguments& arguments, const uint32_t (&after)[4],
                                             const uint4& kept, const uint4& gate, const uint4& up, int row,
                                             int column) {
   uint32_t dgate[4], dup[4], made[4];
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    swiglu_backward<bfloat16>(after[q], word(gate, q), word(up, q), dgate[q], dup[q], made[q]);
+    swiglu_backward<bfloat16, act>(after[q], word(gate, q), word(up, q), dgate[q], dup[q], made[q]);
     made[q] &= word(kept, q);
   }
   const int64_t place = int64_t{row} * arguments.features + column;
@@ -233,9 +233,11 @@ __device__ __forceinline__ void add_term(uint32_t (&after)[4], const float (&sum
   }
 }
 
-template <bool bfloat16, bool gated, typename Shape>
+// act: Gate::none where dx goes no further.
+template <bool bfloat16, Gate act, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
     input_grad_kernel(const __grid_constant__ InputGradArguments arguments) {
+  constexpr bool gated = act != Gate::none;
   constexpr int rank_steps = Shape::rank_steps, stages = Shape::stages;
   extern __shared__ __align__(16) uint4 shared[];
   const Draw& draw = arguments.draw;
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
           add_term<bfloat16>(after, sum, i, before, kept, draw.scale);
           if (!there[i] || column >= arguments.features) continue;
           if constexpr (gated) {
-            write_gated<bfloat16>(arguments, after, kept, gate[half][i], up[half][i], at.row_of(tile, i), column);
+            write_gated<bfloat16, act>(arguments, after, kept, gate[half][i], up[half][i], at.row_of(tile, i), column);
           } else {
             *reinterpret_cast<uint4*>(row[i] + 32 * half) = {after[0], after[1], after[2], after[3]};
           }
@@ -303,10 +305,10 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm)
 
 // ---- launches
 
-template <bool bfloat16, bool gated, typename Shape>
+template <bool bfloat16, Gate act, typename Shape>
 cudaError_t run_shape(const InputGradArguments& arguments, cudaStream_t stream) {
   static_assert(Shape::shared_bytes <= kSharedMemory);
-  const auto kernel = &input_grad_kernel<bfloat16, gated, Shape>;
+  const auto kernel = &input_grad_kernel<bfloat16, act, Shape>;
   int device, sms;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
@@ -322,20 +324,21 @@ cudaError_t run_shape(const InputGradArguments& arguments, cudaStream_t stream) 
 }
 
 template <bool bfloat16, typename Tiles>
-cudaError_t run(const InputGradArguments& arguments, cudaStream_t stream) {
+cudaError_t run(const InputGradArguments& arguments, Gate gate, cudaStream_t stream) {
   using Shape = InputGradShape<Tiles>;
-  return arguments.gate_up == nullptr ? run_shape<bfloat16, false, Shape>(arguments, stream)
-                                      : run_shape<bfloat16, true, Shape>(arguments, stream);
+  if (gate == Gate::none) return run_shape<bfloat16, Gate::none, Shape>(arguments, stream);
+  return dispatch_gate(gate,
+                       [&](auto made) { return run_shape<bfloat16, decltype(made)::value, Shape>(arguments, stream); });
 }
 
 template <bool bfloat16>
-cudaError_t run_by_rank(const InputGradArguments& arguments, cudaStream_t stream) {
+cudaError_t run_by_rank(const InputGradArguments& arguments, Gate gate, cudaStream_t stream) {
   static_assert(16 * InputGradRank192::rank_steps >= kLargestRank);
-  if (arguments.rank <= 16) return run<bfloat16, InputGradRank16>(arguments, stream);
-  if (arguments.rank <= 32) return run<bfloat16, InputGradRank32>(arguments, stream);
-  if (arguments.rank <= 64) return run<bfloat16, InputGradRank64>(arguments, stream);
-  if (arguments.rank <= 128) return run<bfloat16, InputGradRank128>(arguments, stream);
-  return run<bfloat16, InputGradRank192>(arguments, stream);
+  if (arguments.rank <= 16) return run<bfloat16, InputGradRank16>(arguments, gate, stream);
+  if (arguments.rank <= 32) return run<bfloat16, InputGradRank32>(arguments, gate, stream);
+  if (arguments.rank <= 64) return run<bfloat16, InputGradRank64>(arguments, gate, stream);
+  if (arguments.rank <= 128) return run<bfloat16, InputGradRank128>(arguments, gate, stream);
+  return run<bfloat16, InputGradRank192>(arguments, gate, stream);
 }
 
 }  // namespace
@@ -354,7 +357,8 @@ cudaError_t launch_lora_input_grad(const LoraInputGradParams& params, cudaStream
   arguments.gate_up = static_cast<const uint16_t*>(params.gate_up);
   arguments.grad = static_cast<uint16_t*>(params.grad);
   arguments.made = static_cast<uint16_t*>(params.x);
-  return dispatch_half(params.type, [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, stream); });
+  return dispatch_half(params.type,
+                       [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, params.gate, stream); });
 }
 
 }  // namespace megalora

@@ -61,7 +61,7 @@ void lora_down_(const Tensor& z_TZ, const Tensor& x_TK, const Tensor& A_RK, cons
 }
 
 void swiglu_lora_down_(const Tensor& z_TZ, const Tensor& gate_up, const Tensor& A_RK, const MaskArguments& mask,
-                       const Tensor& x_TK) {
+                       const Tensor& x_TK, std::string_view gate) {
   check_matrix(x_TK, x_TK);
   check_gate_up(gate_up, x_TK);
   check_A(A_RK, x_TK);
@@ -72,6 +72,7 @@ void swiglu_lora_down_(const Tensor& z_TZ, const Tensor& gate_up, const Tensor& 
   fill_z(params, z_TZ);
   params.copy = matrix_of(x_TK);
   params.gate_up = gate_up.const_data_ptr();
+  params.gate = gate_of(gate);
   const c10::cuda::CUDAGuard guard(x_TK.device());
   C10_CUDA_CHECK(launch_lora_down(params, stream()));
 }

@@ -1,4 +1,6 @@
 // RMSNorm, alone or with the sum of the residual stream before it, and its backward pass.
+#include <type_traits>
+
 #include "cuda/decode_step.h"
 #include "cuda/launch.h"
 #include "cuda/vectors.h"
@@ -20,12 +22,29 @@ __device__ __forceinline__ float row_sum(float value, float* scratch) {
   return total;
 }
 
+// What a row is multiplied by, and where the product is rounded. All in float32.
+template <typename T, bool precise>
+struct Weight {
+  float shift;  // 1 where the weight is 1 + w
+
+  __device__ __forceinline__ explicit Weight(const NormRounding& rounding)
+      : shift(precise && rounding.offset ? 1.f : 0.f) {}
+
+  __device__ __forceinline__ float of(T w) const { return precise ? to_float(w) + shift : to_float(w); }
+
+  // weight * normed: rounded before the weight, as most of HF's models do, or behind it alone.
+  __device__ __forceinline__ T product(T w, float normed) const {
+    return from_float<T>(of(w) * (precise ? normed : to_float(from_float<T>(normed))));
+  }
+};
+
 // `threads` threads hold a row in registers, `held` vectors each. Rows of 32 threads stand several to a block.
 // eps: of the parameters, in the type of the arithmetic.
-template <typename T, int threads, int held>
+template <typename T, int threads, int held, bool precise>
 __global__ void rms_norm_kernel(RmsNormParams params, float eps) {
   let_next_start();
   await_previous();
+  const Weight<T, precise> weight(params.rounding);
   const auto *x = static_cast<const T*>(params.x.data), *delta = static_cast<const T*>(params.delta);
   const int64_t size = params.size;
   __shared__ float scratch[32];
@@ -59,16 +78,15 @@ __global__ void rms_norm_kernel(RmsNormParams params, float eps) {
       const auto w = load(static_cast<const T*>(params.weight) + at);
       Vector<T> out;
 #pragma unroll
-      for (int j = 0; j < each; ++j) {  // rounded before the weight, as HF does
-        out.at[j] = from_float<T>(to_float(w.at[j]) * to_float(from_float<T>(to_float(kept[h].at[j]) * r)));
-      }
+      for (int j = 0; j < each; ++j) out.at[j] = weight.product(w.at[j], to_float(kept[h].at[j]) * r);
       store(static_cast<T*>(params.y.data) + row * params.y.stride + at, out);
     }
   }
 }
 
-template <typename T, int threads, int held>
+template <typename T, int threads, int held, bool precise>
 __global__ void rms_norm_backward_kernel(RmsNormBackwardParams params) {
+  const Weight<T, precise> weight(params.rounding);
   const auto* residual = static_cast<const T*>(params.residual);
   const int64_t size = params.size;
   __shared__ float scratch[32];
@@ -88,7 +106,7 @@ __global__ void rms_norm_backward_kernel(RmsNormBackwardParams params) {
       const auto w = load(static_cast<const T*>(params.weight) + at);
 #pragma unroll
       for (int j = 0; j < each; ++j) {
-        dot += to_float(ds[h].at[j]) * to_float(w.at[j]) * to_float(xs[h].at[j]) * r;
+        dot += to_float(ds[h].at[j]) * weight.of(w.at[j]) * to_float(xs[h].at[j]) * r;
       }
     }
   }
@@ -102,7 +120,7 @@ __global__ void rms_norm_backward_kernel(RmsNormBackwardParams params) {
       if (residual != nullptr) before = load(residual + row * size + at);
 #pragma unroll
       for (int j = 0; j < each; ++j) {
-        const float dn = to_float(ds[h].at[j]) * to_float(w.at[j]);
+        const float dn = to_float(ds[h].at[j]) * weight.of(w.at[j]);
         float d = r * (dn - to_float(xs[h].at[j]) * r * mean);
         if (residual != nullptr) d += to_float(before.at[j]);
         out.at[j] = from_float<T>(d);
@@ -118,6 +136,12 @@ struct RowShape {
   static constexpr int threads = threads_, held = held_;
   static constexpr int block = threads == 32 ? 256 : threads;
 };
+
+// Calls `body` with std::true_type where `precise`, std::false_type elsewhere.
+template <typename Body>
+void with_rounding(bool precise, Body body) {
+  precise ? body(std::true_type{}) : body(std::false_type{});
+}
 
 // Calls `body` with the RowShape of rows of `size` elements: few registers a thread, and as few threads as that allows,
 // since what they sum up must meet.
@@ -141,8 +165,11 @@ void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
     using T = decltype(zero);
     with_row_shape<T>(params.size, [&](auto shape) {
       constexpr int threads = decltype(shape)::threads, held = decltype(shape)::held, block = decltype(shape)::block;
-      launch_following(rms_norm_kernel<T, threads, held>, dim3(blocks_for(params.rows, block / threads)), block,
-                       params.rows, stream, params, static_cast<float>(params.eps));
+      with_rounding(params.rounding.precise, [&](auto precise) {
+        launch_following(rms_norm_kernel<T, threads, held, decltype(precise)::value>,
+                         dim3(blocks_for(params.rows, block / threads)), block, params.rows, stream, params,
+                         static_cast<float>(params.eps));
+      });
     });
   });
 }
@@ -152,8 +179,10 @@ void launch_rms_norm_backward(const RmsNormBackwardParams& params, cudaStream_t 
     using T = decltype(zero);
     with_row_shape<T>(params.size, [&](auto shape) {
       constexpr int threads = decltype(shape)::threads, held = decltype(shape)::held, block = decltype(shape)::block;
-      rms_norm_backward_kernel<T, threads, held>
-          <<<blocks_for(params.rows, block / threads), block, 0, stream>>>(params);
+      with_rounding(params.rounding.precise, [&](auto precise) {
+        rms_norm_backward_kernel<T, threads, held, decltype(precise)::value>
+            <<<blocks_for(params.rows, block / threads), block, 0, stream>>>(params);
+      });
     });
   });
 }

@@ -23,7 +23,7 @@ void check_dense(const Tensor& other, const Tensor& x) {
 }  // namespace
 
 void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps,
-               const OptionalTensor& sum, const Tensor& y, const Tensor& inverse) {
+               const OptionalTensor& sum, const Tensor& y, const Tensor& inverse, bool precise, bool offset) {
   const c10::cuda::CUDAGuard guard(x.device());
   check_norm(x, weight, inverse);
   MEGALORA_CHECK(y.sizes() == x.sizes(), x.sizes(), " and ", y.sizes());
@@ -43,6 +43,7 @@ void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weigh
   params.eps = eps;
   params.rows = x.size(0);
   params.size = x.size(1);
+  params.rounding = norm_rounding(precise, offset);
   params.type = type_of(x);
   if (x.numel() == 0) return;
   launch_rms_norm(params, stream());
@@ -50,7 +51,7 @@ void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weigh
 }
 
 void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& inverse,
-                        const OptionalTensor& residual, const Tensor& dx) {
+                        const OptionalTensor& residual, const Tensor& dx, bool precise, bool offset) {
   const c10::cuda::CUDAGuard guard(x.device());
   check_norm(x, weight, inverse);
   MEGALORA_CHECK(dy.sizes() == x.sizes(), x.sizes(), " and ", dy.sizes());
@@ -66,6 +67,7 @@ void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight,
   params.dx = dx.mutable_data_ptr();
   params.rows = x.size(0);
   params.size = x.size(1);
+  params.rounding = norm_rounding(precise, offset);
   params.type = type_of(x);
   if (x.numel() == 0) return;
   launch_rms_norm_backward(params, stream());

@@ -1,14 +1,13 @@
-// silu(gate) * up and its backward pass.
+// act(gate) * up and its backward pass.
 #include "cuda/decode_step.h"
+#include "cuda/gates.h"
 #include "cuda/launch.h"
 #include "cuda/vectors.h"
 
 namespace megalora {
 namespace {
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
-
-template <typename T>
+template <typename T, Gate act>
 __global__ void swiglu_kernel(const __grid_constant__ SwiGluParams params) {
   let_next_start();
   await_previous();
@@ -22,13 +21,13 @@ __global__ void swiglu_kernel(const __grid_constant__ SwiGluParams params) {
   Vector<T> y;
 #pragma unroll
   for (int j = 0; j < each; ++j) {
-    const float g = to_float(gate.at[j]);
-    y.at[j] = from_float<T>(to_float(from_float<T>(g * sigmoid(g))) * to_float(up.at[j]));
+    const Activated<act> opened(to_float(gate.at[j]));
+    y.at[j] = from_float<T>(to_float(from_float<T>(opened.value())) * to_float(up.at[j]));
   }
   store(static_cast<T*>(params.out.data) + row * params.out.stride + at, y);
 }
 
-template <typename T>
+template <typename T, Gate act>
 __global__ void swiglu_backward_kernel(const __grid_constant__ SwiGluBackwardParams params) {
   constexpr int each = Vector<T>::size;
   const auto *gate_up = static_cast<const T*>(params.gate_up), *dy = static_cast<const T*>(params.dy.data);
@@ -43,9 +42,10 @@ __global__ void swiglu_backward_kernel(const __grid_constant__ SwiGluBackwardPar
   Vector<T> dgate, dup;
 #pragma unroll
   for (int j = 0; j < each; ++j) {
-    const float g = to_float(gate.at[j]), s = sigmoid(g), dj = to_float(d.at[j]);
-    dup.at[j] = from_float<T>(dj * (g * s));
-    dgate.at[j] = from_float<T>(dj * to_float(up.at[j]) * s * (1.f + g * (1.f - s)));
+    const Activated<act> opened(to_float(gate.at[j]));
+    const float dj = to_float(d.at[j]);
+    dup.at[j] = from_float<T>(dj * opened.value());
+    dgate.at[j] = from_float<T>(opened.backward(dj * to_float(up.at[j])));
   }
   store(grad + first, dgate);
   store(grad + first + size, dup);
@@ -57,15 +57,19 @@ void launch_swiglu(const SwiGluParams& params, cudaStream_t stream) {
   dispatch(params.type, [&](auto zero) {
     using T = decltype(zero);
     const dim3 grid(blocks_for(params.rows * params.size / Vector<T>::size, kThreads));
-    launch_following(swiglu_kernel<T>, grid, kThreads, params.rows, stream, params);
+    dispatch_gate(params.gate, [&](auto act) {
+      launch_following(swiglu_kernel<T, decltype(act)::value>, grid, kThreads, params.rows, stream, params);
+    });
   });
 }
 
 void launch_swiglu_backward(const SwiGluBackwardParams& params, cudaStream_t stream) {
   dispatch(params.type, [&](auto zero) {
     using T = decltype(zero);
-    swiglu_backward_kernel<T>
-        <<<blocks_for(params.rows * params.size / Vector<T>::size, kThreads), kThreads, 0, stream>>>(params);
+    dispatch_gate(params.gate, [&](auto act) {
+      swiglu_backward_kernel<T, decltype(act)::value>
+          <<<blocks_for(params.rows * params.size / Vector<T>::size, kThreads), kThreads, 0, stream>>>(params);
+    });
   });
 }
 

@@ -4,7 +4,7 @@
 
 namespace megalora::cuda {
 
-void swiglu_(const Tensor& gate_up, const Tensor& out) {
+void swiglu_(const Tensor& gate_up, const Tensor& out, std::string_view gate) {
   const c10::cuda::CUDAGuard guard(out.device());
   MEGALORA_CHECK(gate_up.is_contiguous() && gate_up.dim() == 2 && out.dim() == 2, gate_up.sizes());
   MEGALORA_CHECK(gate_up.size(1) == 2 * out.size(1) && out.size(1) % kOctet == 0, gate_up.sizes(), out.sizes());
@@ -15,13 +15,14 @@ void swiglu_(const Tensor& gate_up, const Tensor& out) {
   params.out = matrix_of(out);
   params.rows = out.size(0);
   params.size = out.size(1);
+  params.gate = gate_of(gate);
   params.type = type_of(out);
   if (out.numel() == 0) return;
   launch_swiglu(params, stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad) {
+void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad, std::string_view gate) {
   const c10::cuda::CUDAGuard guard(dy.device());
   MEGALORA_CHECK(gate_up.is_contiguous() && grad.is_contiguous() && gate_up.sizes() == grad.sizes(), gate_up.sizes());
   MEGALORA_CHECK(gate_up.size(1) == 2 * dy.size(1) && dy.size(1) % kOctet == 0, gate_up.sizes(), dy.sizes());
@@ -34,6 +35,7 @@ void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& gra
   params.grad = grad.mutable_data_ptr();
   params.rows = dy.size(0);
   params.size = dy.size(1);
+  params.gate = gate_of(gate);
   params.type = type_of(dy);
   if (dy.numel() == 0) return;
   launch_swiglu_backward(params, stream());

@@ -1,38 +1,39 @@
-// SwiGLU on words of two 16-bit floats, in registers; in the order of operations of swiglu.cu.
+// Gated activations on words of two 16-bit floats, in registers; in the order of operations of swiglu.cu.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/gates.h"
 #include "cuda/halves.h"
 
 namespace megalora {
 
-// x = silu(gate) * up, two at a time.
-template <bool bfloat16>
+// x = act(gate) * up, two at a time.
+template <bool bfloat16, Gate act>
 __device__ __forceinline__ uint32_t swiglu(uint32_t gate, uint32_t up) {
   const float2 g = unpack<bfloat16>(gate), u = unpack<bfloat16>(up);
-  const float low = g.x * __fdividef(1.f, 1.f + __expf(-g.x)), high = g.y * __fdividef(1.f, 1.f + __expf(-g.y));
-  const float2 silu = unpack<bfloat16>(pack<bfloat16>(low, high));
-  return pack<bfloat16>(silu.x * u.x, silu.y * u.y);
+  const float low = Activated<act>(g.x).value(), high = Activated<act>(g.y).value();
+  const float2 opened = unpack<bfloat16>(pack<bfloat16>(low, high));
+  return pack<bfloat16>(opened.x * u.x, opened.y * u.y);
 }
 
-// (d gate, d up, x) of x = silu(gate) * up, two at a time.
-template <bool bfloat16>
+// (d gate, d up, x) of x = act(gate) * up, two at a time.
+template <bool bfloat16, Gate act>
 __device__ __forceinline__ void swiglu_backward(uint32_t d, uint32_t gate, uint32_t up, uint32_t& dgate, uint32_t& dup,
                                                 uint32_t& made) {
   const float2 ds = unpack<bfloat16>(d), gates = unpack<bfloat16>(gate), ups = unpack<bfloat16>(up);
   const float dj[2] = {ds.x, ds.y}, g[2] = {gates.x, gates.y}, u[2] = {ups.x, ups.y};
-  float to_gate[2], to_up[2], silu[2];
+  float to_gate[2], to_up[2], values[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const float s = __fdividef(1.f, 1.f + __expf(-g[j]));
-    silu[j] = g[j] * s;
-    to_up[j] = dj[j] * silu[j];
-    to_gate[j] = dj[j] * u[j] * s * (1.f + g[j] * (1.f - s));
+    const Activated<act> opened(g[j]);
+    values[j] = opened.value();
+    to_up[j] = dj[j] * values[j];
+    to_gate[j] = opened.backward(dj[j] * u[j]);
   }
   dgate = pack<bfloat16>(to_gate[0], to_gate[1]);
   dup = pack<bfloat16>(to_up[0], to_up[1]);
-  const float2 rounded = unpack<bfloat16>(pack<bfloat16>(silu[0], silu[1]));
+  const float2 rounded = unpack<bfloat16>(pack<bfloat16>(values[0], values[1]));
   made = pack<bfloat16>(rounded.x * u[0], rounded.y * u[1]);
 }
 

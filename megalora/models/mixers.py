@@ -298,6 +298,14 @@ class Clamp(NamedTuple):
     limit: float
 
 
+# What megalora.ops.swiglu calls activations, by HF's name.
+_GATES = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class MLP:
     """down(act(gate) * up), or down(act(up)) where there is no gate.
@@ -320,6 +328,11 @@ class MLP:
     @property
     def linears(self) -> tuple[Linear, ...]:
         return (*linears_of((self.gate, self.up)), self.down)
+
+    @property
+    def fused_gate(self) -> str | None:
+        """The activation as megalora.ops.swiglu has it, where that makes what down reads; None where torch does."""
+        return _GATES.get(self.act) if self.gate is not None and not self.dropout else None
 
     @property
     def norms(self) -> tuple[Norm, ...]:

@@ -33,6 +33,18 @@ class _FromInput(torch.autograd.Function):
         return dx, None
 
 
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return functional.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        return functional.relu(x).mul_(dy).mul_(2)
+
+
 def _composed(function: Activation) -> Activation:
     return lambda x: _FromInput.apply(x, function)
 
@@ -56,7 +68,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "mish": functional.mish,
     "quick_gelu": _composed(lambda x: x * torch.sigmoid(1.702 * x)),
     "relu": functional.relu,
-    "relu2": _composed(lambda x: functional.relu(x).square()),
+    "relu2": _SquaredRelu.apply,
     "relu6": functional.relu6,
     "sigmoid": torch.sigmoid,
     "silu": _silu,

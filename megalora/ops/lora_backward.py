@@ -2,7 +2,7 @@
 
     dx += mask . (dz A)        dA += dz^T dropout(x)
 
-and where x = silu(gate) * up was made of the linears before, on through it to them, with dB of theirs:
+and where x = act(gate) * up was made of the linears before, on through it to them, with dB of theirs:
 
     [dgate | dup] = the gradient where x has that of dx        dB += s [dgate | dup]^T z
 
@@ -94,8 +94,9 @@ def swiglu_lora_backward_(
     draw: Dropout | None,
     dA: torch.Tensor,
     ups: Sequence[UpBranch],
+    act: str = "silu",
 ) -> torch.Tensor:
-    """Return the gradient [T, 2 I] of gate_up, where x = silu(gate) * up has the gradient dx + mask . (dz A).
+    """Return the gradient [T, 2 I] of gate_up, where x = act(gate) * up has the gradient dx + mask . (dz A).
 
     Adds dz^T dropout(x) to dA [R, I], and to the dB of `ups` theirs. dx is overwritten.
     """
@@ -111,10 +112,10 @@ def swiglu_lora_backward_(
             z = torch.as_strided(ups[0].z, (dx_TI.shape[0], sum(b.z.shape[1] for b in ups)), ups[0].z.stride())
         torch.ops.megalora.swiglu_lora_gradients_(
             dx_TI, gate_up, dz_TR, A_RI, token_index, *mask_arguments(draw), grad, [dA], z,
-            [branch.dB for branch in ups], [branch.scaling for branch in ups],
+            [branch.dB for branch in ups], [branch.scaling for branch in ups], act,
         )  # fmt: skip
         return grad
-    grad, x, scale = swiglu_backward(dx_TI, gate_up, (dz_TR, A_RI, token_index, draw))
+    grad, x, scale = swiglu_backward(dx_TI, gate_up, (dz_TR, A_RI, token_index, draw), act)
     if scale is None:
         add_down_weight_grad_([dA], dz_TR, x, token_index, draw)
     else:  # x is dropped already

@@ -28,6 +28,10 @@ class Rounding(NamedTuple):
             w = w.to(torch.promote_types(w.dtype, torch.float32))
         return 1 + w if self.offset else w
 
+    def arguments(self, w: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
+        """Return (weight, precise, offset) as the compiled ops take them: 1 + w is theirs where it is precise."""
+        return (w, True, self.offset) if self.precise else (self.weight(w), False, False)
+
 
 LLAMA = Rounding()
 
@@ -52,42 +56,47 @@ def add_rms_norm(
 def _forward(x, delta, weight, eps, room, rounding):
     """Compute (sum, y with room, inverse [..., 1]); sum is x where delta is None."""
     size = x.shape[-1]
-    weight = rounding.weight(weight)
     y = x.new_empty(*x.shape[:-1], size + room)
     if _compiled(x, size, room) and weight.dtype == x.dtype:
-        rows = x.numel() // size
+        rows, (w, precise, offset) = x.numel() // size, rounding.arguments(weight)
         inverse = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         total = x if delta is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         torch.ops.megalora.rms_norm_(
             _rows(x),
             None if delta is None else _rows(delta).contiguous(),
-            weight,
+            w,
             eps,
             None if delta is None else _rows(total),
             _rows(y)[:, :size],
             inverse,
+            precise,
+            offset,
         )
         return total, y, inverse
+    weight = rounding.weight(weight)
     total = x if delta is None else x + delta
-    precise = total.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = torch.linalg.vecdot(precise, precise).div_(size).add_(eps).rsqrt_().unsqueeze(-1)
+    wide = total.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.linalg.vecdot(wide, wide).div_(size).add_(eps).rsqrt_().unsqueeze(-1)
     if rounding.precise:
-        y[..., :size].copy_((precise * inverse).mul_(weight))
+        y[..., :size].copy_((wide * inverse).mul_(weight))
     else:
-        torch.mul(weight, (precise * inverse).to(x.dtype), out=y[..., :size])
+        torch.mul(weight, (wide * inverse).to(x.dtype), out=y[..., :size])
     return total, y, inverse
 
 
 def _backward(dy, x, weight, inverse, residual, rounding):
     """Compute d(x), plus `residual` where there is one. With n = x r and dn = dy w: dx = r (dn - n mean(dn n))."""
     size = x.shape[-1]
-    weight = rounding.weight(weight)
     room = dy.shape[-1] - size
     if _compiled(x, size, room) and weight.dtype == x.dtype and dy.stride(-1) == 1:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         before = None if residual is None else _rows(residual).contiguous()
-        torch.ops.megalora.rms_norm_backward_(_rows(dy)[:, :size], _rows(x), weight, inverse, before, _rows(dx))
+        w, precise, offset = rounding.arguments(weight)
+        torch.ops.megalora.rms_norm_backward_(
+            _rows(dy)[:, :size], _rows(x), w, inverse, before, _rows(dx), precise, offset
+        )
         return dx
+    weight = rounding.weight(weight)
     inverse = inverse.view(*x.shape[:-1], 1)
     normed = x.to(inverse.dtype) * inverse
     dn = (dy[..., :size] * weight).to(inverse.dtype)

@@ -1,24 +1,54 @@
-"""SwiGLU: silu(gate) * up (Shazeer 2020), keeping its two inputs only."""
+"""act(gate) * up of gated MLPs: SwiGLU and GeGLU (Shazeer 2020), keeping their two inputs only.
+
+The activation is one of ACTS, by the name under which the compiled ops know it: all of them on a GPU, silu on a CPU.
+Its result is rounded before up multiplies it, as in HF.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+from torch.nn import functional
 
 from megalora.ops import extension, limits
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import kernels_take, lora_down_, lora_down_input_grad_, mask_arguments
 
 
-def swiglu(gate_up: torch.Tensor, room: int = 0) -> torch.Tensor:
-    """Map gate_up [T, 2 I], gate before up to silu(gate) * up [T, I + room], undefined in the room (see lora_linear).
-    """
-    return _SwiGlu.apply(gate_up, room)
+class _Act(NamedTuple):
+    """value(gate), and backward(d, gate, grad_input=...) = d act'(gate)."""
+
+    value: Callable[[torch.Tensor], torch.Tensor]
+    backward: Callable[..., torch.Tensor]
+
+
+_silu_backward, _gelu_backward = torch.ops.aten.silu_backward.grad_input, torch.ops.aten.gelu_backward.grad_input
+ACTS = {
+    "silu": _Act(functional.silu, _silu_backward),
+    "gelu_tanh": _Act(
+        functools.partial(functional.gelu, approximate="tanh"), functools.partial(_gelu_backward, approximate="tanh")
+    ),
+    "gelu": _Act(functional.gelu, _gelu_backward),
+}
+
+
+def swiglu(gate_up: torch.Tensor, room: int = 0, act: str = "silu") -> torch.Tensor:
+    """Map gate_up [T, 2 I], gate before up to act(gate) * up [T, I + room], undefined in the room (see lora_linear)."""
+    return _SwiGlu.apply(gate_up, room, act)
 
 
 def swiglu_down(
-    gate_up: torch.Tensor, room: int, A_RI: torch.Tensor, token_index: torch.Tensor, draw: Dropout | None
+    gate_up: torch.Tensor,
+    room: int,
+    A_RI: torch.Tensor,
+    token_index: torch.Tensor,
+    draw: Dropout | None,
+    act: str = "silu",
 ) -> torch.Tensor:
-    """Map gate_up [T, 2 I] to [x | z | 0] [T, I + room]: x = silu(gate) * up with z = dropout(x) A^T behind it.
+    """Map gate_up [T, 2 I] to [x | z | 0] [T, I + room]: x = act(gate) * up with z = dropout(x) A^T behind it.
 
     A [R, I] with R <= room, token_index [T] and draw as in lora_down_. Not for autograd.
     """
@@ -26,13 +56,13 @@ def swiglu_down(
     if (
         fuses_down(gate_up.device.type, rank)
         and kernels_take(gate_up[:, :size], rank, draw)
-        and _compiled(gate_up, room)
+        and _compiled(gate_up, room, act)
     ):
         X = gate_up.new_empty(gate_up.shape[0], size + room)
         arguments = (token_index, *mask_arguments(draw))
-        torch.ops.megalora.swiglu_lora_down_(X[:, size:], gate_up, A_RI, *arguments, X[:, :size])
+        torch.ops.megalora.swiglu_lora_down_(X[:, size:], gate_up, A_RI, *arguments, X[:, :size], act)
         return X
-    X = swiglu(gate_up, room)
+    X = swiglu(gate_up, room, act)
     lora_down_(X, A_RI, token_index, draw)
     return X
 
@@ -42,43 +72,50 @@ def fuses_down(device_type: str, rank: int) -> bool:
     return device_type == "cuda" and rank <= limits.LARGEST_RANK_GATED_DOWN
 
 
-def _compiled(gate_up: torch.Tensor, room: int) -> bool:
-    """Return whether kernels take it: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
+def _compiled(gate_up: torch.Tensor, room: int, act: str) -> bool:
+    """Return whether kernels take it: on a CPU silu, not in float16; on a GPU not in float64, rows on 16 bytes."""
     if not (extension.has_kernels(gate_up.device.type) and gate_up.is_contiguous()):
         return False
     if gate_up.device.type == "cpu":
-        return gate_up.dtype != torch.float16
+        return act == "silu" and gate_up.dtype != torch.float16
     return gate_up.dtype != torch.float64 and gate_up.shape[1] % (2 * limits.OCTET) == room % limits.OCTET == 0
 
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, room):
+    def forward(ctx, gate_up, room, act):
         size = gate_up.shape[1] // 2
         ctx.save_for_backward(gate_up)
+        ctx.act = act
         out = gate_up.new_empty(gate_up.shape[0], size + room)
-        if _compiled(gate_up, room):
-            torch.ops.megalora.swiglu_(gate_up, out[:, :size])
+        if _compiled(gate_up, room, act):
+            torch.ops.megalora.swiglu_(gate_up, out[:, :size], act)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
-            torch.mul(torch.nn.functional.silu(gate), up, out=out[:, :size])
+            torch.mul(ACTS[act].value(gate), up, out=out[:, :size])
         return out
 
     @staticmethod
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
-        return _backward(dy[:, : gate_up.shape[1] // 2], gate_up), None
+        return _backward(dy[:, : gate_up.shape[1] // 2], gate_up, ctx.act), None, None
 
 
-def _backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def _backward(dy: torch.Tensor, gate_up: torch.Tensor, act: str, again: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the gradient of gate_up; write the output into `again` [T, I], where given."""
     grad = torch.empty_like(gate_up)
-    if _compiled(gate_up, 0) and dy.stride(1) == 1:
-        torch.ops.megalora.swiglu_backward_(dy, gate_up, grad)
+    if _compiled(gate_up, 0, act) and dy.stride(1) == 1:
+        torch.ops.megalora.swiglu_backward_(dy, gate_up, grad, act)
+        if again is not None:
+            torch.ops.megalora.swiglu_(gate_up, again, act)
         return grad
     gate, up = gate_up.chunk(2, dim=-1)
     dgate, dup = grad.chunk(2, dim=-1)
-    torch.mul(torch.nn.functional.silu(gate), dy, out=dup)
-    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+    value = ACTS[act].value(gate)
+    torch.mul(value, dy, out=dup)
+    if again is not None:
+        torch.mul(value, up, out=again)
+    ACTS[act].backward(dy * up, gate, grad_input=dgate)
     return grad
 
 
@@ -86,7 +123,7 @@ Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Dropout | None]
 
 
 def swiglu_backward(
-    dy: torch.Tensor, gate_up: torch.Tensor, branch: Branch | None
+    dy: torch.Tensor, gate_up: torch.Tensor, branch: Branch | None, act: str = "silu"
 ) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
     """Return (the gradient of gate_up [T, 2 I], the output again [T, I], None), or with the output as the branch reads
     it: (the same, x, s) where s x is the dropped output.
@@ -97,11 +134,13 @@ def swiglu_backward(
     One pass over memory on a GPU: the term is neither written nor read, and the mask is drawn once.
     """
     if branch is None:
-        return _backward(dy, gate_up), None, None
+        return _backward(dy, gate_up, act), None, None
     dz, A, token_index, draw = branch
-    if dy.device.type == "cuda" and kernels_take(dy, dz.shape[1], draw) and _compiled(gate_up, 0):
-        grad, x = torch.empty_like(gate_up), torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-        torch.ops.megalora.swiglu_lora_backward_(dy, gate_up, dz, A, token_index, *mask_arguments(draw), grad, x)
+    x = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    if dy.device.type == "cuda" and kernels_take(dy, dz.shape[1], draw) and _compiled(gate_up, 0, act):
+        grad = torch.empty_like(gate_up)
+        arguments = (token_index, *mask_arguments(draw))
+        torch.ops.megalora.swiglu_lora_backward_(dy, gate_up, dz, A, *arguments, grad, x, act)
         return grad, x, 1.0 if draw is None else draw.scale
     lora_down_input_grad_(dy, dz, A, token_index, draw)
-    return _backward(dy, gate_up), swiglu(gate_up), None
+    return _backward(dy, gate_up, act, x), x, None

@@ -107,7 +107,9 @@ class VocabParallelHead(_VocabParallel):
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Return d logits / d s of `logits`, in their shape and dtype; None where it is 1."""
-        return None if self.softcap is None else logits.div(self.softcap).square_().neg_().add_(1)
+        if self.softcap is None:
+            return None
+        return torch.addcmul(logits.new_ones(()), logits, logits, value=-1 / self.softcap**2)  # one pass
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden [N, hidden_size], whole on each rank to logits [N, vocab_size], whole on each rank."""

@@ -64,8 +64,8 @@ class LinearGroup:
     """Linears that read one input. Owns their matrix; the parameters stay theirs.
 
     site     number of the input: it fixes the dropout mask, which all branches share
-    gated    the input is silu(gate) * up of what the group is given, gate_up [T, 2 I]: made here, and made again in
-             backward rather than kept
+    gated    the input is act(gate) * up of what the group is given, gate_up [T, 2 I]: made here, and made again in
+             backward rather than kept. The name of act (megalora.ops.swiglu); None: the input is what is given
     reduces  a row-parallel group sums its result over the tp ranks (see `product`); else it gives this rank's term, and
              whoever sums terms of several groups adds their biases. A column-parallel group that does not reduce is
              given all tokens, and the gradient of its input is this rank's term
@@ -79,7 +79,7 @@ class LinearGroup:
         site: int,
         place: Placement,
         *,
-        gated: bool = False,
+        gated: str | None = None,
         reduces: bool = True,
     ):
         self.linears, self.site, self.place, self.gated = tuple(linears), site, place, gated
@@ -148,8 +148,10 @@ class LinearGroup:
         tp, columns, exchange = self.place.tp, self.in_features, self.place.exchange
         X, A, x = source, self.down, None
         token_index, draw = self.mask(tokens)
-        if self.gated:
-            X = swiglu(source, self.room) if A is None else swiglu_down(source, self.room, A, token_index, draw)
+        if self.gated and A is None:
+            X = swiglu(source, self.room, self.gated)
+        elif self.gated:
+            X = swiglu_down(source, self.room, A, token_index, draw, self.gated)
         elif A is not None:
             if source.shape[1] == columns:
                 X, x = source.new_empty(source.shape[0], columns + self.room), source
@@ -275,7 +277,7 @@ class LinearGroup:
 
 
 class GatedPair:
-    """gate and up, then down of silu(gate) * up: two groups whose backward passes are one.
+    """gate and up, then down of act(gate) * up: two groups whose backward passes are one.
 
     first   the column-parallel group of gate and up
     second  the row-parallel, gated one of down

@@ -227,16 +227,17 @@ def _gated_backward(
     ups_before: Sequence[UpBranch],
 ) -> torch.Tensor | None:
     """Return the rest of `_backward` where x was made of the source: the gradient of gate and up."""
-    A, token_index, columns = kept.A, kept.token_index, group.in_features
+    A, token_index, columns, act = kept.A, kept.token_index, group.in_features, group.gated
+    assert act is not None
     if needs_dx and dA:
-        return swiglu_lora_backward_(dX[:, :columns], kept.source, dz, A, token_index, draw, dA[0], ups_before)
+        return swiglu_lora_backward_(dX[:, :columns], kept.source, dz, A, token_index, draw, dA[0], ups_before, act)
     if dA:
-        add_down_weight_grad_(dA, dz, swiglu(kept.source), token_index, draw)
+        add_down_weight_grad_(dA, dz, swiglu(kept.source, act=act), token_index, draw)
     if not needs_dx:
         return None
     if dz is not None:
         lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw)
-    dsource = swiglu_backward(dX[:, :columns], kept.source, None)[0]
+    dsource = swiglu_backward(dX[:, :columns], kept.source, None, act)[0]
     for branch in ups_before:
         lora_up_weight_grad(dsource[:, branch.rows], branch.z, branch.scaling, branch.dB)
     return dsource

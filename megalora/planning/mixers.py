@@ -121,21 +121,18 @@ class MLP:
     """A megalora.models.spec.MLP on one rank.
 
     gates  down reads act(gate) * up, else act(up)
+    fused  which megalora.ops.swiglu makes, inside the group of down
     """
 
     up: Group
     down: Group
     gates: bool
     act: str
+    fused: bool
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.up, self.down
-
-    @property
-    def swiglu(self) -> bool:
-        """Whether what is gated is made by the ops of SwiGLU, inside the group of down."""
-        return self.gates and self.act == "silu"
 
     @property
     def norms(self) -> int:

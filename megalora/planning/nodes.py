@@ -193,7 +193,7 @@ class _LayerNodes:
 
     def _mlp(self, mixer: MLP, source: str, flowing: bool, unread: bool) -> list[Node]:
         after = flowing or mixer.up.trains
-        if mixer.swiglu:
+        if mixer.fused:
             fused = self._fused(mixer)
             return [
                 self._linears(mixer.up, source, flowing, fused=fused, read=True),

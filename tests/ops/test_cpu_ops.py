@@ -6,7 +6,7 @@ import torch
 
 from megalora.ops import extension
 from megalora.ops.cross_entropy import gradient_, statistics_
-from megalora.ops.rms_norm import add_rms_norm, rms_norm
+from megalora.ops.rms_norm import LLAMA, Rounding, add_rms_norm, rms_norm
 from megalora.ops.rope import split_rope
 from megalora.ops.swiglu import swiglu
 
@@ -54,11 +54,12 @@ def check(monkeypatch, function, inputs, dtype, room=0):
 @DTYPES
 @ROOMS
 @pytest.mark.parametrize("shape", [(300, 576), (33, 40), (2, 31), (1, 1)])
-def test_rms_norm(monkeypatch, dtype, room, shape):
+@pytest.mark.parametrize("how", [LLAMA, Rounding(precise=True), Rounding(True, True)], ids=["llama", "olmo2", "gemma"])
+def test_rms_norm(monkeypatch, dtype, room, shape, how):
     x, delta, weight = randn(*shape), randn(*shape, seed=1), 1 + 0.1 * randn(shape[1], seed=2)
     weight = weight.to(dtype).double()  # so that the reference has the same
-    check(monkeypatch, lambda a: rms_norm(a, weight.to(a.dtype), 1e-5, room), [x], dtype, room)
-    check(monkeypatch, lambda a, b: add_rms_norm(a, b, weight.to(a.dtype), 1e-5, room), [x, delta], dtype, room)
+    check(monkeypatch, lambda a: rms_norm(a, weight.to(a.dtype), 1e-5, room, how), [x], dtype, room)
+    check(monkeypatch, lambda a, b: add_rms_norm(a, b, weight.to(a.dtype), 1e-5, room, how), [x, delta], dtype, room)
 
 
 @DTYPES
@@ -171,6 +172,15 @@ def test_ops_quote_the_condition_that_fails(name, dtype):
         found[i] = found[i].to(dtype)
     with pytest.raises(RuntimeError, match=r"megalora: .*(does not hold|no CPU kernel)"):
         getattr(torch.ops.megalora, name)(*found)
+
+
+def test_roundings_and_gates_that_a_kernel_does_not_know_are_refused():
+    x, weight, inverse, out = randn(5, 12), randn(12), randn(5).abs(), torch.empty(5, 12, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="give 1 . w"):  # rounded before the weight: 1 + w is the caller's
+        torch.ops.megalora.rms_norm_(x, None, weight, 1e-5, None, out, inverse, False, True)
+    for gate in ("relu", "gelu_tanh"):  # the one is none, the other a GPU's alone
+        with pytest.raises(RuntimeError, match=gate):
+            torch.ops.megalora.swiglu_(randn(5, 24), out, gate)
 
 
 def test_float16_has_the_references():

@@ -10,10 +10,10 @@ from megalora.ops.attention import attention, pack
 from megalora.ops.cross_entropy import gradient_, statistics_
 from megalora.ops.dropout import Dropout, dropout, dropout_add_, keep_mask
 from megalora.ops.lora_linear import lora_down_, lora_down_input_grad_
-from megalora.ops.rms_norm import add_rms_norm, rms_norm
+from megalora.ops.rms_norm import LLAMA, Rounding, add_rms_norm, rms_norm
 from megalora.ops.rope import split_rope
 from megalora.ops.scaled_copy import scaled_copy_
-from megalora.ops.swiglu import swiglu, swiglu_backward
+from megalora.ops.swiglu import ACTS, swiglu, swiglu_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -60,20 +60,81 @@ def test_dropout_has_the_bits_of_the_cpu(dtype, offset):
     assert torch.equal(ours.cpu(), g)
 
 
+ROUNDINGS = {"llama": LLAMA, "olmo2": Rounding(precise=True), "gemma": Rounding(True, True)}
+
+
+def plain(monkeypatch, function):
+    """`function` by torch alone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "has_kernels", lambda device_type: False)
+        return function()
+
+
+def assert_rounded_alike(ours, theirs):
+    """The same but for what lies between two numbers of the dtype: few elements, and those by a step, or by two where
+    they are rounded twice."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    a, b = ours.float(), theirs.float()
+    assert ((a - b).abs() <= 2.02 * torch.finfo(ours.dtype).eps * b.abs()).all()
+    assert (a != b).float().mean() <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [256, 3584, 16384])
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_rms_norm_rounds_where_torch_does(monkeypatch, dtype, size, name):
+    x, weight = randn(64, size, dtype=dtype).cuda(), (1 + 0.1 * randn(size, seed=2)).to("cuda", dtype)
+    delta = randn(64, size, seed=1, dtype=dtype).cuda()
+    (total, y), (wanted_total, wanted) = (
+        run(lambda: add_rms_norm(x, delta, weight, 1e-6, 64, ROUNDINGS[name]))
+        for run in (lambda f: f(), lambda f: plain(monkeypatch, f))
+    )
+    assert torch.equal(total, wanted_total)
+    assert_rounded_alike(y[:, :size], wanted[:, :size])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act", ACTS)
+def test_gates_round_where_torch_does(monkeypatch, dtype, act):
+    gate_up = 2 * randn(64, 2 * 1408).cuda()
+    gate_up[:, :1408].clamp_(-1, 8)  # below it torch's own 1 + tanh cancels
+    gate_up = gate_up.to(dtype)
+    assert_rounded_alike(swiglu(gate_up, 0, act), plain(monkeypatch, lambda: swiglu(gate_up, 0, act)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ACTS)
+def test_gates_of_any_size(dtype, act):
+    """Where the activation is flat, and where exp would overflow or underflow."""
+    gate = torch.tensor([0.0, -0.0, 1e-6, 20, -20, 88, -88, 104, -104, 1e4, -1e4, 3, -3, 0.5, -0.5, 7], dtype=dtype)
+    x = torch.cat([gate, torch.ones_like(gate)])[None].cuda().requires_grad_()
+    exact = x.detach().double().cpu().requires_grad_()
+    y, wanted = swiglu(x, 0, act), swiglu(exact, 0, act)
+    (grad,), (wanted_grad,) = torch.autograd.grad(y.sum(), x), torch.autograd.grad(wanted.sum(), exact)
+    for a, b in ((y, wanted), (grad, wanted_grad)):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [64, 128, 576, 4096, 8192])
-def test_rms_norm(dtype, size):
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_rms_norm(dtype, size, name):
+    how = ROUNDINGS[name]
     x, delta = randn(13, size, dtype=dtype), randn(13, size, seed=1, dtype=dtype)
     weight = 1 + 0.1 * randn(size, seed=2, dtype=dtype)
     for room in (0, 64):
-        both(lambda a, room=room: rms_norm(a, weight.to(a.device, a.dtype), 1e-5, room), x, room=room)
-        both(lambda a, b, room=room: add_rms_norm(a, b, weight.to(a.device, a.dtype), 1e-5, room), x, delta, room=room)
+        both(lambda a, room=room: rms_norm(a, weight.to(a.device, a.dtype), 1e-5, room, how), x, room=room)
+        both(
+            lambda a, b, room=room: add_rms_norm(a, b, weight.to(a.device, a.dtype), 1e-5, room, how),
+            x, delta, room=room,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("room", [0, 64])
-def test_swiglu(dtype, room):
-    both(lambda x: swiglu(x, room), randn(19, 2 * 144, dtype=dtype), room=room)
+@pytest.mark.parametrize("act", ACTS)
+def test_swiglu(dtype, room, act):
+    both(lambda x: swiglu(x, room, act), randn(19, 2 * 144, dtype=dtype), room=room)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +177,8 @@ def test_cross_entropy_of_masked_logits(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("size, rank", [(136, 8), (1408, 16), (520, 48), (264, 136)])
-def test_swiglu_backward_with_the_term_of_a_branch(dtype, p, size, rank):
+@pytest.mark.parametrize("act", ACTS)
+def test_swiglu_backward_with_the_term_of_a_branch(dtype, p, size, rank, act):
     """The fused pass has the bits of the term, then the backward pass, then the forward pass."""
     tokens = 77
     gate_up, A = randn(tokens, 2 * size, dtype=dtype).cuda(), randn(rank, size, seed=1, dtype=dtype).cuda()
@@ -125,12 +187,13 @@ def test_swiglu_backward_with_the_term_of_a_branch(dtype, p, size, rank):
     draw = Dropout(p, seed=5, site=1, step=2, feature_offset=8) if p else None
     apart = wide.clone()
     lora_down_input_grad_(apart[:, :size], dz, A, index, draw)
-    wanted, none, _ = swiglu_backward(apart[:, :size], gate_up, None)
+    wanted, none, _ = swiglu_backward(apart[:, :size], gate_up, None, act)
     assert none is None
-    grad, x, scale = swiglu_backward(wide[:, :size], gate_up, (dz, A, index, draw))
+    grad, x, scale = swiglu_backward(wide[:, :size], gate_up, (dz, A, index, draw), act)
     assert torch.equal(grad, wanted)
     kept = torch.ones_like(x, dtype=torch.bool) if draw is None else keep_mask(index, size, draw)
-    assert torch.equal(x, torch.where(kept, swiglu(gate_up), 0)) and scale == (1 if draw is None else draw.scale)
+    assert torch.equal(x, torch.where(kept, swiglu(gate_up, 0, act), 0))
+    assert scale == (1 if draw is None else draw.scale)
     into = torch.zeros(tokens, size, dtype=dtype, device="cuda")
     lora_down_input_grad_(wide[:, :size], dz, A, index, draw, into)
     assert torch.equal(into, apart[:, :size])

@@ -11,7 +11,7 @@ import torch
 from megalora.ops.dropout import Dropout, dropout
 from megalora.ops.lora_backward import UpBranch, add_down_weight_grad_, lora_backward_, swiglu_lora_backward_
 from megalora.ops.lora_linear import lora_down_
-from megalora.ops.swiglu import swiglu, swiglu_down
+from megalora.ops.swiglu import ACTS, swiglu, swiglu_down
 
 T, I, C = 9, 14, 8  # noqa: E741
 INDEX = torch.arange(T) * 3 + 7
@@ -100,7 +100,8 @@ SCALES = {"gate": 0.5, "up": 3.0}
     "names", [(), ("gate", "up"), ("up", "gate"), ("gate",), ("up",)], ids=lambda names: "+".join(names) or "none"
 )
 @pytest.mark.parametrize("apart", [False, True], ids=["z side by side", "z apart"])
-def test_backward_through_swiglu_is_that_of_autograd(draw, names, apart):
+@pytest.mark.parametrize("act", ACTS)
+def test_backward_through_the_gate_is_that_of_autograd(draw, names, apart, act):
     """gate_up as its linears make it, with s z B^T in it; ups: the branches whose dB is wanted."""
     z = randn(0, T, C)
     places = {"gate": z[:, :RANK_GATE], "up": z[:, RANK_GATE : RANK_GATE + RANK_UP]}
@@ -114,7 +115,7 @@ def test_backward_through_swiglu_is_that_of_autograd(draw, names, apart):
     dx, dz = dX[:, :I], dX[:, I : I + RANK_DOWN]
 
     gate, up = gate_up[:, GATE], gate_up[:, UP]
-    x = gate * torch.sigmoid(gate) * up
+    x = ACTS[act].value(gate) * up
     of = [gate_up, A, *(B[name] for name in names)]
     wanted, wanted_dA, *wanted_dB = torch.autograd.grad([x, (x * mask(draw)) @ A.t()], of, [dx, dz])
 
@@ -126,7 +127,7 @@ def test_backward_through_swiglu_is_that_of_autograd(draw, names, apart):
     behind = dX[:, I:].clone()
 
     given = gate_up.detach()
-    grad = swiglu_lora_backward_(dx, given, dz, A.detach(), INDEX, draw, dA, ups)
+    grad = swiglu_lora_backward_(dx, given, dz, A.detach(), INDEX, draw, dA, ups, act)
 
     assert grad.shape == (T, 2 * I) and grad.is_contiguous()
     close(grad, wanted)

@@ -5,6 +5,7 @@ import torch
 
 from megalora.ops import extension, limits
 from megalora.ops.dropout import Dropout, keep_mask
+from megalora.ops.swiglu import ACTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -140,30 +141,32 @@ GATED = [  # (tokens, features, rank of down, ranks of gate and up or None, p)
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("tokens, features, rank, ups, p", GATED)
-def test_gated_backward_and_forward(tokens, features, rank, ups, p, dtype):
-    """The kernels that make x = silu(gate) * up themselves, against float64 of x as bits have it."""
+@pytest.mark.parametrize("act", ACTS)
+def test_gated_backward_and_forward(tokens, features, rank, ups, p, act, dtype):
+    """The kernels that make x = act(gate) * up themselves, against float64 of x as bits have it."""
     case = Case(tokens, features, rank, p, dtype)
     gate_up = torch.randn(tokens, 2 * features, device="cuda").to(dtype)
     gate, up = gate_up.double().chunk(2, dim=1)
-    silu = (gate * gate.sigmoid()).to(dtype).double()
-    case.x.copy_((silu * up).to(dtype))
+    value = ACTS[act].value(gate).to(dtype).double()
+    case.x.copy_((value * up).to(dtype))
     x, X = case.dropped_x(), torch.full_like(case.forward, float("nan"))
-    torch.ops.megalora.swiglu_lora_down_(X[:, features:], gate_up, case.A, *case.draw, None, X[:, :features])
-    assert error(X[:, :features], (silu * up)) < 2 * rounding(dtype)  # silu is rounded from float32, not float64
+    torch.ops.megalora.swiglu_lora_down_(X[:, features:], gate_up, case.A, *case.draw, None, X[:, :features], act)
+    assert error(X[:, :features], (value * up)) < 2 * rounding(dtype)  # the value is rounded from float32, not float64
     assert error(X[:, features : features + rank], x @ case.A.double().t()) < 3 * rounding(dtype)
     assert (X[:, features + rank :] == 0).all()
 
     term = case.spec.scale * (case.dz.double() @ case.A.double())
     d = (case.dx.double() + torch.where(case.keep, term, 0.0)).to(dtype).double()
-    s = gate.sigmoid()
-    wanted = torch.cat([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=1)
+    leaf = gate.clone().requires_grad_()
+    exact = ACTS[act].value(leaf)
+    (dgate,) = torch.autograd.grad(exact, leaf, d * up)
+    wanted = torch.cat([dgate, d * exact.detach()], dim=1)
     grad, dA = torch.full_like(gate_up, float("nan")), torch.ones(rank, features, device="cuda")
     z = torch.randn(tokens, 64, device="cuda").to(dtype)
     dB = [] if ups is None else [torch.ones(features, r, device="cuda") for r in ups]
     scaling = [] if ups is None else [0.5, 3.0]
-    torch.ops.megalora.swiglu_lora_gradients_(
-        case.dx, gate_up, case.dz, case.A, *case.draw, None, grad, [dA], None if ups is None else z, dB, scaling
-    )
+    places = (grad, [dA], None if ups is None else z, dB, scaling, act)
+    torch.ops.megalora.swiglu_lora_gradients_(case.dx, gate_up, case.dz, case.A, *case.draw, None, *places)
     assert error(grad, wanted) < 2 * rounding(dtype)
     assert error(dA, 1.0 + case.dz.double().t() @ x) < 2 * rounding(dtype)
     first = 0

@@ -1,17 +1,23 @@
-"""SwiGLU against its formula under autograd."""
+"""SwiGLU and GeGLU against their formulas under autograd."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
+from megalora.models import spec
+from megalora.ops.activations import ACTIVATIONS
 from megalora.ops.dropout import Dropout, dropout
-from megalora.ops.swiglu import swiglu, swiglu_backward
+from megalora.ops.swiglu import ACTS, swiglu, swiglu_backward, swiglu_down
 
 SIZE = 10
 
 
-def formula(gate_up):
+def formula(gate_up, act="silu"):
     gate, up = gate_up.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
+    hf = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    return ACT2FN[hf[act]](gate) * up
 
 
 def inputs(dtype=torch.float64):
@@ -19,11 +25,12 @@ def inputs(dtype=torch.float64):
     return (torch.randn(6, 2 * SIZE, generator=generator) * 4).to(dtype).requires_grad_()
 
 
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_value_and_gradients(dtype):
+def test_value_and_gradients(dtype, act):
     x = inputs(dtype)
     dy = torch.randn(6, SIZE).to(dtype)
-    ours, theirs = swiglu(x), formula(x)
+    ours, theirs = swiglu(x, act=act), formula(x, act)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, theirs)
     (a,), (b,) = torch.autograd.grad(ours, x, dy), torch.autograd.grad(theirs, x, dy)
@@ -31,8 +38,23 @@ def test_value_and_gradients(dtype):
     torch.testing.assert_close(a, b)
 
 
-def test_gradcheck():
-    assert torch.autograd.gradcheck(swiglu, (inputs(),))
+@pytest.mark.parametrize("act", ACTS)
+def test_gradcheck(act):
+    assert torch.autograd.gradcheck(lambda x: swiglu(x, act=act), (inputs(),))
+
+
+def test_the_names_of_hf_are_given_their_activation():
+    x = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    linear = spec.Linear("up", 8, 16)
+    found = {}
+    for name, activation in ACTIVATIONS.items():
+        mlp = spec.MLP(linear, linear, 16, name, gate=linear)
+        found[name] = mlp.fused_gate
+        assert found[name] is None or ACTS[found[name]].value(x).equal(activation(x))
+        assert replace(mlp, dropout=0.1).fused_gate is None  # dropped between: torch makes what down reads
+        assert replace(mlp, gate=None).fused_gate is None
+    assert set(ACTS) == set(found.values()) - {None}
+    assert [found[n] for n in ("swish", "gelu_new", "gelu", "relu")] == ["silu", "gelu_tanh", "gelu", None]
 
 
 @pytest.mark.parametrize("room", [8, 3])
@@ -73,8 +95,9 @@ def test_inputs_are_left_alone_and_only_they_are_kept(room):
     assert kept == [(x.data_ptr(), x.numel())]
 
 
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("draw", [None, Dropout(0.3, seed=1, site=2, step=3)], ids=["no dropout", "dropout"])
-def test_backward_with_the_branch_that_reads_the_output(draw):
+def test_backward_with_the_branch_that_reads_the_output(draw, act):
     """The gradient through s (dropout(x) A^T) as well, and x again for dA."""
     generator = torch.Generator().manual_seed(0)
     gate_up, dy, dz, A = (
@@ -82,13 +105,17 @@ def test_backward_with_the_branch_that_reads_the_output(draw):
     )
     index = torch.arange(7)
     leaf = gate_up.clone().requires_grad_()
-    x = swiglu(leaf)
+    x = swiglu(leaf, act=act)
+    wide = swiglu_down(gate_up, 8, A, index, draw, act)
+    assert wide[:, :6].equal(x.detach())
     mask = torch.ones_like(x) if draw is None else dropout(torch.ones_like(x), index, draw)
-    (wanted,) = torch.autograd.grad([x, (x * mask) @ A.t()], leaf, [dy, dz])
-    grad, again, dropped = swiglu_backward(dy.clone(), gate_up, (dz, A, index, draw))
+    z = (x * mask) @ A.t()
+    torch.testing.assert_close(wide[:, 6:], torch.cat([z, z.new_zeros(7, 5)], 1), rtol=1e-12, atol=1e-12)
+    (wanted,) = torch.autograd.grad([x, z], leaf, [dy, dz])
+    grad, again, dropped = swiglu_backward(dy.clone(), gate_up, (dz, A, index, draw), act)
     torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
     assert again.equal(x.detach()) and dropped is None
-    plain, nothing, _ = swiglu_backward(dy, gate_up, None)
-    (wanted,) = torch.autograd.grad(swiglu(leaf), leaf, dy)
+    plain, nothing, _ = swiglu_backward(dy, gate_up, None, act)
+    (wanted,) = torch.autograd.grad(swiglu(leaf, act=act), leaf, dy)
     assert nothing is None
     torch.testing.assert_close(plain, wanted, rtol=1e-12, atol=1e-12)

@@ -448,7 +448,7 @@ def gated(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, GatedPair]
         ]
     )
     pair = GatedPair(
-        LinearGroup(list(module[:2]), SITES[columns], place), LinearGroup([module[2]], SITES[row], place, gated=True)
+        LinearGroup(list(module[:2]), SITES[columns], place), LinearGroup([module[2]], SITES[row], place, gated="silu")
     )
     fill(module)
     pair.first.refresh()

@@ -30,7 +30,7 @@ class MLPBlock:
         outputs = [("gate", mlp.gate, part)] if mlp.gate is not None else []
         ups = at.columns([*outputs, ("up", mlp.up, part)])
         down = at.row(mlp.down, part)
-        gated = mlp.gate is not None and mlp.act == "silu" and not mlp.dropout  # by the ops of SwiGLU
+        gated = mlp.fused_gate
         self.up = LinearGroup(ups, at.site("up"), at.place, reduces=not gathered)
         self.down = LinearGroup((down,), at.site(site), at.place, gated=gated, reduces=reduces)
         self._pair = GatedPair(self.up, self.down) if gated else None
