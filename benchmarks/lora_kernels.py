@@ -72,7 +72,7 @@ def branch(tokens: int, rank: int) -> None:
         print(f"{tokens} x {size}, r {rank:3d}, {name:9s} {took:7.1f} us, {passes * x_bytes / took / 1e6:.2f} TB/s")
 
 
-def gated(tokens: int) -> None:
+def gated(tokens: int, act: str) -> None:
     index, size = torch.arange(tokens, device="cuda"), INNER
     inputs = []
     for _ in range(2):
@@ -85,19 +85,19 @@ def gated(tokens: int) -> None:
         inputs.append((randn(tokens, 2 * size), dX, A, torch.zeros(RANK, size, device="cuda"), ups))
 
     def forward_apart(gate_up, dX, A, dA, ups):
-        lora_down_(swiglu.swiglu(gate_up, 64), A, index, DRAW)
+        lora_down_(swiglu.swiglu(gate_up, 64, act), A, index, DRAW)
 
     def forward(gate_up, dX, A, dA, ups):
-        swiglu.swiglu_down(gate_up, 64, A, index, DRAW)
+        swiglu.swiglu_down(gate_up, 64, A, index, DRAW, act)
 
     def backward(gate_up, dX, A, dA, ups):
         dz = dX[:, size : size + RANK]
-        lora_backward.swiglu_lora_backward_(dX[:, :size], gate_up, dz, A, index, DRAW, dA, ups)
+        lora_backward.swiglu_lora_backward_(dX[:, :size], gate_up, dz, A, index, DRAW, dA, ups, act)
 
-    for name, passes, work in (("swiglu, z", 4, forward_apart), ("in one", 3, forward), ("backward", 5, backward)):
+    for name, passes, work in (("x, then z", 4, forward_apart), ("in one", 3, forward), ("backward", 5, backward)):
         took = microseconds(work, inputs)
         rate = passes * 2 * tokens * size / took / 1e6
-        print(f"{tokens} x {size}, r {RANK:3d}, {name:9s} {took:7.1f} us, {rate:.2f} TB/s")
+        print(f"{tokens} x {size}, r {RANK:3d}, {act} {name:9s} {took:7.1f} us, {rate:.2f} TB/s")
 
 
 def main() -> None:
@@ -106,7 +106,8 @@ def main() -> None:
     for tokens in (8192, 2048):
         for rank in (16, 48, 64, 128):
             branch(tokens, rank)
-        gated(tokens)
+        for act in swiglu.ACTS:
+            gated(tokens, act)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
 
 
