@@ -374,7 +374,7 @@ class _Rank:
         across = not norm.heads and norm.size != dim
         elements = (heads + kv_heads) * dim if norm.heads or across else 2 * dim * (norm.weighted + norm.bias)
         rows, statistics = 2 if across else heads + kv_heads, 2 if norm.kind == "layer" else 1
-        kernel = norm.kind == "rms" and not across
+        kernel = norm.kind == "rms" and (not across or len(self._ranks) == 1)
         more |= {"qk_stacked": (elements if norm.apart else 0) if norm.weighted else 2 * dim}
         return Attention(
             *groups, heads, kv_heads, dim, mixer.window, elements + sinks, rows, statistics, kernel, across, **more

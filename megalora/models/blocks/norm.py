@@ -118,5 +118,7 @@ class NormAcrossHeads(Norm):
     def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
         """Return the norm of x [F, heads of this rank, size of a head], in the same shape."""
         flat = x.flatten(1)
+        if self.tp.size == 1:
+            return rms_norm(flat, self.weight, self.eps, rounding=self.rounding).view(x.shape)
         normed = rms_norm_across(flat, self.weight, self.eps, self.size, self.share, self.tp, self.rounding)
         return normed.view(x.shape)
