@@ -1,4 +1,4 @@
-// As much of CUDA as quantised_skinny.cu needs on a CPU: a thread for each of a block's, blocks one after another.
+// As much of CUDA as kernels in tests need on a CPU: a thread for each of a block's, blocks one after another.
 #pragma once
 
 #include <algorithm>
