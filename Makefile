@@ -72,7 +72,8 @@ $(PACKAGE_STAMP): $(TORCH_STAMP) setup.py pyproject.toml $(wildcard csrc/*.* csr
 	@touch $@
 	@$(VENV)/bin/python -c 'import megalora, torch; \
 		print(f"== installed: megalora {megalora.__version__}, torch {torch.__version__}, GPUs: {torch.cuda.device_count()}")'
-	@echo "== next: make demo, or: source $(VENV)/bin/activate && megalora --help"
+	@echo "== its commands: source $(VENV)/bin/activate && megalora --help"
+	@echo "== next: make demo"
 
 # ---- use ----
 

@@ -49,10 +49,10 @@ def board(arguments: BoardArguments) -> None:
             with served(build_app(runs, hosts, token), listening, CONNECTIONS):
                 address = with_token(f"{address_of(listening, arguments.host)}/", token, arguments.token)
                 found = runs.all()
-                print(f"megalora: {len(found)} runs at {address}", file=sys.stderr, flush=True)
+                print(f"megalora: {len(found)} run{'s' * (len(found) != 1)} at {address}", file=sys.stderr, flush=True)
                 talks = next((command for run in found if (command := run.serve_command())), None)
                 if talks is not None:
-                    print(f"megalora: to talk to it: {talks}", file=sys.stderr, flush=True)
+                    print(f"megalora: to talk to it, after Ctrl-C or elsewhere: {talks}", file=sys.stderr, flush=True)
                 while not stopped.wait(_REST if runs.read_on() else 0.5):
                     pass
         finally:

@@ -40,7 +40,7 @@ def start_up_table(
         "model": _model(arguments.model.model_path, begun.config, begun.lora),
         "layout": _layout(arguments, begun, engine, work, mesh),
         "data": {
-            "rows": f"{rows.documents:,} documents in {rows.rows:,} rows of {rows.seq_length} tokens",
+            "rows": f"{_documents_in_rows(rows)} of {rows.seq_length} tokens",
             "tokens": f"{rows.tokens:,}, {rows.labelled_tokens:,} of them labelled",
             "task" if begun.config.labels else "template": f"{template.description} ({template.identity()})",
             "evaluation": _evaluation_rows(begun.evaluations),
@@ -90,7 +90,7 @@ def forecast(
     time = datetime.timedelta(seconds=round(seconds * (total - first)))
     return (
         f"dry run: {total - first:,} steps of {seconds:.3g} s, {time} in all by the plan for {device_of(where).name}; "
-        f"learning rate {rates}; nothing was trained or written"
+        f"learning rate {rates}; nothing was trained or written: without --dry_run the same command trains"
     )
 
 
@@ -131,19 +131,26 @@ def drawn_layout(schedule: str, cut: Cut, mesh: ParallelMesh) -> dict[str, Any]:
 
 def _evaluation_rows(sets: Mapping[str, Loader]) -> str:
     told = [
-        f"{f'{name}: ' if name else ''}{loader.rows.documents:,} documents in {loader.rows.rows:,} rows"
-        for name, loader in sets.items()
+        f"{f'{name}: ' if name else ''}{_documents_in_rows(loader.rows)}" for name, loader in sets.items()
     ]
     return "; ".join(told) or "none"
+
+
+def _documents_in_rows(rows: PackedRows) -> str:
+    return f"{_counted(rows.documents, 'document')} in {_counted(rows.rows, 'row')}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _training(train: TrainArguments, begun: Beginning) -> dict[str, str]:
     loader, total_steps = begun.loader, begun.total_steps
     warmup, each = train.warmup(total_steps), loader.steps_per_epoch
-    rise = f" after {warmup:,} steps of warmup" if warmup else ""
+    rise = f" after {_counted(warmup, 'step')} of warmup" if warmup else ""
     return {
-        "steps": f"{total_steps:,} of {loader.global_batch_rows} row{'s' * (loader.global_batch_rows > 1)} each: "
-        f"{total_steps / each:.4g} epochs of {each:,} steps",
+        "steps": f"{total_steps:,} of {_counted(loader.global_batch_rows, 'row')} each: "
+        f"{total_steps / each:.4g} epochs of {_counted(each, 'step')}",
         "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler_type}{rise}",
     }
 

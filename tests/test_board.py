@@ -107,7 +107,8 @@ def test_the_board(runs, tmp_path):
         assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
         assert page.errors == []
         model, run = runs.parent / "inputs/model", (runs / "first").resolve()
-        next_step = f"megalora: to talk to it: megalora serve --model_path {model} --adapters tuned={run}"
+        serves = f"megalora serve --model_path {model} --adapters tuned={run}"
+        next_step = f"megalora: to talk to it, after Ctrl-C or elsewhere: {serves}"
         assert server.said[-1] == next_step
         assert server.ask("/api/runs", method="POST", body={})[0] == 405, "it only reads"
         assert server.ask("/api/runs", headers={"Host": "evil.example"})[0] == 403

@@ -135,7 +135,7 @@ def test_losses_norms_and_steps_of_transformers_and_peft(inputs, tmp_path):
             **TP2,
         ),
     )
-    assert "epochs of 1 steps" in done[0].out
+    assert "epochs of 1 step" in done[0].out
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.1)
     documents = by_hand(inputs)
     for line in metrics(tmp_path / "run"):

@@ -14,6 +14,8 @@ from megalora.errors import UserError
 
 PREFIX = "recipe:"
 FOLDER = Path(__file__).parent
+_START = "megalora finetune recipe:{} --model_path {} --data_path {} --output_dir {}"
+_DEMO_MODEL, _DEMO_ROWS = "models/SmolLM2-135M-Instruct", "examples/data/self_cognition.json"  # of a checkout
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ def listing() -> str:
     width = max(len(recipe.name) for recipe in found)
     gpus = max(len(recipe.gpus) for recipe in found)
     lines = [f"{recipe.name:{width}}  {recipe.gpus:{gpus}}  {recipe.what}" for recipe in found]
-    start = "megalora finetune recipe:NAME --model_path DIR --data_path rows.jsonl --output_dir out"
-    return "\n".join([*lines, "", f"flags of each, to copy and change:  {FOLDER}", f"start one:  {start}"])
+    start = f"start one: {_START.format('NAME', 'DIR', 'rows.jsonl', 'out')}"
+    tried = f"try one here: {_START.format('laptop', _DEMO_MODEL, _DEMO_ROWS, 'build/recipe')}"
+    here = [tried] if Path(_DEMO_MODEL).is_dir() and Path(_DEMO_ROWS).is_file() else []
+    return "\n".join([*lines, "", f"flags of each, to copy and change: {FOLDER}", start, *here])
 
 
 def _read(file: Path) -> Recipe:

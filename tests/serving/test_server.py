@@ -406,11 +406,59 @@ def test_the_chat_page(server, case, tmp_path):
         page.run(f"$('message').value = '{'long ' * 40}', $('send').click()")
         page.wait("document.querySelectorAll('.fault').length === 2")
         assert "leave no room" in page.run("document.querySelector('.fault').textContent")
+        page.wait("$('message').value.startsWith('long long')")  # nobody replied: it can be changed and sent again
+        page.run("$('compare').click()")
+        assert page.run("document.querySelectorAll('.turn[data-done]').length") == 2, "the tuned one's go on"
         page.run("$('anew').click()")
         assert page.run("document.querySelectorAll('.turn').length") == 0
-        page.screen(390, 800)
-        assert page.run("document.documentElement.scrollWidth") <= 390
         assert [error for error in page.errors if "400" not in error] == []
+
+
+CONTRAST = """
+(() => {
+  const light = (color) => {
+    const parts = color.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255);
+    const [r, g, b] = parts.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const back = (one) => {
+    const color = getComputedStyle(one).backgroundColor;
+    return color.endsWith(", 0)") ? back(one.parentElement) : color;
+  };
+  const shown = [...document.querySelectorAll("button, label, .turn .text, .turn .end, .pane > select")];
+  return Math.min(...shown.filter((one) => one.offsetParent).map((one) => {
+    const both = [light(getComputedStyle(one).color), light(back(one))];
+    return Math.max(...both) / Math.min(...both);
+  }));
+})()
+"""
+OUTSIDE = """[...document.querySelectorAll('body *')].filter((one) => one.offsetParent)
+.filter((one) => one.getBoundingClientRect().right > innerWidth + 0.5).map((one) => one.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_chat_page_on_a_phone(server, case, tmp_path, dark):
+    """One model, the settings folded; nothing sticks out, and everything can be read in light and dark."""
+    with browser(tmp_path / "profile") as page:
+        page.screen(390, 800, dark)
+        page.open(f"http://127.0.0.1:{server.port}/")
+        page.wait("document.querySelectorAll('.pane').length === 1")
+        assert page.run("$('parameters').hidden && $('send').getBoundingClientRect().bottom <= innerHeight")
+        page.run("$('settings').click()")
+        assert not page.run("$('parameters').hidden") and page.run(OUTSIDE) == []
+        page.run(f"$('temperature').value = 0, $('max_tokens').value = {NEW}, $('message').value = '{QUESTIONS[0]}'")
+        page.run("$('send').click()")
+        page.wait("document.querySelectorAll('.turn[data-done]').length === 1 && $('stop').hidden")
+        assert page.run("document.querySelector('.answer').textContent") == case[2]["third"][0]
+        page.run("$('compare').click()")
+        assert page.run("document.querySelectorAll('.pane').length") == 2
+        assert page.run("document.querySelectorAll('.turn[data-done]').length") == 1, "the conversation goes on"
+        page.run(f"$('message').value = '{'x' * 70}', $('send').click()")
+        page.wait("document.querySelectorAll('.turn[data-done]').length === 3 && $('stop').hidden")
+        assert page.run(OUTSIDE) == [] and page.run("document.documentElement.scrollWidth") <= 390
+        assert page.run("getComputedStyle(document.body).backgroundColor") == ("rgb(20, 23, 27)" if dark else
+                                                                              "rgb(255, 255, 255)")  # fmt: skip
+        assert page.run(CONTRAST) >= 4.5 and page.errors == []
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 "use strict";
 // The chat page: one conversation for each pane, all told the same messages. Text is only ever set as text.
 
+const NEAR_END = 60; // pixels from the end of a conversation at which its end is read
+const WIDE = "(min-width: 641px)"; // as in page.css
+
 /** A model, and the messages that it has been told and has replied with. */
 class Pane {
   constructor(models, model) {
@@ -18,10 +21,16 @@ class Pane {
     this.turns.replaceChildren();
   }
 
-  /** Send a message and show the reply as it comes. A message that gets no reply is taken back. */
+  /** Change what is shown, and go on showing its end, unless someone has scrolled up. */
+  grow(change) {
+    const follows = this.root.scrollHeight - this.root.scrollTop - this.root.clientHeight < NEAR_END;
+    change();
+    if (follows) this.root.scrollTop = this.root.scrollHeight;
+  }
+
+  /** Send a message and show the reply as it comes. A message that gets no reply is taken back: false then. */
   async say(text, options, signal) {
-    this.turns.append(element("div", "turn user text", text));
-    const turn = element("div", "turn");
+    const turn = element("div", "turn waits");
     const thinking = element("details");
     const thought = element("div", "text");
     const answer = element("div", "text answer");
@@ -29,7 +38,8 @@ class Pane {
     thinking.append(element("summary", "", "thinking"), thought);
     thinking.hidden = true;
     turn.append(thinking, answer, end);
-    this.turns.append(turn);
+    this.turns.append(element("div", "turn user text", text), turn);
+    this.root.scrollTop = this.root.scrollHeight;
     const asked = [...this.messages, { role: "user", content: text }];
     const system = options.system ? [{ role: "system", content: options.system }] : [];
     const body = { ...options.body, model: this.choice.value, messages: [...system, ...asked], stream: true };
@@ -41,24 +51,29 @@ class Pane {
         const choice = chunk.choices[0];
         if (chunk.usage) tokens = chunk.usage.completion_tokens;
         if (!choice) continue;
-        if (choice.delta.reasoning_content) {
-          thinking.hidden = false;
-          thought.textContent += choice.delta.reasoning_content;
-        }
-        if (choice.delta.content) answer.textContent += choice.delta.content;
-        if (choice.finish_reason === "length") end.textContent = "cut at max_tokens";
-        this.root.scrollTop = this.root.scrollHeight;
+        this.grow(() => {
+          if (choice.delta.reasoning_content) {
+            thinking.hidden = false;
+            thought.textContent += choice.delta.reasoning_content;
+          }
+          if (choice.delta.content) answer.textContent += choice.delta.content;
+          if (choice.finish_reason === "length") end.textContent = "cut at max_tokens, ";
+        });
       }
       const seconds = (performance.now() - started) / 1000;
-      end.textContent += ` ${tokens} tokens, ${(tokens / seconds).toFixed(1)} a second`;
+      this.grow(() => { end.textContent += `${tokens} tokens, ${(tokens / seconds).toFixed(1)} a second`; });
     } catch (error) {
       const stopped = error.name === "AbortError";
-      end.textContent = stopped ? "stopped" : error.message;
+      this.grow(() => { end.textContent = stopped ? "stopped" : error.message; });
       end.classList.toggle("fault", !stopped);
-      if (!answer.textContent) return;
+      if (turn.isConnected && !answer.textContent) return false;
+    } finally {
+      turn.classList.remove("waits");
     }
+    if (!turn.isConnected) return true; // a new chat has begun
     turn.dataset.done = "true";
     this.messages = [...asked, { role: "assistant", content: answer.textContent || " " }];
+    return true;
   }
 }
 
@@ -96,12 +111,18 @@ async function main() {
   const answer = await json("v1/models");
   const names = answer.data.map((model) => model.id);
 
+  /** The newest adapter, and before it the base where two are compared. The conversation goes on. */
   function show() {
-    const wanted = $("compare").checked ? 2 : 1;
-    // Alone, the newest adapter; of two, the base and it.
-    const models = wanted === 2 ? [names[0], names.at(-1)] : [names.at(-1)];
-    panes.splice(0, panes.length, ...models.map((model) => new Pane(names, model)));
+    if (!panes.length) panes.push(new Pane(names, names.at(-1)));
+    if ($("compare").checked) panes.unshift(new Pane(names, names[0]));
+    else panes.splice(0, panes.length - 1);
     $("panes").replaceChildren(...panes.map((pane) => pane.root));
+    for (const { root } of panes) root.scrollTop = root.scrollHeight;
+  }
+
+  function settings(shown) {
+    $("parameters").hidden = !shown;
+    $("settings").setAttribute("aria-expanded", shown);
   }
 
   async function send() {
@@ -111,14 +132,20 @@ async function main() {
     $("message").value = "";
     $("send").hidden = true;
     $("stop").hidden = false;
-    await Promise.all(panes.map((pane) => pane.say(text, parameters(), running.signal)));
+    $("compare").disabled = true;
+    const replied = await Promise.all(panes.map((pane) => pane.say(text, parameters(), running.signal)));
     running = null;
+    $("compare").disabled = false;
+    if (!replied.includes(true) && !$("message").value) $("message").value = text;
     $("send").hidden = false;
     $("stop").hidden = true;
     $("message").focus();
   }
 
-  $("compare").checked = names.length > 1;
+  const wide = matchMedia(WIDE).matches;
+  $("compare").checked = wide && names.length > 1;
+  settings(wide);
+  $("settings").addEventListener("click", () => settings($("parameters").hidden));
   $("compare").addEventListener("change", show);
   $("anew").addEventListener("click", () => { running?.abort(); panes.forEach((pane) => pane.forget()); });
   $("stop").addEventListener("click", () => running?.abort());
