@@ -105,6 +105,15 @@ def test_the_board(runs, tmp_path):
         page.wait(f"{LOSS}.width <= 390")
         page.wait("document.documentElement.scrollWidth <= 390")
         assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
+        few = "state.plots.get('eval/loss').chart"
+        assert page.run(f"{few}.series[1].points.show({few}, 1)"), "one value has no line"
+        assert not page.run(f"{LOSS}.series[2].points.show({LOSS}, 2)")
+        for tab in ("settings", "rows", "replies", "notes", "curves"):
+            open_tab(page, tab)
+            page.wait(f"document.querySelector('#{tab}').childElementCount > 0")
+            assert page.run("document.documentElement.scrollWidth") <= 390, tab
+            assert page.run("document.querySelector('#tools').hidden") == (tab != "curves")
+            assert page.run("document.querySelector('#tabs').offsetHeight") < 45, "one line of tabs"
         assert page.errors == []
         model, run = runs.parent / "inputs/model", (runs / "first").resolve()
         serves = f"megalora serve --model_path {model} --adapters tuned={run}"

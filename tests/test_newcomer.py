@@ -1,9 +1,9 @@
 """From the demo to a chat without reading anything else: each last line names a command that works when pasted."""
 
-import json
 import re
 import shlex
 import shutil
+import time
 
 import pytest
 import tiny
@@ -40,12 +40,14 @@ def test_each_step_names_the_next(tmp_path, monkeypatch, capfd):
         assert board.ask("/api/runs")[1][0]["last_step"] > 0
         while len(board.said) < 2:
             assert board.process.poll() is None
+            time.sleep(0.05)
         serves = command_of(board.said[-1])
     with started(*serves, "--port", 0, "--max_running", 2) as server:
         while not (page := re.fullmatch(r"megalora: chat page: http://127.0.0.1:\d+(/)", server.said[-1])):
             assert server.process.poll() is None, server.said
+            time.sleep(0.05)
         assert "megalora chat" in server.ask(page[1])[1]
         message = {"role": "user", "content": "Who are you?"}
         body = {"model": "tuned", "messages": [message], "max_tokens": 4, "temperature": 0}
         status, answer, _ = server.ask("/v1/chat/completions", body)
-        assert status == 200 and answer["usage"]["completion_tokens"] > 0, json.dumps(answer)
+        assert status == 200 and answer["model"] == "tuned" and answer["choices"], answer

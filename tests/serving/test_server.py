@@ -453,7 +453,7 @@ def test_the_chat_page_on_a_phone(server, case, tmp_path, dark):
         page.run("$('compare').click()")
         assert page.run("document.querySelectorAll('.pane').length") == 2
         assert page.run("document.querySelectorAll('.turn[data-done]').length") == 1, "the conversation goes on"
-        page.run(f"$('message').value = '{'x' * 70}', $('send').click()")
+        page.run(f"$('message').value = '{'W' * 40}', $('send').click()")
         page.wait("document.querySelectorAll('.turn[data-done]').length === 3 && $('stop').hidden")
         assert page.run(OUTSIDE) == [] and page.run("document.documentElement.scrollWidth") <= 390
         assert page.run("getComputedStyle(document.body).backgroundColor") == ("rgb(20, 23, 27)" if dark else

@@ -7,6 +7,7 @@ const FIRST = ["loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_se
 const LATER = ["epoch", "tokens", "eval/perplexity"];
 const PERIOD = 600; // milliseconds between two looks at the server
 const POINTS = 800;
+const SPARSE = 20; // values of a curve up to which each is a dot
 
 // ---- where the data comes from ----
 
@@ -121,6 +122,11 @@ function aligned(curves, share) {
   return { numbers, data: [steps, ...columns] };
 }
 
+/** Whether a curve has so few values that a line does not show them: of one there is none. */
+function isSparse(plot, series) {
+  return plot.data[series].filter((value) => value !== undefined).length <= SPARSE;
+}
+
 function draw(field, curves) {
   const { numbers, data } = aligned(curves, Number($("smoothing").value));
   const log = $("log").checked && data.slice(1).every((column) => column.every((value) => value === undefined || value > 0));
@@ -150,7 +156,8 @@ function draw(field, curves) {
     series: [
       { label: "step" },
       ...numbers.map((run) => ({
-        label: state.runs[run].name, stroke: colour(run), width: 1.5, spanGaps: true, value: number, points: { show: false },
+        label: state.runs[run].name, stroke: colour(run), width: 1.5, spanGaps: true, value: number,
+        points: { show: isSparse, size: 6, fill: colour(run) },
       })),
     ],
     cursor: { sync: { key: "board" }, drag: { x: true, y: false, setScale: false } },
@@ -266,6 +273,7 @@ async function ask(what, number, version) {
 }
 
 async function showRows() {
+  if (!$("rows").childElementCount) $("rows").append(element("p", "faint", "The rows are being read …"));
   const parts = await Promise.all(shown().map(async (number) => {
     const part = element("div");
     part.append(element("h2", "", state.runs[number].name));
@@ -349,6 +357,7 @@ function open(tab) {
   state.tab = tab;
   for (const button of $("tabs").children) button.setAttribute("aria-selected", button.dataset.tab === tab);
   for (const name of ["curves", "settings", "rows", "replies", "notes"]) $(name).hidden = name !== tab;
+  $("tools").hidden = tab !== "curves";
   refresh();
 }
 
