@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
-from oracle import EXPERTS, FAMILIES, TINY, Run, fields_of, train
+from oracle import ENCODERS, EXPERTS, FAMILIES, LABELS, TINY, Run, fields_of, train
 
 from megalora import cli
 from megalora.adapters.config import LoraConfig
@@ -44,6 +46,8 @@ def sizes(family: str, **more: object) -> dict:
     fields = SIZES | more | own.get(family, {})
     if family in ("granite", "starcoder2"):
         del fields["head_dim"]  # these have none
+    if family in ENCODERS:
+        del fields["head_dim"], fields["num_key_value_heads"]
     return fields
 
 
@@ -113,12 +117,30 @@ class StepOf:
 EVEN, CUT, OTHER_CUT = [LENGTH], [100, 90, 66], [40, 16, 200]
 
 
+class TaggedStepOf(StepOf):
+    """The same tokens, each with a class in place of a label, as a classifier of tokens reads them."""
+
+    def __init__(self, lengths: list[list[int]]):
+        super().__init__(lengths)
+        for number, batch in enumerate(self.microbatches):
+            columns = {"classes": batch.input_ids % len(LABELS), "token_types": torch.zeros_like(batch.input_ids)}
+            self.microbatches[number] = replace(batch, labels=torch.full_like(batch.labels, -100), columns=columns)
+
+
 def run_steps(
-    steps, graphs: bool, family="llama", recompute="none", targets="all-linear", dtype=torch.bfloat16, **again
+    steps,
+    graphs: bool,
+    family="llama",
+    recompute="none",
+    targets="all-linear",
+    dtype=torch.bfloat16,
+    task="CAUSAL_LM",
+    **again,
 ):
     """(losses, adapters) of these steps, in microbatches."""
-    config, mesh = config_from_dict(fields_of(family, **sizes(family, head_dim=64))), ParallelMesh()
-    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": targets}
+    fields, mesh = fields_of(family, **sizes(family, head_dim=64)), ParallelMesh()
+    config = config_from_dict(fields).for_task(task, LABELS)
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": targets, "task_type": task}
     place = Placement(mesh.tp, False, dtype, torch.device("cuda"))
     resolved = resolve_lora(LoraConfig.from_dict(lora), config)
 
@@ -172,6 +194,30 @@ def test_graphs_with_softcap_and_base_dropouts_give_the_same_bits(family, determ
     ours, ours_adapters = run_steps(steps, True, family)
     assert ours == wanted
     assert all(torch.equal(p, ours_adapters[name]) for name, p in adapters.items())
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2", "deberta-v2, apart"])
+def test_graphs_with_scores_of_positions_give_the_same_bits(family, recompute, deterministic):
+    """Documents that grow too: a graph is captured for longer ones than those it was readied with."""
+    steps = [TaggedStepOf([OTHER_CUT, CUT]), TaggedStepOf([CUT, EVEN]), TaggedStepOf([EVEN, OTHER_CUT])]
+    wanted, adapters = run_steps(steps, False, family, recompute, task="TOKEN_CLS")
+    ours, ours_adapters = run_steps(steps, True, family, recompute, task="TOKEN_CLS")
+    assert ours == wanted
+    assert all(torch.equal(p, ours_adapters[name]) for name, p in adapters.items())
+
+
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2", "deberta-v2, apart"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_step_with_scores_of_positions_on_the_gpu(family, dtype, tolerance):
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    run = Run(family=family, model=sizes(family), lora=lora, steps=2, seq_length=64, task="TOKEN_CLS")
+    wanted, ours = train(0, 1, run), train(0, 1, run.on(dtype=dtype, device="cuda"))
+    for a, b in zip(ours.losses, wanted.losses, strict=True):
+        assert abs(a - b) <= tolerance * b
+    for name, (_, grad) in wanted.gradients.items():
+        error = (ours.gradients[name][1].double().cpu() - grad).norm() / grad.norm()
+        assert error <= 10 * tolerance, (name, error)
 
 
 @pytest.mark.parametrize("cut", [EVEN, CUT], ids=["even", "cut"])

@@ -103,10 +103,12 @@ def tiled_by(config: ModelSpec) -> str | None:
     attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention)]
     if config.chunks:
         return "chunks"
-    if config.encoder is not None or any(isinstance(one.position, Disentangled) for one in attentions):
-        return "relative positions or two lengths of a document"
+    if config.encoder is not None:
+        return "two lengths of a document"
     if fuses(head_features(config), torch.bfloat16, torch.device("cuda")):
         return None
+    if any(isinstance(attention.position, Disentangled) for attention in attentions):
+        return "scores of content against position"
     if any(attention.softcap is not None for attention in attentions):
         return "softcap"
     return "dropout" if any(attention.dropout > 0 for attention in attentions) else None

@@ -104,7 +104,7 @@ def attention(
     Returns [T, H, D].
     """
     if (dropout is not None or not scores.simple) and fuses(q.shape[2], q.dtype, q.device):
-        return fused_attention(q, k, v, _documents(bounds, packed, q.device), window, scores, dropout)
+        return fused_attention(q, k, v, documents_of(bounds, packed, q.device), window, scores, dropout)
     if dropout is not None:
         return tiled_attention(q, k, v, runs_of(bounds), window, scores, dropout)
     if scores.causal and scores.offsets is None and _compiled(q):
@@ -122,7 +122,8 @@ def attention(
     return torch.cat([_run(q[p], k[p], v[p], run, window, scores) for p, run in zip(parts, runs, strict=True)])
 
 
-def _documents(bounds: Sequence[int], packed: Packed | None, device: torch.device) -> Documents:
+def documents_of(bounds: Sequence[int], packed: Packed | None, device: torch.device) -> Documents:
+    """Return where documents with these cumulative bounds begin, for kernels of our own; packed: as `attention`."""
     runs = runs_of(bounds)
     if len(runs) == 1:
         return Documents(runs[0].count, runs[0].length)

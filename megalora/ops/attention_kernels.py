@@ -1,12 +1,14 @@
-"""Triton kernels of attention with what torch's fused kernels lack: softcap, ALiBi, sinks, offsets by distance, and
-dropout of probabilities that is a function of the tokens.
+"""Triton kernels of attention with what torch's fused kernels lack: softcap, ALiBi, sinks, offsets by distance,
+DeBERTa's positions, and dropout of probabilities that is a function of the tokens.
 
 FlashAttention-2's passes (Dao 2023): forward keeps the logsumexp of each query, backward makes the scores again, once
-for dq and once for dk and dv, and no sum depends on the order of blocks. Only megalora.ops.fused_attention imports this
-module, for triton comes with torch for GPUs alone.
+for dq and once for dk and dv, and no sum depends on the order of blocks. Only megalora.ops.fused_attention and
+megalora.ops.place_kernels import this module, for triton comes with torch for GPUs alone.
 
 Legend: M queries and N keys of a tile, D features of a head (WIDE: the next power of two), H query heads, GROUP of
 which read one key/value head. Logarithms are to base 2. `row` and `column` count from a document's first token.
+DeBERTa's positions (megalora.ops.fused_disentangled): of_queries and of_keys [H, T, PLACES] hold a token's products
+with each place's row, and places [2 far + 1] the place of query - key from -far to far, beyond far as at far.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _document(bounds, length, EVEN: tl.constexpr):
+def document_of(bounds, length, EVEN: tl.constexpr):
     """Return (first token, tokens) of this program's document."""
     document = tl.program_id(1)
     if EVEN:
@@ -35,6 +37,32 @@ def _document(bounds, length, EVEN: tl.constexpr):
 def _first_number(tokens, start, count):
     """Return the number of a document's first token; 0 where it has none."""
     return tl.load(tokens + start, mask=count > 0, other=0)
+
+
+@triton.jit
+def _documents(bounds, key_bounds, length, EVEN: tl.constexpr, CROSS: tl.constexpr):
+    """Return first token and tokens of this program's document, then those of its keys."""
+    start, rows = document_of(bounds, length, EVEN)
+    key_start, count = start, rows
+    if CROSS:
+        key_start, count = document_of(key_bounds, length, False)
+    return start, rows, key_start, count
+
+
+@triton.jit
+def _numbers(
+    tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS: tl.constexpr, LIVE: tl.constexpr
+):  # fmt: skip
+    """Return what masks are drawn from: the numbers of the first query and key, by how much tiles of keys begin before
+    that, and the step.
+    """
+    shift, base, key_base, now = 0, start, start, step
+    if DROPS:
+        base, key_base = _first_number(tokens, start, rows), _first_number(key_tokens, key_start, count)
+        shift = (key_base % 8).to(tl.int32)
+        if LIVE:
+            now = tl.load(live_step)
+    return base, key_base, shift, now
 
 
 @triton.jit
@@ -102,6 +130,47 @@ def _scores(
 
 
 @triton.jit
+def _with_places(
+    s, of_queries, of_keys, places, start, head, total, first, at, rows, count, far,
+    C2P: tl.constexpr, P2C: tl.constexpr, PLACES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Return s [M, N], or TURNED [N, M], and what positions add to the scores of queries from `first` on and keys from
+    `at` on: of_queries[query, place] and of_keys[key, place].
+
+    Each is read with the tokens on the other side of a pair side by side, whose places are neighbours in memory.
+    """
+    if C2P:
+        behind = first - at + tl.arange(0, M)[:, None] - tl.arange(0, N)[None, :]
+        found = _of_places(of_queries, places, start, head, total, first, rows, behind, far, PLACES, M)
+        s += tl.trans(found) if TURNED else found
+    if P2C:
+        behind = first - at + tl.arange(0, M)[None, :] - tl.arange(0, N)[:, None]
+        found = _of_places(of_keys, places, start, head, total, at, count, behind, far, PLACES, N)
+        s += found if TURNED else tl.trans(found)
+    return s
+
+
+@triton.jit
+def _of_places(
+    table, places, start, head, total, first, count, behind, far, PLACES: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Return table[head, token, place of `behind`] of ROWS tokens of a document from `first` on; behind [ROWS, ...]."""
+    local = tl.arange(0, ROWS)[:, None]
+    place = tl.load(places + (tl.minimum(tl.maximum(behind, -far), far) + far))
+    here = table + (tl.cast(head, tl.int64) * total + start + first) * PLACES
+    return tl.load(here + (local * PLACES + place), mask=(local + first >= 0) & (local + first < count), other=0.0)
+
+
+@triton.jit
+def _store_pairs(pairs, value, start, head, total, first, at, rows, count, width, M: tl.constexpr, N: tl.constexpr):
+    """Store value [M, N] of tokens from `first` on and others from `at` on in pairs [H, T, width]."""
+    local, other = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    inside = (local + first >= 0) & (local + first < rows) & (other + at >= 0) & (other + at < count)
+    here = pairs + ((tl.cast(head, tl.int64) * total + start + first) * width + at)
+    tl.store(here + (local * width + other), value.to(pairs.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _keys_seen(
     first, count, window, shift, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
@@ -143,19 +212,16 @@ def _store(x, value, start, at, count, stride, head, ROWS: tl.constexpr, WIDE: t
 @triton.jit(do_not_specialize=["key", "step"])
 def forward_kernel(
     q, k, v, out, lse,
-    bounds, key_bounds, length, total, tokens, key_tokens, sites, live_step, slopes, sinks, offsets,
-    scale, softcap, window, longest, threshold, kept, key, step,
+    bounds, key_bounds, length, total, tokens, key_tokens, sites, live_step, of_queries, of_keys, places,
+    slopes, sinks, offsets, scale, softcap, window, longest, far, threshold, kept, key, step,
     q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, CROSS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
-    SINKS: tl.constexpr,
+    SINKS: tl.constexpr, C2P: tl.constexpr, P2C: tl.constexpr, PLACES: tl.constexpr,
     DROPS: tl.constexpr, LIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute out [T, H, D] and lse [H, T] of a tile of queries."""
-    start, rows = _document(bounds, length, EVEN)
-    key_start, count = start, rows
-    if CROSS:
-        key_start, count = _document(key_bounds, length, False)
+    start, rows, key_start, count = _documents(bounds, key_bounds, length, EVEN, CROSS)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # with causality the last tiles take longest
     if first >= rows:
         return
@@ -163,15 +229,14 @@ def forward_kernel(
     row = first + tl.arange(0, M)
     tile = _load(q, start, first, rows, q_token, head.to(tl.int64) * q_head, M, WIDE, D)
     of_key, of_value = (head // GROUP).to(tl.int64) * k_head, (head // GROUP).to(tl.int64) * v_head
-    slope, shift, base, key_base, site, now = 0.0, 0, start, start, 0, step
+    base, key_base, shift, now = _numbers(
+        tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE
+    )
+    slope, site = 0.0, 0
     if SLOPED:
         slope = tl.load(slopes + head)
     if DROPS:
-        base, key_base = _first_number(tokens, start, rows), _first_number(key_tokens, key_start, count)
-        shift = (key_base % 8).to(tl.int32)
         site = tl.load(sites + head).to(tl.uint32)
-        if LIVE:
-            now = tl.load(live_step)
     low, high = _keys_seen(first, count, window, shift, CAUSAL, WINDOWED, M, N)
     if SINKS:
         most = tl.zeros((M,), tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2E
@@ -183,8 +248,12 @@ def forward_kernel(
     for at in range(low, high, N):
         column = at + tl.arange(0, N)
         keys = _load(k, key_start, at, count, k_token, of_key, N, WIDE, D)
+        s = _with_places(
+            tl.dot(tile, tl.trans(keys)), of_queries, of_keys, places, start, head, total, first, at, rows, count, far,
+            C2P, P2C, PLACES, M, N, False,
+        )  # fmt: skip
         s, _ = _scores(
-            tl.dot(tile, tl.trans(keys)), row[:, None], column[None, :], first, at, rows, count, window, slope,
+            s, row[:, None], column[None, :], first, at, rows, count, window, slope,
             offsets, head * (2 * longest + 1), longest, scale, softcap,
             CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS, M, N,
         )  # fmt: skip
@@ -220,18 +289,16 @@ def mean_kernel(
 @triton.jit(do_not_specialize=["key", "step"])
 def query_kernel(
     q, k, v, dout, lse, mean, dq,
-    bounds, key_bounds, length, total, tokens, key_tokens, sites, live_step, slopes, offsets,
-    scale, softcap, window, longest, threshold, kept, key, step,
+    bounds, key_bounds, length, total, tokens, key_tokens, sites, live_step, of_queries, of_keys, places,
+    pairs, width, slopes, offsets, scale, softcap, window, longest, far, threshold, kept, key, step,
     q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, dq_token, dq_head,
     GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, CROSS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
-    DROPS: tl.constexpr, LIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DROPS: tl.constexpr, LIVE: tl.constexpr, C2P: tl.constexpr, P2C: tl.constexpr, PLACES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of queries: ds = p (dout v^T - mean) times softcap's slope, dq = scale ds k."""
-    start, rows = _document(bounds, length, EVEN)
-    key_start, count = start, rows
-    if CROSS:
-        key_start, count = _document(key_bounds, length, False)
+    start, rows, key_start, count = _documents(bounds, key_bounds, length, EVEN, CROSS)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     if first >= rows:
         return
@@ -243,23 +310,26 @@ def query_kernel(
     logsum = tl.load(lse + here, mask=row < rows, other=float("inf"))
     means = tl.load(mean + here, mask=row < rows, other=0.0)
     of_key, of_value = (head // GROUP).to(tl.int64) * k_head, (head // GROUP).to(tl.int64) * v_head
-    slope, shift, base, key_base, site, now = 0.0, 0, start, start, 0, step
+    base, key_base, shift, now = _numbers(
+        tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE
+    )
+    slope, site = 0.0, 0
     if SLOPED:
         slope = tl.load(slopes + head)
     if DROPS:
-        base, key_base = _first_number(tokens, start, rows), _first_number(key_tokens, key_start, count)
-        shift = (key_base % 8).to(tl.int32)
         site = tl.load(sites + head).to(tl.uint32)
-        if LIVE:
-            now = tl.load(live_step)
     low, high = _keys_seen(first, count, window, shift, CAUSAL, WINDOWED, M, N)
     result = tl.zeros((M, WIDE), tl.float32)
     for at in range(low, high, N):
         column = at + tl.arange(0, N)
         keys = _load(k, key_start, at, count, k_token, of_key, N, WIDE, D)
         values = _load(v, key_start, at, count, v_token, of_value, N, WIDE, D)
+        s = _with_places(
+            tl.dot(tile, tl.trans(keys)), of_queries, of_keys, places, start, head, total, first, at, rows, count, far,
+            C2P, P2C, PLACES, M, N, False,
+        )  # fmt: skip
         s, tanh = _scores(
-            tl.dot(tile, tl.trans(keys)), row[:, None], column[None, :], first, at, rows, count, window, slope,
+            s, row[:, None], column[None, :], first, at, rows, count, window, slope,
             offsets, head * (2 * longest + 1), longest, scale, softcap,
             CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS, M, N,
         )  # fmt: skip
@@ -271,6 +341,8 @@ def query_kernel(
         ds = p * (ds - means[:, None])
         if SOFTCAP:
             ds = ds * (1.0 - tanh * tanh)
+        if C2P:
+            _store_pairs(pairs, ds * scale, start, head, total, first, at, rows, count, width, M, N)
         result += tl.dot(ds.to(keys.dtype), keys)
     _store(dq, result * scale, start, first, rows, dq_token, head.to(tl.int64) * dq_head, M, WIDE, D)
 
@@ -278,26 +350,21 @@ def query_kernel(
 @triton.jit(do_not_specialize=["key", "step"])
 def key_kernel(
     q, k, v, dout, lse, mean, dk, dv,
-    bounds, key_bounds, length, total, tokens, key_tokens, sites, live_step, slopes, offsets,
-    scale, softcap, window, longest, threshold, kept, key, step,
+    bounds, key_bounds, length, total, tokens, key_tokens, sites, live_step, of_queries, of_keys, places,
+    pairs, width, slopes, offsets, scale, softcap, window, longest, far, threshold, kept, key, step,
     q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, dk_token, dk_head,
     GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, CROSS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPED: tl.constexpr, OFFSETS: tl.constexpr,
-    DROPS: tl.constexpr, LIVE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+    DROPS: tl.constexpr, LIVE: tl.constexpr, C2P: tl.constexpr, P2C: tl.constexpr, PLACES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute dk = scale ds^T q and dv = p^T dout of a tile of keys, over the query heads that read them; or of each of
     PARTS of these heads by itself: the sums of their parts are left to the caller.
     """
-    start, rows = _document(bounds, length, EVEN)
-    key_start, count = start, rows
-    if CROSS:
-        key_start, count = _document(key_bounds, length, False)
-    shift, base, key_base, now = 0, start, start, step
-    if DROPS:
-        base, key_base = _first_number(tokens, start, rows), _first_number(key_tokens, key_start, count)
-        shift = (key_base % 8).to(tl.int32)
-        if LIVE:
-            now = tl.load(live_step)
+    start, rows, key_start, count = _documents(bounds, key_bounds, length, EVEN, CROSS)
+    base, key_base, shift, now = _numbers(
+        tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE
+    )
     at = tl.program_id(0) * N - shift
     if at >= count:
         return
@@ -327,8 +394,12 @@ def key_kernel(
             here = tl.cast(head, tl.int64) * total + start + row
             logsum = tl.load(lse + here, mask=row < rows, other=float("inf"))
             means = tl.load(mean + here, mask=row < rows, other=0.0)
+            s = _with_places(
+                tl.dot(keys, tl.trans(tile)), of_queries, of_keys, places, start, head, total, first, at, rows, count,
+                far, C2P, P2C, PLACES, M, N, True,
+            )  # fmt: skip
             s, tanh = _scores(
-                tl.dot(keys, tl.trans(tile)), row[None, :], column[:, None], first, at, rows, count, window,
+                s, row[None, :], column[:, None], first, at, rows, count, window,
                 slope, offsets, head * (2 * longest + 1), longest, scale, softcap,
                 CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS, M, N,
             )  # fmt: skip
@@ -343,6 +414,8 @@ def key_kernel(
             ds = p * (ds - means[None, :])
             if SOFTCAP:
                 ds = ds * (1.0 - tanh * tanh)
+            if P2C:
+                _store_pairs(pairs, ds * scale, start, head, total, at, first, count, rows, width, N, M)
             dks += tl.dot(ds.to(tile.dtype), tile)
     _store(dk, dks * scale, key_start, at, count, dk_token, part.to(tl.int64) * dk_head, N, WIDE, D)
     _store(dv, dvs, key_start, at, count, dk_token, part.to(tl.int64) * dk_head, N, WIDE, D)

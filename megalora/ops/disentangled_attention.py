@@ -1,6 +1,7 @@
 """DeBERTa's attention (He et al. 2021): a score is scale * (q . k + q . K[r] + k . Q[r]), r the row of query - key.
 
-In tiles of plain torch, as megalora.ops.tiled_attention, whose legend holds here too; R rows of K and Q.
+By kernels on a GPU in 16 bits (megalora.ops.fused_disentangled), else in tiles of plain torch, as
+megalora.ops.tiled_attention, whose legend holds here too; R rows of K and Q.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megalora.ops.attention import Packed, documents_of
+from megalora.ops.fused_attention import fuses
+from megalora.ops.fused_disentangled import fused_disentangled
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import Run, Scores, Tile, TiledDocuments, runs_of
 
@@ -21,16 +25,19 @@ class Positions:
     """What scores know of positions.
 
     keys, queries  K and Q [R, H, D] of this rank's heads; None: there is no such term
-    rows           [2 L + 1] int64, the row of query - key = -L .. L, where L is at least that of any document
+    rows           [2 L + 1] int32, the row of query - key = -L .. L, none less than the one before; beyond L as at L
+    starts         [R + 1] int32, where each row begins (megalora.ops.fused_disentangled.starts_of)
     """
 
     keys: torch.Tensor | None
     queries: torch.Tensor | None
     rows: torch.Tensor
+    starts: torch.Tensor
 
     def at(self, behind: torch.Tensor) -> torch.Tensor:
         """Return the rows of query - key = `behind`."""
-        return self.rows[behind + self.rows.shape[0] // 2]
+        longest = self.rows.shape[0] // 2
+        return self.rows[behind.clamp(-longest, longest) + longest].long()
 
 
 def disentangled_attention(
@@ -41,14 +48,18 @@ def disentangled_attention(
     bounds: Sequence[int],
     scores: Scores,
     dropout: ProbabilityDropout | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """Return the attention [T, H, D] of q, k, v [T, H, D], in which a token sees its whole document.
 
     bounds  cumulative bounds of the documents in T; scores: the scale; dropout: of the probabilities
+    packed  the same bounds on the device, for the kernels
     """
     assert not scores.causal and scores.simple
-    keys, queries, rows = positions.keys, positions.queries, positions.rows
-    return _DisentangledAttention.apply(q, k, v, keys, queries, rows, tuple(bounds), scores, dropout)
+    given = positions.keys, positions.queries, positions.rows, positions.starts
+    if fuses(q.shape[2], q.dtype, q.device):
+        return fused_disentangled(q, k, v, *given, documents_of(bounds, packed, q.device), scores, dropout)
+    return _DisentangledAttention.apply(q, k, v, *given, tuple(bounds), scores, dropout)
 
 
 class _Documents(TiledDocuments):
@@ -113,21 +124,21 @@ class _Documents(TiledDocuments):
 
 class _DisentangledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, keys, queries, rows, bounds, scores, dropout):
-        positions, results = Positions(keys, queries, rows), []
+    def forward(ctx, q, k, v, keys, queries, rows, starts, bounds, scores, dropout):
+        positions, results = Positions(keys, queries, rows, starts), []
         size = 1 if keys is None and queries is None else (keys if keys is not None else queries).shape[0]
         ctx.runs = tuple(_parts(bounds, q, size))
         for run, at, part in _each(ctx.runs, dropout):
             results.append(_Documents(q[at], k[at], v[at], positions, run, scores, part).forward())
         out = torch.cat([out for out, _ in results])
-        ctx.save_for_backward(q, k, v, keys, queries, rows, out, *(lse for _, lse in results))
+        ctx.save_for_backward(q, k, v, keys, queries, rows, starts, out, *(lse for _, lse in results))
         ctx.scores, ctx.dropout = scores, dropout
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, keys, queries, rows, out, *lse = ctx.saved_tensors
-        positions, parts = Positions(keys, queries, rows), []
+        q, k, v, keys, queries, rows, starts, out, *lse = ctx.saved_tensors
+        positions, parts = Positions(keys, queries, rows, starts), []
         for (run, at, part), sums in zip(_each(ctx.runs, ctx.dropout), lse, strict=True):
             documents = _Documents(q[at], k[at], v[at], positions, run, ctx.scores, part)
             parts.append(documents.gradients(out[at], sums, dout[at]))
@@ -136,7 +147,7 @@ class _DisentangledAttention(torch.autograd.Function):
             None if x is None else sum(part[i] for part in parts).transpose(0, 1).to(x.dtype)  # type: ignore[union-attr]
             for i, x in ((3, keys), (4, queries))
         ]
-        return dq, dk, dv, *found, None, None, None, None
+        return dq, dk, dv, *found, None, None, None, None, None
 
 
 def _parts(bounds: Sequence[int], q: torch.Tensor, size: int) -> Iterator[Run]:

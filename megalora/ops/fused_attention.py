@@ -1,5 +1,6 @@
 """Attention on GPUs by kernels of our own (megalora.ops.attention_kernels), for what torch's do not compute: softcap,
-ALiBi, sinks, T5's offsets and dropout of probabilities, each with windows and heads that share keys.
+ALiBi, sinks, T5's offsets and dropout of probabilities, each with windows and heads that share keys; and DeBERTa's
+positions (megalora.ops.fused_disentangled).
 
 Legend: T tokens, H query heads, K key/value heads, D head_dim.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,24 @@ class Documents:
     longest_keys: int = 0
 
 
+@dataclass(frozen=True)
+class Places:
+    """What positions add to the scores of a query and a key, at the place p of query - key (see attention_kernels).
+
+    of_queries, of_keys  [H, T, P]: what it is of each query, and of each key; None: nothing
+    table  [2 L + 1] int32, the place of query - key from -L to L
+    """
+
+    of_queries: torch.Tensor | None
+    of_keys: torch.Tensor | None
+    table: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        made = self.of_keys if self.of_queries is None else self.of_queries
+        return 1 if made is None else made.shape[2]
+
+
 @functools.cache
 def has_triton() -> bool:
     """Return whether triton is there: it comes with torch for GPUs."""
@@ -47,6 +67,11 @@ def has_triton() -> bool:
 def fuses(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the kernels take it: 16-bit floats on a GPU, heads of up to 256 features."""
     return device.type == "cuda" and dtype.itemsize == 2 and head_dim <= MOST_FEATURES and has_triton()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which kernels are launched on the device; on a CPU Triton's interpreter runs them."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def fused_attention(
@@ -78,16 +103,16 @@ class _FusedAttention(torch.autograd.Function):
         return *backward(dout, *ctx.saved_tensors, *ctx.how), None, None, None, None
 
 
-def forward(q, k, v, documents, window, scores, dropout) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q, k, v, documents, window, scores, dropout, places=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (attention [T, H, D], the scores' logsumexp to base 2 [H, T] float32)."""
     from megalora.ops import attention_kernels as kernels
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    M, N, warps, stages = _tiles(q.shape[2], "forward")
+    M, N, warps, stages = _tiles(q.shape[2], "forward", places is not None)
     grid = (-(-documents.longest // M), documents.count, q.shape[1])
-    where, numbers, switches = _arguments(q, k, documents, window, scores, dropout)
-    with torch.cuda.device(q.device):
+    where, numbers, switches = _arguments(q, k, documents, window, scores, dropout, places)
+    with on(q.device):
         kernels.forward_kernel[grid](
             q, k, v, out, lse, *where, scores.slopes, scores.sinks, scores.offsets, *numbers,
             *_strides(q, k, v, out), **switches, SINKS=scores.sinks is not None, M=M, N=N,
@@ -97,35 +122,40 @@ def forward(q, k, v, documents, window, scores, dropout) -> tuple[torch.Tensor, 
 
 
 def backward(
-    dout, q, k, v, out, lse, documents, window, scores, dropout
+    dout, q, k, v, out, lse, documents, window, scores, dropout, places=None, pairs=(None, None)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (dq [T, H, D], dk, dv [T, K, D]) from dout [T, H, D] and what forward had and gave."""
+    """Return (dq [T, H, D], dk, dv [T, K, D]) from dout [T, H, D] and what forward had and gave.
+
+    pairs  two [H, T, W], W at least the longest document: where the gradients of places.of_queries and places.of_keys
+           go, by the key and by the query of the same document in place of the place; None where those are None
+    """
     from megalora.ops import attention_kernels as kernels
 
     total, heads, D = q.shape
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     mean = torch.empty_like(lse)
-    where, numbers, switches = _arguments(q, k, documents, window, scores, dropout)
+    where, numbers, switches = _arguments(q, k, documents, window, scores, dropout, places)
+    widths = [0 if one is None else one.shape[2] for one in pairs]
     ahead = 0 if dropout is None else 7  # a document's first tile of keys may begin before it
-    with torch.cuda.device(q.device):
+    with on(q.device):
         kernels.mean_kernel[-(-total // _MEAN_ROWS), heads](
             dout, out, mean, total, *_strides(dout, out), D=D, WIDE=switches["WIDE"], M=_MEAN_ROWS
         )
-        M, N, warps, stages = _tiles(D, "queries")
+        M, N, warps, stages = _tiles(D, "queries", places is not None)
         kernels.query_kernel[-(-documents.longest // M), documents.count, heads](
-            q, k, v, dout, lse, mean, dq, *where, scores.slopes, scores.offsets, *numbers,
+            q, k, v, dout, lse, mean, dq, *where, pairs[0], widths[0], scores.slopes, scores.offsets, *numbers,
             *_strides(q, k, v, dout, dq), **switches, M=M, N=N, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        M, N, warps, stages = _tiles(D, "keys")
+        M, N, warps, stages = _tiles(D, "keys", places is not None)
         longest = documents.longest_keys or documents.longest
         tiles, parts = -(-(longest + ahead) // N) * documents.count, 1
-        if tiles * k.shape[1] < _FEWEST_WAVES * _multiprocessors(q.device):
+        if heads > k.shape[1] and tiles * k.shape[1] < _FEWEST_WAVES * _multiprocessors(q.device):
             parts = heads // k.shape[1]
         kind = {"dtype": k.dtype if parts == 1 else torch.float32, "device": q.device}
         dk, dv = (torch.empty(len(x), x.shape[1] * parts, D, **kind) for x in (k, v))
         kernels.key_kernel[tiles // documents.count, documents.count, k.shape[1] * parts](
-            q, k, v, dout, lse, mean, dk, dv, *where, scores.slopes, scores.offsets, *numbers,
+            q, k, v, dout, lse, mean, dk, dv, *where, pairs[1], widths[1], scores.slopes, scores.offsets, *numbers,
             *_strides(q, k, v, dout, dk), **switches, PARTS=parts, M=M, N=N, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if parts > 1:
@@ -144,6 +174,7 @@ def _arguments(
     window: int | None,
     scores: Scores,
     dropout: ProbabilityDropout | None,
+    places: Places | None,
 ) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """Return what all kernels take: (documents and dropout's tensors, numbers, constants)."""
     D, step = q.shape[2], 0
@@ -158,14 +189,20 @@ def _arguments(
         else:
             step = draw.step
     where = [documents.bounds, documents.key_bounds, documents.longest, len(q), tokens, keys, sites, live]
+    of_queries = of_keys = table = None
+    if places is not None:
+        of_queries, of_keys, table = places.of_queries, places.of_keys, places.table
+    where += [of_queries, of_keys, table]
+    far = 0 if table is None else table.shape[0] // 2
     scale = D**-0.5 if scores.scale is None else scores.scale
     longest = 0 if scores.offsets is None else scores.offsets.shape[1] // 2
-    numbers = [scale, scores.softcap or 0.0, window or 0, longest, threshold, kept, key, step]
+    numbers = [scale, scores.softcap or 0.0, window or 0, longest, far, threshold, kept, key, step]
     switches = {
         "GROUP": q.shape[1] // k.shape[1], "D": D, "WIDE": max(16, 1 << (D - 1).bit_length()),
         "EVEN": documents.bounds is None, "CROSS": documents.key_bounds is not None, "CAUSAL": scores.causal,
         "WINDOWED": window is not None, "SOFTCAP": scores.softcap is not None, "SLOPED": scores.slopes is not None,
         "OFFSETS": scores.offsets is not None, "DROPS": dropout is not None, "LIVE": live is not None,
+        "C2P": of_queries is not None, "P2C": of_keys is not None, "PLACES": 1 if places is None else places.count,
     }  # fmt: skip
     return where, numbers, switches
 
@@ -176,14 +213,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _tiles(D: int, kernel: str) -> tuple[int, int, int, int]:
+def _tiles(D: int, kernel: str, places: bool = False) -> tuple[int, int, int, int]:
     """Return (queries and keys of a tile, warps, stages of the loop's loads): what fits the registers and the shared
     memory of Hopper, or for large heads of less.
     """
-    device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())  # its types lack what it has
-    if D > 128 and device.shared_memory_per_block_optin < 200_000:
-        return {"forward": (64, 64, 8, 1), "queries": (64, 32, 8, 1), "keys": (32, 64, 8, 1)}[kernel]
+    if places:  # what is read for each pair takes registers and waits: small tiles, several a multiprocessor
+        warps, stages = 4 if D <= 64 else 8, 2 if D <= 128 else 1
+        return (32, 64, warps, stages) if kernel == "keys" else (64, 32, warps, stages)
     if D > 128:
+        device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())  # its types lack what it has
+        if device.shared_memory_per_block_optin < 200_000:
+            return {"forward": (64, 64, 8, 1), "queries": (64, 32, 8, 1), "keys": (32, 64, 8, 1)}[kernel]
         return {"forward": (128, 64, 8, 2), "queries": (128, 32, 8, 1), "keys": (32, 64, 8, 2)}[kernel]
     if D > 64:
         return {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 2), "keys": (32, 128, 8, 2)}[kernel]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalora.models.blocks.disentangled import rows_of
+from megalora.models.blocks.disentangled import places_of, rows_of
 from megalora.models.spec import Disentangled
 from megalora.ops import disentangled_attention as op
 from megalora.ops import tiled_attention
@@ -21,7 +21,7 @@ def plain(q, k, v, keys, queries, rows, dropout):
     for start, stop in zip(BOUNDS[:-1], BOUNDS[1:], strict=True):
         at = slice(start, stop)
         place = torch.arange(stop - start)
-        row = rows[place[:, None] - place + len(rows) // 2]
+        row = rows[place[:, None] - place + len(rows) // 2].long()
         s = torch.einsum("nhd,mhd->hnm", q[at], k[at])
         s = s if keys is None else s + torch.einsum("nhd,nmhd->hnm", q[at], keys[row])
         s = s if queries is None else s + torch.einsum("mhd,nmhd->hnm", k[at], queries[row])
@@ -47,13 +47,13 @@ def test_the_formula_forward_and_backward(p, terms, small, monkeypatch):
 
     q, k, v = (draw(BOUNDS[-1]) for _ in range(3))
     keys, queries = (draw(2 * SPAN) if kind in terms else None for kind in ("c2p", "p2c"))
-    rows = rows_of(Disentangled("table", DIM, SPAN, None, None, furthest=20), 64)
+    positions = Disentangled("table", DIM, SPAN, None, None, furthest=20)
     tokens = torch.arange(BOUNDS[-1]) + 5
     draws = Dropout(p=p, seed=3, site=0, step=1) if p else None
     dropout = draw_probabilities(draws, torch.arange(HEADS), tokens)
-    given = op.Positions(keys, queries, rows)
+    given = op.Positions(keys, queries, *places_of(positions, "cpu"))
     ours = op.disentangled_attention(q, k, v, given, BOUNDS, Scores(SCALE, causal=False), dropout)
-    theirs = plain(q, k, v, keys, queries, rows, dropout)
+    theirs = plain(q, k, v, keys, queries, rows_of(positions, 64), dropout)
     assert (ours - theirs).abs().max() < 1e-12
     of = [x for x in (q, k, v, keys, queries) if x is not None]
     weight = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
@@ -70,3 +70,14 @@ def test_rows_of_distances_are_those_of_transformers(span, furthest):
     rows = rows_of(Disentangled("table", 4, span, None, None, furthest=furthest), 1024)
     place = torch.arange(600)
     assert rows[place[:, None] - place + 1024].equal(theirs)
+
+
+@pytest.mark.parametrize(("span", "furthest"), [(6, 20), (7, 40), (256, 512), (5, None)])
+def test_places_say_what_rows_say_at_every_distance(span, furthest):
+    spec = Disentangled("table", 4, span, None, None, furthest=furthest)
+    rows, starts = places_of(spec, "cpu")
+    distances = torch.arange(-3000, 3001)
+    wanted = rows_of(spec, 3000)
+    assert len(rows) < len(distances) and op.Positions(None, None, rows, starts).at(distances).equal(wanted)
+    inside = (distances >= starts[:-1, None]) & (distances < starts[1:, None])
+    assert inside.sum(0).eq(1).all() and inside.int().argmax(0).equal(wanted)

@@ -14,6 +14,7 @@ from megalora.batch import Batch
 from megalora.building import resolve_lora
 from megalora.choices import RECOMPUTE_LEVELS
 from megalora.models import offload
+from megalora.models.blocks.disentangled import places_of
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
@@ -280,5 +281,6 @@ def test_and_of_tables_of_positions(family, recompute):
             parameter.fill_(0.01)
     work = Workload(ROWS, LENGTH, element=4, recompute=recompute)
     nodes = chunk_nodes(shape_of(config, resolved, 1, "cpu"), range(1, 3), work, first=False, last=False)
-    rows = 8 * (2 * LENGTH + 1 + 2 * 2 * max(mixer.position.span for mixer in config.mixers[:1]))
+    position = config.mixers[0].position
+    rows = 8 * 2 * 2 * position.span + sum(table.nbytes for table in places_of(position, "cpu"))
     assert abs(held_by_autograd(stage, True) - kept_bytes(nodes)) <= rows

@@ -158,8 +158,8 @@ class AttentionBlock:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
             terms = iter(more)
             keys, queries = (None if x is None else next(terms) for x in (positions.keys, positions.queries))
-            given = Positions(keys, queries, positions.rows)
-            return disentangled_attention(q, k, v, given, inputs.bounds, self.scores, dropout)
+            given = replace(positions, keys=keys, queries=queries)
+            return disentangled_attention(q, k, v, given, inputs.bounds, self.scores, dropout, inputs.packed)
 
         terms = [x for x in (positions.keys, positions.queries) if x is not None]
         return inputs.attend(attend, q, k, v, *terms).flatten(1)

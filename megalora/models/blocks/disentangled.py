@@ -17,6 +17,7 @@ from megalora.models.inputs import Inputs
 from megalora.models.names import hang
 from megalora.ops.disentangled_attention import Positions
 from megalora.ops.dropout import drop
+from megalora.ops.fused_disentangled import starts_of
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
 from megalora.parallel.placement import Tokens
@@ -49,6 +50,7 @@ class DisentangledPositions:
         # Under sequence parallelism each rank has its share of the rows, of which there is then one for all.
         padded = -(-rows // place.tp.size) * place.tp.size if place.gathers else rows
         self._padding, self._rows = padded - rows, rows
+        self._places = places_of(position, str(place.device))
         self._index = torch.arange(_FIRST_ROW, _FIRST_ROW + padded, device=place.device)
 
     @property
@@ -70,13 +72,18 @@ class DisentangledPositions:
         else:
             keys = None if self.spec.key is None else parts.pop(0)
             queries = None if self.spec.query is None else parts.pop(0)
-        longest = max(b - a for a, b in zip(inputs.bounds[:-1], inputs.bounds[1:], strict=True))
-        return Positions(keys, queries, _rows(self.spec, 1 << (longest - 1).bit_length(), str(self._index.device)))
+        return Positions(keys, queries, *self._places)
 
 
 @functools.lru_cache(maxsize=8)
-def _rows(position: spec.Disentangled, longest: int, device: str) -> torch.Tensor:
-    return rows_of(position, longest).to(device)
+def places_of(position: spec.Disentangled, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and starts of Positions, as far as rows differ: the same for all layers and all documents."""
+    longest, last = position.span, 2 * position.span - 1
+    rows = rows_of(position, longest)
+    while rows[0] != 0 or rows[-1] != last:
+        longest *= 2
+        rows = rows_of(position, longest)
+    return rows.int().to(device), starts_of(rows, last + 1).to(device)
 
 
 def rows_of(position: spec.Disentangled, longest: int) -> torch.Tensor:
