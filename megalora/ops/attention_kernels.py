@@ -50,7 +50,7 @@ def _documents(bounds, key_bounds, length, EVEN: tl.constexpr, CROSS: tl.constex
 
 
 @triton.jit
-def _numbers(
+def _drawn(
     tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS: tl.constexpr, LIVE: tl.constexpr
 ):  # fmt: skip
     """Return what masks are drawn from: the numbers of the first query and key, by how much tiles of keys begin before
@@ -229,9 +229,7 @@ def forward_kernel(
     row = first + tl.arange(0, M)
     tile = _load(q, start, first, rows, q_token, head.to(tl.int64) * q_head, M, WIDE, D)
     of_key, of_value = (head // GROUP).to(tl.int64) * k_head, (head // GROUP).to(tl.int64) * v_head
-    base, key_base, shift, now = _numbers(
-        tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE
-    )
+    base, key_base, shift, now = _drawn(tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE)
     slope, site = 0.0, 0
     if SLOPED:
         slope = tl.load(slopes + head)
@@ -310,9 +308,7 @@ def query_kernel(
     logsum = tl.load(lse + here, mask=row < rows, other=float("inf"))
     means = tl.load(mean + here, mask=row < rows, other=0.0)
     of_key, of_value = (head // GROUP).to(tl.int64) * k_head, (head // GROUP).to(tl.int64) * v_head
-    base, key_base, shift, now = _numbers(
-        tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE
-    )
+    base, key_base, shift, now = _drawn(tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE)
     slope, site = 0.0, 0
     if SLOPED:
         slope = tl.load(slopes + head)
@@ -362,9 +358,7 @@ def key_kernel(
     PARTS of these heads by itself: the sums of their parts are left to the caller.
     """
     start, rows, key_start, count = _documents(bounds, key_bounds, length, EVEN, CROSS)
-    base, key_base, shift, now = _numbers(
-        tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE
-    )
+    base, key_base, shift, now = _drawn(tokens, key_tokens, start, key_start, rows, count, live_step, step, DROPS, LIVE)
     at = tl.program_id(0) * N - shift
     if at >= count:
         return
