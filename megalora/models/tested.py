@@ -110,7 +110,7 @@ FEATURES = (
         "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, "
         "encoder-decoders, chunked attention and images",
         {
-            "untested": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_SEQ2SEQ} bert electra layoutlm roberta")
+            "untested": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}")
             | _types("bloom btlm chatglm codegen falcon gpt2 gpt_bigcode gpt_neo gptj internlm2 mpt opt phi")
             | _types("blip-2")
         },
