@@ -5,9 +5,10 @@
 namespace megalora {
 namespace {
 
-// A thread has one vector of columns, whose factors it reads once, and goes through kColumnScaleRows rows, kAtOnce at a
-// time: all of these are read before the first is written, since the compiler may not move a read over a write that
-// could be to the same place, and one vector in flight for each thread is too little for the memory.
+// A thread has one vector of columns, whose factors it reads once, and goes through kColumnScaleRows rows; in place
+// kAtOnce at a time: all of these are read before the first is written, since the compiler may not move a read over a
+// write that could be to the same place, and one vector in flight for each thread is too little for the memory (88 us
+// for 97 on an H200). Backward has two reads in flight as it is, and was slower that way (143 us for 138).
 constexpr int kAtOnce = 4;
 static_assert(kColumnScaleRows % kAtOnce == 0);
 
@@ -47,26 +48,19 @@ __global__ void scale_columns_backward_kernel(const __grid_constant__ ColumnScal
   for (int j = 0; j < each; ++j) factor[j] = params.factors[at + j];
   const int64_t first = blockIdx.y * int64_t{kColumnScaleRows};
   const int64_t stop = min(first + kColumnScaleRows, params.rows);
-  const auto *dy = static_cast<const T*>(params.dy.data) + at, *y = static_cast<const T*>(params.y.data) + at;
-  T* dx = static_cast<T*>(params.dx.data) + at;
-  for (int64_t row = first; row < stop; row += kAtOnce) {
-    Vector<T> d[kAtOnce], v[kAtOnce];
+  const auto *dy = static_cast<const T*>(params.dy.data), *y = static_cast<const T*>(params.y.data);
+  auto* dx = static_cast<T*>(params.dx.data);
+#pragma unroll 4
+  for (int64_t row = first; row < stop; ++row) {
+    auto d = load(dy + row * params.dy.stride + at);
+    if constexpr (sums) {
+      const auto v = load(y + row * params.y.stride + at);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (row + i >= stop) continue;
-      d[i] = load(dy + (row + i) * params.dy.stride);
-      if constexpr (sums) v[i] = load(y + (row + i) * params.y.stride);
+      for (int j = 0; j < each; ++j) sum[j] += to_float(d.at[j]) * to_float(v.at[j]);
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (row + i >= stop) continue;
-#pragma unroll
-      for (int j = 0; j < each; ++j) {
-        if constexpr (sums) sum[j] += to_float(d[i].at[j]) * to_float(v[i].at[j]);
-        d[i].at[j] = from_float<T>(to_float(d[i].at[j]) * factor[j]);
-      }
-      store(dx + (row + i) * params.dx.stride, d[i]);
-    }
+    for (int j = 0; j < each; ++j) d.at[j] = from_float<T>(to_float(d.at[j]) * factor[j]);
+    store(dx + row * params.dx.stride + at, d);
   }
   if constexpr (sums) {
 #pragma unroll

@@ -22,11 +22,13 @@ def square_norms(W: torch.Tensor, A: torch.Tensor, sB: torch.Tensor, base: torch
     if base is None:
         base = base_square_norms(W)
     if W.device.type == "cuda" and W.dtype != wide:
-        across = torch.mm(W, A.t(), out_dtype=wide)
+        across, gram = (torch.mm(x, A.t(), out_dtype=wide) for x in (W, A))
     else:
-        across = (W @ A.t()).to(wide)
-    A, sB = A.to(wide), sB.to(wide)
-    return base + ((2 * across + sB @ (A @ A.t())) * sB).sum(1)
+        across, A = (W @ A.t()).to(wide), A.to(wide)
+        gram = A @ A.t()
+    sB = sB.to(wide)
+    # Few operations, since there are so many linears: a step of the 8B has 224.
+    return torch.addmm(across, sB, gram, beta=2).mul_(sB).sum(1).add_(base)
 
 
 def base_square_norms(W: torch.Tensor) -> torch.Tensor:

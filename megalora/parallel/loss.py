@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megalora.ops.cross_entropy import gradient_, statistics_
-from megalora.ops.matmul import matmul
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.embedding import VocabParallelHead
 from megalora.parallel.placement import Tokens
@@ -122,7 +121,7 @@ class _CrossEntropySum(torch.autograd.Function):
                     d.mul_(slope)
                 if head.scale != 1.0:
                     d.mul_(head.scale)
-                dhidden.index_copy_(0, rows, matmul(d, head.weight))
+                dhidden.index_copy_(0, rows, head.gradient(d))
         ctx.tp, ctx.gathers = tp, gathers
         ctx.save_for_backward(dhidden, *sums)
         return loss

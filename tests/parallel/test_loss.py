@@ -6,6 +6,7 @@ import pytest
 import torch
 from spawn import spawn
 
+from megalora.parallel import embedding
 from megalora.parallel import loss as module
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megalora.parallel.loss import cross_entropy_sum
@@ -195,6 +196,26 @@ def test_chunks_of_an_uneven_vocabulary(tp):
     check_cut(tp, 13, False, chunk=20, timeout=10)
 
 
+@pytest.mark.parametrize("softcap, bias", [(None, False), (4.0, True)])
+def test_rows_of_zeros_behind_the_vocabulary_change_nothing(softcap, bias, monkeypatch):
+    labels = torch.tensor(LABELS["most"])
+
+    def made() -> tuple[torch.Tensor, torch.Tensor]:
+        head = VocabParallelHead(13, H, ALONE, bias=bias, scale=0.5, softcap=softcap)
+        with torch.no_grad():
+            head.weight.copy_(tensor(2, 13, H))
+            if bias:
+                head.bias.copy_(tensor(3, 13))
+        hidden = tensor(1, T, H).requires_grad_()
+        total = loss_of(hidden, head, labels)
+        (1.7 * total).backward()
+        return total.detach(), hidden.grad
+
+    wanted = made()
+    monkeypatch.setattr(embedding, "padded", lambda rows, place: rows + 3)
+    equal(made(), wanted)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab_size", [49155, 1001, 1000])
 @pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.125, 30.0)])
@@ -210,7 +231,7 @@ def test_a_vocabulary_whose_rows_do_not_end_on_16_bytes(vocab_size, scale, softc
             head.weight.copy_(weight.bfloat16())
         h = hidden.bfloat16().to(device, dtype).requires_grad_()
         if device == "cuda":
-            assert head.logits(h.detach()).stride(0) % 8 == 0
+            assert head.logits(h.detach()).stride(0) % 8 == 0 and head.weight.shape == (vocab_size, 64)
         total = loss_of(h, head, labels.to(device))
         total.backward()
         found.append((total.item(), h.grad.double().cpu()))
