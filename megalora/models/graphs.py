@@ -32,6 +32,8 @@ from megalora.ops.grouped import runs_grouped
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
 
+BUSY = 32768  # tokens of a microbatch from which on the host is far ahead of a GPU: graphs would only take memory
+
 
 def choose_graphs(
     wanted: bool | None,
@@ -45,6 +47,7 @@ def choose_graphs(
     tiled: str | None = None,
     trains_words: bool = False,
     prefixed: bool = False,
+    tokens: int = 0,
 ) -> tuple[bool, str | None]:
     """Return (whether layers run as graphs, a line that says why they do not on a GPU). wanted None: wherever they
     serve.
@@ -55,6 +58,7 @@ def choose_graphs(
     tiled     what makes attention go by the documents' bounds on the host
     trains_words  something of the embedding or of the head is trained
     prefixed  images stand before texts
+    tokens    of a microbatch: from BUSY on there are graphs where they are wanted only
     Raises UserError where they are wanted and cannot be.
     """
     on_gpu = torch.device(place.device).type == "cuda"
@@ -83,6 +87,8 @@ def choose_graphs(
         obstacle = f"attention with {tiled} is other calls for other documents"
     if wanted and obstacle:
         raise UserError(f"cuda_graphs = true, but {obstacle}", "leave the flag out")
+    if wanted is None and obstacle is None and tokens >= BUSY:
+        obstacle = f"{tokens:,} tokens keep a GPU busy without, and graphs would take more memory"
     if obstacle or wanted is False:
         return False, f"layers run without CUDA graphs: {obstacle or 'as asked'}" if on_gpu else None
     return True, None

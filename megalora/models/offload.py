@@ -148,20 +148,27 @@ Place = Offloaded | Resident
 
 
 class Saved:
-    """What one recomputed part keeps. before: the part of the same microbatch whose backward comes next."""
+    """What one recomputed part keeps.
 
-    def __init__(self, host: HostMemory | None = None, before: Saved | None = None):
-        self._host, self._before = host, before
+    host      where parts of the stage keep what is not to stay on the device, and this one too with `offloads`
+    before    the part of the same microbatch whose backward comes next
+    """
+
+    def __init__(self, host: HostMemory | None = None, before: Saved | None = None, offloads: bool = False):
+        self._host, self._before, self._offloads = host, before, offloads
         self._places: list[Place] = []
 
     def put(self, tensor: torch.Tensor) -> Place:
         """Keep a tensor, in host memory where the part's is to be there."""
-        place: Place = Resident(tensor.detach()) if self._host is None else self._host.put(tensor.detach())
+        offloads = self._host is not None and self._offloads
+        place: Place = self._host.put(tensor.detach()) if offloads else Resident(tensor.detach())
         self._places.append(place)
         return place
 
     def begin(self) -> None:
         """Call at the start of the part's backward: what it keeps is on its way already, the next part's starts."""
+        if self._host is not None:  # the last that left in forward would be held until something is fetched
+            self._host.wait()
         for saved in (self, self._before):
             for place in saved._places if saved is not None else ():
                 place.prefetch()

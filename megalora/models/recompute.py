@@ -89,7 +89,7 @@ class Recomputer:
             for step in part.steps:
                 hidden, delta = step(hidden, delta, inputs)
             return hidden, delta
-        saved = Saved(self._host if offloads else None, self._last)
+        saved = Saved(self._host, self._last, offloads)
         self._last = saved
         return _Recomputed.apply(hidden, delta, inputs.memory, _anchor(hidden), part, inputs, saved, False)
 

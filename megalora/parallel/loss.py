@@ -22,6 +22,7 @@ from megalora.parallel.trained_words import TrainedHead
 # head for each chunk costs more than fresh pages do.
 CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
 FEWEST_ROWS = {"cuda": 1, "cpu": 256}
+_SCALED = 1 << 23  # elements of the hidden states' gradient that are multiplied at a time
 
 
 def chunk_rows(device_type: str, vocabulary: int) -> int:
@@ -89,6 +90,7 @@ class _CrossEntropySum(torch.autograd.Function):
         most = chunk_rows(full.device.type, widest)
         chunk = -(-labelled.shape[0] // -(-labelled.shape[0] // most)) if labelled.shape[0] else 1  # of equal size
         for start in range(0, labelled.shape[0], chunk):
+            logits = d = None  # those of the chunk before are gone before these are made
             part = slice(start, start + chunk)
             rows = labelled[part]
             h = full[part] if everything else full.index_select(0, rows)
@@ -131,6 +133,9 @@ class _CrossEntropySum(torch.autograd.Function):
         dhidden, *sums = ctx.saved_tensors
         # Each rank's dhidden is the term of its part of the vocabulary.
         # In float32: a factor rounded to bfloat16 would make all gradients of a step up to 0.4% too large or too small.
-        dhidden = (dhidden.to(dloss.dtype) * dloss).to(dhidden.dtype)
-        reduced = reduce_scatter(dhidden, ctx.tp) if ctx.gathers else all_reduce(dhidden, ctx.tp)
+        # Some rows at a time: of a long row the float32 copies would be many GiB.
+        scaled, size = torch.empty_like(dhidden), max(1, _SCALED // dhidden.shape[1])
+        for into, rows in zip(scaled.split(size), dhidden.split(size), strict=True):
+            into.copy_(rows.to(dloss.dtype) * dloss)
+        reduced = reduce_scatter(scaled, ctx.tp) if ctx.gathers else all_reduce(scaled, ctx.tp)
         return reduced, None, None, None, None, None, *(one * dloss.to(one.dtype) for one in sums)

@@ -23,12 +23,13 @@ def cross_nodes(layer: Any, mixer: CrossAttention, source: str, flowing: bool) -
     after = flowing or memory_flows or mixer.q.trains or mixer.kv.trains
     head = mixer.heads * mixer.head_dim * e
     q, kv, statistics = tokens.full * head, seen.full * 2 * head, tokens.full * mixer.heads * _STATISTIC
-    flops = 4 * mixer.heads * mixer.head_dim * layer.work.source_seen * tokens.full
+    key = 4 * mixer.heads * mixer.head_dim * tokens.full
+    forward = Pass(q + kv, attention=key * layer.work.source_seen, attended=key, traffic=2 * (q + kv), calls=4)
     core = layer._node(
         "cross attention",
         2 * q + kv + statistics,
-        Pass(live=q + kv, attention=flops, traffic=2 * (q + kv), calls=4),
-        Pass(live=tokens.stream + 3 * q + 2 * kv, attention=2.5 * flops, traffic=4 * q + 2 * kv, calls=4),
+        forward,
+        replace(forward, live=tokens.stream + 3 * q + 2 * kv, traffic=4 * q + 2 * kv).of_backward,
         after,
     )
     return [

@@ -2,8 +2,9 @@
 
 Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted by hand to steps of Llama-8B's
 shape on several H100s of 80 GB and, for the host, to a slice of Llama-70B without CUDA graphs (both in
-benchmarks/LOG.md); e4m3 as sustained with the other factor quantised before each product. H200: the same chip, its
-memory by the data sheet's 4.8 TB/s in the H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about
+benchmarks/LOG.md), attention in long documents to steps of one row of 8,192 to 393,216 tokens on an H200; e4m3 as
+sustained with the other factor quantised before each product. H200: the same chip, its memory by the data sheet's 4.8
+TB/s in the H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about
 the H100's proportions, FlashAttention-2 as published (arXiv 2307.08691). Links: of H100s as measured, 34 MB by copy
 engines in 90 us and by NCCL in 170 us; of A100s in the proportion of NVLink 3 to 4; networks one adapter of 400 or 200
 Gb/s a GPU, at 80%. CPU: two threads of a shared EPYC host. Waiting for the slowest rank: fitted to tensor parallel 2
@@ -13,6 +14,7 @@ with 2048 and 8192 tokens on H100s.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the table of devices is read by `--help`, which does not wait for torch
@@ -26,6 +28,8 @@ class Device:
     gemm, gemm32   FLOPs of matrix products in 16-bit and in 32-bit floats
     gemm8          FLOPs of matrix products in e4m3; 0: they are done in 16 bits
     attention      FLOPs of attention, forward and backward
+    long, ramp     FLOPs of it in long documents, where each token takes as long as `ramp` keys more than it sees; 0: as
+                   `attention`
     memory         bytes read or written
     link, network  bytes to a neighbour in the node, by copies, and in another, one direction
     collective     bytes to a neighbour in the node by NCCL, one direction
@@ -52,6 +56,13 @@ class Device:
     capacity: float
     overlaps: bool
     context: float = 0.0
+    long: float = 0.0
+    ramp: float = 0.0
+
+    def attention_seconds(self, flops: float, attended: float) -> float:
+        """Return the seconds of attention, forward or backward; attended: its FLOPs if each token saw one key."""
+        short = flops / self.attention
+        return min(short, (flops + self.ramp * attended) / self.long) if self.long else short
 
     def with_graphs(self) -> Device:
         """Return the same device where a step is replayed from CUDA graphs: the host issues next to nothing."""
@@ -69,16 +80,18 @@ class Device:
             gemm32=self.gemm32 / factor,
             gemm8=self.gemm8 / factor,
             attention=self.attention / factor,
+            long=self.long / factor,
             memory=self.memory / factor,
             call=self.call * factor,
         )
 
 
+_hopper = partial(Device, long=490e12, ramp=470)
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", 700e12, 50e12, 1180e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80, True),
-        Device("h200", 700e12, 50e12, 1180e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141, True),
+        _hopper("h100", 700e12, 50e12, 1180e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80, True),
+        _hopper("h200", 700e12, 50e12, 1180e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141, True),
         Device("a100", 250e12, 17e12, 0, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.08, 60e-6, 80, True),
         Device("cpu", 0.15e12, 0.15e12, 0, 0.05e12, 10e9, 2e9, 1e9, 2e9, 100e-6, 0.0, 10e-6, 16, False),
     )

@@ -67,9 +67,10 @@ def _core(layer: Any, mixer: LatentAttention, flowing: bool) -> list[Node]:
     head = full * mixer.heads * width * e
     came = full * mixer.heads * (2 * mixer.head_dim - mixer.turned + mixer.value) * e
     kept = 4 * head + full * mixer.heads * _STATISTIC
-    flops = 4 * mixer.heads * width * work.seen(None) * full
-    forward = Pass(live=came, attention=flops, traffic=2 * came + 4 * head, calls=10)
-    backward = Pass(live=layer.tokens.stream + 5 * head, attention=2.5 * flops, traffic=8 * head, calls=14)
+    key = 4 * mixer.heads * width * full
+    flops = key * work.seen(None)
+    forward = Pass(live=came, attention=flops, attended=key, traffic=2 * came + 4 * head, calls=10)
+    backward = replace(forward, live=layer.tokens.stream + 5 * head, traffic=8 * head, calls=14).of_backward
     core = layer._node("attention", kept, forward, backward, flowing)
     core = replace(core, result=head + full * mixer.heads * _STATISTIC)
     if work.recompute != "selective" or not flowing:

@@ -40,6 +40,8 @@ class Attention:
                    have `terms` of them
     shares         they are the tokens' own
     biases         q and v have biases that are not the linears'
+    expands        its backward makes gradients of keys and values for every query head, in the compute dtype, and then
+                   adds up those of heads that share them: cuDNN's and FlashAttention's do
     """
 
     qkv: Group
@@ -65,6 +67,7 @@ class Attention:
     terms: int = 0
     shares: bool = False
     biases: int = 0
+    expands: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -103,6 +103,7 @@ class Pass:
     flops      of matrix products
     flops8     of matrix products in e4m3
     attention  FLOPs of attention
+    attended   the same where each token saw one key
     traffic    bytes that all else reads and writes
     messages   over tensor parallel
     calls      operations that the host issues
@@ -112,9 +113,15 @@ class Pass:
     flops: float = 0
     flops8: float = 0
     attention: float = 0
+    attended: float = 0
     traffic: float = 0
     messages: tuple[Message, ...] = ()
     calls: int = 0
+
+    @property
+    def of_backward(self) -> Pass:
+        """The same with the attention of a backward pass: five products for the two of forward."""
+        return replace(self, attention=2.5 * self.attention, attended=2.5 * self.attended)
 
 
 NOTHING = Pass()
@@ -177,6 +184,7 @@ def sum_of(passes: Iterable[Pass]) -> Pass:
         sum(p.flops for p in passes),
         sum(p.flops8 for p in passes),
         sum(p.attention for p in passes),
+        sum(p.attended for p in passes),
         sum(p.traffic for p in passes),
         tuple(message for p in passes for message in p.messages),
         sum(p.calls for p in passes),

@@ -195,10 +195,11 @@ class _LayerNodes:
         after = flowing or mixer.up.trains
         if mixer.fused:
             fused = self._fused(mixer)
-            return [
-                self._linears(mixer.up, source, flowing, fused=fused, read=True),
-                self._linears(mixer.down, "gated", after, fused=fused, unread=unread),
-            ]
+            down = self._linears(mixer.down, "gated", after, fused=fused, unread=unread)
+            if source == "made again":  # both groups' backward is one node, which begins with what it kept
+                x = self.tokens.local * (mixer.up.inputs + mixer.up.room) * self.work.element
+                down = replace(down, backward=replace(down.backward, live=down.backward.live + x))
+            return [self._linears(mixer.up, source, flowing, fused=fused, read=True), down]
         # Some keep their result, which down reads; the others keep what they read, and what is gated both gate and up.
         inner = self.tokens.full * mixer.down.inputs * self.work.element
         kept = 2 * inner if mixer.gates else inner * (mixer.act != "linear")
@@ -352,7 +353,8 @@ class _LayerNodes:
         given = full * (layer.heads + 2 * layer.kv_heads) * layer.head_dim * e
         q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
-        flops = 4 * layer.heads * dim * (work.seen(layer.window, layer.chunk) + layer.terms * layer.rows / 2) * full
+        key = 4 * layer.heads * dim * full
+        flops = key * (work.seen(layer.window, layer.chunk) + layer.terms * layer.rows / 2)
         kept = qkv + q + statistics + (given if layer.clips else 0) + layer.biases * q
         cp = work.context_parallel
         shared = (Message("context", 2 * kv * cp, ranks=cp),) if cp > 1 else ()
@@ -368,19 +370,22 @@ class _LayerNodes:
         if layer.tempered:
             kept += q + full * e
         dout = q
-        workspace = full * layer.heads * dim * 4  # dq is summed in float32
+        # In float32 a GPU sums dq; our kernel on CPUs has there what each query head gives to dk and dv.
+        workspace = full * layer.heads * dim * 4 * (1 if self.shape.device_type == "cuda" else 2)
+        workspace += 2 * q if layer.expands else 0
         sums = (Message("reduce", full * _STATISTIC),) * 2 if layer.qk_across and self.shape.tp > 1 else ()
         core = self._node(
             "attention",
             kept,
-            Pass(live=qkv, attention=flops, traffic=2 * qkv, messages=sums + shared, calls=4),
+            Pass(live=qkv, attention=flops, attended=key, traffic=2 * qkv, messages=sums + shared, calls=4),
             Pass(
-                live=tokens.stream + dout + max(q + qkv + workspace, 2 * qkv),
-                attention=2.5 * flops,
+                live=tokens.stream + dout + max(qkv + workspace, 2 * qkv),
+                attention=flops,
+                attended=key,
                 traffic=2 * q + 2 * qkv,
                 messages=sums + shared,
                 calls=4,
-            ),
+            ).of_backward,
             flowing,
         )
         core = replace(core, result=q + statistics)
@@ -409,7 +414,7 @@ def _tail(shape: Shape, work: Workload, tokens: Tokens, flowing: bool) -> list[N
     logits = chunk * rows * e * (1 + shape.capped)
     read, whole = tokens.local * shape.width * e, tokens.full * shape.width * e  # what the head reads
     gathered = whole if tokens.gathers else 0
-    parts = 0 if work.labelled == 1.0 else 2 * chunk * shape.width * e
+    parts = (1 if work.labelled == 1.0 else 2) * chunk * shape.width * e  # the gradient, and what is read
     product = 2 * labelled * shape.width * rows
     before: tuple[Message, ...] = ()
     after: tuple[Message, ...] = (Message("reduce", whole),) if shape.tp > 1 else ()

@@ -73,6 +73,7 @@ def attention_again(run: Run) -> Run:
     """Return a step whose attention is not computed again: its result is there."""
 
     def without(node: Node) -> Node:
-        return replace(node, kept=max(0, node.kept - node.result), forward=replace(node.forward, attention=0))
+        forward = replace(node.forward, attention=0, attended=0)
+        return replace(node, kept=max(0, node.kept - node.result), forward=forward)
 
     return Run([without(node) if node.result else node for node in run.nodes], run.by_token)

@@ -369,6 +369,8 @@ class _Rank:
             more |= {"rows": 2 * position.span, "shares": position.shared}
         more["biases"] = sum(bias is not None for bias in (mixer.q_bias, mixer.v_bias))
         sinks = 0 if mixer.sinks is None else heads
+        torchs = self._device_type == "cuda" and mixer.softcap is None and not sinks and not mixer.dropout
+        more["expands"] = torchs and kv_heads < heads  # our own kernels do not
         if norm is None:
             return Attention(*groups, heads, kv_heads, dim, mixer.window, sinks, **more)
         across = not norm.heads and norm.size != dim

@@ -33,7 +33,8 @@ def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) 
     passes = list(passes)
     rate = device.gemm if element == 2 else device.gemm32
     products = sum(p.flops / rate + p.flops8 / (device.gemm8 or rate) for p in passes)
-    computed = products + sum(p.attention / device.attention + p.traffic / device.memory for p in passes)
+    attention = sum(device.attention_seconds(p.attention, p.attended) for p in passes)
+    computed = products + attention + sum(p.traffic for p in passes) / device.memory
     computed *= 1 + (device.meeting if tp > 1 else 0)
     issued = sum(p.calls for p in passes) * device.call
     messages = (message for p in passes for message in p.messages)

@@ -135,3 +135,31 @@ def test_sequence_parallelism_sends_as_much_as_reductions_do():
     # Forward o and down, backward q k v and gate up; the first layer's q k v has an A below, so all go on.
     assert sizes(False) == [("reduce", whole)] * 16
     assert sorted(set(sizes(True))) == [("gather", whole), ("scatter", whole)] and len(sizes(True)) == 32
+
+
+MEASURED = {  # one row on an H200: tokens, layers and what of them is computed again, what of the rest; seconds
+    (8192, 0, "none", "none"): 0.556,
+    (16384, 0, "none", "none"): 1.301,
+    (32768, 20, "mlp", "norms"): 4.036,
+    (65536, 12, "layer", "mlp"): 12.223,
+    (131072, 16, "full", "layer"): 43.751,
+    (131072, 32, "layer", "none"): 41.9,
+    (393216, 23, "full", "layer"): 370.795,
+}
+
+
+@pytest.mark.parametrize("row", MEASURED)
+def test_long_rows_take_what_was_measured(row):
+    length, count, level, rest = row
+    levels = (level,) * count + (rest,) * (32 - count)
+    whole = shape(r=16, target_modules="all-linear")
+    work = Workload(1, length, recompute=levels)
+    seconds = chunk_seconds(whole, range(32), work, DEVICES["h200"].with_graphs(), first=True, last=True)
+    assert seconds.total == pytest.approx(MEASURED[row], rel=0.05)
+
+
+def test_short_documents_have_the_rate_of_short_ones():
+    for keys in (1, 100, 1000):
+        assert H100.attention_seconds(keys * 1e12, 1e12) == keys * 1e12 / H100.attention
+    assert H100.attention_seconds(4096e12, 1e12) < 0.8 * 4096e12 / H100.attention
+    assert DEVICES["a100"].attention_seconds(4096e12, 1e12) == 4096e12 / DEVICES["a100"].attention
