@@ -7,10 +7,13 @@ import itertools
 import math
 import os
 from collections import defaultdict
+from unittest import mock
 
 import pytest
 import torch
-from oracle import ALL_LINEAR, FAMILIES, Run, check_all, check_runs, largest_difference, reference, train
+from oracle import ALL_LINEAR, FAMILIES, Run, check_all, check_runs, largest_difference, reference, train, train_each
+from plain_attention import Plain
+from spawn import spawn
 
 from megalora.pipeline.schedule import SCHEDULES
 
@@ -120,6 +123,28 @@ def test_weights_of_labels():
         assert largest_difference(plain, [train(0, 1, Run(weights=(same,)))]) <= 1e-12
     mixed = train(0, 1, Run(weights=WEIGHTS))
     assert abs(mixed.losses[0] - plain.losses[0]) > 1e-3 and abs(mixed.evaluation - plain.evaluation) > 1e-3
+
+
+def train_by_calls(rank: int, world_size: int, runs: list[Run]) -> list:
+    """As train_each, with pieces of documents as GPUs take long ones."""
+    with (
+        mock.patch("megalora.parallel.context.takes_pieces", lambda *_: True),
+        mock.patch("megalora.ops.merged_attention.Cudnn", side_effect=Plain) as kernel,
+    ):
+        outcomes = train_each(rank, world_size, runs)
+    assert kernel.called
+    return outcomes
+
+
+def test_and_their_pieces_attended_call_by_call():
+    runs = [
+        Run("llama", cp=2, micro_batch_rows=2, recompute="layer", weights=WEIGHTS),
+        Run("qwen3", cp=2, recompute=MIXED, tile=8, offloaded=frozenset({0})),
+        Run("phi3", cp=2, recompute="selective", rows=2),
+        Run("deepseek_v2", cp=2, steps=2, learning_rate=1e-3),
+    ]
+    outcomes = zip(*spawn(train_by_calls, 2, runs, timeout=600), strict=True)
+    assert all(largest_difference(reference(run), list(of)) <= 1e-12 for run, of in zip(runs, outcomes, strict=True))
 
 
 def test_documents_cut_over_ranks():

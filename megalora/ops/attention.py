@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops import extension
 from megalora.ops.fused_attention import Documents, fused_attention, fuses
+from megalora.ops.merged_attention import merged_attention, takes_pieces
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import PLAIN, Run, Scores, runs_of, tiled_attention, tiled_cached_attention
 
@@ -25,6 +26,7 @@ __all__ = [
 
 _SCORED = 1 << 26  # scores, or entries of a mask, at a time, where new tokens see those of a cache
 MOST_FEATURES = 256  # of a head, in FlashAttention's kernels
+LONG_DOCUMENT = 32768  # tokens from which on the backward pass goes by some heads at a time, for its workspace
 # On Hopper cuDNN's kernels are well ahead of FlashAttention-2; torch takes the first that can run.
 _GPU_BACKENDS: list[SDPBackend] = [
     SDPBackend.CUDNN_ATTENTION,
@@ -112,6 +114,10 @@ def attention(
     runs = runs_of(bounds)
     if not scores.simple or (q.device.type == "cpu" and not scores.causal):
         return tiled_attention(q, k, v, runs, window, scores)
+    if window is None and scores.causal and len(runs) == 1 and runs[0].length >= LONG_DOCUMENT:
+        spans = [(start, start + runs[0].length) for start in range(0, len(q), runs[0].length)]
+        if q.shape[2] == v.shape[2] and takes_pieces(q.shape[2], q.dtype, q.device, [runs[0].length] * runs[0].count):
+            return merged_attention(q, k, v, bounds, spans, scores.scale)
     if q.shape[2] > MOST_FEATURES:
         packed = None
     if packed is not None and (len(runs) > 1 or (window is not None and window < runs[0].length)):

@@ -17,6 +17,7 @@ from megalora.ops.activations import KEEPS_RESULT
 from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import chunk_rows
+from megalora.planning.calls import calls_of
 from megalora.planning.cross import cross_nodes
 from megalora.planning.experts import experts_nodes
 from megalora.planning.groups import Group, with_factors
@@ -356,10 +357,9 @@ class _LayerNodes:
         key = 4 * layer.heads * dim * full
         flops = key * (work.seen(layer.window, layer.chunk) + layer.terms * layer.rows / 2)
         kept = qkv + q + statistics + (given if layer.clips else 0) + layer.biases * q
-        cp = work.context_parallel
+        cp, calls = work.context_parallel, calls_of(layer, work, full, self.shape.device_type)
         shared = (Message("context", 2 * kv * cp, ranks=cp),) if cp > 1 else ()
-        if cp > 1:  # keys and values up to each piece instead of this rank's
-            kept += round(2 * kv * (cp - 0.5))
+        kept += round(2 * kv * (calls.seen - 1))  # keys and values up to each piece instead of this rank's
         if layer.qk_rows:
             # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
             # What a rotation before them made is theirs alone.
@@ -369,17 +369,15 @@ class _LayerNodes:
             kept += copies + full * layer.qk_rows * layer.qk_statistics * _STATISTIC + (qkv - kv)
         if layer.tempered:
             kept += q + full * e
-        dout = q
-        # In float32 a GPU sums dq; our kernel on CPUs has there what each query head gives to dk and dv.
-        workspace = full * layer.heads * dim * 4 * (1 if self.shape.device_type == "cuda" else 2)
-        workspace += 2 * q if layer.expands else 0
+        grads = q + 2 * kv * calls.seen
+        gathering = round(2 * kv * (calls.seen + cp)) if cp > 1 else 0
         sums = (Message("reduce", full * _STATISTIC),) * 2 if layer.qk_across and self.shape.tp > 1 else ()
         core = self._node(
             "attention",
             kept,
-            Pass(live=qkv, attention=flops, attended=key, traffic=2 * qkv, messages=sums + shared, calls=4),
+            Pass(live=qkv + gathering, attention=flops, attended=key, traffic=2 * qkv, messages=sums + shared, calls=4),
             Pass(
-                live=tokens.stream + dout + max(qkv + workspace, 2 * qkv),
+                live=tokens.stream + q + round(max(grads + calls.workspace, grads + gathering, 2 * qkv)),
                 attention=flops,
                 attended=key,
                 traffic=2 * q + 2 * qkv,
@@ -391,7 +389,7 @@ class _LayerNodes:
         core = replace(core, result=q + statistics)
         if work.recompute != "selective" or not flowing:
             return core
-        return again_of("attention", [core], core.forward, given, tokens.stream + dout)
+        return again_of("attention", [core], core.forward, given, tokens.stream + q)
 
 
 def _kernels(device_type: str) -> bool:

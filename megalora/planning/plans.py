@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megalora.models.graphs import BUSY
 from megalora.pipeline.simulate import Timeline
 from megalora.planning.devices import Device
 from megalora.planning.memory import Memory
@@ -97,7 +98,8 @@ class Layout:
     @property
     def graphs(self) -> bool:
         """Whether the layers run as CUDA graphs (see megalora.models.graphs)."""
-        return self.pp == 1 and self.work.element == 2 if self.cuda_graphs is None else self.cuda_graphs
+        busy = self.pp > 1 or self.work.element != 2 or self.work.tokens >= BUSY
+        return not busy if self.cuda_graphs is None else self.cuda_graphs
 
     @property
     def pace(self) -> tuple:
