@@ -137,6 +137,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         pieces, scale, kernel = ctx.how
+        dout = dout if dout.stride(2) == 1 else dout.contiguous()
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         for rows, calls in _calls(pieces):

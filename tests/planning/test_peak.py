@@ -13,6 +13,7 @@ from megalora.building import resolve_lora
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
+from megalora.ops import extension
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 from megalora.planning.nodes import Workload, chunk_nodes, peak_bytes
@@ -57,6 +58,7 @@ class Held(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.skipif(not extension.has_kernels("cpu"), reason="torch's own operations hold more")
 @pytest.mark.parametrize(
     "recompute", ["none", "norms", "selective", "mlp", "layer", "full", ("full", "layer", "mlp", "none")]
 )
