@@ -117,13 +117,14 @@ class _CrossEntropySum(torch.autograd.Function):
                 if graph is not None:
                     dh, *grads = torch.autograd.grad(graph, [h, *trained], d)
                     torch._foreach_add_(sums, grads)
-                    dhidden.index_copy_(0, rows, dh)
-                    continue
-                if slope is not None:
-                    d.mul_(slope)
-                if head.scale != 1.0:
-                    d.mul_(head.scale)
-                dhidden.index_copy_(0, rows, head.gradient(d))
+                else:
+                    if slope is not None:
+                        d.mul_(slope)
+                    if head.scale != 1.0:
+                        d.mul_(head.scale)
+                    dh = head.gradient(d)
+                dhidden.index_copy_(0, rows, dh)
+            logits = slope = graph = d = None  # their memory is for the next chunk's
         ctx.tp, ctx.gathers = tp, gathers
         ctx.save_for_backward(dhidden, *sums)
         return loss
