@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from oracle import ENCODERS, EXPERTS, FAMILIES, LABELS, TINY, Run, fields_of, train
+from oracle import ENCODERS, EXPERTS, FAMILIES, IMAGES, LABELS, TINY, Run, fields_of, train
 
 from megalora import cli
 from megalora.adapters.config import LoraConfig
@@ -66,6 +66,17 @@ def test_a_step_on_the_gpu(family, dtype, tolerance):
     again = train(0, 1, run.on(dtype=dtype, device="cuda"))
     assert again.losses == ours.losses
     assert all(torch.equal(p, ours.adapters[n][1]) for n, (_, p) in again.adapters.items())
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_a_step_behind_images_on_the_gpu(family):
+    """The tower of vision runs there too."""
+    run = Run(family, steps=2)
+    wanted, found = train(0, 1, run), train(0, 1, run.on(dtype=torch.float32, device="cuda"))
+    for a, b in zip(found.losses, wanted.losses, strict=True):
+        assert abs(a - b) <= 1e-4 * b
+    for name, (_, grad) in wanted.gradients.items():
+        assert (found.gradients[name][1].double().cpu() - grad).norm() <= 1e-3 * grad.norm(), name
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])

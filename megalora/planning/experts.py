@@ -10,6 +10,9 @@ from megalora.planning.mixers import Experts
 from megalora.planning.node import NOTHING, Node, Pass, Workload
 
 _WIDE, _INDEX = 4, 8  # bytes of a float32 score, of an int64
+# The rate of torch's grouped products on GPUs, of that of a dense one with as many FLOPs: 0.63 to 0.65 with 256 rows an
+# expert on an H200 (benchmarks/experts.py). On a CPU an expert's product is a dense one.
+_GROUPED = {"cuda": 0.64}
 
 
 def experts_nodes(layer: Any, mixer: Experts, flowing: bool) -> list[Node]:
@@ -52,7 +55,8 @@ def routed_nodes(mixer: Experts, work: Workload, tokens: int, device_type: str, 
     """
     rows = mixer.rows(tokens)
     held = tokens * mixer.top if device_type == "cuda" else rows
-    return [_router(mixer, work, tokens, flowing), _pair(mixer, work, tokens, rows, held, flowing)]
+    rate = _GROUPED.get(device_type, 1.0)
+    return [_router(mixer, work, tokens, flowing), _pair(mixer, work, tokens, rows, held, flowing, rate)]
 
 
 def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
@@ -72,8 +76,11 @@ def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
     return Node("router", kept, forward, backward) if flowing or group.trains else Node("router", 0, forward)
 
 
-def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flowing: bool) -> Node:
-    """Count a pair: x, gate_up, both z and where each row comes from are kept; the rest is made again."""
+def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flowing: bool, rate: float) -> Node:
+    """Count a pair: x, gate_up, both z and where each row comes from are kept; the rest is made again.
+
+    rate  of its products, of that of dense ones
+    """
     up, down, e = mixer.up, mixer.down, work.element
     trains = up.trains or down.trains
     x, inner = held * up.inputs * e, held * down.inputs * e
@@ -90,7 +97,7 @@ def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flo
     flops = product(up) + product(down) + branch(up) + branch(down)
     forward = Pass(
         live=max(x + held * up.room * e + held * up.output * e, 2 * inner + x) + out,
-        flops=flops,
+        flops=flops / rate,
         traffic=4 * x + 6 * inner,
         calls=20,
     )
@@ -99,8 +106,8 @@ def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flo
     grads = 2 * rows * (up.rank * (up.inputs + up.output / 2) + down.rank * (down.inputs + down.output))
     backward = Pass(
         live=out + 2 * x + 4 * inner + mixer.held * (up.trained + down.trained) * (e + _WIDE),
-        flops=flops + grads,
-        traffic=6 * x + 12 * inner,
+        flops=(flops + grads) / rate,
+        traffic=9 * x + 15 * inner,  # the branch's term of dx is added in a pass of its own
         calls=40,
     )
     return Node("experts", kept, forward, backward if flowing or trains else NOTHING)
