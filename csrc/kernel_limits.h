@@ -37,10 +37,10 @@ constexpr int64_t kColumnScaleRows = 64;  // that one block goes through, and le
 
 // ---- generation
 
-constexpr int64_t kMostSkinnyRows = 4;  // of skinny_linear, on CPU and CUDA; a GEMM reads the weight once, too
-// Rows that products with quantised weights decode them for on the fly, on CUDA: above, what is read of x for each code
-// costs as much as decoding into memory.
-constexpr int64_t kMostQuantisedRows = 32;
+constexpr int64_t kMostSkinnyRows = 4;  // of linears without tensor cores; a GEMM reads the weight once, too
+// Rows that products with NF4 weights decode them for on the fly, on CUDA: above, what is read of x for each code costs
+// as much as decoding into memory. With e4m3 weights kMostSkinnyRows: above, products of e4m3 with e4m3 are faster.
+constexpr int64_t kMostNf4Rows = 32;
 constexpr int64_t kMostNf4Parts = 8;  // of several weights in one of these products
 // Of attention over the cache on CUDA: query heads of one key/value head, and the two sizes of a head.
 constexpr int64_t kMostQueriesPerHead = 8;

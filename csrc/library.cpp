@@ -45,7 +45,7 @@ std::map<std::string, int64_t> limits() {
       {"turned", kTurned},
       {"column_scale_rows", kColumnScaleRows},
       {"most_skinny_rows", kMostSkinnyRows},
-      {"most_quantised_rows", kMostQuantisedRows},
+      {"most_nf4_rows", kMostNf4Rows},
       {"most_nf4_parts", kMostNf4Parts},
       {"most_queries_per_head", kMostQueriesPerHead},
       {"small_head_dim", kSmallHeadDim},

@@ -192,7 +192,7 @@ struct Nf4DecodeParams {
 };
 
 // y [M, O] contiguous = x [M, I + C] [codes * scale | branch]^T + bias [O] (null: none); codes [O, I] e4m3, scale [O]
-// float32, branch [O, C]; 1 <= M <= kMostQuantisedRows.
+// float32, branch [O, C]; 1 <= M <= kMostSkinnyRows.
 struct Fp8SkinnyParams {
   Matrix x, codes, branch;
   const float* scale;
@@ -211,7 +211,7 @@ struct Nf4Part {
   int64_t first_block, blocks;
 };
 
-// As Fp8SkinnyParams, with `count` parts of NF4 one below the other.
+// As Fp8SkinnyParams, with `count` parts of NF4 one below the other; 1 <= M <= kMostNf4Rows.
 struct Nf4SkinnyParams {
   Matrix x, branch;
   Nf4Part parts[kMostNf4Parts];

@@ -2,6 +2,7 @@
 // floats. Every kernel is bound by memory: it reads and writes each byte once.
 #include <cuda_fp8.h>
 
+#include "cuda/decode_step.h"
 #include "cuda/halves.h"
 #include "cuda/launch.h"
 #include "kernel_limits.h"
@@ -38,6 +39,8 @@ __device__ __forceinline__ Terms terms_of(float x) {
 
 template <bool bfloat16, int kRowThreads, int kHeld>
 __global__ void __launch_bounds__(kRowThreads) fp8_quantise_kernel(Fp8QuantiseParams params) {
+  let_next_start();
+  await_previous();
   const int64_t row = blockIdx.x;
   const auto* x = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.x.data) + row * params.x.stride);
   const auto* factor = reinterpret_cast<const float4*>(params.factor);
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(kRowThreads) fp8_quantise_kernel(Fp8QuantisePa
 template <bool bfloat16>
 void launch_rows(const Fp8QuantiseParams& params, cudaStream_t stream) {
   const auto launch = [&](auto kernel, int threads) {
-    kernel<<<static_cast<unsigned>(params.rows), threads, 0, stream>>>(params);
+    launch_following(kernel, dim3(static_cast<unsigned>(params.rows)), threads, params.rows, stream, params);
   };
   static_assert(kLargestFp8Row == 8 * 8 * 1024);
   const int64_t octets = params.columns / 8;

@@ -11,9 +11,10 @@ constexpr int64_t kBlock = 64, kNestedNumbers = 256;  // of NF4
 
 // Checks x [M, I + C], branch [O, C], bias [O] and sets what both formats take of them; y is new.
 template <typename Params>
-Tensor begin(Params& params, const Tensor& x, int64_t in_features, const Tensor& branch, const Tensor& bias) {
+Tensor begin(Params& params, const Tensor& x, int64_t most_rows, int64_t in_features, const Tensor& branch,
+             const Tensor& bias) {
   check_matrix(x, x);
-  MEGALORA_CHECK(x.size(0) <= kMostQuantisedRows, x.sizes());
+  MEGALORA_CHECK(x.size(0) <= most_rows, x.sizes());
   MEGALORA_CHECK(branch.dim() == 2 && branch.size(1) % kOctet == 0, branch.sizes());
   MEGALORA_CHECK(x.size(1) == in_features + branch.size(1), x.sizes(), " for ", in_features, " and ", branch.sizes());
   if (branch.size(1) > 0) check_rows(branch, x);  // without adapters there is none, and its rows have no length
@@ -47,7 +48,7 @@ Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& sca
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dense = contiguous_or_none(bias);
   Fp8SkinnyParams params{};
-  Tensor y = begin(params, x, codes.size(1), branch, dense);
+  Tensor y = begin(params, x, kMostSkinnyRows, codes.size(1), branch, dense);
   if (y.numel() == 0) return y;
   params.codes = matrix_of(codes);
   params.scale = scale.const_data_ptr<float>();
@@ -70,7 +71,7 @@ Tensor nf4_skinny_linear(const Tensor& x, at::TensorList codes, at::TensorList a
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dense = contiguous_or_none(bias);
   Nf4SkinnyParams params{};
-  Tensor y = begin(params, x, in_features, branch, dense);
+  Tensor y = begin(params, x, kMostNf4Rows, in_features, branch, dense);
   for (size_t i = 0; i < count; ++i) {
     MEGALORA_CHECK(codes[i].scalar_type() == at::kByte && codes[i].dim() == 2 && codes[i].is_contiguous(), "codes");
     MEGALORA_CHECK(codes[i].size(1) == in_features / 2, codes[i].sizes(), " for ", x.sizes());

@@ -22,8 +22,8 @@ LARGEST_FP8_BRANCH = 512  # columns of z that are quantised behind it
 TURNED = 16  # codes are turned in squares of so many bytes
 COLUMN_SCALE_ROWS = 64  # that one block of scale_columns goes through, and leaves one sum of
 
-MOST_SKINNY_ROWS = 4  # of skinny_linear
-MOST_QUANTISED_ROWS = 32  # for which products on CUDA decode quantised weights on the fly
+MOST_SKINNY_ROWS = 4  # of skinny_linear and fp8_skinny_linear
+MOST_NF4_ROWS = 32  # for which products on CUDA decode NF4 on the fly
 MOST_NF4_PARTS = 8  # of several weights in one of them
 # Attention over the cache on CUDA: query heads of one key/value head, and the sizes of a head.
 MOST_QUERIES_PER_HEAD = 8

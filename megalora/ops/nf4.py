@@ -248,7 +248,7 @@ def multiplies(parts: Sequence[Nf4Rows]) -> bool:
 def product(
     X: torch.Tensor, parts: Sequence[Nf4Rows], branch: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return X [W | branch]^T + bias [T, O] of up to MOST_QUANTISED_ROWS rows X [T, I + C], 16-bit floats on a GPU.
+    """Return X [W | branch]^T + bias [T, O] of up to MOST_NF4_ROWS rows X [T, I + C], 16-bit floats on a GPU.
 
     W is the parts one below the other, branch [O, C]. A value of W is rounded to X's dtype as `decode_` rounds it, sums
     are in float32: the product with the decoded weight, which is never written.

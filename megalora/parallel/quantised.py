@@ -193,12 +193,12 @@ class _QuantisedMatrix:
         return whole
 
 
-def _few(X: torch.Tensor) -> bool:
-    """Return whether kernels that decode on the way take X [T, columns + room] (csrc/cuda/quantised_skinny.cu)."""
+def _few(X: torch.Tensor, most: int) -> bool:
+    """Return whether X [T, columns + room] has at most `most` rows and kernels that decode codes on the way take it."""
     return (
         X.is_cuda
         and extension.has_kernels("cuda")
-        and len(X) <= limits.MOST_QUANTISED_ROWS
+        and len(X) <= most
         and X.itemsize == 2
         and X.stride(1) == 1
         and all(n % limits.OCTET == 0 for n in (*X.shape[1:], X.stride(0), X.data_ptr() // X.itemsize))
@@ -211,7 +211,7 @@ class Nf4Matrix(_QuantisedMatrix):
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if not (_few(X) and self._multiplied):
+        if not (_few(X, limits.MOST_NF4_ROWS) and self._multiplied):
             return super().multiply(X, bias, out)
         y = nf4.product(X, self._multiplied, self._branch, bias)
         return y if out is None else out.copy_(y)
@@ -308,7 +308,7 @@ class Fp8Matrix(_QuantisedMatrix):
     ) -> torch.Tensor:
         if self._terms is None:
             return super().multiply(X, bias, out)
-        if _few(X):
+        if _few(X, limits.MOST_SKINNY_ROWS):  # of more, the other factor is quantised: faster
             y = torch.ops.megalora.fp8_skinny_linear(X, self._codes, self._scale, self._branch, bias)
             return y if out is None else out.copy_(y)
         if not self.rank:

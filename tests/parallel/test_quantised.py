@@ -6,7 +6,7 @@ from oracle import RandomWeight
 
 from megalora.errors import UserError
 from megalora.ops import extension, limits, nf4
-from megalora.ops.fp8 import E4M3, Fp8Rows
+from megalora.ops.fp8 import E4M3, Fp8Rows, quantise_fp8
 from megalora.ops.nf4 import NUMBERS, quantise_nf4, unpacked
 from megalora.parallel import quantised
 from megalora.parallel.formats import BaseFormat
@@ -110,7 +110,7 @@ def test_memory_for_products_in_e4m3_is_there_only_where_all_rows_have_one_scale
 
 
 def nf4_skinny(x, codes, absmax, scale, numbers, offset, nested_block, first, width, branch, bias):
-    """What csrc/cuda/quantised_skinny.cu does, in plain torch: every part by its own numbers."""
+    """What csrc/cuda/nf4_skinny.cu does, in plain torch: every part by its own numbers."""
     parts = []
     for i, bytes_of_rows in enumerate(codes):
         values = torch.tensor(NUMBERS)[unpacked(bytes_of_rows.reshape(-1)).int()].view(len(bytes_of_rows), -1, 64)
@@ -124,7 +124,7 @@ def nf4_skinny(x, codes, absmax, scale, numbers, offset, nested_block, first, wi
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """The op for few rows on a CPU, and how often it was called."""
+    """The ops for few rows on a CPU, and of how many they were called."""
     if not extension.load():
         pytest.skip("no megalora._C: " + extension.REMEDY)
     calls = []
@@ -134,8 +134,15 @@ def few_rows(monkeypatch):
         return nf4_skinny(x, *arguments)
 
     library = torch.library.Library("megalora", "IMPL")
+    def fp8_op(x, codes, scale, branch, bias):
+        calls.append(len(x))
+        y = x.float() @ torch.cat((codes.float() * scale.t(), branch.float()), 1).t()
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    library = torch.library.Library("megalora", "IMPL")
     library.impl("nf4_skinny_linear", op, "CPU")
-    monkeypatch.setattr(quantised, "_few", lambda X: len(X) <= limits.MOST_QUANTISED_ROWS)
+    library.impl("fp8_skinny_linear", fp8_op, "CPU")
+    monkeypatch.setattr(quantised, "_few", lambda X, most: len(X) <= most)
     yield calls
     library._destroy()
 
@@ -150,14 +157,43 @@ def test_few_rows_are_multiplied_with_codes_of_all_linears_in_their_order(few_ro
     matrix.fill(slice(0, 40), RandomWeight(W["first"]), Split((40, columns)), False)
     matrix.branch(slice(0, 57), slice(0, ROOM)).copy_(random(57, ROOM))
     P = torch.cat((matrix.weight(slice(0, 57)), random(57, ROOM)), 1)
-    X, bias = random(limits.MOST_QUANTISED_ROWS, columns + ROOM), random(57)
+    X, bias = random(limits.MOST_NF4_ROWS, columns + ROOM), random(57)
     out = torch.empty(len(X), 57, dtype=torch.float64)
     torch.testing.assert_close(matrix.multiply(X, bias), X @ P.t() + bias, rtol=1e-6, atol=1e-6)
     assert matrix.multiply(X, out=out) is out and out.equal(matrix.multiply(X))
     assert few_rows == 3 * [len(X)]
-    many = random(limits.MOST_QUANTISED_ROWS + 1, columns + ROOM)
+    many = random(limits.MOST_NF4_ROWS + 1, columns + ROOM)
     torch.testing.assert_close(matrix.multiply(many), many @ P.t(), rtol=1e-6, atol=1e-6)
     assert len(few_rows) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_of_up_to_four_rows_products_in_e4m3_keep_the_other_factor_in_16_bits(few_rows, monkeypatch, rank):
+    """More are quantised as in training: as on a GPU that multiplies e4m3, its product emulated."""
+    asked = []
+
+    def product(quantised, codes, scale, bias, out):
+        asked.append(len(quantised[0]))
+        y = (quantised[0].float() @ codes.float().t()) * quantised[1].view(-1, 1) * scale
+        y = (y if bias is None else y + bias.float()).bfloat16()
+        return y if out is None else out.copy_(y)
+
+    monkeypatch.setattr(quantised.fp8, "product", product)
+    matrix = BaseFormat("fp8").matrix(OUT, IN, rank, torch.bfloat16, "cpu", rank=rank)
+    matrix._multiplies = True
+    matrix._put(0, quantise_fp8(random(OUT, IN)).rows([(0, OUT)], (0, IN))[0])
+    matrix.branch(slice(0, OUT), slice(0, rank)).copy_(random(OUT, rank))
+    matrix.branch_written()
+    P, bias = torch.cat((matrix.weight(slice(0, OUT)), matrix._branch), 1).float(), random(OUT).bfloat16()
+    for rows in (1, limits.MOST_SKINNY_ROWS, limits.MOST_SKINNY_ROWS + 1, limits.MOST_NF4_ROWS):
+        X = random(rows, IN + rank).bfloat16()
+        few, calls = rows <= limits.MOST_SKINNY_ROWS, (len(few_rows), len(asked))
+        y, wanted = matrix.multiply(X, bias).float(), X.float() @ P.t() + bias.float()
+        error = (y - wanted).norm() / wanted.norm()
+        assert error < 4e-3 if few else 0.01 < error < 0.05
+        assert (len(few_rows), len(asked)) == (calls[0] + few, calls[1] + (not few))
+        out = torch.empty(rows, OUT, dtype=torch.bfloat16)
+        assert matrix.multiply(X, bias, out) is out and out.float().equal(y)
 
 
 def test_rows_of_other_forms_are_decoded(few_rows):

@@ -42,6 +42,16 @@ inline std::barrier<>* block_barrier;
 inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+// Of all lanes of a warp.
+inline float __shfl_xor_sync(unsigned, float x, int step) {
+  static float all[32][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  all[warp][lane] = x;
+  warp_barriers[warp]->arrive_and_wait();
+  const float theirs = all[warp][lane ^ step];
+  warp_barriers[warp]->arrive_and_wait();
+  return theirs;
+}
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {

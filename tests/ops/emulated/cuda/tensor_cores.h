@@ -1,35 +1,12 @@
 // The mma by its definition, bfloat16 alone, and tables in shared memory by 32-bit addresses.
 #pragma once
 
+#include "cuda/halves.h"
 #include "cuda_runtime_api.h"
 
 namespace megalora {
 
 constexpr int kLanes = 32;
-
-inline uint16_t rounded(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-}
-inline float widened(uint16_t half) {
-  const uint32_t bits = uint32_t{half} << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-template <bool bfloat16>
-uint32_t pack(float low, float high) {
-  return rounded(low) | uint32_t{rounded(high)} << 16;
-}
-template <bool bfloat16>
-float widen(const void* from, int64_t i) {
-  return widened(static_cast<const uint16_t*>(from)[i]);
-}
-template <bool bfloat16>
-void narrow(void* to, int64_t i, float x) {
-  static_cast<uint16_t*>(to)[i] = rounded(x);
-}
 
 inline uintptr_t shared_top;  // the upper half of shared addresses
 inline uint32_t shared_address(const void* pointer) {

@@ -1,39 +1,10 @@
 // The kernel itself, on a CPU, for tests/ops/test_quantised_skinny.py.
 #include "cuda_runtime_api.h"
 // What is above stands for CUDA; what is below is the kernel's.
-#include "../../../csrc/cuda/quantised_skinny.cu"
+#include "../../../csrc/cuda/nf4_skinny.cu"
+#include "skinny.h"
 
 using namespace megalora;
-
-namespace {
-
-template <typename Params>
-void begin(Params& params, void* x, void* branch, void* bias, void* y, const int64_t (&sizes)[5]) {
-  const auto [rows, stride, in_features, out_features, room] = sizes;
-  params.x = {x, stride};
-  params.branch = {branch, room};
-  params.bias = bias;
-  params.y = y;
-  params.rows = rows;
-  params.in_features = in_features;
-  params.out_features = out_features;
-  params.room = room;
-  params.type = Type::bfloat16;
-  tensors.clear();
-  allow(branch, out_features * room * 2);
-}
-
-}  // namespace
-
-extern "C" void run_fp8(void* x, void* branch, void* bias, void* y, const int64_t (&sizes)[5], void* codes,
-                        int64_t stride, float* scale) {
-  Fp8SkinnyParams params{};
-  begin(params, x, branch, bias, y, sizes);
-  params.codes = {codes, stride};
-  params.scale = scale;
-  allow(codes, (params.out_features - 1) * stride + params.in_features);
-  launch_fp8_skinny(params, nullptr);
-}
 
 struct Part {
   uint8_t *codes, *absmax;

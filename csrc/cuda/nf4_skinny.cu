@@ -1,14 +1,11 @@
-// A linear of a few rows on e4m3 or NF4 weights, with the columns of its branch in 16 bits. Bound by reading the
-// weight: half or a quarter of the bytes of a dense one, each code decoded once for all rows of x. What a code stands
-// for is rounded to 16 bits as decoding the weight rounds it (e4m3 fits, its scale comes in float32 behind the sum);
-// sums are in float32 on tensor cores.
+// A linear of a few rows on NF4 weights, with the columns of its branch in 16 bits. Bound by reading the weight: a
+// quarter of the bytes of a dense one, each code decoded once for all rows of x. What a code stands for is rounded to
+// 16 bits as decoding the weight rounds it; sums are in float32 on tensor cores.
 //
 // A block makes kOutputs outputs of all rows of x; its warps share the columns and add their sums up at the end, always
 // in one order. Thread 4g + q of a warp decodes 16 bytes of rows g and g + 8 at a time, and takes for the inner
 // dimension of each mma the four columns of which it has the codes: which columns the mma calls its 2q, 2q + 1, 2q + 8,
 // 2q + 9 does not matter, as long as both factors agree (see tensor_cores.h).
-#include <cuda_fp8.h>
-
 #include "cuda/decode_step.h"
 #include "cuda/launch.h"
 #include "cuda/tensor_cores.h"
@@ -48,61 +45,13 @@ __device__ __forceinline__ void prefetch_span(const void* from, const void* to) 
   if (end > start) prefetch(reinterpret_cast<const void*>(start), static_cast<uint32_t>(end - start));
 }
 
-// ---- the formats. A reader knows which outputs its block makes, [first, last), and which two of them its thread
-// reads. Held: kCodes codes of each of the two. fetch(params): brings nearer what the block reads; load(column): starts
-// reading from a column on; start(params): reads what the block needs once, behind the first loads; settle(held,
-// counts): what comes between loading and decoding, all zeros where it does not count; decode<i>(held, row): the i-th
-// eight codes of a row as four pairs of 16-bit floats; factor(row): of the sums behind the last column.
-
+// Knows which outputs its block makes, [first, last), and which two of them its thread reads. Held: kCodes codes of
+// each of the two. fetch: brings nearer what the block reads; load(column): starts reading from a column on; start:
+// reads what the block needs once, behind the first loads; settle(held, counts): what comes between loading and
+// decoding, all zeros where it does not count; decode<i>(held, row): the i-th eight codes of a row as four pairs of
+// 16-bit floats.
 template <bool bfloat16>
-struct Fp8Reader {
-  static constexpr int kCodes = 16, kAhead = 4;
-  struct Held {
-    uint4 codes[2];
-  };
-  int64_t first, last;
-  const uint4* rows[2];
-  float scale[2];
-
-  __device__ __forceinline__ Fp8Reader(const Fp8SkinnyParams& params, int block, int group) {
-    first = static_cast<int64_t>(block) * kOutputs;
-    last = min(first + kOutputs, params.out_features);
-    for (int i = 0; i < 2; ++i) rows[i] = reinterpret_cast<const uint4*>(row_of(params, output(group, i)));
-  }
-  __device__ __forceinline__ int64_t output(int group, int i) const { return min(first + group + 8 * i, last - 1); }
-  __device__ __forceinline__ static const uint8_t* row_of(const Fp8SkinnyParams& params, int64_t output) {
-    return static_cast<const uint8_t*>(params.codes.data) + output * params.codes.stride;
-  }
-  __device__ __forceinline__ void fetch(const Fp8SkinnyParams& params) const {
-    if (threadIdx.x < last - first) {
-      prefetch(row_of(params, first + threadIdx.x), static_cast<uint32_t>(min(params.in_features, kPrefetched)));
-    }
-  }
-  __device__ __forceinline__ Held load(int column) const {
-    return {stream_octet(rows[0] + column / kCodes), stream_octet(rows[1] + column / kCodes)};
-  }
-  __device__ __forceinline__ void start(const Fp8SkinnyParams& params, int group) {
-    for (int i = 0; i < 2; ++i) scale[i] = params.scale[output(group, i)];
-  }
-  __device__ __forceinline__ void settle(Held& held, bool counts) const {
-    if (!counts) held = {};
-  }
-  template <int i>
-  __device__ __forceinline__ void decode(const Held& held, int row, uint32_t (&pairs)[4]) const {
-    const uint4& words = held.codes[row];
-    const uint32_t eight[2] = {i ? words.z : words.x, i ? words.w : words.y};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const auto codes = static_cast<__nv_fp8x2_storage_t>(eight[j / 2] >> (j % 2 * 16) & 0xFFFF);
-      const float2 pair = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
-      pairs[j] = pack<bfloat16>(pair.x, pair.y);
-    }
-  }
-  __device__ __forceinline__ float factor(int row) const { return scale[row]; }
-};
-
-template <bool bfloat16>
-struct Nf4Reader {
+struct Reader {
   static constexpr int kCodes = 32, kAhead = 2;
   struct Held {
     uint4 codes[2];
@@ -123,7 +72,7 @@ struct Nf4Reader {
     while (block >= params.parts[found].blocks) block -= params.parts[found++].blocks;
     return found;
   }
-  __device__ __forceinline__ Nf4Reader(const Nf4SkinnyParams& params, int block, int group)
+  __device__ __forceinline__ Reader(const Nf4SkinnyParams& params, int block, int group)
       : part(params.parts[part_of(params, block)]) {
     first = part.first_output + (static_cast<int64_t>(block) - part.first_block) * kOutputs;
     last = min(first + kOutputs, part.first_output + part.outputs);
@@ -159,7 +108,7 @@ struct Nf4Reader {
     }
     return held;
   }
-  __device__ __forceinline__ void start(const Nf4SkinnyParams&, int) {
+  __device__ __forceinline__ void start() {
     alignas(256) __shared__ float all_numbers[kNumbers];
     __shared__ float all_nested[kNestedNumbers];
     if (threadIdx.x < kNumbers) all_numbers[threadIdx.x] = kNf4[threadIdx.x];
@@ -189,7 +138,6 @@ struct Nf4Reader {
 #pragma unroll
     for (int j = 0; j < 4; ++j) pairs[j] = pack<bfloat16>(number(high, j), number(low, j));
   }
-  __device__ __forceinline__ float factor(int) const { return 1.0f; }
 };
 
 // ---- the kernel
@@ -200,8 +148,7 @@ template <int tiles>
 struct RowsOfX {
   const uint16_t* rows[tiles];
 
-  template <typename Params>
-  __device__ __forceinline__ RowsOfX(const Params& params, int group) {
+  __device__ __forceinline__ RowsOfX(const Nf4SkinnyParams& params, int group) {
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
       const int64_t row = min(static_cast<int64_t>(group + 8 * t), params.rows - 1);
@@ -211,9 +158,10 @@ struct RowsOfX {
 };
 
 // The i-th and further eight codes of what is held, times their columns of x, those from `column` on.
-template <bool bfloat16, int tiles, int i, typename Reader>
-__device__ __forceinline__ void take_octets(float (&sums)[tiles][4], const Reader& reader,
-                                            const typename Reader::Held& held, const RowsOfX<tiles>& x, int column) {
+template <bool bfloat16, int tiles, int i>
+__device__ __forceinline__ void take_octets(float (&sums)[tiles][4], const Reader<bfloat16>& reader,
+                                            const typename Reader<bfloat16>::Held& held, const RowsOfX<tiles>& x,
+                                            int column) {
   uint32_t a[2][4];
   reader.template decode<i>(held, 0, a[0]);
   reader.template decode<i>(held, 1, a[1]);
@@ -223,13 +171,14 @@ __device__ __forceinline__ void take_octets(float (&sums)[tiles][4], const Reade
     mma<bfloat16>(sums[t], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
     mma<bfloat16>(sums[t], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
   }
-  if constexpr (i + 1 < Reader::kCodes / 8) take_octets<bfloat16, tiles, i + 1>(sums, reader, held, x, column);
+  if constexpr (i + 1 < Reader<bfloat16>::kCodes / 8)
+    take_octets<bfloat16, tiles, i + 1>(sums, reader, held, x, column);
 }
 
 // The branch: four columns a thread and mma, straight from memory.
-template <bool bfloat16, int tiles, typename Reader, typename Params>
-__device__ __forceinline__ void take_branch(float (&sums)[tiles][4], const Reader& reader, const RowsOfX<tiles>& x,
-                                            const Params& params) {
+template <bool bfloat16, int tiles>
+__device__ __forceinline__ void take_branch(float (&sums)[tiles][4], const Reader<bfloat16>& reader,
+                                            const RowsOfX<tiles>& x, const Nf4SkinnyParams& params) {
   const int warp = threadIdx.x / kLanes, g = threadIdx.x % kLanes / 4, q = threadIdx.x % 4;
   const auto* branch = static_cast<const uint16_t*>(params.branch.data);
   const auto four = [](const uint16_t* from) { return *reinterpret_cast<const uint2*>(from); };
@@ -251,9 +200,9 @@ __device__ __forceinline__ void take_branch(float (&sums)[tiles][4], const Reade
 }
 
 // Adds up the sums of the warps and writes them.
-template <bool bfloat16, int tiles, typename Params>
+template <bool bfloat16, int tiles>
 __device__ __forceinline__ void write_sums(const float (&sums)[tiles][4], int64_t first, int64_t last,
-                                           const Params& params) {
+                                           const Nf4SkinnyParams& params) {
   const int warp = threadIdx.x / kLanes, g = threadIdx.x % kLanes / 4, q = threadIdx.x % 4;
   __shared__ float all[kWarps][8 * tiles][kOutputs + 1];
 #pragma unroll
@@ -273,14 +222,13 @@ __device__ __forceinline__ void write_sums(const float (&sums)[tiles][4], int64_
   }
 }
 
-template <template <bool> typename Format, int tiles, bool bfloat16, typename Params>
+template <int tiles, bool bfloat16>
 __global__ void __launch_bounds__(kWarps* kLanes, tiles == 1 ? 3 : 2)
-    skinny_kernel(const __grid_constant__ Params params) {
-  using Reader = Format<bfloat16>;
-  constexpr int kAhead = Reader::kAhead, kColumns = 4 * Reader::kCodes,
-                kStep = kWarps * kColumns;  // of a warp at a time, of the block
+    nf4_skinny_kernel(const __grid_constant__ Nf4SkinnyParams params) {
+  constexpr int kAhead = Reader<bfloat16>::kAhead, kCodes = Reader<bfloat16>::kCodes;
+  constexpr int kColumns = 4 * kCodes, kStep = kWarps * kColumns;  // of a warp at a time, of the block
   const int warp = threadIdx.x / kLanes, g = threadIdx.x % kLanes / 4, q = threadIdx.x % 4;
-  Reader reader(params, static_cast<int>(blockIdx.x), g);
+  Reader<bfloat16> reader(params, static_cast<int>(blockIdx.x), g);
   reader.fetch(params);
   if (params.room > 0 && threadIdx.x == 3 * kLanes) {
     const auto* branch = static_cast<const uint16_t*>(params.branch.data);
@@ -291,13 +239,13 @@ __global__ void __launch_bounds__(kWarps* kLanes, tiles == 1 ? 3 : 2)
   // The threads of a warp go on together: where the columns end within what it takes, some take those of another
   // thread, with zeros for the weight.
   const int first = warp * kColumns, columns = static_cast<int>(params.in_features);
-  const int mine = q * Reader::kCodes, last = columns - Reader::kCodes;
-  typename Reader::Held held[kAhead];
+  const int mine = q * kCodes, last = columns - kCodes;
+  typename Reader<bfloat16>::Held held[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
     if (first + i * kStep < columns) held[i] = reader.load(min(first + i * kStep + mine, last));
   }
-  reader.start(params, g);
+  reader.start();
   const RowsOfX<tiles> x(params, g);
   float sums[tiles][4] = {};
   for (int start = first; start < columns; start += kAhead * kStep) {
@@ -310,32 +258,17 @@ __global__ void __launch_bounds__(kWarps* kLanes, tiles == 1 ? 3 : 2)
       if (next < columns) held[i] = reader.load(min(next + mine, last));
     }
   }
-#pragma unroll
-  for (int t = 0; t < tiles; ++t) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) sums[t][c] *= reader.factor(c / 2);
-  }
   take_branch<bfloat16, tiles>(sums, reader, x, params);
   write_sums<bfloat16, tiles>(sums, reader.first, reader.last, params);
 }
 
-template <template <bool> typename Format, typename Params>
-void launch(const Params& params, int64_t blocks, cudaStream_t stream) {
-  static_assert(kMostQuantisedRows == 32);
-  const auto go = [&](auto bfloat16_kernel, auto float16_kernel) {
-    const auto kernel = params.type == Type::bfloat16 ? bfloat16_kernel : float16_kernel;
-    launch_following(kernel, dim3(static_cast<unsigned>(blocks)), kWarps * kLanes, params.rows, stream, params);
-  };
-  if (params.rows <= 8) return go(skinny_kernel<Format, 1, true, Params>, skinny_kernel<Format, 1, false, Params>);
-  if (params.rows <= 16) return go(skinny_kernel<Format, 2, true, Params>, skinny_kernel<Format, 2, false, Params>);
-  return go(skinny_kernel<Format, 4, true, Params>, skinny_kernel<Format, 4, false, Params>);
+template <int tiles>
+void launch_tiles(const Nf4SkinnyParams& params, int64_t blocks, cudaStream_t stream) {
+  const auto kernel = params.type == Type::bfloat16 ? nf4_skinny_kernel<tiles, true> : nf4_skinny_kernel<tiles, false>;
+  launch_following(kernel, dim3(static_cast<unsigned>(blocks)), kWarps * kLanes, params.rows, stream, params);
 }
 
 }  // namespace
-
-void launch_fp8_skinny(const Fp8SkinnyParams& params, cudaStream_t stream) {
-  launch<Fp8Reader>(params, (params.out_features + kOutputs - 1) / kOutputs, stream);
-}
 
 void launch_nf4_skinny(Nf4SkinnyParams params, cudaStream_t stream) {
   int64_t blocks = 0;
@@ -345,7 +278,10 @@ void launch_nf4_skinny(Nf4SkinnyParams params, cudaStream_t stream) {
     part.blocks = (part.outputs + kOutputs - 1) / kOutputs;
     blocks += part.blocks;
   }
-  launch<Nf4Reader>(params, blocks, stream);
+  static_assert(kMostNf4Rows == 32);
+  if (params.rows <= 8) return launch_tiles<1>(params, blocks, stream);
+  if (params.rows <= 16) return launch_tiles<2>(params, blocks, stream);
+  launch_tiles<4>(params, blocks, stream);
 }
 
 }  // namespace megalora

@@ -1,0 +1,166 @@
+// A linear of at most four rows on e4m3 weights, with the columns of its branch in 16 bits: bound by reading the
+// weight, half the bytes of a dense one. As skinny_linear.cu: e4m3 is exact in float32, sums are in float32, and the
+// scale of a row comes behind its sum.
+#include <cuda_fp8.h>
+
+#include "cuda/decode_step.h"
+#include "cuda/halves.h"
+#include "cuda/launch.h"
+#include "kernel_limits.h"
+
+namespace megalora {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFF;
+
+// A warp makes kOutputs outputs of each row of x. A lane has kAhead words of sixteen codes of each of them under way,
+// and asks for the next as soon as one is used: a weight of 4,096 outputs is 16 warps a multiprocessor, which keep the
+// memory busy with 128 bytes a lane and do not with 64.
+constexpr int kWarps = 8, kOutputs = 2, kAhead = 4, kCodes = 16;
+constexpr int64_t kPrefetched = 4096;  // bytes of a row, before the kernel before has ended
+
+// Eight codes of two words.
+__device__ __forceinline__ void unpack_e4m3(uint32_t low, uint32_t high, float (&to)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t codes = (i < 2 ? low : high) >> (i % 2 * 16) & 0xFFFF;
+    const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+    const float2 pair = __half22float2(__half2(raw));
+    to[2 * i] = pair.x;
+    to[2 * i + 1] = pair.y;
+  }
+}
+
+// Brings nearer what the warp reads of its outputs, from `first` on: their first codes, and their branch, which is read
+// last. A lane for each output: those of one warp do it one after another.
+__device__ __forceinline__ void fetch(const Fp8SkinnyParams& params, int64_t first) {
+  const int lane = threadIdx.x % kLanes;
+  const int64_t output = first + lane;
+  if (lane >= kOutputs || output >= params.out_features) return;
+  const auto* codes = static_cast<const uint8_t*>(params.codes.data) + output * params.codes.stride;
+  prefetch(codes, static_cast<uint32_t>(min(params.in_features, kPrefetched)));
+  if (params.room == 0) return;
+  const auto* branch = static_cast<const uint16_t*>(params.branch.data) + output * params.branch.stride;
+  prefetch(branch, static_cast<uint32_t>(2 * params.room));
+}
+
+// Adds the product of sixteen codes of each output with their columns of x, those from 16 `at` on.
+template <int M, bool bfloat16>
+__device__ __forceinline__ void add(float (&sums)[kOutputs][M], const uint4 (&words)[kOutputs], const Matrix& x_MI,
+                                    int at) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float w[kOutputs][8];
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      unpack_e4m3(half ? words[o].z : words[o].x, half ? words[o].w : words[o].y, w[o]);
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float x[8];
+      const auto* row = static_cast<const uint16_t*>(x_MI.data) + m * x_MI.stride;
+      unpack<bfloat16>(reinterpret_cast<const uint4*>(row)[2 * at + half], x);
+#pragma unroll
+      for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[o][m] = fmaf(w[o][i], x[i], sums[o][m]);
+      }
+    }
+  }
+}
+
+// Adds the product with the branch of output `row`.
+template <int M, bool bfloat16>
+__device__ __forceinline__ void add_branch(float (&sums)[M], const Fp8SkinnyParams& params, int64_t row) {
+  const auto* x_data = static_cast<const uint16_t*>(params.x.data);
+  const auto* branch =
+      reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.branch.data) + row * params.branch.stride);
+#pragma unroll 1
+  for (int octet = threadIdx.x % kLanes; octet < params.room / 8; octet += kLanes) {
+    float w[8];
+    unpack<bfloat16>(branch[octet], w);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float x[8];
+      unpack<bfloat16>(reinterpret_cast<const uint4*>(x_data + m * params.x.stride + params.in_features)[octet], x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[m] = fmaf(w[i], x[i], sums[m]);
+    }
+  }
+}
+
+template <int M, bool bfloat16>
+__global__ void __launch_bounds__(kWarps* kLanes, M <= 2 ? 3 : 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
+  const int lane = threadIdx.x % kLanes, end = static_cast<int>(params.in_features / kCodes);
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes) * kOutputs;
+  fetch(params, first);
+  let_next_start();
+  await_previous();
+  if (first >= params.out_features) return;
+  const uint4* weights[kOutputs];
+  int64_t rows[kOutputs];
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o) {
+    rows[o] = min(first + o, params.out_features - 1);
+    weights[o] =
+        reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(params.codes.data) + rows[o] * params.codes.stride);
+  }
+  uint4 held[kAhead][kOutputs];
+  const auto load = [&](uint4(&to)[kOutputs], int at) {
+    if (at >= end) return;
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) to[o] = stream_octet(weights[o] + at);
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) load(held[i], lane + i * kLanes);
+  float scale[kOutputs], sums[kOutputs][M] = {};
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o) scale[o] = params.scale[rows[o]];  // comes while the codes do
+  for (int start = lane; start < end; start += kAhead * kLanes) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int at = start + i * kLanes;
+      if (at >= end) break;
+      add<M, bfloat16>(sums, held[i], params.x, at);
+      load(held[i], at + kAhead * kLanes);
+    }
+  }
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) sums[o][m] *= scale[o];
+    add_branch<M, bfloat16>(sums[o], params, rows[o]);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float total = sums[o][m];
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+      if (lane == 0 && first + o < params.out_features) {
+        if (params.bias != nullptr) total += widen<bfloat16>(params.bias, first + o);
+        narrow<bfloat16>(params.y, m * params.out_features + first + o, total);
+      }
+    }
+  }
+}
+
+template <int M>
+void launch_rows(const Fp8SkinnyParams& params, cudaStream_t stream) {
+  const auto kernel = params.type == Type::bfloat16 ? fp8_skinny_kernel<M, true> : fp8_skinny_kernel<M, false>;
+  const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
+  launch_following(kernel, dim3(blocks), kWarps * kLanes, M, stream, params);
+}
+
+}  // namespace
+
+void launch_fp8_skinny(const Fp8SkinnyParams& params, cudaStream_t stream) {
+  static_assert(kMostSkinnyRows == 4);
+  switch (params.rows) {
+    case 1: return launch_rows<1>(params, stream);
+    case 2: return launch_rows<2>(params, stream);
+    case 3: return launch_rows<3>(params, stream);
+    case 4: return launch_rows<4>(params, stream);
+  }
+}
+
+}  // namespace megalora
