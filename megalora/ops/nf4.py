@@ -86,7 +86,8 @@ class Absmax:
         if self.plain is not None:
             return codes
         assert self.numbers is not None and self.scale is not None and self.offset is not None
-        return self.numbers[codes.int()] * self.scale[blocks // self.nested_block] + self.offset
+        nested = (blocks // self.nested_block).clamp_max(self.scale.shape[-1] - 1)  # the last row may count one more
+        return self.numbers[codes.int()] * self.scale[nested] + self.offset
 
     def without_codes(self) -> Absmax:
         """Return what the codes mean: all but what is stored of each block."""

@@ -125,6 +125,16 @@ def test_codes_of_scales_in_floats(tmp_path):
         read(tmp_path / "any")
 
 
+def test_as_many_blocks_as_a_nested_one_has(tmp_path):
+    """Rows of 66 values count three blocks each, the last row one more than there is: not of the next nested block."""
+    tensors, config = SOUND["bitsandbytes"]
+    state = json.loads(bytes(tensors[STATE].tolist())) | {"nested_blocksize": 73}
+    assert tensors[NAME + ".absmax"].numel() == 73
+    body = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    write(tmp_path / "any", tensors | {STATE: body}, config)
+    read(tmp_path / "any")
+
+
 @examples(60)
 @given(data=st.data())
 def test_any_state_of_bitsandbytes(tmp_path, data):
