@@ -155,7 +155,7 @@ def test_two_hosts(tmp_path):
                 )
             )  # fmt: skip
         try:
-            (out, error), _ = [process.communicate(timeout=60) for process in processes]
+            (out, error), _ = [process.communicate(timeout=180) for process in processes]
         finally:
             for process in processes:
                 process.kill()
