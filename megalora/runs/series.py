@@ -1,7 +1,7 @@
 """Numbers of a JSON-lines file that grows: read once, then only what is new, and thinned out for a screen.
 
-A file of many lines is looked at in two ways: a sample of its lines gives a curve at once, and `read_on` reads the
-whole of it piece by piece. A run that starts over rewrites its file, which is then read anew.
+A file of many lines is looked at in two ways: a sample of its lines, and what comes after it, give a curve at once,
+and `read_on` reads the whole of it piece by piece. A run that starts over rewrites its file, which is then read anew.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class GrowingFile:
         self._identity: tuple[int, int] | None = None
         self._whole = Columns()
         self._sample: Columns | None = None
+        self._sampled_to = 0  # up to which byte the sample has the last lines
         self.complete = False
         self.version = 0
 
@@ -83,6 +84,8 @@ class GrowingFile:
             self._sample = self._sampled(size)
             self.complete = False
             self.version += 1
+        elif size > self._sampled_to:
+            self._sample_on()
 
     def read_on(self) -> bool:
         """Read the next piece, and return whether there is more."""
@@ -144,14 +147,31 @@ class GrowingFile:
                 if number:
                     file.readline(LINE_BYTES)
                 lines.append(file.readline(LINE_BYTES))
-            file.seek(max(0, size - (1 << 16)))
-            lines += file.read().splitlines()[1:]
+            start = max(0, size - (1 << 16))
+            file.seek(start)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        lines += data[:end].splitlines()[1:]
+        self._sampled_to = start + end
         seen = -1
         for record in _records(lines):
             if isinstance(record.get("step"), int) and record["step"] > seen:
                 seen = record["step"]
                 columns.add(record)
         return columns
+
+
+    def _sample_on(self) -> None:
+        """Take the lines that have come since the sample was taken into it."""
+        assert self._sample is not None
+        with self._path.open("rb") as file:
+            file.seek(self._sampled_to)
+            data = file.read(_PIECE)
+        end = data.rfind(b"\n") + 1
+        for record in _records(data[:end].splitlines()):
+            self._sample.add(record)
+        self._sampled_to += end
+        self.version += bool(end)
 
 
 def thinned(

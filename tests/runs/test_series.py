@@ -80,6 +80,25 @@ def test_what_is_no_line_of_a_run_is_left_out(path):
     assert not file.complete, "a pipe holds nothing up"
 
 
+def test_what_comes_after_a_sample_is_in_it_at_once(path, monkeypatch):
+    monkeypatch.setattr(series, "_PIECE", 1000)
+    path.write_text("".join(line(step) for step in range(1, 501)))
+    file = GrowingFile(path)
+    file.look()
+    before, version = values(file), file.version
+    with path.open("a") as out:
+        out.write(line(501) + line(502)[:-5])
+    file.look()
+    assert not file.complete and values(file) == before | {501: 1 / 501} and file.version > version
+    with path.open("a") as out:
+        out.write(line(502)[-5:])
+    file.look()
+    assert values(file) == before | {501: 1 / 501, 502: 1 / 502}
+    while file.read_on():
+        pass
+    assert file.complete and values(file) == {step: 1 / step for step in range(1, 503)}
+
+
 def test_of_a_large_file_a_sample_comes_first(path, monkeypatch):
     monkeypatch.setattr(series, "_PIECE", 1000)
     monkeypatch.setattr(series, "SAMPLE_LINES", 20)
