@@ -56,6 +56,7 @@ _TODAY = (
 )
 _ENCODERS = "bert deberta deberta-v2 electra layoutlm roberta"
 _SEQ2SEQ = "bart t5"
+_ON_GPU = _types(f"{_EXPERTS} deberta deberta-v2 gemma2 granite starcoder2") - _types("llama4_text")
 
 FEATURES = (
     Feature(
@@ -110,9 +111,11 @@ FEATURES = (
         "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, "
         "encoder-decoders, chunked attention and images",
         {
-            "untested": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}")
-            | _types("bloom btlm chatglm codegen falcon gpt2 gpt_bigcode gpt_neo gptj internlm2 mpt opt phi")
-            | _types("blip-2")
+            "untested": _types(
+                f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} blip-2 "
+                "bloom btlm chatglm codegen falcon gpt2 gpt_bigcode gpt_neo gptj internlm2 mpt opt phi"
+            )
+            - _ON_GPU
         },
         needs_gpu=True,
     ),
