@@ -20,6 +20,7 @@ from megalora.flags import FinetuneArguments
 from megalora.flags.writing import changed
 from megalora.models.config import read_config
 from megalora.models.spec import ModelSpec
+from megalora.ops.merged_attention import merges
 from megalora.plan import layout_flags, nothing_fits, sizes_of, slowness
 from megalora.planning.devices import device_of
 from megalora.planning.layouts import Planner
@@ -124,6 +125,7 @@ def _best(
         element=local_dtype(model.dtype, device).itemsize,
         base_format=base_format,
         source_length=0 if config.encoder is None else arguments.data.source_tokens,
+        merges=merges(device) and not train.deterministic,
     )
     wanted = Wanted(
         work,

@@ -40,6 +40,7 @@ from megalora.monitor import Monitor, Timers
 from megalora.monitor.console import Console
 from megalora.monitor.meter import Meter
 from megalora.monitor.metrics import METRICS
+from megalora.ops.merged_attention import merges
 from megalora.parallel.collectives import gather_objects, on_first, tell_once, tell_stage, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange
@@ -101,7 +102,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         notes += beginning.notes
         place, note = _placement(arguments, beginning, mesh, device)
         notes += [note] if note else []
-        work = _workload(arguments, beginning)
+        work = _workload(arguments, beginning, device)
         engine = _engine(arguments, beginning, place, work, mesh, watch, profiler)
         work = engine.cut.fit.work
         notes += engine.notes
@@ -177,7 +178,7 @@ def _placement(
     return Placement(mesh.tp, parallel.sequence_parallel, dtype, device, exchange, base, mesh.cp), note
 
 
-def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
+def _workload(arguments: FinetuneArguments, beginning: Beginning, device: torch.device) -> Workload:
     """Return a mean microbatch of the run, from which the stages' costs are estimated."""
     rows = beginning.loader.rows
     seen = contexts(rows)
@@ -192,6 +193,7 @@ def _workload(arguments: FinetuneArguments, beginning: Beginning) -> Workload:
         context_parallel=arguments.parallel.context_parallel_size,
         source_context=seen.of_sources,
         source_length=0 if rows.sides is None else rows.sides.source_length,
+        merges=merges(device),
     )
 
 

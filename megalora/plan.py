@@ -107,6 +107,7 @@ def _wanted(arguments: PlanArguments, base_format: str, encodes: bool) -> Wanted
         arguments.seq_length,
         element=DTYPES[arguments.dtype].itemsize,
         base_format=base_format,
+        merges=DEVICES[arguments.device].merges,
     )
     if encodes:
         work = replace(work, source_length=arguments.source_length or arguments.seq_length)
@@ -155,6 +156,7 @@ def slowness(measured: Measured, config: ModelSpec, lora: ResolvedLora, device: 
         recompute=measured.recompute_method,
         base_format=measured.base_format,
         context_parallel=measured.context_parallel,
+        merges=device.merges,
     )
     shape = shape_of(config, lora, measured.tp, device_type)
     last = len(measured.layers) - 1

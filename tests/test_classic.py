@@ -93,9 +93,9 @@ def layouts(every: bool = False) -> list[Run]:
     cut = [case for name, case in VARIANTS.items() if every or name not in SAME_CUT]
     for number, (family, model) in enumerate((*cut, *DROPPED.values())):
         chosen = options if every else [options[number % 4]]
-        found += [Run(family, model=SMALL | model, steps=1, **layout) for layout in chosen]
+        found += [Run(family, model=SMALL | model, **layout) for layout in chosen]
     for family, model in (VARIANTS[name] for name in CUT_DOCUMENTS):
-        found.append(Run(family, model=SMALL | model, steps=1, **cut_documents))
+        found.append(Run(family, model=SMALL | model, **cut_documents))
     return found
 
 

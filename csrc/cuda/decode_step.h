@@ -41,19 +41,19 @@ __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
 #endif
 }
 
-// Of what is read once and by nobody else soon.
+// Load 16 bytes that are read once, past the L1 cache. Volatile: not before a wait for the kernel that writes them.
 __device__ __forceinline__ uint4 stream_octet(const uint4* from) {
   uint4 words;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-      : "l"(from));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
   return words;
 }
 
 #endif
 
-// Whether kernels may be launched while the one before ends. Asked for once: the devices of one process are taken to
-// be alike.
+// Return whether kernels may start while the one before ends (programmatic dependent launch). Found once: the devices
+// of one process are taken to be alike.
 inline bool launches_early() {
   static const bool known = [] {
     int device = 0, major = 0;

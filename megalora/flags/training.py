@@ -263,7 +263,7 @@ class TrainArguments(Section):
     cuda_graphs: bool | None = flag(
         None,
         "replay the layers as CUDA graphs: same numbers, less launch overhead",
-        unset="true where possible: on GPUs, without pipeline stages",
+        unset="true where possible: on GPUs, without pipeline stages, below 32,768 tokens a microbatch",
     )
     deterministic: bool = flag(
         False, "make runs on GPUs bit-for-bit reproducible; attention's backward pass becomes slower"

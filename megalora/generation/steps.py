@@ -212,8 +212,10 @@ def graph_obstacle(stage: Stage, fp8: bool) -> str | None:
         return "the GPUs of a stage send messages within a step"
     if config.encoder is not None or not config.plain_scores or not isinstance(attention, AttentionBlock):
         return "attention of this model has no decoding kernel"
-    if not has_kernel("cuda", place.dtype, attention.heads // attention.kv_heads, attention.spec.head_dim):
-        return f"attention in {dtype} with heads of {attention.spec.head_dim} has no decoding kernel"
+    group = attention.heads // attention.kv_heads
+    if not has_kernel("cuda", place.dtype, group, attention.spec.head_dim):
+        heads = f"heads of {attention.spec.head_dim}, {group} for each key head,"
+        return f"attention in {dtype} with {heads} has no decoding kernel"
     if config.has_experts and not runs_grouped(device, place.dtype):
         return f"experts in {dtype} count their tokens on the host"
     return None

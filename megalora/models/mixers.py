@@ -298,7 +298,7 @@ class Clamp(NamedTuple):
     limit: float
 
 
-# What megalora.ops.swiglu calls activations, by HF's name.
+# HF's names of activations -> their names in megalora.ops.swiglu.
 _GATES = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_accurate": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
@@ -331,7 +331,8 @@ class MLP:
 
     @property
     def fused_gate(self) -> str | None:
-        """The activation as megalora.ops.swiglu has it, where that makes what down reads; None where torch does."""
+        """The activation's name in megalora.ops.swiglu where that computes act(gate) * up; None where plain torch does.
+        """
         return _GATES.get(self.act) if self.gate is not None and not self.dropout else None
 
     @property

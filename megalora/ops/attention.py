@@ -1,5 +1,6 @@
 """Attention within documents: a kernel of our own on the CPU; elsewhere torch's SDPA, one call a run of documents of
-one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths. What torch's kernels do
+one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths; causal documents of
+LONG_DOCUMENT tokens or more go to cuDNN's some heads at a time (megalora.ops.merged_attention). What torch's kernels do
 not compute (softcap, ALiBi, sinks, offsets, dropout) is a kernel of our own on a GPU in 16 bits
 (megalora.ops.fused_attention), and else goes in tiles of plain torch (megalora.ops.tiled_attention)."""
 

@@ -68,11 +68,17 @@ class Cudnn:
 
 
 def takes_pieces(head_dim: int, dtype: torch.dtype, device: torch.device, lengths: Sequence[int]) -> bool:
-    """Return whether pieces of so many tokens go this way: few long ones, on a GPU from Hopper on."""
+    """Return whether pieces of so many tokens go this way: few long ones, where `merges`."""
+    return dtype in (torch.bfloat16, torch.float16) and are_long(head_dim, lengths) and merges(device)
+
+
+def merges(device: torch.device) -> bool:
+    """Return whether anything goes this way: on a GPU from Hopper on, and not where sums must have a fixed order, which
+    those of cuDNN's backward have not.
+    """
     return (
         device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and are_long(head_dim, lengths)
+        and not torch.are_deterministic_algorithms_enabled()
         and torch.backends.cudnn.is_available()
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.cuda.get_device_capability(device) >= (9, 0)

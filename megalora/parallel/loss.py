@@ -90,7 +90,6 @@ class _CrossEntropySum(torch.autograd.Function):
         most = chunk_rows(full.device.type, widest)
         chunk = -(-labelled.shape[0] // -(-labelled.shape[0] // most)) if labelled.shape[0] else 1  # of equal size
         for start in range(0, labelled.shape[0], chunk):
-            logits = d = None  # those of the chunk before are gone before these are made
             part = slice(start, start + chunk)
             rows = labelled[part]
             h = full[part] if everything else full.index_select(0, rows)

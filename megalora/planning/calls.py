@@ -12,8 +12,11 @@ from megalora.planning.node import Workload
 
 @dataclass(frozen=True)
 class Calls:
-    """seen: keys that a rank holds, as a part of its tokens; workspace: bytes of the backward kernel, with what it
-    gives before that is added up."""
+    """How attention of a layer is called.
+
+    seen       keys that a rank holds for each of its own tokens
+    workspace  bytes of the backward kernel, with the gradients that are still to be added up
+    """
 
     seen: float
     workspace: int
@@ -27,7 +30,8 @@ def calls_of(layer: Attention, work: Workload, tokens: int, device_type: str) ->
         return Calls(seen, 2 * tokens * layer.heads * dim * 4)
     parts = 1 if cp == 1 else 2 * cp
     piece = work.seq_length // parts
-    plain = layer.window is None and layer.chunk is None and work.context is None and e == 2 and not layer.extra
+    plain = layer.window is None and layer.chunk is None and not layer.extra
+    plain = plain and work.merges and work.context is None and e == 2
     pieces = [piece] * (work.rows * min(2, parts))
     if plain and are_long(dim, pieces) and (cp > 1 or piece >= LONG_DOCUMENT):
         keys, group = piece * max(1, parts - 1), layer.heads // layer.kv_heads

@@ -64,6 +64,11 @@ class Device:
         short = flops / self.attention
         return min(short, (flops + self.ramp * attended) / self.long) if self.long else short
 
+    @property
+    def merges(self) -> bool:
+        """Return whether long documents go to cuDNN call by call there (see Workload)."""
+        return self.long > 0
+
     def with_graphs(self) -> Device:
         """Return the same device where a step is replayed from CUDA graphs: the host issues next to nothing."""
         return replace(self, call=0.0)

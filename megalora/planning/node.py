@@ -25,6 +25,7 @@ class Workload:
     source_length      tokens of a row of sources, which the encoder of an encoder-decoder reads; 0: there is none
     source_context     keys that a source's token sees on average, and a target's of its source; None: all of a row's
     source_flows       whether what the encoder leaves requires a gradient
+    merges             whether on a GPU long documents go to cuDNN call by call (megalora.ops.merged_attention)
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Workload:
     source_length: int = 0
     source_context: float | None = None
     source_flows: bool = False
+    merges: bool = True
 
     @property
     def of_source(self) -> Workload:

@@ -97,9 +97,10 @@ class Layout:
 
     @property
     def graphs(self) -> bool:
-        """Whether the layers run as CUDA graphs (see megalora.models.graphs)."""
-        busy = self.pp > 1 or self.work.element != 2 or self.work.tokens >= BUSY
-        return not busy if self.cuda_graphs is None else self.cuda_graphs
+        """Whether the layers run as CUDA graphs (see megalora.models.graphs.choose_graphs)."""
+        if self.cuda_graphs is not None:
+            return self.cuda_graphs
+        return self.pp == 1 and self.cp == 1 and self.work.element == 2 and self.work.tokens < BUSY
 
     @property
     def pace(self) -> tuple:

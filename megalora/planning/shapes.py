@@ -370,7 +370,8 @@ class _Rank:
         more["biases"] = sum(bias is not None for bias in (mixer.q_bias, mixer.v_bias))
         sinks = 0 if mixer.sinks is None else heads
         torchs = self._device_type == "cuda" and mixer.softcap is None and not sinks and not mixer.dropout
-        more["expands"] = torchs and kv_heads < heads  # our own kernels do not
+        # Our own kernels do so, in float32, where tiles of keys are few (fused_attention): 1 GB at most, not counted.
+        more["expands"] = torchs and kv_heads < heads
         if norm is None:
             return Attention(*groups, heads, kv_heads, dim, mixer.window, sinks, **more)
         across = not norm.heads and norm.size != dim

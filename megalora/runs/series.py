@@ -124,7 +124,8 @@ class GrowingFile:
                 return None
             identity = found.st_dev, found.st_ino
             another = self._identity is not None and identity != self._identity
-            if found.st_size < self._read or (another and not self._same()):
+            shorter = found.st_size < max(self._read, self._sampled_to)
+            if shorter or (another and (self._sample is not None or not self._same())):
                 self._forget()
             self._identity = identity
             return found.st_size
@@ -160,7 +161,6 @@ class GrowingFile:
                 columns.add(record)
         return columns
 
-
     def _sample_on(self) -> None:
         """Take the lines that have come since the sample was taken into it."""
         assert self._sample is not None
@@ -169,7 +169,8 @@ class GrowingFile:
             data = file.read(_PIECE)
         end = data.rfind(b"\n") + 1
         for record in _records(data[:end].splitlines()):
-            self._sample.add(record)
+            if isinstance(record.get("step"), int) and record["step"] > self._sample.last_step:
+                self._sample.add(record)
         self._sampled_to += end
         self.version += bool(end)
 

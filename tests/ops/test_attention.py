@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_attention import Plain
 
 from megalora.ops import attention as module
 from megalora.ops.attention import MOST_FEATURES, Packed, attention, cached_attention
+from megalora.ops.merged_attention import merged_attention
 
 
 def explicit(q, k, v, bounds, window):
@@ -121,3 +123,28 @@ def test_kernels_that_read_bounds_on_the_device_get_no_head_that_is_too_large(mo
     if not taken:
         expected = explicit(q.double(), k.double(), v.double(), [0, 4, 9], None)
         torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_long_documents_go_call_by_call(monkeypatch):
+    """With a kernel of plain torch in place of cuDNN's."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(32, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    dout = torch.randn_like(q)
+
+    def made() -> list[torch.Tensor]:
+        out = attention(q, k, v, (0, 16, 32))
+        return [out, *torch.autograd.grad(out, (q, k, v), dout)]
+
+    wanted, called = made(), []
+
+    def merged(*arguments):
+        called.append(arguments)
+        return merged_attention(*arguments, kernel=Plain())
+
+    monkeypatch.setattr(module, "_compiled", lambda q: False)
+    monkeypatch.setattr(module, "LONG_DOCUMENT", 16)
+    monkeypatch.setattr(module, "takes_pieces", lambda *_: True)
+    monkeypatch.setattr(module, "merged_attention", merged)
+    for found, right in zip(made(), wanted, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+    assert called

@@ -48,9 +48,11 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda").bfloat16()
 
 
+@pytest.mark.parametrize("waves", [0, 6], ids=["keys of all heads", "keys of each head"])
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_as_in_plain_torch(name, live):
+def test_as_in_plain_torch(name, live, waves, monkeypatch):
+    monkeypatch.setattr("megalora.ops.fused_attention._FEWEST_WAVES", waves)
     bounds, heads, kv_heads, dim, window, kind, p = CASES[name]
     torch.manual_seed(0)
     total = bounds[-1]

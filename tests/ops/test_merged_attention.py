@@ -5,7 +5,7 @@ import torch
 from plain_attention import Plain
 
 from megalora.data.context import cut_documents
-from megalora.ops.merged_attention import Cudnn, are_long, heads_at_once, merged_attention
+from megalora.ops.merged_attention import Cudnn, are_long, heads_at_once, merged_attention, merges, takes_pieces
 from megalora.ops.piece_attention import Pieces, piece_attention
 
 
@@ -49,6 +49,21 @@ def test_pieces_see_what_whole_documents_show_them(bounds, rank, workspace, monk
 def test_as_many_heads_at_a_time_as_the_workspace_has_room_for():
     assert heads_at_once(8, 4, 128, 32768, 98304) == 4 and heads_at_once(8, 4, 128, 393216, 393216) == 1
     assert heads_at_once(8, 4, 128, 2048, 2048) == 8
+
+
+def test_only_where_sums_may_have_any_order(monkeypatch):
+    """cuDNN's backward pass has none that is fixed: --deterministic leaves it out, in the plan of a run too."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda", 0)
+    assert merges(gpu) and takes_pieces(128, torch.bfloat16, gpu, [32768])
+    assert not takes_pieces(128, torch.float32, gpu, [32768]) and not merges(torch.device("cpu"))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not merges(gpu) and not takes_pieces(128, torch.bfloat16, gpu, [32768])
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not merges(gpu)
 
 
 def test_few_long_pieces_go_this_way():

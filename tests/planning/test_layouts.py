@@ -9,15 +9,17 @@ from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora, stage_layers
 from megalora.errors import UserError
 from megalora.models.config import config_from_dict
+from megalora.models.graphs import BUSY
 from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
 from megalora.pipeline.schedule import SCHEDULES
+from megalora.planning.calls import calls_of
 from megalora.planning.devices import DEVICES
 from megalora.planning.layouts import _OPTIMIZER_PASSES, Planner, _least_seconds
 from megalora.planning.memory import stage_memory
 from megalora.planning.nodes import Workload
-from megalora.planning.plans import Cluster, Wanted
+from megalora.planning.plans import Cluster, Layout, Wanted
 from megalora.planning.shapes import shape_of
 
 FIELDS = {
@@ -233,6 +235,32 @@ def test_a_run_without_graphs_or_overlap_is_slower():
     assert seconds() < seconds(tp_comm_overlap=False)
     apart = Planner(CONFIG, LORA, Cluster(4, 1, 2**33, DEVICES["h100"]))
     assert apart.plan(layout, apart.stages(layout, wanted)).seconds > seconds(tp_comm_overlap=False)
+
+
+@pytest.mark.parametrize(
+    "rows, pp, cp, asked, wanted",
+    [
+        (BUSY // 64 - 1, 1, 1, None, True), (BUSY // 64, 1, 1, None, False), (BUSY // 64, 1, 1, True, True),
+        (1, 2, 1, None, False), (2, 1, 2, None, False), (1, 1, 1, False, False),
+    ],
+)  # fmt: skip
+def test_graphs_are_counted_where_a_run_has_them(rows, pp, cp, asked, wanted):
+    work = replace(WORK, rows=rows, seq_length=64, element=2, context_parallel=cp)
+    assert Layout(1, pp, cp, "1f1b", 1, 1, work, cuda_graphs=asked).graphs == wanted
+
+
+def test_long_documents_are_cut_into_calls_from_hopper_on_alone():
+    """An A100's kernel needs its workspace for all heads at once, and copies of the keys of each piece."""
+    assert DEVICES["h100"].merges and DEVICES["h200"].merges and not DEVICES["a100"].merges
+    config = config_from_dict({
+        "model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 1 << 17,
+    })  # fmt: skip
+    layer = shape_of(config, resolve_lora(LoraConfig(), config), 1, "cuda").layers[0].steps[0].mixers[0]
+    for cp in (1, 2):
+        work = Workload(1, 131072, context_parallel=cp, merges=False)
+        whole, called = (calls_of(layer, one, 131072 // cp, "cuda") for one in (work, replace(work, merges=True)))
+        assert called.workspace < 0.6 * whole.workspace and called.seen == cp <= whole.seen
 
 
 def test_context_parallel_is_tried_where_nothing_else_fits():

@@ -99,6 +99,22 @@ def test_what_comes_after_a_sample_is_in_it_at_once(path, monkeypatch):
     assert file.complete and values(file) == {step: 1 / step for step in range(1, 503)}
 
 
+def test_a_sample_of_a_run_that_starts_over_is_forgotten(path, monkeypatch):
+    monkeypatch.setattr(series, "_PIECE", 1000)
+    path.write_text("".join(line(step) for step in range(1, 501)))
+    file = GrowingFile(path)
+    file.look()
+    other = path.with_suffix(".new")
+    other.write_text("".join(line(step, loss=7.0) for step in range(1, 201)))
+    os.replace(other, path)
+    file.look()
+    with path.open("a") as out:
+        out.write("".join(line(step, loss=7.0) for step in range(201, 601)))
+    file.look()
+    steps, found = thinned(file.columns, "loss", 0, math.inf, 10**6)
+    assert set(found) == {7.0} and steps == sorted(steps)
+
+
 def test_of_a_large_file_a_sample_comes_first(path, monkeypatch):
     monkeypatch.setattr(series, "_PIECE", 1000)
     monkeypatch.setattr(series, "SAMPLE_LINES", 20)

@@ -66,7 +66,7 @@ RUNS = [
 def layouts(every: bool = False) -> list[Run]:
     """Each run on one of LAYOUTS, in turn; every: on all of them."""
     chosen = [LAYOUTS if every else [LAYOUTS[number % len(LAYOUTS)]] for number in range(len(RUNS))]
-    return [run.on(steps=1, **layout) for run, each in zip(RUNS, chosen, strict=True) for layout in each]
+    return [run.on(**layout) for run, each in zip(RUNS, chosen, strict=True) for layout in each]
 
 
 def test_layouts_of_four_processes():

@@ -61,8 +61,8 @@ def layouts(every: bool = False) -> list[Run]:
     """Each variant on its own layouts; every: on those of the other too. And documents that are cut over ranks."""
     of_any = [layout for own in LAYOUTS.values() for layout in own]
     chosen = {family: of_any if every else own for family, own in LAYOUTS.items()}
-    found = [Run(family, steps=1).on(**layout) for family, own in chosen.items() for layout in own]
-    return [*found, Run("blip-2, opt", steps=1, cp=2, tp=2)]
+    found = [Run(family).on(**layout) for family, own in chosen.items() for layout in own]
+    return [*found, Run("blip-2, opt", cp=2, tp=2)]
 
 
 def test_layouts_of_four_processes():

@@ -63,8 +63,8 @@ def layouts(every: bool = False) -> list[Run]:
     found = []
     for family, own in LAYOUTS.items():
         chosen = [*own, *(layout for layout in of_any if every and layout not in own)]
-        found += [Run(family, steps=1).on(**layout) for layout in chosen]
-    return [*found, *(Run("t5", lora=lora, steps=1, pp=4, recompute="full") for lora in PARTS.values())]
+        found += [Run(family).on(**layout) for layout in chosen]
+    return [*found, *(Run("t5", lora=lora, pp=4, recompute="full") for lora in PARTS.values())]
 
 
 def test_layouts_of_four_processes():
