@@ -49,6 +49,34 @@ def open_tab(page, name):
     page.run(f"document.querySelector('[data-tab={name}]').click()")
 
 
+def see_on_a_phone(page):
+    open_tab(page, "curves")
+    page.screen(390, 800, dark=True)
+    page.wait(f"{LOSS}.width <= 390")
+    page.wait("document.documentElement.scrollWidth <= 390")
+    assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
+    few = "state.plots.get('eval/loss').chart"
+    assert page.run(f"{few}.series[1].points.show({few}, 1)"), "one value has no line"
+    assert not page.run(f"{LOSS}.series[2].points.show({LOSS}, 2)")
+    for tab in ("settings", "rows", "replies", "notes", "curves"):
+        open_tab(page, tab)
+        page.wait(f"document.querySelector('#{tab}').childElementCount > 0")
+        assert page.run("document.documentElement.scrollWidth") <= 390, tab
+        assert page.run("document.querySelector('#tools').hidden") == (tab != "curves")
+        assert page.run("document.querySelector('#tabs').offsetHeight") < 45, "one line of tabs"
+
+
+def see_what_it_serves(server, runs):
+    model, run = runs.parent / "inputs/model", (runs / "first").resolve()
+    serves = f"megalora serve --model_path {model} --adapters tuned={run}"
+    next_step = f"megalora: to talk to it, after Ctrl-C or elsewhere: {serves}"
+    assert server.said[-1] == next_step
+    assert server.ask("/api/runs", method="POST", body={})[0] == 405, "it only reads"
+    assert server.ask("/api/runs", headers={"Host": "evil.example"})[0] == 403
+    assert server.ask("/api/series?field=loss&points=inf")[0] == 200
+    assert server.ask("/api/runs/9/notes")[0] == 404 and server.ask("/static/../server.py")[0] == 404
+
+
 def test_the_board(runs, tmp_path):
     with started("board", runs, "--port", 0) as server, browser(tmp_path / "profile") as page:
         page.screen(1200, 800)
@@ -100,29 +128,9 @@ def test_the_board(runs, tmp_path):
         assert page.run(f"[...{trained}].map(piece => piece.textContent).join('')") == "I am Mega.<|im_end|>"
         assert "The rows cannot be shown" in page.run("document.querySelector('#rows').innerText")
 
-        open_tab(page, "curves")
-        page.screen(390, 800, dark=True)
-        page.wait(f"{LOSS}.width <= 390")
-        page.wait("document.documentElement.scrollWidth <= 390")
-        assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
-        few = "state.plots.get('eval/loss').chart"
-        assert page.run(f"{few}.series[1].points.show({few}, 1)"), "one value has no line"
-        assert not page.run(f"{LOSS}.series[2].points.show({LOSS}, 2)")
-        for tab in ("settings", "rows", "replies", "notes", "curves"):
-            open_tab(page, tab)
-            page.wait(f"document.querySelector('#{tab}').childElementCount > 0")
-            assert page.run("document.documentElement.scrollWidth") <= 390, tab
-            assert page.run("document.querySelector('#tools').hidden") == (tab != "curves")
-            assert page.run("document.querySelector('#tabs').offsetHeight") < 45, "one line of tabs"
+        see_on_a_phone(page)
         assert page.errors == []
-        model, run = runs.parent / "inputs/model", (runs / "first").resolve()
-        serves = f"megalora serve --model_path {model} --adapters tuned={run}"
-        next_step = f"megalora: to talk to it, after Ctrl-C or elsewhere: {serves}"
-        assert server.said[-1] == next_step
-        assert server.ask("/api/runs", method="POST", body={})[0] == 405, "it only reads"
-        assert server.ask("/api/runs", headers={"Host": "evil.example"})[0] == 403
-        assert server.ask("/api/series?field=loss&points=inf")[0] == 200
-        assert server.ask("/api/runs/9/notes")[0] == 404 and server.ask("/static/../server.py")[0] == 404
+        see_what_it_serves(server, runs)
 
 
 def test_the_report(runs, tmp_path):

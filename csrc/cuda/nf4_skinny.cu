@@ -8,6 +8,7 @@
 // 2q + 9 does not matter, as long as both factors agree (see tensor_cores.h).
 #include "cuda/decode_step.h"
 #include "cuda/launch.h"
+#include "cuda/nf4.h"
 #include "cuda/tensor_cores.h"
 #include "kernel_limits.h"
 
@@ -15,28 +16,7 @@ namespace megalora {
 namespace {
 
 constexpr int kWarps = 8, kOutputs = 16;
-constexpr int kNumbers = 16, kNestedNumbers = 256, kBlock = 64;  // of NF4
-constexpr int64_t kPrefetched = 2048;                            // bytes of a row, before the kernel before has ended
-
-// The numbers of NF4 as megalora/ops/nf4.py has them.
-__constant__ float kNf4[kNumbers] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
+constexpr int64_t kPrefetched = 2048;  // bytes of a row, before the kernel before has ended
 
 // Brings the bytes from `from` to `to` nearer, and what stands beside them in words of 16 bytes.
 __device__ __forceinline__ void prefetch_span(const void* from, const void* to) {

@@ -5,6 +5,7 @@
 #include "cuda/decode_step.h"
 #include "cuda/halves.h"
 #include "cuda/launch.h"
+#include "cuda/nf4.h"
 #include "kernel_limits.h"
 
 namespace megalora {
@@ -236,30 +237,10 @@ __global__ void __launch_bounds__(kDecodeThreads) fp8_decode_kernel(Fp8DecodePar
   }
 }
 
-constexpr int kBlock = 64, kNestedNumbers = 256;
-__constant__ float kNumbers[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
-
 template <bool bfloat16>
 __global__ void __launch_bounds__(kDecodeThreads) nf4_decode_kernel(Nf4DecodeParams params) {
-  __shared__ float numbers[16], nested[kNestedNumbers];
-  if (threadIdx.x < 16) numbers[threadIdx.x] = kNumbers[threadIdx.x];
+  __shared__ float numbers[kNumbers], nested[kNestedNumbers];
+  if (threadIdx.x < kNumbers) numbers[threadIdx.x] = kNf4[threadIdx.x];
   if (params.scale != nullptr && threadIdx.x < kNestedNumbers) nested[threadIdx.x] = params.numbers[threadIdx.x];
   __syncthreads();
   const int64_t column = 8 * (static_cast<int64_t>(blockIdx.y) * kDecodeThreads + threadIdx.x);

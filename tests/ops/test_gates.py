@@ -1,27 +1,17 @@
 """The activations of the CUDA kernels (csrc/cuda/gates.h), compiled for a CPU, against torch's in float64."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu import compiled
 
 from megalora.ops.swiglu import ACTS
-
-HERE = Path(__file__).parent / "emulated"
-CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @pytest.fixture(scope="module")
 def gates(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    library = tmp_path_factory.mktemp("emulated") / "gates.so"
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{HERE}", f"-I{CSRC}"]
-    subprocess.run([*command, str(HERE / "gates.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return compiled(tmp_path_factory.mktemp("emulated"), "gates.cpp")
 
 
 def run(gates, act, g, d):

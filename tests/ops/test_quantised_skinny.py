@@ -5,18 +5,13 @@ read.
 """
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu import compiled
 
 from megalora.ops.fp8 import quantise_rows
 from megalora.ops.nf4 import quantise_nf4
-
-HERE = Path(__file__).parent / "emulated"
-CSRC = Path(__file__).parents[2] / "csrc"
 
 
 class Part(ctypes.Structure):
@@ -26,12 +21,7 @@ class Part(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{HERE}", f"-I{CSRC}"]
-    subprocess.run([*command, *map(str, HERE.glob("*_skinny.cpp")), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return compiled(tmp_path_factory.mktemp("emulated"), "*_skinny.cpp")
 
 
 def randn(*shape, seed):
