@@ -88,7 +88,7 @@ def choose_graphs(
     if wanted and obstacle:
         raise UserError(f"cuda_graphs = true, but {obstacle}", "leave the flag out")
     if wanted is None and obstacle is None and tokens >= BUSY:
-        obstacle = f"{tokens:,} tokens keep a GPU busy without, and graphs would take more memory"
+        obstacle = f"a microbatch of {tokens:,} tokens keeps a GPU busy without them, and they would take memory"
     if obstacle or wanted is False:
         return False, f"layers run without CUDA graphs: {obstacle or 'as asked'}" if on_gpu else None
     return True, None

@@ -194,7 +194,7 @@ class _QuantisedMatrix:
 
 
 def _few(X: torch.Tensor, most: int) -> bool:
-    """Return whether X [T, columns + room] has at most `most` rows and kernels that decode codes on the way take it."""
+    """Return whether kernels that decode codes on the way take X [T, columns + room]: at most `most` rows."""
     return (
         X.is_cuda
         and extension.has_kernels("cuda")

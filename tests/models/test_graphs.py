@@ -36,7 +36,7 @@ def test_one_gpu_a_replica_has_graphs():
     assert choose_graphs(None, place(), ParallelMesh(), 128, tokens=16384) == (True, None)
     assert choose_graphs(True, place(), ParallelMesh(), 128, tokens=1 << 20) == (True, None)
     used, note = choose_graphs(None, place(), ParallelMesh(), 128, tokens=1 << 20)
-    assert not used and "1,048,576 tokens keep a GPU busy" in note
+    assert not used and "1,048,576 tokens keeps a GPU busy" in note
     assert choose_graphs(True, place(dtype=torch.float16), ParallelMesh(dp=TWO), 128) == (True, None)
 
 
