@@ -118,6 +118,20 @@ def multiplies(index: int | None) -> bool:
 
 
 Room = Callable[[tuple[int, int]], torch.Tensor]  # memory for codes of a shape
+# Bytes of codes of a product's other factor, unless its rows are long: of many tokens, some thousand rows at a time are
+# as fast, and what all have of them would take hundreds of megabytes.
+MOST_CODES = 128 << 20
+_FEWEST_ROWS = 1024
+
+
+def rows_at_a_time(columns: int) -> int:
+    """Return how many rows of so many columns are quantised and multiplied at a time."""
+    return max(1, MOST_CODES // columns // _FEWEST_ROWS) * _FEWEST_ROWS
+
+
+def codes_bytes(rows: int, columns: int) -> int:
+    """Return the bytes of the codes of a product of `rows` rows of up to `columns` columns."""
+    return min(rows * columns, max(MOST_CODES, _FEWEST_ROWS * columns))
 
 
 def _new_codes(x: torch.Tensor, shape: tuple[int, int], room: Room | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ scratch: the same values, and a fraction of the bytes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +85,8 @@ class Scratch:
         if not self._codes or self._codes[-1].numel() < needed:
             if not self._recorded:
                 self._codes.clear()
-            self._codes.append(torch.empty(shape[0] * max(self._columns, shape[1]), dtype=E4M3, device=device))
+            room = fp8.codes_bytes(shape[0], max(self._columns, shape[1]))
+            self._codes.append(torch.empty(max(needed, room), dtype=E4M3, device=device))
         return self._codes[-1][:needed].view(shape)
 
 
@@ -311,11 +312,15 @@ class Fp8Matrix(_QuantisedMatrix):
         if _few(X, limits.MOST_SKINNY_ROWS):  # of more, the other factor is quantised: faster
             y = torch.ops.megalora.fp8_skinny_linear(X, self._codes, self._scale, self._branch, bias)
             return y if out is None else out.copy_(y)
-        if not self.rank:
-            quantised = fp8.quantise_factor(X[:, : self.columns], None, self._room_for_codes)
-            return fp8.product(quantised, self._codes, self._scale, bias, out)
-        quantised = fp8.quantise_with_branch(X, self.columns, self.rank, self._factor, self._room_for_codes)
-        return fp8.product(quantised, self._terms, self._scale, bias, out)
+
+        def of(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+            if not self.rank:
+                quantised = fp8.quantise_factor(rows[:, : self.columns], None, self._room_for_codes)
+                return fp8.product(quantised, self._codes, self._scale, bias, out)
+            quantised = fp8.quantise_with_branch(rows, self.columns, self.rank, self._factor, self._room_for_codes)
+            return fp8.product(quantised, self._terms, self._scale, bias, out)
+
+        return _by_rows(of, X, self._terms.shape[1], self.rows, out)
 
     def multiply_transposed(
         self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
@@ -324,13 +329,19 @@ class Fp8Matrix(_QuantisedMatrix):
             return super().multiply_transposed(dY, out, branch_only=branch_only)
         turned = self._scratch.take((self.columns + self.room, self.rows), E4M3, self._device)
         fp8.turn(self._codes, turned[: self.columns])
-        quantised = fp8.quantise_factor(dY, self._scale[0], self._room_for_codes)
-        dX = fp8.product(quantised, turned, self._ones, None, out)
+
+        def of(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+            quantised = fp8.quantise_factor(rows, self._scale[0], self._room_for_codes)
+            return fp8.product(quantised, turned, self._ones, None, out)
+
+        dX = _by_rows(of, dY, self.rows, self.columns + self.room, out)
         if self.room:  # behind dX there is what lay in the scratch
             torch.mm(dY, self._branch, out=dX[:, self.columns :])
         return dX
 
     def _read(self, source: WeightSource, stored: Stored, wanted: _Wanted) -> Sequence[Rows]:
+        if self._multiplies and self._terms is None and (stored is None or _one_scale_a_row(stored)):
+            self._make_room()  # before what reading takes, which would leave holes in the GPU's memory behind it
         if isinstance(stored, Fp8Weight):
             parts = stored.rows(wanted.runs, wanted.columns)
         elif wanted.transposed:
@@ -343,6 +354,27 @@ class Fp8Matrix(_QuantisedMatrix):
                 parts += quantise_fp8(block).rows([(0, stop - start)], wanted.columns)
         place: dict[str, Any] = {"device": self._device}
         return [Fp8Rows(p.codes.contiguous().to(**place), p.scale.to(**place), p.block, p.phase) for p in parts]
+
+
+def _one_scale_a_row(stored: Stored) -> bool:
+    return isinstance(stored, Fp8Weight) and stored.scale.shape[1] == 1
+
+
+def _by_rows(
+    product: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+    x: torch.Tensor,
+    columns: int,
+    outputs: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return product(x, out) [T, outputs] of x [T, ...], as many rows at a time as codes of `columns` have room for."""
+    step = fp8.rows_at_a_time(columns)
+    if len(x) <= step:
+        return product(x, out)
+    out = x.new_empty(len(x), outputs) if out is None else out
+    for rows, into in zip(x.split(step), out.split(step), strict=True):
+        product(rows, into)
+    return out
 
 
 def _dense_rows(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from megalora.ops import nf4
-from megalora.ops.fp8 import terms_for
+from megalora.ops.fp8 import codes_bytes, terms_for
 from megalora.planning.groups import Group
 
 
@@ -49,7 +49,7 @@ def scratch_bytes(
     if not multiplies_fp8(base_format, element, device_type):
         return max(decoded, largest * element)
     codes = max((max(group.inputs + terms_for(group.rank), group.output) for _, group in single), default=0)
-    return max(decoded, largest) + tokens * codes
+    return max(decoded, largest) + codes_bytes(tokens, codes)
 
 
 class _Workload(Protocol):

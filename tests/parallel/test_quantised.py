@@ -1,5 +1,7 @@
 """Matrices in 8 and 4 bits behind the interface of a dense one."""
 
+import functools
+
 import pytest
 import torch
 from oracle import RandomWeight
@@ -166,23 +168,47 @@ def test_few_rows_are_multiplied_with_codes_of_all_linears_in_their_order(few_ro
     assert len(few_rows) == 3
 
 
-@pytest.mark.parametrize("rank", [0, 16])
-def test_of_up_to_four_rows_products_in_e4m3_keep_the_other_factor_in_16_bits(few_rows, monkeypatch, rank):
-    """More are quantised as in training: as on a GPU that multiplies e4m3, its product emulated."""
-    asked = []
+def e4m3_product(asked, quantised, codes, scale, bias, out):
+    """fp8.product as a GPU makes it; `asked` learns of how many rows."""
+    asked.append(len(quantised[0]))
+    y = (quantised[0].float() @ codes.float().t()) * quantised[1].view(-1, 1) * scale
+    y = (y if bias is None else y + bias.float()).bfloat16()
+    return y if out is None else out.copy_(y)
 
-    def product(quantised, codes, scale, bias, out):
-        asked.append(len(quantised[0]))
-        y = (quantised[0].float() @ codes.float().t()) * quantised[1].view(-1, 1) * scale
-        y = (y if bias is None else y + bias.float()).bfloat16()
-        return y if out is None else out.copy_(y)
 
-    monkeypatch.setattr(quantised.fp8, "product", product)
+def multiplied_in_e4m3(rank):
+    """A matrix as it is on a GPU that multiplies e4m3."""
     matrix = BaseFormat("fp8").matrix(OUT, IN, rank, torch.bfloat16, "cpu", rank=rank)
     matrix._multiplies = True
     matrix._put(0, quantise_fp8(random(OUT, IN)).rows([(0, OUT)], (0, IN))[0])
     matrix.branch(slice(0, OUT), slice(0, rank)).copy_(random(OUT, rank))
     matrix.branch_written()
+    return matrix
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_many_rows_are_quantised_some_at_a_time(few_rows, monkeypatch, rank):
+    """The same numbers, and codes of no more than so many bytes."""
+    asked = []
+    monkeypatch.setattr(quantised.fp8, "product", functools.partial(e4m3_product, asked))
+    matrix = multiplied_in_e4m3(rank)
+    X, dY, bias = random(50, IN + rank).bfloat16(), random(50, OUT).bfloat16(), random(OUT).bfloat16()
+    y, dX = matrix.multiply(X, bias), matrix.multiply_transposed(dY)
+    assert asked == [50, 50]
+    monkeypatch.setattr(quantised.fp8, "_FEWEST_ROWS", 20)
+    monkeypatch.setattr(quantised.fp8, "MOST_CODES", 1)
+    for out in (None, torch.empty(50, OUT, dtype=torch.bfloat16)):
+        assert matrix.multiply(X, bias, out).equal(y)
+    assert matrix.multiply_transposed(dY).equal(dX)
+    assert asked[2:] == 3 * [20, 20, 10]
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_of_up_to_four_rows_products_in_e4m3_keep_the_other_factor_in_16_bits(few_rows, monkeypatch, rank):
+    """More are quantised as in training: as on a GPU that multiplies e4m3, its product emulated."""
+    asked = []
+    monkeypatch.setattr(quantised.fp8, "product", functools.partial(e4m3_product, asked))
+    matrix = multiplied_in_e4m3(rank)
     P, bias = torch.cat((matrix.weight(slice(0, OUT)), matrix._branch), 1).float(), random(OUT).bfloat16()
     for rows in (1, limits.MOST_SKINNY_ROWS, limits.MOST_SKINNY_ROWS + 1, limits.MOST_NF4_ROWS):
         X = random(rows, IN + rank).bfloat16()
