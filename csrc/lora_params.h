@@ -22,10 +22,12 @@ struct LoraDownParams : LoraParams {
   Matrix x, z;
   int64_t z_columns;
   // On CUDA. copy [T, F] = x, where its data are not null. With gate_up [T, 2 F], contiguous, gate before up, where not
-  // null: x = act(gate) * up is made, into `copy`, instead of read; R <= kLargestRankGatedDown.
+  // null: x = act(gate) * up is made, into `copy`, instead of read; R <= kLargestRankGatedDown. Where it is not `gated`
+  // gate_up is up [T, F], and x = act(up).
   Matrix copy;
   const void* gate_up;
   Gate gate;  // none where gate_up is null
+  bool gated;
 };
 
 // out [T, F] = dx + mask * scale * (dz [T, R] A), out may be dx. On the CPU it is.
@@ -55,19 +57,22 @@ struct FactorGrad {
 };
 struct FactorGrads {
   FactorGrad down[kMostBranches];  // [ranks, F] each: of the branches that read x, in the order of dz's columns
-  FactorGrad gate, up;             // [F, ranks]
+  FactorGrad gate, up;             // [F, ranks]; without a gate up alone
 };
 
 // The backward pass in one read of what it reads, on CUDA: out = dx + mask * scale * (dz A), out may be dx, and
 // grads.down += dz^T dropout(x).
 //
 // With gate_up [T, 2 F], where not null: x = act(gate) * up is made again, the sum goes on to grad [T, 2 F], the
-// gradient of gate_up, and grads.gate += s dgate^T z[:, : ranks of gate], grads.up += s dup^T z[:, those of gate : and
-// of up]. gate_up and grad are contiguous; out and x are not used.
+// gradient of gate_up, and grads.gate += s dgate^T z[:, : ranks of gate], grads.up += s dup^T z[:, up_first :][:, :
+// ranks of up]. gate_up and grad are contiguous; out and x are not used. Where it is not `gated` gate_up is up [T, F],
+// as grad is, and x = act(up).
 struct LoraBackwardParams : LoraParams {
   Matrix dx, dz, out, x, z;
+  int up_first;
   const void* gate_up;
   Gate gate;
+  bool gated;
   void* grad;
   FactorGrads grads;
   float* sums;  // room for what the blocks sum up: as many elements as lora_backward_sums says

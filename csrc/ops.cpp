@@ -30,7 +30,7 @@ TORCH_LIBRARY(megalora, m) {
       "bool precise=False, bool offset=False) -> ()");
 
   // gate_up, grad [T, 2 I]; out, dy [T, I], rows of any stride. gate, here and below: silu, or on CUDA also gelu_tanh
-  // and gelu.
+  // and gelu. Here and below, on CUDA but for swiglu_lora_backward_: gate_up may be up [T, I], without a gate.
   def("swiglu_(Tensor gate_up, Tensor(a!) out, str gate='silu') -> ()");
   def("swiglu_backward_(Tensor dy, Tensor gate_up, Tensor(a!) grad, str gate='silu') -> ()");
 
@@ -64,7 +64,7 @@ TORCH_LIBRARY(megalora, m) {
   def("swiglu_lora_backward_(Tensor dy, Tensor gate_up, Tensor dz, Tensor A, " MASK
       ", Tensor(a!) grad, Tensor(b!)? x, str gate='silu') -> ()");
   // swiglu_lora_backward_, and dA as well; and where z is given, of gate and up: dB += scaling grad^T z, each of its
-  // part.
+  // part, or of one linear of both.
   def("swiglu_lora_gradients_(Tensor dy, Tensor gate_up, Tensor dz, Tensor A, " MASK
       ", Tensor(a!) grad, Tensor(b!)[] dA, Tensor? z, Tensor(c!)[] dB, float[] scaling, str gate='silu') "
       "-> ()");

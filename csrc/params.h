@@ -15,7 +15,7 @@ namespace megalora {
 
 enum class Type { float64, float32, bfloat16, float16 };
 
-// The activation of gated MLPs, x = act(gate) * up; none: x is not made of gate and up.
+// The activation of an MLP that makes x, act(gate) * up or act(up); none: x is read.
 enum class Gate { none, silu, gelu_tanh, gelu };
 
 // A matrix by its rows.
@@ -66,22 +66,24 @@ struct RmsNormBackwardParams {
   Type type;
 };
 
-// out [N, I] = act(gate) * up, gate_up [N, 2 I] contiguous, gate before up.
+// out [N, I] = act(gate) * up, gate_up [N, 2 I] contiguous, gate before up; or act(up), gate_up [N, I], if not `gated`.
 struct SwiGluParams {
   const void* gate_up;
   Matrix out;
   int64_t rows, size;
   Gate gate;
+  bool gated;
   Type type;
 };
 
-// grad [N, 2 I] contiguous, of dy [N, I].
+// grad, like gate_up, of dy [N, I].
 struct SwiGluBackwardParams {
   Matrix dy;
   const void* gate_up;
   void* grad;
   int64_t rows, size;
   Gate gate;
+  bool gated;
   Type type;
 };
 

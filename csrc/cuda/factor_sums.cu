@@ -13,8 +13,8 @@ __global__ void __launch_bounds__(kTile * 8) finish_kernel(const __grid_constant
   __shared__ float tile[16][kTile + 1];
   const int x = threadIdx.x % kTile, y = threadIdx.x / kTile;
   const int first_row = 16 * blockIdx.y, first_feature = kTile * blockIdx.x, feature = first_feature + x;
-  const int gate_row = finish.rows - 32;
-  const bool transposed = finish.grads.gate.data != nullptr && first_row >= gate_row;
+  const int up_row = finish.rows - 16, first_transposed = finish.grads.gate.data == nullptr ? up_row : up_row - 16;
+  const bool transposed = finish.grads.up.data != nullptr && first_row >= first_transposed;
   for (int i = y; i < 16; i += 8) {
     float total = 0;
     if (feature < finish.features) {
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kTile * 8) finish_kernel(const __grid_constant
   }
   if (!transposed) return;
   __syncthreads();
-  const FactorGrad& factor = first_row == gate_row ? finish.grads.gate : finish.grads.up;
+  const FactorGrad& factor = first_row == up_row ? finish.grads.up : finish.grads.gate;
   for (int i = threadIdx.x; i < factor.ranks * kTile; i += kTile * 8) {
     const int rank = i % factor.ranks, column = i / factor.ranks;
     if (first_feature + column >= finish.features) continue;

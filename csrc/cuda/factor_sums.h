@@ -11,7 +11,8 @@ namespace megalora {
 struct FactorSums {
   const float* sums;  // [blocks, rows, features]
   int blocks, rows, features;
-  int down_ranks;  // the first rows are of dA, cut into grads.down; with gate and up the last are theirs, 16 each
+  int down_ranks;  // the first rows are of dA, cut into grads.down; with gate and up, or up, the last are theirs, 16
+                   // each
   float down_scale;
   FactorGrads grads;
 };

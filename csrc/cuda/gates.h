@@ -1,4 +1,4 @@
-// The activations of gated MLPs, in float32: what Gate (params.h) names.
+// The activations of MLPs, in float32: what Gate (params.h) names.
 #pragma once
 
 #include <type_traits>
@@ -50,6 +50,23 @@ auto dispatch_gate(Gate gate, Body body) {
   if (gate == Gate::gelu_tanh) return body(std::integral_constant<Gate, Gate::gelu_tanh>{});
   if (gate == Gate::gelu) return body(std::integral_constant<Gate, Gate::gelu>{});
   return body(std::integral_constant<Gate, Gate::silu>{});
+}
+
+// What x is: act(gate) * up, act(up), or (Gate::none) read.
+template <Gate act_, bool gated_>
+struct Origin {
+  static constexpr Gate act = act_;
+  static constexpr bool gated = gated_, made = act != Gate::none;
+};
+using Read = Origin<Gate::none, false>;
+
+// Calls `body` with the Origin of what is made.
+template <typename Body>
+auto dispatch_origin(Gate gate, bool gated, Body body) {
+  return dispatch_gate(gate, [&](auto act) {
+    constexpr Gate of = decltype(act)::value;
+    return gated ? body(Origin<of, true>{}) : body(Origin<of, false>{});
+  });
 }
 
 }  // namespace megalora

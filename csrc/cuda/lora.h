@@ -12,7 +12,7 @@ cudaError_t launch_lora_weight_grad(const LoraWeightGradParams& params, cudaStre
 cudaError_t launch_lora_input_grad(const LoraInputGradParams& params, cudaStream_t stream);
 
 cudaError_t launch_lora_backward(const LoraBackwardParams& params, cudaStream_t stream);
-// How many elements of `sums` that wants; `gated`: with gate_up.
-int64_t lora_backward_sums(int64_t tokens, int64_t features, int64_t rank, bool gated);
+// How many elements of `sums` that wants.
+int64_t lora_backward_sums(const LoraBackwardParams& params);
 
 }  // namespace megalora

@@ -8,6 +8,8 @@
 //   [dgate | dup] = the gradient of gate and up where dx + mask * scale * (dz A) is that of x
 //   dA   += dz^T dropout(x),    dB_gate += s dgate^T z_gate,    dB_up += s dup^T z_up
 //
+// or the same of x = act(up), without a gate,
+//
 // so that each mask is drawn once, and neither x nor the sum passes through memory. What all LoRA kernels have in
 // common is said in lora_down.cu.
 #include "cuda/factor_sums.h"
@@ -59,6 +61,11 @@ __device__ __forceinline__ void do_tile(BackwardSum<Shape>& sum, BackwardTile<Sh
         set_word(tile.gate[i], q, dgate);
         set_word(tile.up[i], q, dup);
         dropped[i] = made & keep;
+      } else if constexpr (Shape::made) {
+        uint32_t dup, made;
+        activated_backward<bfloat16, Shape::act>(after, word(tile.up[i], q), dup, made);
+        set_word(tile.up[i], q, dup);
+        dropped[i] = made & keep;
       } else {
         set_word(tile.d[i], q, after);
         dropped[i] = word(tile.x[i], q) & keep;
@@ -69,10 +76,13 @@ __device__ __forceinline__ void do_tile(BackwardSum<Shape>& sum, BackwardTile<Sh
       add_pairs<bfloat16>(sum[m], tile.a[m], q, dropped[0], dropped[1], dropped[2], dropped[3]);
     }
     if constexpr (Shape::gated) {
-      const uint4 *gate = tile.gate, *up = tile.up;
+      const uint4* gate = tile.gate;
       add_pairs<bfloat16>(sum[rank_tiles], tile.a[rank_tiles], q, word(gate[0], q), word(gate[1], q), word(gate[2], q),
                           word(gate[3], q));
-      add_pairs<bfloat16>(sum[rank_tiles + 1], tile.a[rank_tiles + 1], q, word(up[0], q), word(up[1], q),
+    }
+    if constexpr (Shape::made) {
+      const uint4* up = tile.up;
+      add_pairs<bfloat16>(sum[Shape::sums - 1], tile.a[Shape::sums - 1], q, word(up[0], q), word(up[1], q),
                           word(up[2], q), word(up[3], q));
     }
   }
@@ -114,8 +124,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   uint4* token_draws = shared + Shape::A_octets + at.warp * 2 * 16;
   uint4* first_stage = shared + Shape::A_octets + Shape::draw_octets;
   BackwardLoader<Shape> loader(arguments, at, first_stage);
-  const int64_t out_stride = Shape::gated ? 2 * int64_t{arguments.features} : arguments.out.stride;
-  uint16_t* out_to = (Shape::gated ? arguments.grad : arguments.out.data) +
+  const int64_t out_stride = Shape::made ? (Shape::gated ? 2 : 1) * int64_t{arguments.features} : arguments.out.stride;
+  uint16_t* out_to = (Shape::made ? arguments.grad : arguments.out.data) +
                      int64_t{at.first_token + at.lane_token} * out_stride + at.lane_feature;
 #pragma unroll
   for (int step = 0; step < stages - 1; ++step) {
@@ -159,7 +169,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     for (int k = 0; k < 4; ++k) {
       if (!at.there || step * Shape::tokens + at.lane_token + 4 * k >= at.span) continue;
       uint16_t* to = out_to + 4 * k * out_stride;
-      *reinterpret_cast<uint4*>(to) = tile[(Shape::gated ? Shape::tile_octets : 0) + at.octet_of(k)];
+      *reinterpret_cast<uint4*>(to) = tile[(Shape::made ? Shape::tile_octets : 0) + at.octet_of(k)];
       if constexpr (Shape::gated) {
         *reinterpret_cast<uint4*>(to + int64_t{arguments.features}) = tile[2 * Shape::tile_octets + at.octet_of(k)];
       }
@@ -172,14 +182,16 @@ __global__ void __launch_bounds__(Shape::threads, 1)
 
 // ---- launches
 
-using SmallestShape = BackwardShape<Gate::none, BackwardRank16>;  // features and tokens are those of every shape
-constexpr int kGatedSums = BackwardShape<Gate::silu, BackwardRank16>::sums;
+using SmallestShape = BackwardShape<Read, BackwardRank16>;  // features and tokens are those of every shape
+constexpr int kGatedSums = BackwardShape<Origin<Gate::silu, true>, BackwardRank16>::sums;
+constexpr int kUngatedSums = BackwardShape<Origin<Gate::silu, false>, BackwardRank16>::sums;
 
 int64_t splits_for(int64_t tokens, int64_t features, int64_t sums) {
   return factor_splits(tokens, features, sums, SmallestShape::features, SmallestShape::tokens);
 }
 
-cudaError_t finish(const BackwardArguments& arguments, int64_t splits, int64_t sums, cudaStream_t stream) {
+// ups: how many of the sums are those of gate and up.
+cudaError_t finish(const BackwardArguments& arguments, int64_t splits, int64_t sums, int64_t ups, cudaStream_t stream) {
   FactorSums last{};
   last.sums = arguments.sums;
   last.blocks = static_cast<int>(splits);
@@ -188,8 +200,8 @@ cudaError_t finish(const BackwardArguments& arguments, int64_t splits, int64_t s
   last.down_ranks = arguments.rank;
   last.down_scale = arguments.draw.scale;
   last.grads = arguments.grads;
-  const bool idle_rows = arguments.gate_up != nullptr && arguments.grads.gate.data == nullptr;  // no dB is wanted
-  return finish_factor_sums(last, sums - (idle_rows ? 2 : 0), stream);
+  const bool idle_rows = arguments.grads.up.data == nullptr;  // no dB is wanted
+  return finish_factor_sums(last, idle_rows ? sums - ups : sums, stream);
 }
 
 template <bool bfloat16, typename Shape>
@@ -206,36 +218,38 @@ cudaError_t run_shape(BackwardArguments arguments, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
   kernel<<<grid, Shape::threads, Shape::shared_bytes, stream>>>(arguments);
   const cudaError_t launched = cudaGetLastError();
-  return launched == cudaSuccess ? finish(arguments, splits, Shape::sums, stream) : launched;
+  return launched == cudaSuccess ? finish(arguments, splits, Shape::sums, Shape::ups, stream) : launched;
 }
 
-template <bool bfloat16, Gate act, typename Tiles>
+template <bool bfloat16, typename Origin, typename Tiles>
 cudaError_t run(const BackwardArguments& arguments, cudaStream_t stream) {
-  using Deep = BackwardShape<act, Tiles>;
-  using Flat = BackwardShape<act, BackwardFlat<Tiles>>;
+  using Deep = BackwardShape<Origin, Tiles>;
+  using Flat = BackwardShape<Origin, BackwardFlat<Tiles>>;
   static_assert(Flat::shared_bytes <= kSharedMemory);
   return grants_shared_memory(Deep::shared_bytes) ? run_shape<bfloat16, Deep>(arguments, stream)
                                                   : run_shape<bfloat16, Flat>(arguments, stream);
 }
 
 template <bool bfloat16>
-cudaError_t run_by_rank(const BackwardArguments& arguments, Gate gate, cudaStream_t stream) {
+cudaError_t run_by_rank(const BackwardArguments& arguments, Gate gate, bool gated, cudaStream_t stream) {
   static_assert(16 * BackwardRank48::rank_tiles >= kLargestRankBackward);
   static_assert(16 * BackwardRank16::rank_tiles >= kLargestRankGatedBackward);
   if (gate != Gate::none) {
-    return dispatch_gate(
-        gate, [&](auto made) { return run<bfloat16, decltype(made)::value, BackwardRank16>(arguments, stream); });
+    return dispatch_origin(gate, gated,
+                           [&](auto made) { return run<bfloat16, decltype(made), BackwardRank16>(arguments, stream); });
   }
-  if (arguments.rank <= 16) return run<bfloat16, Gate::none, BackwardRank16>(arguments, stream);
-  if (arguments.rank <= 32) return run<bfloat16, Gate::none, BackwardRank32>(arguments, stream);
-  return run<bfloat16, Gate::none, BackwardRank48>(arguments, stream);
+  if (arguments.rank <= 16) return run<bfloat16, Read, BackwardRank16>(arguments, stream);
+  if (arguments.rank <= 32) return run<bfloat16, Read, BackwardRank32>(arguments, stream);
+  return run<bfloat16, Read, BackwardRank48>(arguments, stream);
 }
 
 }  // namespace
 
-int64_t lora_backward_sums(int64_t tokens, int64_t features, int64_t rank, bool gated) {
-  const int64_t sums = gated ? kGatedSums : divide_up(rank, 16);
-  return splits_for(tokens, features, sums) * 16 * sums * features;
+int64_t lora_backward_sums(const LoraBackwardParams& params) {
+  const int64_t sums = params.gate == Gate::none ? divide_up(params.rank, 16)
+                       : params.gated            ? kGatedSums
+                                                 : kUngatedSums;
+  return splits_for(params.tokens, params.features, sums) * 16 * sums * params.features;
 }
 
 cudaError_t launch_lora_backward(const LoraBackwardParams& params, cudaStream_t stream) {
@@ -253,10 +267,11 @@ cudaError_t launch_lora_backward(const LoraBackwardParams& params, cudaStream_t 
   arguments.gate_up = static_cast<const uint16_t*>(params.gate_up);
   arguments.grad = static_cast<uint16_t*>(params.grad);
   arguments.z = half_matrix(params.z);
+  arguments.up_first = params.up_first;
   arguments.grads = params.grads;
   arguments.sums = params.sums;
-  return dispatch_half(params.type,
-                       [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, params.gate, stream); });
+  return dispatch_half(
+      params.type, [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, params.gate, params.gated, stream); });
 }
 
 }  // namespace megalora

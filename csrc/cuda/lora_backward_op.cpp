@@ -28,25 +28,38 @@ FactorGrads down_grads(at::TensorList dA, const Tensor& A_RK) {
   return grads;
 }
 
-// Adds to `grads` those of gate and up, whose z lie side by side in z [T, Z].
-void add_up_grads(FactorGrads& grads, const Tensor& z_TZ, at::TensorList dB, at::ArrayRef<double> scaling,
+// Puts into `params` the gradients of gate and up, whose z lie side by side in z [T, Z]; or of one linear of both, with
+// one z; or of up alone.
+void add_up_grads(LoraBackwardParams& params, const Tensor& z_TZ, at::TensorList dB, at::ArrayRef<double> scaling,
                   const Tensor& dy_TK) {
-  MEGALORA_CHECK(dB.size() == 2, "got ", dB.size());
+  const int64_t size = dy_TK.size(1);
+  FactorGrads& grads = params.grads;
   check_matrix(z_TZ, dy_TK);
-  grads.gate = factor_grad(dB[0], true, dy_TK.size(1), scaling[0], dy_TK);
-  grads.up = factor_grad(dB[1], true, dy_TK.size(1), scaling[1], dy_TK);
+  params.z = matrix_of(z_TZ);
+  MEGALORA_CHECK(dB.size() == 1 || (params.gated && dB.size() == 2), "got ", dB.size());
+  if (dB.size() == 2) {
+    grads.gate = factor_grad(dB[0], true, size, scaling[0], dy_TK);
+    grads.up = factor_grad(dB[1], true, size, scaling[1], dy_TK);
+    params.up_first = grads.gate.ranks;
+  } else {
+    grads.up = factor_grad(dB[0], true, params.gated ? 2 * size : size, scaling[0], dy_TK);
+    if (params.gated) {
+      grads.gate = grads.up;
+      grads.up.data += size * grads.up.ranks;
+    }
+  }
   for (const FactorGrad* factor : {&grads.gate, &grads.up}) {
     MEGALORA_CHECK(factor->ranks % kOctet == 0 && factor->ranks <= kLargestRankGatedBackward, "rank ", factor->ranks);
   }
   MEGALORA_CHECK(z_TZ.size(0) == dy_TK.size(0), z_TZ.sizes(), " for ", dy_TK.sizes());
-  MEGALORA_CHECK(z_TZ.size(1) >= grads.gate.ranks + grads.up.ranks, z_TZ.sizes(), " for ", dy_TK.sizes());
+  MEGALORA_CHECK(z_TZ.size(1) >= params.up_first + grads.up.ranks, z_TZ.sizes(), " for ", dy_TK.sizes());
 }
 
 void run(LoraBackwardParams& params, const Tensor& dx_TK, const Tensor& dz_TR) {
   params.dx = matrix_of(dx_TK);
   params.dz = matrix_of(dz_TR);
   const c10::cuda::CUDAGuard guard(dx_TK.device());
-  const int64_t numel = lora_backward_sums(params.tokens, params.features, params.rank, params.gate_up != nullptr);
+  const int64_t numel = lora_backward_sums(params);
   const Tensor sums = at::empty({numel}, dx_TK.options().dtype(at::kFloat));
   params.sums = sums.mutable_data_ptr<float>();
   C10_CUDA_CHECK(launch_lora_backward(params, stream()));
@@ -77,16 +90,14 @@ void swiglu_lora_gradients_(const Tensor& dy_TK, const Tensor& gate_up, const Te
                             std::string_view gate) {
   check_gradients(dy_TK, dz_TR, A_RK);
   MEGALORA_CHECK(A_RK.size(0) <= kLargestRankGatedBackward, "rank ", A_RK.size(0));
-  check_gate_up(gate_up, dy_TK);
-  check_gate_up(grad, dy_TK);
+  const bool gated = check_gate_up(gate_up, dy_TK);
+  MEGALORA_CHECK(check_gate_up(grad, dy_TK) == gated, grad.sizes());
   MEGALORA_CHECK(z_TZ.has_value() == !dB.empty() && dB.size() == scaling.size(), dB.size(), " gradients");
   LoraBackwardParams params{};
   fill(params, dy_TK, A_RK, mask);
+  params.gated = gated;
   params.grads = down_grads(dA, A_RK);
-  if (z_TZ) {
-    add_up_grads(params.grads, *z_TZ, dB, scaling, dy_TK);
-    params.z = matrix_of(*z_TZ);
-  }
+  if (z_TZ) add_up_grads(params, *z_TZ, dB, scaling, dy_TK);
   params.gate_up = gate_up.const_data_ptr();
   params.gate = gate_of(gate);
   params.grad = grad.mutable_data_ptr();
@@ -97,8 +108,7 @@ void swiglu_lora_backward_(const Tensor& dy_TK, const Tensor& gate_up, const Ten
                            const MaskArguments& mask, const Tensor& grad, const OptionalTensor& x_TK,
                            std::string_view gate) {
   check_gradients(dy_TK, dz_TR, A_RK);
-  check_gate_up(gate_up, dy_TK);
-  check_gate_up(grad, dy_TK);
+  MEGALORA_CHECK(check_gate_up(gate_up, dy_TK) && check_gate_up(grad, dy_TK), gate_up.sizes(), grad.sizes());
   if (x_TK) {
     check_matrix(*x_TK, dy_TK);
     MEGALORA_CHECK(x_TK->is_contiguous() && x_TK->sizes() == dy_TK.sizes(), x_TK->sizes(), " for ", dy_TK.sizes());

@@ -14,9 +14,10 @@ struct BackwardArguments {
   Draw draw;
   int tokens, features, rank;
   HalfMatrix out, x;        // where x is read
-  const uint16_t* gate_up;  // [T, 2 F], where it is made
-  uint16_t* grad;           // [T, 2 F]
-  HalfMatrix z;             // gate's columns, then up's
+  const uint16_t* gate_up;  // [T, 2 F] or [T, F], where it is made
+  uint16_t* grad;           // of the same shape
+  HalfMatrix z;             // gate's columns, and up's from up_first on
+  int up_first;
   FactorGrads grads;
   float* sums;           // [gridDim.y, 16 ranks a sum, features]: what each block has of the sums over tokens
   int tokens_per_block;  // gridDim.y blocks share the tokens
@@ -56,19 +57,19 @@ struct BackwardFlat : Tiles {
 //
 // To and from memory eight lanes move 128 bytes of one row at a time, else requests of 32 bytes are what bounds the
 // kernel. A tile lies in shared memory by rows, octet c of row r at c ^ (r & 6): neither side meets a bank twice.
-// act: Gate::none where x is read.
-template <Gate act_, typename Tiles>
+template <typename Origin, typename Tiles>
 struct BackwardShape : Tiles {
-  static constexpr Gate act = act_;
-  static constexpr bool gated = act != Gate::none;
+  static constexpr Gate act = Origin::act;
+  static constexpr bool gated = Origin::gated, made = Origin::made;
   using Tiles::rank_tiles, Tiles::feature_warps, Tiles::token_warps, Tiles::stages;
-  static constexpr int sums = rank_tiles + (gated ? 2 : 0);  // of 16 ranks each: dA's, dB_gate's, dB_up's
+  static constexpr int ups = gated + made;       // factors whose dB are summed here, dB_gate and dB_up
+  static constexpr int sums = rank_tiles + ups;  // of 16 ranks each: dA's, then those
   static constexpr int warps = feature_warps * token_warps, threads = kLanes * warps;
   static constexpr int features = 64 * feature_warps, tokens = 16 * token_warps;  // of a step
-  static constexpr int inputs = gated ? 3 : 2;                                    // dx and x; dx, gate and up
+  static constexpr int inputs = gated ? 3 : 2;                                    // dx and x (or up); dx, gate and up
   static constexpr int tile_octets = 16 * 8;
-  static constexpr int dz_pitch = 2 * rank_tiles + 1, z_pitch = 5;  // octets, skewed over the banks
-  static constexpr int dz_octets = tokens * dz_pitch, z_octets = gated ? tokens * z_pitch : 0;
+  static constexpr int dz_pitch = 2 * rank_tiles + 1, z_pitch = 2 * ups + 1;  // octets, skewed over the banks
+  static constexpr int dz_octets = tokens * dz_pitch, z_octets = made ? tokens * z_pitch : 0;
   static constexpr int stage_octets = warps * inputs * tile_octets + dz_octets + z_octets;
   static constexpr int draw_octets = 2 * 16 * warps;  // of two tiles' tokens, by warp
   static constexpr int A_octets = feature_warps * rank_tiles * 4 * kLanes;
@@ -111,8 +112,8 @@ struct BackwardPlace {
   }
 };
 
-// Copies the next stage: tiles of dx and x (or gate and up), the ranks of their tokens in dz, and in z those of gate
-// and up.
+// Copies the next stage: tiles of dx and x (or gate and up, or up), the ranks of their tokens in dz, and in z those of
+// gate and up.
 template <typename Shape>
 struct BackwardLoader {
   const BackwardArguments& arguments;
@@ -127,8 +128,8 @@ struct BackwardLoader {
       : arguments(arguments), at(at), first_stage(first_stage) {
     const int64_t lane_first = at.first_token + at.lane_token;
     dx_from = arguments.dx.data + lane_first * arguments.dx.stride + at.lane_feature;
-    x_stride = Shape::gated ? 2 * int64_t{arguments.features} : arguments.x.stride;
-    x_from = (Shape::gated ? arguments.gate_up : arguments.x.data) + lane_first * x_stride + at.lane_feature;
+    x_stride = Shape::made ? (Shape::gated ? 2 : 1) * int64_t{arguments.features} : arguments.x.stride;
+    x_from = (Shape::made ? arguments.gate_up : arguments.x.data) + lane_first * x_stride + at.lane_feature;
   }
 
   __device__ __forceinline__ void copy(int stage) {
@@ -161,15 +162,16 @@ struct BackwardLoader {
       copy_async(to_dz + (row * Shape::dz_pitch + column) * 16,
                  arguments.dz.data + token * arguments.dz.stride + 8 * column, is);
     }
-    if constexpr (Shape::gated) {  // columns 0, 1 of eight ranks each are gate's, 2, 3 up's
+    if constexpr (Shape::made) {  // two columns of eight ranks each are gate's, where there is one, the last two up's
       const uint32_t to_z = to_dz + Shape::dz_octets * 16;
-      for (int i = at.thread; i < Shape::tokens * 4; i += Shape::threads) {
-        const int row = i / 4, column = i % 4, rank = 8 * (column % 2);
-        const int gate_ranks = arguments.grads.gate.ranks;
-        const bool is = rank < (column < 2 ? gate_ranks : arguments.grads.up.ranks) && ahead + row < at.span;
+      constexpr int columns = 2 * Shape::ups;
+      for (int i = at.thread; i < Shape::tokens * columns; i += Shape::threads) {
+        const int row = i / columns, column = i % columns, rank = 8 * (column % 2);
+        const bool of_up = column >= columns - 2;
+        const bool is = rank < (of_up ? arguments.grads.up.ranks : arguments.grads.gate.ranks) && ahead + row < at.span;
         const int64_t token = at.first_token + ahead + row;
         copy_async(to_z + (row * Shape::z_pitch + column) * 16,
-                   arguments.z.data + token * arguments.z.stride + (column < 2 ? 0 : gate_ranks) + rank, is);
+                   arguments.z.data + token * arguments.z.stride + (of_up ? arguments.up_first : 0) + rank, is);
       }
     }
   }
@@ -228,8 +230,9 @@ __device__ __forceinline__ void place_A(uint4* A, const BackwardArguments& argum
 // A thread's four octets of a tile, and the ranks of the tile's tokens.
 template <typename Shape>
 struct BackwardTile {
-  static constexpr bool gated = Shape::gated;
-  uint4 d[4], x[gated ? 1 : 4], gate[gated ? 4 : 1], up[gated ? 4 : 1];
+  static constexpr bool gated = Shape::gated, made = Shape::made;
+  static constexpr int of_up = (gated ? 2 : 1) * Shape::tile_octets;  // where up lies
+  uint4 d[4], x[made ? 1 : 4], gate[gated ? 4 : 1], up[made ? 4 : 1];
   uint4 a[Shape::sums];  // as the sums' operand
   uint2 ranks[Shape::rank_tiles][2];
 
@@ -240,12 +243,9 @@ struct BackwardTile {
     for (int i = 0; i < 4; ++i) {
       const int octet = own_octet + 8 * offset_of(i);
       d[i] = tile[octet];
-      if constexpr (gated) {
-        gate[i] = tile[Shape::tile_octets + octet];
-        up[i] = tile[2 * Shape::tile_octets + octet];
-      } else {
-        x[i] = tile[Shape::tile_octets + octet];
-      }
+      if constexpr (gated) gate[i] = tile[Shape::tile_octets + octet];
+      if constexpr (made) up[i] = tile[of_up + octet];
+      if constexpr (!made) x[i] = tile[Shape::tile_octets + octet];
     }
     const uint4* ranks_of_block = stage + Shape::warps * Shape::inputs * Shape::tile_octets;
     const uint4* dz = ranks_of_block + 16 * at.token_warp * Shape::dz_pitch;
@@ -259,11 +259,9 @@ struct BackwardTile {
         ranks[m][h] = reinterpret_cast<const uint2*>(dz + (at.g + 8 * h) * Shape::dz_pitch + 2 * m)[at.t];
       }
     }
-    if constexpr (gated) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        a[rank_tiles + m] = load_transposed(z + row * Shape::z_pitch + 2 * m + at.lane / 8 % 2);
-      }
+    for (int m = 0; m < Shape::ups; ++m) {
+      a[rank_tiles + m] = load_transposed(z + row * Shape::z_pitch + 2 * m + at.lane / 8 % 2);
     }
   }
 
@@ -272,12 +270,9 @@ struct BackwardTile {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int octet = own_octet + 8 * offset_of(i);
-      if constexpr (gated) {
-        tile[Shape::tile_octets + octet] = gate[i];
-        tile[2 * Shape::tile_octets + octet] = up[i];
-      } else {
-        tile[octet] = d[i];
-      }
+      if constexpr (gated) tile[Shape::tile_octets + octet] = gate[i];
+      if constexpr (made) tile[of_up + octet] = up[i];
+      if constexpr (!made) tile[octet] = d[i];
     }
   }
 };

@@ -25,11 +25,15 @@ inline void check_gradients(const Tensor& dx_TK, const Tensor& dz_TR, const Tens
   MEGALORA_CHECK(dz_TR.size(1) == A_RK.size(0), dz_TR.sizes(), " for ", A_RK.sizes());
 }
 
-// gate_up [T, 2 K], and a gradient of its shape: contiguous, beside x [T, K].
-inline void check_gate_up(const Tensor& both, const Tensor& x_TK) {
-  check_matrix(both, x_TK);
-  MEGALORA_CHECK(both.is_contiguous(), "strides ", both.strides());
-  MEGALORA_CHECK(both.size(0) == x_TK.size(0) && both.size(1) == 2 * x_TK.size(1), both.sizes(), " for ", x_TK.sizes());
+// gate_up [T, 2 K], or up [T, K] alone, and a gradient of its shape: contiguous, beside x [T, K]. Returns whether there
+// is a gate.
+inline bool check_gate_up(const Tensor& gate_up, const Tensor& x_TK) {
+  check_matrix(gate_up, x_TK);
+  const bool gated = gate_up.size(1) == 2 * x_TK.size(1);
+  MEGALORA_CHECK(gate_up.is_contiguous(), "strides ", gate_up.strides());
+  MEGALORA_CHECK(gate_up.size(0) == x_TK.size(0), gate_up.sizes(), " for ", x_TK.sizes());
+  MEGALORA_CHECK(gated || gate_up.size(1) == x_TK.size(1), gate_up.sizes(), " for ", x_TK.sizes());
+  return gated;
 }
 
 // What every LoRA kernel takes, of x [T, K] and A [R, K].

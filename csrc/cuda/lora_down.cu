@@ -1,4 +1,4 @@
-// z = dropout(x) A^T on tensor cores, bound by one pass over x: x is read, or made of gate and up.
+// z = dropout(x) A^T on tensor cores, bound by one pass over x: x is read, or made of gate and up, or of up.
 //
 // For all LoRA kernels (lora_*.cu): the mask is drawn in registers. One Philox call gives the eight 16-bit lanes of
 // eight consecutive features of one token, which is one 16-byte load. The operands of mma.m16n8k16 are laid out so that
@@ -21,7 +21,7 @@ namespace {
 struct DownArguments {
   HalfMatrix z, x;
   HalfMatrix copy;          // of x, as far as it goes; null: none
-  const uint16_t* gate_up;  // [T, 2 F], where x = act(gate) * up is made, into `copy`, instead of read
+  const uint16_t* gate_up;  // [T, 2 F] or [T, F], where x is made, into `copy`, instead of read
   const uint16_t* A;
   Draw draw;
   int tokens, features, rank, z_columns;
@@ -73,11 +73,10 @@ struct GatedDownRank64 : DownRank64 {
 //
 // In a block of 32 features, thread (g, t) owns features 8t .. 8t + 7 of its rows: words 0, 1 of these are its pairs of
 // the first mma's inner dimension, words 2, 3 of the second's.
-// act: Gate::none where x is read.
-template <Gate act_, typename Tiles>
+template <typename Origin_, typename Tiles>
 struct DownShape : Tiles {
-  static constexpr Gate act = act_;
-  static constexpr bool gated = act != Gate::none;
+  using Origin = Origin_;
+  static constexpr bool gated = Origin::gated, made = Origin::made;
   using Tiles::rank_tiles, Tiles::row_tiles, Tiles::row_warps, Tiles::feature_warps, Tiles::stages;
   static constexpr int stage_features = 64 * feature_warps;
   static constexpr int threads = kLanes * row_warps * feature_warps, rows = 16 * row_tiles * row_warps;
@@ -126,9 +125,9 @@ struct DownLoader {
       : arguments(arguments), shared(shared), thread(at.thread) {
     lane_row = at.warp_row + at.lane / 8, rows_left = arguments.tokens - lane_row;
     lane_feature = 64 * at.feature_warp + 8 * (at.lane % 8), x_limit = at.span - lane_feature;
-    x_stride = Shape::gated ? 2 * int64_t{arguments.features} : arguments.x.stride;
+    x_stride = Shape::made ? (Shape::gated ? 2 : 1) * int64_t{arguments.features} : arguments.x.stride;
     x_from =
-        (Shape::gated ? arguments.gate_up : arguments.x.data) + lane_row * x_stride + at.first_feature + lane_feature;
+        (Shape::made ? arguments.gate_up : arguments.x.data) + lane_row * x_stride + at.first_feature + lane_feature;
 #pragma unroll
     for (int i = 0; i < A_copies; ++i) {
       const int tile = at.warp + i * (Shape::threads / kLanes), rank = tile % Shape::rank_tiles * 8 + at.g;
@@ -182,10 +181,8 @@ __device__ __forceinline__ void multiply_half(DownSum<Shape>& sum, uint4* x, con
     if (draw.on) kept = token[i].keep_block(draw, step_draw, block + 4 * half);
     const int octet = (read_place ^ 4 * half) + i * 8 * 8;  // row g + 8i; the other half is four octets apart
     uint4 all = x[octet];
-    if constexpr (Shape::gated) {
-      const uint4 up = x[Shape::input_octets + octet];
-      all = {swiglu<bfloat16, Shape::act>(all.x, up.x), swiglu<bfloat16, Shape::act>(all.y, up.y),
-             swiglu<bfloat16, Shape::act>(all.z, up.z), swiglu<bfloat16, Shape::act>(all.w, up.w)};
+    if constexpr (Shape::made) {
+      all = made_of<bfloat16, typename Shape::Origin>(all, x[(Shape::gated ? Shape::input_octets : 0) + octet]);
       x[octet] = all;
     }
     v[i] = all & kept;
@@ -292,7 +289,7 @@ __global__ void __launch_bounds__(Shape::threads, 1) down_kernel(const __grid_co
     }
     block += Shape::stage_features / 8;
     if (arguments.copy.data == nullptr) continue;
-    if (Shape::gated) __syncwarp();  // the lanes have put there what they made
+    if (Shape::made) __syncwarp();  // the lanes have put there what they made
 #pragma unroll
     for (int k = 0; k < 4 * row_tiles; ++k) {
       if (step * Shape::stage_features >= loader.x_limit || 4 * k >= loader.rows_left) continue;
@@ -322,31 +319,37 @@ cudaError_t run_shape(DownArguments arguments, cudaStream_t stream) {
 }
 
 // Flat: for a GPU that grants a block no more than kSharedMemory, where Tiles ask for more.
-template <bool bfloat16, Gate act, typename Tiles, typename Flat = Tiles>
+template <bool bfloat16, typename Origin, typename Tiles, typename Flat = Tiles>
 cudaError_t run(const DownArguments& arguments, cudaStream_t stream) {
-  using Deep = DownShape<act, Tiles>;
-  static_assert(DownShape<act, Flat>::shared_bytes <= kSharedMemory);
+  using Deep = DownShape<Origin, Tiles>;
+  static_assert(DownShape<Origin, Flat>::shared_bytes <= kSharedMemory);
   return grants_shared_memory(Deep::shared_bytes) ? run_shape<bfloat16, Deep>(arguments, stream)
-                                                  : run_shape<bfloat16, DownShape<act, Flat>>(arguments, stream);
+                                                  : run_shape<bfloat16, DownShape<Origin, Flat>>(arguments, stream);
 }
 
 template <bool bfloat16>
-cudaError_t run_by_rank(const DownArguments& arguments, Gate gate, cudaStream_t stream) {
+cudaError_t run_by_rank(const DownArguments& arguments, Gate gate, bool gated, cudaStream_t stream) {
   static_assert(8 * DownRank192::rank_tiles >= kLargestRank);
   static_assert(8 * GatedDownRank64::rank_tiles >= kLargestRankGatedDown);
   if (gate != Gate::none) {
-    return dispatch_gate(gate, [&](auto made) {
-      constexpr Gate act = decltype(made)::value;
-      if (arguments.rank <= 16) return run<bfloat16, act, GatedDownRank16>(arguments, stream);
-      if (arguments.rank <= 32) return run<bfloat16, act, GatedDownRank32>(arguments, stream);
-      return run<bfloat16, act, GatedDownRank64>(arguments, stream);
+    return dispatch_origin(gate, gated, [&](auto origin) {
+      using Made = decltype(origin);
+      if constexpr (Made::gated) {
+        if (arguments.rank <= 16) return run<bfloat16, Made, GatedDownRank16>(arguments, stream);
+        if (arguments.rank <= 32) return run<bfloat16, Made, GatedDownRank32>(arguments, stream);
+        return run<bfloat16, Made, GatedDownRank64>(arguments, stream);
+      } else {
+        if (arguments.rank <= 16) return run<bfloat16, Made, DownRank16>(arguments, stream);
+        if (arguments.rank <= 32) return run<bfloat16, Made, DownRank32>(arguments, stream);
+        return run<bfloat16, Made, DownRank64, DownRank64Flat>(arguments, stream);
+      }
     });
   }
-  if (arguments.rank <= 16) return run<bfloat16, Gate::none, DownRank16>(arguments, stream);
-  if (arguments.rank <= 32) return run<bfloat16, Gate::none, DownRank32>(arguments, stream);
-  if (arguments.rank <= 64) return run<bfloat16, Gate::none, DownRank64, DownRank64Flat>(arguments, stream);
-  if (arguments.rank <= 128) return run<bfloat16, Gate::none, DownRank128>(arguments, stream);
-  return run<bfloat16, Gate::none, DownRank192>(arguments, stream);
+  if (arguments.rank <= 16) return run<bfloat16, Read, DownRank16>(arguments, stream);
+  if (arguments.rank <= 32) return run<bfloat16, Read, DownRank32>(arguments, stream);
+  if (arguments.rank <= 64) return run<bfloat16, Read, DownRank64, DownRank64Flat>(arguments, stream);
+  if (arguments.rank <= 128) return run<bfloat16, Read, DownRank128>(arguments, stream);
+  return run<bfloat16, Read, DownRank192>(arguments, stream);
 }
 
 }  // namespace
@@ -364,8 +367,8 @@ cudaError_t launch_lora_down(const LoraDownParams& params, cudaStream_t stream) 
   arguments.features = static_cast<int>(params.features);
   arguments.rank = static_cast<int>(params.rank);
   arguments.z_columns = static_cast<int>(params.z_columns);
-  return dispatch_half(params.type,
-                       [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, params.gate, stream); });
+  return dispatch_half(
+      params.type, [&](auto bfloat16) { return run_by_rank<bfloat16>(arguments, params.gate, params.gated, stream); });
 }
 
 }  // namespace megalora

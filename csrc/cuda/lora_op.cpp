@@ -63,7 +63,7 @@ void lora_down_(const Tensor& z_TZ, const Tensor& x_TK, const Tensor& A_RK, cons
 void swiglu_lora_down_(const Tensor& z_TZ, const Tensor& gate_up, const Tensor& A_RK, const MaskArguments& mask,
                        const Tensor& x_TK, std::string_view gate) {
   check_matrix(x_TK, x_TK);
-  check_gate_up(gate_up, x_TK);
+  const bool gated = check_gate_up(gate_up, x_TK);
   check_A(A_RK, x_TK);
   MEGALORA_CHECK(A_RK.size(0) <= kLargestRankGatedDown, "rank ", A_RK.size(0));
   check_z(z_TZ, x_TK, A_RK);
@@ -73,6 +73,7 @@ void swiglu_lora_down_(const Tensor& z_TZ, const Tensor& gate_up, const Tensor& 
   params.copy = matrix_of(x_TK);
   params.gate_up = gate_up.const_data_ptr();
   params.gate = gate_of(gate);
+  params.gated = gated;
   const c10::cuda::CUDAGuard guard(x_TK.device());
   C10_CUDA_CHECK(launch_lora_down(params, stream()));
 }

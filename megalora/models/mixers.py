@@ -299,7 +299,7 @@ class Clamp(NamedTuple):
 
 
 # HF's names of activations -> their names in megalora.ops.swiglu.
-_GATES = {
+_FUSED_ACTS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_accurate": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -330,10 +330,9 @@ class MLP:
         return (*linears_of((self.gate, self.up)), self.down)
 
     @property
-    def fused_gate(self) -> str | None:
-        """The activation's name in megalora.ops.swiglu where that computes act(gate) * up; None where plain torch does.
-        """
-        return _GATES.get(self.act) if self.gate is not None and not self.dropout else None
+    def fused_act(self) -> str | None:
+        """The activation's name in megalora.ops.swiglu where that makes what down reads; None where torch does."""
+        return None if self.dropout else _FUSED_ACTS.get(self.act)
 
     @property
     def norms(self) -> tuple[Norm, ...]:

@@ -2,7 +2,7 @@
 
     dx += mask . (dz A)        dA += dz^T dropout(x)
 
-and where x = act(gate) * up was made of the linears before, on through it to them, with dB of theirs:
+and where x = act(gate) * up, or act(up), was made of the linears before, on through it to them, with dB of theirs:
 
     [dgate | dup] = the gradient where x has that of dx        dB += s [dgate | dup]^T z
 
@@ -33,7 +33,7 @@ from megalora.ops.swiglu import swiglu_backward
 
 @dataclass(frozen=True)
 class UpBranch:
-    """A branch of gate or up, for dB.
+    """A branch of gate, of up, or of both in one linear, for dB.
 
     rows     its part of gate_up's columns
     z        [T, r] what its linear's down-projection gave
@@ -96,7 +96,8 @@ def swiglu_lora_backward_(
     ups: Sequence[UpBranch],
     act: str = "silu",
 ) -> torch.Tensor:
-    """Return the gradient [T, 2 I] of gate_up, where x = act(gate) * up has the gradient dx + mask . (dz A).
+    """Return the gradient of gate_up [T, 2 I] (or [T, I], where it is up), where x made of it has the gradient
+    dx + mask . (dz A).
 
     Adds dz^T dropout(x) to dA [R, I], and to the dB of `ups` theirs. dx is overwritten.
     """
@@ -104,7 +105,7 @@ def swiglu_lora_backward_(
     if (
         fuses_gated(dx_TI.device.type, rank, [branch.z.shape[1] for branch in ups])
         and _on_gpu(dx_TI, gate_up, rank, draw, [dA, *(branch.dB for branch in ups)])
-        and _are_gate_and_up(ups, dx_TI.shape[1])
+        and _are_whole(ups, gate_up.shape[1])
         and gate_up.is_contiguous()
     ):
         grad, z = torch.empty_like(gate_up), None
@@ -147,17 +148,17 @@ def _on_gpu(
     )
 
 
-def _are_gate_and_up(ups: Sequence[UpBranch], size: int) -> bool:
-    """Return whether they are both, their z side by side, as the kernel takes them; or none."""
+def _are_whole(ups: Sequence[UpBranch], width: int) -> bool:
+    """Return whether they are of all of gate_up [T, width], as the kernel takes them: one branch, or gate's and up's,
+    their z side by side; or none.
+    """
     if not ups:
         return True
-    if [branch.rows for branch in ups] != [slice(0, size), slice(size, 2 * size)]:
+    z, *others = (branch.z for branch in ups)
+    if z.stride(1) != 1 or z.stride(0) % limits.OCTET != 0 or z.data_ptr() % limits.ALIGNMENT != 0:
         return False
-    gate, up = (branch.z for branch in ups)
-    return (
-        gate.stride() == up.stride()
-        and gate.stride(1) == 1
-        and gate.stride(0) % limits.OCTET == 0
-        and up.data_ptr() - gate.data_ptr() == gate.shape[1] * gate.itemsize
-        and gate.data_ptr() % limits.ALIGNMENT == 0
-    )
+    if not others:
+        return ups[0].rows == slice(0, width)
+    if [branch.rows for branch in ups] != [slice(0, width // 2), slice(width // 2, width)]:
+        return False
+    return others[0].stride() == z.stride() and others[0].data_ptr() - z.data_ptr() == z.shape[1] * z.itemsize

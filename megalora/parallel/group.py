@@ -20,7 +20,7 @@ import torch
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import lora_down_, room_for
 from megalora.ops.scaled_copy import scaled_copy_
-from megalora.ops.swiglu import swiglu, swiglu_down
+from megalora.ops.swiglu import Made, swiglu, swiglu_down
 from megalora.parallel.collectives import all_reduce
 from megalora.parallel.decomposition import Decomposition
 from megalora.parallel.exchange import gather_product, product_scatter
@@ -64,8 +64,8 @@ class LinearGroup:
     """Linears that read one input. Owns their matrix; the parameters stay theirs.
 
     site     number of the input: it fixes the dropout mask, which all branches share
-    gated    the input is act(gate) * up of what the group is given, gate_up [T, 2 I]: made here, and made again in
-             backward rather than kept. The name of act (megalora.ops.swiglu); None: the input is what is given
+    made     the input is act(gate) * up of what the group is given, gate_up [T, 2 I], or act(up) of up [T, I]: made
+             here, and made again in backward rather than kept; None: the input is what is given
     reduces  a row-parallel group sums its result over the tp ranks (see `product`); else it gives this rank's term, and
              whoever sums terms of several groups adds their biases. A column-parallel group that does not reduce is
              given all tokens, and the gradient of its input is this rank's term
@@ -79,10 +79,10 @@ class LinearGroup:
         site: int,
         place: Placement,
         *,
-        gated: str | None = None,
+        made: Made | None = None,
         reduces: bool = True,
     ):
-        self.linears, self.site, self.place, self.gated = tuple(linears), site, place, gated
+        self.linears, self.site, self.place, self.made = tuple(linears), site, place, made
         self.row_parallel = isinstance(linears[0], RowParallelLinear)
         self.own_tokens = isinstance(linears[0], TokenLinear)
         assert not (self.row_parallel and len(linears) > 1)
@@ -137,8 +137,8 @@ class LinearGroup:
     def product(self, source: torch.Tensor, tokens: Tokens, unread: bool = False) -> Product:
         """Return the Product of `source`. Not for autograd.
 
-        source is x with room behind it, [T or F, I + C] (its tail is overwritten); or x alone, [T or F, I]; or gate_up
-        [F, 2 I] where the group is gated.
+        source is x with room behind it, [T or F, I + C] (its tail is overwritten); or x alone, [T or F, I]; or what x
+        is made of, gate_up [F, 2 I] or up [F, I].
         Column-parallel: source has this rank's T tokens, y all F. Row-parallel: source has all F, y is reduced to this
         rank's T (or is this rank's term of all F, where the group does not reduce).
         Under sequence parallelism the X of a column-parallel group is sure to have its z, and only until the next call.
@@ -148,10 +148,10 @@ class LinearGroup:
         tp, columns, exchange = self.place.tp, self.in_features, self.place.exchange
         X, A, x = source, self.down, None
         token_index, draw = self.mask(tokens)
-        if self.gated and A is None:
-            X = swiglu(source, self.room, self.gated)
-        elif self.gated:
-            X = swiglu_down(source, self.room, A, token_index, draw, self.gated)
+        if self.made is not None and A is None:
+            X = swiglu(source, self.room, *self.made)
+        elif self.made is not None:
+            X = swiglu_down(source, self.room, A, token_index, draw, self.made.act)
         elif A is not None:
             if source.shape[1] == columns:
                 X, x = source.new_empty(source.shape[0], columns + self.room), source
@@ -276,13 +276,14 @@ class LinearGroup:
         return torch.cat(parts).to(self.place.dtype)
 
 
-class GatedPair:
-    """gate and up, then down of act(gate) * up: two groups whose backward passes are one.
+class MLPPair:
+    """gate and up (or up alone), then down of what is made of them: two groups whose backward passes are one.
 
     first   the column-parallel group of gate and up
-    second  the row-parallel, gated one of down
+    second  the row-parallel one of down, which makes its input
     """
 
     def __init__(self, first: LinearGroup, second: LinearGroup):
-        assert second.gated and not first.gated and sum(first.sizes) == 2 * second.in_features
+        assert second.made is not None and first.made is None
+        assert sum(first.sizes) == second.made.width(second.in_features)
         self.first, self.second = first, second

@@ -16,7 +16,7 @@ from megalora.ops.lora_linear import lora_down_input_grad_, lora_up_weight_grad
 from megalora.ops.swiglu import swiglu, swiglu_backward
 from megalora.parallel.collectives import all_gather, all_reduce, all_reduce_async, reduce_scatter
 from megalora.parallel.exchange import gather_product, product_scatter
-from megalora.parallel.group import GatedPair, LinearGroup, Product, Trainable
+from megalora.parallel.group import LinearGroup, MLPPair, Product, Trainable
 from megalora.parallel.placement import Placement, Tokens
 
 
@@ -27,13 +27,13 @@ def apply_group(group: LinearGroup, source: torch.Tensor, tokens: Tokens, unread
     return GroupedLinearFunction.apply(source, group, tokens, unread, *group.trainables.values())
 
 
-def apply_pair(pair: GatedPair, source: torch.Tensor, tokens: Tokens, unread: bool = False) -> torch.Tensor:
+def apply_pair(pair: MLPPair, source: torch.Tensor, tokens: Tokens, unread: bool = False) -> torch.Tensor:
     """Return y [T, O] of `source` [T, I + C] or [T, I], as of the groups one after the other, for autograd."""
     first, second = pair.first, pair.second
     if not torch.is_grad_enabled():
         return second.product(first.product(source, tokens).y, tokens).y
     trainables = (*first.trainables.values(), *second.trainables.values())
-    return GatedPairFunction.apply(source, pair, tokens, unread, *trainables)
+    return MLPPairFunction.apply(source, pair, tokens, unread, *trainables)
 
 
 def reduce_terms(terms: torch.Tensor, place: Placement, biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -115,7 +115,7 @@ def _keep(
 ) -> _Kept:
     """Return what is kept of a product of `source`."""
     full = product.X
-    keeps = _any(needs, "lora_A") or (group.gated and needs_dx)
+    keeps = _any(needs, "lora_A") or (group.made is not None and needs_dx)
     # z is kept apart where X is not what is kept; without gradients nothing is kept.
     apart = (needs_dx or any(needs.values())) and (full is not source or not keeps)
     z = full[:, group.in_features :].clone() if group.down is not None and apart else None
@@ -149,7 +149,7 @@ def _backward(
 
     dense       the source came without room, and so does its gradient
     own_ups     false: whoever made dy has seen to the group's dB
-    ups_before  the branches that a gated group's source was made with, whose dB is seen to here
+    ups_before  the branches of the linears that made what a group makes its input of, whose dB is seen to here
     """
     A, token_index, tp, exchange = kept.A, kept.token_index, group.place.tp, group.place.exchange
     columns, dA = group.in_features, sums.dA
@@ -175,8 +175,8 @@ def _backward(
         scatters = group.gathers and not group.row_parallel
         dX = product_scatter(dy, product, width, tp, exchange) if scatters else product(dy)
     dz = None if A is None else dX[:, dX.shape[1] - group.room :][:, : sum(group.ranks)]
-    if group.gated:
-        return _gated_backward(group, kept, draw, dX, dz, needs_dx, dA, ups_before)
+    if group.made is not None:
+        return _made_backward(group, kept, draw, dX, dz, needs_dx, dA, ups_before)
     if not needs_dx:
         if dA:
             add_down_weight_grad_(dA, dz, kept.source[:, :columns], token_index, draw)
@@ -216,7 +216,7 @@ def _add_bias_grads(group: LinearGroup, dy: torch.Tensor, sums: _Sums) -> None:
             into.add_(total, alpha=linear.adapter.scaling if kind == "lora_bias" else 1.0)
 
 
-def _gated_backward(
+def _made_backward(
     group: LinearGroup,
     kept: _Kept,
     draw: Dropout | None,
@@ -226,18 +226,19 @@ def _gated_backward(
     dA: Sequence[torch.Tensor],
     ups_before: Sequence[UpBranch],
 ) -> torch.Tensor | None:
-    """Return the rest of `_backward` where x was made of the source: the gradient of gate and up."""
-    A, token_index, columns, act = kept.A, kept.token_index, group.in_features, group.gated
-    assert act is not None
+    """Return the rest of `_backward` where x was made of the source: the gradient of gate and up, or of up."""
+    A, token_index, columns, made = kept.A, kept.token_index, group.in_features, group.made
+    assert made is not None
     if needs_dx and dA:
-        return swiglu_lora_backward_(dX[:, :columns], kept.source, dz, A, token_index, draw, dA[0], ups_before, act)
+        dx = dX[:, :columns]
+        return swiglu_lora_backward_(dx, kept.source, dz, A, token_index, draw, dA[0], ups_before, made.act)
     if dA:
-        add_down_weight_grad_(dA, dz, swiglu(kept.source, act=act), token_index, draw)
+        add_down_weight_grad_(dA, dz, swiglu(kept.source, 0, *made), token_index, draw)
     if not needs_dx:
         return None
     if dz is not None:
         lora_down_input_grad_(dX[:, :columns], dz, A, token_index, draw)
-    dsource = swiglu_backward(dX[:, :columns], kept.source, None, act)[0]
+    dsource = swiglu_backward(dX[:, :columns], kept.source, None, made.act)[0]
     for branch in ups_before:
         lora_up_weight_grad(dsource[:, branch.rows], branch.z, branch.scaling, branch.dB)
     return dsource
@@ -265,7 +266,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         return dsource, None, None, None, *sums.told
 
 
-class GatedPairFunction(torch.autograd.Function):
+class MLPPairFunction(torch.autograd.Function):
     """Both groups as GroupedLinearFunction; the dB of the first is computed where its dy is made."""
 
     @staticmethod
@@ -320,7 +321,7 @@ class _ReduceTerms(torch.autograd.Function):
         return all_gather(dy.contiguous(), ctx.place.tp) if ctx.place.gathers else dy, None
 
 
-def _cut_needs(needs: Sequence[bool], pair: GatedPair) -> tuple[bool, Needs, Needs]:
+def _cut_needs(needs: Sequence[bool], pair: MLPPair) -> tuple[bool, Needs, Needs]:
     """Return which gradients are wanted: (of the source, of the first group's trainables, of the second's)."""
     end = 4 + len(pair.first.trainables)
     return needs[0], _needs(pair.first, needs[4:end]), _needs(pair.second, needs[end:])

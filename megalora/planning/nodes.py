@@ -32,6 +32,7 @@ from megalora.planning.tokens import Tokens
 
 __all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "host_bytes", "kept_bytes", "peak_bytes"]
 
+_MADE_OF = {"gated": 2, "activated": 1}  # features that one of down's input is made of
 _STATISTIC = 4  # bytes of a float32: the norms' inverses, the logsumexp of attention
 
 
@@ -196,7 +197,7 @@ class _LayerNodes:
         after = flowing or mixer.up.trains
         if mixer.fused:
             fused = self._fused(mixer)
-            down = self._linears(mixer.down, "gated", after, fused=fused, unread=unread)
+            down = self._linears(mixer.down, "gated" if mixer.gates else "activated", after, fused=fused, unread=unread)
             if source == "made again":  # both groups' backward is one node, which begins with what it kept
                 x = self.tokens.local * (mixer.up.inputs + mixer.up.room) * self.work.element
                 down = replace(down, backward=replace(down.backward, live=down.backward.live + x))
@@ -248,19 +249,20 @@ class _LayerNodes:
 
         source  what the group is given: "normed", x with room (q k v, gate up), kept or "made again" in backward; x
                 alone, the result of attention, of an activation or the residual stream: "kept" by another, "recomputed"
-                in backward, or "new"; "gated": gate_up, of which it makes x, and which it keeps also for the gradient
+                in backward, or "new"; "gated": gate_up, of which it makes x, and which it keeps also for the gradient;
+                "activated": the same of up alone
         fused   the backward passes of gate up and down are one pass through what is gated
         read    what reads the result keeps it
         unread  forward makes z alone
         """
         tokens, e = self.tokens, self.work.element
-        again, gated = source == "made again", source == "gated"
+        again, parts = source == "made again", _MADE_OF.get(source, 0)
         gathers, normed = tokens.gathers and not group.row_parallel, again or source == "normed"
-        alone = not gated and not normed
+        alone = not parts and not normed
         held = tokens.full if group.row_parallel else tokens.local
         x = held * (group.inputs + group.room) * e
-        if gated:
-            kept = 2 * held * group.inputs * e
+        if parts:
+            kept = parts * held * group.inputs * e
         elif alone:
             kept = held * group.inputs * e if group.rank and source != "kept" else 0
         else:
@@ -269,9 +271,9 @@ class _LayerNodes:
         if group.rank and (gathers or group.row_parallel or alone):
             kept += tokens.full * group.room * e
         device = self.shape.device_type
-        reads_z = group.rank and not (gated and fuses_down(device, group.rank))  # x again, for z
+        reads_z = group.rank and not (parts and fuses_down(device, group.rank))  # x again, for z
         fused = bool(group.rank) and fused  # one pass through what is gated, with dB of gate and up
-        made = x if gated or (alone and group.room) else 0  # with room, for the forward only
+        made = x if parts or (alone and group.room) else 0  # with room, for the forward only
         y_full, reads_x = tokens.full * group.output * e, held * group.inputs * e
         in_region = self.shape.device_type == "cuda"  # what is gathered lies in the memory of the exchange there
         matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
@@ -280,9 +282,9 @@ class _LayerNodes:
         forward = Pass(
             live=(tokens.full * (group.inputs + group.room) * e if gathers and not in_region else 0) + made + y_full,
             flops=matrix + branch * group.inputs,
-            traffic=(reads_x if reads_z else 0) + (3 * reads_x if gated else 0),
+            traffic=(reads_x if reads_z else 0) + ((1 + parts) * reads_x if parts else 0),
             messages=messages,
-            calls=1 + gated + (group.rank > 0) + (group.row_parallel and group.biases > 0) + len(messages),
+            calls=1 + (parts > 0) + (group.rank > 0) + (group.row_parallel and group.biases > 0) + len(messages),
         )
         forward = on_base(forward, group, self.work, device, tokens.full, matrix, backward=False)
         if unread and not group.magnitudes:
@@ -295,7 +297,7 @@ class _LayerNodes:
     def _linears_backward(self, group: Group, source: str, needs_dx: bool, fused: bool) -> Pass:
         """Return the backward pass of `_linears`."""
         tokens, e, device = self.tokens, self.work.element, self.shape.device_type
-        again, gated = source == "made again", source == "gated"
+        again, parts = source == "made again", _MADE_OF.get(source, 0)
         gathers, normed = tokens.gathers and not group.row_parallel, again or source == "normed"
         held, in_region = tokens.full if group.row_parallel else tokens.local, device == "cuda"
         x, reads_x = held * (group.inputs + group.room) * e, held * group.inputs * e
@@ -306,13 +308,13 @@ class _LayerNodes:
         gradients = group.trained * (e + _STATISTIC)
         dy = (y_full if tokens.gathers and not in_region else 0) if group.row_parallel else y_full
         scattered = tokens.local * (group.inputs + group.room) * e if gathers else 0
-        after = 0  # beside dX: the gradient of gate_up and x again; or what goes on from o
-        if gated:
-            after = (3 if group.rank and not fused else 2) * reads_x
+        after = 0  # beside dX: the gradient of what x is made of and x again; or what goes on from o
+        if parts:
+            after = (parts + (group.rank > 0 and not fused)) * reads_x
         elif not normed and group.rank:
             after = reads_x
         traffic = y_full + reads_x + (2 * reads_x if needs_dx else 0) if group.rank else 0
-        if fused and needs_dx and gated:
+        if fused and needs_dx and parts:
             traffic = y_full
         elif fused and normed:
             traffic -= y_full
@@ -321,7 +323,7 @@ class _LayerNodes:
         backward = Pass(
             live=tokens.stream + dy + (dx_full + scattered + after if needs_dx else 0) + gradients + x * again,
             flops=product + branch * (group.inputs * (2 if needs_dx else 1) + group.output),
-            traffic=traffic + (5 * reads_x if gated and needs_dx else 0) + (3 * reads_x if again else 0),
+            traffic=traffic + ((1 + 2 * parts) * reads_x if parts and needs_dx else 0) + (3 * reads_x if again else 0),
             messages=messages,
             # dX; dx with dA; dB of each branch, where no other pass makes it.
             calls=1 + (group.rank > 0) + (0 if fused and normed else group.adapted) + len(messages),
@@ -343,9 +345,10 @@ class _LayerNodes:
         return (Message("reduce", tokens.whole),) if sums and whole else ()
 
     def _fused(self, mixer: MLP) -> bool:
-        """Return whether the backward passes of down's branch, of what is gated and of gate's and up's B are one."""
+        """Return whether the backward passes of down's branch, of what it reads and of gate's and up's B are one."""
         down, ups = mixer.down, [rank for rank in mixer.up.ranks if rank]
-        return down.rank > 0 and len(ups) != 1 and fuses_gated(self.shape.device_type, down.rank, ups)
+        whole = len(ups) in (0, len(mixer.up.ranks))
+        return down.rank > 0 and whole and fuses_gated(self.shape.device_type, down.rank, ups)
 
     def _core(self, layer: Attention, flowing: bool) -> Node:
         """Count rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""
@@ -436,12 +439,7 @@ def _tail(shape: Shape, work: Workload, tokens: Tokens, flowing: bool) -> list[N
             messages=before,
             calls=12,
         ),
-        Pass(
-            live=whole + (read if tokens.gathers else 0),
-            traffic=2 * whole,
-            messages=after,
-            calls=2,
-        )
+        Pass(live=whole + (read if tokens.gathers else 0), traffic=2 * whole, messages=after, calls=2)
         if flowing
         else NOTHING,
     )

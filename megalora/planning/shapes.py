@@ -345,7 +345,7 @@ class _Rank:
             self._group(index, inner, [(mixer.down, mixer.down.out_features)], row_parallel=True),
             mixer.gate is not None,
             mixer.act,
-            mixer.fused_gate is not None,
+            mixer.fused_act is not None,
         )
 
     def _attention(self, index: int, mixer: spec.Attention) -> Attention:

@@ -133,8 +133,9 @@ def test_rms_norm(dtype, size, name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("room", [0, 64])
 @pytest.mark.parametrize("act", ACTS)
-def test_swiglu(dtype, room, act):
-    both(lambda x: swiglu(x, room, act), randn(19, 2 * 144, dtype=dtype), room=room)
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+def test_swiglu(dtype, room, act, gated):
+    both(lambda x: swiglu(x, room, act, gated), randn(19, 144 * (1 + gated), dtype=dtype), room=room)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -138,6 +138,27 @@ def test_backward_through_the_gate_is_that_of_autograd(draw, names, apart, act):
 
 
 @DRAWS
+@pytest.mark.parametrize("wanted_dB", [True, False], ids=["dB", "no dB"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gate and up in one linear", "no gate"])
+@pytest.mark.parametrize("act", ACTS)
+def test_backward_through_one_linear_is_that_of_autograd(draw, gated, act, wanted_dB):
+    """Of gate and up, fused in the file, and of up without a gate: one branch, s z B^T, of all of it."""
+    width = I * (1 + gated)
+    z, B, A = randn(0, T, RANK_UP), randn(1, width, RANK_UP).requires_grad_(), randn(2, RANK_DOWN, I).requires_grad_()
+    gate_up, dX, dA = randn(3, T, width) + 3.0 * z @ B.t(), randn(4, T, I + C), randn(5, RANK_DOWN, I)
+    dx, dz = dX[:, :I], dX[:, I : I + RANK_DOWN]
+    x = ACTS[act].value(gate_up[:, :I]) * gate_up[:, I:] if gated else ACTS[act].value(gate_up)
+    of_up, of_A, of_B = torch.autograd.grad([x, (x * mask(draw)) @ A.t()], [gate_up, A, B], [dx, dz])
+    of_A = dA + of_A
+    branch = UpBranch(slice(0, width), z, 3.0, torch.ones_like(B))
+    ups = [branch] if wanted_dB else []
+    grad = swiglu_lora_backward_(dx, gate_up.detach(), dz, A.detach(), INDEX, draw, dA, ups, act)
+    close(grad, of_up)
+    close(dA, of_A)
+    close(branch.dB.detach(), 1.0 + of_B if wanted_dB else torch.ones_like(B))
+
+
+@DRAWS
 @pytest.mark.parametrize("rank", [5, C])
 def test_forward_through_swiglu_is_swiglu_and_then_down(draw, rank):
     gate_up, A = randn(0, T, 2 * I), randn(1, rank, I)

@@ -129,24 +129,30 @@ def test_backward(case, apart):
     assert error(torch.cat(dA), wanted_dA) < 1e-5
 
 
-GATED = [  # (tokens, features, rank of down, ranks of gate and up or None, p)
+GATED = [  # (tokens, features, rank of down, ranks of gate and up, of both in one linear, or none; p)
     (1, 8, 8, (8, 8), 0.1),
-    (17, 40, 8, None, 0.1),
+    (17, 40, 8, (), 0.1),
     (300, 200, 16, (16, 8), 0.3),
     (129, 1032, 16, (8, 16), 0.0),
     (2100, 1408, 16, (16, 16), 0.1),
-    (515, 328, 8, None, 0.5),
+    (515, 328, 8, (), 0.5),
+    (300, 200, 8, (16,), 0.3),
+    (2100, 1408, 16, (8,), 0.1),
 ]
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("tokens, features, rank, ups, p", GATED)
 @pytest.mark.parametrize("act", ACTS)
-def test_gated_backward_and_forward(tokens, features, rank, ups, p, act, dtype):
-    """The kernels that make x = act(gate) * up themselves, against float64 of x as bits have it."""
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+def test_gated_backward_and_forward(tokens, features, rank, ups, p, act, dtype, gated):
+    """The kernels that make x = act(gate) * up, or act(up), themselves, against float64 of x as bits have it."""
+    if len(ups) > 1 + gated:
+        pytest.skip("one branch alone without a gate")
     case = Case(tokens, features, rank, p, dtype)
-    gate_up = torch.randn(tokens, 2 * features, device="cuda").to(dtype)
-    gate, up = gate_up.double().chunk(2, dim=1)
+    gate_up = torch.randn(tokens, (1 + gated) * features, device="cuda").to(dtype)
+    gate, *more = gate_up.double().split(features, dim=1)
+    up = more[0] if gated else 1.0
     value = ACTS[act].value(gate).to(dtype).double()
     case.x.copy_((value * up).to(dtype))
     x, X = case.dropped_x(), torch.full_like(case.forward, float("nan"))
@@ -160,17 +166,17 @@ def test_gated_backward_and_forward(tokens, features, rank, ups, p, act, dtype):
     leaf = gate.clone().requires_grad_()
     exact = ACTS[act].value(leaf)
     (dgate,) = torch.autograd.grad(exact, leaf, d * up)
-    wanted = torch.cat([dgate, d * exact.detach()], dim=1)
+    wanted = torch.cat([dgate, d * exact.detach()], dim=1) if gated else dgate
     grad, dA = torch.full_like(gate_up, float("nan")), torch.ones(rank, features, device="cuda")
     z = torch.randn(tokens, 64, device="cuda").to(dtype)
-    dB = [] if ups is None else [torch.ones(features, r, device="cuda") for r in ups]
-    scaling = [] if ups is None else [0.5, 3.0]
-    places = (grad, [dA], None if ups is None else z, dB, scaling, act)
+    parts = grad.shape[1] // max(1, len(ups))
+    dB, scaling = [torch.ones(parts, r, device="cuda") for r in ups], [0.5, 3.0][: len(ups)]
+    places = (grad, [dA], z if ups else None, dB, scaling, act)
     torch.ops.megalora.swiglu_lora_gradients_(case.dx, gate_up, case.dz, case.A, *case.draw, None, *places)
     assert error(grad, wanted) < 2 * rounding(dtype)
     assert error(dA, 1.0 + case.dz.double().t() @ x) < 2 * rounding(dtype)
     first = 0
-    for made, rows, scale in zip(dB, grad.double().chunk(2, dim=1), scaling, strict=False):
+    for made, rows, scale in zip(dB, grad.double().split(parts, dim=1), scaling, strict=False):
         r = made.shape[1]
         assert error(made, 1.0 + scale * rows.t() @ z[:, first : first + r].double()) < 1e-5
         first += r
@@ -186,22 +192,23 @@ def test_mask_bits_are_those_of_the_definition():
 
 
 @pytest.mark.parametrize("rank", [16, 32, 48])
-@pytest.mark.parametrize("gated", [False, True], ids=["x read", "x made"])
-def test_twenty_repeats_of_the_backward_pass_give_the_same_bits(rank, gated):
-    if gated and rank > 16:
+@pytest.mark.parametrize("parts", [0, 1, 2], ids=["x read", "x made of up", "x made of gate and up"])
+def test_twenty_repeats_of_the_backward_pass_give_the_same_bits(rank, parts):
+    if parts and rank > 16:
         pytest.skip("larger ranks go through other kernels")
     case = Case(2048, 4096, rank, 0.1, torch.bfloat16)
-    gate_up, z = torch.randn(2048, 8192, device="cuda").bfloat16(), torch.randn(2048, 64, device="cuda").bfloat16()
+    gate_up = torch.randn(2048, 4096 * parts, device="cuda").bfloat16()
+    z = torch.randn(2048, 64, device="cuda").bfloat16()
 
     def run():
         dA = torch.zeros(rank, 4096, device="cuda")
-        if not gated:
+        if not parts:
             out = torch.empty_like(case.dx)
             torch.ops.megalora.lora_backward_(case.dx, case.dz, case.x, case.A, *case.draw, None, [dA], out)
             return out, dA
-        grad, dB = torch.empty_like(gate_up), [torch.zeros(4096, 16, device="cuda") for _ in range(2)]
+        grad, dB = torch.empty_like(gate_up), [torch.zeros(4096, 16, device="cuda") for _ in range(parts)]
         torch.ops.megalora.swiglu_lora_gradients_(
-            case.dx, gate_up, case.dz, case.A, *case.draw, None, grad, [dA], z, dB, [1.0, 2.0]
+            case.dx, gate_up, case.dz, case.A, *case.draw, None, grad, [dA], z, dB, [1.0, 2.0][:parts]
         )
         X = torch.empty_like(case.forward)
         torch.ops.megalora.swiglu_lora_down_(X[:, 4096:], gate_up, case.A, *case.draw, None, X[:, :4096])

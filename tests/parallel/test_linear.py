@@ -16,9 +16,10 @@ from torch.nn.functional import linear as affine
 
 from megalora.adapters.lora import Adapter
 from megalora.ops.dropout import dropout
+from megalora.ops.swiglu import Made
 from megalora.parallel import collectives
 from megalora.parallel.grads import FlatGradients
-from megalora.parallel.group import GatedPair, LinearGroup
+from megalora.parallel.group import LinearGroup, MLPPair
 from megalora.parallel.group_grad import apply_group, apply_pair
 from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalora.parallel.mesh import Axis, ParallelMesh, build_mesh
@@ -39,6 +40,7 @@ class Case:
     bias: bool = True
     trains_bias: bool = False
     evaluating: bool = False
+    plain: bool = False  # of gate, up and down: there is no gate
 
     @property
     def adapters(self) -> list[Adapter | None]:
@@ -433,10 +435,13 @@ GATED = {
     "down alone": Case(adapted=(False, False, True)),
     "none adapted": Case(adapted=(False, False, False)),
     "none adapted, trained bias": Case(adapted=(False, False, False), trains_bias=True),
+    "no gate": Case(adapted=(False, True, True), trains_bias=True, plain=True),
+    "no gate, up alone": Case(adapted=(False, True, False), plain=True),
+    "no gate, down alone": Case(adapted=(False, False, True), plain=True, bias=False),
 }
 
 
-def gated(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, GatedPair]:
+def gated(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, MLPPair]:
     part = even_part(INNER, place.tp)
     options = {"bias": case.bias, "trains_bias": case.trains_bias, "place": place}
     gate, up, down = case.adapters
@@ -445,10 +450,12 @@ def gated(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, GatedPair]
             ColumnParallelLinear("gate", IN, INNER, part, adapter=gate, **options),
             ColumnParallelLinear("up", IN, INNER, part, adapter=up, **options),
             RowParallelLinear("down", INNER, IN, part, adapter=down, **options),
-        ]
+        ][case.plain :]
     )
-    pair = GatedPair(
-        LinearGroup(list(module[:2]), SITES[columns], place), LinearGroup([module[2]], SITES[row], place, gated="silu")
+    made = Made("gelu_tanh", False) if case.plain else Made()
+    pair = MLPPair(
+        LinearGroup(list(module[:-1]), SITES[columns], place),
+        LinearGroup([module[-1]], SITES[row], place, made=made),
     )
     fill(module)
     pair.first.refresh()
@@ -456,11 +463,11 @@ def gated(case: Case, place: Placement) -> tuple[torch.nn.ModuleList, GatedPair]
     return module, pair
 
 
-def in_turn(pair: GatedPair, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+def in_turn(pair: MLPPair, source: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     return apply_group(pair.second, apply_group(pair.first, source, tokens), tokens)
 
 
-def source_of(pair: GatedPair, x: torch.Tensor, room: bool) -> torch.Tensor:
+def source_of(pair: MLPPair, x: torch.Tensor, room: bool) -> torch.Tensor:
     """x, a leaf: with the room for z behind it, or alone."""
     columns = pair.first.room if room else 0
     return torch.cat([x, x.new_zeros(len(x), columns)], 1).requires_grad_()
@@ -476,8 +483,9 @@ def test_a_gated_pair_is_its_groups_in_turn(name, room):
     module, pair = gated(case, ALONE)
     X, other, x = (source_of(pair, tensor(99, T, IN), room) for _ in range(3))
     y, turned = apply_pair(pair, X, case.tokens), in_turn(pair, other, case.tokens)
-    gate, up = formula(x[:, :IN], module[:2], case, SITES[columns])
-    (wanted,) = formula(torch.nn.functional.silu(gate) * up, module[2:], case, SITES[row])
+    *gate, up = formula(x[:, :IN], module[:-1], case, SITES[columns])
+    inner = torch.nn.functional.silu(gate[0]) * up if gate else torch.nn.functional.gelu(up, approximate="tanh")
+    (wanted,) = formula(inner, module[-1:], case, SITES[row])
     assert y.equal(turned)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     ours, theirs, plain = (gradients([out], module, of) for out, of in ((y, X), (turned, other), (wanted, x)))
@@ -541,7 +549,7 @@ def gated_cut(rank: int, world_size: int, name: str, sequence_parallel: bool):
     return found
 
 
-@pytest.mark.parametrize("name", ["all adapted, trained bias", "gate alone", "down alone"])
+@pytest.mark.parametrize("name", ["all adapted, trained bias", "gate alone", "down alone", "no gate"])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_a_cut_gated_pair_is_its_groups_in_turn(sequence_parallel, name):
     for (y, ours), (turned, theirs) in spawn(gated_cut, 2, name, sequence_parallel):

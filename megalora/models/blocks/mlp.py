@@ -9,7 +9,8 @@ from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.ops.activations import ACTIVATIONS, gated_activation
 from megalora.ops.dropout import drop
-from megalora.parallel.group import GatedPair, LinearGroup
+from megalora.ops.swiglu import Made
+from megalora.parallel.group import LinearGroup, MLPPair
 from megalora.parallel.group_grad import apply_group, apply_pair
 from megalora.parallel.split import even_part
 
@@ -30,10 +31,10 @@ class MLPBlock:
         outputs = [("gate", mlp.gate, part)] if mlp.gate is not None else []
         ups = at.columns([*outputs, ("up", mlp.up, part)])
         down = at.row(mlp.down, part)
-        gated = mlp.fused_gate
+        made = None if mlp.fused_act is None else Made(mlp.fused_act, mlp.gate is not None)
         self.up = LinearGroup(ups, at.site("up"), at.place, reduces=not gathered)
-        self.down = LinearGroup((down,), at.site(site), at.place, gated=gated, reduces=reduces)
-        self._pair = GatedPair(self.up, self.down) if gated else None
+        self.down = LinearGroup((down,), at.site(site), at.place, made=made, reduces=reduces)
+        self._pair = None if made is None else MLPPair(self.up, self.down)
         self._act = ACTIVATIONS[mlp.act]
         self._gates = mlp.gate is not None
         self._dropout, self._site, self._start = mlp.dropout, at.site(f"{mlp.down.name} base input"), part.start
