@@ -23,44 +23,51 @@ from megalora.parallel.placement import Placement
 class Decomposition:
     """The magnitudes of a group's linears; columns of linears without one have the factor 1.
 
-    rows, branches  of each linear in the group's matrix
+    rows  of each linear in the group's matrix
     """
 
-    def __init__(self, linears: Sequence[ParallelLinear], rows: Sequence[slice], branches: Sequence[slice]):
-        self._parts = [
-            (i, linear, rows[i], branches[i]) for i, linear in enumerate(linears) if linear.magnitude is not None
-        ]
-        self._size = rows[-1].stop
-        self._base: list[torch.Tensor] = []  # ||W||² of each part's rows, once the weights are loaded
+    def __init__(self, linears: Sequence[ParallelLinear], rows: Sequence[slice]):
+        self._parts = [(i, linear, rows[i]) for i, linear in enumerate(linears) if linear.magnitude is not None]
+        self._linears, self._rows = linears, rows
+        self.size = rows[-1].stop
+        self._base: torch.Tensor | None = None  # ||W||² of each row, once the weights are loaded
         self.scale: torch.Tensor | None = None  # m / norm [O]
         self._norms: torch.Tensor | None = None  # [O]
+        self._per_norm: torch.Tensor | None = None  # 1 / norm [O]
+        self._per_magnitude: torch.Tensor | None = None  # 1 / m [O]
 
     def squares(self, matrix: FrozenMatrix, down: torch.Tensor) -> torch.Tensor:
-        """Return this rank's term of the square norm of each row [O]; down: A of all branches in the compute dtype."""
-        weights = [matrix.weight(rows) for _, _, rows, _ in self._parts]
-        if not self._base:
-            self._base = [base_square_norms(W) for W in weights]
-        found = self._base[0].new_ones(self._size)
-        for (_, _, rows, columns), W, base in zip(self._parts, weights, self._base, strict=True):
-            found[rows] = square_norms(W, down[columns], matrix.branch(rows, columns), base)
-        return found
+        """Return this rank's term of the square norm of each row [O]; down: A of all branches in the compute dtype.
 
-    def settle(self, squares: torch.Tensor) -> None:
-        """Set the factors from the whole square norms [O]."""
-        self._norms = squares.clamp_min(0).sqrt()
-        self.scale = torch.ones_like(self._norms)
-        for _, linear, rows, _ in self._parts:
-            self.scale[rows] = factors(linear.magnitude.detach().to(self._norms.dtype), self._norms[rows])
+        All linears of the group are taken at once: each has columns of the branch to itself, in which the others are 0.
+        """
+        W, branch = matrix.weight(slice(0, self.size)), matrix.branch(slice(0, self.size), slice(0, len(down)))
+        if self._base is None:
+            self._base = base_square_norms(W)
+        return square_norms(W, down, branch, self._base)
+
+    def magnitudes(self, norms: torch.Tensor) -> list[torch.Tensor]:
+        """Return m of each linear in the dtype of norms [O]; the norms where a linear has none, whose factor is 1."""
+        return [
+            norms[rows] if linear.magnitude is None else linear.magnitude.detach().to(norms.dtype)
+            for linear, rows in zip(self._linears, self._rows, strict=True)
+        ]
+
+    def settle(
+        self, norms: torch.Tensor, scale: torch.Tensor, per_norm: torch.Tensor, per_magnitude: torch.Tensor
+    ) -> None:
+        """Take the norms, the factors m / norm, and 1 / norm and 1 / m, [O] each."""
+        self._norms, self.scale, self._per_norm, self._per_magnitude = norms, scale, per_norm, per_magnitude
 
     def reset(self) -> None:
         """Set the magnitudes to the norms, with which the adapter is W + s B A itself."""
-        for _, linear, rows, _ in self._parts:
+        for _, linear, rows in self._parts:
             linear.magnitude.data.copy_(self._norms[rows])
 
     @torch.no_grad()
     def switch(self, adapted: bool) -> None:
         """Put the factors in force, or 1 everywhere, in place."""
-        for _, linear, rows, _ in self._parts:
+        for _, linear, rows in self._parts:
             magnitude = linear.magnitude.to(self._norms.dtype)
             self.scale[rows] = factors(magnitude, self._norms[rows]) if adapted else 1.0
 
@@ -82,10 +89,10 @@ class Decomposition:
         kept, has_bias  as `apply` gave it, and whether it was given a bias
         """
         dproduct, dots = scale_columns_backward(dy, kept if into else None, self.scale)
-        for i, linear, rows, _ in self._parts:
-            if i in into:  # y = product m / norm: dm = sum of dy product / norm = sum of dy y / m
-                divisor = self._norms[rows] if has_bias else linear.magnitude.detach().to(self._norms.dtype)
-                into[i].add_(torch.where(divisor != 0, dots[rows] / divisor, 0.0))
+        if into:  # y = product m / norm: dm = sum of dy product / norm = sum of dy y / m
+            dots = dots.mul_(self._per_norm if has_bias else self._per_magnitude)
+            parts = [(into[i], dots[rows].to(into[i].dtype)) for i, _, rows in self._parts if i in into]
+            torch._foreach_add_([whole for whole, _ in parts], [part for _, part in parts])
         return dproduct
 
     def bias_gradient(self, total: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -100,8 +107,19 @@ def settle_norms(groups: Sequence[tuple[Decomposition, FrozenMatrix, torch.Tenso
     cut = [i for i, (_, _, _, row_parallel) in enumerate(groups) if row_parallel]
     if cut and place.tp.size > 1:
         _sum_over(place.tp, [squares[i] for i in cut])
-    for (found, _, _, _), whole in zip(groups, squares, strict=True):
-        found.settle(whole)
+    # Of all groups at once: one by one it would be thousands of operations a step.
+    sizes = [found.size for found, *_ in groups]
+    norms = torch.cat(squares).clamp_min_(0).sqrt_()
+    parts = zip(groups, norms.split(sizes), strict=True)
+    magnitudes = torch.cat([m for (found, *_), part in parts for m in found.magnitudes(part)])
+    flat = norms, factors(magnitudes, norms), _inverse(norms), _inverse(magnitudes)
+    for (found, *_), *own in zip(groups, *(each.split(sizes) for each in flat), strict=True):
+        found.settle(*own)
+
+
+def _inverse(x: torch.Tensor) -> torch.Tensor:
+    """Return 1 / x; 0 where x is."""
+    return torch.where(x != 0, 1 / x, 0.0)
 
 
 def _sum_over(tp: Axis, parts: Sequence[torch.Tensor]) -> None:

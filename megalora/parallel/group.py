@@ -110,7 +110,7 @@ class LinearGroup:
             linear.take_rows(self.matrix, self.rows[-1])
             row, column = row + size, column + rank
         decomposed = any(linear.magnitude is not None for linear in linears)
-        self.dora = Decomposition(linears, self.rows, self.branches) if decomposed else None
+        self.dora = Decomposition(linears, self.rows) if decomposed else None
 
     @property
     def gathers(self) -> bool:
