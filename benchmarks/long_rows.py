@@ -23,10 +23,12 @@ from train_step import LEARNING_RATE, Step, randomize
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import EngineSettings, build_trainer, largest_exchange, resolve_lora
+from megalora.choices import BASE_FORMATS
 from megalora.cluster.environment import environment_int
 from megalora.cluster.launch import distributed
 from megalora.data.context import cut_batch
 from megalora.models.config import config_from_dict
+from megalora.parallel.formats import BaseFormat
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.peer_memory import choose_exchange
 from megalora.parallel.placement import Placement
@@ -55,13 +57,21 @@ def measured(
     budget = Budget(int(options.memory * GIB), int(options.host * GIB)) if options.recompute == "auto" else None
     given = "none" if options.recompute == "auto" else options.recompute
     sp = mesh.tp.size > 1
-    work = Workload(1, length, recompute=given, sequence_parallel=sp, context_parallel=mesh.cp.size)
+    work = Workload(
+        1,
+        length,
+        recompute=given,
+        sequence_parallel=sp,
+        context_parallel=mesh.cp.size,
+        base_format=options.base_format,
+    )
     graphs, fitting = options.cuda_graphs, Fitting(None if budget is None else "auto", budget)
     settings = EngineSettings(work, lambda step: LEARNING_RATE, fitting=fitting, cuda_graphs=graphs)
     lora = resolve_lora(LoraConfig.from_dict(ALL), config)
     size = largest_exchange(config, lora, mesh.tp.size, work.tokens, torch.bfloat16, device)
     exchange, _ = choose_exchange(None, mesh, sp, device, size)
-    place = Placement(mesh.tp, sp, torch.bfloat16, device, exchange, cp=mesh.cp)
+    base = BaseFormat(options.base_format)
+    place = Placement(mesh.tp, sp, torch.bfloat16, device, exchange, base=base, cp=mesh.cp)
     engine = build_trainer(config, mesh, lora, place, settings, randomize)
     fit, data = engine.cut.fit, Step(1, length, config.vocab_size, False, device)
     if mesh.cp.size > 1:
@@ -95,6 +105,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=76.0, help="GiB that recompute auto may take")
     parser.add_argument("--host", type=float, default=100.0, help="GiB of host memory that it may take")
     parser.add_argument("--recompute", default="auto", help="auto, or one of choices.RECOMPUTE_LEVELS")
+    parser.add_argument("--base_format", default="dense", choices=("dense", *BASE_FORMATS))
     parser.add_argument("--cp", type=int, default=1, help="context_parallel_size, under torchrun")
     parser.add_argument("--tp", type=int, default=1, help="tensor_parallel_size, under torchrun")
     parser.add_argument("--layers", type=int, help="of the model; default: all")
