@@ -39,7 +39,7 @@ from megalora.parallel.placement import Placement
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts], list[list[int]]]
-OURS = {"dense": CONTENDERS["ours"], "fp8": CONTENDERS["fp8"], "nf4": CONTENDERS["nf4"]}
+OURS = {"dense": CONTENDERS["ours"], **{name: CONTENDERS[name] for name in ("fp8", "nf4", "nf4_fp8")}}
 
 
 class Memory:

@@ -30,6 +30,7 @@ from train_step import LEARNING_RATE
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import EngineSettings, build_trainer, load_base_weights, resolve_lora, settle_head
+from megalora.choices import BASE_FORMATS
 from megalora.data import Loader, load_dataset
 from megalora.flags import DataArguments
 from megalora.models.config import read_config
@@ -188,7 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data_path", required=True, help="as of megalora finetune")
     parser.add_argument("--eval_data_path", help="rows whose loss is taken at the end")
     add_machine(parser)
-    parser.add_argument("--base_format", nargs="*", choices=("fp8", "nf4"), default=["fp8", "nf4"])
+    parser.add_argument("--base_format", nargs="*", choices=BASE_FORMATS[1:], default=["fp8", "nf4"])
     parser.add_argument("--seeds", type=int, nargs=2, default=[1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--window", type=int, default=20)

@@ -5,13 +5,13 @@
         --target_modules all-linear                                      # GPU, bfloat16
 
 The model is the shape of a config.json with random weights (an HF folder with weights gives its own). Each row is one
-document. A step is zero_grad, forward, backward, gradient clipping and AdamW. Contenders: ours; fp8 and nf4, ours on
-a base in 8 or 4 bits; plain, ours without --use_dora; peft, eager with torch's own choice of attention; liger, the
-same with Liger's kernels and cuDNN's attention (where liger_kernel is installed). On a CPU they make their steps in
+document. A step is zero_grad, forward, backward, gradient clipping and AdamW. Contenders: ours; fp8, nf4 and nf4_fp8,
+ours on a base in 8 or 4 bits; plain, ours without --use_dora; peft, eager with torch's own choice of attention; liger,
+the same with Liger's kernels and cuDNN's attention (where liger_kernel is installed). On a CPU they make their steps in
 turn and on the same weights; on a GPU one runs after the other, each with the memory to itself, unless --at_once has
 them all there and their steps in turn. Prints the median of each, its peak memory on a GPU (what its tensors took,
-and what torch has reserved for them), and how much faster ours is; --output writes JSON. fp8 and nf4 hold one linear
-at a time in 16 bits while they are filled: `--contenders nf4` runs where the 16-bit model does not fit.
+and what torch has reserved for them), and how much faster ours is; --output writes JSON. Bases in 8 or 4 bits hold one
+linear at a time in 16 bits while they are filled: `--contenders nf4` runs where the 16-bit model does not fit.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ CONTENDERS = {
     "ours": "megalora",
     "fp8": "megalora, base in fp8",
     "nf4": "megalora, base in nf4",
+    "nf4_fp8": "megalora, base in nf4, multiplied in fp8",
     "plain": "megalora, plain LoRA",
     "peft": "transformers + peft",
     "liger": "the same + Liger + cuDNN",
@@ -319,6 +320,7 @@ def main() -> None:
         "ours": lambda: ours(None, fields, lora, data, dtype, options),
         "fp8": lambda: ours(None, fields, lora, data, dtype, options, "fp8"),
         "nf4": lambda: ours(None, fields, lora, data, dtype, options, "nf4"),
+        "nf4_fp8": lambda: ours(None, fields, lora, data, dtype, options, "nf4_fp8"),
         "plain": lambda: ours(None, fields, lora | {"use_dora": False}, data, dtype, options),
         "peft": lambda: peers(build_peer(fields, lora, dtype, device, options), read),
         "liger": lambda: peers(with_liger(build_peer(fields, lora, dtype, device, options)), read, cudnn_attention),

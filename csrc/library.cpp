@@ -43,6 +43,7 @@ std::map<std::string, int64_t> limits() {
       {"largest_fp8_row", kLargestFp8Row},
       {"largest_fp8_branch", kLargestFp8Branch},
       {"turned", kTurned},
+      {"least_nf4_to_e4m3_rows", kLeastNf4ToE4m3Rows},
       {"column_scale_rows", kColumnScaleRows},
       {"most_skinny_rows", kMostSkinnyRows},
       {"most_nf4_rows", kMostNf4Rows},

@@ -86,6 +86,9 @@ TORCH_LIBRARY(megalora, m) {
   def("fp8_decode_(Tensor codes, Tensor scale, int block, int phase, Tensor(a!) out) -> ()");
   def("nf4_decode_(Tensor codes, Tensor absmax, Tensor? scale, Tensor? numbers, Tensor? offset, int nested_block, "
       "int first, int width, Tensor(a!) out) -> ()");
+  // out [R, C + terms], or [C, R] where turned, of e4m3; row_scale [R] float32, powers of two; terms [R, terms] e4m3.
+  def("nf4_to_e4m3_(Tensor codes, Tensor absmax, Tensor? scale, Tensor? numbers, Tensor? offset, int nested_block, "
+      "int first, int width, Tensor row_scale, Tensor? terms, Tensor(a!) out, bool turned) -> ()");
   def("fp8_skinny_linear(Tensor x, Tensor codes, Tensor scale, Tensor branch, Tensor? bias) -> Tensor");
   // Of several weights one below the other, each as nf4_decode_ takes it.
   def("nf4_skinny_linear(Tensor x, Tensor[] codes, Tensor[] absmax, Tensor[] scale, Tensor[] numbers, Tensor[] offset, "
@@ -140,6 +143,7 @@ TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
   m.impl("fp8_turn_", &cuda::fp8_turn_);
   m.impl("fp8_decode_", &cuda::fp8_decode_);
   m.impl("nf4_decode_", &cuda::nf4_decode_);
+  m.impl("nf4_to_e4m3_", &cuda::nf4_to_e4m3_);
   m.impl("fp8_skinny_linear", &cuda::fp8_skinny_linear);
   m.impl("nf4_skinny_linear", &cuda::nf4_skinny_linear);
   m.impl("scale_columns_", &cuda::scale_columns_);
@@ -179,6 +183,7 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
                            "fp8_turn_",
                            "fp8_decode_",
                            "nf4_decode_",
+                           "nf4_to_e4m3_",
                            "scale_columns_",
                            "scale_columns_backward_"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&write_nothing>());

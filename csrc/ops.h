@@ -98,6 +98,9 @@ void fp8_turn_(const Tensor& codes, const Tensor& out);
 void fp8_decode_(const Tensor& codes, const Tensor& scale, int64_t block, int64_t phase, const Tensor& out);
 void nf4_decode_(const Tensor& codes, const Tensor& absmax, const OptionalTensor& scale, const OptionalTensor& numbers,
                  const OptionalTensor& offset, int64_t nested_block, int64_t first, int64_t width, const Tensor& out);
+void nf4_to_e4m3_(const Tensor& codes, const Tensor& absmax, const OptionalTensor& scale, const OptionalTensor& numbers,
+                  const OptionalTensor& offset, int64_t nested_block, int64_t first, int64_t width,
+                  const Tensor& row_scale, const OptionalTensor& terms, const Tensor& out, bool turned);
 Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
                          const OptionalTensor& bias);
 Tensor nf4_skinny_linear(const Tensor& x, at::TensorList codes, at::TensorList absmax, at::TensorList scale,

@@ -193,6 +193,18 @@ struct Nf4DecodeParams {
   Type type;
 };
 
+// out [rows, columns + term_columns], or [columns, rows] where `turned`: e4m3 codes of NF4 values over row_scale
+// [rows], powers of two, and behind them terms [rows, term_columns]. The values as Nf4DecodeParams has them, of one
+// weight and with nested blocks of 2^nested_shift blocks.
+struct Nf4ToE4m3Params {
+  const uint8_t* codes;
+  const void* absmax;
+  const float *scale, *numbers, *offset, *row_scale;
+  Matrix terms, out;
+  int64_t rows, columns, term_columns, first, width, nested_shift;
+  bool turned;
+};
+
 // y [M, O] contiguous = x [M, I + C] [codes * scale | branch]^T + bias [O] (null: none); codes [O, I] e4m3, scale [O]
 // float32, branch [O, C]; 1 <= M <= kMostSkinnyRows.
 struct Fp8SkinnyParams {

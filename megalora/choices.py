@@ -4,7 +4,7 @@ Each is the one definition of these names; what they stand for is defined by the
 """
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # compute_dtype.DTYPES
-BASE_FORMATS = ("dense", "fp8", "nf4")  # parallel.formats.BaseFormat
+BASE_FORMATS = ("dense", "fp8", "nf4", "nf4_fp8")  # parallel.formats.BaseFormat
 KV_CACHES = ("dense", "fp8")  # generation.cache.Dense and Fp8
 OPTIMIZERS = ("adamw", "apex")  # optimizer.AdapterOptimizer
 TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "none")  # monitor.trackers

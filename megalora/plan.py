@@ -57,6 +57,8 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     lora = resolve_lora(lora_config, config)
     base_format = resolve_base(arguments.base_format, config).name
     device = DEVICES[arguments.device]
+    if base_format == "nf4_fp8" and _type(arguments) == "cuda":
+        _refuse_without_fp8(device, arguments.dtype)
     memory = arguments.memory or device.capacity
     if arguments.reserve >= memory:
         raise UserError(f"reserve ({arguments.reserve:g} GiB) is not less than memory ({memory:g} GiB)", "choose less")
@@ -90,6 +92,14 @@ def plan(arguments: PlanArguments) -> list[Plan]:
         draw(best, arguments.draw)
         console.print(f"\nIts step is drawn in {arguments.draw}")
     return plans
+
+
+def _refuse_without_fp8(device: Device, dtype: str) -> None:
+    """Raise UserError where a run would refuse nf4_fp8: products would not be in fp8."""
+    if not device.gemm8:
+        raise UserError(f"base_format nf4_fp8: device {device.name} does not multiply fp8", "choose nf4")
+    if dtype != "bfloat16":
+        raise UserError(f"base_format nf4_fp8: goes with dtype bfloat16 on GPUs, and dtype is {dtype}", "choose nf4")
 
 
 def _wanted(arguments: PlanArguments, base_format: str, encodes: bool) -> Wanted:

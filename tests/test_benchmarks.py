@@ -82,7 +82,7 @@ def test_both_contenders_of_encoders_do_the_same(shape, benchmark, monkeypatch, 
         encoders.compared({"ours": 2.0, "peft": 2.1}, torch.bfloat16)
 
 
-@pytest.mark.parametrize("base_format", ["fp8", "nf4"])
+@pytest.mark.parametrize("base_format", ["fp8", "nf4", "nf4_fp8"])
 def test_a_quantised_base_is_filled_with_the_weights_of_every_expert(base_format, benchmark):
     generate, common = benchmark("generate"), benchmark("common")
     fields = fields_of("qwen3_moe")

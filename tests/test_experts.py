@@ -79,6 +79,7 @@ def test_every_layout_gives_the_numbers_of_one_process():
     runs += [
         Run("qwen2_moe", tp=4, micro_batch_rows=2, lora=EVERY),
         Run("qwen3_moe", tp=4, base_format="nf4"),
+        Run("qwen3_moe", tp=2, pp=2, base_format="nf4_fp8"),
         Run("deepseek_v3", tp=2, pp=2, base_format="fp8"),
     ]
     tied = Run("qwen3_moe", tp=4, sequence_parallel=True, lora=ALL_LINEAR | {"target_modules": TARGETS})

@@ -77,6 +77,8 @@ def test_what_does_not_fit_is_named(capsys, model):
         ("--gpus 2 --schedule 2f2b", ["--schedule", "interleaved_1f1b"]),
         ("--gpus 2 --tensor_parallel_size 2 --seq_length 63 --sequence_parallel true --per_device_train_batch_size 1 "
          "--gradient_accumulation_steps 8", ["the rows of a step", "2 tensor-parallel ranks"]),
+        ("--gpus 2 --base_format nf4_fp8 --device a100", ["nf4_fp8", "device a100", "choose nf4"]),
+        ("--gpus 2 --base_format nf4_fp8 --dtype float16", ["nf4_fp8", "dtype is float16"]),
         ("--gpus 2 --learning_rate 1", ["learning_rate", "megalora finetune"]),
         ("--gpus 2 --partition_method custom", ["custom_partition"]),
         ("--gpus 2 --draw /nowhere/at/all.svg", ["/nowhere/at/all.svg", "cannot be written"]),

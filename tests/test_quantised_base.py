@@ -21,6 +21,8 @@ RUNS = [
     Run("phi3", tp=4, base_format="fp8", sequence_parallel=True),
     Run("gpt_neox", tp=4, base_format="nf4", recompute="full"),
     Run("llama", tp=2, pp=2, base_format="nf4", model=NINE_HEADS, exchange=True, sequence_parallel=True),
+    Run("llama", tp=2, pp=2, base_format="nf4_fp8", model=NINE_HEADS, sequence_parallel=True),
+    Run("qwen2", tp=4, base_format="nf4_fp8", recompute="full"),
 ]
 
 
@@ -35,19 +37,16 @@ def test_every_layout_gives_the_numbers_of_one_process():
 def test_the_numbers_are_those_of_a_dense_base_of_the_decoded_values(monkeypatch):
     import oracle
 
-    from megalora.parallel.quantised import Fp8Matrix, Nf4Matrix
-
-    for name, kind in (("nf4", Nf4Matrix), ("fp8", Fp8Matrix)):
+    for name in ("nf4", "fp8", "nf4_fp8"):
         run = Run("llama", base_format=name)
         quantised = oracle.train(0, 1, run)
         whole_tensor = oracle.whole_tensor
 
-        def decoded(tensor_name, shape, scale, kind=kind, whole_tensor=whole_tensor):
+        def decoded(tensor_name, shape, scale, name=name, whole_tensor=whole_tensor):
             whole = whole_tensor(tensor_name, shape, scale)
             if not tensor_name.endswith("proj.weight"):
                 return whole
-            place = oracle.BaseFormat("nf4" if kind is Nf4Matrix else "fp8")
-            matrix = place.matrix(*shape, 0, torch.float64, "cpu", rank=0)
+            matrix = oracle.BaseFormat(name).matrix(*shape, 0, torch.float64, "cpu", rank=0)
             matrix.fill(slice(0, shape[0]), oracle.RandomWeight(whole), oracle.Split(shape), False)
             return matrix.weight(slice(0, shape[0]))
 

@@ -24,6 +24,7 @@ void launch_fp8_branch(const Fp8BranchParams& params, cudaStream_t stream);
 void launch_turn(const TurnParams& params, cudaStream_t stream);
 void launch_fp8_decode(const Fp8DecodeParams& params, cudaStream_t stream);
 void launch_nf4_decode(const Nf4DecodeParams& params, cudaStream_t stream);
+void launch_nf4_to_e4m3(const Nf4ToE4m3Params& params, cudaStream_t stream);
 void launch_fp8_skinny(const Fp8SkinnyParams& params, cudaStream_t stream);
 void launch_nf4_skinny(Nf4SkinnyParams params, cudaStream_t stream);  // sets the blocks of the parts
 

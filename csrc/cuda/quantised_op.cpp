@@ -161,4 +161,55 @@ void nf4_decode_(const Tensor& codes, const Tensor& absmax, const OptionalTensor
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+void nf4_to_e4m3_(const Tensor& codes, const Tensor& absmax, const OptionalTensor& scale, const OptionalTensor& numbers,
+                  const OptionalTensor& offset, int64_t nested_block, int64_t first, int64_t width,
+                  const Tensor& row_scale, const OptionalTensor& terms, const Tensor& out, bool turned) {
+  MEGALORA_CHECK(codes.dim() == 2 && codes.scalar_type() == at::kByte && codes.is_contiguous(), codes.sizes());
+  const int64_t rows = codes.size(0), columns = 2 * codes.size(1), blocks = columns / kBlock;
+  MEGALORA_CHECK(rows >= kLeastNf4ToE4m3Rows && columns > 0, codes.sizes());
+  MEGALORA_CHECK(columns % kBlock == 0 && codes.numel() < INT32_MAX / 2, codes.sizes());
+  MEGALORA_CHECK(reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % kOctet == 0, "codes not on 8 bytes");
+  MEGALORA_CHECK(absmax.is_contiguous() && absmax.numel() == rows * blocks, absmax.sizes(), " for ", codes.sizes());
+  MEGALORA_CHECK(absmax.scalar_type() == (scale ? at::kByte : at::kFloat), absmax.scalar_type());
+  MEGALORA_CHECK(scale.has_value() == numbers.has_value() && scale.has_value() == offset.has_value(), "all or none");
+  check_floats(row_scale, rows, codes);
+  MEGALORA_CHECK(out.dim() == 2 && is_codes(out), out.sizes(), " of ", out.scalar_type());
+  check_rows(out, out);
+  MEGALORA_CHECK(out.device() == codes.device(), out.device(), " and ", codes.device());
+  Nf4ToE4m3Params params{};
+  if (terms) {
+    MEGALORA_CHECK(!turned && is_codes(*terms) && terms->dim() == 2 && terms->size(0) == rows, terms->sizes());
+    MEGALORA_CHECK(terms->size(1) % kAlignment == 0 && terms->device() == codes.device(), terms->sizes());
+    check_rows(*terms, *terms);
+    params.terms = matrix_of(*terms);
+    params.term_columns = terms->size(1);
+  }
+  const int64_t height = turned ? columns : rows, across = turned ? rows : columns + params.term_columns;
+  MEGALORA_CHECK(out.size(0) == height && out.size(1) == across && across % kAlignment == 0, out.sizes());
+  if (scale) {
+    check_floats(*scale, scale->numel(), codes);
+    check_floats(*numbers, 256, codes);
+    check_floats(*offset, 1, codes);
+    MEGALORA_CHECK(nested_block > 0 && (nested_block & (nested_block - 1)) == 0, nested_block);
+    const int64_t last = first + (rows - 1) * width + blocks - 1;
+    MEGALORA_CHECK(last < INT32_MAX && last / nested_block < scale->numel(), scale->sizes(), " for ", last);
+    params.scale = scale->const_data_ptr<float>();
+    params.numbers = numbers->const_data_ptr<float>();
+    params.offset = offset->const_data_ptr<float>();
+    while (int64_t{1} << params.nested_shift < nested_block) ++params.nested_shift;
+  }
+  const c10::cuda::CUDAGuard guard(codes.device());
+  params.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  params.absmax = absmax.const_data_ptr();
+  params.row_scale = row_scale.const_data_ptr<float>();
+  params.out = matrix_of(out);
+  params.rows = rows;
+  params.columns = columns;
+  params.first = first;
+  params.width = width;
+  params.turned = turned;
+  launch_nf4_to_e4m3(params, stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 }  // namespace megalora::cuda

@@ -237,9 +237,17 @@ def product(
     return mm(x[0], codes.t(), x[1], scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True, out=out)
 
 
+def starts_aligned(codes: torch.Tensor) -> bool:
+    """Return whether rows of codes, or of other bytes, begin and end where kernels write 16 bytes at a time."""
+    return codes.stride(1) == 1 and all(
+        n % limits.ALIGNMENT == 0 for n in (codes.shape[1], codes.stride(0), codes.data_ptr())
+    )
+
+
 def turn(codes: torch.Tensor, out: torch.Tensor) -> None:
     """Write the transpose of codes [O, I] into out [I, O]: products read both factors along what they sum over."""
-    if extension.has_kernels("cuda") and all(n % limits.TURNED == 0 for n in (*codes.shape, out.stride(0))):
+    squares = all(n % limits.TURNED == 0 for n in codes.shape)
+    if extension.has_kernels("cuda") and codes.is_cuda and squares and starts_aligned(out):
         torch.ops.megalora.fp8_turn_(codes, out)
     else:
         out.view(torch.uint8).copy_(codes.view(torch.uint8).t())

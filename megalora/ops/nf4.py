@@ -12,7 +12,7 @@ its part ends inside a block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,6 +122,14 @@ class Nf4Weight:
         """
         return [self._rows(start, stop, *columns) for start, stop in runs]
 
+    def largest(self, first: int, last: int) -> torch.Tensor:
+        """Return a bound [rows] float32 of the magnitudes in rows [first, last), whole ones: the largest absmax."""
+        width, stored = self.shape[1], self.absmax.stored
+        start = torch.arange(first, last, device=stored.device).unsqueeze(1) * width
+        per_row = torch.arange((width + 2 * self.block - 2) // self.block, device=stored.device)
+        blocks = torch.minimum(start // self.block + per_row, (start + width - 1) // self.block)
+        return self.absmax.at(blocks, stored[blocks]).abs().amax(1)
+
     def _rows(self, first: int, last: int, left: int, right: int) -> Nf4Rows:
         width, stored = self.shape[1], self.absmax.stored
         start = torch.arange(first, last, device=self.codes.device) * width + left
@@ -206,9 +214,8 @@ class Nf4Rows:
             for weight, place in enumerate(out.chunk(self.weights)):
                 self.of(weight).decode_(place)
             return
-        step = max(1, _CHUNK // max(1, self.columns))
-        for first in range(0, len(self.codes), step):
-            self._decode(slice(first, min(first + step, len(self.codes))), out)
+        for rows in self.chunks():
+            out[rows].copy_(self.values(rows))
 
     def of(self, weight: int) -> Nf4Rows:
         """Return the rows of one of the weights; they share the memory."""
@@ -218,19 +225,26 @@ class Nf4Rows:
             m = replace(m, scale=m.scale[weight], offset=m.offset[weight])
         return replace(self, codes=self.codes[rows], absmax=self.absmax[rows], meaning=m, weights=1)
 
-    def _decode(self, rows: slice, out: torch.Tensor) -> None:
-        codes, device = self.codes[rows], out.device
+    def chunks(self) -> Iterator[slice]:
+        """Yield ranges of rows, all of them, to be worked on one after the other."""
+        step = max(1, _CHUNK // max(1, self.columns))
+        for first in range(0, len(self.codes), step):
+            yield slice(first, min(first + step, len(self.codes)))
+
+    def values(self, rows: slice, factor: torch.Tensor | None = None) -> torch.Tensor:
+        """Return values of some rows [n, columns] in float32; their absmax times factor [n, 1] where it is given."""
+        codes, device = self.codes[rows], self.codes.device
         numbers = torch.tensor(NUMBERS, dtype=torch.float32, device=device)
         values = numbers[unpacked(codes.reshape(-1)).int()].view(len(codes), -1)[:, : self.columns]
         starts = self.first + torch.arange(rows.start, rows.stop, device=device) * self.width
         per_row = torch.arange(self.absmax.shape[1], device=device)
         absmax = self.meaning.at(starts.unsqueeze(1) // self.block + per_row, self.absmax[rows])
+        if factor is not None:
+            absmax = absmax * factor
         if self.aligned:
-            wide = values.reshape(len(codes), -1, self.block) * absmax.unsqueeze(2)
-            out[rows].copy_(wide.view(len(codes), -1))
-            return
+            return (values.reshape(len(codes), -1, self.block) * absmax.unsqueeze(2)).view(len(codes), -1)
         place = (starts % self.block).unsqueeze(1) + torch.arange(self.columns, device=device)
-        out[rows].copy_(values * absmax.gather(1, place // self.block))
+        return values * absmax.gather(1, place // self.block)
 
 
 # ---- products of a few rows, without a decoded weight

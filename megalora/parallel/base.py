@@ -2,7 +2,7 @@
 
 A group's product is with P = [W | s B] (see megalora.ops.lora_linear): W of all its linears, one below the other, and
 behind it `room` columns for the branches. The format of the base decides how W is held and multiplied: dense here, in 8
-or 4 bits in megalora.parallel.quantised; the branch stays exact in the compute dtype.
+or 4 bits in megalora.parallel.quantised and megalora.parallel.e4m3; the branch stays exact in the compute dtype.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class QuantisedExperts:
         how = place.dtype, place.device
         self._matrices, self._stack = [], RowsStack(experts * rows)
         for expert in range(experts):
-            matrix = place.base.quantised_matrix(rows, columns, 0, *how)
+            matrix = place.base.expert_matrix(rows, columns, *how)
             matrix.lie_in(self._stack, expert * rows)
             self._matrices.append(matrix)
         self.branch = torch.empty(experts, rows, room, dtype=place.dtype, device=place.device)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 from megalora.choices import BASE_FORMATS
+from megalora.errors import UserError
+from megalora.ops import fp8
 from megalora.parallel.base import DenseMatrix, FrozenMatrix
-from megalora.parallel.quantised import Fp8Matrix, Nf4Matrix, Scratch
+from megalora.parallel.e4m3 import Fp8Matrix, Nf4AsFp8Matrix
+from megalora.parallel.quantised import Nf4Matrix, Scratch
 
 
 class BaseFormat:
@@ -39,12 +42,36 @@ class BaseFormat:
         """
         if self.name == "dense":
             return DenseMatrix(rows, columns, room, dtype, device)
-        return self.quantised_matrix(rows, columns, room, dtype, device, rank=rank)
+        if self.name == "nf4_fp8":
+            _refuse_other_gpus(torch.device(device), dtype)
+        kind = {"fp8": Fp8Matrix, "nf4": Nf4Matrix, "nf4_fp8": Nf4AsFp8Matrix}[self.name]
+        return kind(rows, columns, room, dtype, device, self._scratch, rank=rank, as_stored=self.as_stored)
 
-    def quantised_matrix(
-        self, rows: int, columns: int, room: int, dtype: torch.dtype, device: torch.device | str, *, rank: int = 0
+    def expert_matrix(
+        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
     ) -> Fp8Matrix | Nf4Matrix:
-        """Return a matrix as `matrix` does; the format is one that is quantised."""
+        """Return a matrix of one expert, without room for a branch, which is decoded before products; the format is one
+        that is quantised. With nf4_fp8 it has NF4's values as they are: nothing is multiplied in e4m3.
+        """
         assert self.name != "dense"
         kind = Fp8Matrix if self.name == "fp8" else Nf4Matrix
-        return kind(rows, columns, room, dtype, device, self._scratch, rank=rank, as_stored=self.as_stored)
+        return kind(rows, columns, 0, dtype, device, self._scratch, as_stored=self.as_stored)
+
+
+def _refuse_other_gpus(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError for a GPU on which products would not be in e4m3: no faster than nf4's, and less exact."""
+    if device.type != "cuda":
+        return
+    if not fp8.multiplies(device.index):
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        raise UserError(
+            f"base_format nf4_fp8: this GPU ({name}, compute capability {capability[0]}.{capability[1]}) does not "
+            "multiply fp8, as those of 9.0 and later do",
+            "choose nf4",
+        )
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"base_format nf4_fp8: dtype is {name}, and on GPUs products in fp8 go with bfloat16 alone",
+            "choose dtype bfloat16, or base_format nf4",
+        )

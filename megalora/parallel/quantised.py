@@ -1,23 +1,23 @@
-"""Frozen matrices in 8 and in 4 bits (formats: megalora.ops.fp8, megalora.ops.nf4).
+"""Frozen matrices in 8 and in 4 bits (formats: megalora.ops.fp8, megalora.ops.nf4): what they share, and NF4.
 
-A matrix is decoded before each product into a scratch [W | s B] that all matrices of a stage share, so that a product
-with a quantised base is the product with a dense one of the decoded values: the same on every device and layout, but
-for rounding. On GPUs a few rows (a step of generation) are multiplied by codes that are decoded on the way, with no
-scratch: the same values, and a fraction of the bytes.
+Those that GPUs multiply in e4m3 are in megalora.parallel.e4m3. Any other is decoded before each product into a scratch
+[W | s B] that all matrices of a stage share, so that a product with a quantised base is the product with a dense one of
+the decoded values: the same on every device and layout, but for rounding. On GPUs a few rows (a step of generation) are
+multiplied by codes that are decoded on the way, with no scratch: the same values, and a fraction of the bytes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megalora.errors import UserError
 from megalora.ops import extension, fp8, limits, nf4
-from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
+from megalora.ops.fp8 import E4M3, Fp8Weight
 from megalora.ops.matmul import matmul, matmul_nt
 from megalora.ops.nf4 import Nf4Rows, Nf4Weight, quantise_nf4
 from megalora.parallel.base import WeightSource
@@ -29,7 +29,7 @@ Stored = Nf4Weight | Fp8Weight | None
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """What a rank holds of a whole weight.
 
     shape       of the whole, as the file has it: [in, out] where `transposed`, else [out, in]
@@ -90,7 +90,7 @@ class Scratch:
         return self._codes[-1][:needed].view(shape)
 
 
-class _QuantisedMatrix:
+class QuantisedMatrix:
     """What the formats share. Parts: the rows of one linear, or several that follow each other in its weight."""
 
     def __init__(
@@ -142,13 +142,13 @@ class _QuantisedMatrix:
         if stored is None and self._as_stored:
             parts: Sequence[Any] = _dense_rows(source, split, transposed, self._dtype, self._device)
         else:
-            parts = self._read(source, stored, _Wanted(split.global_shape, runs, columns, transposed))
+            parts = self._read(source, stored, Wanted(split.global_shape, runs, columns, transposed))
         for part in parts:
             self._put(first, part)
             first += len(part.codes)
         assert first == rows.stop, (rows, runs)
 
-    def _read(self, source: WeightSource, stored: Stored, wanted: _Wanted) -> Sequence[Rows]:
+    def _read(self, source: WeightSource, stored: Stored, wanted: Wanted) -> Sequence[Rows]:
         """Return the rows that are wanted of W, quantised as the file has them (`stored`), or here."""
         raise NotImplementedError
 
@@ -194,7 +194,7 @@ class _QuantisedMatrix:
         return whole
 
 
-def _few(X: torch.Tensor, most: int) -> bool:
+def few_rows(X: torch.Tensor, most: int) -> bool:
     """Return whether kernels that decode codes on the way take X [T, columns + room]: at most `most` rows."""
     return (
         X.is_cuda
@@ -206,13 +206,13 @@ def _few(X: torch.Tensor, most: int) -> bool:
     )
 
 
-class Nf4Matrix(_QuantisedMatrix):
+class Nf4Matrix(QuantisedMatrix):
     """W in NF4."""
 
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if not (_few(X, limits.MOST_NF4_ROWS) and self._multiplied):
+        if not (few_rows(X, limits.MOST_NF4_ROWS) and self._multiplied):
             return super().multiply(X, bias, out)
         y = nf4.product(X, self._multiplied, self._branch, bias)
         return y if out is None else out.copy_(y)
@@ -227,154 +227,15 @@ class Nf4Matrix(_QuantisedMatrix):
         parts = [part for _, part in sorted(self._parts.items()) if isinstance(part, Nf4Rows)]
         return parts if len(parts) == len(self._parts) and nf4.multiplies(parts) else []
 
-    def _read(self, source: WeightSource, stored: Stored, wanted: _Wanted) -> Sequence[Rows]:
-        if isinstance(stored, Nf4Weight):
-            stored = stored.to(self._device)
-        else:  # the absmax are quantised relative to the mean of all, so the whole weight is needed
-            stored = quantise_nf4(_whole(source, wanted, self._device))
-        return stored.rows(wanted.runs, wanted.columns)
+    def _read(self, source: WeightSource, stored: Stored, wanted: Wanted) -> Sequence[Rows]:
+        return in_nf4(source, stored, wanted, self._device).rows(wanted.runs, wanted.columns)
 
 
-class Fp8Matrix(_QuantisedMatrix):
-    """W in e4m3, with a scale a row, or with the scales of the file.
-
-    With a scale a row, GPUs that multiply e4m3 take the codes as they are, and the other factor is quantised by row:
-    faster than bfloat16, and less exact (docs/quantised.md). The scales of the rows of W come out of x W^T; into dY W
-    they go with dY, so that both products are with the same codes. The second reads them turned, in the scratch. The
-    branch goes into the first as terms in e4m3 that have bfloat16's precision together (fp8.branch_terms_).
-    """
-
-    def __init__(self, *arguments: Any, **more: Any):
-        super().__init__(*arguments, **more)
-        device = torch.device(self._device)
-        sizes = (self.rows, self.columns, self.room)
-        self._multiplies = (
-            device.type == "cuda"
-            and self._dtype == torch.bfloat16
-            and all(n % 16 == 0 for n in sizes)
-            and fp8.multiplies(device.index)
-        )
-        self._terms: torch.Tensor | None = None
-
-    def lie_in(self, stack: RowsStack, first: int) -> None:
-        self._multiplies = False
-        super().lie_in(stack, first)
-
-    def _scratch_bytes(self) -> int:
-        return self.rows * (self.columns + self.room) if self._multiplies else super()._scratch_bytes()
-
-    def _put(self, first: int, part: Rows) -> None:
-        """Copy the rows into one matrix of codes, where all are to be multiplied as they are."""
-        if self._multiplies and not (isinstance(part, Fp8Rows) and part.scale.shape[1] == 1):
-            self._give_up()
-        if self._multiplies and isinstance(part, Fp8Rows):
-            if self._terms is None:
-                self._make_room()
-            rows = slice(first, first + len(part.codes))
-            self._codes[rows].copy_(part.codes)
-            self._scale[0, rows].copy_(part.scale[:, 0])
-            part = Fp8Rows(self._codes[rows], self._scale[0, rows].unsqueeze(1), part.block, part.phase)
-        super()._put(first, part)
-
-    def _make_room(self) -> None:
-        made: dict[str, Any] = {"dtype": torch.float32, "device": self._device}
-        self._terms = torch.empty(self.rows, self.columns + fp8.terms_for(self.rank), dtype=E4M3, device=self._device)
-        self._codes = self._terms[:, : self.columns]
-        self._scale = torch.empty(1, self.rows, **made)
-        self._scratch.reserve_codes(max(self._terms.shape[1], self.rows))
-        self._ones = torch.ones(1, self.columns + self.room, **made)
-        self._factor = torch.ones(self.rank, **made)
-
-    def _give_up(self) -> None:
-        """Decode before products: scales of blocks do not come out of them. Rows that are there move out of _codes."""
-        self._multiplies = False
-        if self._terms is not None:
-            for first, part in self._parts.items():
-                assert isinstance(part, Fp8Rows)
-                self._parts[first] = replace(part, codes=part.codes.contiguous(), scale=part.scale.clone())
-            self._terms = None
-            del self._codes, self._scale, self._ones, self._factor
-
-    def branch_written(self) -> None:
-        """Make the terms of the branch."""
-        if self._terms is not None and self.rank:
-            branch = self._branch[:, : self.rank]
-            fp8.branch_terms_(branch, self._scale[0], self._terms[:, self.columns :], self._factor)
-
-    def _room_for_codes(self, shape: tuple[int, int]) -> torch.Tensor:
-        return self._scratch.codes(shape, self._device)
-
-    def multiply(
-        self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if self._terms is None:
-            return super().multiply(X, bias, out)
-        if _few(X, limits.MOST_SKINNY_ROWS):  # of more, the other factor is quantised: faster
-            y = torch.ops.megalora.fp8_skinny_linear(X, self._codes, self._scale, self._branch, bias)
-            return y if out is None else out.copy_(y)
-
-        def of(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-            if not self.rank:
-                quantised = fp8.quantise_factor(rows[:, : self.columns], None, self._room_for_codes)
-                return fp8.product(quantised, self._codes, self._scale, bias, out)
-            quantised = fp8.quantise_with_branch(rows, self.columns, self.rank, self._factor, self._room_for_codes)
-            return fp8.product(quantised, self._terms, self._scale, bias, out)
-
-        return _by_rows(of, X, self._terms.shape[1], self.rows, out)
-
-    def multiply_transposed(
-        self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
-    ) -> torch.Tensor:
-        if branch_only or self._terms is None:
-            return super().multiply_transposed(dY, out, branch_only=branch_only)
-        turned = self._scratch.take((self.columns + self.room, self.rows), E4M3, self._device)
-        fp8.turn(self._codes, turned[: self.columns])
-
-        def of(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-            quantised = fp8.quantise_factor(rows, self._scale[0], self._room_for_codes)
-            return fp8.product(quantised, turned, self._ones, None, out)
-
-        dX = _by_rows(of, dY, self.rows, self.columns + self.room, out)
-        if self.room:  # behind dX there is what lay in the scratch
-            torch.mm(dY, self._branch, out=dX[:, self.columns :])
-        return dX
-
-    def _read(self, source: WeightSource, stored: Stored, wanted: _Wanted) -> Sequence[Rows]:
-        if self._multiplies and self._terms is None and (stored is None or _one_scale_a_row(stored)):
-            self._make_room()  # before what reading takes, which would leave holes in the GPU's memory behind it
-        if isinstance(stored, Fp8Weight):
-            parts = stored.rows(wanted.runs, wanted.columns)
-        elif wanted.transposed:
-            parts = quantise_fp8(_whole(source, wanted, self._device)).rows(wanted.runs, wanted.columns)
-        else:  # rows are independent of each other
-            parts, width = [], wanted.shape[1]
-            for start, stop in wanted.runs:
-                block = torch.empty(stop - start, width, dtype=source.dtype, device=self._device)
-                source.copy((slice(start, stop), slice(0, width)), block)
-                parts += quantise_fp8(block).rows([(0, stop - start)], wanted.columns)
-        place: dict[str, Any] = {"device": self._device}
-        return [Fp8Rows(p.codes.contiguous().to(**place), p.scale.to(**place), p.block, p.phase) for p in parts]
-
-
-def _one_scale_a_row(stored: Stored) -> bool:
-    return isinstance(stored, Fp8Weight) and stored.scale.shape[1] == 1
-
-
-def _by_rows(
-    product: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
-    x: torch.Tensor,
-    columns: int,
-    outputs: int,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return product(x, out) [T, outputs] of x [T, ...], as many rows at a time as codes of `columns` have room for."""
-    step = fp8.rows_at_a_time(columns)
-    if len(x) <= step:
-        return product(x, out)
-    out = x.new_empty(len(x), outputs) if out is None else out
-    for rows, into in zip(x.split(step), out.split(step), strict=True):
-        product(rows, into)
-    return out
+def in_nf4(source: WeightSource, stored: Stored, wanted: Wanted, device: torch.device | str) -> Nf4Weight:
+    """Return the weight as the file has it (`stored`), or quantised here."""
+    if isinstance(stored, Nf4Weight):
+        return stored.to(device)
+    return quantise_nf4(whole_weight(source, wanted, device))  # absmax are quantised relative to the mean of all
 
 
 def _dense_rows(
@@ -399,7 +260,7 @@ def _ranges(split: Split, transposed: bool) -> tuple[list[Range], Range]:
     return rows, split.runs[0][:2] if split.runs else (0, 0)
 
 
-def _whole(source: WeightSource, wanted: _Wanted, device: torch.device | str) -> torch.Tensor:
+def whole_weight(source: WeightSource, wanted: Wanted, device: torch.device | str) -> torch.Tensor:
     """Return the whole weight [out, in] in the file's dtype."""
     weight = torch.empty(wanted.shape, dtype=source.dtype, device=device)
     source.copy(tuple(slice(0, n) for n in wanted.shape), weight)

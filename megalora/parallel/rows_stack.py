@@ -11,6 +11,7 @@ import torch
 
 from megalora.ops.fp8 import Fp8Rows
 from megalora.ops.nf4 import Nf4Rows
+from megalora.ops.nf4_fp8 import Nf4AsFp8Rows
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DenseRows:
         out.copy_(self.codes)
 
 
-Rows = Nf4Rows | Fp8Rows | DenseRows
+Rows = Nf4Rows | Fp8Rows | Nf4AsFp8Rows | DenseRows
 
 
 class RowsStack:
@@ -44,7 +45,7 @@ class RowsStack:
 
     def put(self, first: int, part: Rows) -> Rows:
         """Copy the part to row `first` and return it as it lies there; or return the part itself."""
-        if self._whole is None and not isinstance(part, DenseRows) and self._rows % len(part.codes) == 0:
+        if self._whole is None and isinstance(part, Nf4Rows | Fp8Rows) and self._rows % len(part.codes) == 0:
             self._whole = _room_like(part, self._rows // len(part.codes))
         whole, count = self._whole, len(part.codes)
         if isinstance(whole, Fp8Rows) and isinstance(part, Fp8Rows) and _form(part) == _form(whole):

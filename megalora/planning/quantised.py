@@ -1,6 +1,6 @@
 """A base in 8 or in 4 bits: the bytes of its weights and scratch, and what its products take beside a dense one's.
 
-It follows megalora.parallel.quantised.
+It follows megalora.parallel.quantised and megalora.parallel.e4m3.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ def linear_bytes(group: Group, base_format: str, element: int) -> int:
     if base_format == "fp8":
         return elements + 4 * group.output
     blocks = group.output * -(-group.inputs // nf4.BLOCK)
-    return elements // 2 + blocks + 4 * -(-blocks // nf4.NESTED_BLOCK)
+    scales = 4 * group.output if base_format == "nf4_fp8" else 0
+    return elements // 2 + blocks + 4 * -(-blocks // nf4.NESTED_BLOCK) + scales
 
 
 def multiplies_fp8(base_format: str, element: int, device_type: str) -> bool:
-    """Return whether products take e4m3 codes as they are, rather than decoded weights."""
-    return base_format == "fp8" and element == 2 and device_type == "cuda"
+    """Return whether products take e4m3 codes, rather than decoded weights."""
+    return base_format in ("fp8", "nf4_fp8") and element == 2 and device_type == "cuda"
 
 
 def scratch_bytes(
     counted: Sequence[tuple[int, Group]], base_format: str, element: int, device_type: str, tokens: int
 ) -> int:
-    """Return the bytes that the quantised matrices of a stage share: one decoded; or its codes turned, and those of
-    what it is multiplied with. On a GPU a layer's experts are decoded together.
+    """Return the bytes that the quantised matrices of a stage share: one decoded; or its codes in e4m3, turned or made
+    of NF4's, and those of what it is multiplied with. On a GPU a layer's experts are decoded together.
 
     counted  the groups with how many there are of each in a layer: more than one are experts
     tokens   of one product
@@ -48,6 +49,9 @@ def scratch_bytes(
     largest = max((size for size, _ in single), default=0)
     if not multiplies_fp8(base_format, element, device_type):
         return max(decoded, largest * element)
+    if base_format == "nf4_fp8":
+        made = [(group.inputs + max(group.room, terms_for(group.rank))) * group.output for _, group in single]
+        largest = max(made, default=0)
     codes = max((max(group.inputs + terms_for(group.rank), group.output) for _, group in single), default=0)
     return max(decoded, largest) + codes_bytes(tokens, codes)
 
@@ -79,7 +83,10 @@ def on_base(
     traffic = tokens * (e + 1) * (group.output if backward else group.inputs)  # the other factor is quantised,
     if group.rank:  # the branch added by a product of its own,
         traffic += tokens * e * group.output * (1 if backward else 2)
-    if backward:  # the codes turned
-        traffic += 2 * group.inputs * group.output
-    calls = one.calls + (3 if backward else 2)
+    codes = group.inputs * group.output
+    if name == "nf4_fp8":  # the codes made of NF4's, in backward turned
+        traffic += linear_bytes(group, name, e) + codes
+    elif backward:  # the codes turned
+        traffic += 2 * codes
+    calls = one.calls + (3 if backward or name == "nf4_fp8" else 2)
     return replace(one, flops=one.flops - product, flops8=product, traffic=one.traffic + traffic, calls=calls)

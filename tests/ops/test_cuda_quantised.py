@@ -1,5 +1,7 @@
 """The CUDA kernels of quantised weights against the torch references on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,8 +18,11 @@ from megalora.ops.fp8 import (
     terms_for,
     turn,
 )
-from megalora.ops.nf4 import multiplies, quantise_nf4
+from megalora.ops.nf4 import Absmax, multiplies, quantise_nf4
 from megalora.ops.nf4 import product as nf4_product
+from megalora.ops.nf4_fp8 import rows_as_fp8
+from megalora.parallel.formats import BaseFormat
+from megalora.parallel.split import Split
 
 pytestmark = pytest.mark.gpu
 
@@ -77,6 +82,79 @@ def test_decoding_gives_the_bits_of_the_reference(dtype):
     part.decode_(here)
     Fp8Rows(part.codes.contiguous().cuda(), part.scale.contiguous().cuda(), part.block, part.phase).decode_(there)
     assert there.cpu().equal(here)
+
+
+def sevens(*shape):
+    return [torch.full(shape, 7, dtype=torch.uint8, device=device) for device in ("cpu", "cuda")]
+
+
+@pytest.mark.parametrize("rows, columns", [((0, 304), (0, 512)), ((3, 83), (128, 320)), ((16, 24), (0, 64))])
+@pytest.mark.parametrize("plain", [False, True])
+def test_nf4_becomes_the_codes_in_e4m3_of_the_reference(rows, columns, plain):
+    """As they lie with terms behind them, turned, and as values, beside what is not theirs."""
+    weight = quantise_nf4(randn(304, 512) * randn(304, 1, seed=1).exp())
+    if plain:
+        blocks = torch.arange(len(weight.absmax.codes))
+        weight = replace(weight, absmax=Absmax(plain=weight.absmax.at(blocks, weight.absmax.codes)))
+    (here,), (there,) = (rows_as_fp8(w, [rows], columns) for w in (weight, weight.to("cuda")))
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    assert there.has_kernel and there.scale.cpu().equal(here.scale)
+    for terms in (0, 16, 48):
+        behind = randn(height, terms, seed=2).to(E4M3) if terms else None
+        wanted, found = sevens(height, width + terms + 16)
+        here.e4m3_(wanted[:, : width + terms].view(E4M3), behind)
+        there.e4m3_(found[:, : width + terms].view(E4M3), None if behind is None else behind.cuda())
+        assert found.cpu().equal(wanted)
+    wanted, found = sevens(width + 1, height + 16)
+    here.turned_(wanted[:width, :height].view(E4M3))
+    there.turned_(found[:width, :height].view(E4M3))
+    assert found.cpu().equal(wanted)
+    for dtype in (torch.bfloat16, torch.float32):
+        values, there_values = torch.empty(height, width, dtype=dtype), torch.empty(height, width, dtype=dtype).cuda()
+        here.decode_(values)
+        there.decode_(there_values)
+        assert there_values.cpu().equal(values)
+
+
+@pytest.mark.parametrize("rank", [0, 48])
+def test_a_matrix_of_nf4_has_the_products_of_its_values(rank):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU does not multiply e4m3 with a scale a row")
+    base, scratch = BaseFormat("nf4_fp8"), []
+    parts = [quantise_nf4((randn(rows, 512, seed=rows) * 0.02).cuda()) for rows in (256, 64, 80)]
+    matrix = base.matrix(400, 512, 64 if rank else 0, torch.bfloat16, "cuda", rank=rank)
+    first = 0
+    for weight in parts:
+        rows = slice(first, first + weight.shape[0])
+        matrix.fill(rows, _Stored(weight), Split(weight.shape), False)
+        first = rows.stop
+    matrix.clear_branch()
+    if rank:
+        matrix.branch(slice(0, 400), slice(0, rank)).copy_((randn(400, rank, seed=3) * 0.05).bfloat16())
+    matrix.branch_written()
+    W = matrix.weight(slice(0, 400))
+    P = torch.cat((W, matrix._branch), 1).double()
+    for count, most in ((1, 4e-3), (limits.MOST_SKINNY_ROWS + 1, 0.04), (512, 0.04)):
+        X = randn(count, P.shape[1], seed=4).bfloat16().cuda()
+        dY, bias = randn(count, 400, seed=5).bfloat16().cuda(), randn(400, seed=6).bfloat16().cuda()
+        y, wanted = matrix.multiply(X, bias).double(), X.double() @ P.t() + bias.double()
+        assert (y - wanted).norm() < most * wanted.norm()
+        dX, wanted = matrix.multiply_transposed(dY).double(), dY.double() @ P
+        assert (dX - wanted).norm() < 0.04 * wanted.norm()
+        scratch.append(base.scratch.take((1, 1), torch.uint8, "cuda").data_ptr())
+    assert len(set(scratch)) == 1
+
+
+class _Stored:
+    """A weight that the files hold in NF4."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, weight):
+        self._weight = weight
+
+    def stored(self):
+        return self._weight
 
 
 def test_a_weight_is_quantised_alike_on_both_devices():

@@ -1,21 +1,20 @@
 """Matrices in 8 and 4 bits behind the interface of a dense one."""
 
-import functools
-
 import pytest
 import torch
 from oracle import RandomWeight
 
 from megalora.errors import UserError
-from megalora.ops import extension, limits, nf4
-from megalora.ops.fp8 import E4M3, Fp8Rows, quantise_fp8
+from megalora.ops import extension, limits, nf4, nf4_fp8
+from megalora.ops.fp8 import E4M3, Fp8Rows, quantise_fp8, terms_for
 from megalora.ops.nf4 import NUMBERS, quantise_nf4, unpacked
-from megalora.parallel import quantised
+from megalora.ops.nf4_fp8 import Nf4AsFp8Rows, rows_as_fp8
+from megalora.parallel import e4m3, quantised
 from megalora.parallel.formats import BaseFormat
 from megalora.parallel.split import Split
 
 OUT, IN, ROOM = 96, 80, 8
-FORMATS = pytest.mark.parametrize("name", ["fp8", "nf4"])
+FORMATS = pytest.mark.parametrize("name", ["fp8", "nf4", "nf4_fp8"])
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -48,7 +47,7 @@ def test_products_are_those_of_the_decoded_values_with_the_branch_behind_them(na
         torch.testing.assert_close(out, X @ P.t())
         other.multiply(X)
     assert 0.01 < (P[:, :IN] - W).norm() / W.norm() < 0.1
-    assert matrix.nbytes < {"fp8": 1.3, "nf4": 0.8}[name] * OUT * IN + OUT * ROOM * 8
+    assert matrix.nbytes < {"fp8": 1.3, "nf4": 0.8, "nf4_fp8": 0.8}[name] * OUT * IN + OUT * ROOM * 8
 
 
 @FORMATS
@@ -143,7 +142,8 @@ def few_rows(monkeypatch):
     library = torch.library.Library("megalora", "IMPL")
     library.impl("nf4_skinny_linear", op, "CPU")
     library.impl("fp8_skinny_linear", fp8_op, "CPU")
-    monkeypatch.setattr(quantised, "_few", lambda X, most: len(X) <= most)
+    for module in (quantised, e4m3):
+        monkeypatch.setattr(module, "few_rows", lambda X, most: len(X) <= most)
     yield calls
     library._destroy()
 
@@ -168,12 +168,21 @@ def test_few_rows_are_multiplied_with_codes_of_all_linears_in_their_order(few_ro
     assert len(few_rows) == 3
 
 
-def e4m3_product(asked, quantised, codes, scale, bias, out):
-    """fp8.product as a GPU makes it; `asked` learns of how many rows."""
-    asked.append(len(quantised[0]))
-    y = (quantised[0].float() @ codes.float().t()) * quantised[1].view(-1, 1) * scale
-    y = (y if bias is None else y + bias.float()).bfloat16()
-    return y if out is None else out.copy_(y)
+@pytest.fixture
+def emulated(few_rows, monkeypatch):
+    """Products in e4m3 as on a GPU that multiplies it, the kernels by their references; the rows of each product."""
+    asked = []
+
+    def product(quantised, codes, scale, bias, out):
+        asked.append(len(quantised[0]))
+        y = (quantised[0].float() @ codes.float().t()) * quantised[1].view(-1, 1) * scale
+        y = (y if bias is None else y + bias.float()).bfloat16()
+        return y if out is None else out.copy_(y)
+
+    monkeypatch.setattr(e4m3.fp8, "product", product)
+    monkeypatch.setattr(Nf4AsFp8Rows, "has_kernel", property(lambda self: self.rows.aligned))
+    monkeypatch.setattr(nf4_fp8, "starts_aligned", lambda codes: False)  # so that the references stand in
+    return asked
 
 
 def multiplied_in_e4m3(rank):
@@ -187,36 +196,96 @@ def multiplied_in_e4m3(rank):
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-def test_many_rows_are_quantised_some_at_a_time(few_rows, monkeypatch, rank):
+def test_many_rows_are_quantised_some_at_a_time(emulated, monkeypatch, rank):
     """The same numbers, and codes of no more than so many bytes."""
-    asked = []
-    monkeypatch.setattr(quantised.fp8, "product", functools.partial(e4m3_product, asked))
     matrix = multiplied_in_e4m3(rank)
     X, dY, bias = random(50, IN + rank).bfloat16(), random(50, OUT).bfloat16(), random(OUT).bfloat16()
     y, dX = matrix.multiply(X, bias), matrix.multiply_transposed(dY)
-    assert asked == [50, 50]
-    monkeypatch.setattr(quantised.fp8, "_FEWEST_ROWS", 20)
-    monkeypatch.setattr(quantised.fp8, "MOST_CODES", 1)
+    assert emulated == [50, 50]
+    monkeypatch.setattr(e4m3.fp8, "_FEWEST_ROWS", 20)
+    monkeypatch.setattr(e4m3.fp8, "MOST_CODES", 1)
     for out in (None, torch.empty(50, OUT, dtype=torch.bfloat16)):
         assert matrix.multiply(X, bias, out).equal(y)
     assert matrix.multiply_transposed(dY).equal(dX)
-    assert asked[2:] == 3 * [20, 20, 10]
+    assert emulated[2:] == 3 * [20, 20, 10]
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-def test_of_up_to_four_rows_products_in_e4m3_keep_the_other_factor_in_16_bits(few_rows, monkeypatch, rank):
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows of two places", "some columns"])
+def test_nf4_is_multiplied_in_e4m3_by_the_values_that_it_decodes_to(few_rows, emulated, rank, dim):
+    """Forward and backward, of few rows and of many, the branch among them; the scratch is another's in between."""
+    W = random(96, 192)
+    W[:, 100] *= 50 if dim else 1  # the scale is that of the whole row
+    split = Split((96, 192), 0, ((3, 1, 16, 0), (48, 1, 32, 0))) if dim == 0 else Split.range((96, 192), 1, 0, 64)
+    rows, columns = split.local_shape
+    base = BaseFormat("nf4_fp8")
+    matrix, other = (base.matrix(rows, columns, rank, torch.bfloat16, "cpu", rank=rank) for _ in range(2))
+    for one, whole in ((matrix, W), (other, 2 * W)):
+        one._multiplies = True
+        one.fill(slice(0, rows), RandomWeight(whole), split, False)
+    assert base.scratch_bytes == rows * (columns + max(rank, terms_for(rank))) and matrix._terms is not None
+    matrix.branch(slice(0, rows), slice(0, rank)).copy_(random(rows, rank))
+    matrix.branch_written()
+    P = torch.cat((matrix.weight(slice(0, rows)), matrix._branch), 1).float()
+    assert P[:, :columns].equal(filled(BaseFormat("nf4_fp8"), W, split).weight(slice(0, rows)).float())
+    bias = random(rows).bfloat16()
+    for count in (1, limits.MOST_SKINNY_ROWS + 1, 40):
+        X, dY = random(count, columns + rank).bfloat16(), random(count, rows).bfloat16()
+        few, calls = count <= limits.MOST_SKINNY_ROWS, len(emulated)
+        for y, wanted, most in (
+            (matrix.multiply(X, bias), X.float() @ P.t() + bias.float(), 4e-3 if few else 0.05),
+            (other.multiply(X), None, 0),
+            (matrix.multiply_transposed(dY), dY.float() @ P, 0.05),
+        ):
+            assert wanted is None or (y.float() - wanted).norm() < most * wanted.norm()
+        assert len(emulated) == calls + (1 if few else 3)
+        branch_only = matrix.multiply_transposed(dY, branch_only=True).float()
+        torch.testing.assert_close(branch_only, dY.float() @ P[:, columns:], rtol=2e-2, atol=1e-2)
+
+
+def test_rows_of_nf4_that_the_kernel_does_not_take_are_decoded(emulated):
+    """The first linear fits, and the second, whose rows end inside a block, does not: none is multiplied in e4m3."""
+    matrix = BaseFormat("nf4_fp8").matrix(32, 64, 16, torch.bfloat16, "cpu", rank=16)
+    matrix._multiplies = True
+    whole = torch.empty(32, 64, dtype=torch.bfloat16)
+    for first, width, fits in ((0, 128, True), (16, 96, False)):
+        (part,) = rows_as_fp8(quantise_nf4(random(16, width)), [(0, 16)], (0, 64))
+        part.decode_(whole[first : first + 16])
+        matrix._put(first, part)
+        assert part.has_kernel is fits and (matrix._terms is not None) is fits
+    matrix.clear_branch()
+    matrix.branch_written()
+    X = random(40, 80).bfloat16()
+    torch.testing.assert_close(matrix.multiply(X), X[:, :64] @ whole.t())
+    assert emulated == [] and matrix.weight(slice(0, 32)).equal(whole)
+
+
+def test_a_gpu_without_products_in_e4m3_refuses_nf4_fp8(monkeypatch):
+    from megalora.parallel import formats
+
+    for capability, dtype, told in (
+        ((8, 0), torch.bfloat16, "A100, compute capability 8.0"),
+        ((9, 0), torch.float16, "dtype is float16"),
+    ):
+        monkeypatch.setattr(formats.fp8, "multiplies", lambda index, capability=capability: capability >= (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+        with pytest.raises(UserError, match=told):
+            BaseFormat("nf4_fp8").matrix(32, 64, 0, dtype, "cuda")
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_of_up_to_four_rows_products_in_e4m3_keep_the_other_factor_in_16_bits(few_rows, emulated, rank):
     """More are quantised as in training: as on a GPU that multiplies e4m3, its product emulated."""
-    asked = []
-    monkeypatch.setattr(quantised.fp8, "product", functools.partial(e4m3_product, asked))
     matrix = multiplied_in_e4m3(rank)
     P, bias = torch.cat((matrix.weight(slice(0, OUT)), matrix._branch), 1).float(), random(OUT).bfloat16()
     for rows in (1, limits.MOST_SKINNY_ROWS, limits.MOST_SKINNY_ROWS + 1, limits.MOST_NF4_ROWS):
         X = random(rows, IN + rank).bfloat16()
-        few, calls = rows <= limits.MOST_SKINNY_ROWS, (len(few_rows), len(asked))
+        few, calls = rows <= limits.MOST_SKINNY_ROWS, (len(few_rows), len(emulated))
         y, wanted = matrix.multiply(X, bias).float(), X.float() @ P.t() + bias.float()
         error = (y - wanted).norm() / wanted.norm()
         assert error < 4e-3 if few else 0.01 < error < 0.05
-        assert (len(few_rows), len(asked)) == (calls[0] + few, calls[1] + (not few))
+        assert (len(few_rows), len(emulated)) == (calls[0] + few, calls[1] + (not few))
         out = torch.empty(rows, OUT, dtype=torch.bfloat16)
         assert matrix.multiply(X, bias, out) is out and out.float().equal(y)
 

@@ -32,7 +32,7 @@ def lora(config):
     return resolve_lora(LoraConfig.from_dict({"r": 16, "target_modules": "all-linear"}), config)
 
 
-@pytest.mark.parametrize("name", ["fp8", "nf4"])
+@pytest.mark.parametrize("name", ["fp8", "nf4", "nf4_fp8"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_bytes_are_those_of_the_matrices(name, tp):
     sizes = {"vocab_size": 132, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -61,7 +61,9 @@ def test_an_8b_fits_and_is_fast_as_it_should():
         memory = stage_memory(shape, [range(32)], work, first=True, last=True)
         return memory, chunk_seconds(shape, range(32), work, device, first=True, last=True).total
 
-    dense, fp8, nf4 = of("dense"), of("fp8"), of("nf4")
+    dense, fp8, nf4, nf4_fp8 = of("dense"), of("fp8"), of("nf4"), of("nf4_fp8")
     assert nf4[0].weights < 5.7 * GIB and 8 * GIB < fp8[0].weights < 9 * GIB < dense[0].weights
     assert 1.2 < dense[1] / fp8[1] < 1.6
     assert 1.0 < nf4[1] / dense[1] < 1.1
+    assert nf4_fp8[0].weights < 5.7 * GIB and nf4_fp8[0].total < nf4[0].total + 0.5 * GIB
+    assert 0.95 < fp8[1] / nf4_fp8[1] < 1.02

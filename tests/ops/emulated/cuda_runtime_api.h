@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <barrier>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -52,6 +53,18 @@ inline float __shfl_xor_sync(unsigned, float x, int step) {
   warp_barriers[warp]->arrive_and_wait();
   return theirs;
 }
+// Of the lane-th of `width` lanes that follow each other.
+inline uint32_t __shfl_sync(unsigned, uint32_t x, int lane, int width) {
+  static uint32_t all[32][32];
+  const int warp = threadIdx.x / 32, mine = threadIdx.x % 32;
+  all[warp][mine] = x;
+  warp_barriers[warp]->arrive_and_wait();
+  const uint32_t theirs = all[warp][mine / width * width + lane];
+  warp_barriers[warp]->arrive_and_wait();
+  return theirs;
+}
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {

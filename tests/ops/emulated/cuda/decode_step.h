@@ -32,7 +32,7 @@ inline uint4 stream_octet(const uint4* from) {
 
 template <typename Kernel, typename... Arguments>
 void launch_following(Kernel kernel, dim3 grid, unsigned threads, int64_t, cudaStream_t, Arguments... arguments) {
-  for (unsigned block = 0; block < grid.x; ++block) {
+  for (unsigned block = 0; block < grid.x * grid.y; ++block) {
     std::barrier<> all(threads);
     block_barrier = &all;
     warp_barriers.clear();
@@ -41,7 +41,7 @@ void launch_following(Kernel kernel, dim3 grid, unsigned threads, int64_t, cudaS
     for (unsigned thread = 0; thread < threads; ++thread) {
       running.emplace_back([=] {
         threadIdx = dim3(thread);
-        blockIdx = dim3(block);
+        blockIdx = dim3(block % grid.x, block / grid.x);
         kernel(arguments...);
       });
     }
