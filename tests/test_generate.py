@@ -18,7 +18,7 @@ from megalora.building import build_stage, load_adapter, load_base_weights, reso
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.shards import save_adapter
 from megalora.checkpoint.layout import Layout
-from megalora.generation import dialogue, output, replica, sequences
+from megalora.generation import choosing, dialogue, output, replica, sequences
 from megalora.generation import text as text_module
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
@@ -414,13 +414,13 @@ def test_logits_that_are_not_finite(case, asked):
 
 def run_broken(rank: int, world_size: int, command: list[str]) -> list[str]:
     def choose(logits, sampling, draws):
-        chosen = replica_choose(logits, sampling, draws)
+        chosen = usual(logits, sampling, draws)
         if rank == 1:
             chosen[1] = -1  # the second prompt of this replica: number 4 of all
         return chosen
 
-    replica_choose = replica.choose
-    with mock.patch.object(replica, "choose", choose):
+    usual = choosing.choose
+    with mock.patch.object(choosing, "choose", choose):
         return run(rank, world_size, command)
 
 

@@ -42,19 +42,25 @@ class DecodeGraphs:
     def __call__(
         self,
         hidden: torch.Tensor | None,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | torch.Tensor,
         slots: Sequence[int],
         places: Sequence[int],
         adapters: Sequence[int],
     ) -> torch.Tensor:
-        """Return what `decode` gives. It is overwritten by the next step."""
-        count = len(token_ids)
+        """Return what `decode` gives. It is overwritten by the next step.
+
+        token_ids  [n], on the host or on the device
+        """
+        count = len(slots)
         width = 1 << (count - 1).bit_length()
         idle = width - count
         recording = self._recordings.get(width) or self._record(width)
+        there = token_ids if isinstance(token_ids, torch.Tensor) else None
         fillers = (0, self._spare, 0, 0)
-        rows = zip((token_ids, slots, places, adapters), fillers, strict=True)
+        rows = zip(([0] * count if there is not None else token_ids, slots, places, adapters), fillers, strict=True)
         recording.where.copy_(torch.tensor([[*row, *[filler] * idle] for row, filler in rows]))
+        if there is not None:
+            recording.where[0, :count] = there
         if hidden is not None:
             recording.hidden[:count] = hidden
         recording.graph.replay()

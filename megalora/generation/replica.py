@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megalora.errors import UserError
 from megalora.generation.cache import Span
+from megalora.generation.choosing import Chooser, Underway, broadcast
 from megalora.generation.requests import (
     FAILED,
     INTERRUPTED,
@@ -32,8 +33,8 @@ from megalora.generation.requests import (
     Reply,
     Request,
 )
-from megalora.generation.sampling import NOT_FINITE, Logprobs, Sampling, Seen, choose, logprobs
-from megalora.generation.sequences import Ongoing, Queue, by_sampling, common_start
+from megalora.generation.sampling import NOT_FINITE, Sampling
+from megalora.generation.sequences import Ongoing, Queue, common_start
 from megalora.generation.steps import Steps
 from megalora.models.stage import Stage
 from megalora.parallel.collectives import broadcast_object
@@ -81,14 +82,15 @@ class Replica:
         self._listened_to, self._keep_logits, self._fp8 = listened_to, keep_logits, fp8_cache
         self._steps: Steps | None = None
         self._held: list[tuple[int, list[int]]] = []  # whose tokens each slot of the cache holds: (adapter, tokens)
-        self._seen: Seen | None = None
+        self._chooser = Chooser(pp, tp, stage.place.device)
+        self._underway: Underway | None = None  # a step that runs ahead of what the host knows
         self._adapted = True
         self._more = self._changes = False  # whether requests, or a change of adapters, wait in the inbox
 
     def switch_adapter(self, on: bool) -> None:
         """Give from now on the replies of the adapted model, as at first, or of the base."""
         if on != self._adapted:
-            self._adapted = on
+            self._adapted, self._underway = on, None
             self._stage.switch_adapters(on)
             if self._steps is not None:
                 self._steps.adapters_switched()
@@ -103,6 +105,7 @@ class Replica:
         """
         if not prompts:
             return []
+        self._underway = None
         self._make_room(prompts, max_new_tokens)
         requests = (Request(prompt, self._sampling, max_new_tokens, self._stop) for prompt in prompts)
         queue = Queue([*range(self._steps.slots)], deque(requests))
@@ -124,8 +127,7 @@ class Replica:
         """
         self._context = min(self._context, capacity)
         self._renew_cache(slots, self._context)
-        if self._chooses:
-            self._seen = Seen(slots, self._stage.config.vocab_size, self._stage.place.device)
+        self._chooser.remember(slots, self._stage.config.vocab_size)
         needed, room = self._steps.cache_bytes, _free_memory(torch.device(self._stage.place.device))
         if room is not None and needed > room:
             rounded = "" if self._fp8 else ", or --kv_cache fp8"
@@ -187,8 +189,8 @@ class Replica:
         if queue.entering and not (queue.turn and queue.running):
             fed, tokens = self._enter(queue)
         else:
-            queue.turn, fed = False, list(queue.running)
-            tokens = self._decode(fed)
+            queue.turn = False
+            fed, tokens = self._decode(list(queue.running))
         for sequence, token in zip(fed, tokens, strict=True):
             self._take(sequence, token)
         self._listen(fed, queue, listener, inbox)
@@ -217,8 +219,8 @@ class Replica:
         if slots <= FEW:
             capacity = min(self._context, max(2 * capacity, CACHE_TOKENS // FEW))
         self._renew_cache(slots, capacity, source)
-        if self._sampling.repetition_penalty != 1.0 and self._chooses:
-            self._seen = Seen(slots, words, self._stage.place.device)
+        if self._sampling.repetition_penalty != 1.0:
+            self._chooser.remember(slots, words)
 
     def _holds(self, slots: int, capacity: int, source: int) -> bool:
         """Return whether the cache has as much room."""
@@ -228,7 +230,7 @@ class Replica:
         return there.slots >= slots and there.capacity >= capacity and there.source_capacity >= source
 
     def _renew_cache(self, slots: int, capacity: int, source: int = 0) -> None:
-        self._steps = None  # before the next one is made: there may not be room for both
+        self._steps = self._underway = None  # before the next one is made: there may not be room for both
         self._steps = Steps(self._stage, slots, capacity, source, self._fp8)
         self._held = [(0, []) for _ in range(slots)]
 
@@ -250,9 +252,8 @@ class Replica:
             slot, kept = self._slot_for(prompt, free)
             free.remove(slot)
             self._held[slot] = prompt.adapter, list(prompt.token_ids)
-            if self._seen is not None and request.sampling.repetition_penalty != 1.0:
-                self._seen.start(slot, prompt.token_ids)
             seated.append(Ongoing(request, slot, room, kept))
+            self._chooser.begin(seated[-1])
             fed += prompt.fed - kept
         return seated
 
@@ -295,8 +296,8 @@ class Replica:
         if self._pp.size * self._tp.size > 1:
             told = torch.tensor(verdicts, device=self._stage.place.device)
             if self._pp.is_first:
-                _broadcast(told, self._tp, self._tp.ranks[0])
-            _broadcast(told, self._pp, self._pp.ranks[0])
+                broadcast(told, self._tp, self._tp.ranks[0])
+            broadcast(told, self._pp, self._pp.ranks[0])
             verdicts = told.tolist()
         *verdicts, more, changes = verdicts
         self._more, self._changes = bool(more), bool(changes)
@@ -348,18 +349,51 @@ class Replica:
                     self._hand_over_logits(sequence)
         return hidden
 
-    def _decode(self, fed: Sequence[Ongoing]) -> list[int]:
-        """Feed the newest token of each reply; return the next one of each."""
-        ids = [sequence.reply[-1] for sequence in fed]
-        slots, places = [sequence.slot for sequence in fed], [sequence.kept for sequence in fed]
-        for slot, token in zip(slots, ids, strict=True):
-            self._held[slot][1].append(token)
-        adapters = [sequence.prompt.adapter for sequence in fed]
-        hidden = self._steps.decode(self._received(len(ids)), ids, slots, places, adapters)
+    def _decode(self, running: list[Ongoing]) -> tuple[list[Ongoing], list[int]]:
+        """Feed the newest token of each reply; return the sequences that went on, and the next token of each.
+
+        Where one GPU does all, the step after is under way before the host knows of these tokens, and what the host
+        does between two steps takes no time of it. What a step does for a reply that has ended is left.
+        """
+        step, self._underway = self._underway, None
+        fed = [] if step is None else step.of(running)
+        logits = None
+        if step is None or not fed:
+            fed = running
+            tokens = [sequence.reply[-1] for sequence in fed]
+            logits, step = self._launch(fed, tokens, [sequence.kept for sequence in fed])
+        for sequence in fed:
+            self._held[sequence.slot][1].append(sequence.reply[-1])
+        if self._steps.runs_ahead and len(fed) == len(running) and all(one.request.logprobs is None for one in fed):
+            self._run_ahead(step, fed)
+        self._chooser.tell_logprobs(fed, logits, step.chosen)
+        return fed, step.tokens(fed)
+
+    def _run_ahead(self, step: Underway, fed: Sequence[Ongoing]) -> None:
+        """Launch the step that feeds the tokens of `step`, for those of `fed` that are not at their end with them."""
+        goes_on = [one for one in fed if len(one.reply) + 1 < one.room]
+        if not goes_on:
+            return
+        tokens = step.chosen.clamp(min=0)  # what is not finite ends the reply
+        if len(goes_on) < len(step.fed):
+            rows = {id(one): row for row, one in enumerate(step.fed)}
+            tokens = tokens[[rows[id(one)] for one in goes_on]]
+        places = [len(one.prompt.token_ids) + len(one.reply) for one in goes_on]
+        _, self._underway = self._launch(goes_on, tokens, places, ahead=1)
+
+    def _launch(
+        self, fed: Sequence[Ongoing], tokens: Sequence[int] | torch.Tensor, places: Sequence[int], ahead: int = 0
+    ) -> tuple[torch.Tensor | None, Underway]:
+        """Launch the step that feeds a token of each sequence, which takes its place; return the logits [n, vocab_size]
+        on the last stage, and the step. ahead: as Chooser.choose takes it."""
+        slots, adapters = [one.slot for one in fed], [one.prompt.adapter for one in fed]
+        hidden = self._steps.decode(self._received(len(fed)), tokens, slots, places, adapters)
+        logits = None
         if self._pp.is_last:
-            return self._chosen(fed, self._head(hidden))
-        self._send(hidden)
-        return self._chosen(fed, None)
+            logits = self._head(hidden)
+        else:
+            self._send(hidden)
+        return logits, Underway(fed, self._chooser.choose(fed, logits, ahead))
 
     @property
     def _head(self) -> VocabParallelHead:
@@ -373,42 +407,9 @@ class Replica:
 
     def _chosen(self, fed: Sequence[Ongoing], logits: torch.Tensor | None) -> list[int]:
         """Return the next token of each sequence, on every rank, from the logits [n, vocab_size] of the last stage."""
-        device = self._stage.place.device
-        chosen = torch.empty(len(fed), dtype=torch.int64, device=device)
-        if self._chooses:
-            for sampling, rows in by_sampling(fed).items():
-                every = len(rows) == len(fed)
-                chosen_rows = self._choose(logits if every else logits[rows], sampling, [fed[row] for row in rows])
-                chosen[slice(None) if every else rows] = chosen_rows
-        if self._pp.is_last:
-            _broadcast(chosen, self._tp, self._tp.ranks[0])
-        _broadcast(chosen, self._pp, self._pp.ranks[-1])
-        self._tell_logprobs(fed, logits, chosen)
+        chosen = self._chooser.choose(fed, logits)
+        self._chooser.tell_logprobs(fed, logits, chosen)
         return chosen.tolist()
-
-    def _choose(self, logits: torch.Tensor, sampling: Sampling, fed: Sequence[Ongoing]) -> torch.Tensor:
-        """Return the next token [n] of sequences that are sampled alike, from their logits [n, vocab_size]."""
-        penalised = self._seen is not None and sampling.repetition_penalty != 1.0
-        slots = torch.tensor([sequence.slot for sequence in fed], device=logits.device) if penalised else None
-        if penalised:
-            logits = self._seen.penalised(logits, slots, sampling.repetition_penalty)
-        chosen = choose(logits, sampling, [sequence.draw for sequence in fed])
-        if penalised:
-            self._seen.add(slots, chosen.clamp(min=0))
-        return chosen
-
-    def _tell_logprobs(self, fed: Sequence[Ongoing], logits: torch.Tensor | None, chosen: torch.Tensor) -> None:
-        """Give the sequences that ask for them the log-probabilities of their tokens, where a listener may be."""
-        rows = [row for row, sequence in enumerate(fed) if sequence.request.logprobs is not None]
-        if not rows:
-            return
-        told: list[Logprobs] = []
-        if self._chooses:
-            told = logprobs(logits[rows], chosen[rows], [fed[row].request.logprobs for row in rows])
-        if self._tp.is_first:
-            told = broadcast_object(told, self._pp, self._pp.size - 1)
-        for row, one in zip(rows, told, strict=False):
-            fed[row].logprobs = one
 
     def _not_finite(self, prompt: Prompt) -> UserError:
         dtype = str(self._stage.place.dtype).removeprefix("torch.")
@@ -442,9 +443,3 @@ def _free_memory(device: torch.device) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def _broadcast(x: torch.Tensor, axis: Axis, source: int) -> None:
-    """Broadcast x of global rank `source`, on every rank of the axis, in place."""
-    if axis.size > 1:
-        dist.broadcast(x, source, group=axis.group)

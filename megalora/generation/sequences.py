@@ -35,12 +35,11 @@ class Ongoing:
         """The reply so far."""
         return Reply(tuple(self.reply), self.finish_reason)
 
-    @property
-    def draw(self) -> float:
-        """The random number of its next token."""
+    def draw(self, ahead: int = 0) -> float:
+        """Return the random number of its next token, or of that `ahead` places behind it."""
         prompt = self.prompt
         stream = prompt.number if prompt.stream is None else prompt.stream
-        return draw(self.request.sampling.seed, stream, len(self.reply))
+        return draw(self.request.sampling.seed, stream, len(self.reply) + ahead)
 
     def part(self, most: int) -> Span:
         """Return the part of its prompt that is fed next: at most so many tokens, but a source with all behind it."""

@@ -46,6 +46,12 @@ class Steps:
             self._graphs = DecodeGraphs(self._decode, slots, self._device, None if first else like)
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the tokens of the one before are known: it is a graph, so of one GPU.
+        """
+        return self._graphs is not None and self._stage.embedding is not None and self._stage.head is not None
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values once a prompt was fed, but for those of sources."""
         element, stage = self._stage.place.dtype.itemsize, self._stage
@@ -126,20 +132,22 @@ class Steps:
     def decode(
         self,
         hidden: torch.Tensor | None,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | torch.Tensor,
         slots: Sequence[int],
         places: Sequence[int],
         adapters: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Feed one token of each sequence: token_ids[i] takes places[i] of slots[i]; no slot twice.
 
+        token_ids [n] may lie on the device: nothing waits for them then
         adapters  as `prefill` takes them
         What it gives may be overwritten by the next step.
         """
-        where = token_ids, slots, places, adapters or [0] * len(token_ids)
+        where = slots, places, adapters or [0] * len(slots)
         if self._graphs is not None:
-            return self._graphs(hidden, *where)
-        return self._decode(hidden, *torch.tensor(where, device=self._device))
+            return self._graphs(hidden, token_ids, *where)
+        ids = torch.as_tensor(token_ids, device=self._device)
+        return self._decode(hidden, ids, *torch.tensor(where, device=self._device))
 
     def _decode(
         self,

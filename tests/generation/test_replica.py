@@ -223,3 +223,96 @@ def test_others_go_on_and_enter_between_the_parts_of_a_long_prompt(monkeypatch):
     alone = Replica(stage, mesh.pp, mesh.tp, 128, Sampling(), ())
     for prompt in asked:
         assert diary.replies[prompt.number] == alone.replies([prompt], NEW + prompt.number)[0].token_ids
+
+
+# ---- steps that are launched before the tokens of the one before are known (megalora.generation.choosing.Underway)
+#
+# On a CPU each runs at once, but the same code decides what it feeds and what is taken from it.
+
+MANY, LONG = (9, 3, 14, 6, 11), 8
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "sampled": Sampling(temperature=1.5, top_p=0.95, seed=3),
+    "penalised": Sampling(temperature=0.9, repetition_penalty=1.7, seed=1),
+}
+
+
+class Stopper:
+    """Ends the replies of `stops` after so many tokens; hears all of them."""
+
+    def __init__(self, stops):
+        self.stops, self.heard, self.replies = stops, {}, {}
+
+    def hear(self, prompt, token_id, logprobs):
+        heard = self.heard.setdefault(prompt.number, [])
+        heard.append((token_id, logprobs is not None))
+        return "stop" if len(heard) == self.stops.get(prompt.number) else None
+
+    def left(self, prompt):
+        return False
+
+    def done(self, prompt, reply):
+        self.replies[prompt.number] = reply
+
+
+def ahead(on: bool):
+    return mock.patch.object(Steps, "runs_ahead", on)
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return make_stage(build_mesh(0, 1), "mistral")
+
+
+def one_of(stage, sampling=None, stop=(), **more):
+    mesh = build_mesh(0, 1)
+    return Replica(stage, mesh.pp, mesh.tp, 64, sampling or Sampling(), stop, **more)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_replies_are_the_same(stage, name):
+    """With tokens that end some of them, one after another, and prompts that enter where others have ended."""
+    asked = prompts(MANY)
+    with ahead(False):
+        free = [reply.token_ids for reply in one_of(stage, SAMPLINGS[name]).replies(asked, LONG)]
+    stop = {free[0][2], free[3][5]}
+    found = []
+    for on in (False, True):
+        with ahead(on), mock.patch("megalora.generation.replica.MAX_RUNNING", 3):
+            one = one_of(stage, SAMPLINGS[name], stop)
+            found.append([one.replies(asked, LONG), one.replies(asked[:2], LONG + 1)])
+    assert found[0] == found[1]
+    assert {reply.finish_reason for reply in found[0][0]} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_step_ahead_feeds_the_token_that_was_chosen(stage, on):
+    """Every step but the first has its tokens from the one before, and the last is not run twice."""
+    fed, decode = [], Steps.decode
+
+    def decoded(self, hidden, ids, slots, places, adapters):
+        fed.append((not isinstance(ids, list), list(places)))
+        return decode(self, hidden, ids, slots, places, adapters)
+
+    with ahead(on), mock.patch.object(Steps, "decode", decoded):
+        one_of(stage).replies(prompts((9, 3)), 4)
+    assert fed == [(False, [9, 3]), (on, [10, 4]), (on, [11, 5])]
+
+
+def test_a_server_takes_what_is_ahead_while_others_enter_leave_and_ask_for_more(stage):
+    asked = prompts(MANY)
+    answers = []
+    for on in (False, True):
+        listener = Stopper({1: 2, 2: 5})
+        with ahead(on):
+            one = one_of(stage, listened_to=True)
+            one.reserve(2, 64)
+            told = {3: 2}  # the log-probabilities of how many tokens
+            requests = [
+                Request(p, SAMPLINGS["sampled"], LONG + p.number, frozenset(), told.get(p.number)) for p in asked
+            ]
+            one.serve(Inbox(requests), listener, build_mesh(0, 1).world)
+        answers.append((listener.replies, listener.heard))
+    assert answers[0] == answers[1]
+    assert [len(answers[0][0][i].token_ids) for i in range(5)] == [8, 2, 5, 11, 12]
+    assert all(told == (number == 3) for number, heard in answers[0][1].items() for _, told in heard)

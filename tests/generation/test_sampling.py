@@ -45,6 +45,11 @@ def test_greedy_takes_the_lowest_id_of_a_tie():
     tied = torch.zeros(2, 50, dtype=torch.bfloat16)
     tied[0, [7, 30, 49]] = 3.0
     assert choose(tied, Sampling(), []).tolist() == [7, 0]
+    in_parts = torch.zeros(3, 128 * 7)  # of 64 parts of 14
+    in_parts[0, [20, 27, 500]] = in_parts[1, [895]] = 2.0
+    assert choose(in_parts, Sampling(), []).tolist() == [20, 895, 0]
+    in_parts[2, 400] = torch.nan
+    assert choose(in_parts, Sampling(), []).tolist() == [20, 895, NOT_FINITE]
 
 
 def test_rows_do_not_touch_one_another():

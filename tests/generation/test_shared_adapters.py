@@ -11,7 +11,7 @@ from megalora.adapters.config import LoraConfig
 from megalora.adapters.shared import share
 from megalora.adapters.sharing import by_expert
 from megalora.building import build_stage, load_adapter, resolve_lora, trained_shapes
-from megalora.generation import replica
+from megalora.generation import choosing, replica
 from megalora.generation.replica import Replica
 from megalora.generation.requests import FAILED, INTERRUPTED, LENGTH, STOP, Change, Prompt, Request
 from megalora.generation.sampling import Sampling
@@ -255,12 +255,12 @@ def test_each_request_has_its_own_way():
 
 
 def test_logits_that_are_not_finite_end_their_request_alone(monkeypatch):
-    choose, broken = replica.choose, Sampling(temperature=1.0, top_k=3)
+    choose, broken = choosing.choose, Sampling(temperature=1.0, top_k=3)
 
     def spoiled(logits, sampling, draws):
         return torch.full((len(logits),), -1) if sampling == broken else choose(logits, sampling, draws)
 
-    monkeypatch.setattr(replica, "choose", spoiled)
+    monkeypatch.setattr(choosing, "choose", spoiled)
     replies, heard, _ = serve(0, 1, 1, [request(0, 1, PROMPTS[0]), request(1, 1, PROMPTS[1], sampling=broken)])
     assert (replies[1].token_ids, replies[1].finish_reason) == ((), FAILED) and 1 not in heard
     assert replies[0].token_ids == alone()[1][0]
