@@ -95,6 +95,23 @@ def test_a_step_with_magnitudes_on_the_gpu(dtype, tolerance):
         assert all(torch.equal(p, found.adapters[n][1]) for n, (_, p) in again.adapters.items())
 
 
+@pytest.mark.parametrize("base_format, most", [("nf4", 0.1), ("fp8", 0.45), ("nf4_fp8", 0.45)])
+def test_a_step_on_a_quantised_base_on_the_gpu(base_format, most):
+    """Its weights are the CPU's; products in e4m3 round the other factor to 4 bits."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU does not multiply e4m3")
+    lora = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    run = Run(family="llama", model=sizes("llama"), lora=lora, steps=1, seq_length=64, base_format=base_format)
+    wanted, ours = train(0, 1, run), train(0, 1, run.on(dtype=torch.bfloat16, device="cuda"))
+    for a, b in zip(ours.losses, wanted.losses, strict=True):
+        assert abs(a - b) <= 0.01 * b
+    pairs = [(ours.gradients[name][1].double().cpu(), grad) for name, (_, grad) in wanted.gradients.items()]
+    found, exact = (torch.cat([pair[i].flatten() for pair in pairs]) for i in range(2))
+    assert (found - exact).norm() <= most * exact.norm()
+    again = train(0, 1, run.on(dtype=torch.bfloat16, device="cuda"))
+    assert again.losses == ours.losses
+
+
 def test_heads_that_no_kernel_of_packed_documents_takes(tmp_path, capsys):
     inputs = tiny.make_inputs(tmp_path)
     tiny.save_model(inputs.model, hidden_size=80, num_attention_heads=4, num_key_value_heads=2)
