@@ -147,7 +147,7 @@ def quantise_factor(
     """
     x = x if x.stride(1) == 1 and x.stride(0) % limits.OCTET == 0 else x.contiguous()
     takes = x.itemsize == 2 and x.shape[1] % limits.OCTET == 0 and x.shape[1] <= limits.LARGEST_FP8_ROW
-    if not (takes and extension.has_kernels("cuda")):
+    if not (takes and x.is_cuda and extension.has_kernels("cuda")):
         return quantise_rows(x, factor)
     codes = _new_codes(x, (x.shape[0], x.shape[1]), room)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)

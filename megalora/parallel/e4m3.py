@@ -58,7 +58,7 @@ class E4m3Matrix(QuantisedMatrix):
         raise NotImplementedError
 
     def lie_in(self, stack: RowsStack, first: int) -> None:
-        self._multiplies = False
+        self._give_up()
         super().lie_in(stack, first)
 
     def _scratch_bytes(self) -> int:
@@ -138,6 +138,11 @@ class E4m3Matrix(QuantisedMatrix):
 class Fp8Matrix(E4m3Matrix):
     """W in e4m3, with a scale a row, or with the scales of the file: those of blocks do not come out of a product."""
 
+    def __init__(self, *arguments: Any, **more: Any):
+        super().__init__(*arguments, **more)
+        if self._multiplies:
+            self._make_room()  # before what reading takes, between which it would leave holes in the GPU's memory
+
     def _takes(self, part: Rows) -> bool:
         return isinstance(part, Fp8Rows) and part.scale.shape[1] == 1
 
@@ -166,8 +171,6 @@ class Fp8Matrix(E4m3Matrix):
         fp8.turn(self._whole[:, : self.columns], out)
 
     def _read(self, source: WeightSource, stored: Stored, wanted: Wanted) -> Sequence[Rows]:
-        if self._multiplies and self._terms is None and (stored is None or _one_scale_a_row(stored)):
-            self._make_room()  # before what reading takes, which would leave holes in the GPU's memory behind it
         if isinstance(stored, Fp8Weight):
             parts = stored.rows(wanted.runs, wanted.columns)
         elif wanted.transposed:
@@ -221,10 +224,6 @@ class Nf4AsFp8Matrix(E4m3Matrix):
 
     def _read(self, source: WeightSource, stored: Stored, wanted: Wanted) -> Sequence[Rows]:
         return rows_as_fp8(in_nf4(source, stored, wanted, self._device), wanted.runs, wanted.columns)
-
-
-def _one_scale_a_row(stored: Stored) -> bool:
-    return isinstance(stored, Fp8Weight) and stored.scale.shape[1] == 1
 
 
 def _by_rows(
