@@ -1,4 +1,5 @@
-// Ops that draw a mask: in a schema its arguments are seven, in C++ one struct. masked<&op> is `op` with them apart.
+// Ops that draw a mask: in a schema its arguments are seven, in C++ one struct, or none without a token_index.
+// masked<&op> is `op` with them apart.
 #pragma once
 
 #include <utility>
@@ -26,6 +27,16 @@ struct Masked<op, Result, List<Before...>, List<const MaskArguments&, After...>>
     return op(std::forward<Before>(before)...,
               MaskArguments{token_index, seed, site, step, feature_offset, p, live_step},
               std::forward<After>(after)...);
+  }
+};
+
+template <auto op, typename Result, typename... Before, typename... After>
+struct Masked<op, Result, List<Before...>, List<const OptionalMask&, After...>> {
+  static Result call(Before... before, const OptionalTensor& token_index, int64_t seed, int64_t site, int64_t step,
+                     int64_t feature_offset, double p, const OptionalTensor& live_step, After... after) {
+    OptionalMask mask;
+    if (token_index) mask = MaskArguments{*token_index, seed, site, step, feature_offset, p, live_step};
+    return op(std::forward<Before>(before)..., mask, std::forward<After>(after)...);
   }
 };
 

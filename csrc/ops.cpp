@@ -4,8 +4,9 @@
 #include "masked.h"
 #include "ops.h"
 
-// The arguments of a mask (MaskArguments). A macro, so that schemas stay literals.
-#define MASK "Tensor token_index, int seed, int site, int step, int feature_offset, float p, Tensor? live_step"
+// The arguments of a mask (MaskArguments), which some ops may be given none of. Macros, so that schemas stay literals.
+#define DRAW "int seed, int site, int step, int feature_offset, float p, Tensor? live_step"
+#define MASK "Tensor token_index, " DRAW
 
 namespace {
 
@@ -23,11 +24,20 @@ TORCH_LIBRARY(megalora, m) {
   def("dropout(Tensor x, " MASK "=None) -> Tensor");
   def("dropout_add_(Tensor(a!) out, Tensor g, " MASK "=None) -> ()");
 
-  // x, delta, sum [N, D]; weight [D]; y [N, D], rows of any stride; inverse [N] float32.
+  // On the CPU. x, delta, sum [N, D]; weight [D]; y [N, D], rows of any stride; inverse [N] float32.
   def("rms_norm_(Tensor x, Tensor? delta, Tensor weight, float eps, Tensor(a!)? sum, Tensor(b!) y, Tensor(c!) inverse, "
       "bool precise=False, bool offset=False) -> ()");
   def("rms_norm_backward_(Tensor dy, Tensor x, Tensor weight, Tensor inverse, Tensor? residual, Tensor(a!) dx, "
       "bool precise=False, bool offset=False) -> ()");
+
+  // On CUDA. The same shapes, and for RMSNorm and LayerNorm; kind: rms, precise or layer (statistics [2, N]),
+  // with _offset behind it where the weight is 1 + w. sum = x + mask(scale * own(delta)), own a norm of delta, or none.
+  def("norm_(Tensor x, str kind, Tensor? weight, Tensor? bias, float eps, Tensor? delta, str own_kind, "
+      "Tensor? own_weight, float own_eps, float scale, Tensor? token_index, " DRAW
+      ", Tensor(a!)? own_inverse, Tensor(b!)? sum, Tensor(c!) y, Tensor(d!) statistics) -> ()");
+  def("norm_backward_(Tensor dy, Tensor x, str kind, Tensor? weight, Tensor statistics, Tensor? residual, "
+      "Tensor? delta, str own_kind, Tensor? own_weight, Tensor? own_inverse, float scale, Tensor? token_index, " DRAW
+      ", Tensor(a!) dx, Tensor(b!)? ddelta) -> ()");
 
   // gate_up, grad [T, 2 I]; out, dy [T, I], rows of any stride. gate, here and below: silu, or on CUDA also gelu_tanh
   // and gelu. Here and below, on CUDA but for swiglu_lora_backward_: gate_up may be up [T, I], without a gate.
@@ -39,8 +49,10 @@ TORCH_LIBRARY(megalora, m) {
   def("split_rope_backward_(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) qkv) -> ()");
 
   // logits [N, V]; label [N] int64, of this part of the vocabulary where 0 <= label < V; stats [3, N] float32.
-  def("cross_entropy_stats_(Tensor logits, Tensor label, Tensor(a!) stats) -> ()");
-  def("cross_entropy_grad_(Tensor(a!) logits, Tensor label, Tensor max, Tensor total) -> ()");
+  // On CUDA of softcap * tanh(scale * logits / softcap); softcap 0: none.
+  def("cross_entropy_stats_(Tensor logits, Tensor label, Tensor(a!) stats, float scale=1, float softcap=0) -> ()");
+  def("cross_entropy_grad_(Tensor(a!) logits, Tensor label, Tensor max, Tensor total, float scale=1, "
+      "float softcap=0) -> ()");
 
   // q, out, dout, dq [T, H, D]; k, v [T, K, D]; heads and tokens of any stride; lse [H, T]; dk, dv [T, H, D], the share
   // of each query head, of the type of the arithmetic; softcap 0: none; slopes, sinks [H], of that type too.
@@ -108,8 +120,6 @@ namespace megalora {
 #define MEGALORA_IMPLEMENT_OPS_OF_CPU_AND_CUDA(device, m)                  \
   m.impl("dropout", masked<&device::dropout>);                             \
   m.impl("dropout_add_", masked<&device::dropout_add_>);                   \
-  m.impl("rms_norm_", &device::rms_norm_);                                 \
-  m.impl("rms_norm_backward_", &device::rms_norm_backward_);               \
   m.impl("swiglu_", &device::swiglu_);                                     \
   m.impl("swiglu_backward_", &device::swiglu_backward_);                   \
   m.impl("split_rope_", &device::split_rope_);                             \
@@ -125,6 +135,8 @@ namespace megalora {
 
 TORCH_LIBRARY_IMPL(megalora, CPU, m) {
   MEGALORA_IMPLEMENT_OPS_OF_CPU_AND_CUDA(cpu, m);
+  m.impl("rms_norm_", &cpu::rms_norm_);
+  m.impl("rms_norm_backward_", &cpu::rms_norm_backward_);
   m.impl("attention_", &cpu::attention_);
   m.impl("attention_backward_", &cpu::attention_backward_);
   m.impl("tile_linear", &cpu::tile_linear);
@@ -133,6 +145,8 @@ TORCH_LIBRARY_IMPL(megalora, CPU, m) {
 #if defined(MEGALORA_CUDA)
 TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
   MEGALORA_IMPLEMENT_OPS_OF_CPU_AND_CUDA(cuda, m);
+  m.impl("norm_", masked<&cuda::norm_>);
+  m.impl("norm_backward_", masked<&cuda::norm_backward_>);
   m.impl("swiglu_lora_down_", masked<&cuda::swiglu_lora_down_>);
   m.impl("lora_backward_", masked<&cuda::lora_backward_>);
   m.impl("swiglu_lora_backward_", masked<&cuda::swiglu_lora_backward_>);
@@ -162,6 +176,8 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
   for (const char* name : {"dropout_add_",
                            "rms_norm_",
                            "rms_norm_backward_",
+                           "norm_",
+                           "norm_backward_",
                            "swiglu_",
                            "swiglu_backward_",
                            "split_rope_",

@@ -23,6 +23,8 @@ struct MaskArguments {
   OptionalTensor live_step;
 };
 
+using OptionalMask = std::optional<MaskArguments>;
+
 // The mask of the rows of x [T, F]. Checks the arguments. On the CPU the live step is read now, else by the kernels.
 Mask make_mask(const MaskArguments& arguments, const Tensor& x);
 
@@ -39,18 +41,16 @@ inline NormRounding norm_rounding(bool precise, bool offset) {
 #define MEGALORA_OPS_OF_CPU_AND_CUDA                                                                                  \
   Tensor dropout(const Tensor& x, const MaskArguments& mask);                                                         \
   void dropout_add_(const Tensor& out, const Tensor& g, const MaskArguments& mask);                                   \
-  void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps,                      \
-                 const OptionalTensor& sum, const Tensor& y, const Tensor& inverse, bool precise, bool offset);       \
-  void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& inverse,             \
-                          const OptionalTensor& residual, const Tensor& dx, bool precise, bool offset);               \
   void swiglu_(const Tensor& gate_up, const Tensor& out, std::string_view gate);                                      \
   void swiglu_backward_(const Tensor& dy, const Tensor& gate_up, const Tensor& grad, std::string_view gate);          \
   void split_rope_(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q, const Tensor& k,         \
                    const Tensor& v);                                                                                  \
   void split_rope_backward_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,  \
                             const Tensor& qkv);                                                                       \
-  void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tensor& stats);                          \
-  void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total);        \
+  void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tensor& stats, double scale,             \
+                            double softcap);                                                                          \
+  void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total,         \
+                           double scale, double softcap);                                                             \
   void lora_down_(const Tensor& z, const Tensor& x, const Tensor& A, const MaskArguments& mask,                       \
                   const OptionalTensor& copy);                                                                        \
   Tensor lora_down_weight_grad(const Tensor& dz, const Tensor& x, const MaskArguments& mask);                         \
@@ -64,6 +64,10 @@ inline NormRounding norm_rounding(bool precise, bool offset) {
 namespace cpu {
 
 MEGALORA_OPS_OF_CPU_AND_CUDA
+void rms_norm_(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps,
+               const OptionalTensor& sum, const Tensor& y, const Tensor& inverse, bool precise, bool offset);
+void rms_norm_backward_(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& inverse,
+                        const OptionalTensor& residual, const Tensor& dx, bool precise, bool offset);
 void attention_(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef bounds, int64_t window, double scale,
                 double softcap, const OptionalTensor& slopes, const OptionalTensor& sinks, const Tensor& out,
                 const Tensor& lse);
@@ -77,6 +81,14 @@ Tensor tile_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 namespace cuda {
 
 MEGALORA_OPS_OF_CPU_AND_CUDA
+void norm_(const Tensor& x, std::string_view kind, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+           const OptionalTensor& delta, std::string_view own_kind, const OptionalTensor& own_weight, double own_eps,
+           double scale, const OptionalMask& mask, const OptionalTensor& own_inverse, const OptionalTensor& sum,
+           const Tensor& y, const Tensor& statistics);
+void norm_backward_(const Tensor& dy, const Tensor& x, std::string_view kind, const OptionalTensor& weight,
+                    const Tensor& statistics, const OptionalTensor& residual, const OptionalTensor& delta,
+                    std::string_view own_kind, const OptionalTensor& own_weight, const OptionalTensor& own_inverse,
+                    double scale, const OptionalMask& mask, const Tensor& dx, const OptionalTensor& ddelta);
 void swiglu_lora_down_(const Tensor& z, const Tensor& gate_up, const Tensor& A, const MaskArguments& mask,
                        const Tensor& x, std::string_view gate);
 void lora_backward_(const Tensor& dx, const Tensor& dz, const Tensor& x, const Tensor& A, const MaskArguments& mask,

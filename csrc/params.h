@@ -44,8 +44,8 @@ struct NormRounding {
   bool precise, offset;
 };
 
-// sum = x + delta (delta null: sum is not written, x is normed); y = weight * sum * inverse; inverse [N] wide. Rows of
-// delta and sum are `size` apart.
+// On the CPU (on CUDA: cuda/norm_params.h). sum = x + delta (delta null: sum is not written, x is normed); y = weight *
+// sum * inverse; inverse [N] wide. Rows of delta and sum are `size` apart.
 struct RmsNormParams {
   Matrix x, y;
   const void *delta, *weight;
@@ -56,7 +56,7 @@ struct RmsNormParams {
   Type type;
 };
 
-// dx = d(rms_norm)(dy) + residual (null: none); inverse [N] wide. Rows of residual and dx are `size` apart.
+// On the CPU. dx = d(rms_norm)(dy) + residual (null: none); inverse [N] wide. Rows of residual and dx are `size` apart.
 struct RmsNormBackwardParams {
   Matrix dy, x;
   const void *weight, *inverse, *residual;
@@ -115,9 +115,16 @@ struct SplitRopeParams {
   Type type;
 };
 
-// Over each row of logits [N, V] (V any size): stats [3, N] wide = maximum, sum of exp(logit - maximum), logit of the
-// label (0 where it is outside 0 .. V-1: it stands in another part of the vocabulary).
+// What logits are made of, s: softcap * tanh(scale * s / softcap), or scale * s where softcap is 0. On the CPU s
+// itself.
+struct LogitForm {
+  double scale, softcap;
+};
+
+// Over each row of logits [N, V] (V any size), made of `logits`: stats [3, N] wide = maximum, sum of exp(logit -
+// maximum), logit of the label (0 where it is outside 0 .. V-1: it stands in another part of the vocabulary).
 struct CrossEntropyStatsParams {
+  LogitForm form;
   Matrix logits;
   const int64_t* label;
   void* stats;
@@ -125,8 +132,10 @@ struct CrossEntropyStatsParams {
   Type type;
 };
 
-// logits = exp(logit - max) / total - (1 at the label), in place; max, total [N] wide.
+// logits = exp(logit - max) / total - (1 at the label), times the slope of what the logits are made of, in place; max,
+// total [N] wide.
 struct CrossEntropyGradParams {
+  LogitForm form;
   Matrix logits;
   const int64_t* label;
   const void *max, *total;

@@ -80,7 +80,9 @@ void check_labels(const Tensor& label, int64_t rows) {
 
 }  // namespace
 
-void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tensor& stats) {
+void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tensor& stats, double scale,
+                          double softcap) {
+  MEGALORA_CHECK(scale == 1 && softcap == 0, "scale ", scale, ", softcap ", softcap, ": on CUDA alone");
   MEGALORA_CHECK(logits.dim() == 2 && logits.size(1) > 0, logits.sizes());
   check_rows(logits, logits);
   check_labels(label, logits.size(0));
@@ -95,7 +97,9 @@ void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tenso
   for_rows(stats_rows, params, params.rows, params.vocab);
 }
 
-void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total) {
+void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total,
+                         double scale, double softcap) {
+  MEGALORA_CHECK(scale == 1 && softcap == 0, "scale ", scale, ", softcap ", softcap, ": on CUDA alone");
   MEGALORA_CHECK(logits.dim() == 2, logits.sizes());
   check_rows(logits, logits);
   check_labels(label, logits.size(0));

@@ -13,8 +13,29 @@ __device__ __forceinline__ void merge(float& max, float& sum, float other_max, f
   max = top;
 }
 
-template <typename T>
-__global__ void cross_entropy_stats_kernel(const __grid_constant__ CrossEntropyStatsParams params) {
+// A logit of what it is made of, and its slope there.
+template <bool capped>
+struct Former {
+  float scale, cap, inverse_cap, inner;  // inner: 2 scale / cap
+
+  explicit Former(const LogitForm& form)
+      : scale(static_cast<float>(form.scale)),
+        cap(static_cast<float>(form.softcap)),
+        inverse_cap(capped ? static_cast<float>(1 / form.softcap) : 0.f),
+        inner(capped ? static_cast<float>(2 * form.scale / form.softcap) : 0.f) {}
+
+  // tanh(scale * s / cap) = 1 - 2 / (1 + exp(2 scale s / cap)), within rounding of 1.
+  __device__ __forceinline__ float tanh_of(float s) const { return 1.f - __fdividef(2.f, 1.f + __expf(inner * s)); }
+  __device__ __forceinline__ float logit(float s) const { return capped ? cap * tanh_of(s) : scale * s; }
+  __device__ __forceinline__ float slope(float logit) const {
+    const float t = logit * inverse_cap;
+    return capped ? scale * (1.f - t * t) : scale;
+  }
+};
+
+template <typename T, bool capped>
+__global__ void cross_entropy_stats_kernel(const __grid_constant__ CrossEntropyStatsParams params,
+                                           const Former<capped> former) {
   __shared__ float maxima[32], sums[32];
   constexpr int each = Vector<T>::size;
   const int64_t row = blockIdx.x;
@@ -27,16 +48,18 @@ __global__ void cross_entropy_stats_kernel(const __grid_constant__ CrossEntropyS
     if (count == each) {
       v = load(line + at);
     } else {
-      for (int j = 0; j < count; ++j) v.at[j] = line[at + j];
+#pragma unroll
+      for (int j = 0; j < each; ++j) v.at[j] = line[j < count ? at + j : at];
     }
-    float top = -INFINITY;
+    float x[each], top = -INFINITY, part = 0;
+#pragma unroll
     for (int j = 0; j < each; ++j) {
-      if (j < count) top = fmaxf(top, to_float(v.at[j]));
+      x[j] = former.logit(to_float(v.at[j]));
+      if (j < count) top = fmaxf(top, x[j]);
     }
-    float part = 0;
+#pragma unroll
     for (int j = 0; j < each; ++j) {
-      const float x = to_float(v.at[j]);
-      if (j < count) part += x == top ? 1.f : __expf(x - top);
+      if (j < count) part += x[j] == top ? 1.f : __expf(x[j] - top);
     }
     if (top > -INFINITY || isnan(part)) merge(max, sum, top, part);  // where all are -inf they add nothing
   }
@@ -55,12 +78,13 @@ __global__ void cross_entropy_stats_kernel(const __grid_constant__ CrossEntropyS
     auto* stats = static_cast<float*>(params.stats);
     stats[row] = max;
     stats[rows + row] = sum;
-    stats[2 * rows + row] = place >= 0 && place < vocab ? to_float(line[place]) : 0.f;
+    stats[2 * rows + row] = place >= 0 && place < vocab ? former.logit(to_float(line[place])) : 0.f;
   }
 }
 
-template <typename T>
-__global__ void cross_entropy_grad_kernel(const __grid_constant__ CrossEntropyGradParams params) {
+template <typename T, bool capped>
+__global__ void cross_entropy_grad_kernel(const __grid_constant__ CrossEntropyGradParams params,
+                                          const Former<capped> former) {
   constexpr int each = Vector<T>::size;
   const int64_t row = blockIdx.x;
   const int64_t vocab = params.vocab;
@@ -85,7 +109,9 @@ __global__ void cross_entropy_grad_kernel(const __grid_constant__ CrossEntropyGr
       const int64_t at = first + k * kLossThreads * each;
 #pragma unroll
       for (int j = 0; j < each; ++j) {
-        v[k].at[j] = from_float<T>(__expf(to_float(v[k].at[j]) - top) * inverse - (at + j == place ? 1.f : 0.f));
+        const float x = former.logit(to_float(v[k].at[j]));
+        const float d = __expf(x - top) * inverse - (at + j == place ? 1.f : 0.f);
+        v[k].at[j] = from_float<T>(d * former.slope(x));
       }
       if (at + each <= vocab) {
         store(line + at, v[k]);
@@ -98,17 +124,28 @@ __global__ void cross_entropy_grad_kernel(const __grid_constant__ CrossEntropyGr
   }
 }
 
+template <typename Body>
+void with_form(const LogitForm& form, Body body) {
+  form.softcap == 0 ? body(Former<false>(form)) : body(Former<true>(form));
+}
+
 }  // namespace
 
 void launch_cross_entropy_stats(const CrossEntropyStatsParams& params, cudaStream_t stream) {
   dispatch(params.type, [&](auto zero) {
-    cross_entropy_stats_kernel<decltype(zero)><<<static_cast<unsigned>(params.rows), kLossThreads, 0, stream>>>(params);
+    with_form(params.form, [&](const auto& former) {
+      cross_entropy_stats_kernel<decltype(zero)>
+          <<<static_cast<unsigned>(params.rows), kLossThreads, 0, stream>>>(params, former);
+    });
   });
 }
 
 void launch_cross_entropy_grad(const CrossEntropyGradParams& params, cudaStream_t stream) {
   dispatch(params.type, [&](auto zero) {
-    cross_entropy_grad_kernel<decltype(zero)><<<static_cast<unsigned>(params.rows), kLossThreads, 0, stream>>>(params);
+    with_form(params.form, [&](const auto& former) {
+      cross_entropy_grad_kernel<decltype(zero)>
+          <<<static_cast<unsigned>(params.rows), kLossThreads, 0, stream>>>(params, former);
+    });
   });
 }
 

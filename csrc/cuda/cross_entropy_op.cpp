@@ -12,14 +12,21 @@ void check_logits(const Tensor& logits, const Tensor& label) {
   MEGALORA_CHECK(label.numel() == logits.size(0), label.sizes(), " for ", logits.sizes());
 }
 
+LogitForm form_of(double scale, double softcap) {
+  MEGALORA_CHECK(softcap >= 0, "softcap ", softcap);
+  return {scale, softcap};
+}
+
 }  // namespace
 
-void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tensor& stats) {
+void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tensor& stats, double scale,
+                          double softcap) {
   const c10::cuda::CUDAGuard guard(logits.device());
   check_logits(logits, label);
   MEGALORA_CHECK(stats.scalar_type() == at::kFloat && stats.is_contiguous() && stats.size(0) == 3, stats.sizes());
   MEGALORA_CHECK(stats.size(1) == logits.size(0), stats.sizes(), " for ", logits.sizes());
   CrossEntropyStatsParams params{};
+  params.form = form_of(scale, softcap);
   params.logits = matrix_of(logits);
   params.label = label.const_data_ptr<int64_t>();
   params.stats = stats.mutable_data_ptr();
@@ -31,7 +38,8 @@ void cross_entropy_stats_(const Tensor& logits, const Tensor& label, const Tenso
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total) {
+void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor& max, const Tensor& total,
+                         double scale, double softcap) {
   const c10::cuda::CUDAGuard guard(logits.device());
   check_logits(logits, label);
   for (const Tensor* x : {&max, &total}) {
@@ -39,6 +47,7 @@ void cross_entropy_grad_(const Tensor& logits, const Tensor& label, const Tensor
     MEGALORA_CHECK(x->numel() == logits.size(0), x->sizes(), " for ", logits.sizes());
   }
   CrossEntropyGradParams params{};
+  params.form = form_of(scale, softcap);
   params.logits = matrix_of(logits);
   params.label = label.const_data_ptr<int64_t>();
   params.max = max.const_data_ptr();

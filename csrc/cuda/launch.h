@@ -8,8 +8,6 @@
 namespace megalora {
 
 void launch_dropout(const DropoutParams& params, cudaStream_t stream);
-void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream);
-void launch_rms_norm_backward(const RmsNormBackwardParams& params, cudaStream_t stream);
 void launch_swiglu(const SwiGluParams& params, cudaStream_t stream);
 void launch_swiglu_backward(const SwiGluBackwardParams& params, cudaStream_t stream);
 void launch_scale_columns(const ColumnScaleParams& params, cudaStream_t stream);

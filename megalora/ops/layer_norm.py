@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from megalora.ops import fused_norm
+from megalora.ops.fused_norm import NormWeights
+
 
 def layer_norm(
     x: torch.Tensor,
@@ -21,7 +24,17 @@ def layer_norm(
     x [..., D]; weight, bias [D], frozen: they get no gradient; None: none. offset: the weight is 1 + w, in x's dtype.
     Returns [..., D + room].
     """
+    norm = layer_weights(weight, bias, eps, offset)
+    if fused_norm.takes(x, norm, room):
+        return fused_norm.fused_norm(x, norm, room)
     return _LayerNorm.apply(x, weight, bias, eps, room, offset)
+
+
+def layer_weights(
+    weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, offset: bool = False
+) -> NormWeights:
+    """Return them as the kernels of a GPU take them."""
+    return NormWeights("layer_offset" if offset else "layer", weight, bias, eps)
 
 
 def add_layer_norm(
@@ -33,7 +46,10 @@ def add_layer_norm(
     room: int = 0,
     offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (x + delta [N, D], layer_norm(x + delta) [N, D + room]) of x, delta [N, D]."""
+    """Return (x + delta [N, D], layer_norm(x + delta) [N, D + room]) of x, delta [N, D]: on a GPU in one pass."""
+    norm = layer_weights(weight, bias, eps, offset)
+    if fused_norm.takes(x, norm, room):
+        return fused_norm.add_fused_norm(x, delta, norm, room)
     total = x + delta
     return total, layer_norm(total, weight, bias, eps, room, offset)
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from megalora.ops import extension, limits
+from megalora.ops import extension, fused_norm
+from megalora.ops.fused_norm import NormWeights
 
 
 class Rounding(NamedTuple):
@@ -29,8 +30,13 @@ class Rounding(NamedTuple):
         return 1 + w if self.offset else w
 
     def arguments(self, w: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
-        """Return (weight, precise, offset) as the compiled ops take them: 1 + w is theirs where it is precise."""
+        """Return (weight, precise, offset) as the CPU's ops take them: 1 + w is theirs where it is precise."""
         return (w, True, self.offset) if self.precise else (self.weight(w), False, False)
+
+    def weights(self, w: torch.Tensor, eps: float) -> NormWeights:
+        """Return them as the kernels of a GPU take them."""
+        kind = "precise" if self.precise else "rms"
+        return NormWeights(f"{kind}_offset" if self.offset else kind, w, None, eps)
 
 
 LLAMA = Rounding()
@@ -43,6 +49,9 @@ def rms_norm(
 
     x [..., D]; weight [D], frozen: it gets no gradient. Returns [..., D + room].
     """
+    norm = rounding.weights(weight, eps)
+    if fused_norm.takes(x, norm, room):
+        return fused_norm.fused_norm(x, norm, room)
     return _RmsNorm.apply(x, weight, eps, room, rounding)
 
 
@@ -50,6 +59,9 @@ def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, room: int = 0, rounding: Rounding = LLAMA
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x + delta [N, D], rms_norm(x + delta) [N, D + room]), in one pass where compiled; x, delta [N, D]."""
+    norm = rounding.weights(weight, eps)
+    if fused_norm.takes(x, norm, room):
+        return fused_norm.add_fused_norm(x, delta, norm, room)
     return _AddRmsNorm.apply(x, delta, weight, eps, room, rounding)
 
 
@@ -57,7 +69,7 @@ def _forward(x, delta, weight, eps, room, rounding):
     """Compute (sum, y with room, inverse [..., 1]); sum is x where delta is None."""
     size = x.shape[-1]
     y = x.new_empty(*x.shape[:-1], size + room)
-    if _compiled(x, size, room) and weight.dtype == x.dtype:
+    if _compiled(x) and weight.dtype == x.dtype:
         rows, (w, precise, offset) = x.numel() // size, rounding.arguments(weight)
         inverse = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         total = x if delta is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -87,8 +99,7 @@ def _forward(x, delta, weight, eps, room, rounding):
 def _backward(dy, x, weight, inverse, residual, rounding):
     """Compute d(x), plus `residual` where there is one. With n = x r and dn = dy w: dx = r (dn - n mean(dn n))."""
     size = x.shape[-1]
-    room = dy.shape[-1] - size
-    if _compiled(x, size, room) and weight.dtype == x.dtype and dy.stride(-1) == 1:
+    if _compiled(x) and weight.dtype == x.dtype and dy.stride(-1) == 1:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         before = None if residual is None else _rows(residual).contiguous()
         w, precise, offset = rounding.arguments(weight)
@@ -105,13 +116,9 @@ def _backward(dy, x, weight, inverse, residual, rounding):
     return dx if residual is None else dx.add_(residual)
 
 
-def _compiled(x: torch.Tensor, size: int, room: int) -> bool:
-    """Return whether a kernel takes x: on a CPU not in float16; on a GPU not in float64, rows on 16 bytes."""
-    if not (extension.has_kernels(x.device.type) and x.is_contiguous()):
-        return False
-    if x.device.type == "cpu":
-        return x.dtype != torch.float16
-    return x.dtype != torch.float64 and size % limits.OCTET == room % limits.OCTET == 0 and size <= limits.LARGEST_NORM
+def _compiled(x: torch.Tensor) -> bool:
+    """Return whether a kernel of the CPU takes x: not in float16."""
+    return x.device.type == "cpu" and extension.has_kernels("cpu") and x.is_contiguous() and x.dtype != torch.float16
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

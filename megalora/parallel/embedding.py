@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megalora.ops import limits
+from megalora.ops.cross_entropy import LogitForm
 from megalora.ops.matmul import matmul, matmul_nt
 from megalora.parallel.collectives import all_gather, all_reduce, local_tokens
 from megalora.parallel.placement import Placement
@@ -59,7 +60,7 @@ class VocabParallelEmbedding(_VocabParallel):
 class VocabParallelHead(_VocabParallel):
     """lm_head. Training reads `logits` and the weight through `parallel.loss`; `forward` gives all logits (generation).
 
-    bias, scale, softcap  logits are softcap * tanh(s / softcap) of s = scale * (h W^T + bias); softcap None: s itself
+    bias, scale, softcap  logits are of the LogitForm of s = h W^T + bias
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class VocabParallelHead(_VocabParallel):
         softcap: float | None = None,
     ):
         super().__init__(vocab_size, hidden_size, place)
-        self.scale, self.softcap = scale, softcap
+        self.form = LogitForm(scale, softcap)
         self.register_parameter("bias", None)
         self._row: list[nn.Parameter] = []
         if bias:
@@ -103,13 +104,18 @@ class VocabParallelHead(_VocabParallel):
         """Map hidden [N, hidden_size], whole on each rank to logits [N, vocab_size / tp] of this rank's rows; on a GPU
         zeros may stand behind each row of these.
         """
+        return self.form.apply_(self._products(hidden))
+
+    def unformed(self, hidden: torch.Tensor) -> tuple[torch.Tensor, LogitForm]:
+        """Return (s, what makes the logits of it) in place of `logits`, for kernels that do so as they read them."""
+        return self._products(hidden), self.form
+
+    def _products(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return s of `logits`."""
         weight, added = self._padded(), self.added
         if len(weight) > len(self.weight) and added is not None:
             added = nn.functional.pad(added, (0, len(weight) - len(added)))
-        logits = matmul_nt(hidden, weight, added)[:, : len(self.weight)]
-        if self.scale != 1.0:
-            logits *= self.scale
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return matmul_nt(hidden, weight, added)[:, : len(self.weight)]
 
     def _padded(self) -> torch.Tensor:
         """Return the weight with the rows of zeros that stand behind it (see `padded`)."""
@@ -120,12 +126,6 @@ class VocabParallelHead(_VocabParallel):
         """Return dlogits W [N, hidden_size], for dlogits in the place of `logits`, whose columns behind are zeros."""
         weight = self._padded()
         return matmul(dlogits.as_strided((len(dlogits), len(weight)), dlogits.stride()), weight)
-
-    def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return d logits / d s of `logits`, in their shape and dtype; None where it is 1."""
-        if self.softcap is None:
-            return None
-        return torch.addcmul(logits.new_ones(()), logits, logits, value=-1 / self.softcap**2)  # one pass
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden [N, hidden_size], whole on each rank to logits [N, vocab_size], whole on each rank."""

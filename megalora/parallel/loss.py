@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megalora.ops.cross_entropy import gradient_, statistics_
+from megalora.ops.cross_entropy import PLAIN, LogitForm, forms_in_kernels, gradient_, statistics_
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.embedding import VocabParallelHead
 from megalora.parallel.placement import Tokens
@@ -73,6 +73,26 @@ def cross_entropy_sum(
     return _CrossEntropySum.apply(hidden, head, labels, labelled, coefficients, tokens, *trained)
 
 
+def _logits(
+    head: VocabParallelHead, hidden: torch.Tensor, needs_grad: bool
+) -> tuple[torch.Tensor, LogitForm, tuple[torch.Tensor | float, ...]]:
+    """Return (logits or what they are made of, what the kernels are left to make of it, what the gradient is left to be
+    multiplied by).
+    """
+    s, form = head.unformed(hidden)
+    if form == PLAIN or forms_in_kernels(s):
+        return s, form, ()
+    logits = form.apply_(s)
+    return logits, PLAIN, form.factors(logits) if needs_grad else ()
+
+
+def _times(d: torch.Tensor, factors: tuple[torch.Tensor | float, ...]) -> torch.Tensor:
+    """Multiply d by the factors, in place, and return it."""
+    for factor in factors:
+        d.mul_(factor)
+    return d
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, labelled, coefficients, tokens, *trained):
@@ -82,6 +102,7 @@ class _CrossEntropySum(torch.autograd.Function):
         everything = labelled.shape[0] == full.shape[0]
         needs_grad = any(ctx.needs_input_grad)
         dhidden, graph = None, None
+        factors: tuple[torch.Tensor | float, ...]
         sums = [torch.zeros_like(one) for one in trained] if needs_grad else []
         if needs_grad:
             dhidden = torch.empty_like(full) if everything else torch.zeros_like(full)
@@ -97,12 +118,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 with torch.enable_grad():
                     h = h.detach().requires_grad_()
                     graph = head.logits(h, rows, tokens)
-                logits, slope = graph.detach().clone(), None
+                logits, form, factors = graph.detach().clone(), PLAIN, ()
             else:
-                logits = head.logits(h)
-                slope = head.slope(logits) if needs_grad else None
+                logits, form, factors = _logits(head, h, needs_grad)
             label = labels[rows] - head.start
-            local, total, target = statistics_(logits, label)
+            local, total, target = statistics_(logits, label, form)
             maximum = local
             if tp.size > 1:  # sums relative to the maximum of the whole vocabulary
                 maximum = all_reduce(local.clone(), tp, dist.ReduceOp.MAX)
@@ -110,20 +130,16 @@ class _CrossEntropySum(torch.autograd.Function):
             losses = total.log() + maximum - target
             loss += losses.sum() if coefficients is None else torch.dot(losses, coefficients[part].to(losses.dtype))
             if needs_grad:  # softmax - onehot
-                d = gradient_(logits, label, local, maximum, total)
+                d = gradient_(logits, label, local, maximum, total, form)
                 if coefficients is not None:
                     d.mul_(coefficients[part].to(d.dtype).unsqueeze(-1))
                 if graph is not None:
                     dh, *grads = torch.autograd.grad(graph, [h, *trained], d)
                     torch._foreach_add_(sums, grads)
                 else:
-                    if slope is not None:
-                        d.mul_(slope)
-                    if head.scale != 1.0:
-                        d.mul_(head.scale)
-                    dh = head.gradient(d)
+                    dh = head.gradient(_times(d, factors))
                 dhidden.index_copy_(0, rows, dh)
-            logits = slope = graph = d = None  # their memory is for the next chunk's
+            logits, factors, graph, d = None, (), None, None  # their memory is for the next chunk's
         ctx.tp, ctx.gathers = tp, gathers
         ctx.save_for_backward(dhidden, *sums)
         return loss

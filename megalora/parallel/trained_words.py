@@ -16,6 +16,7 @@ from torch import nn
 
 from megalora.adapters.lora import initial_factor
 from megalora.adapters.words import WordsAdapter
+from megalora.ops.cross_entropy import PLAIN, LogitForm
 from megalora.ops.dropout import keep_mask, named_site
 from megalora.parallel.collectives import all_gather, all_reduce, local_tokens
 from megalora.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
@@ -197,8 +198,12 @@ class TrainedHead(VocabParallelHead):
             logits = logits + self.adapter.lora.scaling * (z @ self.lora_B.weight.to(dtype).t())
         if self.added is not None:
             logits = logits + self.added
-        logits = logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        scale, softcap = self.form
+        logits = logits * scale
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def unformed(self, hidden: torch.Tensor) -> tuple[torch.Tensor, LogitForm]:
+        return self.logits(hidden), PLAIN
 
 
 def _train_weight(words: VocabParallelEmbedding | VocabParallelHead, place: Placement) -> None:

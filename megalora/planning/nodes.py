@@ -412,7 +412,7 @@ def _tail(shape: Shape, work: Workload, tokens: Tokens, flowing: bool) -> list[N
     e, rows = work.element, shape.classes or shape.vocabulary
     labelled = round(tokens.full * work.labelled)
     chunk = min(labelled, chunk_rows(shape.device_type, rows))
-    logits = chunk * rows * e * (1 + shape.capped)
+    logits = chunk * rows * e * (1 + (shape.capped and shape.device_type != "cuda"))
     read, whole = tokens.local * shape.width * e, tokens.full * shape.width * e  # what the head reads
     gathered = whole if tokens.gathers else 0
     parts = (1 if work.labelled == 1.0 else 2) * chunk * shape.width * e  # the gradient, and what is read

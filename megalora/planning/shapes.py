@@ -135,7 +135,7 @@ class Shape:
     width       columns of the embedding, and of the head
     before      elements of what else is in front of the first layer: positions, norm, projection
     behind      elements of what else the last layer's result goes through: projection, bias of the head
-    capped      logits have a softcap, whose slope is kept beside them
+    capped      logits have a softcap, whose slope is kept beside them (on a GPU kernels know it)
     words       what is trained of the embedding and of the head: (elements on this rank, whether all of it) each
     scaled      the rows of the embedding are multiplied by a number
     classes     of a classifier, which has a head of its own instead of one on the vocabulary; 0: it has none

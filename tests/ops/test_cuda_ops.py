@@ -7,8 +7,10 @@ import torch
 
 from megalora.ops import extension
 from megalora.ops.attention import attention, pack
-from megalora.ops.cross_entropy import gradient_, statistics_
-from megalora.ops.dropout import Dropout, dropout, dropout_add_, keep_mask
+from megalora.ops.cross_entropy import LogitForm, gradient_, statistics_
+from megalora.ops.dropout import Dropout, drop, dropout, dropout_add_, keep_mask
+from megalora.ops.fused_norm import Addend, add_fused_norm
+from megalora.ops.layer_norm import add_layer_norm, layer_norm, layer_weights
 from megalora.ops.lora_linear import lora_down_, lora_down_input_grad_
 from megalora.ops.rms_norm import LLAMA, Rounding, add_rms_norm, rms_norm
 from megalora.ops.rope import split_rope
@@ -131,6 +133,52 @@ def test_rms_norm(dtype, size, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 128, 576, 4608, 16384])
+@pytest.mark.parametrize("affine", ["weight and bias", "weight", "1 + weight and bias", "none"])
+def test_layer_norm(dtype, size, affine):
+    offset = affine.startswith("1")
+    weight = None if affine == "none" else (not offset) + 0.1 * randn(size, seed=2, dtype=dtype)
+    bias = randn(size, seed=3, dtype=dtype) if "bias" in affine else None
+    x, delta = randn(13, size, dtype=dtype) + 0.5, randn(13, size, seed=1, dtype=dtype)
+
+    def of(a):
+        return [None if one is None else one.to(a.device, a.dtype) for one in (weight, bias)]
+
+    for room in (0, 64):
+        both(lambda a, room=room: layer_norm(a, *of(a), 1e-5, room, offset), x, room=room)
+        both(lambda a, b, room=room: add_layer_norm(a, b, *of(a), 1e-5, room, offset), x, delta, room=room)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 3584, 4608, 9216])
+@pytest.mark.parametrize("name", [*ROUNDINGS, "layer"])
+@pytest.mark.parametrize("scale, p", [(1.0, 0.3), (0.22, 0.0), (0.22, 0.3)])
+@pytest.mark.parametrize("own", [False, True], ids=["delta", "norm of delta"])
+def test_what_is_added_before_a_norm_has_the_bits_of_each_step(dtype, size, name, scale, p, own):
+    """The fused pass against a norm, a scale, a dropout, a sum and a norm, one after another."""
+    if own and name == "layer":
+        pytest.skip("both are RMSNorms")
+    x, delta, dtotal, dy = (randn(37, size, seed=i, dtype=dtype).cuda() for i in range(4))
+    w, v = (1 + 0.1 * randn(size, seed=i).to("cuda", dtype) for i in (5, 6))
+    index, draw = torch.arange(37, device="cuda") * 5 + (1 << 33), Dropout(p, seed=7, site=3, step=2) if p else None
+    how = None if name == "layer" else ROUNDINGS[name]
+    norm = layer_weights(w, v, 1e-5) if how is None else how.weights(w, 1e-5)
+    addend = Addend(how.weights(v, 1e-6) if own else None, scale, index if p else None, draw)
+
+    def in_turn(x, delta):
+        added = rms_norm(delta, v, 1e-6, rounding=how) if own else delta
+        added = drop(added * scale if scale != 1.0 else added, index, draw)
+        return add_layer_norm(x, added, w, v, 1e-5) if how is None else add_rms_norm(x, added, w, 1e-5, rounding=how)
+
+    results = []
+    for function in (lambda a, b: add_fused_norm(a, b, norm, 0, addend), in_turn):
+        leaves = [one.clone().requires_grad_() for one in (x, delta)]
+        outputs = function(*leaves)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, [dtotal, dy])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("room", [0, 64])
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
@@ -152,15 +200,21 @@ def test_split_rope(dtype, heads, kv_heads, head_dim):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [40, 1000, 50_008])
-def test_cross_entropy(dtype, vocab):
-    logits, label = 3 * randn(9, vocab, dtype=dtype), torch.arange(9) * (vocab // 8) - 3
-    exact, ours_logits = logits.double(), logits.cuda()
+@pytest.mark.parametrize("form", [LogitForm(), LogitForm(0.0625), LogitForm(1.0, 5.0), LogitForm(3.0, 30.0)])
+def test_cross_entropy(dtype, vocab, form):
+    """Also of what logits are made of: 3 s cut to 30, and 5 tanh(s / 5) where the slope is far from 1."""
+    s, label = 3 * randn(9, vocab, dtype=dtype), torch.arange(9) * (vocab // 8) - 3
+    s[0, :3], s[1, 5] = torch.tensor([3e4, -3e4, 0.0], dtype=dtype), 90.0
+    exact, ours_logits = form.apply_(s.double()), s.cuda()
+    factors = form.factors(exact)
     wanted = statistics_(exact, label)
-    ours = statistics_(ours_logits, label.cuda())
-    torch.testing.assert_close(ours.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
-    probabilities = gradient_(exact, label, wanted[0], wanted[0], wanted[1])
-    d = gradient_(ours_logits, label.cuda(), ours[0], ours[0], ours[1])
-    assert (d.double().cpu() - probabilities).abs().max() <= TOLERANCE[dtype]
+    ours = statistics_(ours_logits, label.cuda(), form)
+    torch.testing.assert_close(ours.cpu().double(), wanted, rtol=2e-5, atol=2e-5)
+    gradient = gradient_(exact, label, wanted[0], wanted[0], wanted[1])
+    for factor in factors:
+        gradient.mul_(factor)
+    d = gradient_(ours_logits, label.cuda(), ours[0], ours[0], ours[1], form)
+    assert (d.double().cpu() - gradient).abs().max() <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
