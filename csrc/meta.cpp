@@ -27,7 +27,8 @@ Tensor skinny_linear(const Tensor& x_MI, const Tensor& weight_OI, const Optional
   return at::empty_symint({x_MI.sym_size(0), weight_OI.sym_size(0)}, x_MI.options());
 }
 
-Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor&, const Tensor&, const OptionalTensor&) {
+Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor&, const Tensor&, const OptionalTensor&,
+                         bool) {
   return at::empty_symint({x.sym_size(0), codes.sym_size(0)}, x.options());
 }
 

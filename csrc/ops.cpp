@@ -101,7 +101,8 @@ TORCH_LIBRARY(megalora, m) {
   // out [R, C + terms], or [C, R] where turned, of e4m3; row_scale [R] float32, powers of two; terms [R, terms] e4m3.
   def("nf4_to_e4m3_(Tensor codes, Tensor absmax, Tensor? scale, Tensor? numbers, Tensor? offset, int nested_block, "
       "int first, int width, Tensor row_scale, Tensor? terms, Tensor(a!) out, bool turned) -> ()");
-  def("fp8_skinny_linear(Tensor x, Tensor codes, Tensor scale, Tensor branch, Tensor? bias) -> Tensor");
+  // kept: codes and scale are not written between steps; they are then read before the kernel before has ended.
+  def("fp8_skinny_linear(Tensor x, Tensor codes, Tensor scale, Tensor branch, Tensor? bias, bool kept) -> Tensor");
   // Of several weights one below the other, each as nf4_decode_ takes it.
   def("nf4_skinny_linear(Tensor x, Tensor[] codes, Tensor[] absmax, Tensor[] scale, Tensor[] numbers, Tensor[] offset, "
       "int[] nested_block, int[] first, int[] width, Tensor branch, Tensor? bias) -> Tensor");

@@ -114,7 +114,7 @@ void nf4_to_e4m3_(const Tensor& codes, const Tensor& absmax, const OptionalTenso
                   const OptionalTensor& offset, int64_t nested_block, int64_t first, int64_t width,
                   const Tensor& row_scale, const OptionalTensor& terms, const Tensor& out, bool turned);
 Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
-                         const OptionalTensor& bias);
+                         const OptionalTensor& bias, bool kept);
 Tensor nf4_skinny_linear(const Tensor& x, at::TensorList codes, at::TensorList absmax, at::TensorList scale,
                          at::TensorList numbers, at::TensorList offset, at::IntArrayRef nested_block,
                          at::IntArrayRef first, at::IntArrayRef width, const Tensor& branch,
@@ -129,7 +129,7 @@ Tensor lora_down_weight_grad(const Tensor& dz, const Tensor& x, const MaskArgume
 Tensor lora_up_weight_grad(const Tensor& dy, const Tensor& z, double scaling);
 Tensor skinny_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
-                         const OptionalTensor& bias);
+                         const OptionalTensor& bias, bool kept);
 Tensor nf4_skinny_linear(const Tensor& x, at::TensorList codes, at::TensorList absmax, at::TensorList scale,
                          at::TensorList numbers, at::TensorList offset, at::IntArrayRef nested_block,
                          at::IntArrayRef first, at::IntArrayRef width, const Tensor& branch,

@@ -215,7 +215,7 @@ struct Nf4ToE4m3Params {
 };
 
 // y [M, O] contiguous = x [M, I + C] [codes * scale | branch]^T + bias [O] (null: none); codes [O, I] e4m3, scale [O]
-// float32, branch [O, C]; 1 <= M <= kMostSkinnyRows.
+// float32, branch [O, C]; 1 <= M <= kMostSkinnyRows. kept: no kernel has written codes and scale since long before.
 struct Fp8SkinnyParams {
   Matrix x, codes, branch;
   const float* scale;
@@ -223,6 +223,7 @@ struct Fp8SkinnyParams {
   void* y;
   int64_t rows, in_features, out_features, room;
   Type type;
+  bool kept;
 };
 
 // Some outputs of an NF4 weight, as Nf4DecodeParams has them, with scales: from `first_output` on of those that are

@@ -15,10 +15,9 @@ constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 // A warp makes kOutputs outputs of each row of x. A lane has kAhead words of sixteen codes of each of them under way,
-// and asks for the next as soon as one is used: a weight of 4,096 outputs is 16 warps a multiprocessor, which keep the
-// memory busy with 128 bytes a lane and do not with 64.
-constexpr int kWarps = 8, kOutputs = 2, kAhead = 4, kCodes = 16;
-constexpr int64_t kPrefetched = 4096;  // bytes of a row, before the kernel before has ended
+// and asks for the next as soon as one is used. Codes that no kernel of the step writes are asked for before the kernel
+// before has ended: of 4,096 inputs, all of them.
+constexpr int kWarps = 8, kOutputs = 2, kAhead = 8, kCodes = 16;
 
 // Eight codes of two words.
 __device__ __forceinline__ void unpack_e4m3(uint32_t low, uint32_t high, float (&to)[8]) {
@@ -32,15 +31,11 @@ __device__ __forceinline__ void unpack_e4m3(uint32_t low, uint32_t high, float (
   }
 }
 
-// Brings nearer what the warp reads of its outputs, from `first` on: their first codes, and their branch, which is read
-// last. A lane for each output: those of one warp do it one after another.
-__device__ __forceinline__ void fetch(const Fp8SkinnyParams& params, int64_t first) {
+// Brings nearer the branch of the warp's outputs, from `first` on, which is read last.
+__device__ __forceinline__ void fetch_branch(const Fp8SkinnyParams& params, int64_t first) {
   const int lane = threadIdx.x % kLanes;
   const int64_t output = first + lane;
-  if (lane >= kOutputs || output >= params.out_features) return;
-  const auto* codes = static_cast<const uint8_t*>(params.codes.data) + output * params.codes.stride;
-  prefetch(codes, static_cast<uint32_t>(min(params.in_features, kPrefetched)));
-  if (params.room == 0) return;
+  if (lane >= kOutputs || output >= params.out_features || params.room == 0) return;
   const auto* branch = static_cast<const uint16_t*>(params.branch.data) + output * params.branch.stride;
   prefetch(branch, static_cast<uint32_t>(2 * params.room));
 }
@@ -91,13 +86,12 @@ __device__ __forceinline__ void add_branch(float (&sums)[M], const Fp8SkinnyPara
 }
 
 template <int M, bool bfloat16>
-__global__ void __launch_bounds__(kWarps* kLanes, M <= 2 ? 3 : 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
+__global__ void __launch_bounds__(kWarps* kLanes, 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
   const int lane = threadIdx.x % kLanes, end = static_cast<int>(params.in_features / kCodes);
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes) * kOutputs;
-  fetch(params, first);
+  fetch_branch(params, first);
   let_next_start();
-  await_previous();
-  if (first >= params.out_features) return;
+  if (!params.kept) await_previous();
   const uint4* weights[kOutputs];
   int64_t rows[kOutputs];
 #pragma unroll
@@ -117,6 +111,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, M <= 2 ? 3 : 2) fp8_skinny_ker
   float scale[kOutputs], sums[kOutputs][M] = {};
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) scale[o] = params.scale[rows[o]];  // comes while the codes do
+  await_previous();
+  if (first >= params.out_features) return;
   for (int start = lane; start < end; start += kAhead * kLanes) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {

@@ -39,7 +39,7 @@ Tensor contiguous_or_none(const OptionalTensor& bias) { return bias ? bias->cont
 }  // namespace
 
 Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
-                         const OptionalTensor& bias) {
+                         const OptionalTensor& bias, bool kept) {
   const bool bytes = codes.scalar_type() == at::kFloat8_e4m3fn || codes.scalar_type() == at::kByte;
   MEGALORA_CHECK(codes.dim() == 2 && bytes && codes.size(1) % 16 == 0, codes.sizes(), " of ", codes.scalar_type());
   MEGALORA_CHECK(branch.size(0) == codes.size(0), branch.sizes(), " for ", codes.sizes());
@@ -52,6 +52,7 @@ Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& sca
   if (y.numel() == 0) return y;
   params.codes = matrix_of(codes);
   params.scale = scale.const_data_ptr<float>();
+  params.kept = kept;
   launch_fp8_skinny(params, stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return y;

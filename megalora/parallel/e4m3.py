@@ -25,6 +25,8 @@ class E4m3Matrix(QuantisedMatrix):
     precision together (fp8.branch_terms_). Elsewhere, and where rows have no such scale, W is decoded.
     """
 
+    _keeps_codes = True  # whether they are there throughout, not made for each product
+
     def __init__(self, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
         device = torch.device(self._device)
@@ -105,7 +107,7 @@ class E4m3Matrix(QuantisedMatrix):
         coded = self._coded()
         if few_rows(X, limits.MOST_SKINNY_ROWS):  # of more, the other factor is quantised: faster
             codes = coded[:, : self.columns]
-            y = torch.ops.megalora.fp8_skinny_linear(X, codes, self._scale, self._branch, bias)
+            y = torch.ops.megalora.fp8_skinny_linear(X, codes, self._scale, self._branch, bias, self._keeps_codes)
             return y if out is None else out.copy_(y)
 
         def of(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -190,6 +192,8 @@ class Nf4AsFp8Matrix(E4m3Matrix):
 
     For products in e4m3 the codes are made in the scratch each time, as they lie or turned.
     """
+
+    _keeps_codes = False
 
     def _takes(self, part: Rows) -> bool:
         return isinstance(part, Nf4AsFp8Rows) and part.has_kernel

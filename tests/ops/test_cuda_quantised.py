@@ -177,7 +177,7 @@ def test_a_few_rows_and_many_have_the_product_of_the_decoded_weight(rows):
     codes, scale = quantise_rows(W)
     wanted = x[:, :128].float() @ (codes.float() * scale).t()
     if rows <= limits.MOST_SKINNY_ROWS:
-        y = torch.ops.megalora.fp8_skinny_linear(x, codes, scale.view(1, -1), branch, None)
+        y = torch.ops.megalora.fp8_skinny_linear(x, codes, scale.view(1, -1), branch, None, True)
         wanted, tolerance = wanted + x[:, 128:].float() @ branch.float().t(), 4e-3
     else:
         y, tolerance = product(quantise_factor(x[:, :128]), codes, scale.view(1, -1)), 4e-2
@@ -218,7 +218,7 @@ def test_a_linear_without_adapters_takes_few_rows():
     codes, scale = quantise_rows(randn(64, 5136).bfloat16().cuda())
     for rows in (1, 2, 4):
         x = randn(rows, 5136, seed=rows).bfloat16().cuda()
-        y = torch.ops.megalora.fp8_skinny_linear(x, codes, scale.view(1, -1), x.new_empty(64, 0), None)
+        y = torch.ops.megalora.fp8_skinny_linear(x, codes, scale.view(1, -1), x.new_empty(64, 0), None, False)
         wanted = x.float() @ (codes.float() * scale).t()
         assert (y.float() - wanted).norm() / wanted.norm() < 4e-3
 
@@ -268,7 +268,7 @@ def test_a_chain_of_few_rows_is_the_same_in_a_graph(rows):
             wide = nf4_product(normed, [part], nothing)
             wait()
             if rows <= limits.MOST_SKINNY_ROWS:
-                y = torch.ops.megalora.fp8_skinny_linear(wide, codes, scale.view(1, -1), nothing[:1024], None)
+                y = torch.ops.megalora.fp8_skinny_linear(wide, codes, scale.view(1, -1), nothing[:1024], None, True)
                 wait()
                 y = torch.ops.megalora.skinny_linear(y, dense, None)
             else:
