@@ -11,8 +11,9 @@ NormOf norm_of(std::string_view kind, const OptionalTensor& weight, const Option
   NormOf norm{};
   norm.eps = eps;
   if (kind == "none") return norm;
-  norm.offset = kind.ends_with("_offset");
-  const std::string_view name = kind.substr(0, kind.find('_'));
+  const std::string_view name = kind.substr(0, kind.find('_')), rest = kind.substr(name.size());
+  MEGALORA_CHECK(rest.empty() || rest == "_offset", kind);
+  norm.offset = !rest.empty();
   MEGALORA_CHECK(name == "rms" || name == "precise" || name == "layer", kind);
   norm.kind = name == "layer" ? NormKind::layer : name == "rms" ? NormKind::rms : NormKind::precise;
   MEGALORA_CHECK(weight || (norm.kind == NormKind::layer && !norm.offset), kind, " without a weight");
