@@ -31,7 +31,7 @@ constexpr int64_t kLargestNorm = 16384;
 constexpr int64_t kLargestFp8Row = 65536;  // of a factor that is quantised: a row is held in the registers of one block
 constexpr int64_t kLargestFp8Branch = 512;  // columns of z that are quantised behind it, a thread each
 constexpr int64_t kTurned = 16;             // codes are turned in squares of so many bytes
-constexpr int64_t kLeastNf4ToE4m3Rows = 8;  // rows that NF4 is made e4m3 of, at least
+constexpr int64_t kLeastNf4ToE4m3Rows = 2;  // rows that NF4 is made e4m3 of, at least
 // ---- factors of columns on CUDA
 
 constexpr int64_t kColumnScaleRows = 64;  // that one block goes through, and leaves one sum of

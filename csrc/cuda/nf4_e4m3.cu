@@ -104,9 +104,10 @@ __device__ __forceinline__ uint4 look_up(const uint2& codes, const uint4& table)
 // ---- as they lie: a thread takes 16 columns of kRows rows, or copies 16 terms of the branch behind them
 
 constexpr int kThreads = 256, kRows = kLeastNf4ToE4m3Rows;
+constexpr int kResident = 2048 / kThreads;  // blocks of a multiprocessor: with more rows a thread there would be fewer
 
 template <bool nested>
-__global__ void __launch_bounds__(kThreads) nf4_to_e4m3_kernel(Nf4ToE4m3Params params, unsigned across) {
+__global__ void __launch_bounds__(kThreads, kResident) nf4_to_e4m3_kernel(Nf4ToE4m3Params params, unsigned across) {
   await_previous();
   const unsigned unit = blockIdx.x * kThreads + threadIdx.x, columns = static_cast<unsigned>(params.columns);
   // The last rows may be done twice. Lanes with nothing to decode read the last codes: all lanes go on together.
@@ -139,7 +140,7 @@ constexpr unsigned kTurnThreads = kQuads * kAcross;
 __device__ __forceinline__ unsigned place_of(unsigned chunk, unsigned quad) { return (quad + 8 * chunk) % kQuads; }
 
 template <bool nested>
-__global__ void __launch_bounds__(kTurnThreads) nf4_to_e4m3_turned_kernel(Nf4ToE4m3Params params) {
+__global__ void __launch_bounds__(kTurnThreads, kResident) nf4_to_e4m3_turned_kernel(Nf4ToE4m3Params params) {
   await_previous();
   alignas(16) __shared__ uint32_t square[kSquare][kQuads];
   const unsigned rows = static_cast<unsigned>(params.rows), columns = static_cast<unsigned>(params.columns);

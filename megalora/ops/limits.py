@@ -20,7 +20,7 @@ LARGEST_NORM = 16384  # elements of a row of RMSNorm on CUDA
 LARGEST_FP8_ROW = 65536  # elements of a row that is quantised to e4m3 on CUDA
 LARGEST_FP8_BRANCH = 512  # columns of z that are quantised behind it
 TURNED = 16  # codes are turned in squares of so many bytes
-LEAST_NF4_TO_E4M3_ROWS = 8  # that NF4 is made e4m3 of on CUDA
+LEAST_NF4_TO_E4M3_ROWS = 2  # that NF4 is made e4m3 of on CUDA
 COLUMN_SCALE_ROWS = 64  # that one block of scale_columns goes through, and leaves one sum of
 
 MOST_SKINNY_ROWS = 4  # of skinny_linear and fp8_skinny_linear
