@@ -16,8 +16,8 @@ import test_field_parity as field
 import torch
 from oracle import CLASSIC, Run, check_runs, fields_of, whole_tensor
 
+import megalora.models.blocks.ending
 import megalora.models.blocks.ends
-import megalora.models.blocks.layer
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
 from megalora.models.config import config_from_dict
@@ -145,7 +145,7 @@ def test_dropouts_of_the_base_are_where_transformers_has_them(name, monkeypatch)
 
     monkeypatch.setattr(torch.nn.functional, "dropout", factor)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_by_factor)
-    for module in (megalora.models.blocks.ends, megalora.models.blocks.layer):
+    for module in (megalora.models.blocks.ends, megalora.models.blocks.ending):
         monkeypatch.setattr(module, "drop", lambda x, index, draw: x if draw is None else x * (1 - draw.p))
     monkeypatch.setattr(ProbabilityDropout, "scale", property(lambda self: 1 - self.draw.p))
     monkeypatch.setattr(ProbabilityDropout, "keep", lambda *_: torch.ones(1, dtype=torch.bool).expand(1, 8, 1, 1))

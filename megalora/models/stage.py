@@ -22,7 +22,7 @@ from megalora.models.blocks.encoder import EncoderBlock
 from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock, words_of
 from megalora.models.blocks.experts import ExpertsBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
-from megalora.models.blocks.layer import Layer
+from megalora.models.blocks.layer import Layer, link
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.blocks.prefix import PrefixBlock, ReadPicture
@@ -102,6 +102,10 @@ class Stage(nn.Module):
             i: Layer(stack.layers[i], LayerPlace(self, stack, i, place, lora, levels[i], tile, i in offloaded))
             for i in chain(*self._chunks)
         }
+        of_encoder = 0 if config.encoder is None else config.encoder.count
+        for chunk in self._chunks:
+            link([blocks[i] for i in chunk if i < of_encoder])
+            link([blocks[i] for i in chunk if i >= of_encoder])
         encoder = None
         if config.encoder is not None:
             shared = None if embedding is None else embedding.words

@@ -164,8 +164,9 @@ class LinearGroup:
             assert self.row_parallel
             rows = X.shape[0] // (tp.size if self.gathers else 1)
             return Product(X.new_empty(1).expand(rows, self.matrix.rows), X)
-        # Of a row-parallel group it is added once, to the sum; with DoRA behind the factors.
-        bias = None if self.row_parallel or self.dora is not None else self.bias
+        # Of a row-parallel group of several ranks it is added once, to the sum; with DoRA behind the factors.
+        sums = self.row_parallel and tp.size > 1
+        bias = None if sums or self.dora is not None else self.own_bias
 
         def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
             return self.matrix.multiply(rows, bias, out)
@@ -181,7 +182,7 @@ class LinearGroup:
         if self.dora is not None:
             y, kept = self.dora.apply(y, self.own_bias)
             return Product(y, X, kept)
-        if self.row_parallel and self.own_bias is not None:
+        if sums and self.own_bias is not None:
             y.add_(self.own_bias)
         return Product(y, X)
 

@@ -279,12 +279,13 @@ class _LayerNodes:
         matrix = 2 * tokens.full * (group.inputs + group.room) * group.output
         branch = 2 * tokens.full * group.rank
         messages = self._messages(group, group.row_parallel, matrix, True)
+        biases = group.row_parallel and group.biases > 0 and self.shape.tp > 1  # behind the sum, else in the product
         forward = Pass(
             live=(tokens.full * (group.inputs + group.room) * e if gathers and not in_region else 0) + made + y_full,
             flops=matrix + branch * group.inputs,
             traffic=(reads_x if reads_z else 0) + ((1 + parts) * reads_x if parts else 0),
             messages=messages,
-            calls=1 + (parts > 0) + (group.rank > 0) + (group.row_parallel and group.biases > 0) + len(messages),
+            calls=1 + (parts > 0) + (group.rank > 0) + biases + len(messages),
         )
         forward = on_base(forward, group, self.work, device, tokens.full, matrix, backward=False)
         if unread and not group.magnitudes:

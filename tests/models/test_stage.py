@@ -124,3 +124,42 @@ def test_chunks_are_the_layers_of_one_stage_one_after_another():
         hidden = chunked(hidden, data, chunk)
     # Between chunks the residual stream is added up, within one it is left to the next norm: rounding may differ.
     assert hidden.item() == pytest.approx(whole(None, data).item(), rel=1e-13)
+
+
+LEAVES = {
+    "granite": {"model_type": "granite", "residual_multiplier": 0.3},
+    "gemma2": {"model_type": "gemma2", "head_dim": 8, "layer_types": ["full_attention"] * 4, "rms_norm_eps": 1e-6},
+    "starcoder2": {"model_type": "starcoder2", "residual_dropout": 0.2, "norm_epsilon": 1e-5, "rms_norm_eps": None},
+}
+
+
+@pytest.mark.parametrize("family", LEAVES)
+def test_what_is_done_to_a_result_is_left_to_the_next_norm_and_changes_nothing(family):
+    config = config_from_dict({k: v for k, v in (FIELDS | LEAVES[family]).items() if v is not None})
+    lora = resolve_lora(LoraConfig.from_dict({"r": 2, "target_modules": "all-linear"}), config)
+    place = Placement(Axis(), False, torch.float64, "cpu")
+
+    def run(leaves: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        stage = Stage(config, range(4), place, lora)
+        steps = [step for layer in stage.layers.values() for step in layer.steps]
+        assert [step.leaves for step in steps] == [True] * 7 + [False]
+        assert [step.before for step in steps] == [None, *(step.ending for step in steps[:-1])]
+        for step in steps if not leaves else ():
+            step.leaves, step.before = False, None
+        with torch.no_grad():
+            for parameter in stage.parameters():
+                parameter.normal_(std=0.1)
+        stage.refresh_adapters()
+        index = torch.arange(TOKENS)
+        batch = Batch(index, index, index, torch.tensor([0, TOKENS], dtype=torch.int32), index)
+        loss = stage(None, training_inputs(batch, config, place, seed=1, step=0))
+        return [loss, *torch.autograd.grad(loss, list(stage.trainable().values()))]
+
+    assert all(a.equal(b) for a, b in zip(run(True), run(False), strict=True))
+
+
+@pytest.mark.parametrize("recompute, leaves", [("none", 7), ("selective", 7), ("norms", 7), ("mlp", 0), ("full", 0)])
+def test_no_step_leaves_what_is_computed_again_apart(recompute, leaves):
+    steps = [step for layer in made(0, recompute).layers.values() for step in layer.steps]
+    assert sum(step.leaves for step in steps) == sum(step.before is not None for step in steps) == leaves

@@ -1,20 +1,22 @@
 """One layer: its mixers, each behind a norm, and how they are added to the residual stream.
 
 The stream is hidden + delta, both [T, hidden_size] (delta None: nothing to add), in and out: sums are left to the norm
-that reads them.
+that reads them, and so is what is done to delta before (Ending), where steps are linked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
 
 import torch
 
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.cross import CrossAttentionBlock
+from megalora.models.blocks.ending import BaseDropout, Ending
 from megalora.models.blocks.experts import ExpertsBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.mlp import MLPBlock
@@ -22,7 +24,6 @@ from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.models.recompute import Part, Recomputer, Stream, made_again
-from megalora.ops.dropout import Dropout, drop
 from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
@@ -55,6 +56,11 @@ class Layer:
         return [block for step in self.steps for block in step.blocks]
 
     @property
+    def is_made_again(self) -> bool:
+        """Whether any of it is computed again in backward, as a part of its own."""
+        return any(again for again, _ in self._parts)
+
+    @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:
         """Its linears, in groups that read one input, in order of computation."""
         return [group for step in self.steps for group in step.groups]
@@ -72,18 +78,32 @@ class Layer:
         return hidden, delta
 
 
+def link(layers: Sequence[Layer]) -> None:
+    """Let each step of these layers, which run one after another, leave its ending to the norm of the next."""
+    steps = [(step, layer.is_made_again) for layer in layers for step in layer.steps]
+    for (step, again), (following, again_then) in itertools.pairwise(steps):
+        if step.sums_first and following.norm is not None and not (again or again_then):
+            step.leaves, following.before = True, step.ending
+
+
 class _Step:
-    """x -> post_norm(x + dropout(scale * output_norm(mixer(norm(x)))))."""
+    """x -> post_norm(x + dropout(scale * output_norm(mixer(norm(x))))).
+
+    ending  what is done to the mixer's result before it is added; where the step `leaves` it, the next one does it
+    before  the ending that the step before leaves
+    """
 
     def __init__(self, step: spec.Residual, at: LayerPlace):
         self.norm = None if step.norm is None else at.norm(step.norm)
         self.blocks = [BLOCKS[type(step.mixer)](step.mixer, at)]
-        self.output_norm = None if step.output_norm is None else at.norm(step.output_norm)
+        output_norm = None if step.output_norm is None else at.norm(step.output_norm)
         self.post_norm = None if step.post_norm is None else at.norm(step.post_norm)
-        self.scale, self.dropout = step.scale, _Dropout(step.dropout, at.site(f"{_last(step.mixer)}.residual"))
+        dropout = BaseDropout(step.dropout, at.site(f"{_last(step.mixer)}.residual"))
+        self.ending, self.leaves = Ending(output_norm, step.scale, dropout), False
+        self.before: Ending | None = None
         self.by_token = isinstance(self.blocks[0], MLPBlock) and self.post_norm is None
         self.sums_first = self.post_norm is None
-        self.reads_result = self.output_norm is not None or self.post_norm is not None or step.dropout > 0
+        self.reads_result = output_norm is not None or self.post_norm is not None or step.dropout > 0
         self._makes_again = at.recompute in ("norms", "mlp") and isinstance(self.blocks[0], AttentionBlock | MLPBlock)
 
     @property
@@ -96,17 +116,14 @@ class _Step:
         if self.norm is None:
             hidden = x = hidden if delta is None else hidden + delta
         else:
-            hidden, x = self.norm.after(hidden, delta, block.room)
+            hidden, x = self.norm.after(hidden, delta, block.room, self.before, inputs)
             if self._makes_again and torch.is_grad_enabled():
                 again = made_again(x, functools.partial(self._normed, hidden.detach(), inputs))
         with again:
             added = block(x, inputs)
-        if self.output_norm is not None:
-            added = self.output_norm(added)
-        added = self.dropout.local(added if self.scale == 1.0 else added * self.scale, inputs)
         if self.post_norm is not None:
-            return self.post_norm.after(hidden, added)[1], None
-        return hidden, added
+            return self.post_norm.after(hidden, added, 0, self.ending, inputs)[1], None
+        return hidden, added if self.leaves else self.ending(added, inputs)
 
     @torch.no_grad()
     def _normed(self, total: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -126,7 +143,8 @@ class _ParallelStep:
     by_token, sums_first, reads_result = False, True, True
 
     def __init__(self, step: spec.ParallelResidual, at: LayerPlace):
-        self.place = at.place
+        self.place, self.leaves = at.place, False
+        self.before: Ending | None = None
         shared: dict[spec.Norm, Norm] = {}
         for branch in step.branches:
             plain = branch.output_norm is None and branch.post_norm is None and branch.scale == 1.0
@@ -136,8 +154,9 @@ class _ParallelStep:
         self.norms = [shared[branch.norm] for branch in step.branches]
         reduces = at.place.tp.size == 1
         self.blocks = [BLOCKS[type(branch.mixer)](branch.mixer, at, reduces=reduces) for branch in step.branches]
-        self.dropouts = [_Dropout(b.dropout, at.site(f"{_last(b.mixer)}.residual")) for b in step.branches]
-        self.dropout = _Dropout(step.dropout, at.site("residual"))
+        self.norm = self.norms[0]
+        self.dropouts = [BaseDropout(b.dropout, at.site(f"{_last(b.mixer)}.residual")) for b in step.branches]
+        self.ending = Ending(None, 1.0, BaseDropout(step.dropout, at.site("residual")))
 
     @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:
@@ -150,13 +169,13 @@ class _ParallelStep:
             if norm in normed:
                 x = normed[norm][..., :size]
             else:
-                hidden, x = norm.after(hidden, delta, block.room)
+                hidden, x = norm.after(hidden, delta, block.room, self.before, inputs)
                 normed[norm], delta = x, None
             term = dropout.whole(block(x, inputs), inputs)
             total = term if total is None else total + term
         if self.place.tp.size > 1:
             total = reduce_terms(total, self.place, self._biases(inputs))
-        return hidden, self.dropout.local(total, inputs)
+        return hidden, total if self.leaves else self.ending(total, inputs)
 
     def _biases(self, inputs: Inputs) -> list[torch.Tensor | None]:
         """Return the biases of the branches' outputs, which no term has: [O], or with dropout [T, O]."""
@@ -167,25 +186,6 @@ class _ParallelStep:
             else dropout.local(bias.expand(tokens, -1).contiguous(), inputs)
             for bias, dropout in zip((block.output.bias for block in self.blocks), self.dropouts, strict=True)
         ]
-
-
-@dataclass(frozen=True)
-class _Dropout:
-    """Dropout of the base, of what a mixer adds: p and the site of its masks."""
-
-    p: float
-    site: int
-
-    def draw(self, inputs: Inputs) -> Dropout | None:
-        return inputs.tokens.draw(self.p, self.site)
-
-    def local(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Drop features of x [T, O], this rank's tokens under sequence parallelism."""
-        return drop(x, inputs.tokens.local, self.draw(inputs))
-
-    def whole(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Drop features of x [F, O], all tokens; [T, O] is the same where tp is 1."""
-        return drop(x, inputs.tokens.index, self.draw(inputs))
 
 
 def _last(mixer: spec.Mixer) -> str:

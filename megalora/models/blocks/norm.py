@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
 from megalora.models import spec
-from megalora.ops.layer_norm import add_layer_norm, layer_norm
+from megalora.models.inputs import Inputs
+from megalora.ops.fused_norm import Addend, NormWeights, add_fused_norm, takes
+from megalora.ops.layer_norm import add_layer_norm, layer_norm, layer_weights
 from megalora.ops.rms_norm import Rounding, add_rms_norm, rms_norm
 from megalora.parallel.norm import rms_norm_across
 from megalora.parallel.placement import Placement
 from megalora.parallel.split import Part, Split
+
+
+class Ends(Protocol):
+    """What is done to delta before it is added (megalora.models.blocks.ending)."""
+
+    def __call__(self, result: torch.Tensor, inputs: Inputs) -> torch.Tensor: ...
+
+    def addend(self, inputs: Inputs) -> Addend: ...
 
 
 class Norm(nn.Module):
@@ -48,9 +60,34 @@ class Norm(nn.Module):
         raise NotImplementedError
 
     def after(
-        self, x: torch.Tensor, delta: torch.Tensor | None, room: int = 0
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        room: int = 0,
+        ending: Ends | None = None,
+        inputs: Inputs | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (x + delta, its norm with room), for x, delta [T, size]; delta None: (x, its norm)."""
+        """Return (x + delta, its norm with room), for x, delta [T, size]; delta None: (x, its norm).
+
+        ending  what is done to delta before it is added, of `inputs`: on a GPU in the same pass
+        """
+        if delta is None:
+            return x, self(x, room)
+        if ending is not None:
+            assert inputs is not None
+            addend = ending.addend(inputs)
+            if not addend.plain and takes(x, self.weights, room, addend):
+                return add_fused_norm(x, delta, self.weights, room, addend)
+            delta = ending(delta, inputs)
+        return self.of_sum(x, delta, room)
+
+    def of_sum(self, x: torch.Tensor, delta: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (x + delta, its norm with room), for x, delta [T, size]."""
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> NormWeights:
+        """What the kernels of a GPU take."""
         raise NotImplementedError
 
 
@@ -58,20 +95,24 @@ class RMSNorm(Norm):
     def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, room, self.rounding)
 
-    def after(self, x, delta, room=0):
-        if delta is None:
-            return x, self(x, room)
+    def of_sum(self, x: torch.Tensor, delta: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
         return add_rms_norm(x, delta, self.weight, self.eps, room, self.rounding)
+
+    @property
+    def weights(self) -> NormWeights:
+        return self.rounding.weights(self.weight, self.eps)
 
 
 class LayerNorm(Norm):
     def forward(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps, room, self.offset)
 
-    def after(self, x, delta, room=0):
-        if delta is None:
-            return x, self(x, room)
+    def of_sum(self, x: torch.Tensor, delta: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
         return add_layer_norm(x, delta, self.weight, self.bias, self.eps, room, self.offset)
+
+    @property
+    def weights(self) -> NormWeights:
+        return layer_weights(self.weight, self.bias, self.eps, self.offset)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
