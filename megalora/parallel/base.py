@@ -32,6 +32,12 @@ class WeightSource(Protocol):
         ...
 
 
+class Multiplier(Protocol):
+    """A product with a matrix, of parts of one factor."""
+
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None, /) -> torch.Tensor: ...
+
+
 class FrozenMatrix(Protocol):
     """[rows, columns + room], frozen but for the branch's columns."""
 
@@ -84,6 +90,16 @@ class FrozenMatrix(Protocol):
         """Return dY P: dY [T, rows] -> [T, columns + room], or its last `room` columns alone."""
         ...
 
+    def multiplier(self, bias: torch.Tensor | None = None) -> Multiplier:
+        """Return `multiply` for parts of one X, without a product with another matrix in between: what is decoded for
+        them is decoded once.
+        """
+        ...
+
+    def transposed_multiplier(self, *, branch_only: bool = False) -> Multiplier:
+        """Return `multiply_transposed` for parts of one dY, as `multiplier` does."""
+        ...
+
 
 class DenseMatrix:
     """W in the compute dtype, in one piece with its branch."""
@@ -128,6 +144,12 @@ class DenseMatrix:
         self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
     ) -> torch.Tensor:
         return matmul(dY, self.whole[:, self.columns :] if branch_only else self.whole, out)
+
+    def multiplier(self, bias: torch.Tensor | None = None) -> Multiplier:
+        return lambda X, out=None: self.multiply(X, bias, out)
+
+    def transposed_multiplier(self, *, branch_only: bool = False) -> Multiplier:
+        return lambda dY, out=None: self.multiply_transposed(dY, out, branch_only=branch_only)
 
 
 class DenseView(DenseMatrix):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from megalora.ops import fp8, limits
 from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
 from megalora.ops.nf4_fp8 import Nf4AsFp8Rows, rows_as_fp8
-from megalora.parallel.base import WeightSource
+from megalora.parallel.base import Multiplier, WeightSource
 from megalora.parallel.quantised import QuantisedMatrix, Stored, Wanted, few_rows, in_nf4, whole_weight
 from megalora.parallel.rows_stack import Rows, RowsStack
 
@@ -99,42 +100,49 @@ class E4m3Matrix(QuantisedMatrix):
     def _room_for_codes(self, shape: tuple[int, int]) -> torch.Tensor:
         return self._scratch.codes(shape, self._device)
 
-    def multiply(
-        self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def multiplier(self, bias: torch.Tensor | None = None) -> Multiplier:
         if self._terms is None:
-            return super().multiply(X, bias, out)
-        coded = self._coded()
-        if few_rows(X, limits.MOST_SKINNY_ROWS):  # of more, the other factor is quantised: faster
-            codes = coded[:, : self.columns]
+            return super().multiplier(bias)
+        coded, columns = functools.cache(self._coded), self.columns + self._terms.shape[1]
+
+        def quantised(X: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+            if self.rank:
+                factor = fp8.quantise_with_branch(X, self.columns, self.rank, self._factor, self._room_for_codes)
+            else:
+                factor = fp8.quantise_factor(X[:, : self.columns], None, self._room_for_codes)
+            return fp8.product(factor, coded(), self._scale, bias, out)
+
+        def product(X: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            if not few_rows(X, limits.MOST_SKINNY_ROWS):  # of more, the other factor is quantised: faster
+                return _by_rows(quantised, X, columns, self.rows, out)
+            codes = coded()[:, : self.columns]
             y = torch.ops.megalora.fp8_skinny_linear(X, codes, self._scale, self._branch, bias, self._keeps_codes)
             return y if out is None else out.copy_(y)
 
-        def of(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-            if self.rank:
-                quantised = fp8.quantise_with_branch(rows, self.columns, self.rank, self._factor, self._room_for_codes)
-            else:
-                quantised = fp8.quantise_factor(rows[:, : self.columns], None, self._room_for_codes)
-            return fp8.product(quantised, coded, self._scale, bias, out)
+        return product
 
-        return _by_rows(of, X, coded.shape[1], self.rows, out)
-
-    def multiply_transposed(
-        self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
-    ) -> torch.Tensor:
+    def transposed_multiplier(self, *, branch_only: bool = False) -> Multiplier:
         if branch_only or self._terms is None:
-            return super().multiply_transposed(dY, out, branch_only=branch_only)
+            return super().transposed_multiplier(branch_only=branch_only)
+        turned = functools.cache(self._turned)
+
+        def quantised(dY: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+            factor = fp8.quantise_factor(dY, self._scale[0], self._room_for_codes)
+            return fp8.product(factor, turned(), self._ones, None, out)
+
+        def product(dY: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            dX = _by_rows(quantised, dY, self.rows, self.columns + self.room, out)
+            if self.room:  # behind dX there is what lay in the scratch
+                torch.mm(dY, self._branch, out=dX[:, self.columns :])
+            return dX
+
+        return product
+
+    def _turned(self) -> torch.Tensor:
+        """Return the codes turned, and below them some of `room` rows, in the scratch."""
         turned = self._scratch.take((self.columns + self.room, self.rows), E4M3, self._device)
         self._turn(turned[: self.columns])
-
-        def of(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-            quantised = fp8.quantise_factor(rows, self._scale[0], self._room_for_codes)
-            return fp8.product(quantised, turned, self._ones, None, out)
-
-        dX = _by_rows(of, dY, self.rows, self.columns + self.room, out)
-        if self.room:  # behind dX there is what lay in the scratch
-            torch.mm(dY, self._branch, out=dX[:, self.columns :])
-        return dX
+        return turned
 
 
 class Fp8Matrix(E4m3Matrix):

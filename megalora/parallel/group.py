@@ -168,9 +168,7 @@ class LinearGroup:
         sums = self.row_parallel and tp.size > 1
         bias = None if sums or self.dora is not None else self.own_bias
 
-        def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-            return self.matrix.multiply(rows, bias, out)
-
+        product = self.matrix.multiplier(bias)
         if not self.row_parallel and self.gathers:
             y, X = gather_product(X, product, self.matrix.rows, tp, exchange, kept=columns)
         elif not self.row_parallel or not self.reduces:

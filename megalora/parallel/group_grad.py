@@ -158,9 +158,7 @@ def _backward(
     if group.dora is not None:
         dy = group.dora.backward(dy, kept.of_result, group.own_bias is not None, _own_magnitudes(group, sums))
 
-    def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return group.matrix.multiply_transposed(rows, out, branch_only=not needs_dx)
-
+    product = group.matrix.transposed_multiplier(branch_only=not needs_dx)
     if group.row_parallel and group.gathers:
         if goes_on:
             dX, dy = gather_product(dy, product, width, tp, exchange)

@@ -20,7 +20,7 @@ from megalora.ops import extension, fp8, limits, nf4
 from megalora.ops.fp8 import E4M3, Fp8Weight
 from megalora.ops.matmul import matmul, matmul_nt
 from megalora.ops.nf4 import Nf4Rows, Nf4Weight, quantise_nf4
-from megalora.parallel.base import WeightSource
+from megalora.parallel.base import Multiplier, WeightSource
 from megalora.parallel.rows_stack import DenseRows, Rows, RowsStack
 from megalora.parallel.split import Split
 
@@ -179,12 +179,20 @@ class QuantisedMatrix:
     def multiply(
         self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return matmul_nt(X, self._decoded(), bias, out)
+        return self.multiplier(bias)(X, out)
 
     def multiply_transposed(
         self, dY: torch.Tensor, out: torch.Tensor | None = None, *, branch_only: bool = False
     ) -> torch.Tensor:
-        return matmul(dY, self._branch if branch_only else self._decoded(), out)
+        return self.transposed_multiplier(branch_only=branch_only)(dY, out)
+
+    def multiplier(self, bias: torch.Tensor | None = None) -> Multiplier:
+        decoded = functools.cache(self._decoded)
+        return lambda X, out=None: matmul_nt(X, decoded(), bias, out)
+
+    def transposed_multiplier(self, *, branch_only: bool = False) -> Multiplier:
+        decoded = functools.cache(self._decoded)
+        return lambda dY, out=None: matmul(dY, self._branch if branch_only else decoded(), out)
 
     def _decoded(self) -> torch.Tensor:
         """Return [W | s B] in the scratch."""
@@ -209,13 +217,16 @@ def few_rows(X: torch.Tensor, most: int) -> bool:
 class Nf4Matrix(QuantisedMatrix):
     """W in NF4."""
 
-    def multiply(
-        self, X: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if not (few_rows(X, limits.MOST_NF4_ROWS) and self._multiplied):
-            return super().multiply(X, bias, out)
-        y = nf4.product(X, self._multiplied, self._branch, bias)
-        return y if out is None else out.copy_(y)
+    def multiplier(self, bias: torch.Tensor | None = None) -> Multiplier:
+        by_decoded = super().multiplier(bias)
+
+        def product(X: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            if not (few_rows(X, limits.MOST_NF4_ROWS) and self._multiplied):
+                return by_decoded(X, out)
+            y = nf4.product(X, self._multiplied, self._branch, bias)
+            return y if out is None else out.copy_(y)
+
+        return product
 
     def _put(self, first: int, part: Rows) -> None:
         super()._put(first, part)

@@ -50,6 +50,29 @@ def test_products_are_those_of_the_decoded_values_with_the_branch_behind_them(na
     assert matrix.nbytes < {"fp8": 1.3, "nf4": 0.8, "nf4_fp8": 0.8}[name] * OUT * IN + OUT * ROOM * 8
 
 
+@pytest.mark.parametrize("name", ["dense", "fp8", "nf4", "nf4_fp8"])
+def test_parts_of_one_factor_are_multiplied_with_what_is_decoded_once(name, monkeypatch):
+    base, decoded = BaseFormat(name), []
+    matrix = filled(base, random(OUT, IN), Split((OUT, IN)))
+    matrix.branch(slice(4, 20), slice(1, 4)).copy_(random(16, 3))
+    X, dY, bias = random(12, IN + ROOM), random(12, OUT), random(OUT)
+    wanted, wanted_back = matrix.multiply(X, bias), matrix.multiply_transposed(dY)
+    decode_ = type(matrix).decode_
+    monkeypatch.setattr(type(matrix), "decode_", lambda self, out: (decoded.append(self), decode_(self, out)))
+    for of, x, whole in (
+        (matrix.multiplier(bias), X, wanted),
+        (matrix.transposed_multiplier(), dY, wanted_back),
+        (matrix.transposed_multiplier(branch_only=True), dY, wanted_back[:, IN:]),
+    ):
+        out = torch.empty_like(whole)
+        parts = [of(x[:5]), of(x[5:9], out[5:9]), of(x[9:])]
+        torch.testing.assert_close(torch.cat(parts), whole)
+        assert out[5:9].equal(parts[1])
+    assert len(decoded) == (0 if name == "dense" else 2)
+    matrix.multiplier()(X)
+    assert len(decoded) == (0 if name == "dense" else 3), "another product may have been in the scratch meanwhile"
+
+
 @FORMATS
 def test_a_part_has_the_values_of_the_whole_whichever_way_it_is_stored(name):
     base = BaseFormat(name)
@@ -241,6 +264,9 @@ def test_nf4_is_multiplied_in_e4m3_by_the_values_that_it_decodes_to(few_rows, em
         assert len(emulated) == calls + (1 if few else 3)
         branch_only = matrix.multiply_transposed(dY, branch_only=True).float()
         torch.testing.assert_close(branch_only, dY.float() @ P[:, columns:], rtol=2e-2, atol=1e-2)
+    forward, backward = matrix.multiplier(bias), matrix.transposed_multiplier()
+    assert torch.cat((forward(X[:7]), forward(X[7:]))).equal(matrix.multiply(X, bias))
+    assert torch.cat((backward(dY[:7]), backward(dY[7:]))).equal(matrix.multiply_transposed(dY))
 
 
 def test_rows_of_nf4_that_the_kernel_does_not_take_are_decoded(emulated):
