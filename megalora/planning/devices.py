@@ -3,7 +3,8 @@
 Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted by hand to steps of Llama-8B's
 shape on several H100s of 80 GB and, for the host, to a slice of Llama-70B without CUDA graphs (both in
 benchmarks/LOG.md), attention in long documents to steps of one row of 8,192 to 393,216 tokens on an H200; e4m3 as
-sustained with the other factor quantised before each product. H200: the same chip, its memory by the data sheet's 4.8
+sustained with the other factor quantised before each product; what a kernel takes at least, fitted to a rank's slice of
+DeepSeek-R1 on an H200. H200: the same chip, its memory by the data sheet's 4.8
 TB/s in the H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about
 the H100's proportions, FlashAttention-2 as published (arXiv 2307.08691). Links: of H100s as measured, 34 MB by copy
 engines in 90 us and by NCCL in 170 us; of A100s in the proportion of NVLink 3 to 4; networks one adapter of 400 or 200
@@ -38,6 +39,7 @@ class Device:
     call           seconds in which the host issues one operation: what small microbatches are bound by
     capacity       GiB of memory
     overlaps       whether messages of sequence parallelism run beside products
+    kernel         seconds that an operation takes on the device beside its FLOPs and bytes: start and end of a kernel
     context        bytes to a neighbour of the context-parallel axis, as `collective`; 0: as that
     """
 
@@ -58,6 +60,7 @@ class Device:
     context: float = 0.0
     long: float = 0.0
     ramp: float = 0.0
+    kernel: float = 0.0
 
     def attention_seconds(self, flops: float, attended: float) -> float:
         """Return the seconds of attention, forward or backward; attended: its FLOPs if each token saw one key."""
@@ -88,16 +91,17 @@ class Device:
             long=self.long / factor,
             memory=self.memory / factor,
             call=self.call * factor,
+            kernel=self.kernel * factor,
         )
 
 
-_hopper = partial(Device, long=490e12, ramp=470)
+_hopper = partial(Device, long=490e12, ramp=470, kernel=2e-6)
 DEVICES = {
     device.name: device
     for device in (
-        _hopper("h100", 700e12, 50e12, 1180e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80, True),
-        _hopper("h200", 700e12, 50e12, 1180e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141, True),
-        Device("a100", 250e12, 17e12, 0, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.08, 60e-6, 80, True),
+        _hopper("h100", 700e12, 50e12, 1250e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80, True),
+        _hopper("h200", 700e12, 50e12, 1250e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141, True),
+        Device("a100", 250e12, 17e12, 0, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.08, 60e-6, 80, True, kernel=2e-6),
         Device("cpu", 0.15e12, 0.15e12, 0, 0.05e12, 10e9, 2e9, 1e9, 2e9, 100e-6, 0.0, 10e-6, 16, False),
     )
 }

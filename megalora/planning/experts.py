@@ -8,11 +8,14 @@ from typing import Any
 from megalora.planning.groups import Group
 from megalora.planning.mixers import Experts
 from megalora.planning.node import NOTHING, Node, Pass, Workload
+from megalora.planning.quantised import linear_bytes
 
 _WIDE, _INDEX = 4, 8  # bytes of a float32 score, of an int64
-# The rate of torch's grouped products on GPUs, of that of a dense one with as many FLOPs: 0.63 to 0.65 with 256 rows an
-# expert on an H200 (benchmarks/experts.py). On a CPU an expert's product is a dense one.
-_GROUPED = {"cuda": 0.64}
+# Grouped products on GPUs: their rate, of that of a dense one with as many FLOPs (0.69 to 0.74 with 256 rows an expert
+# on an H200, up to 0.96 where the card is at its power cap; benchmarks/experts.py), and the FLOPs in which a byte of a
+# weight is read: of few rows an expert, reading the weights is all that takes time. On a CPU an expert's product is a
+# dense one.
+_GROUPED, _FLOPS_A_BYTE = {"cuda": 0.75}, {"cuda": 200}
 
 
 def experts_nodes(layer: Any, mixer: Experts, flowing: bool) -> list[Node]:
@@ -55,8 +58,7 @@ def routed_nodes(mixer: Experts, work: Workload, tokens: int, device_type: str, 
     """
     rows = mixer.rows(tokens)
     held = tokens * mixer.top if device_type == "cuda" else rows
-    rate = _GROUPED.get(device_type, 1.0)
-    return [_router(mixer, work, tokens, flowing), _pair(mixer, work, tokens, rows, held, flowing, rate)]
+    return [_router(mixer, work, tokens, flowing), _pair(mixer, work, tokens, rows, held, device_type, flowing)]
 
 
 def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
@@ -69,18 +71,20 @@ def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
     copied = tokens * group.inputs * e if mixer.wide and group.rank else 0
     kept = copied + (tokens * group.room * e if group.rank else 0) + scores + chosen * (_INDEX + 2 * wide)
     product = 2 * tokens * (group.inputs + group.room) * group.output
-    forward = Pass(live=3 * scores, flops=product, traffic=tokens * group.inputs * e + 8 * scores, calls=12)
-    backward = Pass(
-        live=2 * scores + tokens * group.inputs * e, flops=product, traffic=2 * tokens * group.inputs * e, calls=8
-    )
+    read = tokens * group.inputs * e
+    forward = Pass(live=3 * scores, traffic=read + 8 * scores, calls=12)
+    backward = Pass(live=2 * scores + read, traffic=2 * read, calls=8)
+    if mixer.wide:
+        forward, backward = replace(forward, flops32=product), replace(backward, flops32=product)
+    else:
+        forward, backward = replace(forward, flops=product), replace(backward, flops=product)
     return Node("router", kept, forward, backward) if flowing or group.trains else Node("router", 0, forward)
 
 
-def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flowing: bool, rate: float) -> Node:
-    """Count a pair: x, gate_up, both z and where each row comes from are kept; the rest is made again.
-
-    rate  of its products, of that of dense ones
-    """
+def _pair(
+    mixer: Experts, work: Workload, tokens: int, rows: int, held: int, device_type: str, flowing: bool
+) -> Node:
+    """Count a pair: x, gate_up, both z and where each row comes from are kept; the rest is made again."""
     up, down, e = mixer.up, mixer.down, work.element
     trains = up.trains or down.trains
     x, inner = held * up.inputs * e, held * down.inputs * e
@@ -88,17 +92,26 @@ def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flo
     kept += 0 if held == rows else tokens * mixer.top * (_INDEX + 1)
     out = tokens * up.inputs * e
 
+    rate = _GROUPED.get(device_type, 1.0)
+
     def product(group: Group) -> float:
-        return 2 * rows * (group.inputs + group.room) * group.output
+        weight = (group.inputs + group.room) * group.output
+        return max(2 * rows * weight / rate, _FLOPS_A_BYTE.get(device_type, 0) * mixer.held * weight * e)
 
     def branch(group: Group) -> float:
-        return 2 * rows * group.rank * group.inputs
+        return 2 * rows * group.rank * group.inputs / rate
 
     flops = product(up) + product(down) + branch(up) + branch(down)
+    decoded = 0
+    if work.base_format != "dense" and device_type == "cuda":  # all experts' weights before each product
+        decoded = mixer.held * sum(
+            linear_bytes(group, work.base_format, e) + (group.inputs + 2 * group.room) * group.output * e
+            for group in (up, down)
+        )
     forward = Pass(
         live=max(x + held * up.room * e + held * up.output * e, 2 * inner + x) + out,
-        flops=flops / rate,
-        traffic=4 * x + 6 * inner,
+        flops=flops,
+        traffic=4 * x + 6 * inner + decoded,
         calls=20,
     )
     if not (flowing or trains):
@@ -106,8 +119,8 @@ def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, flo
     grads = 2 * rows * (up.rank * (up.inputs + up.output / 2) + down.rank * (down.inputs + down.output))
     backward = Pass(
         live=out + 2 * x + 4 * inner + mixer.held * (up.trained + down.trained) * (e + _WIDE),
-        flops=(flops + grads) / rate,
-        traffic=9 * x + 15 * inner,  # the branch's term of dx is added in a pass of its own
+        flops=flops + grads / rate,
+        traffic=7 * x + 15 * inner + decoded,
         calls=40,
     )
     return Node("experts", kept, forward, backward if flowing or trains else NOTHING)

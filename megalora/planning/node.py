@@ -103,7 +103,7 @@ class Pass:
 
     live       bytes that exist while it runs, besides what nodes keep: gradients on their way, workspaces
     flops      of matrix products
-    flops8     of matrix products in e4m3
+    flops8     of matrix products in e4m3; flops32: in 32-bit floats beside an element of 16
     attention  FLOPs of attention
     attended   the same where each token saw one key
     traffic    bytes that all else reads and writes
@@ -114,6 +114,7 @@ class Pass:
     live: int = 0
     flops: float = 0
     flops8: float = 0
+    flops32: float = 0
     attention: float = 0
     attended: float = 0
     traffic: float = 0
@@ -185,6 +186,7 @@ def sum_of(passes: Iterable[Pass]) -> Pass:
         max((p.live for p in passes), default=0),
         sum(p.flops for p in passes),
         sum(p.flops8 for p in passes),
+        sum(p.flops32 for p in passes),
         sum(p.attention for p in passes),
         sum(p.attended for p in passes),
         sum(p.traffic for p in passes),

@@ -32,11 +32,13 @@ def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) 
     """
     passes = list(passes)
     rate = device.gemm if element == 2 else device.gemm32
-    products = sum(p.flops / rate + p.flops8 / (device.gemm8 or rate) for p in passes)
+    products = sum(p.flops / rate + p.flops8 / (device.gemm8 or rate) + p.flops32 / device.gemm32 for p in passes)
     attention = sum(device.attention_seconds(p.attention, p.attended) for p in passes)
     computed = products + attention + sum(p.traffic for p in passes) / device.memory
+    calls = sum(p.calls for p in passes)
+    computed += calls * device.kernel
     computed *= 1 + (device.meeting if tp > 1 else 0)
-    issued = sum(p.calls for p in passes) * device.call
+    issued = calls * device.call
     messages = (message for p in passes for message in p.messages)
     return max(computed, issued) + sum(message_seconds(message, device, rate, tp) for message in messages)
 
