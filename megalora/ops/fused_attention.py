@@ -19,10 +19,9 @@ from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import Scores
 
 MOST_FEATURES = 256
-_MEAN_ROWS = 32
-# Tiles of keys for each multiprocessor below which the query heads that share keys go to programs of their own: tiles
-# differ in length by as much as there are tiles of a document, and the longest end last.
-_FEWEST_WAVES = 6
+# Programs for each that runs at a time below which the query heads that share keys go to programs of their own: with
+# causality the longest takes as long as two average ones. With dropout a loop over heads costs registers.
+_FEWEST_WAVES = {False: 1.8, True: 6.0}  # by whether there is dropout
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ def forward(q, k, v, documents, window, scores, dropout, places=None) -> tuple[t
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    M, N, warps, stages = _tiles(q.shape[2], "forward", places is not None)
-    grid = (-(-documents.longest // M), documents.count, q.shape[1])
+    M, N, warps, stages = _tiles(q.shape[2], "forward", places is not None, dropout is not None)
+    grid = (q.shape[1], documents.count, -(-documents.longest // M))
     where, numbers, switches = _arguments(q, k, documents, window, scores, dropout, places)
     with on(q.device):
         kernels.forward_kernel[grid](
@@ -131,36 +130,55 @@ def backward(
     """
     from megalora.ops import attention_kernels as kernels
 
-    total, heads, D = q.shape
+    _, heads, D = q.shape
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     mean = torch.empty_like(lse)
     where, numbers, switches = _arguments(q, k, documents, window, scores, dropout, places)
     widths = [0 if one is None else one.shape[2] for one in pairs]
-    ahead = 0 if dropout is None else 7  # a document's first tile of keys may begin before it
+    sources = q, k, v, dout
+    ours = [
+        (*where, one, width, scores.slopes, scores.offsets, *numbers) for one, width in zip(pairs, widths, strict=True)
+    ]
     with on(q.device):
-        kernels.mean_kernel[-(-total // _MEAN_ROWS), heads](
-            dout, out, mean, total, *_strides(dout, out), D=D, WIDE=switches["WIDE"], M=_MEAN_ROWS
-        )
-        M, N, warps, stages = _tiles(D, "queries", places is not None)
-        kernels.query_kernel[-(-documents.longest // M), documents.count, heads](
-            q, k, v, dout, lse, mean, dq, *where, pairs[0], widths[0], scores.slopes, scores.offsets, *numbers,
-            *_strides(q, k, v, dout, dq), **switches, M=M, N=N, num_warps=warps, num_stages=stages,
+        M, N, warps, stages = _tiles(D, "queries", places is not None, dropout is not None)
+        kernels.query_kernel[heads, documents.count, -(-documents.longest // M)](
+            *sources, out, lse, mean, dq, *ours[0], *_strides(*sources, out, dq), **switches,
+            M=M, N=N, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        M, N, warps, stages = _tiles(D, "keys", places is not None)
-        longest = documents.longest_keys or documents.longest
-        tiles, parts = -(-(longest + ahead) // N) * documents.count, 1
-        if heads > k.shape[1] and tiles * k.shape[1] < _FEWEST_WAVES * _multiprocessors(q.device):
-            parts = heads // k.shape[1]
-        kind = {"dtype": k.dtype if parts == 1 else torch.float32, "device": q.device}
-        dk, dv = (torch.empty(len(x), x.shape[1] * parts, D, **kind) for x in (k, v))
-        kernels.key_kernel[tiles // documents.count, documents.count, k.shape[1] * parts](
-            q, k, v, dout, lse, mean, dk, dv, *where, pairs[1], widths[1], scores.slopes, scores.offsets, *numbers,
-            *_strides(q, k, v, dout, dk), **switches, PARTS=parts, M=M, N=N, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    if parts > 1:
-        dk, dv = (x.unflatten(1, (-1, parts)).sum(2).to(k.dtype) for x in (dk, dv))
-    return dq, dk, dv
+        longest = (documents.longest_keys or documents.longest) + (0 if dropout is None else 7)
+        found: dict[str, torch.Tensor] = {}
+        for kind in _key_passes(D, places is not None):
+            M, N, warps, stages = _tiles(D, kind, places is not None, dropout is not None)
+            tiles = -(-longest // N)  # a document's first may begin up to 7 keys before it
+            enough = _FEWEST_WAVES[dropout is not None] * 8 / warps
+            parts = _parts(heads // k.shape[1], tiles * documents.count * k.shape[1], enough, q.device)
+            grid = k.shape[1] * parts, documents.count, tiles
+            made = {name: _room(x, parts) for name, x in (("dk", k), ("dv", v)) if kind in ("keys", name)}
+            kernels.key_kernel[grid](
+                *sources, lse, mean, made.get("dk"), made.get("dv"), *ours[1],
+                *_strides(*sources, *list(made.values())[:1]), **switches, PARTS=parts, DK="dk" in made,
+                DV="dv" in made, M=M, N=N, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            for name, x in made.items():
+                found[name] = x if parts == 1 else x.unflatten(1, (-1, parts)).sum(2).to(k.dtype)
+    return dq, found["dk"], found["dv"]
+
+
+def _room(x: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return room for the gradient of x [T, K, D], or for parts of it, [T, K * parts, D] float32."""
+    total, heads, D = x.shape
+    return torch.empty(total, heads * parts, D, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
+
+
+def _parts(group: int, programs: int, enough: float, device: torch.device) -> int:
+    """Return in how many parts go the query heads that share keys, of which `programs` take all: there are to be
+    `enough` for each multiprocessor.
+    """
+    if group == 1:
+        return 1
+    enough *= _multiprocessors(device)
+    return next((parts for parts in range(1, group) if group % parts == 0 and programs * parts >= enough), group)
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -200,7 +218,8 @@ def _arguments(
     switches = {
         "GROUP": q.shape[1] // k.shape[1], "D": D, "WIDE": max(16, 1 << (D - 1).bit_length()),
         "EVEN": documents.bounds is None, "CROSS": documents.key_bounds is not None, "CAUSAL": scores.causal,
-        "WINDOWED": window is not None, "SOFTCAP": scores.softcap is not None, "SLOPED": scores.slopes is not None,
+        "WINDOWED": window is not None and window < documents.longest, "SOFTCAP": scores.softcap is not None,
+        "SLOPED": scores.slopes is not None,
         "OFFSETS": scores.offsets is not None, "DROPS": dropout is not None, "LIVE": live is not None,
         "C2P": of_queries is not None, "P2C": of_keys is not None, "PLACES": 1 if places is None else places.count,
     }  # fmt: skip
@@ -213,7 +232,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _tiles(D: int, kernel: str, places: bool = False) -> tuple[int, int, int, int]:
+def _large_shared_memory() -> bool:
+    device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())  # its types lack what it has
+    return device.shared_memory_per_block_optin >= 200_000
+
+
+def _key_passes(D: int, places: bool) -> tuple[str, ...]:
+    """Return the kernels of dk and dv: one; or, where both sums leave no registers for tiles of some size, one each."""
+    return ("dk", "dv") if D > 128 and not places and _large_shared_memory() else ("keys",)
+
+
+@functools.cache
+def _tiles(D: int, kernel: str, places: bool, drops: bool) -> tuple[int, int, int, int]:
     """Return (queries and keys of a tile, warps, stages of the loop's loads): what fits the registers and the shared
     memory of Hopper, or for large heads of less.
     """
@@ -221,10 +251,12 @@ def _tiles(D: int, kernel: str, places: bool = False) -> tuple[int, int, int, in
         warps, stages = 4 if D <= 64 else 8, 2 if D <= 128 else 1
         return (32, 64, warps, stages) if kernel == "keys" else (64, 32, warps, stages)
     if D > 128:
-        device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())  # its types lack what it has
-        if device.shared_memory_per_block_optin < 200_000:
+        if not _large_shared_memory():
             return {"forward": (64, 64, 8, 1), "queries": (64, 32, 8, 1), "keys": (32, 64, 8, 1)}[kernel]
-        return {"forward": (128, 64, 8, 2), "queries": (128, 32, 8, 1), "keys": (32, 64, 8, 2)}[kernel]
+        stages = 2 if drops else 3  # what threads hand to each other takes shared memory
+        return {
+            "forward": (128, 64, 8, 2), "queries": (128, 32, 8, 2), "dk": (32, 128, 8, stages), "dv": (32, 64, 4, 2)
+        }[kernel]  # fmt: skip
     if D > 64:
-        return {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 2), "keys": (32, 128, 8, 2)}[kernel]
+        return {"forward": (64, 64, 4, 3), "queries": (64, 64, 4, 2), "keys": (32, 64, 4, 2)}[kernel]
     return {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 3), "keys": (64, 128, 8, 2)}[kernel]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megalora.ops.attention_kernels import document_of
+from megalora.ops.attention_tiles import document_of
 
 
 @triton.jit

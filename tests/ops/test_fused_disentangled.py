@@ -121,7 +121,7 @@ def test_in_the_interpreter(name):
 
 def interpreted(name: str) -> None:
     """Compare in float32, where nothing is rounded to 16 bits: steps of a model, or the op, also a head at a time."""
-    fused.fused._tiles = lambda D, kernel, places=False: (16, 32, 4, 1) if kernel == "keys" else (32, 16, 4, 1)
+    fused.fused._tiles = lambda D, kernel, *kind: (16, 32, 4, 1) if kernel == "keys" else (32, 16, 4, 1)
     if name.endswith(" model"):
         return interpreted_model(name.removesuffix(" model"))
     for most in (fused._AT_ONCE, 1):
