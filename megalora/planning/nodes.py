@@ -151,11 +151,14 @@ class _LayerNodes:
         """Return what is done to the result of a mixer: its norm keeps it."""
         stream, nodes = self.tokens.stream, []
         both = Pass(live=stream, traffic=2 * stream, calls=1)
+        # On a GPU the norm that adds it does so in its own pass, and writes one gradient more.
+        alone = self.shape.device_type != "cuda"
+        forward = both if alone else Pass(live=stream)
         if branch.output_norm is not None:
             kept = stream + self.tokens.local * _STATISTIC * branch.output_norm.statistics
-            nodes.append(self._node("output norm", kept, both, replace(both, live=2 * stream), flowing))
+            nodes.append(self._node("output norm", kept, forward, replace(both, live=2 * stream), flowing))
         if branch.scaled:
-            nodes.append(self._node("scale", 0, both, both, flowing))
+            nodes.append(self._node("scale", 0, forward, both if alone else Pass(live=stream, traffic=stream), flowing))
         if branch.post_norm is not None:
             kept = stream + self.tokens.local * _STATISTIC * branch.post_norm.statistics
             nodes.append(self._node("norm of the sum", kept, both, replace(both, live=2 * stream), flowing))
