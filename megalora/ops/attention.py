@@ -1,8 +1,9 @@
 """Attention within documents: a kernel of our own on the CPU; elsewhere torch's SDPA, one call a run of documents of
-one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths; causal documents of
-LONG_DOCUMENT tokens or more go to cuDNN's some heads at a time (megalora.ops.merged_attention). What torch's kernels do
-not compute (softcap, ALiBi, sinks, offsets, dropout) is a kernel of our own on a GPU in 16 bits
-(megalora.ops.fused_attention), and else goes in tiles of plain torch (megalora.ops.tiled_attention)."""
+one length, or on a GPU one call of FlashAttention's kernels for documents of several lengths, or of our own (see
+megalora.ops.fused_attention.outruns_flash); causal documents of LONG_DOCUMENT tokens or more go to cuDNN's some heads
+at a time (megalora.ops.merged_attention). What torch's kernels do not compute (softcap, ALiBi, sinks, offsets,
+dropout) is a kernel of our own on a GPU in 16 bits (megalora.ops.fused_attention), and else goes in tiles of plain
+torch (megalora.ops.tiled_attention)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.ops import extension
-from megalora.ops.fused_attention import Documents, fused_attention, fuses
+from megalora.ops.fused_attention import Documents, fused_attention, fuses, outruns_flash
 from megalora.ops.merged_attention import merged_attention, takes_pieces
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import PLAIN, Run, Scores, runs_of, tiled_attention, tiled_cached_attention
@@ -122,6 +123,9 @@ def attention(
     if q.shape[2] > MOST_FEATURES:
         packed = None
     if packed is not None and (len(runs) > 1 or (window is not None and window < runs[0].length)):
+        # Prompts of generation do not wait for Triton's compiler.
+        if outruns_flash(q, v) and not torch.is_inference_mode_enabled():
+            return fused_attention(q, k, v, documents_of(bounds, packed, q.device), window, scores, None)
         return _flash(q, k, v, packed, window, scores)
     if len(runs) == 1:  # no slices: in backward each would be a copy
         return _run(q, k, v, runs[0], window, scores)

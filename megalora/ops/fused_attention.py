@@ -1,6 +1,6 @@
 """Attention on GPUs by kernels of our own (megalora.ops.attention_kernels), for what torch's do not compute: softcap,
 ALiBi, sinks, T5's offsets and dropout of probabilities, each with windows and heads that share keys; and DeBERTa's
-positions (megalora.ops.fused_disentangled).
+positions (megalora.ops.fused_disentangled). On Hopper they also train on documents of several lengths and with windows.
 
 Legend: T tokens, H query heads, K key/value heads, D head_dim.
 """
@@ -66,6 +66,15 @@ def has_triton() -> bool:
 def fuses(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the kernels take it: 16-bit floats on a GPU, heads of up to 256 features."""
     return device.type == "cuda" and dtype.itemsize == 2 and head_dim <= MOST_FEATURES and has_triton()
+
+
+def outruns_flash(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Return whether the kernels are faster than FlashAttention-2's, forward and backward, where both would do: on
+    Hopper with heads of 65 to 128 features. Its kernels were written for the GPUs before.
+    """
+    features = q.shape[2]
+    alike = 64 < features <= 128 and features == v.shape[2] and fuses(features, q.dtype, q.device)
+    return alike and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
