@@ -187,7 +187,7 @@ def key_kernel(
                 tile = load(q, start, first, tl.arange(0, M), rows, q_token, of_query, WIDE, D, not others)
                 d = load(dout, start, first, tl.arange(0, M), rows, dout_token, of_dout, WIDE, D, not others)
                 here = tl.cast(head, tl.int64) * total + start + row
-                logsum = tl.load(lse + here, mask=row < rows, other=float("inf"))  # so what is behind the last is 0
+                logsum = tl.load(lse + here) if not others else tl.load(lse + here, mask=row < rows, other=float("inf"))
                 s = with_places(
                     tl.dot(keys, tl.trans(tile)), of_queries, of_keys, places, start, head, total, first, at, rows,
                     count, far, C2P, P2C, PLACES, M, N, True,
@@ -197,12 +197,13 @@ def key_kernel(
                     longest, scale, softcap, not others, CAUSAL, WINDOWED, SOFTCAP, SLOPED, OFFSETS,
                 )  # fmt: skip
                 p = tl.exp2(s * unit - (logsum - shift)[None, :])
+                if DK:
+                    dp = tl.dot(values, tl.trans(d))
                 kept_here = 0
-                if DROPS:
+                if DROPS:  # only here: a thread has room for few truths
                     kept_here = turned_keep(base + row, (key_base + at) // 8, key, site, now, threshold, M, N, SPREAD)
                 if DK:
-                    means = tl.load(mean + here, mask=row < rows, other=0.0)
-                    dp = tl.dot(values, tl.trans(d))
+                    means = tl.load(mean + here) if not others else tl.load(mean + here, mask=row < rows, other=0.0)
                     ds = gradient_of(p, dp, means[None, :], kept_here, kept, sigmoid, DROPS, SOFTCAP)
                     if P2C:
                         store_pairs(pairs, ds * outer, start, head, total, at, first, count, rows, width, N, M)
