@@ -117,7 +117,7 @@ def forward(q, k, v, documents, window, scores, dropout, places=None) -> tuple[t
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    M, N, warps, stages = _tiles(q.shape[2], "forward", places is not None, dropout is not None)
+    M, N, warps, stages = _tiles(q.shape[2], "forward", places is not None, _exchanges(scores, dropout))
     grid = (q.shape[1], documents.count, -(-documents.longest // M))
     where, numbers, switches = _arguments(q, k, documents, window, scores, dropout, places)
     with on(q.device):
@@ -150,7 +150,7 @@ def backward(
         (*where, one, width, scores.slopes, scores.offsets, *numbers) for one, width in zip(pairs, widths, strict=True)
     ]
     with on(q.device):
-        M, N, warps, stages = _tiles(D, "queries", places is not None, dropout is not None)
+        M, N, warps, stages = _tiles(D, "queries", places is not None, _exchanges(scores, dropout))
         kernels.query_kernel[heads, documents.count, -(-documents.longest // M)](
             *sources, out, lse, mean, dq, *ours[0], *_strides(*sources, out, dq), **switches,
             M=M, N=N, num_warps=warps, num_stages=stages,
@@ -158,7 +158,7 @@ def backward(
         longest = (documents.longest_keys or documents.longest) + (0 if dropout is None else 7)
         found: dict[str, torch.Tensor] = {}
         for kind in _key_passes(D, places is not None):
-            M, N, warps, stages = _tiles(D, kind, places is not None, dropout is not None)
+            M, N, warps, stages = _tiles(D, kind, places is not None, _exchanges(scores, dropout))
             tiles = -(-longest // N)  # a document's first may begin up to 7 keys before it
             enough = _FEWEST_WAVES[dropout is not None] * 8 / warps
             parts = _parts(heads // k.shape[1], tiles * documents.count * k.shape[1], enough, q.device)
@@ -251,8 +251,13 @@ def _key_passes(D: int, places: bool) -> tuple[str, ...]:
     return ("dk", "dv") if D > 128 and not places and _large_shared_memory() else ("keys",)
 
 
+def _exchanges(scores: Scores, dropout: ProbabilityDropout | None) -> bool:
+    """Return whether threads hand more to each other than tiles, which takes shared memory."""
+    return dropout is not None or scores.offsets is not None
+
+
 @functools.cache
-def _tiles(D: int, kernel: str, places: bool, drops: bool) -> tuple[int, int, int, int]:
+def _tiles(D: int, kernel: str, places: bool, exchanges: bool) -> tuple[int, int, int, int]:
     """Return (queries and keys of a tile, warps, stages of the loop's loads): what fits the registers and the shared
     memory of Hopper, or for large heads of less.
     """
@@ -262,7 +267,7 @@ def _tiles(D: int, kernel: str, places: bool, drops: bool) -> tuple[int, int, in
     if D > 128:
         if not _large_shared_memory():
             return {"forward": (64, 64, 8, 1), "queries": (64, 32, 8, 1), "keys": (32, 64, 8, 1)}[kernel]
-        stages = 2 if drops else 3  # what threads hand to each other takes shared memory
+        stages = 2 if exchanges else 3
         return {
             "forward": (128, 64, 8, 2), "queries": (128, 32, 8, 2), "dk": (32, 128, 8, stages), "dv": (32, 64, 4, 2)
         }[kernel]  # fmt: skip

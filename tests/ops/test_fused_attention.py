@@ -26,6 +26,7 @@ EVEN, CUT = (0, 256, 512), (0, 37, 300, 301, 555)
 CASES = {
     "softcap": (CUT, 8, 2, 256, 100, {"softcap": 20.0}, 0.0),
     "dropout": (CUT, 4, 4, 64, None, {}, 0.1),
+    "large heads, offsets": (CUT, 4, 2, 256, None, {"causal": False, "offsets": 20}, 0.0),
     "large heads, dropout": (CUT, 4, 2, 256, None, {"softcap": 20.0}, 0.1),
     "dropout, both ways": (EVEN, 4, 4, 64, None, {"causal": False}, 0.3),
     "dropout, window": (CUT, 8, 2, 128, 50, {"scale": 0.3}, 0.1),
