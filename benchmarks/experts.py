@@ -21,7 +21,7 @@ from common import add_machine, machine, where_of
 from train_step import Step, ours
 
 from megalora.choices import BASE_FORMATS
-from megalora.ops.grouped import grouped, grouped_nt, grouped_outer
+from megalora.ops.grouped import grouped, grouped_nt, grouped_outer_
 
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
@@ -49,6 +49,18 @@ def seconds(work, device: torch.device, repeats: int = REPEATS) -> float:
     return statistics.median(found[3:])
 
 
+def kernel_seconds(work, device: torch.device) -> float:
+    """Return the median time of `work` without the host's part: on a GPU it is replayed from a graph."""
+    if device.type != "cuda":
+        return seconds(work, device)
+    work()
+    graph, calls = torch.cuda.CUDAGraph(), 8
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            work()
+    return seconds(graph.replay, device) / calls
+
+
 def products(fields: dict, tokens: int, rank: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, float]]:
     """Return (name, share of the rate of a dense product) of each grouped product of a layer."""
     experts, hidden, inner = fields["num_experts"], fields["hidden_size"], fields["moe_intermediate_size"]
@@ -59,25 +71,39 @@ def products(fields: dict, tokens: int, rank: int, device: torch.device, dtype: 
     bounds = ends.to(device, torch.int32) if device.type == "cuda" else tuple(ends.tolist())
     room = 64 if device.type == "cuda" else 8
     found = []
+    for name, inputs, outputs in (("gate up", hidden, 2 * inner), ("down", inner, hidden)):
+        sizes = outputs, inputs, room, rank
+        found += [(f"{name}: {part}", figure) for part, figure in of_linears(sizes, bounds, rows, device, dtype)]
+    return found
+
+
+def of_linears(sizes, bounds, rows: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, float]]:
+    """Return (part, share or microseconds) of one group's products; sizes: outputs, inputs, room, rank."""
+    outputs, inputs, room, rank = sizes
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype) * 0.02
 
-    for name, inputs, outputs in (("gate up", hidden, 2 * inner), ("down", inner, hidden)):
-        X, P, dy = random(rows, inputs + room), random(experts, outputs, inputs + room), random(rows, outputs)
-        one = P[0].contiguous()
-        dense = seconds(lambda X=X, one=one: X @ one.t(), device)
-        found.append((f"{name}, forward", dense / seconds(lambda X=X, P=P: grouped_nt(X, P, bounds), device)))
-        dense = seconds(lambda dy=dy, one=one: dy @ one, device)
-        found.append((f"{name}, backward", dense / seconds(lambda dy=dy, P=P: grouped(dy, P, bounds), device)))
-        A, z = random(experts, rank, inputs), random(rows, rank)
-        x = X[:, :inputs]
-        branch = seconds(lambda x=x, A=A: grouped_nt(x, A, bounds), device)
-        grads = seconds(lambda z=z, x=x: grouped_outer(z, x, bounds), device)
-        ups = seconds(lambda dy=dy, z=z: grouped_outer(dy, z, bounds), device)
-        found += [(f"{name}: z, us", 1e6 * branch), (f"{name}: dA, us", 1e6 * grads), (f"{name}: dB, us", 1e6 * ups)]
-        found.append((f"{name}: dense forward, us", 1e6 * dense))
-    return found
+    def share(dense, ours) -> float:
+        return kernel_seconds(dense, device) / kernel_seconds(ours, device)
+
+    X, P, dy = random(rows, inputs + room), random(len(bounds), outputs, inputs + room), random(rows, outputs)
+    A, z, one, x = random(len(bounds), rank, inputs), random(rows, rank), P[0].contiguous(), X[:, :inputs]
+    W, W_one, B = P[:, :, :inputs], one[:, :inputs].contiguous(), P[:, :, inputs : inputs + rank]
+    dA, dB = torch.zeros(A.shape, device=device), torch.zeros(len(bounds), outputs, rank, device=device)
+    times = {
+        "dense forward": lambda: X @ one.t(),
+        "z": lambda: grouped_nt(x, A, bounds),
+        "dz": lambda: grouped(dy, B, bounds),
+        "dA": lambda: grouped_outer_([dA], z, x, bounds),
+        "dB": lambda: grouped_outer_([dB], dy, z, bounds, 2.0),
+    }
+    return [
+        ("forward", share(lambda: X @ one.t(), lambda: grouped_nt(X, P, bounds))),
+        ("dx", share(lambda: dy @ W_one, lambda: grouped(dy, W, bounds))),
+        ("dx + dz A", share(lambda: dy @ W_one, lambda: grouped(dy, W, bounds, z, A))),
+        *[(f"{part}, us", 1e6 * kernel_seconds(work, device)) for part, work in times.items()],
+    ]
 
 
 def step_seconds(fields: dict, layers: int, options, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

@@ -28,8 +28,10 @@ class ExpertMatrices(Protocol):
         """Return X [W_e | s B_e]^T [M, O] for X [M, I + C]."""
         ...
 
-    def multiply_transposed(self, dy: torch.Tensor, bounds: Bounds, branch_only: bool) -> torch.Tensor:
-        """Return dy [W_e | s B_e] [M, I + C], or its last C columns alone."""
+    def multiply_transposed(
+        self, dy: torch.Tensor, bounds: Bounds, dz: torch.Tensor | None, A: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return dy W_e + dz A_e [M, I] for dz [M, R], A [E, R, I], or the first alone."""
         ...
 
     @property
@@ -56,8 +58,10 @@ class DenseExperts:
     def multiply(self, X: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         return grouped_nt(X, self.whole, bounds)
 
-    def multiply_transposed(self, dy: torch.Tensor, bounds: Bounds, branch_only: bool) -> torch.Tensor:
-        return grouped(dy, self.branch if branch_only else self.whole, bounds)
+    def multiply_transposed(
+        self, dy: torch.Tensor, bounds: Bounds, dz: torch.Tensor | None, A: torch.Tensor | None
+    ) -> torch.Tensor:
+        return grouped(dy, self.whole[:, :, : self.columns], bounds, dz, A)
 
     @property
     def nbytes(self) -> int:
@@ -94,14 +98,16 @@ class QuantisedExperts:
             out[rows] = X[rows] @ self._whole(expert).t()
         return out
 
-    def multiply_transposed(self, dy: torch.Tensor, bounds: Bounds, branch_only: bool) -> torch.Tensor:
-        if branch_only:
-            return grouped(dy, self.branch, bounds)
+    def multiply_transposed(
+        self, dy: torch.Tensor, bounds: Bounds, dz: torch.Tensor | None, A: torch.Tensor | None
+    ) -> torch.Tensor:
         if isinstance(bounds, torch.Tensor):
-            return grouped(dy, self._decoded(), bounds)
-        out = dy.new_empty(dy.shape[0], self.columns + self.room)
+            return grouped(dy, self._decoded()[:, :, : self.columns], bounds, dz, A)
+        out = dy.new_empty(dy.shape[0], self.columns)
         for expert, rows in parts_of(bounds):
-            out[rows] = dy[rows] @ self._whole(expert)
+            out[rows] = dy[rows] @ self._matrices[expert].weight(slice(0, self.rows))
+            if dz is not None and A is not None:
+                out[rows] += dz[rows] @ A[expert]
         return out
 
     def _whole(self, expert: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from megalora.adapters.lora import initial_factor
 from megalora.errors import UserError
 from megalora.ops import limits
 from megalora.ops.dropout import Dropout, dropout
-from megalora.ops.grouped import Bounds, grouped_nt, grouped_outer
+from megalora.ops.grouped import Bounds, grouped, grouped_nt, grouped_outer_
 from megalora.ops.lora_linear import room_for
 from megalora.ops.routing import Routes
 from megalora.ops.scaled_copy import scaled_copy_
@@ -234,17 +234,15 @@ class ExpertGroup:
         """Return the dropout of the group's input."""
         return tokens.draw(self.dropout, self.site)
 
-    def project(self, X: torch.Tensor, routes: Routes, index: torch.Tensor, tokens: Tokens) -> None:
+    def project(self, X: torch.Tensor, routes: Routes, index: torch.Tensor | None, tokens: Tokens) -> None:
         """Write z = dropout(x) A_e^T behind x, in place, 0 in columns of other adapters than a row's own.
 
-        X [M, I + C]; index [M] int64, what dropout is drawn from
+        X [M, I + C]; index [M] int64, what dropout is drawn from, where it is
         """
         if self.down is None:
             return
         x, z, draw = X[:, : self.in_features], X[:, self.in_features :], self.draw(tokens)
-        dropped = x if draw is None else dropout(x, index, draw)
-        z[:, : self.rank] = grouped_nt(dropped, self.down, routes.bounds)
-        z[:, self.rank :].zero_()
+        grouped_nt(dropped(x, index, draw), self.down, routes.bounds, out=z)
         if tokens.adapters is not None and self._owners is not None:
             owners = self._owners if len(self._owners) == 1 else self._owners[self._held(routes.expert)]
             z[:, : self.rank].masked_fill_(owners != tokens.adapters[routes.token, None], 0.0)
@@ -268,46 +266,91 @@ class ExpertGroup:
         """Return `expert` with one of this rank's for rows that belong to none, which nobody reads."""
         return expert.clamp(max=len(self.experts) - 1)
 
-    def multiply_transposed(self, dy: torch.Tensor, bounds: Bounds, branch_only: bool) -> torch.Tensor:
-        """Return dy P_e [M, I + C], or its last C columns alone."""
-        return self.matrix.multiply_transposed(dy, bounds, branch_only)
+    def branch_transposed(self, dy: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """Return dz = dy s B_e [M, R]."""
+        return grouped(dy, self.matrix.branch[:, :, : self.rank], bounds)
+
+    def multiply_transposed(
+        self, dy: torch.Tensor, bounds: Bounds, dz: torch.Tensor | None = None, A: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return dy W_e + dz A_e [M, I]; without dz and A the first alone."""
+        return self.matrix.multiply_transposed(dy, bounds, dz, A)
 
     def add_up_grads(self, dy: torch.Tensor, z: torch.Tensor, bounds: Bounds) -> None:
         """Add s dy_e^T z_e to the gradient of each B_e: dy [M, O], z [M, R]."""
         for i, (rows, columns) in enumerate(zip(self.rows, self.branches, strict=True)):
             if self.ranks[i]:
-                dB = grouped_outer(dy[:, rows], z[:, columns], bounds)
-                self._add(i, "lora_B", dB.to(self.place.master_dtype).mul_(self._scaling(i)))
+                self._add([(i, "lora_B")], dy[:, rows], z[:, columns], bounds, self._scaling(i))
 
     def add_down_grads(self, dz: torch.Tensor, x_dropped: torch.Tensor, bounds: Bounds) -> None:
         """Add dz_e^T x_e to the gradient of each A_e: dz [M, R], x_dropped [M, I]."""
-        dA = grouped_outer(dz, x_dropped, bounds)
-        for i, columns in enumerate(self.branches):
-            if self.ranks[i]:
-                self._add(i, "lora_A", dA[:, columns])
+        factors = [(i, "lora_A") for i, rank in enumerate(self.ranks) if rank]
+        self._add(factors, dz, x_dropped, bounds, 1.0)
 
-    def _add(self, part: int, name: str, grads: torch.Tensor) -> None:
-        """Add grads [E, ...] to the gradient of the factor `name` of each linear of a part, where it wants one."""
-        weights = self._trained[part, name]
-        first = weights[0]
-        if first is not None and len(weights) > 1 and weights[1] is first:  # all experts share it
-            first.grad = torch.zeros_like(first) if first.grad is None else first.grad
-            first.grad.add_(grads[:, : first.shape[0], : first.shape[1]].sum(0))
+    def _add(
+        self,
+        factors: Sequence[tuple[int, str]],
+        a: torch.Tensor,
+        b: torch.Tensor,
+        bounds: Bounds,
+        scale: float | torch.Tensor,
+    ) -> None:
+        """Add scale a_e^T b_e [E, N, K] to the gradients of the factors (part, name) of all experts that want one.
+
+        The rows of several factors stand below one another in it.
+        """
+        sizes = [a.shape[1]] if len(factors) == 1 else [self.ranks[part] for part, _ in factors]
+        places = [self._gradient(part, name) for part, name in factors]
+        whole = [
+            place
+            for place, size in zip(places, sizes, strict=True)
+            if place is not None and place.shape[1:] == (size, b.shape[1])
+        ]
+        if len(whole) == len(factors) and isinstance(scale, float):
+            grouped_outer_(whole, a, b, bounds, scale)
             return
+        made = torch.zeros(
+            len(self.experts), a.shape[1], b.shape[1], dtype=self.place.master_dtype, device=self.place.device
+        )
+        grouped_outer_([made], a, b, bounds)
+        for (part, name), grads in zip(factors, made.mul_(scale).split(sizes, 1), strict=True):
+            self._add_each(part, name, grads)
+
+    def _gradient(self, part: int, name: str) -> torch.Tensor | None:
+        """Return the gradients of a factor of all experts as one view [E, ...], made where there are none; None where
+        they lie apart, or are those of one that all experts share.
+        """
+        weights = self._trained[part, name]
         for weight in weights:
             if weight is not None and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
+        if len(weights) > 1 and weights[1] is weights[0]:
+            return None
         ends = [None if w is None else w.grad.data_ptr() for w in (weights[0], weights[-1])]
         known = self._gradients.get((part, name))
         if known is None or known[0] != ends:  # gradients lie elsewhere now
             whole = None if None in weights else stacked([weight.grad for weight in weights])
             known = self._gradients[part, name] = ends, whole
-        if known[1] is not None and known[1].shape == grads.shape:
-            known[1].add_(grads)
+        return known[1]
+
+    def _add_each(self, part: int, name: str, grads: torch.Tensor) -> None:
+        """Add grads [E, ...] to the gradient of the factor `name` of each linear of a part, where it wants one."""
+        weights = self._trained[part, name]
+        first = weights[0]
+        if first is not None and len(weights) > 1 and weights[1] is first:  # all experts share it
+            first.grad.add_(grads[:, : first.shape[0], : first.shape[1]].sum(0))
             return
         for weight, grad in zip(weights, grads, strict=True):
             if weight is not None:
                 weight.grad.add_(grad[: weight.shape[0], : weight.shape[1]])
+
+
+def dropped(x: torch.Tensor, index: torch.Tensor | None, draw: Dropout | None) -> torch.Tensor:
+    """Return dropout(x), or x where nothing is dropped."""
+    if draw is None:
+        return x
+    assert index is not None
+    return dropout(x, index, draw)
 
 
 def padded_rank(rank: int, device_type: str) -> int:

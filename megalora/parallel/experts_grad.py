@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from megalora.ops.dropout import Dropout, dropout, dropout_add_
+from megalora.ops.dropout import Dropout, dropout_add_
 from megalora.ops.grouped import grouped
 from megalora.ops.routing import Routes, by_pair, combine, dispatch, route
 from megalora.ops.weighted_gate import SILU, Gate
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
-from megalora.parallel.experts import ExpertGroup
+from megalora.parallel.experts import ExpertGroup, dropped
 from megalora.parallel.placement import Placement, Tokens
 
 
@@ -31,11 +31,14 @@ class ExpertPair:
         assert down.biased <= gate.weighs_result, "the bias of what is not weighed is not weighed either"
         self.up, self.down, self.first, self.stop, self.gate = up, down, first, first + len(up.experts), gate
 
-    def row_index(self, routes: Routes, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def row_index(self, routes: Routes, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """Return what dropout is drawn from at each row, [M] int64, at the input of gate and up, and at that of down.
 
-        The first is the token's: all experts read one x. The second has the expert in its high word.
+        None where nothing is dropped. The first is the token's: all experts read one x. The second has the expert in
+        its high word.
         """
+        if self.up.draw(tokens) is None and self.down.draw(tokens) is None:
+            return None, None
         index = tokens.index[routes.token]
         return index, index + ((routes.expert + self.first) << 32)
 
@@ -131,7 +134,7 @@ def _backward(
     z: torch.Tensor,
     A: torch.Tensor | None,
     routes: Routes,
-    index: torch.Tensor,
+    index: torch.Tensor | None,
     draw: Dropout | None,
     needs_dx: bool,
 ) -> torch.Tensor | None:
@@ -144,17 +147,16 @@ def _backward(
         group.add_up_grads(dy, z, bounds)
     if not (needs_dx or trains):
         return None
-    dX = group.multiply_transposed(dy, bounds, branch_only=not needs_dx)
-    width = dX.shape[1] - group.room
     if A is None:
-        return dX
-    dz = dX[:, width : width + group.rank]
+        return group.multiply_transposed(dy, bounds) if needs_dx else None
+    dz = group.branch_transposed(dy, bounds)
     if trains:
-        group.add_down_grads(dz, x if draw is None else dropout(x, index, draw), bounds)
+        group.add_down_grads(dz, dropped(x, index, draw), bounds)
     if not needs_dx:
         return None
-    dx, term = dX[:, :width], grouped(dz, A, bounds)
     if draw is None:
-        return dx.add_(term)
-    dropout_add_(dx, term, index, draw)
+        return group.multiply_transposed(dy, bounds, dz, A)
+    dx = group.multiply_transposed(dy, bounds)
+    assert index is not None
+    dropout_add_(dx, grouped(dz, A, bounds), index, draw)
     return dx

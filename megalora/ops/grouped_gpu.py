@@ -1,0 +1,139 @@
+"""Launches of our own kernels for experts' products on Hopper: which products they take, in which tiles.
+
+Legend as in megalora.ops.grouped: M rows, E matrices.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+from megalora.ops import limits
+
+MOST_THIN = 128  # columns that one program of the thin kernel makes
+_COLUMNS, _CONTRACTED, _STAGES = 256, 64, 4  # of the wide kernel's tiles
+_PREFETCH, _PREFETCHED = 1, 256  # what is brought to L2 early (wide_kernel), so many elements at a time
+_REGISTERS = 168  # of a thread: three groups of 128 threads share 65536
+_THIN_ROWS, _THIN_CONTRACTED, _THIN_STAGES = 64, 64, 6
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Return whether the kernels take operands like these: bfloat16 on Hopper, rows that start on 16 bytes."""
+    return all(
+        t.dtype == torch.bfloat16
+        and t.device.type == "cuda"
+        and t.stride(-1) == 1
+        and t.data_ptr() % limits.ALIGNMENT == 0
+        and all(stride % limits.OCTET == 0 for stride in t.stride()[:-1])
+        for t in tensors
+    ) and is_hopper(tensors[0].device)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Return whether the device has Hopper's instructions, and Triton is there for them."""
+    return torch.cuda.get_device_capability(device) == (9, 0) and importlib.util.find_spec("triton") is not None
+
+
+def product_(
+    out: torch.Tensor,
+    X: torch.Tensor,
+    P: torch.Tensor,
+    bounds: torch.Tensor,
+    turned: bool,
+    Z: torch.Tensor | None = None,
+    A: torch.Tensor | None = None,
+) -> None:
+    """Write X P_e + Z A_e into out [M, N or more], turned: X P_e^T; columns of out that P has not are 0.
+
+    X [M, K], P [E, K, N] (turned: [E, N, K]), Z [M, R], A [E, R, N]. Rows of no expert are left as they are.
+    """
+    if X.shape[0] == 0:
+        return
+    if out.shape[1] <= MOST_THIN and Z is None:
+        _thin_(out, X, P, bounds, turned)
+    else:
+        _wide_(out, X, P, bounds, turned, Z, A)
+
+
+def _thin_(out: torch.Tensor, X: torch.Tensor, P: torch.Tensor, bounds: torch.Tensor, turned: bool) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from megalora.ops.grouped_kernels import thin_kernel
+
+    experts, columns = P.shape[0], _power(out.shape[1], 16)
+    block = [1, columns, _THIN_CONTRACTED] if turned else [1, _THIN_CONTRACTED, columns]
+    thin_kernel[(X.shape[0] // _THIN_ROWS + experts,)](
+        TensorDescriptor(X, list(X.shape), list(X.stride()), [_THIN_ROWS, _THIN_CONTRACTED]),
+        TensorDescriptor(P, list(P.shape), list(P.stride()), block),
+        out, out.stride(0), bounds, experts, out.shape[1], X.shape[1],
+        TURNED=turned, EXPERTS=_power(experts, 2), M=_THIN_ROWS, N=columns, K=_THIN_CONTRACTED,
+        num_warps=4, num_stages=_THIN_STAGES,
+    )  # fmt: skip
+
+
+def _wide_(
+    out: torch.Tensor,
+    X: torch.Tensor,
+    P: torch.Tensor,
+    bounds: torch.Tensor,
+    turned: bool,
+    Z: torch.Tensor | None,
+    A: torch.Tensor | None,
+) -> None:
+    from megalora.ops.grouped_hopper import H, wide_kernel
+
+    experts, rows, columns, contracted = P.shape[0], int(H), _COLUMNS, _CONTRACTED
+    processors = torch.cuda.get_device_properties(X.device).multi_processor_count
+    prefetch = _PREFETCH if min(X.shape[1], out.shape[1], P.shape[1], P.shape[2]) >= _PREFETCHED else 0
+    wide_kernel[(processors,)](
+        _described(X, rows, contracted),
+        _described(P, 1, columns, contracted) if turned else _described(P, 1, contracted, columns),
+        None if Z is None else _described(Z, rows, contracted),
+        None if A is None else _described(A, 1, contracted, columns),
+        X, P, A, out, out.stride(0), bounds, bounds.new_zeros(1), experts, out.shape[1], X.shape[1],
+        0 if Z is None else Z.shape[1],
+        TURNED=turned, EXTRA=Z is not None, PREFETCH=prefetch, EXPERTS=_power(experts, 128), N=columns, K=contracted,
+        STAGES=_STAGES, num_warps=4, maxnreg=_REGISTERS,
+    )  # fmt: skip
+
+
+def _described(tensor: torch.Tensor, *block: int) -> Any:
+    """Return what the wide kernel copies blocks of `tensor` by."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+
+
+def adds_to(outs: list[torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether `outer_` adds to `outs`."""
+    each_whole = all(out.stride(2) == 1 and out.stride(1) == out.shape[2] for out in outs)
+    return each_whole and (len(outs) == 1 or (len(outs) == 2 and a.shape[1] <= b.shape[1]))
+
+
+def outer_(outs: list[torch.Tensor], a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor, scale: float) -> None:
+    """Add scale a_e^T b_e to outs: one [E, N, K], or where a has the fewer columns two, the first of which has the
+    first of its columns. a [M, N], b [M, K].
+    """
+    from megalora.ops.grouped_kernels import outer_kernel
+
+    short_first = a.shape[1] <= b.shape[1]
+    short, long = (a, b) if short_first else (b, a)
+    out, second = outs[0], outs[-1]
+    edge = out.shape[1] if short_first else short.shape[1]
+    R, N = min(64, _power(short.shape[1], 16)), 64
+    outer_kernel[(-(-long.shape[1] // N), -(-short.shape[1] // R), len(bounds))](
+        short, long, out, second, edge, scale, bounds, short.stride(0), long.stride(0), out.stride(0),
+        second.stride(0), short.shape[1], long.shape[1],
+        SHORT_FIRST=short_first, SECOND=len(outs) == 2, R=R, N=N, K=64, num_warps=4, num_stages=4,
+    )  # fmt: skip
+
+
+def _power(n: int, least: int) -> int:
+    """Return the power of two from `least` on that holds n."""
+    return max(least, 1 << (n - 1).bit_length())

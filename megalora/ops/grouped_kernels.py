@@ -1,0 +1,88 @@
+"""Triton kernels of experts' adapters: X P_e^T and X P_e of few columns, and a_e^T b_e, with bounds on the device.
+
+They read their long operand once and do little with it. Tiles of rows are numbered so that nothing has to be summed
+up: expert e takes the numbers from start_e // M + e on, which leaves it at least the tiles that its rows need. Programs
+whose number no rows stand behind end at once.
+
+Only a GPU's path imports this module (megalora.ops.grouped_gpu). Sums run in one order: a row's result depends on that
+row and on its expert's matrix alone, an expert's on its own rows.
+
+Legend: M rows and N columns of a tile, K of the contracted dimension at a time, R columns of the short operand.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(bounds, number, experts, EXPERTS: tl.constexpr, M: tl.constexpr):
+    """Return (expert, first row, end of its expert's rows) of tile `number`; of one without rows, first >= end."""
+    expert = tl.arange(0, EXPERTS)
+    starts = tl.load(bounds + expert - 1, mask=(expert > 0) & (expert < experts), other=0)
+    mine = tl.sum(((starts // M + expert <= number) & (expert < experts)).to(tl.int32), 0) - 1
+    start = tl.load(bounds + mine - 1, mask=mine > 0, other=0)
+    return mine, start + (number - start // M - mine) * M, tl.load(bounds + mine)
+
+
+@triton.jit
+def thin_kernel(
+    x, p, out, out_stride, bounds, experts, columns, contracted,
+    TURNED: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Compute out [rows, columns] = X P_e, TURNED: X P_e^T, of the rows of each expert; others are left as they are.
+
+    x [rows, contracted] and p [experts, contracted, at most N], TURNED: [experts, at most N, contracted], are
+    descriptors of tiles [M, K] and [1, K, N] or [1, N, K]; columns of out that p has not are 0. One program makes all.
+    """
+    expert, row, stop = _place(bounds, tl.program_id(0), experts, EXPERTS, M)
+    if row < stop:
+        total = tl.zeros((M, N), tl.float32)
+        for k in range(0, contracted, K):
+            left = x.load([row, k])
+            if TURNED:
+                total = tl.dot(left, p.load([expert, 0, k]).reshape(N, K).T, total)
+            else:
+                total = tl.dot(left, p.load([expert, k, 0]).reshape(K, N), total)
+        rows, at = row + tl.arange(0, M), tl.arange(0, N)
+        place = out + rows.to(tl.int64)[:, None] * out_stride + at[None, :]
+        tl.store(place, total.to(out.dtype.element_ty), mask=(rows < stop)[:, None] & (at < columns)[None, :])
+
+
+@triton.jit
+def outer_kernel(
+    a, b, out, second, edge, scale, bounds, a_stride, b_stride, out_stride, second_stride, short, long,
+    SHORT_FIRST: tl.constexpr, SECOND: tl.constexpr, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Add scale a_e^T b_e to out_e [short, long] of each expert e, not SHORT_FIRST: scale b_e^T a_e to [long, short].
+
+    a [rows, short], b [rows, long]. out_stride lies between experts, each of them contiguous. SECOND, for SHORT_FIRST:
+    columns of a from `edge` on belong to second_e [short - edge, long], and out_e is [edge, long].
+    """
+    expert = tl.program_id(2)
+    columns, ranks = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
+    start = tl.load(bounds + expert - 1, mask=expert > 0, other=0)
+    stop = tl.load(bounds + expert)
+    inside, within = (columns < long)[None, :], (ranks < short)[None, :]
+    total = tl.zeros((N, R), tl.float32)
+    for first in range(start, stop, K):
+        rows = (first + tl.arange(0, K))[:, None]
+        own = rows < stop
+        left = tl.load(a + rows.to(tl.int64) * a_stride + ranks[None, :], mask=own & within, other=0.0)
+        right = tl.load(b + rows.to(tl.int64) * b_stride + columns[None, :], mask=own & inside, other=0.0)
+        total = tl.dot(tl.trans(right), left, total)
+    total *= scale
+    to = out + expert.to(tl.int64) * out_stride
+    if SHORT_FIRST:
+        total, rank, column = tl.trans(total), ranks[:, None], columns[None, :]
+        place = to + rank * long + column
+    else:
+        rank, column = ranks[None, :], columns[:, None]
+        place = to + column * short + rank
+    mask = (column < long) & (rank < edge) & (start < stop)
+    tl.store(place, tl.load(place, mask=mask, other=0.0) + total, mask=mask)
+    if SECOND:
+        place = second + expert.to(tl.int64) * second_stride + (rank - edge) * long + column
+        mask = (column < long) & (rank >= edge) & (rank < short) & (start < stop)
+        tl.store(place, tl.load(place, mask=mask, other=0.0) + total, mask=mask)

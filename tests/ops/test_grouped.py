@@ -1,0 +1,170 @@
+"""Experts' products against float64: plain torch, our kernels in Triton's interpreter and in an emulated Gluon, both on
+a CPU, and on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from emulated.gluon import Descriptor, Pointer, emulated
+
+from megalora.ops import grouped_gpu
+from megalora.ops.grouped import grouped, grouped_nt, grouped_outer_
+
+# Rows of each expert: none, less than a block of 64, whole blocks, one more, and rows behind the last bound.
+UNEVEN, ROWS = (0, 1, 63, 64, 65, 0, 128, 130, 192, 193, 300, 0), 1200
+ONE_HAS_ALL = (0, 0, 0, 400, 0)
+CASES = {"uneven": (UNEVEN, ROWS), "one has all": (ONE_HAS_ALL, 400), "few rows": ((1, 0, 2), 5)}
+
+
+def drawn(counts, rows, outputs, inputs, rank, device="cpu", dtype=torch.float32):
+    """(bounds, x, dy, W, z, A); what belongs to no expert is NaN."""
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(device, dtype)
+
+    bounds = torch.tensor(counts).cumsum(0).to(device, torch.int32)
+    x, dy, z = random(rows, inputs), random(rows, outputs), random(rows, rank)
+    for one in (x, dy, z):
+        one[sum(counts) :] = float("nan")
+    return bounds, x, dy, random(len(counts), outputs, inputs), z, random(len(counts), rank, inputs)
+
+
+def parts(bounds):
+    """The rows of each expert."""
+    ends = bounds.tolist()
+    return [slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def product(bounds, x, P):
+    """x P_e in float64."""
+    return torch.cat([x[rows].double() @ P[e].double() for e, rows in enumerate(parts(bounds))])
+
+
+def outer(bounds, a, b):
+    """a_e^T b_e in float64."""
+    return torch.stack([a[rows].double().t() @ b[rows].double() for rows in parts(bounds)])
+
+
+def wanted(bounds, x, dy, W, z, A):
+    """[x W^T, dy W, dy W + z A] in float64."""
+    backward = product(bounds, dy, W)
+    return product(bounds, x, W.mT), backward, backward + product(bounds, z, A)
+
+
+def apart(found, goal):
+    """The largest difference, of the largest number."""
+    return ((found.double() - goal).abs().max() / goal.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_torch(name):
+    counts, rows = CASES[name]
+    device_bounds, *operands = drawn(counts, rows, 24, 40, 6, dtype=torch.float64)
+    bounds, (x, dy, W, z, A) = tuple(device_bounds.tolist()), operands
+    forward, backward, both = wanted(device_bounds, *operands)
+    end = bounds[-1]
+    room = torch.full((rows, 32), 7.0, dtype=torch.float64)
+    assert grouped_nt(x, W, bounds, out=room[:, :30]) is not room
+    assert torch.equal(grouped_nt(x, W, bounds)[:end], room[:end, :24])
+    assert not room[:end, 24:30].any() and (room[:, 30:] == 7).all()
+    assert apart(room[:end, :24], forward) < 1e-14
+    assert apart(grouped(dy, W, bounds)[:end], backward) < 1e-14
+    assert apart(grouped(dy, W, bounds, z, A)[:end], both) < 1e-14
+    outs = [torch.ones(len(counts), n, 40, dtype=torch.float64) for n in (2, 4)]
+    grouped_outer_(outs, z, x, bounds, 0.5)
+    assert apart(torch.cat(outs, 1), 1 + 0.5 * outer(device_bounds, z, x)) < 1e-14
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("name", CASES)
+def test_in_the_interpreter(name):
+    """In a process of its own: triton decides when it is imported who runs its kernels."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def interpreted(name: str) -> None:
+    counts, rows = CASES[name]
+    bounds, x, dy, W, z, A = drawn(counts, rows, 72, 136, 24)
+    end = sum(counts)
+    for turned, left, right, columns in ((True, x, A, 64), (False, dy, W[:, :, :24], 24)):
+        room = torch.full((rows, 70), 7.0)
+        grouped_gpu._thin_(room[:, :columns], left, right, bounds, turned)
+        goal = product(bounds, left, right.mT if turned else right)
+        assert apart(room[:end, :24], goal) < 1e-6
+        assert not room[:end, 24:columns].any() and (room[end:] == 7).all() and (room[:, columns:] == 7).all()
+    goal = outer(bounds, z, x)
+    outs = [torch.ones(len(counts), n, 136) for n in (16, 8)]
+    grouped_gpu.outer_(outs, z, x, bounds, 0.5)
+    assert apart(torch.cat(outs, 1), 1 + 0.5 * goal) < 1e-6
+    long = torch.ones(len(counts), 136, 24)
+    grouped_gpu.outer_([long], x, z, bounds, 0.5)
+    assert apart(long.mT, 1 + 0.5 * goal) < 1e-6
+    empty = torch.tensor(counts) == 0
+    assert (outs[0][empty] == 1).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["forward", "backward", "both"])
+def test_emulated(name, kind):
+    """The kernel of Hopper, its partitions as threads: no deadlock, no buffer given back early, no row of another's."""
+    counts, rows = CASES[name]
+    bounds, x, dy, W, z, A = drawn(counts, rows, 328, 272, 24)
+    number = ["forward", "backward", "both"].index(kind)
+    goal, turned, end = wanted(bounds, x, dy, W, z, A)[number], number == 0, sum(counts)
+    left, columns = (x, 328) if turned else (dy, 272)
+    out, counter = torch.full((rows, columns + 4), 7.0), torch.zeros(1, dtype=torch.int32)
+    block = [1, 128, 64] if turned else [1, 64, 128]
+    extra = number == 2
+    for program in range(3):
+        module = emulated("megalora.ops.grouped_hopper", program, 3)
+        module.wide_kernel(
+            Descriptor(left, [64, 64]), Descriptor(W, block), Descriptor(z, [64, 64]) if extra else None,
+            Descriptor(A, [1, 64, 128]) if extra else None, *(Pointer(t.flatten()) for t in (left, W, A)),
+            Pointer(out.view(-1)), columns + 4, Pointer(bounds), Pointer(counter), len(counts), columns, left.shape[1],
+            24, TURNED=turned, EXTRA=extra, PREFETCH=number, EXPERTS=32, N=128, K=64, STAGES=4,
+        )  # fmt: skip
+    assert apart(out[:end, :columns], goal) < 1e-6
+    assert (out[end:] == 7).all() and (out[:, columns:] == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("sizes", [(1536, 2048, 32), (2048, 768, 16), (328, 200, 24), (256, 2880, 256)])
+def test_on_a_gpu(name, sizes):
+    """bfloat16 against float64, the same bits again, and each row as without the others' experts."""
+    (outputs, inputs, rank), (counts, rows) = sizes, CASES[name]
+    bounds, *operands = drawn(counts, rows, outputs, inputs, rank, "cuda", torch.bfloat16)
+    x, dy, W, z, A = operands
+    goals, end = wanted(bounds, *operands), sum(counts)
+
+    def made():
+        outs = [torch.zeros(len(counts), n, inputs, device="cuda") for n in (rank // 2, rank - rank // 2)]
+        grouped_outer_(outs, z, x, bounds, 0.5)
+        return [
+            grouped_nt(x, W, bounds)[:end], grouped(dy, W, bounds)[:end], grouped(dy, W, bounds, z, A)[:end],
+            2 * torch.cat(outs, 1), grouped_nt(x, A, bounds)[:end], grouped(dy, W[:, :, :rank], bounds)[:end],
+        ]  # fmt: skip
+
+    ours, again = made(), made()
+    goals = [*goals, outer(bounds, z, x), product(bounds, x, A.mT), goals[1][:, :rank]]
+    for found, repeated, goal in zip(ours, again, goals, strict=True):
+        assert apart(found, goal) < 6e-3 and torch.equal(found, repeated)
+    last = max(e for e, n in enumerate(counts) if n)
+    alone = torch.zeros_like(bounds)
+    alone[last:] = counts[last]
+    part = slice(end - counts[last], end)
+    assert torch.equal(grouped_nt(x[part], W, alone), ours[0][part])
+    assert torch.equal(grouped(dy[part], W, alone, z[part], A), ours[2][part])
+
+
+if __name__ == "__main__":
+    interpreted(sys.argv[1])
