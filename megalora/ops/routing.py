@@ -16,6 +16,9 @@ import torch
 
 from megalora.ops.grouped import Bounds, runs_grouped
 
+_HELD = 1 << 13  # numbers of pairs times buckets that a program of the order's kernels holds at once
+_MOST_COUNTS = 128  # programs that count: each adds up the counts of all
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -54,6 +57,8 @@ def route(chosen: torch.Tensor, first: int, stop: int, dtype: torch.dtype) -> Ro
     the device.
     """
     tokens, choices = chosen.shape
+    if tokens and runs_grouped(chosen.device, dtype) and has_triton():
+        return _ordered(chosen, first, stop)
     flat, count = chosen.flatten() - first, stop - first
     local = torch.where((flat >= 0) & (flat < count), flat, count)
     expert, pair = local.sort(stable=True)
@@ -69,6 +74,30 @@ def route(chosen: torch.Tensor, first: int, stop: int, dtype: torch.dtype) -> Ro
     ends = tuple(bounds.tolist())
     rows = ends[-1]
     return Routes(pair[:rows], expert[:rows], ends, tokens, choices, places)
+
+
+def _ordered(chosen: torch.Tensor, first: int, stop: int) -> Routes:
+    """Return the Routes by two kernels: the pairs of each expert are counted, then each finds its row."""
+    from megalora.ops.routing_kernels import count_kernel, order_kernel
+
+    (tokens, choices), count, device = chosen.shape, stop - first, chosen.device
+    pairs, buckets = tokens * choices, 1 << count.bit_length()  # a power of two that holds one bucket more
+    block = max(16, min(64, _HELD // buckets))
+    programs = min(_MOST_COUNTS, -(-pairs // block))
+    blocks = -(-pairs // (block * programs))
+    counts = torch.empty(programs, buckets, dtype=torch.int32, device=device)
+    pair, expert = (torch.empty(pairs, dtype=torch.int64, device=device) for _ in range(2))
+    bounds = torch.empty(count, dtype=torch.int32, device=device)
+    places = torch.empty_like(pair).view(tokens, choices)
+    own = torch.empty(tokens, choices, dtype=torch.bool, device=device)
+    numbers = pairs, first, count, *chosen.stride(), blocks
+    shape = {"CHOICES": choices, "BLOCK": block, "BUCKETS": buckets, "num_warps": 8}
+    count_kernel[(programs,)](chosen, counts, *numbers, **shape)
+    order_kernel[(programs,)](
+        chosen, counts, pair, expert, bounds, places, own.view(torch.uint8), *numbers, **shape,
+        ROWS=max(1, _HELD // buckets),
+    )  # fmt: skip
+    return Routes(pair, expert, bounds, tokens, choices, (places, own))
 
 
 def take(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -96,11 +125,12 @@ class _Take(torch.autograd.Function):
 
 def fuses(rows: torch.Tensor) -> bool:
     """Return whether Triton kernels take these rows: on a GPU, in 16 bits or float32, where Triton is installed."""
-    return rows.device.type == "cuda" and rows.dtype != torch.float64 and _has_triton()
+    return rows.device.type == "cuda" and rows.dtype != torch.float64 and has_triton()
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Return whether Triton is there: it comes with torch for GPUs."""
     return importlib.util.find_spec("triton") is not None
 
 
