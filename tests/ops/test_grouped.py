@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from emulated.gluon import Descriptor, Pointer, emulated
+from gluon_on_cpu import Descriptor, Pointer, emulated
 
 from megalora.ops import grouped_gpu
 from megalora.ops.grouped import grouped, grouped_nt, grouped_outer_
