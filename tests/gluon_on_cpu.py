@@ -33,7 +33,7 @@ class Descriptor:
     """A tensor, and the block that one copy takes from it: zeros where the block reaches out of the tensor."""
 
     def __init__(self, base, block):
-        self.base, self.block, self.strides = base, block, base.stride()
+        self.base, self.block = base, block
 
     def read(self, at):
         made = torch.zeros(self.block, dtype=self.base.dtype)
@@ -159,8 +159,7 @@ class Machine:
             zeros=lambda shape, _dtype, _layout: Total(shape), load=load, store=store, atomic_add=self.atomic_add,
             num_warps=lambda: self.here.warps, program_id=lambda _axis: self.program,
             num_programs=lambda _axis: self.programs, thread_barrier=lambda: None, static_range=range,
-            minimum=lambda a, b: torch.minimum(*map(torch.as_tensor, (a, b))) if torch.is_tensor(a) else min(a, b),
-            inline_asm_elementwise=inline_code, allocate_shared_memory=allocate, warp_specialize=self.specialise,
+            allocate_shared_memory=allocate, warp_specialize=self.specialise,
             **dict.fromkeys(
                 ["BlockedLayout", "SliceLayout", "DistributedLinearLayout", "NVMMADistributedLayout",
                  "NVMMASharedLayout", "SwizzledSharedLayout"], lambda *_, **__: None,
@@ -198,13 +197,6 @@ def load(pointer, mask=None, other=0):
 
 def store(pointer, values, mask):
     pointer.flat[pointer.offset[mask]] = values[mask]
-
-
-def inline_code(code, _constraints, arguments, _dtype, is_pure, pack):
-    """Check that what is asked for lies in the tensor: of no other code is known what it does."""
-    assert code.startswith("cp.async.bulk.prefetch.L2.global [$1], 512;") and not is_pure and pack == 1
-    (place,) = arguments
-    assert place.offset.min() >= 0 and place.offset.max() + 256 <= len(place.flat)
 
 
 def allocate(dtype, shape, _layout):

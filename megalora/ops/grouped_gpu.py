@@ -13,9 +13,9 @@ import torch
 
 from megalora.ops import limits
 
+_OLDEST_TRITON = 3, 6
 MOST_THIN = 128  # columns that one program of the thin kernel makes
 _COLUMNS, _CONTRACTED, _STAGES = 256, 64, 4  # of the wide kernel's tiles
-_PREFETCH, _PREFETCHED = 1, 256  # what is brought to L2 early (wide_kernel), so many elements at a time
 _REGISTERS = 168  # of a thread: three groups of 128 threads share 65536
 _THIN_ROWS, _THIN_CONTRACTED, _THIN_STAGES = 64, 64, 6
 
@@ -34,8 +34,12 @@ def takes(*tensors: torch.Tensor) -> bool:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Return whether the device has Hopper's instructions, and Triton is there for them."""
-    return torch.cuda.get_device_capability(device) == (9, 0) and importlib.util.find_spec("triton") is not None
+    """Return whether the device has Hopper's instructions, and a Triton whose Gluon has them is there."""
+    if torch.cuda.get_device_capability(device) != (9, 0) or importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= _OLDEST_TRITON
 
 
 def product_(
@@ -88,15 +92,14 @@ def _wide_(
 
     experts, rows, columns, contracted = P.shape[0], int(H), _COLUMNS, _CONTRACTED
     processors = torch.cuda.get_device_properties(X.device).multi_processor_count
-    prefetch = _PREFETCH if min(X.shape[1], out.shape[1], P.shape[1], P.shape[2]) >= _PREFETCHED else 0
     wide_kernel[(processors,)](
         _described(X, rows, contracted),
         _described(P, 1, columns, contracted) if turned else _described(P, 1, contracted, columns),
         None if Z is None else _described(Z, rows, contracted),
         None if A is None else _described(A, 1, contracted, columns),
-        X, P, A, out, out.stride(0), bounds, bounds.new_zeros(1), experts, out.shape[1], X.shape[1],
+        out, out.stride(0), bounds, bounds.new_zeros(1), experts, out.shape[1], X.shape[1],
         0 if Z is None else Z.shape[1],
-        TURNED=turned, EXTRA=Z is not None, PREFETCH=prefetch, EXPERTS=_power(experts, 128), N=columns, K=contracted,
+        TURNED=turned, EXTRA=Z is not None, EXPERTS=_power(experts, 128), N=columns, K=contracted,
         STAGES=_STAGES, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 

@@ -96,70 +96,21 @@ def _load_rows(x, row, k, height, arrived, blocks, first):
 
 
 @gluon.jit
-def _ask(place, rows, stride, ROWS: gl.constexpr):
-    """Ask for ROWS rows of 512 bytes from `place` on to be in L2; behind the last of `rows` for that one again."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    code: gl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 512; mov.b32 $0, 0;"
-    for first in range(0, ROWS, 32):
-        row = gl.minimum(first + gl.arange(0, 32, layout), rows - 1).to(gl.int64)
-        gl.inline_asm_elementwise(code, "=r,l", [place + row * stride], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _prefetch(
-    chunk, expert, row, stop, tile, descriptors, bases, columns, contracted, rank,
-    TURNED: gl.constexpr, EXTRA: gl.constexpr, PREFETCH: gl.constexpr, N: gl.constexpr,
-):  # fmt: skip
-    """Ask for what an item reads of chunk `chunk`, 256 of the contracted dimension."""
-    x, p, z, a = descriptors
-    x_base, p_base, a_base = bases
-    k, column = gl.minimum(chunk * 256, contracted - 256), gl.minimum(tile * N, columns - 256)
-    if TURNED:
-        rows, place = columns - column, column * p.strides[1] + k
-    else:
-        rows, place = contracted - k, k * p.strides[1] + column
-    _ask(p_base + (expert * p.strides[0] + place), rows, p.strides[1], 256)
-    if PREFETCH > 1:
-        _ask(x_base + (row * x.strides[0] + k), stop - row, x.strides[0], 128)
-    if EXTRA and chunk == 0:
-        _ask(a_base + (expert * a.strides[0] + column), rank, a.strides[1], 64)
-
-
-@gluon.jit
 def _produce(
-    descriptors, bases, bounds, counter, experts, columns, contracted, rank, steps, pipe, ring,
-    TURNED: gl.constexpr, EXTRA: gl.constexpr, PREFETCH: gl.constexpr, EXPERTS: gl.constexpr, N: gl.constexpr,
-    K: gl.constexpr, STAGES: gl.constexpr,
+    descriptors, bounds, counter, experts, columns, contracted, steps, pipe, ring,
+    TURNED: gl.constexpr, EXTRA: gl.constexpr, EXPERTS: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Load the operands of each item, step by step, as far ahead as there are stages.
-
-    PREFETCH, 1 for P and 2 for X too: they are brought to L2 256 of the contracted dimension further ahead, for memory
-    answers late.
-    """
+    """Load the operands of each item, step by step, as far ahead as there are stages."""
     x, p, z, a = descriptors
     x_blocks, p_tiles, ready, empty = pipe
-    across, chunks = gl.cdiv(columns, N), gl.cdiv(contracted, 256)
+    across = gl.cdiv(columns, N)
     firsts, items = _schedule(bounds, experts, across, EXPERTS)
     count, turn, item = 0, 0, gl.program_id(0)
-    expert, row, stop, tile, height = _find(firsts, bounds, experts, item, across, EXPERTS)
     while item < items:
+        expert, row, stop, tile, height = _find(firsts, bounds, experts, item, across, EXPERTS)
         _hand_out(ring, turn, row, stop, tile, height)
-        turn += 1
-        item = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        later = _find(firsts, bounds, experts, gl.minimum(item, items - 1), across, EXPERTS)
         for step in range(steps):
-            if PREFETCH and step * K % 256 == 0:
-                chunk = step * K // 256 + 1
-                if chunk < chunks:
-                    _prefetch(
-                        chunk, expert, row, stop, tile, descriptors, bases, columns, contracted, rank,
-                        TURNED, EXTRA, PREFETCH, N,
-                    )  # fmt: skip
-                elif chunk == chunks:
-                    _prefetch(
-                        0, later[0], later[1], later[2], later[3], descriptors, bases, columns, contracted, rank,
-                        TURNED, EXTRA, PREFETCH, N,
-                    )  # fmt: skip
             index = count % STAGES
             arrived, right = ready.index(index), p_tiles.index(index)
             mbarrier.wait(empty.index(index), ((count // STAGES) & 1) ^ 1)
@@ -178,7 +129,8 @@ def _produce(
                 else:
                     tma.async_copy_global_to_shared(p, [expert, k, tile * N], arrived, right)
             count += 1
-        expert, row, stop, tile, height = later
+        turn += 1
+        item = gl.atomic_add(counter, 1) + gl.num_programs(0)
     _hand_out(ring, turn, 0, 0, 0, 0)
 
 
@@ -278,9 +230,9 @@ def _consume(
 
 @gluon.jit
 def wide_kernel(
-    x, p, z, a, x_base, p_base, a_base, out, out_stride, bounds, counter, experts, columns, contracted, rank,
-    TURNED: gl.constexpr, EXTRA: gl.constexpr, PREFETCH: gl.constexpr, EXPERTS: gl.constexpr, N: gl.constexpr,
-    K: gl.constexpr, STAGES: gl.constexpr,
+    x, p, z, a, out, out_stride, bounds, counter, experts, columns, contracted, rank,
+    TURNED: gl.constexpr, EXTRA: gl.constexpr, EXPERTS: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute out = X P_e + Z A_e, TURNED: X P_e^T, of the rows of each expert; others are left as they are.
 
@@ -306,7 +258,7 @@ def wide_kernel(
     if EXTRA:
         steps += gl.cdiv(rank, K)
     pipe, ring = (x_blocks, p_tiles, ready, empty), (items, taken, given)
-    descriptors = (x, p, z, a)
+    loads = (x, p, z, a)
     # Registers of a thread: what the groups that multiply hold, and what is left for the one that loads.
     gl.warp_specialize(
         [
@@ -315,11 +267,11 @@ def wide_kernel(
             (
                 _produce,
                 (
-                    descriptors, (x_base, p_base, a_base), bounds, counter, experts, columns, contracted, rank, steps,
-                    pipe, ring, TURNED, EXTRA, PREFETCH, EXPERTS, N, K, STAGES,
+                    loads, bounds, counter, experts, columns, contracted, steps, pipe, ring,
+                    TURNED, EXTRA, EXPERTS, N, K, STAGES,
                 ),
             ),
         ],
         [4, 1],
-        [224, 56],
+        [240, 24],
     )  # fmt: skip

@@ -128,9 +128,9 @@ def test_emulated(name, kind):
         module = emulated("megalora.ops.grouped_hopper", program, 3)
         module.wide_kernel(
             Descriptor(left, [64, 64]), Descriptor(W, block), Descriptor(z, [64, 64]) if extra else None,
-            Descriptor(A, [1, 64, 128]) if extra else None, *(Pointer(t.flatten()) for t in (left, W, A)),
-            Pointer(out.view(-1)), columns + 4, Pointer(bounds), Pointer(counter), len(counts), columns, left.shape[1],
-            24, TURNED=turned, EXTRA=extra, PREFETCH=number, EXPERTS=32, N=128, K=64, STAGES=4,
+            Descriptor(A, [1, 64, 128]) if extra else None, Pointer(out.view(-1)), columns + 4, Pointer(bounds),
+            Pointer(counter), len(counts), columns, left.shape[1], 24,
+            TURNED=turned, EXTRA=extra, EXPERTS=32, N=128, K=64, STAGES=4,
         )  # fmt: skip
     assert apart(out[:end, :columns], goal) < 1e-6
     assert (out[end:] == 7).all() and (out[:, columns:] == 7).all()
