@@ -159,10 +159,12 @@ def backward(
         found: dict[str, torch.Tensor] = {}
         for kind in _key_passes(D, places is not None):
             M, N, warps, stages = _tiles(D, kind, places is not None, _exchanges(scores, dropout))
-            tiles = -(-longest // N)  # a document's first may begin up to 7 keys before it
             enough = _FEWEST_WAVES[dropout is not None] * 8 / warps
-            parts = _parts(heads // k.shape[1], tiles * documents.count * k.shape[1], enough, q.device)
-            grid = k.shape[1] * parts, documents.count, tiles
+            # By the tokens, not by the bounds of documents, which are rounded up for CUDA graphs: those give the same
+            # bits, and have no kernel to compile while they are captured.
+            parts = _parts(heads // k.shape[1], -(-len(k) // N) * k.shape[1], enough, q.device)
+            # a document's first tile may begin up to 7 keys before it
+            grid = k.shape[1] * parts, documents.count, -(-longest // N)
             made = {name: _room(x, parts) for name, x in (("dk", k), ("dv", v)) if kind in ("keys", name)}
             kernels.key_kernel[grid](
                 *sources, lse, mean, made.get("dk"), made.get("dv"), *ours[1],
@@ -222,12 +224,14 @@ def _arguments(
     where += [of_queries, of_keys, table]
     far = 0 if table is None else table.shape[0] // 2
     scale = D**-0.5 if scores.scale is None else scores.scale
+    # Where bounds are read on the device, `longest` is rounded up, and a constant may not depend on it: see `backward`.
+    windowed = window is not None and (documents.bounds is not None or window < documents.longest)
     longest = 0 if scores.offsets is None else scores.offsets.shape[1] // 2
     numbers = [scale, scores.softcap or 0.0, window or 0, longest, far, threshold, kept, key, step]
     switches = {
         "GROUP": q.shape[1] // k.shape[1], "D": D, "WIDE": max(16, 1 << (D - 1).bit_length()),
         "EVEN": documents.bounds is None, "CROSS": documents.key_bounds is not None, "CAUSAL": scores.causal,
-        "WINDOWED": window is not None and window < documents.longest, "SOFTCAP": scores.softcap is not None,
+        "WINDOWED": windowed, "SOFTCAP": scores.softcap is not None,
         "SLOPED": scores.slopes is not None,
         "OFFSETS": scores.offsets is not None, "DROPS": dropout is not None, "LIVE": live is not None,
         "C2P": of_queries is not None, "P2C": of_keys is not None, "PLACES": 1 if places is None else places.count,

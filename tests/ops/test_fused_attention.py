@@ -118,6 +118,40 @@ def test_as_in_plain_torch(name, live, split, monkeypatch):
     assert all(map(torch.equal, ours, again))
 
 
+class Launches:
+    """In place of a kernel: the constants that it is launched with."""
+
+    def __init__(self):
+        self.constants = []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.constants.append(constants)
+
+        return launch
+
+
+@pytest.mark.parametrize("dim, window, p", [(128, None, 0.0), (128, 300, 0.0), (64, None, 0.1), (256, 300, 0.0)])
+def test_constants_do_not_depend_on_bounds_that_are_rounded_up(dim, window, p, monkeypatch):
+    """A CUDA graph has room for more and longer documents than the microbatch that readied its kernels: it finds them
+    compiled, and sums in the same order.
+    """
+    from megalora.ops import attention_kernels as kernels
+
+    monkeypatch.setattr(fused, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(fused, "_large_shared_memory", lambda: True)
+    launches = []
+    for count, longest in ((8, 128), (16, 1024)):
+        launches.append({name: Launches() for name in ("forward_kernel", "query_kernel", "key_kernel")})
+        for name, kernel in launches[-1].items():
+            monkeypatch.setattr(kernels, name, kernel)
+        parts, how, dout = drawn(((0, 1024), 12, 2, dim, window, {}, p), False, "cpu", torch.bfloat16)
+        documents = Documents(count, longest, torch.zeros(count + 1, dtype=torch.int32))
+        torch.autograd.grad(fused_attention(*parts, documents, *how), parts, dout)
+    first, second = ({name: kernel.constants for name, kernel in one.items()} for one in launches)
+    assert first == second and all(first.values())
+
+
 @pytest.mark.parametrize("name", [*SMALL, "cross attention"])
 def test_in_the_interpreter(name):
     """In a process of its own: triton decides when it is imported who runs its kernels."""
