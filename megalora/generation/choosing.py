@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megalora.generation.sampling import Logprobs, Sampling, Seen, choose, logprobs
+from megalora.generation.sampling import Logprobs, Sampling, Seen, choose, logprobs, to_device
 from megalora.generation.sequences import Ongoing, by_sampling
 from megalora.parallel.collectives import broadcast_object
 from megalora.parallel.mesh import Axis
@@ -40,9 +40,11 @@ class Chooser:
         chosen = torch.empty(len(fed), dtype=torch.int64, device=self._device)
         if self._chooses:
             for sampling, rows in by_sampling(fed).items():
-                every, some = len(rows) == len(fed), [fed[row] for row in rows]
-                chosen_rows = self._choose(logits if every else logits[rows], sampling, some, ahead)
-                chosen[slice(None) if every else rows] = chosen_rows
+                if len(rows) == len(fed):
+                    chosen.copy_(self._choose(logits, sampling, fed, ahead))
+                    continue
+                place = to_device(rows, self._device)
+                chosen[place] = self._choose(logits[place], sampling, [fed[row] for row in rows], ahead)
         if self._pp.is_last:
             broadcast(chosen, self._tp, self._tp.ranks[0])
         broadcast(chosen, self._pp, self._pp.ranks[-1])
@@ -53,7 +55,7 @@ class Chooser:
     ) -> torch.Tensor:
         """Return the next token [n] of sequences that are sampled alike, from their logits [n, vocab_size]."""
         penalised = self._seen is not None and sampling.repetition_penalty != 1.0
-        slots = torch.tensor([sequence.slot for sequence in fed], device=logits.device) if penalised else None
+        slots = to_device([sequence.slot for sequence in fed], logits.device) if penalised else None
         if penalised:
             logits = self._seen.penalised(logits, slots, sampling.repetition_penalty)
         chosen = choose(logits, sampling, [sequence.draw(ahead) for sequence in fed])

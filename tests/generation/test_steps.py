@@ -168,3 +168,27 @@ def test_a_slot_is_kept_only_by_prompts_of_the_frequencies_that_its_keys_have():
     together, alone = fed(replica(), first, second, grown), [fed(replica(), p)[0] for p in (first, second, grown)]
     assert [reply[:-1] for reply in together] == [reply[:-1] for reply in alone]
     assert [reply[-1] for reply in together] == [True, True, False], "the third goes on from the second"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.8, top_p=0.9), Sampling(0.8, top_k=9, repetition_penalty=1.3)], ids=str
+)
+def test_nothing_waits_for_the_gpu_while_a_step_is_launched_ahead(sampling, monkeypatch):
+    """Else the step before would have ended first, and the host would have no time for its tokens meanwhile."""
+    stage, mesh = make_stage(torch.bfloat16, "cuda"), build_mesh(0, 1)
+    prompts = [Prompt(i, tuple(range(3 + i, 9 + 2 * i))) for i in range(3)]  # the longer, the less room for the reply
+    replica = Replica(stage, mesh.pp, mesh.tp, 16, sampling, ())
+    wanted = replica.replies(prompts, 12)  # this records the graphs
+    launch, launched = Replica._run_ahead, []
+
+    def watched(self, step, fed):
+        launched.append(len(fed))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launch(self, step, fed)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Replica, "_run_ahead", watched)
+    assert replica.replies(prompts, 12) == wanted and {1, 2, 3} <= set(launched)
