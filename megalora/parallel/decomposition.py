@@ -37,17 +37,22 @@ class Decomposition:
         self._per_magnitude: torch.Tensor | None = None  # 1 / m [O]
 
     def squares(self, matrix: FrozenMatrix, down: torch.Tensor) -> torch.Tensor:
-        """Return this rank's term of the square norm of each row [O]; down: A of all branches in the compute dtype.
+        """Return this rank's term of the square norm of each row [O], 1 of linears without magnitudes; down: A of all
+        branches in the compute dtype.
 
         All linears of the group are taken at once: each has columns of the branch to itself, in which the others are 0.
         """
         W, branch = matrix.weight(slice(0, self.size)), matrix.branch(slice(0, self.size), slice(0, len(down)))
         if self._base is None:
             self._base = base_square_norms(W)
-        return square_norms(W, down, branch, self._base)
+        squares = square_norms(W, down, branch, self._base)
+        for linear, rows in zip(self._linears, self._rows, strict=True):
+            if linear.magnitude is None:
+                squares[rows] = 1.0  # of rows of zeros too the factor is 1: their biases may be trained
+        return squares
 
     def magnitudes(self, norms: torch.Tensor) -> list[torch.Tensor]:
-        """Return m of each linear in the dtype of norms [O]; the norms where a linear has none, whose factor is 1."""
+        """Return m of each linear in the dtype of norms [O]; the norms, 1, where a linear has none."""
         return [
             norms[rows] if linear.magnitude is None else linear.magnitude.detach().to(norms.dtype)
             for linear, rows in zip(self._linears, self._rows, strict=True)

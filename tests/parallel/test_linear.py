@@ -18,6 +18,7 @@ from megalora.adapters.lora import Adapter
 from megalora.ops.dropout import dropout
 from megalora.ops.swiglu import Made
 from megalora.parallel import collectives
+from megalora.parallel.decomposition import settle_norms
 from megalora.parallel.grads import FlatGradients
 from megalora.parallel.group import LinearGroup, MLPPair
 from megalora.parallel.group_grad import apply_group, apply_pair
@@ -142,6 +143,35 @@ def equal(ours: dict, theirs: dict) -> None:
     assert set(ours) == set(theirs)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_magnitudes_of_some_linears_of_a_group():
+    """One of another rank, one without an adapter: its factor is 1, also where a row of it is zeros."""
+    case = Case(trains_bias=True)
+    adapters = [None if one is None else replace(one, dora=True) for one in case.adapters]
+    module = torch.nn.ModuleList(
+        ColumnParallelLinear(
+            f"m{i}", IN, out, even_part(out, Axis()), bias=True, adapter=adapters[i], trains_bias=True, place=ALONE
+        )
+        for i, out in enumerate(OUTS)
+    )
+    group = LinearGroup(list(module), SITES[columns], ALONE)
+    fill(module)
+    with torch.no_grad():
+        module[1].weight[3] = 0.0
+    group.refresh()
+    settle_norms([(group.dora, group.matrix, group.down, group.row_parallel)], ALONE)
+    x = tensor(40, T, IN).requires_grad_()
+    ours = apply_group(group, x, case.tokens).split(group.sizes, -1)
+    wanted = formula(x, module, case, SITES[columns])
+    for i, linear in enumerate(module):
+        if linear.magnitude is not None:
+            delta = linear.adapter.scaling * linear.lora_B.weight @ linear.lora_A.weight
+            norm = (linear.weight + delta).norm(dim=1).detach()
+            wanted[i] = linear.magnitude / norm * (wanted[i] - linear.bias) + linear.bias
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    equal(gradients(ours, module, x), gradients(wanted, module, x))
 
 
 # ---- one rank, against autograd
