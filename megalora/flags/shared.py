@@ -11,7 +11,8 @@ from megalora.pipeline.schedule import SCHEDULES
 
 BASE_FORMAT = Definition(
     "how the base model's linear weights are held in memory: in the compute dtype (dense), in 8 bits (fp8), in 4 bits "
-    "(nf4), or in 4 bits and multiplied in 8 (nf4_fp8: faster than nf4, less exact); auto is as the files have them",
+    "(nf4), or in 4 bits and multiplied in 8 (nf4_fp8: trains faster than nf4, less exact); auto is as the files have "
+    "them",
     choices=("auto", *BASE_FORMATS),
 )
 DTYPE = Definition(

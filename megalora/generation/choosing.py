@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megalora.generation.sampling import Logprobs, Sampling, Seen, choose, logprobs, to_device
+from megalora.batch import to_device
+from megalora.generation.sampling import Logprobs, Sampling, Seen, choose, logprobs
 from megalora.generation.sequences import Ongoing, by_sampling
 from megalora.parallel.collectives import broadcast_object
 from megalora.parallel.mesh import Axis
@@ -43,7 +44,7 @@ class Chooser:
                 if len(rows) == len(fed):
                     chosen.copy_(self._choose(logits, sampling, fed, ahead))
                     continue
-                place = to_device(rows, self._device)
+                place = to_device(torch.tensor(rows), self._device)
                 chosen[place] = self._choose(logits[place], sampling, [fed[row] for row in rows], ahead)
         if self._pp.is_last:
             broadcast(chosen, self._tp, self._tp.ranks[0])
@@ -55,7 +56,7 @@ class Chooser:
     ) -> torch.Tensor:
         """Return the next token [n] of sequences that are sampled alike, from their logits [n, vocab_size]."""
         penalised = self._seen is not None and sampling.repetition_penalty != 1.0
-        slots = to_device([sequence.slot for sequence in fed], logits.device) if penalised else None
+        slots = to_device(torch.tensor([sequence.slot for sequence in fed]), logits.device) if penalised else None
         if penalised:
             logits = self._seen.penalised(logits, slots, sampling.repetition_penalty)
         chosen = choose(logits, sampling, [sequence.draw(ahead) for sequence in fed])

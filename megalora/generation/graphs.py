@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalora.generation.sampling import to_device
+from megalora.batch import to_device
 from megalora.models.recorder import Graph, Recorder
 
 WARM_UP = 2  # steps before a recording: libraries set themselves up in the first
@@ -59,7 +59,8 @@ class DecodeGraphs:
         there = token_ids if isinstance(token_ids, torch.Tensor) else None
         fillers = (0, self._spare, 0, 0)
         rows = zip(([0] * count if there is not None else token_ids, slots, places, adapters), fillers, strict=True)
-        to_device([[*row, *[filler] * idle] for row, filler in rows], self._device, out=recording.where)
+        where = torch.tensor([[*row, *[filler] * idle] for row, filler in rows])
+        recording.where.copy_(to_device(where, self._device))
         if there is not None:
             recording.where[0, :count] = there
         if hidden is not None:

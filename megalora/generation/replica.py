@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 import torch.distributed as dist
 
+from megalora.batch import to_device
 from megalora.errors import UserError
 from megalora.generation.cache import Span
 from megalora.generation.choosing import Chooser, Underway, broadcast
@@ -33,7 +34,7 @@ from megalora.generation.requests import (
     Reply,
     Request,
 )
-from megalora.generation.sampling import NOT_FINITE, Sampling, to_device
+from megalora.generation.sampling import NOT_FINITE, Sampling
 from megalora.generation.sequences import Ongoing, Queue, common_start
 from megalora.generation.steps import Steps
 from megalora.models.stage import Stage
@@ -377,7 +378,7 @@ class Replica:
         tokens = step.chosen.clamp(min=0)  # what is not finite ends the reply
         if len(goes_on) < len(step.fed):
             rows = {id(one): row for row, one in enumerate(step.fed)}
-            tokens = tokens[to_device([rows[id(one)] for one in goes_on], tokens.device)]
+            tokens = tokens[to_device(torch.tensor([rows[id(one)] for one in goes_on]), tokens.device)]
         places = [len(one.prompt.token_ids) + len(one.reply) for one in goes_on]
         _, self._underway = self._launch(goes_on, tokens, places, ahead=1)
 

@@ -11,23 +11,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from megalora.batch import to_device
 
 NOT_FINITE = -1
 """In place of a token id, where the logits are not finite."""
 _MOST_PARTS = 64
-
-
-def to_device(
-    values: Sequence[Any], device: torch.device | str, dtype: torch.dtype = torch.int64, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return values as a tensor on the device, in `out` where it is given. The host does not wait for what runs there,
-    as it would for a copy from memory that is not pinned.
-    """
-    there = torch.tensor(values, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
-    return there.to(device, non_blocking=True) if out is None else out.copy_(there, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[float]) -> 
     """
     best, ids = _largest(logits)
     if sampling.temperature > 0:
-        ids = _sample(logits, sampling, to_device(draws, logits.device, torch.float64))
+        ids = _sample(logits, sampling, to_device(torch.tensor(draws, dtype=torch.float64), logits.device))
     return torch.where(best.isfinite(), ids, NOT_FINITE)
 
 
