@@ -22,8 +22,10 @@ from megalora.models.spec import ClassHead, Head, ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.collectives import on_first, together
+from megalora.parallel.e4m3 import decoded_note
 from megalora.parallel.formats import BaseFormat
 from megalora.parallel.grads import FlatGradients
+from megalora.parallel.group import LinearGroup
 from megalora.parallel.linear import MAGNITUDE
 from megalora.parallel.mesh import Clock, ParallelMesh
 from megalora.parallel.placement import Placement
@@ -239,8 +241,10 @@ def settle_head(config: ModelSpec, folder: str | Path) -> tuple[ModelSpec, str |
 
 
 def load_base_weights(stage: Stage, folder: str | Path) -> tuple[str, ...]:
-    """Fill the frozen weights of the stage, by slice; return and raise as `load_base`."""
-    return load_base(stage, folder, splits=named_splits(stage), names=base_names(stage.config))
+    """Fill the frozen weights of the stage, by slice; return lines to be told, and raise as `load_base`."""
+    notes = load_base(stage, folder, splits=named_splits(stage), names=base_names(stage.config))
+    groups = (group for group in stage.groups if isinstance(group, LinearGroup))
+    return (*notes, *decoded_note((group.matrix, [linear.name for linear in group.linears]) for group in groups))
 
 
 def base_names(config: ModelSpec) -> BaseNames:

@@ -21,8 +21,10 @@ _THIN_ROWS, _THIN_CONTRACTED, _THIN_STAGES = 64, 64, 6
 
 
 def takes(*tensors: torch.Tensor) -> bool:
-    """Return whether the kernels take operands like these: bfloat16 on Hopper, rows that start on 16 bytes."""
-    return all(
+    """Return whether the kernels take operands like these: bfloat16 on Hopper, rows that start on 16 bytes. In training
+    alone: prompts of generation do not wait for Triton's compiler.
+    """
+    return not torch.is_inference_mode_enabled() and all(
         t.dtype == torch.bfloat16
         and t.device.type == "cuda"
         and t.stride(-1) == 1

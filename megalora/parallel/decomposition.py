@@ -41,11 +41,18 @@ class Decomposition:
         branches in the compute dtype.
 
         All linears of the group are taken at once: each has columns of the branch to itself, in which the others are 0.
+        Those of a quantised base go one by one, for each is decoded.
         """
-        W, branch = matrix.weight(slice(0, self.size)), matrix.branch(slice(0, self.size), slice(0, len(down)))
+        whole = slice(0, self.size)
+        parts = self._rows if matrix.view(whole) is None else [whole]
         if self._base is None:
-            self._base = base_square_norms(W)
-        squares = square_norms(W, down, branch, self._base)
+            self._base = torch.cat([base_square_norms(matrix.weight(rows)) for rows in parts])
+        squares = torch.cat(
+            [
+                square_norms(matrix.weight(rows), down, matrix.branch(rows, slice(0, len(down))), self._base[rows])
+                for rows in parts
+            ]
+        )
         for linear, rows in zip(self._linears, self._rows, strict=True):
             if linear.magnitude is None:
                 squares[rows] = 1.0  # of rows of zeros too the factor is 1: their biases may be trained

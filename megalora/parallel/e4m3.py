@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from megalora.ops import fp8, limits
 from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
 from megalora.ops.nf4_fp8 import Nf4AsFp8Rows, rows_as_fp8
-from megalora.parallel.base import Multiplier, WeightSource
+from megalora.parallel.base import FrozenMatrix, Multiplier, WeightSource
 from megalora.parallel.quantised import QuantisedMatrix, Stored, Wanted, few_rows, in_nf4, whole_weight
 from megalora.parallel.rows_stack import Rows, RowsStack
 
@@ -32,13 +32,15 @@ class E4m3Matrix(QuantisedMatrix):
         super().__init__(*arguments, **more)
         device = torch.device(self._device)
         sizes = (self.rows, self.columns, self.room)
-        self._multiplies = (
-            device.type == "cuda"
-            and self._dtype == torch.bfloat16
-            and all(n % 16 == 0 for n in sizes)
-            and fp8.multiplies(device.index)
-        )
+        self._could = device.type == "cuda" and self._dtype == torch.bfloat16 and fp8.multiplies(device.index)
+        self._multiplies = self._could and all(n % 16 == 0 for n in sizes)
         self._terms: torch.Tensor | None = None  # of the branch [rows, terms], where products are in e4m3
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether this GPU multiplies e4m3, and yet W is decoded before each product. Not of experts, all of which are.
+        """
+        return self._could and not self._multiplies and self._stack is None
 
     def _takes(self, part: Rows) -> bool:
         """Return whether products in e4m3 are possible with these rows."""
@@ -236,6 +238,26 @@ class Nf4AsFp8Matrix(E4m3Matrix):
 
     def _read(self, source: WeightSource, stored: Stored, wanted: Wanted) -> Sequence[Rows]:
         return rows_as_fp8(in_nf4(source, stored, wanted, self._device), wanted.runs, wanted.columns)
+
+
+def decoded_note(matrices: Iterable[tuple[FrozenMatrix, Sequence[str]]]) -> tuple[str, ...]:
+    """Return a line on the linears whose quantised base is decoded where others are multiplied as they are; or none.
+
+    matrices  each with the names of its linears
+    """
+    names = {
+        name.rsplit(".", 1)[-1]
+        for matrix, linears in matrices
+        if isinstance(matrix, E4m3Matrix) and matrix.falls_back
+        for name in linears
+    }
+    if not names:
+        return ()
+    return (
+        f"base weights: these linears are decoded to bfloat16 before each product, which is slower than to multiply "
+        f"them in fp8: {', '.join(sorted(names))} (a size is not a multiple of 16, or the file's scales are not of "
+        f"whole rows; docs/quantised.md)",
+    )
 
 
 def _by_rows(

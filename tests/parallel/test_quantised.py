@@ -218,6 +218,18 @@ def multiplied_in_e4m3(rank):
     return matrix
 
 
+def test_linears_that_are_decoded_where_others_are_multiplied_are_told():
+    """As on a GPU that multiplies e4m3, whose matrices of other sizes are decoded."""
+    matrices = []
+    for name, could, multiplies in (("q_proj", True, False), ("o_proj", True, True), ("k_proj", False, False)):
+        matrix = BaseFormat("nf4_fp8").matrix(24, 40, 0, torch.bfloat16, "cpu")
+        matrix._could, matrix._multiplies = could, multiplies
+        matrices.append((matrix, [f"model.layers.{layer}.self_attn.{name}" for layer in range(2)]))
+    (line,) = e4m3.decoded_note(matrices)
+    assert "decoded to bfloat16 before each product" in line and "them in fp8: q_proj (a size" in line
+    assert e4m3.decoded_note(matrices[1:]) == ()
+
+
 @pytest.mark.parametrize("rank", [0, 16])
 def test_many_rows_are_quantised_some_at_a_time(emulated, monkeypatch, rank):
     """The same numbers, and codes of no more than so many bytes."""
