@@ -15,16 +15,16 @@ from megalora.parallel.mesh import Axis
 
 
 class Chooser:
-    """pp, tp  this rank's place in the replica; device: of the logits."""
+    """pp, tp  this rank's place in the replica; device: of the logits. chooses: whether this is the rank that does."""
 
     def __init__(self, pp: Axis, tp: Axis, device: torch.device | str):
         self._pp, self._tp, self._device = pp, tp, device
-        self._chooses = pp.is_last and tp.is_first
+        self.chooses = pp.is_last and tp.is_first
         self._seen: Seen | None = None
 
     def remember(self, slots: int, vocab_size: int) -> None:
         """Begin to remember the tokens of `slots` sequences, which repetition_penalty reads."""
-        if self._chooses:
+        if self.chooses:
             self._seen = Seen(slots, vocab_size, self._device)
 
     def begin(self, sequence: Ongoing) -> None:
@@ -39,7 +39,7 @@ class Chooser:
         ahead  how many tokens of each reply are not known on the host yet
         """
         chosen = torch.empty(len(fed), dtype=torch.int64, device=self._device)
-        if self._chooses:
+        if self.chooses:
             for sampling, rows in by_sampling(fed).items():
                 if len(rows) == len(fed):
                     chosen.copy_(self._choose(logits, sampling, fed, ahead))
@@ -70,7 +70,7 @@ class Chooser:
         if not rows:
             return
         told: list[Logprobs] = []
-        if self._chooses:
+        if self.chooses:
             told = logprobs(logits[rows], chosen[rows], [fed[row].request.logprobs for row in rows])
         if self._tp.is_first:
             told = broadcast_object(told, self._pp, self._pp.size - 1)

@@ -402,10 +402,6 @@ class Replica:
         assert isinstance(head, VocabParallelHead), "a model that writes text"
         return head
 
-    @property
-    def _chooses(self) -> bool:
-        return self._pp.is_last and self._tp.is_first
-
     def _chosen(self, fed: Sequence[Ongoing], logits: torch.Tensor | None) -> list[int]:
         """Return the next token of each sequence, on every rank, from the logits [n, vocab_size] of the last stage."""
         chosen = self._chooser.choose(fed, logits)
@@ -422,7 +418,7 @@ class Replica:
     def _hand_over_logits(self, sequence: Ongoing) -> None:
         logits = self._head(torch.cat(sequence.parts))
         sequence.parts.clear()
-        if self._chooses:
+        if self._chooser.chooses:
             self._keep_logits(sequence.prompt, logits)
 
     def _received(self, tokens: int) -> torch.Tensor | None:

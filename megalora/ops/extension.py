@@ -1,7 +1,7 @@
 """Loads the compiled ops (`csrc/`, module `megalora._C`), or says that the torch references stand in."""
 
 import functools
-import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -43,6 +43,12 @@ def has_kernels(device_type: str) -> bool:
 def has_tiles() -> bool:
     """Return whether `tile_linear` runs here: on a CPU with AMX tiles for bfloat16, under Linux 5.16 or later."""
     return has_kernels("cpu") and importlib.import_module("megalora._C").build_info()["tiles"]
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is there: it comes with torch for GPUs."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -8,13 +8,13 @@ Legend: T tokens, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megalora.ops.extension import has_triton
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import Scores
 
@@ -55,12 +55,6 @@ class Places:
     def count(self) -> int:
         made = self.of_keys if self.of_queries is None else self.of_queries
         return 1 if made is None else made.shape[2]
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether triton is there: it comes with torch for GPUs."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def fuses(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:

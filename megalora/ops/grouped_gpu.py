@@ -6,12 +6,12 @@ Legend as in megalora.ops.grouped: M rows, E matrices.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 
 from megalora.ops import limits
+from megalora.ops.extension import has_triton
 
 _OLDEST_TRITON = 3, 6
 MOST_THIN = 128  # columns that one program of the thin kernel makes
@@ -37,7 +37,7 @@ def takes(*tensors: torch.Tensor) -> bool:
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Return whether the device has Hopper's instructions, and a Triton whose Gluon has them is there."""
-    if torch.cuda.get_device_capability(device) != (9, 0) or importlib.util.find_spec("triton") is None:
+    if torch.cuda.get_device_capability(device) != (9, 0) or not has_triton():
         return False
     import triton
 

@@ -8,12 +8,11 @@ Legend: F tokens, k choices of each, E experts of this rank, M rows.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 
+from megalora.ops.extension import has_triton
 from megalora.ops.grouped import Bounds, runs_grouped
 
 _HELD = 1 << 13  # numbers of pairs times buckets that a program of the order's kernels holds at once
@@ -126,12 +125,6 @@ class _Take(torch.autograd.Function):
 def fuses(rows: torch.Tensor) -> bool:
     """Return whether Triton kernels take these rows: on a GPU, in 16 bits or float32, where Triton is installed."""
     return rows.device.type == "cuda" and rows.dtype != torch.float64 and has_triton()
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether Triton is there: it comes with torch for GPUs."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def dispatch(x: torch.Tensor, routes: Routes, size: int, room: int = 0) -> torch.Tensor:

@@ -6,13 +6,11 @@ Both need triton, which comes with torch for GPUs.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from interpreted import needs_triton, run_interpreted
 
 from megalora.ops import fused_attention as fused
 from megalora.ops.cross_attention import Crossing, cross_attention
@@ -21,7 +19,7 @@ from megalora.ops.fused_attention import Documents, fused_attention, fuses
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import Scores, runs_of, tiled_attention
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 EVEN, CUT = (0, 256, 512), (0, 37, 300, 301, 555)
 CASES = {
     "softcap": (CUT, 8, 2, 256, 100, {"softcap": 20.0}, 0.0),
@@ -154,11 +152,7 @@ def test_constants_do_not_depend_on_bounds_that_are_rounded_up(dim, window, p, m
 
 @pytest.mark.parametrize("name", [*SMALL, "cross attention"])
 def test_in_the_interpreter(name):
-    """In a process of its own: triton decides when it is imported who runs its kernels."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__, name]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run_interpreted(__file__, name)
 
 
 def interpreted(name: str) -> None:

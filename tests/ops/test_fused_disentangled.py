@@ -5,14 +5,12 @@ Both need triton, which comes with torch for GPUs.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 from unittest import mock
 
 import pytest
 import torch
+from interpreted import needs_triton, run_interpreted
 from oracle import Run, train
 
 from megalora.models.blocks.disentangled import places_of
@@ -24,7 +22,7 @@ from megalora.ops.dropout import Dropout
 from megalora.ops.probability_dropout import ProbabilityDropout
 from megalora.ops.tiled_attention import Scores
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 LARGE = Disentangled("table", 64, 256, None, None, furthest=512)  # DeBERTa-v3's
 EVEN, CUT = (0, 512, 1024), (0, 37, 300, 301, 1020)
 CASES = {
@@ -112,11 +110,7 @@ def test_a_model_takes_the_kernels():
 
 @pytest.mark.parametrize("name", [*SMALL, "deberta-v2 model"])
 def test_in_the_interpreter(name):
-    """In a process of its own: triton decides when it is imported who runs its kernels."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__, name]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run_interpreted(__file__, name)
 
 
 def interpreted(name: str) -> None:

@@ -4,14 +4,12 @@ a CPU, and on a GPU.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from gluon_on_cpu import Descriptor, Pointer, emulated
+from interpreted import needs_triton, run_interpreted
 
 from megalora.ops import grouped_gpu
 from megalora.ops.grouped import grouped, grouped_nt, grouped_outer_
@@ -82,13 +80,10 @@ def test_plain_torch(name):
     assert apart(torch.cat(outs, 1), 1 + 0.5 * outer(device_bounds, z, x)) < 1e-14
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_in_the_interpreter(name):
-    """In a process of its own: triton decides when it is imported who runs its kernels."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ran = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run_interpreted(__file__, name)
 
 
 def interpreted(name: str) -> None:

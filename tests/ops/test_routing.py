@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from interpreted import needs_triton, run_interpreted
 
 from megalora.ops import routing
 
@@ -45,13 +43,10 @@ def check(case, device: str) -> None:
     assert (found.tokens, found.choices) == (tokens, choices)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_in_the_interpreter(name):
-    """In a process of its own: triton decides when it is imported who runs its kernels."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ran = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run_interpreted(__file__, name)
 
 
 @pytest.mark.gpu
