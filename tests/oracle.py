@@ -244,6 +244,20 @@ MODERN = {
         "model_type": "internlm3", "head_dim": 8, "qkv_bias": True, "bias": True, "pad_token_id": 0,
         "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
     },
+    "seed_oss": {
+        "model_type": "seed_oss", "head_dim": 8, "attention_out_bias": True, "mlp_bias": True,
+        "attention_dropout": 0.0, "residual_dropout": 0.0,
+    },
+    "arcee": {"model_type": "arcee", "attention_bias": True, "mlp_bias": True},
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 10, "use_bias": True},
+    "helium": {"model_type": "helium", "head_dim": 6, "pad_token_id": 0, "attention_bias": True},
+    "cwm": {
+        "model_type": "cwm", "head_dim": 8, "sliding_window": 6,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.
 # Encoders, with the dropouts that their configs have in practice.

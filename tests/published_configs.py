@@ -230,4 +230,47 @@ CONFIGS = {
         },
         8_804_241_408,
     ),
+    "Seed-OSS-36B-Instruct": (
+        {
+            "model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], "attention_bias": True,
+            "attention_dropout": 0.1, "attention_out_bias": False, "head_dim": 128, "hidden_act": "silu",
+            "max_position_embeddings": 524288, "mlp_bias": False, "residual_dropout": 0.1, "rms_norm_eps": 1e-06,
+            "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0, "tie_word_embeddings": False,
+            "vocab_size": 155136, "pad_token_id": 1, **_sizes(5120, 27648, 64, 80, 8),
+        },
+        36_151_104_512,
+    ),
+    "ERNIE-4.5-0.3B-PT": (
+        {
+            "model_type": "ernie4_5", "architectures": ["Ernie4_5_ForCausalLM"], "head_dim": 128, "hidden_act": "silu",
+            "auto_map": {"AutoConfig": "configuration_ernie4_5.Ernie4_5_Config",
+                         "AutoModelForCausalLM": "modeling_ernie4_5.Ernie4_5_ForCausalLM"},
+            "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 500000, "use_bias": False,
+            "tie_word_embeddings": True, "vocab_size": 103424, "pad_token_id": 0, **_sizes(1024, 3072, 18, 16, 2),
+        },
+        360_748_032,
+    ),
+    "helium-1-preview-2b": (
+        {
+            "model_type": "helium", "architectures": ["HeliumForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 4096,
+            "mlp_bias": False, "pretraining_tp": 1, "rms_norm_eps": 1e-08, "rope_theta": 100000.0,
+            "tie_word_embeddings": False, "vocab_size": 48000, "pad_token_id": 3, **_sizes(2560, 7040, 24, 20, 20),
+        },
+        2_172_643_840,
+    ),
+    "cwm": (
+        {
+            "model_type": "cwm", "architectures": ["CwmForCausalLM"], "attention_dropout": 0.0, "head_dim": 128,
+            "hidden_act": "silu", "layer_types": ["full_attention", *["sliding_attention"] * 3] * 16,
+            "max_position_embeddings": 131072, "mlp_bias": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+            "sliding_window": 8192, "tie_word_embeddings": False, "vocab_size": 128256,
+            "rope_scaling": {
+                "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            **_sizes(6144, 21504, 64, 48, 8),
+        },
+        32_581_097_472,
+    ),
 }  # fmt: skip

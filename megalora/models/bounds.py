@@ -189,7 +189,7 @@ BOUNDS: Mapping[str, Bound] = {
         position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx scale_attn_weights
         attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias
         use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention share_att_key
-        position_biased_input""",
+        position_biased_input attention_out_bias""",
     ),
     **_all(
         Word(),

@@ -106,6 +106,9 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
 def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Return the ModelSpec that `family` reads from the fields of a config.json. Raises UserError as `read_config`."""
     raw = family.in_our_names(raw, where)
+    if family.scaled and all(raw.get(name) is None for name in ("rope_parameters", "rope_scaling")):
+        said = f"{where}: has no rope_scaling, which this model is made with"
+        raise UserError(said, "take config.json from the model's own folder")
     rope = rotary.read_rope(raw, family.rope, family.partial, where, family.theta)
     hf = _hf_config(raw, family, rope, where)
     _refuse_unread(raw, hf, family, where)
@@ -179,9 +182,14 @@ def check_length(spec: ModelSpec, seq_length: int, flag: str = "seq_length") -> 
 
 def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], where: str) -> Any:
     """Return transformers' config object: its class holds the defaults of fields that the file leaves out."""
-    from transformers import CONFIG_MAPPING  # slow to import, and not needed to name a bad flag
+    import transformers  # slow to import, and not needed to name a bad flag
+    from transformers import CONFIG_MAPPING
 
-    kind = None if family.remote else CONFIG_MAPPING[family.config_class or raw["model_type"]]
+    kind = None if family.remote else family.config_class or raw["model_type"]
+    if kind is not None and kind not in CONFIG_MAPPING:
+        said = f"{where}: model_type = {raw['model_type']!r} is not known to transformers {transformers.__version__}"
+        raise UserError(said, "install a newer one: pip install -U transformers")
+    kind = None if kind is None else CONFIG_MAPPING[kind]
     names = getattr(kind, "attribute_map", {})  # of fields, ours -> the file's
     for ours, theirs in names.items():
         if ours in raw and theirs in raw and raw[ours] != raw[theirs]:

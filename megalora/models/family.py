@@ -26,6 +26,7 @@ class Family:
     rope         other names of rope fields in this family's config.json -> `rope_parameters`' own
     theta        the default of rope_theta
     rotates      its config class has rope fields
+    scaled       its models are made with scaled rotations: a config.json that does not say how is refused
     generates    its models write text; else they are for classifiers alone
     partial      the default of partial_rotary_factor where the family has that field
     sliding_theta  of layers whose window slides: the field with their rope_theta, and its default; None: as the others
@@ -48,6 +49,7 @@ class Family:
     rope: Mapping[str, str] = field(default_factory=dict)
     theta: float = 10000.0
     rotates: bool = True
+    scaled: bool = False
     generates: bool = True
     partial: float | None = None
     sliding_theta: tuple[str, float] | None = None

@@ -28,7 +28,7 @@ from megalora.models.spec import (
 from megalora.models.tested import CELLS, FEATURES, cell
 
 MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
-_COLUMNS = 3  # of families in README.md
+_COLUMNS = 4  # of families in README.md
 
 
 def summary(family: Family) -> tuple[str, str]:
@@ -62,12 +62,12 @@ def feature_table() -> list[str]:
 
 
 def readme_table() -> str:
-    """Return the table of README.md, with its markers: families and their models, in order down three columns."""
-    cells = [[_code(family.types), summary(family)[0]] for family in families()]
+    """Return the table of README.md, with its markers: families and their models, in order down the columns."""
+    cells = [f"{_code(family.types)} {summary(family)[0]}" for family in families()]
     height = -(-len(cells) // _COLUMNS)
-    cells += [["", ""]] * (_COLUMNS * height - len(cells))
-    rows = [[text for cell in cells[row::height] for text in cell] for row in range(height)]
-    return "\n".join([MARKERS[0], *_table(["model_type", "models"] * _COLUMNS, rows), MARKERS[1]])
+    cells += [""] * (_COLUMNS * height - len(cells))
+    rows = [cells[row::height] for row in range(height)]
+    return "\n".join([MARKERS[0], *_table(["model_type, models"] * _COLUMNS, rows), MARKERS[1]])
 
 
 def models_page() -> str:
@@ -180,6 +180,8 @@ def _family(family: Family) -> Iterable[str]:
         yield f"- An encoder-decoder. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
     if family.partial is not None:
         yield f"- `partial_rotary_factor` is {family.partial:g} unless the config has it."
+    if family.scaled:
+        yield "- Made with scaled rotations: a config.json without `rope_scaling` or `rope_parameters` is refused."
     if family.rope:
         yield f"- Rope fields of its own: {_renamed(family.rope)}."
     if family.remote:

@@ -51,8 +51,8 @@ _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its laye
 _EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss llama4_text mixtral qwen2_moe qwen3_moe"
 _STACKED = _types("gpt_oss llama4_text")  # whose files hold the experts of a layer in one tensor
 _TODAY = (
-    "cohere cohere2 exaone4 gemma gemma2 gemma3_text glm glm4 granite internlm3 nemotron olmo2 olmo3 smollm3 stablelm "
-    "starcoder2"
+    "arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium internlm3 nemotron "
+    "olmo2 olmo3 seed_oss smollm3 stablelm starcoder2"
 )
 _ENCODERS = "bert deberta deberta-v2 electra layoutlm roberta"
 _SEQ2SEQ = "bart t5"
@@ -82,20 +82,24 @@ FEATURES = (
         "SP",
         _LAYOUTS,
         "sequence parallelism, with tensor parallelism",
-        {"proof": _types(f"{_FIRST_NAMES} btlm cohere2 exaone4 glm gptj internlm3 olmo2 roberta starcoder2")},
+        {
+            "proof": _types(
+                f"{_FIRST_NAMES} btlm cohere2 cwm ernie4_5 exaone4 glm gptj internlm3 olmo2 roberta starcoder2"
+            )
+        },
     ),
     Feature(
         "PP",
         _LAYOUTS,
         "pipeline parallelism, at least one layer a stage; every schedule is tested with `llama`",
-        {"proof": _types(f"{_FIRST_NAMES} chatglm cohere glm glm4 gpt_neo mpt smollm3")},
+        {"proof": _types(f"{_FIRST_NAMES} chatglm cohere ernie4_5 glm glm4 gpt_neo helium mpt seed_oss smollm3")},
     ),
     Feature(
         "DP",
         _LAYOUTS,
         "data parallelism",
         {
-            "proof": (_types(_TODAY) - _types("cohere gemma2 glm4 smollm3"))
+            "proof": (_types(_TODAY) - _types("cohere gemma2 glm4 helium smollm3"))
             | _types(f"{_FIRST_NAMES} bloom btlm codegen electra gpt2 gpt_bigcode gptj internlm2 layoutlm phi roberta"),
         },
     ),
@@ -103,7 +107,7 @@ FEATURES = (
         "recompute",
         _LAYOUTS,
         "selective (attention) or full",
-        {"proof": _types(f"{_FIRST_NAMES} chatglm glm gpt_neo mpt roberta")},
+        {"proof": _types(f"{_FIRST_NAMES} chatglm ernie4_5 glm gpt_neo mpt roberta seed_oss")},
     ),
     Feature(
         "CUDA graphs",

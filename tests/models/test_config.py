@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from oracle import FAMILIES, TINY, fields_of
+from oracle import EXPERTS, FAMILIES, MODERN, TINY, fields_of
 
 from megalora.errors import UserError
 from megalora.models.config import check_layout, check_length, config_from_dict, known_families, read_config, spec_of
@@ -30,6 +30,10 @@ LLAMA = {
 QWEN2 = LLAMA | {"model_type": "qwen2"}
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 16}
 MISTRAL = LLAMA | {"model_type": "mistral"}
+
+
+def is_scaled(raw: dict) -> bool:
+    return known_families()[raw["model_type"]].scaled
 
 
 def without(raw: dict, *names: str) -> dict:
@@ -289,6 +293,22 @@ def test_layer_types_must_be_as_many_as_layers():
 def test_an_unknown_rope_field_is_refused(rope):
     with pytest.raises(UserError, match="|".join(set(rope) - {"rope_type", "factor"})):
         config_from_dict(LLAMA | {"rope_parameters": rope}, "my.json")
+
+
+@pytest.mark.parametrize("family", [name for name, row in (MODERN | EXPERTS).items() if is_scaled(row)])
+def test_a_model_of_scaled_rotations_must_say_how(family):
+    """transformers scales them then by numbers of its own, which are those of one of the models."""
+    with pytest.raises(UserError, match="^config.json: has no rope_scaling, which this model is made with: take"):
+        config_from_dict(without(fields_of(family), "rope_scaling", "rope_parameters"))
+
+
+def test_a_type_that_the_installed_transformers_lacks_is_named(monkeypatch):
+    known = {name: kind for name, kind in transformers.CONFIG_MAPPING.items() if name == "llama"}
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", known)
+    assert config_from_dict(LLAMA)
+    with pytest.raises(UserError, match=f"'qwen3' is not known to transformers {transformers.__version__}") as error:
+        config_from_dict(QWEN3)
+    assert error.value.hint == "install a newer one: pip install -U transformers"
 
 
 # ---- fields that a family must account for

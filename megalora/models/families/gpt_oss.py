@@ -19,8 +19,6 @@ ALPHA, LIMIT = 1.702, 7.0  # where config.json leaves them out, as the published
 
 
 def read(hf: Fields) -> ModelSpec:
-    if hf.rope["rope_type"] == "default":
-        hf.fail("has no rope_scaling, which this model is made with", "take config.json from the model's own folder")
     size, inner, count, bias = hf.hidden_size, hf.intermediate_size, hf.num_local_experts, bool(hf.attention_bias)
     at, windows = "mlp.experts.{expert}.", layer_windows(hf)
     gate_up = Fused(Linear(f"{at}gate_up_proj", size, 2 * inner, True, transposed=True), ByHead(1, ("gate", "up")))
@@ -52,6 +50,7 @@ FAMILY = Family(
     fixed=LLAMA_FIXED | ROUTER_FIXED,
     harmless=ROUTER_HARMLESS | {"initial_context_length"},
     theta=150000.0,
+    scaled=True,
     aliases={"experts_per_token": "num_experts_per_tok"},
     files=LLAMA_FILES,
 )
