@@ -265,8 +265,10 @@ ENCODERS = {
     "bert": {"model_type": "bert", "layer_norm_eps": 1e-6},
     "roberta": {"model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-6},
     "xlm-roberta": {"model_type": "xlm-roberta", "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-6},
+    "camembert": {"model_type": "camembert", "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-6},
     "electra": {"model_type": "electra", "embedding_size": 24, "layer_norm_eps": 1e-6},
     "layoutlm": {"model_type": "layoutlm", "layer_norm_eps": 1e-6, "max_2d_position_embeddings": 1024},
+    "distilbert": {"model_type": "distilbert", "hidden_dim": 80, "pad_token_id": 1},
     "deberta": {
         "model_type": "deberta", "relative_attention": True, "pos_att_type": ["c2p", "p2c"],
         "position_biased_input": False, "max_relative_positions": 9,
@@ -331,6 +333,7 @@ LACKS = {
     "deepseek_v2": ("head_dim",), "deepseek_v3": ("head_dim",),
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
     **dict.fromkeys(ENCODERS, _OLD),
+    "distilbert": _OLDER,
     **dict.fromkeys(SEQ2SEQ, tuple(name for name in TINY if name != "vocab_size")),
     **dict.fromkeys(IMAGES, tuple(TINY)),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "codegen", "falcon", "opt", "btlm"), _OLDER),

@@ -23,7 +23,11 @@ AUTO = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
 }
 PLACED = [row | {"bbox": [[90 * i, 40, 90 * i + 80, 60] for i in range(len(row["tokens"]))]} for row in TAGGED]
-CASES = (("layoutlm", "TOKEN_CLS"), ("deberta", "TOKEN_CLS"), ("deberta-v2", "SEQ_CLS"), ("roberta", "SEQ_CLS"))
+CASES = (
+    *(("layoutlm", "TOKEN_CLS"), ("deberta", "TOKEN_CLS"), ("deberta-v2", "SEQ_CLS"), ("roberta", "SEQ_CLS")),
+    ("distilbert", "SEQ_CLS"),
+)
+TARGETS = {"distilbert": {"target_modules": ["q_lin", "v_lin"]}}  # peft has no defaults for it
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +72,7 @@ def said_of(folder, model, adapter) -> list[dict]:
 def test_peft_reads_what_was_trained_and_megalora_what_peft_saves(family, task, tmp_path):
     model = base_of(family, tmp_path / "model")
     rows = TEXTS if task == "SEQ_CLS" else PLACED if family == "layoutlm" else TAGGED
-    tune(tmp_path, model, task, rows)
+    tune(tmp_path, model, task, rows, lora=TARGETS.get(family, {}))
     export, merged, again = (tmp_path / name for name in ("run/peft", "merged", "again"))
     theirs = peft.PeftModel.from_pretrained(
         AUTO[task].from_pretrained(model, config=transformers.AutoConfig.from_pretrained(export)), export

@@ -126,7 +126,7 @@ BOUNDS: Mapping[str, Bound] = {
         Number(True, 1, 1 << 24),
         """hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size n_inner ffn_dim
         ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank d_model d_ff encoder_ffn_dim
-        decoder_ffn_dim intermediate_size_mlp pooler_hidden_size""",
+        decoder_ffn_dim intermediate_size_mlp pooler_hidden_size hidden_dim""",
     ),
     **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),
     **_all(Number(True, 0, 1 << 16), "type_vocab_size"),
@@ -179,7 +179,8 @@ BOUNDS: Mapping[str, Bound] = {
         Number(False, 0.0, 0.99),
         """attention_dropout attention_probs_dropout_prob attn_config.attn_pdrop attn_pdrop classifier_dropout dropout
         embd_pdrop embed_dropout embedding_dropout hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop
-        residual_dropout dropout_rate activation_dropout pooler_dropout cls_dropout""",
+        residual_dropout dropout_rate activation_dropout pooler_dropout cls_dropout
+        seq_classif_dropout""",
     ),
     # what is no number
     **_all(

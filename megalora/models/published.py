@@ -1,7 +1,8 @@
 """Published dense models whose config.json is tested: a tiny copy with the same fields has transformers' logits.
 
 The fields are those of tests/dense_configs.py, written from memory; tests/models/test_dense_configs.py holds both lists
-together. BUILT: those of tests/classic_configs.py and tests/published_configs.py.
+together. BUILT: those of tests/classic_configs.py and tests/published_configs.py. NAMED: those of
+tests/models/test_encoder_configs.py.
 """
 
 from __future__ import annotations
@@ -100,3 +101,9 @@ BUILT: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Published models whose config.json is read and cut into tensor 2 x pipeline 4, with the parameters that they have
 (gpt2-xl and falcon-7b have an odd number of heads: with uneven_heads)."""
+
+NAMED: Mapping[str, tuple[str, ...]] = {
+    "camembert": ("camembert-base",),
+    "distilbert": ("distilbert-base-uncased", "distilbert-base-multilingual-cased"),
+}
+"""Published encoders whose config.json is read, with the parameters' names and shapes in transformers."""

@@ -9,7 +9,7 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
-from megalora.models.published import BUILT, PUBLISHED, REFUSED
+from megalora.models.published import BUILT, NAMED, PUBLISHED, REFUSED
 from megalora.models.spec import (
     MLP,
     Alibi,
@@ -95,6 +95,9 @@ def models_page() -> str:
         "published with (`tests/models/test_classic_configs.py`, `tests/models/test_real_configs.py`; `gpt2-xl` and "
         "`falcon-7b` have an odd number of heads, for which `--uneven_heads true` is needed):",
         "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in BUILT.items()),
+        "These are read, with the names and shapes of parameters that transformers gives them "
+        "(`tests/models/test_encoder_configs.py`):",
+        "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in NAMED.items()),
         "These are refused:",
         "\n".join(f"- {name}: {why}" for name, why in REFUSED.items()),
         "## Fields and names",

@@ -54,7 +54,7 @@ _TODAY = (
     "arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium internlm3 nemotron "
     "olmo2 olmo3 seed_oss smollm3 stablelm starcoder2"
 )
-_ENCODERS = "bert deberta deberta-v2 electra layoutlm roberta"
+_ENCODERS = "bert deberta deberta-v2 distilbert electra layoutlm roberta"
 _SEQ2SEQ = "bart t5"
 _ON_GPU = _types(f"{_EXPERTS} deberta deberta-v2 gemma2 granite starcoder2") - _types("llama4_text")
 

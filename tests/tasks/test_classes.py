@@ -31,7 +31,7 @@ from megalora.building import resolve_lora
 from megalora.data import Sample, build_rows
 from megalora.data.loader import Loader
 from megalora.models.blocks.ends import EmbeddingBlock, words_of
-from megalora.models.config import config_from_dict
+from megalora.models.config import config_from_dict, known_families
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
 from megalora.parallel.mesh import Axis
@@ -52,14 +52,13 @@ LAYOUTS = (  # of 4 processes
     {"pp": 2},
 )
 DECODERS = ("llama", "gpt_neox")
-OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-OFF_IN = {"deberta-v2": {"pooler_dropout": 0.0}}
 RUNS = [
     Run("llama", task="TOKEN_CLS"), Run("gpt_neox", task="SEQ_CLS"), Run("bert", task="TOKEN_CLS"),
     Run("bert", task="SEQ_CLS"), Run("roberta", task="SEQ_CLS"), Run("electra", task="TOKEN_CLS"),
     Run("deberta-v2", task="TOKEN_CLS"), Run("deberta-v2", task="SEQ_CLS"), Run("deberta-v2, apart", task="TOKEN_CLS"),
     Run("deberta", task="TOKEN_CLS"), Run("deberta", task="SEQ_CLS"), Run("deberta", task="TOKEN_CLS"),
-    Run("layoutlm", task="TOKEN_CLS"), Run("layoutlm", task="TOKEN_CLS"),
+    Run("layoutlm", task="TOKEN_CLS"), Run("layoutlm", task="TOKEN_CLS"), Run("distilbert", task="SEQ_CLS"),
+    Run("distilbert", task="TOKEN_CLS"),
 ]  # fmt: skip
 
 
@@ -92,8 +91,14 @@ class Case:
     model: dict = field(default_factory=dict)
 
 
+def off(family: str) -> dict[str, float]:
+    """Without any of its dropouts, but for those that a decoder asks for."""
+    reads = known_families()[fields_of(family)["model_type"]].reads
+    return {name: 0.0 for name in reads if "dropout" in name and (family in ENCODERS or name == "classifier_dropout")}
+
+
 PARITY = [
-    Case(family, task, {"classifier_dropout": 0.0} | (OFF if family in ENCODERS else {}) | OFF_IN.get(family, {}))
+    Case(family, task, off(family))
     for family, task in itertools.product((*DECODERS, *ENCODERS), CLASSES)
     if (family, task) != ("layoutlm", "SEQ_CLS")
 ]
@@ -142,9 +147,9 @@ def theirs(case: Case, dtype: torch.dtype):
     kind = raw.pop("model_type")
     config = transformers.CONFIG_MAPPING[kind](**raw)
     deberta = kind.startswith("deberta")
+    trained = [name.partition(".")[0] for name in spec.head.trained]  # "classifier" peft saves by itself
     model = CLASSES[case.task].from_config(config, attn_implementation="eager" if deberta else "sdpa")
-    saved = ["pooler"] if deberta and case.task == "SEQ_CLS" else None  # which no base of DeBERTa has: ours trains it
-    more = {"target_modules": sorted(spec.linears), "modules_to_save": saved}
+    more = {"target_modules": sorted(spec.linears), "modules_to_save": sorted({*trained} - {"classifier", "score"})}
     lora = peft.LoraConfig(task_type=case.task, **LORA | more)
     model = peft.get_peft_model(model, lora).to(dtype)
     with torch.no_grad():

@@ -36,7 +36,7 @@ _EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 _OF_LINEARS = (*_FACTORS, ".lora_B.bias", ".lora_magnitude_vector", ".bias", *_EMBEDDING_FACTORS, f".{TOKENS}")
 # What peft saves beside what is trained: the base's matrix of an adapted embedding, and a second copy of a whole one.
 _COPIES = (".base_layer.weight", ".original_module.weight", ".modules_to_save.weight")
-_POOLER = "pooler"
+_FIRST_OF_HEAD = ("pooler", "pre_classifier")  # linears of heads that peft saves only where modules_to_save names them
 _HEADS, _EMBEDDINGS = ("lm_head", "embed_out"), ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
@@ -111,8 +111,9 @@ def write_peft(
         "base_model_name_or_path": _absolute(base_model_name_or_path or lora_config.get("base_model_name_or_path")),
         "inference_mode": True,
     }
-    if any(name.startswith(f"{_POOLER}.") for name in tensors):  # of DeBERTa's classifiers, which train it
-        fields["modules_to_save"] = list(dict.fromkeys([*(fields.get("modules_to_save") or ()), _POOLER]))
+    trained = [part for part in _FIRST_OF_HEAD if any(name.startswith(f"{part}.") for name in tensors)]
+    if trained:
+        fields["modules_to_save"] = list(dict.fromkeys([*(fields.get("modules_to_save") or ()), *trained]))
     embeddings = {name.removesuffix(".lora_embedding_A") for name in tensors if name.endswith(".lora_embedding_A")}
     tensors = fused(tensors, fields)
     modules = {name for name in _adapted(tensors) if not is_fused(fields, name.removesuffix(".base_layer"))}

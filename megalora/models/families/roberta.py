@@ -1,4 +1,4 @@
-"""RoBERTa and XLM-RoBERTa: BERT's mathematics with positions that begin behind the padding token's."""
+"""RoBERTa, XLM-RoBERTa and CamemBERT: BERT's mathematics with positions that begin behind the padding token's."""
 
 from megalora.models.encoders import (
     BERT_CLASSES,
@@ -18,7 +18,7 @@ def read(hf: Fields) -> ModelSpec:
 
 
 FAMILY = Family(
-    ("roberta", "xlm-roberta"),
+    ("roberta", "xlm-roberta", "camembert"),
     read,
     reads=BERT_FIELDS | {"pad_token_id"},
     fixed=BERT_FIXED,
