@@ -258,6 +258,23 @@ MODERN = {
             "original_max_position_embeddings": 32,
         },
     },
+    "ministral3": {
+        "model_type": "ministral3", "head_dim": 8, "sliding_window": 9, "pad_token_id": 0,
+        "rope_parameters": {
+            "type": "yarn", "rope_type": "yarn", "rope_theta": 1e5, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.4,
+            "max_position_embeddings": 256,
+        },
+    },
+    "hunyuan_v1_dense": {
+        "model_type": "hunyuan_v1_dense", "head_dim": 8, "attention_bias": True, "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        "rope_scaling": {
+            "type": "dynamic", "alpha": 50.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    "olmo": {"model_type": "olmo", **_NO_RMS, "clip_qkv": 0.4, "pad_token_id": 0},
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.
 # Encoders, with the dropouts that their configs have in practice.

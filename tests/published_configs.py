@@ -34,6 +34,11 @@ _GLM = {
     "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": False,
     "vocab_size": 151552, "pad_token_id": 151329, "max_position_embeddings": 32768,
 }  # fmt: skip
+_OLMO = {
+    "model_type": "olmo", "architectures": ["OlmoForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "clip_qkv": None, "hidden_act": "silu", "max_position_embeddings": 2048, "pad_token_id": 1, "pretraining_tp": 1,
+    "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 50304,
+}  # fmt: skip
 _OLMO2 = {
     "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-06, "rope_scaling": None,
@@ -273,4 +278,34 @@ CONFIGS = {
         },
         32_581_097_472,
     ),
+    "Ministral-3-8B-Base-2512, its text_config": (
+        {
+            "model_type": "ministral3", "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu",
+            "max_position_embeddings": 262144, "rms_norm_eps": 1e-05, "sliding_window": None,
+            "tie_word_embeddings": False, "vocab_size": 131072, **_sizes(4096, 14336, 34, 32, 8),
+            "rope_parameters": {
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0,
+                "rope_type": "yarn", "type": "yarn",
+            },
+        },
+        8_489_553_920,
+    ),
+    "Hunyuan-MT-7B": (
+        {
+            "model_type": "hunyuan_v1_dense", "architectures": ["HunYuanDenseV1ForCausalLM"],
+            "add_classification_head": False, "attention_bias": False, "attention_dropout": 0.0,
+            "attention_head_dim": 128, "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 32768,
+            "mlp_bias": False, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": True,
+            "use_qk_norm": True, "use_rotary_pos_emb": True, "vocab_size": 128256, "pad_token_id": 0,
+            "rope_scaling": {
+                "alpha": 100000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "type": "dynamic",
+            },
+            **_sizes(4096, 14336, 32, 32, 8),
+        },
+        7_504_932_864,
+    ),
+    "OLMo-1B-hf": (_OLMO | _sizes(2048, 8192, 16, 16, 16) | {"tie_word_embeddings": True}, 1_176_764_416),
+    "OLMo-7B-hf": (_OLMO | _sizes(4096, 11008, 32, 32, 32), 6_888_095_744),
 }  # fmt: skip

@@ -7,6 +7,7 @@ longer than a run.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import transformers
 from oracle import Run, fields_of, whole_tensor
 from test_field_parity import LORA, SEQ_LENGTH, documents, plain_name
+from torch.nn.functional import layer_norm
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import base_names, resolve_lora
@@ -125,9 +127,11 @@ def check_parity(name: str, folder: Path, attention: str = "sdpa", tolerance: fl
 
 
 def in_float64(model: torch.nn.Module) -> None:
-    """Let every RMSNorm of transformers' `model` compute in the dtype of its input."""
+    """Let every RMSNorm and OLMo's LayerNorm of transformers' `model` compute in the dtype of its input."""
     for module in model.modules():
         kind = type(module).__name__
+        if kind == "OlmoLayerNorm":
+            module.forward = functools.partial(layer_norm, normalized_shape=module.normalized_shape, eps=1e-5)
         if not kind.endswith("RMSNorm"):
             continue
         offset, eps = float(kind.startswith("Gemma")), getattr(module, "variance_epsilon", None) or module.eps

@@ -172,7 +172,7 @@ BOUNDS: Mapping[str, Bound] = {
         """routed_scaling_factor attention_multiplier embedding_multiplier residual_multiplier logits_scaling
         logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping mup_embeddings_scale
         mup_output_alpha mup_width_scale floor_scale attn_scale swiglu_alpha swiglu_limit
-        attn_config.softmax_scale attn_config.clip_qkv""",
+        clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
     ),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
     **_all(
@@ -217,5 +217,5 @@ OPTIONAL = frozenset(
     """head_dim num_key_value_heads n_inner word_embed_proj_dim q_lora_rank num_nextn_predict_layers
     layer_types mlp_only_layers sliding_window attention_chunk_size n_group topk_group
     num_ln_in_parallel_attn classifier_dropout attn_logit_softcapping final_logit_softcapping attn_config
-    attn_config.softmax_scale attn_config.clip_qkv""".split()
+    clip_qkv attn_config.softmax_scale attn_config.clip_qkv""".split()
 )

@@ -109,7 +109,8 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     if family.scaled and all(raw.get(name) is None for name in ("rope_parameters", "rope_scaling")):
         said = f"{where}: has no rope_scaling, which this model is made with"
         raise UserError(said, "take config.json from the model's own folder")
-    rope = rotary.read_rope(raw, family.rope, family.partial, where, family.theta)
+    own = family.rope_reads, family.rope_harmless
+    rope = rotary.read_rope(raw, family.rope, family.partial, where, family.theta, *own)
     hf = _hf_config(raw, family, rope, where)
     _refuse_unread(raw, hf, family, where)
     sliding = rotary.read_sliding_rope(raw, family.sliding_theta, family.partial, where)

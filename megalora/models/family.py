@@ -24,6 +24,8 @@ class Family:
     fixed        fields with the one value that is implemented
     harmless     fields that say nothing about the numbers of a training step, beside those that no family reads
     rope         other names of rope fields in this family's config.json -> `rope_parameters`' own
+    rope_reads   rope fields that `read` reads (Fields.rope) beside those of the rope types
+    rope_harmless  rope fields that have no effect in this family
     theta        the default of rope_theta
     rotates      its config class has rope fields
     scaled       its models are made with scaled rotations: a config.json that does not say how is refused
@@ -47,6 +49,8 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     rope: Mapping[str, str] = field(default_factory=dict)
+    rope_reads: frozenset[str] = frozenset()
+    rope_harmless: frozenset[str] = frozenset()
     theta: float = 10000.0
     rotates: bool = True
     scaled: bool = False

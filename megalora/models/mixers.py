@@ -23,7 +23,7 @@ class Norm:
     precise  the weight is applied in float32, before the result is rounded to the compute dtype; else after (RMSNorm)
     heads    so many weights, one for each head of q or k: [heads, size] (cohere); 0: one for all
     apart    each head's weight is a tensor of its own, `{name}.{head}.weight` [size] (stablelm)
-    weighted there is a weight; else the file has nothing of it (RMSNorm)
+    weighted there is a weight; else the file has nothing of it
     """
 
     name: str
@@ -148,10 +148,14 @@ Position = Rotary | Alibi | RelativeTable | Disentangled
 
 
 class Temperature(NamedTuple):
-    """q at position p of its document is multiplied by 1 + scale * log(1 + floor((p + 1) / step)) (llama4)."""
+    """q at position p of its document is multiplied by 1 + scale * log(1 + floor((p + first) / step)).
+
+    first  of the count of positions: 1 (llama4) or 0 (ministral3)
+    """
 
     step: float
     scale: float
+    first: int = 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ _BOUNDS: Mapping[str, Bound] = {
     "original_max_position_embeddings": Number(False, 1, 1 << 32),
     "partial_rotary_factor": Number(False, 1e-4, 1.0),
     "truncate": Flag(),
+    "llama_4_scaling_beta": Number(False, 0.0, 1e6),
 }
 _LISTS = ("short_factor", "long_factor")
 _OTHER_NAMES = {"su": "longrope"}  # of rope types, in older files
@@ -42,13 +43,20 @@ _PARTIAL = "partial_rotary_factor"
 
 
 def read_rope(
-    raw: Mapping[str, Any], aliases: Mapping[str, str], partial: float | None, where: str, theta: float = 10000.0
+    raw: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    partial: float | None,
+    where: str,
+    theta: float = 10000.0,
+    reads: Collection[str] = (),
+    harmless: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the rotary fields in one form, from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
 
     aliases  other names of the fields in this family's config.json
     partial  the family's default of partial_rotary_factor, the share of a head that rotates; None: all of it always
     theta    the family's default of rope_theta
+    reads, harmless  fields that the family reads itself, and those that have no effect in it
     Raises UserError for a rope type or field that is not implemented, or a value out of range.
     """
     raw = _in_our_names(raw, aliases, where)
@@ -84,7 +92,8 @@ def read_rope(
             "it",
             "remove it to train the model as transformers does, or rename it to attention_factor to apply it",
         )
-    known = FIELDS[kind] | {"rope_type", "rope_theta"} | ({_PARTIAL} if partial is not None else set())
+    checked = FIELDS[kind].union(reads)
+    known = {*checked, *harmless, "rope_type", "rope_theta"} | ({_PARTIAL} if partial is not None else set())
     for name, value in fields.items():
         if value is not None and name not in known:
             raise UserError(
@@ -92,7 +101,7 @@ def read_rope(
                 "numbers",
                 "remove it if it does not",
             )
-        if name in FIELDS[kind] and name not in _LISTS and value is not None:
+        if name in checked and name not in _LISTS and value is not None:
             _check_field(fields, name, where)
     if kind == "longrope":
         _complete_longrope(fields, raw, where)

@@ -189,6 +189,10 @@ def _family(family: Family) -> Iterable[str]:
         yield f"- Rope fields of its own: {_renamed(family.rope)}."
     if family.remote:
         yield "- `auto_map` of its config.json names remote code, which is not run: this is megalora's own."
+    if family.rope_reads:
+        yield f"- Reads of the rope fields {_code(sorted(family.rope_reads))} too."
+    if family.rope_harmless:
+        yield f"- Rope fields without effect: {_code(sorted(family.rope_harmless))}."
     if family.aliases:
         yield f"- Other names of fields: {_renamed(family.aliases)}."
     if family.fixed:

@@ -374,8 +374,8 @@ class _LayerNodes:
             copies = q + kv if copied else 0
             copies += layer.qk_stacked * e
             kept += copies + full * layer.qk_rows * layer.qk_statistics * _STATISTIC + (qkv - kv)
-        if layer.tempered:
-            kept += q + full * e
+        if layer.tempered:  # rotated k is a copy too then, beside qkv, of which v is a view
+            kept += q + full * e + (0 if layer.reads_views or layer.qk_rows else kv)
         grads = q + 2 * kv * calls.seen
         gathering = round(2 * kv * (calls.seen + cp)) if cp > 1 else 0
         sums = (Message("reduce", full * _STATISTIC),) * 2 if layer.qk_across and self.shape.tp > 1 else ()

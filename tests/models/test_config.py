@@ -1,6 +1,7 @@
 """config.json: both forms read alike, and nothing that would change the numbers passes in silence."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -300,6 +301,23 @@ def test_a_model_of_scaled_rotations_must_say_how(family):
     """transformers scales them then by numbers of its own, which are those of one of the models."""
     with pytest.raises(UserError, match="^config.json: has no rope_scaling, which this model is made with: take"):
         config_from_dict(without(fields_of(family), "rope_scaling", "rope_parameters"))
+
+
+@pytest.mark.parametrize(
+    "family, rope, said",
+    [
+        ("ministral3", {"llama_4_scaling_beta": None}, "rope_parameters has no llama_4_scaling_beta"),
+        ("ministral3", {"llama_4_scaling_beta": -0.1}, "llama_4_scaling_beta = -0.1 is not valid"),
+        ("hunyuan_v1_dense", {"alpha": 0}, "alpha = 0 is not valid"),
+        ("hunyuan_v1_dense", {"type": "linear", "rope_type": "linear"}, "alpha = 50.0 with rope_type = 'linear'"),
+        ("hunyuan_v1_dense", {"xdrope_section": [1]}, "rope field 'xdrope_section'"),
+    ],
+)
+def test_rope_fields_of_one_family(family, rope, said):
+    raw = fields_of(family)
+    name = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
+    with pytest.raises(UserError, match=re.escape(said)):
+        config_from_dict(raw | {name: raw[name] | rope})
 
 
 def test_a_type_that_the_installed_transformers_lacks_is_named(monkeypatch):

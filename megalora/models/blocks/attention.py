@@ -176,7 +176,7 @@ class AttentionBlock:
     def _rotated(self, qkv: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the heads of qkv, q [F, H, D] and k, v [F, K, D], with q and k normed and rotated."""
         position = self.spec.position if isinstance(self.spec.position, spec.Rotary) else None
-        if position is not None and self.q_norm is None:
+        if position is not None and self.q_norm is None and self.spec.temperature is None:
             tables = inputs.tables[position]
             return split_rope(qkv, *tables, self.heads, self.kv_heads, position.interleaved)
         q, k, v = qkv.unflatten(-1, (-1, self.spec.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
@@ -194,4 +194,4 @@ class AttentionBlock:
 def _temperatures(made: spec.Temperature, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return what q is multiplied by at these positions [F, 1, 1]."""
     wide = position_ids.to(torch.promote_types(dtype, torch.float32))
-    return (1 + made.scale * torch.log1p(torch.floor((wide + 1) / made.step))).to(dtype)[:, None, None]
+    return (1 + made.scale * torch.log1p(torch.floor((wide + made.first) / made.step))).to(dtype)[:, None, None]

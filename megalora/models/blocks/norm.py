@@ -49,8 +49,11 @@ class Norm(nn.Module):
         if not norm.bias:
             self.register_parameter("bias", None)
         if not norm.weighted:
-            assert norm.kind == "rms" and not norm.offset, norm
-            self.weight = torch.ones(norm.size, dtype=place.dtype, device=place.device)
+            assert not norm.offset and not norm.bias, norm
+            if norm.kind == "rms":
+                self.weight = torch.ones(norm.size, dtype=place.dtype, device=place.device)
+            else:
+                self.register_parameter("weight", None)
 
     def shard_dims(self) -> dict[str, Split]:
         return self._splits
