@@ -322,7 +322,7 @@ def test_rope_fields_of_one_family(family, rope, said):
 
 def test_a_type_that_the_installed_transformers_lacks_is_named(monkeypatch):
     known = {name: kind for name, kind in transformers.CONFIG_MAPPING.items() if name == "llama"}
-    monkeypatch.setattr(transformers, "CONFIG_MAPPING", known)
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", known)  # by name: transformers may have been imported anew
     assert config_from_dict(LLAMA)
     with pytest.raises(UserError, match=f"'qwen3' is not known to transformers {transformers.__version__}") as error:
         config_from_dict(QWEN3)
