@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +31,47 @@ class Picture:
     tokens: int
 
 
+def decode_picture(data: bytes, name: str, formats: Sequence[str], most_pixels: int) -> Any:
+    """Return the image in the bytes of a file as a PIL.Image in RGB; of an animation the first one.
+
+    name  of the image in errors
+    Raises UserError for what is none of these formats, is damaged, or has more pixels.
+    """
+    image = check_pillow(name)
+    try:
+        found = image.open(io.BytesIO(data), formats=formats)
+        if found.width * found.height > most_pixels:
+            size = f"{found.width} x {found.height} pixels, more than {most_pixels:,}"
+            raise UserError(f"{name}: has {size}", "scale it down")
+        return found.convert("RGB")
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        what = f"{name}: is not an image that can be read ({type(error).__name__})"
+        raise UserError(what, f"give a file of {', '.join(formats)}") from None
+
+
+def digest_of(data: bytes) -> str:
+    """Return the digest of a Picture, of its file's contents."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def find_picture(path: str | Path, tokens: int) -> Picture:
     """Return the image in a file, which is decoded once to be sure of it. Raises UserError that names the file."""
     data = _read(path)
-    _decoded(data, path)
-    return Picture(str(path), hashlib.sha256(data).hexdigest(), tokens)
+    decode_picture(data, _name(path), FORMATS, MOST_PIXELS)
+    return Picture(str(path), digest_of(data), tokens)
 
 
 def open_picture(picture: Picture) -> Any:
     """Return it as a PIL.Image in RGB. Raises UserError where the file is another one now, or cannot be read."""
     data = _read(picture.path)
-    if hashlib.sha256(data).hexdigest() != picture.digest:
+    if digest_of(data) != picture.digest:
         raise UserError(
-            f"image {picture.path!r}: has changed since the rows were read",
+            f"{_name(picture.path)}: has changed since the rows were read",
             "put it back, or name another --data_cache, where the rows are read again",
         )
-    return _decoded(data, picture.path)
+    return decode_picture(data, _name(picture.path), FORMATS, MOST_PIXELS)
 
 
 def check_pillow(what: str) -> Any:
@@ -62,21 +88,8 @@ def _read(path: str | Path) -> bytes:
         return read_bytes(Path(path), MOST_BYTES)
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"image {str(path)!r}: cannot be read ({why})", "correct the path") from None
+        raise UserError(f"{_name(path)}: cannot be read ({why})", "correct the path") from None
 
 
-def _decoded(data: bytes, path: str | Path) -> Any:
-    image = check_pillow(f"image {str(path)!r}")
-    try:
-        found = image.open(io.BytesIO(data), formats=FORMATS)
-        if found.width * found.height > MOST_PIXELS:
-            size = f"{found.width} x {found.height} pixels, more than {MOST_PIXELS:,}"
-            raise UserError(f"image {str(path)!r}: has {size}", "scale it down")
-        return found.convert("RGB")
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged file makes a decoder raise
-        kinds = ", ".join(FORMATS)
-        raise UserError(
-            f"image {str(path)!r}: is not an image that can be read ({type(error).__name__})", f"give a file of {kinds}"
-        ) from None
+def _name(path: str | Path) -> str:
+    return f"image {str(path)!r}"

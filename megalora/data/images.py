@@ -168,17 +168,18 @@ def take_image(row: Any, where: str, names: FieldNames, seen: Counter[str]) -> t
         raise UserError(f"{where}: {what}, and this model reads one before each text", "name its file in image")
     if not isinstance(found[0], str):
         raise UserError(f"{where}: image is a JSON {json_type(found[0])}", "name its file")
-    if _marked(rest):
+    if marked(rest):
         raise UserError(
             f"{where}: a text has {MARK}, and the image stands before the text in any case", f"take {MARK} out of it"
         )
     return Path(where.rpartition(" row ")[0]).parent / found[0], rest
 
 
-def _marked(value: Any) -> bool:
+def marked(value: Any) -> bool:
+    """Return whether a text in it has MARK."""
     if isinstance(value, dict):
-        return any(map(_marked, value.values()))
-    return any(map(_marked, value)) if isinstance(value, list) else isinstance(value, str) and MARK in value
+        return any(map(marked, value.values()))
+    return any(map(marked, value)) if isinstance(value, list) else isinstance(value, str) and MARK in value
 
 
 def read_processing(folder: str | Path) -> dict[str, Any]:

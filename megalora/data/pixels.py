@@ -50,10 +50,14 @@ class PixelReader:
 
     def __call__(self, picture: Picture) -> torch.Tensor:
         """Return [3, size, size] float32. Raises UserError where the file cannot be read, or gives another size."""
-        found = self._processor(open_picture(picture), return_tensors="pt")["pixel_values"][0]
+        return self.pixels(open_picture(picture), picture.path)
+
+    def pixels(self, image: Any, name: str) -> torch.Tensor:
+        """Return [3, size, size] float32 of a PIL.Image. name: in errors. Raises UserError for another size."""
+        found = self._processor(image, return_tensors="pt")["pixel_values"][0]
         if tuple(found.shape) != (3, self._size, self._size):
             raise UserError(
-                f"{self._where}: the image processor makes pixels {list(found.shape)} of {picture.path}, and the "
+                f"{self._where}: the image processor makes pixels {list(found.shape)} of {name}, and the "
                 f"model's image_size is {self._size}",
                 f'set size to {{"height": {self._size}, "width": {self._size}}} and do_resize to true',
             )

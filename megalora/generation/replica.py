@@ -30,6 +30,7 @@ from megalora.generation.requests import (
     Change,
     Inbox,
     Listener,
+    Owner,
     Prompt,
     Reply,
     Request,
@@ -82,7 +83,7 @@ class Replica:
         self._context, self._sampling, self._stop = context, sampling, frozenset(stop_token_ids)
         self._listened_to, self._keep_logits, self._fp8 = listened_to, keep_logits, fp8_cache
         self._steps: Steps | None = None
-        self._held: list[tuple[int, list[int]]] = []  # whose tokens each slot of the cache holds: (adapter, tokens)
+        self._held: list[tuple[Owner, list[int]]] = []  # what each slot of the cache holds: (Prompt.owner, tokens)
         self._chooser = Chooser(pp, tp, stage.place.device)
         self._underway: Underway | None = None  # a step that runs ahead of what the host knows
         self._adapted = True
@@ -95,7 +96,7 @@ class Replica:
             self._stage.switch_adapters(on)
             if self._steps is not None:
                 self._steps.adapters_switched()
-            self._held = [(0, []) for _ in self._held]  # keys and values are another model's now
+            self._held = [((0, None), []) for _ in self._held]  # keys and values are another model's now
 
     @torch.inference_mode()
     def replies(self, prompts: Sequence[Prompt], max_new_tokens: int, listener: Listener | None = None) -> list[Reply]:
@@ -179,7 +180,7 @@ class Replica:
         """Make a change of the adapters, which no running sequence uses."""
         put(change)
         # Keys and values of the adapter that was there are of no use.
-        self._held = [(adapter, [] if adapter == change.number else tokens) for adapter, tokens in self._held]
+        self._held = [(owner, [] if owner[0] == change.number else tokens) for owner, tokens in self._held]
         if inbox is not None:
             inbox.changed()
 
@@ -233,7 +234,7 @@ class Replica:
     def _renew_cache(self, slots: int, capacity: int, source: int = 0) -> None:
         self._steps = self._underway = None  # before the next one is made: there may not be room for both
         self._steps = Steps(self._stage, slots, capacity, source, self._fp8)
-        self._held = [(0, []) for _ in range(slots)]
+        self._held = [((0, None), []) for _ in range(slots)]
 
     def _joins(self, queue: Queue) -> bool:
         """Return whether prompts that wait are to enter."""
@@ -252,7 +253,7 @@ class Replica:
             assert room > 0, "a prompt must be shorter than the context"
             slot, kept = self._slot_for(prompt, free)
             free.remove(slot)
-            self._held[slot] = prompt.adapter, list(prompt.token_ids)
+            self._held[slot] = prompt.owner, list(prompt.token_ids)
             seated.append(Ongoing(request, slot, room, kept))
             self._chooser.begin(seated[-1])
             fed += prompt.fed - kept
@@ -260,11 +261,10 @@ class Replica:
 
     def _slot_for(self, prompt: Prompt, free: Sequence[int]) -> tuple[int, int]:
         """Return (slot, tokens of the prompt that it holds already), in a dialogue the turns before."""
-        # Of all tokens: all are fed; or keys are of the source, or of what stands before the text.
-        if self._keep_logits is not None or prompt.source or prompt.picture is not None:
+        if self._keep_logits is not None or prompt.source:  # of all tokens: all are fed; or keys are of the source
             return free[-1], 0
         length = len(prompt.token_ids)
-        mine = [slot for slot in free if self._held[slot][0] == prompt.adapter and self._steps.goes_on(slot, length)]
+        mine = [slot for slot in free if self._held[slot][0] == prompt.owner and self._steps.goes_on(slot, length)]
         common = {slot: common_start(self._held[slot][1], prompt.token_ids) for slot in mine}
         best = max(mine, key=lambda slot: common[slot], default=free[-1])
         # The last token of the prompt is fed in any case: the reply starts from it.

@@ -11,6 +11,7 @@ import torch
 from megalora.generation.sampling import Logprobs, Sampling
 from megalora.pictures import Picture
 
+Owner = tuple[int, str | None]  # Prompt.owner
 STOP, LENGTH, INTERRUPTED, FAILED = "stop", "length", "interrupted", "failed"
 
 
@@ -31,6 +32,11 @@ class Prompt:
     stream: int | None = None
     source: Sequence[int] = ()
     picture: Picture | None = None
+
+    @property
+    def owner(self) -> Owner:
+        """Whose keys and values its tokens have: those of an adapter, behind an image (its digest) where it has one."""
+        return self.adapter, None if self.picture is None else self.picture.digest
 
     @property
     def fed(self) -> int:

@@ -21,6 +21,7 @@ from megalora.generation.steps import Steps
 from megalora.models.config import config_from_dict
 from megalora.parallel.mesh import build_mesh
 from megalora.parallel.placement import Placement
+from megalora.pictures import Picture
 
 FAMILIES = ("mistral", "gemma2", "gpt_oss", "deepseek_v2", "bloom", "gpt2", "phi3, longrope", "llama4_text")
 LENGTHS, NEW, WHOLE, PART = (30, 3, 45), 5, 8192, 7
@@ -316,3 +317,33 @@ def test_a_server_takes_what_is_ahead_while_others_enter_leave_and_ask_for_more(
     assert answers[0] == answers[1]
     assert [len(answers[0][0][i].token_ids) for i in range(5)] == [8, 2, 5, 11, 12]
     assert all(told == (number == 3) for number, heard in answers[0][1].items() for _, told in heard)
+
+
+def behind(digest: str, texts: list[list[int]], first: int) -> list[Prompt]:
+    """Prompts of one image each; `first`: the number of the first one."""
+    picture, placeholder = Picture(digest, digest, 4), fields_of("blip-2, opt")["image_token_index"]
+    return [Prompt(first + i, [placeholder] * 4 + ids, picture=picture) for i, ids in enumerate(texts)]
+
+
+def test_keys_behind_an_image_are_reused_for_that_image_alone(monkeypatch):
+    """A second question about an image goes on from the first one's keys; the same words about another do not."""
+    generator = torch.Generator().manual_seed(4)
+    texts = [torch.randint(1, 90, (9,), generator=generator).tolist() for _ in range(2)]
+    texts[1][:5] = texts[0][:5]
+    asked = [*behind("a", texts, 0), *behind("b", texts, 2), *behind("a", texts[:1], 4)]
+    stage, fed, prefill = make_stage(build_mesh(0, 1), "blip-2, opt"), [], Steps.prefill
+
+    def counted(self, hidden, ids, *rest):
+        fed.append(len(ids))
+        return prefill(self, hidden, ids, *rest)
+
+    def said(one):  # each in the place of the one before
+        return [one.replies([prompt], NEW)[0].token_ids for prompt in asked]
+
+    monkeypatch.setattr(Steps, "prefill", counted)
+    expected = said(one_of(stage))
+    assert fed == [13] * 5 and expected[0] == expected[4] != expected[2]
+    monkeypatch.setattr(replica, "WORTH_KEEPING", 3)
+    fed.clear()
+    assert said(one_of(stage)) == expected
+    assert fed == [13, 4, 13, 4, 13]
