@@ -8,7 +8,7 @@ from megalora.data import ChatTemplate
 from megalora.data.template import TemplateOptions
 from megalora.data.tokenizer import OpenedTokenizer
 from megalora.errors import UserError
-from megalora.flags import GenerationArguments
+from megalora.flags import GenerationArguments, ServeArguments
 from megalora.generation.prompts import Question, ask, read_questions
 from megalora.generation.sampling import Sampling
 from megalora.models.spec import ModelSpec
@@ -19,7 +19,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def template_of(
-    options: GenerationArguments, config: ModelSpec, opened: OpenedTokenizer, recorded: str | None
+    options: GenerationArguments | ServeArguments, config: ModelSpec, opened: OpenedTokenizer, recorded: str | None
 ) -> ChatTemplate:
     """Return the template that prompts are written with. recorded: source of the one that the adapter has."""
     variables = TemplateOptions(options.template_variables, special_tokens_in_text=options.special_tokens_in_text)

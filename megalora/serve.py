@@ -23,12 +23,11 @@ from typing import Any
 import torch
 
 from megalora.adapters.shared import Room, SharedAdapters, share
+from megalora.asked import template_of
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_base
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
 from megalora.compute_dtype import choose_dtype
-from megalora.data import ChatTemplate
-from megalora.data.template import TemplateOptions
 from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.flags import Serving
@@ -46,9 +45,11 @@ from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import on_first, tell_once, together
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
+from megalora.rows import pixel_reader
 from megalora.serving.adapters import AdapterReader, ReadAdapter, linears_of_experts, put_adapters, room_for
 from megalora.serving.app import build_app
 from megalora.serving.backlog import Backlog
+from megalora.serving.images import KEPT_BYTES, ImageInput, pixels_of
 from megalora.serving.loading import AdapterLoader
 from megalora.serving.models import Catalogue, ServedModel
 from megalora.serving.toolcalls import TAGS
@@ -74,9 +75,6 @@ def serve(arguments: Serving) -> None:
             if config.encoder is not None:
                 what = f"model_path {arguments.served.model_path}: a {config.model_type} is an encoder-decoder"
                 raise UserError(f"{what}, which serve does not answer with", "use megalora generate")
-            if config.prefix is not None:
-                what = f"model_path {arguments.served.model_path}: a {config.model_type} reads images"
-                raise UserError(f"{what}, which serve does not take", "use megalora generate")
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
             context = on_first(lambda: _context(config, options.seq_length), mesh.world)
         reader = _reader(arguments, config)
@@ -175,6 +173,7 @@ def _stage(
             uneven_heads=layout.uneven_heads,
         )
     with together(mesh.world):
+        stage.read_pictures(pixels_of, KEPT_BYTES)
         notes = load_base_weights(stage, model.resume_from_checkpoint or model.model_path)
         if shared is not None:
             if read.room is None:
@@ -200,15 +199,16 @@ class _Models:
     def __init__(self, arguments: Serving, config: ModelSpec):
         self._served, self._options, self._config = arguments.served, arguments.server, config
         self._opened = open_tokenizer(arguments.served.model_path)
+        reader = pixel_reader(config, arguments.served.model_path)
+        self._images = None if reader is None else ImageInput(config.prefix, reader)
 
     def model(self, name: str, number: int, recorded: str | None) -> ServedModel:
         """Return the base (number 0) or an adapter. recorded: the source of its own template. Raises UserError."""
-        options = self._options
-        variables = TemplateOptions(options.template_variables, special_tokens_in_text=options.special_tokens_in_text)
-        template = ChatTemplate.of(self._opened, options.template, variables, recorded)
+        template = template_of(self._options, self._config, self._opened, recorded)
         for note in template.notes if number == 0 else ():
             _say(note)
-        return ServedModel(name, number, template, stop_token_ids(self._served.model_path, template))
+        stops = stop_token_ids(self._served.model_path, template)
+        return ServedModel(name, number, template, stops, self._images)
 
     def catalogue(self, templates: Sequence[str | None], context: int) -> Catalogue:
         """Return the base and the adapters of the start. templates: the source of each adapter's own."""
@@ -241,7 +241,11 @@ def _context(config: ModelSpec, given: int | None) -> int:
     """Return longest prompt and reply together, in tokens. Raises UserError as `check_length`."""
     if given is not None and (longer := check_length(config, given)) is not None:
         _say(longer)
-    return given or min(config.max_position_embeddings, LONGEST_CONTEXT)
+    context, image = given or min(config.max_position_embeddings, LONGEST_CONTEXT), config.prefix
+    if image is not None and context <= image.tokens + 1:
+        what = f"seq_length ({context}) leaves no room for a text: an image takes {image.tokens} tokens"
+        raise UserError(what, "raise seq_length")
+    return context
 
 
 # ---- running ----

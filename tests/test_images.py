@@ -4,13 +4,12 @@ import importlib
 import json
 import warnings
 
-import numpy as np
 import peft
 import pytest
 import tiny
 import torch
 import transformers
-from oracle import fields_of
+from pictured import ASKED, PROCESSOR, make_adapter, make_model, make_rows
 from PIL import Image
 from spawn import spawn
 from talking import run
@@ -25,14 +24,6 @@ from megalora.tasks.rouge import rouge_l
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
 
-COLOURS = {"red": (220, 20, 30), "green": (20, 200, 40), "blue": (30, 20, 210)}
-ASKED = "which colour"
-PROCESSOR = {
-    "image_processor_type": "BlipImageProcessor", "processor_class": "Blip2Processor", "do_resize": True,
-    "size": {"height": 28, "width": 28}, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "do_convert_rgb": True,
-}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
@@ -44,46 +35,14 @@ def one_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder of each language model, whose embedding has a row for the token of images."""
-    found = {}
-    for kind in ("opt", "t5"):
-        tokenizer = tiny.tokenizer()
-        tokenizer.chat_template = None
-        end, words = tokenizer.eos_token_id, len(tokenizer)
-        raw = fields_of(f"blip-2, {kind}", image_token_index=words)
-        raw.pop("model_type")
-        text = {"vocab_size": words + 3, "eos_token_id": end, "pad_token_id": end, "bos_token_id": end}
-        raw["text_config"] = raw["text_config"] | text | ({"decoder_start_token_id": end} if kind == "t5" else {})
-        torch.manual_seed(1)
-        model = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(**raw))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.normal_(0, 0.2) if parameter.dim() > 1 else parameter.fill_(name.endswith("weight"))
-            model.query_tokens.normal_(0, 1)
-        if kind == "t5":  # a head of its own, as Flan-T5's
-            head = model.language_model.lm_head
-            head.weight = torch.nn.Parameter(torch.randn_like(head.weight) * 0.4)
-        folder = tmp_path_factory.mktemp("model") / kind
-        tokenizer.add_tokens([transformers.AddedToken("<image>", special=True)], special_tokens=True)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        tiny.write_json(folder / "preprocessor_config.json", PROCESSOR)
-        found[kind] = folder
-    return found
+    """A folder of each language model."""
+    return {kind: make_model(kind, tmp_path_factory.mktemp("model") / kind) for kind in ("opt", "t5")}
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """A file of rows whose images lie beside it."""
-    folder, noise, rows = tmp_path_factory.mktemp("rows"), np.random.default_rng(1), []
-    (folder / "images").mkdir()
-    for number in range(18):
-        name = list(COLOURS)[number % 3]
-        pixels = np.array(COLOURS[name]) + noise.integers(-20, 20, (30, 40 + number, 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{number}.png")
-        rows.append({"image": f"images/{number}.png", "prompt": ASKED, "response": name})
-    tiny.write_json(folder / "rows.json", rows)
-    return folder / "rows.json"
+    return make_rows(tmp_path_factory.mktemp("rows"))
 
 
 def tune(folder, model, rows, more_lora=None, **flags) -> None:
@@ -159,16 +118,7 @@ def test_from_rows_to_replies(kind, models, rows, tmp_path):
 @pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_an_adapter_of_peft_replies_alike_on_every_layout(kind, models, rows, tmp_path):
     model, adapter, out = models[kind], tmp_path / "adapter", tmp_path / "out.jsonl"
-    auto = transformers.Blip2ForConditionalGeneration
-    names = r"language_model\..*\.(q_proj|v_proj|fc2)" if kind == "opt" else r"language_model\..*\.(q|v|wo)"
-    torch.manual_seed(5)
-    lora = peft.LoraConfig(r=3, lora_alpha=6, target_modules=names)
-    theirs = peft.get_peft_model(auto.from_pretrained(model), lora).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.3)
-    theirs.save_pretrained(adapter)
+    theirs = make_adapter(kind, model, adapter)
     expected = their_replies(theirs, model, rows, ids_of(model))
     assert len(set(expected)) > 1
     command = ["--model_path", model, "--resume_peft_from_checkpoint", adapter, "--prompts_file", rows]

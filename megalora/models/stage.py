@@ -25,7 +25,7 @@ from megalora.models.blocks.latent import LatentAttentionBlock
 from megalora.models.blocks.layer import Layer, link
 from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
-from megalora.models.blocks.prefix import PrefixBlock, ReadPicture
+from megalora.models.blocks.prefix import KEPT_BYTES, PrefixBlock, ReadPicture
 from megalora.models.graphs import LayerGraphs
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
@@ -192,10 +192,13 @@ class Stage(nn.Module):
         draw = inputs.tokens.draw(self.config.stack.dropout, named_site("final norm"))
         return self._parts.head.reads(drop(hidden, inputs.tokens.local, draw))
 
-    def read_pictures(self, read: ReadPicture | None) -> None:
-        """Say how the pixels of images are read. Call before the first image; without a prefix here it does nothing."""
+    def read_pictures(self, read: ReadPicture | None, kept_bytes: int = KEPT_BYTES) -> None:
+        """Say how the pixels of images are read, and how many bytes of their vectors are kept in host memory.
+
+        Call before the first image; without a prefix here it does nothing.
+        """
         if self.embedding is not None and self.embedding.prefix is not None:
-            self.embedding.prefix.read = read
+            self.embedding.prefix.read, self.embedding.prefix.kept_bytes = read, kept_bytes
 
     def shard_dims(self) -> dict[str, Split]:
         """Return how tp cuts what is registered here itself: the head's bias in a row (spec.Head.bias_row)."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from megalora.generation.requests import Prompt
 from megalora.serving.answers import Answer
 from megalora.serving.backlog import RETRY_SECONDS, Backlog
 from megalora.serving.bodies import Asked, read_chat, read_completion, read_json
@@ -31,7 +33,7 @@ BODY_SECONDS = 30.0  # that a client has to send its body,
 READ_SECONDS = 60.0  # and to read each part of a stream
 LEFT = 499  # as nginx counts a client that left
 
-Read = Callable[[Mapping[str, Any], Mapping[str, float]], Asked]
+Read = Callable[[Mapping[str, Any], Mapping[str, float], bool], Asked]
 
 
 def build_app(
@@ -112,8 +114,11 @@ class _Server:
         """Answer, and count the answer by its status."""
         asked = None
         try:
-            asked = read(read_json(await _body(request)), self._catalogue.defaults)
-            response = await self._answer(request, asked)
+            asked = read(read_json(await _body(request)), self._catalogue.defaults, self._catalogue.takes_images)
+            model = self._catalogue.find(asked.model)
+            prompts = await self._encoded(model, asked)
+            asked = replace(asked, image=None)  # while the replies come, nobody needs its megabytes
+            response = await self._answer(request, asked, model, prompts)
         except ApiError as error:
             response = await _api_error(request, error)
         except ClientDisconnect:
@@ -123,9 +128,9 @@ class _Server:
         self._metrics.answered(name, response.status_code)
         return response
 
-    async def _answer(self, request: Request, asked: Asked) -> Response:
-        model = self._catalogue.find(asked.model)
-        prompts = await self._encoded(model, asked)
+    async def _answer(
+        self, request: Request, asked: Asked, model: ServedModel, prompts: Sequence[Prompt]
+    ) -> Response:
         replies = Replies(asked, model, prompts, self._catalogue, self._backlog, self._metrics)
         answer = Answer(replies, self._spell)
         if asked.stream:
@@ -143,8 +148,8 @@ class _Server:
                 task.cancel()
             replies.cancel()
 
-    async def _encoded(self, model: ServedModel, asked: Asked) -> list[list[int]]:
-        """Return the prompts as token ids. Raises ApiError, 429 where those in line for it will fill the backlog."""
+    async def _encoded(self, model: ServedModel, asked: Asked) -> list[Prompt]:
+        """Return the prompts. Raises ApiError, 429 where those in line for it will fill the backlog."""
         self._backlog.check(self._encoding + 1)
         self._encoding += 1
         try:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megalora.data import Conversation, to_question
 from megalora.errors import UserError
 from megalora.generation.sampling import Sampling
 from megalora.serving.errors import bad
+from megalora.serving.images import PART, take_image
 
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 16, 16, 20
 _LARGEST_SEED = 2**63 - 1
@@ -54,6 +55,7 @@ class Asked:
     conversation    of a chat; None: `prompts` are to be continued, each a text or token ids
     max_new_tokens  None: as many as there is room for
     logprobs        None, or how many likeliest tokens to tell beside each token
+    image           the URL of the image before the text of a chat, None where the model reads none: megabytes
     """
 
     model: str
@@ -66,6 +68,7 @@ class Asked:
     stream: bool
     include_usage: bool
     logprobs: int | None
+    image: str | None = None
 
 
 def read_json(data: bytes) -> dict[str, Any]:
@@ -87,8 +90,11 @@ def read_json(data: bytes) -> dict[str, Any]:
     return value
 
 
-def read_chat(body: Mapping[str, Any], defaults: Mapping[str, float]) -> Asked:
-    """Return what the body of /v1/chat/completions asks. defaults: of the sampling. Raises ApiError."""
+def read_chat(body: Mapping[str, Any], defaults: Mapping[str, float], images: bool = False) -> Asked:
+    """Return what the body of /v1/chat/completions asks. Raises ApiError.
+
+    defaults  of the sampling; images: the model reads one before each text
+    """
     fields = _Fields(body)
     messages = fields.take("messages", _is_list, "a list of messages")
     if not messages:
@@ -104,12 +110,20 @@ def read_chat(body: Mapping[str, Any], defaults: Mapping[str, float]) -> Asked:
     if likeliest is not None and not wanted:
         raise bad("top_logprobs has no effect without logprobs true: set logprobs, or leave it out", "top_logprobs")
     longest = _longest(fields, "max_completion_tokens", "max_tokens")
-    conversation = _conversation(messages, None if choice == "none" else tools, variables)
-    return _asked(fields, defaults, conversation, (), longest, (likeliest or 0) if wanted else None)
+    tools, image = None if choice == "none" else tools, None
+    if images:
+        message, image = take_image(messages)
+        conversation = _about_image(message, tools, variables)
+    else:
+        conversation = _conversation(messages, tools, variables)
+    asked = _asked(fields, defaults, conversation, (), longest, (likeliest or 0) if wanted else None)
+    return replace(asked, image=image)
 
 
-def read_completion(body: Mapping[str, Any], defaults: Mapping[str, float]) -> Asked:
-    """Return what the body of /v1/completions asks. defaults: of the sampling. Raises ApiError."""
+def read_completion(body: Mapping[str, Any], defaults: Mapping[str, float], images: bool = False) -> Asked:
+    """Return what the body of /v1/completions asks, as `read_chat`."""
+    if images:
+        raise bad("a prompt has no place for the image that this model reads: use /v1/chat/completions", "prompt")
     fields = _Fields(body)
     prompt = fields.take("prompt", lambda v: True, "")
     likeliest = fields.take("logprobs", _whole(0, MOST_LOGPROBS), f"a whole number from 0 to {MOST_LOGPROBS}")
@@ -223,11 +237,16 @@ def _longest(fields: _Fields, *names: str) -> int | None:
     return found[0] if found else None
 
 
-def _conversation(messages: list[Any], tools: list[Any] | None, variables: Mapping[str, Any]) -> Conversation:
-    """Return the messages as a conversation. Raises ApiError as the reader of training rows finds fault with them."""
+def _conversation(
+    messages: list[Any], tools: list[Any] | None, variables: Mapping[str, Any], reads: str = "text alone"
+) -> Conversation:
+    """Return the messages as a conversation. Raises ApiError as the reader of training rows finds fault with them.
+
+    reads  what the server does, in words
+    """
     for number, message in enumerate(messages):
         if isinstance(message, dict):
-            _check_message(message, f"messages[{number}]")
+            _check_message(message, f"messages[{number}]", reads)
     last = messages[-1]
     if isinstance(last, dict) and last.get("role") not in ("user", "tool"):
         raise bad("the last message must be the user's or a tool's: a reply is made to it", "messages")
@@ -239,7 +258,17 @@ def _conversation(messages: list[Any], tools: list[Any] | None, variables: Mappi
     return Conversation(found.messages, found.tools, {**found.template_kwargs, **variables})
 
 
-def _check_message(message: Mapping[str, Any], place: str) -> None:
+def _about_image(message: dict[str, Any], tools: list[Any] | None, variables: Mapping[str, Any]) -> Conversation:
+    """Return the message of an image as a conversation; its text may be empty."""
+    empty = not message["content"]
+    written = {**message, "content": "."} if empty else message  # readers of rows refuse an empty one
+    found = _conversation([written], tools, variables, f"text and one {PART}")
+    if not empty:
+        return found
+    return replace(found, messages=(replace(found.messages[0], content=""),))
+
+
+def _check_message(message: Mapping[str, Any], place: str, reads: str) -> None:
     """Raise ApiError for fields and parts that rows of training data may have, or that no text can be made of."""
     for name, value in message.items():
         if name not in _MESSAGE_FIELDS and value not in (None, "", [], {}):
@@ -248,7 +277,7 @@ def _check_message(message: Mapping[str, Any], place: str) -> None:
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, dict) and part.get("type") not in _PARTS:
             kind = str(part.get("type"))[:40]
-            raise bad(f"{place} has a part of type {kind!r}: this server reads text alone", "messages")
+            raise bad(f"{place} has a part of type {kind!r}: this server reads {reads}", "messages")
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:

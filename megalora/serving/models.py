@@ -8,29 +8,41 @@ from dataclasses import dataclass
 from megalora.data import ChatTemplate
 from megalora.errors import UserError
 from megalora.generation.prompts import Question, encode
+from megalora.generation.requests import Prompt
 from megalora.generation.text import Reader
 from megalora.serving.bodies import Asked
 from megalora.serving.errors import ApiError, bad
+from megalora.serving.images import ImageInput
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One name. adapter: as Prompt has it, 0 the base. stop_token_ids: each of them ends a reply of a chat."""
+    """One name. adapter: as Prompt has it, 0 the base. stop_token_ids: each of them ends a reply of a chat.
+
+    images  reads the one before each text; None: it reads text alone
+    """
 
     name: str
     adapter: int
     template: ChatTemplate
     stop_token_ids: tuple[int, ...]
+    images: ImageInput | None = None
 
-    def prompts(self, asked: Asked, context: int) -> list[list[int]]:
-        """Return the token ids of each prompt. Slow: it renders and tokenises. Raises ApiError, also for too many."""
+    def prompts(self, asked: Asked, context: int) -> list[Prompt]:
+        """Return the prompts, without a number yet. Slow: it renders, tokenises and decodes an image.
+
+        Raises ApiError, also for too many tokens.
+        """
+        first = [] if self.images is None else self.images.placeholders
         try:
-            if asked.conversation is not None:
-                return [encode(self.template, Question(asked.conversation, "messages"), context)]
-            return [self._continued(prompt, context) for prompt in asked.prompts]
+            if asked.conversation is None:
+                return [Prompt(0, self._continued(prompt, context), self.adapter) for prompt in asked.prompts]
+            ids = encode(self.template, Question(asked.conversation, "messages"), context - len(first))
         except UserError as error:
             code = "context_length_exceeded" if "leave no room" in str(error) else None
             raise bad(str(error), "prompt" if asked.conversation is None else "messages", code) from None
+        picture = None if self.images is None or asked.image is None else self.images.read(asked.image)
+        return [Prompt(0, [*first, *ids], self.adapter, picture=picture)]
 
     def _continued(self, prompt: str | tuple[int, ...], context: int) -> list[int]:
         if isinstance(prompt, str) and len(prompt) <= context * self.template.longest_token:
@@ -66,6 +78,11 @@ class Catalogue:
     defaults: Mapping[str, float]
     created: int
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether each prompt has an image before it: adapters read what their base does."""
+        return next(iter(self.models.values())).images is not None
+
     def find(self, name: str) -> ServedModel:
         """Return the model of a name. Raises ApiError 404."""
         found = self.models.get(name)
@@ -77,6 +94,7 @@ class Catalogue:
     def listed(self) -> list[dict[str, object]]:
         """Return the models as /v1/models lists them."""
         base = next(iter(self.models))
+        modalities = ["text", "image"] if self.takes_images else ["text"]
         return [
             {
                 "id": name,
@@ -84,6 +102,7 @@ class Catalogue:
                 "created": self.created,
                 "owned_by": "megalora",
                 "parent": None if name == base else base,
+                "input_modalities": modalities,
             }
             for name in self.models
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megalora.generation.requests import FAILED, INTERRUPTED, LENGTH, Prompt, Request
 from megalora.generation.sampling import Logprobs
@@ -56,7 +56,7 @@ class Replies:
         self,
         asked: Asked,
         model: ServedModel,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         catalogue: Catalogue,
         backlog: Backlog,
         metrics: ServerMetrics,
@@ -64,7 +64,7 @@ class Replies:
         if catalogue.find(model.name) is not model:  # its place may be another adapter's by now
             raise ApiError(404, f"{model.name} was loaded anew: send the request again", "model", "model_not_found")
         self.asked, self.model = asked, model
-        self.prompt_tokens = sum(map(len, prompts))
+        self.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._backlog, self._metrics, self._started = backlog, metrics, time.monotonic()
         self._events: asyncio.Queue[tuple[int, Token | End]] = asyncio.Queue()
         chat = asked.conversation is not None
@@ -73,12 +73,13 @@ class Replies:
         stops = {*model.stop_token_ids, *(catalogue.special[stop] for stop in asked.stop if stop in catalogue.special)}
         self._choices = []
         requests: list[Request] = []
-        for ids in prompts:
+        for one in prompts:
+            ids = one.token_ids
             if max(ids) >= catalogue.words or min(ids) < 0:
                 raise bad(f"prompt has a token id that is not from 0 to {catalogue.words - 1}", "prompt")
             room = catalogue.context - len(ids)
             for _ in range(asked.choices):
-                prompt = Prompt(0, ids, model.adapter, stream=len(requests))
+                prompt = replace(one, stream=len(requests))
                 longest = min(asked.max_new_tokens or room, room)
                 requests.append(Request(prompt, asked.sampling, longest, frozenset(stops), asked.logprobs))
                 self._choices.append(_Choice(reader.follow(prompt, asked.stop, thinking=chat), CallReader(tools)))

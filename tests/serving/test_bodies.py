@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from unittest import mock
 
 import pytest
 from fuzz import examples
@@ -11,10 +13,12 @@ from hypothesis import strategies as some
 
 from megalora.serving.bodies import Asked, read_chat, read_completion, read_json
 from megalora.serving.errors import ApiError
+from megalora.serving.images import ImageInput
 
 NAMES = """model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p repetition_penalty n
 stop seed stream stream_options logprobs top_logprobs tools tool_choice reasoning_effort chat_template_kwargs user
 logit_bias response_format best_of echo suffix""".split()
+INNER = "role content type text function image_url url detail".split()
 LEAVES = (
     some.none() | some.booleans() | some.integers() | some.floats(allow_nan=False) | some.text(max_size=20)
     | some.sampled_from(["user", "assistant", "auto", 10**400, -1, 0, 1, "\ud800"])
@@ -22,17 +26,24 @@ LEAVES = (
 VALUES = some.recursive(
     LEAVES,
     lambda inner: some.lists(inner, max_size=4)
-    | some.dictionaries(some.sampled_from([*NAMES, "role", "content", "type", "text", "function"]), inner, max_size=4),
+    | some.dictionaries(some.sampled_from([*NAMES, *INNER]), inner, max_size=4),
     max_leaves=12,
 )
 MESSAGES = some.lists(
     some.fixed_dictionaries({"role": some.sampled_from(["user", "system", "tool"]) | LEAVES, "content": VALUES}),
     max_size=4,
 )
+IMAGES = some.lists(
+    some.just({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}})
+    | some.fixed_dictionaries({"type": some.just("image_url"), "image_url": VALUES})
+    | some.fixed_dictionaries({"type": some.sampled_from(["text", "image_url"]) | LEAVES, "text": VALUES}),
+    max_size=3,
+)
 BODIES = some.dictionaries(some.sampled_from([*NAMES, "made_up"]), VALUES, max_size=6)
 
 
-def sound(asked: Asked) -> None:
+def sound(asked: Asked, images: bool = False) -> None:
+    assert isinstance(asked.image, str) is images and (not images or len(asked.conversation.messages) == 1)
     sampling = asked.sampling
     assert 0 <= sampling.temperature <= 100 and 0 <= sampling.seed < 2**63 and sampling.repetition_penalty > 0
     assert sampling.top_k is None or sampling.top_k > 0
@@ -43,14 +54,14 @@ def sound(asked: Asked) -> None:
     assert bool(asked.prompts) == (asked.conversation is None)
 
 
-def tried(work) -> None:
+def tried(work, images: bool = False) -> None:
     try:
         asked = work()
     except ApiError as error:
         assert 400 <= error.status < 500 and error.message and "\n" not in error.message and len(error.message) < 2000
     else:
         if isinstance(asked, Asked):
-            sound(asked)
+            sound(asked, images)
 
 
 @examples(300)
@@ -61,6 +72,25 @@ def test_any_object(body, messages):
     tried(lambda: read_chat(read_json(data), {"temperature": 0.5, "top_p": 0.9, "top_k": 5}))
     full = json.dumps({"model": "m", **body, "messages": messages}).encode()
     tried(lambda: read_chat(read_json(full), {}))
+
+
+@examples(300)
+@given(BODIES, IMAGES)
+def test_any_message_with_images(body, parts):
+    full = json.dumps({"model": "m", **body, "messages": [{"role": "user", "content": parts}]}).encode()
+    tried(lambda: read_chat(read_json(full), {}, True), images=True)
+    tried(lambda: read_chat(read_json(full), {}))
+
+
+@examples(300)
+@given(
+    some.text(max_size=40).map("data:image/png;base64,".__add__)
+    | some.binary(max_size=60).map(lambda data: f"data:image/gif;base64,{base64.b64encode(b'GIF89a' + data).decode()}")
+    | some.text("data:imge/pnx;bs64,=+ Aé\x00", max_size=40)
+)
+def test_any_url(url):
+    prefix = type("Prefix", (), {"tokens": 4, "placeholder": 7})
+    tried(lambda: ImageInput(prefix, mock.Mock()).read(url))
 
 
 @examples(200)

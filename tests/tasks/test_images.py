@@ -28,7 +28,6 @@ from megalora.building import resolve_lora
 from megalora.data import Sample, build_rows
 from megalora.data.loader import Loader
 from megalora.data.packing import Sides
-from megalora.models.blocks import prefix as block
 from megalora.models.config import config_from_dict
 from megalora.models.dropouts import without_base_dropout
 from megalora.models.inputs import training_inputs
@@ -184,7 +183,7 @@ def test_a_document_sees_its_own_image_alone(family):
     assert loss(first, other) - loss(other) == pytest.approx(loss(first), rel=1e-12)
 
 
-def test_vectors_are_kept_up_to_a_bound(monkeypatch):
+def test_vectors_are_kept_up_to_a_bound():
     config = spec_of("blip-2, opt")
     prefix, read = stage_of(config).embedding.prefix, []
     draw = prefix.read
@@ -193,7 +192,7 @@ def test_vectors_are_kept_up_to_a_bound(monkeypatch):
     one = prefix.vectors(a)
     assert torch.equal(prefix.vectors(a), one) and one.shape == (config.prefix.tokens, config.hidden_size)
     assert read == [a.digest]
-    monkeypatch.setattr(block, "KEPT_BYTES", 2 * one.nbytes)
+    prefix.kept_bytes = 2 * one.nbytes
     for picture in (b, a, c, a, b):  # c takes the place of b, which was not asked for longest
         prefix.vectors(picture)
     assert read == [one.digest for one in (a, b, c, b)]

@@ -21,7 +21,8 @@ from megalora.models.names import hang
 from megalora.parallel.placement import Placement
 from megalora.pictures import Picture
 
-KEPT_BYTES = 2 << 30  # vectors that a rank keeps in host memory; the image that was not asked for longest goes first
+# Vectors that a rank keeps in host memory, where nothing else is said: what was not asked for longest goes first.
+KEPT_BYTES = 2 << 30
 
 ReadPicture = Callable[[Picture], torch.Tensor]
 
@@ -29,7 +30,8 @@ ReadPicture = Callable[[Picture], torch.Tensor]
 class PrefixBlock:
     """vision_model, query_tokens, qformer and language_projection below `root`, and the vectors that they gave.
 
-    read  returns the pixels [3, image_size, image_size] float32 of an image, as the tower reads them
+    read        returns the pixels [3, image_size, image_size] float32 of an image, as the tower reads them
+    kept_bytes  of vectors, in host memory
     """
 
     def __init__(self, root: nn.Module, prefix: spec.ImagePrefix, place: Placement):
@@ -46,6 +48,7 @@ class PrefixBlock:
         root.register_parameter("query_tokens", self._parts.query_tokens)
         self._parts.requires_grad_(False).eval()
         self.read: ReadPicture | None = None
+        self.kept_bytes = KEPT_BYTES
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
 
@@ -67,7 +70,7 @@ class PrefixBlock:
             found = self._computed(self.read(picture))
             self._bytes += found.nbytes
         self._kept[picture.digest] = found
-        while self._bytes > KEPT_BYTES and len(self._kept) > 1:
+        while self._bytes > self.kept_bytes and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return found.to(self._place.device, non_blocking=True)
 
