@@ -48,10 +48,19 @@ def read(options: GenerationArguments, config: ModelSpec) -> Asked:
         else:
             found = read_questions(path, options.system)
         return found, [picture] * len(found)
+    return read_rows_with_images(path, options.system, config, "prompts_file", "give image for all of them, or")
+
+
+def read_rows_with_images(path: Path, system: str | None, config: ModelSpec, flag: str, hint: str = "give") -> Asked:
+    """Return the questions of a file of rows, and the image that each names. Raises UserError, by file and row.
+
+    flag  that names the file; hint: how that for a file of another kind begins
+    """
+    assert config.prefix is not None
     if path.suffix.lower() not in ROWS:
         raise UserError(
-            f"prompts_file {path}: its lines name no images, and a {config.model_type} reads one before each text",
-            "give image for all of them, or a .json or .jsonl file of rows with an image each",
+            f"{flag} {path}: its lines name no images, and a {config.model_type} reads one before each text",
+            f"{hint} a .json or .jsonl file of rows with an image each",
         )
     found, pictures = [], []
     reader: Callable[[Any, str], str | Conversation] = _source if config.encoder is not None else to_question
@@ -59,14 +68,14 @@ def read(options: GenerationArguments, config: ModelSpec) -> Asked:
         where = f"{path} row {number}"
         try:
             image, rest = take_image(row, where, FieldNames(), Counter())
-            pictures.append(find_picture(image, prefix.tokens))
+            pictures.append(find_picture(image, config.prefix.tokens))
         except UserError as error:
             raise UserError(f"{where}: {error.message.removeprefix(f'{where}: ')}", error.hint) from None
         asked = reader(rest, where) if rest else ""
         if isinstance(asked, str):
-            found.append(_question(asked, options.system, where))
+            found.append(_question(asked, system, where))
             continue
-        head = system_message(options.system)
+        head = system_message(system)
         found.append(Question(replace(asked, messages=(*head, *asked.messages)), where))
     return found, pictures
 

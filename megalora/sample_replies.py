@@ -1,14 +1,17 @@
 """Replies to sample prompts while a run trains: of its own stages, greedy, at the start, at evaluations and at the end.
 
-They are lines of replies.jsonl: {"step", "replies": [{"prompt", "response", "finish_reason"}, ...]}.
+They are lines of replies.jsonl: {"step", "replies": [{"prompt", "response", "finish_reason"}, ...]}, with "image" (its
+path) behind the prompt where the model reads one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from megalora.data import ChatTemplate, Rendering
+from megalora.data.images import ImageRows
 from megalora.errors import UserError
 from megalora.flags import FinetuneArguments
 from megalora.generation.prompts import encode, read_questions, stop_token_ids
@@ -16,6 +19,7 @@ from megalora.generation.replica import Replica
 from megalora.generation.requests import Prompt, Reply
 from megalora.generation.sampling import Sampling
 from megalora.generation.text import Reader
+from megalora.image_prompts import read_rows_with_images
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, together
@@ -38,19 +42,17 @@ class SampleReplies:
         self._mesh, self._room = mesh, arguments.train.sample_max_new_tokens
         self._context = config.max_position_embeddings
         with together(mesh.world):
-            if config.prefix is not None:
-                what = f"sample_prompts is not implemented for a {config.model_type}, which reads images"
-                raise UserError(what, "leave it out; megalora generate replies with the checkpoints of the run")
-            if not isinstance(template, ChatTemplate) or config.encoder is not None:
+            written = template.rows if isinstance(template, ImageRows) else template
+            if not isinstance(written, ChatTemplate):
                 raise UserError(f"sample_prompts has no effect for task_type {task}", "leave it out")
             if arguments.parallel.virtual_pipeline_size > 1:
                 raise UserError(
                     "sample_prompts is not implemented with virtual_pipeline_size above 1",
                     "leave one of them out; megalora generate replies with the checkpoints of the run",
                 )
-        self._template = template
-        asked = on_first(lambda: self._asked(arguments, template), mesh.world)
-        self._texts, self._ids, self._stop = asked
+        self._tokenizer = written.tokenizer
+        asked = on_first(lambda: self._asked(arguments, config, written), mesh.world)
+        self._told, self._prompts, self._stop = asked
 
     @classmethod
     def of(
@@ -62,34 +64,45 @@ class SampleReplies:
         return cls(arguments, config, task, template, mesh)
 
     def _asked(
-        self, arguments: FinetuneArguments, template: ChatTemplate
-    ) -> tuple[list[str], list[list[int]], tuple[int, ...]]:
-        file, model_path = arguments.train.sample_prompts, arguments.model.model_path
-        questions = read_questions(file, None, what="sample_prompts")
+        self, arguments: FinetuneArguments, config: ModelSpec, template: ChatTemplate
+    ) -> tuple[list[dict[str, str]], list[Prompt], tuple[int, ...]]:
+        """Return what replies.jsonl says of each prompt, the prompts, and the token ids that end a reply."""
+        file, model_path = Path(arguments.train.sample_prompts or ""), arguments.model.model_path
+        first, pictures = list[int](), None
+        if config.prefix is None:
+            questions = read_questions(file, None, what="sample_prompts")
+        else:
+            questions, pictures = read_rows_with_images(file, None, config, "sample_prompts")
+            first = [config.prefix.placeholder] * config.prefix.tokens
         if len(questions) > MOST_PROMPTS:
             raise UserError(
                 f"sample_prompts {file}: holds {len(questions)} prompts, and at most {MOST_PROMPTS} are taken",
                 "leave some out: the run waits for their replies",
             )
-        ids = [encode(template, question, self._context) for question in questions]
-        return [question.text[:MOST_CHARACTERS] for question in questions], ids, stop_token_ids(model_path, template)
+        told, prompts = [], []
+        for number, (question, picture) in enumerate(zip(questions, pictures or [None] * len(questions), strict=True)):
+            ids = [*first, *encode(template, question, self._context - len(first))]
+            prompts.append(Prompt(number, ids, picture=picture))
+            image = {} if picture is None else {"image": picture.path}
+            told.append({"prompt": question.text[:MOST_CHARACTERS], **image})
+        return told, prompts, stop_token_ids(model_path, template)
 
     def replies(self, stage: Stage) -> list[dict[str, Any]]:
         """Return what the stages reply now, on every rank. Collective.
 
         The copies of the model take turns at the prompts. Raises UserError where logits are not finite.
         """
-        prompts = [Prompt(number, ids) for number, ids in enumerate(self._ids)]
+        prompts = self._prompts
         # No longer than is needed: memory is the run's.
-        context = min(self._context, max(map(len, self._ids)) + self._room)
+        context = min(self._context, max(len(prompt.token_ids) for prompt in prompts) + self._room)
         replies = greedy_replies(stage, self._mesh, prompts, context, self._stop, self._room)
         told = None
         if self._mesh.world.is_first:
-            reader = Reader(self._template.tokenizer)
+            reader = Reader(self._tokenizer)
             answers = [reader.answer(reply, prompt) for reply, prompt in zip(replies, prompts, strict=True)]
             told = [
-                {"prompt": text, "response": answer.whole, "finish_reason": answer.finish_reason}
-                for text, answer in zip(self._texts, answers, strict=True)
+                {**asked, "response": answer.whole, "finish_reason": answer.finish_reason}
+                for asked, answer in zip(self._told, answers, strict=True)
             ]
         return broadcast_object(told, self._mesh.world)
 

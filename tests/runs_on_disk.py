@@ -25,7 +25,7 @@ def make_run(folder: Path, steps: int = 0, evaluations: int = 0, learning_rate: 
     (folder / "metrics.jsonl").write_text("".join(map(metrics_line, range(1, steps + 1))))
     evaluated = (json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, evaluations + 1))
     (folder / "eval_metrics.jsonl").write_text("".join(evaluated))
-    replies = [{"prompt": "Who <b>are</b> you?", "response": "{step}", "finish_reason": "stop"}]
+    replies = [{"prompt": "Who <b>are</b> you?", "image": "a/<i>.png", "response": "{step}", "finish_reason": "stop"}]
     told = ({"step": s, "replies": [r | {"response": f"I am {s}."} for r in replies]} for s in range(evaluations and 3))
     (folder / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
     (folder / "run.yaml").write_text(

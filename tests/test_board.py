@@ -119,7 +119,8 @@ def test_the_board(runs, tmp_path):
         open_tab(page, "replies")
         page.wait("document.querySelectorAll('.prompt tr').length === 3")
         said = page.run("document.querySelector('.prompt').innerText")
-        assert said.startswith("Who <b>are</b> you?") and "before\tI am 0." in said and "step 2\tI am 2." in said
+        assert said.startswith("a/<i>.png\nWho <b>are</b> you?")
+        assert "before\tI am 0." in said and "step 2\tI am 2." in said
         assert "No replies" in page.run("document.querySelector('#replies').innerText"), "of the second"
         page.wait("document.querySelector('.timeline').naturalWidth === 31")
         open_tab(page, "rows")

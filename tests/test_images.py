@@ -45,13 +45,17 @@ def rows(tmp_path_factory):
     return make_rows(tmp_path_factory.mktemp("rows"))
 
 
-def tune(folder, model, rows, more_lora=None, **flags) -> None:
+def flags_of(folder, model, rows, more_lora=None, **flags) -> dict:
     task = "CAUSAL_LM" if model.name == "opt" else "SEQ_2_SEQ_LM"
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": task} | (more_lora or {})
     tiny.write_json(folder / "lora.json", lora)
     named = {"model_path": model, "data_path": rows, "lora_config": folder / "lora.json", "output_dir": folder / "run"}
     more = {"seq_length": 64, "max_steps": 24, "learning_rate": 2e-2, "data_cache": folder / "cache"}
-    megalora.finetune(**named | more | {"base_dropout": False, "per_device_train_batch_size": 2} | flags)
+    return named | more | {"base_dropout": False, "per_device_train_batch_size": 2} | flags
+
+
+def tune(*asked, **flags) -> None:
+    megalora.finetune(**flags_of(*asked, **flags))
 
 
 def replies(model, rows, out, adapter=None, **more) -> list[str]:
@@ -155,6 +159,42 @@ def test_a_run_goes_on_and_knows_its_images(models, rows, tmp_path):
     Image.new("RGB", (20, 20), (3, 2, 1)).save(moved / "images" / "4.png")  # and the rows' tokens are kept
     with pytest.raises(UserError, match="4.png': has changed since the rows were read"):
         tune(tmp_path / "whole", model, moved / "rows.json", overwrite_output_dir=True, data_cache=parts / "cache")
+
+
+def test_sample_replies_are_those_of_generate(models, rows, tmp_path):
+    """While a run trains, of one process and of four: prompts with an image each, and an image alone."""
+    model, folders = models["opt"], [tmp_path / "one", tmp_path / "four"]
+    asked = [row | {"image": str(rows.parent / row["image"])} for row in json.loads(rows.read_text(encoding="utf-8"))]
+    prompts = write(tmp_path, [*asked[:3], {"image": asked[1]["image"]}])
+    flags = {"max_steps": 4, "sample_prompts": prompts, "sample_max_new_tokens": 4, "eval_fraction": 0.2}
+    layout = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "sequence_parallel": True}
+    for folder in folders:
+        folder.mkdir()
+    tune(folders[0], model, rows, eval_steps=3, **flags)
+    tiny.tune(4, tiny.words(flags_of(folders[1], model, rows, eval_steps=3, **flags, **layout)))
+    lines = tiny.metrics(folders[0] / "run", "replies.jsonl")
+    assert [line["step"] for line in lines] == [0, 3, 4]
+    said = replies(model, prompts, tmp_path / "out.jsonl", folders[0] / "run")
+    last = lines[-1]["replies"]
+    assert [one["response"] for one in last] == said and lines[0]["replies"] != last
+    assert [(one["prompt"], one["image"]) for one in last] == [*((ASKED, row["image"]) for row in asked[:3]),
+                                                                ("", asked[1]["image"])]  # fmt: skip
+    assert tiny.metrics(folders[1] / "run", "replies.jsonl") == lines
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompts", "told"),
+    [
+        ("opt", "prompts.txt", "sample_prompts .*prompts.txt: its lines name no images, and a blip-2 reads one"),
+        ("opt", "rows.json", "rows.json row 1: has no image"),
+        ("t5", "rows.json", "sample_prompts has no effect for task_type SEQ_2_SEQ_LM"),
+    ],
+)
+def test_bad_sample_prompts(kind, prompts, told, models, rows, tmp_path):
+    write(tmp_path, [{"image": str(rows.parent / "images" / "0.png"), "prompt": ASKED}, {"prompt": ASKED}])
+    (tmp_path / "prompts.txt").write_text(f"{ASKED}\n")
+    with pytest.raises(UserError, match=told):
+        tune(tmp_path, models[kind], rows, sample_prompts=tmp_path / prompts)
 
 
 def test_the_base_goes_through_shards_and_back(models, rows, tmp_path):

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -127,7 +127,12 @@ class Inputs:
             "lr_scheduler_type": "cosine",
         }
         given = {name: value for name, value in (named | flags).items() if value is not None}
-        return [word for name, value in given.items() for word in (f"--{name}", *_words(value))]
+        return words(given)
+
+
+def words(flags: Mapping[str, object]) -> list[str]:
+    """The words of a command line that give these flags."""
+    return [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
 
 
 def _words(value: object) -> list[str]:

@@ -223,7 +223,7 @@ class TrainArguments(Section):
     sample_prompts: str | None = flag(
         None,
         "file of prompts, one a line or rows of json, whose replies are written to replies.jsonl in output_dir: at the "
-        "start, at every evaluation and at the end, greedy",
+        "start, at every evaluation and at the end, greedy; of a model that reads images rows with one each",
         exists="a file of prompts",
         unset="none",
     )

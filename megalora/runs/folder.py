@@ -26,7 +26,7 @@ MOST_RUNS = 200
 _LOG_BYTES, _MOST_LOGS, _MOST_NOTES = 1 << 18, 64, 300
 _REPLIES_BYTES, _MOST_REPLIES, _TIMELINE_BYTES = 4 << 20, 50, 8 << 20
 _MARK_BYTES, _LARGEST_AXIS = 1 << 20, 1024
-_OF_REPLIES = ("prompt", "response", "finish_reason")
+_OF_REPLIES = ("prompt", "image", "response", "finish_reason")
 _ODD = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # of lines that are not ours
 _STEP = re.compile(r"step (\d+)/(\d+) ")
 _STARTED = re.compile(r"# megalora [^\n]*started in ([^\n]*); flags")
@@ -155,8 +155,8 @@ class Run:
         return sorted(found, key=lambda note: note.time)[-_MOST_NOTES:]
 
     def replies(self) -> list[dict[str, Any]]:
-        """Return [{"step", "replies": [{"prompt", "response", "finish_reason"}]}] of the newest lines of replies.jsonl,
-        and of its first."""
+        """Return [{"step", "replies": [{"prompt", "image", "response", "finish_reason"}]}] of the newest lines of
+        replies.jsonl, and of its first. image: its path, "" where the prompt has none."""
         try:
             with open(self.folder / REPLIES, "rb", opener=_open) as stream:
                 lines = [stream.readline(_REPLIES_BYTES)]

@@ -302,13 +302,14 @@ async function showReplies() {
     part.append(element("h2", "", state.runs[number].name));
     const { evaluations, timeline } = await ask("replies", number, state.runs[number].version);
     if (!evaluations.length) part.append(element("p", "faint", "No replies: a run with --sample_prompts FILE writes some."));
-    (evaluations[0]?.replies ?? []).forEach(({ prompt }, at) => {
+    (evaluations[0]?.replies ?? []).forEach(({ prompt, image }, at) => {
       const card = element("div", "document prompt");
+      if (image) card.append(element("div", "faint", image));
       card.append(element("pre", "faint", prompt));
       const table = element("table");
       for (const { step, replies } of evaluations) {
         const reply = replies[at];
-        if (!reply || reply.prompt !== prompt) continue;
+        if (!reply || reply.prompt !== prompt || reply.image !== image) continue;
         const line = element("tr");
         line.append(element("th", "", step === 0 ? "before" : `step ${step}`));
         line.append(element("td", "text", reply.response + (reply.finish_reason === "length" ? " ..." : "")));
