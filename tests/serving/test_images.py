@@ -11,6 +11,7 @@ import random
 
 import pytest
 import tiny
+from browser import browser
 from pictured import ASKED, COLOURS, make_adapter, make_model, make_rows
 from PIL import Image
 from server import started
@@ -210,6 +211,50 @@ def test_pixels_are_read_within_bounds(monkeypatch):
     monkeypatch.setattr(serving_images, "MOST_PIXELS", 40 * 30 - 1)
     with pytest.raises(ApiError, match="has 40 x 30 pixels, more than 1,199"):
         one.read(URL)
+
+
+GIVE = """((data, type, event) => {
+  const items = new DataTransfer();
+  items.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], "photo", { type }));
+  if (event === "paste") document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: items }));
+  else { $("file").files = items.files; $("file").dispatchEvent(new Event("change")); }
+})"""
+
+
+@pytest.mark.parametrize("width", [1000, 390])
+def test_the_chat_page(server, case, tmp_path, width):
+    """An image that is chosen or pasted goes with each message until it is removed; there is no dialogue."""
+    urls, expected = case[2], case[3]
+    data = [url.partition(",")[2] for url in urls]
+
+    def say(text, turns):
+        page.run(f"$('message').value = '{text}', $('send').click()")
+        page.wait(f"document.querySelectorAll('.turn[data-done]').length === {turns} && $('stop').hidden")
+        return page.run("[...document.querySelectorAll('.answer')].at(-1).textContent")
+
+    with browser(tmp_path / "profile") as page:
+        page.screen(width, 800)
+        page.open(f"http://127.0.0.1:{server.port}/")
+        page.wait("document.querySelectorAll('.pane').length > 0")
+        page.run(f"$('temperature').value = 0, $('max_tokens').value = {NEW}")
+        page.run("if ($('compare').checked) $('compare').click()")
+        page.run(f"$('message').value = '{ASKED}', $('send').click()")
+        assert page.run("$('about').textContent").startswith("Attach an image first")
+        page.run(f"{GIVE}('{data[0]}', 'image/bmp', 'choose')")
+        page.wait("$('about').textContent.includes('no GIF, JPEG, PNG or WEBP')")
+        page.run(f"{GIVE}('{data[0]}', 'image/png', 'choose')")
+        page.wait("$('thumbnail').complete && $('thumbnail').naturalWidth > 0")
+        assert say(ASKED, 1) == expected["other"][0]
+        assert say(QUESTIONS[1], 2) == expected["other"][1], "the image stays, and what was said before does not"
+        page.run(f"{GIVE}('{data[1]}', 'image/png', 'paste')")
+        page.wait(f"$('thumbnail').src.endsWith('{data[1][-40:]}')")
+        assert say("", 3) == expected["other"][len(QUESTIONS) + 3]
+        shown = page.run("[...document.querySelectorAll('.turn.user img')].map((one) => one.src)")
+        assert shown == [urls[0], urls[0], urls[1]]
+        assert page.run("document.documentElement.scrollWidth") <= width and page.run("$('send').offsetParent !== null")
+        page.run("$('detach').click()")
+        assert page.run("$('thumbnail').hidden && $('system').offsetParent === null")
+        assert page.errors == []
 
 
 @pytest.mark.slow
