@@ -95,7 +95,7 @@ def _environment(rank: int, processes: int, listener: socket.socket) -> Mapping[
 def _wait(ranks: Sequence[subprocess.Popen]) -> int:
     """Wait until all have ended, or some time after the first has failed; return the status of that one."""
     first, deadline = 0, float("inf")
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+    while _some_run(ranks) and time.monotonic() < deadline:
         if not first:
             failed = [(number, rank.returncode) for number, rank in enumerate(ranks) if rank.returncode]
             if failed:
@@ -104,6 +104,11 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> int:
     if not first:
         first = next((_status(number, rank.returncode) for number, rank in enumerate(ranks) if rank.returncode), 0)
     return first
+
+
+def _some_run(ranks: Sequence[subprocess.Popen]) -> bool:
+    """Return whether a rank still runs. Polls all of them: only that sets the return code of one that has ended."""
+    return any([rank.poll() is None for rank in ranks])
 
 
 def _status(rank: int, code: int) -> int:
@@ -120,7 +125,7 @@ def _end(ranks: Sequence[subprocess.Popen]) -> None:
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        while _some_run(ranks) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

@@ -6,12 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import tiny
+from waiting import PATIENCE, until
 
 from megalora import cli, commands
 from megalora.cluster import local
@@ -59,14 +59,12 @@ def test_ctrl_c_saves_and_nothing_listens_outside_the_host(inputs, tmp_path):
     folder = tmp_path / "run"
     run = started(inputs.flags(folder, nproc=2, tensor_parallel_size=2, max_steps=100_000))
     metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert run.poll() is None and time.monotonic() < deadline, run.stderr.read()
-        time.sleep(0.1)
+    until("the first step", lambda: run.poll() is not None or (metrics.exists() and metrics.stat().st_size))
+    assert run.poll() is None, run.stderr.read()
     ranks = children(run.pid)
     addresses = listening(ranks | {run.pid})
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=PATIENCE)
     assert len(ranks) == 2 and addresses and set(addresses) == {"0100007F"}, "127.0.0.1"
     assert run.returncode == 130, err
     assert "Ctrl-C again leaves at once" in err
@@ -77,7 +75,7 @@ def test_ctrl_c_saves_and_nothing_listens_outside_the_host(inputs, tmp_path):
 def test_an_error_is_one_line(inputs, tmp_path):
     """That the ranks find, and that can be known before any is started."""
     run = started(inputs.flags(tmp_path / "run", nproc=2, tensor_parallel_size=2, lora_config=inputs.data))
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=PATIENCE)
     assert run.returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err, err
     with mock.patch.object(local.subprocess, "Popen", side_effect=AssertionError):
         words = inputs.flags(tmp_path / "run", nproc=2, tensor_parallel_size=3)
@@ -86,12 +84,14 @@ def test_an_error_is_one_line(inputs, tmp_path):
 
 def test_a_rank_that_is_killed_is_named(monkeypatch, capfd, tmp_path):
     script = tmp_path / "megalora.py"
-    script.write_text("import os, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), 9)\ntime.sleep(60)\n")
+    dies = "import os, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), 9)\n"
+    script.write_text(f"{dies}time.sleep(60)\nopen('ended', 'w')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(local, "_PATIENCE", 0.2)
     assert local.run_here(3, []) == 128 + 9
     assert capfd.readouterr().err == "megalora: rank 1 was ended by SIGKILL\n"
+    assert not (tmp_path / "ended").exists(), "the others are ended, and not waited for"
 
 
 def test_two_launchers_are_one_too_many(monkeypatch, inputs, tmp_path):
@@ -150,7 +150,7 @@ def started_again(tmp_path):
         (tmp_path / "starts").write_text("")
         command = [sys.executable, "-m", "megalora.cluster.local", "--nproc", "2", "--max_restarts", "2", "program.py"]
         environment = CLEAN | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         text = (tmp_path / "starts").read_text()
         return done.returncode, sorted(text[at : at + 2] for at in range(0, len(text), 2)), done.stderr
 
