@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -62,17 +63,23 @@ class Page:
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""
-        answer = self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def wait(self, script: str, seconds: float = 30) -> Any:
-        """The first value of an expression that is true."""
-        deadline = time.monotonic() + seconds
-        while not (value := self.run(script)):
-            assert time.monotonic() < deadline, (script, self.errors, self.run("document.body.innerText")[:2000])
-            time.sleep(0.05)
+        value, thrown = self._value(script)
+        assert thrown is None, thrown
         return value
+
+    def _value(self, script: str) -> tuple[Any, Any]:
+        """The value of an expression and None; where it throws, None and what."""
+        answer = self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        return answer["result"].get("value"), answer.get("exceptionDetails")
+
+    def wait(self, script: str, seconds: float = PATIENCE) -> Any:
+        """The first value of an expression that is true; one that throws is none yet: what it reads may be to come."""
+        deadline = time.monotonic() + seconds
+        while not (found := self._value(script))[0] or found[1]:
+            shown = (script, found, self.errors)
+            assert time.monotonic() < deadline, (*shown, self.run("document.body.innerText")[:2000])
+            time.sleep(0.05)
+        return found[0]
 
     def screen(self, width: int, height: int, dark: bool = False) -> None:
         """Another size of the screen, and the person's choice of colours."""

@@ -66,6 +66,30 @@ def see_on_a_phone(page):
         assert page.run("document.querySelector('#tabs').offsetHeight") < 45, "one line of tabs"
 
 
+HOLD = """(() => {
+  const series = source.series;
+  source.series = async (...asked) => {
+    source.series = series;
+    const answer = await series(...asked);
+    await new Promise((go) => { window.release = go; });
+    return answer;
+  };
+  setRange([300, 800]);
+})()"""
+
+
+def see_an_answer_that_comes_late(page):
+    """Behind that to a later question: it is not drawn over it."""
+    page.run(HOLD)
+    page.wait("window.release !== undefined")
+    page.run("setRange([100, 200])")
+    page.wait(f"{LOSS}.data[0][0] >= 100 && {LOSS}.data[0].at(-1) <= 200")
+    page.run("release(), new Promise((done) => setTimeout(done, 50))")
+    assert page.run(f"{LOSS}.data[0].at(-1)") <= 200
+    page.run("setRange(null)")
+    page.wait(f"{LOSS}.scales.x.min < 5 && {LOSS}.scales.x.max > 1400")
+
+
 def see_what_it_serves(server, runs):
     model, run = runs.parent / "inputs/model", (runs / "first").resolve()
     serves = f"megalora serve --model_path {model} --adapters tuned={run}"
@@ -97,6 +121,7 @@ def test_the_board(runs, tmp_path):
         page.wait(f"{LOSS}.data[0].length > 350")  # within the range every step is there
         page.run("document.querySelector('#whole').click()")
         page.wait(f"{LOSS}.scales.x.min < 5 && {LOSS}.scales.x.max > 1400")
+        see_an_answer_that_comes_late(page)
 
         page.run("document.querySelectorAll('#runs input')[1].click()")
         page.wait(f"{LOSS}.data[0].length === 31 && {LOSS}.series.length === 2")
@@ -124,7 +149,7 @@ def test_the_board(runs, tmp_path):
         assert "No replies" in page.run("document.querySelector('#replies').innerText"), "of the second"
         page.wait("document.querySelector('.timeline').naturalWidth === 31")
         open_tab(page, "rows")
-        page.wait("document.querySelectorAll('#rows .document').length === 3", 90)
+        page.wait("document.querySelectorAll('#rows .document').length === 3")
         trained = "document.querySelector('.document').querySelectorAll('.trained')"
         assert page.run(f"[...{trained}].map(piece => piece.textContent).join('')") == "I am Mega.<|im_end|>"
         assert "The rows cannot be shown" in page.run("document.querySelector('#rows').innerText")

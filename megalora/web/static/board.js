@@ -39,7 +39,7 @@ function embedded(contents) {
 // ---- state ----
 
 const source = $("data") ? embedded(JSON.parse($("data").textContent)) : server;
-const state = { runs: [], hidden: new Set(), range: null, tab: "curves", plots: new Map(), drawn: "", asked: new Map() };
+const state = { runs: [], hidden: new Set(), range: null, tab: "curves", plots: new Map(), drawn: "", turn: 0, asked: new Map() };
 const shown = () => state.runs.map((run, number) => number).filter((number) => !state.hidden.has(state.runs[number].folder));
 const colour = (number) => COLOURS[number % COLOURS.length];
 
@@ -71,7 +71,7 @@ function showRuns() {
     box.addEventListener("change", () => {
       box.checked ? state.hidden.delete(run.folder) : state.hidden.add(run.folder);
       state.drawn = "";
-      refresh();
+      redraw();
     });
     const swatch = element("span", "swatch");
     swatch.style.background = colour(number);
@@ -176,22 +176,22 @@ function setRange(range) {
   state.range = range;
   $("whole").hidden = !range;
   state.drawn = "";
-  refresh();
+  redraw();
 }
 
-async function showCurves() {
+async function curves() {
   const fields = fieldsShown();
-  for (const [field, plot] of state.plots) {
-    if (!fields.includes(field)) { plot.chart.destroy(); plot.card.remove(); state.plots.delete(field); }
-  }
-  if (!fields.length) return;
-  const all = await source.series(fields, state.range);
-  for (const field of fields) {
-    let curves = all[field] ?? {};
-    if (state.range && !source.live) curves = within(curves, state.range);
-    draw(field, curves);
-  }
-  for (const field of fields) $("charts").append(state.plots.get(field).card); // in their order
+  const all = fields.length ? await source.series(fields, state.range) : {};
+  return () => {
+    for (const [field, plot] of state.plots) {
+      if (!fields.includes(field)) { plot.chart.destroy(); plot.card.remove(); state.plots.delete(field); }
+    }
+    for (const field of fields) {
+      const found = all[field] ?? {};
+      draw(field, state.range && !source.live ? within(found, state.range) : found);
+    }
+    for (const field of fields) $("charts").append(state.plots.get(field).card); // in their order
+  };
 }
 
 function within(curves, [first, last]) {
@@ -247,9 +247,8 @@ function showLayouts(runs) {
   }));
 }
 
-function showSettings() {
+async function settings() {
   const runs = shown().map((number) => state.runs[number]);
-  showLayouts(runs);
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))];
   const head = element("tr");
   head.append(element("th", "", "flag"), ...runs.map((run) => element("th", "", run.name)));
@@ -261,7 +260,10 @@ function showSettings() {
     line.append(element("td", "", name), ...values.map((value) => element("td", "text", value)));
     return line;
   });
-  $("flags").replaceChildren(head, ...lines.filter((line) => line));
+  return () => {
+    showLayouts(runs);
+    $("flags").replaceChildren(head, ...lines.filter((line) => line));
+  };
 }
 
 /** What a run says once and for all, or until `version` changes: asked for when it is first seen. */
@@ -269,10 +271,15 @@ const keyOf = (what, number, version = "") => `${what} ${state.runs[number].fold
 async function ask(what, number, version) {
   const key = keyOf(what, number, version);
   if (!state.asked.has(key)) state.asked.set(key, source[what](number));
-  return state.asked.get(key);
+  try {
+    return await state.asked.get(key);
+  } catch (error) {
+    state.asked.delete(key); // the next time it may be there
+    throw error;
+  }
 }
 
-async function showRows() {
+async function rows() {
   if (!$("rows").childElementCount) $("rows").append(element("p", "faint", "The rows are being read …"));
   const parts = await Promise.all(shown().map(async (number) => {
     const part = element("div");
@@ -292,11 +299,11 @@ async function showRows() {
     }
     return part;
   }));
-  $("rows").replaceChildren(...parts);
+  return () => $("rows").replaceChildren(...parts);
 }
 
 /** Of each prompt what was said at each evaluation, and when each stage computed what. */
-async function showReplies() {
+async function replies() {
   const parts = await Promise.all(shown().map(async (number) => {
     const part = element("div");
     part.append(element("h2", "", state.runs[number].name));
@@ -326,10 +333,10 @@ async function showReplies() {
     }
     return part;
   }));
-  $("replies").replaceChildren(...parts);
+  return () => $("replies").replaceChildren(...parts);
 }
 
-async function showNotes() {
+async function notes() {
   const parts = await Promise.all(shown().map(async (number) => {
     const part = element("div");
     part.append(element("h2", "", state.runs[number].name));
@@ -341,17 +348,31 @@ async function showNotes() {
     }
     return part;
   }));
-  $("notes").replaceChildren(...parts);
+  return () => $("notes").replaceChildren(...parts);
 }
 
 // ---- the page ----
 
+/** Draw what is asked for where it is not what is there. A tab gets its data first, and returns what puts it there. */
 async function refresh() {
   const drawn = JSON.stringify([state.tab, shown(), state.range, $("smoothing").value, $("log").checked,
     $("differences").checked, state.runs.map((run) => run.version)]);
   if (drawn === state.drawn) return;
   state.drawn = drawn;
-  await { curves: showCurves, settings: showSettings, rows: showRows, replies: showReplies, notes: showNotes }[state.tab]();
+  const turn = ++state.turn;
+  try {
+    const put = await { curves, settings, rows, replies, notes }[state.tab]();
+    if (turn === state.turn) put(); // else something else has been asked for since, and may be there already
+  } catch (error) {
+    state.drawn = "";
+    throw error;
+  }
+}
+
+const redraw = () => refresh().catch(lost);
+
+function lost(error) {
+  $("live").textContent = `not live: ${error.message}`;
 }
 
 function open(tab) {
@@ -359,7 +380,7 @@ function open(tab) {
   for (const button of $("tabs").children) button.setAttribute("aria-selected", button.dataset.tab === tab);
   for (const name of ["curves", "settings", "rows", "replies", "notes"]) $(name).hidden = name !== tab;
   $("tools").hidden = tab !== "curves";
-  refresh();
+  redraw();
 }
 
 async function look() {
@@ -369,15 +390,14 @@ async function look() {
     await refresh();
     $("live").textContent = source.live ? "live" : "";
   } catch (error) {
-    state.drawn = "";
-    $("live").textContent = `not live: ${error.message}`;
+    lost(error);
   }
   if (source.live) setTimeout(look, document.hidden ? 10 * PERIOD : PERIOD);
 }
 
 $("tabs").addEventListener("click", (event) => { if (event.target.dataset.tab) open(event.target.dataset.tab); });
-for (const name of ["smoothing", "log", "differences"]) $(name).addEventListener("input", refresh);
+for (const name of ["smoothing", "log", "differences"]) $(name).addEventListener("input", redraw);
 $("whole").addEventListener("click", () => setRange(null));
 $("charts").addEventListener("dblclick", () => setRange(null));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { state.drawn = ""; refresh(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { state.drawn = ""; redraw(); });
 look();
