@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from waiting import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,7 +39,7 @@ class Server:
         for line in self.process.stderr:
             self.said.append(line.rstrip())
 
-    def ended(self, seconds: float = 60) -> int:
+    def ended(self, seconds: float = PATIENCE) -> int:
         """The exit status."""
         status = self.process.wait(seconds)
         self._reader.join(10)
@@ -47,7 +49,7 @@ class Server:
         self, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None
     ) -> tuple[int, Any, dict[str, str]]:
         """(status, JSON or text, headers) of one request. body: an object, or bytes as they are."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         kind = {"Content-Type": "application/json"} if body is not None else {}
         try:

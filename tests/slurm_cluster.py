@@ -12,7 +12,10 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from waiting import PATIENCE, until
 
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged", "unshare", "setpriv")
 _FOLDERS = "/usr/sbin:/sbin"  # of daemons, which a PATH may lack
@@ -70,7 +73,8 @@ def first_job() -> int:
 def free_ports(count: int) -> list[int]:
     """Ports that are free at this moment: above those of jobs, below the range that the kernel gives away by itself."""
     found: list[int] = []
-    for port in range(30001 + os.getpid() % 1500, 32000):
+    first = 30001 + 25 * (os.getpid() % 60)  # two workers of xdist, which have neighbouring numbers, do not share them
+    for port in range(first, 32000):
         with socket.socket() as probe:
             try:
                 probe.bind(("0.0.0.0", port))
@@ -118,7 +122,7 @@ class Cluster:
         environment = self.environment | dict(options.pop("environment", {}))
         done = subprocess.run(
             [str(word) for word in command],
-            **{"capture_output": True, "text": True, "timeout": 150, "cwd": self.folder} | options,
+            **{"capture_output": True, "text": True, "timeout": PATIENCE, "cwd": self.folder} | options,
             env=environment,
         )
         if check and done.returncode:
@@ -129,7 +133,7 @@ class Cluster:
         """The number of a batch job."""
         return self.run("sbatch", "--parsable", *words).stdout.strip()
 
-    def wait(self, number: str, states: tuple[str, ...] = ("COMPLETED",), seconds: float = 120) -> dict[str, str]:
+    def wait(self, number: str, states: tuple[str, ...] = ("COMPLETED",), seconds: float = PATIENCE) -> dict[str, str]:
         """The job once it is in one of the states. AssertionError where it ends in another, or not in time."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         deadline = time.monotonic() + seconds  # not `sbatch --wait`, which looks every half minute
@@ -185,10 +189,8 @@ class Cluster:
                 )
             )  # fmt: skip
 
-    def _until(self, what: str, holds: object, seconds: float = 30) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            if time.monotonic() > deadline:
-                logs = [file.read_text(errors="replace")[-2000:] for file in sorted(self.folder.glob("*.log"))]
-                raise AssertionError(f"not within {seconds:g} s: {what}\n" + "\n".join(logs))
-            time.sleep(0.1)
+    def _until(self, what: str, holds: Callable[[], bool]) -> None:
+        def logs() -> str:
+            return "\n".join(file.read_text(errors="replace")[-2000:] for file in sorted(self.folder.glob("*.log")))
+
+        until(what, holds, told=logs)

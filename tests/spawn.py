@@ -32,6 +32,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from waiting import PATIENCE
+
 
 class SpawnError(RuntimeError):
     """A rank raised, died or did not finish; the message has its traceback and what it printed."""
@@ -50,7 +52,9 @@ class _Request:
     path: tuple[str, ...]  # sys.path of the caller
 
 
-def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, grace: float = 0.0) -> list[Any]:
+def spawn(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE, grace: float = 0.0
+) -> list[Any]:
     """Call `fn(rank, world_size, *args)` on `world_size` processes; returns their results in rank order.
 
     fn must be a function at the top level of a module; args and results must be picklable. Each rank has
@@ -182,13 +186,21 @@ def _run(request: _Request, caller: Connection) -> str | None:
                 late = [rank for rank, process in enumerate(ranks) if process.sentinel in running]
                 for process in running.values():
                     os.kill(process.pid, signal.SIGUSR1)  # faulthandler writes down where the rank stands
-                wait([*running], 0.3)
+                _wait_for_traces(request, late)
                 return f"no result within {request.timeout:g} s from ranks {late}{_outputs(request, late)}"
         return None
     finally:
         for process in ranks:
             process.kill()
             process.join()
+
+
+def _wait_for_traces(request: _Request, ranks: list[int], seconds: float = 5.0) -> None:
+    """Let ranks that were sent SIGUSR1 write down where they stand, which a busy machine may put off."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not all("most recent call first" in _outputs(request, [r]) for r in ranks):
+        time.sleep(0.05)
+    time.sleep(0.3)  # for the lines after the first
 
 
 def _other_threads() -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from snapshots import assert_snapshot
 from told import user_error
+from waiting import PATIENCE
 
 from megalora import __version__, cli
 from megalora.errors import UserError
@@ -140,7 +141,7 @@ def test_one_process_is_enough(monkeypatch, capsys):
 def process(*words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=60, cwd=ROOT
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=PATIENCE, cwd=ROOT
     )
 
 
@@ -178,7 +179,7 @@ def test_help_to_a_reader_that_has_gone(words):
     os.close(reader)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "megalora", *words]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, timeout=PATIENCE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_hosts
+from waiting import PATIENCE
 
 from megalora import cli, doctor
 from megalora.flags import DoctorArguments
@@ -155,7 +156,7 @@ def test_two_hosts(tmp_path):
                 )
             )  # fmt: skip
         try:
-            (out, error), _ = [process.communicate(timeout=180) for process in processes]
+            (out, error), _ = [process.communicate(timeout=PATIENCE) for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -3,11 +3,11 @@
 import re
 import shlex
 import shutil
-import time
 
 import pytest
 import tiny
 from server import ROOT, started
+from waiting import until
 
 from megalora import cli
 
@@ -38,14 +38,11 @@ def test_each_step_names_the_next(tmp_path, monkeypatch, capfd):
     shows = command_of(capfd.readouterr().out.rstrip().splitlines()[-1])
     with started(*shows, "--port", 0) as board:
         assert board.ask("/api/runs")[1][0]["last_step"] > 0
-        while len(board.said) < 2:
-            assert board.process.poll() is None
-            time.sleep(0.05)
+        until("its second line", lambda: len(board.said) > 1 or board.process.poll() is not None)
         serves = command_of(board.said[-1])
     with started(*serves, "--port", 0, "--max_running", 2) as server:
-        while not (page := re.fullmatch(r"megalora: chat page: http://127.0.0.1:\d+(/)", server.said[-1])):
-            assert server.process.poll() is None, server.said
-            time.sleep(0.05)
+        told = re.compile(r"^megalora: chat page: http://127.0.0.1:\d+(/)$", re.MULTILINE)
+        page = until("the page's address", lambda: told.search("\n".join(server.said)), told=lambda: server.said)
         assert "megalora chat" in server.ask(page[1])[1]
         message = {"role": "user", "content": "Who are you?"}
         body = {"model": "tuned", "messages": [message], "max_tokens": 4, "temperature": 0}

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import tiny
+from waiting import PATIENCE
 
 from megalora import cli
 from megalora.flags.tools import CONVERT_COMMANDS
@@ -87,7 +88,7 @@ def test_no_command_runs_or_asks(hostile, tmp_path, monkeypatch, capsys, command
     if command == "serve":
         done = subprocess.run(
             [sys.executable, "-m", "megalora", *words],
-            input="y\n" * 1000, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_environment(),
+            input="y\n" * 1000, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=_environment(),
         )  # fmt: skip
         status, out, err = done.returncode, done.stdout, done.stderr
     else:

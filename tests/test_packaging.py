@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from megalora.cli import _COMMANDS
 
@@ -30,7 +31,7 @@ def setup_says(*words: str, path: str | None = None, torch: bool = True, **varia
     environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "MEGALORA_BUILD_EXTENSION")} | variables
     environment["PATH"] = environment["PATH"] if path is None else path
     done = subprocess.run(
-        [sys.executable, "-c", run, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", run, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     return done.returncode, done.stdout, done.stderr
 

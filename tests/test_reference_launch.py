@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from spawn import spawn
 from tiny import column, exported, largest_difference, metrics, tune
+from waiting import PATIENCE
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import build_stage, load_base_weights, resolve_lora
@@ -120,7 +121,7 @@ def test_a_yaml_file_and_the_module(inputs, tmp_path):
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tiny.ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "megalora", "finetune", "run.yaml", "--max-steps", "2"],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment,
+        capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr
     assert column(tmp_path / "run", "step") == [1, 2]

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts/slurm"
@@ -48,7 +49,7 @@ def start(tmp_path):
         kept = {name: os.environ[name] for name in ("HOME", "TMPDIR") if name in os.environ}
         kept |= {"PATH": f"{folder}:/usr/bin:/bin", "PYTHON": str(folder / "python"), "PREFLIGHT": "0"}
         done = subprocess.run(
-            ["bash", str(script), *flags], env=kept | environment, capture_output=True, text=True, timeout=30
+            ["bash", str(script), *flags], env=kept | environment, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == status, done.stderr
         lines = done.stdout.splitlines()

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 # The ranks of `spawn` are forked from a process that has imported this module: what is slow to import is found done.
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+from waiting import PATIENCE
 
 from megalora import cli
 from megalora.cluster import launch
@@ -210,7 +211,7 @@ def torchrun(
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a machine whose name does not resolve must do too
     return subprocess.run(
         [*launcher, str(ROOT / "tools" / tool), *flags],
-        capture_output=True, text=True, timeout=120, cwd=folder, input=stdin, env=environment,
+        capture_output=True, text=True, timeout=PATIENCE, cwd=folder, input=stdin, env=environment,
     )  # fmt: skip
 
 
@@ -219,7 +220,7 @@ def measured(script: str, *words: object) -> list[int]:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, words)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split() if word.isdecimal()]

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 from spawn import spawn
+from waiting import PATIENCE
 
 from megalora.cluster.launch import agree_on_name, tp_crossing
 from megalora.cluster.watch import Position, Watch
@@ -48,7 +49,7 @@ def watched(rank, world_size, what):
                 watch.explain(ValueError("no such thing\nat all"))
             elif rank == 1 and what == "leaves":
                 watch.done()
-            deadline = time.monotonic() + (3 if what == "leaves" else 20)
+            deadline = time.monotonic() + (3 if what == "leaves" else PATIENCE)
             while not said and rank != 1 and time.monotonic() < deadline:
                 time.sleep(0.05)
         dist.barrier()

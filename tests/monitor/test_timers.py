@@ -88,11 +88,11 @@ def test_disabled_measures_nothing_and_costs_next_to_nothing():
 
     measure = Timers(False, "cuda", never)  # makes no CUDA event either: this machine may have no GPU
     assert measure("forward") is measure("backward")
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(10_000):
         with measure("forward"):
             pass
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
     assert measure.collect() == {}
 
 

@@ -172,8 +172,8 @@ def cut(rank: int, world_size: int, vocab_size: int, sequence_parallel: bool, ch
     return found, logits, table(torch.arange(T) % vocab_size), mine
 
 
-def check_cut(tp: int, vocab_size: int, sequence_parallel: bool, chunk: int, timeout: float = 120) -> None:
-    for rank in spawn(cut, tp, vocab_size, sequence_parallel, chunk, timeout=timeout):
+def check_cut(tp: int, vocab_size: int, sequence_parallel: bool, chunk: int) -> None:
+    for rank in spawn(cut, tp, vocab_size, sequence_parallel, chunk):
         found, logits, embedded, mine = rank
         for labels, tokens, total, grad in found.values():
             equal((total, grad), expected(labels, vocab_size), tokens)
@@ -193,7 +193,7 @@ def test_every_cut_of_the_vocabulary(tp, vocab_size, chunk, sequence_parallel):
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_chunks_of_an_uneven_vocabulary(tp):
-    check_cut(tp, 13, False, chunk=20, timeout=10)
+    check_cut(tp, 13, False, chunk=20)
 
 
 @pytest.mark.parametrize("softcap, bias", [(None, False), (4.0, True)])

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from runs_on_disk import make_run
+from waiting import PATIENCE
 
 from megalora.runs.curves import PICTURE, write_curves
 
@@ -37,4 +38,4 @@ def test_curves_are_drawn(tmp_path):
 
 def test_it_waits_for_the_end_to_be_imported():
     code = "import sys, megalora.stepping; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

@@ -7,10 +7,10 @@ import contextlib
 import http.client
 import json
 import threading
-import time
 
 import pytest
 from talking import END, tokenizer
+from waiting import PATIENCE, until
 
 from megalora.data import ChatTemplate
 from megalora.generation.requests import FAILED, STOP, Reply
@@ -71,7 +71,7 @@ def serving():
         port = listening.getsockname()[1]
 
         def ask(**more):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
             body = {"model": "m", "messages": [{"role": "user", "content": "2 + 2?"}]} | more
             connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
@@ -84,7 +84,7 @@ def serving():
         with served(build_app(catalogue, backlog, allowed_hosts("127.0.0.1"), None), listening, 100):
             yield replica, backlog, ask
         backlog.abort()
-    replica.join(10)
+    replica.join(PATIENCE)
 
 
 def test_the_server():
@@ -131,13 +131,11 @@ def test_the_server():
         replica.go.clear()
         with concurrent.futures.ThreadPoolExecutor(10) as pool:
             asked = [pool.submit(ask) for _ in range(10)]
-            deadline = time.monotonic() + 10
-            while sum(one.done() for one in asked) < 10 - SLOTS - WAITING and time.monotonic() < deadline:
-                time.sleep(0.01)
+            told = 10 - SLOTS - WAITING
+            until("those that find no room are told so", lambda: sum(one.done() for one in asked) == told)
             backlog.close()
             assert ask()[0] == 503
             backlog.abort()
             statuses = sorted(one.result()[0] for one in asked)
-        told = 10 - SLOTS - WAITING
         assert statuses == [429] * told + [503] * (10 - told)
     assert not replica.is_alive() and backlog.counts() == (0, 0)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from waiting import PATIENCE
 
 from megalora.checkpoint.base import hf
 from megalora.checkpoint.base.shards import save_base_shards
@@ -369,7 +370,7 @@ def growth(folder, dim: int) -> int:
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
     return int(run.stdout)

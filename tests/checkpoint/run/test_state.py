@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import PATIENCE
 
 from megalora.checkpoint.adapter.opening import open_adapter
 from megalora.checkpoint.adapter.peft import write_peft
@@ -56,7 +57,7 @@ class Ranks:
 
     def __init__(self, size: int):
         self.size, self.values = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.barrier = threading.Barrier(size, timeout=PATIENCE)
 
     def gather(self, rank: int):
         def gather(value):
