@@ -275,6 +275,13 @@ MODERN = {
         },
     },
     "olmo": {"model_type": "olmo", **_NO_RMS, "clip_qkv": 0.4, "pad_token_id": 0},
+    "apertus": {
+        "model_type": "apertus", "attention_bias": True, "pad_token_id": 0,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.
 # Encoders, with the dropouts that their configs have in practice.

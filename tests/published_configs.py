@@ -308,4 +308,18 @@ CONFIGS = {
     ),
     "OLMo-1B-hf": (_OLMO | _sizes(2048, 8192, 16, 16, 16) | {"tie_word_embeddings": True}, 1_176_764_416),
     "OLMo-7B-hf": (_OLMO | _sizes(4096, 11008, 32, 32, 32), 6_888_095_744),
+    "Apertus-8B-Instruct-2509": (  # with the four numbers of each activation
+        {
+            "model_type": "apertus", "architectures": ["ApertusForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "hidden_act": "xielu", "hidden_dropout": 0.0, "max_position_embeddings": 65536,
+            "mlp_bias": False, "post_norm": False, "qk_norm": True, "rms_norm_eps": 1e-05, "rope_theta": 12000000,
+            "tie_word_embeddings": False, "vocab_size": 131072, "pad_token_id": 3,
+            "rope_scaling": {
+                "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3", "type": "llama3",
+            },
+            **_sizes(4096, 21504, 32, 32, 8),
+        },
+        8_053_338_240,
+    ),
 }  # fmt: skip

@@ -319,6 +319,7 @@ class MLP:
     act       HF's name of the activation
     dropout   of the base, of what down reads
     clamp     what down reads instead, of experts alone
+    learned   name of the module that has the numbers of an activation with its own (xIELU), frozen; None: it has none
     """
 
     up: Projection
@@ -328,10 +329,17 @@ class MLP:
     gate: Projection | None = None
     dropout: float = 0.0
     clamp: Clamp | None = None
+    learned: str | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         return (*linears_of((self.gate, self.up)), self.down)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of what is neither linear nor norm."""
+        if self.learned is not None:
+            yield from ((f"{self.learned}.{name}", (1,)) for name in ("alpha_p", "alpha_n"))
+            yield from ((f"{self.learned}.{name}", ()) for name in ("beta", "eps"))
 
     @property
     def fused_act(self) -> str | None:

@@ -63,6 +63,7 @@ REFUSED: Mapping[str, str] = {
 BUILT: Mapping[str, tuple[str, ...]] = {
     "RefinedWeb": ("falcon-40b, first form",),
     "RefinedWebModel": ("falcon-7b, first form",),
+    "apertus": ("Apertus-8B-Instruct-2509",),
     "bloom": ("bloom-560m", "bloom-1b7", "bloom-7b1", "bloom"),
     "btlm": ("btlm-3b-8k",),
     "chatglm": ("chatglm2-6b", "chatglm3-6b"),

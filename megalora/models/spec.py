@@ -393,7 +393,7 @@ class ModelSpec:
                     found[mixer.position.weight] = (mixer.position.buckets, mixer.heads)
                 if isinstance(mixer, Attention) and isinstance(mixer.position, Disentangled):
                     found |= dict(mixer.position.tensors())
-                for part in (*mixer.linears, *((mixer,) if isinstance(mixer, Attention | Experts) else ())):
+                for part in (*mixer.linears, *((mixer,) if isinstance(mixer, Attention | Experts | MLP) else ())):
                     found |= {self.stack.of_layer(index, name): shape for name, shape in part.tensors()}
         found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))
         for index, layer in enumerate(self.stack.layers):

@@ -51,8 +51,8 @@ _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its laye
 _EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss llama4_text mixtral qwen2_moe qwen3_moe"
 _STACKED = _types("gpt_oss llama4_text")  # whose files hold the experts of a layer in one tensor
 _TODAY = (
-    "arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium hunyuan_v1_dense "
-    "internlm3 ministral3 nemotron olmo olmo2 olmo3 seed_oss smollm3 stablelm starcoder2"
+    "apertus arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium "
+    "hunyuan_v1_dense internlm3 ministral3 nemotron olmo olmo2 olmo3 seed_oss smollm3 stablelm starcoder2"
 )
 _ENCODERS = "bert deberta deberta-v2 distilbert electra layoutlm roberta"
 _SEQ2SEQ = "bart t5"
@@ -84,7 +84,7 @@ FEATURES = (
         "sequence parallelism, with tensor parallelism",
         {
             "proof": _types(
-                f"{_FIRST_NAMES} btlm cohere2 cwm ernie4_5 exaone4 glm gptj internlm3 ministral3 olmo2 "
+                f"{_FIRST_NAMES} apertus btlm cohere2 cwm ernie4_5 exaone4 glm gptj internlm3 ministral3 olmo2 "
                 "roberta starcoder2"
             )
         },
@@ -95,7 +95,8 @@ FEATURES = (
         "pipeline parallelism, at least one layer a stage; every schedule is tested with `llama`",
         {
             "proof": _types(
-                f"{_FIRST_NAMES} chatglm cohere ernie4_5 glm glm4 gpt_neo helium hunyuan_v1_dense mpt seed_oss smollm3"
+                f"{_FIRST_NAMES} apertus chatglm cohere ernie4_5 glm glm4 gpt_neo helium hunyuan_v1_dense mpt "
+                "seed_oss smollm3"
             )
         },
     ),
@@ -112,7 +113,7 @@ FEATURES = (
         "recompute",
         _LAYOUTS,
         "selective (attention) or full",
-        {"proof": _types(f"{_FIRST_NAMES} chatglm ernie4_5 glm gpt_neo hunyuan_v1_dense mpt roberta seed_oss")},
+        {"proof": _types(f"{_FIRST_NAMES} apertus chatglm ernie4_5 glm gpt_neo hunyuan_v1_dense mpt roberta seed_oss")},
     ),
     Feature(
         "CUDA graphs",

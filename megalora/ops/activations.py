@@ -1,4 +1,4 @@
-"""Activations of MLPs, by HF's name (transformers.activations.ACT2FN): all of them that have no parameters.
+"""Activations of MLPs, by HF's name (transformers.activations.ACT2FN): all that have no parameters, and xIELU.
 
 An activation keeps one tensor for its backward pass: what it reads, or its result (`KEEPS_RESULT`).
 """
@@ -76,6 +76,26 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "swish": _silu,
     "tanh": torch.tanh,
 }
+
+
+def xielu(
+    x: torch.Tensor, alpha_p: torch.Tensor, alpha_n: torch.Tensor, beta: torch.Tensor, eps: torch.Tensor
+) -> torch.Tensor:
+    """Return xIELU of x [..., I] (Huang and Schlag 2024, arXiv 2411.13010), in x's dtype:
+
+        a x^2 + beta x  where x > 0,  (expm1(min(x, eps)) - x) (beta + b) + beta x  elsewhere
+
+    with a, b = softplus(alpha_p), softplus(alpha_n). alpha_p, alpha_n [1]; beta, eps []: numbers of the layer, frozen.
+    """
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        positive = functional.softplus(alpha_p) * x * x + beta * x
+        negative = (torch.expm1(torch.min(x, eps)) - x) * (beta + functional.softplus(alpha_n)) + beta * x
+        return torch.where(x > 0, positive, negative)
+
+    return _FromInput.apply(x, function)
+
+
 KEEPS_RESULT = frozenset({"relu", "sigmoid", "tanh"})
 
 

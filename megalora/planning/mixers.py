@@ -125,6 +125,7 @@ class MLP:
 
     gates  down reads act(gate) * up, else act(up)
     fused  which megalora.ops.swiglu makes, inside the group of down
+    norms  numbers that the activation has of its own
     """
 
     up: Group
@@ -132,14 +133,11 @@ class MLP:
     gates: bool
     act: str
     fused: bool
+    norms: int = 0
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.up, self.down
-
-    @property
-    def norms(self) -> int:
-        return 0
 
 
 @dataclass(frozen=True)

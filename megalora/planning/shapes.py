@@ -346,6 +346,7 @@ class _Rank:
             mixer.gate is not None,
             mixer.act,
             mixer.fused_act is not None,
+            sum(math.prod(shape) for _, shape in mixer.tensors()),
         )
 
     def _attention(self, index: int, mixer: spec.Attention) -> Attention:

@@ -118,7 +118,9 @@ class HfWeights:
         Whole rows are read even where `index` cuts them: a cut along dim 1 takes bytes from the whole tensor.
         """
         entry, dtype = self._entries[name], self._stored_dtype(name)
-        rows, columns, shape, offset = index[0], index[1:], entry.shape, entry.offset
+        if not entry.shape:  # a number, which is read as a row
+            index, out = (slice(0, 1),), out.view(1)
+        rows, columns, shape, offset = index[0], index[1:], entry.shape or (1,), entry.offset
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         while len(shape) > 2 and rows.stop - rows.start == 1:  # one of several in one tensor: rows of it
             offset, shape, out = offset + rows.start * row_bytes, shape[1:], out[0]

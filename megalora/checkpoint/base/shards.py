@@ -106,6 +106,9 @@ class BaseShards:
     def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
         """Copy `tensor[index]` into `out` (its shape; any dtype and device), block by block."""
         for piece in self._pieces[name]:
+            if not piece.index:  # a number, which is read as a row
+                out.copy_(self._open(piece.file)[name])
+                continue
             both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(piece.index, index, strict=True)]
             if any(s.start >= s.stop for s in both):
                 continue

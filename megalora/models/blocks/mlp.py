@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
-from megalora.ops.activations import ACTIVATIONS, gated_activation
+from megalora.ops.activations import ACTIVATIONS, Activation, gated_activation, xielu
 from megalora.ops.dropout import drop
 from megalora.ops.swiglu import Made
 from megalora.parallel.group import LinearGroup, MLPPair
@@ -35,7 +36,7 @@ class MLPBlock:
         self.up = LinearGroup(ups, at.site("up"), at.place, reduces=not gathered)
         self.down = LinearGroup((down,), at.site(site), at.place, made=made, reduces=reduces)
         self._pair = None if made is None else MLPPair(self.up, self.down)
-        self._act = ACTIVATIONS[mlp.act]
+        self._act: Activation = ACTIVATIONS[mlp.act] if mlp.learned is None else XIELU(mlp, at)
         self._gates = mlp.gate is not None
         self._dropout, self._site, self._start = mlp.dropout, at.site(f"{mlp.down.name} base input"), part.start
 
@@ -60,3 +61,24 @@ class MLPBlock:
         inner = gated_activation(up, self._act) if self._gates else self._act(up)
         inner = drop(inner, inputs.tokens.index, inputs.tokens.draw(self._dropout, self._site, self._start))
         return apply_group(self.down, inner, inputs.tokens, inputs.unread)
+
+
+class XIELU(nn.Module):
+    """xIELU with the numbers of this layer, frozen and whole on every tp rank."""
+
+    alpha_p: nn.Parameter
+    alpha_n: nn.Parameter
+    beta: nn.Parameter
+    eps: nn.Parameter
+
+    def __init__(self, mlp: spec.MLP, at: LayerPlace):
+        super().__init__()
+        for name, shape in mlp.tensors():
+            values = torch.empty(shape, dtype=at.place.dtype, device=at.place.device)
+            self.register_parameter(name.rpartition(".")[2], nn.Parameter(values, requires_grad=False))
+        assert mlp.learned is not None
+        at.module(mlp.learned, self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., I] to the same shape."""
+        return xielu(x, self.alpha_p, self.alpha_n, self.beta, self.eps)

@@ -101,10 +101,14 @@ class LayerPlace:
         )
         return (self.column(fused[0][1].linear, cut),)
 
+    def module(self, name: str, module: nn.Module) -> None:
+        """Register a module of the layer that is no linear."""
+        hang(self.root, self.stack.of_layer(self.index, name), module)
+
     def norm(self, norm: spec.Norm) -> Norm:
         """Build a norm of the layer."""
         module = NORMS[norm.kind](norm, self.place)
-        hang(self.root, self.stack.of_layer(self.index, norm.name), module)
+        self.module(norm.name, module)
         return module
 
     def head_norm(self, norm: spec.Norm, head_dim: int, heads: Part, copies: list[int]) -> Norm:
@@ -113,14 +117,14 @@ class LayerPlace:
             of_heads = NormOfEachHead(norm, self.place, heads)
             module: Norm = of_heads
             for head, one in of_heads.apart.items():
-                hang(self.root, self.stack.of_layer(self.index, f"{norm.name}.{head}"), one)
+                self.module(f"{norm.name}.{head}", one)
             if norm.apart:
                 return module
         elif norm.size != head_dim:
             module = NormAcrossHeads(norm, self.place, heads.times(head_dim), copies)
         else:
             return self.norm(norm)
-        hang(self.root, self.stack.of_layer(self.index, norm.name), module)
+        self.module(norm.name, module)
         return module
 
     def _linear(self, kind: type, linear: spec.Linear, *cut: Cut | Part):
