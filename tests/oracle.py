@@ -282,6 +282,16 @@ MODERN = {
             "original_max_position_embeddings": 32,
         },
     },
+    "hyperclovax": {
+        "model_type": "hyperclovax", "head_dim": 8, "embedding_multiplier": 10.0, "attention_multiplier": 0.21,
+        "logits_scaling": 0.3, "residual_multiplier": 0.6, "attention_bias": True, "mlp_bias": True,
+    },
+    "minicpm3": {
+        "model_type": "minicpm3", "num_key_value_heads": 8, "q_lora_rank": 28, "kv_lora_rank": 20,
+        "qk_nope_head_dim": 6, "qk_rope_head_dim": 6, "v_head_dim": 5, "scale_emb": 3.0, "scale_depth": 1.4,
+        "dim_model_base": 20, "mlp_bias": True, "attention_bias": True,
+        "rope_scaling": _LONG | {"original_max_position_embeddings": 256},
+    },
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.
 # Encoders, with the dropouts that their configs have in practice.

@@ -322,4 +322,32 @@ CONFIGS = {
         },
         8_053_338_240,
     ),
+    "HyperCLOVAX-SEED-Think-14B": (
+        {
+            "model_type": "hyperclovax", "architectures": ["HyperCLOVAXForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "attention_multiplier": 0.0078125, "embedding_multiplier": 10.0,
+            "auto_map": {"AutoConfig": "configuration_hyperclovax.HyperCLOVAXConfig",
+                         "AutoModelForCausalLM": "modeling_hyperclovax.HyperCLOVAXForCausalLM"},
+            "end_token_id": 100257, "head_dim": 128, "hidden_act": "silu", "logits_scaling": 0.125,
+            "max_position_embeddings": 131072, "mlp_bias": False, "pretraining_tp": 1, "residual_multiplier": 1.0,
+            "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 100000000, "tie_word_embeddings": False,
+            "use_post_norm": True, "vocab_size": 110592, "pad_token_id": 100257, **_sizes(6144, 14336, 38, 48, 8),
+        },
+        14_748_112_896,
+    ),
+    "MiniCPM3-4B": (
+        {
+            "model_type": "minicpm3", "architectures": ["MiniCPM3ForCausalLM"],
+            "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPM3Config",
+                         "AutoModelForCausalLM": "modeling_minicpm.MiniCPM3ForCausalLM"},
+            "dim_model_base": 256, "hidden_act": "silu", "kv_lora_rank": 256, "max_position_embeddings": 32768,
+            "q_lora_rank": 768, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "type": "longrope", "short_factor": [1.1] * 16, "long_factor": [1.1] * 16,
+                "original_max_position_embeddings": 32768,
+            },
+            "scale_depth": 1.4, "scale_emb": 12, "vocab_size": 73448, **_sizes(2560, 6400, 62, 40, 40),
+        },
+        4_073_875_968,
+    ),
 }  # fmt: skip

@@ -126,7 +126,7 @@ BOUNDS: Mapping[str, Bound] = {
         Number(True, 1, 1 << 24),
         """hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size n_inner ffn_dim
         ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank d_model d_ff encoder_ffn_dim
-        decoder_ffn_dim intermediate_size_mlp pooler_hidden_size hidden_dim""",
+        decoder_ffn_dim intermediate_size_mlp pooler_hidden_size dim_model_base hidden_dim""",
     ),
     **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),
     **_all(Number(True, 0, 1 << 16), "type_vocab_size"),
@@ -170,8 +170,8 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(
         Number(False, 1e-9, 1e9),
         """routed_scaling_factor attention_multiplier embedding_multiplier residual_multiplier logits_scaling
-        logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping mup_embeddings_scale
-        mup_output_alpha mup_width_scale floor_scale attn_scale swiglu_alpha swiglu_limit
+        logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping scale_emb scale_depth
+        mup_embeddings_scale mup_output_alpha mup_width_scale floor_scale attn_scale swiglu_alpha swiglu_limit
         clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
     ),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
@@ -190,7 +190,7 @@ BOUNDS: Mapping[str, Bound] = {
         position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx scale_attn_weights
         attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias
         use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention share_att_key
-        position_biased_input attention_out_bias""",
+        position_biased_input attention_out_bias use_post_norm""",
     ),
     **_all(
         Word(),

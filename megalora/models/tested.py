@@ -52,7 +52,8 @@ _EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss llama4_text mixtral qwen2_m
 _STACKED = _types("gpt_oss llama4_text")  # whose files hold the experts of a layer in one tensor
 _TODAY = (
     "apertus arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium "
-    "hunyuan_v1_dense internlm3 ministral3 nemotron olmo olmo2 olmo3 seed_oss smollm3 stablelm starcoder2"
+    "hunyuan_v1_dense hyperclovax internlm3 minicpm3 ministral3 nemotron olmo olmo2 olmo3 seed_oss smollm3 stablelm "
+    "starcoder2"
 )
 _ENCODERS = "bert deberta deberta-v2 distilbert electra layoutlm roberta"
 _SEQ2SEQ = "bart t5"
@@ -84,8 +85,8 @@ FEATURES = (
         "sequence parallelism, with tensor parallelism",
         {
             "proof": _types(
-                f"{_FIRST_NAMES} apertus btlm cohere2 cwm ernie4_5 exaone4 glm gptj internlm3 ministral3 olmo2 "
-                "roberta starcoder2"
+                f"{_FIRST_NAMES} apertus btlm cohere2 cwm ernie4_5 exaone4 glm gptj internlm3 minicpm3 ministral3 "
+                "olmo2 roberta starcoder2"
             )
         },
     ),
@@ -95,8 +96,8 @@ FEATURES = (
         "pipeline parallelism, at least one layer a stage; every schedule is tested with `llama`",
         {
             "proof": _types(
-                f"{_FIRST_NAMES} apertus chatglm cohere ernie4_5 glm glm4 gpt_neo helium hunyuan_v1_dense mpt "
-                "seed_oss smollm3"
+                f"{_FIRST_NAMES} apertus chatglm cohere ernie4_5 glm glm4 gpt_neo helium hunyuan_v1_dense "
+                "hyperclovax mpt seed_oss smollm3"
             )
         },
     ),
@@ -105,7 +106,7 @@ FEATURES = (
         _LAYOUTS,
         "data parallelism",
         {
-            "proof": (_types(_TODAY) - _types("cohere gemma2 glm4 helium smollm3"))
+            "proof": (_types(_TODAY) - _types("cohere gemma2 glm4 helium hyperclovax smollm3"))
             | _types(f"{_FIRST_NAMES} bloom btlm codegen electra gpt2 gpt_bigcode gptj internlm2 layoutlm phi roberta"),
         },
     ),
@@ -147,7 +148,7 @@ FEATURES = (
         "what a microbatch keeps, counted to the byte",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_ENCODERS} {_SEQ2SEQ}")
-            | _types("blip-2 btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo internlm2 mistral phi")
+            | _types("blip-2 btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo internlm2 minicpm3 mistral phi")
         },
     ),
     Feature(

@@ -242,11 +242,12 @@ def test_and_of_older_decoders(family, recompute):
 
 
 NO_KERNEL = ("gemma2, no softcaps", "gemma3_text", "gemma3_text, new form")  # with this scale: SDPA keeps its mask
+NOT_EXACT = (*NO_KERNEL, "minicpm3")  # whose values are narrower than its keys: their copy is not counted
 OF_HEADS = {"stablelm": {"partial_rotary_factor": 0.5}}  # of 8 features here, of 6 in the oracle
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", [name for name in MODERN if "phi3" not in name and name not in NO_KERNEL])
+@pytest.mark.parametrize("name", [name for name in MODERN if "phi3" not in name and name not in NOT_EXACT])
 def test_and_of_decoders_of_today(name, recompute):
     row = MODERN[name]
     check("all linears", recompute, range(1, 4), Axis(), False, **row | OF_HEADS.get(row["model_type"], {}))

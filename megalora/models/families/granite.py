@@ -10,10 +10,11 @@ from megalora.models.parts import (
     rms,
     scaled_ends,
 )
-from megalora.models.spec import Layer, ModelSpec, Residual
+from megalora.models.spec import Layer, ModelSpec, Norm, Residual
 
 
-def read(hf: Fields) -> ModelSpec:
+def decoder_of(hf: Fields, logits: float, behind: tuple[Norm | None, Norm | None] = (None, None)) -> ModelSpec:
+    """Return a decoder of Granite's layers, with logits times a number and norms `behind` attention and MLP."""
     bias, scale = hf.attention_bias, hf.residual_multiplier
     attention = grouped_attention(
         hf, bias=bias, out_bias=bias, scale=hf.attention_multiplier, dropout=hf.attention_dropout
@@ -22,23 +23,20 @@ def read(hf: Fields) -> ModelSpec:
 
     def layer(index: int) -> Layer:
         return (
-            Residual(attention, rms(hf, "input_layernorm"), scale=scale),
-            Residual(mlp, rms(hf, "post_attention_layernorm"), scale=scale),
+            Residual(attention, rms(hf, "input_layernorm"), behind[0], scale=scale),
+            Residual(mlp, rms(hf, "post_attention_layernorm"), behind[1], scale=scale),
         )
 
     spec = llama_ends(hf, layer, rms(hf, "model.norm"))
-    return scaled_ends(spec, embedding=hf.embedding_multiplier, logits=1 / hf.logits_scaling)
+    return scaled_ends(spec, embedding=hf.embedding_multiplier, logits=logits)
 
 
-FAMILY = Family(
-    ("granite",),
-    read,
-    reads=LLAMA_FIELDS
-    - {"head_dim"}
-    | frozenset(
-        """attention_bias attention_dropout mlp_bias embedding_multiplier attention_multiplier residual_multiplier
-        logits_scaling""".split()
-    ),
-    fixed={"hidden_act": "silu"},
-    files=LLAMA_FILES,
+def read(hf: Fields) -> ModelSpec:
+    return decoder_of(hf, 1 / hf.logits_scaling)
+
+
+FIELDS = LLAMA_FIELDS | frozenset(
+    """attention_bias attention_dropout mlp_bias embedding_multiplier attention_multiplier residual_multiplier
+    logits_scaling""".split()
 )
+FAMILY = Family(("granite",), read, reads=FIELDS - {"head_dim"}, fixed={"hidden_act": "silu"}, files=LLAMA_FILES)
