@@ -148,7 +148,7 @@ FEATURES = (
         "what a microbatch keeps, counted to the byte",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_ENCODERS} {_SEQ2SEQ}")
-            | _types("blip-2 btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo internlm2 minicpm3 mistral phi")
+            | _types("blip-2 btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo internlm2 mistral phi")
         },
     ),
     Feature(

@@ -37,13 +37,13 @@ def latent_nodes(layer: Any, mixer: LatentAttention, source: str, flowing: bool)
         *(() if mixer.direct else second),
         layer._linears(mixer.kv_up, "normed", after),
         *_core(layer, mixer, trains),
-        layer._linears(mixer.out, _context(layer, trains), trains),
+        layer._linears(mixer.out, _context(layer, mixer, trains), trains),
     ]
 
 
-def _context(layer: Any, trains: bool) -> str:
-    """Return what `_linears` is to know of the result of attention."""
-    if not trains:
+def _context(layer: Any, mixer: LatentAttention, trains: bool) -> str:
+    """Return what `_linears` is to know of the result of attention, of which the zeros behind v are cut off."""
+    if not trains or mixer.value < mixer.head_dim:
         return "new"
     return "recomputed" if layer.work.recompute == "selective" else "kept"
 
@@ -75,5 +75,7 @@ def _core(layer: Any, mixer: LatentAttention, flowing: bool) -> list[Node]:
     core = replace(core, result=head + full * mixer.heads * _STATISTIC)
     if work.recompute != "selective" or not flowing:
         return [core]
+    # The shared key features are kept too: gathered, or as a view of what made them.
+    shared = mixer.turned if layer.tokens.gathers else sum(mixer.down.outputs)
     again = replace(forward, live=layer.tokens.stream + head)
-    return [Node("attention", came, forward, again, (core,))]
+    return [Node("attention", came + full * shared * e, forward, again, (core,))]

@@ -76,7 +76,7 @@ def tested() -> dict[str, dict[str, set[str]]]:
     counted |= {
         fields["model_type"] for fields in (*nodes.DORAS.values(), *nodes.FUSED.values()) if "model_type" in fields
     }
-    counted |= {kind(name) for name in MODERN if "phi3" not in name and name not in nodes.NOT_EXACT}
+    counted |= {kind(name) for name in MODERN if "phi3" not in name and name not in nodes.NO_KERNEL}
     found["plan"] = {"yes": counted}
     found["convert"] = {"yes": six | {"gpt2", "falcon", "blip-2", *fused.STACKED}}
     read = {"blip-2"} | {family for family, _ in files.MODELS.values()} | {*fused.STACKED, *fused.APART}
