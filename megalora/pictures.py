@@ -14,6 +14,11 @@ from megalora.files import read_bytes
 
 MOST_BYTES = 1 << 28  # of a file
 MOST_PIXELS = 1 << 27  # which a small file may claim to have; their bytes are held while one is read
+_ORIENTATION = 0x0112  # of EXIF, and what makes an image upright, as PIL.ImageOps.exif_transpose has it
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+    6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program, as EPS does
 
 
@@ -32,7 +37,7 @@ class Picture:
 
 
 def decode_picture(data: bytes, name: str, formats: Sequence[str], most_pixels: int) -> Any:
-    """Return the image in the bytes of a file as a PIL.Image in RGB; of an animation the first one.
+    """Return the image in the bytes of a file as a PIL.Image in RGB, upright; of an animation the first one.
 
     name  of the image in errors
     Raises UserError for what is none of these formats, is damaged, or has more pixels.
@@ -43,12 +48,22 @@ def decode_picture(data: bytes, name: str, formats: Sequence[str], most_pixels: 
         if found.width * found.height > most_pixels:
             size = f"{found.width} x {found.height} pixels, more than {most_pixels:,}"
             raise UserError(f"{name}: has {size}", "scale it down")
-        return found.convert("RGB")
+        found.load()  # whose errors are the image's
+        return _upright(found).convert("RGB")
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes a decoder raise
         what = f"{name}: is not an image that can be read ({type(error).__name__})"
         raise UserError(what, f"give a file of {', '.join(formats)}") from None
+
+
+def _upright(image: Any) -> Any:
+    """Return a loaded image as its EXIF says that it was held, as transformers' load_image and datasets read it."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # damaged EXIF of a sound image says nothing
+        return image
+    return image if turn is None else image.transpose(check_pillow("an image").Transpose[turn])
 
 
 def digest_of(data: bytes) -> str:

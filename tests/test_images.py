@@ -4,6 +4,7 @@ import importlib
 import json
 import warnings
 
+import numpy as np
 import peft
 import pytest
 import tiny
@@ -287,6 +288,21 @@ def test_the_bytes_of_a_file_are_read_with_care(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(UserError, match="needs the package pillow to read images: pip install pillow"):
         ImageRows(None, 4, 7, {})
+
+
+def test_a_photo_is_read_upright(tmp_path):
+    """As transformers reads it; EXIF that is damaged says nothing."""
+    from transformers.image_utils import load_image
+
+    held = Image.fromarray(np.random.default_rng(2).integers(0, 255, (20, 30, 3)).astype(np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        held.save(tmp_path / "a.png", exif=exif)
+        ours = pictures.open_picture(find_picture(tmp_path / "a.png", 4))
+        assert np.array_equal(ours, load_image(str(tmp_path / "a.png"))), orientation
+    held.save(tmp_path / "a.png", exif=b"Exif\x00\x00MM\x00*\xff\xff")
+    assert np.array_equal(pictures.open_picture(find_picture(tmp_path / "a.png", 4)), held)
 
 
 @pytest.mark.parametrize(
