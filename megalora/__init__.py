@@ -44,9 +44,10 @@ def generate(**flags: Any) -> list[dict[str, Any]]:
     """Reply to `prompt` or to each prompt of `prompts_file`, and return one dict per prompt.
 
     flags  those of `megalora generate`, by name
-    Each dict has "prompt", "response" and "finish_reason"; with show_thinking also "thinking", with compare_base those
-    of the base model as "base_response" and so on. They are written to output_file too where that is given. Under
-    torchrun, call it on every rank; rank 0 gets the replies, the others an empty list. Raises UserError.
+    Each dict has "prompt" (and "image" where one stands before it), "response" and "finish_reason"; with show_thinking
+    also "thinking", with compare_base those of the base model as "base_response" and so on. They are written to
+    output_file too where that is given. Under torchrun, call it on every rank; rank 0 gets the replies, the others an
+    empty list. Raises UserError.
     """
     import warnings
 

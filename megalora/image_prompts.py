@@ -47,7 +47,7 @@ def read(options: GenerationArguments, config: ModelSpec) -> Asked:
             found = sources.questions(options)
         else:
             found = read_questions(path, options.system)
-        return found, [picture] * len(found)
+        return [replace(question, image=picture.path) for question in found], [picture] * len(found)
     return read_rows_with_images(path, options.system, config, "prompts_file", "give image for all of them, or")
 
 
@@ -73,10 +73,10 @@ def read_rows_with_images(path: Path, system: str | None, config: ModelSpec, fla
             raise UserError(f"{where}: {error.message.removeprefix(f'{where}: ')}", error.hint) from None
         asked = reader(rest, where) if rest else ""
         if isinstance(asked, str):
-            found.append(_question(asked, system, where))
-            continue
-        head = system_message(system)
-        found.append(Question(replace(asked, messages=(*head, *asked.messages)), where))
+            question = _question(asked, system, where)
+        else:
+            question = Question(replace(asked, messages=(*system_message(system), *asked.messages)), where)
+        found.append(replace(question, image=pictures[-1].path))
     return found, pictures
 
 

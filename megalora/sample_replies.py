@@ -83,8 +83,7 @@ class SampleReplies:
         for number, (question, picture) in enumerate(zip(questions, pictures or [None] * len(questions), strict=True)):
             ids = [*first, *encode(template, question, self._context - len(first))]
             prompts.append(Prompt(number, ids, picture=picture))
-            image = {} if picture is None else {"image": picture.path}
-            told.append({"prompt": question.text[:MOST_CHARACTERS], **image})
+            told.append({**question.told, "prompt": question.text[:MOST_CHARACTERS]})
         return told, prompts, stop_token_ids(model_path, template)
 
     def replies(self, stage: Stage) -> list[dict[str, Any]]:

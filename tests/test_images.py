@@ -64,7 +64,10 @@ def replies(model, rows, out, adapter=None, **more) -> list[str]:
     megalora.generate(
         model_path=model, prompts_file=rows, output_file=out, max_new_tokens=4, dtype="float32", **named, **more
     )
-    return [json.loads(line)["response"] for line in out.read_text(encoding="utf-8").splitlines()]
+    told = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    named = json.loads(rows.read_text(encoding="utf-8"))
+    assert [row["image"] for row in told] == [str(rows.parent / row["image"]) for row in named]
+    return [row["response"] for row in told]
 
 
 def their_replies(model, folder, rows, ids_of) -> list[str]:
@@ -275,7 +278,10 @@ def test_questions_of_one_image(models, rows, tmp_path):
     for asked in ({}, {"prompt": ASKED}, {"prompts_file": tmp_path / "prompts.txt"}):
         found = megalora.generate(model_path=models["opt"], image=image, max_new_tokens=3, dtype="float32", **asked)
         said.append([row["response"] for row in found])
-    assert said[2][:2] == said[1] * 2 and len(said[0]) == 1
+    assert said[2][:2] == said[1] * 2 and len(said[0]) == 1 and found[0]["image"] == str(image)
+    words = ["--model_path", models["opt"], "--image", image, "--prompts_file", tmp_path / "prompts.txt"]
+    (printed,) = run(0, 1, [str(word) for word in (*words, "--max_new_tokens", 3, "--dtype", "float32")])
+    assert printed.startswith(f"> {image} {ASKED}\n{said[2][0]}\n\n> {image} {ASKED}\n")
 
 
 def test_the_bytes_of_a_file_are_read_with_care(tmp_path, monkeypatch):

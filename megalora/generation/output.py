@@ -93,9 +93,10 @@ class Output:
             shown = texts[0]
             if len(texts) > 1:
                 shown = side_by_side(self._names, texts, _terminal_width())
-            print(f"> {question.text}\n{shown}\n" if self._names_prompts else shown, flush=True)
+            asked = " ".join(filter(None, (question.image, question.text)))
+            print(f"> {asked}\n{shown}\n" if self._names_prompts else shown, flush=True)
             return
-        row = {"prompt": question.text}
+        row: dict[str, str | None] = {**question.told}
         for name in self._names:
             row |= self._fields("" if name == self._names[0] else f"{name}_", answers[name])
         with self._told():

@@ -20,15 +20,22 @@ ROWS = (".json", ".jsonl")
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation whose last message is the user's. where: its name in an error."""
+    """A conversation whose last message is the user's. where: its name in an error; image: the file of one before it.
+    """
 
     conversation: Conversation
     where: str
+    image: str | None = None
 
     @property
     def text(self) -> str:
         """The last thing that the user says."""
         return self.conversation.messages[-1].content
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a row with its reply says of it."""
+        return {"prompt": self.text} | ({} if self.image is None else {"image": self.image})
 
 
 def ask(text: str, system: str | None, where: str) -> Question:

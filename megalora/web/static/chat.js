@@ -48,6 +48,7 @@ class Pane {
       const shown = element("img");
       shown.src = image;
       shown.alt = "the image of this message";
+      shown.addEventListener("load", () => { this.root.scrollTop = this.root.scrollHeight; }); // it has a height now
       said.prepend(shown);
     }
     this.turns.append(said, turn);
