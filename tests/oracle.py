@@ -96,6 +96,30 @@ EXPERTS = {
         "moe_intermediate_size": 16, "first_k_dense_replace": 2, "routed_scaling_factor": 1.5, "head_dim": 8,
         "use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1,
     },
+    "kimi_k2": {
+        "model_type": "kimi_k2", "n_routed_experts": 5, "num_experts_per_tok": 3, "n_shared_experts": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "routed_scaling_factor": 2.827, "q_lora_rank": 24,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_key_value_heads": 8,
+        "n_group": 1, "topk_group": 1, "rope_theta": 50000.0,
+        "rope_scaling": {
+            "type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "glm4_moe_lite": {
+        "model_type": "glm4_moe_lite", "n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "moe_intermediate_size": 24, "mlp_layer_types": ["dense", "sparse", "sparse"], "q_lora_rank": 28,
+        "kv_lora_rank": 20, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 12, "num_key_value_heads": 8,
+        "partial_rotary_factor": 1.0, "rope_theta": 1e6,
+    },
+    "minimax_m2": {
+        "model_type": "minimax_m2", "num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 10, "rotary_dim": 4,
+        "intermediate_size": 24,
+    },
+    "olmoe": {
+        "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24,
+        "attention_bias": True, "pad_token_id": 1,
+    },
     "llama4_text": {
         "model_type": "llama4_text", "num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size": 32,
         "intermediate_size_mlp": 56, "head_dim": 8, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 3,
@@ -364,7 +388,7 @@ IMAGES = {
 _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
-    "deepseek_v2": ("head_dim",), "deepseek_v3": ("head_dim",),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"), ("head_dim",)),
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
     **dict.fromkeys(ENCODERS, _OLD),
     "distilbert": _OLDER,

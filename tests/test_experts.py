@@ -20,7 +20,7 @@ from oracle import ALL_LINEAR, EXPERTS, Run, fields_of, in_file_order, largest_d
 from safetensors.torch import save_file
 from spawn import spawn
 from test_field_parity import documents
-from variants import check_greedy
+from variants import check_greedy, class_of
 
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.sharing import in_common
@@ -198,35 +198,33 @@ def test_ranks_and_scales_of_single_experts():
 # ---- transformers
 
 
-def plain_names(model) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
+MIXTRAL = {"mixtral", "minimax_m2"}  # with its names in the files: transformers' modules have others
+# Parts of names in transformers' modules -> in the files.
+RENAMED = {kind: {".mlp.": ".block_sparse_moe."} for kind in MIXTRAL}
+
+
+def plain_names(family: str, model) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
     """Our name of each weight -> where it lies in transformers' module, and the parameter that holds it."""
     found = {}
-    stacks = config_from_dict(fields_of(model.config.model_type)).stacks
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    stacks = config_from_dict(fields_of(family)).stacks
+    gate, up, down = ("w1", "w3", "w2") if family in MIXTRAL else ("gate_proj", "up_proj", "down_proj")
+    corrections = ((n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias"))
+    for name, parameter in (*model.named_parameters(remove_duplicate=False), *corrections):
         if name in stacks:
             found |= {ours: (part, parameter) for ours, part in zip(stacks[name], parameter, strict=True)}
             continue
-        name = name.replace("mlp.gate.", "block_sparse_moe.gate.") if model.config.model_type == "mixtral" else name
+        for theirs, ours in RENAMED.get(family, {}).items():
+            name = name.replace(theirs, ours)
         if name.endswith("experts.gate_up_proj"):
-            stem = name.removesuffix("gate_up_proj")
             for e, weight in enumerate(parameter):
-                for half, part in zip(weight.chunk(2), NAMES[model.config.model_type][:2], strict=True):
-                    found[f"{stem_of(stem, model)}{e}.{part}.weight"] = half, parameter
+                for half, part in zip(weight.chunk(2), (gate, up), strict=True):
+                    found[f"{name.removesuffix('gate_up_proj')}{e}.{part}.weight"] = half, parameter
         elif name.endswith("experts.down_proj"):
-            stem = name.removesuffix("down_proj")
             for e, weight in enumerate(parameter):
-                found[f"{stem_of(stem, model)}{e}.{NAMES[model.config.model_type][2]}.weight"] = weight, parameter
+                found[f"{name.removesuffix('down_proj')}{e}.{down}.weight"] = weight, parameter
         else:
             found[name] = parameter, parameter
-    corrections = {n: (b, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
-    return found | corrections
-
-
-NAMES = {kind: ("gate_proj", "up_proj", "down_proj") for kind in EXPERTS} | {"mixtral": ("w1", "w3", "w2")}
-
-
-def stem_of(stem: str, model) -> str:
-    return stem.replace("mlp.", "block_sparse_moe.") if model.config.model_type == "mixtral" else stem
+    return found
 
 
 @pytest.fixture
@@ -238,7 +236,7 @@ def precise_norm(monkeypatch):
         return getattr(self, "weight", 1) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
     for family in EXPERTS:
-        config = transformers.CONFIG_MAPPING[family].__module__
+        config = transformers.CONFIG_MAPPING[class_of(family)].__module__
         modeling = importlib.import_module(config.replace(".configuration_", ".modeling_"))
         for name in [name for name in vars(modeling) if name.endswith(("RMSNorm", "L2Norm")) and name[0] != "_"]:
             monkeypatch.setattr(getattr(modeling, name), "forward", forward)
@@ -251,12 +249,12 @@ def in_double(forward):
     """The router `forward` whose float32 is float64."""
     softmax, wide = torch.nn.functional.softmax, torch.float64
 
-    def run(self, x):
+    def run(self, *inputs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None: softmax(x.to(wide), dim))
             patch.setattr(torch.Tensor, "float", lambda self: self.to(wide))
             patch.setattr(torch.Tensor, "type", lambda self, dtype: self.to(wide))
-            return forward(self, x)
+            return forward(self, *inputs)
 
     return run
 
@@ -288,11 +286,11 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
     ours = {name: in_file_order(splits[name], p.detach()) for name, p in stage.named_parameters()}
     fields = fields_of(family)
     model = transformers.AutoModelForCausalLM.from_config(
-        transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields),
+        transformers.CONFIG_MAPPING[class_of(fields.pop("model_type"))](**fields),
         attn_implementation="eager" if family == "gpt_oss" else "sdpa",
         experts_implementation="eager",
     ).to(dtype)
-    places = plain_names(model)
+    places = plain_names(family, model)
     assert set(places) == {name for name in config.tensors}
     with torch.no_grad():
         for name, (place, _) in places.items():
@@ -522,6 +520,8 @@ EXPERT, SHARED = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.mlp.s
         ("deepseek_v3", [EXPERT, SHARED], "mixes up"),
         ("deepseek_v3", [EXPERT, "model.layers.0.mlp.up_proj"], "mixes up"),
         ("deepseek_v3", ["model.layers.1.self_attn.q_a_proj"], None),
+        ("glm4_moe_lite", [EXPERT, SHARED], "mixes up"),
+        ("qwen3_moe", [EXPERT, "model.layers.0.mlp.up_proj"], "mixes up"),
     ],
 )
 def test_what_peft_reads_wrong_is_said(kind, adapted, said):

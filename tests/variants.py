@@ -25,7 +25,7 @@ from megalora.data import build_rows
 from megalora.data.loader import Loader
 from megalora.generation.cache import Span
 from megalora.generation.steps import Steps
-from megalora.models.config import config_from_dict
+from megalora.models.config import config_from_dict, known_families
 from megalora.models.inputs import training_inputs
 from megalora.models.stage import Stage
 from megalora.parallel.grads import FlatGradients
@@ -58,10 +58,15 @@ def layout_runs(names: Sequence[str], every: bool = False) -> list[Run]:
 # ---- transformers
 
 
+def class_of(model_type: str) -> str:
+    """The model type by which transformers knows a model of this one."""
+    return known_families()[model_type].config_class or model_type
+
+
 def peer_of(name: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """transformers' model of the variant, with weights made from their names."""
     raw = fields_of(name)
-    config = transformers.CONFIG_MAPPING[raw.pop("model_type")](**raw)
+    config = transformers.CONFIG_MAPPING[class_of(raw.pop("model_type"))](**raw)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     tied = bool(config.tie_word_embeddings)
     with torch.no_grad():

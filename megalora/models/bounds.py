@@ -137,10 +137,10 @@ BOUNDS: Mapping[str, Bound] = {
         """num_hidden_layers decoder_sparse_step num_layers num_decoder_layers encoder_layers decoder_layers""",
     ),
     **_all(_LAYERS, "max_window_layers first_k_dense_replace"),
-    **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers"),
-    **_all(Each(Word(), MOST_LAYERS), "layer_types attention_layers"),
+    **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers num_mtp_modules"),
+    **_all(Each(Word(), MOST_LAYERS), "layer_types mlp_layer_types attention_layers"),
     **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers"),
-    **_all(Each(Number(True, 0, 1), MOST_LAYERS), "no_rope_layers"),
+    **_all(Each(Number(True, 0, 1), MOST_LAYERS), "no_rope_layers attn_type_list"),
     "attention_types": Repeated(),
     "expansion_ratio": Number(True, 1, 1 << 8),
     # heads

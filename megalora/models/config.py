@@ -106,14 +106,15 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
 def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Return the ModelSpec that `family` reads from the fields of a config.json. Raises UserError as `read_config`."""
     raw = family.in_our_names(raw, where)
+    partial = family.partial_of(raw, where)
     if family.scaled and all(raw.get(name) is None for name in ("rope_parameters", "rope_scaling")):
         said = f"{where}: has no rope_scaling, which this model is made with"
         raise UserError(said, "take config.json from the model's own folder")
     own = family.rope_reads, family.rope_harmless
-    rope = rotary.read_rope(raw, family.rope, family.partial, where, family.theta, *own)
+    rope = rotary.read_rope(raw, family.rope, partial, where, family.theta, *own)
     hf = _hf_config(raw, family, rope, where)
     _refuse_unread(raw, hf, family, where)
-    sliding = rotary.read_sliding_rope(raw, family.sliding_theta, family.partial, where)
+    sliding = rotary.read_sliding_rope(raw, family.sliding_theta, partial, where)
     spec = family.read(Fields(hf, family, rope, where, sliding))
     if any(getattr(mixer, "window", None) == 0 for mixer in spec.mixers):
         raise UserError(f"{where}: sliding_window = 0 is not valid", "give the tokens of a window, or null for none")

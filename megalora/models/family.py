@@ -30,7 +30,8 @@ class Family:
     rotates      its config class has rope fields
     scaled       its models are made with scaled rotations: a config.json that does not say how is refused
     generates    its models write text; else they are for classifiers alone
-    partial      the default of partial_rotary_factor where the family has that field
+    partial      the default of partial_rotary_factor where the family has that field; two names of fields: their ratio,
+                 or 1 where the config has not the first
     sliding_theta  of layers whose window slides: the field with their rope_theta, and its default; None: as the others
     files        how names in its files differ from ours
     example      what transformers' default config lacks to be a model, for docs/models.md
@@ -55,7 +56,7 @@ class Family:
     rotates: bool = True
     scaled: bool = False
     generates: bool = True
-    partial: float | None = None
+    partial: float | tuple[str, str] | None = None
     sliding_theta: tuple[str, float] | None = None
     files: FileNames = field(default_factory=FileNames)
     example: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +80,19 @@ class Family:
                 raise UserError(f"{where}: {both} are one field", "keep one of them")
             found[ours] = value if found.get(ours) is None else found[ours]
         return found
+
+    def partial_of(self, raw: Mapping[str, Any], where: str) -> float | None:
+        """Return the default of partial_rotary_factor with these fields of a config.json. Raises UserError."""
+        if not isinstance(self.partial, tuple):
+            return self.partial
+        part, whole = self.partial
+        if raw.get(part) is None:
+            return 1.0
+        for name in self.partial:
+            check_field(name, raw.get(name), where)
+        if raw.get(whole) is None:
+            raise UserError(f"{where}: {part} without {whole}", "take config.json from the model's own folder")
+        return raw[part] / raw[whole]
 
 
 class RemoteConfig:

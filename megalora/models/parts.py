@@ -90,6 +90,15 @@ def alibi(heads: int, bias_max: float = 8.0, rounded: bool = False) -> Alibi:
     return Alibi(tuple(slopes), rounded)
 
 
+def norms_over_heads(hf: Fields, *, precise: bool = False) -> dict[str, Any]:
+    """Return q_norm and k_norm of an Attention: RMSNorm over all heads of q together, and over those of k."""
+    heads = {"q": hf.num_attention_heads, "k": kv_heads(hf)}
+    return {
+        f"{name}_norm": rms(hf, f"self_attn.{name}_norm", count * head_dim(hf), precise=precise)
+        for name, count in heads.items()
+    }
+
+
 def grouped_attention(
     hf: Fields,
     *,

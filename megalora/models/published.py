@@ -1,8 +1,8 @@
-"""Published dense models whose config.json is tested: a tiny copy with the same fields has transformers' logits.
+"""Published models whose config.json is tested: a tiny copy with the same fields has transformers' logits.
 
 The fields are those of tests/dense_configs.py, written from memory; tests/models/test_dense_configs.py holds both lists
 together. BUILT: those of tests/classic_configs.py and tests/published_configs.py. NAMED: those of
-tests/models/test_encoder_configs.py.
+tests/models/test_encoder_configs.py. EXPERTS: those of tests/expert_configs.py.
 """
 
 from __future__ import annotations
@@ -113,3 +113,13 @@ NAMED: Mapping[str, tuple[str, ...]] = {
     "distilbert": ("distilbert-base-uncased", "distilbert-base-multilingual-cased"),
 }
 """Published encoders whose config.json is read, with the parameters' names and shapes in transformers."""
+
+EXPERTS: Mapping[str, tuple[str, ...]] = {
+    "glm4_moe_lite": ("GLM-4.7-Flash",),
+    "kimi_k2": ("Kimi-K2-Instruct",),
+    "minimax_m2": ("MiniMax-M2",),
+    "mixtral": ("Mixtral-8x7B-v0.1",),
+    "olmoe": ("OLMoE-1B-7B-0924",),
+    "qwen3_moe": ("Qwen3-30B-A3B",),
+}
+"""Published models of experts whose config.json is read, with as many parameters as transformers' model of it has."""

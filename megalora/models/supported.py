@@ -9,7 +9,7 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
-from megalora.models.published import BUILT, NAMED, PUBLISHED, REFUSED
+from megalora.models.published import BUILT, EXPERTS, NAMED, PUBLISHED, REFUSED
 from megalora.models.spec import (
     MLP,
     Alibi,
@@ -98,6 +98,9 @@ def models_page() -> str:
         "These are read, with the names and shapes of parameters that transformers gives them "
         "(`tests/models/test_encoder_configs.py`):",
         "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in NAMED.items()),
+        "These of experts are read, with as many parameters as transformers' model of the same config "
+        "(`tests/models/test_expert_configs.py`):",
+        "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in EXPERTS.items()),
         "These are refused:",
         "\n".join(f"- {name}: {why}" for name, why in REFUSED.items()),
         "## Fields and names",
@@ -181,7 +184,9 @@ def _family(family: Family) -> Iterable[str]:
         yield "- Reads an image before each text, see [images.md](images.md): its vision tower and Q-Former are frozen."
     if spec.encoder is not None:
         yield f"- An encoder-decoder. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
-    if family.partial is not None:
+    if isinstance(family.partial, tuple):
+        yield f"- `partial_rotary_factor` is `{' / '.join(family.partial)}` unless the config has it."
+    elif family.partial is not None:
         yield f"- `partial_rotary_factor` is {family.partial:g} unless the config has it."
     if family.scaled:
         yield "- Made with scaled rotations: a config.json without `rope_scaling` or `rope_parameters` is refused."

@@ -48,7 +48,8 @@ _PARITY = (
 )
 _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
-_EXPERTS = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss llama4_text mixtral qwen2_moe qwen3_moe"
+_EXPERTS_ON_GPU = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss mixtral qwen2_moe qwen3_moe"
+_EXPERTS = f"{_EXPERTS_ON_GPU} glm4_moe_lite kimi_k2 llama4_text minimax_m2 olmoe"
 _STACKED = _types("gpt_oss llama4_text")  # whose files hold the experts of a layer in one tensor
 _TODAY = (
     "apertus arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium "
@@ -57,7 +58,7 @@ _TODAY = (
 )
 _ENCODERS = "bert deberta deberta-v2 distilbert electra layoutlm roberta"
 _SEQ2SEQ = "bart t5"
-_ON_GPU = _types(f"{_EXPERTS} deberta deberta-v2 gemma2 granite starcoder2") - _types("llama4_text")
+_ON_GPU = _types(f"{_EXPERTS_ON_GPU} deberta deberta-v2 gemma2 granite starcoder2")
 
 FEATURES = (
     Feature(

@@ -147,7 +147,7 @@ def peft_caution(model_type: str, adapted: Collection[str], routers: Collection[
         problem = "peft has no adapters of routers"
     elif model_type == "qwen2_moe":
         problem = "peft 0.21 does not load adapters of experts for qwen2_moe, and does not say so"
-    elif model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe") and beside:
+    elif beside and any(".mlp.experts." in name for name in adapted):
         problem = f"peft 0.21 mixes up adapters of experts and of other MLPs ({min(beside)}) for {model_type}"
     else:
         return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from megalora.models.family import Family, Fields
@@ -55,7 +56,7 @@ def grouped_choice(hf: Fields, count: int) -> dict[str, Any]:
     groups, kept = hf.n_group or 1, hf.topk_group or 1
     if count % groups or kept > groups:
         hf.fail(
-            f"n_group ({groups}) must divide n_routed_experts ({count}), and topk_group ({kept}) not exceed it",
+            f"n_group ({groups}) must divide the number of experts ({count}), and topk_group ({kept}) not exceed it",
             "correct them",
         )
     if hf.num_experts_per_tok > kept * (count // groups):
@@ -66,10 +67,24 @@ def grouped_choice(hf: Fields, count: int) -> dict[str, Any]:
     return {"groups": groups, "kept_groups": kept}
 
 
-def deepseek_like(hf: Fields, attention: Mixer, experts: Experts) -> ModelSpec:
-    """Return a decoder whose first layers (first_k_dense_replace) have an MLP, and the others experts."""
-    dense, first = gated_mlp(hf), hf.first_k_dense_replace
-    return llama_like(hf, lambda layer: attention, lambda layer: experts if layer >= first else dense)
+def deepseek_like(hf: Fields, attention: Mixer | Callable[[int], Mixer], experts: Experts) -> ModelSpec:
+    """Return a decoder whose first layers have an MLP, and the others experts (see `sparse_layers`).
+
+    attention  of all layers, or of each
+    """
+    dense, sparse = gated_mlp(hf), sparse_layers(hf)
+    of_layer = attention if callable(attention) else lambda layer: attention
+    return llama_like(hf, of_layer, lambda layer: experts if sparse[layer] else dense)
+
+
+def sparse_layers(hf: Fields) -> tuple[bool, ...]:
+    """Return whether each layer has experts, by mlp_layer_types where the family has that, or first_k_dense_replace."""
+    if not hf.reads("mlp_layer_types"):
+        return tuple(layer >= hf.first_k_dense_replace for layer in range(hf.num_hidden_layers))
+    kinds = hf.mlp_layer_types
+    if len(kinds) != hf.num_hidden_layers or not {*kinds} <= {"dense", "sparse"}:
+        hf.fail(f"mlp_layer_types must say dense or sparse for each of {hf.num_hidden_layers} layers", "correct it")
+    return tuple(kind == "sparse" for kind in kinds)
 
 
 def shared_mlp(hf: Fields):

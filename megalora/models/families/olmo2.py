@@ -1,7 +1,6 @@
 """OLMo 2: norms behind each block, none before; RMSNorm over all heads of q and k together."""
 
 from collections.abc import Callable
-from typing import Any
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import (
@@ -10,9 +9,8 @@ from megalora.models.parts import (
     LLAMA_FIXED,
     gated_mlp,
     grouped_attention,
-    head_dim,
-    kv_heads,
     llama_ends,
+    norms_over_heads,
     rms,
 )
 from megalora.models.spec import Attention, Layer, ModelSpec, Residual
@@ -20,11 +18,7 @@ from megalora.models.spec import Attention, Layer, ModelSpec, Residual
 
 def attention_of(hf: Fields, window: int | None = None) -> Attention:
     """Return OLMo 2's attention, with a window where it has one."""
-    dim, bias = head_dim(hf), hf.attention_bias
-    norms: dict[str, Any] = {
-        f"{name}_norm": rms(hf, f"self_attn.{name}_norm", heads * dim, precise=True)
-        for name, heads in (("q", hf.num_attention_heads), ("k", kv_heads(hf)))
-    }
+    bias, norms = hf.attention_bias, norms_over_heads(hf, precise=True)
     return grouped_attention(hf, bias=bias, out_bias=bias, window=window, **norms)
 
 

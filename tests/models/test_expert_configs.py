@@ -1,0 +1,63 @@
+"""Published models of experts: their config.json is read, and means as many parameters as in transformers."""
+
+import math
+import re
+
+import pytest
+import torch
+import transformers
+from expert_configs import CONFIGS
+from oracle import fields_of
+from variants import class_of
+
+from megalora.errors import UserError
+from megalora.models.config import check_layout, config_from_dict
+from megalora.models.published import EXPERTS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_configs_have_the_parameters_of_transformers(name):
+    raw = dict(CONFIGS[name])
+    spec, kind = config_from_dict(raw), raw.pop("model_type")
+    raw.pop("quantization_config", None)
+    check_layout(spec, 4, 4)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[class_of(kind)](**raw))
+    corrections = (b.numel() for n, b in theirs.named_buffers() if n.endswith("e_score_correction_bias"))
+    expected = sum(p.numel() for p in theirs.parameters()) + sum(corrections)
+    assert sum(map(math.prod, spec.tensors.values())) == expected
+
+
+def test_they_are_those_that_the_page_names():
+    named = {name: kind for kind, names in EXPERTS.items() for name in names}
+    assert {name: raw["model_type"] for name, raw in CONFIGS.items()} == named
+
+
+@pytest.mark.parametrize(
+    "family, fields, said",
+    [
+        ("kimi_k2", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not implemented"),
+        ("glm4_moe_lite", {"first_k_dense_replace": 2}, "first_k_dense_replace (2) is not what mlp_layer_types says"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types must say dense or sparse for each of 3"),
+        ("glm4_moe_lite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+        ("minimax_m2", {"partial_rotary_factor": 1.0}, "rotary_dim (4) and partial_rotary_factor (1.0) are one field"),
+        ("minimax_m2", {"head_dim": None}, "rotary_dim without head_dim"),
+        ("minimax_m2", {"rotary_dim": 0}, "rotary_dim = 0 is not valid"),
+        ("minimax_m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list has other kinds of attention"),
+        ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size = 8 is not implemented"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not implemented"),
+    ],
+)
+def test_fields_that_contradict_or_ask_for_more_are_refused(family, fields, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        config_from_dict(fields_of(family, **fields))
+
+
+def test_a_share_of_a_head_is_told_by_either_field():
+    """As transformers saves it: beside rotary_dim, in rope_parameters too."""
+    own = config_from_dict(fields_of("minimax_m2"))
+    rope = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.4}
+    assert own.rotaries[0].size == 4
+    for fields in ({"rope_parameters": rope}, {"rope_parameters": rope, "rotary_dim": None}):
+        assert config_from_dict(fields_of("minimax_m2", **fields)).rotaries == own.rotaries
+    assert config_from_dict(fields_of("minimax_m2", rotary_dim=None)).rotaries[0].size == 10
