@@ -1,5 +1,14 @@
 """config.json of published models of experts, without what only says how text is generated."""
 
+_GRANITE = {
+    "model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"], "attention_bias": False,
+    "attention_dropout": 0.0, "attention_multiplier": 0.015625, "bos_token_id": 0, "embedding_multiplier": 12.0,
+    "eos_token_id": 0, "hidden_act": "silu", "initializer_range": 0.02, "intermediate_size": 512,
+    "logits_scaling": 6.0, "max_position_embeddings": 131072, "num_experts_per_tok": 8, "num_key_value_heads": 8,
+    "output_router_logits": False, "pad_token_id": 0, "residual_multiplier": 0.22, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 10000000.0, "router_aux_loss_coef": 0.0, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 49155,
+}  # fmt: skip
 _E4M3 = {"activation_scheme": "dynamic", "quant_method": "fp8", "weight_block_size": [128, 128]}
 CONFIGS = {
     "Mixtral-8x7B-v0.1": {
@@ -75,6 +84,42 @@ CONFIGS = {
         "shared_moe_mode": "sigmoid", "sliding_window": None, "tie_word_embeddings": False,
         "transformers_version": "4.46.1", "use_cache": True, "use_mtp": True, "use_qk_norm": True,
         "use_routing_bias": True, "vocab_size": 200064,
+    },
+    "dots.llm1.inst": {
+        "model_type": "dots1", "architectures": ["Dots1ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 10944, "max_position_embeddings": 32768, "max_window_layers": 62,
+        "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_routed_experts": 128, "n_shared_experts": 2,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts_per_tok": 6, "num_hidden_layers": 62,
+        "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 152064,
+    },
+    "Solar-Open-100B": {
+        "model_type": "solar_open", "architectures": ["SolarOpenForCausalLM"], "first_k_dense_replace": 0,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 10240,
+        "max_position_embeddings": 131072, "moe_intermediate_size": 1280, "n_routed_experts": 128,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 64, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 8, "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536},
+        "rope_theta": 1000000, "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "vocab_size": 196608,
+    },
+    "ERNIE-4.5-21B-A3B-PT": {
+        "model_type": "ernie4_5_moe", "architectures": ["Ernie4_5_MoeForCausalLM"], "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 12288,
+        "max_position_embeddings": 131072, "moe_capacity": [64, 64, 64], "moe_gate": "topk",
+        "moe_intermediate_size": 1536, "moe_k": 6, "moe_layer_interval": 1, "moe_layer_start_index": 1,
+        "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_use_aux_free": True, "num_attention_heads": 20,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "num_nextn_predict_layers": 1, "pad_token_id": 0,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "use_bias": False, "use_cache": False, "vocab_size": 103424,
+    },
+    "granite-3.1-1b-a400m-base": {
+        **_GRANITE, "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24, "num_local_experts": 32,
+    },
+    "granite-3.1-3b-a800m-base": {
+        **_GRANITE, "hidden_size": 1536, "num_attention_heads": 24, "num_hidden_layers": 32, "num_local_experts": 40,
     },
     "OLMoE-1B-7B-0924": {
         "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "attention_bias": False,

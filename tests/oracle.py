@@ -120,6 +120,25 @@ EXPERTS = {
         "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24,
         "attention_bias": True, "pad_token_id": 1,
     },
+    "dots1": {
+        "model_type": "dots1", "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2, "head_dim": 8,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        "sliding_window": 5, "max_window_layers": 2, "attention_bias": True,
+    },
+    "solar_open": {
+        "model_type": "solar_open", "n_routed_experts": 6, "num_experts_per_tok": 4, "n_shared_experts": 1,
+        "moe_intermediate_size": 16, "head_dim": 10,
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+    },
+    "ernie4_5_moe": {
+        "model_type": "ernie4_5_moe", "moe_num_experts": 6, "num_experts_per_tok": 3, "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 16, "moe_layer_start_index": 1, "tie_word_embeddings": True,
+    },
+    "granitemoe": {
+        "model_type": "granitemoe", "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24,
+        "embedding_multiplier": 12.0, "attention_multiplier": 0.21, "logits_scaling": 6.0, "residual_multiplier": 0.22,
+        "tie_word_embeddings": True,
+    },
     "llama4_text": {
         "model_type": "llama4_text", "num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size": 32,
         "intermediate_size_mlp": 56, "head_dim": 8, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 3,
@@ -388,6 +407,7 @@ IMAGES = {
 _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
+    "ernie4_5_moe": ("head_dim",), "granitemoe": ("head_dim",), "solar_open": ("intermediate_size",),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"), ("head_dim",)),
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
     **dict.fromkeys(ENCODERS, _OLD),

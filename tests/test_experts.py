@@ -162,13 +162,14 @@ def test_factors_that_cannot_be_shared(family, fields, said):
         resolve_lora(LoraConfig.from_dict(ALL_LINEAR | fields), config_from_dict(fields_of(family)))
 
 
-NINE = {"num_experts": 9, "num_local_experts": 9, "n_routed_experts": 9, "n_group": 3, "topk_group": 2}
+NINE = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 9)
+NINE |= {"n_group": 3, "topk_group": 2}
 
 
 def of_eight(family: str) -> Run:
     """On eight processes, which hold two or one of nine experts each."""
     model = {name: value for name, value in NINE.items() if name in EXPERTS[family]}
-    return Run(family, tp=8, micro_batch_rows=2, lora=EVERY, model=model)
+    return Run(family, tp=8, micro_batch_rows=2, lora=EVERY, model=model, rows=8, seq_length=48)
 
 
 def test_eight_tensor_parallel_ranks():
@@ -201,6 +202,11 @@ def test_ranks_and_scales_of_single_experts():
 MIXTRAL = {"mixtral", "minimax_m2"}  # with its names in the files: transformers' modules have others
 # Parts of names in transformers' modules -> in the files.
 RENAMED = {kind: {".mlp.": ".block_sparse_moe."} for kind in MIXTRAL}
+RENAMED["granitemoe"] = {
+    ".experts.gate_up_proj": ".input_linear.weight", ".experts.down_proj": ".output_linear.weight",
+    ".router.weight": ".router.layer.weight",
+}  # fmt: skip
+RENAMED |= {"ernie4_5_moe": {".gate.moe_statics.": ".moe_statics."}}
 
 
 def plain_names(family: str, model) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
@@ -209,12 +215,12 @@ def plain_names(family: str, model) -> dict[str, tuple[torch.Tensor, torch.nn.Pa
     stacks = config_from_dict(fields_of(family)).stacks
     gate, up, down = ("w1", "w3", "w2") if family in MIXTRAL else ("gate_proj", "up_proj", "down_proj")
     corrections = ((n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias"))
-    for name, parameter in (*model.named_parameters(remove_duplicate=False), *corrections):
+    for name, parameter in (*model.named_parameters(), *corrections):
+        for theirs, ours in RENAMED.get(family, {}).items():
+            name = name.replace(theirs, ours)
         if name in stacks:
             found |= {ours: (part, parameter) for ours, part in zip(stacks[name], parameter, strict=True)}
             continue
-        for theirs, ours in RENAMED.get(family, {}).items():
-            name = name.replace(theirs, ours)
         if name.endswith("experts.gate_up_proj"):
             for e, weight in enumerate(parameter):
                 for half, part in zip(weight.chunk(2), (gate, up), strict=True):
@@ -312,7 +318,7 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
             loss.backward()
             theirs_loss += loss.item()
     # Those whose rotations transformers computes in float32.
-    tolerance = 1e-5 if family in ("deepseek_v2", "llama4_text") else 1e-10
+    tolerance = 1e-5 if family in ("deepseek_v2", "ernie4_5_moe", "llama4_text") else 1e-10
     assert abs(ours_loss - theirs_loss) <= tolerance * abs(theirs_loss)
     for name, adapter in resolved.adapters.items():
         place, holder = places[f"{name}.weight"]

@@ -134,9 +134,11 @@ BOUNDS: Mapping[str, Bound] = {
     # layers
     **_all(
         Number(True, 1, MOST_LAYERS),
-        """num_hidden_layers decoder_sparse_step num_layers num_decoder_layers encoder_layers decoder_layers""",
+        """num_hidden_layers decoder_sparse_step moe_layer_interval num_layers num_decoder_layers encoder_layers
+        decoder_layers""",
     ),
-    **_all(_LAYERS, "max_window_layers first_k_dense_replace"),
+    "moe_layer_end_index": Number(True, -1, MOST_LAYERS),
+    **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index"),
     **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers num_mtp_modules"),
     **_all(Each(Word(), MOST_LAYERS), "layer_types mlp_layer_types attention_layers"),
     **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers"),
@@ -159,9 +161,9 @@ BOUNDS: Mapping[str, Bound] = {
     "max_2d_position_embeddings": Number(True, 1, 1 << 16),
     "sliding_window": Number(True, 0, 1 << 32),  # transformers writes 0 where use_sliding_window is false
     # experts
-    **_all(_EXPERTS, "num_experts num_local_experts n_routed_experts n_group topk_group"),
+    **_all(_EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts n_group topk_group"),
     **_all(Number(True, 1, 1 << 10), "num_experts_per_tok"),
-    **_all(Number(True, 0, 1 << 10), "n_shared_experts"),
+    **_all(Number(True, 0, 1 << 10), "n_shared_experts moe_num_shared_experts"),
     # factors
     **_all(
         Number(False, 1e-30, 1.0),
@@ -194,8 +196,8 @@ BOUNDS: Mapping[str, Bound] = {
     ),
     **_all(
         Word(),
-        """activation activation_function hidden_act hidden_activation topk_method feed_forward_proj dense_act_fn
-        pooler_hidden_act norm_rel_ebd""",
+        """activation activation_function hidden_act hidden_activation topk_method scoring_func feed_forward_proj
+        dense_act_fn pooler_hidden_act norm_rel_ebd""",
     ),
     "pos_att_type": Kinds(),
     **_all(Object(), "attn_config vision_config qformer_config text_config"),

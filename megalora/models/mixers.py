@@ -357,7 +357,8 @@ class Experts:
 
     expert       of which each has its own, with {expert} for its index in the names
     shared       the MLP of all tokens; shared_gate: its result times sigmoid(gate), one number a token
-    stacked      files hold one tensor for all experts, [count, ...], whose name lacks `{expert}.` and `.weight`
+    stacked      files hold one tensor for all experts, [count, ...], whose name lacks `{expert}.` and `.weight`,
+    in_files     or is another: (the name so made, that in the files) each
     weighs_input the weight of an expert multiplies what it reads, not its result
     """
 
@@ -367,6 +368,7 @@ class Experts:
     shared: MLP | None = None
     shared_gate: Linear | None = None
     stacked: bool = False
+    in_files: tuple[tuple[str, str], ...] = ()
     weighs_input: bool = False
 
     def at(self, index: int) -> MLP:
@@ -388,7 +390,8 @@ class Experts:
         for linear in self.expert.linears:
             stem = linear.name.replace("{expert}.", "")
             for end, ours in (("", "weight"), *((("_bias", "bias"),) if linear.bias else ())):
-                yield f"{stem}{end}", tuple(f"{linear.name.format(expert=i)}.{ours}" for i in range(self.count))
+                name = dict(self.in_files).get(f"{stem}{end}", f"{stem}{end}")
+                yield name, tuple(f"{linear.name.format(expert=i)}.{ours}" for i in range(self.count))
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -404,4 +407,4 @@ class Experts:
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and shape of what is neither linear nor norm."""
         if self.router.correction is not None:
-            yield self.router.correction, (self.count,)
+            yield self.router.correction, (1, self.count) if self.router.correction_row else (self.count,)

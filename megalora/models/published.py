@@ -115,11 +115,15 @@ NAMED: Mapping[str, tuple[str, ...]] = {
 """Published encoders whose config.json is read, with the parameters' names and shapes in transformers."""
 
 EXPERTS: Mapping[str, tuple[str, ...]] = {
+    "dots1": ("dots.llm1.inst",),
+    "ernie4_5_moe": ("ERNIE-4.5-21B-A3B-PT",),
     "glm4_moe_lite": ("GLM-4.7-Flash",),
+    "granitemoe": ("granite-3.1-1b-a400m-base", "granite-3.1-3b-a800m-base"),
     "kimi_k2": ("Kimi-K2-Instruct",),
     "minimax_m2": ("MiniMax-M2",),
     "mixtral": ("Mixtral-8x7B-v0.1",),
     "olmoe": ("OLMoE-1B-7B-0924",),
     "qwen3_moe": ("Qwen3-30B-A3B",),
+    "solar_open": ("Solar-Open-100B",),
 }
 """Published models of experts whose config.json is read, with as many parameters as transformers' model of it has."""

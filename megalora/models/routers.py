@@ -17,7 +17,8 @@ class Router:
     renormalise  the chosen scores are divided by their sum
     scale        what the weights are multiplied by
     wide         logits are computed in float32, else in the compute dtype (scores always in float32)
-    correction   name of a bias that is added to the scores for the choice alone
+    correction   name of a bias that is added to the scores for the choice alone; correction_row: it is [1, experts] in
+                 the file, else [experts]
     groups       experts are chosen from the best `kept_groups` of so many groups; a group is as good as the sum of its
                  best `group_top` scores
     """
@@ -30,6 +31,7 @@ class Router:
     scale: float = 1.0
     wide: bool = False
     correction: str | None = None
+    correction_row: bool = False
     groups: int = 1
     kept_groups: int = 1
     group_top: int = 1

@@ -49,6 +49,7 @@ from megalora.models.mixers import (  # noqa: F401
 )
 from megalora.models.prefix import ImagePrefix
 
+_EXPERT = re.compile(r"\.\d+\.(?=[^.]+$)")  # what sets the linears of an expert apart
 _LAYER = re.compile(r".*?\.\d+\.")  # what the name of a layer's tensor begins with
 Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts
 
@@ -342,9 +343,10 @@ class ModelSpec:
 
     @cached_property
     def stacked_linears(self) -> Mapping[str, tuple[str, ...]]:
-        """Every tensor of the file that holds the weights of several experts, and the linears that they are of."""
-        weights = {name: parts for name, parts in self.stacks.items() if parts[0].endswith(".weight")}
-        return {name: tuple(part.removesuffix(".weight") for part in parts) for name, parts in weights.items()}
+        """The weights of several experts that are one parameter in transformers, by its name, and their linears."""
+        weights = (parts for parts in self.stacks.values() if parts[0].endswith(".weight"))
+        linears = (tuple(part.removesuffix(".weight") for part in parts) for parts in weights)
+        return {_EXPERT.sub(".", names[0]): names for names in linears}
 
     @cached_property
     def fused_experts(self) -> Mapping[str, tuple[str, ...]]:

@@ -49,8 +49,10 @@ _PARITY = (
 _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
 _EXPERTS_ON_GPU = "deepseek_v2 deepseek_v3 glm4_moe gpt_oss mixtral qwen2_moe qwen3_moe"
-_EXPERTS = f"{_EXPERTS_ON_GPU} glm4_moe_lite kimi_k2 llama4_text minimax_m2 olmoe"
-_STACKED = _types("gpt_oss llama4_text")  # whose files hold the experts of a layer in one tensor
+_EXPERTS = (
+    f"{_EXPERTS_ON_GPU} dots1 ernie4_5_moe glm4_moe_lite granitemoe kimi_k2 llama4_text minimax_m2 olmoe solar_open"
+)
+_STACKED = _types("gpt_oss granitemoe llama4_text")  # whose files hold the experts of a layer in one tensor
 _TODAY = (
     "apertus arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium "
     "hunyuan_v1_dense hyperclovax internlm3 minicpm3 ministral3 nemotron olmo olmo2 olmo3 seed_oss smollm3 stablelm "
@@ -168,11 +170,11 @@ FEATURES = (
             "tests/test_images.py",
         ),
         "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2`, "
-        "`falcon`, `gpt_oss`, `llama4_text` and `blip-2`; merged into the base: `llama`, `gpt2`, `falcon`, `gpt_oss`, "
-        "`llama4_text`, `mixtral`, `qwen3_moe` and `blip-2`",
+        "`falcon`, `gpt_oss`, `granitemoe`, `llama4_text` and `blip-2`; merged into the base: `llama`, `gpt2`, "
+        "`falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, `mixtral`, `qwen3_moe` and `blip-2`",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} btlm chatglm")
-            - _types("gpt_oss llama4_text mixtral qwen3_moe")
+            - (_STACKED | _types("mixtral qwen3_moe"))
             | _types("gpt_neo internlm2")
         },
     ),

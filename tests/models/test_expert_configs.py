@@ -45,6 +45,11 @@ def test_they_are_those_that_the_page_names():
         ("minimax_m2", {"rotary_dim": 0}, "rotary_dim = 0 is not valid"),
         ("minimax_m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list has other kinds of attention"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size = 8 is not implemented"),
+        ("dots1", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not implemented"),
+        ("solar_open", {"first_k_dense_replace": 1}, "first_k_dense_replace = 1 is not implemented"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias = True is not implemented"),
+        ("ernie4_5_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok (7) is more than the number of experts (6)"),
+        ("granitemoe", {"residual_multiplier": 0.0}, "residual_multiplier = 0.0 is not valid"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not implemented"),
     ],
 )

@@ -105,7 +105,8 @@ class RouterBlock:
         self.group = LinearGroup((at.replicated(self.spec.linear),), at.site("up"), at.place, reduces=False)
         self.correction: nn.Parameter | None = None
         if self.spec.correction is not None:
-            values = torch.empty(self.count, dtype=self.wide, device=at.place.device)
+            shape = (1, self.count) if self.spec.correction_row else (self.count,)
+            values = torch.empty(shape, dtype=self.wide, device=at.place.device)
             self.correction = nn.Parameter(values, requires_grad=False)
             at.parameter(self.spec.correction, self.correction)
         self.load = torch.zeros(self.count, dtype=torch.int64, device=at.place.device)

@@ -11,7 +11,7 @@ from megalora.adapters.config import ResolvedLora
 from megalora.adapters.sharing import holder
 from megalora.models import spec
 from megalora.models.blocks.norm import NORMS, Norm, NormAcrossHeads, NormOfEachHead
-from megalora.models.names import Stem, hang
+from megalora.models.names import Stem, below, hang
 from megalora.ops.dropout import named_site
 from megalora.parallel.experts import ExpertLinear, ReplicatedLinear, SharedFactors
 from megalora.parallel.linear import ColumnParallelLinear, RowParallelLinear, TokenLinear
@@ -79,7 +79,7 @@ class LayerPlace:
         split  where it is cut, of a stem that is no module of its own
         """
         *path, last = self.stack.of_layer(self.index, name).split(".")
-        stem = self.root.get_submodule(".".join(path))
+        stem = below(self.root, path)
         stem.register_parameter(last, parameter)
         if split is not None:
             assert isinstance(stem, Stem), name

@@ -10,16 +10,17 @@ from megalora.models.parts import (
     rms,
     scaled_ends,
 )
-from megalora.models.spec import Layer, ModelSpec, Norm, Residual
+from megalora.models.spec import Layer, Mixer, ModelSpec, Norm, Residual
 
 
-def decoder_of(hf: Fields, logits: float, behind: tuple[Norm | None, Norm | None] = (None, None)) -> ModelSpec:
-    """Return a decoder of Granite's layers, with logits times a number and norms `behind` attention and MLP."""
+def decoder_of(
+    hf: Fields, mlp: Mixer, logits: float, behind: tuple[Norm | None, Norm | None] = (None, None)
+) -> ModelSpec:
+    """Return a decoder of Granite's layers around an MLP, or experts: logits times a number, norms `behind` blocks."""
     bias, scale = hf.attention_bias, hf.residual_multiplier
     attention = grouped_attention(
         hf, bias=bias, out_bias=bias, scale=hf.attention_multiplier, dropout=hf.attention_dropout
     )
-    mlp = gated_mlp(hf, hf.mlp_bias)
 
     def layer(index: int) -> Layer:
         return (
@@ -32,7 +33,7 @@ def decoder_of(hf: Fields, logits: float, behind: tuple[Norm | None, Norm | None
 
 
 def read(hf: Fields) -> ModelSpec:
-    return decoder_of(hf, 1 / hf.logits_scaling)
+    return decoder_of(hf, gated_mlp(hf, hf.mlp_bias), 1 / hf.logits_scaling)
 
 
 FIELDS = LLAMA_FIELDS | frozenset(
