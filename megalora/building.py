@@ -81,7 +81,7 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             "remove the field",
         )
     told = counted(lora_config, resolved.adapters, config.linears)
-    if config.prefix is not None:  # short names would mean linears of the prefix too, where peft reads them
+    if config.prefix is not None or config.files.beside:  # short names would mean linears of images too, for peft
         told = replace(told, target_modules=tuple(sorted(resolved.adapters)))
     return replace(resolved, config=replace(told, fan_in_fan_out=transposed, target_parameters=stacked or None))
 

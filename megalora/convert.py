@@ -321,8 +321,9 @@ def _write_ends(folder: Path, config: ModelSpec) -> None:
     """
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
-    names = [name for name in ("vocab_size", "padded_vocab_size") if name in fields] or ["vocab_size"]
-    fields |= dict.fromkeys(names, config.vocab_size)
+    text = fields if "vocab_size" in fields else fields.get("text_config", fields)  # of a larger model
+    names = [name for name in ("vocab_size", "padded_vocab_size") if name in text] or ["vocab_size"]
+    text |= dict.fromkeys(names, config.vocab_size)
     if isinstance(config.head, Head):
         fields["tie_word_embeddings"] = config.head.tied
     file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -57,6 +57,7 @@ from megalora.identity import (
     other_base_format,
 )
 from megalora.models.config import check_layout, check_length, check_writes_text, read_config
+from megalora.models.multimodal import unread_note
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.collectives import broadcast_object, gather_objects, on_first, tell_once, together
@@ -183,7 +184,8 @@ def _open(arguments: GenerateArguments, adapter: AdapterCheckpoint | None, mesh:
         if world.is_first or (stops and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
             tokenizer = open_tokenizer(model.model_path, added)
             reader = Reader(tokenizer.tokenizer, stops, shown=[token.content for token in added])
-    return _Opened(config, context, tokenizer, reader, stops, tuple(note for note in (longer, own_head) if note), first)
+    notes = tuple(note for note in (longer, own_head, unread_note(config, model.model_path)) if note)
+    return _Opened(config, context, tokenizer, reader, stops, notes, first)
 
 
 def _asked(arguments: GenerateArguments, opened: _Opened, recorded: str | None, mesh: ParallelMesh) -> _Asked:

@@ -41,6 +41,7 @@ from megalora.identity import (
 )
 from megalora.models.config import check_context, check_layout, check_length, check_task, read_config
 from megalora.models.dropouts import base_dropouts, choose_base_dropout, told
+from megalora.models.multimodal import unread_note
 from megalora.models.spec import ModelSpec
 from megalora.parallel.collectives import on_first, tell_stage, together
 from megalora.parallel.mesh import Axis, ParallelMesh
@@ -128,7 +129,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     template = rendering(lora_config.task_type, config, model.model_path, data, recorded, mesh.world, added)
     config = config.for_task(lora_config.task_type, template.labels if isinstance(template, ClassRows) else ())
     config, own_head = on_first(lambda: settle_head(config, weights), mesh.world)
-    notes += [*([own_head] if own_head else []), *template.notes]
+    notes += [*(note for note in (own_head, unread_note(config, model.model_path)) if note), *template.notes]
     with together(mesh.world):
         config = with_rows_for(config, added, model.model_path, None if start is None else start.checkpoint.tensors)
         lora = resolve_lora(train_rows_of(lora_config, config, added), config)

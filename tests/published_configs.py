@@ -350,4 +350,60 @@ CONFIGS = {
         },
         4_073_875_968,
     ),
+    # Models that read images too: the parameters of their language models.
+    "gemma-3-4b-it": (
+        {
+            "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+            "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
+            "initializer_range": 0.02, "mm_tokens_per_image": 256, "torch_dtype": "bfloat16",
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+            },
+            "vision_config": {
+                "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+                "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+            },
+        },
+        3_880_263_168,
+    ),
+    "Mistral-Small-3.1-24B-Instruct-2503": (
+        {
+            "model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10,
+            "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
+            "torch_dtype": "bfloat16", "vision_feature_layer": -1,
+            "text_config": {
+                "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "initializer_range": 0.02,
+                "max_position_embeddings": 131072, "model_type": "mistral", "rms_norm_eps": 1e-05,
+                "rope_theta": 1e9, "sliding_window": None, "use_cache": True, "vocab_size": 131072,
+                **_sizes(5120, 32768, 40, 32, 8),
+            },
+            "vision_config": {
+                "attention_dropout": 0.0, "head_dim": 64, "hidden_act": "gelu", "hidden_size": 1024,
+                "image_size": 1540, "intermediate_size": 4096, "model_type": "pixtral", "num_attention_heads": 16,
+                "num_channels": 3, "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0,
+            },
+        },
+        23_572_403_200,
+    ),
+    "Qwen2.5-VL-7B-Instruct": (
+        {
+            "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
+            "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
+            "video_token_id": 151656, "hidden_act": "silu", "initializer_range": 0.02,
+            "max_position_embeddings": 128000, "max_window_layers": 28, "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
+            "vision_config": {
+                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+                "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
+                "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+                "tokens_per_second": 2, "temporal_patch_size": 2,
+            },
+            **_sizes(3584, 18944, 28, 28, 4),
+        },
+        7_615_616_512,
+    ),
 }  # fmt: skip

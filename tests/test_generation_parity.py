@@ -52,10 +52,10 @@ def answers(model: torch.nn.Module, template: ChatTemplate, questions: list[str]
     return found
 
 
-def adapted(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """With a random adapter on all linears, which it saves: strong enough to change what is said."""
+def adapted(model: torch.nn.Module, folder: Path, linears: str = "all-linear") -> torch.nn.Module:
+    """With a random adapter on these linears, which it saves: strong enough to change what is said."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=linears, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(model, config).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

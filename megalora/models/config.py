@@ -105,7 +105,7 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
 
 def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Return the ModelSpec that `family` reads from the fields of a config.json. Raises UserError as `read_config`."""
-    raw = family.in_our_names(raw, where)
+    raw = _with_text_config(family.in_our_names(raw, where), family)
     partial = family.partial_of(raw, where)
     if family.scaled and all(raw.get(name) is None for name in ("rope_parameters", "rope_scaling")):
         said = f"{where}: has no rope_scaling, which this model is made with"
@@ -124,7 +124,7 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     if not family.rotates and rope["rope_theta"] != family.theta:
         why = "turns by 10000 always" if spec.rotaries else "has no rotary positions"
         raise UserError(f"{where}: rope_theta = {rope['rope_theta']!r}, but this model {why}", "remove it")
-    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or spec.dtype
     further = range(spec.num_hidden_layers, spec.num_hidden_layers + spec.predicting)
     passed = tuple(spec.stack.of_layer(index, "") for index in further)
     files = family.files if spec.files == FileNames() else spec.files  # of a model within another
@@ -137,6 +137,15 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
         files=replace(files, passed=(*files.passed, *passed)),
         max_position_embeddings=longest,
     )
+
+
+def _with_text_config(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """Return the fields with those of an inner language model in text_config, where an old file has them beside it."""
+    if not family.inner or "text_config" in raw:
+        return raw
+    outer = {*HARMLESS, *FIXED, *family.harmless, *family.reads}
+    text = {name: value for name, value in raw.items() if name not in outer}
+    return {**{name: value for name, value in raw.items() if name in outer}, "text_config": text}
 
 
 def _undivided_length(raw: Mapping[str, Any], where: str) -> float:
@@ -187,7 +196,7 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
     import transformers  # slow to import, and not needed to name a bad flag
     from transformers import CONFIG_MAPPING
 
-    kind = None if family.remote else family.config_class or raw["model_type"]
+    kind = None if family.remote or family.inner else family.config_class or raw["model_type"]
     if kind is not None and kind not in CONFIG_MAPPING:
         said = f"{where}: model_type = {raw['model_type']!r} is not known to transformers {transformers.__version__}"
         raise UserError(said, "install a newer one: pip install -U transformers")

@@ -41,6 +41,7 @@ class Family:
     remote       config.json names code that transformers lacks: `defaults` are all of its fields. No such code is run
     optional     sizes that config.json may leave out
     architectures  ends of names in config.json's `architectures` beside those that every decoder may have
+    inner        of a model around a language model: the types that its text_config may have -> the families' own
     A field of the family's config class that is none of these is refused, unless it is unset.
     """
 
@@ -66,6 +67,7 @@ class Family:
     remote: bool = False
     optional: frozenset[str] = frozenset()
     architectures: frozenset[str] = frozenset()
+    inner: Mapping[str, str] = field(default_factory=dict)
 
     def in_our_names(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return the fields of a config.json under the names that `read` uses.

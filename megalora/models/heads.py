@@ -116,6 +116,8 @@ class FileNames:
     prefix   of the bare model, which files saved from it lack
     passed   starts of names of parts that are no part of this model: layers that predict further tokens, heads of
              another task
+    beside   starts of names of the rest of a larger model that this one is a part of (an image tower): not read, and
+             copied to files that are made of these
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -123,6 +125,7 @@ class FileNames:
     prefix: str = ""
     passed: tuple[str, ...] = ()
     endings: tuple[tuple[str, str], ...] = ()
+    beside: tuple[str, ...] = ()
 
     def ours(self, name: str, expected: Collection[str]) -> str | None:
         """Return our name of a tensor of the file, None for one that says nothing. expected: all of our names."""
@@ -131,6 +134,8 @@ class FileNames:
                 name = name[: -len(end)] + ours
         if name in expected:
             return name
+        if name.startswith(self.beside):
+            return None
         for start, ours in self.renames:
             if name.startswith(start):
                 renamed = ours + name[len(start) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from megalora.models.prefix import ImagePrefix
@@ -20,7 +21,19 @@ from megalora.models.spec import (
 
 
 def below(spec: ModelSpec, name: str, prefix: ImagePrefix) -> ModelSpec:
-    """Return a language model whose names begin with `name`, behind a prefix; it has that head alone.
+    """Return a language model whose names begin with `name`, behind a prefix; it has that head alone."""
+    files = replace(
+        spec.files,
+        renames=tuple((name + start, name + ours) for start, ours in spec.files.renames),
+        ignored=(*spec.files.ignored, "embeddings.position_ids"),
+        prefix="",
+        passed=tuple(name + start for start in spec.files.passed),
+    )
+    return replace(renamed(spec, lambda own: name + own), files=files, prefix=prefix)
+
+
+def renamed(spec: ModelSpec, ours: Callable[[str], str]) -> ModelSpec:
+    """Return the spec with other names: `ours` of a full name. It has its own head alone, and no names of files.
 
     Names of a layer are relative to it, so that those of the ends change, and of what layers share.
     """
@@ -28,16 +41,16 @@ def below(spec: ModelSpec, name: str, prefix: ImagePrefix) -> ModelSpec:
     assert isinstance(head, Head)
 
     def norm(one: Norm | None) -> Norm | None:
-        return one and replace(one, name=name + one.name)
+        return one and replace(one, name=ours(one.name))
 
     def embedding(one: Embedding) -> Embedding:
         assert one.types is None and one.boxes is None and one.project is None, one
-        positions = one.positions and replace(one.positions, name=name + one.positions.name)
-        return replace(one, name=name + one.name, positions=positions, norm=norm(one.norm))
+        positions = one.positions and replace(one.positions, name=ours(one.positions.name))
+        return replace(one, name=ours(one.name), positions=positions, norm=norm(one.norm))
 
     def mixer(one: Mixer) -> Mixer:
         if isinstance(one, Attention) and isinstance(one.position, RelativeTable):
-            return replace(one, position=replace(one.position, name=name + one.position.name))
+            return replace(one, position=replace(one.position, name=ours(one.position.name)))
         return one
 
     def layer(one: Layer) -> Layer:
@@ -47,35 +60,24 @@ def below(spec: ModelSpec, name: str, prefix: ImagePrefix) -> ModelSpec:
     if encoder is not None:
         encoder = replace(
             encoder,
-            prefix=name + encoder.prefix,
+            prefix=ours(encoder.prefix),
             embedding=embedding(encoder.embedding),
             final_norm=norm(encoder.final_norm),
         )
     layers = {one: layer(one) for one in set(stack.layers)}
-    bias_row = head.bias_row and name + head.bias_row
-    project = head.project and replace(head.project, name=name + head.project.name)
+    bias_row = head.bias_row and ours(head.bias_row)
+    project = head.project and replace(head.project, name=ours(head.project.name))
     return replace(
         spec,
         embedding=embedding(spec.embedding),
         stack=replace(
             stack,
-            prefix=name + stack.prefix,
+            prefix=ours(stack.prefix),
             layers=tuple(layers[one] for one in stack.layers),
             final_norm=norm(stack.final_norm),
             encoder=encoder,
         ),
-        head=replace(head, name=name + head.name, bias_row=bias_row, project=project),
-        files=_files(spec.files, name),
+        head=replace(head, name=ours(head.name), bias_row=bias_row, project=project),
+        files=FileNames(),
         task_heads=(),
-        prefix=prefix,
-    )
-
-
-def _files(files: FileNames, name: str) -> FileNames:
-    return replace(
-        files,
-        renames=tuple((name + start, name + ours) for start, ours in files.renames),
-        ignored=(*files.ignored, "embeddings.position_ids"),
-        prefix="",
-        passed=tuple(name + start for start in files.passed),
     )

@@ -9,6 +9,7 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES
 from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
+from megalora.models.multimodal import unread_parts
 from megalora.models.published import BUILT, EXPERTS, NAMED, PUBLISHED, REFUSED
 from megalora.models.spec import (
     MLP,
@@ -28,7 +29,7 @@ from megalora.models.spec import (
 from megalora.models.tested import CELLS, FEATURES, cell
 
 MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
-_COLUMNS = 4  # of families in README.md
+_COLUMNS = 5  # of families in README.md
 
 
 def summary(family: Family) -> tuple[str, str]:
@@ -43,7 +44,7 @@ def example(family: Family) -> ModelSpec:
     from transformers import CONFIG_MAPPING
 
     kind = family.types[0]
-    theirs = {} if family.remote else CONFIG_MAPPING[family.config_class or kind]().to_dict()
+    theirs = {} if family.remote or family.inner else CONFIG_MAPPING[family.config_class or kind]().to_dict()
     fields = {**theirs, **family.defaults, **(family.fixed if family.remote else {})}
     fields = {name: value for name, value in fields.items() if value is not None}
     return spec_of(family, fields | {"model_type": kind, **family.example}, f"the default config of {kind}")
@@ -182,6 +183,11 @@ def _family(family: Family) -> Iterable[str]:
         yield f"- Every token sees its whole document. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
     if spec.prefix is not None:
         yield "- Reads an image before each text, see [images.md](images.md): its vision tower and Q-Former are frozen."
+    if family.inner:
+        parts = _code(unread_parts(spec))
+        yield f"- Its language model is used, on text only. Image parts ({parts}) are not loaded; convert copies them."
+        texts = _code([kind for kind in family.inner.values() if kind not in family.inner])
+        yield f"- `text_config` is of {_code(family.inner)}" + (f", and read as that of {texts}." if texts else ".")
     if spec.encoder is not None:
         yield f"- An encoder-decoder. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
     if isinstance(family.partial, tuple):

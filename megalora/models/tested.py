@@ -25,6 +25,7 @@ class Feature:
     tests   files of the tests
     covers  what it covers, and its limits
     except_for  cell -> first model types of the families for which it is not "yes"
+    around  models around a language model of another family, used on text only, for which it is tested itself
     """
 
     name: str
@@ -32,6 +33,7 @@ class Feature:
     covers: str
     except_for: Mapping[str, Types] = field(default_factory=dict)
     needs_gpu: bool = False
+    around: Types = frozenset()
 
 
 def _types(names: str) -> Types:
@@ -60,6 +62,7 @@ _TODAY = (
 )
 _ENCODERS = "bert deberta deberta-v2 distilbert electra layoutlm roberta"
 _SEQ2SEQ = "bart t5"
+_AROUND = _types("gemma3 llama4 mistral3 qwen2_5_vl qwen2_vl qwen3_vl")
 _ON_GPU = _types(f"{_EXPERTS_ON_GPU} deberta deberta-v2 gemma2 granite starcoder2")
 
 FEATURES = (
@@ -138,12 +141,14 @@ FEATURES = (
         (
             *("tests/test_generation_parity.py", "tests/test_modern.py", "tests/test_classic_files.py"),
             *("tests/test_classic.py", "tests/test_experts.py", "tests/test_seq2seq.py", "tests/test_images.py"),
+            "tests/test_multimodal.py",
         ),
         "greedy replies are transformers', token for token",
         {
             "cache": _types(f"{_FIRST_NAMES} btlm chatglm codegen gpt_bigcode gpt_neo internlm2 mpt opt phi"),
             "labels": _types(_ENCODERS),
         },
+        around=_AROUND - _types("llama4"),
     ),
     Feature(
         "plan",
@@ -156,33 +161,41 @@ FEATURES = (
     ),
     Feature(
         "convert",
-        ("tests/test_convert.py", "tests/test_classic_files.py", "tests/test_fused_experts.py", "tests/test_images.py"),
+        (
+            *("tests/test_convert.py", "tests/test_classic_files.py", "tests/test_fused_experts.py"),
+            *("tests/test_images.py", "tests/test_multimodal.py"),
+        ),
         "safetensors to shards and back, every bit kept",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ}") - _STACKED
             | _types("bloom btlm chatglm codegen gpt_bigcode gpt_neo gptj internlm2 mpt opt phi")
         },
+        around=_AROUND,
     ),
     Feature(
         "PEFT files",
         (
             *("tests/test_convert_adapter.py", "tests/test_classic_files.py", "tests/test_fused_experts.py"),
-            "tests/test_images.py",
+            *("tests/test_images.py", "tests/test_multimodal.py"),
         ),
         "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2`, "
-        "`falcon`, `gpt_oss`, `granitemoe`, `llama4_text` and `blip-2`; merged into the base: `llama`, `gpt2`, "
-        "`falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, `mixtral`, `qwen3_moe` and `blip-2`",
+        "`falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, `blip-2`, `gemma3` and `qwen2_5_vl`; merged into the base: "
+        "`llama`, `gpt2`, `falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, `mixtral`, `qwen3_moe`, `blip-2` and the "
+        "models around another",
         {
             "shared": _types(f"{_FIRST_NAMES} {_EXPERTS} {_TODAY} {_ENCODERS} {_SEQ2SEQ} btlm chatglm")
             - (_STACKED | _types("mixtral qwen3_moe"))
             | _types("gpt_neo internlm2")
         },
+        around=_AROUND,
     ),
 )
 
 
 def cell(feature: Feature, kind: str) -> str:
     """Return the table's cell of a family whose first model type is `kind`."""
+    if kind in _AROUND - feature.around:
+        return "untested" if feature.needs_gpu else "shared"
     for said, kinds in feature.except_for.items():
         if kind in kinds:
             return said

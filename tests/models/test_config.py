@@ -259,7 +259,7 @@ def named(name: str) -> str:
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"architectures": ["LlamaForQuestionAnswering"]}, "architectures"),
         ({"model_type": "gemma7"}, "gemma7"),
-        ({"model_type": "llama4"}, "llama4"),
+        ({"model_type": "llama5"}, "llama5"),
         ({"model_type": None}, "model_type"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -47,10 +47,11 @@ def axes(runs) -> dict[str, set[str]]:
 def tested() -> dict[str, dict[str, set[str]]]:
     """Feature -> cell -> model types, as the tables of the tests have them."""
     pytest.importorskip("peft")
-    variants, classic, experts, files, classes, nodes, pairs, fused, images = map(
+    variants, classic, experts, files, classes, nodes, pairs, fused, images, multimodal = map(
         module,
         ("variants.py", "test_classic.py", "test_experts.py", "test_classic_files.py", "tasks/test_classes.py")
-        + ("planning/test_nodes.py", "tasks/test_seq2seq.py", "test_fused_experts.py", "tasks/test_images.py"),
+        + ("planning/test_nodes.py", "tasks/test_seq2seq.py", "test_fused_experts.py", "tasks/test_images.py")
+        + ("test_multimodal.py",),
     )
     runs = variants.layout_runs(list(MODERN)) + classic.layouts()
     runs += [run for family in EXPERTS for run in experts.layouts(family)]
@@ -71,6 +72,7 @@ def tested() -> dict[str, dict[str, set[str]]]:
     found["parity"] = {"yes": packed | set(EXPERTS)}
     found["CUDA graphs"] = {"yes": ON_GPU}
     replies = six | modern | set(map(kind, SEQ2SEQ | IMAGES)) | set(EXPERTS) | {"gpt2", "bloom", "falcon", "gptj"}
+    replies |= multimodal.REPLIES
     by_token = {family for family, _ in classic.VARIANTS.values()} | set(experts.CACHED)
     found["generate"] = {"yes": replies, "cache": by_token - replies, "labels": set(map(kind, ENCODERS))}
     counted = {nodes.FIELDS["model_type"], "qwen3", *nodes.OLDER}
@@ -79,8 +81,9 @@ def tested() -> dict[str, dict[str, set[str]]]:
     }
     counted |= {kind(name) for name in MODERN if "phi3" not in name and name not in nodes.NO_KERNEL}
     found["plan"] = {"yes": counted}
-    found["convert"] = {"yes": six | {"gpt2", "falcon", "blip-2", *fused.STACKED}}
-    read = {"blip-2"} | {family for family, _ in files.MODELS.values()} | {*fused.STACKED, *fused.APART}
+    found["convert"] = {"yes": six | {"gpt2", "falcon", "blip-2", *fused.STACKED, *multimodal.MODELS}}
+    read = {"blip-2", *multimodal.MODELS, *fused.STACKED, *fused.APART}
+    read |= {family for family, _ in files.MODELS.values()}
     found["PEFT files"] = {"yes": six | read}
     return found
 
@@ -110,7 +113,8 @@ def test_the_table_of_the_readme_is_current():
 
 def test_the_tests_run_every_family():
     modern = {row["model_type"] for row in (MODERN | SEQ2SEQ | ENCODERS | IMAGES).values()}
-    assert set(FAMILIES) | set(EXPERTS) | set(CLASSIC) | modern == set(known_families())
+    around = {kind for kind, family in known_families().items() if family.inner}  # tests/test_multimodal.py
+    assert set(FAMILIES) | set(EXPERTS) | set(CLASSIC) | modern | around == set(known_families())
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.types[0])

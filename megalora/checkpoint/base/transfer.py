@@ -112,15 +112,17 @@ def plan_hf(tensors: Mapping[str, TensorType], max_file_bytes: int) -> TransferP
 def plan_shards(tensors: Mapping[str, TensorType], splits: Mapping[Layout, Mapping[str, Split]]) -> TransferPlan:
     """Return a shard for each place of the layout.
 
-    splits  what lies there of which tensors; what no place has (rotary frequencies, in old files) is whole on all
+    splits  what lies there of which tensors; what no place has (rotary frequencies, an image tower) is whole on the
+            first
     """
     files, texts = [], {}
     known = set().union(*splits.values())
+    first = next(iter(splits))
     for layout, of_shard in splits.items():
         parts = {
             name: of_shard.get(name, Split(kind.shape))
             for name, kind in tensors.items()
-            if name in of_shard or name not in known
+            if name in of_shard or (name not in known and layout == first)
         }
         table = {name: TensorType(tensors[name].dtype, split.local_shape) for name, split in parts.items()}
         files.append(TensorFile(f"{layout.folder}/{BASE_FILE}", parts, table))

@@ -37,6 +37,11 @@ class FileNames(Protocol):
         """Return our name of a tensor of the file, None for one that says nothing."""
         ...
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Starts of names of the rest of a larger model, which goes into files that are made of these."""
+        ...
+
 
 @dataclass(frozen=True)
 class BaseNames:
@@ -161,7 +166,9 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
                 f"base weights {folder}: {problem} {first}{more}: the weights are not those of config.json",
                 "take both from one model",
             )
-    weights = _Renamed(weights, files) if renamed else weights
+    if renamed:
+        carried = (name for name in weights.shapes if name not in files.values() and _is_beside(name, names))
+        weights = _Renamed(weights, {**files, **{name: name for name in carried}})
     for name, shape in sorted(names.shapes.items()):
         if name not in weights.shapes:
             continue
@@ -176,6 +183,10 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
         return weights
     of_words = (names.embedding, names.head, names.head.removesuffix("weight") + "bias")
     return ResizedWeights(weights, names.words, [name for name in of_words if name in weights.shapes])
+
+
+def _is_beside(name: str, names: BaseNames) -> bool:
+    return name not in names.shapes and name.startswith(names.files.beside)
 
 
 def with_own_head(weights: BaseWeights, names: BaseNames) -> BaseWeights:

@@ -1,0 +1,20 @@
+"""Qwen3-VL (2B to 32B): the language model of a model that reads images too."""
+
+from megalora.models.family import Fields
+from megalora.models.multimodal import multimodal_family, text_of
+from megalora.models.spec import FileNames, ModelSpec
+
+TEXTS = {"qwen3_vl_text": "qwen3"}
+FILES = FileNames(beside=("model.visual.",))
+
+
+def read(hf: Fields) -> ModelSpec:
+    return text_of(hf, TEXTS, FILES)
+
+
+FAMILY = multimodal_family(
+    "qwen3_vl",
+    read,
+    TEXTS,
+    harmless=frozenset("video_token_id vision_start_token_id vision_end_token_id vision_token_id".split()),
+)

@@ -1,0 +1,108 @@
+"""The language model of a model that reads images too (Gemma 3, Mistral Small 3.1, Qwen-VL): used on text only.
+
+Such a config.json has the language model's in `text_config`, and its files the weights of both. The parts that read
+images are not read: a text without images goes through the language model as if they were not there. convert copies
+them to the models that it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from megalora.models.config import config_from_dict
+from megalora.models.family import Family, Fields
+from megalora.models.nested import renamed
+from megalora.models.spec import FileNames, ModelSpec
+
+_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
+_OF_IMAGES = frozenset("vision_config image_token_id image_token_index video_token_id initializer_range".split())
+_SECTIONS = ("mrope_section", "mrope_interleaved")  # of the features that turn by time, height and width
+
+
+def multimodal_family(
+    kind: str,
+    read: Callable[[Fields], ModelSpec],
+    texts: Mapping[str, str],
+    harmless: frozenset[str] = frozenset(),
+    example: Mapping[str, Any] = MappingProxyType({}),
+) -> Family:
+    """Return the family of models around a language model, which `read` reads by `text_of`.
+
+    kind      the model_type
+    texts     model_type of text_config -> the family's that reads it
+    harmless  fields of the parts that are not read, beside those that all have
+    example   what the default of text_config lacks, for docs/models.md
+    """
+    return Family(
+        (kind,),
+        read,
+        reads=frozenset({"text_config", "tie_word_embeddings"}),
+        harmless=_OF_IMAGES | harmless,
+        rotates=False,
+        inner=texts,
+        example={"text_config": {"model_type": next(iter(texts)), **example}},
+        architectures=frozenset({"ForConditionalGeneration"}),
+    )
+
+
+def text_of(hf: Fields, texts: Mapping[str, str], files: FileNames, inside: str = "model.language_model.") -> ModelSpec:
+    """Return the language model with the names that it has in the larger one. Raises UserError as `config_from_dict`.
+
+    texts   as `multimodal_family` takes them
+    files   how names in its files differ from ours; its `beside` are the parts that are not read
+    inside  what the language model's `model.` becomes there; "language_model.": what all of its names begin with
+    """
+    text = dict(hf.text_config)
+    kind = text.get("model_type", next(iter(texts)))
+    if kind not in texts:
+        hf.fail(
+            f"text_config.model_type = {kind!r} is not implemented",
+            f"take a model whose text_config is of {' or '.join(texts)}",
+        )
+    fields = {**_left_out(texts[kind]), **text, "model_type": texts[kind]}
+    if hf.tie_word_embeddings is not None:  # which says it where both do
+        fields["tie_word_embeddings"] = hf.tie_word_embeddings
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(fields.get(name), Mapping):
+            fields[name] = _of_one_axis(fields[name])
+    spec = config_from_dict(fields, f"{hf.where}: text_config")
+
+    def ours(name: str) -> str:
+        if inside == "language_model.":
+            return inside + name
+        return inside + name.removeprefix("model.") if name.startswith("model.") else name
+
+    return replace(renamed(spec, ours), files=files)
+
+
+def _left_out(kind: str) -> dict[str, Any]:
+    """Return the sizes that a text_config may leave out, as published ones do: those of transformers' class."""
+    from transformers import CONFIG_MAPPING
+
+    fields = CONFIG_MAPPING[kind]().to_dict()
+    return {name: fields[name] for name in _SIZES if name in fields}
+
+
+def _of_one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope fields without what tells time, height and width apart: in a text the three are the same."""
+    fields = {name: value for name, value in rope.items() if name not in _SECTIONS}
+    return {name: "default" if value == "mrope" else value for name, value in fields.items()}
+
+
+def unread_parts(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the names of the parts of a larger model that are not read, as published files have them."""
+    return tuple(dict.fromkeys(start.removeprefix("model.").removesuffix(".") for start in spec.files.beside))
+
+
+def unread_note(spec: ModelSpec, folder: str) -> str | None:
+    """Return a line on the parts of a model that are not read; None where there are none."""
+    parts = unread_parts(spec)
+    if not parts:
+        return None
+    return (
+        f"{folder}: the language model of this {spec.model_type} is used, on text only: its image parts "
+        f"({', '.join(parts)}) are not loaded"
+    )
