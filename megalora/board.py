@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import queue
 import signal
 import sys
 import threading
@@ -42,9 +43,10 @@ def board(arguments: BoardArguments) -> None:
     runs = Runs(arguments.runs)
     token = token_for(arguments.host, arguments.token)
     hosts = allowed_hosts(arguments.host)
-    stopped = threading.Event()
+    stopped: queue.SimpleQueue[int] = queue.SimpleQueue()  # not an Event: its set() may wait for what it interrupts
     with bind(arguments.host, arguments.port) as listening:
-        before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        ends = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, lambda *_: stopped.put(0)) for number in ends}
         try:
             with served(build_app(runs, hosts, token), listening, CONNECTIONS):
                 address = with_token(f"{address_of(listening, arguments.host)}/", token, arguments.token)
@@ -53,8 +55,10 @@ def board(arguments: BoardArguments) -> None:
                 talks = next((command for run in found if (command := run.serve_command())), None)
                 if talks is not None:
                     print(f"megalora: to talk to it, after Ctrl-C or elsewhere: {talks}", file=sys.stderr, flush=True)
-                while not stopped.wait(_REST if runs.read_on() else 0.5):
-                    pass
+                while True:
+                    with contextlib.suppress(queue.Empty):
+                        stopped.get(timeout=_REST if runs.read_on() else 0.5)
+                        break
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
