@@ -11,7 +11,7 @@ from megalora.models.spec import MLP, Attention, CrossAttention, Layer, ModelSpe
 
 def base_dropouts(config: ModelSpec) -> Mapping[str, float]:
     """Return the largest probability of each kind of dropout: "embedding", "residual" and so on; none that is 0."""
-    steps = [step for layer in set(config.stack.layers) for step in layer]
+    steps = [step for layer in dict.fromkeys(config.stack.layers) for step in layer]
     branches = [branch for step in steps for branch in step.branches]
     mixers = [branch.mixer for branch in branches]
     attentions = [mixer for mixer in mixers if isinstance(mixer, Attention | CrossAttention)]

@@ -252,13 +252,13 @@ class ModelSpec:
     @cached_property
     def mixers(self) -> tuple[Mixer, ...]:
         """Every distinct mixer."""
-        return tuple(dict.fromkeys(mixer for layer in set(self.stack.layers) for mixer in mixers_of(layer)))
+        return tuple(dict.fromkeys(mixer for layer in dict.fromkeys(self.stack.layers) for mixer in mixers_of(layer)))
 
     @cached_property
     def norms(self) -> tuple[Norm, ...]:
         """Every distinct norm."""
         positions = (mixer.position for mixer in self.mixers if isinstance(mixer, Attention))
-        branches = (branch for layer in set(self.stack.layers) for step in layer for branch in step.branches)
+        branches = (branch for layer in dict.fromkeys(self.stack.layers) for step in layer for branch in step.branches)
         found = (norm for branch in branches for norm in branch.norms)
         ends = [self.embedding.norm, self.stack.final_norm]
         ends += [position.norm for position in positions if isinstance(position, Disentangled)]
