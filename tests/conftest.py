@@ -4,14 +4,18 @@ skips that say why."""
 from __future__ import annotations
 
 import os
+import random
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
+from fuzz import EXAMPLES
 from spawn import wait_for_no_disk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Several processes run at a time (xdist, spawn), and sums over more threads differ in the last bit.
     torch.set_num_threads(1)
     wait_for_no_disk()
-    hypothesis.settings.register_profile("untimed", deadline=None)  # a machine under load is slow, not wrong
-    hypothesis.settings.load_profile("untimed")
+    # A machine under load is slow, not wrong. The suite tries the same examples each time, so that no change fails by
+    # chance in what it has not touched; `make fuzz` draws new ones.
+    hypothesis.settings.register_profile("suite", deadline=None, derandomize=not EXAMPLES)
+    hypothesis.settings.load_profile("suite")
     cache = tempfile.TemporaryDirectory(prefix="megalora-tests-")  # what commands keep for later runs
     os.environ["XDG_CACHE_HOME"] = cache.name
     os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
@@ -44,6 +50,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="GPU test: no CUDA device here"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # quick ones first
+
+
+def _seed(name: str) -> None:
+    number = zlib.crc32(name.encode())
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """What a test draws without a seed of its own is the same whatever ran before it in this process."""
+    _seed(item.nodeid)
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """And so is what a fixture draws, whichever test is the first to ask for it."""
+    _seed(fixturedef.argname)
 
 
 @pytest.hookimpl(wrapper=True)

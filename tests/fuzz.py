@@ -1,6 +1,7 @@
 """Values of JSON made up by hypothesis, and what a reader of them may do.
 
-The suite tries a few; `make fuzz` sets FUZZ_EXAMPLES, and then what one takes is held against SECONDS and MEBIBYTES.
+The suite tries a few, the same each time; `make fuzz` sets FUZZ_EXAMPLES, which draws others, and then what one takes
+is held against SECONDS and MEBIBYTES.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ import types
 from unittest import mock
 
 import torch
-
-SECONDS = 20  # that a wait may take
+from waiting import PATIENCE
 
 
 class Pointer:
@@ -62,7 +61,7 @@ class Barrier:
 
     def wait(self, parity):
         with self.lock:
-            assert self.lock.wait_for(lambda: self.phase % 2 != parity, SECONDS), "nobody completes this barrier"
+            assert self.lock.wait_for(lambda: self.phase % 2 != parity, PATIENCE), "nobody completes this barrier"
 
 
 class Shared:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from snapshots import assert_snapshot
 from spawn import SpawnError, spawn
 from told import user_error
+from waiting import until
 
 from megalora import building, cli, saving, starting
 from megalora.errors import RankLost, UserError
@@ -430,21 +430,34 @@ def test_an_output_dir_that_cannot_be_made(inputs, tmp_path):
 # ---- two runs in one folder
 
 
+STOPS = """
+import os, signal, sys
+from megalora import cli
+from megalora.training import Trainer
+
+step = Trainer.step
+
+def stopped(self, number, *arguments, **options):
+    if number == 25:  # the save of step 20 has begun, and so that of step 10 is complete
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return step(self, number, *arguments, **options)
+
+Trainer.step = stopped
+sys.exit(cli.main(["finetune", *sys.argv[1:]]))
+"""
+
+
 def test_a_second_run_is_kept_out_until_the_first_is_gone(inputs, tmp_path):
     """Whatever it would do there; and however the first one ends, the same command then goes on."""
-    run, flags = tmp_path / "run", {"max_steps": 200}
+    run, flags = tmp_path / "run", {"max_steps": 60}
     command = inputs.flags(run, **flags, save_steps=10)
     others = [inputs.flags(run, **flags, **more) for more in ({"save": False}, {"overwrite_output_dir": True})]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tiny.ROOT)}
-    start = [sys.executable, str(tiny.ROOT / "tools/finetune.py"), *command]
+    start = [sys.executable, "-c", STOPS, *command]
     with subprocess.Popen(start, stdout=subprocess.DEVNULL, env=environment) as first:
         try:
-            deadline = time.monotonic() + HANG
-            while not (run / "checkpoints/latest_checkpointed_iteration.txt").exists():
-                assert first.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
-            first.send_signal(signal.SIGSTOP)
-            os.waitpid(first.pid, os.WUNTRACED)  # until it stands: its saving thread may be under way
+            until("it stands", lambda: os.waitpid(first.pid, os.WUNTRACED | os.WNOHANG)[0])
+            assert first.poll() is None and (run / "checkpoints/latest_checkpointed_iteration.txt").exists()
             files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
             told = [*tiny.run(0, 1, others)]
             (both,), (silent,) = spawn(tiny.run, 2, [command], timeout=HANG)
@@ -459,7 +472,7 @@ def test_a_second_run_is_kept_out_until_the_first_is_gone(inputs, tmp_path):
             first.kill()
     (done,) = tiny.tune(1, command)
     assert "continuing after step " in done.out and "cannot be locked" not in done.out
-    assert tiny.column(run, "step") == [*range(1, 201)] and not (run / ".lock").exists()
+    assert tiny.column(run, "step") == [*range(1, 61)] and not (run / ".lock").exists()
 
 
 def test_a_file_system_without_locks_costs_a_note(inputs, tmp_path):
