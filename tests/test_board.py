@@ -52,7 +52,7 @@ def open_tab(page, name):
 def see_on_a_phone(page):
     open_tab(page, "curves")
     page.screen(390, 800, dark=True)
-    page.wait(f"{LOSS}.width <= 390")
+    page.wait(f"{LOSS}.width <= 390 && {LOSS}.series.length === 3")  # both runs again
     page.wait("document.documentElement.scrollWidth <= 390")
     assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
     few = "state.plots.get('eval/loss').chart"
