@@ -16,7 +16,9 @@ from pictured import ASKED, COLOURS, make_adapter, make_model, make_rows
 from PIL import Image
 from server import started
 from talking import rows, run
+from told import user_error
 
+from megalora import cli
 from megalora.serving import images as serving_images
 from megalora.serving.errors import ApiError
 from megalora.serving.images import ImageInput
@@ -255,6 +257,15 @@ def test_the_chat_page(server, case, tmp_path, width):
         page.run("$('detach').click()")
         assert page.run("$('thumbnail').hidden && $('system').offsetParent === null")
         assert page.errors == []
+
+
+def test_what_cannot_be_served(case, capsys, tmp_path):
+    words, other = ["serve", "--port", "0", "--model_path"], make_model("t5", tmp_path / "t5")
+    capsys.readouterr()
+    assert cli.main([*words, str(other)]) == 2
+    assert "a blip-2 is an encoder-decoder, which serve does not answer with" in user_error(capsys.readouterr().err)
+    assert cli.main([*words, str(case[0]), "--seq_length", "5"]) == 2
+    assert "seq_length (5) leaves no room for a text: an image takes 4" in user_error(capsys.readouterr().err)
 
 
 @pytest.mark.slow
