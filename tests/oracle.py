@@ -346,6 +346,19 @@ ENCODERS = {
     "electra": {"model_type": "electra", "embedding_size": 24, "layer_norm_eps": 1e-6},
     "layoutlm": {"model_type": "layoutlm", "layer_norm_eps": 1e-6, "max_2d_position_embeddings": 1024},
     "distilbert": {"model_type": "distilbert", "hidden_dim": 80, "pad_token_id": 1},
+    "ernie": {"model_type": "ernie", "layer_norm_eps": 1e-6, "use_task_id": True},
+    "xlm-roberta-xl": {"model_type": "xlm-roberta-xl", "pad_token_id": 1, "type_vocab_size": 1},
+    "mpnet": {"model_type": "mpnet", "layer_norm_eps": 1e-6},
+    "modernbert": {
+        "model_type": "modernbert", "local_attention": 7, "classifier_pooling": "mean", "norm_eps": 1e-6,
+        "pad_token_id": 0, "mlp_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1,
+        "classifier_dropout": 0.1,
+    },
+    "modernbert, biases": {
+        "model_type": "modernbert", "local_attention": 4, "global_attn_every_n_layers": 2, "pad_token_id": 0,
+        "attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True,
+        "global_rope_theta": 5e4, "local_rope_theta": 3e3, "classifier_activation": "relu",
+    },
     "deberta": {
         "model_type": "deberta", "relative_attention": True, "pos_att_type": ["c2p", "p2c"],
         "position_biased_input": False, "max_relative_positions": 9,
@@ -365,6 +378,10 @@ _T5 = {
     "d_model": 48, "d_kv": 6, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 8,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
 }  # fmt: skip
+_BART = {
+    "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8, "encoder_ffn_dim": 80, "decoder_ffn_dim": 72, "max_position_embeddings": 256,
+}  # fmt: skip
 SEQ2SEQ = {
     "t5": {"model_type": "t5", **_T5, "decoder_start_token_id": 0},
     "t5, version 1.1": {
@@ -372,12 +389,14 @@ SEQ2SEQ = {
         "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
     },
     "mt5": {"model_type": "mt5", **_T5, "feed_forward_proj": "gated-gelu"},
+    "umt5": {"model_type": "umt5", **_T5},
     "bart": {
-        "model_type": "bart", "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 8,
-        "decoder_attention_heads": 8, "encoder_ffn_dim": 80, "decoder_ffn_dim": 72, "scale_embedding": True,
-        "attention_dropout": 0.1, "activation_dropout": 0.1, "max_position_embeddings": 256,
+        "model_type": "bart", **_BART, "scale_embedding": True, "attention_dropout": 0.1, "activation_dropout": 0.1,
         "forced_bos_token_id": 0,
     },
+    "mbart": {"model_type": "mbart", **_BART, "scale_embedding": True, "decoder_start_token_id": 2},
+    "pegasus": {"model_type": "pegasus", **_BART, "scale_embedding": True, "activation_dropout": 0.1},
+    "m2m_100": {"model_type": "m2m_100", **_BART, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
 }  # fmt: skip
 # Models that read an image before each text; the language models have their dropouts too.
 _TOWERS = {

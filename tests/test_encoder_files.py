@@ -15,6 +15,7 @@ from test_classify import TAGGED, TEXTS
 import megalora
 from megalora import cli
 from megalora.errors import UserError
+from megalora.models.config import config_from_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
 
@@ -25,9 +26,10 @@ AUTO = {
 PLACED = [row | {"bbox": [[90 * i, 40, 90 * i + 80, 60] for i in range(len(row["tokens"]))]} for row in TAGGED]
 CASES = (
     *(("layoutlm", "TOKEN_CLS"), ("deberta", "TOKEN_CLS"), ("deberta-v2", "SEQ_CLS"), ("roberta", "SEQ_CLS")),
-    ("distilbert", "SEQ_CLS"),
+    *(("distilbert", "SEQ_CLS"), ("modernbert", "SEQ_CLS")),
 )
-TARGETS = {"distilbert": {"target_modules": ["q_lin", "v_lin"]}}  # peft has no defaults for it
+# Of which peft has no defaults.
+TARGETS = {"distilbert": {"target_modules": ["q_lin", "v_lin"]}, "modernbert": {"target_modules": ["Wqkv", "Wi"]}}
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +41,14 @@ def one_process(monkeypatch):
 
 
 def base_of(family: str, folder):
-    """The folder of a bare encoder, as transformers saves it: without any head."""
+    """The folder of a bare encoder, as transformers saves it; with the head of pretraining that ModernBERT reads."""
     fields = fields_of(family, vocab_size=320)
-    model = transformers.AutoModel.from_config(transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields))
+    auto = transformers.AutoModelForMaskedLM if family == "modernbert" else transformers.AutoModel
+    model = auto.from_config(transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "LayerNorm.weight" in name else 0.0, 0.15, generator=generator)
+            parameter.normal_(1.0 if name.lower().endswith("norm.weight") else 0.0, 0.15, generator=generator)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
@@ -136,7 +139,19 @@ def test_shards_keep_every_bit(family, tmp_path):
     ],
 )
 def test_what_a_deberta_may_not_have(fields, told):
-    from megalora.models.config import config_from_dict
-
     with pytest.raises(UserError, match=told):
         config_from_dict(fields_of("deberta-v2", **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear' is not implemented"),
+        ({"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "layer_types has 'chunked_attention'"),
+        ({"classifier_pooling": "max"}, "classifier_pooling"),
+        ({"hidden_size": 44}, "num_attention_heads .8. does not divide hidden_size .44."),
+    ],
+)
+def test_what_a_modernbert_may_not_have(fields, told):
+    with pytest.raises(UserError, match=told):
+        config_from_dict(fields_of("modernbert", **fields))

@@ -85,6 +85,9 @@ def _text(value: Any, where: str, name: str) -> str:
     return value
 
 
+_LANGUAGES = {"src_lang": "sources", "tgt_lang": "targets"}
+
+
 @dataclass(frozen=True)
 class PairRows:
     """How rows become documents of a source and a target, the same for training and generation. It can be pickled.
@@ -107,7 +110,11 @@ class PairRows:
 
     @property
     def description(self) -> str:
-        return "pairs of source and target" + (f", each source behind {self.prefix!r}" if self.prefix else "")
+        source, target = (
+            f" ({self._language(name)})" if self._has_languages else "" for name in ("src_lang", "tgt_lang")
+        )
+        behind = f", each source behind {self.prefix!r}" if self.prefix else ""
+        return f"pairs of source{source} and target{target}{behind}"
 
     @property
     def end_token_id(self) -> int:
@@ -122,7 +129,8 @@ class PairRows:
 
     def identity(self) -> str:
         """Return a hash of how a pair is read."""
-        said = json.dumps([self.prefix, self.sides.source_length, self.sides.start_token_id])
+        languages = [getattr(self.tokenizer, name, None) for name in _LANGUAGES] if self._has_languages else []
+        said = json.dumps([self.prefix, self.sides.source_length, self.sides.start_token_id, *languages])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def write(self, folder: str | Path) -> None:
@@ -134,12 +142,33 @@ class PairRows:
         return PairEncoder(self, settings)
 
     def source(self, text: str) -> list[int]:
-        """Return the tokens of a source, with its prefix."""
+        """Return the tokens of a source, with its prefix, in the tokenizer's language of sources where it has such."""
+        if self._has_languages:
+            self.tokenizer._switch_to_input_mode()
         return self._backend.encode(self.prefix + text).ids
 
     def target(self, text: str) -> list[int]:
-        """Return the tokens of a target."""
+        """Return the tokens of a target, in the tokenizer's language of targets where it has such."""
+        if self._has_languages:
+            self._language("tgt_lang")
+            self.tokenizer._switch_to_target_mode()
         return self._backend.encode(text).ids
+
+    @property
+    def _has_languages(self) -> bool:
+        """Whether the tokenizer sets tokens of languages around texts (NLLB, mBART), as transformers' text_target."""
+        return hasattr(self.tokenizer, "_switch_to_target_mode")
+
+    def _language(self, field: str) -> str:
+        """Return a language of the tokenizer. Raises UserError where it has none, or not such a token."""
+        found = getattr(self.tokenizer, field, None)
+        if found is None or self.tokenizer.convert_tokens_to_ids(found) in (None, self.tokenizer.unk_token_id):
+            what = "does not say" if found is None else f"has no token for {found!r},"
+            raise UserError(
+                f"{self.opened.folder}: its tokenizer {what} {field}, the language of {_LANGUAGES[field]}",
+                'write src_lang and tgt_lang into tokenizer_config.json, such as "eng_Latn" and "deu_Latn"',
+            )
+        return found
 
     @property
     def _backend(self) -> Any:
@@ -224,5 +253,3 @@ class PairEncoder:
         tokens = np.array(source + target[: limits[1]], dtype=np.int32)
         labels = np.where(np.arange(len(tokens)) >= len(source), tokens, IGNORE).astype(np.int32)
         return Sample(tokens, labels)
-
-

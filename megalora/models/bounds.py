@@ -130,12 +130,13 @@ BOUNDS: Mapping[str, Bound] = {
     ),
     **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),
     **_all(Number(True, 0, 1 << 16), "type_vocab_size"),
+    **_all(Number(True, 1, 1 << 16), "task_type_vocab_size"),
     **_all(Number(True, 0, 1 << 28), "pad_token_id decoder_start_token_id forced_bos_token_id"),
     # layers
     **_all(
         Number(True, 1, MOST_LAYERS),
         """num_hidden_layers decoder_sparse_step moe_layer_interval num_layers num_decoder_layers encoder_layers
-        decoder_layers""",
+        decoder_layers global_attn_every_n_layers""",
     ),
     "moe_layer_end_index": Number(True, -1, MOST_LAYERS),
     **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index"),
@@ -157,7 +158,7 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(Number(True, 2, 1 << 14), "head_dim qk_rope_head_dim rotary_dim attention_head_size"),
     "num_ln_in_parallel_attn": Number(True, 1, 2),
     # documents
-    **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size attention_chunk_size"),
+    **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size attention_chunk_size local_attention"),
     "max_2d_position_embeddings": Number(True, 1, 1 << 16),
     "sliding_window": Number(True, 0, 1 << 32),  # transformers writes 0 where use_sliding_window is false
     # experts
@@ -182,7 +183,7 @@ BOUNDS: Mapping[str, Bound] = {
         """attention_dropout attention_probs_dropout_prob attn_config.attn_pdrop attn_pdrop classifier_dropout dropout
         embd_pdrop embed_dropout embedding_dropout hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop
         residual_dropout dropout_rate activation_dropout pooler_dropout cls_dropout
-        seq_classif_dropout""",
+        seq_classif_dropout mlp_dropout""",
     ),
     # what is no number
     **_all(
@@ -192,12 +193,12 @@ BOUNDS: Mapping[str, Bound] = {
         position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx scale_attn_weights
         attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias
         use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention share_att_key
-        position_biased_input attention_out_bias use_post_norm""",
+        position_biased_input attention_out_bias use_post_norm norm_bias classifier_bias use_task_id""",
     ),
     **_all(
         Word(),
         """activation activation_function hidden_act hidden_activation topk_method scoring_func feed_forward_proj
-        dense_act_fn pooler_hidden_act norm_rel_ebd""",
+        dense_act_fn pooler_hidden_act norm_rel_ebd classifier_pooling classifier_activation""",
     ),
     "pos_att_type": Kinds(),
     **_all(Object(), "attn_config vision_config qformer_config text_config"),

@@ -11,11 +11,17 @@ from megalora.models.mixers import Norm
 
 @dataclass(frozen=True)
 class Positions:
-    """Learned positions: `{name}.weight` [rows, hidden_size]; position p has row p + offset."""
+    """Positions: `{name}.weight` [rows, hidden_size]; position p has row p + offset.
+
+    waves    [hidden_size / 2]: row r is not in the file but the sines, then the cosines, of r * waves; None: learned
+    precise  these angles are computed in float64, else in float32
+    """
 
     name: str
     rows: int
     offset: int = 0
+    waves: tuple[float, ...] | None = None
+    precise: bool = False
 
     @property
     def weight(self) -> str:
@@ -38,12 +44,13 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Embedding:
-    """What enters the first layer: dropout(norm(project(scale * words) + positions + types + boxes)), each where there
-    is one.
+    """What enters the first layer: dropout(norm(project(scale * words) + positions + types + tasks + boxes)), each
+    where there is one.
 
     name     `{name}.weight` [vocab_size, width], the words; width is hidden_size unless they are projected to it
     project  from the words' width to hidden_size; frozen, and without an adapter
     types    learned, of the text of a pair that a token is of (the column token_types), where there are several rows
+    tasks    learned, of the task of a text: each is of the first (ernie, as transformers without task_type_ids)
     boxes    learned, of where a token stands on a page
     projects_last  project is applied behind the norm instead, whose size is the words' width (electra)
     rounded  the scale is rounded to the compute dtype first (gemma)
@@ -57,6 +64,7 @@ class Embedding:
     norm: Norm | None = None
     project: Linear | None = None
     types: Positions | None = None
+    tasks: Positions | None = None
     boxes: Boxes | None = None
     projects_last: bool = False
     scale: float = 1.0
@@ -75,8 +83,8 @@ class Embedding:
         """Yield the name and shape of each tensor in the file."""
         yield self.weight, (self.vocab_size, self.width)
         width = self.width if self.projects_last else self.hidden_size
-        for table in (self.positions, self.types):
-            if table is not None:
+        for table in (self.positions, self.types, self.tasks):
+            if table is not None and table.waves is None:
                 yield table.weight, (table.rows, width)
         for name in () if self.boxes is None else self.boxes.names:
             yield f"{name}.weight", (self.boxes.rows, width)

@@ -36,6 +36,7 @@ def encoder(
     width: int | None = None,
     attention: Attention | None = None,
     positions: bool = True,
+    attention_norm: str = "attention.output.LayerNorm",
 ) -> ModelSpec:
     """Return an encoder with BERT's names below `prefix`.
 
@@ -44,24 +45,25 @@ def encoder(
     width      of the embedding, where it is projected to hidden_size behind its norm
     attention  of every layer; None: BERT's
     positions  the embedding has learned ones
+    attention_norm  name of the norm behind the sum with attention
     """
     if offset >= hf.max_position_embeddings:
         what = f"pad_token_id ({offset - 1}) leaves no row of max_position_embeddings ({hf.max_position_embeddings})"
         hf.fail(f"{what}: positions begin behind it", "take config.json from the model's own folder")
     at, width = f"{prefix}.embeddings", width or hf.hidden_size
-    narrow = width != hf.hidden_size
+    narrow, types = width != hf.hidden_size, hf.type_vocab_size if hf.reads("type_vocab_size") else 0
     embedding = Embedding(
         f"{at}.word_embeddings",
         hf.vocab_size,
         hf.hidden_size,
         positions=Positions(f"{at}.position_embeddings", hf.max_position_embeddings, offset) if positions else None,
-        types=Positions(f"{at}.token_type_embeddings", hf.type_vocab_size) if hf.type_vocab_size else None,
+        types=Positions(f"{at}.token_type_embeddings", types) if types else None,
         norm=layer_norms(width, hf.layer_norm_eps)(f"{at}.LayerNorm"),
         project=Linear(f"{prefix}.embeddings_project", width, hf.hidden_size, bias=True) if narrow else None,
         projects_last=narrow,
         dropout=hf.hidden_dropout_prob,
     )
-    layer = _layer(hf, attention or _attention(hf))
+    layer = _layer(hf, attention or _attention(hf), attention_norm)
     stack = Stack(f"{prefix}.encoder.layer", (layer,) * hf.num_hidden_layers, None)
     return ModelSpec(embedding, stack, heads[0].head, hf.max_position_embeddings - offset, task_heads=heads)
 
@@ -73,18 +75,19 @@ def _attention(hf: Fields) -> Attention:
     return Attention(q, k, v, out, heads, heads, head_dim(hf), None, causal=False, dropout=dropout)
 
 
-def _layer(hf: Fields, attention: Attention) -> tuple[Residual, Residual]:
+def _layer(hf: Fields, attention: Attention, attention_norm: str) -> tuple[Residual, Residual]:
     dropout, norm = hf.hidden_dropout_prob, layer_norms(hf.hidden_size, hf.layer_norm_eps)
     mlp = plain_mlp(hf, "intermediate.dense", "output.dense", hf.intermediate_size, "hidden_act", bias=True)
     return (
-        Residual(attention, None, post_norm=norm("attention.output.LayerNorm"), dropout=dropout),
+        Residual(attention, None, post_norm=norm(attention_norm), dropout=dropout),
         Residual(mlp, None, post_norm=norm("output.LayerNorm"), dropout=dropout),
     )
 
 
 def head_dropout(hf: Fields) -> float:
     """Return the dropout of a classifier's head: that of the base, unless the config has one for it."""
-    return hf.hidden_dropout_prob if hf.classifier_dropout is None else hf.classifier_dropout
+    own = hf.classifier_dropout if hf.reads("classifier_dropout") else None
+    return hf.hidden_dropout_prob if own is None else own
 
 
 def token_head(hf: Fields, dropout: float | None = None) -> TaskHead:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from megalora.models.linears import Linear
+from megalora.models.mixers import Norm
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class Head:
 
 @dataclass(frozen=True)
 class ClassHead:
-    """Scores of classes: out(dropout(x)), or out(dropout(act(dense(input_dropout(x))))) where there is a dense.
+    """Scores of classes: out(dropout(x)), or out(dropout(norm(act(dense(input_dropout(x)))))) where there is a dense.
 
     out      [classes, hidden_size], trained in full; its rows are set by `ModelSpec.for_task`
     labels   names of the classes, in the order of `out`'s rows
     dense    [hidden_size, hidden_size], of the whole model where it is frozen; trained in full where `trains_dense`
     dropout  probability of dropping a feature of what `out` reads; input_dropout: of what `dense` reads
+    norm     behind act, frozen; None: nothing
+    means    x is the mean over the document of a labelled token, not the token's own
     """
 
     out: Linear
@@ -69,6 +72,8 @@ class ClassHead:
     act: str = "tanh"
     input_dropout: float = 0.0
     trains_dense: bool = False
+    norm: Norm | None = None
+    means: bool = False
     labels: tuple[str, ...] = ()
 
     tied: ClassVar[bool] = False
@@ -79,12 +84,12 @@ class ClassHead:
 
     def tensors(self, vocab_size: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the name and shape of each tensor in the file."""
-        for linear in self.linears:
-            yield from linear.tensors()
+        for part in (*self.linears, *(() if self.norm is None else (self.norm,))):
+            yield from part.tensors()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(linear.name for linear in self.linears)
+        return (*(linear.name for linear in self.linears), *(() if self.norm is None else (self.norm.name,)))
 
     def trains(self, linear: Linear) -> bool:
         """Return whether one of its linears is trained."""

@@ -65,7 +65,11 @@ def rms(hf: Fields, name: str, size: int | None = None, *, precise: bool = False
 
 def layer_windows(hf: Fields) -> tuple[int | None, ...]:
     """Return each layer's window: sliding_window where its `layer_types` says sliding_attention."""
-    kinds = hf.layer_types
+    return tuple(hf.sliding_window if slides else None for slides in sliding_layers(hf, hf.layer_types))
+
+
+def sliding_layers(hf: Fields, kinds: Sequence[str] | None) -> tuple[bool, ...]:
+    """Return whether each layer's window slides, by its kind in `layer_types`. Raises UserError for another kind."""
     if kinds is None or len(kinds) != hf.num_hidden_layers:
         hf.fail(f"layer_types has {len(kinds or ())} entries for {hf.num_hidden_layers} layers", "correct it")
     for kind in kinds:
@@ -74,7 +78,7 @@ def layer_windows(hf: Fields) -> tuple[int | None, ...]:
                 f"layer_types has {kind!r}, which is not implemented",
                 "take a model with full_attention and sliding_attention",
             )
-    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(kind == "sliding_attention" for kind in kinds)
 
 
 def layer_norms(size: int, eps: float, bias: bool = True) -> Callable[[str], Norm]:

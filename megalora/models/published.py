@@ -114,8 +114,16 @@ BUILT: Mapping[str, tuple[str, ...]] = {
 NAMED: Mapping[str, tuple[str, ...]] = {
     "camembert": ("camembert-base",),
     "distilbert": ("distilbert-base-uncased", "distilbert-base-multilingual-cased"),
+    "ernie": ("ernie-3.0-base-zh",),
+    "m2m_100": ("nllb-200-distilled-600M",),
+    "mbart": ("mbart-large-50-many-to-many-mmt",),
+    "modernbert": ("ModernBERT-base", "ModernBERT-large"),
+    "mpnet": ("mpnet-base", "all-mpnet-base-v2"),
+    "pegasus": ("pegasus-xsum",),
+    "umt5": ("umt5-small",),
+    "xlm-roberta-xl": ("xlm-roberta-xl",),
 }
-"""Published encoders whose config.json is read, with the parameters' names and shapes in transformers."""
+"""Published encoders and encoder-decoders whose config.json is read: parameters have transformers' names and shapes."""
 
 EXPERTS: Mapping[str, tuple[str, ...]] = {
     "dots1": ("dots.llm1.inst",),

@@ -14,6 +14,7 @@ from megalora.models.published import BUILT, EXPERTS, NAMED, PUBLISHED, REFUSED
 from megalora.models.spec import (
     MLP,
     Alibi,
+    Attention,
     Disentangled,
     Experts,
     Fused,
@@ -29,7 +30,7 @@ from megalora.models.spec import (
 from megalora.models.tested import CELLS, FEATURES, cell
 
 MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
-_COLUMNS = 5  # of families in README.md
+_KINDS = ("decoders", "mixtures of experts", "encoders, as classifiers", "encoder-decoders", "readers of images")
 
 
 def summary(family: Family) -> tuple[str, str]:
@@ -63,12 +64,24 @@ def feature_table() -> list[str]:
 
 
 def readme_table() -> str:
-    """Return the table of README.md, with its markers: families and their models, in order down the columns."""
-    cells = [f"{_code(family.types)} {summary(family)[0]}" for family in families()]
-    height = -(-len(cells) // _COLUMNS)
-    cells += [""] * (_COLUMNS * height - len(cells))
-    rows = [cells[row::height] for row in range(height)]
-    return "\n".join([MARKERS[0], *_table(["model_type, models"] * _COLUMNS, rows), MARKERS[1]])
+    """Return the table of README.md, with its markers: a row for each kind of models, with its families in order."""
+    rows: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+    for family in families():
+        rows[_kind(family)].append(f"{_code(family.types)} {summary(family)[0]}")
+    lines = _table(["kind", "model_type, models"], [[kind, "; ".join(cells)] for kind, cells in rows.items()])
+    return "\n".join([MARKERS[0], *lines, MARKERS[1]])
+
+
+def _kind(family: Family) -> str:
+    """Return which of `_KINDS` the models of a family are."""
+    spec = example(family)
+    if spec.prefix is not None:
+        return "readers of images"
+    if spec.encoder is not None:
+        return "encoder-decoders"
+    if not family.generates:
+        return "encoders, as classifiers"
+    return "mixtures of experts" if spec.has_experts else "decoders"
 
 
 def models_page() -> str:
@@ -149,7 +162,7 @@ def _attention(family: Family, spec: ModelSpec) -> str:
     grouped = "num_key_value_heads" in family.reads or 1 < attention.kv_heads < attention.heads
     said = ["grouped queries" if grouped else "as many key/value heads as query heads"]
     said = ["one key/value head"] if attention.kv_heads == 1 else said
-    said += ["sliding window"] if "sliding_window" in family.reads else []
+    said += ["sliding window"] if "sliding_window" in family.reads or _slides(spec) else []
     said += ["attention in chunks, layers without positions"] if spec.chunks else []
     said += [f"{_norm(attention.q_norm)} on q and k"] if attention.q_norm is not None else []
     share = position.size / attention.head_dim if isinstance(position, Rotary) else 1
@@ -161,6 +174,10 @@ def _attention(family: Family, spec: ModelSpec) -> str:
     said += ["learned positions"] if spec.embedding.positions is not None else []
     said += ["q k v in one linear"] if _is_fused(attention.q) else []
     return ", ".join(said)
+
+
+def _slides(spec: ModelSpec) -> bool:
+    return any(isinstance(mixer, Attention) and mixer.window is not None for mixer in spec.mixers)
 
 
 def _is_fused(projection: Projection | None) -> bool:
@@ -180,7 +197,8 @@ def _family(family: Family) -> Iterable[str]:
     yield f"- Default `target_modules`: {_code(targets) if targets else 'none, so `lora_config.json` must name them'}."
     yield f"- Reads {_code(sorted(family.reads))}{', and the rope fields' if family.rotates else ''}."
     if not family.generates:
-        yield f"- Every token sees its whole document. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
+        seen = "its whole document" + (", in some layers a window on both sides of it" if _slides(spec) else "")
+        yield f"- Every token sees {seen}. Tasks: {_code(spec.tasks)}, see [tasks.md](tasks.md)."
     if spec.prefix is not None:
         yield "- Reads an image before each text, see [images.md](images.md): its vision tower and Q-Former are frozen."
     if family.inner:

@@ -60,8 +60,8 @@ _TODAY = (
     "hunyuan_v1_dense hyperclovax internlm3 minicpm3 ministral3 nemotron olmo olmo2 olmo3 seed_oss smollm3 stablelm "
     "starcoder2"
 )
-_ENCODERS = "bert deberta deberta-v2 distilbert electra layoutlm roberta"
-_SEQ2SEQ = "bart t5"
+_ENCODERS = "bert deberta deberta-v2 distilbert electra ernie layoutlm modernbert mpnet roberta xlm-roberta-xl"
+_SEQ2SEQ = "bart m2m_100 mbart pegasus t5 umt5"
 _AROUND = _types("gemma3 llama4 mistral3 qwen2_5_vl qwen2_vl qwen3_vl")
 _ON_GPU = _types(f"{_EXPERTS_ON_GPU} deberta deberta-v2 gemma2 granite starcoder2")
 
@@ -91,8 +91,8 @@ FEATURES = (
         "sequence parallelism, with tensor parallelism",
         {
             "proof": _types(
-                f"{_FIRST_NAMES} apertus btlm cohere2 cwm ernie4_5 exaone4 glm gptj internlm3 minicpm3 ministral3 "
-                "olmo2 roberta starcoder2"
+                f"{_FIRST_NAMES} apertus btlm cohere2 cwm ernie ernie4_5 exaone4 glm gptj internlm3 minicpm3 "
+                "ministral3 olmo2 roberta starcoder2"
             )
         },
     ),
@@ -113,14 +113,18 @@ FEATURES = (
         "data parallelism",
         {
             "proof": (_types(_TODAY) - _types("cohere gemma2 glm4 helium hyperclovax smollm3"))
-            | _types(f"{_FIRST_NAMES} bloom btlm codegen electra gpt2 gpt_bigcode gptj internlm2 layoutlm phi roberta"),
+            | _types(f"{_FIRST_NAMES} bloom btlm codegen electra gpt2 gpt_bigcode gptj internlm2 layoutlm mpnet phi")
+            | _types("roberta xlm-roberta-xl"),
         },
     ),
     Feature(
         "recompute",
         _LAYOUTS,
         "selective (attention) or full",
-        {"proof": _types(f"{_FIRST_NAMES} apertus chatglm ernie4_5 glm gpt_neo hunyuan_v1_dense mpt roberta seed_oss")},
+        {
+            "proof": _types(f"{_FIRST_NAMES} apertus chatglm ernie ernie4_5 glm gpt_neo hunyuan_v1_dense mpt")
+            | _types("roberta seed_oss")
+        },
     ),
     Feature(
         "CUDA graphs",

@@ -9,19 +9,20 @@ from hypothesis import strategies as st
 from plain_attention import Plain
 
 from megalora.ops import attention as module
-from megalora.ops.attention import MOST_FEATURES, Packed, attention, cached_attention
+from megalora.ops.attention import MOST_FEATURES, Packed, Scores, attention, cached_attention
 from megalora.ops.merged_attention import merged_attention
 
 
-def explicit(q, k, v, bounds, window):
-    """Every pair of tokens scored, then masked: same document, not ahead, within the window."""
+def explicit(q, k, v, bounds, window, causal=True):
+    """Every pair of tokens scored, then masked: same document, not ahead where causal, within the window."""
     tokens, heads = q.shape[:2]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[2])
     place = torch.arange(tokens)
     document = torch.bucketize(place, torch.tensor(bounds[1:]), right=True)
     behind = place[:, None] - place
-    seen = (document[:, None] == document) & (behind >= 0) & (behind < (window or tokens))
+    seen = (document[:, None] == document) & (behind.abs() < (window or tokens))
+    seen &= (behind >= 0) | (not causal)
     return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
 
 
@@ -31,9 +32,10 @@ def random_qkv(tokens, heads=4, kv_heads=2, dim=6, seed=0):
     return [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
 
 
-def agree(q, k, v, bounds, window):
+def agree(q, k, v, bounds, window, causal=True):
     dy = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    ours, theirs = attention(q, k, v, bounds, window), explicit(q, k, v, bounds, window)
+    ours = attention(q, k, v, bounds, window, scores=Scores(causal=causal))
+    theirs = explicit(q, k, v, bounds, window, causal)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for a, b in zip(torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(theirs, (q, k, v), dy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -44,12 +46,13 @@ def agree(q, k, v, bounds, window):
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=7),
     window=st.one_of(st.none(), st.integers(1, 10)),
     heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (4, 4), (6, 3)]),
+    causal=st.booleans(),
 )
-def test_documents_windows_and_heads(lengths, window, heads):
+def test_documents_windows_and_heads(lengths, window, heads, causal):
     bounds = [0]
     for length in lengths:
         bounds.append(bounds[-1] + length)
-    agree(*random_qkv(bounds[-1], *heads), bounds, window)
+    agree(*random_qkv(bounds[-1], *heads), bounds, window, causal)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 4, 5, 16, 17])

@@ -58,7 +58,11 @@ RUNS = [
     Run("deberta-v2", task="TOKEN_CLS"), Run("deberta-v2", task="SEQ_CLS"), Run("deberta-v2, apart", task="TOKEN_CLS"),
     Run("deberta", task="TOKEN_CLS"), Run("deberta", task="SEQ_CLS"), Run("deberta", task="TOKEN_CLS"),
     Run("layoutlm", task="TOKEN_CLS"), Run("layoutlm", task="TOKEN_CLS"), Run("distilbert", task="SEQ_CLS"),
-    Run("distilbert", task="TOKEN_CLS"),
+    Run("distilbert", task="TOKEN_CLS"), Run("modernbert", task="SEQ_CLS"), Run("modernbert", task="SEQ_CLS"),
+    Run("modernbert, biases", task="TOKEN_CLS"), Run("modernbert, biases", task="SEQ_CLS"),
+    Run("mpnet", task="SEQ_CLS"), Run("mpnet", task="TOKEN_CLS"),
+    Run("xlm-roberta-xl", task="TOKEN_CLS"), Run("ernie", task="SEQ_CLS"),
+    Run("ernie", task="TOKEN_CLS"), Run("xlm-roberta-xl", task="SEQ_CLS"),
 ]  # fmt: skip
 
 
@@ -146,9 +150,9 @@ def theirs(case: Case, dtype: torch.dtype):
     raw |= {"pad_token_id": None} if spec.causal else {}
     kind = raw.pop("model_type")
     config = transformers.CONFIG_MAPPING[kind](**raw)
-    deberta = kind.startswith("deberta")
+    eager = kind.startswith(("deberta", "mpnet"))
     trained = [name.partition(".")[0] for name in spec.head.trained]  # "classifier" peft saves by itself
-    model = CLASSES[case.task].from_config(config, attn_implementation="eager" if deberta else "sdpa")
+    model = CLASSES[case.task].from_config(config, attn_implementation="eager" if eager else "sdpa")
     more = {"target_modules": sorted(spec.linears), "modules_to_save": sorted({*trained} - {"classifier", "score"})}
     lora = peft.LoraConfig(task_type=case.task, **LORA | more)
     model = peft.get_peft_model(model, lora).to(dtype)

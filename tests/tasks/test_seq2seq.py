@@ -44,6 +44,13 @@ LAYOUTS = {  # of 4 processes
         {"pp": 2, "custom_partition": (1, 4), "partition_method": "custom"},
     ),
     "mt5": ({"tp": 2, "recompute": "selective"},),
+    "umt5": (
+        {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full"},
+        {"pp": 2, "recompute": "layer", "micro_batch_rows": 2},
+    ),
+    "mbart": ({"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full"}, {"tp": 2, "recompute": "selective"}),
+    "pegasus": ({"tp": 4, "sequence_parallel": True, "recompute": "mlp", "tile": 8}, {"pp": 2, "recompute": "layer"}),
+    "m2m_100": ({"pp": 4, "recompute": "full", "schedule": "gpipe"}, {"tp": 2, "sequence_parallel": True}),
     "bart": (
         {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "layer"},
         {"pp": 2, "chunks": 2, "schedule": "interleaved_1f1b", "micro_batch_rows": 2},
@@ -122,14 +129,16 @@ def theirs(family: str, dtype: torch.dtype):
     model = peft.get_peft_model(model, lora).to(dtype)
     with torch.no_grad():
         for name, values in (*model.named_parameters(), *model.named_buffers()):
-            if values.is_floating_point():
+            computed = "embed_positions" in name and plain_name(name) not in spec.tensors  # sines and cosines
+            if values.is_floating_point() and not computed:
                 values.copy_(whole_tensor(plain_name(name), tuple(values.shape), 0.15))
     model.eval()
     total = 0.0
     for pair in pairs(spec.vocab_size):
         ids, first = torch.from_numpy(pair.input_ids).long(), int((pair.labels == -100).sum())
         source, target = ids[None, :first], ids[None, first:]
-        total = total + len(target[0]) * model(input_ids=source, labels=target).loss
+        read = torch.cat([torch.tensor([[spec.encoder.start]]), target[:, :-1]], 1)  # mBART would begin with the last
+        total = total + len(target[0]) * model(input_ids=source, decoder_input_ids=read, labels=target).loss
     total.backward()
     return total.item(), {plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
 

@@ -10,7 +10,9 @@ import hashlib
 import torch
 from torch import nn
 
+from megalora.batch import to_device
 from megalora.models import spec
+from megalora.models.blocks.norm import NORMS
 from megalora.models.inputs import Inputs
 from megalora.models.names import hang
 from megalora.ops.activations import ACTIVATIONS
@@ -63,6 +65,9 @@ class ClassScores:
         self.linears = [WholeLinear(linear, head.trains(linear), place) for linear in head.linears]
         for linear in self.linears:
             hang(root, linear.name, linear)
+        self._norm = None if head.norm is None else NORMS[head.norm.kind](head.norm, place)
+        if head.norm is not None:
+            hang(root, head.norm.name, self._norm)
 
     @property
     def words(self) -> ClassScores:
@@ -88,12 +93,13 @@ class ClassScores:
 
         hidden  [T, hidden_size], the final hidden states: this rank's tokens under sequence parallelism, else all
         """
-        x = _Labelled.apply(hidden, inputs.labelled, self.place)
+        x = _Labelled.apply(hidden, inputs.labelled, self.place, inputs.bounds if self.spec.means else None)
         index = inputs.tokens.index[inputs.labelled]
         *dense, out = self.linears
         for linear in dense:
             x = self._dropped(x, index, inputs, self.spec.input_dropout, f"{linear.name} input")
             x = _activated(self.spec.act, linear(x))
+            x = x if self._norm is None else self._norm(x)
         return out(self._dropped(x, index, inputs, self.spec.dropout, f"{out.name} input"))
 
     def _dropped(self, x: torch.Tensor, index: torch.Tensor, inputs: Inputs, p: float, site: str) -> torch.Tensor:
@@ -105,17 +111,27 @@ def _activated(act: str, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Labelled(torch.autograd.Function):
-    """The labelled rows of all ranks' hidden states. Their gradient is the same on every rank, which takes its own."""
+    """The labelled rows of all ranks' hidden states; bounds: of documents, of which the rows are the means, or None.
+
+    Their gradient is the same on every rank, which takes its own.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, labelled, place):
+    def forward(ctx, hidden, labelled, place, bounds):
         full = all_gather(hidden, place.tp) if place.gathers else hidden
-        ctx.save_for_backward(labelled)
-        ctx.place, ctx.tokens = place, full.shape[0]
+        ctx.place, ctx.tokens, lengths = place, full.shape[0], None
+        if bounds is not None:  # documents take the place of tokens
+            ends = to_device(torch.tensor(bounds[1:]), full.device)
+            lengths, labelled = ends.diff(prepend=ends.new_zeros(1)), torch.searchsorted(ends, labelled, right=True)
+            full = torch.segment_reduce(full.to(place.master_dtype), "mean", lengths=lengths, unsafe=True)
+        ctx.save_for_backward(labelled, lengths)
+        ctx.rows, ctx.dtype = full.shape[0], hidden.dtype
         return full.index_select(0, labelled)
 
     @staticmethod
     def backward(ctx, dx):
-        (labelled,) = ctx.saved_tensors
-        dhidden = dx.new_zeros(ctx.tokens, dx.shape[1]).index_copy_(0, labelled, dx)
-        return local_tokens(dhidden, ctx.place.tp) if ctx.place.gathers else dhidden, None, None
+        labelled, lengths = ctx.saved_tensors
+        dfull = dx.new_zeros(ctx.rows, dx.shape[1]).index_copy_(0, labelled, dx)
+        if lengths is not None:
+            dfull = (dfull / lengths[:, None]).repeat_interleave(lengths, 0, output_size=ctx.tokens).to(ctx.dtype)
+        return local_tokens(dfull, ctx.place.tp) if ctx.place.gathers else dfull, None, None, None

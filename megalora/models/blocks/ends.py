@@ -32,6 +32,17 @@ class Frozen(nn.Module):
             self.register_parameter(name, None if values is None else nn.Parameter(values, requires_grad=False))
 
 
+class Waves:
+    """Positions that are computed: `weight` [rows, hidden_size]."""
+
+    def __init__(self, positions: spec.Positions, place: Placement):
+        assert positions.waves is not None
+        dtype = torch.float64 if positions.precise else torch.float32
+        angles = torch.arange(positions.rows, dtype=dtype)[:, None] * torch.tensor(positions.waves, dtype=dtype)
+        values = torch.cat([angles.sin(), angles.cos()], 1).float()  # what transformers rounds them to
+        self.weight = values.to(place.dtype).to(place.device)
+
+
 class Projection:
     """A frozen linear between the widths of the words and of the layers, on each rank's own tokens."""
 
@@ -60,8 +71,8 @@ def words_of(
 
 
 class EmbeddingBlock:
-    """dropout(norm(project(scale * words) + positions + types + boxes)), each where the spec has it; or, where it
-    projects last, project(dropout(norm(scale * words + positions + types))).
+    """dropout(norm(project(scale * words) + positions + types + tasks + boxes)), each where the spec has it; or, where
+    it projects last, project(dropout(norm(scale * words + positions + types))).
 
     The words are cut over tp, the rest is not.
     """
@@ -87,8 +98,8 @@ class EmbeddingBlock:
             self._scale = torch.tensor(embedding.scale, dtype=place.dtype).item()
         self._project = None if embedding.project is None else Projection(root, embedding.project, place)
         width = embedding.width if embedding.projects_last else embedding.hidden_size
-        self._positions, self._types = (
-            self._table(root, table, width) for table in (embedding.positions, embedding.types)
+        self._positions, self._types, self._tasks = (
+            self._table(root, table, width) for table in (embedding.positions, embedding.types, embedding.tasks)
         )
         self._boxes: list[Frozen] = []  # tables of left and right, top and bottom, heights, widths
         for name in () if embedding.boxes is None else embedding.boxes.names:
@@ -115,6 +126,8 @@ class EmbeddingBlock:
         elif self._types is not None:
             rows = self._place.own_tokens(inputs.columns["token_types"])
             hidden = hidden + nn.functional.embedding(rows, self._types.weight)
+        if self._tasks is not None:
+            hidden = hidden + self._tasks.weight[0]
         if self._boxes:
             hidden = hidden + self._placed(self._place.own_tokens(inputs.columns["boxes"]))
         if self._norm is not None:
@@ -133,9 +146,11 @@ class EmbeddingBlock:
         ]
         return torch.stack(parts).sum(0)
 
-    def _table(self, root: nn.Module, table: spec.Positions | None, width: int) -> Frozen | None:
+    def _table(self, root: nn.Module, table: spec.Positions | None, width: int) -> Frozen | Waves | None:
         if table is None:
             return None
+        if table.waves is not None:
+            return Waves(table, self._place)
         module = Frozen((table.rows, width), None, self._place)
         hang(root, table.name, module)
         return module

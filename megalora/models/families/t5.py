@@ -1,6 +1,7 @@
 """T5, Flan-T5 and mT5: an encoder-decoder with a learned bias of the scores by distance, and unscaled scores."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import head_start
@@ -24,10 +25,13 @@ from megalora.models.spec import (
 _NO_LONGEST = 1 << 20  # tokens of a document: positions are distances, and all far ones are alike
 
 
-def read(hf: Fields) -> ModelSpec:
+def read(hf: Fields, *, shares_tables: bool = True) -> ModelSpec:
+    """Return the model; shares_tables: the layers of a stack have one bias by distance."""
     count, drop = hf.num_layers, hf.dropout_rate
     words = Embedding("shared", hf.vocab_size, hf.d_model, dropout=drop)
-    encoder, decoder = (tuple(_layers(hf, stack, n)) for stack, n in (("encoder", count), ("decoder", _decoders(hf))))
+    encoder, decoder = (
+        tuple(_layers(hf, stack, n, shares_tables)) for stack, n in (("encoder", count), ("decoder", _decoders(hf)))
+    )
     norm = _norm(hf, "encoder.final_layer_norm")
     # The head of T5 1.1 and of Flan-T5 is their own: their files say so, and their config by not tying it.
     scale = hf.d_model**-0.5 if hf.reads("scale_decoder_outputs") and hf.scale_decoder_outputs else 1.0
@@ -53,7 +57,7 @@ def _norm(hf: Fields, name: str) -> Norm:
     return Norm(name, hf.d_model, hf.layer_norm_epsilon)
 
 
-def _layers(hf: Fields, stack: str, count: int) -> Iterator[Layer]:
+def _layers(hf: Fields, stack: str, count: int, shares_tables: bool) -> Iterator[Layer]:
     """Yield the layers of the encoder or the decoder."""
     size, heads, drop, decodes = hf.d_model, hf.num_heads, hf.dropout_rate, stack == "decoder"
     inner, buckets, longest = heads * hf.d_kv, hf.relative_attention_num_buckets, hf.relative_attention_max_distance
@@ -62,8 +66,6 @@ def _layers(hf: Fields, stack: str, count: int) -> Iterator[Layer]:
             f"relative_attention_num_buckets ({buckets}) must be a multiple of 4 below "
             f"relative_attention_max_distance ({longest}): correct them"
         )
-    at = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
-    table = RelativeTable(at, buckets, longest, both_ways=not decodes)
 
     def linears(at: str) -> tuple[Linear, Linear, Linear, Linear]:
         q, k, v = (Linear(f"{at}.{name}", size, inner) for name in "qkv")
@@ -80,11 +82,14 @@ def _layers(hf: Fields, stack: str, count: int) -> Iterator[Layer]:
     if not hf.is_gated_act:
         mlp = MLP(Linear(f"{at}.wi", size, hf.d_ff), down, hf.d_ff, mlp.act, dropout=drop)
     attention = Attention(
-        *linears("layer.0.SelfAttention"), heads, heads, hf.d_kv, table, scale=1.0, causal=decodes, dropout=drop
+        *linears("layer.0.SelfAttention"), heads, heads, hf.d_kv, None, scale=1.0, causal=decodes, dropout=drop
     )
     cross = CrossAttention(*linears("layer.1.EncDecAttention"), heads, hf.d_kv, scale=1.0, dropout=drop)
-    own, feed = step(0, attention), step(last, mlp)
-    for _ in range(count):
+    feed = step(last, mlp)
+    for index in range(count):
+        at = f"{stack}.block.{0 if shares_tables else index}.layer.0.SelfAttention.relative_attention_bias"
+        table = RelativeTable(at, buckets, longest, both_ways=not decodes)
+        own = step(0, replace(attention, position=table))
         yield (own, step(1, cross), feed) if decodes else (own, feed)
 
 
