@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +63,8 @@ class Preemption:
             raise KeyboardInterrupt
         self.signal_name = CTRL_C
         if int(os.environ.get("RANK", "0") or 0) == 0:
-            print("\nmegalora: saving after this step; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+            told = b"\nmegalora: saving after this step; Ctrl-C again leaves at once\n"
+            os.write(2, told)  # print() may be what this interrupts, and sys.stderr no file (a notebook)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         raise Preempted(f"stopped by {signal.Signals(number).name} before its first step: nothing is lost")
