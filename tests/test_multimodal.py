@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -20,7 +21,7 @@ from tiny import write_json
 
 from megalora import cli
 from megalora.data import ChatTemplate, load_tokenizer
-from megalora.models.config import read_config
+from megalora.models.config import config_from_dict, read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
 
@@ -192,6 +193,19 @@ def test_replies_are_theirs(tmp_path, capsys, kind):
     )  # fmt: skip
     assert [json.loads(line)["response"] for line in out.read_text().splitlines()] == expected
     assert f"the language model of this {kind} is used, on text only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_defaults_of_text_config(kind):
+    """A field that text_config leaves out has the value that transformers' class of this text_config gives it."""
+    inner = MODELS[kind][1].get("model_type", f"{kind}_text")
+    if inner not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {inner}")
+    full = transformers.CONFIG_MAPPING[inner]().to_dict()
+    short, said = (
+        config_from_dict({"model_type": kind, "text_config": {"model_type": inner, **fields}}) for fields in ({}, full)
+    )
+    assert replace(short, dtype=said.dtype) == said
 
 
 def test_what_is_refused(tmp_path, capsys):

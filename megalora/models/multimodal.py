@@ -48,12 +48,19 @@ def multimodal_family(
     )
 
 
-def text_of(hf: Fields, texts: Mapping[str, str], files: FileNames, inside: str = "model.language_model.") -> ModelSpec:
+def text_of(
+    hf: Fields,
+    texts: Mapping[str, str],
+    files: FileNames,
+    inside: str = "model.language_model.",
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> ModelSpec:
     """Return the language model with the names that it has in the larger one. Raises UserError as `config_from_dict`.
 
-    texts   as `multimodal_family` takes them
-    files   how names in its files differ from ours; its `beside` are the parts that are not read
-    inside  what the language model's `model.` becomes there; "language_model.": what all of its names begin with
+    texts     as `multimodal_family` takes them
+    files     how names in its files differ from ours; its `beside` are the parts that are not read
+    inside    what the language model's `model.` becomes there; "language_model.": what all of its names begin with
+    defaults  of fields of text_config where they differ from those of the family that reads it
     """
     text = dict(hf.text_config)
     kind = text.get("model_type", next(iter(texts)))
@@ -62,12 +69,14 @@ def text_of(hf: Fields, texts: Mapping[str, str], files: FileNames, inside: str 
             f"text_config.model_type = {kind!r} is not implemented",
             f"take a model whose text_config is of {' or '.join(texts)}",
         )
-    fields = {**_left_out(texts[kind]), **text, "model_type": texts[kind]}
+    fields = {**_left_out(texts[kind]), **defaults, **text, "model_type": texts[kind]}
     if hf.tie_word_embeddings is not None:  # which says it where both do
         fields["tie_word_embeddings"] = hf.tie_word_embeddings
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(fields.get(name), Mapping):
             fields[name] = _of_one_axis(fields[name])
+            if "rope_theta" in fields[name] and "rope_theta" not in text:
+                fields.pop("rope_theta", None)  # the default
     spec = config_from_dict(fields, f"{hf.where}: text_config")
 
     def ours(name: str) -> str:

@@ -1,5 +1,6 @@
 """Qwen2.5-VL: the language model of a model that reads images too."""
 
+from megalora.models.families.qwen2_vl import DEFAULTS
 from megalora.models.family import Fields
 from megalora.models.multimodal import multimodal_family, text_of
 from megalora.models.spec import FileNames, ModelSpec
@@ -9,7 +10,7 @@ FILES = FileNames(renames=(("model.", "model.language_model."),), beside=("visua
 
 
 def read(hf: Fields) -> ModelSpec:
-    return text_of(hf, TEXTS, FILES)
+    return text_of(hf, TEXTS, FILES, defaults=DEFAULTS)
 
 
 FAMILY = multimodal_family(

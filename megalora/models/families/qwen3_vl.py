@@ -7,9 +7,11 @@ from megalora.models.spec import FileNames, ModelSpec
 TEXTS = {"qwen3_vl_text": "qwen3"}
 FILES = FileNames(beside=("model.visual.",))
 
+DEFAULTS = {"rope_theta": 5e5, "max_position_embeddings": 128000}  # transformers', which are not those of qwen3
+
 
 def read(hf: Fields) -> ModelSpec:
-    return text_of(hf, TEXTS, FILES)
+    return text_of(hf, TEXTS, FILES, defaults=DEFAULTS)
 
 
 FAMILY = multimodal_family(
