@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from told import user_error
 
 from megalora import cli
-from megalora.building import load_base_weights, stage_layers
+from megalora.building import base_names, load_base_weights, stage_layers
 from megalora.checkpoint.base.shards import save_base_shards
+from megalora.checkpoint.base.weights import model_fingerprint
 from megalora.checkpoint.layout import BASE_FILE, Layout
 from megalora.models.config import read_config
 from megalora.models.stage import Stage
@@ -118,6 +119,8 @@ def test_numbers_that_a_layer_has_go_to_shards_and_back(tmp_path, capsys):
     done(capsys, "to-hf", "--input", tmp_path / "shards", "--output", tmp_path / "back")
     assert sums(tmp_path / "back") == sums(source)
     config = read_config(source)
+    names = base_names(config)
+    assert model_fingerprint(source, names) == model_fingerprint(tmp_path / "shards", names)
     for rank in range(2):
         place = Placement(Axis(rank, (0, 1)), False, torch.bfloat16, "cpu")
         read = [Stage(config, range(4), place) for _ in range(2)]

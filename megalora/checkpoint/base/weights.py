@@ -290,10 +290,17 @@ def model_fingerprint(folder: str | Path, names: BaseNames) -> str:
     for name in sorted(names.shapes.keys() - names.optional):
         shape, dtype = weights.shapes[name], weights.dtype(name)
         digest.update(json.dumps([name, list(shape), str(dtype)]).encode())
+        if not shape:  # a number
+            digest.update(_sampled(weights, name, ()))
+            continue
         for row in sorted({0, shape[0] // 2}):
             rows = 1 if len(shape) > 1 else SAMPLE
             index = (slice(row, min(row + rows, shape[0])), *(slice(0, min(SAMPLE, n)) for n in shape[1:]))
-            sample = torch.empty([s.stop - s.start for s in index], dtype=dtype)
-            weights.copy(name, index, sample)
-            digest.update(sample.view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(_sampled(weights, name, index))
     return digest.hexdigest()
+
+
+def _sampled(weights: BaseWeights, name: str, index: tuple[slice, ...]) -> bytes:
+    sample = torch.empty([s.stop - s.start for s in index], dtype=weights.dtype(name))
+    weights.copy(name, index, sample)
+    return sample.view(-1).view(torch.uint8).numpy().tobytes()
