@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+BLOCK = 1 << 24  # numbers; temporaries of as many are little beside a model, and kernels on them fill a GPU
 
 
 class _FromInput(torch.autograd.Function):
@@ -22,15 +23,27 @@ class _FromInput(torch.autograd.Function):
     def forward(ctx, x, function):
         ctx.save_for_backward(x)
         ctx.function = function
-        return function(x)
+        return _by_blocks(function, x)
 
     @staticmethod
     def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            (dx,) = torch.autograd.grad(ctx.function(x), x, dy)
-        return dx, None
+        def gradient(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(ctx.function(x), x, dy)[0]
+
+        return _by_blocks(gradient, *ctx.saved_tensors, dy), None
+
+
+def _by_blocks(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """Return an elementwise function of tensors [T, ...], which has temporaries of BLOCK numbers, not of all."""
+    rows = max(1, BLOCK // max(1, math.prod(tensors[0].shape[1:])))
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    out = torch.empty_like(tensors[0])
+    for made, *parts in zip(out.split(rows), *(tensor.split(rows) for tensor in tensors), strict=True):
+        made.copy_(function(*parts))
+    return out
 
 
 class _SquaredRelu(torch.autograd.Function):
