@@ -23,7 +23,7 @@ import torch
 
 from megalora.errors import UserError
 from megalora.models.inputs import Inputs, head_features
-from megalora.models.mixers import Attention, Disentangled
+from megalora.models.mixers import Attention, Disentangled, RelativeTable
 from megalora.models.recorder import Graph, Recorder
 from megalora.models.spec import ModelSpec
 from megalora.ops.attention import Packed, is_even, packs
@@ -115,6 +115,8 @@ def tiled_by(config: ModelSpec) -> str | None:
         return None
     if any(isinstance(attention.position, Disentangled) for attention in attentions):
         return "scores of content against position"
+    if any(isinstance(attention.position, RelativeTable) for attention in attentions):
+        return "a bias of the scores by distance"
     if any(attention.softcap is not None for attention in attentions):
         return "softcap"
     return "dropout" if any(attention.dropout > 0 for attention in attentions) else None

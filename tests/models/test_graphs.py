@@ -16,7 +16,7 @@ from megalora.batch import Batch
 from megalora.building import build_stage, resolve_lora
 from megalora.errors import UserError
 from megalora.models.config import config_from_dict
-from megalora.models.graphs import _copy, _Graph, _layout, choose_graphs
+from megalora.models.graphs import _copy, _Graph, _layout, choose_graphs, tiled_by
 from megalora.models.inputs import head_features, training_inputs
 from megalora.ops.attention import Packed, attention
 from megalora.parallel.grads import FlatGradients
@@ -216,3 +216,11 @@ def test_the_size_of_heads_is_that_which_kernels_see():
     assert head_features(config_from_dict({"model_type": "bloom", **size})) == 256 + 8
     config = config_from_dict(fields_of("deepseek_v3") | {"v_head_dim": 300})
     assert config.head_dim < 300 == head_features(config)
+
+
+def test_a_bias_by_distance_goes_by_bounds_on_the_host_without_triton(monkeypatch):
+    """As MPNet's, where no kernel fuses it: a graph would keep the bounds of the microbatch that it was made with."""
+    config = config_from_dict(fields_of("mpnet"))
+    for fused, said in ((True, None), (False, "a bias of the scores by distance")):
+        monkeypatch.setattr("megalora.models.graphs.fuses", lambda *kinds, fused=fused: fused)
+        assert tiled_by(config) == said
