@@ -141,7 +141,7 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
 
 def _with_text_config(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """Return the fields with those of an inner language model in text_config, where an old file has them beside it."""
-    if not family.inner or "text_config" in raw:
+    if not family.flat or "text_config" in raw:
         return raw
     outer = {*HARMLESS, *FIXED, *family.harmless, *family.reads}
     text = {name: value for name, value in raw.items() if name not in outer}

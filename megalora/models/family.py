@@ -42,6 +42,7 @@ class Family:
     optional     sizes that config.json may leave out
     architectures  ends of names in config.json's `architectures` beside those that every decoder may have
     inner        of a model around a language model: the types that its text_config may have -> the families' own
+    flat         of such a model: old files have the fields of text_config beside it
     A field of the family's config class that is none of these is refused, unless it is unset.
     """
 
@@ -68,6 +69,7 @@ class Family:
     optional: frozenset[str] = frozenset()
     architectures: frozenset[str] = frozenset()
     inner: Mapping[str, str] = field(default_factory=dict)
+    flat: bool = False
 
     def in_our_names(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return the fields of a config.json under the names that `read` uses.

@@ -18,8 +18,15 @@ from megalora.models.nested import renamed
 from megalora.models.spec import FileNames, ModelSpec
 
 _SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
-_OF_IMAGES = frozenset("vision_config image_token_id image_token_index video_token_id initializer_range".split())
+_OF_IMAGES = frozenset(
+    """vision_config image_token_id image_token_index video_token_id vision_start_token_id vision_end_token_id
+    vision_token_id initializer_range""".split()
+)
 _SECTIONS = ("mrope_section", "mrope_interleaved")  # of the features that turn by time, height and width
+LLAVA_FILES = FileNames(  # as transformers writes LLaVA and those that are made like it
+    renames=(("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")),
+    beside=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+)
 
 
 def multimodal_family(
@@ -27,14 +34,14 @@ def multimodal_family(
     read: Callable[[Fields], ModelSpec],
     texts: Mapping[str, str],
     harmless: frozenset[str] = frozenset(),
-    example: Mapping[str, Any] = MappingProxyType({}),
+    flat: bool = False,
 ) -> Family:
     """Return the family of models around a language model, which `read` reads by `text_of`.
 
     kind      the model_type
     texts     model_type of text_config -> the family's that reads it
     harmless  fields of the parts that are not read, beside those that all have
-    example   what the default of text_config lacks, for docs/models.md
+    flat      old files have the fields of text_config beside it
     """
     return Family(
         (kind,),
@@ -43,7 +50,8 @@ def multimodal_family(
         harmless=_OF_IMAGES | harmless,
         rotates=False,
         inner=texts,
-        example={"text_config": {"model_type": next(iter(texts)), **example}},
+        flat=flat,
+        example={"text_config": {"model_type": next(iter(texts))}},
         architectures=frozenset({"ForConditionalGeneration"}),
     )
 

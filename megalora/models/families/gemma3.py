@@ -3,20 +3,16 @@
 from dataclasses import replace
 
 from megalora.models.family import Fields
-from megalora.models.multimodal import multimodal_family, text_of
-from megalora.models.spec import FileNames, ModelSpec
+from megalora.models.multimodal import LLAVA_FILES, multimodal_family, text_of
+from megalora.models.spec import ModelSpec
 
 TEXTS = {"gemma3_text": "gemma3_text"}
-FILES = FileNames(
-    renames=(("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")),
-    beside=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
-)
 LONGEST = 131072  # where text_config leaves it out
 
 
 def read(hf: Fields) -> ModelSpec:
     longest = hf.text_config.get("max_position_embeddings", LONGEST)  # which counts what rope_scaling adds
-    return replace(text_of(hf, TEXTS, FILES), max_position_embeddings=longest)
+    return replace(text_of(hf, TEXTS, LLAVA_FILES), max_position_embeddings=longest)
 
 
 FAMILY = multimodal_family(

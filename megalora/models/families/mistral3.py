@@ -1,18 +1,14 @@
 """Mistral Small 3.1 and 3.2, Ministral 3: the language model of a model that reads images too."""
 
 from megalora.models.family import Fields
-from megalora.models.multimodal import multimodal_family, text_of
-from megalora.models.spec import FileNames, ModelSpec
+from megalora.models.multimodal import LLAVA_FILES, multimodal_family, text_of
+from megalora.models.spec import ModelSpec
 
 TEXTS = {"mistral": "mistral", "ministral3": "ministral3"}
-FILES = FileNames(
-    renames=(("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")),
-    beside=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
-)
 
 
 def read(hf: Fields) -> ModelSpec:
-    return text_of(hf, TEXTS, FILES)
+    return text_of(hf, TEXTS, LLAVA_FILES)
 
 
 FAMILY = multimodal_family(

@@ -1,21 +1,15 @@
 """Qwen2.5-VL: the language model of a model that reads images too."""
 
-from megalora.models.families.qwen2_vl import DEFAULTS
+from megalora.models.families.qwen2_vl import DEFAULTS, FILES
 from megalora.models.family import Fields
 from megalora.models.multimodal import multimodal_family, text_of
-from megalora.models.spec import FileNames, ModelSpec
+from megalora.models.spec import ModelSpec
 
 TEXTS = {"qwen2_5_vl_text": "qwen2"}
-FILES = FileNames(renames=(("model.", "model.language_model."),), beside=("visual.", "model.visual."))
 
 
 def read(hf: Fields) -> ModelSpec:
     return text_of(hf, TEXTS, FILES, defaults=DEFAULTS)
 
 
-FAMILY = multimodal_family(
-    "qwen2_5_vl",
-    read,
-    TEXTS,
-    harmless=frozenset("video_token_id vision_start_token_id vision_end_token_id vision_token_id".split()),
-)
+FAMILY = multimodal_family("qwen2_5_vl", read, TEXTS, flat=True)

@@ -6,7 +6,6 @@ from megalora.models.spec import FileNames, ModelSpec
 
 TEXTS = {"qwen3_vl_text": "qwen3"}
 FILES = FileNames(beside=("model.visual.",))
-
 DEFAULTS = {"rope_theta": 5e5, "max_position_embeddings": 128000}  # transformers', which are not those of qwen3
 
 
@@ -14,9 +13,4 @@ def read(hf: Fields) -> ModelSpec:
     return text_of(hf, TEXTS, FILES, defaults=DEFAULTS)
 
 
-FAMILY = multimodal_family(
-    "qwen3_vl",
-    read,
-    TEXTS,
-    harmless=frozenset("video_token_id vision_start_token_id vision_end_token_id vision_token_id".split()),
-)
+FAMILY = multimodal_family("qwen3_vl", read, TEXTS)
