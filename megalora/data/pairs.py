@@ -157,7 +157,7 @@ class PairRows:
     @property
     def _has_languages(self) -> bool:
         """Whether the tokenizer sets tokens of languages around texts (NLLB, mBART), as transformers' text_target."""
-        return hasattr(self.tokenizer, "_switch_to_target_mode")
+        return hasattr(type(self.tokenizer), "src_lang")  # the switches below stand in transformers 4's base class too
 
     def _language(self, field: str) -> str:
         """Return a language of the tokenizer. Raises UserError where it has none, or not such a token."""

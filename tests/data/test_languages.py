@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import talking
 import transformers
 
 from megalora.data.packing import Sides
@@ -37,6 +38,16 @@ def test_each_side_has_the_tokens_of_its_language(folder):
         assert rows.source("a bad") == wanted.input_ids and rows.target("a cab") == wanted.labels
     assert wanted.input_ids[0] != wanted.labels[0] and wanted.labels[-1] == 2
     assert rows.description == "pairs of source (eng_Latn) and target (deu_Latn)"
+
+
+def test_other_tokenizers_have_none(tmp_path, monkeypatch):
+    """Also where all have the methods that switch between languages, as in transformers 4."""
+    base = transformers.PreTrainedTokenizerBase
+    for name in ("_switch_to_input_mode", "_switch_to_target_mode"):
+        monkeypatch.setattr(base, name, lambda self: None, raising=False)
+    talking.tokenizer().save_pretrained(tmp_path)
+    rows = PairRows(open_tokenizer(tmp_path), Sides(32, 2))
+    assert rows.source("a b") == rows.target("a b") and rows.description == "pairs of source and target"
 
 
 def test_another_language_is_another_way_to_read_rows(folder):
