@@ -56,18 +56,23 @@ def multimodal_family(
     )
 
 
+def _beside_the_head(name: str) -> str:
+    """Return a name where the larger model has the head, and its `model` all else."""
+    return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+
 def text_of(
     hf: Fields,
     texts: Mapping[str, str],
     files: FileNames,
-    inside: str = "model.language_model.",
+    ours: Callable[[str], str] = _beside_the_head,
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> ModelSpec:
     """Return the language model with the names that it has in the larger one. Raises UserError as `config_from_dict`.
 
     texts     as `multimodal_family` takes them
     files     how names in its files differ from ours; its `beside` are the parts that are not read
-    inside    what the language model's `model.` becomes there; "language_model.": what all of its names begin with
+    ours      a name of the language model alone -> its name in the larger one
     defaults  of fields of text_config where they differ from those of the family that reads it
     """
     text = dict(hf.text_config)
@@ -86,12 +91,6 @@ def text_of(
             if "rope_theta" in fields[name] and "rope_theta" not in text:
                 fields.pop("rope_theta", None)  # the default
     spec = config_from_dict(fields, f"{hf.where}: text_config")
-
-    def ours(name: str) -> str:
-        if inside == "language_model.":
-            return inside + name
-        return inside + name.removeprefix("model.") if name.startswith("model.") else name
-
     return replace(renamed(spec, ours), files=files)
 
 
