@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,10 +46,10 @@ LAYOUTS = (
 
 
 def layout_runs(names: Sequence[str], every: bool = False) -> list[Run]:
-    """Each variant on one of LAYOUTS, in turn; every: on all of them."""
+    """Each variant on the one of LAYOUTS that its name chooses, whatever the other rows; every: on all of them."""
     runs = []
-    for number, name in enumerate(names):
-        chosen = LAYOUTS if every else [LAYOUTS[number % len(LAYOUTS)]]
+    for name in names:
+        chosen = LAYOUTS if every else [LAYOUTS[zlib.crc32(name.encode()) % len(LAYOUTS)]]
         # One step: what a second shows, masks and moments, is of no family (tests/test_layouts.py shows it).
         # Adam divides a gradient by its size: where that is near zero, rounding grows to a share of the rate.
         runs += [Run(name, steps=1, learning_rate=1e-4, **layout) for layout in chosen]

@@ -1,10 +1,10 @@
-"""Print docs/models.md, or the table of README.md: python -m megalora.models [readme]"""
+"""Print docs/models.md: python -m megalora.models"""
 
 import sys
 
-from megalora.models.supported import models_page, readme_table
+from megalora.models.supported import models_page
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["readme"]):
-        sys.exit("usage: python -m megalora.models [readme]")
-    print(readme_table() if sys.argv[1:] else models_page())
+    if sys.argv[1:]:
+        sys.exit("usage: python -m megalora.models")
+    print(models_page())

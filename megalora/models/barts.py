@@ -119,6 +119,7 @@ def bart_family(
     harmless: frozenset[str] = frozenset(),
     ignored: tuple[str, ...] = (),
     example: Mapping[str, Any] | None = None,
+    published: tuple[str, ...] = (),
 ) -> Family:
     """Return the family of a model_type with BART's fields.
 
@@ -139,4 +140,5 @@ def bart_family(
         files=FileNames(ignored=(*copies, *ignored), prefix="model."),
         example=example or {},
         architectures=frozenset({"ForConditionalGeneration", "Model"}),
+        published=published,
     )  # fmt: skip

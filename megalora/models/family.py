@@ -43,6 +43,8 @@ class Family:
     architectures  ends of names in config.json's `architectures` beside those that every decoder may have
     inner        of a model around a language model: the types that its text_config may have -> the families' own
     flat         of such a model: old files have the fields of text_config beside it
+    published    names of published models whose config.json the tests read (tests/models)
+    refused      published models of these types that are refused -> why
     A field of the family's config class that is none of these is refused, unless it is unset.
     """
 
@@ -70,6 +72,8 @@ class Family:
     architectures: frozenset[str] = frozenset()
     inner: Mapping[str, str] = field(default_factory=dict)
     flat: bool = False
+    published: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def in_our_names(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return the fields of a config.json under the names that `read` uses.

@@ -35,13 +35,14 @@ def multimodal_family(
     texts: Mapping[str, str],
     harmless: frozenset[str] = frozenset(),
     flat: bool = False,
+    published: tuple[str, ...] = (),
 ) -> Family:
     """Return the family of models around a language model, which `read` reads by `text_of`.
 
     kind      the model_type
     texts     model_type of text_config -> the family's that reads it
     harmless  fields of the parts that are not read, beside those that all have
-    flat      old files have the fields of text_config beside it
+    flat, published  as Family has them
     """
     return Family(
         (kind,),
@@ -51,6 +52,7 @@ def multimodal_family(
         rotates=False,
         inner=texts,
         flat=flat,
+        published=published,
         example={"text_config": {"model_type": next(iter(texts))}},
         architectures=frozenset({"ForConditionalGeneration"}),
     )

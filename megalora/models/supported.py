@@ -1,4 +1,4 @@
-"""What is supported, told by the families themselves: docs/models.md, and its short form in README.md."""
+"""What is supported, told by the families themselves: docs/models.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from megalora.models import rotary
 from megalora.models.config import FIXED, known_families, spec_of
 from megalora.models.family import Family
 from megalora.models.multimodal import unread_parts
-from megalora.models.published import BUILT, EXPERTS, NAMED, PUBLISHED, REFUSED
 from megalora.models.spec import (
     MLP,
     Alibi,
@@ -27,10 +26,7 @@ from megalora.models.spec import (
     Rotary,
     mixers_of,
 )
-from megalora.models.tested import CELLS, FEATURES, cell
-
-MARKERS = ("<!-- models: python -m megalora.models readme -->", "<!-- /models -->")  # around the table in README.md
-_KINDS = ("decoders", "mixtures of experts", "encoders, as classifiers", "encoder-decoders", "readers of images")
+from megalora.models.tested import AROUND, CELLS, DECODERS, ENCODERS, EXPERTS, FEATURES, IMAGES, PAIRS, cell
 
 
 def summary(family: Family) -> tuple[str, str]:
@@ -59,29 +55,23 @@ def families() -> tuple[Family, ...]:
 def feature_table() -> list[str]:
     """Return the table of families by features."""
     head = ["model_type", *(feature.name for feature in FEATURES)]
-    rows = [[_code(family.types), *(cell(each, family.types[0]) for each in FEATURES)] for family in families()]
+    kinds = [(family.types, kind_of(family)) for family in families()]
+    rows = [[_code(types), *(cell(each, types[0], kind) for each in FEATURES)] for types, kind in kinds]
     return _table(head, rows)
 
 
-def readme_table() -> str:
-    """Return the table of README.md, with its markers: a row for each kind of models, with its families in order."""
-    rows: dict[str, list[str]] = {kind: [] for kind in _KINDS}
-    for family in families():
-        rows[_kind(family)].append(f"{_code(family.types)} {summary(family)[0]}")
-    lines = _table(["kind", "model_type, models"], [[kind, "; ".join(cells)] for kind, cells in rows.items()])
-    return "\n".join([MARKERS[0], *lines, MARKERS[1]])
-
-
-def _kind(family: Family) -> str:
-    """Return which of `_KINDS` the models of a family are."""
+def kind_of(family: Family) -> str:
+    """Return which of the kinds of megalora.models.tested the models of a family are."""
     spec = example(family)
+    if family.inner:
+        return AROUND
     if spec.prefix is not None:
-        return "readers of images"
+        return IMAGES
     if spec.encoder is not None:
-        return "encoder-decoders"
+        return PAIRS
     if not family.generates:
-        return "encoders, as classifiers"
-    return "mixtures of experts" if spec.has_experts else "decoders"
+        return ENCODERS
+    return EXPERTS if spec.has_experts else DECODERS
 
 
 def models_page() -> str:
@@ -101,23 +91,15 @@ def models_page() -> str:
         "## Architectures",
         "In the family's default configuration of transformers; what depends on the config is listed below.",
         "\n".join(_table(columns, map(_architecture, families()))),
-        "## Published models",
-        "Their config.json, as far as known when this was written, is read, and a tiny model with the same fields has "
-        "transformers' logits (`tests/models/test_dense_configs.py`):",
-        "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in PUBLISHED.items()),
-        "These are read and cut into tensor 2 x pipeline 4 on the meta device, with the parameters that they are "
-        "published with (`tests/models/test_classic_configs.py`, `tests/models/test_real_configs.py`; `gpt2-xl` and "
-        "`falcon-7b` have an odd number of heads, for which `--uneven_heads true` is needed):",
-        "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in BUILT.items()),
-        "These are read, with the names and shapes of parameters that transformers gives them "
-        "(`tests/models/test_encoder_configs.py`):",
-        "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in NAMED.items()),
-        "These of experts are read, with as many parameters as transformers' model of the same config "
-        "(`tests/models/test_expert_configs.py`):",
-        "\n".join(f"- `{kind}`: {', '.join(names)}" for kind, names in EXPERTS.items()),
-        "These are refused:",
-        "\n".join(f"- {name}: {why}" for name, why in REFUSED.items()),
-        "## Fields and names",
+        "## Each family",
+        "The published models that a family names have been read, by their config.json as far as known when this was "
+        "written. Of `llama`, `mistral`, `qwen2` and `qwen3`, a tiny model with the same fields has transformers' "
+        "logits (`tests/models/test_dense_configs.py`); other decoders have the parameters that they are published "
+        "with, cut into tensor 2 x pipeline 4 too (`tests/models/test_classic_configs.py`, "
+        "`tests/models/test_real_configs.py`; `gpt2-xl` and `falcon-7b` have an odd number of heads, for which "
+        "`--uneven_heads true` is needed); mixtures of experts have as many as transformers' model of the same "
+        "config (`tests/models/test_expert_configs.py`); encoders and encoder-decoders have its names and shapes "
+        "(`tests/models/test_encoder_configs.py`).",
         f"For every family: {every}. Rope types, unless said otherwise: {_code(rotary.FIELDS)} "
         "(`dynamic` up to `max_position_embeddings` tokens).",
         *("\n".join(_family(family)) for family in families()),
@@ -228,6 +210,10 @@ def _family(family: Family) -> Iterable[str]:
         yield f"- The only values that are implemented: {_fixed(family.fixed)}."
     if family.harmless:
         yield f"- Has no effect on training: {_code(sorted(family.harmless))}."
+    if family.published:
+        yield f"- Published models that are read: {', '.join(family.published)}."
+    for name, why in family.refused.items():
+        yield f"- {name} is refused: {why}."
     head = f"{spec.head.names[0]}.weight"
     layers = spec.stack.prefix if spec.encoder is None else f"{spec.encoder.prefix}.N`, `{spec.stack.prefix}"
     yield f"- Names: layers `{layers}.N`, embedding `{spec.embedding.weight}`, head `{head}`."

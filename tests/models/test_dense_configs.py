@@ -12,8 +12,6 @@ from variants import in_float64
 from megalora.errors import UserError
 from megalora.models.config import config_from_dict
 from megalora.models.inputs import Inputs, rope_tables
-from megalora.models.published import PUBLISHED
-from megalora.models.published import REFUSED as SAID
 from megalora.models.stage import NO_LORA, Stage
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement, Tokens
@@ -79,9 +77,3 @@ def test_refused_for_a_reason(name):
     with pytest.raises(UserError, match=said) as raised:
         config_from_dict(raw, name)
     assert raised.value.hint
-
-
-def test_the_page_names_them_all():
-    for kind, names in PUBLISHED.items():
-        assert SAID.keys() == REFUSED.keys()
-        assert set(names) == {name for name, raw in CONFIGS.items() if raw["model_type"] == kind}

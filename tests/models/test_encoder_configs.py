@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from megalora.models.config import config_from_dict
-from megalora.models.published import NAMED
 
 AUTO = {
     "TOKEN_CLS": transformers.AutoModelForTokenClassification,
@@ -174,9 +173,3 @@ def test_published_encoder_decoders_have_the_names_of_transformers(name):
     assert ours == {key: tuple(value.shape) for key, value in theirs.items()}
     total = sum(math.prod(shape) for key, shape in ours.items() if key != "final_logits_bias")
     assert parameters is None or total == parameters
-
-
-def test_the_page_names_them():
-    everything = CONFIGS | PAIRS
-    for kind in {raw["model_type"] for raw, _ in everything.values()} | NAMED.keys():
-        assert {*NAMED[kind]} == {name for name, (raw, _) in everything.items() if raw["model_type"] == kind}, kind

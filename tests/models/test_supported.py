@@ -1,22 +1,27 @@
-"""docs/models.md and the table in README.md: current, and what they say is tested is what the tests' tables run."""
+"""docs/models.md is current, and says what the tests' tables run; the models that README.md names are there."""
 
 import importlib
 import importlib.util
+import re
 from collections import defaultdict
 from pathlib import Path
 
+import classic_configs
+import dense_configs
+import expert_configs
+import published_configs
 import pytest
 from oracle import CLASSIC, ENCODERS, EXPERTS, FAMILIES, IMAGES, MODERN, SEQ2SEQ, fields_of
 
 from megalora.models.config import known_families
-from megalora.models.supported import MARKERS, families, models_page, readme_table, summary
+from megalora.models.supported import families, kind_of, models_page, summary
 from megalora.models.tested import CELLS, FEATURES, cell
 
 ROOT = Path(__file__).resolve().parents[2]
 # With which the tests of CUDA graphs (tests/test_gpu_step.py) have passed on a GPU; of an H200, at 3d5f12b.
 ON_GPU = {*FAMILIES, "deberta", "deberta-v2", "gemma2", "granite", "starcoder2"}
 ON_GPU |= {"deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"}
-ALL_AXES = {"TP", "SP", "PP", "DP", "recompute"}
+README = re.search(r"^## What is supported$(.*?)^## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
 
 
 def module(path: str):
@@ -32,17 +37,6 @@ def kind(family: str) -> str:
     return known_families()[fields_of(family)["model_type"]].types[0]
 
 
-def axes(runs) -> dict[str, set[str]]:
-    """Model type -> features that these runs of 4 processes have."""
-    found = defaultdict(set)
-    for run in runs:
-        dp = 4 // (run.tp * run.pp * run.cp)
-        has = {"TP": run.tp > 1, "SP": run.sequence_parallel, "PP": run.pp > 1, "DP": dp > 1}
-        has["recompute"] = run.recompute != "none"
-        found[kind(run.family)] |= {name for name, it_has in has.items() if it_has}
-    return found
-
-
 @pytest.fixture(scope="module")
 def tested() -> dict[str, dict[str, set[str]]]:
     """Feature -> cell -> model types, as the tables of the tests have them."""
@@ -56,13 +50,8 @@ def tested() -> dict[str, dict[str, set[str]]]:
     runs = variants.layout_runs(list(MODERN)) + classic.layouts()
     runs += [run for family in EXPERTS for run in experts.layouts(family)]
     runs += classes.layouts() + pairs.layouts() + images.layouts()
-    every = [*variants.layout_runs(list(MODERN), every=True), *classic.layouts(every=True)]
-    in_suite, in_proof = axes(runs), axes([*every, *classes.layouts(every=True), *pairs.layouts(every=True)])
-    for family in FAMILIES:  # test_the_cases_cover_what_they_promise
-        in_suite[family] |= ALL_AXES
-    found = {name: {"yes": {k for k, has in in_suite.items() if name in has}} for name in ALL_AXES}
-    for name in ALL_AXES:
-        found[name]["proof"] = {k for k, has in in_proof.items() if name in has} - found[name]["yes"]
+    in_suite, in_proof = ({kind(run.family) for run in some} for some in (runs, classic.layouts(every=True)))
+    found = {"layouts": {"all": {*FAMILIES}, "yes": in_suite, "proof": in_proof}}
     modern, six = set(map(kind, MODERN)), set(FAMILIES)
     packed = six | modern | set(map(kind, {case.family for case in classes.PARITY}))
     packed |= set(map(kind, SEQ2SEQ | IMAGES))
@@ -94,7 +83,7 @@ def test_the_table_says_what_is_tested(feature, tested):
     other = "untested" if feature.needs_gpu else "shared"
     for family in families():
         name = family.types[0]
-        said[name] = cell(feature, name)
+        said[name] = cell(feature, name, kind_of(family))
         wanted[name] = next((c for c, kinds in tested[feature.name].items() if name in kinds), other)
     assert said == wanted and set(said.values()) <= set(CELLS)
     assert all((ROOT / file).exists() for file in feature.tests)
@@ -105,10 +94,29 @@ def test_the_page_is_current():
     assert page == models_page() + "\n", "run: python -m megalora.models > docs/models.md"
 
 
-def test_the_table_of_the_readme_is_current():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    begin, end = (readme.index(marker) for marker in MARKERS)
-    assert readme[begin : end + len(MARKERS[1])] == readme_table(), "run: python -m megalora.models readme"
+def test_models_that_the_readme_names_are_those_of_a_family():
+    """Each line of its list names a kind and models, as the first lines of that kind's families do."""
+    named = re.findall(r"^- \*\*(.+?)\*\*: (.+?)\.$", re.sub(r"\n  +", " ", README), re.M)
+    assert len(named) == len({kind_of(family) for family in families()})
+    for kind, models in named:
+        of_kind = " | ".join(summary(family)[0] for family in families() if kind_of(family) == kind.lower())
+        assert [model for model in models.split(", ") if model not in of_kind] == [], kind
+
+
+def test_published_models_that_families_name_are_those_of_the_tests():
+    encoders = module("models/test_encoder_configs.py")
+    wanted, refused = defaultdict(set), defaultdict(set)
+    for tables, found in (
+        ((dense_configs.CONFIGS, expert_configs.CONFIGS, classic_configs.CONFIGS, published_configs.CONFIGS), wanted),
+        ((encoders.CONFIGS, encoders.PAIRS), wanted),
+        ((dense_configs.REFUSED,), refused),
+    ):
+        for name, row in (item for table in tables for item in table.items()):
+            fields = row[0] if isinstance(row, tuple) else row
+            found[known_families()[fields["model_type"]].types[0]].add(name)
+    for family in families():
+        assert {*family.published} == wanted[family.types[0]] and len({*family.published}) == len(family.published)
+        assert {*family.refused} == refused[family.types[0]]
 
 
 def test_the_tests_run_every_family():

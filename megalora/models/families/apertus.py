@@ -40,4 +40,5 @@ FAMILY = Family(
     theta=12e6,
     scaled=True,
     files=LLAMA_FILES,
+    published=("Apertus-8B-Instruct-2509",),
 )

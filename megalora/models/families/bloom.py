@@ -53,4 +53,5 @@ FAMILY = Family(
     aliases={"n_embed": "hidden_size"},
     files=FileNames(prefix="transformer."),
     optional=frozenset({"seq_length"}),
+    published=("bloom-560m", "bloom-1b7", "bloom-7b1", "bloom"),
 )

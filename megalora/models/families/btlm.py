@@ -58,4 +58,5 @@ FAMILY = Family(
     defaults=_DEFAULTS,
     remote=True,
     files=GPT2_FILES,
+    published=("btlm-3b-8k",),
 )  # fmt: skip

@@ -69,4 +69,5 @@ FAMILY = Family(
     remote=True,
     architectures=frozenset({"ChatGLMModel", "ChatGLMForConditionalGeneration"}),
     files=FileNames(ignored=("rotary_pos_emb.inv_freq",)),
+    published=("chatglm2-6b", "chatglm3-6b"),
 )  # fmt: skip

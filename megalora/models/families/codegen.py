@@ -41,4 +41,7 @@ def read(hf: Fields) -> ModelSpec:
     return gptj_like(hf, qkv, qkv, qkv)
 
 
-FAMILY = Family(("codegen",), read, reads=GPTJ_FIELDS, harmless=GPTJ_HARMLESS, files=GPTJ_FILES, rotates=False)
+FAMILY = Family(
+    ("codegen",), read, reads=GPTJ_FIELDS, harmless=GPTJ_HARMLESS, files=GPTJ_FILES, rotates=False,
+    published=("codegen-350M", "codegen-2B", "codegen-6B"),
+)

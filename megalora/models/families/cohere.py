@@ -48,4 +48,5 @@ FIELDS = LLAMA_FIELDS - {"rms_norm_eps", "head_dim"} | {"layer_norm_eps", "logit
 FAMILY = Family(
     ("cohere",), read, reads=FIELDS | {"use_qk_norm"}, fixed=LLAMA_FIXED, theta=5e5, files=LLAMA_FILES,
     harmless=frozenset({"model_max_length"}),
+    published=("c4ai-command-r-v01",),
 )

@@ -30,4 +30,5 @@ FAMILY = Family(
     },  # fmt: skip
     harmless=frozenset({"cache_implementation", "layer_switch", "sliding_window_pattern", "use_parallel_embedding"}),
     files=LLAMA_FILES,
+    published=("c4ai-command-r7b-12-2024",),
 )

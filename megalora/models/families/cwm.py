@@ -26,4 +26,5 @@ FAMILY = Family(
     theta=1e6,
     scaled=True,
     files=LLAMA_FILES,
+    published=("cwm",),
 )

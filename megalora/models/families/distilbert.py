@@ -62,4 +62,5 @@ FAMILY = Family(
     generates=False,
     files=encoder_files("distilbert", "vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
     architectures=BERT_CLASSES,
+    published=("distilbert-base-uncased", "distilbert-base-multilingual-cased"),
 )

@@ -37,4 +37,5 @@ FAMILY = Family(
     harmless=(HARMLESS - {"head_dim"}) | {"max_window_layers"},  # layer_types says which layers slide
     files=LLAMA_FILES,
     example={"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    published=("dots.llm1.inst",),
 )

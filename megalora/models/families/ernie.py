@@ -33,4 +33,5 @@ FAMILY = Family(
     generates=False,
     files=encoder_files("ernie", "cls."),
     architectures=BERT_CLASSES,
+    published=("ernie-3.0-base-zh",),
 )

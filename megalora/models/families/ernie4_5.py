@@ -12,5 +12,6 @@ def read(hf: Fields) -> ModelSpec:
 
 
 FAMILY = Family(
-    ("ernie4_5",), read, reads=LLAMA_FIELDS | {"use_bias"}, fixed={"hidden_act": "silu"}, theta=5e5, files=LLAMA_FILES
+    ("ernie4_5",), read, reads=LLAMA_FIELDS | {"use_bias"}, fixed={"hidden_act": "silu"}, theta=5e5, files=LLAMA_FILES,
+    published=("ERNIE-4.5-0.3B-PT",),
 )

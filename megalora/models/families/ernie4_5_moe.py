@@ -54,4 +54,5 @@ FAMILY = Family(
     harmless=ROUTER_HARMLESS | {"moe_capacity", "num_nextn_predict_layers"},
     theta=5e5,
     files=dataclasses.replace(LLAMA_FILES, passed=("model.mtp_",)),
+    published=("ERNIE-4.5-21B-A3B-PT",),
 )

@@ -36,4 +36,5 @@ FAMILY = Family(
     fixed=LLAMA_FIXED,
     harmless=frozenset({"sliding_window_pattern"}),  # layer_types says which layers slide
     files=LLAMA_FILES,
+    published=("EXAONE-4.0-1.2B",),
 )

@@ -89,4 +89,5 @@ FAMILY = Family(
     aliases={"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
     files=FALCON_FILES,
     optional=frozenset({"ffn_hidden_size"}),
+    published=("falcon-7b", "falcon-40b", "falcon-rw-1b", "falcon-11b"),
 )

@@ -36,4 +36,5 @@ FAMILY = Family(
     reads=LLAMA_FIELDS | {"attention_bias", "hidden_act"},
     fixed={"attention_dropout": 0.0, "hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
     files=LLAMA_FILES,
+    published=("gemma-2b", "gemma-7b"),
 )

@@ -38,5 +38,6 @@ FIELDS = LLAMA_FIELDS | frozenset(
 )
 FIXED = {"attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "use_bidirectional_attention": False}
 FAMILY = Family(
-    ("gemma2",), read, reads=FIELDS, fixed=FIXED, harmless=frozenset({"cache_implementation"}), files=LLAMA_FILES
+    ("gemma2",), read, reads=FIELDS, fixed=FIXED, harmless=frozenset({"cache_implementation"}), files=LLAMA_FILES,
+    published=("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"),
 )

@@ -16,5 +16,6 @@ def read(hf: Fields) -> ModelSpec:
 
 
 FAMILY = multimodal_family(
-    "gemma3", read, TEXTS, harmless=frozenset("boi_token_index eoi_token_index mm_tokens_per_image".split())
+    "gemma3", read, TEXTS, harmless=frozenset("boi_token_index eoi_token_index mm_tokens_per_image".split()),
+    published=("gemma-3-4b-it",),
 )

@@ -19,4 +19,5 @@ FAMILY = Family(
     theta=1e6,
     sliding_theta=("rope_local_base_freq", 1e4),
     files=LLAMA_FILES,
+    published=("gemma-3-1b-it",),
 )

@@ -35,4 +35,7 @@ def read(hf: Fields) -> ModelSpec:
 
 
 FIELDS = LLAMA_FIELDS | {"attention_bias"}
-FAMILY = Family(("glm",), read, reads=FIELDS, fixed=LLAMA_FIXED, partial=0.5, files=LLAMA_FILES)
+FAMILY = Family(
+    ("glm",), read, reads=FIELDS, fixed=LLAMA_FIXED, partial=0.5, files=LLAMA_FILES,
+    published=("glm-4-9b-hf",),
+)

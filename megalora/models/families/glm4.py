@@ -16,4 +16,7 @@ def read(hf: Fields) -> ModelSpec:
     return decoder_of(hf, layer)
 
 
-FAMILY = Family(("glm4",), read, reads=FIELDS, fixed=LLAMA_FIXED, partial=0.5, files=LLAMA_FILES)
+FAMILY = Family(
+    ("glm4",), read, reads=FIELDS, fixed=LLAMA_FIXED, partial=0.5, files=LLAMA_FILES,
+    published=("GLM-4-9B-0414", "GLM-4-32B-0414"),
+)

@@ -30,4 +30,5 @@ FAMILY = dataclasses.replace(
     reads=DEEPSEEK.reads | {"mlp_layer_types"},
     partial=1.0,
     optional=frozenset({"first_k_dense_replace"}),
+    published=("GLM-4.7-Flash",),
 )

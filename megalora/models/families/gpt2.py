@@ -70,4 +70,5 @@ FAMILY = Family(
     harmless=GPT2_HARMLESS,
     files=GPT2_FILES,
     rotates=False,
+    published=("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"),
 )

@@ -19,4 +19,5 @@ FAMILY = Family(
     ),
     files=GPT2_FILES,
     rotates=False,
+    published=("starcoder", "santacoder"),
 )

@@ -57,4 +57,5 @@ FAMILY = Family(
         summary_first_dropout gradient_checkpointing""".split()
     ),
     files=FileNames((), (*BUFFERS, "attn.attention.bias", "attn.attention.masked_bias"), "transformer."),
+    published=("gpt-neo-125m", "gpt-neo-1.3B", "gpt-neo-2.7B"),
 )

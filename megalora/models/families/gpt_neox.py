@@ -52,4 +52,5 @@ FAMILY = Family(
     rope={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
     partial=0.25,
     files=FileNames((("lm_head.", "embed_out."),), (*BUFFERS, "attention.bias", "attention.masked_bias"), "gpt_neox."),
+    published=("pythia-1.4b", "pythia-6.9b", "gpt-neox-20b"),
 )

@@ -51,4 +51,7 @@ def read(hf: Fields) -> ModelSpec:
     return gptj_like(hf, *(Linear(f"attn.{x}_proj", hf.hidden_size, hf.hidden_size) for x in "qkv"))
 
 
-FAMILY = Family(("gptj",), read, reads=GPTJ_FIELDS, harmless=GPTJ_HARMLESS, files=GPTJ_FILES, rotates=False)
+FAMILY = Family(
+    ("gptj",), read, reads=GPTJ_FIELDS, harmless=GPTJ_HARMLESS, files=GPTJ_FILES, rotates=False,
+    published=("gpt-j-6b",),
+)

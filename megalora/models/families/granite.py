@@ -40,4 +40,7 @@ FIELDS = LLAMA_FIELDS | frozenset(
     """attention_bias attention_dropout mlp_bias embedding_multiplier attention_multiplier residual_multiplier
     logits_scaling""".split()
 )
-FAMILY = Family(("granite",), read, reads=FIELDS - {"head_dim"}, fixed={"hidden_act": "silu"}, files=LLAMA_FILES)
+FAMILY = Family(
+    ("granite",), read, reads=FIELDS - {"head_dim"}, fixed={"hidden_act": "silu"}, files=LLAMA_FILES,
+    published=("granite-3.1-8b-base", "granite-3.1-2b-base"),
+)

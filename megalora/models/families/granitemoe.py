@@ -31,4 +31,5 @@ FAMILY = dataclasses.replace(
     reads=GRANITE.reads - {"mlp_bias"} | {"num_local_experts", "num_experts_per_tok"},
     fixed={**GRANITE.fixed, **ROUTER_FIXED},
     harmless=ROUTER_HARMLESS,
+    published=("granite-3.1-1b-a400m-base", "granite-3.1-3b-a800m-base"),
 )

@@ -33,4 +33,5 @@ FAMILY = Family(
     fixed=LLAMA_FIXED,
     theta=1e5,
     files=LLAMA_FILES,
+    published=("helium-1-preview-2b",),
 )

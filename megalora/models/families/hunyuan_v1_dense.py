@@ -54,4 +54,5 @@ FAMILY = Family(
     rope_reads=frozenset({"alpha"}),
     rope_harmless=frozenset({"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),
     files=LLAMA_FILES,
+    published=("Hunyuan-MT-7B",),
 )

@@ -18,4 +18,5 @@ FAMILY = Family(
     fixed={"hidden_act": "silu"},
     harmless=frozenset({"end_token_id"}),
     files=LLAMA_FILES,
+    published=("HyperCLOVAX-SEED-Think-14B",),
 )

@@ -31,4 +31,5 @@ FAMILY = Family(
     harmless=frozenset({"attn_implementation"}),
     defaults=_DEFAULTS,
     remote=True,
+    published=("internlm2-1_8b", "internlm2-7b", "internlm2_5-7b-chat", "internlm2-20b"),
 )

@@ -25,4 +25,5 @@ FAMILY = Family(
     defaults=_DEFAULTS,
     remote=True,
     files=LLAMA_FILES,
+    published=("internlm3-8b-instruct",),
 )

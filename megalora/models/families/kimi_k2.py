@@ -12,4 +12,7 @@ def read(hf: Fields) -> ModelSpec:
 
 
 # Its config.json names DeepSeek's own code; transformers knows that as deepseek_v3.
-FAMILY = dataclasses.replace(deepseek_v3.FAMILY, types=("kimi_k2",), read=read, config_class="deepseek_v3")
+FAMILY = dataclasses.replace(
+    deepseek_v3.FAMILY, types=("kimi_k2",), read=read, config_class="deepseek_v3",
+    published=("Kimi-K2-Instruct",),
+)

@@ -25,4 +25,5 @@ FAMILY = bart_family(
     {},
     ignored=("embed_positions.weights",),  # which are computed
     example={"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    published=("nllb-200-distilled-600M",),
 )

@@ -23,4 +23,5 @@ FAMILY = bart_family(
     },
     harmless=frozenset({"forced_eos_token_id"}),
     example={"decoder_start_token_id": 2},
+    published=("mbart-large-50-many-to-many-mmt",),
 )  # fmt: skip

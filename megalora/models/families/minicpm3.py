@@ -31,4 +31,5 @@ FAMILY = Family(
     fixed=LLAMA_FIXED,
     harmless=HARMLESS,
     files=LLAMA_FILES,
+    published=("MiniCPM3-4B",),
 )

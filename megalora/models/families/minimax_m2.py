@@ -52,4 +52,5 @@ FAMILY = Family(
     theta=5e6,
     partial=("rotary_dim", "head_dim"),
     files=LLAMA_FILES,
+    published=("MiniMax-M2",),
 )  # fmt: skip

@@ -25,4 +25,5 @@ FAMILY = Family(
     rope_harmless=frozenset({"max_position_embeddings"}),
     scaled=True,
     files=LLAMA_FILES,
+    published=("Ministral-3-8B-Base-2512, its text_config",),
 )

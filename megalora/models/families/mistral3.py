@@ -18,4 +18,5 @@ FAMILY = multimodal_family(
     harmless=frozenset(
         "multimodal_projector_bias projector_hidden_act spatial_merge_size vision_feature_layer".split()
     ),
+    published=("Mistral-Small-3.1-24B-Instruct-2503",),
 )

@@ -30,4 +30,5 @@ FAMILY = Family(
     harmless=ROUTER_HARMLESS,
     theta=1e6,
     files=LLAMA_FILES,
+    published=("Mixtral-8x7B-v0.1",),
 )

@@ -104,4 +104,5 @@ FAMILY = Family(
     optional=frozenset({"global_attn_every_n_layers"}),
     files=FileNames(prefix="model.", passed=("decoder.",)),
     architectures=BERT_CLASSES,
+    published=("ModernBERT-base", "ModernBERT-large"),
 )

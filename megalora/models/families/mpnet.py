@@ -30,4 +30,5 @@ FAMILY = Family(
     generates=False,
     files=encoder_files("mpnet", "lm_head."),
     architectures=BERT_CLASSES,
+    published=("mpnet-base", "all-mpnet-base-v2"),
 )

@@ -59,4 +59,5 @@ FAMILY = Family(
     defaults=_DEFAULTS,
     aliases={"d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers"},
     files=FileNames(prefix="transformer."),
+    published=("mpt-7b", "mpt-7b-storywriter", "mpt-30b"),
 )

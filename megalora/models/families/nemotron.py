@@ -28,4 +28,5 @@ FAMILY = Family(
     rope={"rope_percent": "partial_rotary_factor", "rope_percentage": "partial_rotary_factor"},
     partial=0.5,
     files=LLAMA_FILES,
+    published=("Minitron-4B-Base",),
 )

@@ -24,4 +24,5 @@ FAMILY = Family(
     reads=LLAMA_FIELDS - {"rms_norm_eps", "head_dim"} | {"attention_bias", "clip_qkv"},
     fixed=LLAMA_FIXED,
     files=LLAMA_FILES,
+    published=("OLMo-1B-hf", "OLMo-7B-hf"),
 )

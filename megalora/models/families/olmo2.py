@@ -41,4 +41,7 @@ def read(hf: Fields) -> ModelSpec:
 
 
 FIELDS = LLAMA_FIELDS - {"head_dim"} | {"attention_bias"}
-FAMILY = Family(("olmo2",), read, reads=FIELDS, fixed=LLAMA_FIXED, files=LLAMA_FILES)
+FAMILY = Family(
+    ("olmo2",), read, reads=FIELDS, fixed=LLAMA_FIXED, files=LLAMA_FILES,
+    published=("OLMo-2-1124-7B", "OLMo-2-1124-13B"),
+)

@@ -19,4 +19,5 @@ FAMILY = Family(
     theta=5e5,
     sliding_theta=("rope_theta", 5e5),
     files=LLAMA_FILES,
+    published=("Olmo-3-1025-7B",),
 )

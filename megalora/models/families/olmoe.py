@@ -31,4 +31,5 @@ FAMILY = Family(
     fixed=LLAMA_FIXED | ROUTER_FIXED | {"clip_qkv": None},
     harmless=ROUTER_HARMLESS,
     files=LLAMA_FILES,
+    published=("OLMoE-1B-7B-0924",),
 )

@@ -59,4 +59,5 @@ FAMILY = Family(
     harmless=frozenset({"init_std", "output_projection", "learned_embeddings"}),
     files=FileNames((("decoder.", "model.decoder."),), prefix="model."),
     rotates=False,
+    published=("opt-125m", "opt-350m", "opt-1.3b", "opt-6.7b", "opt-30b"),
 )

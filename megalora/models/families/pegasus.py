@@ -20,4 +20,5 @@ FAMILY = bart_family(
     },
     harmless=frozenset({"extra_pos_embeddings", "forced_eos_token_id"}),
     ignored=("embed_positions.weight",),  # which are computed
+    published=("pegasus-xsum",),
 )  # fmt: skip

@@ -47,4 +47,5 @@ FAMILY = Family(
     ),
     partial=0.5,
     files=FileNames(prefix="model."),
+    published=("phi-1.5", "phi-2"),
 )

@@ -24,4 +24,5 @@ FAMILY = Family(
     harmless=frozenset({"original_max_position_embeddings"}),  # of longrope: read with its fields
     partial=1.0,
     files=LLAMA_FILES,
+    published=("Phi-3-mini-4k-instruct", "Phi-3.5-mini-instruct", "phi-4"),
 )

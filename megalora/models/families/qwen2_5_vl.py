@@ -12,4 +12,7 @@ def read(hf: Fields) -> ModelSpec:
     return text_of(hf, TEXTS, FILES, defaults=DEFAULTS)
 
 
-FAMILY = multimodal_family("qwen2_5_vl", read, TEXTS, flat=True)
+FAMILY = multimodal_family(
+    "qwen2_5_vl", read, TEXTS, flat=True,
+    published=("Qwen2.5-VL-7B-Instruct",),
+)

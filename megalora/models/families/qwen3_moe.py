@@ -40,4 +40,5 @@ FAMILY = Family(
     fixed=LLAMA_FIXED | ROUTER_FIXED,
     harmless=ROUTER_HARMLESS | {"max_window_layers"},
     files=LLAMA_FILES,
+    published=("Qwen3-30B-A3B",),
 )

@@ -17,4 +17,5 @@ FAMILY = replace(
     types=("RefinedWeb",),
     read=read,
     defaults={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2, "parallel_attn": True},
+    published=("falcon-40b, first form",),
 )

@@ -25,4 +25,5 @@ FAMILY = replace(
     config_class="falcon",
     aliases=NAMES,
     defaults={"multi_query": False, "parallel_attn": False},  # as the first config class had them
+    published=("falcon-7b, first form",),
 )

@@ -27,4 +27,5 @@ FAMILY = Family(
     generates=False,
     files=encoder_files("roberta", "lm_head."),
     architectures=BERT_CLASSES,
+    published=("camembert-base",),
 )

@@ -25,4 +25,5 @@ FAMILY = Family(
     reads=LLAMA_FIELDS | {"attention_bias", "attention_out_bias", "attention_dropout", "residual_dropout", "mlp_bias"},
     fixed={"hidden_act": "silu"},
     files=LLAMA_FILES,
+    published=("Seed-OSS-36B-Instruct",),
 )

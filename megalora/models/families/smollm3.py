@@ -34,4 +34,5 @@ FAMILY = Family(
     harmless=frozenset({"no_rope_layer_interval", "max_window_layers"}),  # no_rope_layers and layer_types say it
     theta=2e6,
     files=LLAMA_FILES,
+    published=("SmolLM3-3B",),
 )

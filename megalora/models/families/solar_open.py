@@ -24,4 +24,5 @@ FAMILY = Family(
     theta=1e6,
     partial=1.0,
     files=LLAMA_FILES,
+    published=("Solar-Open-100B",),
 )

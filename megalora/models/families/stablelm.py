@@ -50,4 +50,5 @@ FAMILY = Family(
     fixed=LLAMA_FIXED,
     partial=0.25,
     files=LLAMA_FILES,
+    published=("stablelm-2-1_6b", "stablelm-2-12b"),
 )

@@ -43,4 +43,5 @@ FAMILY = Family(
         }
     ),  # fmt: skip
     files=LLAMA_FILES,
+    published=("starcoder2-3b", "starcoder2-7b", "starcoder2-15b"),
 )

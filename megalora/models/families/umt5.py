@@ -11,4 +11,7 @@ def read(hf: Fields) -> ModelSpec:
     return t5.read(hf, shares_tables=False)
 
 
-FAMILY = replace(t5.FAMILY, types=("umt5",), read=read, harmless=t5.FAMILY.harmless | {"scalable_attention"})
+FAMILY = replace(
+    t5.FAMILY, types=("umt5",), read=read, harmless=t5.FAMILY.harmless | {"scalable_attention"},
+    published=("umt5-small",),
+)

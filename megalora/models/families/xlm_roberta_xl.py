@@ -21,4 +21,7 @@ def read(hf: Fields) -> ModelSpec:
     return replace(spec, embedding=replace(spec.embedding, norm=None), stack=stack)
 
 
-FAMILY = replace(roberta.FAMILY, types=("xlm-roberta-xl",), read=read)
+FAMILY = replace(
+    roberta.FAMILY, types=("xlm-roberta-xl",), read=read,
+    published=("xlm-roberta-xl",),
+)
