@@ -67,13 +67,12 @@ def run(command: Callable[[], int | None]) -> int:
             # torchrun ends all ranks when the first one leaves: rank 0 goes first, it has the error to print.
             time.sleep(_GRACE_SECONDS)
             return USER_ERROR
-        print(_told(error), file=sys.stderr, flush=True)
+        _say(_told(error), sys.stderr)
         return USER_ERROR
     except Preempted as left:
         from megalora.cluster.preemption import exit_status
 
-        if rank == 0:
-            print(f"megalora: {left}", file=sys.stderr, flush=True)
+        _say(f"megalora: {left}", sys.stderr)
         return exit_status(left)
     except Leaving as left:
         return left.status
@@ -258,7 +257,7 @@ def _rank() -> int:
 
 
 def _say(text: str, file: TextIO | None = None) -> None:
-    """Print on rank 0. That nobody reads on (`--help | head`) is no error."""
+    """Print on rank 0. That nobody reads on (`--help | head`, a run's `| tee` after Ctrl-C) is no error."""
     if _rank() != 0:
         return
     file = file or sys.stdout

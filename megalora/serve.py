@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ import torch
 from megalora.adapters.shared import Room, SharedAdapters, share
 from megalora.asked import template_of
 from megalora.building import build_stage, load_adapter, load_base_weights, resolve_base
+from megalora.cluster.handlers import tell
 from megalora.cluster.launch import choose_device, distributed
 from megalora.cluster.watch import Watch
 from megalora.compute_dtype import choose_dtype
@@ -154,9 +154,7 @@ def _has_room_for_experts(asked: bool | None, read: Sequence[ReadAdapter], confi
     return any(not of_experts.isdisjoint(one.lora.adapters) for one in read) if asked is None else asked
 
 
-def _stage(
-    arguments: Serving, config: ModelSpec, read: _Read, mesh: ParallelMesh, device: torch.device
-) -> Stage:
+def _stage(arguments: Serving, config: ModelSpec, read: _Read, mesh: ParallelMesh, device: torch.device) -> Stage:
     """Build this rank's part of the model, with the base and all adapters in it. Collective."""
     layout, model, shared = arguments.layout, arguments.served, read.shared
     dtype = choose_dtype(model.dtype, device, mesh.world).dtype
@@ -258,8 +256,7 @@ def _serving(
     """Answer HTTP while inside; a signal closes the backlog, and ends what is there stop_timeout seconds later."""
     options = arguments.server
     connections = options.max_running + options.max_waiting + SPARE_CONNECTIONS
-    stop = _Stop(backlog, options.stop_timeout)
-    with served(app, listening, connections), _on_signals(stop):
+    with served(app, listening, connections), _on_signals(_Stop(backlog, options.stop_timeout)):
         address = address_of(listening, options.host)
         _say(f"serving {', '.join(catalogue.models)} at {address}/v1")
         if token is not None:
@@ -269,7 +266,6 @@ def _serving(
             yield
         finally:
             backlog.end_all(running=True)  # there are some where the replica has failed
-            stop.cancel()
 
 
 class _Stop:
@@ -277,24 +273,17 @@ class _Stop:
 
     def __init__(self, backlog: Backlog, seconds: float):
         self._backlog, self._seconds, self._asked = backlog, seconds, 0
-        self._timer = threading.Timer(seconds, backlog.abort)
-        self._timer.daemon = True
 
     def __call__(self, number: int, frame: object) -> None:
         self._asked += 1
-        self._backlog.close()
         if self._asked == 1:
+            self._backlog.close(self._seconds)
             running, waiting = self._backlog.open
-            told = f"megalora: stopping: {running + waiting} requests are under way; a second signal ends them\n"
-            os.write(sys.stderr.fileno(), told.encode())  # print() may be what this interrupts
-            self._timer.start()
+            tell(f"megalora: stopping: {running + waiting} requests are under way; a second signal ends them")
         elif self._asked == 2:
             self._backlog.abort()
         else:
             raise KeyboardInterrupt
-
-    def cancel(self) -> None:
-        self._timer.cancel()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from told import user_error
 from waiting import PATIENCE
 
 from megalora import __version__, cli
-from megalora.errors import UserError
+from megalora.errors import Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ["--model_path", ".", "--data_path", ".", "--output_dir", "o"]
@@ -57,6 +57,15 @@ def test_user_error_is_told_on_rank_0(monkeypatch, capsys):
 
 def test_interrupt():
     assert cli.run(raises(KeyboardInterrupt())) == 130
+
+
+def test_a_run_that_was_left_has_its_status_where_nobody_reads_why(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        assert cli.run(raises(Interrupted("saved"))) == 130
+        assert cli.run(raises(UserError("a thing is wrong"))) == 2
 
 
 def test_a_bug_shows_its_traceback_with_the_rank(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megalora.cluster.handlers import tell
 from megalora.errors import Interrupted, Preempted
 
 CTRL_C = "Ctrl-C"
@@ -63,8 +64,7 @@ class Preemption:
             raise KeyboardInterrupt
         self.signal_name = CTRL_C
         if int(os.environ.get("RANK", "0") or 0) == 0:
-            told = b"\nmegalora: saving after this step; Ctrl-C again leaves at once\n"
-            os.write(2, told)  # print() may be what this interrupts, and sys.stderr no file (a notebook)
+            tell("\nmegalora: saving after this step; Ctrl-C again leaves at once")
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         raise Preempted(f"stopped by {signal.Signals(number).name} before its first step: nothing is lost")

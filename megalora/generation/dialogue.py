@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megalora.cluster.handlers import tell
 from megalora.data import ChatTemplate, Conversation, Message
 from megalora.errors import UserError
 from megalora.generation.prompts import Question, ask, encode
@@ -115,8 +116,9 @@ class Chat:
         if not self._replying and self._edited:
             raise KeyboardInterrupt  # out of readline, which forgets the line
         if not self._replying:
-            print(f"\n{HINT}", file=sys.stderr, flush=True)
-            self._mark()
+            tell(f"\n{HINT}")
+            if self._shows_mark:
+                os.write(1, b"> ")  # print() may be what this interrupts
         elif self._interrupted:  # asked for twice: the reply does not come to where it can be left off
             raise KeyboardInterrupt
         self._interrupted = True

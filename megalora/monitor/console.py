@@ -6,6 +6,7 @@ step.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -19,6 +20,15 @@ from rich.table import Table
 from rich.text import Text
 
 _LOG_WIDTH = 120  # columns of the table where there is no terminal to ask
+
+
+class _Shown(RichConsole):
+    """A reader who is gone (`| tee`, which the terminal gives the same Ctrl-C) costs the lines to come, not the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # what is left in the file's buffer would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Console:
@@ -36,7 +46,7 @@ class Console:
         self._log = log
         # Asked of the file and not of rich, which FORCE_COLOR (set by CI) leads to draw a bar in a log.
         self._terminal = (file or sys.stdout).isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        self._rich = RichConsole(
+        self._rich = _Shown(
             file=file,
             highlight=False,
             force_terminal=self._terminal,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -64,7 +65,7 @@ class Backlog:
         self._running: dict[int, Ticket] = {}
         self._told: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Token | End]]] = {}
         self._changes: deque[tuple[Change, asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
-        self._closed = self._aborted = False
+        self._closed, self._ends = False, math.inf
 
     # ---- for the side of HTTP ----
 
@@ -111,17 +112,23 @@ class Backlog:
         """As `counts`, about, and without a lock: for a signal handler."""
         return len(self._running), len(self._waiting)
 
-    def close(self) -> None:
-        """Take no more requests; those that are there are replied to. Without a lock: for a signal handler."""
-        self._closed = True
+    def close(self, seconds: float = math.inf) -> None:
+        """Take no more requests; those that are there are replied to, within so many seconds. Without a lock or a
+        thread: for a signal handler.
+        """
+        self._closed, self._ends = True, time.monotonic() + seconds
 
     def abort(self) -> None:
         """Take no more requests, and end those that are there as `cancel` does. Without a lock too."""
-        self._closed = self._aborted = True
+        self._closed, self._ends = True, -math.inf
 
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def _aborted(self) -> bool:
+        return time.monotonic() >= self._ends
 
     def uses(self, adapter: int) -> bool:
         """Return whether a request of an adapter runs or waits."""

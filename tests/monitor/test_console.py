@@ -1,6 +1,7 @@
 """The run at the terminal: plain lines in a log file, a bar on a terminal."""
 
 import io
+import os
 
 from megalora.monitor.console import Console
 
@@ -76,3 +77,16 @@ def test_bar(monkeypatch):
     text = file.getvalue()
     for word in ("before the bar", "loss 1.2500", "1,234 tokens/s", "4/10", "a note", "left"):
         assert word in text
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_says():
+    """`megalora finetune ... | tee log`: Ctrl-C ends tee too, and the run is still to save."""
+    read, write = os.pipe()
+    logged = []
+    with os.fdopen(write, "w") as file:
+        console = Console(10, file=file, log=logged.append)
+        os.close(read)
+        for step in (1, 2):
+            console.step({**RECORD, "step": step})
+        console.close()
+    assert [line[:9] for line in logged] == ["step 1/10", "step 2/10"]
