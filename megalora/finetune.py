@@ -192,6 +192,7 @@ def _workload(arguments: FinetuneArguments, beginning: Beginning, device: torch.
         base_format=beginning.base_format,
         context_parallel=arguments.parallel.context_parallel_size,
         source_context=seen.of_sources,
+        memory_context=seen.of_memory,
         source_length=0 if rows.sides is None else rows.sides.source_length,
         merges=merges(device),
     )

@@ -17,9 +17,17 @@ from megalora.choices import CLASSIFICATION
 from megalora.data import Loader, PackedRows
 from megalora.flags import FinetuneArguments, TrainArguments
 from megalora.models.dropouts import base_dropouts, told
-from megalora.models.spec import ClassHead, CrossAttention, Head, ModelSpec, mixers_of
+from megalora.models.spec import (
+    Attention,
+    ClassHead,
+    CrossAttention,
+    Head,
+    LatentAttention,
+    ModelSpec,
+    mixers_of,
+)
 from megalora.models.stage import Stage
-from megalora.monitor import causal_context, lora_flops_per_token
+from megalora.monitor import keys_seen, lora_flops_per_token
 from megalora.ops import extension
 from megalora.parallel.collectives import gather_objects
 from megalora.parallel.mesh import ParallelMesh
@@ -74,9 +82,7 @@ def generate_command(arguments: FinetuneArguments, mesh: ParallelMesh, task: str
     return shlex.join(["megalora", "generate", *words])
 
 
-def forecast(
-    arguments: FinetuneArguments, begun: Beginning, engine: Engine, work: Workload, mesh: ParallelMesh
-) -> str:
+def forecast(arguments: FinetuneArguments, begun: Beginning, engine: Engine, work: Workload, mesh: ParallelMesh) -> str:
     """Return a line on the steps that a run would make: their learning rates, and the time that the plan gives them."""
     train, first, total = arguments.train, begun.first_step, begun.total_steps
     if first >= total:
@@ -130,9 +136,7 @@ def drawn_layout(schedule: str, cut: Cut, mesh: ParallelMesh) -> dict[str, Any]:
 
 
 def _evaluation_rows(sets: Mapping[str, Loader]) -> str:
-    told = [
-        f"{f'{name}: ' if name else ''}{_documents_in_rows(loader.rows)}" for name, loader in sets.items()
-    ]
+    told = [f"{f'{name}: ' if name else ''}{_documents_in_rows(loader.rows)}" for name, loader in sets.items()]
     return "; ".join(told) or "none"
 
 
@@ -251,25 +255,25 @@ def not_sequence_parallel(tokens: int, tp: int) -> str:
 
 @dataclass(frozen=True)
 class Contexts:
-    """Keys that a token attends to on average: of_targets, in its own stack (of a decoder, those up to it);
-    of_sources, a source's token in its document and a target's token in its source; None where there are none.
+    """Keys that a token attends to on average, without windows. of_targets: of its document up to it; of_sources: a
+    source's token of its whole document; of_memory: a target's token of its source. None where there are no sources.
 
     sources  tokens of all sources
     """
 
     of_targets: float
     of_sources: float | None = None
+    of_memory: float | None = None
     sources: int = 0
 
 
 def contexts(rows: PackedRows) -> Contexts:
     """Return how far the tokens of the rows see."""
     if rows.sides is None:
-        return Contexts(causal_context(rows.lengths.tolist()))
-    lengths = rows.sides.lengths(rows.source)[rows.members]
-    sources, targets = lengths[:, 0], lengths[:, 1]
-    seen = float((sources * (sources + targets)).sum() / max(1, lengths.sum()))
-    return Contexts(causal_context(targets.tolist()), seen, int(sources.sum()))
+        return Contexts(keys_seen(rows.lengths))
+    sources, targets = rows.sides.lengths(rows.source)[rows.members].T
+    of_memory = float((sources * targets).sum() / max(1, targets.sum()))
+    return Contexts(keys_seen(targets), keys_seen(sources, causal=False), of_memory, int(sources.sum()))
 
 
 def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> float:
@@ -277,29 +281,48 @@ def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> 
 
     Of an encoder-decoder each linear counts for the tokens that go through it.
     """
-    seen = contexts(rows)
-    shares = {**config.shares, **_shares_of_sides(config, seen.sources / max(1, rows.tokens))}
+    shares = {**config.shares, **_shares_of_sides(config, contexts(rows).sources / max(1, rows.tokens))}
     frozen = sum(
-        linear.in_features * linear.out_features * shares.get(name, 1.0)
-        for name, (linear, _) in config.linears.items()
+        linear.in_features * linear.out_features * shares.get(name, 1.0) for name, (linear, _) in config.linears.items()
     )
-    layers, context = config.num_hidden_layers, seen.of_targets
-    if config.encoder is not None:
-        share, first = seen.sources / max(1, rows.tokens), config.encoder.count
-        of_encoder, of_decoder = share * (seen.of_sources or 0), (1 - share) * ((seen.of_sources or 0) + context)
-        context = (first * of_encoder + (layers - first) * of_decoder) / layers
     if isinstance(config.head, Head):
         frozen += config.vocab_size * config.embedding.width * shares.get("head", 1.0)  # tied or not
     return lora_flops_per_token(
         frozen_matmul_parameters=frozen,
-        lora_parameters=sum(
-            size * shares.get(linear, 1.0) for linear, size in _lora_parameters(config, lora).items()
-        ),
-        num_hidden_layers=layers,
+        lora_parameters=sum(size * shares.get(linear, 1.0) for linear, size in _lora_parameters(config, lora).items()),
+        num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
         head_dim=config.head_dim,
-        context=context,
+        context=_keys_of_a_layer(config, rows),
     )
+
+
+def _keys_of_a_layer(config: ModelSpec, rows: PackedRows) -> float:
+    """Return keys that a token of the rows attends to on average in a layer; of an encoder-decoder each layer's tokens
+    count as their share of all.
+    """
+    sources = targets = rows.lengths
+    if rows.sides is not None:
+        sources, targets = rows.sides.lengths(rows.source)[rows.members].T
+    pairs: dict[tuple, float] = {}  # of each kind of attention
+    total = 0.0
+    for index, layer in enumerate(config.stack.layers):
+        encodes = config.encoder is not None and index < config.encoder.count
+        for mixer in mixers_of(layer):
+            if isinstance(mixer, Attention):
+                kind: tuple = (encodes, mixer.window, mixer.chunk, mixer.causal)
+            elif isinstance(mixer, LatentAttention):
+                kind = (encodes, None, None, True)
+            elif isinstance(mixer, CrossAttention):
+                kind = ()
+            else:
+                continue
+            if kind not in pairs:
+                lengths = sources if encodes else targets
+                seen = keys_seen(lengths, *kind[1:]) * int(lengths.sum()) if kind else int((sources * targets).sum())
+                pairs[kind] = seen
+            total += pairs[kind]
+    return total / max(1, rows.tokens) / config.num_hidden_layers
 
 
 def _shares_of_sides(config: ModelSpec, sources: float) -> dict[str, float]:

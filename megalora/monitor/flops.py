@@ -12,7 +12,9 @@ count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+
+import numpy as np
 
 
 def lora_flops_per_token(
@@ -27,17 +29,31 @@ def lora_flops_per_token(
     """Return the FLOPs of one trained token, forward and backward, for the whole model (not one rank).
 
     frozen_matmul_parameters: weights of all frozen linears and of the output head, without the embedding,
-    norms, biases. context: keys that a token attends to on average, see `causal_context`.
+    norms, biases. context: keys that a token attends to on average, see `keys_seen`.
     """
     attention = num_hidden_layers * 4 * num_attention_heads * head_dim * context
     return 4 * frozen_matmul_parameters + 6 * lora_parameters + 3.5 * attention
 
 
-def causal_context(document_lengths: Iterable[int]) -> float:
-    """Return keys that a token attends to on average in documents of these lengths: token i of a document sees i.
+def keys_seen(
+    document_lengths: Sequence[int] | np.ndarray,
+    window: int | None = None,
+    chunk: int | None = None,
+    causal: bool = True,
+) -> float:
+    """Return keys that a token attends to on average in documents of these lengths: token i of a document sees i, or
+    `window` of them, or those of its chunk; where attention is not causal, as many behind it too.
 
-    One document of L tokens: (L + 1) / 2. No documents: 0.
+    One document of L tokens: (L + 1) / 2, or L where it is not causal. No documents: 0.
     """
-    lengths = list(document_lengths)
-    seen = sum(length * (length + 1) // 2 for length in lengths)
-    return seen / max(sum(lengths), 1)
+    lengths = np.asarray(document_lengths, dtype=np.int64)
+    tokens = int(lengths.sum())
+    if chunk is not None:
+        chunks, rest = np.divmod(lengths, chunk)
+        pairs = int((chunks * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2).sum())
+    else:
+        first = lengths if window is None else np.minimum(lengths, window)  # these see all that is before them
+        pairs = int((first * (first + 1) // 2 + (lengths - first) * first).sum())
+    if not causal:
+        pairs = 2 * pairs - tokens
+    return pairs / max(tokens, 1)

@@ -30,7 +30,7 @@ def calls_of(layer: Attention, work: Workload, tokens: int, device_type: str) ->
         return Calls(seen, 2 * tokens * layer.heads * dim * 4)
     parts = 1 if cp == 1 else 2 * cp
     piece = work.seq_length // parts
-    plain = layer.window is None and layer.chunk is None and not layer.extra
+    plain = layer.causal and layer.window is None and layer.chunk is None and not layer.extra
     plain = plain and work.merges and work.context is None and e == 2
     pieces = [piece] * (work.rows * min(2, parts))
     if plain and are_long(dim, pieces) and (cp > 1 or piece >= LONG_DOCUMENT):

@@ -24,7 +24,7 @@ def cross_nodes(layer: Any, mixer: CrossAttention, source: str, flowing: bool) -
     head = mixer.heads * mixer.head_dim * e
     q, kv, statistics = tokens.full * head, seen.full * 2 * head, tokens.full * mixer.heads * _STATISTIC
     key = 4 * mixer.heads * mixer.head_dim * tokens.full
-    forward = Pass(q + kv, attention=key * layer.work.source_seen, attended=key, traffic=2 * (q + kv), calls=4)
+    forward = Pass(q + kv, attention=key * layer.work.memory_seen, attended=key, traffic=2 * (q + kv), calls=4)
     core = layer._node(
         "cross attention",
         2 * q + kv + statistics,

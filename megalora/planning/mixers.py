@@ -34,6 +34,7 @@ class Attention:
     qk_stacked     elements of their weights that are put together out of one tensor a head, or are 1 everywhere, and
                    kept
     chunk          tokens of the chunks in which it goes
+    causal         a token sees none behind it
     turns_first    the norms read what is rotated
     tempered       q is multiplied by a number of its position
     positions      the linears that read a table of `rows` positions, the tokens' own where these are shared; scores
@@ -60,6 +61,7 @@ class Attention:
     reads_views: bool = False
     qk_stacked: int = 0
     chunk: int | None = None
+    causal: bool = True
     turns_first: bool = False
     tempered: bool = False
     positions: Group | None = None

@@ -13,7 +13,7 @@ class Workload:
     """One microbatch, and how it is run.
 
     rows, seq_length   F = rows * seq_length, cut over `context_parallel` ranks
-    context            keys that a token sees on average, without a window; None: each row is one document
+    context            keys up to it that a token sees on average, without a window; None: each row is one document
     labelled           part of the tokens that have a label: the head is computed for these only
     element            bytes of an element in the compute dtype (2 for bfloat16)
     sequence_parallel  whether activations between the linears are cut over tp
@@ -23,7 +23,8 @@ class Workload:
     tile               tokens at once where what treats every token alone is computed again; 0: all
     offloaded          layers of which what is kept is in host memory
     source_length      tokens of a row of sources, which the encoder of an encoder-decoder reads; 0: there is none
-    source_context     keys that a source's token sees on average, and a target's of its source; None: all of a row's
+    source_context     keys that a source's token sees on average, on both sides; None: all of a row's
+    memory_context     keys that a target's token sees of its source; None: all of a row's
     source_flows       whether what the encoder leaves requires a gradient
     merges             whether on a GPU long documents go to cuDNN call by call (megalora.ops.merged_attention)
     """
@@ -41,17 +42,19 @@ class Workload:
     context_parallel: int = 1
     source_length: int = 0
     source_context: float | None = None
+    memory_context: float | None = None
     source_flows: bool = False
     merges: bool = True
 
     @property
     def of_source(self) -> Workload:
         """What the encoder's layers do."""
-        return replace(self, seq_length=self.source_length, context=self.source_seen, source_length=0)
+        context = None if self.source_context is None else (self.source_context + 1) / 2  # those up to it
+        return replace(self, seq_length=self.source_length, context=context, source_length=0)
 
     @property
-    def source_seen(self) -> float:
-        return self.source_length if self.source_context is None else self.source_context
+    def memory_seen(self) -> float:
+        return self.source_length if self.memory_context is None else self.memory_context
 
     def level(self, layer: int) -> str:
         """Return what of a layer is computed again."""
@@ -67,8 +70,14 @@ class Workload:
         """Tokens of a message between stages: those of the sources too."""
         return self.tokens + self.rows * self.source_length
 
-    def seen(self, window: int | None, chunk: int | None = None) -> float:
-        """Return keys that a token sees on average in a layer with that window, or in chunks of that size."""
+    def seen(self, window: int | None, chunk: int | None = None, causal: bool = True) -> float:
+        """Return keys that a token sees on average in a layer with that window, or in chunks of that size; not causal:
+        as many behind it too.
+        """
+        before = self._before(window, chunk)
+        return before if causal else 2 * before - 1
+
+    def _before(self, window: int | None, chunk: int | None) -> float:
         length = self.seq_length
         if chunk is not None and chunk < length:
             chunks, rest = divmod(length, chunk)

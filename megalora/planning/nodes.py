@@ -362,7 +362,7 @@ class _LayerNodes:
         q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
         qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
         key = 4 * layer.heads * dim * full
-        flops = key * (work.seen(layer.window, layer.chunk) + layer.terms * layer.rows / 2)
+        flops = key * (work.seen(layer.window, layer.chunk, layer.causal) + layer.terms * layer.rows / 2)
         kept = qkv + q + statistics + (given if layer.clips else 0) + layer.biases * q
         cp, calls = work.context_parallel, calls_of(layer, work, full, self.shape.device_type)
         shared = (Message("context", 2 * kv * cp, ranks=cp),) if cp > 1 else ()

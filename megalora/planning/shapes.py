@@ -362,6 +362,7 @@ class _Rank:
             extra = EXTRA
         clips, rotates = mixer.clip is not None, isinstance(position, spec.Rotary)
         more: dict[str, Any] = {"extra": extra, "clips": clips, "reads_views": clips or not (rotates or extra)}
+        more |= {"causal": mixer.causal}
         more |= {"chunk": mixer.chunk, "turns_first": mixer.turns_first, "tempered": mixer.temperature is not None}
         if isinstance(position, spec.Disentangled):
             own = [("", linear, heads * dim) for linear in position.linears]

@@ -1,11 +1,12 @@
 """What a stage is reckoned to take: the order of things, and the cuts that follow from it."""
 
 import pytest
+from oracle import fields_of
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora
 from megalora.models.config import config_from_dict
-from megalora.monitor import causal_context, lora_flops_per_token
+from megalora.monitor import keys_seen, lora_flops_per_token
 from megalora.pipeline.partition import partition
 from megalora.planning.devices import DEVICES
 from megalora.planning.nodes import Message, Workload, chunk_nodes
@@ -49,7 +50,7 @@ def test_the_flops_are_those_of_the_monitor():
         num_hidden_layers=32,
         num_attention_heads=32,
         head_dim=128,
-        context=causal_context([2048]),
+        context=keys_seen([2048]),
     )
     assert flops / WORK.tokens == pytest.approx(counted, rel=0.03)
 
@@ -163,3 +164,20 @@ def test_short_documents_have_the_rate_of_short_ones():
         assert H100.attention_seconds(keys * 1e12, 1e12) == keys * 1e12 / H100.attention
     assert H100.attention_seconds(4096e12, 1e12) < 0.8 * 4096e12 / H100.attention
     assert DEVICES["a100"].attention_seconds(4096e12, 1e12) == 4096e12 / DEVICES["a100"].attention
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "t5"])
+def test_attention_of_encoders_is_not_causal(name):
+    """The plan counts the pairs of tokens and keys that a run's FLOPs do."""
+    config = config_from_dict(fields_of(name))
+    lora = resolve_lora(LoraConfig.from_dict({"r": 4, "target_modules": "all-linear"}), config)
+    sides = {"source_length": 9} if config.encoder is not None else {}
+    nodes = chunk_nodes(
+        shape_of(config, lora, 1), range(config.num_hidden_layers), Workload(1, 16, **sides), first=True, last=True
+    )
+    counted = sum(node.forward.attention for node in nodes) / (4 * config.num_attention_heads * config.head_dim)
+    if name == "t5":
+        assert counted == 2 * 9 * 9 + 2 * (16 * 17 / 2 + 16 * 9)
+    else:
+        local = 16 * 16 if name == "bert" else 16 * 7 - 2 * (1 + 2 + 3)
+        assert counted == pytest.approx(2 * 16 * 16 + 2 * local)
