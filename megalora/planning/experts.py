@@ -7,6 +7,7 @@ from typing import Any
 
 from megalora.planning.groups import Group
 from megalora.planning.mixers import Experts
+from megalora.planning.mlp import fuses
 from megalora.planning.node import NOTHING, Node, Pass, Workload
 from megalora.planning.quantised import linear_bytes
 
@@ -37,7 +38,7 @@ def experts_nodes(layer: Any, mixer: Experts, flowing: bool) -> list[Node]:
     nodes += routed_nodes(mixer, layer.work, tokens.full, shape.device_type, flowing)
     if mixer.shared is not None:
         after = flowing or mixer.shared.up.trains
-        fused = inner._fused(mixer.shared)
+        fused = fuses(mixer.shared, shape.device_type)
         nodes += [
             inner._linears(mixer.shared.up, "kept", flowing, fused=fused),
             inner._linears(mixer.shared.down, "gated", after, fused=fused),
@@ -81,9 +82,7 @@ def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
     return Node("router", kept, forward, backward) if flowing or group.trains else Node("router", 0, forward)
 
 
-def _pair(
-    mixer: Experts, work: Workload, tokens: int, rows: int, held: int, device_type: str, flowing: bool
-) -> Node:
+def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, device_type: str, flowing: bool) -> Node:
     """Count a pair: x, gate_up, both z and where each row comes from are kept; the rest is made again."""
     up, down, e = mixer.up, mixer.down, work.element
     trains = up.trains or down.trains

@@ -12,21 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megalora.ops import extension
-from megalora.ops.activations import KEEPS_RESULT
-from megalora.ops.lora_backward import fuses_gated
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import chunk_rows
-from megalora.planning.calls import calls_of
+from megalora.planning.attention import attention_nodes
 from megalora.planning.cross import cross_nodes
 from megalora.planning.experts import experts_nodes
 from megalora.planning.groups import Group, with_factors
 from megalora.planning.latent import latent_nodes
 from megalora.planning.mixers import MLP, Attention, CrossAttention, Experts, LatentAttention, Mixer, Norm
+from megalora.planning.mlp import mlp_nodes
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
-from megalora.planning.positions import position_nodes
 from megalora.planning.quantised import on_base
-from megalora.planning.recomputed import Run, again_of, attention_again, part_of, tiled
+from megalora.planning.recomputed import Run, attention_again, part_of, tiled
 from megalora.planning.shapes import Branch, Layer, Shape, Step
 from megalora.planning.tokens import Tokens
 
@@ -172,48 +169,14 @@ class _LayerNodes:
     def _mixer(self, mixer: Mixer, source: str, flowing: bool, read: bool) -> list[Node]:
         """Return the nodes of a mixer. read: backward needs the mixer's result."""
         if isinstance(mixer, Attention):
-            return self._attention(mixer, source, flowing)
+            return attention_nodes(self, mixer, source, flowing)
         if isinstance(mixer, CrossAttention):
             return cross_nodes(self, mixer, source, flowing)
         if isinstance(mixer, LatentAttention):
             return latent_nodes(self, mixer, source, flowing)
         if isinstance(mixer, Experts):
             return experts_nodes(self, mixer, flowing)
-        return self._mlp(mixer, source, flowing, unread=self.again and not read)
-
-    def _attention(self, mixer: Attention, source: str, flowing: bool) -> list[Node]:
-        after = flowing or any(group.trains for group in mixer.groups[:1] + mixer.groups[2:])
-        # The norms of q and k keep views of q k v, as does attention where nothing rotates; and what is computed again
-        # begins with it.
-        read = mixer.qk_rows > 0 or mixer.reads_views or self.work.recompute == "selective"
-        # Of features that carry ALiBi's bias the result is freed: a copy without them is what goes on.
-        kept = after and not mixer.extra
-        context = "recomputed" if self.work.recompute == "selective" and after else "kept" if kept else "new"
-        return [
-            self._linears(mixer.qkv, source, flowing, read=read),
-            *position_nodes(self, mixer, after),
-            self._core(mixer, after),
-            self._linears(mixer.out, context, after),
-        ]
-
-    def _mlp(self, mixer: MLP, source: str, flowing: bool, unread: bool) -> list[Node]:
-        after = flowing or mixer.up.trains
-        if mixer.fused:
-            fused = self._fused(mixer)
-            down = self._linears(mixer.down, "gated" if mixer.gates else "activated", after, fused=fused, unread=unread)
-            if source == "made again":  # both groups' backward is one node, which begins with what it kept
-                x = self.tokens.local * (mixer.up.inputs + mixer.up.room) * self.work.element
-                down = replace(down, backward=replace(down.backward, live=down.backward.live + x))
-            return [self._linears(mixer.up, source, flowing, fused=fused, read=True), down]
-        # Some keep their result, which down reads; the others keep what they read, and what is gated both gate and up.
-        inner = self.tokens.full * mixer.down.inputs * self.work.element
-        kept = 2 * inner if mixer.gates else inner * (mixer.act != "linear")
-        forward = Pass(live=inner, traffic=kept + inner, calls=1 + mixer.gates)
-        backward = Pass(live=inner + kept, traffic=2 * kept + inner, calls=1 + 3 * mixer.gates)
-        act = self._node("activation", kept, forward, backward, after)
-        read = "kept" if mixer.act in KEEPS_RESULT and not mixer.gates and after else "new"
-        up = self._linears(mixer.up, source, flowing, read=kept > 0 and (mixer.gates or mixer.act not in KEEPS_RESULT))
-        return [up, act, self._linears(mixer.down, read, after, unread=unread)]
+        return mlp_nodes(self, mixer, source, flowing, unread=self.again and not read)
 
     def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:
         return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)
@@ -347,60 +310,6 @@ class _LayerNodes:
             size = tokens.whole if whole or not sums else tokens.full * group.room * self.work.element
             return (Message("scatter" if sums else "gather", size, product),) if size else ()
         return (Message("reduce", tokens.whole),) if sums and whole else ()
-
-    def _fused(self, mixer: MLP) -> bool:
-        """Return whether the backward passes of down's branch, of what it reads and of gate's and up's B are one."""
-        down, ups = mixer.down, [rank for rank in mixer.up.ranks if rank]
-        whole = len(ups) in (0, len(mixer.up.ranks))
-        return down.rank > 0 and whole and fuses_gated(self.shape.device_type, down.rank, ups)
-
-    def _core(self, layer: Attention, flowing: bool) -> Node:
-        """Count rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""
-        work, tokens, e = self.work, self.tokens, self.work.element
-        full, dim = tokens.full, layer.head_dim + layer.extra
-        given = full * (layer.heads + 2 * layer.kv_heads) * layer.head_dim * e
-        q, kv = full * layer.heads * dim * e, full * layer.kv_heads * dim * e
-        qkv, statistics = q + 2 * kv, full * layer.heads * _STATISTIC
-        key = 4 * layer.heads * dim * full
-        flops = key * (work.seen(layer.window, layer.chunk, layer.causal) + layer.terms * layer.rows / 2)
-        kept = qkv + q + statistics + (given if layer.clips else 0) + layer.biases * q
-        cp, calls = work.context_parallel, calls_of(layer, work, full, self.shape.device_type)
-        shared = (Message("context", 2 * kv * cp, ranks=cp),) if cp > 1 else ()
-        kept += round(2 * kv * (calls.seen - 1))  # keys and values up to each piece instead of this rank's
-        if layer.qk_rows:
-            # The norms keep what they read, copies of q and k for kernels, else views of qkv; v is a view of qkv.
-            # What a rotation before them made is theirs alone.
-            copied = layer.turns_first or (layer.qk_kernel and _kernels(self.shape.device_type))
-            copies = q + kv if copied else 0
-            copies += layer.qk_stacked * e
-            kept += copies + full * layer.qk_rows * layer.qk_statistics * _STATISTIC + (qkv - kv)
-        if layer.tempered:  # rotated k is a copy too then, beside qkv, of which v is a view
-            kept += q + full * e + (0 if layer.reads_views or layer.qk_rows else kv)
-        grads = q + 2 * kv * calls.seen
-        gathering = round(2 * kv * (calls.seen + cp)) if cp > 1 else 0
-        sums = (Message("reduce", full * _STATISTIC),) * 2 if layer.qk_across and self.shape.tp > 1 else ()
-        core = self._node(
-            "attention",
-            kept,
-            Pass(live=qkv + gathering, attention=flops, attended=key, traffic=2 * qkv, messages=sums + shared, calls=4),
-            Pass(
-                live=tokens.stream + q + round(max(grads + calls.workspace, grads + gathering, 2 * qkv)),
-                attention=flops,
-                attended=key,
-                traffic=2 * q + 2 * qkv,
-                messages=sums + shared,
-                calls=4,
-            ).of_backward,
-            flowing,
-        )
-        core = replace(core, result=q + statistics)
-        if work.recompute != "selective" or not flowing:
-            return core
-        return again_of("attention", [core], core.forward, given, tokens.stream + q)
-
-
-def _kernels(device_type: str) -> bool:
-    return device_type == "cuda" or extension.has_kernels(device_type)
 
 
 def _output(tokens: Tokens, flowing: bool) -> Node:
