@@ -8,9 +8,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
+
+from megalora.ops.extension import has_triton
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 BLOCK = 1 << 24  # numbers; temporaries of as many are little beside a model, and kernels on them fill a GPU
@@ -100,6 +103,10 @@ def xielu(
 
     with a, b = softplus(alpha_p), softplus(alpha_n). alpha_p, alpha_n [1]; beta, eps []: numbers of the layer, frozen.
     """
+    if x.device.type == "cuda" and x.dtype != torch.float64 and x.is_contiguous() and has_triton():
+        from megalora.ops.fused_xielu import FusedXIELU
+
+        return FusedXIELU.apply(x, alpha_p, alpha_n, beta, eps)
 
     def function(x: torch.Tensor) -> torch.Tensor:
         positive = functional.softplus(alpha_p) * x * x + beta * x
@@ -110,6 +117,36 @@ def xielu(
 
 
 KEEPS_RESULT = frozenset({"relu", "sigmoid", "tanh"})
+
+
+class Work(NamedTuple):
+    """What a pass of an activation takes. tensors: of the size of its result, read or written; calls: operations."""
+
+    tensors: float
+    calls: int
+
+
+# Forward and backward of those that are several operations of torch; the others are one each way.
+_WORK = {
+    "gelu_10": (Work(4, 2), Work(14, 8)),
+    "laplace": (Work(10, 5), Work(25, 12)),
+    "linear": (Work(0, 0), Work(0, 0)),
+    "quick_gelu": (Work(7, 3), Work(21, 8)),
+    "relu2": (Work(4, 2), Work(7, 3)),
+    "sqrtsoftplus": (Work(4, 2), Work(12, 5)),
+    "xielu": (Work(29, 15), Work(81, 38)),
+}
+
+
+def work_of(act: str, gated: bool, device_type: str) -> tuple[Work, Work]:
+    """Return what forward and backward of an activation take, by itself or in `gated_activation`."""
+    forward, backward = Work(2, 1), Work(3, 1)
+    if act != "xielu" or device_type != "cuda":  # where that is a kernel
+        forward, backward = _WORK.get(act, (forward, backward))
+    if not gated:
+        return forward, backward
+    again = Work(forward.tensors + backward.tensors + 8, forward.calls + backward.calls + 3)
+    return Work(forward.tensors + 3, forward.calls + 1), again
 
 
 def gated_activation(gate_up: torch.Tensor, act: Activation) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megalora.ops.activations import KEEPS_RESULT
+from megalora.ops.activations import KEEPS_RESULT, work_of
 from megalora.ops.lora_backward import fuses_gated
 from megalora.planning.mixers import MLP
 from megalora.planning.node import Node, Pass
@@ -28,8 +28,9 @@ def mlp_nodes(layer: Any, mixer: MLP, source: str, flowing: bool, unread: bool) 
     # Some keep their result, which down reads; the others keep what they read, and what is gated both gate and up.
     inner = layer.tokens.full * mixer.down.inputs * layer.work.element
     kept = 2 * inner if mixer.gates else inner * (mixer.act != "linear")
-    forward = Pass(live=inner, traffic=kept + inner, calls=1 + mixer.gates)
-    backward = Pass(live=inner + kept, traffic=2 * kept + inner, calls=1 + 3 * mixer.gates)
+    first, second = work_of(mixer.act, mixer.gates, layer.shape.device_type)
+    forward = Pass(live=inner, traffic=first.tensors * inner, calls=first.calls)
+    backward = Pass(live=inner + kept, traffic=second.tensors * inner, calls=second.calls)
     act = layer._node("activation", kept, forward, backward, after)
     read = "kept" if mixer.act in KEEPS_RESULT and not mixer.gates and after else "new"
     up = layer._linears(mixer.up, source, flowing, read=kept > 0 and (mixer.gates or mixer.act not in KEEPS_RESULT))

@@ -181,3 +181,15 @@ def test_attention_of_encoders_is_not_causal(name):
     else:
         local = 16 * 16 if name == "bert" else 16 * 7 - 2 * (1 + 2 + 3)
         assert counted == pytest.approx(2 * 16 * 16 + 2 * local)
+
+
+def test_activations_of_several_operations_count_each():
+    """xIELU in plain torch is 15 of them forward; on GPUs it is a kernel."""
+    config = config_from_dict(fields_of("apertus"))
+    lora = resolve_lora(LoraConfig.from_dict({"r": 4, "target_modules": "all-linear"}), config)
+    inner = 16 * config.mixers[1].inner * 2
+    for device, forward, backward in (("cpu", (29, 15), (81, 38)), ("cuda", (2, 1), (3, 1))):
+        nodes = chunk_nodes(shape_of(config, lora, 1, device), range(1), Workload(1, 16), first=False, last=False)
+        (act,) = [node for node in nodes if node.name == "activation"]
+        assert (act.forward.traffic / inner, act.forward.calls) == forward
+        assert (act.backward.traffic / inner, act.backward.calls) == backward
