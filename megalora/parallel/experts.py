@@ -132,11 +132,10 @@ class ExpertGroup:
         self.rank = sum(self.ranks)
         self.room = room_for(self.rank, device_type)
         adapters = [linear.adapter for linear in self.linears if linear.adapter is not None]
-        if any(adapter.dora or adapter.bias for adapter in adapters):
-            raise UserError(
-                "lora_config: use_dora and lora_bias are not implemented for the linears of experts",
-                "leave the field out, or name other target_modules",
-            )
+        asked = {"use_dora": any(one.dora for one in adapters), "lora_bias": any(one.bias for one in adapters)}
+        for field in (field for field, found in asked.items() if found):
+            said = f"lora_config: {field} is not implemented for the linears of experts"
+            raise UserError(said, "leave it out, or name other target_modules")
         if any(linear.bias is not None and linear.bias.requires_grad for linear in self.linears):
             raise UserError("lora_config: biases of experts cannot be trained", 'set bias to "none"')
         self.dropout = max((adapter.dropout for adapter in adapters), default=0.0)
