@@ -209,6 +209,25 @@ def test_defaults_of_text_config(kind):
     assert replace(short, dtype=said.dtype) == said
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 asks text_config alone")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("inner", [None, False, True])
+def test_the_head_is_tied_where_transformers_ties_it(kind, outer, inner):
+    """By the value beside text_config and the one in it, which need not agree."""
+    name, text, vision = MODELS[kind]
+    own = {} if inner is None else {"tie_word_embeddings": inner}
+    fields = TINY | {"num_hidden_layers": 2} | text | own
+    text = {field: value for field, value in fields.items() if value is not None}
+    theirs = transformers.CONFIG_MAPPING[kind](text_config=text, vision_config=vision, tie_word_embeddings=outer)
+    with torch.device("meta"):
+        model = getattr(transformers, name)._from_config(theirs)
+    head = (model.get_output_embeddings() or model.language_model.get_output_embeddings()).weight
+    raw = {"model_type": kind, "text_config": text, "vision_config": vision, "tie_word_embeddings": outer}
+    found = config_from_dict(raw).head.tied
+    assert found == (head is model.get_input_embeddings().weight)
+
+
 def test_what_is_refused(tmp_path, capsys):
     """Rows with images, adapters that have parts in what is not read, and another language model inside."""
     base = tmp_path / "base"

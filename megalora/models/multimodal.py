@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from megalora.models.config import config_from_dict
 from megalora.models.family import Family, Fields
@@ -69,6 +69,7 @@ def text_of(
     files: FileNames,
     ours: Callable[[str], str] = _beside_the_head,
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    ties: Literal["outer", "text", "either"] = "outer",
 ) -> ModelSpec:
     """Return the language model with the names that it has in the larger one. Raises UserError as `config_from_dict`.
 
@@ -76,6 +77,8 @@ def text_of(
     files     how names in its files differ from ours; its `beside` are the parts that are not read
     ours      a name of the language model alone -> its name in the larger one
     defaults  of fields of text_config where they differ from those of the family that reads it
+    ties      whose tie_word_embeddings counts in transformers 5, which writes one beside text_config: that one, that of
+              text_config, or either that is true. Without one beside it (transformers 4) text_config's counts
     """
     text = dict(hf.text_config)
     kind = text.get("model_type", next(iter(texts)))
@@ -85,7 +88,7 @@ def text_of(
             f"take a model whose text_config is of {' or '.join(texts)}",
         )
     fields = {**_left_out(texts[kind]), **defaults, **text, "model_type": texts[kind]}
-    if hf.tie_word_embeddings is not None:  # which says it where both do
+    if ties == "outer" and hf.tie_word_embeddings is not None or ties == "either" and hf.tie_word_embeddings:
         fields["tie_word_embeddings"] = hf.tie_word_embeddings
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(fields.get(name), Mapping):

@@ -9,7 +9,7 @@ FILES = FileNames(beside=("vision_model.", "multi_modal_projector."))
 
 
 def read(hf: Fields) -> ModelSpec:
-    return text_of(hf, TEXTS, FILES, lambda name: f"language_model.{name}")
+    return text_of(hf, TEXTS, FILES, lambda name: f"language_model.{name}", ties="text")
 
 
 FAMILY = multimodal_family("llama4", read, TEXTS, harmless=frozenset("boi_token_index eoi_token_index".split()))

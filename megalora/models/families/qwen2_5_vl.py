@@ -9,7 +9,7 @@ TEXTS = {"qwen2_5_vl_text": "qwen2"}
 
 
 def read(hf: Fields) -> ModelSpec:
-    return text_of(hf, TEXTS, FILES, defaults=DEFAULTS)
+    return text_of(hf, TEXTS, FILES, defaults=DEFAULTS, ties="either")
 
 
 FAMILY = multimodal_family(

@@ -14,7 +14,7 @@ DEFAULTS = {  # transformers', which are not those of qwen2
 
 
 def read(hf: Fields) -> ModelSpec:
-    return text_of(hf, TEXTS, FILES, defaults=DEFAULTS)
+    return text_of(hf, TEXTS, FILES, defaults=DEFAULTS, ties="either")
 
 
 FAMILY = multimodal_family("qwen2_vl", read, TEXTS, flat=True)
