@@ -311,6 +311,7 @@ def test_kinds_of_adapters_give_the_numbers_of_one_process():
         Run("qwen2", **TP4, sequence_parallel=True, recompute="full", **lora(use_dora=True, bias="lora_only")),
         # Terms of a parallel residual, with dp2 and with pp2.
         Run("gpt_neox", tp=2, **lora(use_dora=True, bias="lora_only", target_modules=["dense", "dense_4h_to_h"])),
+        Run("gpt_neox", **TP2_SP, **lora(use_dora=True, bias="lora_only", target_modules=["dense", "dense_4h_to_h"])),
         Run("gpt_neox", **TP2_SP, pp=2, **lora(use_dora=True)),
         Run("llama", **TP4, exchange=True, sequence_parallel=True, **lora(use_dora=True)),
         Run("qwen3", **TP2_SP, pp=2, **lora(lora_bias=True, exclude_modules=["gate_proj", "v_proj"])),

@@ -107,11 +107,6 @@ class Decomposition:
             torch._foreach_add_([whole for whole, _ in parts], [part for _, part in parts])
         return dproduct
 
-    def bias_gradient(self, total: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Return the sum of dy over the tokens from that of dy * factors, for `rows` of the group."""
-        scale = self.scale[rows].to(total.dtype)
-        return torch.where(scale != 0, total / scale, 0.0)
-
 
 def settle_norms(groups: Sequence[tuple[Decomposition, FrozenMatrix, torch.Tensor, bool]], place: Placement) -> None:
     """Set the factors of all groups of a stage: (decomposition, matrix, down, row-parallel) each. Collective."""

@@ -155,7 +155,8 @@ def _backward(
     columns, dA = group.in_features, sums.dA
     width = columns + group.room if needs_dx else group.room
     goes_on, dX = needs_dx or A is not None, None
-    if group.dora is not None:
+    if group.dora is not None:  # whose factors are not of the biases; those of rows of zeros are 0
+        _add_bias_grads(group, dy, sums, cut=group.row_parallel and group.gathers)
         dy = group.dora.backward(dy, kept.of_result, group.own_bias is not None, _own_magnitudes(group, sums))
 
     product = group.matrix.transposed_multiplier(branch_only=not needs_dx)
@@ -166,7 +167,8 @@ def _backward(
             dy = all_gather(dy, tp)
     for branch in _up_branches(group, kept, sums) if own_ups else ():
         lora_up_weight_grad(dy[:, branch.rows], branch.z, branch.scaling, branch.dB)
-    _add_bias_grads(group, dy, sums)
+    if group.dora is None:
+        _add_bias_grads(group, dy, sums)
     if not goes_on:
         return None
     if dX is None:
@@ -204,13 +206,13 @@ def _own_magnitudes(group: LinearGroup, sums: _Sums) -> Mapping[int, torch.Tenso
     return {} if same and not tp.is_first else sums.dmagnitudes
 
 
-def _add_bias_grads(group: LinearGroup, dy: torch.Tensor, sums: _Sums) -> None:
-    """Add the gradients of the biases, from that of the group's product [F, O]."""
+def _add_bias_grads(group: LinearGroup, dy: torch.Tensor, sums: _Sums, cut: bool = False) -> None:
+    """Add the gradients of the biases, from that of the group's result [F, O]; cut: [T, O], of this rank's tokens."""
     for i, (linear, rows) in enumerate(zip(group.linears, group.rows, strict=True)):
         for into, kind in sums.dbiases(i):
             total = dy[:, rows].sum(0, dtype=into.dtype)
-            if group.dora is not None:
-                total = group.dora.bias_gradient(total, rows)
+            if cut:
+                total = all_reduce(total, group.place.tp)
             into.add_(total, alpha=linear.adapter.scaling if kind == "lora_bias" else 1.0)
 
 
