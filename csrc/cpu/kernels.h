@@ -46,6 +46,16 @@ MEGALORA_INLINE T sum_lanes(T* lanes) {
   return add_halves(lanes, kLanes);
 }
 
+// Numbers that loops work out before any of them is rounded: where results of one loop go to several places of a type of
+// 16 bits, compilers make no vector code of it.
+constexpr int64_t kWideChunk = 256;
+
+// out = in, rounded to their type.
+template <typename scalar_t>
+MEGALORA_INLINE void narrow(scalar_t* out, const wide_t<scalar_t>* in, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(in[i]);
+}
+
 // Rows of `wide` numbers that kernels read whole vectors of: their stride, a multiple of a cache line.
 constexpr int64_t padded(int64_t features) { return (features + 15) / 16 * 16; }
 

@@ -155,13 +155,14 @@ MEGALORA_INLINE void input_grad(const LoraInputGradParams& a, int64_t begin, int
       outer(tile.at[0], kLoraChunk, tokens, {dz.data(), 1, rank}, A + feature, A_stride, rank, padded(n), false);
       for (int64_t t = 0; t < tokens; ++t) {
         auto* dx = static_cast<scalar_t*>(a.dx.data) + (first + t) * a.dx.stride + feature;
-        const wide* g = tile.at[t];
+        wide* g = tile.at[t];
         const lane_t* lanes = reinterpret_cast<const lane_t*>(words);  // all are kept where threshold is 0
         if (threshold != 0) lanes = draw_lanes(words, a.mask.token[first + t], feature, n, a.mask);
         for (int64_t i = 0; i < n; ++i) {
-          const auto sum = static_cast<scalar_t>(static_cast<wide>(dx[i]) + g[i] * scale);
-          dx[i] = lanes[i] >= threshold ? sum : dx[i];
+          const wide before = static_cast<wide>(dx[i]), sum = before + g[i] * scale;
+          g[i] = lanes[i] >= threshold ? sum : before;
         }
+        narrow(dx, g, n);
       }
     }
   }

@@ -1,4 +1,5 @@
 // RMSNorm with the residual sum before it, and its backward pass, on the CPU.
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/checks.h"
@@ -79,10 +80,20 @@ MEGALORA_INLINE void backward(const RmsNormBackwardParams& a, int64_t begin, int
     const wide mean = sum_lanes(lanes) / static_cast<wide>(a.size);
     const auto* residual = a.residual ? static_cast<const scalar_t*>(a.residual) + row * a.size : nullptr;
     auto* dx = static_cast<scalar_t*>(a.dx) + row * a.size;
-    for (int64_t i = 0; i < a.size; ++i) {
-      const wide dn = product<precise>(static_cast<wide>(dy[i]), weight[i], shift);
-      const auto through = static_cast<scalar_t>((dn - static_cast<wide>(x[i]) * inverse * mean) * inverse);
-      dx[i] = residual ? static_cast<scalar_t>(static_cast<wide>(through) + static_cast<wide>(residual[i])) : through;
+    for (int64_t first = 0; first < a.size; first += kWideChunk) {
+      const int64_t n = std::min(kWideChunk, a.size - first);
+      alignas(64) wide through[kWideChunk];
+      for (int64_t i = 0; i < n; ++i) {
+        const wide dn = product<precise>(static_cast<wide>(dy[first + i]), weight[first + i], shift);
+        through[i] = (dn - static_cast<wide>(x[first + i]) * inverse * mean) * inverse;
+      }
+      if (residual != nullptr) {
+        for (int64_t i = 0; i < n; ++i) {
+          const auto rounded = static_cast<scalar_t>(through[i]);
+          through[i] = static_cast<wide>(rounded) + static_cast<wide>(residual[first + i]);
+        }
+      }
+      narrow(dx + first, through, n);
     }
   }
 }

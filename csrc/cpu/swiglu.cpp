@@ -1,4 +1,6 @@
 // silu(gate) * up and its backward pass, on the CPU.
+#include <algorithm>
+
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/exp.h"
@@ -29,11 +31,17 @@ MEGALORA_INLINE void backward(const SwiGluBackwardParams& a, int64_t begin, int6
     const auto* up = gate + a.size;
     auto* dgate = static_cast<scalar_t*>(a.grad) + row * 2 * a.size;
     auto* dup = dgate + a.size;
-    for (int64_t i = 0; i < a.size; ++i) {
-      const wide g = static_cast<wide>(gate[i]), d = static_cast<wide>(dy[i]);
-      const Sigmoid<wide> s = sigmoid(g);
-      dgate[i] = static_cast<scalar_t>(d * static_cast<wide>(up[i]) * (s.value * (1 + g * s.rest)));
-      dup[i] = static_cast<scalar_t>(d * (g * s.value));
+    for (int64_t first = 0; first < a.size; first += kWideChunk) {
+      const int64_t n = std::min(kWideChunk, a.size - first);
+      alignas(64) wide of_gate[kWideChunk], of_up[kWideChunk];
+      for (int64_t i = 0; i < n; ++i) {
+        const wide g = static_cast<wide>(gate[first + i]), d = static_cast<wide>(dy[first + i]);
+        const Sigmoid<wide> s = sigmoid(g);
+        of_gate[i] = d * static_cast<wide>(up[first + i]) * (s.value * (1 + g * s.rest));
+        of_up[i] = d * (g * s.value);
+      }
+      narrow(dgate + first, of_gate, n);
+      narrow(dup + first, of_up, n);
     }
   }
 }
