@@ -46,8 +46,8 @@ MEGALORA_INLINE T sum_lanes(T* lanes) {
   return add_halves(lanes, kLanes);
 }
 
-// Numbers that loops work out before any of them is rounded: where results of one loop go to several places of a type of
-// 16 bits, compilers make no vector code of it.
+// Numbers that loops work out before any of them is rounded: where results of one loop go to several places of a type
+// of 16 bits, compilers make no vector code of it.
 constexpr int64_t kWideChunk = 256;
 
 // out = in, rounded to their type.

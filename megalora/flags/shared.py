@@ -16,7 +16,7 @@ BASE_FORMAT = Definition(
     choices=("auto", *BASE_FORMATS),
 )
 DTYPE = Definition(
-    "compute dtype; auto is bfloat16 on GPUs and on CPUs with AMX, float32 on other CPUs",
+    "compute dtype; auto: bfloat16 on GPUs and on CPUs that multiply it faster (AMX, AMD's AVX512-BF16), else float32",
     choices=("auto", *DTYPES),
 )
 KV_CACHE = Definition(
