@@ -426,7 +426,8 @@ IMAGES = {
 _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
-    "ernie4_5_moe": ("head_dim",), "granitemoe": ("head_dim",), "solar_open": ("intermediate_size",),
+    "ernie4_5_moe": ("head_dim",), "granitemoe": ("head_dim",), "olmoe": ("head_dim",),
+    "solar_open": ("intermediate_size",),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"), ("head_dim",)),
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
     **dict.fromkeys(ENCODERS, _OLD),

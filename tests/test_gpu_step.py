@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from oracle import ENCODERS, EXPERTS, FAMILIES, IMAGES, LABELS, TINY, Run, fields_of, train
+from gpu_sizes import SIZES, sizes
+from oracle import EXPERTS, FAMILIES, IMAGES, LABELS, TINY, Run, fields_of, train
 
 from megalora import cli
 from megalora.adapters.config import LoraConfig
@@ -24,31 +25,7 @@ from megalora.planning.nodes import Workload
 
 pytestmark = pytest.mark.gpu
 
-# Sizes that the kernels take: rows on 16 bytes, heads of 16 or more.
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 264,
-}
 Q_AND_V = r".*\.(q_proj|v_proj|qkv_proj|query_key_value|kv_b_proj)"
-
-
-def sizes(family: str, **more: object) -> dict:
-    own = {"gpt_neox": {"rotary_pct": 0.5}}
-    latent = {"num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32}
-    own |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), latent)
-    own["granite"] = {"attention_dropout": 0.1}
-    own["starcoder2"] = {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
-    fields = SIZES | more | own.get(family, {})
-    if family in ("granite", "starcoder2"):
-        del fields["head_dim"]  # these have none
-    if family in ENCODERS:
-        del fields["head_dim"], fields["num_key_value_heads"]
-    return fields
 
 
 @pytest.mark.parametrize("family", FAMILIES | EXPERTS)

@@ -120,7 +120,8 @@ class Seen:
 
     def add(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Add one more token, token_ids[i], of slots[i]; both [n] int64."""
-        self._seen[slots, token_ids] = True
+        # Not by an index: `self._seen[slots, token_ids] = True` waits for a GPU.
+        self._seen.view(-1).index_fill_(0, slots * self._seen.shape[1] + token_ids, True)
 
     def penalised(self, logits: torch.Tensor, slots: torch.Tensor, penalty: float) -> torch.Tensor:
         """Return logits [n, vocab_size] of the sequences in slots [n], in float32 or wider."""

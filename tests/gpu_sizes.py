@@ -1,0 +1,34 @@
+"""Sizes of the tiny models of tests on a GPU."""
+
+from __future__ import annotations
+
+from oracle import ENCODERS, EXPERTS, FAMILIES
+
+# Sizes that the kernels take: rows on 16 bytes, heads of 16 or more.
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 264,
+}
+
+
+def sizes(family: str, **more: object) -> dict:
+    """Return fields of config.json, beside the family's tiny ones, that the kernels of GPUs take; with `more`."""
+    own = {"gpt_neox": {"rotary_pct": 0.5}}
+    tiny = (FAMILIES | EXPERTS | ENCODERS).get(family, {})
+    if "kv_lora_rank" in tiny:
+        own[family] = {"num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32}
+    if "mlp_layer_types" in tiny:
+        own[family] = own.get(family, {}) | {"mlp_layer_types": tiny["mlp_layer_types"][: SIZES["num_hidden_layers"]]}
+    own["granite"] = {"attention_dropout": 0.1}
+    own["starcoder2"] = {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
+    fields = SIZES | more | own.get(family, {})
+    if family in ("granite", "starcoder2"):
+        del fields["head_dim"]  # these have none
+    if family in ENCODERS:
+        del fields["head_dim"], fields["num_key_value_heads"]
+    return fields
