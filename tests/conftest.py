@@ -15,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from cpu_times import CpuTimes
 from fuzz import EXAMPLES
 from spawn import wait_for_no_disk
 
@@ -25,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="tests/test_torture.py: times that a run is killed")
     parser.addoption("--questions", type=int, default=3, help="tests/test_generation_parity.py: how many are asked")
     parser.addoption("--seed", type=int, default=0, help="tests/test_torture.py: of the moments")
+    parser.addoption("--cpu_times", type=Path, help="a file to add the CPU seconds of each test to (tests/cpu_times.py)")
     parser.addoption("--demo_model", type=Path, help="tests/test_slurm.py: the demo's model, to run it in a Slurm")
 
 
@@ -42,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # dtype auto is float32 on every machine, in what tests start too (megalora/compute_dtype.py).
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
     config.add_cleanup(cache.cleanup)
+    if config.option.cpu_times:
+        config.pluginmanager.register(CpuTimes(config.option.cpu_times.absolute()))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
