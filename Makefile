@@ -103,7 +103,10 @@ proof: install
 		'tests/test_modern.py::test_every_layout_gives_the_numbers_of_one_process' \
 		'tests/test_classic.py::test_every_layout_gives_the_numbers_of_one_process' \
 		'tests/tasks/test_classes.py::test_layouts_of_four_processes' \
-		'tests/tasks/test_seq2seq.py::test_layouts_of_four_processes'
+		'tests/tasks/test_seq2seq.py::test_layouts_of_four_processes' \
+		'tests/tasks/test_images.py::test_layouts_of_four_processes' \
+		'tests/test_experts.py::test_every_layout_gives_the_numbers_of_one_process' \
+		'tests/test_experts.py::test_eight_tensor_parallel_ranks'
 
 parity: install
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -q tests/test_generation_parity.py --questions 20

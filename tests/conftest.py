@@ -3,6 +3,7 @@ skips that say why."""
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
@@ -26,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="tests/test_torture.py: times that a run is killed")
     parser.addoption("--questions", type=int, default=3, help="tests/test_generation_parity.py: how many are asked")
     parser.addoption("--seed", type=int, default=0, help="tests/test_torture.py: of the moments")
-    parser.addoption("--cpu_times", type=Path, help="a file to add the CPU seconds of each test to (tests/cpu_times.py)")
+    parser.addoption("--cpu_times", type=Path, help="a file for the CPU seconds of each test (tests/cpu_times.py)")
     parser.addoption("--demo_model", type=Path, help="tests/test_slurm.py: the demo's model, to run it in a Slurm")
 
 
@@ -46,6 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(cache.cleanup)
     if config.option.cpu_times:
         config.pluginmanager.register(CpuTimes(config.option.cpu_times.absolute()))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave what tests share, a million objects, out of each of its rounds."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

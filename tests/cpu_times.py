@@ -54,7 +54,9 @@ def spent() -> float:
 
 def main(file: Path, tests: int = 40) -> None:
     """Print the sums of folders and of files and the costliest tests."""
-    times = [(float(seconds), name) for seconds, name in (line.split("\t", 1) for line in file.read_text().splitlines())]
+    times = [
+        (float(seconds), name) for seconds, name in (line.split("\t", 1) for line in file.read_text().splitlines())
+    ]
     for group in (lambda name: name.partition("::")[0].rpartition("/")[0], lambda name: name.partition("::")[0]):
         sums: dict[str, float] = defaultdict(float)
         for seconds, name in times:

@@ -496,6 +496,16 @@ class Run:
     def on(self, **layout) -> Run:
         return replace(self, **layout)
 
+    def short(self, processes: int, steps: int = 1) -> Run:
+        """On so many processes, with no more than shows that a model is cut rightly: a second microbatch only where
+        stages take turns, and one step, for what further ones show, masks and moments, is of no family.
+
+        A small rate: Adam divides a gradient by its size, and where that is near zero rounding grows to a share of it.
+        """
+        replicas = processes // (self.tp * self.pp * self.cp)
+        microbatches = 2 if self.pp > 1 and replicas == 1 else 1
+        return self.on(steps=steps, rows=replicas * self.micro_batch_rows * microbatches, learning_rate=1e-4)
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -78,9 +78,9 @@ EAGER = ("gpt_neo", "bloom", "mpt")  # of which it has no other attention
 
 
 def layouts(every: bool = False) -> list[Run]:
-    """Of four processes: each variant that is cut in a way of its own on one layout, and dropouts of the base.
+    """Of four processes: each variant that is cut in a way of its own on one layout, and dropouts of the base; short.
 
-    every: all variants, each on every layout
+    every: all variants, each on every layout, and longer
     """
     options = (
         {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full"},
@@ -96,7 +96,7 @@ def layouts(every: bool = False) -> list[Run]:
         found += [Run(family, model=SMALL | model, **layout) for layout in chosen]
     for family, model in (VARIANTS[name] for name in CUT_DOCUMENTS):
         found.append(Run(family, model=SMALL | model, **cut_documents))
-    return found
+    return found if every else [run.short(4) for run in found]
 
 
 def test_every_layout_gives_the_numbers_of_one_process():

@@ -45,12 +45,30 @@ EVERY = ALL_LINEAR | {"target_modules": r"model\.layers\..*"}  # routers too
 TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def layouts(family: str) -> list[Run]:
-    """Of four processes."""
-    return [
-        Run(family, tp=2, pp=2, sequence_parallel=True, recompute="full", lora=EVERY),
-        Run(family, tp=2, sequence_parallel=True, exchange=True, micro_batch_rows=2, lora=EVERY),
+EVERY_RUN = os.environ.get("MEGALORA_PROOF") == "all"
+LAYOUTS = (  # of four processes
+    {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full"},
+    {"tp": 2, "sequence_parallel": True, "exchange": True, "micro_batch_rows": 2},
+)
+
+
+def layouts(every: bool = False) -> list[Run]:
+    """Each family on one of LAYOUTS, in turn, and short; every: on all of them, and longer."""
+    runs = []
+    for number, family in enumerate(EXPERTS):
+        runs += [Run(family, lora=EVERY, **one) for one in (LAYOUTS if every else [LAYOUTS[number % 2]])]
+    runs += [
+        Run("qwen2_moe", tp=4, micro_batch_rows=2, lora=EVERY),
+        Run("qwen3_moe", tp=4, micro_batch_rows=2, base_format="nf4"),
+        Run("qwen3_moe", tp=2, pp=2, base_format="nf4_fp8"),
+        Run("deepseek_v3", tp=2, pp=2, base_format="fp8"),
     ]
+    return runs if every else [short(run, 4) for run in runs]
+
+
+def short(run: Run, processes: int) -> Run:
+    """In rows long enough that every expert has tokens."""
+    return run.short(processes).on(seq_length=72)
 
 
 def all_on_the_first(rank: int, world_size: int, run: Run):
@@ -75,14 +93,9 @@ def each(rank: int, world_size: int, runs: list[Run], tied: Run):
 
 
 def test_every_layout_gives_the_numbers_of_one_process():
-    runs = [run for family in EXPERTS for run in layouts(family)]
-    runs += [
-        Run("qwen2_moe", tp=4, micro_batch_rows=2, lora=EVERY),
-        Run("qwen3_moe", tp=4, base_format="nf4"),
-        Run("qwen3_moe", tp=2, pp=2, base_format="nf4_fp8"),
-        Run("deepseek_v3", tp=2, pp=2, base_format="fp8"),
-    ]
-    tied = Run("qwen3_moe", tp=4, sequence_parallel=True, lora=ALL_LINEAR | {"target_modules": TARGETS})
+    """`make proof`: each family on both layouts, and longer."""
+    runs = layouts(EVERY_RUN)
+    tied = Run("qwen3_moe", tp=4, sequence_parallel=True, lora=ALL_LINEAR | {"target_modules": TARGETS}).short(4)
     ranks = spawn(each, 4, runs, tied)
     for i, run in enumerate(runs):
         assert largest_difference(reference(run), [outcomes[i] for outcomes, _ in ranks]) <= 1e-12, run
@@ -102,6 +115,7 @@ def test_shared_factors_give_the_numbers_of_one_process():
         run = Run(family, lora=ALL_EXPERTS | {"expert_lora": mode})
         runs += [run.on(tp=2, pp=2, recompute="full"), run.on(tp=4, micro_batch_rows=2, sequence_parallel=True)]
         runs += [run.on(tp=2), run.on(pp=2)]  # with two replicas each
+    runs = [short(run, 4) for run in runs]
     for run, outcomes in zip(runs, zip(*spawn(train_each, 4, runs), strict=True), strict=True):
         expected = reference(run)
         assert largest_difference(expected, list(outcomes)) <= 1e-12, run
@@ -169,14 +183,16 @@ NINE |= {"n_group": 3, "topk_group": 2}
 def of_eight(family: str) -> Run:
     """On eight processes, which hold two or one of nine experts each."""
     model = {name: value for name, value in NINE.items() if name in EXPERTS[family]}
-    return Run(family, tp=8, micro_batch_rows=2, lora=EVERY, model=model, rows=8, seq_length=48)
+    return Run(family, tp=8, micro_batch_rows=2, lora=EVERY, model=model, rows=8, seq_length=72)
 
 
 def test_eight_tensor_parallel_ranks():
     """Experts are dealt unevenly; one expert gets every token of a batch, and seven ranks have nothing to do."""
-    families = EXPERTS if os.environ.get("MEGALORA_PROOF") else ["qwen2_moe"]
+    families = EXPERTS if EVERY_RUN else ["qwen2_moe"]
     runs = [of_eight(family).on(sequence_parallel=i % 2 == 0) for i, family in enumerate(families)]
     alone = of_eight("llama4_text").on(lora=ALL_LINEAR)  # whose routers stay tied
+    if not EVERY_RUN:
+        runs, alone = [short(run, 8) for run in runs], short(alone, 8)
     ranks = spawn(each, 8, runs, alone)
     for i, run in enumerate(runs):
         assert largest_difference(reference(run), [outcomes[i] for outcomes, _ in ranks]) <= 1e-12, run

@@ -46,14 +46,15 @@ LAYOUTS = (
 
 
 def layout_runs(names: Sequence[str], every: bool = False) -> list[Run]:
-    """Each variant on the one of LAYOUTS that its name chooses, whatever the other rows; every: on all of them."""
+    """Each variant on the one of LAYOUTS that its name chooses, whatever the other rows, and short.
+
+    every: on all of them, with more rows
+    """
     runs = []
     for name in names:
         chosen = LAYOUTS if every else [LAYOUTS[zlib.crc32(name.encode()) % len(LAYOUTS)]]
-        # One step: what a second shows, masks and moments, is of no family (tests/test_layouts.py shows it).
-        # Adam divides a gradient by its size: where that is near zero, rounding grows to a share of the rate.
         runs += [Run(name, steps=1, learning_rate=1e-4, **layout) for layout in chosen]
-    return runs
+    return runs if every else [run.short(4) for run in runs]
 
 
 # ---- transformers

@@ -57,15 +57,16 @@ SIZE = 28  # of an image, as IMAGES says
 
 
 def layouts(every: bool = False) -> list[Run]:
-    """Each variant on its own layouts; every: on those of the other too. And documents that are cut over ranks."""
+    """Each variant on its own layouts, short; every: on those of the other too, and longer. And cut documents."""
     of_any = [layout for own in LAYOUTS.values() for layout in own]
     chosen = {family: of_any if every else own for family, own in LAYOUTS.items()}
     found = [Run(family).on(**layout) for family, own in chosen.items() for layout in own]
-    return [*found, Run("blip-2, opt", cp=2, tp=2)]
+    found += [Run("blip-2, opt", cp=2, tp=2)]
+    return found if every else [run.short(4) for run in found]
 
 
 def test_layouts_of_four_processes():
-    """`make proof`: both variants on every one of the layouts."""
+    """`make proof`: both variants on every one of the layouts, and longer."""
     runs = layouts(every=os.environ.get("MEGALORA_PROOF") == "all")
     check_runs(4, runs)
 
