@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from fuzz import EXAMPLES
 from spawn import wait_for_no_disk
 
 ROOT = Path(__file__).resolve().parents[1]
+# Else each worker, and each program that tests start, compiles the package and the tests again: seconds each.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

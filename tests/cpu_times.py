@@ -1,6 +1,7 @@
 """CPU seconds of each test, its processes included: `pytest --cpu_times FILE`, then `python tests/cpu_times.py FILE`.
 
-Wall time says little where several processes share the cores; this hardly changes with what else runs.
+Wall time says little where several processes share the cores; this hardly changes with what else runs. Daemons, which
+leave the tree of processes, are not counted (the jobs of tests/test_slurm.py).
 """
 
 from __future__ import annotations

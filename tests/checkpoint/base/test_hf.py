@@ -390,11 +390,11 @@ def test_peak_memory_is_the_slice_and_little_more(big_folder, form, spare, dim):
     assert grown <= own + (spare + 24) * megabyte
 
 
-def test_an_index_of_a_million_names_looks_at_each_file_once(tmp_path, monkeypatch):
+def test_an_index_of_many_names_looks_at_each_file_once(tmp_path, monkeypatch):
     write_sharded(tmp_path, make_tensors())
     index = tmp_path / hf.INDEX
     fields = json.loads(index.read_text())
-    fields["weight_map"] |= {f"x{i}": "model-00001-of-00002.safetensors" for i in range(10**6)}
+    fields["weight_map"] |= {f"x{i}": "model-00001-of-00002.safetensors" for i in range(10**4)}
     index.write_text(json.dumps(fields))
     looked, check = [], hf.check_stays
     monkeypatch.setattr(hf, "check_stays", lambda folder, file: looked.append(file) or check(folder, file))
