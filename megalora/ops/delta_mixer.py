@@ -1,0 +1,212 @@
+"""What stands between the linears of linear attention by the gated delta rule (Qwen3-Next): convolution, gates, the
+rule and the gated norm.
+
+    q, k, v <- silu(convolution(q, k, v));  beta = sigmoid(b);  g = -exp(A) softplus(a + bias)
+    o = delta_rule(q, k, v, g, beta);  result = RMSNorm(o) * silu(z)
+
+All is computed in float32 or float64, and rounded where q, k and v go into the rule and at the end. Training keeps what
+it reads alone, and computes the rest again in backward, so many heads at a time that what this makes stays small.
+
+Legend: F tokens, J key heads, each of which R value heads read, H = J R, K and V features of a key and a value; C =
+2 J K + H V channels of q, k and v; W tokens of the convolution.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import silu, softplus
+
+from megalora.ops.delta_rule import Documents, continued_delta_rule, delta_rule, delta_step
+from megalora.ops.short_convolution import short_convolution
+
+MOST_ROWS = 1 << 18  # tokens times value heads at once
+
+
+class Heads(NamedTuple):
+    """J key heads of K features, R value heads of V features each."""
+
+    groups: int
+    repeats: int
+    key: int
+    value: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Features of q, k, v, z, b and a, which lie side by side."""
+        key, heads = self.groups * self.key, self.groups * self.repeats
+        return (key, key, heads * self.value, heads * self.value, heads, heads)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return sum(self.widths[:3])
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """Frozen weights: convolution [C, W]; decay, the A above, and bias [H] float32 or float64; norm [V], its eps."""
+
+    convolution: torch.Tensor
+    decay: torch.Tensor
+    bias: torch.Tensor
+    norm: torch.Tensor
+    eps: float
+
+
+def delta_mixer(y: torch.Tensor, heads: Heads, weights: DeltaWeights, documents: Documents) -> torch.Tensor:
+    """Return the results [F, H V] of y [F, 2 J K + 2 H V + 2 H], which is [q | k | v | z | b | a], in its dtype."""
+    return _Mixer.apply(y, heads, weights, documents)
+
+
+class Kept(NamedTuple):
+    """What earlier tokens of sequences leave: channels [B, W - 1, C] of the last ones, states [B, H, K, V] of float32
+    or float64."""
+
+    channels: torch.Tensor
+    states: torch.Tensor
+
+    @classmethod
+    def nothing(cls, count: int, heads: Heads, weights: DeltaWeights, like: torch.Tensor) -> Kept:
+        """Return that of `count` sequences without tokens; like: y."""
+        channels, width = weights.convolution.shape
+        states = (count, heads.groups * heads.repeats, heads.key, heads.value)
+        return cls(like.new_zeros(count, width - 1, channels), like.new_zeros(states, dtype=weights.decay.dtype))
+
+
+def continued_delta_mixer(
+    y: torch.Tensor, heads: Heads, weights: DeltaWeights, bounds: Sequence[int], kept: Kept
+) -> tuple[torch.Tensor, Kept]:
+    """Return (results as `delta_mixer`, what is kept behind them) of the next tokens of several sequences.
+
+    bounds  cumulative bounds of the sequences in F
+    """
+    qkv, z, b, a = y.split([heads.channels, *heads.widths[3:]], -1)
+    pairs, before = list(itertools.pairwise(bounds)), kept.channels.shape[1]
+    ahead = [torch.cat([old, qkv[start:stop]]) for old, (start, stop) in zip(kept.channels, pairs, strict=True)]
+    made = [_activated(short_convolution(one, weights.convolution, None)[before:], y.dtype) for one in ahead]
+    channels = torch.stack([one[len(one) - before :] for one in ahead])
+    given = _of_rule(torch.cat(made), b, a, heads, weights)
+    o, states = continued_delta_rule(*given, Documents.of(bounds, y.device), kept.states)
+    return _gated(o, z, heads, weights), Kept(channels, states)
+
+
+def delta_mixer_step(y: torch.Tensor, heads: Heads, weights: DeltaWeights, kept: Kept) -> tuple[torch.Tensor, Kept]:
+    """Return the same of one token of each of B sequences, y [B, ...]."""
+    qkv, z, b, a = y.split([heads.channels, *heads.widths[3:]], -1)
+    seen = torch.cat([kept.channels, qkv.unsqueeze(1)], 1)
+    wide = weights.decay.dtype
+    made = (seen.to(wide) * weights.convolution.t().to(wide)).sum(1)
+    o, states = delta_step(*_of_rule(_activated(made, y.dtype), b, a, heads, weights), kept.states)
+    return _gated(o, z, heads, weights), Kept(seen[:, 1:], states)
+
+
+def _activated(made: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return silu(made).to(dtype)
+
+
+class _Given(NamedTuple):
+    """What `delta_rule` reads."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+    beta: torch.Tensor
+
+
+def _of_rule(qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, heads: Heads, weights: DeltaWeights) -> _Given:
+    """Return what `delta_rule` reads, of channels [F, C] behind convolution and activation."""
+    q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(
+        qkv.split(heads.widths[:3], -1), (heads.key, heads.key, heads.value), strict=True
+    ))  # fmt: skip
+    wide = weights.decay.dtype
+    g = -weights.decay.exp() * softplus(a.to(wide) + weights.bias)
+    return _Given(q, k, v, g, torch.sigmoid(b.to(wide)))
+
+
+def _gated(o: torch.Tensor, z: torch.Tensor, heads: Heads, weights: DeltaWeights) -> torch.Tensor:
+    """Return RMSNorm(o) * silu(z) [F, H V] of o [F, H, V] and z [F, H V], in the dtype of z."""
+    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.to(o.dtype)
+    return (normed.flatten(1) * silu(z.to(o.dtype))).to(z.dtype)
+
+
+def _mixed(parts: Sequence[torch.Tensor], heads: Heads, weights: DeltaWeights, documents: Documents) -> torch.Tensor:
+    """Return the result of [q | k | v], z, b and a."""
+    qkv, z, b, a = parts
+    made = _activated(short_convolution(qkv, weights.convolution, documents.ages), qkv.dtype)
+    return _gated(delta_rule(*_of_rule(made, b, a, heads, weights), documents), z, heads, weights)
+
+
+class _Slice(NamedTuple):
+    """Some of the key heads, with the value heads that read them.
+
+    columns  of each of q, k, v, z, b and a
+    result   columns of the result
+    """
+
+    heads: Heads
+    weights: DeltaWeights
+    columns: list[slice]
+    result: slice
+
+    def parts(self, y: torch.Tensor) -> list[torch.Tensor]:
+        """Return [q | k | v], z, b and a."""
+        q, k, v, *others = (y[:, columns] for columns in self.columns)
+        whole = self.columns[0].stop == self.columns[1].start and self.columns[1].stop == self.columns[2].start
+        channels = y[:, self.columns[0].start : self.columns[2].stop] if whole else torch.cat([q, k, v], 1)
+        return [channels, *others]
+
+    def put(self, y: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+        """Write parts as `parts` gives them to their places."""
+        found = (*parts[0].split(self.heads.widths[:3], -1), *parts[1:])
+        for columns, one in zip(self.columns, found, strict=True):
+            y[:, columns] = one
+
+
+def _slices(tokens: int, heads: Heads, weights: DeltaWeights) -> list[_Slice]:
+    most = max(1, MOST_ROWS // max(1, tokens * heads.repeats))
+    count = -(-heads.groups // most)
+    edges = [heads.groups * i // count for i in range(count + 1)]
+    each = [width // heads.groups for width in heads.widths]
+    starts = list(itertools.accumulate(heads.widths, initial=0))[:-1]
+    found = []
+    for first, stop in itertools.pairwise(edges):
+        columns = [slice(at + first * n, at + stop * n) for at, n in zip(starts, each, strict=True)]
+        own = weights
+        if count > 1:
+            channels = torch.cat([weights.convolution[columns[i]] for i in range(3)])
+            values = slice(first * heads.repeats, stop * heads.repeats)
+            own = DeltaWeights(channels, weights.decay[values], weights.bias[values], weights.norm, weights.eps)
+        result = slice(first * each[2], stop * each[2])
+        found.append(_Slice(heads._replace(groups=stop - first), own, columns, result))
+    return found
+
+
+class _Mixer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, heads, weights, documents):
+        slices = _slices(len(y), heads, weights)
+        ctx.save_for_backward(y)
+        ctx.slices, ctx.documents = slices, documents
+        if len(slices) == 1:
+            return _mixed(slices[0].parts(y), heads, weights, documents)
+        out = y.new_empty(len(y), heads.widths[2])
+        for one in slices:
+            out[:, one.result] = _mixed(one.parts(y), one.heads, one.weights, documents)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        dy = torch.empty_like(y, memory_format=torch.contiguous_format)
+        for one in ctx.slices:
+            parts = [part.detach().requires_grad_() for part in one.parts(y)]
+            with torch.enable_grad():
+                out = _mixed(parts, one.heads, one.weights, ctx.documents)
+            one.put(dy, torch.autograd.grad(out, parts, grad[:, one.result]))
+        return dy, None, None, None

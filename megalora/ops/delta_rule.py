@@ -1,0 +1,267 @@
+"""The gated delta rule (Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks"), in chunks of CHUNK tokens.
+
+A head has a state S [K, V], zero where its document begins. Each token makes of it
+    S <- exp(g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q
+with g <= 0 and 0 <= beta <= 1. Within a chunk, with G the sums of g up to each token and D_ij = exp(G_i - G_j), i >= j:
+    T = (1 + the part of diag(beta) (k k^T * D) below its diagonal)^-1
+    U = T diag(beta) v,  W = T diag(beta exp(G)) k
+    o = (q * exp(G)) S + ((q k^T) * D) (U - W S)
+    S of the next chunk = exp(G_last) S + (k * exp(G_last - G))^T (U - W S) = M S + B
+M and B need no state, so that from chunk to chunk there is one product, of all documents and heads at once; the rest is
+batched over the chunks.
+
+Legend: F tokens, J key heads, each of which R value heads read, H = J R, K and V features of a key and a value; N
+chunks of C tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megalora.batch import to_device
+
+CHUNK = 64
+_EPSILON = 1e-6  # of the norms of q and k
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of F tokens, each cut into chunks of CHUNK of its own, the last one filled up.
+
+    Chunks lie by depth: the first of every document, those of the longest in front, then the second of each that has
+    one, and so on. So the chunks of one depth continue the first ones of the depth before, in order.
+
+    ages    [F] int64, each token's place in its document
+    rows    [N C] int64, the token in each place of a chunk; any one where `filling`
+    places  [F] int64, where each token is in `rows`
+    filling  [N C] bool
+    counts  chunks of each depth
+    order   of the documents, as their chunks lie
+    """
+
+    ages: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+    filling: torch.Tensor
+    counts: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, bounds: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+        """Build for documents with these cumulative bounds in F; those of no tokens are passed over."""
+        spans = [(start, stop) for start, stop in itertools.pairwise(bounds)]
+        chunks = [-(-(stop - start) // CHUNK) for start, stop in spans]
+        order = sorted((i for i, count in enumerate(chunks) if count), key=lambda i: -chunks[i])
+        counts = [sum(chunks[i] > depth for i in order) for depth in range(max(chunks, default=0))]
+        offsets = torch.tensor([0, *itertools.accumulate(counts)])
+        ages = torch.cat([torch.arange(stop - start) for start, stop in spans])
+        rank = torch.zeros(len(spans), dtype=torch.int64)
+        rank[list(order)] = torch.arange(len(order))
+        of_tokens = rank.repeat_interleave(torch.tensor([stop - start for start, stop in spans]))
+        places = (offsets[ages // CHUNK] + of_tokens) * CHUNK + ages % CHUNK
+        rows = torch.zeros(sum(counts) * CHUNK, dtype=torch.int64)
+        filling = torch.ones(len(rows), dtype=torch.bool)
+        rows[places], filling[places] = torch.arange(len(places)), False
+        ages, rows, places, filling = (to_device(x, device) for x in (ages, rows, places, filling))
+        return cls(ages, rows, places, filling, tuple(counts), tuple(order))
+
+    @property
+    def depths(self) -> list[tuple[slice, slice]]:
+        """For each depth from 1 on: (the chunks before, the chunks of it)."""
+        starts = list(itertools.accumulate(self.counts, initial=0))
+        pairs = zip(itertools.pairwise(starts), self.counts[1:], strict=False)
+        return [(slice(before, before + n), slice(start, start + n)) for (before, start), n in pairs]
+
+    @property
+    def last(self) -> list[int]:
+        """The last chunk of each document, in `order`."""
+        starts = list(itertools.accumulate(self.counts, initial=0))
+        deepest = (sum(count > i for count in self.counts) - 1 for i in range(len(self.order)))
+        return [starts[depth] + i for i, depth in enumerate(deepest)]
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    documents: Documents,
+) -> torch.Tensor:
+    """Return the outputs o [F, H, V] of every token, in float32 or float64.
+
+    q, k  [F, J, K], here scaled to length 1, and q by K^-0.5
+    v     [F, H, V]; value head h reads key head h // R
+    g, beta  [F, H] float32 or float64
+    """
+    return _delta_rule(q, k, v, g, beta, documents, None)[0]
+
+
+def continued_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    documents: Documents,
+    states: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (o as `delta_rule`, the states that the documents leave [documents, H, K, V]).
+
+    states  [documents, H, K, V] float32 or float64, that they begin with
+    """
+    o, left = _delta_rule(q, k, v, g, beta, documents, states)
+    assert left is not None
+    return o, left
+
+
+def delta_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (o [B, H, V], the states [B, H, K, V] behind it) of one token of each of B sequences, as `delta_rule`."""
+    wide, repeats = states.dtype, v.shape[1] // k.shape[1]
+    q, k = (_normed(x.to(wide)).repeat_interleave(repeats, 1) for x in (q, k))
+    states = states * g.to(wide).exp()[..., None, None]
+    missing = (v.to(wide) - torch.einsum("bhkv,bhk->bhv", states, k)) * beta.to(wide).unsqueeze(-1)
+    states = states + k.unsqueeze(-1) * missing.unsqueeze(-2)
+    return torch.einsum("bhkv,bhk->bhv", states, q * q.shape[-1] ** -0.5), states
+
+
+def _normed(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPSILON)
+
+
+def _delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    documents: Documents,
+    states: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    wide, groups, repeats = g.dtype, k.shape[1], v.shape[1] // k.shape[1]
+
+    def chunks(x: torch.Tensor) -> torch.Tensor:
+        """Map [F, heads, n] to [N, heads, C, n] in the wide dtype."""
+        x = _Placed.apply(x, documents.rows, documents.places, None)
+        return x.unflatten(0, (-1, CHUNK)).transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
+
+    def of_groups(x: torch.Tensor) -> torch.Tensor:
+        """Map [F, H] to [N, J, R, C], zero where chunks are filled up: such tokens change no state."""
+        x = _Placed.apply(x, documents.rows, documents.places, documents.filling)
+        return x.unflatten(0, (-1, CHUNK)).transpose(1, 2).unflatten(1, (groups, repeats))
+
+    q, k, v = _normed(chunks(q)) * q.shape[-1] ** -0.5, _normed(chunks(k)), chunks(v).unflatten(1, (groups, repeats))
+    seen = torch.ones(CHUNK, CHUNK, dtype=wide, device=q.device).tril()
+    beta, g = of_groups(beta), of_groups(g)
+    # Sums of g from behind j up to i: differences of sums from the chunk's start would lose what strong decays leave.
+    # As products: cumsum has no fixed order on a GPU.
+    between = (seen * g.unsqueeze(-2)) @ seen.tril(-1)
+    decay = between.masked_fill(seen == 0, -torch.inf).exp()  # D [N, J, R, C, C]
+    since = (g @ seen.mT).exp().unsqueeze(-1)
+    inverse = _UnitInverse.apply((k @ k.mT).unsqueeze(2) * decay * beta.unsqueeze(-1))
+    one = k.unsqueeze(2)  # of all value heads that read it
+    # [U | W] of all value heads: T diag(beta) [v | exp(G) k].
+    made = inverse @ (torch.cat([v, one * since], -1) * beta.unsqueeze(-1))
+    until = one * decay[..., -1, :].unsqueeze(-1)
+    moved = until.mT @ made  # [B | what M lacks]
+    left = None
+    if states is None:
+        entering = _Scan.apply(moved.flatten(1, 2), since[..., -1, :].flatten(1, 2), documents, None)
+    else:
+        order, last = list(documents.order), documents.last
+        moved, decays = moved.flatten(1, 2), since[..., -1, :].flatten(1, 2)
+        entering = _Scan.apply(moved, decays, documents, states[order].to(wide))
+        left = states.to(wide, copy=True)  # of documents of no tokens
+        left[order] = _step(moved[last], decays[last], entering[last])
+    entering = entering.unflatten(1, (groups, repeats))
+    values, reads = made.split([v.shape[-1], k.shape[-1]], -1)
+    values = values - reads @ entering
+    o = (q.unsqueeze(2) * since) @ entering + ((q @ k.mT).unsqueeze(2) * decay) @ values
+    o = o.flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    return _Placed.apply(o, documents.places, documents.rows, None, documents.filling), left
+
+
+class _Placed(torch.autograd.Function):
+    """x [a, ...] by index [b]: x[index], with zeros where `hidden` [b]; `back` [a] is the way back, of whose gradient
+    nothing comes where `idle` [a]."""
+
+    @staticmethod
+    def forward(ctx, x, index, back, hidden, idle=None):
+        ctx.back, ctx.hidden, ctx.idle = back, hidden, idle
+        return _hidden(x.index_select(0, index), hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # What fills chunks up has no gradient: it changes no state, and nobody reads it.
+        return _hidden(_hidden(grad, ctx.hidden).index_select(0, ctx.back), ctx.idle), None, None, None, None
+
+
+def _hidden(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    return x if where is None else x.masked_fill(where.view(-1, *[1] * (x.dim() - 1)), 0.0)
+
+
+class _UnitInverse(torch.autograd.Function):
+    """The inverse of a lower triangular matrix [..., C, C] with ones on its diagonal, of which what is below counts."""
+
+    @staticmethod
+    def forward(ctx, lower):
+        one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+        inverse = torch.linalg.solve_triangular(lower, one, upper=False, unitriangular=True)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+
+
+class _Scan(torch.autograd.Function):
+    """The state that enters each chunk [N, H, K, V]: of the next chunk it is decay S - reads S + moved.
+
+    moved  [N, H, K, V + K], [B | reads]; decay [N, H, 1]; states [documents, H, K, V] of the first chunks, or None
+    """
+
+    @staticmethod
+    def forward(ctx, moved, decay, documents, states):
+        features = moved.shape[-1] - moved.shape[-2]
+        entering = torch.empty_like(moved[..., :features], memory_format=torch.contiguous_format)
+        first = entering[: documents.counts[0]]
+        first.zero_() if states is None else first.copy_(states)
+        matrix = _matrix(moved, decay)
+        for before, own in documents.depths:
+            start, end = moved[before][..., :features].flatten(0, 1), entering[own].flatten(0, 1)
+            torch.baddbmm(start, matrix[before].flatten(0, 1), entering[before].flatten(0, 1), out=end)
+        ctx.documents = documents
+        ctx.save_for_backward(matrix, entering)
+        return entering
+
+    @staticmethod
+    def backward(ctx, grad):
+        matrix, entering = ctx.saved_tensors
+        documents, grad = ctx.documents, grad.clone(memory_format=torch.contiguous_format)
+        leaving = torch.zeros_like(grad)  # the gradient of the state that a chunk leaves
+        for before, own in reversed(documents.depths):
+            leaving[before] = grad[own]
+            behind, onto = grad[own].flatten(0, 1), grad[before].flatten(0, 1)
+            torch.baddbmm(onto, matrix[before].flatten(0, 1).mT, behind, out=onto)
+        d_matrix = leaving @ entering.mT
+        d_decay = d_matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        return torch.cat([leaving, -d_matrix], -1), d_decay, None, None
+
+
+def _matrix(moved: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """Return M [N, H, K, K] of moved [N, H, K, V + K] and decay [N, H, 1]."""
+    matrix = -moved[..., -moved.shape[-2] :]
+    matrix.diagonal(dim1=-2, dim2=-1).add_(decay)
+    return matrix
+
+
+def _step(moved: torch.Tensor, decay: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    return moved[..., : states.shape[-1]] + _matrix(moved, decay) @ states
