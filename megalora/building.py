@@ -53,9 +53,10 @@ def resolve_base(name: str, config: ModelSpec) -> BaseFormat:
 
 def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     """Return the adapters of the model's linears. Raises UserError where the two do not fit."""
-    if lora_config.bias == "all" and any(norm.bias for norm in config.norms):
+    if lora_config.bias == "all" and (config.recurrent or any(norm.bias for norm in config.norms)):
+        whose = "linear attention has" if config.recurrent else "norms have"
         raise UserError(
-            f"lora_config: bias = 'all' is not implemented for a {config.model_type}, whose norms have biases",
+            f"lora_config: bias = 'all' is not implemented for a {config.model_type}, whose {whose} biases",
             "choose none or lora_only",
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
@@ -256,7 +257,8 @@ def base_names(config: ModelSpec) -> BaseNames:
         weight, tied, optional = "", False, frozenset(head.trained)
     else:
         weight, tied, optional = head.weight, head.tied, head.optional
-    return BaseNames(stored.tensors, embedding, weight, tied, config.files, optional, words, config.stacks)
+    more = words, config.stacks, config.joins
+    return BaseNames(stored.tensors, embedding, weight, tied, config.files, optional, *more)
 
 
 def trained_shapes(lora: ResolvedLora, config: ModelSpec) -> dict[str, tuple[int, ...]]:

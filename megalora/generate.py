@@ -20,6 +20,7 @@ from megalora import image_prompts, sources
 from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.asked import questions_of, sampling_of, special_tokens, template_of
 from megalora.building import (
+    base_names,
     build_stage,
     load_adapter,
     load_base_weights,
@@ -28,6 +29,7 @@ from megalora.building import (
     settle_head,
 )
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
+from megalora.checkpoint.base.weights import unread_layers
 from megalora.choices import CLASSIFICATION
 from megalora.classify import classify
 from megalora.cluster.launch import choose_device, distributed
@@ -176,7 +178,9 @@ def _open(arguments: GenerateArguments, adapter: AdapterCheckpoint | None, mesh:
         check_layout(config, mesh.tp.size, mesh.pp.size, arguments.parallel.uneven_heads)
         longer = None if options.seq_length is None else check_length(config, options.seq_length)
         context = options.seq_length or config.max_position_embeddings
-    config, own_head = on_first(lambda: settle_head(config, model.resume_from_checkpoint or model.model_path), world)
+    weights = model.resume_from_checkpoint or model.model_path
+    config, own_head = on_first(lambda: settle_head(config, weights), world)
+    ahead = on_first(lambda: unread_layers(weights, base_names(config)), world)
     added = () if adapter is None else on_first(lambda: adapter_tokens(adapter, model.model_path), world)
     with together(world):
         if adapter is not None:
@@ -184,7 +188,7 @@ def _open(arguments: GenerateArguments, adapter: AdapterCheckpoint | None, mesh:
         if world.is_first or (stops and mesh.tp.is_first and mesh.pp.is_first):  # whoever reads replies
             tokenizer = open_tokenizer(model.model_path, added)
             reader = Reader(tokenizer.tokenizer, stops, shown=[token.content for token in added])
-    notes = tuple(note for note in (longer, own_head, unread_note(config, model.model_path)) if note)
+    notes = tuple(note for note in (longer, own_head, ahead, unread_note(config, model.model_path)) if note)
     return _Opened(config, context, tokenizer, reader, stops, notes, first)
 
 

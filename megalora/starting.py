@@ -11,6 +11,7 @@ from megalora.adapters.config import LoraConfig, ResolvedLora
 from megalora.adapters.sharing import in_common
 from megalora.added_tokens import AddedToken
 from megalora.building import (
+    base_names,
     check_vocabulary,
     resolve_base,
     resolve_lora,
@@ -18,6 +19,7 @@ from megalora.building import (
     trained_shapes,
 )
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint, read_adapter
+from megalora.checkpoint.base.weights import unread_layers
 from megalora.checkpoint.run.folder import announce_removal, cancel_removal, check_own, in_run, removal_is_pending
 from megalora.checkpoint.run.state import identity_difference, newest_sound
 from megalora.cluster.launch import restarts
@@ -128,8 +130,8 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
     added = on_first(lambda: _added_tokens(arguments, start), mesh.world)
     template = rendering(lora_config.task_type, config, model.model_path, data, recorded, mesh.world, added)
     config = config.for_task(lora_config.task_type, template.labels if isinstance(template, ClassRows) else ())
-    config, own_head = on_first(lambda: settle_head(config, weights), mesh.world)
-    notes += [*(note for note in (own_head, unread_note(config, model.model_path)) if note), *template.notes]
+    config, settled = on_first(lambda: _settled(config, weights), mesh.world)
+    notes += [*(note for note in (*settled, unread_note(config, model.model_path)) if note), *template.notes]
     with together(mesh.world):
         config = with_rows_for(config, added, model.model_path, None if start is None else start.checkpoint.tensors)
         lora = resolve_lora(train_rows_of(lora_config, config, added), config)
@@ -244,6 +246,12 @@ def _find_start(model: ModelArguments, train: TrainArguments, overwrite: bool, m
         return None if named is None else Start(adapter_for(named, model.model_path), own=False)
 
     return on_first(find, mesh.world)
+
+
+def _settled(config: ModelSpec, weights: str) -> tuple[ModelSpec, tuple[str | None, ...]]:
+    """Return the spec with the head that the weights have, and lines on what they hold beside it."""
+    config, own_head = settle_head(config, weights)
+    return config, (own_head, unread_layers(weights, base_names(config)))
 
 
 def _lora_config(model: ModelArguments, start: Start | None, config: ModelSpec) -> LoraConfig:

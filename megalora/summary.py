@@ -21,6 +21,7 @@ from megalora.models.spec import (
     Attention,
     ClassHead,
     CrossAttention,
+    DeltaAttention,
     Head,
     LatentAttention,
     ModelSpec,
@@ -287,6 +288,7 @@ def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> 
     )
     if isinstance(config.head, Head):
         frozen += config.vocab_size * config.embedding.width * shares.get("head", 1.0)  # tied or not
+    mixers = (mixer for layer in config.stack.layers for mixer in mixers_of(layer))
     return lora_flops_per_token(
         frozen_matmul_parameters=frozen,
         lora_parameters=sum(size * shares.get(linear, 1.0) for linear, size in _lora_parameters(config, lora).items()),
@@ -294,6 +296,7 @@ def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> 
         num_attention_heads=config.num_attention_heads,
         head_dim=config.head_dim,
         context=_keys_of_a_layer(config, rows),
+        recurrence=sum(mixer.step_flops for mixer in mixers if isinstance(mixer, DeltaAttention)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oracle import ENCODERS, EXPERTS, FAMILIES
+from oracle import ENCODERS, EXPERTS, FAMILIES, MODERN
 
 # Sizes that the kernels take: rows on 16 bytes, heads of 16 or more.
 SIZES = {
@@ -19,11 +19,14 @@ SIZES = {
 def sizes(family: str, **more: object) -> dict:
     """Return fields of config.json, beside the family's tiny ones, that the kernels of GPUs take; with `more`."""
     own = {"gpt_neox": {"rotary_pct": 0.5}}
-    tiny = (FAMILIES | EXPERTS | ENCODERS).get(family, {})
+    tiny = (FAMILIES | EXPERTS | ENCODERS | MODERN).get(family, {})
     if "kv_lora_rank" in tiny:
         own[family] = {"num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32}
     if "mlp_layer_types" in tiny:
         own[family] = own.get(family, {}) | {"mlp_layer_types": tiny["mlp_layer_types"][: SIZES["num_hidden_layers"]]}
+    if "linear_key_head_dim" in tiny:
+        own[family] = {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
+        own[family] |= {"layer_types": ["linear_attention", "full_attention"]}
     own["granite"] = {"attention_dropout": 0.1}
     own["starcoder2"] = {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
     fields = SIZES | more | own.get(family, {})

@@ -75,6 +75,18 @@ EXPERTS = {
         "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "norm_topk_prob": True, "head_dim": 8,
     },
+    "qwen3_next": {
+        "model_type": "qwen3_next", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40, "head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 6, "linear_value_head_dim": 10, "full_attention_interval": 2, "mlp_only_layers": [1],
+        "rope_theta": 1e6, "partial_rotary_factor": 0.5,
+    },
+    "qwen3_5_moe_text": {
+        "model_type": "qwen3_5_moe_text", "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40, "head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 6, "full_attention_interval": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+    },
     "deepseek_v2": {
         "model_type": "deepseek_v2", "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2,
         "moe_intermediate_size": 16, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "q_lora_rank": None,
@@ -335,6 +347,20 @@ MODERN = {
         "dim_model_base": 20, "mlp_bias": True, "attention_bias": True,
         "rope_scaling": _LONG | {"original_max_position_embeddings": 256},
     },
+    "qwen3_5_text": {
+        "model_type": "qwen3_5_text", "head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 6, "linear_value_head_dim": 10, "attention_bias": True,
+        "layer_types": ["linear_attention"] * 2 + ["full_attention", "linear_attention"],
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0],
+            "mrope_interleaved": True,
+        },
+    },
+    "qwen3_5_text, one value a key": {
+        "model_type": "qwen3_5_text", "head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2, "num_key_value_heads": 8,
+        "full_attention_interval": 2, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.
 # Encoders, with the dropouts that their configs have in practice.
@@ -427,7 +453,7 @@ _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
     "ernie4_5_moe": ("head_dim",), "granitemoe": ("head_dim",), "olmoe": ("head_dim",),
-    "solar_open": ("intermediate_size",),
+    "qwen3_5_moe_text": ("intermediate_size",), "solar_open": ("intermediate_size",),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"), ("head_dim",)),
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
     **dict.fromkeys(ENCODERS, _OLD),

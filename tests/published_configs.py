@@ -53,6 +53,29 @@ def _sizes(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict:
     }  # fmt: skip
 
 
+def _qwen3_5(hidden: int, inner: int, layers: int, heads: int, values: int) -> dict:
+    """Qwen3.5 with so many heads of attention, and of linear attention's values."""
+    return {
+        "model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056,
+        "video_token_id": 248057, "vision_start_token_id": 248053, "vision_end_token_id": 248054,
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "qwen3_5_text", "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
+            "dtype": "bfloat16", "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+            "initializer_range": 0.02, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * (layers // 4),
+            "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+            "linear_num_value_heads": values, "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32",
+            "max_position_embeddings": 262144, "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False,
+            "rms_norm_eps": 1e-06, "vocab_size": 248320, **_sizes(hidden, inner, layers, heads, 4),
+            "rope_parameters": {
+                "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000, "rope_type": "default",
+            },
+        },
+        "vision_config": {"model_type": "qwen3_5", "depth": 27, "hidden_size": 1152, "out_hidden_size": hidden},
+    }  # fmt: skip
+
+
 _GEMMA = {
     "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "head_dim": 256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
@@ -406,4 +429,6 @@ CONFIGS = {
         },
         7_615_616_512,
     ),
+    "Qwen3.5-9B": (_qwen3_5(4096, 12288, 32, 16, 32), 8_953_803_264),
+    "Qwen3.5-27B": (_qwen3_5(5120, 17408, 64, 24, 48), 26_895_998_464),
 }  # fmt: skip

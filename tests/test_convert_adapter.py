@@ -23,6 +23,7 @@ from megalora.checkpoint.layout import Layout
 from megalora.models.config import read_config
 from megalora.models.inputs import Inputs, rope_tables
 from megalora.models.stage import Stage
+from megalora.ops.delta_rule import Documents
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement, Tokens
 from megalora.parallel.split import Split
@@ -115,7 +116,8 @@ def our_logits(base, adapter_folder) -> torch.Tensor:
     index = torch.arange(len(IDS))
     bounds, tokens = (0, len(IDS)), Tokens(index, index, None, 0)
     tables = rope_tables(config, index, torch.float32, bounds)
-    hidden = stage(None, Inputs(IDS, None, None, bounds, tables, tokens, position_ids=index))
+    documents = Documents.of(bounds) if config.recurrent else None
+    hidden = stage(None, Inputs(IDS, None, None, bounds, tables, tokens, position_ids=index, documents=documents))
     return stage.head(hidden)
 
 

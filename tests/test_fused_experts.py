@@ -27,7 +27,7 @@ from megalora.models.config import config_from_dict
 from megalora.parallel.split import named_splits
 
 APART = ("qwen3_moe", "mixtral")
-STACKED = ("gpt_oss", "granitemoe", "llama4_text")
+STACKED = ("gpt_oss", "granitemoe", "llama4_text", "qwen3_5_moe_text")
 PROMPT = [5, 17, 99, 3, 42, 8, 8, 120, 61]
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -43,6 +43,8 @@ def saved(name: str, folder: Path) -> torch.nn.Module:
     """transformers' model of the family, float32, and its files in `folder`."""
     model = peer_of(name, torch.float32, "eager")
     model.save_pretrained(folder)
+    if name == "qwen3_5_moe_text":  # as it is published; transformers saves each expert apart
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     return model
 
 

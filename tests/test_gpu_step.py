@@ -25,10 +25,11 @@ from megalora.planning.nodes import Workload
 
 pytestmark = pytest.mark.gpu
 
+NO_GRAPHS = {"llama4_text", "qwen3_next", "qwen3_5_moe_text"}  # of chunks and states there are none
 Q_AND_V = r".*\.(q_proj|v_proj|qkv_proj|query_key_value|kv_b_proj)"
 
 
-@pytest.mark.parametrize("family", FAMILIES | EXPERTS)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS, "qwen3_5_text"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_a_step_on_the_gpu(family, dtype, tolerance):
     lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear"}
@@ -184,7 +185,7 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("family", sorted((FAMILIES | EXPERTS).keys() - {"llama4_text"}))  # its chunks have no graphs
+@pytest.mark.parametrize("family", sorted((FAMILIES | EXPERTS).keys() - NO_GRAPHS))
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("targets", [Q_AND_V, "all-linear"], ids=["qv", "all"])
 def test_graphs_give_the_same_bits(family, recompute, targets, deterministic):

@@ -34,6 +34,10 @@ _QWEN_TOWER = {
     "depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 48, "intermediate_size": 48,
 }  # fmt: skip
 _SECTIONS = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}
+_PART_OF_A_HEAD = {
+    "rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 1],
+    "mrope_interleaved": True,
+}  # fmt: skip
 # model_type -> class, fields of its text_config, vision_config
 MODELS = {
     "gemma3": (
@@ -54,6 +58,25 @@ MODELS = {
             "rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True},
         },
         _QWEN_TOWER | {"deepstack_visual_indexes": []},
+    ),
+    "qwen3_5": (
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "model_type": "qwen3_5_text", "head_dim": 12, "full_attention_interval": 2, "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
+            "rope_parameters": _PART_OF_A_HEAD,
+        },
+        _QWEN_TOWER,
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {
+            "model_type": "qwen3_5_moe_text", "head_dim": 12, "full_attention_interval": 2, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5, "num_experts": 5,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+            "intermediate_size": None, "rope_parameters": _PART_OF_A_HEAD,
+        },
+        _QWEN_TOWER,
     ),
     "llama4": (
         "Llama4ForConditionalGeneration",
@@ -162,14 +185,14 @@ def finetune(capsys, folder, base, *more: str) -> str:
     return told.out + told.err
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "qwen3_5"])
 def test_a_run_and_its_export(tmp_path, capsys, kind):
     """It says what is not loaded; peft reads the export without a key left over, and adapts nothing of images."""
     base = tmp_path / "base"
     save_model(base, kind)
     write_json(tmp_path / "lora.json", {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"})
     told = finetune(capsys, tmp_path, base, "--lora_config", str(tmp_path / "lora.json"))
-    parts = {"gemma3": "vision_tower, multi_modal_projector", "qwen2_5_vl": "visual"}[kind]
+    parts = {"gemma3": "vision_tower, multi_modal_projector", "qwen2_5_vl": "visual", "qwen3_5": "visual"}[kind]
     assert f"the language model of this {kind} is used, on text only: its image parts ({parts}) are not loaded" in told
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # peft warns of keys that it misses

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
-from oracle import Run, fields_of, whole_tensor
+from oracle import Run, fields_of, in_file_order, whole_tensor
 from test_field_parity import LORA, SEQ_LENGTH, documents, plain_name
 from torch.nn.functional import layer_norm
 
@@ -84,10 +86,11 @@ def ours_of(name: str, folder: Path, dtype: torch.dtype, lora: dict | None = Non
     resolved = resolve_lora(LoraConfig.from_dict(LORA | (lora or {})), config)
     place = Placement(build_mesh(0, 1).tp, False, dtype, "cpu")
     stage = Stage(config, range(config.num_hidden_layers), place, resolved)
-    load_base(stage, folder, splits=named_splits(stage), names=base_names(config))
+    splits = named_splits(stage)
+    load_base(stage, folder, splits=splits, names=base_names(config))
     with torch.no_grad():
         for key, parameter in stage.trainable().items():
-            parameter.copy_(whole_tensor(key, tuple(parameter.shape), 0.15))
+            parameter.copy_(splits[key].slice(whole_tensor(key, splits[key].global_shape, 0.15)))
     stage.refresh_adapters()
     return stage
 
@@ -125,28 +128,51 @@ def check_parity(name: str, folder: Path, attention: str = "sdpa", tolerance: fl
         total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
     total.backward()
     assert abs(ours.item() - total.item()) <= tolerance * abs(total.item())
-    trained = stage.trainable()
+    trained, splits = stage.trainable(), named_splits(stage)
     assert trained and set(trained) == set(theirs)
     for key, parameter in trained.items():
         scale = theirs[key].grad.abs().max()
         assert scale > 1e-8, f"{key} has no gradient to compare"
-        assert (parameter.grad - theirs[key].grad).abs().max() <= tolerance * scale, key
+        grad = in_file_order(splits[key], parameter.grad)
+        assert (grad - theirs[key].grad).abs().max() <= tolerance * scale, key
 
 
 def in_float64(model: torch.nn.Module) -> None:
-    """Let every RMSNorm and OLMo's LayerNorm of transformers' `model` compute in the dtype of its input."""
+    """Let every RMSNorm, OLMo's LayerNorm and linear attention of transformers' `model` compute in the dtype of its
+    input."""
     for module in model.modules():
         kind = type(module).__name__
+        if kind.endswith("GatedDeltaNet"):
+            module.forward = functools.partial(with_float64, sys.modules[type(module).__module__], module.forward)
         if kind == "OlmoLayerNorm":
             module.forward = functools.partial(layer_norm, normalized_shape=module.normalized_shape, eps=1e-5)
         if not kind.endswith("RMSNorm"):
             continue
-        offset, eps = float(kind.startswith("Gemma")), getattr(module, "variance_epsilon", None) or module.eps
+        offset = float(kind.startswith(("Gemma", "Qwen3_5", "Qwen3Next")))
+        eps = getattr(module, "variance_epsilon", None) or module.eps
 
         def forward(x, module=module, offset=offset, eps=eps):
             return (module.weight + offset) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
         module.forward = forward
+
+
+class _Wide:
+    """torch, whose float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+def with_float64(names, forward, *given, **named):
+    """What `forward` of the module `names` returns where it computes in float64 what it would in float32."""
+    with (
+        mock.patch.object(names, "torch", _Wide()),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        return forward(*given, **named)
 
 
 def check_greedy(

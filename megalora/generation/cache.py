@@ -1,4 +1,5 @@
-"""Keys and values of the tokens seen so far: one slot a sequence, sequences of any lengths side by side.
+"""Keys and values of the tokens seen so far, or the states that they left: one slot a sequence, sequences of any
+lengths side by side.
 
 A step feeds new tokens of several sequences, flattened one after another (no padding), as in training: whole prompts
 (PrefillStep), or one token each (DecodeStep).
@@ -21,9 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from megalora.models.inputs import Recurrent
 from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, in_chunks, pack
 from megalora.ops.cross_attention import Crossing, cross_attention
 from megalora.ops.decode_attention import decode_attention, kept_attention
+from megalora.ops.delta_mixer import Kept as KeptState
 from megalora.ops.fp8_cache import decode_heads, encode_heads, scales_of
 
 
@@ -110,6 +113,7 @@ class KVCache:
         self._kind = Fp8 if fp8 else Dense
         self._layers: dict[int, tuple[Kept, Kept]] = {}
         self._sources: dict[int, tuple[Kept, Kept]] = {}
+        self._states: dict[int, KeptState] = {}
 
     def head_bytes(self, features: int, element: int) -> int:
         """Return the bytes of one head of keys (or values) in all slots; element: of a number in the compute dtype."""
@@ -120,7 +124,8 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of what is allocated."""
         pairs = (*self._layers.values(), *self._sources.values())
-        return sum(one.nbytes for pair in pairs for one in dict.fromkeys(pair))
+        states = (one for state in self._states.values() for one in state)
+        return sum(one.nbytes for pair in pairs for one in dict.fromkeys(pair)) + sum(one.nbytes for one in states)
 
     def keep_sources(
         self, index: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, places: torch.Tensor
@@ -143,6 +148,12 @@ class KVCache:
             kept.of(slots, slice(0, longest)).masked_fill(hidden, 0) for kept in self._sources[index]
         )  # fmt: skip
         return scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=seen, scale=scale).squeeze(2)
+
+    def states(self, index: int, y: torch.Tensor, mixer: Recurrent) -> KeptState:
+        """Return what the tokens of each slot have left in a layer of `mixer`, which reads y."""
+        if index not in self._states:
+            self._states[index] = mixer.nothing(self.slots, y)
+        return self._states[index]
 
     def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[Kept, Kept]:
         """Return (keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v.
@@ -242,6 +253,21 @@ class PrefillStep:
         self.cache.keep_sources(layer, k, v, self.sources.slots, self.sources.places)
         return cross_attention(q, k, v, Crossing(self.bounds, self.sources.bounds), scale)
 
+    def go_on(self, layer: int, y: torch.Tensor, mixer: Recurrent) -> torch.Tensor:
+        """Return the results of `mixer` for y [F, ...], from what the slots hold, and keep what the tokens leave."""
+        states, slots = self.cache.states(layer, y, mixer), torch.tensor([span.slot for span in self.spans])
+        begins = torch.tensor([span.start == 0 for span in self.spans]).to(y.device)
+        slots = slots.to(y.device)
+        held = (one[slots].masked_fill(begins.view(-1, *[1] * (one.dim() - 1)), 0.0) for one in states)
+        out, left = mixer.continued(y, self.bounds, KeptState(*held))
+        _put(states, slots, left)
+        return out
+
+
+def _put(states: KeptState, slots: torch.Tensor, left: KeptState) -> None:
+    for one, new in zip(states, left, strict=True):
+        one[slots] = new
+
 
 @dataclass(frozen=True)
 class DecodeStep:
@@ -286,3 +312,10 @@ class DecodeStep:
         """Return as PrefillStep.cross, to the sources that are kept."""
         assert k is None and v is None
         return self.cache.attend_sources(layer, q, self.slots, scale)
+
+    def go_on(self, layer: int, y: torch.Tensor, mixer: Recurrent) -> torch.Tensor:
+        """Do as PrefillStep.go_on."""
+        states = self.cache.states(layer, y, mixer)
+        out, left = mixer.step(y, KeptState(*(one[self.slots] for one in states)))
+        _put(states, self.slots, left)
+        return out

@@ -266,6 +266,9 @@ class Replica:
         length = len(prompt.token_ids)
         mine = [slot for slot in free if self._held[slot][0] == prompt.owner and self._steps.goes_on(slot, length)]
         common = {slot: common_start(self._held[slot][1], prompt.token_ids) for slot in mine}
+        if self._steps.recurrent:  # a state goes on behind all that it has read, and nowhere else
+            common = {slot: n for slot, n in common.items() if n == len(self._held[slot][1]) < length}
+            mine = list(common)
         best = max(mine, key=lambda slot: common[slot], default=free[-1])
         # The last token of the prompt is fed in any case: the reply starts from it.
         kept = min(common.get(best, 0), len(prompt.token_ids) - 1)

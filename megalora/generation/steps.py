@@ -56,7 +56,15 @@ class Steps:
         """Bytes of keys and values once a prompt was fed, but for those of sources."""
         element, stage = self._stage.place.dtype.itemsize, self._stage
         entries = [entry for block in stage.attentions for entry in _entries(block)]
-        return sum(heads * self._cache.head_bytes(features, element) for heads, features in entries)
+        keys = sum(heads * self._cache.head_bytes(features, element) for heads, features in entries)
+        like = torch.empty(0, dtype=stage.place.dtype, device="meta")
+        states = [block.nothing(self._cache.slots, like) for block in stage.recurrent]
+        return keys + sum(one.nbytes for state in states for one in state)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a slot holds a state, which all its tokens have left: it goes on behind the last of them alone."""
+        return self._stage.config.recurrent
 
     def prefill(
         self,
@@ -211,13 +219,15 @@ def graph_obstacle(stage: Stage, fp8: bool) -> str | None:
     """
     place, config = stage.place, stage.config
     device, dtype = torch.device(place.device), str(place.dtype).removeprefix("torch.")
-    attention = stage.attention
     if device.type != "cuda":
         return "there is no GPU"
     if fp8:
         return "keys and values in 8 bits are decoded by torch"
     if place.tp.size > 1:
         return "the GPUs of a stage send messages within a step"
+    if config.recurrent:
+        return "a step ahead of what is known would change the states of linear attention"
+    attention = stage.attention
     if config.encoder is not None or not config.plain_scores or not isinstance(attention, AttentionBlock):
         return "attention of this model has no decoding kernel"
     group = attention.heads // attention.kv_heads

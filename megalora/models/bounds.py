@@ -136,7 +136,7 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(
         Number(True, 1, MOST_LAYERS),
         """num_hidden_layers decoder_sparse_step moe_layer_interval num_layers num_decoder_layers encoder_layers
-        decoder_layers global_attn_every_n_layers""",
+        decoder_layers global_attn_every_n_layers full_attention_interval""",
     ),
     "moe_layer_end_index": Number(True, -1, MOST_LAYERS),
     **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index"),
@@ -150,9 +150,10 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(
         _HEADS,
         """num_attention_heads num_key_value_heads num_kv_heads multi_query_group_num num_heads
-        encoder_attention_heads decoder_attention_heads""",
+        encoder_attention_heads decoder_attention_heads linear_num_key_heads linear_num_value_heads""",
     ),
-    **_all(Number(True, 1, 1 << 14), "qk_nope_head_dim v_head_dim kv_channels d_kv"),
+    **_all(Number(True, 1, 1 << 14), "qk_nope_head_dim v_head_dim kv_channels d_kv linear_key_head_dim"),
+    **_all(Number(True, 1, 1 << 14), "linear_value_head_dim linear_conv_kernel_dim"),
     **_all(Number(True, 4, 1 << 16), "relative_attention_num_buckets relative_attention_max_distance"),
     **_all(Number(True, -1, 1 << 16), "max_relative_positions position_buckets"),
     **_all(Number(True, 2, 1 << 14), "head_dim qk_rope_head_dim rotary_dim attention_head_size"),

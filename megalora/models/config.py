@@ -22,6 +22,7 @@ from megalora.models.spec import (
     MLP,
     Attention,
     CrossAttention,
+    DeltaAttention,
     Experts,
     FileNames,
     LatentAttention,
@@ -297,6 +298,8 @@ def check_context(config: ModelSpec, cp: int, task: str) -> None:
             what = "attention in chunks"
         elif isinstance(mixer, Attention) and mixer.dropout:
             what = "dropout of attention's probabilities (--base_dropout false switches it off)"
+        elif isinstance(mixer, DeltaAttention):
+            what = "linear attention, whose state would wait for the tokens of other ranks"
     if any(rotary.long is not None for rotary in config.rotaries):
         what = "rope type longrope, which depends on the length of the document"
     if what is not None:
@@ -306,7 +309,10 @@ def check_context(config: ModelSpec, cp: int, task: str) -> None:
 def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False) -> None:
     """Raise UserError where the model cannot be cut into tp x pp parts, or would be unevenly without being asked."""
     attentions = [m for m in config.mixers if isinstance(m, Attention | CrossAttention | LatentAttention)]
-    heads = next((a.heads for a in attentions if a.heads % tp), config.num_attention_heads)
+    counts = [("num_attention_heads", mixer.heads) for mixer in attentions]
+    counts += [("linear_num_key_heads", m.groups) for m in config.mixers if isinstance(m, DeltaAttention)]
+    of_all = "num_attention_heads", config.num_attention_heads
+    name, heads = next((pair for pair in counts if pair[1] % tp), of_all)
     inner = min((mixer.inner for mixer in config.mixers if isinstance(mixer, MLP)), default=tp)
     if heads % tp and not (uneven_heads and tp <= heads):
         rest = (
@@ -315,12 +321,12 @@ def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False
             else (f", or give --uneven_heads true: the busiest rank then has {-(-heads // tp)} of {heads} heads")
         )
         raise UserError(
-            f"tensor_parallel_size ({tp}) does not divide num_attention_heads ({heads})",
+            f"tensor_parallel_size ({tp}) does not divide {name} ({heads})",
             f"choose among {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}{rest}",
         )
     if uneven_heads and heads % tp == 0:
         raise UserError(
-            f"uneven_heads has no effect: tensor_parallel_size ({tp}) divides num_attention_heads ({heads})",
+            f"uneven_heads has no effect: tensor_parallel_size ({tp}) divides {name} ({heads})",
             "leave it out",
         )
     if inner < tp:

@@ -107,6 +107,8 @@ def layer_facts(config: ModelSpec) -> dict[str, Any]:
 def tiled_by(config: ModelSpec) -> str | None:
     """Return what makes attention on a GPU go by the documents' bounds on the host, None where it does not."""
     attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention)]
+    if config.recurrent:
+        return "a state for each head"
     if config.chunks:
         return "chunks"
     if config.encoder is not None:

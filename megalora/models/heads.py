@@ -123,6 +123,7 @@ class FileNames:
              another task
     beside   starts of names of the rest of a larger model that this one is a part of (an image tower): not read, and
              copied to files that are made of these
+    ahead    the same of layers that predict further tokens
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -131,6 +132,12 @@ class FileNames:
     passed: tuple[str, ...] = ()
     endings: tuple[tuple[str, str], ...] = ()
     beside: tuple[str, ...] = ()
+    ahead: tuple[str, ...] = ()
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Starts of names of what is not read, and goes into files that are made of these."""
+        return self.beside + self.ahead
 
     def ours(self, name: str, expected: Collection[str]) -> str | None:
         """Return our name of a tensor of the file, None for one that says nothing. expected: all of our names."""
@@ -139,7 +146,7 @@ class FileNames:
                 name = name[: -len(end)] + ours
         if name in expected:
             return name
-        if name.startswith(self.beside):
+        if name.startswith(self.carried):
             return None
         for start, ours in self.renames:
             if name.startswith(start):

@@ -14,11 +14,29 @@ from megalora.models.spec import Alibi, Attention, LatentAttention, ModelSpec, R
 from megalora.ops.alibi import EXTRA
 from megalora.ops.attention import Packed, Scores, in_chunks, pack
 from megalora.ops.cross_attention import Crossing
+from megalora.ops.delta_mixer import Kept
+from megalora.ops.delta_rule import Documents
 from megalora.parallel.context import ContextKeys
 from megalora.parallel.placement import Placement, Tokens
 from megalora.pictures import Picture
 
 RopeTables = Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Recurrent(Protocol):
+    """A mixer that reads of earlier tokens what they leave (megalora.models.blocks.delta)."""
+
+    def nothing(self, count: int, like: torch.Tensor) -> Kept:
+        """Return what `count` sequences without tokens leave; like: their first tokens."""
+        ...
+
+    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: Kept) -> tuple[torch.Tensor, Kept]:
+        """Return the results of the next tokens of sequences with these bounds in F, and what they leave."""
+        ...
+
+    def step(self, y: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, Kept]:
+        """Return the same of one token of each sequence."""
+        ...
 
 
 class Cache(Protocol):
@@ -44,6 +62,10 @@ class Cache(Protocol):
         self, layer: int, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         """Keep k, v [G, H, D] of new sources; return the attention of q [F, H, D] to the source of each sequence."""
+        ...
+
+    def go_on(self, layer: int, y: torch.Tensor, mixer: Recurrent) -> torch.Tensor:
+        """Return the results of `mixer` for the new tokens y [F, ...] of `layer`; keep what they leave."""
         ...
 
 
@@ -102,6 +124,7 @@ class Inputs:
                left out
     placed     images before texts, where there are such
     chunks     bounds and packed of the documents cut into chunks, by their size
+    documents  the same for layers with states (ModelSpec.recurrent), where there are such and no cache
     """
 
     input_ids: torch.Tensor
@@ -125,15 +148,14 @@ class Inputs:
     weights: torch.Tensor | None = None
     chunks: Mapping[int, tuple[tuple[int, ...], Packed | None]] = field(default_factory=dict)
     placed: Placed | None = None
+    documents: Documents | None = None
 
     def attend(self, attention: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
         """Return attention(*sources), for all tensors that need a gradient: all attention in training goes this way."""
         return attention(*sources) if self.attention_kept is None else self.attention_kept(attention, *sources)
 
 
-def rope_tables(
-    spec: ModelSpec, position_ids: torch.Tensor, dtype: torch.dtype, bounds: tuple[int, ...]
-) -> RopeTables:
+def rope_tables(spec: ModelSpec, position_ids: torch.Tensor, dtype: torch.dtype, bounds: tuple[int, ...]) -> RopeTables:
     """Return the tables of every rotation in the model at positions [F] of documents with these cumulative bounds."""
     return {rotary: rope_table(rotary, position_ids, dtype, bounds) for rotary in spec.rotaries}
 
@@ -183,6 +205,7 @@ def training_inputs(batch: Batch, config: ModelSpec, place: Placement, *, seed: 
         weights=weights,
         chunks=chunks,
         placed=placed,
+        documents=Documents.of(bounds, place.device) if config.recurrent else None,
     )
     if batch.source is None:
         return found

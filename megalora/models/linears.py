@@ -50,22 +50,25 @@ class Rows(Protocol):
 class Blocked:
     """Outputs one after another: q, then k, then v; or gate, then up.
 
-    parts  (name, units) of each, in file order; a unit is `size` rows
+    parts  (name, units) of each, in file order; a unit is `size` rows, or as many as `size` has for each of them
     """
 
     parts: tuple[tuple[str, int], ...]
-    size: int = 1
+    size: int | tuple[int, ...] = 1
 
     def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
         before = 0
         for name, units in self.parts:
+            size = self.unit(name)
             if name == part:
-                return [Piece(before + start * self.size, 1, (stop - start) * self.size, 0)]
-            before += units * self.size
+                return [Piece(before + start * size, 1, (stop - start) * size, 0)]
+            before += units * size
         raise KeyError(part)
 
     def unit(self, part: str) -> int:
-        return self.size
+        if isinstance(self.size, int):
+            return self.size
+        return self.size[[name for name, _ in self.parts].index(part)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,21 @@ class ByHead:
 
     def unit(self, part: str) -> int:
         return self.size
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """For each head one after another its rows of every output: (name, rows) of each, in order."""
+
+    parts: tuple[tuple[str, int], ...]
+
+    def pieces(self, part: str, start: int, stop: int) -> list[Piece]:
+        names, head = [name for name, _ in self.parts], sum(rows for _, rows in self.parts)
+        before = sum(rows for _, rows in self.parts[: names.index(part)])
+        return [Piece(start * head + before, stop - start, self.unit(part), head)]
+
+    def unit(self, part: str) -> int:
+        return dict(self.parts)[part]
 
 
 @dataclass(frozen=True)

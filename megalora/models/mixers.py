@@ -177,6 +177,7 @@ class Attention:
     dropout         of the base, of the probabilities in training
     sinks           name of a tensor [heads]: a score of each head that takes its share of the softmax and gives nothing
     q_bias, v_bias  names of tensors [heads head_dim] that are added to q and v: biases that are not the linears' own
+    gate            fused with q by head: each head's result is multiplied by its sigmoid
     """
 
     q: Projection
@@ -201,6 +202,7 @@ class Attention:
     temperature: Temperature | None = None
     q_bias: str | None = None
     v_bias: str | None = None
+    gate: Fused | None = None
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and shape of what is neither linear nor norm."""
@@ -359,6 +361,8 @@ class Experts:
     shared       the MLP of all tokens; shared_gate: its result times sigmoid(gate), one number a token
     stacked      files hold one tensor for all experts, [count, ...], whose name lacks `{expert}.` and `.weight`,
     in_files     or is another: (the name so made, that in the files) each
+    apart        of stacked ones, the names of linears that some files have instead of gate and up in one, each of
+                 every expert; none: all files hold stacks
     weighs_input the weight of an expert multiplies what it reads, not its result
     """
 
@@ -370,6 +374,7 @@ class Experts:
     stacked: bool = False
     in_files: tuple[tuple[str, str], ...] = ()
     weighs_input: bool = False
+    apart: tuple[str, ...] = ()
 
     def at(self, index: int) -> MLP:
         """Return the MLP of one expert."""

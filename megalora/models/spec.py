@@ -26,6 +26,7 @@ from megalora.models.linears import (  # noqa: F401 (a spec is composed of them:
     ByGroup,
     ByHead,
     Fused,
+    Interleaved,
     Linear,
     Piece,
     Projection,
@@ -48,10 +49,12 @@ from megalora.models.mixers import (  # noqa: F401
     Temperature,
 )
 from megalora.models.prefix import ImagePrefix
+from megalora.models.recurrent import DeltaAttention
 
 _EXPERT = re.compile(r"\.\d+\.(?=[^.]+$)")  # what sets the linears of an expert apart
 _LAYER = re.compile(r".*?\.\d+\.")  # what the name of a layer's tensor begins with
-Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts
+Mixer = Attention | CrossAttention | DeltaAttention | LatentAttention | MLP | Experts
+_OWN = Attention | DeltaAttention | Experts | MLP  # which may have tensors that are neither linears nor norms
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,11 @@ class ModelSpec:
         )
 
     @property
+    def recurrent(self) -> bool:
+        """Whether layers keep a state of what was read, which cannot be taken back to an earlier token."""
+        return any(isinstance(mixer, DeltaAttention) for mixer in self.mixers)
+
+    @property
     def has_experts(self) -> bool:
         return any(isinstance(mixer, Experts) for mixer in self.mixers)
 
@@ -342,6 +350,19 @@ class ModelSpec:
         }
 
     @cached_property
+    def joins(self) -> Mapping[str, tuple[str, ...]]:
+        """Weights that some files have in parts along their rows: our full name -> those of the parts, in order."""
+        return {
+            self.stack.of_layer(index, f"{linear.name}.weight"): tuple(
+                self.stack.of_layer(index, f"{linear.name.rpartition('.')[0]}.{part}.weight") for part in mixer.apart
+            )
+            for index, layer in enumerate(self.stack.layers)
+            for mixer in mixers_of(layer)
+            if isinstance(mixer, Experts) and mixer.apart
+            for linear in (mixer.at(expert).linears[0] for expert in range(mixer.count))
+        }
+
+    @cached_property
     def stacked_linears(self) -> Mapping[str, tuple[str, ...]]:
         """The weights of several experts that are one parameter in transformers, by its name, and their linears."""
         weights = (parts for parts in self.stacks.values() if parts[0].endswith(".weight"))
@@ -395,7 +416,7 @@ class ModelSpec:
                     found[mixer.position.weight] = (mixer.position.buckets, mixer.heads)
                 if isinstance(mixer, Attention) and isinstance(mixer.position, Disentangled):
                     found |= dict(mixer.position.tensors())
-                for part in (*mixer.linears, *((mixer,) if isinstance(mixer, Attention | Experts | MLP) else ())):
+                for part in (*mixer.linears, *((mixer,) if isinstance(mixer, _OWN) else ())):
                     found |= {self.stack.of_layer(index, name): shape for name, shape in part.tensors()}
         found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))
         for index, layer in enumerate(self.stack.layers):

@@ -18,6 +18,7 @@ from megalora.choices import RECOMPUTE_LEVELS
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.classes import ClassScores
+from megalora.models.blocks.delta import DeltaAttentionBlock
 from megalora.models.blocks.encoder import EncoderBlock
 from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock, words_of
 from megalora.models.blocks.experts import ExpertsBlock
@@ -149,6 +150,12 @@ class Stage(nn.Module):
         return [block for block in blocks if isinstance(block, AttentionBlock | LatentAttentionBlock)]
 
     @property
+    def recurrent(self) -> list[DeltaAttentionBlock]:
+        """Every block that keeps a state, in order."""
+        blocks = (block for layer in self.layers.values() for block in layer.blocks)
+        return [block for block in blocks if isinstance(block, DeltaAttentionBlock)]
+
+    @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:
         """All linears of the layers, in groups that read one input."""
         return [group for layer in self.layers.values() for group in layer.groups]
@@ -208,9 +215,7 @@ class Stage(nn.Module):
     def use_graphs(self) -> None:
         """Run the layers as CUDA graphs from here on (see megalora.models.graphs). The stage must be a whole model."""
         assert self.embedding is not None and self.head is not None and len(self._chunks) == 1
-        self._graphs = LayerGraphs(
-            lambda inputs: self._layers(None, inputs, 0), self._refresh_groups, self.place
-        )
+        self._graphs = LayerGraphs(lambda inputs: self._layers(None, inputs, 0), self._refresh_groups, self.place)
 
     def close(self) -> None:
         """Release what holds connections (see LayerGraphs.close). Call before destroying the process group."""

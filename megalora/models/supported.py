@@ -14,6 +14,7 @@ from megalora.models.spec import (
     MLP,
     Alibi,
     Attention,
+    DeltaAttention,
     Disentangled,
     Experts,
     Fused,
@@ -118,7 +119,8 @@ def _architecture(family: Family) -> list[str]:
     mlp = mixer.expert if isinstance(mixer, Experts) else mixer
     kind = f"{'gated' if mlp.gate is not None else 'plain'}, {mlp.act}"
     parallel = any(isinstance(step, ParallelResidual) for step in layer)
-    names = (linear.name.rpartition(".")[2] for mixer in mixers_of(layer) for linear in mixer.linears)
+    layers = dict.fromkeys(spec.stack.layers) if spec.recurrent else (layer,)
+    names = (linear.name.rpartition(".")[2] for one in layers for mixer in mixers_of(one) for linear in mixer.linears)
     linears = list(dict.fromkeys(names))
     return [
         _code(family.types),
@@ -142,6 +144,7 @@ def _attention(family: Family, spec: ModelSpec) -> str:
         return f"keys and values from one latent a token ({queries})"
     position = attention.position
     grouped = "num_key_value_heads" in family.reads or 1 < attention.kv_heads < attention.heads
+    linear = sum(isinstance(mixer, DeltaAttention) for layer in spec.stack.layers for mixer in mixers_of(layer))
     said = ["grouped queries" if grouped else "as many key/value heads as query heads"]
     said = ["one key/value head"] if attention.kv_heads == 1 else said
     said += ["sliding window"] if "sliding_window" in family.reads or _slides(spec) else []
@@ -154,7 +157,10 @@ def _attention(family: Family, spec: ModelSpec) -> str:
     said += ["scores of content against position"] if isinstance(position, Disentangled) else []
     said += ["cross attention in the decoder"] if spec.encoder is not None else []
     said += ["learned positions"] if spec.embedding.positions is not None else []
-    said += ["q k v in one linear"] if _is_fused(attention.q) else []
+    said += ["a gate on each head"] if attention.gate is not None else []
+    said += ["q k v in one linear"] if attention.gate is None and _is_fused(attention.q) else []
+    layers = f"{linear} of {spec.num_hidden_layers} layers"
+    said += [f"in {layers} linear attention by the gated delta rule"] if linear else []
     return ", ".join(said)
 
 

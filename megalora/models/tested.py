@@ -60,7 +60,8 @@ _PARITY = (
 _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
 _FIRST_SIX = "llama mistral qwen2 qwen3 phi3 gpt_neox"  # which the tests of every feature run
-_STACKED = "gpt_oss granitemoe llama4_text"  # whose files hold the experts of a layer in one tensor
+# Whose files hold the experts of a layer in one tensor.
+_STACKED = "gpt_oss granitemoe llama4_text qwen3_5_moe_text"
 
 FEATURES = (
     Feature(
@@ -92,7 +93,7 @@ FEATURES = (
         "CUDA graphs",
         ("tests/test_gpu_step.py",),
         "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, "
-        "encoder-decoders, chunked attention and images",
+        "encoder-decoders, chunked and linear attention and images",
         "untested",
         by_type={
             "yes": _types(
@@ -145,9 +146,9 @@ FEATURES = (
             *("tests/test_images.py", "tests/test_multimodal.py"),
         ),
         "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2`, "
-        "`falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, `blip-2`, `gemma3` and `qwen2_5_vl`; merged into the base: "
-        "`llama`, `gpt2`, `falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, `mixtral`, `qwen3_moe`, `blip-2` and the "
-        "models around another",
+        "`falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, `qwen3_5_moe_text`, `blip-2`, `gemma3`, `qwen2_5_vl` and "
+        "`qwen3_5`; merged into the base: `llama`, `gpt2`, `falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, "
+        "`qwen3_5_moe_text`, `mixtral`, `qwen3_moe`, `blip-2` and the models around another",
         "shared",
         by_kind={AROUND: "yes", IMAGES: "yes"},
         by_type={

@@ -27,7 +27,7 @@ def attention_nodes(layer: Any, mixer: Attention, source: str, flowing: bool) ->
     # begins with it.
     read = mixer.qk_rows > 0 or mixer.reads_views or selective
     # Of features that carry ALiBi's bias the result is freed: a copy without them is what goes on.
-    kept = after and not mixer.extra
+    kept = after and not (mixer.extra or mixer.gated)
     context = "recomputed" if selective and after else "kept" if kept else "new"
     return [
         layer._linears(mixer.qkv, source, flowing, read=read),
@@ -41,12 +41,13 @@ def _core(layer: Any, mixer: Attention, flowing: bool) -> Node:
     """Count rotation and attention: q, k, v, the result and its logsumexp; with recompute, q k v as they came."""
     work, tokens, e, device = layer.work, layer.tokens, layer.work.element, layer.shape.device_type
     full, dim = tokens.full, mixer.head_dim + mixer.extra
-    given = full * (mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim * e
+    gate = full * mixer.heads * mixer.head_dim * e * mixer.gated
+    given = full * (mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim * e + gate
     q, kv = full * mixer.heads * dim * e, full * mixer.kv_heads * dim * e
     qkv, statistics = q + 2 * kv, full * mixer.heads * _STATISTIC
     key = 4 * mixer.heads * dim * full
     flops = key * (work.seen(mixer.window, mixer.chunk, mixer.causal) + mixer.terms * mixer.rows / 2)
-    kept = qkv + q + statistics + (given if mixer.clips else 0) + mixer.biases * q
+    kept = qkv + q + statistics + (given if mixer.clips else 0) + mixer.biases * q + gate
     cp, calls = work.context_parallel, calls_of(mixer, work, full, device)
     shared = (Message("context", 2 * kv * cp, ranks=cp),) if cp > 1 else ()
     kept += round(2 * kv * (calls.seen - 1))  # keys and values up to each piece instead of this rank's
@@ -65,14 +66,21 @@ def _core(layer: Any, mixer: Attention, flowing: bool) -> Node:
     core = layer._node(
         "attention",
         kept,
-        Pass(live=qkv + gathering, attention=flops, attended=key, traffic=2 * qkv, messages=sums + shared, calls=4),
+        Pass(
+            live=qkv + gathering,
+            attention=flops,
+            attended=key,
+            traffic=2 * qkv + 3 * gate,
+            messages=sums + shared,
+            calls=4 + 2 * mixer.gated,
+        ),
         Pass(
             live=tokens.stream + q + round(max(grads + calls.workspace, grads + gathering, 2 * qkv)),
             attention=flops,
             attended=key,
-            traffic=2 * q + 2 * qkv,
+            traffic=2 * q + 2 * qkv + 5 * gate,
             messages=sums + shared,
-            calls=4,
+            calls=4 + 5 * mixer.gated,
         ).of_backward,
         flowing,
     )

@@ -41,6 +41,7 @@ class Attention:
                    have `terms` of them
     shares         they are the tokens' own
     biases         q and v have biases that are not the linears'
+    gated          each head's result is multiplied by the sigmoid of a gate, made beside q
     expands        its backward makes gradients of keys and values for every query head, in the compute dtype, and then
                    adds up those of heads that share them: cuDNN's and FlashAttention's do
     """
@@ -69,6 +70,7 @@ class Attention:
     terms: int = 0
     shares: bool = False
     biases: int = 0
+    gated: bool = False
     expands: bool = False
 
     @property
@@ -119,6 +121,27 @@ class LatentAttention:
         return (self.q_up, self.down, self.kv_up, self.out) if self.direct else (
             self.down, self.q_up, self.kv_up, self.out
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DeltaAttention:
+    """A megalora.models.spec.DeltaAttention on one rank, and its key heads there, each of which `repeats` value heads
+    read.
+
+    norms  elements of its norm, convolution, decay and bias
+    """
+
+    inputs: Group
+    out: Group
+    key_heads: int
+    repeats: int
+    key: int
+    value: int
+    norms: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.inputs, self.out
 
 
 @dataclass(frozen=True)
@@ -187,7 +210,7 @@ class Experts:
         return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count))
 
 
-Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts
+Mixer = Attention | CrossAttention | DeltaAttention | LatentAttention | MLP | Experts
 
 
 def counted(mixer: Mixer) -> tuple[tuple[int, Group], ...]:

@@ -16,10 +16,20 @@ from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import chunk_rows
 from megalora.planning.attention import attention_nodes
 from megalora.planning.cross import cross_nodes
+from megalora.planning.delta import delta_nodes
 from megalora.planning.experts import experts_nodes
 from megalora.planning.groups import Group, with_factors
 from megalora.planning.latent import latent_nodes
-from megalora.planning.mixers import MLP, Attention, CrossAttention, Experts, LatentAttention, Mixer, Norm
+from megalora.planning.mixers import (
+    MLP,
+    Attention,
+    CrossAttention,
+    DeltaAttention,
+    Experts,
+    LatentAttention,
+    Mixer,
+    Norm,
+)
 from megalora.planning.mlp import mlp_nodes
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
 from megalora.planning.quantised import on_base
@@ -163,7 +173,7 @@ class _LayerNodes:
 
     def _makes_again(self, step: Step) -> bool:
         """Return whether backward makes what the step's linears read again."""
-        alone = len(step.branches) == 1 and isinstance(step.branches[0].mixer, Attention | MLP)
+        alone = len(step.branches) == 1 and isinstance(step.branches[0].mixer, Attention | DeltaAttention | MLP)
         return self.work.recompute in ("norms", "mlp") and alone and not self.again
 
     def _mixer(self, mixer: Mixer, source: str, flowing: bool, read: bool) -> list[Node]:
@@ -174,6 +184,8 @@ class _LayerNodes:
             return cross_nodes(self, mixer, source, flowing)
         if isinstance(mixer, LatentAttention):
             return latent_nodes(self, mixer, source, flowing)
+        if isinstance(mixer, DeltaAttention):
+            return delta_nodes(self, mixer, source, flowing)
         if isinstance(mixer, Experts):
             return experts_nodes(self, mixer, flowing)
         return mlp_nodes(self, mixer, source, flowing, unread=self.again and not read)

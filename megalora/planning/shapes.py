@@ -25,6 +25,7 @@ from megalora.planning.mixers import (
     MLP,
     Attention,
     CrossAttention,
+    DeltaAttention,
     Experts,
     LatentAttention,
     Mixer,
@@ -277,6 +278,8 @@ class _Rank:
             return self._cross(index, mixer)
         if isinstance(mixer, spec.LatentAttention):
             return self._latent(index, mixer)
+        if isinstance(mixer, spec.DeltaAttention):
+            return self._delta(index, mixer)
         return self._experts(index, mixer) if isinstance(mixer, spec.Experts) else self._mlp(index, mixer)
 
     def _experts(self, index: int, mixer: spec.Experts) -> Experts:
@@ -316,6 +319,14 @@ class _Rank:
         out = self._group(index, inner, [(mixer.out, mixer.out.out_features)], row_parallel=True)
         return CrossAttention(columns(mixer.q), columns(mixer.k, mixer.v), out, heads, mixer.head_dim)
 
+    def _delta(self, index: int, mixer: spec.DeltaAttention) -> DeltaAttention:
+        groups = max(even_part(mixer.groups, axis).size for axis in self._ranks)
+        rows = mixer.rows
+        inputs = self._columns(index, [(name, made, groups * rows[name]) for name, made in mixer.projections.items()])
+        out = self._group(index, groups * rows["v"], [(mixer.out, mixer.out.out_features)], row_parallel=True)
+        norms = mixer.norm.size + sum(math.prod(shape) * groups // mixer.groups for _, shape in mixer.tensors())
+        return DeltaAttention(inputs, out, groups, mixer.repeats, mixer.key, mixer.value, norms)
+
     def _latent(self, index: int, mixer: spec.LatentAttention) -> LatentAttention:
         heads = max(even_part(mixer.heads, axis).size for axis in self._ranks)
         size, q, kv, out = self._config.hidden_size, mixer.q_up, mixer.kv_up, mixer.out
@@ -353,6 +364,8 @@ class _Rank:
         heads, kv_heads = self._heads(mixer.heads, mixer.kv_heads)
         dim = mixer.head_dim
         outputs = [("q", mixer.q, heads * dim), ("k", mixer.k, kv_heads * dim), ("v", mixer.v, kv_heads * dim)]
+        if mixer.gate is not None:
+            outputs.insert(0, ("gate", mixer.gate, heads * dim))
         groups = (
             self._columns(index, outputs),
             self._group(index, heads * dim, [(mixer.out, mixer.out.out_features)], row_parallel=True),
@@ -369,6 +382,7 @@ class _Rank:
             more["positions"] = groups[0] if position.shared else self._columns(index, own)
             more["terms"] = (position.key is not None) + (position.query is not None)
             more |= {"rows": 2 * position.span, "shares": position.shared}
+        more["gated"] = mixer.gate is not None
         more["biases"] = sum(bias is not None for bias in (mixer.q_bias, mixer.v_bias))
         sinks = 0 if mixer.sinks is None else heads
         torchs = self._device_type == "cuda" and mixer.softcap is None and not sinks and not mixer.dropout

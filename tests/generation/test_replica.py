@@ -24,6 +24,7 @@ from megalora.parallel.placement import Placement
 from megalora.pictures import Picture
 
 FAMILIES = ("mistral", "gemma2", "gpt_oss", "deepseek_v2", "bloom", "gpt2", "phi3, longrope", "llama4_text")
+FAMILIES += ("qwen3_5_text",)
 LENGTHS, NEW, WHOLE, PART = (30, 3, 45), 5, 8192, 7
 
 
@@ -61,7 +62,8 @@ def replies(rank: int, world_size: int, tp: int, family: str, step_tokens: int, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_in_parts_has_the_numbers_of_the_whole(family):
-    """Windows, chunks, softcap, sinks, latents, ALiBi, learned positions, frequencies by the length of the prompt."""
+    """Windows, chunks, softcap, sinks, latents, ALiBi, learned positions, frequencies by the length of the prompt,
+    states."""
     said, logits, fed = replies(0, 1, 1, family, WHOLE)
     assert fed == [sum(LENGTHS)]
     again, in_parts, fed = replies(0, 1, 1, family, PART)
@@ -71,7 +73,7 @@ def test_a_prompt_in_parts_has_the_numbers_of_the_whole(family):
         torch.testing.assert_close(in_parts[number], whole, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["mistral", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["mistral", "deepseek_v2", "qwen3_5_text"])
 def test_parts_over_tensor_and_pipeline_ranks(family):
     said, logits, _ = replies(0, 1, 1, family, WHOLE)
     found = spawn(replies, 4, 2, family, PART)
@@ -347,3 +349,26 @@ def test_keys_behind_an_image_are_reused_for_that_image_alone(monkeypatch):
     fed.clear()
     assert said(one_of(stage)) == expected
     assert fed == [13, 4, 13, 4, 13]
+
+
+def test_a_state_goes_on_behind_all_that_it_has_read_alone(monkeypatch):
+    """The next turn of a dialogue is fed from its new tokens on; a text that leaves the one before is fed whole."""
+    generator = torch.Generator().manual_seed(4)
+    first, more, other = (torch.randint(1, 90, (n,), generator=generator).tolist() for n in (20, 6, 9))
+    stage, fed, prefill = make_stage(build_mesh(0, 1), "qwen3_5_text"), [], Steps.prefill
+    said = one_of(stage).replies([Prompt(0, first)], NEW)[0].token_ids
+    turns = [first, [*first, *said, *more], [*first, *said, *other], first, [*first, *more]]
+
+    def counted(self, hidden, ids, *rest):
+        fed.append(len(ids))
+        return prefill(self, hidden, ids, *rest)
+
+    monkeypatch.setattr(Steps, "prefill", counted)
+    expected = [one_of(stage).replies([Prompt(0, turn)], NEW)[0].token_ids for turn in turns]
+    assert fed == [20, 20 + NEW + 6, 20 + NEW + 9, 20, 26]
+    monkeypatch.setattr(replica, "WORTH_KEEPING", 1)
+    fed.clear()
+    one = one_of(stage)
+    assert [one.replies([Prompt(i, turn)], NEW)[0].token_ids for i, turn in enumerate(turns)] == expected
+    # The last token of a reply is read with the next turn; a state that has read a reply cannot leave it.
+    assert fed == [20, 1 + 6, 20 + NEW + 9, 20, 26]

@@ -45,6 +45,22 @@ def test_published_configs_have_the_parameters_of_transformers(name):
         ("ernie4_5_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok (7) is more than the number of experts (6)"),
         ("granitemoe", {"residual_multiplier": 0.0}, "residual_multiplier = 0.0 is not valid"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not implemented"),
+        ("qwen3_next", {"linear_num_value_heads": 6}, "linear_num_value_heads (6) is not a multiple of"),
+        ("qwen3_next", {"linear_num_key_heads": 0}, "linear_num_key_heads = 0 is not valid"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim = 0 is not valid"),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 3}, "linear_attention alone, which is not implemented"),
+        ("qwen3_next", {"layer_types": ["full_attention", "linear_attention"] * 2}, "(3) must be equal to"),
+        (
+            "qwen3_next",
+            {"layer_types": ["full_attention", "linear_attention", "sliding_attention"]},
+            "layer_types has 'sliding_attention', which is not implemented",
+        ),
+        (
+            "qwen3_next",
+            {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+            "layer_types is not what full_attention_interval (2) says",
+        ),
+        ("qwen3_5_moe_text", {"attn_output_gate": False}, "attn_output_gate = False is not implemented"),
     ],
 )
 def test_fields_that_contradict_or_ask_for_more_are_refused(family, fields, said):

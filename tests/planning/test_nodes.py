@@ -245,6 +245,7 @@ NO_KERNEL = ("gemma2, no softcaps", "gemma3_text", "gemma3_text, new form")  # w
 OF_HEADS = {  # 4 of 8 features here, 8 of 6 in the oracle
     "minicpm3": {"num_key_value_heads": 4},
     "stablelm": {"partial_rotary_factor": 0.5},
+    "qwen3_5_text": {"num_key_value_heads": 4},
 }
 
 
@@ -253,6 +254,19 @@ OF_HEADS = {  # 4 of 8 features here, 8 of 6 in the oracle
 def test_and_of_decoders_of_today(name, recompute):
     row = MODERN[name]
     check("all linears", recompute, range(1, 4), Axis(), False, **row | OF_HEADS.get(row["model_type"], {}))
+
+
+STATES = MODERN["qwen3_5_text"] | {"num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "layer"])
+@pytest.mark.parametrize("lora", ["dora", "o and gate"])
+def test_and_of_layers_with_states(lora, recompute):
+    check(lora, recompute, range(0, 4), Axis(), False, **STATES)
+
+
+def test_and_of_states_on_a_tensor_parallel_rank(two_ranks):
+    check("all linears", "layer", range(0, 4), two_ranks, True, **STATES)
 
 
 CHUNKS = {"moe_layers": [], "intermediate_size_mlp": 48, "attention_chunk_size": 7, "no_rope_layer_interval": 2}

@@ -54,6 +54,47 @@ class Unstacked:
         return None if name in self._places else self._weights.stored(name)
 
 
+class Joined:
+    """`weights` with tensors that they have in parts, one behind another along dimension 0, as one each.
+
+    joins  names of such tensors -> those of their parts, in order; what `weights` have as one is left as it is
+    """
+
+    def __init__(self, weights: BaseWeights, joins: Stacks):
+        self._weights = weights
+        shapes = dict(weights.shapes)
+        self._parts: dict[str, list[str]] = {}
+        for name, parts in joins.items():
+            if name in shapes or not all(len(shapes.get(part, ())) > 0 for part in parts):
+                continue
+            sizes = [shapes.pop(part) for part in parts]
+            self._parts[name] = list(parts)
+            shapes[name] = (sum(size[0] for size in sizes), *sizes[0][1:])
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
+
+    def where(self, name: str) -> str:
+        return self._weights.where(self._parts.get(name, [name])[0])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights.dtype(self._parts.get(name, [name])[0])
+
+    def copy(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        if name not in self._parts:
+            return self._weights.copy(name, index, out)
+        before, rows = 0, range(*index[0].indices(self.shapes[name][0]))
+        for part in self._parts[name]:
+            count = self._weights.shapes[part][0]
+            start, stop = (min(max(0, at - before), count) for at in (rows.start, rows.stop))
+            if start < stop:
+                at = before + start - rows.start
+                self._weights.copy(part, (slice(start, stop), *index[1:]), out[at : at + stop - start])
+            before += count
+        return None
+
+    def stored(self, name: str) -> Nf4Weight | Fp8Weight | None:
+        return None if name in self._parts else self._weights.stored(name)
+
+
 class Stacked:
     """`weights` with the parts of each tensor of `stacks` as that tensor, for files: the inverse of Unstacked."""
 

@@ -18,7 +18,7 @@ from megalora.checkpoint.base.quantised import QuantisedWeights, is_quantised
 from megalora.checkpoint.base.resized import ResizedWeights
 from megalora.checkpoint.base.shards import BaseShards
 from megalora.checkpoint.base.source import BaseWeights
-from megalora.checkpoint.base.stacked import Unstacked
+from megalora.checkpoint.base.stacked import Joined, Unstacked
 from megalora.checkpoint.layout import has_shards
 from megalora.errors import UserError
 from megalora.ops.fp8 import Fp8Weight
@@ -38,8 +38,13 @@ class FileNames(Protocol):
         ...
 
     @property
-    def beside(self) -> tuple[str, ...]:
-        """Starts of names of the rest of a larger model, which goes into files that are made of these."""
+    def carried(self) -> tuple[str, ...]:
+        """Starts of names of what is not read, and goes into files that are made of these."""
+        ...
+
+    @property
+    def ahead(self) -> tuple[str, ...]:
+        """Those of `carried` that are layers which predict further tokens."""
         ...
 
 
@@ -54,6 +59,7 @@ class BaseNames:
     optional         tensors that are trained in full: files need not have them, and they are no part of the base
     words            rows that the matrices of the words get, where the model has another number than its files
     stacks           tensors of files that hold several of `shapes`: their names -> ours, in order
+    joins            those of `shapes` that some files have in parts: our names -> theirs, in order
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -64,6 +70,7 @@ class BaseNames:
     optional: frozenset[str] = frozenset()
     words: int | None = None
     stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    joins: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class _Weight:
@@ -167,7 +174,7 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
                 "take both from one model",
             )
     if renamed:
-        carried = (name for name in weights.shapes if name not in files.values() and _is_beside(name, names))
+        carried = (name for name in weights.shapes if name not in files.values() and _is_carried(name, names))
         weights = _Renamed(weights, {**files, **{name: name for name in carried}})
     for name, shape in sorted(names.shapes.items()):
         if name not in weights.shapes:
@@ -185,8 +192,8 @@ def open_base(folder: str | Path, names: BaseNames) -> BaseWeights:
     return ResizedWeights(weights, names.words, [name for name in of_words if name in weights.shapes])
 
 
-def _is_beside(name: str, names: BaseNames) -> bool:
-    return name not in names.shapes and name.startswith(names.files.beside)
+def _is_carried(name: str, names: BaseNames) -> bool:
+    return name not in names.shapes and name.startswith(names.files.carried)
 
 
 def with_own_head(weights: BaseWeights, names: BaseNames) -> BaseWeights:
@@ -242,7 +249,22 @@ def _as_they_lie(folder: Path, names: BaseNames) -> BaseWeights:
         return BaseShards(folder, {**({names.head: head} if head else {}), **names.shapes})
     files = HfWeights(folder)
     weights: BaseWeights = QuantisedWeights(files) if is_quantised(files) else files
-    return Unstacked(weights, names.stacks) if names.stacks else weights
+    weights = Unstacked(weights, names.stacks) if names.stacks else weights
+    return Joined(weights, names.joins) if names.joins else weights
+
+
+def unread_layers(folder: str | Path, names: BaseNames) -> str | None:
+    """Return a line on layers in `folder` that predict further tokens, which are not read; None where there are none.
+
+    Raises UserError where the weights cannot be read.
+    """
+    if not names.files.ahead:
+        return None
+    ahead = [name for name in _as_they_lie(Path(folder), names).shapes if name.startswith(names.files.ahead)]
+    if not ahead:
+        return None
+    starts = ", ".join(sorted({name.partition(".")[0] for name in ahead}))
+    return f"{folder}: layers that only predict further tokens ({starts}) are not loaded"
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from megalora.ops.disentangled_attention import Positions, disentangled_attentio
 from megalora.ops.piece_attention import piece_attention
 from megalora.ops.probability_dropout import ProbabilityDropout, draw_probabilities
 from megalora.ops.rope import rope, split_rope
+from megalora.ops.sigmoid_gate import sigmoid_gate
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
 from megalora.parallel.split import Part, cut_heads, kv_copies
@@ -35,9 +36,12 @@ class AttentionBlock:
         dim = attention.head_dim
         cut = cut_heads(attention.heads, attention.kv_heads, at.place.tp)
         outputs = [("q", attention.q, cut.query), ("k", attention.k, cut.kv), ("v", attention.v, cut.kv)]
-        if not isinstance(attention.q, spec.Fused):  # whose rows are counted in features
-            outputs = [(name, made, part.times(dim)) for name, made, part in outputs]
-        qkv = at.columns(outputs)
+        if attention.gate is not None:
+            outputs.insert(0, ("gate", attention.gate, cut.query))
+        # The rows of a linear that is not fused are counted in features.
+        qkv = at.columns([
+            (name, made, part if isinstance(made, spec.Fused) else part.times(dim)) for name, made, part in outputs
+        ])  # fmt: skip
         out = at.row(attention.out, cut.query.times(dim))
         self.qkv = LinearGroup(qkv, at.site("qkv"), at.place)
         self.output = LinearGroup((out,), at.site("out"), at.place, reduces=reduces)
@@ -105,7 +109,14 @@ class AttentionBlock:
         return apply_group(self.output, context, inputs.tokens)
 
     def _core(self, qkv: torch.Tensor, inputs: Inputs, positions: Positions | None) -> torch.Tensor:
-        """Map qkv [F, (H + 2 K) D] to [F, H D]."""
+        """Map qkv [F, (H + 2 K) D], with the gate [F, H D] in front where there is one, to [F, H D]."""
+        if self.spec.gate is None:
+            return self._context(qkv, inputs, positions)
+        gate, qkv = qkv.split([self.heads * self.spec.head_dim, qkv.shape[1] - self.heads * self.spec.head_dim], -1)
+        return sigmoid_gate(self._context(qkv, inputs, positions), gate)
+
+    def _context(self, qkv: torch.Tensor, inputs: Inputs, positions: Positions | None) -> torch.Tensor:
+        """Return the result of attention [F, H D]."""
         window, scores, dim = self.spec.window, self.scores, self.spec.head_dim
         if self.spec.clip is not None:
             qkv = qkv.clamp(-self.spec.clip, self.spec.clip)

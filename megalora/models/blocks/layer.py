@@ -16,6 +16,7 @@ import torch
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.cross import CrossAttentionBlock
+from megalora.models.blocks.delta import DeltaAttentionBlock
 from megalora.models.blocks.ending import BaseDropout, Ending
 from megalora.models.blocks.experts import ExpertsBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
@@ -28,10 +29,12 @@ from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
 
-Block = AttentionBlock | CrossAttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock
+Block = AttentionBlock | CrossAttentionBlock | DeltaAttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock
+_ONE_INPUT = AttentionBlock | DeltaAttentionBlock | MLPBlock  # whose first group alone reads what the norm gives
 BLOCKS = {
     spec.Attention: AttentionBlock,
     spec.CrossAttention: CrossAttentionBlock,
+    spec.DeltaAttention: DeltaAttentionBlock,
     spec.LatentAttention: LatentAttentionBlock,
     spec.MLP: MLPBlock,
     spec.Experts: ExpertsBlock,
@@ -104,7 +107,7 @@ class _Step:
         self.by_token = isinstance(self.blocks[0], MLPBlock) and self.post_norm is None
         self.sums_first = self.post_norm is None
         self.reads_result = output_norm is not None or self.post_norm is not None or step.dropout > 0
-        self._makes_again = at.recompute in ("norms", "mlp") and isinstance(self.blocks[0], AttentionBlock | MLPBlock)
+        self._makes_again = at.recompute in ("norms", "mlp") and isinstance(self.blocks[0], _ONE_INPUT)
 
     @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:
@@ -192,6 +195,4 @@ def _last(mixer: spec.Mixer) -> str:
     """Return the name of the linear whose result is added."""
     if isinstance(mixer, spec.Experts):
         return "experts"
-    if isinstance(mixer, spec.Attention | spec.CrossAttention | spec.LatentAttention):
-        return mixer.out.name
-    return mixer.down.name
+    return mixer.down.name if isinstance(mixer, spec.MLP) else mixer.out.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,16 +91,16 @@ class LayerPlace:
 
         Units are heads where the linear is fused by heads, else features; outputs of one Fused stand side by side.
         """
-        plain = [(made, part) for _, made, part in outputs if isinstance(made, spec.Linear)]
-        if len(plain) == len(outputs):
-            return tuple(self.column(made, part) for made, part in plain)
-        fused = [(name, made, part) for name, made, part in outputs if isinstance(made, spec.Fused)]
-        assert len(fused) == len(outputs) and len({made for _, made, _ in fused}) == 1, outputs
-        rows = fused[0][1].rows
-        cut = joined_cut(
-            [(part, rows.unit(name), rows.pieces(name, part.start, part.stop)) for name, _, part in fused]
-        )
-        return (self.column(fused[0][1].linear, cut),)
+        found = []
+        for made, own in itertools.groupby(outputs, key=lambda output: output[1]):
+            if isinstance(made, spec.Linear):
+                found += [self.column(made, part) for _, _, part in own]
+                continue
+            rows = made.rows
+            parts = [(part, rows.unit(name), rows.pieces(name, part.start, part.stop)) for name, _, part in own]
+            found.append(self.column(made.linear, joined_cut(parts)))
+        assert len({linear.name for linear in found}) == len(found), outputs
+        return tuple(found)
 
     def module(self, name: str, module: nn.Module) -> None:
         """Register a module of the layer that is no linear."""

@@ -1,0 +1,101 @@
+"""Linear attention by the gated delta rule: its inputs column-parallel by key heads, with the value heads that read
+them, the output row-parallel. Its convolution, decay and bias are cut by the same heads.
+
+Legend: T tokens on this rank, F tokens of the microbatch, O features of all inputs of this rank, H its value heads, V
+features of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from megalora.models import spec
+from megalora.models.blocks.place import LayerPlace
+from megalora.models.inputs import Inputs
+from megalora.ops.delta_mixer import (
+    DeltaWeights,
+    Heads,
+    Kept,
+    continued_delta_mixer,
+    delta_mixer,
+    delta_mixer_step,
+)
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.group_grad import apply_group
+from megalora.parallel.split import Cut, even_part, joined_cut
+
+
+class DeltaAttentionBlock:
+    """reduces: of the output, as LinearGroup takes it."""
+
+    def __init__(self, delta: spec.DeltaAttention, at: LayerPlace, reduces: bool = True):
+        self.layer = at.index
+        part = even_part(delta.groups, at.place.tp)
+        self.heads = Heads(part.size, delta.repeats, delta.key, delta.value)
+        inputs = at.columns([
+            (name, made, part if isinstance(made, spec.Fused) else part.times(delta.rows[name]))
+            for name, made in delta.projections.items()
+        ])  # fmt: skip
+        values = part.times(delta.repeats)
+        self.inputs = LinearGroup(inputs, at.site("qkv"), at.place)
+        out = at.row(delta.out, values.times(delta.value))
+        self.output = LinearGroup((out,), at.site("out"), at.place, reduces=reduces)
+        channels = delta.channels
+        places = [(part, channels.unit(name), channels.pieces(name, part.start, part.stop)) for name in "qkv"]
+        cuts = [joined_cut(places), values.cut(), values.cut()]
+        wide = torch.promote_types(at.place.dtype, torch.float32)
+        dtypes = at.place.dtype, wide, wide
+        frozen = [
+            _frozen(name, shape, cut, dtype, at)
+            for (name, shape), cut, dtype in zip(delta.tensors(), cuts, dtypes, strict=True)
+        ]
+        self.convolution, self.decay, self.bias = frozen
+        self.norm = at.norm(delta.norm)
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return (self.inputs, self.output)
+
+    @property
+    def room(self) -> int:
+        """Columns that are wanted behind the input."""
+        return self.inputs.room
+
+    @property
+    def weights(self) -> DeltaWeights:
+        return DeltaWeights(self.convolution.squeeze(1), self.decay, self.bias, self.norm.weight, self.norm.eps)
+
+    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        y = apply_group(self.inputs, X, inputs.tokens)
+        if inputs.cache is not None:
+            result = inputs.cache.go_on(self.layer, y, self)
+        else:
+            documents = inputs.documents
+            assert documents is not None and inputs.context is None
+            result = inputs.attend(lambda y: delta_mixer(y, self.heads, self.weights, documents), y)
+        return apply_group(self.output, result, inputs.tokens)
+
+    # ---- generation (megalora.models.inputs.Recurrent)
+
+    def nothing(self, count: int, like: torch.Tensor) -> Kept:
+        """Return what `count` sequences without tokens leave; like: y."""
+        return Kept.nothing(count, self.heads, self.weights, like)
+
+    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: Kept) -> tuple[torch.Tensor, Kept]:
+        """Return the results [F, H V] of y [F, O], the next tokens of several sequences, and what they leave."""
+        return continued_delta_mixer(y, self.heads, self.weights, bounds, kept)
+
+    def step(self, y: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, Kept]:
+        """Return the same of one token of each sequence."""
+        return delta_mixer_step(y, self.heads, self.weights, kept)
+
+
+def _frozen(name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype, at: LayerPlace) -> nn.Parameter:
+    split = cut.split(shape, 0)
+    found = nn.Parameter(torch.empty(split.local_shape, dtype=dtype, device=at.place.device), requires_grad=False)
+    at.parameter(name, found, split)
+    return found

@@ -1,0 +1,75 @@
+"""Mixers that keep a state instead of keys and values, as data. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megalora.models.linears import Blocked, Linear, Projection, linears_of
+from megalora.models.mixers import Norm
+
+
+@dataclass(frozen=True)
+class DeltaAttention:
+    """Linear attention by the gated delta rule (see megalora.ops.delta_mixer, which has the formulas).
+
+    q, k, v, z, b, a  a linear each, or Fused with parts of these names, whose units are the rows of one key head
+    groups, repeats   key heads, and value heads that read each
+    key, value        features of a head
+    width             tokens that the convolution of q, k and v reads
+    convolution, decay, bias  names of a module with `weight` [channels, 1, width] and of tensors [groups repeats]
+    norm              of each value head's result, before the gate
+    """
+
+    q: Projection
+    k: Projection
+    v: Projection
+    z: Projection
+    b: Projection
+    a: Projection
+    out: Linear
+    groups: int
+    repeats: int
+    key: int
+    value: int
+    width: int
+    convolution: str
+    decay: str
+    bias: str
+    norm: Norm
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Rows of each output that are of one key head, in order."""
+        values = self.repeats * self.value
+        return {"q": self.key, "k": self.key, "v": values, "z": values, "b": self.repeats, "a": self.repeats}
+
+    @property
+    def projections(self) -> Mapping[str, Projection]:
+        """What makes each output, in order."""
+        return {"q": self.q, "k": self.k, "v": self.v, "z": self.z, "b": self.b, "a": self.a}
+
+    @property
+    def channels(self) -> Blocked:
+        """Where q, k and v lie among the channels of the convolution."""
+        return Blocked(tuple((name, self.groups) for name in "qkv"), tuple(self.rows[name] for name in "qkv"))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (*linears_of(tuple(self.projections.values())), self.out)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.norm,)
+
+    @property
+    def step_flops(self) -> int:
+        """FLOPs of one token's step: what the state says of k, its change, and what it says of q."""
+        return 6 * self.groups * self.repeats * self.key * self.value
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of what is neither linear nor norm."""
+        channels = self.groups * sum(self.rows[name] for name in "qkv")
+        yield f"{self.convolution}.weight", (channels, 1, self.width)
+        yield self.decay, (self.groups * self.repeats,)
+        yield self.bias, (self.groups * self.repeats,)

@@ -1,0 +1,66 @@
+"""What linear attention by the gated delta rule computes and keeps: see megalora.models.blocks.delta."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megalora.ops.delta_mixer import MOST_ROWS
+from megalora.ops.delta_rule import CHUNK
+from megalora.planning.mixers import DeltaAttention
+from megalora.planning.node import Node, Pass
+
+_WIDE = 4  # bytes of a float32, in which all is computed
+
+
+def delta_nodes(layer: Any, mixer: DeltaAttention, source: str, flowing: bool) -> list[Node]:
+    """Return the nodes of one linear attention.
+
+    layer   the megalora.planning.nodes._LayerNodes of its layer
+    source  as `_LayerNodes._linears` takes it
+    """
+    after = flowing or mixer.inputs.trains
+    return [
+        layer._linears(mixer.inputs, source, flowing, read=True),
+        _core(layer, mixer, after),
+        layer._linears(mixer.out, "kept" if after else "new", after),
+    ]
+
+
+def _core(layer: Any, mixer: DeltaAttention, flowing: bool) -> Node:
+    """Count what stands between the linears: it keeps what it reads, and backward computes the rest again."""
+    full, work, heads = layer.tokens.full, layer.work, mixer.key_heads * mixer.repeats
+    given, result = full * mixer.inputs.output * work.element, full * heads * mixer.value * work.element
+    # The output's linear keeps what it reads for its A alone.
+    kept = given + (result if mixer.out.rank or work.recompute == "layer" else 0)
+    at_once, each = _live(mixer, min(full * heads, max(MOST_ROWS, full * mixer.repeats)))
+    products = full * heads * _products(mixer)
+    flops = {"flops32": products} if work.element == 2 else {"flops": products}
+    depth = -(-work.seq_length // CHUNK)
+    forward = Pass(live=result + at_once, traffic=given + result + full * heads * each, calls=40 + depth, **flops)
+    twice = {name: 3 * count for name, count in flops.items()}
+    backward = Pass(
+        live=layer.tokens.stream + 2 * given + result + 2 * at_once,
+        traffic=3 * forward.traffic,
+        calls=3 * forward.calls,
+        **twice,
+    )
+    return replace(layer._node("linear attention", kept, forward, backward, flowing), result=result)
+
+
+def _live(mixer: DeltaAttention, rows: int) -> tuple[int, int]:
+    """Return the bytes that `rows` tokens of a value head make, and the bytes of one that go through memory."""
+    key, value, repeats = mixer.key, mixer.value, mixer.repeats
+    channels = 2 * key / repeats + value
+    states = key * (3 * value + 2 * key) / CHUNK
+    features = 4 * channels + 4 * (key + value) + 6 * CHUNK + 6 * value + 3 * key + states
+    return round(rows * features * _WIDE), round(2 * features * _WIDE)
+
+
+def _products(mixer: DeltaAttention) -> float:
+    """Return the FLOPs of the products of one token of a value head (see megalora.ops.delta_rule)."""
+    key, value = mixer.key, mixer.value
+    of_keys = 4 * CHUNK * key / mixer.repeats
+    within = 3 * CHUNK * CHUNK + 2 * CHUNK * (key + value) + 2 * CHUNK * value
+    across = 2 * key * (key + value) + 2 * key * key * value / CHUNK + 4 * key * value
+    return of_keys + within + across

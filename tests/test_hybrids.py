@@ -1,0 +1,58 @@
+"""Layers with states beside attention: what a folder holds that is not read, and what is refused before a run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from oracle import ALL_LINEAR, fields_of
+from safetensors.torch import load_file, save_file
+from test_convert import done
+from variants import peer_of
+
+from megalora.adapters.config import LoraConfig
+from megalora.building import base_names, resolve_lora
+from megalora.checkpoint.base.weights import unread_layers
+from megalora.errors import UserError
+from megalora.models.config import check_context, check_layout, config_from_dict
+from megalora.models.graphs import layer_facts, tiled_by
+
+AHEAD = {"mtp.fc.weight": (48, 96), "mtp.layers.0.input_layernorm.weight": (48,)}
+
+
+def test_layers_that_predict_further_tokens_are_told_and_kept(tmp_path, capsys):
+    """To shards and back they keep every bit; a folder without them has no line."""
+    base = tmp_path / "base"
+    peer_of("qwen3_next", torch.float32, "sdpa").save_pretrained(base)
+    names = base_names(config_from_dict(fields_of("qwen3_next")))
+    assert unread_layers(base, names) is None
+    tensors = load_file(base / "model.safetensors") | {name: torch.randn(shape) for name, shape in AHEAD.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    line = f"{base}: layers that only predict further tokens (mtp) are not loaded"
+    assert unread_layers(base, names) == line
+    done(capsys, "to-shards", "--input", base, "--output", tmp_path / "shards", "--tensor_parallel_size", 2)
+    done(capsys, "to-hf", "--input", tmp_path / "shards", "--output", tmp_path / "back")
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], one) for name, one in tensors.items())
+
+
+def test_layouts_that_states_do_not_have_are_refused():
+    config = config_from_dict(fields_of("qwen3_next"))
+    with pytest.raises(UserError, match=re.escape("context_parallel_size (2) is not implemented for linear attention")):
+        check_context(config, 2, "CAUSAL_LM")
+    check_context(config, 1, "CAUSAL_LM")
+    with pytest.raises(UserError, match=re.escape("tensor_parallel_size (8) does not divide linear_num_key_heads (4)")):
+        check_layout(config_from_dict(fields_of("qwen3_5_text")), 8, 1)
+    check_layout(config, 4, 3)
+
+
+def test_all_biases_would_be_decays_too_for_peft():
+    config = config_from_dict(fields_of("qwen3_next"))
+    with pytest.raises(UserError, match="bias = 'all' is not implemented .* whose linear attention has biases"):
+        resolve_lora(LoraConfig.from_dict(ALL_LINEAR | {"bias": "all"}), config)
+
+
+def test_there_are_no_graphs():
+    config = config_from_dict(fields_of("qwen3_5_text"))
+    assert config.recurrent and tiled_by(config) == layer_facts(config)["tiled"] == "a state for each head"
