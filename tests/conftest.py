@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector leave what tests share, a million objects, out of each of its rounds."""
+    """Let the garbage collector pass over what all tests share, half a million objects."""
     gc.collect()
     gc.freeze()
 

@@ -137,7 +137,11 @@ def _serve(connection: Connection) -> None:
     # would be most of a small test's time.
     import torch._dynamo  # noqa: F401
     import torch.distributed  # noqa: F401
+    import torch.utils.serialization.config  # noqa: F401
 
+    from megalora.ops.extension import has_kernels
+
+    has_kernels("cpu")  # which loads the compiled ops
     wait_for_no_disk()
     while True:
         try:

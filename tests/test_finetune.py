@@ -22,7 +22,7 @@ from megalora.monitor.timers import PHASES
 from megalora.optimizer import LossScale
 from megalora.parallel.grads import FlatGradients
 from megalora.pipeline.runner import PipelineRunner
-from megalora.training import Trainer
+from megalora.training import Trainer, steady_heap
 
 ROWS = 4  # of the global batch, on every layout
 TP2, PP2 = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
@@ -45,6 +45,15 @@ def alone(inputs, tmp_path_factory) -> Path:
 def evaluated(folder: Path) -> Path:
     """A file of evaluation rows: an odd number, which leaves some rank with less."""
     return tiny.write_json(folder / "eval.json", tiny.questions(7, first=100))
+
+
+def test_the_collector_passes_over_the_libraries_while_a_run_trains():
+    for error in ((), (KeyError,)):
+        with mock.patch("megalora.training.gc") as gc, contextlib.suppress(*error), steady_heap():
+            assert gc.mock_calls == [mock.call.collect(), mock.call.freeze()]
+            for kind in error:
+                raise kind
+        assert gc.mock_calls[2:] == [mock.call.unfreeze()]
 
 
 # ---- one run, any layout

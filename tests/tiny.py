@@ -26,11 +26,15 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 from waiting import PATIENCE
 
+import megalora.commands  # noqa: F401
+import megalora.web.server  # noqa: F401
 from megalora import cli
 from megalora.cluster import launch
 from megalora.models.config import config_from_dict
 
 program = importlib.import_module("megalora.finetune")  # `megalora.finetune` is the function of that name
+# The heap of tests is steady (conftest.py, spawn.py): to collect all of it and thaw it again is half of a short run.
+program.steady_heap = contextlib.nullcontext
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LENGTH = 64
 FIELDS = {
