@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import silu, softplus
 
 from megalora.ops.delta_rule import Documents, continued_delta_rule, delta_rule, delta_step
+from megalora.ops.gated_norm import gated_norm
 from megalora.ops.short_convolution import short_convolution
 
 MOST_ROWS = 1 << 18  # tokens times value heads at once
@@ -88,11 +89,11 @@ def continued_delta_mixer(
     qkv, z, b, a = y.split([heads.channels, *heads.widths[3:]], -1)
     pairs, before = list(itertools.pairwise(bounds)), kept.channels.shape[1]
     ahead = [torch.cat([old, qkv[start:stop]]) for old, (start, stop) in zip(kept.channels, pairs, strict=True)]
-    made = [_activated(short_convolution(one, weights.convolution, None)[before:], y.dtype) for one in ahead]
+    made = [short_convolution(one, weights.convolution, None)[before:] for one in ahead]
     channels = torch.stack([one[len(one) - before :] for one in ahead])
     given = _of_rule(torch.cat(made), b, a, heads, weights)
     o, states = continued_delta_rule(*given, Documents.of(bounds, y.device), kept.states)
-    return _gated(o, z, heads, weights), Kept(channels, states)
+    return gated_norm(o, z, weights.norm, weights.eps), Kept(channels, states)
 
 
 def delta_mixer_step(y: torch.Tensor, heads: Heads, weights: DeltaWeights, kept: Kept) -> tuple[torch.Tensor, Kept]:
@@ -100,13 +101,9 @@ def delta_mixer_step(y: torch.Tensor, heads: Heads, weights: DeltaWeights, kept:
     qkv, z, b, a = y.split([heads.channels, *heads.widths[3:]], -1)
     seen = torch.cat([kept.channels, qkv.unsqueeze(1)], 1)
     wide = weights.decay.dtype
-    made = (seen.to(wide) * weights.convolution.t().to(wide)).sum(1)
-    o, states = delta_step(*_of_rule(_activated(made, y.dtype), b, a, heads, weights), kept.states)
-    return _gated(o, z, heads, weights), Kept(seen[:, 1:], states)
-
-
-def _activated(made: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return silu(made).to(dtype)
+    made = silu((seen.to(wide) * weights.convolution.t().to(wide)).sum(1)).to(y.dtype)
+    o, states = delta_step(*_of_rule(made, b, a, heads, weights), kept.states)
+    return gated_norm(o, z, weights.norm, weights.eps), Kept(seen[:, 1:], states)
 
 
 class _Given(NamedTuple):
@@ -129,17 +126,13 @@ def _of_rule(qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, heads: Heads, 
     return _Given(q, k, v, g, torch.sigmoid(b.to(wide)))
 
 
-def _gated(o: torch.Tensor, z: torch.Tensor, heads: Heads, weights: DeltaWeights) -> torch.Tensor:
-    """Return RMSNorm(o) * silu(z) [F, H V] of o [F, H, V] and z [F, H V], in the dtype of z."""
-    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.to(o.dtype)
-    return (normed.flatten(1) * silu(z.to(o.dtype))).to(z.dtype)
-
-
 def _mixed(parts: Sequence[torch.Tensor], heads: Heads, weights: DeltaWeights, documents: Documents) -> torch.Tensor:
     """Return the result of [q | k | v], z, b and a."""
     qkv, z, b, a = parts
-    made = _activated(short_convolution(qkv, weights.convolution, documents.ages), qkv.dtype)
-    return _gated(delta_rule(*_of_rule(made, b, a, heads, weights), documents), z, heads, weights)
+    ages = documents.ages if len(documents.order) > 1 else None
+    made = short_convolution(qkv, weights.convolution, ages)
+    o = delta_rule(*_of_rule(made, b, a, heads, weights), documents)
+    return gated_norm(o, z, weights.norm, weights.eps)
 
 
 class _Slice(NamedTuple):

@@ -131,8 +131,10 @@ def delta_step(
     return torch.einsum("bhkv,bhk->bhv", states, q * q.shape[-1] ** -0.5), states
 
 
-def _normed(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPSILON)
+def _normed(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Return x scaled to length `scale`."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (torch.rsqrt(length * length + _EPSILON) * scale)
 
 
 def _delta_rule(
@@ -144,47 +146,67 @@ def _delta_rule(
     documents: Documents,
     states: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    wide, groups, repeats = g.dtype, k.shape[1], v.shape[1] // k.shape[1]
+    """Legend: what is [N, H, ...] of value heads is [N, J, R, ...] beside what is of key heads.
+
+    The fewer tensors the better: on a GPU they are what takes time.
+    """
+    wide, split = g.dtype, (k.shape[1], v.shape[1] // k.shape[1])
 
     def chunks(x: torch.Tensor) -> torch.Tensor:
         """Map [F, heads, n] to [N, heads, C, n] in the wide dtype."""
-        x = _Placed.apply(x, documents.rows, documents.places, None)
+        x = _Placed.apply(x, documents.rows, documents.places, None, None)
         return x.unflatten(0, (-1, CHUNK)).transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
 
-    def of_groups(x: torch.Tensor) -> torch.Tensor:
-        """Map [F, H] to [N, J, R, C], zero where chunks are filled up: such tokens change no state."""
-        x = _Placed.apply(x, documents.rows, documents.places, documents.filling)
-        return x.unflatten(0, (-1, CHUNK)).transpose(1, 2).unflatten(1, (groups, repeats))
+    def of_heads(x: torch.Tensor) -> torch.Tensor:
+        """Map [F, H] to [N, H, C], zero where chunks are filled up: such tokens change no state."""
+        x = _Placed.apply(x, documents.rows, documents.places, documents.filling, None)
+        return x.unflatten(0, (-1, CHUNK)).transpose(1, 2)
 
-    q, k, v = _normed(chunks(q)) * q.shape[-1] ** -0.5, _normed(chunks(k)), chunks(v).unflatten(1, (groups, repeats))
+    q, k, v = _normed(chunks(q), q.shape[-1] ** -0.5), _normed(chunks(k)), chunks(v)
     seen = torch.ones(CHUNK, CHUNK, dtype=wide, device=q.device).tril()
-    beta, g = of_groups(beta), of_groups(g)
+    beta, g = of_heads(beta), of_heads(g)
     # Sums of g from behind j up to i: differences of sums from the chunk's start would lose what strong decays leave.
     # As products: cumsum has no fixed order on a GPU.
-    between = (seen * g.unsqueeze(-2)) @ seen.tril(-1)
-    decay = between.masked_fill(seen == 0, -torch.inf).exp()  # D [N, J, R, C, C]
-    since = (g @ seen.mT).exp().unsqueeze(-1)
-    inverse = _UnitInverse.apply((k @ k.mT).unsqueeze(2) * decay * beta.unsqueeze(-1))
-    one = k.unsqueeze(2)  # of all value heads that read it
-    # [U | W] of all value heads: T diag(beta) [v | exp(G) k].
-    made = inverse @ (torch.cat([v, one * since], -1) * beta.unsqueeze(-1))
-    until = one * decay[..., -1, :].unsqueeze(-1)
-    moved = until.mT @ made  # [B | what M lacks]
+    decay = ((seen * g.unsqueeze(-2)) @ seen.tril(-1)).exp().tril()  # D [N, H, C, C]
+    since, until = (g @ seen.mT).exp(), decay[..., -1, :]  # exp(G), exp(G_last - G) [N, H, C]
+    by_keys = decay.unflatten(1, split)
+    alike = (k @ k.mT).unsqueeze(2) * by_keys
+    inverse = _UnitInverse.apply(alike.flatten(1, 2) * beta.unsqueeze(-1))
+    changes = inverse * beta.unsqueeze(-2)  # T diag(beta)
+    values = changes @ v  # U
+    # -W: its keys are those of all value heads that read one.
+    reads = (changes * -since.unsqueeze(-2)).unflatten(1, split).flatten(2, 3) @ k
+    reads = reads.unflatten(2, (split[1], CHUNK)).flatten(1, 2)
+    keys = (k.unsqueeze(2) * until.unflatten(1, split).unsqueeze(-1)).flatten(1, 2)
     left = None
     if states is None:
-        entering = _Scan.apply(moved.flatten(1, 2), since[..., -1, :].flatten(1, 2), documents, None)
+        entering = _Scan.apply(keys, values, reads, since[..., -1], documents)
     else:
         order, last = list(documents.order), documents.last
-        moved, decays = moved.flatten(1, 2), since[..., -1, :].flatten(1, 2)
-        entering = _Scan.apply(moved, decays, documents, states[order].to(wide))
+        moved, matrix = _transitions(keys, values, reads, since[..., -1])
+        entering = _entering(moved, matrix, documents, states[order].to(wide))
         left = states.to(wide, copy=True)  # of documents of no tokens
-        left[order] = _step(moved[last], decays[last], entering[last])
-    entering = entering.unflatten(1, (groups, repeats))
-    values, reads = made.split([v.shape[-1], k.shape[-1]], -1)
-    values = values - reads @ entering
-    o = (q.unsqueeze(2) * since) @ entering + ((q @ k.mT).unsqueeze(2) * decay) @ values
-    o = o.flatten(1, 2).transpose(1, 2).flatten(0, 1)
-    return _Placed.apply(o, documents.places, documents.rows, None, documents.filling), left
+        left[order] = moved[last] + matrix[last] @ entering[last]
+    values = _added(values, reads, entering)
+    o = (q.unsqueeze(2) * since.unflatten(1, split).unsqueeze(-1)).flatten(1, 2) @ entering
+    o = _added(o, ((q @ k.mT).unsqueeze(2) * by_keys).flatten(1, 2), values)
+    return _by_token(o, documents), left
+
+
+def _added(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return x + a @ b, each [N, H, ...]."""
+    return torch.baddbmm(x.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _by_token(o: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Return o [N, H, C, V] as [F, H, V]."""
+    count, device = o.shape[1], o.device
+    heads = torch.arange(count, device=device)
+    chunk, place = documents.places // CHUNK, documents.places % CHUNK
+    there = (((chunk * count).unsqueeze(1) + heads) * CHUNK + place.unsqueeze(1)).flatten()
+    back = (documents.rows.view(-1, 1, CHUNK) * count + heads.unsqueeze(1)).flatten()
+    idle = documents.filling.view(-1, 1, CHUNK).expand(-1, count, -1).reshape(-1)
+    return _Placed.apply(o.flatten(0, 2), there, back, None, idle).unflatten(0, (-1, count))
 
 
 class _Placed(torch.autograd.Function):
@@ -192,18 +214,21 @@ class _Placed(torch.autograd.Function):
     nothing comes where `idle` [a]."""
 
     @staticmethod
-    def forward(ctx, x, index, back, hidden, idle=None):
+    def forward(ctx, x, index, back, hidden, idle):
         ctx.back, ctx.hidden, ctx.idle = back, hidden, idle
         return _hidden(x.index_select(0, index), hidden)
 
     @staticmethod
     def backward(ctx, grad):
-        # What fills chunks up has no gradient: it changes no state, and nobody reads it.
-        return _hidden(_hidden(grad, ctx.hidden).index_select(0, ctx.back), ctx.idle), None, None, None, None
+        # What fills chunks up has no gradient: it changes no state, and nobody reads it. Its own are hidden behind it.
+        if ctx.hidden is not None:
+            grad = _hidden(grad.clone(), ctx.hidden)
+        return _hidden(grad.index_select(0, ctx.back), ctx.idle), None, None, None, None
 
 
 def _hidden(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-    return x if where is None else x.masked_fill(where.view(-1, *[1] * (x.dim() - 1)), 0.0)
+    """Return x with zeros where it says so, in place."""
+    return x if where is None else x.masked_fill_(where.view(-1, *[1] * (x.dim() - 1)), 0.0)
 
 
 class _UnitInverse(torch.autograd.Function):
@@ -219,32 +244,27 @@ class _UnitInverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
-        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+        return (inverse.mT @ grad @ inverse.mT).tril_(-1).neg_()
 
 
 class _Scan(torch.autograd.Function):
-    """The state that enters each chunk [N, H, K, V]: of the next chunk it is decay S - reads S + moved.
+    """The state that enters each chunk [N, H, K, V], zero where its document begins.
 
-    moved  [N, H, K, V + K], [B | reads]; decay [N, H, 1]; states [documents, H, K, V] of the first chunks, or None
+    keys [N, H, C, K], values U, reads -W, decay [N, H] of the whole chunk: the state of the next one is
+    decay S + keys^T (U - W S)
     """
 
     @staticmethod
-    def forward(ctx, moved, decay, documents, states):
-        features = moved.shape[-1] - moved.shape[-2]
-        entering = torch.empty_like(moved[..., :features], memory_format=torch.contiguous_format)
-        first = entering[: documents.counts[0]]
-        first.zero_() if states is None else first.copy_(states)
-        matrix = _matrix(moved, decay)
-        for before, own in documents.depths:
-            start, end = moved[before][..., :features].flatten(0, 1), entering[own].flatten(0, 1)
-            torch.baddbmm(start, matrix[before].flatten(0, 1), entering[before].flatten(0, 1), out=end)
+    def forward(ctx, keys, values, reads, decay, documents):
+        moved, matrix = _transitions(keys, values, reads, decay)
+        entering = _entering(moved, matrix, documents, None)
         ctx.documents = documents
-        ctx.save_for_backward(matrix, entering)
+        ctx.save_for_backward(keys, values, reads, matrix, entering)
         return entering
 
     @staticmethod
     def backward(ctx, grad):
-        matrix, entering = ctx.saved_tensors
+        keys, values, reads, matrix, entering = ctx.saved_tensors
         documents, grad = ctx.documents, grad.clone(memory_format=torch.contiguous_format)
         leaving = torch.zeros_like(grad)  # the gradient of the state that a chunk leaves
         for before, own in reversed(documents.depths):
@@ -252,16 +272,28 @@ class _Scan(torch.autograd.Function):
             behind, onto = grad[own].flatten(0, 1), grad[before].flatten(0, 1)
             torch.baddbmm(onto, matrix[before].flatten(0, 1).mT, behind, out=onto)
         d_matrix = leaving @ entering.mT
-        d_decay = d_matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-        return torch.cat([leaving, -d_matrix], -1), d_decay, None, None
+        d_decay = d_matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        d_keys = _added(values @ leaving.mT, reads, d_matrix.mT)
+        return d_keys, keys @ leaving, keys @ d_matrix, d_decay, None
 
 
-def _matrix(moved: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """Return M [N, H, K, K] of moved [N, H, K, V + K] and decay [N, H, 1]."""
-    matrix = -moved[..., -moved.shape[-2] :]
-    matrix.diagonal(dim1=-2, dim2=-1).add_(decay)
-    return matrix
+def _transitions(
+    keys: torch.Tensor, values: torch.Tensor, reads: torch.Tensor, decay: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (B [N, H, K, V], M [N, H, K, K]): the state of the next chunk is M S + B."""
+    matrix = keys.mT @ reads
+    matrix.diagonal(dim1=-2, dim2=-1).add_(decay.unsqueeze(-1))
+    return keys.mT @ values, matrix
 
 
-def _step(moved: torch.Tensor, decay: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    return moved[..., : states.shape[-1]] + _matrix(moved, decay) @ states
+def _entering(
+    moved: torch.Tensor, matrix: torch.Tensor, documents: Documents, states: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the state that enters each chunk; states [documents, H, K, V]: of the first ones, None: zero."""
+    entering = torch.empty_like(moved)
+    first = entering[: documents.counts[0]]
+    first.zero_() if states is None else first.copy_(states)
+    for before, own in documents.depths:
+        of_chunks = (x[before].flatten(0, 1) for x in (moved, matrix, entering))
+        torch.baddbmm(*of_chunks, out=entering[own].flatten(0, 1))
+    return entering

@@ -117,7 +117,7 @@ def test_convolution_reads_its_document_alone(width):
     for a, b in itertools.pairwise(bounds):
         one = x[a:b].t()[None]
         expected = torch.nn.functional.conv1d(one, weight[:, None], padding=width - 1, groups=6)[0, :, : b - a]
-        assert relative(y[a:b], expected.t()) < 1e-14
+        assert relative(y[a:b], torch.nn.functional.silu(expected.t())) < 1e-13
     whole = short_convolution(x, weight, None)
     assert relative(whole, short_convolution(x, weight, torch.arange(9))) == 0
 

@@ -1,0 +1,41 @@
+"""What the plan says that linear attention holds while it runs, against what torch allocates."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megalora.ops.delta_mixer import DeltaWeights, Heads, delta_mixer
+from megalora.ops.delta_rule import Documents
+from megalora.planning.delta import _made
+from megalora.planning.groups import Group
+from megalora.planning.mixers import DeltaAttention
+
+TOKENS = 512
+
+
+def peak(run, folder) -> tuple[torch.Tensor, int]:
+    """(the result, the most bytes beyond those at the start that are allocated at once)"""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        out = run()
+    profiled.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    held, most = 0, 0
+    for event in sorted((one for one in events if one.get("name") == "[memory]"), key=lambda one: one["ts"]):
+        held += event["args"]["Bytes"]
+        most = max(most, held)
+    return out, most
+
+
+@pytest.mark.parametrize("heads", [Heads(2, 2, 128, 128), Heads(1, 4, 128, 64), Heads(3, 1, 64, 64)])
+def test_bytes_at_once(heads, tmp_path):
+    channels, values = heads.channels, heads.groups * heads.repeats
+    norm = torch.ones(heads.value, dtype=torch.bfloat16)
+    weights = DeltaWeights(torch.ones(channels, 4).bfloat16(), torch.zeros(values), torch.zeros(values), norm, 1e-6)
+    y = torch.randn(TOKENS, sum(heads.widths)).bfloat16().requires_grad_()
+    out, forward = peak(lambda: delta_mixer(y, heads, weights, Documents.of([0, TOKENS])), tmp_path)
+    _, backward = peak(lambda: torch.autograd.grad(out, y, torch.ones_like(out)), tmp_path)
+    none = Group(1, (1,), (0,), 0, False, 0, 0)
+    made = TOKENS * values * _made(DeltaAttention(none, none, *heads, norms=0))
+    assert 0.85 * made <= backward <= 1.15 * made and 0.8 * made <= 2 * forward <= 1.2 * made
