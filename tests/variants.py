@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import transformers
-from oracle import Run, fields_of, in_file_order, whole_tensor
+from oracle import TINY, Run, fields_of, in_file_order, whole_tensor
 from test_field_parity import LORA, SEQ_LENGTH, documents, plain_name
 from torch.nn.functional import layer_norm
 
@@ -56,7 +56,13 @@ def layout_runs(names: Sequence[str], every: bool = False) -> list[Run]:
     for name in names:
         chosen = LAYOUTS if every else [LAYOUTS[zlib.crc32(name.encode()) % len(LAYOUTS)]]
         runs += [Run(name, steps=1, learning_rate=1e-4, **layout) for layout in chosen]
-    return runs if every else [run.short(4) for run in runs]
+    return runs if every else [run.short(4).on(model=few_layers(run)) for run in runs]
+
+
+def few_layers(run: Run) -> dict[str, int]:
+    """Two layers where each is as the others and has a stage to be on: the fields of the model that say so."""
+    by_layer = any("layer" in field or "pattern" in field for field in fields_of(run.family).keys() - TINY.keys())
+    return {} if by_layer or run.pp > 2 else {"num_hidden_layers": 2}
 
 
 # ---- transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -107,13 +108,15 @@ def test_hostile_templates_are_one_line(name):
 def test_hostile_templates_take_little_memory():
     """All of them one after another, in a process that may not have much more than the interpreter itself."""
     script = """
+        import json
         import resource
-        from test_rendering import HOSTILE, MESSAGES
+        import sys
         from megalora.data.rendering import Renderer, size_of
+        hostile, messages = json.load(sys.stdin)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for source in HOSTILE.values():
+        for source in hostile:
             try:
-                Renderer(source, "t").render(size_of(MESSAGES), messages=MESSAGES)
+                Renderer(source, "t").render(size_of(messages), messages=messages)
             except Exception as error:
                 assert not isinstance(error, MemoryError), source
             else:
@@ -123,10 +126,10 @@ def test_hostile_templates_take_little_memory():
     import os
     import textwrap
 
-    paths = os.pathsep.join(map(str, (tiny.ROOT, tiny.ROOT / "tests", tiny.ROOT / "tests" / "data")))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        input=json.dumps([[*HOSTILE.values()], MESSAGES]),
+        env=os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 512  # MiB
