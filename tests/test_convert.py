@@ -10,7 +10,9 @@ import pytest
 import tiny
 import torch
 from oracle import FAMILIES, MODERN, TINY
+from peak_memory import growth
 from safetensors.torch import load_file, save_file
+from spawn import spawn
 from told import user_error
 
 from megalora import cli
@@ -311,23 +313,10 @@ def test_one_process_only(capsys, monkeypatch, tmp_path):
 
 # ---- memory ----
 
-MEASURE = """
-    import sys
-    from pathlib import Path
-    import torch
-    from megalora import cli
+def grown(rank: int, world_size: int, words: list[str]) -> int:
+    """By how many bytes `megalora convert WORDS` raises the peak of a process."""
+    return growth(lambda: cli.main(["convert", *words]))
 
-    def peak():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(l for l in lines if l.startswith("VmHWM")).split()[1]) * 1024
-
-    import megalora.convert
-    torch.ones(1).bfloat16().float()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
-    before = peak()
-    assert cli.main(["convert", *sys.argv[1:]]) == 0
-    print(peak() - before)
-"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
@@ -347,7 +336,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         peaks.append({})
         for command, flags in ways.items():
             output = tmp_path / f"{command}-{layers}"
-            peaks[-1][command] = tiny.measured(MEASURE, command, "--input", folder, "--output", output, *flags)[-1]
+            words = [command, "--input", str(folder), "--output", str(output), *flags]
+            (peaks[-1][command],) = spawn(grown, 1, words)
             folder = output
         assert sums(folder) == sums(source)
     more = sizes[1] - sizes[0]

@@ -10,9 +10,15 @@ import sys
 import pytest
 import tiny
 import torch
+from peak_memory import growth
 from safetensors.torch import save_file
+from spawn import spawn
 
+from megalora.building import load_base_weights
 from megalora.models.config import read_config
+from megalora.models.stage import Stage
+from megalora.parallel.mesh import Axis
+from megalora.parallel.placement import Placement
 
 MEGABYTE = 1 << 20
 FIELDS = tiny.FIELDS | {
@@ -23,35 +29,17 @@ FIELDS = tiny.FIELDS | {
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
 }
-MEASURE = """
-    import sys
-    from pathlib import Path
-    import torch
-    from megalora.building import load_base_weights
-    from megalora.models.config import read_config
-    from megalora.models.stage import Stage
-    from megalora.parallel.placement import Placement
-    from megalora.parallel.mesh import Axis
 
-    def peak():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(l for l in lines if l.startswith("VmHWM")).split()[1]) * 1024
 
-    folder, tp_rank, tp, first, stop, dtype = sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6]
+def loaded(rank: int, world_size: int, folder, tp_rank: int, tp: int, first: int, stop: int, dtype: torch.dtype):
+    """(bytes by which the peak grows, bytes of this part, bytes of its largest tensor)"""
     config = read_config(folder)
-    place = Placement(Axis(tp_rank, tuple(range(tp))), False, getattr(torch, dtype), "cpu")
-    ends = {"first": first == 0, "last": stop == config.num_hidden_layers}
-    stage = Stage(config, range(first, stop), place, **ends)
-    torch.ones(1).bfloat16().float()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
-    before = peak()
-    load_base_weights(stage, folder)
-    grown = peak() - before
-    own = sum(p.numel() * p.element_size() for p in stage.parameters())
-    largest = max(p.numel() * p.element_size() for p in stage.parameters())
+    place = Placement(Axis(tp_rank, tuple(range(tp))), False, dtype, "cpu")
+    stage = Stage(config, range(first, stop), place, first=first == 0, last=stop == config.num_hidden_layers)
+    grown = growth(lambda: load_base_weights(stage, folder))
     assert all(bool(p.flatten()[[0, -1]].eq(1).all()) for p in stage.parameters()), "not loaded"
-    print(grown, own, largest)
-"""
+    sizes = [p.numel() * p.element_size() for p in stage.parameters()]
+    return grown, sum(sizes), max(sizes)
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +63,11 @@ def folder(tmp_path_factory):
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     "tp_rank, tp, first, stop, dtype",
-    [(1, 4, 0, 8, "bfloat16"), (0, 1, 4, 8, "bfloat16"), (3, 4, 0, 2, "float32")],
+    [(1, 4, 0, 8, torch.bfloat16), (0, 1, 4, 8, torch.bfloat16), (3, 4, 0, 2, torch.float32)],
     ids=["tp4", "the last of pp2", "tp4, the first of pp4, another dtype"],
 )
 def test_a_rank_holds_its_own_part_and_little_more(folder, tp_rank, tp, first, stop, dtype):
-    grown, own, largest = tiny.measured(MEASURE, folder, tp_rank, tp, first, stop, dtype)
+    ((grown, own, largest),) = spawn(loaded, 1, folder, tp_rank, tp, first, stop, dtype)
     print(f"growth {grown / MEGABYTE:.0f} MB, own slice {own / MEGABYTE:.0f} MB")
     assert own < 260 * MEGABYTE, "a part, of which the whole would be seen"
     assert grown <= own + largest + 300 * MEGABYTE

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,17 +216,6 @@ def torchrun(
         [*launcher, str(ROOT / "tools" / tool), *flags],
         capture_output=True, text=True, timeout=PATIENCE, cwd=folder, input=stdin, env=environment,
     )  # fmt: skip
-
-
-def measured(script: str, *words: object) -> list[int]:
-    """The numbers that a Python script prints in a process of its own, on one thread."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, words)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [int(word) for word in done.stdout.split() if word.isdecimal()]
 
 
 def metrics(output_dir: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -3,18 +3,17 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peak_memory import growth
 from safetensors.torch import save_file
+from spawn import spawn
 from torch import nn
-from waiting import PATIENCE
 
 from megalora.checkpoint.base import hf
 from megalora.checkpoint.base.shards import save_base_shards
@@ -309,45 +308,6 @@ def test_fingerprint_sees_names_shapes_dtypes_and_values(folder, tmp_path):
 
 # ---- memory ----
 
-MEASURE = """
-    import sys
-    from pathlib import Path
-    import torch
-    from megalora.checkpoint.base.weights import BaseNames, load_base
-    from megalora.models.spec import FileNames
-    from megalora.parallel.split import Split
-    folder, dim, rows, columns, count = sys.argv[1], int(sys.argv[2]), *map(int, sys.argv[3:6])
-
-    class Weights(torch.nn.Module):  # not in the test's own file: nothing but the loader is measured
-        def __init__(self, split):
-            super().__init__()
-            self.model = torch.nn.ParameterDict(
-                {
-                    f"w{i}": torch.nn.Parameter(torch.empty(split.local_shape, dtype=torch.bfloat16), False)
-                    for i in range(count)
-                }
-            )
-
-    def peak():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(l for l in lines if l.startswith("VmHWM")).split()[1]) * 1024
-
-    shape = (rows, columns)
-    split = Split.range(shape, dim, 0, shape[dim] // 4)
-    module = Weights(split)
-    names = [name for name, _ in module.named_parameters()]
-    torch.ones(1).bfloat16().float()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
-    before = peak()
-    whole = dict.fromkeys(names, shape)
-    expected = BaseNames(whole, "model.embed_tokens.weight", "lm_head.weight", False, FileNames())
-    load_base(module, folder, splits=dict.fromkeys(names, split), names=expected)
-    grown = peak() - before
-    assert all(bool((p == i).all()) for i, p in enumerate(module.parameters()))
-    print(grown)
-"""
-
-
 @pytest.fixture(scope="module")
 def big_folder(tmp_path_factory):
     """Five bf16 tensors of 96 MB: 480 MB in one file, as safetensors in hf/ and as a shard in shards/."""
@@ -362,18 +322,21 @@ def big_folder(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def growth(folder, dim: int) -> int:
-    """By how many bytes the peak resident memory of a process grows that loads a quarter of each tensor."""
-    root = str(Path(__file__).resolve().parents[3])
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURE), str(folder), str(dim), "24000", "2000", "5"],
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
+def loaded(rank: int, world_size: int, folder: Path, dim: int) -> int:
+    """By how many bytes the peak of a process grows that loads a quarter of each tensor."""
+    shape = (24_000, 2_000)
+    split = Split.range(shape, dim, 0, shape[dim] // 4)
+    module = nn.Module()
+    module.model = nn.ParameterDict(
+        {f"w{i}": nn.Parameter(torch.empty(split.local_shape, dtype=torch.bfloat16), False) for i in range(5)}
     )
-    assert run.returncode == 0, run.stderr
-    return int(run.stdout)
+    names = [name for name, _ in module.named_parameters()]
+    expected = BaseNames(
+        dict.fromkeys(names, shape), "model.embed_tokens.weight", "lm_head.weight", False, FileNames()
+    )
+    grown = growth(lambda: load_base(module, folder, splits=dict.fromkeys(names, split), names=expected))
+    assert all(bool((p == i).all()) for i, p in enumerate(module.parameters()))
+    return grown
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
@@ -383,7 +346,7 @@ def test_peak_memory_is_the_slice_and_little_more(big_folder, form, spare, dim):
     megabyte = 1 << 20
     tensor = 24_000 * 2_000 * 2
     own, largest = 5 * tensor // 4, tensor // 4
-    grown = growth(big_folder / form, dim)
+    (grown,) = spawn(loaded, 1, big_folder / form, dim)
     print(f"growth {grown / megabyte:.0f} MB, own slice {own / megabyte:.0f} MB")
     assert grown <= own + largest + 300 * megabyte
     # Tighter than promised: its own slice, a buffer (for shards, of mapped pages), and what torch sets up.
