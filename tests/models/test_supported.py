@@ -48,8 +48,7 @@ def tested() -> dict[str, dict[str, set[str]]]:
         + ("test_multimodal.py",),
     )
     runs = variants.layout_runs(list(MODERN)) + classic.layouts()
-    runs += [run for family in EXPERTS for run in experts.layouts(family)]
-    runs += classes.layouts() + pairs.layouts() + images.layouts()
+    runs += experts.layouts() + classes.layouts() + pairs.layouts() + images.layouts()
     in_suite, in_proof = ({kind(run.family) for run in some} for some in (runs, classic.layouts(every=True)))
     found = {"layouts": {"all": {*FAMILIES}, "yes": in_suite, "proof": in_proof}}
     modern, six = set(map(kind, MODERN)), set(FAMILIES)
