@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import tiny
+from spawn import spawn
 from tiny import column, tune
 
 
@@ -63,3 +64,15 @@ def test_all_ranks_read_what_one_has_made(inputs, tmp_path):
     assert column(tmp_path / "one", "tokens") == column(tmp_path / "two", "tokens")
     assert column(tmp_path / "one", "loss") == pytest.approx(column(tmp_path / "two", "loss"), rel=1e-5)
     assert len(list((tmp_path / "cache").glob("*/ids.bin"))) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_that_cannot_be_used_are_a_line_a_kind(inputs, tmp_path, world_size):
+    """On the terminal too, behind what the ranks agree on."""
+    rows = [{"instruction": "a", "output": ""}, {"instruction": "why " * 99, "output": "b"}, {"instruction": "c"}]
+    flags = inputs.flags(tmp_path / "run", data_path=tiny.write_json(tmp_path / "bad.json", rows * 2))
+    (done,) = tiny.run(0, 1, [flags]) if world_size == 1 else spawn(tiny.run, 2, [flags])[0]
+    first, *kinds, lengths, hint = done.err.removeprefix("error: ").splitlines()
+    assert (done.status, first) == (2, "6 of 6 rows cannot be used:") and len(kinds) == 3
+    assert all(kind.startswith("2 x ") for kind in kinds) and lengths.startswith("the longest row is ")
+    assert hint == "hint: fix them, or leave bad rows out with --on_bad_row skip"

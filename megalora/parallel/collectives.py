@@ -108,12 +108,12 @@ def agree(error: UserError | None, axis: Axis) -> None:
 
     The message is that of the lowest rank that has one, with its rank named unless all have the same.
     """
-    errors = gather_objects(None if error is None else (error.message, error.hint), axis)
+    errors = gather_objects(None if error is None else (type(error), error.message, error.hint), axis)
     failed = [rank for rank, parts in enumerate(errors) if parts is not None]
     if failed:
-        message, hint = errors[failed[0]]
+        kind, message, hint = errors[failed[0]]
         same = len(failed) == axis.size and len(set(errors)) == 1
-        raise UserError(message if same or failed[0] == 0 else f"{message} (on rank {axis.ranks[failed[0]]})", hint)
+        raise kind(message if same or failed[0] == 0 else f"{message} (on rank {axis.ranks[failed[0]]})", hint)
 
 
 def on_first(work: Callable[[], T], axis: Axis) -> T:
@@ -123,10 +123,11 @@ def on_first(work: Callable[[], T], axis: Axis) -> T:
         try:
             value = work()
         except UserError as raised:
-            error = raised.message, raised.hint
+            error = type(raised), raised.message, raised.hint
     value, error = broadcast_object((value, error), axis)
     if error is not None:
-        raise UserError(*error)
+        kind, *parts = error
+        raise kind(*parts)
     return value
 
 
