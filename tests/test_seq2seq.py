@@ -191,7 +191,7 @@ def test_beams_that_the_model_asks_for_are_told(models, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("lora", "flags", "told"),
     [
-        ({"task_type": "CAUSAL_LM"}, {}, "task_type CAUSAL_LM does not fit a t5"),
+        ({"task_type": "CAUSAL_LM"}, {}, r"CAUSAL_LM \(the default\) does not fit model_type t5: give SEQ_2_SEQ_LM"),
         ({"modules_to_save": ["shared"]}, {}, "training the embedding or the head of a t5 is not implemented"),
         ({"trainable_token_indices": [3]}, {}, "training the embedding or the head of a t5 is not implemented"),
         ({}, {"template": "chatml"}, "template has no effect for task_type SEQ_2_SEQ_LM"),

@@ -180,7 +180,8 @@ class LoraConfig:
             targets = ()
         if targets is None:
             if model_type not in DEFAULT_TARGET_MODULES:
-                raise UserError(f"lora_config: no default target_modules for model_type {model_type!r}", "name them")
+                said = f"lora_config: no default target_modules for model_type {model_type!r}"
+                raise UserError(said, 'give it target_modules: "all-linear", or a list of names')
             targets = DEFAULT_TARGET_MODULES[model_type]
             met = {name.rpartition(".")[2] for name in linears}
             targets = tuple(t for t in targets if t in met) or targets  # some are of another language model within it

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -323,8 +323,15 @@ def _labels_of_rows(
     task: str, data_path: str | Path, names: FieldNames, columns: Sequence[str]
 ) -> tuple[str, ...]:
     found: set[Label] = set()
+    read, wrong = reader(task, columns), None
     for source in parse_sources(str(data_path)):
-        found.update(_labels(reader(task, columns), read_rows(source.path), names))
+        for number, row in enumerate(read_rows(source.path)):
+            try:
+                found.update(read(row, f"{source.path} row {number}", names).labels)
+            except UserError as error:  # counted, and told, when the rows are encoded
+                wrong = wrong or error
+    if wrong is not None and not found:
+        raise wrong
     numbers = {label for label in found if isinstance(label, int)}
     if numbers and numbers != found:
         raise UserError(f"data_path {data_path}: some labels are names and some are numbers", "keep one kind")
@@ -339,12 +346,3 @@ def _labels_of_rows(
         )
     return default_names(count) if numbers else tuple(sorted(str(label) for label in found))
 
-
-def _labels(
-    read: Callable[..., TaggedWords | LabelledText], rows: Iterable[Any], names: FieldNames
-) -> Iterable[Label]:
-    for number, row in enumerate(rows):
-        try:
-            yield from read(row, f"row {number}", names).labels
-        except UserError:
-            continue  # counted, and told, when the rows are encoded

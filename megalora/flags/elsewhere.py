@@ -39,6 +39,10 @@ FLAGS = {  # ours, and what others call them
     "dtype": "torch_dtype precision mixed_precision",
     "max_new_tokens": "max_tokens",
 }
+NEEDLESS = {  # names of flags that need not be given, and why
+    "resume resume_training continue_training auto_resume": "the same command again goes on from the newest checkpoint "
+    "in its output_dir; --help lists all flags",
+}
 
 
 def advice(name: str, known: Iterable[str]) -> str | None:
@@ -49,5 +53,8 @@ def advice(name: str, known: Iterable[str]) -> str | None:
             return (
                 f"""{field} is a field of lora_config, a file or the fields: --lora_config '{{"{field}": {value}}}'"""
             )
+    for names, why in NEEDLESS.items():
+        if name in names.split() and "output_dir" in known:
+            return f"leave it out: {why}"
     ours = next((ours for ours, names in FLAGS.items() if name in names.split() and ours in known), None)
     return None if ours is None else f"here it is --{ours}; --help lists all flags"

@@ -275,8 +275,9 @@ def check_task(task: str, config: ModelSpec, where: str) -> None:
     """Raise UserError where a model cannot be trained for a task."""
     if task not in config.tasks:
         raise UserError(
-            f"{where}: task_type {task} does not fit a {config.model_type}",
-            f"choose {' or '.join(config.tasks)}, or another model",
+            f"{where}: task_type {task}{' (the default)' * (task == 'CAUSAL_LM')} does not fit model_type "
+            f"{config.model_type}",
+            f"give {' or '.join(config.tasks)} as task_type, or take another model",
         )
 
 

@@ -166,6 +166,10 @@ def test_labels_of_config_and_data(tmp_path):
         file.write_text(json.dumps(content))
         with pytest.raises(UserError, match=told):
             choose_labels("SEQ_CLS", tmp_path, file, FieldNames())
+    file.write_text(json.dumps([{"input": "a", "output": "b"}] * 2))
+    for task, shape in (("SEQ_CLS", r"{text, label}"), ("TOKEN_CLS", r"{tokens, tags}")):
+        with pytest.raises(UserError, match=rf"row 0: no known shape \(fields input, output\): write {shape}"):
+            choose_labels(task, tmp_path, file, FieldNames())
     (tmp_path / "config.json").write_text(json.dumps({"problem_type": "regression"}))
     with pytest.raises(UserError, match="problem_type"):
         choose_labels("SEQ_CLS", tmp_path, file, FieldNames())

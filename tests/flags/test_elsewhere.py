@@ -26,6 +26,7 @@ def test_the_tables_are_sound():
         (parse_finetune, "lora_target", """--lora_config '{"target_modules": "all-linear"}'"""),
         (parse_finetune, "cutoff_len", "here it is --seq_length"),
         (parse_finetune, "lr", "here it is --learning_rate"),
+        (parse_finetune, "resume", "leave it out: the same command again goes on from the newest checkpoint"),
         (parse_generate, "max_tokens", "here it is --max_new_tokens"),
     ],
 )
