@@ -125,7 +125,7 @@ def test_the_32_model_types_of_the_reference():
 
 
 def test_a_model_type_without_default_asks_for_names():
-    with pytest.raises(UserError, match="no default target_modules for model_type 'gpt5': give it target_modules"):
+    with pytest.raises(UserError, match="no default target_modules for model_type 'gpt5': name them, or all"):
         resolved("gpt5")
 
 

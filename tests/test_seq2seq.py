@@ -17,7 +17,7 @@ import megalora
 from megalora import cli
 from megalora.data.encode import EncodeSettings
 from megalora.data.packing import Sides
-from megalora.data.pairs import PairRows
+from megalora.data.pairs import PairRows, read_pair
 from megalora.data.readers import Chunk
 from megalora.data.tokenizer import OpenedTokenizer
 from megalora.errors import UserError
@@ -204,6 +204,12 @@ def test_beams_that_the_model_asks_for_are_told(models, tmp_path, capfd):
 def test_what_is_refused(lora, flags, told, models, tmp_path):
     with pytest.raises(UserError, match=told):
         tune(tmp_path, models["t5, version 1.1"], lora, **flags)
+
+
+def test_rows_of_instructions_are_told_that_there_is_one_source():
+    row = {"instruction": "a", "input": "", "output": "b"}
+    with pytest.raises(UserError, match="row 7: has an instruction and an input, .* write both into one field"):
+        read_pair(row, "row 7")
 
 
 def test_what_replies_cannot_be_asked_for(models):

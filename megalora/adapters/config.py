@@ -175,13 +175,11 @@ class LoraConfig:
         stacks   full name of each tensor that holds the weights of several linears -> their names
         Raises UserError where nothing matches, a name in the list matches nothing, or a layer index does not exist.
         """
-        targets = self.target_modules
-        if targets is None and self.target_parameters:
-            targets = ()
+        targets = () if self.target_modules is None and self.target_parameters else self.target_modules
         if targets is None:
             if model_type not in DEFAULT_TARGET_MODULES:
                 said = f"lora_config: no default target_modules for model_type {model_type!r}"
-                raise UserError(said, 'give it target_modules: "all-linear", or a list of names')
+                raise UserError(said, 'name them, or all: --lora_config \'{"target_modules": "all-linear"}\'')
             targets = DEFAULT_TARGET_MODULES[model_type]
             met = {name.rpartition(".")[2] for name in linears}
             targets = tuple(t for t in targets if t in met) or targets  # some are of another language model within it

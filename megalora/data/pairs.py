@@ -61,6 +61,9 @@ def read_pair(
         kind = "an empty object" if row == {} else f"a JSON {json_type(row)}"
         raise UserError(f"{where}: a row must be an object with fields, this is {kind}", "write each row as an object")
     fields = Fields(row, where, "", names or FieldNames(), Counter() if seen is None else seen)
+    if {"instruction", "input"} <= row.keys() and not (names and names.columns):
+        said = f"{where}: has an instruction and an input, and an encoder-decoder reads one source"
+        raise UserError(said, "write both into one field, as {source, target}")
     found = [pair for pair in PAIRS if pair[0] in fields and pair[1] in fields]
     if question and not found:
         found = [(name, "") for name in _SOURCES if name in fields]
