@@ -151,6 +151,60 @@ EXPERTS = {
         "embedding_multiplier": 12.0, "attention_multiplier": 0.21, "logits_scaling": 6.0, "residual_multiplier": 0.22,
         "tie_word_embeddings": True,
     },
+    "granitemoeshared": {
+        "model_type": "granitemoeshared", "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24,
+        "embedding_multiplier": 6.0, "attention_multiplier": 0.21, "logits_scaling": 3.0, "residual_multiplier": 0.3,
+        "shared_intermediate_size": 40,
+    },
+    "granitemoe_swa": {
+        "model_type": "granitemoe_swa", "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24,
+        "attention_multiplier": 0.21, "logits_scaling": 3.0, "residual_multiplier": 0.3, "tie_word_embeddings": True,
+        "shared_intermediate_size": 32, "sliding_window": 6, "layer_rope_theta": [1e4, 0, 5e5],
+    },
+    "exaone_moe": {
+        "model_type": "exaone_moe", "num_experts": 6, "num_experts_per_tok": 3, "num_shared_experts": 2, "head_dim": 8,
+        "moe_intermediate_size": 16, "sliding_window": 5, "sliding_window_pattern": 2, "n_group": 2, "topk_group": 1,
+    },
+    "hunyuan_v1_moe": {
+        "model_type": "hunyuan_v1_moe", "num_experts": 5, "moe_topk": 2, "head_dim": 8, "intermediate_size": 24,
+        "pad_token_id": 0, "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    },
+    "mistral4": {
+        "model_type": "mistral4", "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "moe_intermediate_size": 24, "first_k_dense_replace": 1, "q_lora_rank": 28, "kv_lora_rank": 20,
+        "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 8, "pad_token_id": 0,
+        "n_group": 2, "topk_group": 1,
+        "rope_parameters": {
+            "type": "yarn", "rope_type": "yarn", "rope_theta": 1e5, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.4,
+            "max_position_embeddings": 256, "partial_rotary_factor": 0.4,
+        },
+    },
+    "sarvam_mla": {
+        "model_type": "sarvam_mla", "num_experts": 5, "num_experts_per_tok": 2, "num_shared_experts": 1,
+        "moe_intermediate_size": 16, "routed_scaling_factor": 2.5, "kv_lora_rank": 20, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4, "v_head_dim": 5, "num_key_value_heads": 8, "rope_theta": 10000.0,
+    },
+    "cohere2_moe": {
+        "model_type": "cohere2_moe", "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 10, "sliding_window": 6,
+        "sliding_window_pattern": 2, "logit_scale": 0.7, "pad_token_id": 0, "intermediate_size": 24,
+        "rms_norm_eps": None, "num_shared_experts": 2, "first_k_dense_replace": 1, "expert_selection_fn": "sigmoid",
+        "prefix_dense_intermediate_size": 40,
+    },
+    "gemma4_text, experts": {
+        "model_type": "gemma4_text", "head_dim": 6, "global_head_dim": 10, "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 6, "pad_token_id": 0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "enable_moe_block": True,
+        "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 24,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.4, "rope_theta": 2e5},
+        },
+    },
+    "hy_v3": {
+        "model_type": "hy_v3", "num_experts": 6, "num_experts_per_tok": 3, "num_shared_experts": 1, "head_dim": 10,
+        "moe_intermediate_size": 24, "enable_moe_fp32_combine": False,
+    },
     "llama4_text": {
         "model_type": "llama4_text", "num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size": 32,
         "intermediate_size_mlp": 56, "head_dim": 8, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 3,
@@ -361,6 +415,40 @@ MODERN = {
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2, "num_key_value_heads": 8,
         "full_attention_interval": 2, "tie_word_embeddings": True,
     },
+    "vaultgemma": {
+        "model_type": "vaultgemma", "head_dim": 10, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 17, "sliding_window": 7, "pad_token_id": 0,
+    },
+    "ministral": {"model_type": "ministral", "head_dim": 8, **_LAST_IS_FULL},
+    "nanochat": {"model_type": "nanochat", "num_key_value_heads": 2, "final_logit_softcapping": 2.0},
+    "jais2": {"model_type": "jais2", **_NO_RMS, "head_dim": 8},
+    "youtu": {
+        "model_type": "youtu", "num_key_value_heads": 8, "q_lora_rank": 28, "kv_lora_rank": 20, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4, "v_head_dim": 5, "tie_word_embeddings": True, "rope_theta": 1.6e6,
+    },
+    "gemma4_text": {
+        "model_type": "gemma4_text", "head_dim": 6, "global_head_dim": 10, "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 6, "pad_token_id": 0,
+        "layer_types": ["full_attention", "sliding_attention"] * 2, "final_logit_softcapping": 2.0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.4, "rope_theta": 2e5},
+        },
+    },
+    "gemma4_text, values of their own": {
+        "model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
+        **_LAST_IS_FULL, "pad_token_id": 0, "attention_bias": True, "tie_word_embeddings": False,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 2e5},
+        },
+    },
+    "iquestcoder": {"model_type": "iquestcoder", "head_dim": 8, "rope_theta": 5e5},
+    "granite_swa": {
+        "model_type": "granite_swa", "embedding_multiplier": 12.0, "attention_multiplier": 0.21, "logits_scaling": 3.0,
+        "residual_multiplier": 0.22, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "layer_rope_theta": [0, 1e4, 5e5, 1e4], "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 # Fields of TINY that a family's config does not have.
 # Encoders, with the dropouts that their configs have in practice.
@@ -452,9 +540,12 @@ IMAGES = {
 _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
-    "ernie4_5_moe": ("head_dim",), "granitemoe": ("head_dim",), "olmoe": ("head_dim",),
-    "qwen3_5_moe_text": ("intermediate_size",), "solar_open": ("intermediate_size",),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"), ("head_dim",)),
+    "youtu": ("head_dim",), "ernie4_5_moe": ("head_dim",), "granitemoe": ("head_dim",), "olmoe": ("head_dim",),
+    "granitemoeshared": ("head_dim",), "granitemoe_swa": ("head_dim",), "solar_open": ("intermediate_size",),
+    "qwen3_5_moe_text": ("intermediate_size",),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "mistral4", "sarvam_mla"), ("head_dim",)
+    ),
     "gpt_neox": _OLD, "phi3": ("head_dim",), "phi": ("rms_norm_eps", "head_dim"), "gpt_neo": _OLD,
     **dict.fromkeys(ENCODERS, _OLD),
     "distilbert": _OLDER,

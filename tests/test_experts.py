@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import sys
 from dataclasses import replace
 
 import oracle
@@ -21,7 +22,7 @@ from oracle import ALL_LINEAR, EXPERTS, Run, fields_of, in_file_order, largest_d
 from safetensors.torch import save_file
 from spawn import spawn
 from test_field_parity import documents
-from variants import check_greedy, class_of, with_float64
+from variants import check_greedy, class_of, model_class, with_float64
 
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.sharing import in_common
@@ -223,10 +224,14 @@ def test_ranks_and_scales_of_single_experts():
 MIXTRAL = {"mixtral", "minimax_m2"}  # with its names in the files: transformers' modules have others
 # Parts of names in transformers' modules -> in the files.
 RENAMED = {kind: {".mlp.": ".block_sparse_moe."} for kind in MIXTRAL}
-RENAMED["granitemoe"] = {
-    ".experts.gate_up_proj": ".input_linear.weight", ".experts.down_proj": ".output_linear.weight",
-    ".router.weight": ".router.layer.weight",
-}  # fmt: skip
+RENAMED |= dict.fromkeys(
+    ("granitemoe", "granitemoeshared"),
+    {
+        ".experts.gate_up_proj": ".input_linear.weight", ".experts.down_proj": ".output_linear.weight",
+        ".router.weight": ".router.layer.weight",
+    },
+)  # fmt: skip
+RENAMED["exaone_moe"] = {".mlp.gate.e_score_correction_bias": ".mlp.e_score_correction_bias"}
 RENAMED |= {"ernie4_5_moe": {".gate.moe_statics.": ".moe_statics."}}
 
 
@@ -264,11 +269,11 @@ def precise_norm(monkeypatch):
         return (getattr(self, "weight", 1) + offset) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
     for family in EXPERTS:
-        config = transformers.CONFIG_MAPPING[class_of(family)].__module__
-        modeling = importlib.import_module(config.replace(".configuration_", ".modeling_"))
+        modeling = sys.modules[model_class(EXPERTS[family]["model_type"]).__module__]
         for name in [name for name in vars(modeling) if name.endswith(("RMSNorm", "L2Norm")) and name[0] != "_"]:
             monkeypatch.setattr(getattr(modeling, name), "forward", forward)
-        for name in [name for name in vars(modeling) if name.lower().endswith(("topkrouter", "llama4router"))]:
+        routers = ("topkrouter", "llama4router", "v1gate")
+        for name in [name for name in vars(modeling) if name.lower().endswith(routers)]:
             router = getattr(modeling, name)
             monkeypatch.setattr(router, "forward", in_double(router.forward))
         for name in [name for name in vars(modeling) if name.endswith("GatedDeltaNet")]:
@@ -310,6 +315,10 @@ def clamped_as_configured(monkeypatch):
     monkeypatch.setattr(experts, "__init__", configured)
 
 
+# Those whose rotations, norms, temperatures or sinks transformers computes in float32.
+IN_FLOAT32 = ("cohere2_moe", "deepseek_v2", "ernie4_5_moe", "granitemoe_swa", "llama4_text", "mistral4")
+
+
 @pytest.mark.parametrize("family", EXPERTS)
 def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
     lora, dtype = EVERY | {"lora_dropout": 0.0}, torch.float64
@@ -321,9 +330,10 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
     splits, trained = named_splits(stage), stage.trainable()
     ours = {name: in_file_order(splits[name], p.detach()) for name, p in stage.named_parameters()}
     fields = fields_of(family)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.CONFIG_MAPPING[class_of(fields.pop("model_type"))](**fields),
-        attn_implementation="eager" if family == "gpt_oss" else "sdpa",
+    kind = fields.pop("model_type")
+    model = model_class(kind)._from_config(
+        transformers.CONFIG_MAPPING[class_of(kind)](**fields),
+        attn_implementation="eager" if family in ("gpt_oss", "granitemoe_swa") else "sdpa",
         experts_implementation="eager",
     ).to(dtype)
     places = plain_names(family, model)
@@ -347,8 +357,7 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
             loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
             loss.backward()
             theirs_loss += loss.item()
-    # Those whose rotations transformers computes in float32.
-    tolerance = 1e-5 if family in ("deepseek_v2", "ernie4_5_moe", "llama4_text") else 1e-10
+    tolerance = 1e-5 if family in IN_FLOAT32 else 1e-10
     assert abs(ours_loss - theirs_loss) <= tolerance * abs(theirs_loss)
     for name, adapter in resolved.adapters.items():
         place, holder = places[f"{name}.weight"]

@@ -48,6 +48,19 @@ MODELS = {
         },
         _TOWER,
     ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        {
+            "model_type": "gemma4_text", "sliding_window": 6, "head_dim": 10, "global_head_dim": 12,
+            "num_hidden_layers": 3,
+            "num_global_key_value_heads": 2, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.34, "rope_theta": 1e6},
+            },
+        },
+        _TOWER | {"head_dim": 16, "num_key_value_heads": 2},
+    ),
     "mistral3": ("Mistral3ForConditionalGeneration", {"model_type": "mistral"}, _TOWER | {"model_type": "pixtral"}),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", _SECTIONS, _QWEN_TOWER | {"hidden_size": 48}),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", _SECTIONS, _QWEN_TOWER),
@@ -225,9 +238,10 @@ def test_defaults_of_text_config(kind):
     inner = MODELS[kind][1].get("model_type", f"{kind}_text")
     if inner not in transformers.CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {inner}")
-    full = transformers.CONFIG_MAPPING[inner]().to_dict()
+    own = {"hidden_size_per_layer_input": 0} if kind == "gemma4" else {}  # else it is refused
+    full = transformers.CONFIG_MAPPING[inner](**own).to_dict()
     short, said = (
-        config_from_dict({"model_type": kind, "text_config": {"model_type": inner, **fields}}) for fields in ({}, full)
+        config_from_dict({"model_type": kind, "text_config": {"model_type": inner, **fields}}) for fields in (own, full)
     )
     assert replace(short, dtype=said.dtype) == said
 

@@ -8,6 +8,7 @@ longer than a run.
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import sys
 import zlib
@@ -73,16 +74,30 @@ def class_of(model_type: str) -> str:
     return known_families()[model_type].config_class or model_type
 
 
+def model_class(model_type: str) -> type:
+    """transformers' class of a model of this type that writes text, whether AutoModelForCausalLM names it or not."""
+    config = transformers.CONFIG_MAPPING[class_of(model_type)]
+    try:
+        return transformers.AutoModelForCausalLM._model_mapping[config]
+    except KeyError:  # of mistral4, which is published within mistral3 alone
+        modeling = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+        return getattr(modeling, config.__name__.removesuffix("Config") + "ForCausalLM")
+
+
 def peer_of(name: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """transformers' model of the variant, with weights made from their names."""
     raw = fields_of(name)
-    config = transformers.CONFIG_MAPPING[class_of(raw.pop("model_type"))](**raw)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    kind = raw.pop("model_type")
+    config = transformers.CONFIG_MAPPING[class_of(kind)](**raw)
+    model = model_class(kind)._from_config(config, attn_implementation=attention).to(dtype)
     tied = bool(config.tie_word_embeddings)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             assert not (tied and key.startswith("lm_head")), "tied weights are one parameter"
             parameter.copy_(whole_tensor(key, tuple(parameter.shape), 0.15))
+        for key, buffer in model.named_buffers():
+            if key.endswith("layer_scalar"):  # of gemma4
+                buffer.copy_(whole_tensor(key, (1,), 0.15).abs() + 0.7)
     return model.eval()
 
 
@@ -154,11 +169,11 @@ def in_float64(model: torch.nn.Module) -> None:
             module.forward = functools.partial(layer_norm, normalized_shape=module.normalized_shape, eps=1e-5)
         if not kind.endswith("RMSNorm"):
             continue
-        offset = float(kind.startswith(("Gemma", "Qwen3_5", "Qwen3Next")))
+        offset = float(kind.startswith(("Gemma", "VaultGemma", "Qwen3_5", "Qwen3Next")) and "Gemma4" not in kind)
         eps = getattr(module, "variance_epsilon", None) or module.eps
 
         def forward(x, module=module, offset=offset, eps=eps):
-            return (module.weight + offset) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+            return (getattr(module, "weight", 1.0) + offset) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
         module.forward = forward
 

@@ -40,7 +40,7 @@ DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
     "gemma2": ("q_proj", "v_proj"),
     "gemma3_text": ("q_proj", "v_proj"),
     **dict.fromkeys(
-        ("gemma3", "llama4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("q_proj", "v_proj")
+        ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("q_proj", "v_proj")
     ),  # of the language model alone
     "qwen2": ("q_proj", "v_proj"),
     "qwen3": ("q_proj", "v_proj"),

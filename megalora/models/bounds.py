@@ -77,6 +77,20 @@ class Each:
 
 
 @dataclass(frozen=True)
+class OneOrEach:
+    """A number, or a list with one for each layer."""
+
+    of: Number
+
+    @property
+    def told(self) -> str:
+        return f"{self.of.told}, or a list of these for the layers"
+
+    def allows(self, value: Any) -> bool:
+        return self.of.allows(value) or Each(self.of, MOST_LAYERS).allows(value)
+
+
+@dataclass(frozen=True)
 class Kinds:
     """A list of names, or one text with "|" between them."""
 
@@ -126,9 +140,11 @@ BOUNDS: Mapping[str, Bound] = {
         Number(True, 1, 1 << 24),
         """hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size n_inner ffn_dim
         ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank d_model d_ff encoder_ffn_dim
-        decoder_ffn_dim intermediate_size_mlp pooler_hidden_size dim_model_base hidden_dim""",
+        decoder_ffn_dim intermediate_size_mlp prefix_dense_intermediate_size pooler_hidden_size dim_model_base
+        hidden_dim""",
     ),
     **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),
+    **_all(Number(True, 0, 1 << 24), "shared_intermediate_size"),
     **_all(Number(True, 0, 1 << 16), "type_vocab_size"),
     **_all(Number(True, 1, 1 << 16), "task_type_vocab_size"),
     **_all(Number(True, 0, 1 << 28), "pad_token_id decoder_start_token_id forced_bos_token_id"),
@@ -136,7 +152,7 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(
         Number(True, 1, MOST_LAYERS),
         """num_hidden_layers decoder_sparse_step moe_layer_interval num_layers num_decoder_layers encoder_layers
-        decoder_layers global_attn_every_n_layers full_attention_interval""",
+        decoder_layers global_attn_every_n_layers full_attention_interval prefix_dense_sliding_window_pattern""",
     ),
     "moe_layer_end_index": Number(True, -1, MOST_LAYERS),
     **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index"),
@@ -144,6 +160,9 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(Each(Word(), MOST_LAYERS), "layer_types mlp_layer_types attention_layers"),
     **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers"),
     **_all(Each(Number(True, 0, 1), MOST_LAYERS), "no_rope_layers attn_type_list"),
+    **_all(OneOrEach(Number(True, 1, 1 << 10)), "moe_topk num_shared_expert"),
+    "experts_intermediate_size": OneOrEach(Number(True, 1, 1 << 24)),
+    "layer_rope_theta": Each(Number(False, 0.0, 1e15), MOST_LAYERS),
     "attention_types": Repeated(),
     "expansion_ratio": Number(True, 1, 1 << 8),
     # heads
@@ -156,7 +175,8 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(Number(True, 1, 1 << 14), "linear_value_head_dim linear_conv_kernel_dim"),
     **_all(Number(True, 4, 1 << 16), "relative_attention_num_buckets relative_attention_max_distance"),
     **_all(Number(True, -1, 1 << 16), "max_relative_positions position_buckets"),
-    **_all(Number(True, 2, 1 << 14), "head_dim qk_rope_head_dim rotary_dim attention_head_size"),
+    **_all(Number(True, 2, 1 << 14), "head_dim full_head_dim qk_rope_head_dim rotary_dim attention_head_size"),
+    "full_kv_heads": _HEADS,
     "num_ln_in_parallel_attn": Number(True, 1, 2),
     # documents
     **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size attention_chunk_size local_attention"),
@@ -164,8 +184,8 @@ BOUNDS: Mapping[str, Bound] = {
     "sliding_window": Number(True, 0, 1 << 32),  # transformers writes 0 where use_sliding_window is false
     # experts
     **_all(_EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts n_group topk_group"),
-    **_all(Number(True, 1, 1 << 10), "num_experts_per_tok"),
-    **_all(Number(True, 0, 1 << 10), "n_shared_experts moe_num_shared_experts"),
+    **_all(Number(True, 1, 1 << 10), "num_experts_per_tok top_k_experts"),
+    **_all(Number(True, 0, 1 << 10), "n_shared_experts moe_num_shared_experts num_shared_experts"),
     # factors
     **_all(
         Number(False, 1e-30, 1.0),
@@ -173,10 +193,10 @@ BOUNDS: Mapping[str, Bound] = {
     ),
     **_all(
         Number(False, 1e-9, 1e9),
-        """routed_scaling_factor attention_multiplier embedding_multiplier residual_multiplier logits_scaling
-        logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping scale_emb scale_depth
-        mup_embeddings_scale mup_output_alpha mup_width_scale floor_scale attn_scale swiglu_alpha swiglu_limit
-        clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
+        """routed_scaling_factor router_scaling_factor attention_multiplier embedding_multiplier residual_multiplier
+        logits_scaling logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping scale_emb
+        scale_depth mup_embeddings_scale mup_output_alpha mup_width_scale floor_scale attn_scale swiglu_alpha
+        swiglu_limit clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
     ),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
     **_all(
@@ -190,19 +210,21 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(
         Flag(),
         """_remove_final_layer_norm add_qkv_bias alibi attention_bias bias do_layer_norm_before enable_bias mlp_bias
-        multi_query multi_query_attention mup_scale_qk_dot_by_d new_decoder_architecture norm_topk_prob parallel_attn
-        position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx scale_attn_weights
-        attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm use_qkv_bias
-        use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention share_att_key
-        position_biased_input attention_out_bias use_post_norm norm_bias classifier_bias use_task_id""",
+        multi_query multi_query_attention mup_scale_qk_dot_by_d new_decoder_architecture norm_topk_prob
+        parallel_attn position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx
+        scale_attn_weights attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm
+        use_qkv_bias use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention
+        share_att_key position_biased_input attention_out_bias attention_k_eq_v enable_moe_block use_post_norm norm_bias
+        classifier_bias use_task_id""",
     ),
     **_all(
         Word(),
-        """activation activation_function hidden_act hidden_activation topk_method scoring_func feed_forward_proj
-        dense_act_fn pooler_hidden_act norm_rel_ebd classifier_pooling classifier_activation""",
+        """expert_selection_fn shared_expert_combination_strategy use_bidirectional_attention activation
+        activation_function hidden_act hidden_activation topk_method scoring_func feed_forward_proj dense_act_fn
+        pooler_hidden_act norm_rel_ebd classifier_pooling classifier_activation""",
     ),
     "pos_att_type": Kinds(),
-    **_all(Object(), "attn_config vision_config qformer_config text_config"),
+    **_all(Object(), "attn_config vision_config qformer_config text_config own_of_layers"),
     # of blip-2
     **_all(Number(True, 1, 1 << 14), "num_query_tokens"),
     **_all(Number(True, 0, 1 << 28), "image_token_index"),

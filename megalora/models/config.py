@@ -108,7 +108,10 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
     """Return the ModelSpec that `family` reads from the fields of a config.json. Raises UserError as `read_config`."""
     raw = _with_text_config(family.in_our_names(raw, where), family)
     partial = family.partial_of(raw, where)
-    if family.scaled and all(raw.get(name) is None for name in ("rope_parameters", "rope_scaling")):
+    unsaid = all(raw.get(name) is None for name in ("rope_parameters", "rope_scaling"))
+    if family.rope_default is not None and unsaid:
+        raw = {**raw, "rope_parameters": family.rope_default}
+    if family.scaled and unsaid:
         said = f"{where}: has no rope_scaling, which this model is made with"
         raise UserError(said, "take config.json from the model's own folder")
     own = family.rope_reads, family.rope_harmless
@@ -217,13 +220,17 @@ def _hf_config(raw: Mapping[str, Any], family: Family, rope: Mapping[str, Any], 
     # The old form of the rope fields is understood by transformers 4 and 5 alike, the new one by 5 only.
     plain = {k: v for k, v in raw.items() if k not in rotary.CONFIG_FIELDS and family.rope.get(k) != "rope_theta"}
     plain.pop("num_labels", None)  # of which it would make a list of as many names
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    newer = rope["rope_type"] == "proportional"  # which only transformers 5 has, whose check wants the theta with it
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta" or newer}
     theta = next((alias for alias, ours in family.rope.items() if ours == "rope_theta"), "rope_theta")
     if family.rotates:
         plain[theta] = rope["rope_theta"]
         plain["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     try:
-        return kind(**{**family.defaults, **plain})
+        made = kind(**{**family.defaults, **plain})
+        if "per_layer_config" in made.to_dict():  # the family knows which layers have sizes of their own
+            made.allow_global_per_layer_attribute_access = True
+        return made
     except ImportError:  # nothing of the user's: an installation that lacks something, or Ctrl-C while it was imported
         raise
     except Exception as error:

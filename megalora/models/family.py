@@ -29,6 +29,7 @@ class Family:
     theta        the default of rope_theta
     rotates      its config class has rope fields
     scaled       its models are made with scaled rotations: a config.json that does not say how is refused
+    rope_default the rope_parameters of a config.json that has none
     generates    its models write text; else they are for classifiers alone
     partial      the default of partial_rotary_factor where the family has that field; two names of fields: their ratio,
                  or 1 where the config has not the first
@@ -59,6 +60,7 @@ class Family:
     theta: float = 10000.0
     rotates: bool = True
     scaled: bool = False
+    rope_default: Mapping[str, Any] | None = None
     generates: bool = True
     partial: float | tuple[str, str] | None = None
     sliding_theta: tuple[str, float] | None = None
@@ -135,7 +137,7 @@ class Fields:
     ):
         self._hf, self._family, self._rope, self._where = hf, family, rope, where
         self._sliding_rope = sliding_rope
-        self._rotaries: dict[tuple[int, bool, bool], Rotary] = {}
+        self._rotaries: dict[tuple[int, bool, bool, float | None], Rotary] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -160,15 +162,19 @@ class Fields:
         """Raise UserError about this config."""
         raise UserError(f"{self._where}: {message}", hint)
 
-    def rotary(self, head_dim: int, *, sliding: bool = False, interleaved: bool = False) -> Rotary:
+    def rotary(
+        self, head_dim: int, *, sliding: bool = False, interleaved: bool = False, theta: float | None = None
+    ) -> Rotary:
         """Return the rotation of heads of `head_dim` features.
 
         sliding      in a layer whose window slides, where these have frequencies of their own
         interleaved  neighbouring features are a pair, see Rotary
+        theta        of a layer that has its own; None: rope_theta
         """
-        key = head_dim, sliding and self._sliding_rope is not None, interleaved
+        key = head_dim, sliding and self._sliding_rope is not None, interleaved, theta
         if key not in self._rotaries:
             rope = self._sliding_rope if key[1] else self._rope
+            rope = rope if theta is None else {**rope, "rope_theta": theta}
             longest = getattr(self._hf, "max_position_embeddings", None)
             self._rotaries[key] = rotary.rotary(rope, head_dim, longest, self._where, interleaved)
         return self._rotaries[key]

@@ -162,12 +162,14 @@ class Temperature(NamedTuple):
 class Attention:
     """Self-attention over heads.
 
-    q, k, v         a linear each, or the same Fused with parts "q", "k" and "v"
+    q, k, v         a linear each, or the same Fused with parts "q", "k" and "v"; v may be k: what that makes are the
+                    values too, before norm and rotation
     position        how scores know positions; None: not at all (NoPE)
     window          a token sees itself and the window - 1 tokens before it; None: all before it. Not causal: as many
                     behind it too
     chunk           a token sees what is before it from the last multiple of `chunk` on, in positions of its document
     q_norm, k_norm  before the rotation: over each head, or where their size is that of all heads over these together
+    v_norm          of each head of v, without weights (gemma4)
     turns_first     the rotation comes before q_norm and k_norm
     temperature     of q, behind its norm and rotation; None: 1
     scale           what scores are multiplied by; None: 1 / sqrt(head_dim)
@@ -203,6 +205,7 @@ class Attention:
     q_bias: str | None = None
     v_bias: str | None = None
     gate: Fused | None = None
+    v_norm: Norm | None = None
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and shape of what is neither linear nor norm."""
@@ -219,7 +222,12 @@ class Attention:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+        return tuple(norm for norm in (self.q_norm, self.k_norm, self.v_norm) if norm is not None)
+
+    @property
+    def one_for_both(self) -> bool:
+        """Whether one linear makes keys and values alike."""
+        return isinstance(self.k, Linear) and self.v == self.k
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,7 @@ class LatentAttention:
     share the turned ones. The turned features rotate.
 
     scale  what scores are multiplied by; None: 1 / sqrt(plain + turned)
+    temperature  of q, behind its rotation; None: 1
     """
 
     q_down: Linear | None
@@ -273,6 +282,7 @@ class LatentAttention:
     value: int
     position: Rotary
     scale: float | None = None
+    temperature: Temperature | None = None
 
     @property
     def head_dim(self) -> int:
@@ -359,6 +369,8 @@ class Experts:
 
     expert       of which each has its own, with {expert} for its index in the names
     shared       the MLP of all tokens; shared_gate: its result times sigmoid(gate), one number a token
+    shared_scale what its result is multiplied by
+    reads_scaled name of a tensor [hidden_size] that what experts read, and not the router, is multiplied by; None: 1
     stacked      files hold one tensor for all experts, [count, ...], whose name lacks `{expert}.` and `.weight`,
     in_files     or is another: (the name so made, that in the files) each
     apart        of stacked ones, the names of linears that some files have instead of gate and up in one, each of
@@ -375,6 +387,8 @@ class Experts:
     in_files: tuple[tuple[str, str], ...] = ()
     weighs_input: bool = False
     apart: tuple[str, ...] = ()
+    shared_scale: float = 1.0
+    reads_scaled: str | None = None
 
     def at(self, index: int) -> MLP:
         """Return the MLP of one expert."""
@@ -411,5 +425,8 @@ class Experts:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and shape of what is neither linear nor norm."""
-        if self.router.correction is not None:
-            yield self.router.correction, (1, self.count) if self.router.correction_row else (self.count,)
+        router, size = self.router, self.router.linear.in_features
+        if router.correction is not None:
+            yield router.correction, (1, self.count) if router.correction_row else (self.count,)
+        scales = ((router.reads_scaled, size), (router.of_expert, self.count), (self.reads_scaled, size))
+        yield from ((name, (length,)) for name, length in scales if name is not None)

@@ -186,9 +186,11 @@ ROUTER_FIXED = {"output_router_logits": False}
 ROUTER_HARMLESS = frozenset({"router_aux_loss_coef"})
 
 
-def router(hf: Fields, name: str, count: int, *, bias: bool = False, **how: Any) -> Router:
-    """Return a router that chooses num_experts_per_tok of `count` experts. Raises UserError for more than all."""
-    top = hf.num_experts_per_tok
+def router(
+    hf: Fields, name: str, count: int, *, bias: bool = False, top: int | None = None, **how: Any
+) -> Router:  # fmt: skip
+    """Return a router that chooses `top`, or num_experts_per_tok, of `count` experts. Raises UserError for more."""
+    top = hf.num_experts_per_tok if top is None else top
     if top > count:
         hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count})", "correct it")
     return Router(Linear(name, hf.hidden_size, count, bias), top, **how)

@@ -25,6 +25,7 @@ FIELDS: Mapping[str, frozenset[str]] = {
         "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
         "truncate".split()
     ),
+    "proportional": frozenset({"factor"}),
     "longrope": frozenset("factor original_max_position_embeddings attention_factor short_factor long_factor".split()),
 }
 _FACTOR = Number(False, 1e-6, 1e6)
@@ -37,7 +38,7 @@ _BOUNDS: Mapping[str, Bound] = {
     "llama_4_scaling_beta": Number(False, 0.0, 1e6),
 }
 _LISTS = ("short_factor", "long_factor")
-_OTHER_NAMES = {"su": "longrope"}  # of rope types, in older files
+_OTHER_NAMES = {"su": "longrope", "deepseek_yarn": "yarn"}  # of rope types, in older files
 CONFIG_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling")
 _PARTIAL = "partial_rotary_factor"
 
@@ -225,6 +226,8 @@ def rotary(
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = rope["rope_type"]
+    if kind == "proportional":
+        return _proportional(rope, head_dim, interleaved)
     if kind in ("default", "dynamic"):
         size = int(head_dim * rope.get(_PARTIAL, 1.0))
         if size % 2 or size < 2:
@@ -254,6 +257,14 @@ def rotary(
         return replace(found, long=tuple(long.tolist()), long_from=original)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
         raise UserError(f"{where}: rope fields {dict(rope)}: {error!r} is missing or wrong", "correct it") from None
+
+
+def _proportional(rope: Mapping[str, Any], head_dim: int, interleaved: bool) -> Rotary:
+    """Return the rotation of a whole head in whose frequencies the last, all but a share, are 0 (gemma4)."""
+    turns = int(rope.get(_PARTIAL, 1.0) * head_dim // 2)
+    exponents = torch.arange(0, 2 * turns, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / (rope["rope_theta"] ** exponents) / (rope.get("factor") or 1.0)
+    return Rotary((*frequencies.tolist(), *[0.0] * (head_dim // 2 - turns)), interleaved=interleaved)
 
 
 def _unscaled_length(rope: Mapping[str, Any], max_position_embeddings: int | None, where: str) -> int | None:

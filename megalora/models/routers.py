@@ -19,6 +19,8 @@ class Router:
     wide         logits are computed in float32, else in the compute dtype (scores always in float32)
     correction   name of a bias that is added to the scores for the choice alone; correction_row: it is [1, experts] in
                  the file, else [experts]
+    reads_scaled name of a tensor [in_features] that its input is multiplied by, and by `input_factor`; None: 1
+    of_expert    name of a tensor [experts] that the weights are multiplied by, behind all else; None: 1
     groups       experts are chosen from the best `kept_groups` of so many groups; a group is as good as the sum of its
                  best `group_top` scores
     """
@@ -35,3 +37,6 @@ class Router:
     groups: int = 1
     kept_groups: int = 1
     group_top: int = 1
+    reads_scaled: str | None = None
+    input_factor: float = 1.0
+    of_expert: str | None = None

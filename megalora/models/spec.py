@@ -59,9 +59,10 @@ _OWN = Attention | DeltaAttention | Experts | MLP  # which may have tensors that
 
 @dataclass(frozen=True)
 class Residual:
-    """x -> post_norm(x + scale * output_norm(mixer(norm(x)))); a norm that is None does nothing.
+    """x -> total * post_norm(x + scale * output_norm(mixer(norm(x)))); a norm that is None does nothing.
 
     dropout  of the base, of what is added, in training
+    total    name of a tensor [1], frozen; None: 1
     """
 
     mixer: Mixer
@@ -70,6 +71,7 @@ class Residual:
     scale: float = 1.0
     post_norm: Norm | None = None
     dropout: float = 0.0
+    total: str | None = None
 
     @property
     def branches(self) -> tuple[Residual, ...]:
@@ -84,13 +86,23 @@ class Residual:
 
 @dataclass(frozen=True)
 class ParallelResidual:
-    """x -> x + the sum over branches of mixer(norm(x)), all of the same x: branches may share their norm.
+    """x -> total * (x + output_norm(the sum over branches of mixer(norm(x)))), all of the same x: branches may share
+    their norm. Where branches have norms of their results, these come before the sum.
 
     dropout  of the base, of the sum, in training
+    total    name of a tensor [1], frozen; None: 1
     """
 
     branches: tuple[Residual, ...]
     dropout: float = 0.0
+    output_norm: Norm | None = None
+    total: str | None = None
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """All that it has, its own at the end."""
+        own = () if self.output_norm is None else (self.output_norm,)
+        return (*(norm for branch in self.branches for norm in branch.norms), *own)
 
 
 Layer = tuple[Residual | ParallelResidual, ...]
@@ -261,8 +273,7 @@ class ModelSpec:
     def norms(self) -> tuple[Norm, ...]:
         """Every distinct norm."""
         positions = (mixer.position for mixer in self.mixers if isinstance(mixer, Attention))
-        branches = (branch for layer in dict.fromkeys(self.stack.layers) for step in layer for branch in step.branches)
-        found = (norm for branch in branches for norm in branch.norms)
+        found = (norm for layer in dict.fromkeys(self.stack.layers) for step in layer for norm in step.norms)
         ends = [self.embedding.norm, self.stack.final_norm]
         ends += [position.norm for position in positions if isinstance(position, Disentangled)]
         if self.encoder is not None:
@@ -301,7 +312,7 @@ class ModelSpec:
     @property
     def reads_positions(self) -> bool:
         """Whether a part of the model reads the position of a token itself, not a table made of it."""
-        attentions = [mixer for mixer in self.mixers if isinstance(mixer, Attention)]
+        attentions = [mixer for mixer in self.mixers if isinstance(mixer, Attention | LatentAttention)]
         read = any(isinstance(one.position, Alibi) or one.temperature is not None for one in attentions)
         return read or self.embedding.positions is not None
 
@@ -420,7 +431,9 @@ class ModelSpec:
                     found |= {self.stack.of_layer(index, name): shape for name, shape in part.tensors()}
         found |= dict(self.head.tensors(self.vocab_size, self.embedding.width))
         for index, layer in enumerate(self.stack.layers):
-            for branch in (branch for step in layer for branch in step.branches):
-                for norm in branch.norms:
+            for step in layer:
+                if step.total is not None:
+                    found[self.stack.of_layer(index, step.total)] = (1,)
+                for norm in step.norms:
                     found |= {self.stack.of_layer(index, name): shape for name, shape in norm.tensors()}
         return found if self.stack.final_norm is None else found | dict(self.stack.final_norm.tensors())

@@ -37,14 +37,17 @@ class Gate(Protocol):
         ...
 
 
-class _Silu:
-    """w silu(gate) up."""
+@dataclass(frozen=True)
+class Gated:
+    """w act(gate) up. act: one of megalora.ops.swiglu.ACTS."""
+
+    act: str = "silu"
 
     weighs_result = True
 
     def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
-        if not fuses(gate_up):
-            X = swiglu(gate_up, room)
+        if self.act != "silu" or not fuses(gate_up):
+            X = swiglu(gate_up, room, self.act)
             X[:, : gate_up.shape[1] // 2].mul_(_of_rows(weights, routes))
             return X
         from megalora.ops.routing_kernels import gate_kernel
@@ -58,9 +61,9 @@ class _Silu:
     def backward(
         self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not fuses(gate_up):
-            dweights = (dh * swiglu(gate_up)).sum(1, dtype=weights.dtype)
-            return swiglu_backward(dh.mul_(_of_rows(weights, routes)), gate_up, None)[0], dweights
+        if self.act != "silu" or not fuses(gate_up):
+            dweights = (dh * swiglu(gate_up, act=self.act)).sum(1, dtype=weights.dtype)
+            return swiglu_backward(dh.mul_(_of_rows(weights, routes)), gate_up, None, self.act)[0], dweights
         from megalora.ops.routing_kernels import gate_backward_kernel
 
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
@@ -72,7 +75,7 @@ class _Silu:
         return grad, dweights
 
 
-SILU = _Silu()
+SILU = Gated()
 
 
 class _ScaledInput:

@@ -42,7 +42,7 @@ def _core(layer: Any, mixer: Attention, flowing: bool) -> Node:
     work, tokens, e, device = layer.work, layer.tokens, layer.work.element, layer.shape.device_type
     full, dim = tokens.full, mixer.head_dim + mixer.extra
     gate = full * mixer.heads * mixer.head_dim * e * mixer.gated
-    given = full * (mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim * e + gate
+    given = full * (mixer.heads + (2 - mixer.v_shared) * mixer.kv_heads) * mixer.head_dim * e + gate
     q, kv = full * mixer.heads * dim * e, full * mixer.kv_heads * dim * e
     qkv, statistics = q + 2 * kv, full * mixer.heads * _STATISTIC
     key = 4 * mixer.heads * dim * full
@@ -58,6 +58,8 @@ def _core(layer: Any, mixer: Attention, flowing: bool) -> Node:
         copies = q + kv if copied else 0
         copies += mixer.qk_stacked * e
         kept += copies + full * mixer.qk_rows * mixer.qk_statistics * _STATISTIC + (qkv - kv)
+        if mixer.v_normed:  # a copy of v too, and no view of qkv
+            kept += full * mixer.kv_heads * _STATISTIC + (kv - (qkv - kv) if copied else kv)
     if mixer.tempered:  # rotated k is a copy too then, beside qkv, of which v is a view
         kept += q + full * e + (0 if mixer.reads_views or mixer.qk_rows else kv)
     grads = q + 2 * kv * calls.seen

@@ -66,7 +66,7 @@ def _core(layer: Any, mixer: LatentAttention, flowing: bool) -> list[Node]:
     width = max(mixer.head_dim, mixer.value)
     head = full * mixer.heads * width * e
     came = full * mixer.heads * (2 * mixer.head_dim - mixer.turned + mixer.value) * e
-    kept = 4 * head + full * mixer.heads * _STATISTIC
+    kept = 4 * head + full * mixer.heads * _STATISTIC + mixer.tempered * full * e
     key = 4 * mixer.heads * width * full
     flops = key * work.seen(None)
     forward = Pass(live=came, attention=flops, attended=key, traffic=2 * came + 4 * head, calls=10)

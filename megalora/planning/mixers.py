@@ -31,8 +31,7 @@ class Attention:
     extra          features of q, k and v beside those of a head, which carry ALiBi's bias
     clips          q, k and v are clipped
     reads_views    attention, or what clips, keeps q k v as the linears made them
-    qk_stacked     elements of their weights that are put together out of one tensor a head, or are 1 everywhere, and
-                   kept
+    qk_stacked     elements of their weights that are put together out of one tensor a head, and kept
     chunk          tokens of the chunks in which it goes
     causal         a token sees none behind it
     turns_first    the norms read what is rotated
@@ -42,6 +41,8 @@ class Attention:
     shares         they are the tokens' own
     biases         q and v have biases that are not the linears'
     gated          each head's result is multiplied by the sigmoid of a gate, made beside q
+    v_normed       v is normed, and kept as it came too
+    v_shared       k and v are one and the same part of what the linears make
     expands        its backward makes gradients of keys and values for every query head, in the compute dtype, and then
                    adds up those of heads that share them: cuDNN's and FlashAttention's do
     """
@@ -72,6 +73,8 @@ class Attention:
     biases: int = 0
     gated: bool = False
     expands: bool = False
+    v_normed: bool = False
+    v_shared: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -102,6 +105,7 @@ class LatentAttention:
 
     down    from the input to the latents: of queries (not where `direct`: q_up reads the input), of keys and values
     norms   elements of the norms of the latents
+    tempered  q is multiplied by a number of its position
     """
 
     down: Group
@@ -114,6 +118,7 @@ class LatentAttention:
     turned: int
     value: int
     norms: int
+    tempered: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:

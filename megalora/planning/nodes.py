@@ -34,7 +34,8 @@ from megalora.planning.mlp import mlp_nodes
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
 from megalora.planning.quantised import on_base
 from megalora.planning.recomputed import Run, attention_again, part_of, tiled
-from megalora.planning.shapes import Branch, Layer, Shape, Step
+from megalora.planning.shapes import Shape
+from megalora.planning.steps import Branch, Layer, Step
 from megalora.planning.tokens import Tokens
 
 __all__ = ["Message", "Node", "Pass", "Workload", "chunk_nodes", "host_bytes", "kept_bytes", "peak_bytes"]
@@ -138,6 +139,8 @@ class _LayerNodes:
                 nodes += self._behind(branch, flowing or any(group.trains for group in mixer.groups))
                 name = "norm of the same"
             last = step.branches[-1]
+            own = replace(last, output_norm=step.output_norm, post_norm=None, scaled=step.totals)
+            nodes += self._behind(own, flowing or any(group.trains for m in step.mixers for group in m.groups))
             by_token = len(step.branches) == 1 and isinstance(last.mixer, MLP) and last.post_norm is None
             found.append(Run(nodes, by_token))
             flowing = flowing or any(group.trains for mixer in step.mixers for group in mixer.groups)

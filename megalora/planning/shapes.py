@@ -30,100 +30,8 @@ from megalora.planning.mixers import (
     LatentAttention,
     Mixer,
     Norm,
-    counted,
 )
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One mixer behind its norm.
-
-    shares  the norm is that of a branch before it, and computed there
-    scaled  the result is multiplied by a number
-    post_norm  of the sum with the residual stream
-    drops      dropout of the base, of the result
-    """
-
-    mixer: Mixer
-    norm: Norm | None
-    output_norm: Norm | None = None
-    shares: bool = False
-    scaled: bool = False
-    post_norm: Norm | None = None
-    drops: bool = False
-
-    @property
-    def reads_result(self) -> bool:
-        """Whether backward needs the mixer's result (see megalora.models.recompute)."""
-        return self.output_norm is not None or self.post_norm is not None or self.drops
-
-    @property
-    def elements(self) -> int:
-        """Elements of its norms, the mixer's included."""
-        before = 0 if self.norm is None or self.shares else self.norm.elements
-        behind = sum(norm.elements for norm in (self.output_norm, self.post_norm) if norm is not None)
-        return before + behind + self.mixer.norms
-
-
-@dataclass(frozen=True)
-class Step:
-    """A residual: one branch, or several that run beside each other on the same stream."""
-
-    branches: tuple[Branch, ...]
-
-    @property
-    def mixers(self) -> tuple[Mixer, ...]:
-        return tuple(branch.mixer for branch in self.branches)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer: its residuals in order of computation."""
-
-    steps: tuple[Step, ...]
-    hidden: int
-
-    @property
-    def mixers(self) -> tuple[Mixer, ...]:
-        return tuple(mixer for step in self.steps for mixer in step.mixers)
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return tuple(group for mixer in self.mixers for group in mixer.groups)
-
-    @property
-    def counted(self) -> tuple[tuple[int, Group], ...]:
-        """Every group, and how many of it the rank holds."""
-        return tuple(pair for mixer in self.mixers for pair in counted(mixer))
-
-    @property
-    def frozen(self) -> int:
-        """Elements of all that is frozen: linears and norms."""
-        norms = sum(branch.elements for step in self.steps for branch in step.branches)
-        return sum(times * group.frozen for times, group in self.counted) + norms
-
-    @property
-    def trained(self) -> int:
-        spared = sum(mixer.spared for mixer in self.mixers if isinstance(mixer, Experts))
-        return sum(times * group.trained for times, group in self.counted) - spared
-
-    @property
-    def copies(self) -> int:
-        return sum(times * group.copies for times, group in self.counted)
-
-    @property
-    def rooms(self) -> int:
-        """Elements of the columns that carry the branches."""
-        return sum(times * group.room * group.output for times, group in self.counted)
-
-    @property
-    def trains(self) -> bool:
-        return any(group.trains for group in self.groups)
-
-    @property
-    def leaves_one(self) -> bool:
-        """Whether what it leaves is in one piece, a norm of the sum, and not two that are yet to be added."""
-        return any(branch.post_norm is not None for branch in self.steps[-1].branches)
+from megalora.planning.steps import Branch, Layer, Step
 
 
 @dataclass(frozen=True)
@@ -267,9 +175,13 @@ class _Rank:
         for branch in step.branches:
             norm, output, mixer = _norm(branch.norm), _norm(branch.output_norm), self._mixer(index, branch.mixer)
             shares, post = branch.norm in before, _norm(branch.post_norm)
-            branches.append(Branch(mixer, norm, output, shares, branch.scale != 1.0, post, branch.dropout > 0))
+            totals = branch.total is not None
+            scaled = branch.scale != 1.0 or totals
+            branches.append(Branch(mixer, norm, output, shares, scaled, post, branch.dropout > 0, totals))
             before.add(branch.norm)
-        return Step(tuple(branches))
+        if isinstance(step, spec.Residual):
+            return Step(tuple(branches))
+        return Step(tuple(branches), _norm(step.output_norm), step.total is not None)
 
     def _mixer(self, index: int, mixer: spec.Mixer) -> Mixer:
         if isinstance(mixer, spec.Attention):
@@ -346,6 +258,7 @@ class _Rank:
             mixer.turned,
             mixer.value,
             sum(norm.size for norm in mixer.norms),
+            mixer.temperature is not None,
         )
 
     def _mlp(self, index: int, mixer: spec.MLP) -> MLP:
@@ -364,6 +277,7 @@ class _Rank:
         heads, kv_heads = self._heads(mixer.heads, mixer.kv_heads)
         dim = mixer.head_dim
         outputs = [("q", mixer.q, heads * dim), ("k", mixer.k, kv_heads * dim), ("v", mixer.v, kv_heads * dim)]
+        outputs = outputs[:2] if mixer.one_for_both else outputs
         if mixer.gate is not None:
             outputs.insert(0, ("gate", mixer.gate, heads * dim))
         groups = (
@@ -383,6 +297,7 @@ class _Rank:
             more["terms"] = (position.key is not None) + (position.query is not None)
             more |= {"rows": 2 * position.span, "shares": position.shared}
         more["gated"] = mixer.gate is not None
+        more |= {"v_normed": mixer.v_norm is not None, "v_shared": mixer.one_for_both}
         more["biases"] = sum(bias is not None for bias in (mixer.q_bias, mixer.v_bias))
         sinks = 0 if mixer.sinks is None else heads
         torchs = self._device_type == "cuda" and mixer.softcap is None and not sinks and not mixer.dropout
@@ -394,7 +309,7 @@ class _Rank:
         elements = (heads + kv_heads) * dim if norm.heads or across else 2 * dim * (norm.weighted + norm.bias)
         rows, statistics = 2 if across else heads + kv_heads, 2 if norm.kind == "layer" else 1
         kernel = norm.kind == "rms" and (not across or len(self._ranks) == 1)
-        more |= {"qk_stacked": (elements if norm.apart else 0) if norm.weighted else 2 * dim}
+        more |= {"qk_stacked": elements if norm.apart else 0}
         return Attention(
             *groups, heads, kv_heads, dim, mixer.window, elements + sinks, rows, statistics, kernel, across, **more
         )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracle import CLASSIC, ENCODERS, EXPERTS, FAMILIES, MODERN, fields_of
 
 from megalora.errors import UserError
-from megalora.models.bounds import BOUNDS, Each, Flag, Kinds, Number, Object, Repeated, Word
+from megalora.models.bounds import BOUNDS, Each, Flag, Kinds, Number, Object, OneOrEach, Repeated, Word
 from megalora.models.config import config_from_dict, known_families
 from megalora.models.family import Family, Fields
 from megalora.models.rotary import FIELDS as ROPE
@@ -22,6 +22,7 @@ BEYOND = {
     Word: [1, [], {}, "x" * 101, True],
     Kinds: [1, {}, [1], [None], "x" * 101, ["x"] * 5000, True],
     Each: [1, "x", {}, [[]], [{}], [None], ["x"] * 5000, [math.nan], [10**400]],
+    OneOrEach: ["x", {}, [[]], [None], [10**400], 0, math.nan, [0], True],
     Repeated: [1, [1], [[["a"]]], [[["a"], 10**9]], [[["a"] * 4000, 2]], [[["a"], "2"]], [[[1], 1]]],
     Object: [1, "x", [], True],
 }

@@ -62,7 +62,7 @@ def held_by_autograd(stage: Stage, enters: bool, hidden_too: bool = False) -> in
     for group in stage.groups:
         group.matrix.whole.zero_()
     stage.refresh_adapters()
-    lasting = {p.untyped_storage().data_ptr() for p in stage.parameters()}
+    lasting = {p.untyped_storage().data_ptr() for p in (*stage.parameters(), *stage.buffers())}
     for group in stage.groups:
         lasting |= {x.untyped_storage().data_ptr() for x in (group.matrix.whole, group.down) if x is not None}
     saved = weakref.WeakSet()
@@ -241,9 +241,12 @@ def test_and_of_older_decoders(family, recompute):
         check("all linears", recompute, layers, Axis(), False, base=fields)
 
 
-NO_KERNEL = ("gemma2, no softcaps", "gemma3_text", "gemma3_text, new form")  # with this scale: SDPA keeps its mask
+NO_KERNEL = (  # with this scale: SDPA keeps its mask
+    "gemma2, no softcaps", "gemma3_text", "gemma3_text, new form",
+)  # fmt: skip
 OF_HEADS = {  # 4 of 8 features here, 8 of 6 in the oracle
     "minicpm3": {"num_key_value_heads": 4},
+    "youtu": {"num_key_value_heads": 4},
     "stablelm": {"partial_rotary_factor": 0.5},
     "qwen3_5_text": {"num_key_value_heads": 4},
 }

@@ -36,6 +36,7 @@ class AttentionBlock:
         dim = attention.head_dim
         cut = cut_heads(attention.heads, attention.kv_heads, at.place.tp)
         outputs = [("q", attention.q, cut.query), ("k", attention.k, cut.kv), ("v", attention.v, cut.kv)]
+        outputs = outputs[:2] if attention.one_for_both else outputs
         if attention.gate is not None:
             outputs.insert(0, ("gate", attention.gate, cut.query))
         # The rows of a linear that is not fused are counted in features.
@@ -58,6 +59,7 @@ class AttentionBlock:
             self.q_norm = at.head_norm(attention.q_norm, dim, cut.query, [1] * self.heads)
         if attention.k_norm is not None:
             self.k_norm = at.head_norm(attention.k_norm, dim, cut.kv, copies)
+        self.v_norm = None if attention.v_norm is None else at.norm(attention.v_norm)
         self.slopes = slopes = self.relative = self.positions = None
         if isinstance(attention.position, spec.RelativeTable):
             self.relative = RelativeBias(at.root, attention.position, attention.heads, cut.query, at.place)
@@ -109,7 +111,8 @@ class AttentionBlock:
         return apply_group(self.output, context, inputs.tokens)
 
     def _core(self, qkv: torch.Tensor, inputs: Inputs, positions: Positions | None) -> torch.Tensor:
-        """Map qkv [F, (H + 2 K) D], with the gate [F, H D] in front where there is one, to [F, H D]."""
+        """Map qkv [F, (H + 2 K) D], with the gate [F, H D] in front where there is one, to [F, H D]. Where values are
+        what k makes, qkv is [F, (H + K) D]."""
         if self.spec.gate is None:
             return self._context(qkv, inputs, positions)
         gate, qkv = qkv.split([self.heads * self.spec.head_dim, qkv.shape[1] - self.heads * self.spec.head_dim], -1)
@@ -118,6 +121,8 @@ class AttentionBlock:
     def _context(self, qkv: torch.Tensor, inputs: Inputs, positions: Positions | None) -> torch.Tensor:
         """Return the result of attention [F, H D]."""
         window, scores, dim = self.spec.window, self.scores, self.spec.head_dim
+        if self.spec.one_for_both:
+            qkv = torch.cat([qkv, qkv[:, self.heads * dim :]], -1)
         if self.spec.clip is not None:
             qkv = qkv.clamp(-self.spec.clip, self.spec.clip)
         q, k, v = self._rotated(qkv, inputs)
@@ -187,10 +192,12 @@ class AttentionBlock:
     def _rotated(self, qkv: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the heads of qkv, q [F, H, D] and k, v [F, K, D], with q and k normed and rotated."""
         position = self.spec.position if isinstance(self.spec.position, spec.Rotary) else None
-        if position is not None and self.q_norm is None and self.spec.temperature is None:
+        plain = self.q_norm is None and self.v_norm is None and self.spec.temperature is None
+        if position is not None and plain:
             tables = inputs.tables[position]
             return split_rope(qkv, *tables, self.heads, self.kv_heads, position.interleaved)
         q, k, v = qkv.unflatten(-1, (-1, self.spec.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        v = v if self.v_norm is None else self.v_norm(v)
         if self.q_norm is not None and not self.spec.turns_first:
             q, k = self.q_norm(q), self.k_norm(k)
         if position is not None:
@@ -198,11 +205,11 @@ class AttentionBlock:
         if self.q_norm is not None and self.spec.turns_first:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.temperature is not None:
-            q = q * _temperatures(self.spec.temperature, inputs.position_ids, q.dtype)
+            q = q * temperatures(self.spec.temperature, inputs.position_ids, q.dtype)
         return q, k, v
 
 
-def _temperatures(made: spec.Temperature, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def temperatures(made: spec.Temperature, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return what q is multiplied by at these positions [F, 1, 1]."""
     wide = position_ids.to(torch.promote_types(dtype, torch.float32))
     return (1 + made.scale * torch.log1p(torch.floor((wide + made.first) / made.step))).to(dtype)[:, None, None]

@@ -20,7 +20,7 @@ from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.models.routers import Router
 from megalora.ops.routing import take
-from megalora.ops.weighted_gate import SCALED_INPUT, SILU, Clamped, Gate
+from megalora.ops.weighted_gate import SCALED_INPUT, Clamped, Gate, Gated
 from megalora.parallel.experts import ExpertGroup, share_storage
 from megalora.parallel.experts_grad import ExpertPair, apply_experts, gather_tokens
 from megalora.parallel.formats import BaseFormat
@@ -37,6 +37,7 @@ class ExpertsBlock:
     def __init__(self, experts: spec.Experts, at: LayerPlace, reduces: bool = True):
         self.place, self.reduces = at.place, reduces
         self.router = RouterBlock(experts, at)
+        self.scale = _frozen(experts.reads_scaled, experts.router.linear.in_features, at.place.dtype, at)
         first, stop = shard_range(experts.count, at.place.tp.rank, at.place.tp.size)
         mlps = [experts.at(index) for index in range(first, stop)]
         linears = [[at.expert(linear) for linear in mlp.linears] for mlp in mlps]
@@ -47,8 +48,9 @@ class ExpertsBlock:
         up = ExpertGroup([own[:-1] for own in linears], at.site("up"), at.place)
         down = ExpertGroup([own[-1:] for own in linears], at.site("experts.down"), at.place)
         self.experts = ExpertPair(up, down, first, _gate_of(experts))
-        self.shared = None
+        self.shared, self.shared_scale = None, experts.shared_scale
         if experts.shared is not None:
+            assert self.shared_scale == 1.0 or not experts.shared.down.bias, experts
             self.shared = MLPBlock(experts.shared, at, reduces=False, gathered=True, site="shared.down")
         self.gate = None
         if experts.shared_gate is not None:
@@ -61,21 +63,19 @@ class ExpertsBlock:
         gate = () if self.gate is None else (self.gate,)
         return (self.router.group, self.experts.up, self.experts.down, *shared, *gate)
 
-    @property
-    def output(self) -> LinearGroup:
-        raise NotImplementedError("experts beside another branch of a parallel residual: no family has that")
-
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Map X [T, hidden_size] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         x = gather_tokens(X, self.place)
         weights, chosen = self.router(x, inputs)
+        if self.scale is not None:
+            x = x * self.scale
         terms = apply_experts(self.experts, x, weights, chosen, inputs.tokens)
         biases = []
         if self.shared is not None:
             shared = self.shared(x, inputs)
             if self.gate is not None:
                 shared = shared * torch.sigmoid(apply_group(self.gate, x, inputs.tokens))
-            terms = terms + shared
+            terms = terms + (shared if self.shared_scale == 1.0 else shared * self.shared_scale)
             biases = [self.shared.output.bias]
         return reduce_terms(terms, self.place, biases) if self.reduces and self.place.tp.size > 1 else terms
 
@@ -84,10 +84,20 @@ def _gate_of(experts: spec.Experts) -> Gate:
     """Return what stands between up and down of an expert."""
     mlp = experts.expert
     alternates = isinstance(mlp.up, spec.Fused) and isinstance(mlp.up.rows, spec.ByHead)
-    assert mlp.act == "silu" and alternates == (mlp.clamp is not None), mlp
+    assert alternates == (mlp.clamp is not None) and mlp.fused_act is not None, mlp
+    assert mlp.fused_act == "silu" or not (experts.weighs_input or alternates), mlp
     if experts.weighs_input:
         return SCALED_INPUT
-    return SILU if mlp.clamp is None else Clamped(*mlp.clamp)
+    return Gated(mlp.fused_act) if mlp.clamp is None else Clamped(*mlp.clamp)
+
+
+def _frozen(name: str | None, size: int, dtype: torch.dtype, at: LayerPlace) -> nn.Parameter | None:
+    """Build the frozen tensor `name` [size] of the layer, whole on every rank; None: there is none."""
+    if name is None:
+        return None
+    values = nn.Parameter(torch.empty(size, dtype=dtype, device=at.place.device), requires_grad=False)
+    at.parameter(name, values)
+    return values
 
 
 class RouterBlock:
@@ -109,18 +119,24 @@ class RouterBlock:
             values = torch.empty(shape, dtype=self.wide, device=at.place.device)
             self.correction = nn.Parameter(values, requires_grad=False)
             at.parameter(self.spec.correction, self.correction)
+        size = self.spec.linear.in_features
+        self.scale = _frozen(self.spec.reads_scaled, size, at.place.dtype, at)
+        self.of_expert = _frozen(self.spec.of_expert, self.count, at.place.dtype, at)
         self.load = torch.zeros(self.count, dtype=torch.int64, device=at.place.device)
 
     def __call__(self, x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Map x [F, hidden_size] to (weights [F, k] of float32 or float64, chosen [F, k] int64)."""
         router = self.spec
+        if self.scale is not None:
+            x = x * self.scale * router.input_factor
         logits = apply_group(self.group, x.to(self.dtype), inputs.tokens).to(self.wide)
         scores = torch.softmax(logits, -1) if router.score == "softmax" else torch.sigmoid(logits)
         chosen = self._chosen((logits if router.by_logits else scores).detach(), inputs)
         weights = take(scores, chosen)
         if router.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * router.scale, chosen
+        weights = weights * router.scale
+        return (weights if self.of_expert is None else weights * self.of_expert[chosen].to(weights.dtype)), chosen
 
     def _chosen(self, scores: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         if inputs.chosen is not None and self.name in inputs.chosen:

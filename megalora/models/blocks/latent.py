@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from megalora.models import spec
+from megalora.models.blocks.attention import temperatures
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.ops.attention import Scores, attention
@@ -103,10 +104,12 @@ class LatentAttentionBlock:
         return inputs.attend(attend, q, k, v)[..., :V].flatten(1)
 
     def _rotated(self, q: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (q [F, H, P + R], turned [F, 1, R]) with the turned features rotated."""
+        """Return (q [F, H, P + R], turned [F, 1, R]) with the turned features rotated, and q at its temperature."""
         table, interleaved = inputs.tables[self.spec.position], self.spec.position.interleaved
         plain, q_turned = q.unflatten(-1, (self.heads, -1)).split([self.spec.plain, self.spec.turned], -1)
         q = torch.cat([plain, rope(q_turned, *table, interleaved)], -1)
+        if self.spec.temperature is not None:
+            q = q * temperatures(self.spec.temperature, inputs.position_ids, q.dtype)
         return q, rope(turned.unsqueeze(1), *table, interleaved)
 
     def _cached(self, q: torch.Tensor, latent: torch.Tensor, turned: torch.Tensor, inputs: Inputs) -> torch.Tensor:

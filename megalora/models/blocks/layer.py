@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
@@ -90,7 +91,7 @@ def link(layers: Sequence[Layer]) -> None:
 
 
 class _Step:
-    """x -> post_norm(x + dropout(scale * output_norm(mixer(norm(x))))).
+    """x -> total * post_norm(x + dropout(scale * output_norm(mixer(norm(x))))).
 
     ending  what is done to the mixer's result before it is added; where the step `leaves` it, the next one does it
     before  the ending that the step before leaves
@@ -105,7 +106,8 @@ class _Step:
         self.ending, self.leaves = Ending(output_norm, step.scale, dropout), False
         self.before: Ending | None = None
         self.by_token = isinstance(self.blocks[0], MLPBlock) and self.post_norm is None
-        self.sums_first = self.post_norm is None
+        self.total = _total(step, at)
+        self.sums_first = self.post_norm is None and self.total is None
         self.reads_result = output_norm is not None or self.post_norm is not None or step.dropout > 0
         self._makes_again = at.recompute in ("norms", "mlp") and isinstance(self.blocks[0], _ONE_INPUT)
 
@@ -125,8 +127,12 @@ class _Step:
         with again:
             added = block(x, inputs)
         if self.post_norm is not None:
-            return self.post_norm.after(hidden, added, 0, self.ending, inputs)[1], None
-        return hidden, added if self.leaves else self.ending(added, inputs)
+            hidden, added = self.post_norm.after(hidden, added, 0, self.ending, inputs)[1], None
+        elif not self.leaves:
+            added = self.ending(added, inputs)
+        if self.total is None:
+            return hidden, added
+        return (hidden if added is None else hidden + added) * self.total, None
 
     @torch.no_grad()
     def _normed(self, total: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -138,28 +144,34 @@ class _Step:
 
 
 class _ParallelStep:
-    """x -> x + the sum over branches of mixer(norm(x)), which are reduced over tp together.
+    """x -> total * (x + output_norm(the sum over branches of mixer(norm(x)))), which are reduced over tp together, or
+    each before the norm of its result.
 
     Branches that share a norm read its one result; the first has room behind it.
     """
 
-    by_token, sums_first, reads_result = False, True, True
+    by_token, reads_result = False, True
 
     def __init__(self, step: spec.ParallelResidual, at: LayerPlace):
-        self.place, self.leaves = at.place, False
+        self.place, self.leaves, self.total = at.place, False, _total(step, at)
+        self.sums_first = self.total is None
         self.before: Ending | None = None
         shared: dict[spec.Norm, Norm] = {}
         for branch in step.branches:
-            plain = branch.output_norm is None and branch.post_norm is None and branch.scale == 1.0
+            plain = branch.post_norm is None and branch.scale == 1.0 and branch.total is None
             assert branch.norm is not None and plain, branch
             if branch.norm not in shared:
                 shared[branch.norm] = at.norm(branch.norm)
         self.norms = [shared[branch.norm] for branch in step.branches]
-        reduces = at.place.tp.size == 1
+        self.output_norms = [None if b.output_norm is None else at.norm(b.output_norm) for b in step.branches]
+        self.together = at.place.tp.size > 1 and not any(self.output_norms)
+        reduces = not self.together
+        assert not any(self.output_norms) or not any(b.dropout for b in step.branches), step
         self.blocks = [BLOCKS[type(branch.mixer)](branch.mixer, at, reduces=reduces) for branch in step.branches]
         self.norm = self.norms[0]
         self.dropouts = [BaseDropout(b.dropout, at.site(f"{_last(b.mixer)}.residual")) for b in step.branches]
-        self.ending = Ending(None, 1.0, BaseDropout(step.dropout, at.site("residual")))
+        output_norm = None if step.output_norm is None else at.norm(step.output_norm)
+        self.ending = Ending(output_norm, 1.0, BaseDropout(step.dropout, at.site("residual")))
 
     @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:
@@ -168,27 +180,43 @@ class _ParallelStep:
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
         total, size = None, hidden.shape[-1]
         normed: dict[Norm, torch.Tensor] = {}
-        for norm, block, dropout in zip(self.norms, self.blocks, self.dropouts, strict=True):
+        parts = zip(self.norms, self.blocks, self.dropouts, self.output_norms, strict=True)
+        for norm, block, dropout, behind in parts:
             if norm in normed:
                 x = normed[norm][..., :size]
             else:
                 hidden, x = norm.after(hidden, delta, block.room, self.before, inputs)
                 normed[norm], delta = x, None
             term = dropout.whole(block(x, inputs), inputs)
+            term = term if behind is None else behind(term)
             total = term if total is None else total + term
-        if self.place.tp.size > 1:
+        if self.together:
             total = reduce_terms(total, self.place, self._biases(inputs))
-        return hidden, total if self.leaves else self.ending(total, inputs)
+        total = total if self.leaves else self.ending(total, inputs)
+        return (hidden, total) if self.total is None else ((hidden + total) * self.total, None)
 
     def _biases(self, inputs: Inputs) -> list[torch.Tensor | None]:
         """Return the biases of the branches' outputs, which no term has: [O], or with dropout [T, O]."""
         tokens = len(inputs.tokens.local)
+        biases = []
+        for block in self.blocks:
+            assert not isinstance(block, ExpertsBlock) or block.shared is None or block.shared.output.bias is None
+            biases.append(None if isinstance(block, ExpertsBlock) else block.output.bias)
         return [
             bias
             if bias is None or dropout.draw(inputs) is None
             else dropout.local(bias.expand(tokens, -1).contiguous(), inputs)
-            for bias, dropout in zip((block.output.bias for block in self.blocks), self.dropouts, strict=True)
+            for bias, dropout in zip(biases, self.dropouts, strict=True)
         ]
+
+
+def _total(step: spec.Residual | spec.ParallelResidual, at: LayerPlace) -> nn.Parameter | None:
+    """Build the number that the stream behind a step is multiplied by."""
+    if step.total is None:
+        return None
+    one = nn.Parameter(torch.empty(1, dtype=at.place.dtype, device=at.place.device), requires_grad=False)
+    at.parameter(step.total, one)
+    return one
 
 
 def _last(mixer: spec.Mixer) -> str:

@@ -51,7 +51,8 @@ class Norm(nn.Module):
         if not norm.weighted:
             assert not norm.offset and not norm.bias, norm
             if norm.kind == "rms":
-                self.weight = torch.ones(norm.size, dtype=place.dtype, device=place.device)
+                ones = torch.ones(norm.size, dtype=place.dtype, device=place.device)
+                self.register_buffer("weight", ones, persistent=False)  # in no file
             else:
                 self.register_parameter("weight", None)
 

@@ -12,22 +12,31 @@ from megalora.models.parts import (
     grouped_attention,
     head_dim,
     kv_heads,
+    layer_norms,
     llama_ends,
     scaled_ends,
 )
-from megalora.models.spec import Attention, Layer, ModelSpec, Norm, ParallelResidual, Residual
+from megalora.models.spec import Attention, Layer, Mixer, ModelSpec, Norm, ParallelResidual, Residual
 
 
-def decoder_of(hf: Fields, attention: Callable[[int], Attention]) -> ModelSpec:
-    """Return a decoder of Cohere's layers around the attention of each."""
-    mlp = gated_mlp(hf)
+def decoder_of(
+    hf: Fields,
+    attention: Callable[[int], Attention],
+    mlp: Callable[[int], Mixer] | None = None,
+    norm: Callable[[str], Norm] | None = None,
+) -> ModelSpec:
+    """Return a decoder of Cohere's layers around the attention of each.
 
-    def norm(name: str) -> Norm:
-        return Norm(name, hf.hidden_size, hf.layer_norm_eps, "layer")
+    mlp   of each layer; None: llama's
+    norm  makes norms by name; None: LayerNorm without bias
+    """
+    dense = gated_mlp(hf) if mlp is None else None
+    norm = norm or layer_norms(hf.hidden_size, hf.layer_norm_eps, bias=False)
 
     def layer(index: int) -> Layer:
         before = norm("input_layernorm")
-        return (ParallelResidual((Residual(attention(index), before), Residual(mlp, before))),)
+        beside = mlp(index) if dense is None else dense
+        return (ParallelResidual((Residual(attention(index), before), Residual(beside, before))),)
 
     return scaled_ends(llama_ends(hf, layer, norm("model.norm")), logits=hf.logit_scale)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megalora.models.family import Family, Fields
 from megalora.models.parts import LLAMA_FILES, LLAMA_FIXED, ROUTER_FIXED, gated_mlp, llama_like, router
-from megalora.models.spec import Experts, LatentAttention, Linear, Mixer, ModelSpec, Norm
+from megalora.models.spec import MLP, Experts, LatentAttention, Linear, Mixer, ModelSpec, Norm, Rotary, Temperature
 
 LATENT_FIELDS = frozenset(
     """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size rms_norm_eps
@@ -18,14 +18,20 @@ LATENT_FIELDS = frozenset(
 HARMLESS = frozenset({"ep_size", "aux_loss_alpha", "seq_aux", "pretraining_tp", "head_dim", "qk_head_dim"})
 
 
-def latent_attention(hf: Fields, interleaved: bool = True) -> LatentAttention:
-    """Return DeepSeek's attention. Raises UserError for key/value heads, which it does not have."""
+def latent_attention(
+    hf: Fields, interleaved: bool = True, position: Rotary | None = None, temperature: Temperature | None = None
+) -> LatentAttention:
+    """Return DeepSeek's attention. Raises UserError for key/value heads, which it does not have.
+
+    position     of the turned features; None: as the rope fields say
+    temperature  of the queries
+    """
     heads, size, at, bias = hf.num_attention_heads, hf.hidden_size, "self_attn.", bool(hf.attention_bias)
     if hf.num_key_value_heads not in (None, heads):
         hf.fail(f"num_key_value_heads ({hf.num_key_value_heads}) is not num_attention_heads ({heads})", "correct it")
     plain, turned, value, latent = hf.qk_nope_head_dim, hf.qk_rope_head_dim, hf.v_head_dim, hf.kv_lora_rank
     short = hf.q_lora_rank
-    position = dataclasses.replace(hf.rotary(turned), interleaved=interleaved)
+    position = dataclasses.replace(position or hf.rotary(turned), interleaved=interleaved)
     return LatentAttention(
         None if short is None else Linear(f"{at}q_a_proj", size, short, bias),
         None if short is None else Norm(f"{at}q_a_layernorm", short, 1e-6),
@@ -40,6 +46,7 @@ def latent_attention(hf: Fields, interleaved: bool = True) -> LatentAttention:
         value,
         position,
         _scale(hf, plain + turned),
+        temperature,
     )
 
 
@@ -87,22 +94,26 @@ def sparse_layers(hf: Fields) -> tuple[bool, ...]:
     return tuple(kind == "sparse" for kind in kinds)
 
 
-def shared_mlp(hf: Fields):
-    """Return the MLP of all tokens, as wide as n_shared_experts experts; None where there is none."""
-    wide = hf.moe_intermediate_size * hf.n_shared_experts
+def shared_mlp(hf: Fields, experts: int | None = None) -> MLP | None:
+    """Return the MLP of all tokens, as wide as n_shared_experts `experts`; None where there is none."""
+    wide = hf.moe_intermediate_size * (hf.n_shared_experts if experts is None else experts)
     return gated_mlp(hf, at="mlp.shared_experts", inner=wide) if wide else None
 
 
 def sigmoid_experts(hf: Fields) -> Experts:
     """Return experts whose router scores by sigmoid and chooses with a correction, in the best groups."""
-    count = hf.n_routed_experts
+    return corrected_experts(hf, hf.n_routed_experts, shared_mlp(hf), "mlp.gate.e_score_correction_bias")
+
+
+def corrected_experts(hf: Fields, count: int, shared: MLP | None, correction: str) -> Experts:
+    """Return `count` such experts, beside the MLP of all tokens, with the correction's name in the file."""
     groups = grouped_choice(hf, count)
     choice = router(
         hf, "mlp.gate", count, score="sigmoid", renormalise=bool(hf.norm_topk_prob), scale=hf.routed_scaling_factor,
-        wide=True, correction="mlp.gate.e_score_correction_bias", group_top=min(2, count // groups["groups"]), **groups,
+        wide=True, correction=correction, group_top=min(2, count // groups["groups"]), **groups,
     )  # fmt: skip
     expert = gated_mlp(hf, at="mlp.experts.{expert}", inner=hf.moe_intermediate_size)
-    return Experts(choice, count, expert, shared_mlp(hf))
+    return Experts(choice, count, expert, shared)
 
 
 def read(hf: Fields) -> ModelSpec:

@@ -14,7 +14,8 @@ from megalora.models.parts import (
 from megalora.models.spec import Layer, ModelSpec, Residual
 
 
-def read(hf: Fields, qk_norm: bool = False) -> ModelSpec:
+def read(hf: Fields, qk_norm: bool = False, behind: bool = True) -> ModelSpec:
+    """Return the spec. qk_norm: with norms on q and k; behind: with norms behind attention and MLP too."""
     window, bias = layer_windows(hf), hf.attention_bias
     mlp = gated_mlp(hf, act=hf.activation_of("hidden_activation"))
     more = {"scale": hf.query_pre_attn_scalar**-0.5, "softcap": hf.attn_logit_softcapping}
@@ -23,9 +24,10 @@ def read(hf: Fields, qk_norm: bool = False) -> ModelSpec:
 
     def layer(index: int) -> Layer:
         attention = grouped_attention(hf, bias=bias, out_bias=bias, window=window[index], **more)
+        after = [norm(hf, f"post_{name}_layernorm") if behind else None for name in ("attention", "feedforward")]
         return (
-            Residual(attention, norm(hf, "input_layernorm"), norm(hf, "post_attention_layernorm")),
-            Residual(mlp, norm(hf, "pre_feedforward_layernorm"), norm(hf, "post_feedforward_layernorm")),
+            Residual(attention, norm(hf, "input_layernorm"), after[0]),
+            Residual(mlp, norm(hf, "pre_feedforward_layernorm"), after[1]),
         )
 
     spec = llama_ends(hf, layer, norm(hf, "model.norm"))

@@ -1,5 +1,8 @@
 """Granite 3 dense: llama with four multipliers, of the embedding, the scores, what a block adds, and the logits."""
 
+from collections.abc import Callable
+from typing import Any
+
 from megalora.models.family import Family, Fields
 from megalora.models.parts import (
     LLAMA_FIELDS,
@@ -10,21 +13,36 @@ from megalora.models.parts import (
     rms,
     scaled_ends,
 )
-from megalora.models.spec import Layer, Mixer, ModelSpec, Norm, Residual
+from megalora.models.spec import Attention, Layer, Mixer, ModelSpec, Norm, Residual
+
+
+def attention_of(hf: Fields, **more: Any) -> Attention:
+    """Return Granite's attention. more: as `grouped_attention` takes it."""
+    bias = hf.attention_bias
+    return grouped_attention(
+        hf, bias=bias, out_bias=bias, scale=hf.attention_multiplier, dropout=hf.attention_dropout, **more
+    )
 
 
 def decoder_of(
-    hf: Fields, mlp: Mixer, logits: float, behind: tuple[Norm | None, Norm | None] = (None, None)
+    hf: Fields,
+    mlp: Mixer,
+    logits: float,
+    behind: tuple[Norm | None, Norm | None] = (None, None),
+    attention: Callable[[int], Attention] | None = None,
 ) -> ModelSpec:
-    """Return a decoder of Granite's layers around an MLP, or experts: logits times a number, norms `behind` blocks."""
-    bias, scale = hf.attention_bias, hf.residual_multiplier
-    attention = grouped_attention(
-        hf, bias=bias, out_bias=bias, scale=hf.attention_multiplier, dropout=hf.attention_dropout
-    )
+    """Return a decoder of Granite's layers around an MLP, or experts.
+
+    logits     what they are multiplied by
+    behind     norms behind attention and MLP
+    attention  of each layer; None: Granite's
+    """
+    scale, plain = hf.residual_multiplier, attention_of(hf)
 
     def layer(index: int) -> Layer:
+        own = plain if attention is None else attention(index)
         return (
-            Residual(attention, rms(hf, "input_layernorm"), behind[0], scale=scale),
+            Residual(own, rms(hf, "input_layernorm"), behind[0], scale=scale),
             Residual(mlp, rms(hf, "post_attention_layernorm"), behind[1], scale=scale),
         )
 

@@ -9,14 +9,19 @@ from megalora.models.parts import ROUTER_FIXED, ROUTER_HARMLESS, fused, router
 from megalora.models.spec import MLP, Experts, Linear, ModelSpec
 
 
-def read(hf: Fields) -> ModelSpec:
+def experts(hf: Fields, shared: MLP | None = None, old: bool = True) -> Experts:
+    """Return Granite's experts. shared: the MLP of all tokens; old: files have the names of transformers 4."""
     size, inner, count = hf.hidden_size, hf.intermediate_size, hf.num_local_experts
     at = "block_sparse_moe.experts.{expert}."
     gate_up = fused(f"{at}gate_up_proj", size, (("gate", inner), ("up", inner)))
     expert = MLP(gate_up, Linear(f"{at}down_proj", inner, size), inner, "silu", gate_up)
-    choice = router(hf, "block_sparse_moe.router.layer", count, by_logits=True, renormalise=True)
-    experts = Experts(choice, count, expert, stacked=True, in_files=IN_FILES)
-    return decoder_of(hf, experts, 1 / hf.logits_scaling)
+    name = "block_sparse_moe.router.layer" if old else "block_sparse_moe.router"
+    choice = router(hf, name, count, by_logits=True, renormalise=True)
+    return Experts(choice, count, expert, shared, stacked=True, in_files=IN_FILES if old else ())
+
+
+def read(hf: Fields) -> ModelSpec:
+    return decoder_of(hf, experts(hf), 1 / hf.logits_scaling)
 
 
 # The experts have the names of transformers 5, to which peft's adapters belong; the files have those of transformers 4.

@@ -14,7 +14,7 @@ from megalora.models.parts import (
     llama_like,
     rms,
 )
-from megalora.models.spec import ModelSpec, Rotary
+from megalora.models.spec import Attention, ModelSpec, Rotary
 
 
 def stretched(hf: Fields, alpha: float) -> Rotary:
@@ -30,7 +30,8 @@ def stretched(hf: Fields, alpha: float) -> Rotary:
     return rotary.rotary({"rope_type": "default", "rope_theta": theta}, dim, None, hf.where)
 
 
-def read(hf: Fields) -> ModelSpec:
+def attention_of(hf: Fields) -> Attention:
+    """Return Hunyuan's attention."""
     bias, alpha = hf.attention_bias, hf.rope.get("alpha")
     q, k = (rms(hf, f"self_attn.{name}_layernorm", head_dim(hf)) for name in ("query", "key"))
     attention = grouped_attention(
@@ -38,6 +39,11 @@ def read(hf: Fields) -> ModelSpec:
     )
     if alpha is not None:
         attention = replace(attention, position=stretched(hf, alpha))
+    return attention
+
+
+def read(hf: Fields) -> ModelSpec:
+    attention = attention_of(hf)
     return llama_like(hf, lambda layer: attention, gated_mlp(hf))
 
 

@@ -7,12 +7,16 @@ from megalora.models.spec import ModelSpec, Temperature
 _LENGTH, _BETA = "original_max_position_embeddings", "llama_4_scaling_beta"
 
 
-def read(hf: Fields) -> ModelSpec:
+def temperature_of(hf: Fields) -> Temperature | None:
+    """Return that of the queries, by the rope fields. Raises UserError where these lack it."""
     for name in (_LENGTH, _BETA):
         if hf.rope.get(name) is None:
             hf.fail(f"rope_parameters has no {name}", "take config.json from the model's own folder")
-    temperature = Temperature(hf.rope[_LENGTH], hf.rope[_BETA], first=0) if hf.rope[_BETA] else None
-    attention = grouped_attention(hf, window=hf.sliding_window, temperature=temperature)
+    return Temperature(hf.rope[_LENGTH], hf.rope[_BETA], first=0) if hf.rope[_BETA] else None
+
+
+def read(hf: Fields) -> ModelSpec:
+    attention = grouped_attention(hf, window=hf.sliding_window, temperature=temperature_of(hf))
     return llama_like(hf, lambda layer: attention, gated_mlp(hf))
 
 

@@ -1,10 +1,10 @@
-"""Mistral Small 3.1 and 3.2, Ministral 3: the language model of a model that reads images too."""
+"""Mistral Small 3.1 and 3.2, Ministral 3, Mistral 4: the language model of a model that reads images too."""
 
 from megalora.models.family import Fields
 from megalora.models.multimodal import LLAVA_FILES, multimodal_family, text_of
 from megalora.models.spec import ModelSpec
 
-TEXTS = {"mistral": "mistral", "ministral3": "ministral3"}
+TEXTS = {"mistral": "mistral", "ministral3": "ministral3", "mistral4": "mistral4"}
 
 
 def read(hf: Fields) -> ModelSpec:
