@@ -61,6 +61,22 @@ MODELS = {
         },
         _TOWER | {"head_dim": 16, "num_key_value_heads": 2},
     ),
+    "llava": (
+        "LlavaForConditionalGeneration", {"model_type": "mistral", "sliding_window": 6},
+        _TOWER | {"model_type": "clip_vision_model"},
+    ),
+    "internvl": ("InternVLForConditionalGeneration", {"model_type": "qwen3", "head_dim": 12}, _TOWER),
+    "smolvlm": ("SmolVLMForConditionalGeneration", {"model_type": "llama"}, _TOWER),
+    "idefics3": ("Idefics3ForConditionalGeneration", {"model_type": "llama"}, _TOWER),
+    "glm4v": (
+        "Glm4vForConditionalGeneration",
+        {
+            "rope_scaling": {
+                "rope_type": "default", "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.67,
+            },
+        },
+        _QWEN_TOWER,
+    ),
     "mistral3": ("Mistral3ForConditionalGeneration", {"model_type": "mistral"}, _TOWER | {"model_type": "pixtral"}),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", _SECTIONS, _QWEN_TOWER | {"hidden_size": 48}),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", _SECTIONS, _QWEN_TOWER),
@@ -102,7 +118,7 @@ MODELS = {
     ),
 }  # fmt: skip
 REPLIES = {*MODELS} - {"llama4"}  # transformers 5.24 fails at what is around it, where there is no image
-LINEARS = r".*language_model.*\.(q_proj|o_proj|up_proj)$"  # not those of images, nor the experts of llama4
+LINEARS = r".*(language_model|text_model).*\.(q_proj|o_proj|up_proj)$"  # not those of images, nor the experts of llama4
 
 
 def save_model(folder, kind: str) -> torch.nn.Module:

@@ -93,8 +93,9 @@ def text_of(
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(fields.get(name), Mapping):
             fields[name] = _of_one_axis(fields[name])
-            if "rope_theta" in fields[name] and "rope_theta" not in text:
-                fields.pop("rope_theta", None)  # the default
+            for own in ("rope_theta", "partial_rotary_factor"):
+                if own in fields[name] and own not in text:
+                    fields.pop(own, None)  # the default
     spec = config_from_dict(fields, f"{hf.where}: text_config")
     return replace(renamed(spec, ours), files=files)
 
