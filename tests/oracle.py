@@ -191,6 +191,11 @@ EXPERTS = {
         "rms_norm_eps": None, "num_shared_experts": 2, "first_k_dense_replace": 1, "expert_selection_fn": "sigmoid",
         "prefix_dense_intermediate_size": 40,
     },
+    "afmoe": {
+        "model_type": "afmoe", "num_experts": 6, "num_experts_per_tok": 3, "num_shared_experts": 1, "head_dim": 8,
+        "moe_intermediate_size": 24, "num_dense_layers": 1, "route_scale": 2.8, "sliding_window": 5,
+        "global_attn_every_n_layers": 2, "mup_enabled": True,
+    },
     "gemma4_text, experts": {
         "model_type": "gemma4_text", "head_dim": 6, "global_head_dim": 10, "num_global_key_value_heads": 2,
         "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 6, "pad_token_id": 0,

@@ -155,7 +155,7 @@ BOUNDS: Mapping[str, Bound] = {
         decoder_layers global_attn_every_n_layers full_attention_interval prefix_dense_sliding_window_pattern""",
     ),
     "moe_layer_end_index": Number(True, -1, MOST_LAYERS),
-    **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index"),
+    **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index num_dense_layers"),
     **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers num_mtp_modules"),
     **_all(Each(Word(), MOST_LAYERS), "layer_types mlp_layer_types attention_layers"),
     **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers"),
@@ -193,10 +193,10 @@ BOUNDS: Mapping[str, Bound] = {
     ),
     **_all(
         Number(False, 1e-9, 1e9),
-        """routed_scaling_factor router_scaling_factor attention_multiplier embedding_multiplier residual_multiplier
-        logits_scaling logit_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping scale_emb
-        scale_depth mup_embeddings_scale mup_output_alpha mup_width_scale floor_scale attn_scale swiglu_alpha
-        swiglu_limit clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
+        """routed_scaling_factor route_scale router_scaling_factor attention_multiplier embedding_multiplier
+        residual_multiplier logits_scaling logit_scale query_pre_attn_scalar attn_logit_softcapping
+        final_logit_softcapping scale_emb scale_depth mup_embeddings_scale mup_output_alpha mup_width_scale
+        floor_scale attn_scale swiglu_alpha swiglu_limit clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
     ),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
     **_all(
@@ -214,8 +214,8 @@ BOUNDS: Mapping[str, Bound] = {
         parallel_attn position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx
         scale_attn_weights attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm
         use_qkv_bias use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention
-        share_att_key position_biased_input attention_out_bias attention_k_eq_v enable_moe_block use_post_norm norm_bias
-        classifier_bias use_task_id""",
+        share_att_key position_biased_input attention_out_bias attention_k_eq_v mup_enabled enable_moe_block
+        use_post_norm norm_bias classifier_bias use_task_id""",
     ),
     **_all(
         Word(),

@@ -179,7 +179,7 @@ class Attention:
     dropout         of the base, of the probabilities in training
     sinks           name of a tensor [heads]: a score of each head that takes its share of the softmax and gives nothing
     q_bias, v_bias  names of tensors [heads head_dim] that are added to q and v: biases that are not the linears' own
-    gate            fused with q by head: each head's result is multiplied by its sigmoid
+    gate            a linear, or fused with q by head: each head's result is multiplied by its sigmoid
     """
 
     q: Projection
@@ -204,7 +204,7 @@ class Attention:
     temperature: Temperature | None = None
     q_bias: str | None = None
     v_bias: str | None = None
-    gate: Fused | None = None
+    gate: Projection | None = None
     v_norm: Norm | None = None
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -218,7 +218,7 @@ class Attention:
     @property
     def linears(self) -> tuple[Linear, ...]:
         positions = self.position.linears if isinstance(self.position, Disentangled) else ()
-        return (*linears_of((self.q, self.k, self.v)), *positions, self.out)
+        return (*linears_of((self.gate, self.q, self.k, self.v)), *positions, self.out)
 
     @property
     def norms(self) -> tuple[Norm, ...]:

@@ -49,6 +49,7 @@ def test_published_configs_have_the_parameters_of_transformers(name):
         ("hunyuan_v1_moe", {"moe_topk": [2, 2, 1]}, "moe_topk differs between layers"),
         ("hunyuan_v1_moe", {"num_shared_expert": 2}, "num_shared_expert = 2 are not implemented"),
         ("hunyuan_v1_moe", {"moe_topk": 6}, "num_experts_per_tok (6) is more than the number of experts (5)"),
+        ("afmoe", {"route_norm": False}, "route_norm = False is not implemented"),
         ("cohere2_moe", {"expert_selection_fn": "relu"}, "expert_selection_fn = 'relu' is not implemented"),
         ("cohere2_moe", {"shared_expert_combination_strategy": "max"}, "strategy = 'max' is not implemented"),
         ("hy_v3", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types must say dense or sparse for each of 3 layers"),
