@@ -156,6 +156,31 @@ CONFIGS = {
     "granite-3.1-3b-a800m-base": {
         **_GRANITE, "hidden_size": 1536, "num_attention_heads": 24, "num_hidden_layers": 32, "num_local_experts": 40,
     },
+    "Hunyuan-A13B-Instruct": {
+        "model_type": "hunyuan_v1_moe", "architectures": ["HunYuanMoEV1ForCausalLM"], "attention_bias": False,
+        "attention_dropout": 0.0, "attention_head_dim": 128, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 32768,
+        "mlp_bias": False, "moe_intermediate_size": [3072] * 32, "moe_topk": [8] * 32, "norm_topk_prob": True,
+        "num_attention_heads": 32, "num_experts": 64, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_shared_expert": [1] * 32, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "rope_scaling": {
+            "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "type": "dynamic",
+        },
+        "use_cla": False, "use_mixed_mlp_moe": True, "use_qk_norm": True, "use_rotary_pos_emb": True,
+        "vocab_size": 128167, "pad_token_id": 127961,
+    },
+    "Trinity-Mini": {
+        "model_type": "afmoe", "architectures": ["AfmoeForCausalLM"], "attention_dropout": 0.0,
+        "global_attn_every_n_layers": 4, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 6144, "load_balance_coeff": 0.001,
+        "max_position_embeddings": 131072, "moe_intermediate_size": 1024, "mup_enabled": True, "n_group": 1,
+        "num_attention_heads": 32, "num_dense_layers": 2, "num_expert_groups": 1, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 32, "num_key_value_heads": 4, "num_limited_groups": 1,
+        "num_shared_experts": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000, "route_norm": True,
+        "route_scale": 2.826, "score_func": "sigmoid", "sliding_window": 2048, "tie_word_embeddings": False,
+        "topk_group": 1, "use_grouped_mm": True, "vocab_size": 200192,
+    },
     "OLMoE-1B-7B-0924": {
         "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "attention_bias": False,
         "attention_dropout": 0.0, "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,

@@ -64,4 +64,5 @@ FAMILY = Family(
     # layer_types says which layers slide; the rest is of another loss, and of another way to compute the same.
     harmless=frozenset({"global_attn_every_n_layers", "load_balance_coeff", "use_grouped_mm"}),
     files=LLAMA_FILES,
+    published=("Trinity-Mini",),
 )

@@ -45,5 +45,5 @@ FAMILY = dataclasses.replace(
     harmless=DENSE.harmless | {"moe_drop_tokens", "moe_random_routing_dropped_token"},  # no token is dropped
     aliases={"moe_intermediate_size": "experts_intermediate_size"},
     optional=frozenset({"num_shared_expert", "experts_intermediate_size"}),
-    published=(),
+    published=("Hunyuan-A13B-Instruct",),
 )
