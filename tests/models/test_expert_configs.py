@@ -27,6 +27,9 @@ def test_published_configs_have_the_parameters_of_transformers(name):
     assert sum(map(math.prod, spec.tensors.values())) == expected
 
 
+GEMMA4 = "gemma4_text, experts"
+
+
 @pytest.mark.parametrize(
     "family, fields, said",
     [
@@ -49,6 +52,13 @@ def test_published_configs_have_the_parameters_of_transformers(name):
         ("hunyuan_v1_moe", {"moe_topk": [2, 2, 1]}, "moe_topk differs between layers"),
         ("hunyuan_v1_moe", {"num_shared_expert": 2}, "num_shared_expert = 2 are not implemented"),
         ("hunyuan_v1_moe", {"moe_topk": 6}, "num_experts_per_tok (6) is more than the number of experts (5)"),
+        (GEMMA4, {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input = 8 is not implemented"),
+        (GEMMA4, {"num_kv_shared_layers": 1}, "num_kv_shared_layers = 1 is not implemented"),
+        (GEMMA4, {"use_bidirectional_attention": "all"}, "is_causal = False is not implemented"),
+        (GEMMA4, {"hidden_activation": "relu"}, "hidden_activation = 'relu' is not implemented for experts"),
+        (GEMMA4, {"num_global_key_value_heads": 3}, "layer 2 has 3 key/value heads of 10 features for 8 heads"),
+        (GEMMA4, {"per_layer_config": {"2": {"sliding_window": 9}}}, "per_layer_config says {'sliding_window': 9}"),
+        (GEMMA4, {"per_layer_config": {"7": {"head_dim": 8}}}, "per_layer_config says {'head_dim': 8} of layer '7'"),
         ("afmoe", {"route_norm": False}, "route_norm = False is not implemented"),
         ("cohere2_moe", {"expert_selection_fn": "relu"}, "expert_selection_fn = 'relu' is not implemented"),
         ("cohere2_moe", {"shared_expert_combination_strategy": "max"}, "strategy = 'max' is not implemented"),
@@ -85,3 +95,14 @@ def test_a_share_of_a_head_is_told_by_either_field():
     for fields in ({"rope_parameters": rope}, {"rope_parameters": rope, "rotary_dim": None}):
         assert config_from_dict(fields_of("minimax_m2", **fields)).rotaries == own.rotaries
     assert config_from_dict(fields_of("minimax_m2", rotary_dim=None)).rotaries[0].size == 10
+
+
+def test_layers_with_sizes_of_their_own_are_told_in_either_form():
+    """As published, by fields of full attention, and as transformers saves them, layer by layer."""
+    raw = fields_of(GEMMA4)
+    kind = transformers.CONFIG_MAPPING["gemma4_text"]
+    saved = kind(**{name: value for name, value in raw.items() if name != "model_type"}).to_dict()
+    assert "global_head_dim" not in saved and saved["per_layer_config"]
+    own, again = config_from_dict(raw), config_from_dict(saved)
+    assert again.stack == own.stack
+    assert [layer[0].mixer.head_dim for layer in own.stack.layers] == [6, 6, 10]
