@@ -61,6 +61,14 @@ MODELS = {
         },
         _TOWER | {"head_dim": 16, "num_key_value_heads": 2},
     ),
+    "gemma4_unified": (
+        "Gemma4UnifiedForConditionalGeneration",
+        {
+            "model_type": "gemma4_unified_text", "head_dim": 10, "global_head_dim": 12, "attention_k_eq_v": True,
+            "num_global_key_value_heads": 2, "num_hidden_layers": 3,
+        },
+        {"mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32, "patch_size": 4},
+    ),
     "llava": (
         "LlavaForConditionalGeneration", {"model_type": "mistral", "sliding_window": 6},
         _TOWER | {"model_type": "clip_vision_model"},

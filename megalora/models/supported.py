@@ -202,6 +202,8 @@ def _family(family: Family) -> Iterable[str]:
         yield f"- `partial_rotary_factor` is {family.partial:g} unless the config has it."
     if family.scaled:
         yield "- Made with scaled rotations: a config.json without `rope_scaling` or `rope_parameters` is refused."
+    if family.rope_default is not None:
+        yield f"- Rope fields of a config.json without any: {_value(dict(family.rope_default))}."
     if family.rope:
         yield f"- Rope fields of its own: {_renamed(family.rope)}."
     if family.remote:
