@@ -240,7 +240,8 @@ def plain_names(family: str, model) -> dict[str, tuple[torch.Tensor, torch.nn.Pa
     found = {}
     stacks = config_from_dict(fields_of(family)).stacks
     gate, up, down = ("w1", "w3", "w2") if family in MIXTRAL else ("gate_proj", "up_proj", "down_proj")
-    corrections = ((n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias"))
+    held = ("e_score_correction_bias", "layer_scalar")
+    corrections = ((n, b) for n, b in model.named_buffers() if n.endswith(held))
     for name, parameter in (*model.named_parameters(), *corrections):
         for theirs, ours in RENAMED.get(family, {}).items():
             name = name.replace(theirs, ours)
@@ -272,7 +273,7 @@ def precise_norm(monkeypatch):
         modeling = sys.modules[model_class(EXPERTS[family]["model_type"]).__module__]
         for name in [name for name in vars(modeling) if name.endswith(("RMSNorm", "L2Norm")) and name[0] != "_"]:
             monkeypatch.setattr(getattr(modeling, name), "forward", forward)
-        routers = ("topkrouter", "llama4router", "v1gate")
+        routers = ("topkrouter", "llama4router", "textrouter", "v1gate")
         for name in [name for name in vars(modeling) if name.lower().endswith(routers)]:
             router = getattr(modeling, name)
             monkeypatch.setattr(router, "forward", in_double(router.forward))
@@ -315,8 +316,11 @@ def clamped_as_configured(monkeypatch):
     monkeypatch.setattr(experts, "__init__", configured)
 
 
-# Those whose rotations, norms, temperatures or sinks transformers computes in float32.
-IN_FLOAT32 = ("cohere2_moe", "deepseek_v2", "ernie4_5_moe", "granitemoe_swa", "llama4_text", "mistral4")
+# Those whose rotations, norms, routers, temperatures, sinks or scale of the embedding transformers has in float32.
+IN_FLOAT32 = (
+    "afmoe", "cohere2_moe", "deepseek_v2", "ernie4_5_moe", "gemma4_text, experts", "granitemoe_swa", "llama4_text",
+    "mistral4",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("family", EXPERTS)
