@@ -14,7 +14,7 @@ def _inside(name: str) -> str:
 
 
 def read(hf: Fields) -> ModelSpec:
-    return text_of(hf, TEXTS, FILES, _inside, {"rms_norm_eps": 1e-5})
+    return text_of(hf, TEXTS, FILES, _inside)
 
 
 FAMILY = multimodal_family("idefics3", read, TEXTS, harmless=frozenset({"scale_factor"}))

@@ -12,7 +12,7 @@ LLAVA_FIELDS = frozenset(
 
 
 def read(hf: Fields) -> ModelSpec:
-    return text_of(hf, TEXTS, LLAVA_FILES)
+    return text_of(hf, TEXTS, LLAVA_FILES, ties="either")
 
 
 FAMILY = multimodal_family("llava", read, TEXTS, harmless=LLAVA_FIELDS | {"ignore_index"})
