@@ -77,6 +77,9 @@ def attention_of(hf: Fields) -> Callable[[int], Attention]:
 def experts_of(hf: Fields) -> Experts:
     """Return the experts beside the MLP. Both they and their router read the stream behind one norm without weights,
     each times a vector of its own. Raises UserError."""
+    for name in sorted(MOE):
+        if getattr(hf, name) is None:
+            hf.fail(f"{name} is missing, and enable_moe_block is true", "take config.json from the model's own folder")
     count, size, inner = hf.num_experts, hf.hidden_size, hf.moe_intermediate_size
     choice = router(
         hf, "router.proj", count, top=hf.top_k_experts, renormalise=True, reads_scaled="router.scale",
