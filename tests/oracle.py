@@ -6,6 +6,7 @@ and seeds, the same on every layout.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections import defaultdict
@@ -648,8 +649,13 @@ class Outcome:
     gradients: dict[str, tuple[Split, torch.Tensor]]
 
 
-def whole_tensor(name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
+def whole_tensor(name: str, shape: Sequence[int], scale: float) -> torch.Tensor:
     """A random float64 tensor that depends on its name alone."""
+    return _drawn(name, tuple(shape), scale).clone()
+
+
+@functools.lru_cache(2048)  # families share many names and shapes; to draw them is a tenth of a short run
+def _drawn(name: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
     values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
     return values + 1.0 if name.lower().endswith("norm.weight") else values
