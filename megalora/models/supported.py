@@ -29,6 +29,17 @@ from megalora.models.spec import (
 )
 from megalora.models.tested import AROUND, CELLS, DECODERS, ENCODERS, EXPERTS, FEATURES, IMAGES, PAIRS, cell
 
+_MISSING = {
+    "`phimoe` (Phi-3.5-MoE)": "its router draws experts at random in training and estimates the gradient of that draw; "
+    "with the experts of evaluation it would be trained as another model",
+    "`gemma4_text` of Gemma 4 E2B and E4B": "each layer has vectors of its own for every word, and the last layers "
+    "read the keys and values of others",
+    "`sarvam_moe`": "its files hold q, k and v in one linear, of which transformers makes three",
+    "`mimo_v2_flash`": "heads of values are narrower than those of keys",
+    "`laguna`": "its gates of attention are softplus, and layers differ in their heads",
+}
+"""Types that are not implemented, and why."""
+
 
 def summary(family: Family) -> tuple[str, str]:
     """Return (published models, what sets them apart): the first line of the family's module."""
@@ -104,6 +115,9 @@ def models_page() -> str:
         f"For every family: {every}. Rope types, unless said otherwise: {_code(rotary.FIELDS)} "
         "(`dynamic` up to `max_position_embeddings` tokens).",
         *("\n".join(_family(family)) for family in families()),
+        "## Not implemented",
+        "Of types that transformers has and that are often asked for:",
+        "\n".join(f"- {models}: {why}." for models, why in _MISSING.items()),
     ]
     return "\n\n".join(parts)
 
