@@ -11,11 +11,12 @@ Legend: M rows, E matrices.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from megalora.ops import grouped_gpu
+from megalora.ops.grouped_gpu import BranchGrad
 from megalora.ops.matmul import matmul, matmul_nt
 
 Bounds = tuple[int, ...] | torch.Tensor  # the end of each matrix's rows: ints, or [E] int32 on the device
@@ -84,6 +85,20 @@ def grouped_outer_(
         made = torch.mm(a[rows].t(), b[rows])
         for out, part in zip(outs, made.split([out.shape[1] for out in outs]), strict=True):
             out[expert].add_(part, alpha=scale)
+
+
+def grouped_branch_(
+    grads: Sequence[BranchGrad], dy: torch.Tensor, z: torch.Tensor, B: torch.Tensor, bounds: Bounds
+) -> torch.Tensor:
+    """Return dz = dy B_e [M, R], and add to each of `grads` its part of dy_e^T z_e; one kernel reads dy once for both.
+
+    dy [M, O], z [M, R], B [E, O, R]. Not for autograd.
+    """
+    if isinstance(bounds, torch.Tensor) and grouped_gpu.takes(dy, z, B) and grouped_gpu.joins(grads, z):
+        return grouped_gpu.branch_(grads, dy, z, B, bounds)
+    for out, rows, columns, scale in grads:
+        grouped_outer_([out], dy[:, rows], z[:, columns], bounds, scale)
+    return grouped(dy, B, bounds)
 
 
 def parts_of(bounds: tuple[int, ...]) -> Iterator[tuple[int, slice]]:

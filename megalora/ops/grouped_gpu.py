@@ -6,7 +6,9 @@ Legend as in megalora.ops.grouped: M rows, E matrices.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,21 +19,39 @@ _OLDEST_TRITON = 3, 6
 MOST_THIN = 128  # columns that one program of the thin kernel makes
 _COLUMNS, _CONTRACTED, _STAGES = 256, 64, 4  # of the wide kernel's tiles
 _REGISTERS = 168  # of a thread: three groups of 128 threads share 65536
+_BRANCH_COLUMNS = 256
 _THIN_ROWS, _THIN_CONTRACTED, _THIN_STAGES = 64, 64, 6
+
+
+class BranchGrad(NamedTuple):
+    """A gradient of all experts' B, [E, O_i, R_i] of any dtype, to which scale dy_e^T z_e is added.
+
+    rows     which features of dy its O_i are
+    columns  which of z its R_i are
+    """
+
+    out: torch.Tensor
+    rows: slice
+    columns: slice
+    scale: float
 
 
 def takes(*tensors: torch.Tensor) -> bool:
     """Return whether the kernels take operands like these: bfloat16 on Hopper, rows that start on 16 bytes. In training
     alone: prompts of generation do not wait for Triton's compiler.
     """
-    return not torch.is_inference_mode_enabled() and all(
-        t.dtype == torch.bfloat16
-        and t.device.type == "cuda"
-        and t.stride(-1) == 1
-        and t.data_ptr() % limits.ALIGNMENT == 0
-        and all(stride % limits.OCTET == 0 for stride in t.stride()[:-1])
-        for t in tensors
-    ) and is_hopper(tensors[0].device)
+    return (
+        not torch.is_inference_mode_enabled()
+        and all(
+            t.dtype == torch.bfloat16
+            and t.device.type == "cuda"
+            and t.stride(-1) == 1
+            and t.data_ptr() % limits.ALIGNMENT == 0
+            and all(stride % limits.OCTET == 0 for stride in t.stride()[:-1])
+            for t in tensors
+        )
+        and is_hopper(tensors[0].device)
+    )
 
 
 @functools.cache
@@ -137,6 +157,43 @@ def outer_(outs: list[torch.Tensor], a: torch.Tensor, b: torch.Tensor, bounds: t
         second.stride(0), short.shape[1], long.shape[1],
         SHORT_FIRST=short_first, SECOND=len(outs) == 2, R=R, N=N, K=64, num_warps=4, num_stages=4,
     )  # fmt: skip
+
+
+def joins(grads: Sequence[BranchGrad], z: torch.Tensor) -> bool:
+    """Return whether `branch_` makes these gradients: of one or two parts, which divide the columns of dy and z."""
+    one_after_another = all(
+        first.rows.stop == second.rows.start and first.columns.stop == second.columns.start
+        for first, second in itertools.pairwise(grads)
+    )
+    return (
+        1 <= len(grads) <= 2
+        and one_after_another
+        and z.shape[1] <= MOST_THIN // 2
+        and all(g.out.stride(2) == 1 and g.out.stride(1) == g.out.shape[2] for g in grads)
+    )
+
+
+def branch_(
+    grads: Sequence[BranchGrad], dy: torch.Tensor, z: torch.Tensor, B: torch.Tensor, bounds: torch.Tensor
+) -> torch.Tensor:
+    """Return dy B_e [M, R], and add the outer products of `grads`: megalora.ops.grouped.grouped_branch_."""
+    from megalora.ops.grouped_kernels import branch_kernel, sum_kernel
+
+    (rows, width), ranks, first, second = dy.shape, z.shape[1], grads[0], grads[-1]
+    dz = dy.new_empty(rows, ranks)
+    R, N = _power(ranks, 16), _BRANCH_COLUMNS
+    tiles = -(-width // N)
+    parts = torch.empty(tiles, rows, R, dtype=torch.float32, device=dy.device)
+    branch_kernel[(tiles, len(bounds))](
+        dy, z, B, parts, first.out, second.out, first.scale, second.scale, bounds, dy.stride(0), z.stride(0),
+        B.stride(0), B.stride(1), rows * R, first.out.stride(0), second.out.stride(0), first.out.shape[1],
+        first.out.shape[2], width, ranks,
+        SECOND=len(grads) == 2, R=R, N=N, K=64, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if rows:
+        M = 64
+        sum_kernel[(-(-rows // M),)](parts, dz, rows * R, tiles, rows, ranks, R=R, M=M, num_warps=4)
+    return dz
 
 
 def _power(n: int, least: int) -> int:

@@ -1,4 +1,5 @@
-"""Triton kernels of experts' adapters: X P_e^T and X P_e of few columns, and a_e^T b_e, with bounds on the device.
+"""Triton kernels of experts' adapters: X P_e^T and X P_e of few columns, a_e^T b_e, and the last two of one long
+operand, with bounds on the device.
 
 They read their long operand once and do little with it. Tiles of rows are numbered so that nothing has to be summed
 up: expert e takes the numbers from start_e // M + e on, which leaves it at least the tiles that its rows need. Programs
@@ -86,3 +87,54 @@ def outer_kernel(
         place = second + expert.to(tl.int64) * second_stride + (rank - edge) * long + column
         mask = (column < long) & (rank >= edge) & (rank < short) & (start < stop)
         tl.store(place, tl.load(place, mask=mask, other=0.0) + total, mask=mask)
+
+
+@triton.jit
+def branch_kernel(
+    dy, z, branch, parts, out, second, scale, second_scale, bounds, dy_stride, z_stride, branch_stride, branch_row,
+    parts_stride, out_stride, second_stride, out_rows, out_ranks, width, ranks,
+    SECOND: tl.constexpr, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Of N columns of dy and an expert e: write dy B_e into parts [rows, R] of these columns, add scale dy_e^T z_e.
+
+    dy [rows, width], z [rows, ranks], branch [experts, width, ranks]. parts_stride lies between the parts of tiles of
+    columns. The outer product goes to out_e [out_rows, out_ranks], SECOND: with its first rows and ranks, the others to
+    second_e [width - out_rows, ranks - out_ranks] by second_scale; between experts out_stride, each contiguous.
+    """
+    expert = tl.program_id(1)
+    columns, at = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, R)
+    start = tl.load(bounds + expert - 1, mask=expert > 0, other=0)
+    stop = tl.load(bounds + expert)
+    inside, held = columns < width, at < ranks
+    place = branch + expert.to(tl.int64) * branch_stride + columns[:, None] * branch_row + at[None, :]
+    right = tl.load(place, mask=inside[:, None] & held[None, :], other=0.0)
+    parts += tl.program_id(0).to(tl.int64) * parts_stride
+    total = tl.zeros((N, R), tl.float32)
+    for first in range(start, stop, K):
+        rows = (first + tl.arange(0, K))[:, None]
+        own, far = rows < stop, rows.to(tl.int64)
+        left = tl.load(dy + far * dy_stride + columns[None, :], mask=own & inside[None, :], other=0.0)
+        down = tl.load(z + far * z_stride + at[None, :], mask=own & held[None, :], other=0.0)
+        total = tl.dot(tl.trans(left), down, total)
+        tl.store(parts + far * R + at[None, :], tl.dot(left, right), mask=own)
+    some = start < stop
+    column, rank = columns[:, None], at[None, :]
+    mask = some & (column < out_rows) & (rank < out_ranks)
+    place = out + expert.to(tl.int64) * out_stride + column * out_ranks + rank
+    tl.store(place, tl.load(place, mask=mask, other=0.0) + total * scale, mask=mask)
+    if SECOND:
+        mask = some & (column >= out_rows) & (column < width) & (rank >= out_ranks) & (rank < ranks)
+        place = second + expert.to(tl.int64) * second_stride
+        place += (column - out_rows) * (ranks - out_ranks) + rank - out_ranks
+        tl.store(place, tl.load(place, mask=mask, other=0.0) + total * second_scale, mask=mask)
+
+
+@triton.jit
+def sum_kernel(parts, out, parts_stride, count, rows, ranks, R: tl.constexpr, M: tl.constexpr):
+    """Write the sum of `count` parts [rows, R], in their order, to out [rows, ranks]."""
+    row, at = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.arange(0, R)[None, :]
+    total = tl.zeros((M, R), tl.float32)
+    for _ in range(count):
+        total += tl.load(parts + row * R + at, mask=row < rows, other=0.0)
+        parts += parts_stride
+    tl.store(out + row * ranks + at, total.to(out.dtype.element_ty), mask=(row < rows) & (at < ranks))

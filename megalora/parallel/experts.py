@@ -20,7 +20,7 @@ from megalora.adapters.lora import initial_factor
 from megalora.errors import UserError
 from megalora.ops import limits
 from megalora.ops.dropout import Dropout, dropout
-from megalora.ops.grouped import Bounds, grouped, grouped_nt, grouped_outer_
+from megalora.ops.grouped import Bounds, BranchGrad, grouped, grouped_branch_, grouped_nt, grouped_outer_
 from megalora.ops.lora_linear import room_for
 from megalora.ops.routing import Routes
 from megalora.ops.scaled_copy import scaled_copy_
@@ -265,9 +265,27 @@ class ExpertGroup:
         """Return `expert` with one of this rank's for rows that belong to none, which nobody reads."""
         return expert.clamp(max=len(self.experts) - 1)
 
-    def branch_transposed(self, dy: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        """Return dz = dy s B_e [M, R]."""
-        return grouped(dy, self.matrix.branch[:, :, : self.rank], bounds)
+    def branch_transposed(self, dy: torch.Tensor, bounds: Bounds, z: torch.Tensor | None) -> torch.Tensor:
+        """Return dz = dy s B_e [M, R]; with z [M, R or more], add s dy_e^T z_e to the gradient of each B_e."""
+        B = self.matrix.branch[:, :, : self.rank]
+        if z is None:
+            return grouped(dy, B, bounds)
+        grads = self._whole_gradients_of_b()
+        if grads is not None:
+            return grouped_branch_(grads, dy, z[:, : self.rank], B, bounds)
+        self._add_up_grads(dy, z, bounds)
+        return grouped(dy, B, bounds)
+
+    def _whole_gradients_of_b(self) -> list[BranchGrad] | None:
+        """Return the gradients of the parts' B where each part has one of all experts, else None."""
+        grads = []
+        for i, (rows, columns) in enumerate(zip(self.rows, self.branches, strict=True)):
+            out, scale = self._gradient(i, "lora_B") if self.ranks[i] else None, self._scaling(i)
+            sizes = rows.stop - rows.start, columns.stop - columns.start
+            if out is None or not isinstance(scale, float) or out.shape[1:] != sizes:
+                return None
+            grads.append(BranchGrad(out, rows, columns, scale))
+        return grads
 
     def multiply_transposed(
         self, dy: torch.Tensor, bounds: Bounds, dz: torch.Tensor | None = None, A: torch.Tensor | None = None
@@ -275,7 +293,7 @@ class ExpertGroup:
         """Return dy W_e + dz A_e [M, I]; without dz and A the first alone."""
         return self.matrix.multiply_transposed(dy, bounds, dz, A)
 
-    def add_up_grads(self, dy: torch.Tensor, z: torch.Tensor, bounds: Bounds) -> None:
+    def _add_up_grads(self, dy: torch.Tensor, z: torch.Tensor, bounds: Bounds) -> None:
         """Add s dy_e^T z_e to the gradient of each B_e: dy [M, O], z [M, R]."""
         for i, (rows, columns) in enumerate(zip(self.rows, self.branches, strict=True)):
             if self.ranks[i]:

@@ -143,13 +143,9 @@ def _backward(
     x  [M, I], read where factors want gradients; z [M, C] of the forward; A [E, R, I] as it was then
     """
     bounds, trains = routes.bounds, group.anchor is not None
-    if trains:
-        group.add_up_grads(dy, z, bounds)
-    if not (needs_dx or trains):
-        return None
-    if A is None:
+    if A is None or not (needs_dx or trains):
         return group.multiply_transposed(dy, bounds) if needs_dx else None
-    dz = group.branch_transposed(dy, bounds)
+    dz = group.branch_transposed(dy, bounds, z if trains else None)
     if trains:
         group.add_down_grads(dz, dropped(x, index, draw), bounds)
     if not needs_dx:

@@ -12,7 +12,7 @@ from gluon_on_cpu import Descriptor, Pointer, emulated
 from interpreted import needs_triton, run_interpreted
 
 from megalora.ops import grouped_gpu
-from megalora.ops.grouped import grouped, grouped_nt, grouped_outer_
+from megalora.ops.grouped import grouped, grouped_branch_, grouped_nt, grouped_outer_
 
 # Rows of each expert: none, less than a block of 64, whole blocks, one more, and rows behind the last bound.
 UNEVEN, ROWS = (0, 1, 63, 64, 65, 0, 128, 130, 192, 193, 300, 0), 1200
@@ -56,6 +56,29 @@ def wanted(bounds, x, dy, W, z, A):
     return product(bounds, x, W.mT), backward, backward + product(bounds, z, A)
 
 
+def gradients(experts, rows, ranks, device="cpu", dtype=torch.float32):
+    """Gradients of B, ones, of two linears that share the rows and ranks, or of one where these are one number."""
+    grads, row, rank = [], 0, 0
+    for i, (n, r) in enumerate(zip(rows, ranks, strict=True)):
+        out = torch.ones(experts, n, r, device=device, dtype=dtype)
+        grads.append(grouped_gpu.BranchGrad(out, slice(row, row + n), slice(rank, rank + r), 0.5 + i))
+        row, rank = row + n, rank + r
+    return grads
+
+
+def check_branch(made, counts, outputs, ranks, tolerance, **how):
+    """The gradients and dz that `made` gives of dy, z and B, in one part and in two."""
+    bounds, _, dy, W, z, _ = drawn(counts, sum(counts) + 5, sum(outputs), 40, sum(ranks), **how)
+    B, end = W[:, :, : sum(ranks)] if W.shape[2] >= sum(ranks) else W, sum(counts)
+    whole = outer(bounds, dy, z)
+    for parts_of_rows, parts_of_ranks in ((outputs, ranks), ([sum(outputs)], [sum(ranks)])):
+        grads = gradients(len(counts), parts_of_rows, parts_of_ranks, dy.device)
+        dz = made(grads, dy, z, B, bounds)
+        assert dz.shape == z.shape and apart(dz[:end], product(bounds, dy, B)) < tolerance
+        for out, rows, columns, scale in grads:
+            assert apart(out, 1 + scale * whole[:, rows, columns]) < tolerance
+
+
 def apart(found, goal):
     """The largest difference, of the largest number."""
     return ((found.double() - goal).abs().max() / goal.abs().max()).item()
@@ -78,6 +101,11 @@ def test_plain_torch(name):
     outs = [torch.ones(len(counts), n, 40, dtype=torch.float64) for n in (2, 4)]
     grouped_outer_(outs, z, x, bounds, 0.5)
     assert apart(torch.cat(outs, 1), 1 + 0.5 * outer(device_bounds, z, x)) < 1e-14
+
+    def made(grads, dy, z, B, bounds):
+        return grouped_branch_(grads, dy, z, B, tuple(bounds.tolist()))
+
+    check_branch(made, counts, [16, 8], [4, 2], 1e-6)
 
 
 @needs_triton
@@ -105,6 +133,8 @@ def interpreted(name: str) -> None:
     assert apart(long.mT, 1 + 0.5 * goal) < 1e-6
     empty = torch.tensor(counts) == 0
     assert (outs[0][empty] == 1).all()
+    assert grouped_gpu.joins(gradients(len(counts), [300, 200], [16, 8]), z)
+    check_branch(grouped_gpu.branch_, counts, [300, 200], [16, 8], 1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -153,6 +183,10 @@ def test_on_a_gpu(name, sizes):
     goals = [*goals, outer(bounds, z, x), product(bounds, x, A.mT), goals[1][:, :rank]]
     for found, repeated, goal in zip(ours, again, goals, strict=True):
         assert apart(found, goal) < 6e-3 and torch.equal(found, repeated)
+    if rank <= 64:
+        half = outputs // 2
+        how = {"device": "cuda", "dtype": torch.bfloat16}
+        check_branch(grouped_branch_, counts, [half, outputs - half], [rank // 2, rank - rank // 2], 6e-3, **how)
     last = max(e for e, n in enumerate(counts) if n)
     alone = torch.zeros_like(bounds)
     alone[last:] = counts[last]
