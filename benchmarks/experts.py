@@ -21,7 +21,7 @@ from common import add_machine, machine, where_of
 from train_step import Step, ours
 
 from megalora.choices import BASE_FORMATS
-from megalora.ops.grouped import grouped, grouped_nt, grouped_outer_
+from megalora.ops.grouped import BranchGrad, grouped, grouped_branch_, grouped_nt, grouped_outer_
 
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
@@ -91,12 +91,14 @@ def of_linears(sizes, bounds, rows: int, device: torch.device, dtype: torch.dtyp
     A, z, one, x = random(len(bounds), rank, inputs), random(rows, rank), P[0].contiguous(), X[:, :inputs]
     W, W_one, B = P[:, :, :inputs], one[:, :inputs].contiguous(), P[:, :, inputs : inputs + rank]
     dA, dB = torch.zeros(A.shape, device=device), torch.zeros(len(bounds), outputs, rank, device=device)
+    whole = [BranchGrad(dB, slice(0, outputs), slice(0, rank), 2.0)]
     times = {
         "dense forward": lambda: X @ one.t(),
         "z": lambda: grouped_nt(x, A, bounds),
         "dz": lambda: grouped(dy, B, bounds),
         "dA": lambda: grouped_outer_([dA], z, x, bounds),
         "dB": lambda: grouped_outer_([dB], dy, z, bounds, 2.0),
+        "dz and dB": lambda: grouped_branch_(whole, dy, z, B, bounds),
     }
     return [
         ("forward", share(lambda: X @ one.t(), lambda: grouped_nt(X, P, bounds))),
