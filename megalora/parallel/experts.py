@@ -11,7 +11,7 @@ of its branches together, C columns of room for z.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -115,6 +115,27 @@ def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if even else None
 
 
+class _Stacks:
+    """Views [n, ...] of tensors that lie one behind another, by a key.
+
+    Hundreds of experts take the host a millisecond to look at: while the ends lie where they did, so do the others.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[list[int], torch.Tensor | None]] = {}
+
+    def of(self, key: Hashable, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """Return `tensors` as one view; None where one is missing, they lie apart, or all are the same one."""
+        first, last = tensors[0], tensors[-1]
+        if first is None or last is None or (len(tensors) > 1 and tensors[1] is first):
+            return None
+        ends = [first.data_ptr(), last.data_ptr()]
+        if key not in self._known or self._known[key][0] != ends:
+            present = [tensor.detach() for tensor in tensors if tensor is not None]
+            self._known[key] = ends, stacked(present) if len(present) == len(tensors) else None
+        return self._known[key][1]
+
+
 class ExpertGroup:
     """Linears of all of a rank's experts that read one input: [gate, up] or [down] of each. Owns their matrix.
 
@@ -145,7 +166,7 @@ class ExpertGroup:
         self.bias: torch.Tensor | None = None  # [E, O] in the compute dtype
         self._owners: torch.Tensor | None = None  # of several adapters: the one of each column of z, [E or 1, R]
         self._ready = False
-        self._gradients: dict[tuple[int, str], tuple[list[int | None], torch.Tensor | None]] = {}
+        self._stacked, self._gradients = _Stacks(), _Stacks()
         self.rows = _ranges(self.sizes)
         self.branches = _ranges(self.ranks)
         for expert, linears in enumerate(self.experts):
@@ -171,10 +192,10 @@ class ExpertGroup:
             self._ready = True
         if self.down is not None and not in_place:
             self.down = torch.zeros_like(self.down)  # a new tensor: the old one may still be in use
-        for part, rows, columns in zip(self.parts, self.rows, self.branches, strict=True):
+        for part, (rows, columns) in enumerate(zip(self.rows, self.branches, strict=True)):
             if self.down is not None:
-                _put(self.down[:, columns], [(linear, "lora_A") for linear in part], scaled=False)
-            _put(self._tail(rows, columns), [(linear, "lora_B") for linear in part], scaled=True)
+                self._put(self.down[:, columns], part, "lora_A")
+            self._put(self._tail(rows, columns), part, "lora_B")
         biased = [[linear.bias for linear in linears] for linears in self.experts]
         if biased[0][0] is not None and not (in_place and self.bias is not None):  # no adapter changes them
             self.bias = torch.stack([torch.cat([b.detach() for b in row]).to(self.place.dtype) for row in biased])
@@ -203,17 +224,31 @@ class ExpertGroup:
     @torch.no_grad()
     def switch(self, adapted: bool) -> None:
         """Put the branches in force, or the base alone, in place. After `refresh`."""
-        for part, rows, columns in zip(self.parts, self.rows, self.branches, strict=True):
+        for part, (rows, columns) in enumerate(zip(self.rows, self.branches, strict=True)):
             tail = self._tail(rows, columns)
-            _put(tail, [(linear, "lora_B") for linear in part], scaled=True) if adapted else tail.zero_()
+            self._put(tail, part, "lora_B") if adapted else tail.zero_()
+
+    def _put(self, places: torch.Tensor, part: int, name: str) -> None:
+        """Copy a factor of each expert, B times s, to its place [E, ...]; a smaller rank leaves zeros."""
+        weights, scale = self._trained[part, name], self._scaling(part) if name == "lora_B" else 1.0
+        whole = self._stacked.of((part, name), weights)
+        if whole is not None and whole.shape == places.shape and isinstance(scale, float):
+            places.copy_(whole if scale == 1.0 else whole * scale)
+            return
+        scales = self._scales(part) if name == "lora_B" else [1.0] * len(weights)
+        present = [(place, w, s) for place, w, s in zip(places, weights, scales, strict=True) if w is not None]
+        scaled_copy_([(place[: w.shape[0], : w.shape[1]], w.detach(), s) for place, w, s in present])
 
     @functools.cache  # noqa: B019 (a group lives as long as its stage)
     def _scaling(self, part: int) -> float | torch.Tensor:
         """Return s of the linears of a part: one number, or [E, 1, 1] where they differ."""
-        scales = [0.0 if linear.adapter is None else linear.adapter.scaling for linear in self.parts[part]]
+        scales = self._scales(part)
         if len(set(scales)) == 1:
             return scales[0]
         return torch.tensor(scales, dtype=self.place.master_dtype, device=self.place.device)[:, None, None]
+
+    def _scales(self, part: int) -> list[float]:
+        return [0.0 if linear.adapter is None else linear.adapter.scaling for linear in self.parts[part]]
 
     @functools.cached_property
     def _trained(self) -> dict[tuple[int, str], list[nn.Parameter | None]]:
@@ -341,14 +376,8 @@ class ExpertGroup:
         for weight in weights:
             if weight is not None and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        if len(weights) > 1 and weights[1] is weights[0]:
-            return None
-        ends = [None if w is None else w.grad.data_ptr() for w in (weights[0], weights[-1])]
-        known = self._gradients.get((part, name))
-        if known is None or known[0] != ends:  # gradients lie elsewhere now
-            whole = None if None in weights else stacked([weight.grad for weight in weights])
-            known = self._gradients[part, name] = ends, whole
-        return known[1]
+        grads = [None if weight is None else weight.grad for weight in weights]
+        return self._gradients.of((part, name), grads)
 
     def _add_each(self, part: int, name: str, grads: torch.Tensor) -> None:
         """Add grads [E, ...] to the gradient of the factor `name` of each linear of a part, where it wants one."""
@@ -378,22 +407,3 @@ def padded_rank(rank: int, device_type: str) -> int:
 def _ranges(sizes: Sequence[int]) -> list[slice]:
     stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [slice(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-
-
-Factor = tuple[ParallelLinear, str]  # a linear and which factor of it, "lora_A" or "lora_B"
-
-
-def _weights(factors: Sequence[Factor]) -> list[nn.Parameter | None]:
-    return [None if linear.adapter is None else getattr(linear, name).weight for linear, name in factors]
-
-
-def _put(places: torch.Tensor, factors: Sequence[Factor], *, scaled: bool) -> None:
-    """Copy the factor of each expert, times s where `scaled`, to its place [E, ...]; a smaller rank leaves zeros."""
-    weights = _weights(factors)
-    scales = [linear.adapter.scaling if scaled and linear.adapter is not None else 1.0 for linear, _ in factors]
-    whole = None if None in weights else stacked([w.detach() for w in weights])
-    if whole is not None and whole.shape == places.shape and len(set(scales)) == 1:
-        places.copy_(whole if scales[0] == 1.0 else whole * scales[0])
-        return
-    present = [(place, w, s) for place, w, s in zip(places, weights, scales, strict=True) if w is not None]
-    scaled_copy_([(place[: w.shape[0], : w.shape[1]], w.detach(), s) for place, w, s in present])
