@@ -64,6 +64,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="GPU test: no CUDA device here"))
+    lacked = getattr(sys.modules.get("oracle"), "LACKED", {})
+    for item in items:
+        family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+        if isinstance(family, str) and family in lacked:
+            item.add_marker(pytest.mark.skip(reason=lacked[family]))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # quick ones first
 
 

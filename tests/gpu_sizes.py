@@ -22,8 +22,15 @@ def sizes(family: str, **more: object) -> dict:
     tiny = (FAMILIES | EXPERTS | ENCODERS | MODERN).get(family, {})
     if "kv_lora_rank" in tiny:
         own[family] = {"num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32}
+        if "partial_rotary_factor" in tiny.get("rope_parameters", {}):
+            own[family]["rope_parameters"] = tiny["rope_parameters"] | {"partial_rotary_factor": 8 / 32}
+    layers = SIZES["num_hidden_layers"]
     if "mlp_layer_types" in tiny:
-        own[family] = own.get(family, {}) | {"mlp_layer_types": tiny["mlp_layer_types"][: SIZES["num_hidden_layers"]]}
+        own[family] = own.get(family, {}) | {"mlp_layer_types": tiny["mlp_layer_types"][:layers]}
+    for name in {"layer_types", "layer_rope_theta"} & tiny.keys():
+        own[family] = own.get(family, {}) | {name: tiny[name][-layers:]}
+    if "global_head_dim" in tiny:
+        own[family]["global_head_dim"] = 64
     if "linear_key_head_dim" in tiny:
         own[family] = {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
         own[family] |= {"layer_types": ["linear_attention", "full_attention"]}

@@ -24,6 +24,7 @@ from megalora.data import Loader, build_rows, pack
 from megalora.data.documents import Documents
 from megalora.data.packing import Sides, pack_sides
 from megalora.data.template import Sample
+from megalora.errors import UserError
 from megalora.models.config import config_from_dict
 from megalora.models.spec import ModelSpec
 from megalora.models.stage import Stage
@@ -573,10 +574,16 @@ def fields_of(family: str, **more: object) -> dict:
     return {name: value for name, value in fields.items() if name not in left_out}
 
 
+LACKED: dict[str, str] = {}  # families that the installed transformers does not know, and the error that says so
 for _family in FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ | IMAGES:
     # transformers imports a family when it is first asked for, which takes a second or more. The ranks
     # of `spawn` are forked from a process that has imported this module: they find it done.
-    config_from_dict(fields_of(_family))
+    try:
+        config_from_dict(fields_of(_family))
+    except UserError as error:
+        if "is not known to transformers" not in str(error):
+            raise
+        LACKED[_family] = str(error)
 LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 ALL_LINEAR = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear"}
 

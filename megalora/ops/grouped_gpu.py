@@ -19,7 +19,6 @@ _OLDEST_TRITON = 3, 6
 MOST_THIN = 128  # columns that one program of the thin kernel makes
 _COLUMNS, _CONTRACTED, _STAGES = 256, 64, 4  # of the wide kernel's tiles
 _REGISTERS = 168  # of a thread: three groups of 128 threads share 65536
-_BRANCH_COLUMNS = 256
 _THIN_ROWS, _THIN_CONTRACTED, _THIN_STAGES = 64, 64, 6
 
 
@@ -181,14 +180,15 @@ def branch_(
 
     (rows, width), ranks, first, second = dy.shape, z.shape[1], grads[0], grads[-1]
     dz = dy.new_empty(rows, ranks)
-    R, N = _power(ranks, 16), _BRANCH_COLUMNS
+    R = _power(ranks, 16)
+    N, stages = (128, 3) if R == 16 else (256, 2)  # the fastest of a Qwen3-30B-A3B's down, and of its gate and up
     tiles = -(-width // N)
     parts = torch.empty(tiles, rows, R, dtype=torch.float32, device=dy.device)
     branch_kernel[(tiles, len(bounds))](
         dy, z, B, parts, first.out, second.out, first.scale, second.scale, bounds, dy.stride(0), z.stride(0),
         B.stride(0), B.stride(1), rows * R, first.out.stride(0), second.out.stride(0), first.out.shape[1],
         first.out.shape[2], width, ranks,
-        SECOND=len(grads) == 2, R=R, N=N, K=64, num_warps=4, num_stages=3,
+        SECOND=len(grads) == 2, R=R, N=N, K=64, num_warps=4, num_stages=stages,
     )  # fmt: skip
     if rows:
         M = 64
