@@ -56,7 +56,7 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     if lora_config.bias == "all" and (config.recurrent or any(norm.bias for norm in config.norms)):
         whose = "linear attention has" if config.recurrent else "norms have"
         raise UserError(
-            f"lora_config: bias = 'all' is not implemented for a {config.model_type}, whose {whose} biases",
+            f"lora_config: bias = 'all' is not implemented for {config.model_type}, whose {whose} biases",
             "choose none or lora_only",
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}
@@ -68,7 +68,7 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without, config.routers, stacks)
     if config.encoder is not None and any(resolved.words(end).trains for end in ends):
         raise UserError(
-            f"lora_config: training the embedding or the head of a {config.model_type} is not implemented: encoder, "
+            f"lora_config: training the embedding or the head of {config.model_type} is not implemented: encoder, "
             "decoder and head read the same words, mostly on several stages, and their gradients are not summed",
             f"leave {' and '.join(ends)} out of target_modules and modules_to_save, and trainable_token_indices too",
         )

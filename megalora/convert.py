@@ -330,7 +330,7 @@ def _write_ends(folder: Path, config: ModelSpec) -> None:
     found = read_config(file)
     if found.vocab_size != config.vocab_size or (isinstance(found.head, Head) and found.head.tied != config.head.tied):
         raise UserError(
-            f"a {config.model_type} cannot be written with {config.vocab_size} words and the head apart",
+            f"{config.model_type} cannot be written with {config.vocab_size} words and the head apart",
             "use the adapter as it is",
         )
 

@@ -25,9 +25,9 @@ def check_flags(options: GenerationArguments, config: ModelSpec) -> None:
     """Raise UserError for an image that the model would not read, and for a dialogue about none."""
     if config.prefix is None:
         if options.image is not None:
-            raise UserError(f"image has no effect: a {config.model_type} reads text alone", "leave it out")
+            raise UserError(f"image has no effect: {config.model_type} reads text alone", "leave it out")
     elif options.image is None and options.prompts_file is None:
-        what = f"a {config.model_type} reads an image before each text, and does not chat"
+        what = f"{config.model_type} reads an image before each text, and does not chat"
         raise UserError(what, "give image, with or without a prompt, or a prompts_file of rows with images")
 
 
@@ -59,7 +59,7 @@ def read_rows_with_images(path: Path, system: str | None, config: ModelSpec, fla
     assert config.prefix is not None
     if path.suffix.lower() not in ROWS:
         raise UserError(
-            f"{flag} {path}: its lines name no images, and a {config.model_type} reads one before each text",
+            f"{flag} {path}: its lines name no images, and {config.model_type} reads one before each text",
             f"{hint} a .json or .jsonl file of rows with an image each",
         )
     found, pictures = [], []

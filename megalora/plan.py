@@ -47,7 +47,7 @@ def plan(arguments: PlanArguments) -> list[Plan]:
     if config.encoder is None:
         refuse_of_sources(config, source_length=arguments.source_length)
     elif arguments.longest:
-        what = f"longest is not implemented for a {config.model_type}, whose rows have two lengths"
+        what = f"longest is not implemented for {config.model_type}, whose rows have two lengths"
         raise UserError(what, "leave it out")
     lora_config = LoraConfig() if arguments.lora_config is None else LoraConfig.from_json(arguments.lora_config)
     if names := arguments.new_special_tokens:

@@ -60,7 +60,7 @@ def rendering(
     """
     with together(world):
         if config.encoder is not None and added:
-            what = f"new_special_tokens is not implemented for a {config.model_type}, which has an encoder"
+            what = f"new_special_tokens is not implemented for {config.model_type}, which has an encoder"
             raise UserError(what, "add the tokens to model and tokenizer with transformers first")
         opened = open_tokenizer(model_path, added)
         if config.encoder is None:
@@ -106,7 +106,7 @@ def refuse_of_sources(config: ModelSpec, **given: object) -> None:
     """Raise UserError for flags of sources, which a model without an encoder does not read."""
     for name, value in given.items():
         if value is not None:
-            raise UserError(f"{name} has no effect: a {config.model_type} has no encoder", "leave it out")
+            raise UserError(f"{name} has no effect: {config.model_type} has no encoder", "leave it out")
 
 
 def data_settings(data: DataArguments) -> DataSettings:

@@ -73,7 +73,7 @@ def serve(arguments: Serving) -> None:
             config = read_config(arguments.served.model_path)
             check_writes_text(config, arguments.served.model_path, "megalora generate labels texts; or name another")
             if config.encoder is not None:
-                what = f"model_path {arguments.served.model_path}: a {config.model_type} is an encoder-decoder"
+                what = f"model_path {arguments.served.model_path}: {config.model_type} is an encoder-decoder"
                 raise UserError(f"{what}, which serve does not answer with", "use megalora generate")
             check_layout(config, mesh.tp.size, mesh.pp.size, layout.uneven_heads)
             context = on_first(lambda: _context(config, options.seq_length), mesh.world)
@@ -150,7 +150,7 @@ def _has_room_for_experts(asked: bool | None, read: Sequence[ReadAdapter], confi
     """Return whether adapters of experts may come. Raises UserError where the model has no experts."""
     of_experts = linears_of_experts(config)
     if asked is not None and not of_experts:
-        raise UserError(f"room_for_experts has no effect: a {config.model_type} has no experts", "leave it out")
+        raise UserError(f"room_for_experts has no effect: {config.model_type} has no experts", "leave it out")
     return any(not of_experts.isdisjoint(one.lora.adapters) for one in read) if asked is None else asked
 
 

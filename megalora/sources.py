@@ -27,9 +27,9 @@ def check_flags(options: GenerationArguments, config: ModelSpec) -> None:
     """Raise UserError for flags that mean nothing to an encoder-decoder, and where no source is given."""
     for one in fields(options):
         if one.name in _NO_EFFECT and getattr(options, one.name) != one.default:
-            raise UserError(f"{one.name} has no effect: a {config.model_type} is an encoder-decoder", "leave it out")
+            raise UserError(f"{one.name} has no effect: {config.model_type} is an encoder-decoder", "leave it out")
     if options.chats:
-        what = f"a {config.model_type} is an encoder-decoder, which does not chat"
+        what = f"{config.model_type} is an encoder-decoder, which does not chat"
         raise UserError(what, "give prompt or prompts_file")
 
 

@@ -141,7 +141,7 @@ def test_a_length_beyond_the_model_is_told(model, tmp_path, capfd):
 def test_an_encoder_alone_is_told_what_it_lacks():
     fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = config_from_dict(fields | {"model_type": "bert", "num_attention_heads": 2})
-    with pytest.raises(UserError, match="a bert writes no text"):
+    with pytest.raises(UserError, match="bert writes no text"):
         check_writes_text(config, "dir", "name another")
     check_writes_text(config_from_dict(tiny.FIELDS), "dir", "name another")
 

@@ -189,7 +189,7 @@ def test_sample_replies_are_those_of_generate(models, rows, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "prompts", "told"),
     [
-        ("opt", "prompts.txt", "sample_prompts .*prompts.txt: its lines name no images, and a blip-2 reads one"),
+        ("opt", "prompts.txt", "sample_prompts .*prompts.txt: its lines name no images, and blip-2 reads one"),
         ("opt", "rows.json", "rows.json row 1: has no image"),
         ("t5", "rows.json", "sample_prompts has no effect for task_type SEQ_2_SEQ_LM"),
     ],
@@ -248,14 +248,14 @@ def test_rows_of_other_models_have_no_images(tmp_path):
     rows = write(tmp_path, [{"image": "a.png", "prompt": ASKED, "response": "red"}])
     with pytest.raises(UserError, match="row 0: field image is not read: rows are trained as text alone"):
         tune(tmp_path, model, rows, base_dropout=None)
-    with pytest.raises(UserError, match="image has no effect: a llama reads text alone"):
+    with pytest.raises(UserError, match="image has no effect: llama reads text alone"):
         megalora.generate(model_path=model, image=tmp_path / "a.png", prompt=ASKED)
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"prompt": ASKED}, "a blip-2 reads an image before each text, and does not chat"),
+        ({"prompt": ASKED}, "blip-2 reads an image before each text, and does not chat"),
         ({"image": "rows.json"}, "image '.*rows.json': is not an image"),
         ({"prompts_file": "prompts.txt"}, "its lines name no images"),
         ({"prompts_file": "rows.json"}, "row 1: has no image"),

@@ -73,7 +73,7 @@ def test_what_cannot_be_served(capsys, folders, tmp_path):
         assert f"port {port}: cannot listen there" in refused(capsys, *model, "--port", port)
     model += ["--port", 0]
     room = refused(capsys, *model, "--max_adapters", 1, "--room_for_experts", "true")
-    assert "room_for_experts has no effect: a llama has no experts" in room
+    assert "room_for_experts has no effect: llama has no experts" in room
     assert "host nowhere.invalid is not an address" in refused(capsys, *model, "--host", "nowhere.invalid")
     assert "two models are named model" in refused(capsys, *model, "--adapters", f"model={folders / 'adapter'}")
     for fields, part in (

@@ -268,14 +268,14 @@ def _refuse_unread(raw: Mapping[str, Any], hf: Any, family: Family, where: str) 
         if not str(name).endswith((*_DECODERS, *family.architectures)):
             raise UserError(
                 f"{where}: architectures names {name}, whose mathematics is not implemented",
-                f"take the folder of a {raw['model_type']} with another head, or correct the field",
+                f"take a folder of {raw['model_type']} with another head, or correct the field",
             )
 
 
 def check_writes_text(config: ModelSpec, model_path: str, hint: str) -> None:
     """Raise UserError, with this hint, where a model has no head that writes text."""
     if not {"CAUSAL_LM", "SEQ_2_SEQ_LM"} & {*config.tasks}:
-        raise UserError(f"model_path {model_path}: a {config.model_type} writes no text", hint)
+        raise UserError(f"model_path {model_path}: {config.model_type} writes no text", hint)
 
 
 def check_task(task: str, config: ModelSpec, where: str) -> None:

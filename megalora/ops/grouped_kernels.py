@@ -95,7 +95,7 @@ def branch_kernel(
     parts_stride, out_stride, second_stride, out_rows, out_ranks, width, ranks,
     SECOND: tl.constexpr, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Of N columns of dy and an expert e: write dy B_e into parts [rows, R] of these columns, add scale dy_e^T z_e.
+    """Write dy B_e of N columns of dy and an expert e into parts [rows, R], and add scale dy_e^T z_e of them.
 
     dy [rows, width], z [rows, ranks], branch [experts, width, ranks]. parts_stride lies between the parts of tiles of
     columns. The outer product goes to out_e [out_rows, out_ranks], SECOND: with its first rows and ranks, the others to

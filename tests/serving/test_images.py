@@ -263,7 +263,7 @@ def test_what_cannot_be_served(case, capsys, tmp_path):
     words, other = ["serve", "--port", "0", "--model_path"], make_model("t5", tmp_path / "t5")
     capsys.readouterr()
     assert cli.main([*words, str(other)]) == 2
-    assert "a blip-2 is an encoder-decoder, which serve does not answer with" in user_error(capsys.readouterr().err)
+    assert "blip-2 is an encoder-decoder, which serve does not answer with" in user_error(capsys.readouterr().err)
     assert cli.main([*words, str(case[0]), "--seq_length", "5"]) == 2
     assert "seq_length (5) leaves no room for a text: an image takes 4" in user_error(capsys.readouterr().err)
 
