@@ -73,7 +73,7 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
             f"leave {' and '.join(ends)} out of target_modules and modules_to_save, and trainable_token_indices too",
         )
     stacked = tuple(stack for stack, names in stacks.items() if not resolved.adapters.keys().isdisjoint(names))
-    apart = resolved.adapters.keys() & config.linears.keys() - {name for names in stacks.values() for name in names}
+    apart = resolved.adapters.keys() & config.linears.keys() - config.in_stacks
     transposed = any(config.linears[name].linear.transposed for name in apart)
     if lora_config.fan_in_fan_out and not transposed:
         raise UserError(

@@ -240,7 +240,7 @@ def _say_caution(adapter: AdapterCheckpoint, arguments: Conversion) -> None:
         return
     config = read_config(base)
     adapted = [name.removesuffix(".lora_A.weight") for name in adapter.tensors if name.endswith(".lora_A.weight")]
-    caution = peft_caution(config.model_type, adapted, config.routers)
+    caution = peft_caution(config.model_type, adapted, config.routers, config.in_stacks)
     if caution is not None:
         print(f"megalora: {caution}", file=sys.stderr, flush=True)
 
@@ -295,9 +295,7 @@ def _adapter_merge(arguments: Conversion) -> None:
         config = replace(config, head=replace(config.head, tied=False))
         _say(f"embedding and head are two matrices in {arguments.paths.output}: the adapter trains them apart")
     own = config.head.trained if isinstance(config.head, ClassHead) else ()
-    merged = as_in_files(
-        MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens, own), config
-    )
+    merged = as_in_files(MergedWeights(weights, lora.adapters, adapter.tensors, transposed, lora.tokens, own), config)
     plan = plan_hf(tensor_types(merged, config.tensors), max_file_bytes(arguments))
 
     def finish(folder: Path) -> None:

@@ -298,7 +298,7 @@ class Session:
             config = self.beginning.config
             lora = self.beginning.lora
             task = lora.config.task_type
-            caution = peft_caution(config.model_type, lora.adapters, config.routers)
+            caution = peft_caution(config.model_type, lora.adapters, config.routers, config.in_stacks)
             served = engines_caution(lora.config.to_dict(), lora.adapters) if task == "CAUSAL_LM" else None
             for note in (caution, dropout_caution(lora.config.to_dict(), lora.adapters), served):
                 if note is not None:

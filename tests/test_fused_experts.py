@@ -18,7 +18,7 @@ from variants import ours_of, peer_of
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora
-from megalora.checkpoint.adapter.peft import read_peft, write_peft
+from megalora.checkpoint.adapter.peft import peft_caution, read_peft, write_peft
 from megalora.checkpoint.base.hf import HfWeights
 from megalora.checkpoint.base.quantised import QuantisedWeights
 from megalora.errors import UserError
@@ -27,7 +27,7 @@ from megalora.models.config import config_from_dict
 from megalora.parallel.split import named_splits
 
 APART = ("qwen3_moe", "mixtral")
-STACKED = ("gpt_oss", "granitemoe", "llama4_text", "qwen3_5_moe_text")
+STACKED = ("gpt_oss", "granitemoe", "llama4_text", "qwen3_5_moe_text", "gemma4_text, experts")
 PROMPT = [5, 17, 99, 3, 42, 8, 8, 120, 61]
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -72,7 +72,9 @@ def test_files_of_transformers_and_adapters_as_peft_has_them(name, tmp_path, cap
         plain.refresh_adapters()
         close(logits_of(plain), model(ids).logits[0])
     expected = logits_of(stage)
-    fields = resolve_lora(LoraConfig.from_dict(lora), stage.config).config.to_dict()
+    resolved, routers = resolve_lora(LoraConfig.from_dict(lora), stage.config), stage.config.routers
+    assert peft_caution(name, resolved.adapters, routers, stage.config.in_stacks) is None
+    fields = resolved.config.to_dict()
     write_peft(tmp_path / "ours", tensors, fields, str(base))
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert written["target_parameters"] and "gate_up_proj" not in written["target_modules"]

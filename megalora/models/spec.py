@@ -381,6 +381,11 @@ class ModelSpec:
         return {_EXPERT.sub(".", names[0]): names for names in linears}
 
     @cached_property
+    def in_stacks(self) -> frozenset[str]:
+        """The linears of `stacked_linears`."""
+        return frozenset(name for names in self.stacked_linears.values() for name in names)
+
+    @cached_property
     def fused_experts(self) -> Mapping[str, tuple[str, ...]]:
         """The linears of experts that transformers has in one: its name for those of one expert, and ours."""
         found: dict[str, tuple[str, ...]] = {}

@@ -135,10 +135,13 @@ def write_peft(
         ) from None
 
 
-def peft_caution(model_type: str, adapted: Collection[str], routers: Collection[str]) -> str | None:
+def peft_caution(
+    model_type: str, adapted: Collection[str], routers: Collection[str], stacked: Collection[str] = ()
+) -> str | None:
     """Return a line on what peft makes of an adapter of experts, where that is not what was trained.
 
-    adapted  names of the adapted linears; routers: of the model's routers. As found with peft 0.21 and transformers 5.
+    adapted  names of the adapted linears; routers: of the model's routers; stacked: of linears that are in
+             one tensor for all experts, whose adapters peft takes as they are. As found with peft 0.21, transformers 5.
     """
     if not any(_EXPERT.search(name) for name in adapted) and not set(routers) & set(adapted):
         return None
@@ -147,7 +150,7 @@ def peft_caution(model_type: str, adapted: Collection[str], routers: Collection[
         problem = "peft has no adapters of routers"
     elif model_type == "qwen2_moe":
         problem = "peft 0.21 does not load adapters of experts for qwen2_moe, and does not say so"
-    elif beside and any(".mlp.experts." in name for name in adapted):
+    elif beside and any(".mlp.experts." in name for name in {*adapted}.difference(stacked)):
         problem = f"peft 0.21 mixes up adapters of experts and of other MLPs ({min(beside)}) for {model_type}"
     else:
         return None

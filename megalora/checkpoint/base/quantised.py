@@ -41,8 +41,18 @@ _STEP = 16 << 20  # bytes of codes that are decoded at a time
 def is_quantised(weights: HfWeights) -> bool:
     """Return whether any tensor of the files is quantised, or belongs to one that is."""
     return any(
-        weights.kind(name) in ("F8_E4M3", "U8") or _STATE in name or name.endswith(_SCALES) for name in weights.shapes
+        weights.kind(name) in ("F8_E4M3", "U8")
+        or _STATE in name
+        or name.endswith(_HARMLESS)
+        or _is_scale(name, weights)
+        for name in weights.shapes
     )
+
+
+def _is_scale(name: str, weights: HfWeights) -> bool:
+    """Return whether a tensor is the scale of a weight: others end so too, as gemma4's router.per_expert_scale."""
+    owners = (name.removesuffix(end) for end in _SCALES if name.endswith(end))
+    return any(owner in weights.shapes or owner.endswith(".weight") for owner in owners)
 
 
 def holds_quantised(folder: str | Path) -> bool:
