@@ -61,7 +61,7 @@ _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
 _FIRST_SIX = "llama mistral qwen2 qwen3 phi3 gpt_neox"  # which the tests of every feature run
 # Whose files hold the experts of a layer in one tensor.
-_STACKED = "gpt_oss granitemoe llama4_text qwen3_5_moe_text"
+_STACKED = "gemma4_text gpt_oss granitemoe llama4_text qwen3_5_moe_text"
 
 FEATURES = (
     Feature(
@@ -148,9 +148,10 @@ FEATURES = (
             *("tests/test_images.py", "tests/test_multimodal.py"),
         ),
         "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2`, "
-        "`falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, `qwen3_5_moe_text`, `blip-2`, `gemma3`, `qwen2_5_vl` and "
-        "`qwen3_5`; merged into the base: `llama`, `gpt2`, `falcon`, `gpt_oss`, `granitemoe`, `llama4_text`, "
-        "`qwen3_5_moe_text`, `mixtral`, `qwen3_moe`, `blip-2` and the models around another",
+        "`falcon`, `gemma4_text`, `gpt_oss`, `granitemoe`, `llama4_text`, `qwen3_5_moe_text`, `blip-2`, `gemma3`, "
+        "`qwen2_5_vl` and `qwen3_5`; merged into the base: `llama`, `gpt2`, `falcon`, `gemma4_text`, `gpt_oss`, "
+        "`granitemoe`, `llama4_text`, `qwen3_5_moe_text`, `mixtral`, `qwen3_moe`, `blip-2` and the models around "
+        "another",
         "shared",
         by_kind={AROUND: "yes", IMAGES: "yes"},
         by_type={

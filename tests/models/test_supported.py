@@ -71,8 +71,9 @@ def tested() -> dict[str, dict[str, set[str]]]:
     }
     counted |= {kind(name) for name in MODERN if "phi3" not in name and name not in nodes.NO_KERNEL}
     found["plan"] = {"yes": counted}
-    found["convert"] = {"yes": six | {"gpt2", "falcon", "blip-2", *fused.STACKED, *multimodal.MODELS}}
-    read = {"blip-2", *multimodal.MODELS, *fused.STACKED, *fused.APART}
+    stacked = set(map(kind, fused.STACKED))
+    found["convert"] = {"yes": six | stacked | {"gpt2", "falcon", "blip-2", *multimodal.MODELS}}
+    read = stacked | {"blip-2", *multimodal.MODELS, *fused.APART}
     read |= {family for family, _ in files.MODELS.values()}
     found["PEFT files"] = {"yes": six | read}
     return found
