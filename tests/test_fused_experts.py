@@ -220,6 +220,18 @@ def test_target_parameters_name_experts_of_stacked_files_only():
         )
 
 
+def test_some_experts_of_a_tensor_are_refused_before_a_run():
+    """Their checkpoints name the whole tensor: neither resume nor merge could read them. What is excluded stays so."""
+    config = config_from_dict(fields_of("qwen3_5_moe_text"))
+    some = LoraConfig.from_dict({"target_modules": ["experts.1.down_proj"]})
+    with pytest.raises(UserError, match=r"means model\.layers\.0\.mlp\.experts\.1\.down_proj, but not all 5 experts"):
+        resolve_lora(some, config)
+    without = {"target_modules": ["down_proj"], "exclude_modules": ["experts.0.down_proj"]}
+    resolved = resolve_lora(LoraConfig.from_dict(without), config)
+    again = resolve_lora(LoraConfig.from_dict(resolved.config.to_dict()), config)
+    assert again.adapters == resolved.adapters and f"{EXPERTS}.0.down_proj" not in again.adapters
+
+
 def test_experts_of_several_ranks_have_no_form_in_peft(tmp_path):
     names = [f"{EXPERTS}.{e}.down_proj" for e in range(2)]
     tensors = {f"{n}.lora_{f}.weight": torch.zeros(2, 2) for n in names for f in "AB"}

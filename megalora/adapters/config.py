@@ -16,7 +16,7 @@ from typing import Any
 from megalora.adapters.lora import Adapter
 from megalora.adapters.patterns import Patterns, check_pattern, ends_of, named
 from megalora.adapters.sharing import check_field
-from megalora.adapters.targets import DEFAULT_TARGET_MODULES
+from megalora.adapters.targets import DEFAULT_TARGET_MODULES, check_stacks
 from megalora.adapters.words import Tokens, WordsAdapter, checked_tokens, saved_modules, trained_tokens
 from megalora.choices import CLASSIFICATION, TASKS
 from megalora.errors import UserError
@@ -210,6 +210,7 @@ class LoraConfig:
             matched = [n for n in matched if n in exactly or linears.get(n) in chosen]
         stacked = self._of_parameters(model_type, stacks)
         matched = [*dict.fromkeys([*matched, *(n for n in linears if n in stacked)])]
+        check_stacks(matched, stacks)
         excluded = self._excluded(matched, patterns)
         matched = [n for n in matched if n not in excluded]
         if not matched:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+
+from megalora.errors import UserError
 
 # By model_type: the reference system's table, and peft's for what that lacks.
 DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
@@ -45,3 +47,18 @@ DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
     "qwen2": ("q_proj", "v_proj"),
     "qwen3": ("q_proj", "v_proj"),
 }
+
+
+def check_stacks(matched: Collection[str], stacks: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError where `matched` has some linears of a tensor that holds those of all experts, and not the others.
+
+    A checkpoint names the tensor (target_parameters), and would be read as one with adapters of all.
+    """
+    for stack, parts in stacks.items():
+        found = set(parts).intersection(matched)
+        if 0 < len(found) < len(parts):
+            raise UserError(
+                f"lora_config: target_modules means {min(found)}, but not all {len(parts)} experts of this layer: "
+                "that is not implemented where a model holds their weights in one tensor",
+                f"name {stack.rpartition('.')[2]}, for all experts",
+            )
