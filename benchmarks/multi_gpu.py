@@ -198,6 +198,9 @@ def worker(layout: Layout, options: argparse.Namespace) -> None:
         )
         torch.manual_seed(mesh.rank)
         engine = build_trainer(config, mesh, lora, place, settings, randomize)
+        if device.type == "cuda":  # what making and quantising random weights took is not what steps take
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         trainer, cut = engine.trainer, engine.cut
         data = Tokens(layout, mesh, rows, options.seq_length, config.vocab_size)
         seconds = []
