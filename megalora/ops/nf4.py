@@ -144,7 +144,7 @@ class Nf4Weight:
         """Return the values' indices of a part, two a byte again, each row from a new byte on."""
         width, first, last = self.shape[1], first - self.origin, last - self.origin
         if width % 2 == left % 2 == right % 2 == 0:
-            return self.codes.view(-1, width // 2)[first:last, left // 2 : right // 2].contiguous()
+            return owned(self.codes.view(-1, width // 2)[first:last, left // 2 : right // 2])
         ends = (first * width) // 2, (last * width + 1) // 2
         indices = unpacked(self.codes[ends[0] : ends[1]])[first * width % 2 :][: (last - first) * width]
         indices = indices.view(-1, width)[:, left:right]
@@ -153,6 +153,12 @@ class Nf4Weight:
     def to(self, device: torch.device | str) -> Nf4Weight:
         """Return the same on `device`."""
         return replace(self, codes=self.codes.to(device), absmax=self.absmax.to(device))
+
+
+def owned(part: torch.Tensor) -> torch.Tensor:
+    """Return a part of a tensor contiguous, in memory of its own: a view would keep the whole one."""
+    whole = part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
+    return part if whole else part.clone(memory_format=torch.contiguous_format)
 
 
 def _largest_phase(width: int, left: int, block: int) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from megalora.ops import fp8, limits
 from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
+from megalora.ops.nf4 import owned
 from megalora.ops.nf4_fp8 import Nf4AsFp8Rows, rows_as_fp8
 from megalora.parallel.base import FrozenMatrix, Multiplier, WeightSource
 from megalora.parallel.quantised import QuantisedMatrix, Stored, Wanted, few_rows, in_nf4, whole_weight
@@ -194,7 +195,7 @@ class Fp8Matrix(E4m3Matrix):
                 source.copy((slice(start, stop), slice(0, width)), block)
                 parts += quantise_fp8(block).rows([(0, stop - start)], wanted.columns)
         place: dict[str, Any] = {"device": self._device}
-        return [Fp8Rows(p.codes.contiguous().to(**place), p.scale.to(**place), p.block, p.phase) for p in parts]
+        return [Fp8Rows(owned(p.codes).to(**place), owned(p.scale).to(**place), p.block, p.phase) for p in parts]
 
 
 class Nf4AsFp8Matrix(E4m3Matrix):

@@ -1,5 +1,7 @@
 """Matrices in 8 and 4 bits behind the interface of a dense one."""
 
+from unittest import mock
+
 import pytest
 import torch
 from oracle import RandomWeight
@@ -48,6 +50,31 @@ def test_products_are_those_of_the_decoded_values_with_the_branch_behind_them(na
         other.multiply(X)
     assert 0.01 < (P[:, :IN] - W).norm() / W.norm() < 0.1
     assert matrix.nbytes < {"fp8": 1.3, "nf4": 0.8, "nf4_fp8": 0.8}[name] * OUT * IN + OUT * ROOM * 8
+
+
+def held(part) -> list[torch.Tensor]:
+    """All tensors of the rows of a matrix."""
+    found = []
+    for value in vars(part).values() if hasattr(part, "__dict__") else part:
+        found += [value] if isinstance(value, torch.Tensor) else held(value) if hasattr(value, "__dict__") else []
+    return found
+
+
+@FORMATS
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_rank_keeps_its_part_of_a_weight_alone(name, stored, dim):
+    """A view of some rows would keep the whole weight in memory."""
+    source, quantise = RandomWeight(random(OUT, IN)), quantise_fp8 if name == "fp8" else quantise_nf4
+    if stored:
+        source = mock.Mock(wraps=source, dtype=source.dtype)
+        source.stored.side_effect = lambda: quantise(random(OUT, IN))
+    split = Split((OUT, IN), dim, ((16, 1, 32, 0),))
+    matrix = filled(BaseFormat(name), random(OUT, IN), split, source=source)
+    tensors = [tensor for part in matrix._parts.values() for tensor in held(part) if tensor.dim() == 2]
+    assert tensors
+    for tensor in tensors:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, tuple(tensor.shape)
 
 
 @pytest.mark.parametrize("name", ["dense", "fp8", "nf4", "nf4_fp8"])
