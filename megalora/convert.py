@@ -215,10 +215,14 @@ def _adapter_to_peft(arguments: Conversion) -> None:
     _say(dropout_caution(adapter.lora_config, modules))
     if lora_config.task_type == "CAUSAL_LM":
         _say(engines_caution(lora_config.to_dict(), modules))
-    _say_caution(adapter, arguments)
+    config = config_of(adapter, arguments)
+    if config is not None:
+        linears = [name.removesuffix(".lora_A.weight") for name in adapter.tensors if name.endswith(".lora_A.weight")]
+        _say(peft_caution(config.model_type, linears, config.routers, config.in_stacks))
 
     def write(folder: Path) -> None:
-        write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base)
+        experts = None if config is None else config.expert_counts
+        write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base, experts)
         write_its_tokenizer(adapter, arguments, folder)
         card = _card_of(adapter)
         if card is not None:
@@ -233,16 +237,10 @@ def _card_of(adapter: AdapterCheckpoint) -> str | None:
     return read_card(where) or read_card(export_folder(where.parent.parent))
 
 
-def _say_caution(adapter: AdapterCheckpoint, arguments: Conversion) -> None:
-    """Print what peft makes of an adapter of experts, where it is not what was trained and the model is known."""
+def config_of(adapter: AdapterCheckpoint, arguments: Conversion) -> ModelSpec | None:
+    """Return the model of an adapter, where its folder is there."""
     base = arguments.base.base or adapter.lora_config.get("base_model_name_or_path")
-    if base is None or not (Path(base) / "config.json").is_file():
-        return
-    config = read_config(base)
-    adapted = [name.removesuffix(".lora_A.weight") for name in adapter.tensors if name.endswith(".lora_A.weight")]
-    caution = peft_caution(config.model_type, adapted, config.routers, config.in_stacks)
-    if caution is not None:
-        print(f"megalora: {caution}", file=sys.stderr, flush=True)
+    return read_config(base) if base is not None and (Path(base) / "config.json").is_file() else None
 
 
 def write_its_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folder: Path) -> None:

@@ -34,6 +34,7 @@ from megalora.checkpoint.base.transfer import plan_hf, tensor_types, transfer
 from megalora.checkpoint.target import companions
 from megalora.convert import (
     as_in_files,
+    config_of,
     copy_companions,
     max_file_bytes,
     read_base,
@@ -77,7 +78,8 @@ def _plain(branches: Mapping[str, Branch], like: Mapping[str, Any], where: str) 
     ranks = {name: branch.rank for name, branch in branches.items()}
     r = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != r}
-    kept = {name: like[name] for name in ("base_model_name_or_path", "task_type", "fan_in_fan_out") if name in like}
+    names = ("base_model_name_or_path", "task_type", "fan_in_fan_out", "target_parameters", "exclude_modules")
+    kept = {name: like[name] for name in names if name in like}
     fields = kept | {"r": r, "lora_alpha": r, "target_modules": sorted(branches)}
     fields |= {"rank_pattern": others, "alpha_pattern": others}
     tensors = {}
@@ -91,9 +93,11 @@ def _plain(branches: Mapping[str, Branch], like: Mapping[str, Any], where: str) 
 
 def _write(arguments: Conversion, adapter: AdapterCheckpoint, *sources: str) -> None:
     target = target_of(arguments.paths, *sources)
+    config = config_of(adapter, arguments)
 
     def write(folder: Path) -> None:
-        write_peft(folder, adapter.tensors, adapter.lora_config)
+        experts = None if config is None else config.expert_counts
+        write_peft(folder, adapter.tensors, adapter.lora_config, experts=experts)
         write_its_tokenizer(adapter, arguments, folder)
 
     write_adapter(arguments, target, adapter, write)
@@ -133,7 +137,11 @@ def _combine(arguments: Conversion) -> None:
             lost, whole = lost + gone**2, whole + all_of_it**2
     if options.method == "svd":
         print(f"{arguments.command}: the relative error of the sum is {(lost / max(whole, 1e-300)) ** 0.5:.3g}")
-    _write(arguments, _plain(made, adapters[0].lora_config, adapters[0].where), *options.others)
+    parameters = {name for adapter in adapters for name in adapter.lora_config.get("target_parameters") or ()}
+    like = adapters[0].lora_config | {"target_parameters": sorted(parameters) or None}
+    excluded = (a.lora_config.get("exclude_modules") for a in adapters if parameters)
+    like["exclude_modules"] = next(filter(None, excluded), None)  # then experts may be without an adapter
+    _write(arguments, _plain(made, like, adapters[0].where), *options.others)
 
 
 def _extract(arguments: Conversion) -> None:
@@ -165,7 +173,8 @@ def _extract(arguments: Conversion) -> None:
     if apart:
         what = f"{len(apart)} tensors that are no linears differ too and are not in the adapter: {apart[0]}, ..."
         print(f"megalora: {what}", file=sys.stderr)
-    like = {"base_model_name_or_path": str(arguments.base.base)}
+    stacks = [name for name, linears in config.stacked_linears.items() if not made.keys().isdisjoint(linears)]
+    like = {"base_model_name_or_path": str(arguments.base.base), "target_parameters": stacks or None}
     _write(arguments, _plain(made, like, arguments.paths.input), arguments.base.base)
 
 
@@ -230,7 +239,9 @@ def _init(arguments: Conversion) -> None:
     with target.writing() as folder:
         transfer(residual, plan, folder, lambda done: None)
         copy_companions(companions(paths.input), folder)
-        write_peft(folder / INITIAL, tensors, lora.config.to_dict(), str(Path(paths.output).resolve()))
+        write_peft(
+            folder / INITIAL, tensors, lora.config.to_dict(), str(Path(paths.output).resolve()), config.expert_counts
+        )
     start = f"--model_path {paths.output} --resume_peft_from_checkpoint {paths.output}/{INITIAL}"
     say_done(arguments, f"train with {start}")
 

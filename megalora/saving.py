@@ -151,12 +151,14 @@ def export(
     checkpoint: Path,
     output_dir: str,
     model_path: str,
+    experts: Mapping[str, int],
     mesh: ParallelMesh,
     write_tokenizer: Callable[[Path], None],
     card: str,
 ) -> Path:
     """Write the adapter of a checkpoint as a PEFT folder beside the checkpoints; return that. Collective.
 
+    experts          how many experts each parameter of several holds (ModelSpec.expert_counts)
     write_tokenizer  called on the first rank: writes the run's tokenizer and chat template into a folder
     card             the text of its model card
     """
@@ -164,7 +166,7 @@ def export(
 
     def write() -> None:
         adapter = read_adapter(checkpoint)
-        write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path)
+        write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path, experts)
         write_tokenizer(folder)
         write_card(folder, card)
 

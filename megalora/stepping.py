@@ -206,6 +206,7 @@ class Session:
             checkpoint,
             arguments.train.output_dir,
             public_name(arguments.model.model_path),
+            self.beginning.config.expert_counts,
             self.mesh,
             self.beginning.template.write,
             self._card(checkpoint),

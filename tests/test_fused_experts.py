@@ -197,7 +197,15 @@ def test_an_adapter_of_fused_parameters_is_read_for_experts_apart(name, tmp_path
     model = saved(name, base)
     parameters = ["mlp.experts.gate_up_proj", "0.mlp.experts.down_proj"]
     tuned = peft.get_peft_model(
-        model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=parameters)
+        model,
+        peft.LoraConfig(
+            r=3,
+            lora_alpha=7,
+            target_modules=["q_proj"],
+            target_parameters=parameters,
+            rank_pattern={"experts.down_proj": 5},
+            alpha_pattern={"0.mlp.experts.gate_up_proj": 2},
+        ),
     )
     with torch.no_grad():
         for key, p in tuned.named_parameters():
@@ -232,11 +240,53 @@ def test_some_experts_of_a_tensor_are_refused_before_a_run():
     assert again.adapters == resolved.adapters and f"{EXPERTS}.0.down_proj" not in again.adapters
 
 
-def test_experts_of_several_ranks_have_no_form_in_peft(tmp_path):
-    names = [f"{EXPERTS}.{e}.down_proj" for e in range(2)]
-    tensors = {f"{n}.lora_{f}.weight": torch.zeros(2, 2) for n in names for f in "AB"}
-    fields = {"r": 2, "target_parameters": [f"{EXPERTS}.down_proj"], "alpha_pattern": {names[1]: 3.0}}
-    with pytest.raises(UserError, match="several ranks or scales"):
-        write_peft(tmp_path, tensors, fields)
-    write_peft(tmp_path, tensors, fields | {"alpha_pattern": {}})
+MIXED = ALL_LINEAR | {
+    "target_modules": "all-linear",
+    "lora_dropout": 0.0,
+    "use_rslora": True,
+    "rank_pattern": {r"layers\.1\..*experts\.1\.\w+": 7, r"experts\.\d+\.down_proj": 3},
+    "alpha_pattern": {r"experts\.[02]\.gate_up_proj": 5.0},
+    "exclude_modules": ["experts.4.down_proj", "experts.1.gate_up_proj"],
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_experts_of_several_ranks_and_scales_and_some_without_are_the_same_in_peft(name, tmp_path, capsys):
+    """peft has one rank and one scale for all experts of a tensor: its logits are ours all the same, read back too."""
+    base = tmp_path / "base"
+    saved(name, base)
+    stage, tensors = adapted(name, base, MIXED)
+    fields = resolve_lora(LoraConfig.from_dict(MIXED), stage.config).config.to_dict()
+    write_peft(tmp_path / "ours", tensors, fields, str(base), stage.config.expert_counts)
+    expected = logits_of(stage)
+    close(logits_of_peft(base, tmp_path / "ours"), expected)
+    assert (logits_of_peft(base) - expected).abs().max() > 1e-2 * expected.abs().max()
+    done(capsys, "adapter", "merge", "--input", tmp_path / "ours", "--base", base, "--output", tmp_path / "merged")
+    close(logits_of(ours_of_folder(tmp_path / "merged")), expected)
+    flags = ["--input", tmp_path / "ours", "--output", tmp_path / "twice"]
+    done(capsys, "adapter", "combine", *flags, "--others", tmp_path / "ours", "--weights", 0.25, 0.75)
+    close(logits_of_peft(base, tmp_path / "twice"), expected)
+
+
+def logits_of_peft(base: Path, adapter: Path | None = None) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        model = model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)
+        return model(torch.tensor([PROMPT])).logits[0]
+
+
+def test_how_many_experts_there_are_the_model_says(tmp_path):
+    """Without the model, adapters of experts 0 to 3 may be those of all or of some."""
+    names = [f"{EXPERTS}.{e}.down_proj" for e in range(4)]
+    tensors = {f"{n}.lora_{f}.weight": torch.ones(2, 2) for n in names for f in "AB"}
+    stack = f"{EXPERTS}.down_proj"
+    fields = {"r": 2, "target_parameters": [stack]}
+    write_peft(tmp_path, tensors, fields)
     assert read_peft(tmp_path).tensors.keys() == tensors.keys()
+    fields["exclude_modules"] = ["experts.4.down_proj"]
+    with pytest.raises(UserError, match="have no adapter, and only the model says how many there are"):
+        write_peft(tmp_path, tensors, fields)
+    write_peft(tmp_path, tensors, fields, experts={stack: 6})
+    found = read_peft(tmp_path)
+    assert len(found.tensors) == 12 and not found.tensors[f"{EXPERTS}.5.down_proj.lora_B.weight"].any()
+    assert found.lora_config["exclude_modules"] is None

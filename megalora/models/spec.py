@@ -380,6 +380,11 @@ class ModelSpec:
         linears = (tuple(part.removesuffix(".weight") for part in parts) for parts in weights)
         return {_EXPERT.sub(".", names[0]): names for names in linears}
 
+    @property
+    def expert_counts(self) -> dict[str, int]:
+        """How many experts each parameter of `stacked_linears` holds."""
+        return {name: len(linears) for name, linears in self.stacked_linears.items()}
+
     @cached_property
     def in_stacks(self) -> frozenset[str]:
         """The linears of `stacked_linears`."""

@@ -70,7 +70,7 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     modules = (*(fields.get("modules_to_save") or ()), *resized)
     saved = tuple(f"{PREFIX}{name}" for name in _saved_names(modules, raw))
     tensors = {_our_name(key, file, saved): tensor for key, tensor in raw.items()}
-    tensors = by_expert(tensors, lora_config, str(file))
+    tensors, lora_config = by_expert(tensors, lora_config, str(file))
     adapted = _adapted(tensors)
     for linear in sorted(adapted):
         factors = [tensors.get(linear + suffix) for suffix in _FACTORS]
@@ -95,13 +95,15 @@ def write_peft(
     tensors: Mapping[str, torch.Tensor],
     lora_config: Mapping[str, Any],
     base_model_name_or_path: str | None = None,
+    experts: Mapping[str, int] | None = None,
 ) -> None:
     """Write an adapter that `peft.PeftModel.from_pretrained` reads, and its sums; the tensors keep dtype and bits.
 
     tensors      whole tensors by our names
     lora_config  fields of LoraConfig.to_dict(), and the base_model_name_or_path of PEFT where it is known
     base_model_name_or_path  where another one is to be written
-    Raises UserError where the folder cannot be written.
+    experts      how many experts each parameter of several holds (ModelSpec.expert_counts); None: not known
+    Raises UserError where the folder cannot be written, and as `fused`.
     """
     folder = Path(folder)
     tensors, lora_config = shared_by_expert(tensors, lora_config)
@@ -115,11 +117,13 @@ def write_peft(
     if trained:
         fields["modules_to_save"] = list(dict.fromkeys([*(fields.get("modules_to_save") or ()), *trained]))
     embeddings = {name.removesuffix(".lora_embedding_A") for name in tensors if name.endswith(".lora_embedding_A")}
-    tensors = fused(tensors, fields)
+    tensors, fields = fused(tensors, fields, experts)
     modules = {name for name in _adapted(tensors) if not is_fused(fields, name.removesuffix(".base_layer"))}
     fields |= _explicit_targets(fields, modules | embeddings)
     if any(_EXPERT.search(name) for name in adapted):  # peft refuses dropout there, even to use the adapter
         fields |= {"target_modules": sorted({name.rpartition(".")[2] for name in modules}), "lora_dropout": 0.0}
+        if fields.get("exclude_modules") and fields.get("target_parameters"):  # those of experts are there, as zeros
+            fields |= {"target_modules": sorted(modules), "exclude_modules": None}
     adapted = modules
     keys = {_peft_key(name, adapted): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
