@@ -143,7 +143,7 @@ def fused(
     """Return an adapter with one for each expert as peft keeps it, without its prefix, and its fields: the inverse of
     `by_expert`.
 
-    peft has one rank and one scale for a parameter: experts of lower ranks are filled up with zeros, B carries the ratio
+    peft has one rank and one scale for a parameter: lower ranks are filled up with zeros, B carries the ratio
     of scales, and an expert without an adapter gets one of zeros. What they add to the weights stays as it was.
 
     counts  the experts that each parameter holds, by its name; None: the model is not known
