@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ..errors import UserError
+
 Role = Literal["system", "user", "assistant", "tool"]
 TrainOn = Literal["all", "last", "prompt"]
 MessageDict = dict[str, Any]  # as tokenizer.apply_chat_template takes it
@@ -105,7 +107,8 @@ class Conversation:
         """Return the conversation with `trained` set for every message.
 
         A message that says so itself keeps what it says. Else "all" trains the assistant's messages, "last" the last
-        of them, "prompt" also the system's and the user's. A tool's result is never trained.
+        of them, "prompt" also the system's and the user's. A tool's result is never trained. Raises UserError where a
+        message before a reply says that it is trained, and another before the same reply counts for less.
         """
         last = max((i for i, message in enumerate(self.messages) if message.role == "assistant"), default=-1)
         roles = {"all": {"assistant"}, "last": {"assistant"}, "prompt": {"assistant", "system", "user"}}[train_on]
@@ -118,8 +121,26 @@ class Conversation:
             return message.role in roles and (train_on != "last" or index == last)
 
         messages = tuple(message.with_trained(trained(i, message)) for i, message in enumerate(self.messages))
+        if any(message.trained and message.role != "assistant" for message in self.messages):
+            _check_prompts(self.messages, messages)
         return self.with_messages(messages)
 
     def with_messages(self, messages: tuple[Message, ...]) -> Conversation:
         """Return the conversation with other messages (quicker than dataclasses.replace)."""
         return Conversation(messages, self.tools, self.template_kwargs, self.text)
+
+
+def _check_prompts(said: Sequence[Message], resolved: Sequence[Message]) -> None:
+    """Raise UserError where a message says that it is trained, but the text before its reply counts for less."""
+    first = 0
+    for stop, message in enumerate(resolved):
+        if message.role != "assistant":
+            continue
+        counts = [asked.weight if asked.trained else 0.0 for asked in resolved[first:stop]]
+        if any(one.trained and count > min(counts) for one, count in zip(said[first:stop], counts, strict=True)):
+            told = ", ".join(f"{one.role} {count:g}" for one, count in zip(resolved[first:stop], counts, strict=True))
+            raise UserError(
+                f"the text before a reply is trained as a whole, but its messages count for different weights ({told})",
+                "give all of them the same train or weight",
+            )
+        first = stop + 1

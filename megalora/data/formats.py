@@ -219,7 +219,7 @@ def _template_kwargs(fields: Fields) -> dict[str, Any]:
     for reserved in ("messages", "tools", "add_generation_prompt", "tokenize", "chat_template"):
         if reserved in kwargs:
             raise UserError(f"{fields.place}: chat_template_kwargs may not set {reserved}", "leave it out")
-    thinking = fields.take("enable_thinking")
+    thinking = turns.plain(fields.take("enable_thinking"))
     if thinking is not None:
         if not isinstance(thinking, bool):
             raise UserError(f"{fields.place}: enable_thinking is {str(thinking)[:40]!r}", "give true or false")

@@ -277,6 +277,17 @@ def from_json(text: str, what: str) -> Any:
         raise UserError(f"{what} is not JSON ({error})", "fix the row") from None
 
 
+def plain(value: Any) -> Any:
+    """Return a boolean or number where a text is one, as in a column of a CSV file: false, TRUE, 0.5."""
+    if not isinstance(value, str):
+        return value
+    try:
+        read = json.loads(value.strip().lower())
+    except (ValueError, RecursionError):
+        return value
+    return read if isinstance(read, (bool, int, float)) else value
+
+
 def weight_of(fields: Fields) -> float | None:
     """Return what a turn or row itself says its tokens count for in the loss, 0: not trained; None: it says nothing.
 
@@ -287,13 +298,13 @@ def weight_of(fields: Fields) -> float | None:
         found = fields.take_named(*names)
         if found is None:
             continue
-        name, value = found
+        name, value = found[0], plain(found[1])
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise UserError(f"{fields.place}: {name} is {str(value)[:40]!r}", "give true or false")
         said[name] = float(bool(value) is (names is _TRAINED_FIELDS))
     found = fields.take_named(*_WEIGHT_FIELDS)
     if found is not None:
-        name, value = found
+        name, value = found[0], plain(found[1])
         sound = isinstance(value, (bool, int, float)) and (value == 0 or _SMALLEST_WEIGHT <= value <= _LARGEST_WEIGHT)
         if not sound:
             wanted = f"give 0, or a number from {_SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"

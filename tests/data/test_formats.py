@@ -365,6 +365,44 @@ def test_weights_of_turns():
     assert weights({"conversation": exchanges, "weight": 0}) == [0, 0, 0, 0]
 
 
+def test_messages_before_one_reply_that_count_for_different_weights_are_refused():
+    """They are trained as one text, which would count for the least of them: a word of the row would be lost."""
+    trained = user("a") | {"train": True}
+    for row in (
+        {"messages": [system("s"), trained, assistant("b")]},
+        {"messages": [trained, assistant("b")], "system": "s"},
+        {"messages": [system("s") | {"weight": 2}, user("a") | {"weight": 1}, assistant("b")]},
+        {"messages": [user("a"), assistant("b"), system("s") | {"train": True}, user("c"), assistant("d")]},
+    ):
+        with pytest.raises(UserError, match="count for different weights"):
+            to_conversation(row, "here").resolve("all")
+    sound = [
+        ({"messages": [trained, assistant("b")]}, "all"),
+        ({"messages": [system("s"), trained, assistant("b")]}, "prompt"),
+        ({"messages": [system("s"), user("a"), assistant("b"), trained, assistant("b")]}, "last"),
+        ({"messages": [system("s"), user("a") | {"train": False}, assistant("b")]}, "prompt"),
+    ]
+    for row, rule in sound:
+        to_conversation(row, "here").resolve(rule)
+
+
+def test_weights_and_masks_written_as_text():
+    """As a column of a CSV file holds them."""
+    for row, trained, weight in (
+        ({"train": "false"}, False, 1.0),
+        ({"masked": "TRUE"}, False, 1.0),
+        ({"train": "1", "weight": ""}, None, 1.0),
+        ({"weight": " 0.5 "}, None, 0.5),
+    ):
+        message = to_conversation({"instruction": "a", "output": "b"} | row, "here").messages[-1]
+        assert (message.trained, message.weight if trained is None else 1.0) == (trained, weight)
+    thinking = {"instruction": "a", "output": "b", "enable_thinking": "False"}
+    assert to_conversation(thinking, "here").template_kwargs == {"enable_thinking": False}
+    for word in ("no", "nan", '"1"', "[1]", "-1"):
+        with pytest.raises(UserError, match="weight is "):
+            to_conversation({"instruction": "a", "output": "b", "weight": word}, "here")
+
+
 @pytest.mark.parametrize(
     "rule, trained",
     [("all", [0, 0, 1, 0, 0, 1]), ("last", [0, 0, 0, 0, 0, 1]), ("prompt", [1, 1, 1, 1, 0, 1])],
