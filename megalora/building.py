@@ -18,7 +18,7 @@ from megalora.checkpoint.base.weights import BaseNames, has_own_head, load_base
 from megalora.errors import UserError
 from megalora.models.config import check_layout
 from megalora.models.graphs import choose_graphs, layer_facts
-from megalora.models.spec import ClassHead, Head, ModelSpec
+from megalora.models.spec import ClassHead, Head, ModelSpec, RecurrentMixer
 from megalora.models.stage import NO_LORA, Stage
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.collectives import on_first, together
@@ -53,10 +53,11 @@ def resolve_base(name: str, config: ModelSpec) -> BaseFormat:
 
 def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
     """Return the adapters of the model's linears. Raises UserError where the two do not fit."""
-    if lora_config.bias == "all" and (config.recurrent or any(norm.bias for norm in config.norms)):
-        whose = "linear attention has" if config.recurrent else "norms have"
+    biased = [mixer.told for mixer in config.mixers if isinstance(mixer, RecurrentMixer) and mixer.biased]
+    biased += ["norms"] if any(norm.bias for norm in config.norms) else []
+    if lora_config.bias == "all" and biased:
         raise UserError(
-            f"lora_config: bias = 'all' is not implemented for {config.model_type}, whose {whose} biases",
+            f"lora_config: bias = 'all' is not implemented for {config.model_type}, whose {biased[0]} have biases",
             "choose none or lora_only",
         )
     layers = {name: placed.layer for name, placed in config.linears.items()}

@@ -21,10 +21,10 @@ from megalora.models.spec import (
     Attention,
     ClassHead,
     CrossAttention,
-    DeltaAttention,
     Head,
     LatentAttention,
     ModelSpec,
+    RecurrentMixer,
     mixers_of,
 )
 from megalora.models.stage import Stage
@@ -296,7 +296,7 @@ def flops_per_token(config: ModelSpec, lora: ResolvedLora, rows: PackedRows) -> 
         num_attention_heads=config.num_attention_heads,
         head_dim=config.head_dim,
         context=_keys_of_a_layer(config, rows),
-        recurrence=sum(mixer.step_flops for mixer in mixers if isinstance(mixer, DeltaAttention)),
+        recurrence=sum(mixer.step_flops for mixer in mixers if isinstance(mixer, RecurrentMixer)),
     )
 
 

@@ -181,6 +181,18 @@ CONFIGS = {
         "route_scale": 2.826, "score_func": "sigmoid", "sliding_window": 2048, "tie_word_embeddings": False,
         "topk_group": 1, "use_grouped_mm": True, "vocab_size": 200192,
     },
+    "LFM2-8B-A1B": {
+        "model_type": "lfm2_moe", "architectures": ["Lfm2MoeForCausalLM"], "bos_token_id": 1, "conv_L_cache": 3,
+        "conv_bias": False, "dtype": "bfloat16", "eos_token_id": 7, "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 7168, "max_position_embeddings": 128000, "moe_intermediate_size": 1792, "norm_eps": 1e-05,
+        "layer_types": [
+            "full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)
+        ],
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_dense_layers": 2, "num_experts": 32,
+        "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "pad_token_id": 0,
+        "rope_theta": 1000000.0, "routed_scaling_factor": 1.0, "use_cache": True, "use_expert_bias": True,
+        "vocab_size": 65536,
+    },
     "OLMoE-1B-7B-0924": {
         "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "attention_bias": False,
         "attention_dropout": 0.0, "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,

@@ -208,6 +208,11 @@ EXPERTS = {
             "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.4, "rope_theta": 2e5},
         },
     },
+    "lfm2_moe": {
+        "model_type": "lfm2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 1e-6,
+        "routed_scaling_factor": 1.5, "rms_norm_eps": None,
+    },
     "hy_v3": {
         "model_type": "hy_v3", "num_experts": 6, "num_experts_per_tok": 3, "num_shared_experts": 1, "head_dim": 10,
         "moe_intermediate_size": 24, "enable_moe_fp32_combine": False,
@@ -422,6 +427,14 @@ MODERN = {
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2, "num_key_value_heads": 8,
         "full_attention_interval": 2, "tie_word_embeddings": True,
     },
+    "lfm2": {
+        "model_type": "lfm2", **_NO_RMS, "full_attn_idxs": [1, 3], "block_multiple_of": 16, "block_ff_dim": 112,
+        "intermediate_size": None, "norm_eps": 1e-6, "rope_theta": 1e5,
+    },
+    "lfm2, biases": {
+        "model_type": "lfm2", **_NO_RMS, "layer_types": ["conv", "full_attention", "conv", "conv"], "conv_bias": True,
+        "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False, "num_key_value_heads": 2,
+    },
     "vaultgemma": {
         "model_type": "vaultgemma", "head_dim": 10, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
         "query_pre_attn_scalar": 17, "sliding_window": 7, "pad_token_id": 0,
@@ -569,7 +582,7 @@ def fields_of(family: str, **more: object) -> dict:
     layers = {"num_hidden_layers": 3} if family in EXPERTS else {}  # each of which has many linears
     own = (FAMILIES | EXPERTS | CLASSIC | MODERN | ENCODERS | SEQ2SEQ | IMAGES)[family]
     fields = TINY | layers | own | more
-    left_out = {name for name in TINY if family in MODERN and fields[name] is None}
+    left_out = {name for name in TINY if family in MODERN | EXPERTS and fields[name] is None}
     left_out |= {name for name in LACKS.get(family, ()) if family not in SEQ2SEQ or name not in own | more}
     return {name: value for name, value in fields.items() if name not in left_out}
 

@@ -46,6 +46,26 @@ _OLMO2 = {
 }  # fmt: skip
 
 
+def _lfm2(inner: int, **more: object) -> dict:
+    """inner: of all MLPs, before transformers adjusts it."""
+    return {
+        "model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": True,
+        "block_ff_dim": inner, "block_ffn_dim_multiplier": 1.0, "block_mlp_init_scale": 1.0, "block_multiple_of": 256,
+        "block_norm_eps": 1e-05, "block_out_init_scale": 1.0, "block_use_swiglu": True, "block_use_xavier_init": True,
+        "bos_token_id": 1, "conv_L_cache": 3, "conv_bias": False, "conv_use_xavier_init": True, "eos_token_id": 7,
+        "initializer_range": 0.02, "max_position_embeddings": 128000, "norm_eps": 1e-05, "num_hidden_layers": 16,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14], "num_key_value_heads": 8, "pad_token_id": 0, "rope_theta": 1e6,
+        "torch_dtype": "bfloat16", "use_cache": True, "use_pos_enc": True, "vocab_size": 65536, **more,
+    }  # fmt: skip
+
+
+def _lfm2_of(hidden: int, heads: int) -> dict:
+    return {
+        "block_dim": hidden, "conv_dim": hidden, "conv_dim_out": hidden, "hidden_size": hidden,
+        "num_attention_heads": heads, "num_heads": heads,
+    }  # fmt: skip
+
+
 def _sizes(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict:
     return {
         "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -428,6 +448,16 @@ CONFIGS = {
             **_sizes(3584, 18944, 28, 28, 4),
         },
         7_615_616_512,
+    ),
+    "LFM2-350M": (_lfm2(6656, **_lfm2_of(1024, 16)), 354_483_968),
+    "LFM2-700M": (_lfm2(10240, **_lfm2_of(1536, 24)), 742_489_344),
+    "LFM2-1.2B": (_lfm2(12288, **_lfm2_of(2048, 32)), 1_170_340_608),
+    "LFM2-2.6B": (
+        _lfm2(
+            10752, **_lfm2_of(2048, 32), block_auto_adjust_ff_dim=False, num_hidden_layers=30,
+            full_attn_idxs=[2, 5, 9, 13, 17, 21, 25, 28],
+        ),
+        2_569_272_320,
     ),
     "Qwen3.5-9B": (_qwen3_5(4096, 12288, 32, 16, 32), 8_953_803_264),
     "Qwen3.5-27B": (_qwen3_5(5120, 17408, 64, 24, 48), 26_895_998_464),

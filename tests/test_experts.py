@@ -222,6 +222,7 @@ def test_ranks_and_scales_of_single_experts():
 
 
 MIXTRAL = {"mixtral", "minimax_m2"}  # with its names in the files: transformers' modules have others
+NUMBERED = MIXTRAL | {"lfm2_moe"}  # whose linears are w1, w2 and w3
 # Parts of names in transformers' modules -> in the files.
 RENAMED = {kind: {".mlp.": ".block_sparse_moe."} for kind in MIXTRAL}
 RENAMED |= dict.fromkeys(
@@ -239,8 +240,8 @@ def plain_names(family: str, model) -> dict[str, tuple[torch.Tensor, torch.nn.Pa
     """Our name of each weight -> where it lies in transformers' module, and the parameter that holds it."""
     found = {}
     stacks = config_from_dict(fields_of(family)).stacks
-    gate, up, down = ("w1", "w3", "w2") if family in MIXTRAL else ("gate_proj", "up_proj", "down_proj")
-    held = ("e_score_correction_bias", "layer_scalar")
+    gate, up, down = ("w1", "w3", "w2") if family in NUMBERED else ("gate_proj", "up_proj", "down_proj")
+    held = ("e_score_correction_bias", "expert_bias", "layer_scalar")
     corrections = ((n, b) for n, b in model.named_buffers() if n.endswith(held))
     for name, parameter in (*model.named_parameters(), *corrections):
         for theirs, ours in RENAMED.get(family, {}).items():
@@ -461,7 +462,7 @@ def test_what_experts_cannot_carry_is_refused(field):
 # ---- generation
 
 
-CACHED = ("qwen2_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text")
+CACHED = ("qwen2_moe", "qwen3_next", "lfm2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text")
 
 
 @pytest.mark.parametrize("family", CACHED)

@@ -39,7 +39,9 @@ def test_layers_that_predict_further_tokens_are_told_and_kept(tmp_path, capsys):
 
 def test_layouts_that_states_do_not_have_are_refused():
     config = config_from_dict(fields_of("qwen3_next"))
-    with pytest.raises(UserError, match=re.escape("context_parallel_size (2) is not implemented for linear attention")):
+    with pytest.raises(
+        UserError, match=re.escape("context_parallel_size (2) is not implemented for layers of linear attention")
+    ):
         check_context(config, 2, "CAUSAL_LM")
     check_context(config, 1, "CAUSAL_LM")
     with pytest.raises(UserError, match=re.escape("tensor_parallel_size (8) does not divide linear_num_key_heads (4)")):
@@ -47,9 +49,37 @@ def test_layouts_that_states_do_not_have_are_refused():
     check_layout(config, 4, 3)
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"layer_types": ["conv"] * 4, "full_attn_idxs": None}, "no layer has attention"),
+        ({"layer_types": ["conv", "full_attention", "sliding_attention", "conv"]}, "layer_types has 'sliding"),
+        ({"layer_types": ["full_attention"] * 4}, "layer_types is not what full_attn_idxs says"),
+        ({"conv_dim": 40}, "conv_dim = 40 and hidden_size = 48 are one field"),
+        ({"block_use_swiglu": False}, "block_use_swiglu = False is not implemented"),
+    ],
+)
+def test_what_lfm2_does_not_have_is_refused(fields, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        config_from_dict(fields_of("lfm2") | fields)
+
+
+def test_short_convolutions_need_the_tokens_before():
+    config = config_from_dict(fields_of("lfm2"))
+    assert config.recurrent
+    with pytest.raises(UserError, match=re.escape("not implemented for layers of gated short convolutions")):
+        check_context(config, 2, "CAUSAL_LM")
+    with pytest.raises(UserError, match="whose layers of gated short convolutions have biases"):
+        lora = LoraConfig.from_dict(ALL_LINEAR | {"bias": "all"})
+        resolve_lora(lora, config_from_dict(fields_of("lfm2, biases")))
+    resolve_lora(LoraConfig.from_dict(ALL_LINEAR | {"bias": "all"}), config)
+
+
 def test_all_biases_would_be_decays_too_for_peft():
     config = config_from_dict(fields_of("qwen3_next"))
-    with pytest.raises(UserError, match="bias = 'all' is not implemented .* whose linear attention has biases"):
+    with pytest.raises(
+        UserError, match="bias = 'all' is not implemented .* whose layers of linear attention .* have biases"
+    ):
         resolve_lora(LoraConfig.from_dict(ALL_LINEAR | {"bias": "all"}), config)
 
 

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megalora.models.inputs import Recurrent
+from megalora.models.inputs import Recurrent, States
 from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, in_chunks, pack
 from megalora.ops.cross_attention import Crossing, cross_attention
 from megalora.ops.decode_attention import decode_attention, kept_attention
-from megalora.ops.delta_mixer import Kept as KeptState
 from megalora.ops.fp8_cache import decode_heads, encode_heads, scales_of
 
 
@@ -113,7 +112,7 @@ class KVCache:
         self._kind = Fp8 if fp8 else Dense
         self._layers: dict[int, tuple[Kept, Kept]] = {}
         self._sources: dict[int, tuple[Kept, Kept]] = {}
-        self._states: dict[int, KeptState] = {}
+        self._states: dict[int, States] = {}
 
     def head_bytes(self, features: int, element: int) -> int:
         """Return the bytes of one head of keys (or values) in all slots; element: of a number in the compute dtype."""
@@ -149,7 +148,7 @@ class KVCache:
         )  # fmt: skip
         return scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=seen, scale=scale).squeeze(2)
 
-    def states(self, index: int, y: torch.Tensor, mixer: Recurrent) -> KeptState:
+    def states(self, index: int, y: torch.Tensor, mixer: Recurrent) -> States:
         """Return what the tokens of each slot have left in a layer of `mixer`, which reads y."""
         if index not in self._states:
             self._states[index] = mixer.nothing(self.slots, y)
@@ -258,13 +257,13 @@ class PrefillStep:
         states, slots = self.cache.states(layer, y, mixer), torch.tensor([span.slot for span in self.spans])
         begins = torch.tensor([span.start == 0 for span in self.spans]).to(y.device)
         slots = slots.to(y.device)
-        held = (one[slots].masked_fill(begins.view(-1, *[1] * (one.dim() - 1)), 0.0) for one in states)
-        out, left = mixer.continued(y, self.bounds, KeptState(*held))
+        held = tuple(one[slots].masked_fill(begins.view(-1, *[1] * (one.dim() - 1)), 0.0) for one in states)
+        out, left = mixer.continued(y, self.bounds, held)
         _put(states, slots, left)
         return out
 
 
-def _put(states: KeptState, slots: torch.Tensor, left: KeptState) -> None:
+def _put(states: States, slots: torch.Tensor, left: States) -> None:
     for one, new in zip(states, left, strict=True):
         one[slots] = new
 
@@ -316,6 +315,6 @@ class DecodeStep:
     def go_on(self, layer: int, y: torch.Tensor, mixer: Recurrent) -> torch.Tensor:
         """Do as PrefillStep.go_on."""
         states = self.cache.states(layer, y, mixer)
-        out, left = mixer.step(y, KeptState(*(one[self.slots] for one in states)))
+        out, left = mixer.step(y, tuple(one[self.slots] for one in states))
         _put(states, self.slots, left)
         return out

@@ -158,13 +158,14 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index num_dense_layers"),
     **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers num_mtp_modules"),
     **_all(Each(Word(), MOST_LAYERS), "layer_types mlp_layer_types attention_layers"),
-    **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers"),
+    **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers full_attn_idxs"),
     **_all(Each(Number(True, 0, 1), MOST_LAYERS), "no_rope_layers attn_type_list"),
     **_all(OneOrEach(Number(True, 1, 1 << 10)), "moe_topk num_shared_expert"),
     "experts_intermediate_size": OneOrEach(Number(True, 1, 1 << 24)),
     "layer_rope_theta": Each(Number(False, 0.0, 1e15), MOST_LAYERS),
     "attention_types": Repeated(),
     "expansion_ratio": Number(True, 1, 1 << 8),
+    "block_multiple_of": Number(True, 1, 1 << 16),
     # heads
     **_all(
         _HEADS,
@@ -172,7 +173,7 @@ BOUNDS: Mapping[str, Bound] = {
         encoder_attention_heads decoder_attention_heads linear_num_key_heads linear_num_value_heads""",
     ),
     **_all(Number(True, 1, 1 << 14), "qk_nope_head_dim v_head_dim kv_channels d_kv linear_key_head_dim"),
-    **_all(Number(True, 1, 1 << 14), "linear_value_head_dim linear_conv_kernel_dim"),
+    **_all(Number(True, 1, 1 << 14), "linear_value_head_dim linear_conv_kernel_dim conv_L_cache"),
     **_all(Number(True, 4, 1 << 16), "relative_attention_num_buckets relative_attention_max_distance"),
     **_all(Number(True, -1, 1 << 16), "max_relative_positions position_buckets"),
     **_all(Number(True, 2, 1 << 14), "head_dim full_head_dim qk_rope_head_dim rotary_dim attention_head_size"),
@@ -196,6 +197,7 @@ BOUNDS: Mapping[str, Bound] = {
         """routed_scaling_factor route_scale router_scaling_factor attention_multiplier embedding_multiplier
         residual_multiplier logits_scaling logit_scale query_pre_attn_scalar attn_logit_softcapping
         final_logit_softcapping scale_emb scale_depth mup_embeddings_scale mup_output_alpha mup_width_scale
+        block_ffn_dim_multiplier
         floor_scale attn_scale swiglu_alpha swiglu_limit clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
     ),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
@@ -215,7 +217,7 @@ BOUNDS: Mapping[str, Bound] = {
         scale_attn_weights attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm
         use_qkv_bias use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention
         share_att_key position_biased_input attention_out_bias attention_k_eq_v mup_enabled enable_moe_block
-        use_post_norm norm_bias classifier_bias use_task_id""",
+        conv_bias block_auto_adjust_ff_dim use_expert_bias use_post_norm norm_bias classifier_bias use_task_id""",
     ),
     **_all(
         Word(),

@@ -27,6 +27,7 @@ from megalora.models.spec import (
     FileNames,
     LatentAttention,
     ModelSpec,
+    RecurrentMixer,
 )
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
@@ -306,8 +307,8 @@ def check_context(config: ModelSpec, cp: int, task: str) -> None:
             what = "attention in chunks"
         elif isinstance(mixer, Attention) and mixer.dropout:
             what = "dropout of attention's probabilities (--base_dropout false switches it off)"
-        elif isinstance(mixer, DeltaAttention):
-            what = "linear attention, whose state would wait for the tokens of other ranks"
+        elif isinstance(mixer, RecurrentMixer):
+            what = f"{mixer.told}, which would wait for the tokens of other ranks"
     if any(rotary.long is not None for rotary in config.rotaries):
         what = "rope type longrope, which depends on the length of the document"
     if what is not None:

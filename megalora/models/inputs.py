@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -14,7 +14,6 @@ from megalora.models.spec import Alibi, Attention, LatentAttention, ModelSpec, R
 from megalora.ops.alibi import EXTRA
 from megalora.ops.attention import Packed, Scores, in_chunks, pack
 from megalora.ops.cross_attention import Crossing
-from megalora.ops.delta_mixer import Kept
 from megalora.ops.delta_rule import Documents
 from megalora.parallel.context import ContextKeys
 from megalora.parallel.placement import Placement, Tokens
@@ -23,18 +22,23 @@ from megalora.pictures import Picture
 RopeTables = Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]]
 
 
-class Recurrent(Protocol):
-    """A mixer that reads of earlier tokens what they leave (megalora.models.blocks.delta)."""
+States = tuple[torch.Tensor, ...]
+"""What earlier tokens of several sequences leave in a layer: tensors [sequences, ...]."""
 
-    def nothing(self, count: int, like: torch.Tensor) -> Kept:
+
+@runtime_checkable
+class Recurrent(Protocol):
+    """A mixer that reads of earlier tokens what they leave (megalora.models.blocks.delta and its like)."""
+
+    def nothing(self, count: int, like: torch.Tensor) -> States:
         """Return what `count` sequences without tokens leave; like: their first tokens."""
         ...
 
-    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: Kept) -> tuple[torch.Tensor, Kept]:
+    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: States) -> tuple[torch.Tensor, States]:
         """Return the results of the next tokens of sequences with these bounds in F, and what they leave."""
         ...
 
-    def step(self, y: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, Kept]:
+    def step(self, y: torch.Tensor, kept: States) -> tuple[torch.Tensor, States]:
         """Return the same of one token of each sequence."""
         ...
 

@@ -376,6 +376,7 @@ class Experts:
     apart        of stacked ones, the names of linears that some files have instead of gate and up in one, each of
                  every expert; none: all files hold stacks
     weighs_input the weight of an expert multiplies what it reads, not its result
+    within       the module of transformers that has them where files have each apart
     """
 
     router: Router
@@ -389,6 +390,7 @@ class Experts:
     apart: tuple[str, ...] = ()
     shared_scale: float = 1.0
     reads_scaled: str | None = None
+    within: str = "mlp.experts"
 
     def at(self, index: int) -> MLP:
         """Return the MLP of one expert."""

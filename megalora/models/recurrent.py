@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megalora.models.linears import Blocked, Linear, Projection, linears_of
+from megalora.models.linears import Blocked, Fused, Linear, Projection, linears_of
 from megalora.models.mixers import Norm
 
 
@@ -37,6 +37,9 @@ class DeltaAttention:
     decay: str
     bias: str
     norm: Norm
+
+    told = "layers of linear attention by the gated delta rule"
+    biased = True
 
     @property
     def rows(self) -> Mapping[str, int]:
@@ -73,3 +76,44 @@ class DeltaAttention:
         yield f"{self.convolution}.weight", (channels, 1, self.width)
         yield self.decay, (self.groups * self.repeats,)
         yield self.bias, (self.groups * self.repeats,)
+
+
+@dataclass(frozen=True)
+class GatedConvolution:
+    """c * (the convolution of b * x over the last `width` tokens), of each channel (LFM2).
+
+    made         b, c and x, Fused with parts of these names, of `channels` rows each
+    convolution  name of a module with `weight` [channels, 1, width]; biased: and `bias` [channels]
+    """
+
+    made: Fused
+    out: Linear
+    channels: int
+    width: int
+    convolution: str
+    biased: bool = False
+
+    told = "layers of gated short convolutions"
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.made.linear, self.out)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return ()
+
+    @property
+    def step_flops(self) -> int:
+        """FLOPs of one token's step: the convolution and both gates."""
+        return 2 * self.channels * (self.width + 1)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of what is neither linear nor norm."""
+        yield f"{self.convolution}.weight", (self.channels, 1, self.width)
+        if self.biased:
+            yield f"{self.convolution}.bias", (self.channels,)
+
+
+RecurrentMixer = DeltaAttention | GatedConvolution
+"""Each has `told`, what messages call it, and `biased`: whether it has biases that are no linear's."""

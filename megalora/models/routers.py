@@ -14,7 +14,7 @@ class Router:
     linear       logits, one an expert
     score        "softmax" over all experts, or "sigmoid"
     by_logits    the choice is by the logits, in the dtype that they have, not by the scores
-    renormalise  the chosen scores are divided by their sum
+    renormalise  the chosen scores are divided by their sum and `epsilon`
     scale        what the weights are multiplied by
     wide         logits are computed in float32, else in the compute dtype (scores always in float32)
     correction   name of a bias that is added to the scores for the choice alone; correction_row: it is [1, experts] in
@@ -40,3 +40,4 @@ class Router:
     reads_scaled: str | None = None
     input_factor: float = 1.0
     of_expert: str | None = None
+    epsilon: float = 1e-20

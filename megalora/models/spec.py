@@ -49,12 +49,12 @@ from megalora.models.mixers import (  # noqa: F401
     Temperature,
 )
 from megalora.models.prefix import ImagePrefix
-from megalora.models.recurrent import DeltaAttention
+from megalora.models.recurrent import DeltaAttention, GatedConvolution, RecurrentMixer  # noqa: F401
 
 _EXPERT = re.compile(r"\.\d+\.(?=[^.]+$)")  # what sets the linears of an expert apart
 _LAYER = re.compile(r".*?\.\d+\.")  # what the name of a layer's tensor begins with
-Mixer = Attention | CrossAttention | DeltaAttention | LatentAttention | MLP | Experts
-_OWN = Attention | DeltaAttention | Experts | MLP  # which may have tensors that are neither linears nor norms
+Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts | RecurrentMixer
+_OWN = Attention | RecurrentMixer | Experts | MLP  # which may have tensors that are neither linears nor norms
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class ModelSpec:
     @property
     def recurrent(self) -> bool:
         """Whether layers keep a state of what was read, which cannot be taken back to an earlier token."""
-        return any(isinstance(mixer, DeltaAttention) for mixer in self.mixers)
+        return any(isinstance(mixer, RecurrentMixer) for mixer in self.mixers)
 
     @property
     def has_experts(self) -> bool:
@@ -400,7 +400,7 @@ class ModelSpec:
                     continue
                 for expert in range(mixer.count):
                     *ups, down = (self.stack.of_layer(index, linear.name) for linear in mixer.at(expert).linears)
-                    stem = self.stack.of_layer(index, f"mlp.experts.{expert}")
+                    stem = self.stack.of_layer(index, f"{mixer.within}.{expert}")
                     found |= {f"{stem}.gate_up_proj": tuple(ups), f"{stem}.down_proj": (down,)}
         return found
 

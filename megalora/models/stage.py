@@ -18,7 +18,6 @@ from megalora.choices import RECOMPUTE_LEVELS
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
 from megalora.models.blocks.classes import ClassScores
-from megalora.models.blocks.delta import DeltaAttentionBlock
 from megalora.models.blocks.encoder import EncoderBlock
 from megalora.models.blocks.ends import EmbeddingBlock, HeadBlock, words_of
 from megalora.models.blocks.experts import ExpertsBlock
@@ -28,7 +27,7 @@ from megalora.models.blocks.norm import NORMS, Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.blocks.prefix import KEPT_BYTES, PrefixBlock, ReadPicture
 from megalora.models.graphs import LayerGraphs
-from megalora.models.inputs import Inputs
+from megalora.models.inputs import Inputs, Recurrent
 from megalora.models.names import hang
 from megalora.models.offload import HostMemory
 from megalora.models.recompute import TILE, Recomputer
@@ -150,10 +149,10 @@ class Stage(nn.Module):
         return [block for block in blocks if isinstance(block, AttentionBlock | LatentAttentionBlock)]
 
     @property
-    def recurrent(self) -> list[DeltaAttentionBlock]:
+    def recurrent(self) -> list[Recurrent]:
         """Every block that keeps a state, in order."""
         blocks = (block for layer in self.layers.values() for block in layer.blocks)
-        return [block for block in blocks if isinstance(block, DeltaAttentionBlock)]
+        return [block for block in blocks if isinstance(block, Recurrent)]
 
     @property
     def groups(self) -> list[LinearGroup | ExpertGroup]:

@@ -14,7 +14,6 @@ from megalora.models.spec import (
     MLP,
     Alibi,
     Attention,
-    DeltaAttention,
     Disentangled,
     Experts,
     Fused,
@@ -23,6 +22,7 @@ from megalora.models.spec import (
     Norm,
     ParallelResidual,
     Projection,
+    RecurrentMixer,
     RelativeTable,
     Rotary,
     mixers_of,
@@ -158,7 +158,7 @@ def _attention(family: Family, spec: ModelSpec) -> str:
         return f"keys and values from one latent a token ({queries})"
     position = attention.position
     grouped = "num_key_value_heads" in family.reads or 1 < attention.kv_heads < attention.heads
-    linear = sum(isinstance(mixer, DeltaAttention) for layer in spec.stack.layers for mixer in mixers_of(layer))
+    states = [mixer for layer in spec.stack.layers for mixer in mixers_of(layer) if isinstance(mixer, RecurrentMixer)]
     said = ["grouped queries" if grouped else "as many key/value heads as query heads"]
     said = ["one key/value head"] if attention.kv_heads == 1 else said
     said += ["sliding window"] if "sliding_window" in family.reads or _slides(spec) else []
@@ -173,8 +173,7 @@ def _attention(family: Family, spec: ModelSpec) -> str:
     said += ["learned positions"] if spec.embedding.positions is not None else []
     said += ["a gate on each head"] if attention.gate is not None else []
     said += ["q k v in one linear"] if attention.gate is None and _is_fused(attention.q) else []
-    layers = f"{linear} of {spec.num_hidden_layers} layers"
-    said += [f"in {layers} linear attention by the gated delta rule"] if linear else []
+    said += [f"{len(states)} of {spec.num_hidden_layers} {states[0].told}"] if states else []
     return ", ".join(said)
 
 

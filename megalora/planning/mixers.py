@@ -150,6 +150,23 @@ class DeltaAttention:
 
 
 @dataclass(frozen=True)
+class GatedConvolution:
+    """A megalora.models.spec.GatedConvolution on one rank.
+
+    norms  elements of its convolution
+    """
+
+    inputs: Group
+    out: Group
+    width: int
+    norms: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.inputs, self.out
+
+
+@dataclass(frozen=True)
 class MLP:
     """A megalora.models.spec.MLP on one rank.
 
@@ -215,7 +232,8 @@ class Experts:
         return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count))
 
 
-Mixer = Attention | CrossAttention | DeltaAttention | LatentAttention | MLP | Experts
+Recurrent = DeltaAttention | GatedConvolution
+Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts | Recurrent
 
 
 def counted(mixer: Mixer) -> tuple[tuple[int, Group], ...]:

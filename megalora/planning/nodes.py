@@ -15,6 +15,7 @@ from functools import lru_cache
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import chunk_rows
 from megalora.planning.attention import attention_nodes
+from megalora.planning.convolution import convolution_nodes
 from megalora.planning.cross import cross_nodes
 from megalora.planning.delta import delta_nodes
 from megalora.planning.experts import experts_nodes
@@ -26,9 +27,11 @@ from megalora.planning.mixers import (
     CrossAttention,
     DeltaAttention,
     Experts,
+    GatedConvolution,
     LatentAttention,
     Mixer,
     Norm,
+    Recurrent,
 )
 from megalora.planning.mlp import mlp_nodes
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
@@ -176,7 +179,7 @@ class _LayerNodes:
 
     def _makes_again(self, step: Step) -> bool:
         """Return whether backward makes what the step's linears read again."""
-        alone = len(step.branches) == 1 and isinstance(step.branches[0].mixer, Attention | DeltaAttention | MLP)
+        alone = len(step.branches) == 1 and isinstance(step.branches[0].mixer, Attention | MLP | Recurrent)
         return self.work.recompute in ("norms", "mlp") and alone and not self.again
 
     def _mixer(self, mixer: Mixer, source: str, flowing: bool, read: bool) -> list[Node]:
@@ -189,6 +192,8 @@ class _LayerNodes:
             return latent_nodes(self, mixer, source, flowing)
         if isinstance(mixer, DeltaAttention):
             return delta_nodes(self, mixer, source, flowing)
+        if isinstance(mixer, GatedConvolution):
+            return convolution_nodes(self, mixer, source, flowing)
         if isinstance(mixer, Experts):
             return experts_nodes(self, mixer, flowing)
         return mlp_nodes(self, mixer, source, flowing, unread=self.again and not read)

@@ -27,6 +27,7 @@ from megalora.planning.mixers import (
     CrossAttention,
     DeltaAttention,
     Experts,
+    GatedConvolution,
     LatentAttention,
     Mixer,
     Norm,
@@ -192,6 +193,8 @@ class _Rank:
             return self._latent(index, mixer)
         if isinstance(mixer, spec.DeltaAttention):
             return self._delta(index, mixer)
+        if isinstance(mixer, spec.GatedConvolution):
+            return self._convolution(index, mixer)
         return self._experts(index, mixer) if isinstance(mixer, spec.Experts) else self._mlp(index, mixer)
 
     def _experts(self, index: int, mixer: spec.Experts) -> Experts:
@@ -238,6 +241,15 @@ class _Rank:
         out = self._group(index, groups * rows["v"], [(mixer.out, mixer.out.out_features)], row_parallel=True)
         norms = mixer.norm.size + sum(math.prod(shape) * groups // mixer.groups for _, shape in mixer.tensors())
         return DeltaAttention(inputs, out, groups, mixer.repeats, mixer.key, mixer.value, norms)
+
+    def _convolution(self, index: int, mixer: spec.GatedConvolution) -> GatedConvolution:
+        channels = self._inner(mixer.channels)
+        return GatedConvolution(
+            self._columns(index, [(name, mixer.made, channels) for name in "bcx"]),
+            self._group(index, channels, [(mixer.out, mixer.out.out_features)], row_parallel=True),
+            mixer.width,
+            channels * (mixer.width + mixer.biased),
+        )
 
     def _latent(self, index: int, mixer: spec.LatentAttention) -> LatentAttention:
         heads = max(even_part(mixer.heads, axis).size for axis in self._ranks)

@@ -22,7 +22,9 @@ def test_published_configs_have_the_parameters_of_transformers(name):
     check_layout(spec, 4, 4)
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[class_of(kind)](**raw))
-    corrections = (b.numel() for n, b in theirs.named_buffers() if n.endswith("e_score_correction_bias"))
+    corrections = (
+        b.numel() for n, b in theirs.named_buffers() if n.endswith(("e_score_correction_bias", "expert_bias"))
+    )
     expected = sum(p.numel() for p in theirs.parameters()) + sum(corrections)
     assert sum(map(math.prod, spec.tensors.values())) == expected
 

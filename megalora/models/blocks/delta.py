@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
-from megalora.models.inputs import Inputs
+from megalora.models.inputs import Inputs, States
 from megalora.ops.delta_mixer import (
     DeltaWeights,
     Heads,
@@ -25,7 +24,7 @@ from megalora.ops.delta_mixer import (
 )
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
-from megalora.parallel.split import Cut, even_part, joined_cut
+from megalora.parallel.split import even_part, joined_cut
 
 
 class DeltaAttentionBlock:
@@ -49,7 +48,7 @@ class DeltaAttentionBlock:
         wide = torch.promote_types(at.place.dtype, torch.float32)
         dtypes = at.place.dtype, wide, wide
         frozen = [
-            _frozen(name, shape, cut, dtype, at)
+            at.frozen(name, shape, cut, dtype)
             for (name, shape), cut, dtype in zip(delta.tensors(), cuts, dtypes, strict=True)
         ]
         self.convolution, self.decay, self.bias = frozen
@@ -85,17 +84,10 @@ class DeltaAttentionBlock:
         """Return what `count` sequences without tokens leave; like: y."""
         return Kept.nothing(count, self.heads, self.weights, like)
 
-    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: Kept) -> tuple[torch.Tensor, Kept]:
+    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: States) -> tuple[torch.Tensor, Kept]:
         """Return the results [F, H V] of y [F, O], the next tokens of several sequences, and what they leave."""
-        return continued_delta_mixer(y, self.heads, self.weights, bounds, kept)
+        return continued_delta_mixer(y, self.heads, self.weights, bounds, Kept(*kept))
 
-    def step(self, y: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, Kept]:
+    def step(self, y: torch.Tensor, kept: States) -> tuple[torch.Tensor, Kept]:
         """Return the same of one token of each sequence."""
-        return delta_mixer_step(y, self.heads, self.weights, kept)
-
-
-def _frozen(name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype, at: LayerPlace) -> nn.Parameter:
-    split = cut.split(shape, 0)
-    found = nn.Parameter(torch.empty(split.local_shape, dtype=dtype, device=at.place.device), requires_grad=False)
-    at.parameter(name, found, split)
-    return found
+        return delta_mixer_step(y, self.heads, self.weights, Kept(*kept))

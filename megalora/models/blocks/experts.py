@@ -134,7 +134,7 @@ class RouterBlock:
         chosen = self._chosen((logits if router.by_logits else scores).detach(), inputs)
         weights = take(scores, chosen)
         if router.renormalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            weights = weights / (weights.sum(-1, keepdim=True) + router.epsilon)
         weights = weights * router.scale
         return (weights if self.of_expert is None else weights * self.of_expert[chosen].to(weights.dtype)), chosen
 

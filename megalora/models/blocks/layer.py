@@ -16,6 +16,7 @@ from torch import nn
 
 from megalora.models import spec
 from megalora.models.blocks.attention import AttentionBlock
+from megalora.models.blocks.convolution import GatedConvolutionBlock
 from megalora.models.blocks.cross import CrossAttentionBlock
 from megalora.models.blocks.delta import DeltaAttentionBlock
 from megalora.models.blocks.ending import BaseDropout, Ending
@@ -30,12 +31,14 @@ from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
 
-Block = AttentionBlock | CrossAttentionBlock | DeltaAttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock
-_ONE_INPUT = AttentionBlock | DeltaAttentionBlock | MLPBlock  # whose first group alone reads what the norm gives
+RecurrentBlock = DeltaAttentionBlock | GatedConvolutionBlock
+Block = AttentionBlock | CrossAttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock | RecurrentBlock
+_ONE_INPUT = AttentionBlock | RecurrentBlock | MLPBlock  # whose first group alone reads what the norm gives
 BLOCKS = {
     spec.Attention: AttentionBlock,
     spec.CrossAttention: CrossAttentionBlock,
     spec.DeltaAttention: DeltaAttentionBlock,
+    spec.GatedConvolution: GatedConvolutionBlock,
     spec.LatentAttention: LatentAttentionBlock,
     spec.MLP: MLPBlock,
     spec.Experts: ExpertsBlock,

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from megalora.adapters.config import ResolvedLora
@@ -85,6 +86,13 @@ class LayerPlace:
         if split is not None:
             assert isinstance(stem, Stem), name
             stem.splits[last] = split
+
+    def frozen(self, name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype) -> nn.Parameter:
+        """Build and register a frozen parameter of the layer of which this rank has rows `cut`."""
+        split = cut.split(shape, 0)
+        found = nn.Parameter(torch.empty(split.local_shape, dtype=dtype, device=self.place.device), requires_grad=False)
+        self.parameter(name, found, split)
+        return found
 
     def columns(self, outputs: list[tuple[str, spec.Projection, Part]]) -> tuple[ColumnParallelLinear, ...]:
         """Build the linears of several outputs: (name, what makes it, this rank's units of it) each.

@@ -1,0 +1,76 @@
+"""Gated short convolutions (LFM2): their inputs column-parallel by channels, the output row-parallel, and the
+convolution cut by the same channels.
+
+Legend: T tokens on this rank, F tokens of the microbatch, C channels of this rank, W tokens of the convolution.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from megalora.models import spec
+from megalora.models.blocks.mlp import INNER_STEP
+from megalora.models.blocks.place import LayerPlace
+from megalora.models.inputs import Inputs, States
+from megalora.ops.short_convolution import gated_convolution
+from megalora.parallel.group import LinearGroup
+from megalora.parallel.group_grad import apply_group
+from megalora.parallel.split import even_part
+
+
+class GatedConvolutionBlock:
+    """reduces: of the output, as LinearGroup takes it."""
+
+    def __init__(self, mixer: spec.GatedConvolution, at: LayerPlace, reduces: bool = True):
+        self.layer = at.index
+        part = even_part(mixer.channels, at.place.tp, INNER_STEP)
+        self.inputs = LinearGroup(at.columns([(name, mixer.made, part) for name in "bcx"]), at.site("qkv"), at.place)
+        self.output = LinearGroup((at.row(mixer.out, part),), at.site("out"), at.place, reduces=reduces)
+        weight, *bias = (at.frozen(name, shape, part.cut(), at.place.dtype) for name, shape in mixer.tensors())
+        self.weight, self.bias = weight, bias[0] if bias else None
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return (self.inputs, self.output)
+
+    @property
+    def room(self) -> int:
+        """Columns that are wanted behind the input."""
+        return self.inputs.room
+
+    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
+        y = apply_group(self.inputs, X, inputs.tokens)
+        if inputs.cache is not None:
+            result = inputs.cache.go_on(self.layer, y, self)
+        else:
+            assert inputs.documents is not None and inputs.context is None
+            ages = inputs.documents.ages
+            result = inputs.attend(lambda y: gated_convolution(y, self.weight.squeeze(1), self.bias, ages), y)
+        return apply_group(self.output, result, inputs.tokens)
+
+    # ---- generation (megalora.models.inputs.Recurrent): what is kept are the last y [B, W - 1, 3 C]
+
+    def nothing(self, count: int, like: torch.Tensor) -> States:
+        """Return what `count` sequences without tokens leave; like: y."""
+        channels, _, width = self.weight.shape
+        return (like.new_zeros(count, width - 1, 3 * channels),)
+
+    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: States) -> tuple[torch.Tensor, States]:
+        """Return the results [F, C] of y [F, 3 C], the next tokens of several sequences, and what they leave."""
+        pairs, before = list(itertools.pairwise(bounds)), kept[0].shape[1]
+        ahead = [torch.cat([old, y[start:stop]]) for old, (start, stop) in zip(kept[0], pairs, strict=True)]
+        made = [gated_convolution(one, self.weight.squeeze(1), self.bias, None)[before:] for one in ahead]
+        return torch.cat(made), (torch.stack([one[len(one) - before :] for one in ahead]),)
+
+    def step(self, y: torch.Tensor, kept: States) -> tuple[torch.Tensor, States]:
+        """Return the same of one token of each sequence."""
+        seen = torch.cat([kept[0], y.unsqueeze(1)], 1)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        b, c, x = seen.to(wide).chunk(3, -1)
+        made = (b * x * self.weight.squeeze(1).t()).sum(1)
+        made = made if self.bias is None else made + self.bias
+        return (c[:, -1] * made).to(y.dtype), (seen[:, 1:],)
