@@ -16,7 +16,7 @@ from megalora import flags
 from megalora.cluster.environment import NPROC, check_launcher, environment_int
 from megalora.errors import UserError
 from megalora.flags.flag import flags_of
-from megalora.model_paths import check_holds_base, model_folder
+from megalora.model_paths import check_holds_base, check_writes_apart, model_folder
 from megalora.web.server import require_web
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ def check_finetune(arguments: flags.FinetuneArguments, processes: int) -> flags.
     """
     flags.validate_world(arguments.parallel, processes)
     arguments = replace(arguments, model=_with_folder(arguments.model))
+    model, train = arguments.model, arguments.train
+    bases = model.model_path, model.resume_from_checkpoint
+    for flag, folder in (("output_dir", train.output_dir), ("log_dir", train.log_dir)):
+        check_writes_apart(flag, folder, bases)
     if not arguments.train.overwrite_output_dir:
         # A run that overwrites first notes so in output_dir: started again by torchrun, it would otherwise take the
         # older run there for its own.
@@ -88,6 +92,9 @@ def check_generate(arguments: flags.GenerateArguments, processes: int) -> flags.
     flags.validate_world(arguments.parallel, processes)
     arguments = replace(arguments, model=_with_folder(arguments.model))
     _check_paths(arguments.model, arguments.generation)
+    bases, options = (arguments.model.model_path, arguments.model.resume_from_checkpoint), arguments.generation
+    check_writes_apart("output_file", options.output_file, bases, file=True)
+    check_writes_apart("logits_dir", options.logits_dir if options.return_logits else None, bases)
     return arguments
 
 
@@ -163,6 +170,8 @@ def plan(arguments: flags.PlanArguments) -> list[Plan]:
     """Print the ranked table of layouts, and return them, best first."""
     _one_process("plan")
     _check_paths(arguments)
+    path = Path(arguments.model_path)
+    check_writes_apart("draw", arguments.draw, [str(path.parent if path.is_file() else path)], file=True)
     from megalora.plan import plan
 
     return plan(arguments)

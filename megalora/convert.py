@@ -208,8 +208,8 @@ def copy_companions(beside: Mapping[str, Path], folder: Path) -> None:
 
 
 def _adapter_to_peft(arguments: Conversion) -> None:
-    target = target_of(arguments.paths)
     adapter = open_adapter(arguments.paths.input)
+    target = target_beside(adapter, arguments)
     lora_config = LoraConfig.from_dict(adapter.lora_config, adapter.where)
     modules = {name.partition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
     _say(dropout_caution(adapter.lora_config, modules))
@@ -261,8 +261,9 @@ def write_its_tokenizer(adapter: AdapterCheckpoint, arguments: Conversion, folde
 
 
 def _adapter_from_peft(arguments: Conversion) -> None:
-    target = target_of(arguments.paths)
-    adapter, config, lora = _its_base(open_adapter(arguments.paths.input), arguments)
+    adapter = open_adapter(arguments.paths.input)
+    target = target_beside(adapter, arguments)
+    adapter, config, lora = _its_base(adapter, arguments)
     places = _places(config, arguments.layout, lora)
 
     def write(folder: Path) -> None:
@@ -407,6 +408,12 @@ def _places(config: ModelSpec, layout: LayoutArguments, lora: ResolvedLora = NO_
 
 def target_of(paths: ConvertArguments, *more: str) -> TargetFolder:
     return TargetFolder(paths.output, paths.overwrite, [paths.input, *more])
+
+
+def target_beside(adapter: AdapterCheckpoint, arguments: Conversion, *more: str) -> TargetFolder:
+    """Return where an adapter goes, which may not be the folder of its model."""
+    base = arguments.base.base or adapter.lora_config.get("base_model_name_or_path")
+    return target_of(arguments.paths, *more, *([base] if base is not None else []))
 
 
 def _say_plan(

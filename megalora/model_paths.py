@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from megalora.errors import UserError
 
 HUB = "hf://"
+_MARKER = ".megalora.json"  # of the output_dir of a run
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a folder of the hub's cache
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -98,6 +100,31 @@ def check_holds_base(path: str, flag: str) -> None:
     )
 
 
+def check_writes_apart(flag: str, path: str | None, models: Iterable[str | None], *, file: bool = False) -> None:
+    """Raise UserError where the value of `flag`, which is written to, is a folder of base weights.
+
+    A folder in which a run is already is let through: it goes on there.
+
+    models  folders that the command reads base weights from; file: the value is a file, whose folder counts
+    """
+    if path is None or (not file and (Path(path) / _MARKER).exists()):
+        return
+    folder = Path(path).resolve().parent if file else Path(path).resolve()
+    read = any(folder == Path(model).resolve() for model in models if model is not None)
+    if read or (not file and _is_base(folder)):
+        whose = "the model is read from" if read else "holds a model"
+        said = f"lies in the folder that {whose}" if file else f"is the folder that {whose}" if read else whose
+        raise UserError(f"{flag} {path}: {said}", f"name another {'file' if file else 'folder'}")
+
+
+def _is_base(folder: Path) -> bool:
+    if (folder / "adapter_config.json").exists():
+        return False
+    weights = (file for ending in ("safetensors", "bin", "gguf") for file in folder.glob(f"*.{ending}"))
+    in_shards = any(folder.glob("mp_rank_*/partial_model_optim.pt"))
+    return in_shards or ((folder / "config.json").is_file() and any(True for _ in weights))
+
+
 def check_no_adapter(folder: Path, flag: str) -> None:
     """Raise UserError if the value of `flag`, which a conversion of base weights reads, is an adapter."""
     what = None if (folder / "config.json").exists() else _kind_of_adapter(folder)
@@ -114,7 +141,7 @@ def _kind_of_adapter(folder: Path) -> str | None:
         return "a PEFT adapter"
     if any(folder.glob("mp_rank_*/lora_partial_model_optim.pt")):
         return "a checkpoint of an adapter"
-    return "the output_dir of a run" if (folder / ".megalora.json").exists() else None
+    return "the output_dir of a run" if (folder / _MARKER).exists() else None
 
 
 def _gguf(flag: str, file: Path) -> UserError:

@@ -39,6 +39,7 @@ from megalora.convert import (
     max_file_bytes,
     read_base,
     say_done,
+    target_beside,
     target_of,
     write_adapter,
     write_its_tokenizer,
@@ -92,7 +93,7 @@ def _plain(branches: Mapping[str, Branch], like: Mapping[str, Any], where: str) 
 
 
 def _write(arguments: Conversion, adapter: AdapterCheckpoint, *sources: str) -> None:
-    target = target_of(arguments.paths, *sources)
+    target = target_beside(adapter, arguments, *sources)
     config = config_of(adapter, arguments)
 
     def write(folder: Path) -> None:

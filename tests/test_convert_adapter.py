@@ -213,6 +213,9 @@ def test_what_is_refused(tmp_path, capsys):
     out = ["--output", tmp_path / "out"]
     refused(capsys, "which is read", *merge, "--output", base, "--overwrite")
     refused(capsys, "which is read", *merge, "--output", tmp_path / "adapter", "--overwrite")
+    for words in (("to-peft",), ("from-peft",), ("combine", "--others", tmp_path / "adapter")):
+        words = "adapter", *words, "--input", tmp_path / "adapter", "--output", base, "--overwrite"
+        refused(capsys, f"output {base}: holds {base}, which is read", *words)
     other = base_model(tmp_path / "other", "qwen2", hidden_size=64)
     refused(capsys, "has shape", *merge, *out, "--base", other)
     refused(capsys, "lacks", *merge, *out, "--base", base_model(tmp_path / "deep", "qwen2", num_hidden_layers=5))

@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from megalora import commands
 from megalora.convert import read_base
 from megalora.errors import UserError
-from megalora.flags import parse_finetune, parse_generate
+from megalora.flags import parse_finetune, parse_generate, parse_plan
 from megalora.model_paths import check_holds_base, model_folder, public_name
 
 
@@ -126,3 +126,40 @@ def test_the_commands_look_before_they_begin(tmp_path):
     given = {"model_path": inputs.model, "data_path": inputs.data, "output_dir": tmp_path / "out"}
     with pytest.raises(UserError, match="resume_from_checkpoint .*run: is the output_dir of a run"):
         commands.finetune(parse_finetune(given | {"resume_from_checkpoint": tmp_path / "run"}))
+
+
+def test_nothing_is_written_into_the_folder_of_a_model(tmp_path):
+    inputs = tiny.make_inputs(tmp_path)
+    files = sorted(inputs.model.iterdir())
+    (tmp_path / "link").symlink_to(inputs.model)
+    other = tiny.save_model(tmp_path / "other")
+    given = {"model_path": inputs.model, "data_path": inputs.data}
+    for flag, folder, said in (
+        ("output_dir", inputs.model, "is the folder that the model is read from: name another folder"),
+        ("output_dir", tmp_path / "link", "is the folder that the model is read from"),
+        ("output_dir", other, "holds a model"),
+        ("log_dir", inputs.model / ".", "is the folder that the model is read from"),
+    ):
+        for more in ({}, {"overwrite_output_dir": True}):
+            flags = given | {"output_dir": tmp_path / "out"} | {flag: folder} | more
+            with pytest.raises(UserError, match=f"{flag} .*: {said}"):
+                commands.check_finetune(parse_finetune(flags), 1)
+    asked = {"model_path": inputs.model, "prompt": "a"}
+    for flags, said in (
+        (
+            {"output_file": inputs.model / "config.json"},
+            "output_file .*: lies in the folder that the model is read from",
+        ),
+        (
+            {"return_logits": True, "logits_dir": tmp_path / "link"},
+            "logits_dir .*: is the folder that the model is read",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            commands.check_generate(parse_generate(asked | flags), 1)
+    drawn = {"model_path": inputs.model / "config.json", "gpus": 1, "draw": inputs.model / "tokenizer.json"}
+    with pytest.raises(UserError, match="draw .*: lies in the folder that the model is read from: name another file"):
+        commands.plan(parse_plan(drawn))
+    assert sorted(inputs.model.iterdir()) == files
+    (other / ".megalora.json").write_text("{}")  # a run that began there goes on
+    commands.check_finetune(parse_finetune(given | {"output_dir": other}), 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from megalora.checkpoint.adapter import peft
 from megalora.checkpoint.base.hf import INDEX, check_stays, is_hf
 from megalora.checkpoint.layout import has_shards
+from megalora.checkpoint.run.folder import MARKER
 from megalora.errors import UserError
 from megalora.files import atomic_folder
 
@@ -40,7 +41,8 @@ class TargetFolder:
         if self.path.is_dir() and any(self.path.iterdir()):
             if not overwrite:
                 raise UserError(f"output {path}: exists", "give --overwrite true to replace it, or name another folder")
-            if not (is_hf(self.path) or has_shards(self.path) or (self.path / peft.CONFIG_FILE).exists()):
+            replaced = is_hf(self.path) or has_shards(self.path) or (self.path / peft.CONFIG_FILE).exists()
+            if not replaced or (self.path / MARKER).exists():
                 raise UserError(
                     f"output {path}: holds other things than a model or an adapter, so it is not replaced",
                     "remove it yourself, or name another folder",

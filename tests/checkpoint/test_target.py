@@ -71,6 +71,8 @@ def test_what_is_not_replaced(tmp_path):
     refused("holds other things", tmp_path / "thesis", True, [])
     (tmp_path / "file").touch()
     refused("is a file", tmp_path / "file", True, [])
+    (model(tmp_path / "run") / ".megalora.json").write_text("{}")
+    refused("holds other things", tmp_path / "run", True, [])
     source = model(tmp_path / "models" / "one")
     (tmp_path / "link").symlink_to(source)
     for output in (source, source.parent, tmp_path / "link", source / ".." / "one"):
