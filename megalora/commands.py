@@ -171,7 +171,7 @@ def plan(arguments: flags.PlanArguments) -> list[Plan]:
     _one_process("plan")
     _check_paths(arguments)
     path = Path(arguments.model_path)
-    check_writes_apart("draw", arguments.draw, [str(path.parent if path.is_file() else path)], file=True)
+    check_writes_apart("draw", arguments.draw, [str(path), str(path.parent)], file=True)
     from megalora.plan import plan
 
     return plan(arguments)

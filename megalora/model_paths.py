@@ -105,19 +105,25 @@ def check_writes_apart(flag: str, path: str | None, models: Iterable[str | None]
 
     A folder in which a run is already is let through: it goes on there.
 
-    models  folders that the command reads base weights from; file: the value is a file, whose folder counts
+    models  folders (or files) that the command reads the model from; file: the value is a file, whose folder counts
     """
     if path is None or (not file and (Path(path) / _MARKER).exists()):
         return
-    folder = Path(path).resolve().parent if file else Path(path).resolve()
-    read = any(folder == Path(model).resolve() for model in models if model is not None)
-    if read or (not file and _is_base(folder)):
-        whose = "the model is read from" if read else "holds a model"
-        said = f"lies in the folder that {whose}" if file else f"is the folder that {whose}" if read else whose
-        raise UserError(f"{flag} {path}: {said}", f"name another {'file' if file else 'folder'}")
+    target = Path(path).resolve()
+    folder, bases = target.parent if file else target, {Path(model).resolve() for model in models if model is not None}
+    if target in bases:
+        said = f"is {'what' if file else 'the folder that'} the model is read from"
+    elif file and folder in bases and _is_base(folder):
+        said = "lies in the folder that the model is read from"
+    elif not file and _is_base(folder):
+        said = "holds a model"
+    else:
+        return
+    raise UserError(f"{flag} {path}: {said}", f"name another {'file' if file else 'folder'}")
 
 
 def _is_base(folder: Path) -> bool:
+    """Return whether a folder holds the weights of a model."""
     if (folder / "adapter_config.json").exists():
         return False
     weights = (file for ending in ("safetensors", "bin", "gguf") for file in folder.glob(f"*.{ending}"))

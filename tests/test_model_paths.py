@@ -160,6 +160,9 @@ def test_nothing_is_written_into_the_folder_of_a_model(tmp_path):
     drawn = {"model_path": inputs.model / "config.json", "gpus": 1, "draw": inputs.model / "tokenizer.json"}
     with pytest.raises(UserError, match="draw .*: lies in the folder that the model is read from: name another file"):
         commands.plan(parse_plan(drawn))
+    config = tiny.write_json(tmp_path / "config.json", {"model_type": "llama"})
+    with pytest.raises(UserError, match="draw .*: is what the model is read from: name another file"):
+        commands.plan(parse_plan({"model_path": config, "gpus": 1, "draw": config}))
     assert sorted(inputs.model.iterdir()) == files
     (other / ".megalora.json").write_text("{}")  # a run that began there goes on
     commands.check_finetune(parse_finetune(given | {"output_dir": other}), 1)
