@@ -42,7 +42,7 @@ from megalora.data.tokenizer import open_tokenizer
 from megalora.errors import UserError
 from megalora.files import read_text, write_file
 from megalora.flags import GenerateArguments, GenerationArguments
-from megalora.identity import adapter_labels, base_identity, check_base, other_base_format
+from megalora.identity import adapter_labels, base_identity, check_base, other_base
 from megalora.models.config import check_layout, check_length, check_task, read_config
 from megalora.models.inputs import Inputs, training_inputs
 from megalora.models.spec import ModelSpec
@@ -97,7 +97,8 @@ def classify(
         base = resolve_base(model.base_format, config)
         place = Placement(mesh.tp, False, dtype, device, base=base)
         if mesh.world.is_first:
-            for note in (*([longer] if longer else []), *adapter.notes, *other_base_format(adapter, base.name)):
+            others = other_base(adapter, base.name, model.model_path)
+            for note in (*([longer] if longer else []), *adapter.notes, *others):
                 print(f"megalora: {note}", file=sys.stderr, flush=True)
         stage, _ = build_stage(
             config,

@@ -42,7 +42,7 @@ from megalora.data.tokenizer import OpenedTokenizer, open_tokenizer
 from megalora.errors import UserError
 from megalora.files import write_file
 from megalora.flags import Conversion, ConvertArguments, LayoutArguments
-from megalora.identity import adapter_labels, adapter_template, base_identity, check_base
+from megalora.identity import adapter_labels, adapter_template, base_format_of, base_identity, check_base
 from megalora.model_paths import check_no_adapter, model_folder, public_name
 from megalora.models.config import check_layout, check_task, read_config
 from megalora.models.spec import ClassHead, Head, ModelSpec
@@ -222,7 +222,7 @@ def _adapter_to_peft(arguments: Conversion) -> None:
 
     def write(folder: Path) -> None:
         experts = None if config is None else config.expert_counts
-        write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base, experts)
+        write_peft(folder, adapter.tensors, adapter.lora_config, arguments.base.base, experts, base_format_of(adapter))
         write_its_tokenizer(adapter, arguments, folder)
         card = _card_of(adapter)
         if card is not None:

@@ -56,7 +56,7 @@ from megalora.identity import (
     adapter_template,
     base_identity,
     check_base,
-    other_base_format,
+    other_base,
 )
 from megalora.models.config import check_layout, check_length, check_writes_text, read_config
 from megalora.models.multimodal import unread_note
@@ -369,7 +369,7 @@ def _checked(
         check_base(adapter, base_identity(opened.config, weights, opened.tokenizer.tokenizer))
         base_format = resolve_base(model.base_format, opened.config).name
         read = adapter_template if opened.config.encoder is None else adapter_prefix
-        return (*adapter.notes, *other_base_format(adapter, base_format)), read(adapter)
+        return (*adapter.notes, *other_base(adapter, base_format, model.model_path)), read(adapter)
 
     notes, template = on_first(check, mesh.world)
     return replace(adapter, trainer=None, notes=notes), template

@@ -20,6 +20,7 @@ from megalora.data.template_choice import with_fixed_date
 from megalora.data.tokenizer import tokenizer_identity
 from megalora.errors import UserError
 from megalora.files import read_json
+from megalora.model_paths import public_name
 from megalora.models.config import read_config
 from megalora.models.spec import ModelSpec
 from megalora.tokenizer_files import read_template
@@ -139,13 +140,29 @@ def other_template(checkpoint: AdapterCheckpoint, template: Rendering) -> list[s
     return [f"the adapter {checkpoint.where} was trained with another chat template than {template.description}"]
 
 
-def other_base_format(checkpoint: AdapterCheckpoint, base_format: str) -> list[str]:
-    """Return a line where an adapter was trained on the base in another format than `base_format`."""
+def base_format_of(checkpoint: AdapterCheckpoint) -> str | None:
+    """Return the format of the base that an adapter was trained on, where it is known."""
     theirs = progress(checkpoint)
-    recorded = base_format if theirs is None else theirs.identity[_BASE_FORMAT]
-    if recorded == base_format:
-        return []
-    return [f"the adapter {checkpoint.where} was trained on the base in {recorded}, and is used on it in {base_format}"]
+    return checkpoint.base_format if theirs is None else theirs.identity[_BASE_FORMAT]
+
+
+def other_base(checkpoint: AdapterCheckpoint, base_format: str, model_path: str) -> list[str]:
+    """Return a line where an adapter was trained on the base in another format than `base_format`, and one where a PEFT
+    folder names another model than `model_path`."""
+    recorded, notes = base_format_of(checkpoint), []
+    if recorded not in (None, base_format):
+        said = f"was trained on the base in {recorded}, and is used on it in {base_format}"
+        notes.append(f"the adapter {checkpoint.where} {said}")
+    named = checkpoint.lora_config.get("base_model_name_or_path")
+    if checkpoint.trainer is None and isinstance(named, str) and _short(named) != _short(model_path):
+        said = f"was trained on {named} by its config, and is used on {model_path}"
+        notes.append(f"the adapter {checkpoint.where} {said}")
+    return notes
+
+
+def _short(model: str) -> str:
+    """Return the last part of a model's name, which a folder that was moved keeps."""
+    return Path(public_name(str(Path(model).resolve()))).name.lower()
 
 
 def check_base(checkpoint: AdapterCheckpoint, base: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from megalora.checkpoint.run.background import BackgroundSaves, HostCopy, SaveRe
 from megalora.checkpoint.run.folder import export_folder
 from megalora.checkpoint.run.state import CheckpointWriter
 from megalora.errors import UserError
+from megalora.identity import base_format_of
 from megalora.optimizer import MOMENTS
 from megalora.parallel.collectives import gather_objects, on_first, together
 from megalora.parallel.mesh import ParallelMesh, own_group
@@ -166,7 +167,8 @@ def export(
 
     def write() -> None:
         adapter = read_adapter(checkpoint)
-        write_peft(folder, adapter.tensors, {**adapter.lora_config, "inference_mode": True}, model_path, experts)
+        fields = {**adapter.lora_config, "inference_mode": True}
+        write_peft(folder, adapter.tensors, fields, model_path, experts, base_format_of(adapter))
         write_tokenizer(folder)
         write_card(folder, card)
 

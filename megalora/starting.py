@@ -36,7 +36,7 @@ from megalora.identity import (
     adapter_labels,
     base_identity,
     check_base,
-    other_base_format,
+    other_base,
     other_template,
     progress,
     run_identity,
@@ -151,7 +151,7 @@ def begin(arguments: FinetuneArguments, lock: RunLock, mesh: ParallelMesh, devic
         settings = _settings(train, compute.dtype, total_steps)
         if start is not None:
             notes += [*start.checkpoint.notes, start_note, *other_template(start.checkpoint, template)]
-            notes += other_base_format(start.checkpoint, base_format)
+            notes += other_base(start.checkpoint, base_format, model.model_path)
             if start.own and model.resume_peft_from_checkpoint is not None:
                 named = model.resume_peft_from_checkpoint
                 notes.append(f"resume_peft_from_checkpoint {named} is not read: the run in output_dir goes on")

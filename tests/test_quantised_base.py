@@ -14,6 +14,7 @@ from told import user_error
 
 from megalora import cli
 from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.identity import other_base
 
 # As SmolLM2-135M: tp divides neither the heads nor intermediate_size, so parts end inside of blocks and at odd columns.
 NINE_HEADS = {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 81}
@@ -94,10 +95,20 @@ def test_a_run_says_its_base_and_goes_on_only_on_the_same(trained):
     assert "nothing to do" in again.out
     (other,) = tiny.run(0, 1, [inputs.flags(out, max_steps=4, base_format="fp8")])
     assert other.status == 2 and "base format: nf4 there, fp8 here" in user_error(other.err)
-    (dense,) = tiny.tune(
-        1, inputs.flags(out.parent / "dense", max_steps=1, resume_peft_from_checkpoint=out, base_format="dense")
-    )
-    assert "was trained on the base in nf4, and is used on it in dense" in dense.out
+    for adapter in (out, out / "peft"):
+        flags = {"resume_peft_from_checkpoint": adapter, "base_format": "dense", "save": False, "lora_config": None}
+        (dense,) = tiny.tune(1, inputs.flags(out.parent / "dense", max_steps=1, **flags))
+        assert "was trained on the base in nf4, and is used on it in dense" in dense.out
+        assert "by its config" not in dense.out
+
+
+def test_another_model_than_an_export_names_is_told(trained, tmp_path):
+    inputs, out, _ = trained
+    adapter = open_adapter(out / "peft")
+    assert other_base(adapter, "nf4", str(inputs.model)) == []
+    assert other_base(adapter, "nf4", str(tmp_path / "elsewhere" / inputs.model.name)) == [], "a folder that was moved"
+    (note,) = other_base(adapter, "nf4", str(tmp_path / "other"))
+    assert note.endswith(f"was trained on {inputs.model} by its config, and is used on {tmp_path / 'other'}")
 
 
 def test_replies_and_the_merged_model_come_from_the_decoded_base(trained, tmp_path, capsys):

@@ -415,7 +415,7 @@ class Replica:
         dtype = str(self._stage.place.dtype).removeprefix("torch.")
         return UserError(
             f"dtype {dtype}: the logits of prompt {prompt.number + 1} are not finite",
-            "give --dtype bfloat16 or float32, or check the weights",
+            f"give --dtype {'float32' if dtype == 'bfloat16' else 'bfloat16 or float32'}, or check the weights",
         )
 
     def _hand_over_logits(self, sequence: Ongoing) -> None:

@@ -16,7 +16,7 @@ from megalora.choices import CLASSIFICATION
 from megalora.data.tokenizer import open_tokenizer
 from megalora.errors import UserError
 from megalora.generation.requests import Change
-from megalora.identity import adapter_for, adapter_template, base_identity, check_base, other_base_format
+from megalora.identity import adapter_for, adapter_template, base_identity, check_base, other_base
 from megalora.models.spec import Experts, ModelSpec, mixers_of
 from megalora.models.stage import Stage
 from megalora.vocabulary import adapter_tokens
@@ -55,7 +55,7 @@ class AdapterReader:
         if added := adapter_tokens(adapter, self._model_path):
             raise _not_shared(name, adapter, f"new tokens ({', '.join(token.content for token in added)})")
         check_base(adapter, self._identity)
-        notes = (*adapter.notes, *other_base_format(adapter, self._base_format))
+        notes = (*adapter.notes, *other_base(adapter, self._base_format, self._model_path))
         lora = _resolved(name, adapter, self._config)
         check_adapter(adapter.tensors, lora, self._config, adapter.where)
         check_shared(name, adapter, self._config)

@@ -46,10 +46,11 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     Raises UserError for a file that is missing or damaged, a field of the config that would change the
     numbers and is not supported, and a tensor that is no part of a LoRA on a linear.
     """
-    folder = Path(folder)
+    folder, base_format = Path(folder), None
     if (folder / MANIFEST).exists():
         again = "export it again (megalora convert adapter to-peft --input RUN --output DIR)"
-        verify(folder, "adapter", f"{again}; if it was changed on purpose, remove {MANIFEST}")
+        remedy = f"{again}; if it was changed on purpose, remove {MANIFEST}"
+        base_format = verify(folder, "adapter", remedy, lambda body: body.get("base_format"))
     config = folder / CONFIG_FILE
     fields = read_json(config)
     if not fields.get("use_qalora"):
@@ -71,6 +72,8 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     saved = tuple(f"{PREFIX}{name}" for name in _saved_names(modules, raw))
     tensors = {_our_name(key, file, saved): tensor for key, tensor in raw.items()}
     tensors, lora_config = by_expert(tensors, lora_config, str(file))
+    for name, tensor in tensors.items():
+        _check_values(name, tensor, file)
     adapted = _adapted(tensors)
     for linear in sorted(adapted):
         factors = [tensors.get(linear + suffix) for suffix in _FACTORS]
@@ -87,7 +90,8 @@ def read_peft(folder: str | Path) -> AdapterCheckpoint:
     if not adapted and not tensors:
         raise UserError(f"{file}: holds no lora_A", "name the folder of a trained adapter")
     note = f"{file}: {', '.join(copies)}: copies, which are not read"
-    return AdapterCheckpoint(lora_config, tensors, where=str(folder), notes=(note,) if copies else ())
+    notes, where = (note,) if copies else (), str(folder)
+    return AdapterCheckpoint(lora_config, tensors, where=where, notes=notes, base_format=base_format)
 
 
 def write_peft(
@@ -96,6 +100,7 @@ def write_peft(
     lora_config: Mapping[str, Any],
     base_model_name_or_path: str | None = None,
     experts: Mapping[str, int] | None = None,
+    base_format: str | None = None,
 ) -> None:
     """Write an adapter that `peft.PeftModel.from_pretrained` reads, and its sums; the tensors keep dtype and bits.
 
@@ -103,6 +108,7 @@ def write_peft(
     lora_config  fields of LoraConfig.to_dict(), and the base_model_name_or_path of PEFT where it is known
     base_model_name_or_path  where another one is to be written
     experts      how many experts each parameter of several holds (ModelSpec.expert_counts); None: not known
+    base_format  of the base that it was trained on, which is told where it is used on another; None: not known
     Raises UserError where the folder cannot be written, and as `fused`.
     """
     folder = Path(folder)
@@ -132,7 +138,8 @@ def write_peft(
         (folder / MANIFEST).unlink(missing_ok=True)  # until the new one: the files of two exports may lie side by side
         write_file(folder / WEIGHTS_FILE, save(keys, metadata={"format": "pt"}))
         write_file(folder / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
-        write_manifest(folder, {name: entry_of(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)})
+        told = {} if base_format is None else {"base_format": base_format}
+        write_manifest(folder, {name: entry_of(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)}, **told)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror})", "free space, or name another folder"
@@ -217,6 +224,15 @@ def _without_copies(
 
 def _module_of(key: str, leaf: str) -> str:
     return key.removesuffix(leaf).rpartition(".")[2]
+
+
+def _check_values(name: str, tensor: torch.Tensor, file: Path) -> None:
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{file}: {PREFIX}{name} is of {kind}, not of a floating-point dtype", "save the adapter again")
+    if not tensor.to(torch.promote_types(tensor.dtype, torch.float32)).isfinite().all():
+        said = f"{file}: {PREFIX}{name} holds numbers that are not finite"
+        raise UserError(said, "take another checkpoint of its run")
 
 
 def _end_of(key: str) -> str | None:

@@ -42,6 +42,7 @@ class AdapterCheckpoint:
     trainer      the plain values that the run saved beside (step, ...); None: not saved
     where        the folder it was read from, for messages
     notes        one line for each damaged checkpoint that was passed over to find this one
+    base_format  of the base that it was trained on, where a PEFT folder says so (a run says it in `trainer`)
     """
 
     lora_config: dict[str, Any]
@@ -50,6 +51,7 @@ class AdapterCheckpoint:
     trainer: dict[str, Any] | None = None
     where: str = ""
     notes: tuple[str, ...] = ()
+    base_format: str | None = None
 
 
 def save_adapter(

@@ -186,6 +186,8 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({"other.lora_A.weight": torch.ones(1)}), "other.lora_A.weight is no"),
         (lambda t: t.update({f"{KEY}.lora_B.weight": torch.ones(16, 5)}), r"\[3, 16\] and lora_B \[16, 5\]"),
         (lambda t: t.clear(), "holds no lora_A"),
+        (lambda t: t.update({f"{KEY}.lora_B.weight": torch.ones(16, 3).int()}), "lora_B.weight is of int32, not of a"),
+        (lambda t: t[f"{KEY}.lora_B.weight"].fill_(torch.inf), "lora_B.weight holds numbers that are not finite"),
     ],
 )
 def test_tensors_that_are_no_lora_are_named(folder, change, words):
