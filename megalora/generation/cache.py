@@ -96,7 +96,7 @@ class KVCache:
 
     A layer's keys and values, [slots, K, capacity, D] each, are allocated once, at its first step: the layer knows
     how many heads it holds. Of an encoder-decoder each slot has a source too, of up to `source_capacity` tokens:
-    `source_lengths` [slots] int64 says of how many.
+    `source_lengths` [slots] int64 says of how many. `idle` is the slot of rows without a sequence, or None.
     """
 
     def __init__(
@@ -106,7 +106,9 @@ class KVCache:
         source_capacity: int = 0,
         device: torch.device | str = "cpu",
         fp8: bool = False,
+        idle: int | None = None,
     ):
+        self.idle = idle
         self.slots, self.capacity, self.source_capacity = slots, capacity, source_capacity
         self.source_lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self._kind = Fp8 if fp8 else Dense
@@ -259,13 +261,9 @@ class PrefillStep:
         slots = slots.to(y.device)
         held = tuple(one[slots].masked_fill(begins.view(-1, *[1] * (one.dim() - 1)), 0.0) for one in states)
         out, left = mixer.continued(y, self.bounds, held)
-        _put(states, slots, left)
+        for one, new in zip(states, left, strict=True):
+            one[slots] = new
         return out
-
-
-def _put(states: States, slots: torch.Tensor, left: States) -> None:
-    for one, new in zip(states, left, strict=True):
-        one[slots] = new
 
 
 @dataclass(frozen=True)
@@ -314,7 +312,4 @@ class DecodeStep:
 
     def go_on(self, layer: int, y: torch.Tensor, mixer: Recurrent) -> torch.Tensor:
         """Do as PrefillStep.go_on."""
-        states = self.cache.states(layer, y, mixer)
-        out, left = mixer.step(y, tuple(one[self.slots] for one in states))
-        _put(states, self.slots, left)
-        return out
+        return mixer.step(y, self.cache.states(layer, y, mixer), self.slots, self.cache.idle)

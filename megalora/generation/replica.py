@@ -22,6 +22,7 @@ from megalora.batch import to_device
 from megalora.errors import UserError
 from megalora.generation.cache import Span
 from megalora.generation.choosing import Chooser, Underway, broadcast
+from megalora.generation.held import Held
 from megalora.generation.requests import (
     FAILED,
     INTERRUPTED,
@@ -30,13 +31,12 @@ from megalora.generation.requests import (
     Change,
     Inbox,
     Listener,
-    Owner,
     Prompt,
     Reply,
     Request,
 )
 from megalora.generation.sampling import NOT_FINITE, Sampling
-from megalora.generation.sequences import Ongoing, Queue, common_start
+from megalora.generation.sequences import Ongoing, Queue
 from megalora.generation.steps import Steps
 from megalora.models.stage import Stage
 from megalora.parallel.collectives import broadcast_object
@@ -83,7 +83,7 @@ class Replica:
         self._context, self._sampling, self._stop = context, sampling, frozenset(stop_token_ids)
         self._listened_to, self._keep_logits, self._fp8 = listened_to, keep_logits, fp8_cache
         self._steps: Steps | None = None
-        self._held: list[tuple[Owner, list[int]]] = []  # what each slot of the cache holds: (Prompt.owner, tokens)
+        self._held = Held(0, False)
         self._chooser = Chooser(pp, tp, stage.place.device)
         self._underway: Underway | None = None  # a step that runs ahead of what the host knows
         self._adapted = True
@@ -96,7 +96,7 @@ class Replica:
             self._stage.switch_adapters(on)
             if self._steps is not None:
                 self._steps.adapters_switched()
-            self._held = [((0, None), []) for _ in self._held]  # keys and values are another model's now
+            self._held.forget()  # keys and values are another model's now
 
     @torch.inference_mode()
     def replies(self, prompts: Sequence[Prompt], max_new_tokens: int, listener: Listener | None = None) -> list[Reply]:
@@ -111,6 +111,13 @@ class Replica:
         self._make_room(prompts, max_new_tokens)
         requests = (Request(prompt, self._sampling, max_new_tokens, self._stop) for prompt in prompts)
         queue = Queue([*range(self._steps.slots)], deque(requests))
+        try:
+            return self._all_replies(queue, prompts, listener)
+        except BaseException:  # slots that were left half-way hold other tokens than is noted
+            self._held.forget()
+            raise
+
+    def _all_replies(self, queue: Queue, prompts: Sequence[Prompt], listener: Listener | None) -> list[Reply]:
         done: dict[int, Reply] = {}
         while not queue.rests:
             for sequence in self._advance(queue, listener):
@@ -179,8 +186,7 @@ class Replica:
     def _change(self, change: Change, put: Callable[[Change], None], inbox: Inbox | None) -> None:
         """Make a change of the adapters, which no running sequence uses."""
         put(change)
-        # Keys and values of the adapter that was there are of no use.
-        self._held = [(owner, [] if owner[0] == change.number else tokens) for owner, tokens in self._held]
+        self._held.forget(change.number)  # keys and values of the adapter that was there are of no use
         if inbox is not None:
             inbox.changed()
 
@@ -198,7 +204,7 @@ class Replica:
         self._listen(fed, queue, listener, inbox)
         ended = queue.remove_ended()
         for sequence in (one for one in ended if not one.reply):  # left before all was fed: its slot holds a part
-            self._held[sequence.slot][1][sequence.kept :] = []
+            self._held.cut(sequence.slot, sequence.kept)
         return ended
 
     # ---- who runs ----
@@ -234,7 +240,7 @@ class Replica:
     def _renew_cache(self, slots: int, capacity: int, source: int = 0) -> None:
         self._steps = self._underway = None  # before the next one is made: there may not be room for both
         self._steps = Steps(self._stage, slots, capacity, source, self._fp8)
-        self._held = [((0, None), []) for _ in range(slots)]
+        self._held = Held(slots, self._steps.recurrent)
 
     def _joins(self, queue: Queue) -> bool:
         """Return whether prompts that wait are to enter."""
@@ -253,7 +259,7 @@ class Replica:
             assert room > 0, "a prompt must be shorter than the context"
             slot, kept = self._slot_for(prompt, free)
             free.remove(slot)
-            self._held[slot] = prompt.owner, list(prompt.token_ids)
+            self._held.seat(slot, prompt)
             seated.append(Ongoing(request, slot, room, kept))
             self._chooser.begin(seated[-1])
             fed += prompt.fed - kept
@@ -263,16 +269,8 @@ class Replica:
         """Return (slot, tokens of the prompt that it holds already), in a dialogue the turns before."""
         if self._keep_logits is not None or prompt.source:  # of all tokens: all are fed; or keys are of the source
             return free[-1], 0
-        length = len(prompt.token_ids)
-        mine = [slot for slot in free if self._held[slot][0] == prompt.owner and self._steps.goes_on(slot, length)]
-        common = {slot: common_start(self._held[slot][1], prompt.token_ids) for slot in mine}
-        if self._steps.recurrent:  # a state goes on behind all that it has read, and nowhere else
-            common = {slot: n for slot, n in common.items() if n == len(self._held[slot][1]) < length}
-            mine = list(common)
-        best = max(mine, key=lambda slot: common[slot], default=free[-1])
-        # The last token of the prompt is fed in any case: the reply starts from it.
-        kept = min(common.get(best, 0), len(prompt.token_ids) - 1)
-        return (best, kept) if kept >= WORTH_KEEPING else (free[-1], 0)
+        may = [slot for slot in free if self._steps.goes_on(slot, len(prompt.token_ids))]
+        return self._held.best(prompt, may, WORTH_KEEPING) or (free[-1], 0)
 
     def _take(self, sequence: Ongoing, token: int) -> None:
         """Take the model's next token of a sequence: it ends the reply, or goes on it."""
@@ -357,7 +355,8 @@ class Replica:
         """Feed the newest token of each reply; return the sequences that went on, and the next token of each.
 
         Where one GPU does all, the step after is under way before the host knows of these tokens, and what the host
-        does between two steps takes no time of it. What a step does for a reply that has ended is left.
+        does between two steps takes no time of it. What a step says of a reply that has ended is left; that its slot
+        has read one more token is noted, for a state cannot be taken back.
         """
         step, self._underway = self._underway, None
         fed = [] if step is None else step.of(running)
@@ -366,12 +365,14 @@ class Replica:
             fed = running
             tokens = [sequence.reply[-1] for sequence in fed]
             logits, step = self._launch(fed, tokens, [sequence.kept for sequence in fed])
-        for sequence in fed:
-            self._held[sequence.slot][1].append(sequence.reply[-1])
+            self._held.read(fed, tokens)
         if self._steps.runs_ahead and len(fed) == len(running) and all(one.request.logprobs is None for one in fed):
             self._run_ahead(step, fed)
         self._chooser.tell_logprobs(fed, logits, step.chosen)
-        return fed, step.tokens(fed)
+        tokens = step.tokens(fed)
+        if self._underway is not None:
+            self._held.read(self._underway.fed, step.tokens(self._underway.fed))
+        return fed, tokens
 
     def _run_ahead(self, step: Underway, fed: Sequence[Ongoing]) -> None:
         """Launch the step that feeds the tokens of `step`, for those of `fed` that are not at their end with them."""

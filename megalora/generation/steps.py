@@ -34,7 +34,8 @@ class Steps:
         self.slots, self.capacity, self.source_capacity = slots, capacity, source_capacity
         self._stage, self._device = stage, torch.device(stage.place.device)
         recorded = graph_obstacle(stage, fp8) is None
-        self._cache = KVCache(slots + recorded, capacity, source_capacity, self._device, fp8)
+        spare = slots if recorded else None
+        self._cache = KVCache(slots + recorded, capacity, source_capacity, self._device, fp8, spare)
         self._rope = {rotary: self._tables(rotary) for rotary in stage.config.rotaries}
         # longrope: tokens of the first prompt of each slot. What follows in the slot keeps the frequencies of that.
         self._lengths = torch.zeros(self._cache.slots, dtype=torch.int64, device=self._device)
@@ -225,15 +226,17 @@ def graph_obstacle(stage: Stage, fp8: bool) -> str | None:
         return "keys and values in 8 bits are decoded by torch"
     if place.tp.size > 1:
         return "the GPUs of a stage send messages within a step"
-    if config.recurrent:
-        return "a step ahead of what is known would change the states of linear attention"
-    attention = stage.attention
-    if config.encoder is not None or not config.plain_scores or not isinstance(attention, AttentionBlock):
+    if not all(block.steps_alike for block in stage.recurrent):
+        return "linear attention of this model has no decoding kernel"
+    found = stage.attentions  # none where all of a stage's layers keep states
+    attentions = [block for block in found if isinstance(block, AttentionBlock)]
+    if config.encoder is not None or not config.plain_scores or len(attentions) < len(found):
         return "attention of this model has no decoding kernel"
-    group = attention.heads // attention.kv_heads
-    if not has_kernel("cuda", place.dtype, group, attention.spec.head_dim):
-        heads = f"heads of {attention.spec.head_dim}, {group} for each key head,"
-        return f"attention in {dtype} with {heads} has no decoding kernel"
+    for attention in attentions:
+        group = attention.heads // attention.kv_heads
+        if not has_kernel("cuda", place.dtype, group, attention.spec.head_dim):
+            heads = f"heads of {attention.spec.head_dim}, {group} for each key head,"
+            return f"attention in {dtype} with {heads} has no decoding kernel"
     if config.has_experts and not runs_grouped(device, place.dtype):
         return f"experts in {dtype} count their tokens on the host"
     return None

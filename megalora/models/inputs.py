@@ -38,8 +38,17 @@ class Recurrent(Protocol):
         """Return the results of the next tokens of sequences with these bounds in F, and what they leave."""
         ...
 
-    def step(self, y: torch.Tensor, kept: States) -> tuple[torch.Tensor, States]:
-        """Return the same of one token of each sequence."""
+    def step(self, y: torch.Tensor, kept: States, slots: torch.Tensor, idle: int | None) -> torch.Tensor:
+        """Return the results of one token of each sequence and bring what their slots [B] int64 keep forward, in place.
+
+        kept  of all slots; idle: one of no sequence, which rows of none name, or None
+        """
+        ...
+
+    @property
+    def steps_alike(self) -> bool:
+        """Whether `step` has the same shapes and addresses whatever the tokens are, so that a CUDA graph can hold it.
+        """
         ...
 
 

@@ -138,11 +138,6 @@ class Stage(nn.Module):
         return None if self._parts.head is None else self._parts.head.words
 
     @property
-    def attention(self) -> AttentionBlock | LatentAttentionBlock:
-        """The first attention block."""
-        return self.attentions[0]
-
-    @property
     def attentions(self) -> list[AttentionBlock | LatentAttentionBlock]:
         """Every block of self-attention, in order."""
         blocks = (block for layer in self.layers.values() for block in layer.blocks)

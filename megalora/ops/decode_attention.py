@@ -12,6 +12,8 @@ import torch
 from megalora.ops import extension, limits
 from megalora.ops.tiled_attention import PLAIN, Scores
 
+MOST_TILED_FEATURES, MOST_TILED_QUERIES = 256, 16  # of a head, and of queries that read it, in Triton's kernels
+
 
 def decode_attention(
     q_BHD: torch.Tensor,
@@ -41,6 +43,13 @@ def decode_attention(
             q_BHD, k_BKD, v_BKD, keys_SKCD, values_SKCD, slots_B, positions_B, window or 0, out
         )
         return out
+    if chunk is None and scores.simple and _tiled(q_BHD, k_BKD, v_BKD):
+        from megalora.ops.decode_attention_kernels import tiled_decode_attention
+
+        scale = q_BHD.shape[2] ** -0.5 if scores.scale is None else scores.scale
+        return tiled_decode_attention(
+            q_BHD, k_BKD, v_BKD, keys_SKCD, values_SKCD, slots_B, positions_B, window, scale
+        )
     keys_SKCD[slots_B, :, positions_B] = k_BKD
     values_SKCD[slots_B, :, positions_B] = v_BKD
     longest = int(positions_B.max()) + 1
@@ -98,8 +107,11 @@ def _capped(q_BHD, keys, values, seen, behind, scores: Scores) -> torch.Tensor:
 
 
 def has_kernel(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> bool:
-    """Return whether it is compiled for `group` = H / K query heads a key/value head; the reference waits for the host.
-    """
+    """Return whether kernels take `group` = H / K query heads a key/value head; the reference waits for the host."""
+    return _is_compiled(device_type, dtype, group, head_dim) or _is_tiled(device_type, dtype, group, head_dim)
+
+
+def _is_compiled(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> bool:
     if device_type == "cuda" and not (
         dtype in (torch.bfloat16, torch.float16)
         and head_dim in (limits.SMALL_HEAD_DIM, limits.LARGE_HEAD_DIM)
@@ -109,7 +121,24 @@ def has_kernel(device_type: str, dtype: torch.dtype, group: int, head_dim: int) 
     return extension.has_kernels(device_type)
 
 
+def _is_tiled(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -> bool:
+    """Return whether Triton's kernels take it: heads that the compiled ones are not made for."""
+    halves = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return halves and head_dim <= MOST_TILED_FEATURES and group <= MOST_TILED_QUERIES and extension.has_triton()
+
+
 def _compiled(q_BHD: torch.Tensor, k_BKD: torch.Tensor, v_BKD: torch.Tensor) -> bool:
-    group = q_BHD.shape[1] // k_BKD.shape[1]
-    adjacent = q_BHD.stride(2) == k_BKD.stride(2) == v_BKD.stride(2) == 1
-    return adjacent and has_kernel(q_BHD.device.type, q_BHD.dtype, group, q_BHD.shape[2])
+    return _adjacent(q_BHD, k_BKD, v_BKD) and _is_compiled(*_kind(q_BHD, k_BKD))
+
+
+def _tiled(q_BHD: torch.Tensor, k_BKD: torch.Tensor, v_BKD: torch.Tensor) -> bool:
+    return _adjacent(q_BHD, k_BKD, v_BKD) and _is_tiled(*_kind(q_BHD, k_BKD))
+
+
+def _adjacent(*tensors: torch.Tensor) -> bool:
+    return all(x.stride(2) == 1 for x in tensors)
+
+
+def _kind(q_BHD: torch.Tensor, k_BKD: torch.Tensor) -> tuple[str, torch.dtype, int, int]:
+    """Return what `has_kernel` takes."""
+    return q_BHD.device.type, q_BHD.dtype, q_BHD.shape[1] // k_BKD.shape[1], q_BHD.shape[2]

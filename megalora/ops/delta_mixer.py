@@ -21,11 +21,13 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import silu, softplus
 
-from megalora.ops.delta_rule import Documents, continued_delta_rule, delta_rule, delta_step
+from megalora.ops.delta_rule import EPSILON, Documents, continued_delta_rule, delta_rule, delta_step
+from megalora.ops.extension import has_triton
 from megalora.ops.gated_norm import gated_norm
 from megalora.ops.short_convolution import short_convolution
 
 MOST_ROWS = 1 << 18  # tokens times value heads at once
+MOST_FEATURES = 256  # of a key or a value, in the kernels of a step
 
 
 class Heads(NamedTuple):
@@ -96,14 +98,33 @@ def continued_delta_mixer(
     return gated_norm(o, z, weights.norm, weights.eps), Kept(channels, states)
 
 
-def delta_mixer_step(y: torch.Tensor, heads: Heads, weights: DeltaWeights, kept: Kept) -> tuple[torch.Tensor, Kept]:
-    """Return the same of one token of each of B sequences, y [B, ...]."""
+def delta_mixer_step(
+    y: torch.Tensor, heads: Heads, weights: DeltaWeights, kept: Kept, slots: torch.Tensor, idle: int | None = None
+) -> torch.Tensor:
+    """Return the results of one token of each of B sequences, y [B, ...], and bring what their slots keep forward, in
+    place.
+
+    kept   of all slots
+    slots  [B] int64, the slot of each sequence; none twice, but for `idle`
+    idle   a slot of no sequence: rows that fill a step up name it, and neither their results nor what it keeps count
+    """
+    if takes_step(y.device.type, y.dtype, heads, weights):
+        from megalora.ops.fused_delta_step import fused_delta_step
+
+        return fused_delta_step(y, heads, weights, kept, slots, idle, EPSILON)
     qkv, z, b, a = y.split([heads.channels, *heads.widths[3:]], -1)
-    seen = torch.cat([kept.channels, qkv.unsqueeze(1)], 1)
+    seen = torch.cat([kept.channels[slots], qkv.unsqueeze(1)], 1)
     wide = weights.decay.dtype
     made = silu((seen.to(wide) * weights.convolution.t().to(wide)).sum(1)).to(y.dtype)
-    o, states = delta_step(*_of_rule(made, b, a, heads, weights), kept.states)
-    return gated_norm(o, z, weights.norm, weights.eps), Kept(seen[:, 1:], states)
+    o, kept.states[slots] = delta_step(*_of_rule(made, b, a, heads, weights), kept.states[slots])
+    kept.channels[slots] = seen[:, 1:]
+    return gated_norm(o, z, weights.norm, weights.eps)
+
+
+def takes_step(device_type: str, dtype: torch.dtype, heads: Heads, weights: DeltaWeights) -> bool:
+    """Return whether kernels take `delta_mixer_step` of y of this dtype: on a GPU, states in float32."""
+    fits = max(heads.key, heads.value) <= MOST_FEATURES and weights.decay.dtype == torch.float32
+    return device_type == "cuda" and dtype != torch.float64 and fits and has_triton()
 
 
 class _Given(NamedTuple):

@@ -25,7 +25,7 @@ import torch
 from megalora.batch import to_device
 
 CHUNK = 64
-_EPSILON = 1e-6  # of the norms of q and k
+EPSILON = 1e-6  # of the norms of q and k
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def delta_step(
 def _normed(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Return x scaled to length `scale`."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (torch.rsqrt(length * length + _EPSILON) * scale)
+    return x * (torch.rsqrt(length * length + EPSILON) * scale)
 
 
 def _delta_rule(

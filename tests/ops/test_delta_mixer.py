@@ -60,8 +60,15 @@ def test_sequences_go_on_in_parts(cut):
         out, kept = op.continued_delta_mixer(torch.cat([y[a:b] for a, b in parts]), HEADS, own, bounds, kept)
         found.append(list(zip(parts, out.split([b - a for a, b in parts]), strict=True)))
     last = [stop - 1 for _, stop in spans]
-    out, _ = op.delta_mixer_step(y[last], HEADS, own, kept)
+    slots = torch.tensor([4, 0, 3])
+    cache = op.Kept(*(one.new_full((5, *one.shape[1:]), torch.nan) for one in kept))
+    for all_slots, one in zip(cache, kept, strict=True):
+        all_slots[slots] = one
+    _, further = op.continued_delta_mixer(y[last], HEADS, own, [0, 1, 2, 3], kept)
+    out = op.delta_mixer_step(y[last], HEADS, own, cache, slots)
     assert (out - whole[last]).abs().max() < 1e-12
+    for all_slots, one in zip(cache, further, strict=True):
+        assert (all_slots[slots] - one).abs().max() < 1e-12 and all_slots[[1, 2]].isnan().all()
     for (a, b), one in itertools.chain(*found):
         assert a == b or (one - whole[a:b]).abs().max() < 1e-12
 

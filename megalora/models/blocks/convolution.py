@@ -66,11 +66,17 @@ class GatedConvolutionBlock:
         made = [gated_convolution(one, self.weight.squeeze(1), self.bias, None)[before:] for one in ahead]
         return torch.cat(made), (torch.stack([one[len(one) - before :] for one in ahead]),)
 
-    def step(self, y: torch.Tensor, kept: States) -> tuple[torch.Tensor, States]:
-        """Return the same of one token of each sequence."""
-        seen = torch.cat([kept[0], y.unsqueeze(1)], 1)
+    def step(self, y: torch.Tensor, kept: States, slots: torch.Tensor, idle: int | None) -> torch.Tensor:
+        """Return the results of one token of each sequence and bring what their slots keep forward, in place."""
+        seen = torch.cat([kept[0][slots], y.unsqueeze(1)], 1)
+        kept[0][slots] = seen[:, 1:]
         wide = torch.promote_types(y.dtype, torch.float32)
         b, c, x = seen.to(wide).chunk(3, -1)
         made = (b * x * self.weight.squeeze(1).t()).sum(1)
         made = made if self.bias is None else made + self.bias
-        return (c[:, -1] * made).to(y.dtype), (seen[:, 1:],)
+        return (c[:, -1] * made).to(y.dtype)
+
+    @property
+    def steps_alike(self) -> bool:
+        """Return True: the few operations of `step` are those of any tokens."""
+        return True

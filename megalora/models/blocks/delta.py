@@ -21,6 +21,7 @@ from megalora.ops.delta_mixer import (
     continued_delta_mixer,
     delta_mixer,
     delta_mixer_step,
+    takes_step,
 )
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
@@ -88,6 +89,11 @@ class DeltaAttentionBlock:
         """Return the results [F, H V] of y [F, O], the next tokens of several sequences, and what they leave."""
         return continued_delta_mixer(y, self.heads, self.weights, bounds, Kept(*kept))
 
-    def step(self, y: torch.Tensor, kept: States) -> tuple[torch.Tensor, Kept]:
-        """Return the same of one token of each sequence."""
-        return delta_mixer_step(y, self.heads, self.weights, Kept(*kept))
+    def step(self, y: torch.Tensor, kept: States, slots: torch.Tensor, idle: int | None) -> torch.Tensor:
+        """Return the results of one token of each sequence and bring what their slots keep forward, in place."""
+        return delta_mixer_step(y, self.heads, self.weights, Kept(*kept), slots, idle)
+
+    @property
+    def steps_alike(self) -> bool:
+        """Whether kernels take `step`."""
+        return takes_step(self.convolution.device.type, self.convolution.dtype, self.heads, self.weights)
