@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 import torch
+from generating import WithoutGpu
 
 from megalora.generation.graphs import WARM_UP, DecodeGraphs
 
 SPARE, HIDDEN = 9, 4
-
-
-class Again:
-    def __init__(self, work, result):
-        self.work, self.result = work, result
-
-    def replay(self):
-        self.result.copy_(self.work())
-
-
-class WithoutGpu:
-    def __init__(self):
-        self.warm_ups, self.forgotten = [], []
-
-    def record(self, work, *, lasting=False, warm_up=0):
-        assert not lasting, "its results are overwritten by the next step"
-        self.warm_ups.append(warm_up)
-        result = work()
-        return result, Again(work, result)
-
-    def forget(self, graphs):
-        self.forgotten += graphs
 
 
 def decode(hidden, ids, slots, places, adapters):

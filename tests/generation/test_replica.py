@@ -3,14 +3,12 @@
 import itertools
 from unittest import mock
 
-import oracle
 import pytest
 import torch
-from oracle import ALL_LINEAR, fields_of
+from generating import make_stage
+from oracle import fields_of
 from spawn import spawn
 
-from megalora.adapters.config import LoraConfig
-from megalora.building import build_stage, resolve_lora
 from megalora.errors import UserError
 from megalora.generation import replica
 from megalora.generation.cache import KVCache, Span
@@ -18,22 +16,12 @@ from megalora.generation.replica import Replica
 from megalora.generation.requests import Prompt, Request
 from megalora.generation.sampling import Sampling
 from megalora.generation.steps import Steps
-from megalora.models.config import config_from_dict
 from megalora.parallel.mesh import build_mesh
-from megalora.parallel.placement import Placement
 from megalora.pictures import Picture
 
 FAMILIES = ("mistral", "gemma2", "gpt_oss", "deepseek_v2", "bloom", "gpt2", "phi3, longrope", "llama4_text")
 FAMILIES += ("qwen3_5_text",)
 LENGTHS, NEW, WHOLE, PART = (30, 3, 45), 5, 8192, 7
-
-
-def make_stage(mesh, family: str):
-    config = config_from_dict(fields_of(family))
-    lora = resolve_lora(LoraConfig.from_dict(ALL_LINEAR), config)
-    stage, _ = build_stage(config, mesh, lora, Placement(mesh.tp, False, torch.float64, "cpu"))
-    oracle.fill(stage)
-    return stage
 
 
 def prompts(lengths=LENGTHS) -> list[Prompt]:
