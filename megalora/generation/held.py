@@ -9,7 +9,7 @@ from megalora.generation.sequences import Ongoing, common_start
 
 
 class Held:
-    """The owner (Prompt.owner) and the tokens of each of `slots` slots, no more and no less: a state has read just these.
+    """The owner (Prompt.owner) and the tokens of each of `slots` slots: no more and no less than its state has read.
 
     recurrent  whether a slot holds a state, which goes on behind all that it has read and nowhere else
     """

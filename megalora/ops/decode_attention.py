@@ -47,9 +47,7 @@ def decode_attention(
         from megalora.ops.decode_attention_kernels import tiled_decode_attention
 
         scale = q_BHD.shape[2] ** -0.5 if scores.scale is None else scores.scale
-        return tiled_decode_attention(
-            q_BHD, k_BKD, v_BKD, keys_SKCD, values_SKCD, slots_B, positions_B, window, scale
-        )
+        return tiled_decode_attention(q_BHD, k_BKD, v_BKD, keys_SKCD, values_SKCD, slots_B, positions_B, window, scale)
     keys_SKCD[slots_B, :, positions_B] = k_BKD
     values_SKCD[slots_B, :, positions_B] = v_BKD
     longest = int(positions_B.max()) + 1

@@ -4,8 +4,8 @@ forward in place: plain torch takes some thirty small operations a layer, and co
     delta_step_kernel  convolution, norms of q and k, gates, S <- exp(g) S + beta k (v - exp(g) S^T k)^T, o = S^T q
     delta_end_kernel   RMSNorm(o) * silu(z); the kept channels move up by one token
 
-A state is read and written once. Grids and addresses depend on shapes alone, so that a CUDA graph can hold them. Rows of
-the idle slot, which belong to no sequence, cost nothing: what their slot keeps stays, and their results are zero.
+A state is read and written once. Grids and addresses depend on shapes alone, so that a CUDA graph can hold them. Rows
+of the idle slot, which belong to no sequence, cost nothing: what their slot keeps stays, and their results are zero.
 
 Legend: as in megalora.ops.delta_mixer; B sequences, S slots. Only a GPU's path imports this module.
 """
@@ -125,7 +125,13 @@ def delta_end_kernel(
 
 
 def fused_delta_step(
-    y: torch.Tensor, heads: Heads, weights: DeltaWeights, kept: Kept, slots: torch.Tensor, idle: int | None, epsilon: float
+    y: torch.Tensor,
+    heads: Heads,
+    weights: DeltaWeights,
+    kept: Kept,
+    slots: torch.Tensor,
+    idle: int | None,
+    epsilon: float,
 ) -> torch.Tensor:
     """Return as `delta_mixer_step`, of what kernels take (delta_mixer.takes_step). epsilon: of the norms of q and k."""
     count, width = len(y), weights.convolution.shape[1]

@@ -14,9 +14,10 @@ from generating import WithoutGpu, make_stage
 
 from megalora.generation import replica, steps
 from megalora.generation.cache import Span
+from megalora.generation.choosing import Underway
 from megalora.generation.graphs import DecodeGraphs
 from megalora.generation.replica import Replica
-from megalora.generation.requests import Prompt, Request
+from megalora.generation.requests import Prompt
 from megalora.generation.sampling import Sampling
 from megalora.generation.steps import Steps
 from megalora.parallel.mesh import build_mesh
@@ -192,25 +193,30 @@ def test_a_slot_has_read_the_token_that_ended_its_reply(graphs, monkeypatch):
         assert fed == [9, new]
 
 
-def test_nobody_goes_on_from_replies_that_an_error_ended(graphs, monkeypatch):
-    """A step may have been under way: a slot has read more, or less, than is noted."""
+@pytest.mark.parametrize("family", ["qwen3_5_text", "mistral"])
+def test_nobody_goes_on_from_what_an_error_ended(family, graphs, monkeypatch):
+    """A slot has read less than is noted where its prompt was in parts, and more where a step was ahead."""
     monkeypatch.setattr(replica, "WORTH_KEEPING", 1)
-    stage, mesh = make_stage(build_mesh(0, 1), "qwen3_5_text"), build_mesh(0, 1)
+    monkeypatch.setattr(replica, "STEP_TOKENS", 5)
+    stage, mesh = make_stage(build_mesh(0, 1), family), build_mesh(0, 1)
     first = text(random.Random(3), 9)
 
-    class Breaks(Leaver):
-        def hear(self, prompt, token_id, logprobs):
-            said.append(token_id)
-            if len(said) == 3:
-                raise KeyboardInterrupt
+    def one_of():
+        return Replica(stage, mesh.pp, mesh.tp, 64, Sampling(), ())
 
-    one, said = Replica(stage, mesh.pp, mesh.tp, 64, Sampling(), (), listened_to=True), []
-    with pytest.raises(KeyboardInterrupt):
-        one.replies([Prompt(0, first)], 6, Breaks({}))
-    for kept in range(4):
-        more = [*first, *said[:kept], 5]
-        wanted = Replica(stage, mesh.pp, mesh.tp, 64, Sampling(), ()).replies([Prompt(0, more)], 6)
-        assert one.replies([Prompt(0, more)], 6) == wanted
-        with pytest.raises(KeyboardInterrupt):
-            said.clear()
-            one.replies([Prompt(0, first)], 6, Breaks({}))
+    said = one_of().replies([Prompt(0, first)], 6)[0].token_ids
+    for of, name, calls in ((Steps, "prefill", 1), (Underway, "tokens", 2)):
+        works, left = getattr(of, name), [calls]
+
+        def breaks(self, *given, works=works, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return works(self, *given)
+
+        for read in range(4):
+            one, left[0] = one_of(), calls
+            with mock.patch.object(of, name, breaks), pytest.raises(KeyboardInterrupt):
+                one.replies([Prompt(0, first)], 6)
+            more = [*first, *said[:read], 5]
+            assert one.replies([Prompt(1, more)], 6) == one_of().replies([Prompt(1, more)], 6)

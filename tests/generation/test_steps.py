@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_sizes import sizes
 from oracle import fields_of
 
 from megalora.adapters.config import LoraConfig
@@ -10,7 +11,7 @@ from megalora.generation.cache import Span
 from megalora.generation.replica import Replica
 from megalora.generation.requests import Change, Prompt
 from megalora.generation.sampling import Sampling
-from megalora.generation.steps import Steps
+from megalora.generation.steps import Steps, graph_obstacle
 from megalora.models.config import config_from_dict
 from megalora.models.stage import NO_LORA
 from megalora.parallel.mesh import build_mesh
@@ -38,6 +39,13 @@ PLACES = [
     pytest.param("cuda", torch.bfloat16, 0.06, id="cuda", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.float32, 1e-3, id="cuda-without-kernel", marks=pytest.mark.gpu),
 ]
+HYBRID = {  # heads that the compiled kernels of attention are not made for
+    **fields_of("qwen3_5_text"), "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 64, "vocab_size": 97,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+MODELS = pytest.mark.parametrize("fields", [FIELDS, HYBRID], ids=["qwen2", "hybrid"])
 LENGTHS, SLOTS = (11, 4, 8), (2, 0, 3)
 OF_EXPERTS = {  # a token goes to all: no rounding sends it elsewhere
     **{name: value for name, value in FIELDS.items() if "window" not in name},
@@ -45,8 +53,8 @@ OF_EXPERTS = {  # a token goes to all: no rounding sends it elsewhere
 }  # fmt: skip
 
 
-def make_stage(dtype, device):
-    config, mesh = config_from_dict(FIELDS), build_mesh(0, 1)
+def make_stage(dtype, device, fields=FIELDS):
+    config, mesh = config_from_dict(fields), build_mesh(0, 1)
     lora = resolve_lora(LoraConfig.from_dict({"r": 8, "target_modules": "all-linear"}), config)
     stage, _ = build_stage(config, mesh, lora, Placement(mesh.tp, False, dtype, torch.device(device)))
     generator = torch.Generator().manual_seed(1)
@@ -58,11 +66,14 @@ def make_stage(dtype, device):
     return stage
 
 
+@MODELS
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 @torch.inference_mode()
-def test_decoding_is_feeding_the_whole(device, dtype, tolerance):
+def test_decoding_is_feeding_the_whole(fields, device, dtype, tolerance):
     """Sequences of several lengths, fewer at a time as they end; the adapter off and on again between steps."""
-    stage = make_stage(dtype, device)
+    stage = make_stage(dtype, device, fields)
+    if fields is HYBRID and dtype == torch.bfloat16:  # on a CPU it is 0.05 off in plain torch, qwen2 0.014
+        tolerance *= 3
     generator = torch.Generator().manual_seed(2)
     texts = [torch.randint(0, 97, (length + 5,), generator=generator).tolist() for length in LENGTHS]
 
@@ -81,18 +92,21 @@ def test_decoding_is_feeding_the_whole(device, dtype, tolerance):
             [SLOTS[i] for i in running],
             [LENGTHS[i] + step for i in running],
         )
-        assert out.shape == (len(running), FIELDS["hidden_size"])
+        assert out.shape == (len(running), stage.config.hidden_size)
         for row, i in enumerate(running):
             expected = whole(i, LENGTHS[i] + step + 1)
             torch.testing.assert_close(out[row], expected, rtol=tolerance, atol=tolerance)
 
-    again = [[texts[0][0]], [1], [0]]
-    tuned = steps.decode(None, *again).clone()
-    stage.switch_adapters(False)
-    base = steps.decode(None, *again).clone()
-    stage.switch_adapters(True)
+    def third_token(adapted: bool) -> torch.Tensor:
+        steps.prefill(None, texts[0][:2], [Span(1, 0, 2)])
+        stage.switch_adapters(adapted)
+        out = steps.decode(None, [texts[0][2]], [1], [2]).clone()
+        stage.switch_adapters(True)
+        return out
+
+    tuned, base = third_token(True), third_token(False)
     assert not torch.allclose(base, tuned, rtol=1e-2, atol=1e-2), "a recording reads the weights where they are"
-    torch.testing.assert_close(steps.decode(None, *again), tuned)
+    torch.testing.assert_close(third_token(True), tuned)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
@@ -170,13 +184,52 @@ def test_a_slot_is_kept_only_by_prompts_of_the_frequencies_that_its_keys_have():
     assert [reply[-1] for reply in together] == [True, True, False], "the third goes on from the second"
 
 
+def all_slots(steps):
+    """What the slots hold of states, by layer."""
+    return [one for state in steps._cache._states.values() for one in state]
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_recorded_step_changes_the_states_of_its_sequences_alone():
+    """Neither rows that fill it up nor its recording touch another slot, the spare one included."""
+    steps, slots = Steps(make_stage(torch.bfloat16, "cuda", HYBRID), 6, 20), range(6)
+    steps.prefill(None, [*range(1, 31)], [Span(slot, 0, 5) for slot in slots])
+    for one in all_slots(steps):
+        one[6] = 7.0
+    for fed in ([4, 0, 1], [2], [3, 1, 0, 5, 2], [1, 2]):
+        before = [one.clone() for one in all_slots(steps)]
+        steps.decode(None, [9] * len(fed), fed, [5] * len(fed))
+        for was, now in zip(before, all_slots(steps), strict=True):
+            assert {slot for slot in range(7) if not torch.equal(was[slot], now[slot])} == {*fed}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "qwen3_5_moe_text"])
+def test_replies_are_those_of_steps_that_are_not_recorded(family, count, monkeypatch):
+    """To the token, of as many sequences as are recorded: products of other heights are rounded otherwise."""
+    fields, mesh = fields_of(family, **sizes(family)), build_mesh(0, 1)
+    stage = make_stage(torch.bfloat16, "cuda", fields)
+    turns = [[Prompt(i, [*range(3 + i, 40 + i), *(more * [7 + i])]) for i in range(count)] for more in (0, 1)]
+    found = []
+    for obstacle in (graph_obstacle, lambda stage, fp8: "as asked"):
+        monkeypatch.setattr("megalora.generation.steps.graph_obstacle", obstacle)
+        replica = Replica(stage, mesh.pp, mesh.tp, 96, Sampling(), ())
+        replica.reserve(count, 96)
+        found.append([replica.replies(prompts, 20) for prompts in turns])
+        assert replica._steps.runs_ahead == (obstacle is graph_obstacle)
+    assert found[0] == found[1]
+
+
+@MODELS
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(0.8, top_p=0.9), Sampling(0.8, top_k=9, repetition_penalty=1.3)], ids=str
 )
-def test_nothing_waits_for_the_gpu_while_a_step_is_launched_ahead(sampling, monkeypatch):
+def test_nothing_waits_for_the_gpu_while_a_step_is_launched_ahead(fields, sampling, monkeypatch):
     """Else the step before would have ended first, and the host would have no time for its tokens meanwhile."""
-    stage, mesh = make_stage(torch.bfloat16, "cuda"), build_mesh(0, 1)
+    stage, mesh = make_stage(torch.bfloat16, "cuda", fields), build_mesh(0, 1)
     prompts = [Prompt(i, tuple(range(3 + i, 9 + 2 * i))) for i in range(3)]  # the longer, the less room for the reply
     replica = Replica(stage, mesh.pp, mesh.tp, 16, sampling, ())
     wanted = replica.replies(prompts, 12)  # this records the graphs
