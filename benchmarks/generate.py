@@ -110,12 +110,14 @@ def peer(model: torch.nn.Module, new_tokens: int, batch: int, device) -> Generat
 
 
 def bytes_a_token(stage: Stage, length: int) -> int:
-    """What one token of one sequence must read: every weight of the layers and the head, and `length` cached tokens."""
-    config = stage.config
+    """What one token of one sequence must move: it reads every weight of the layers and the head, and `length` cached
+    tokens of layers of attention; states of linear attention are read and written."""
     read = [stage.head.weight, *(p for name, p in stage.named_parameters() if "norm" in name)]
     weights = sum(x.numel() * x.element_size() for x in read) + sum(group.matrix.nbytes for group in stage.groups)
-    cache = 2 * config.num_hidden_layers * config.attention.kv_heads * config.head_dim * length
-    return weights + cache * stage.place.dtype.itemsize
+    cache = sum(2 * block.kv_heads * block.spec.head_dim * length for block in stage.attentions)
+    like = torch.empty(0, dtype=stage.place.dtype, device="meta")
+    states = sum(2 * one.nbytes for block in stage.recurrent for one in block.nothing(1, like))
+    return weights + cache * stage.place.dtype.itemsize + states
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -201,11 +203,12 @@ def main() -> None:
     memory = Memory(device)
     stages, model = build_all(options, fields, dtype, device, memory)
     low, high = options.prompt_tokens
+    words = config_from_dict(fields).vocab_size
     generator = torch.Generator().manual_seed(0)
 
     def prompts(count: int) -> Prompts:
         lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
-        return [torch.randint(9, fields["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+        return [torch.randint(9, words, (n,), generator=generator).tolist() for n in lengths]
 
     context, mesh = high + options.new_tokens, ParallelMesh()
     replicas = {}

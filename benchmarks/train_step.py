@@ -38,6 +38,7 @@ from megalora.models.stage import Stage
 from megalora.parallel.formats import BaseFormat
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
+from megalora.parallel.split import named_splits
 from megalora.planning.nodes import Workload
 from megalora.training import Trainer
 
@@ -140,9 +141,10 @@ def filled(weights: Mapping[str, torch.Tensor] | None) -> Callable[[Stage], None
         if weights is None:
             randomize(stage)
             return
+        splits = named_splits(stage)  # rows of several outputs may lie in another order than a file's
         for name, parameter in stage.named_parameters():
             if not parameter.requires_grad:
-                parameter.data.copy_(weights[name])
+                parameter.data.copy_(splits[name].slice(weights[name]))
         fill_quantised(stage, weights)
         load_adapter(stage, {name: weights[name] for name in stage.trainable()}, "of the benchmark")
 
