@@ -41,4 +41,6 @@ def sizes(family: str, **more: object) -> dict:
         del fields["head_dim"]  # these have none
     if family in ENCODERS:
         del fields["head_dim"], fields["num_key_value_heads"]
+    if "block_ff_dim" in tiny:
+        del fields["intermediate_size"]  # which is the same
     return fields
