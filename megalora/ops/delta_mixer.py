@@ -111,7 +111,8 @@ def delta_mixer_step(
     if takes_step(y.device.type, y.dtype, heads, weights):
         from megalora.ops.fused_delta_step import fused_delta_step
 
-        return fused_delta_step(y, heads, weights, kept, slots, idle, EPSILON)
+        own = weights.convolution, weights.decay, weights.bias, weights.norm
+        return fused_delta_step(y, heads, own, kept, slots, idle, weights.eps, EPSILON)
     qkv, z, b, a = y.split([heads.channels, *heads.widths[3:]], -1)
     seen = torch.cat([kept.channels[slots], qkv.unsqueeze(1)], 1)
     wide = weights.decay.dtype

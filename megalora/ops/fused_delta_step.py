@@ -12,14 +12,9 @@ Legend: as in megalora.ops.delta_mixer; B sequences, S slots. Only a GPU's path 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
-
-if TYPE_CHECKING:
-    from megalora.ops.delta_mixer import DeltaWeights, Heads, Kept
 
 _BLOCK_V = 32  # features of a value that one program has: four programs a head of 128 fill a GPU with one sequence
 _WARPS = 4
@@ -126,28 +121,35 @@ def delta_end_kernel(
 
 def fused_delta_step(
     y: torch.Tensor,
-    heads: Heads,
-    weights: DeltaWeights,
-    kept: Kept,
+    heads: tuple[int, int, int, int],
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    kept: tuple[torch.Tensor, torch.Tensor],
     slots: torch.Tensor,
     idle: int | None,
+    eps: float,
     epsilon: float,
 ) -> torch.Tensor:
-    """Return as `delta_mixer_step`, of what kernels take (delta_mixer.takes_step). epsilon: of the norms of q and k."""
-    count, width = len(y), weights.convolution.shape[1]
-    number, idle = heads.groups * heads.repeats, -1 if idle is None else idle
-    made = torch.empty(count, number * heads.value, dtype=torch.float32, device=y.device)
+    """Return as `delta_mixer_step`, of what kernels take (delta_mixer.takes_step).
+
+    heads    as delta_mixer.Heads
+    weights  convolution, decay, bias and norm
+    eps      of that norm; epsilon: of the norms of q and k
+    """
+    groups, repeats, key, value = heads
+    convolution, decay, bias, norm = weights
+    channels, states = kept
+    count, width, number = len(y), convolution.shape[1], groups * repeats
+    all_channels, idle = convolution.shape[0], -1 if idle is None else idle
+    made = torch.empty(count, number * value, dtype=torch.float32, device=y.device)
     out = torch.empty(made.shape, dtype=y.dtype, device=y.device)
-    block_v = min(_BLOCK_V, triton.next_power_of_2(heads.value))
-    delta_step_kernel[(triton.cdiv(heads.value, block_v), number, count)](
-        y, y.stride(0), weights.convolution, weights.decay, weights.bias, *kept, slots, idle, made,
-        heads.groups, heads.repeats, heads.key, heads.value, width, epsilon,
-        triton.next_power_of_2(heads.key), block_v, num_warps=_WARPS,
+    block_v = min(_BLOCK_V, triton.next_power_of_2(value))
+    delta_step_kernel[(triton.cdiv(value, block_v), number, count)](
+        y, y.stride(0), convolution, decay, bias, channels, states, slots, idle, made,
+        groups, repeats, key, value, width, epsilon, triton.next_power_of_2(key), block_v, num_warps=_WARPS,
     )  # fmt: skip
+    share = triton.cdiv(all_channels, number)
     delta_end_kernel[(number, count)](
-        y, y.stride(0), made, weights.norm, weights.eps, kept.channels, slots, idle, out,
-        heads.channels, number, heads.value, width,
-        triton.next_power_of_2(heads.value), triton.next_power_of_2(triton.cdiv(heads.channels, number)),
-        num_warps=_WARPS,
+        y, y.stride(0), made, norm, eps, channels, slots, idle, out, all_channels, number, value, width,
+        triton.next_power_of_2(value), triton.next_power_of_2(share), num_warps=_WARPS,
     )  # fmt: skip
     return out

@@ -41,11 +41,12 @@ def check(heads: op.Heads, width: int, dtype: torch.dtype, device: str, rows: li
     live = [i for i, slot in enumerate(rows) if slot != IDLE]
     own = [rows[i] for i in live]
     wanted, before = op.Kept(*(x.clone().cpu() for x in kept)), op.Kept(*(x.clone() for x in kept))
-    on_cpu = op.DeltaWeights(*(x.cpu() for x in (weights.convolution, weights.decay, weights.bias, weights.norm)), 1e-6)
+    tensors = weights.convolution, weights.decay, weights.bias, weights.norm
+    on_cpu = op.DeltaWeights(*(x.cpu() for x in tensors), weights.eps)
     # In 16 bits q, k and v are rounded behind the convolution, which Triton's interpreter does towards zero.
     least = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     for factor in (1, -2):
-        out = fused_delta_step(y * factor, heads, weights, kept, slots, IDLE, op.EPSILON)
+        out = fused_delta_step(y * factor, heads, tensors, kept, slots, IDLE, weights.eps, op.EPSILON)
         expected = op.delta_mixer_step((y * factor)[live].cpu(), heads, on_cpu, wanted, torch.tensor(own))
         assert out.dtype == dtype and not out[[i for i in range(len(rows)) if i not in live]].any()
         torch.testing.assert_close(out[live].cpu(), expected, rtol=least, atol=least)
