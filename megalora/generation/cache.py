@@ -22,10 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from megalora.batch import to_device
 from megalora.models.inputs import Recurrent, States
 from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, in_chunks, pack
 from megalora.ops.cross_attention import Crossing, cross_attention
 from megalora.ops.decode_attention import decode_attention, kept_attention
+from megalora.ops.delta_rule import Documents
 from megalora.ops.fp8_cache import decode_heads, encode_heads, scales_of
 
 
@@ -256,14 +258,20 @@ class PrefillStep:
 
     def go_on(self, layer: int, y: torch.Tensor, mixer: Recurrent) -> torch.Tensor:
         """Return the results of `mixer` for y [F, ...], from what the slots hold, and keep what the tokens leave."""
-        states, slots = self.cache.states(layer, y, mixer), torch.tensor([span.slot for span in self.spans])
-        begins = torch.tensor([span.start == 0 for span in self.spans]).to(y.device)
-        slots = slots.to(y.device)
+        states, (slots, begins, documents) = self.cache.states(layer, y, mixer), self._sequences
         held = tuple(one[slots].masked_fill(begins.view(-1, *[1] * (one.dim() - 1)), 0.0) for one in states)
-        out, left = mixer.continued(y, self.bounds, held)
+        out, left = mixer.continued(y, self.bounds, documents, held)
         for one, new in zip(states, left, strict=True):
             one[slots] = new
         return out
+
+    @functools.cached_property
+    def _sequences(self) -> tuple[torch.Tensor, torch.Tensor, Documents]:
+        """The slot of each sequence, whether it begins, and its new tokens as a document: made once for all layers."""
+        device = self.slots.device
+        slots = to_device(torch.tensor([span.slot for span in self.spans]), device)
+        begins = to_device(torch.tensor([span.start == 0 for span in self.spans]), device)
+        return slots, begins, Documents.of(self.bounds, device)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,13 @@ class Recurrent(Protocol):
         """Return what `count` sequences without tokens leave; like: their first tokens."""
         ...
 
-    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: States) -> tuple[torch.Tensor, States]:
-        """Return the results of the next tokens of sequences with these bounds in F, and what they leave."""
+    def continued(
+        self, y: torch.Tensor, bounds: Sequence[int], documents: Documents, kept: States
+    ) -> tuple[torch.Tensor, States]:
+        """Return the results of the next tokens of sequences with these bounds in F, and what they leave.
+
+        documents  of these bounds
+        """
         ...
 
     def step(self, y: torch.Tensor, kept: States, slots: torch.Tensor, idle: int | None) -> torch.Tensor:

@@ -4,8 +4,8 @@
     decode_part_kernel    a part of the tokens of one sequence and key head, for all queries that read it
     decode_reduce_kernel  the parts of one query head: their softmax is put together (Milakov and Gimelshein 2018)
 
-Grids depend on shapes alone, so that a CUDA graph can hold them; lengths are read on the device. Only a GPU's path
-imports this module.
+Grids depend on shapes alone, so that a CUDA graph can hold them; lengths are read on the device. Each is compiled once
+for all numbers of sequences. Only a GPU's path imports this module.
 
 Legend: as in megalora.ops.decode_attention; P parts, G = H / K queries of a key head.
 """
@@ -21,11 +21,11 @@ _MOST_PARTS = 64
 _LEAST_SIDE = 16  # of a product on tensor cores: queries and features are filled up
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["parts", "window"])
 def decode_part_kernel(
     q, k, v, keys, values, slots, positions, sums, states, q_row, q_head, k_row, k_head, v_row, v_head,
-    capacity, window, scale,
-    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr,
+    capacity, parts, window, scale,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Write sums [B, K, P, G, D] of values, and states [B, K, P, G, 2]: the largest score and the sum of weights.
@@ -57,7 +57,7 @@ def decode_part_kernel(
     oldest = 0
     if window > 0:
         oldest = tl.maximum(position + 1 - window, 0)
-    share = tl.cdiv(tl.cdiv(position - oldest, PARTS), TOKENS) * TOKENS
+    share = tl.cdiv(tl.cdiv(position - oldest, parts), TOKENS) * TOKENS
     begin = oldest + part * share
     end = tl.minimum(begin + share, position)
     for first in range(begin, end, TOKENS):
@@ -74,26 +74,25 @@ def decode_part_kernel(
         summed = summed * shrink[:, None] + tl.dot(weights.to(v_seen.dtype), v_seen)
         largest = now
 
-    of_part = ((row * KEY_HEADS + head) * PARTS + part) * GROUP + g
+    of_part = ((row * KEY_HEADS + head) * parts + part) * GROUP + g
     tl.store(states + of_part * 2, largest, mask=in_g)
     tl.store(states + of_part * 2 + 1, total, mask=in_g)
     if (part == 0) | (begin < end):  # a part without tokens leaves its values unset
         tl.store(sums + of_part[:, None] * DIM + d[None, :], summed, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def decode_reduce_kernel(
-    sums, states, out,
-    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr,
-    ALL_PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+    sums, states, out, parts,
+    KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, MOST_PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write out [B, H, D]; grid (H, B)."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    p, d = tl.arange(0, ALL_PARTS), tl.arange(0, COLUMNS)
-    at = ((row * KEY_HEADS + head // GROUP) * PARTS + p) * GROUP + head % GROUP
-    largest = tl.load(states + at * 2, mask=p < PARTS, other=float("-inf"))
+    p, d = tl.arange(0, MOST_PARTS), tl.arange(0, COLUMNS)
+    at = ((row * KEY_HEADS + head // GROUP) * parts + p) * GROUP + head % GROUP
+    largest = tl.load(states + at * 2, mask=p < parts, other=float("-inf"))
     share = tl.exp(largest - tl.max(largest, 0))  # the first part has a token: the largest of all is a number
-    total = tl.sum(tl.load(states + at * 2 + 1, mask=p < PARTS, other=0.0) * share, 0)
+    total = tl.sum(tl.load(states + at * 2 + 1, mask=p < parts, other=0.0) * share, 0)
     inside = (share > 0)[:, None] & (d < DIM)[None, :]
     summed = tl.load(sums + at[:, None] * DIM + d[None, :], mask=inside, other=0.0)
     result = tl.sum(summed * share[:, None], 0) / total
@@ -121,11 +120,11 @@ def tiled_decode_attention(
     columns = max(_LEAST_SIDE, triton.next_power_of_2(dim))
     decode_part_kernel[(parts, key_heads, count)](
         q, k, v, keys, values, slots, positions, sums, states, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        capacity, window or 0, scale,
-        key_heads, group, dim, parts, max(_LEAST_SIDE, triton.next_power_of_2(group)), columns, tokens,
+        capacity, parts, window or 0, scale,
+        key_heads, group, dim, max(_LEAST_SIDE, triton.next_power_of_2(group)), columns, tokens,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     decode_reduce_kernel[(heads, count)](
-        sums, states, out, key_heads, group, dim, parts, triton.next_power_of_2(parts), columns, num_warps=4
+        sums, states, out, parts, key_heads, group, dim, _MOST_PARTS, columns, num_warps=4
     )
     return out

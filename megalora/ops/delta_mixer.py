@@ -82,11 +82,11 @@ class Kept(NamedTuple):
 
 
 def continued_delta_mixer(
-    y: torch.Tensor, heads: Heads, weights: DeltaWeights, bounds: Sequence[int], kept: Kept
+    y: torch.Tensor, heads: Heads, weights: DeltaWeights, bounds: Sequence[int], documents: Documents, kept: Kept
 ) -> tuple[torch.Tensor, Kept]:
     """Return (results as `delta_mixer`, what is kept behind them) of the next tokens of several sequences.
 
-    bounds  cumulative bounds of the sequences in F
+    bounds  cumulative bounds of the sequences in F; documents: of these
     """
     qkv, z, b, a = y.split([heads.channels, *heads.widths[3:]], -1)
     pairs, before = list(itertools.pairwise(bounds)), kept.channels.shape[1]
@@ -94,7 +94,7 @@ def continued_delta_mixer(
     made = [short_convolution(one, weights.convolution, None)[before:] for one in ahead]
     channels = torch.stack([one[len(one) - before :] for one in ahead])
     given = _of_rule(torch.cat(made), b, a, heads, weights)
-    o, states = continued_delta_rule(*given, Documents.of(bounds, y.device), kept.states)
+    o, states = continued_delta_rule(*given, documents, kept.states)
     return gated_norm(o, z, weights.norm, weights.eps), Kept(channels, states)
 
 

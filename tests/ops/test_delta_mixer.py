@@ -57,14 +57,15 @@ def test_sequences_go_on_in_parts(cut):
         [(end, stop - 1) for (_, stop), end in zip(spans, cuts, strict=True)],
     ):
         bounds = list(itertools.accumulate((b - a for a, b in parts), initial=0))
-        out, kept = op.continued_delta_mixer(torch.cat([y[a:b] for a, b in parts]), HEADS, own, bounds, kept)
+        new, documents = torch.cat([y[a:b] for a, b in parts]), Documents.of(bounds)
+        out, kept = op.continued_delta_mixer(new, HEADS, own, bounds, documents, kept)
         found.append(list(zip(parts, out.split([b - a for a, b in parts]), strict=True)))
     last = [stop - 1 for _, stop in spans]
     slots = torch.tensor([4, 0, 3])
     cache = op.Kept(*(one.new_full((5, *one.shape[1:]), torch.nan) for one in kept))
     for all_slots, one in zip(cache, kept, strict=True):
         all_slots[slots] = one
-    _, further = op.continued_delta_mixer(y[last], HEADS, own, [0, 1, 2, 3], kept)
+    _, further = op.continued_delta_mixer(y[last], HEADS, own, [0, 1, 2, 3], Documents.of([0, 1, 2, 3]), kept)
     out = op.delta_mixer_step(y[last], HEADS, own, cache, slots)
     assert (out - whole[last]).abs().max() < 1e-12
     for all_slots, one in zip(cache, further, strict=True):
@@ -105,7 +106,7 @@ def test_it_is_that_of_transformers():
 def test_bfloat16_keeps_states_in_float32():
     own = weights(torch.float32)
     kept = op.Kept.nothing(3, HEADS, own, given(torch.bfloat16))
-    out, kept = op.continued_delta_mixer(given(torch.bfloat16), HEADS, own, BOUNDS, kept)
+    out, kept = op.continued_delta_mixer(given(torch.bfloat16), HEADS, own, BOUNDS, Documents.of(BOUNDS), kept)
     assert out.dtype == kept.channels.dtype == torch.bfloat16 and kept.states.dtype == torch.float32
     exact = op.delta_mixer(given(), HEADS, weights(), Documents.of(BOUNDS))
     assert (out.double() - exact).abs().max() < 0.03 * exact.abs().max()

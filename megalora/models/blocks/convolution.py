@@ -15,6 +15,7 @@ from megalora.models import spec
 from megalora.models.blocks.mlp import INNER_STEP
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs, States
+from megalora.ops.delta_rule import Documents
 from megalora.ops.short_convolution import gated_convolution
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
@@ -59,7 +60,9 @@ class GatedConvolutionBlock:
         channels, _, width = self.weight.shape
         return (like.new_zeros(count, width - 1, 3 * channels),)
 
-    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: States) -> tuple[torch.Tensor, States]:
+    def continued(
+        self, y: torch.Tensor, bounds: Sequence[int], documents: Documents, kept: States
+    ) -> tuple[torch.Tensor, States]:
         """Return the results [F, C] of y [F, 3 C], the next tokens of several sequences, and what they leave."""
         pairs, before = list(itertools.pairwise(bounds)), kept[0].shape[1]
         ahead = [torch.cat([old, y[start:stop]]) for old, (start, stop) in zip(kept[0], pairs, strict=True)]

@@ -23,6 +23,7 @@ from megalora.ops.delta_mixer import (
     delta_mixer_step,
     takes_step,
 )
+from megalora.ops.delta_rule import Documents
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
 from megalora.parallel.split import even_part, joined_cut
@@ -85,9 +86,11 @@ class DeltaAttentionBlock:
         """Return what `count` sequences without tokens leave; like: y."""
         return Kept.nothing(count, self.heads, self.weights, like)
 
-    def continued(self, y: torch.Tensor, bounds: Sequence[int], kept: States) -> tuple[torch.Tensor, Kept]:
+    def continued(
+        self, y: torch.Tensor, bounds: Sequence[int], documents: Documents, kept: States
+    ) -> tuple[torch.Tensor, Kept]:
         """Return the results [F, H V] of y [F, O], the next tokens of several sequences, and what they leave."""
-        return continued_delta_mixer(y, self.heads, self.weights, bounds, Kept(*kept))
+        return continued_delta_mixer(y, self.heads, self.weights, bounds, documents, Kept(*kept))
 
     def step(self, y: torch.Tensor, kept: States, slots: torch.Tensor, idle: int | None) -> torch.Tensor:
         """Return the results of one token of each sequence and bring what their slots keep forward, in place."""
