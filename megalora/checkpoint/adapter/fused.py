@@ -125,7 +125,7 @@ def _patterns(
         adapter, tail = adapters[module, leaf], module.rpartition(".")[2]
         alike = all(one == adapter for (_, name), one in adapters.items() if name == leaf)
         first[rf"{tail if alike else re.escape(module)}{expert}\.{leaf}"] = adapter
-    found = {
+    found: dict[str, dict[str, float]] = {
         "rank_pattern": {pattern: adapter.r for pattern, adapter in first.items()},
         "alpha_pattern": {pattern: adapter.scaling * power(adapter.r) for pattern, adapter in first.items()},
     }
