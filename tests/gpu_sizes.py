@@ -34,6 +34,8 @@ def sizes(family: str, **more: object) -> dict:
     if "linear_key_head_dim" in tiny:
         own[family] = {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
         own[family] |= {"layer_types": ["linear_attention", "full_attention"]}
+    if "attn_layer_indices" in tiny:
+        own[family] = {"attn_layer_indices": [1]}
     own["granite"] = {"attention_dropout": 0.1}
     own["starcoder2"] = {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
     fields = SIZES | more | own.get(family, {})

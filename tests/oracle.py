@@ -213,6 +213,13 @@ EXPERTS = {
         "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 1e-6,
         "routed_scaling_factor": 1.5, "rms_norm_eps": None,
     },
+    "granitemoehybrid": {
+        "model_type": "granitemoehybrid", "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24,
+        "embedding_multiplier": 6.0, "attention_multiplier": 0.21, "logits_scaling": 3.0, "residual_multiplier": 0.3,
+        "shared_intermediate_size": 40, "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 8,
+        "mamba_d_head": "auto", "mamba_d_state": 10, "mamba_chunk_size": 8, "position_embedding_type": "nope",
+        "tie_word_embeddings": True,
+    },
     "hy_v3": {
         "model_type": "hy_v3", "num_experts": 6, "num_experts_per_tok": 3, "num_shared_experts": 1, "head_dim": 10,
         "moe_intermediate_size": 24, "enable_moe_fp32_combine": False,
@@ -435,6 +442,17 @@ MODERN = {
         "model_type": "lfm2", **_NO_RMS, "layer_types": ["conv", "full_attention", "conv", "conv"], "conv_bias": True,
         "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False, "num_key_value_heads": 2,
     },
+    "granitemoehybrid, dense": {
+        "model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 16,
+        "embedding_multiplier": 6.0, "attention_multiplier": 0.21, "logits_scaling": 3.0, "residual_multiplier": 0.3,
+        "shared_intermediate_size": 80, "layer_types": ["mamba", "mamba", "attention", "mamba"], "mamba_n_groups": 4,
+        "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_conv_bias": False, "mamba_proj_bias": True,
+        "position_embedding_type": "rope", "mamba_expand": 1, "intermediate_size": 24,
+    },
+    "bamba": {
+        "model_type": "bamba", "attn_layer_indices": [2], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6,
+        "attention_bias": True, "mlp_bias": True, "head_dim": 8,
+    },
     "vaultgemma": {
         "model_type": "vaultgemma", "head_dim": 10, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
         "query_pre_attn_scalar": 17, "sliding_window": 7, "pad_token_id": 0,
@@ -561,7 +579,8 @@ _OLD = ("num_key_value_heads", "rms_norm_eps", "head_dim")
 _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
     "youtu": ("head_dim",), "ernie4_5_moe": ("head_dim",), "granitemoe": ("head_dim",), "olmoe": ("head_dim",),
-    "granitemoeshared": ("head_dim",), "granitemoe_swa": ("head_dim",), "solar_open": ("intermediate_size",),
+    "granitemoeshared": ("head_dim",), "granitemoe_swa": ("head_dim",), "granitemoehybrid": ("head_dim",),
+    "solar_open": ("intermediate_size",),
     "qwen3_5_moe_text": ("intermediate_size",),
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "mistral4", "sarvam_mla"), ("head_dim",)

@@ -46,6 +46,23 @@ _OLMO2 = {
 }  # fmt: skip
 
 
+_HYBRID = {
+    "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+    "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 128,
+    "mamba_expand": 2, "mamba_n_groups": 1, "mamba_proj_bias": False, "rms_norm_eps": 1e-05, "torch_dtype": "bfloat16",
+    "use_cache": True,
+}  # fmt: skip
+_GRANITE4 = _HYBRID | {
+    "model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"], "bos_token_id": 100257,
+    "attention_multiplier": 0.015625, "embedding_multiplier": 12, "eos_token_id": 100257, "init_method": "mup",
+    "layer_types": ["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)], "logits_scaling": 8,
+    "max_position_embeddings": 131072, "normalization_function": "rmsnorm", "num_experts_per_tok": 0,
+    "num_local_experts": 0, "output_router_logits": False, "pad_token_id": 100256, "position_embedding_type": "nope",
+    "residual_multiplier": 0.22, "rope_scaling": None, "rope_theta": 10000, "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": True, "vocab_size": 100352,
+}  # fmt: skip
+
+
 def _lfm2(inner: int, **more: object) -> dict:
     """inner: of all MLPs, before transformers adjusts it."""
     return {
@@ -458,6 +475,40 @@ CONFIGS = {
             full_attn_idxs=[2, 5, 9, 13, 17, 21, 25, 28],
         ),
         2_569_272_320,
+    ),
+    "granite-4.0-h-micro": (
+        {**_GRANITE4, **_sizes(2048, 8192, 40, 32, 8), "mamba_n_heads": 64, "shared_intermediate_size": 8192},
+        3_191_396_096,
+    ),
+    "granite-4.0-micro": (
+        {
+            **_GRANITE4, **_sizes(2560, 8192, 40, 40, 8), "layer_types": ["attention"] * 40, "mamba_n_heads": 80,
+            "position_embedding_type": "rope", "rope_theta": 10000000, "shared_intermediate_size": 8192,
+        },
+        3_402_836_480,
+    ),
+    "granite-4.0-h-tiny": (
+        {
+            **_GRANITE4, **_sizes(1536, 512, 40, 12, 4), "mamba_n_heads": 48, "num_experts_per_tok": 6,
+            "num_local_experts": 64, "shared_intermediate_size": 1024,
+        },
+        6_939_037_248,
+    ),
+    "granite-4.0-h-small": (
+        {
+            **_GRANITE4, **_sizes(4096, 768, 40, 32, 8), "mamba_n_heads": 128, "num_experts_per_tok": 10,
+            "num_local_experts": 72, "shared_intermediate_size": 1536,
+        },
+        32_207_337_984,
+    ),
+    "Bamba-9B-v2": (
+        {
+            **_HYBRID, **_sizes(4096, 14336, 32, 32, 8), "model_type": "bamba", "architectures": ["BambaForCausalLM"],
+            "attn_layer_indices": [9, 18, 27], "attn_rotary_emb": 64, "mamba_n_heads": 128, "mlp_bias": False,
+            "max_position_embeddings": 262144, "num_logits_to_keep": 1, "pad_token_id": 0, "vocab_size": 128256,
+            "tie_word_embeddings": False, "bos_token_id": 128000, "eos_token_id": 128001,
+        },
+        9_780_235_392,
     ),
     "Qwen3.5-9B": (_qwen3_5(4096, 12288, 32, 16, 32), 8_953_803_264),
     "Qwen3.5-27B": (_qwen3_5(5120, 17408, 64, 24, 48), 26_895_998_464),

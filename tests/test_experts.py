@@ -44,7 +44,8 @@ from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 
 EVERY = ALL_LINEAR | {"target_modules": r"model\.layers\..*"}  # routers too
-HYBRID = {"qwen3_next", "qwen3_5_moe_text"}  # most of whose layers have linear attention
+STATES = ("qwen3_next", "lfm2_moe", "granitemoehybrid")
+HYBRID = {"qwen3_next", "qwen3_5_moe_text", "granitemoehybrid"}  # most of whose layers have decays
 TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -226,7 +227,7 @@ NUMBERED = MIXTRAL | {"lfm2_moe"}  # whose linears are w1, w2 and w3
 # Parts of names in transformers' modules -> in the files.
 RENAMED = {kind: {".mlp.": ".block_sparse_moe."} for kind in MIXTRAL}
 RENAMED |= dict.fromkeys(
-    ("granitemoe", "granitemoeshared"),
+    ("granitemoe", "granitemoeshared", "granitemoehybrid"),
     {
         ".experts.gate_up_proj": ".input_linear.weight", ".experts.down_proj": ".output_linear.weight",
         ".router.weight": ".router.layer.weight",
@@ -278,7 +279,7 @@ def precise_norm(monkeypatch):
         for name in [name for name in vars(modeling) if name.lower().endswith(routers)]:
             router = getattr(modeling, name)
             monkeypatch.setattr(router, "forward", in_double(router.forward))
-        for name in [name for name in vars(modeling) if name.endswith("GatedDeltaNet")]:
+        for name in [name for name in vars(modeling) if name.endswith(("GatedDeltaNet", "MambaLayer"))]:
             mixer = getattr(modeling, name)
             wide = functools.partialmethod(forward_in_float64, modeling, mixer.forward)
             monkeypatch.setattr(mixer, "forward", wide)
@@ -462,7 +463,7 @@ def test_what_experts_cannot_carry_is_refused(field):
 # ---- generation
 
 
-CACHED = ("qwen2_moe", "qwen3_next", "lfm2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text")
+CACHED = ("qwen2_moe", *STATES, "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text")
 
 
 @pytest.mark.parametrize("family", CACHED)
@@ -567,6 +568,10 @@ EXPERT, SHARED = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.mlp.s
         ("deepseek_v3", [EXPERT], None),
         ("qwen3_moe", [EXPERT, "model.layers.1.mlp.gate"], "routers"),
         ("qwen2_moe", [EXPERT], "does not load adapters of experts"),
+        ("lfm2_moe", ["model.layers.1.feed_forward.experts.0.w1"], "does not load adapters of experts"),
+        ("lfm2_moe", ["model.layers.1.conv.out_proj", "model.layers.0.feed_forward.w1"], None),
+        ("falcon_h1", ["model.layers.1.mamba.out_proj"], "refuses adapters of out_proj"),
+        ("falcon_h1", ["model.layers.1.mamba.in_proj"], None),
         ("deepseek_v3", [EXPERT, SHARED], "mixes up"),
         ("deepseek_v3", [EXPERT, "model.layers.0.mlp.up_proj"], "mixes up"),
         ("deepseek_v3", ["model.layers.1.self_attn.q_a_proj"], None),

@@ -27,7 +27,7 @@ from megalora.models.config import config_from_dict
 from megalora.parallel.split import named_splits
 
 APART = ("qwen3_moe", "mixtral")
-STACKED = ("gpt_oss", "granitemoe", "llama4_text", "qwen3_5_moe_text", "gemma4_text, experts")
+STACKED = ("gpt_oss", "granitemoe", "granitemoehybrid", "llama4_text", "qwen3_5_moe_text", "gemma4_text, experts")
 PROMPT = [5, 17, 99, 3, 42, 8, 8, 120, 61]
 EXPERTS = "model.layers.0.mlp.experts"
 

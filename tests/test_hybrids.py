@@ -64,6 +64,45 @@ def test_what_lfm2_does_not_have_is_refused(fields, said):
         config_from_dict(fields_of("lfm2") | fields)
 
 
+@pytest.mark.parametrize(
+    "family, fields, said",
+    [
+        ("granitemoehybrid", {"time_step_limit": [0.001, 0.1]}, "time_step_limit = (0.001, 0.1) is not implemented"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type = 'alibi' is not"),
+        ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, "no layer has attention"),
+        ("granitemoehybrid", {"layer_types": ["mamba", "conv", "attention"]}, "of kind 'conv'"),
+        ("granitemoehybrid", {"mamba_n_groups": 3}, "8 heads of Mamba-2 are not a multiple of its 3 groups"),
+        ("granitemoehybrid", {"num_experts_per_tok": 0}, "num_experts_per_tok = 0 is not valid"),
+        ("granitemoehybrid", {"mamba_d_head": "wide"}, "mamba_d_head = 'wide' is not valid"),
+        ("granitemoehybrid, dense", {"shared_intermediate_size": 0}, "layers have no MLP"),
+        ("bamba", {"attn_layer_indices": None}, "no layer has attention"),
+        ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient = 0.1 is not implemented"),
+    ],
+)
+def test_what_mamba_does_not_have_is_refused(family, fields, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        config_from_dict(fields_of(family) | fields)
+
+
+def test_an_infinite_limit_is_read_as_transformers_writes_it():
+    fields = fields_of("bamba")
+    wanted = config_from_dict(fields)
+    for limit in ([0.0, {"__float__": "Infinity"}], [0.0, float("inf")], None):
+        assert config_from_dict(fields | {"time_step_limit": limit}) == wanted
+
+
+def test_layouts_that_cut_groups_of_heads_unevenly_are_refused():
+    config = config_from_dict(fields_of("bamba", num_attention_heads=24, mamba_n_heads=24, mamba_n_groups=4))
+    for tp in (1, 2, 4, 8):
+        check_layout(config, tp, 1)
+    with pytest.raises(UserError, match=re.escape("(3) cuts the 24 heads of Mamba-2 so that a rank has unlike parts")):
+        check_layout(config, 3, 1)
+    with pytest.raises(UserError, match=re.escape("(8) does not divide the heads of Mamba-2 (12)")):
+        check_layout(config_from_dict(fields_of("bamba", mamba_n_heads=12)), 8, 1)
+    with pytest.raises(UserError, match=re.escape("not implemented for layers of Mamba-2")):
+        check_context(config, 2, "CAUSAL_LM")
+
+
 def test_short_convolutions_need_the_tokens_before():
     config = config_from_dict(fields_of("lfm2"))
     assert config.recurrent

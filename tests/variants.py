@@ -163,7 +163,7 @@ def in_float64(model: torch.nn.Module) -> None:
     input."""
     for module in model.modules():
         kind = type(module).__name__
-        if kind.endswith("GatedDeltaNet"):
+        if kind.endswith(("GatedDeltaNet", "Mixer", "MambaLayer")):
             module.forward = functools.partial(with_float64, sys.modules[type(module).__module__], module.forward)
         if kind == "OlmoLayerNorm":
             module.forward = functools.partial(layer_norm, normalized_shape=module.normalized_shape, eps=1e-5)

@@ -6,6 +6,7 @@ neither end in a traceback nor ask for memory or time without end. Fields within
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -91,6 +92,21 @@ class OneOrEach:
 
 
 @dataclass(frozen=True)
+class NumberOr:
+    """A number, or one word."""
+
+    of: Number
+    word: str
+
+    @property
+    def told(self) -> str:
+        return f"{self.of.told}, or {self.word!r}"
+
+    def allows(self, value: Any) -> bool:
+        return value == self.word or self.of.allows(value)
+
+
+@dataclass(frozen=True)
 class Kinds:
     """A list of names, or one text with "|" between them."""
 
@@ -158,7 +174,7 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index num_dense_layers"),
     **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers num_mtp_modules"),
     **_all(Each(Word(), MOST_LAYERS), "layer_types mlp_layer_types attention_layers"),
-    **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers full_attn_idxs"),
+    **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers full_attn_idxs attn_layer_indices"),
     **_all(Each(Number(True, 0, 1), MOST_LAYERS), "no_rope_layers attn_type_list"),
     **_all(OneOrEach(Number(True, 1, 1 << 10)), "moe_topk num_shared_expert"),
     "experts_intermediate_size": OneOrEach(Number(True, 1, 1 << 24)),
@@ -179,13 +195,19 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(Number(True, 2, 1 << 14), "head_dim full_head_dim qk_rope_head_dim rotary_dim attention_head_size"),
     "full_kv_heads": _HEADS,
     "num_ln_in_parallel_attn": Number(True, 1, 2),
+    "mamba_d_head": NumberOr(Number(True, 1, 1 << 14), "auto"),
+    **_all(_HEADS, "mamba_n_heads mamba_n_groups mamba_num_heads n_groups"),
+    **_all(Number(True, 1, 1 << 14), "mamba_d_state ssm_state_size mamba_head_dim mamba_d_conv conv_kernel"),
+    "mamba_expand": Number(False, 1e-3, 1e3),
+    "time_step_limit": Each(Number(False, 0.0, math.inf), 2),
     # documents
     **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size attention_chunk_size local_attention"),
     "max_2d_position_embeddings": Number(True, 1, 1 << 16),
     "sliding_window": Number(True, 0, 1 << 32),  # transformers writes 0 where use_sliding_window is false
     # experts
-    **_all(_EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts n_group topk_group"),
-    **_all(Number(True, 1, 1 << 10), "num_experts_per_tok top_k_experts"),
+    "num_local_experts": Number(True, 0, 1 << 14),  # 0 of a dense model of a family that has experts
+    **_all(_EXPERTS, "num_experts n_routed_experts moe_num_experts n_group topk_group"),
+    **_all(Number(True, 0, 1 << 10), "num_experts_per_tok top_k_experts"),
     **_all(Number(True, 0, 1 << 10), "n_shared_experts moe_num_shared_experts num_shared_experts"),
     # factors
     **_all(
@@ -216,14 +238,15 @@ BOUNDS: Mapping[str, Bound] = {
         parallel_attn position_encoding_2d qk_layernorm qkv_bias rope_interleave scale_attn_by_inverse_layer_idx
         scale_attn_weights attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm
         use_qkv_bias use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention
-        share_att_key position_biased_input attention_out_bias attention_k_eq_v mup_enabled enable_moe_block
-        conv_bias block_auto_adjust_ff_dim use_expert_bias use_post_norm norm_bias classifier_bias use_task_id""",
+        share_att_key position_biased_input attention_out_bias attention_k_eq_v mup_enabled enable_moe_block conv_bias
+        mamba_conv_bias mamba_proj_bias block_auto_adjust_ff_dim use_expert_bias
+        use_post_norm norm_bias classifier_bias use_task_id""",
     ),
     **_all(
         Word(),
         """expert_selection_fn shared_expert_combination_strategy use_bidirectional_attention activation
         activation_function hidden_act hidden_activation topk_method scoring_func feed_forward_proj dense_act_fn
-        pooler_hidden_act norm_rel_ebd classifier_pooling classifier_activation""",
+        position_embedding_type pooler_hidden_act norm_rel_ebd classifier_pooling classifier_activation""",
     ),
     "pos_att_type": Kinds(),
     **_all(Object(), "attn_config vision_config qformer_config text_config own_of_layers"),
@@ -242,7 +265,7 @@ BOUNDS: Mapping[str, Bound] = {
 }
 # Fields that mean something where they are null or left out; a number of any other name must be there.
 OPTIONAL = frozenset(
-    """head_dim num_key_value_heads n_inner word_embed_proj_dim q_lora_rank num_nextn_predict_layers
+    """head_dim num_key_value_heads time_step_limit n_inner word_embed_proj_dim q_lora_rank num_nextn_predict_layers
     layer_types mlp_only_layers sliding_window attention_chunk_size n_group topk_group
     num_ln_in_parallel_attn classifier_dropout attn_logit_softcapping final_logit_softcapping attn_config
     clip_qkv attn_config.softmax_scale attn_config.clip_qkv""".split()

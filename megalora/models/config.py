@@ -28,7 +28,10 @@ from megalora.models.spec import (
     LatentAttention,
     ModelSpec,
     RecurrentMixer,
+    StateSpace,
 )
+from megalora.parallel.mesh import Axis
+from megalora.parallel.split import cut_heads
 
 # Fields that say nothing about the numbers of a training step, beside those of transformers' own base config.
 HARMLESS = frozenset(
@@ -107,6 +110,7 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
 
 def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """Return the ModelSpec that `family` reads from the fields of a config.json. Raises UserError as `read_config`."""
+    raw = {name: _decoded(value) for name, value in raw.items()}
     raw = _with_text_config(family.in_our_names(raw, where), family)
     partial = family.partial_of(raw, where)
     unsaid = all(raw.get(name) is None for name in ("rope_parameters", "rope_scaling"))
@@ -142,6 +146,15 @@ def spec_of(family: Family, raw: Mapping[str, Any], where: str = "config.json") 
         files=replace(files, passed=(*files.passed, *passed)),
         max_position_embeddings=longest,
     )
+
+
+def _decoded(value: Any) -> Any:
+    """Return a field with its floats: transformers 5 writes an infinite one as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_decoded(one) for one in value]
+    if isinstance(value, Mapping) and value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity"):
+        return float(value["__float__"])
+    return value
 
 
 def _with_text_config(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
@@ -320,6 +333,7 @@ def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False
     attentions = [m for m in config.mixers if isinstance(m, Attention | CrossAttention | LatentAttention)]
     counts = [("num_attention_heads", mixer.heads) for mixer in attentions]
     counts += [("linear_num_key_heads", m.groups) for m in config.mixers if isinstance(m, DeltaAttention)]
+    counts += [("the heads of Mamba-2", m.heads) for m in config.mixers if isinstance(m, StateSpace)]
     of_all = "num_attention_heads", config.num_attention_heads
     name, heads = next((pair for pair in counts if pair[1] % tp), of_all)
     inner = min((mixer.inner for mixer in config.mixers if isinstance(mixer, MLP)), default=tp)
@@ -342,6 +356,13 @@ def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False
         raise UserError(
             f"tensor_parallel_size ({tp}) is more than intermediate_size ({inner})", f"choose at most {inner}"
         )
+    for mixer in config.mixers:
+        if isinstance(mixer, StateSpace) and not _cut_by_groups(mixer, tp):
+            raise UserError(
+                f"tensor_parallel_size ({tp}) cuts the {mixer.heads} heads of Mamba-2 so that a rank has unlike parts "
+                f"of its {mixer.groups} groups",
+                f"choose a divisor or a multiple of {mixer.groups} that divides {mixer.heads}",
+            )
     fewest = min((mixer.count for mixer in config.mixers if isinstance(mixer, Experts)), default=tp)
     if fewest < tp:
         raise UserError(
@@ -354,3 +375,14 @@ def check_layout(config: ModelSpec, tp: int, pp: int, uneven_heads: bool = False
             f"pipeline_parallel_size ({pp}) is more than num_hidden_layers ({config.num_hidden_layers})",
             f"choose at most {config.num_hidden_layers}",
         )
+
+
+def _cut_by_groups(mixer: StateSpace, tp: int) -> bool:
+    """Return whether as many heads of each rank read each of its groups, in order."""
+    for rank in range(tp):
+        cut = cut_heads(mixer.heads, mixer.groups, Axis(rank, tuple(range(tp))))
+        each = cut.query.size // cut.kv.size
+        own = range(cut.query.start, cut.query.stop)
+        if any(head * mixer.groups // mixer.heads - cut.kv.start != i // each for i, head in enumerate(own)):
+            return False
+    return True

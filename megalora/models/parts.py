@@ -193,6 +193,8 @@ def router(
     top = hf.num_experts_per_tok if top is None else top
     if top > count:
         hf.fail(f"num_experts_per_tok ({top}) is more than the number of experts ({count})", "correct it")
+    if top < 1:
+        hf.fail(f"num_experts_per_tok = {top} is not valid: give a whole number from 1")
     return Router(Linear(name, hf.hidden_size, count, bias), top, **how)
 
 

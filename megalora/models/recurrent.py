@@ -115,5 +115,70 @@ class GatedConvolution:
             yield f"{self.convolution}.bias", (self.channels,)
 
 
-RecurrentMixer = DeltaAttention | GatedConvolution
+@dataclass(frozen=True)
+class StateSpace:
+    """Mamba-2 (see megalora.ops.mamba_mixer, which has the formulas).
+
+    made             z, x, b, c and dt, Fused with parts of these names: z, x and dt by head, b and c by group
+    heads, features  heads, and features of each
+    groups, state    groups of heads that read one b and c, and their features
+    width            tokens that the convolution of x, b and c reads
+    convolution      name of a module with `weight` [channels, 1, width] and, where it is `convolution_biased`, `bias`
+    decay, bias, skip  names of tensors [heads]
+    norm             of the heads of each group together, behind the gate; its weight is [heads features]
+    scales           what z, x, b, c and dt are multiplied by
+    """
+
+    made: Fused
+    out: Linear
+    heads: int
+    features: int
+    groups: int
+    state: int
+    width: int
+    convolution: str
+    decay: str
+    bias: str
+    skip: str
+    norm: Norm | None
+    convolution_biased: bool = True
+    scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+
+    told = "layers of Mamba-2"
+    biased = True
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Rows of each output that are of one head, or of one group, in order."""
+        return {"z": self.features, "x": self.features, "b": self.state, "c": self.state, "dt": 1}
+
+    @property
+    def channels(self) -> Blocked:
+        """Where x, b and c lie among the channels of the convolution."""
+        units = (("x", self.heads), ("b", self.groups), ("c", self.groups))
+        return Blocked(units, (self.features, self.state, self.state))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.made.linear, self.out)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return () if self.norm is None else (self.norm,)
+
+    @property
+    def step_flops(self) -> int:
+        """FLOPs of one token's step: the change of the state, and what it says of c."""
+        return 4 * self.heads * self.features * self.state
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of what is neither linear nor norm."""
+        channels = self.heads * self.features + 2 * self.groups * self.state
+        yield f"{self.convolution}.weight", (channels, 1, self.width)
+        if self.convolution_biased:
+            yield f"{self.convolution}.bias", (channels,)
+        yield from ((name, (self.heads,)) for name in (self.decay, self.bias, self.skip))
+
+
+RecurrentMixer = DeltaAttention | GatedConvolution | StateSpace
 """Each has `told`, what messages call it, and `biased`: whether it has biases that are no linear's."""

@@ -49,7 +49,7 @@ from megalora.models.mixers import (  # noqa: F401
     Temperature,
 )
 from megalora.models.prefix import ImagePrefix
-from megalora.models.recurrent import DeltaAttention, GatedConvolution, RecurrentMixer  # noqa: F401
+from megalora.models.recurrent import DeltaAttention, GatedConvolution, RecurrentMixer, StateSpace  # noqa: F401
 
 _EXPERT = re.compile(r"\.\d+\.(?=[^.]+$)")  # what sets the linears of an expert apart
 _LAYER = re.compile(r".*?\.\d+\.")  # what the name of a layer's tensor begins with

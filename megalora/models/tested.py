@@ -61,7 +61,7 @@ _REMOTE = "tests/models/test_remote_families.py"
 _FIRST_NAMES = "RefinedWeb RefinedWebModel"  # of Falcon: the tests run its layers under the name falcon
 _FIRST_SIX = "llama mistral qwen2 qwen3 phi3 gpt_neox"  # which the tests of every feature run
 # Whose files hold the experts of a layer in one tensor.
-_STACKED = "gemma4_text gpt_oss granitemoe llama4_text qwen3_5_moe_text"
+_STACKED = "gemma4_text gpt_oss granitemoe granitemoehybrid llama4_text qwen3_5_moe_text"
 
 FEATURES = (
     Feature(
@@ -77,7 +77,7 @@ FEATURES = (
         (*_PARITY, _REMOTE),
         "documents of a row never see one another: the same losses and gradients as one by one",
         by_kind={AROUND: "shared", EXPERTS: "shared"},
-        by_type={"shared": _types(_FIRST_NAMES)},
+        by_type={"shared": _types(_FIRST_NAMES), "yes": _types("granitemoehybrid")},
     ),
     Feature(
         "layouts",
@@ -125,6 +125,7 @@ FEATURES = (
         "what a microbatch keeps, counted to the byte",
         by_kind=dict.fromkeys((EXPERTS, AROUND, ENCODERS, PAIRS, IMAGES), "shared"),
         by_type={
+            "yes": _types("granitemoehybrid"),
             "shared": _types(
                 f"{_FIRST_NAMES} btlm chatglm codegen gemma3_text gpt_bigcode gpt_neo internlm2 mistral phi"
             )
@@ -148,10 +149,10 @@ FEATURES = (
             *("tests/test_images.py", "tests/test_multimodal.py"),
         ),
         "adapters that peft wrote are read, with the same logits; written: the first six of tests/oracle.py, `gpt2`, "
-        "`falcon`, `gemma4_text`, `gpt_oss`, `granitemoe`, `llama4_text`, `qwen3_5_moe_text`, `blip-2`, `gemma3`, "
-        "`qwen2_5_vl` and `qwen3_5`; merged into the base: `llama`, `gpt2`, `falcon`, `gemma4_text`, `gpt_oss`, "
-        "`granitemoe`, `llama4_text`, `qwen3_5_moe_text`, `mixtral`, `qwen3_moe`, `blip-2` and the models around "
-        "another",
+        "`falcon`, `gemma4_text`, `gpt_oss`, `granitemoe`, `granitemoehybrid`, `llama4_text`, `qwen3_5_moe_text`, "
+        "`blip-2`, `gemma3`, `qwen2_5_vl` and `qwen3_5`; merged into the base: `llama`, `gpt2`, `falcon`, "
+        "`gemma4_text`, `gpt_oss`, `granitemoe`, `granitemoehybrid`, `llama4_text`, `qwen3_5_moe_text`, `mixtral`, "
+        "`qwen3_moe`, `blip-2` and the models around another",
         "shared",
         by_kind={AROUND: "yes", IMAGES: "yes"},
         by_type={

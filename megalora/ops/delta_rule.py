@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from megalora.batch import to_device
+from megalora.ops.placing import Placed
 
 CHUNK = 64
 EPSILON = 1e-6  # of the norms of q and k
@@ -154,12 +155,12 @@ def _delta_rule(
 
     def chunks(x: torch.Tensor) -> torch.Tensor:
         """Map [F, heads, n] to [N, heads, C, n] in the wide dtype."""
-        x = _Placed.apply(x, documents.rows, documents.places, None, None)
+        x = Placed.apply(x, documents.rows, documents.places, None, None)
         return x.unflatten(0, (-1, CHUNK)).transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
 
     def of_heads(x: torch.Tensor) -> torch.Tensor:
         """Map [F, H] to [N, H, C], zero where chunks are filled up: such tokens change no state."""
-        x = _Placed.apply(x, documents.rows, documents.places, documents.filling, None)
+        x = Placed.apply(x, documents.rows, documents.places, documents.filling, None)
         return x.unflatten(0, (-1, CHUNK)).transpose(1, 2)
 
     q, k, v = _normed(chunks(q), q.shape[-1] ** -0.5), _normed(chunks(k)), chunks(v)
@@ -206,29 +207,7 @@ def _by_token(o: torch.Tensor, documents: Documents) -> torch.Tensor:
     there = (((chunk * count).unsqueeze(1) + heads) * CHUNK + place.unsqueeze(1)).flatten()
     back = (documents.rows.view(-1, 1, CHUNK) * count + heads.unsqueeze(1)).flatten()
     idle = documents.filling.view(-1, 1, CHUNK).expand(-1, count, -1).reshape(-1)
-    return _Placed.apply(o.flatten(0, 2), there, back, None, idle).unflatten(0, (-1, count))
-
-
-class _Placed(torch.autograd.Function):
-    """x [a, ...] by index [b]: x[index], with zeros where `hidden` [b]; `back` [a] is the way back, of whose gradient
-    nothing comes where `idle` [a]."""
-
-    @staticmethod
-    def forward(ctx, x, index, back, hidden, idle):
-        ctx.back, ctx.hidden, ctx.idle = back, hidden, idle
-        return _hidden(x.index_select(0, index), hidden)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # What fills chunks up has no gradient: it changes no state, and nobody reads it. Its own are hidden behind it.
-        if ctx.hidden is not None:
-            grad = _hidden(grad.clone(), ctx.hidden)
-        return _hidden(grad.index_select(0, ctx.back), ctx.idle), None, None, None, None
-
-
-def _hidden(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-    """Return x with zeros where it says so, in place."""
-    return x if where is None else x.masked_fill_(where.view(-1, *[1] * (x.dim() - 1)), 0.0)
+    return Placed.apply(o.flatten(0, 2), there, back, None, idle).unflatten(0, (-1, count))
 
 
 class _UnitInverse(torch.autograd.Function):

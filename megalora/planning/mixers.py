@@ -167,6 +167,27 @@ class GatedConvolution:
 
 
 @dataclass(frozen=True)
+class StateSpace:
+    """A megalora.models.spec.StateSpace on one rank, its heads there and the groups that they read.
+
+    normed  there is a norm; norms: elements of it, convolution, decay, bias and skip
+    """
+
+    inputs: Group
+    out: Group
+    heads: int
+    groups_read: int
+    features: int
+    state: int
+    normed: bool
+    norms: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.inputs, self.out
+
+
+@dataclass(frozen=True)
 class MLP:
     """A megalora.models.spec.MLP on one rank.
 
@@ -232,7 +253,7 @@ class Experts:
         return min(tokens * min(self.top, self.held), round(tokens * self.top * self.held / self.count))
 
 
-Recurrent = DeltaAttention | GatedConvolution
+Recurrent = DeltaAttention | GatedConvolution | StateSpace
 Mixer = Attention | CrossAttention | LatentAttention | MLP | Experts | Recurrent
 
 

@@ -21,6 +21,7 @@ from megalora.planning.delta import delta_nodes
 from megalora.planning.experts import experts_nodes
 from megalora.planning.groups import Group, with_factors
 from megalora.planning.latent import latent_nodes
+from megalora.planning.mamba import mamba_nodes
 from megalora.planning.mixers import (
     MLP,
     Attention,
@@ -32,6 +33,7 @@ from megalora.planning.mixers import (
     Mixer,
     Norm,
     Recurrent,
+    StateSpace,
 )
 from megalora.planning.mlp import mlp_nodes
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
@@ -194,6 +196,8 @@ class _LayerNodes:
             return delta_nodes(self, mixer, source, flowing)
         if isinstance(mixer, GatedConvolution):
             return convolution_nodes(self, mixer, source, flowing)
+        if isinstance(mixer, StateSpace):
+            return mamba_nodes(self, mixer, source, flowing)
         if isinstance(mixer, Experts):
             return experts_nodes(self, mixer, flowing)
         return mlp_nodes(self, mixer, source, flowing, unread=self.again and not read)

@@ -31,6 +31,7 @@ from megalora.planning.mixers import (
     LatentAttention,
     Mixer,
     Norm,
+    StateSpace,
 )
 from megalora.planning.steps import Branch, Layer, Step
 
@@ -195,6 +196,8 @@ class _Rank:
             return self._delta(index, mixer)
         if isinstance(mixer, spec.GatedConvolution):
             return self._convolution(index, mixer)
+        if isinstance(mixer, spec.StateSpace):
+            return self._state_space(index, mixer)
         return self._experts(index, mixer) if isinstance(mixer, spec.Experts) else self._mlp(index, mixer)
 
     def _experts(self, index: int, mixer: spec.Experts) -> Experts:
@@ -250,6 +253,18 @@ class _Rank:
             mixer.width,
             channels * (mixer.width + mixer.biased),
         )
+
+    def _state_space(self, index: int, mixer: spec.StateSpace) -> StateSpace:
+        heads, groups = self._heads(mixer.heads, mixer.groups)
+        units = {"z": heads, "x": heads, "b": groups, "c": groups, "dt": heads}
+        inputs = self._columns(index, [(name, mixer.made, units[name] * rows) for name, rows in mixer.rows.items()])
+        inner = heads * mixer.features
+        out = self._group(index, inner, [(mixer.out, mixer.out.out_features)], row_parallel=True)
+        channels = inner + 2 * groups * mixer.state
+        norms = channels * (mixer.width + mixer.convolution_biased) + 3 * heads + inner * (mixer.norm is not None)
+        return StateSpace(
+            inputs, out, heads, groups, mixer.features, mixer.state, mixer.norm is not None, norms
+        )  # fmt: skip
 
     def _latent(self, index: int, mixer: spec.LatentAttention) -> LatentAttention:
         heads = max(even_part(mixer.heads, axis).size for axis in self._ranks)

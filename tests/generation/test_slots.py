@@ -22,7 +22,7 @@ from megalora.generation.sampling import Sampling
 from megalora.generation.steps import Steps
 from megalora.parallel.mesh import build_mesh
 
-HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2")
+HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2", "bamba")
 
 
 @pytest.fixture(scope="module", params=[*HYBRIDS, "mistral"])

@@ -206,7 +206,7 @@ def test_a_recorded_step_changes_the_states_of_its_sequences_alone():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "qwen3_5_moe_text", "lfm2"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "qwen3_5_moe_text", "lfm2", "bamba"])
 def test_replies_are_those_of_steps_that_are_not_recorded(family, count, monkeypatch):
     """To the token, of as many sequences as are recorded: products of other heights are rounded otherwise."""
     fields, mesh = fields_of(family, **sizes(family)), build_mesh(0, 1)

@@ -1,10 +1,8 @@
 """What the plan says that linear attention holds while it runs, against what torch allocates."""
 
-import json
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocated import peak
 
 from megalora.ops.delta_mixer import DeltaWeights, Heads, delta_mixer
 from megalora.ops.delta_rule import Documents
@@ -13,19 +11,6 @@ from megalora.planning.groups import Group
 from megalora.planning.mixers import DeltaAttention
 
 TOKENS = 512
-
-
-def peak(run, folder) -> tuple[torch.Tensor, int]:
-    """(the result, the most bytes beyond those at the start that are allocated at once)"""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        out = run()
-    profiled.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    held, most = 0, 0
-    for event in sorted((one for one in events if one.get("name") == "[memory]"), key=lambda one: one["ts"]):
-        held += event["args"]["Bytes"]
-        most = max(most, held)
-    return out, most
 
 
 @pytest.mark.parametrize("heads", [Heads(2, 2, 128, 128), Heads(1, 4, 128, 64), Heads(3, 1, 64, 64)])

@@ -146,21 +146,27 @@ def write_peft(
         ) from None
 
 
+_NO_OUT_PROJ = ("falcon_h1", "nemotron_h")  # whose kernels of Mamba-2 read the weight itself
+
+
 def peft_caution(
     model_type: str, adapted: Collection[str], routers: Collection[str], stacked: Collection[str] = ()
 ) -> str | None:
-    """Return a line on what peft makes of an adapter of experts, where that is not what was trained.
+    """Return a line on what peft makes of an adapter of experts, or of Mamba-2, where that is not what was trained.
 
     adapted  names of the adapted linears; routers: of the model's routers; stacked: of linears that are in
              one tensor for all experts, whose adapters peft takes as they are. As found with peft 0.21, transformers 5.
     """
-    if not any(_EXPERT.search(name) for name in adapted) and not set(routers) & set(adapted):
+    refused = min((n for n in adapted if n.endswith(".out_proj")), default=None) if model_type in _NO_OUT_PROJ else None
+    if refused is None and not any(_EXPERT.search(name) for name in adapted) and not set(routers) & set(adapted):
         return None
     beside = [n for n in adapted if n.endswith(("gate_proj", "up_proj", "down_proj")) and not _EXPERT.search(n)]
     if set(routers) & set(adapted):
         problem = "peft has no adapters of routers"
-    elif model_type == "qwen2_moe":
-        problem = "peft 0.21 does not load adapters of experts for qwen2_moe, and does not say so"
+    elif refused is not None:
+        problem = f"peft 0.21 refuses adapters of out_proj ({refused}) for {model_type}"
+    elif model_type in ("qwen2_moe", "lfm2_moe"):
+        problem = f"peft 0.21 does not load adapters of experts for {model_type}, and does not say so"
     elif beside and any(".mlp.experts." in name for name in {*adapted}.difference(stacked)):
         problem = f"peft 0.21 mixes up adapters of experts and of other MLPs ({min(beside)}) for {model_type}"
     else:

@@ -22,6 +22,7 @@ from megalora.models.blocks.delta import DeltaAttentionBlock
 from megalora.models.blocks.ending import BaseDropout, Ending
 from megalora.models.blocks.experts import ExpertsBlock
 from megalora.models.blocks.latent import LatentAttentionBlock
+from megalora.models.blocks.mamba import StateSpaceBlock
 from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
@@ -31,7 +32,7 @@ from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
 
-RecurrentBlock = DeltaAttentionBlock | GatedConvolutionBlock
+RecurrentBlock = DeltaAttentionBlock | GatedConvolutionBlock | StateSpaceBlock
 Block = AttentionBlock | CrossAttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock | RecurrentBlock
 _ONE_INPUT = AttentionBlock | RecurrentBlock | MLPBlock  # whose first group alone reads what the norm gives
 BLOCKS = {
@@ -39,6 +40,7 @@ BLOCKS = {
     spec.CrossAttention: CrossAttentionBlock,
     spec.DeltaAttention: DeltaAttentionBlock,
     spec.GatedConvolution: GatedConvolutionBlock,
+    spec.StateSpace: StateSpaceBlock,
     spec.LatentAttention: LatentAttentionBlock,
     spec.MLP: MLPBlock,
     spec.Experts: ExpertsBlock,

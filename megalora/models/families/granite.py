@@ -29,13 +29,13 @@ def decoder_of(
     mlp: Mixer,
     logits: float,
     behind: tuple[Norm | None, Norm | None] = (None, None),
-    attention: Callable[[int], Attention] | None = None,
+    attention: Callable[[int], Mixer] | None = None,
 ) -> ModelSpec:
     """Return a decoder of Granite's layers around an MLP, or experts.
 
     logits     what they are multiplied by
     behind     norms behind attention and MLP
-    attention  of each layer; None: Granite's
+    attention  of each layer, or what it has instead; None: Granite's
     """
     scale, plain = hf.residual_multiplier, attention_of(hf)
 
