@@ -19,6 +19,8 @@ _OLDEST_TRITON = 3, 6
 MOST_THIN = 128  # columns that one program of the thin kernel makes
 _COLUMNS, _CONTRACTED, _STAGES = 256, 64, 4  # of the wide kernel's tiles
 _REGISTERS = 168  # of a thread: three groups of 128 threads share 65536
+# Columns and stages of `branch_`, for up to 16 ranks and for more: the fastest of a Qwen3-30B-A3B's down, gate and up.
+_BRANCH = (128, 3), (256, 2)
 _THIN_ROWS, _THIN_CONTRACTED, _THIN_STAGES = 64, 64, 6
 
 
@@ -180,9 +182,8 @@ def branch_(
 
     (rows, width), ranks, first, second = dy.shape, z.shape[1], grads[0], grads[-1]
     dz = dy.new_empty(rows, ranks)
-    R = _power(ranks, 16)
-    N, stages = (128, 3) if R == 16 else (256, 2)  # the fastest of a Qwen3-30B-A3B's down, and of its gate and up
-    tiles = -(-width // N)
+    tiles, R = branch_tiles(width, ranks)
+    N, stages = _BRANCH[R > 16]
     parts = torch.empty(tiles, rows, R, dtype=torch.float32, device=dy.device)
     branch_kernel[(tiles, len(bounds))](
         dy, z, B, parts, first.out, second.out, first.scale, second.scale, bounds, dy.stride(0), z.stride(0),
@@ -194,6 +195,14 @@ def branch_(
         M = 64
         sum_kernel[(-(-rows // M),)](parts, dz, rows * R, tiles, rows, ranks, R=R, M=M, num_warps=4)
     return dz
+
+
+def branch_tiles(width: int, ranks: int) -> tuple[int, int]:
+    """Return (tiles of columns of dy, columns of each one's part of dz) of `branch_`: dz lies [tiles, M, columns] in
+    float32 before it is summed.
+    """
+    columns = _power(ranks, 16)
+    return -(-width // _BRANCH[columns > 16][0]), columns
 
 
 def _power(n: int, least: int) -> int:

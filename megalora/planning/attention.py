@@ -62,6 +62,8 @@ def _core(layer: Any, mixer: Attention, flowing: bool) -> Node:
             kept += full * mixer.kv_heads * _STATISTIC + (kv - (qkv - kv) if copied else kv)
     if mixer.tempered:  # rotated k is a copy too then, beside qkv, of which v is a view
         kept += q + full * e + (0 if mixer.reads_views or mixer.qk_rows else kv)
+    # Norms of heads read and write q and k once more, on a GPU by two kernels.
+    normed = (q + kv) * (mixer.qk_rows > 0)
     grads = q + 2 * kv * calls.seen
     gathering = round(2 * kv * (calls.seen + cp)) if cp > 1 else 0
     sums = (Message("reduce", full * _STATISTIC),) * 2 if mixer.qk_across and layer.shape.tp > 1 else ()
@@ -72,17 +74,17 @@ def _core(layer: Any, mixer: Attention, flowing: bool) -> Node:
             live=qkv + gathering,
             attention=flops,
             attended=key,
-            traffic=2 * qkv + 3 * gate,
+            traffic=2 * qkv + 2 * normed + 3 * gate,
             messages=sums + shared,
-            calls=4 + 2 * mixer.gated,
+            calls=4 + 2 * (mixer.qk_rows > 0) + 2 * mixer.gated,
         ),
         Pass(
             live=tokens.stream + q + round(max(grads + calls.workspace, grads + gathering, 2 * qkv)),
             attention=flops,
             attended=key,
-            traffic=2 * q + 2 * qkv + 5 * gate,
+            traffic=2 * q + 2 * qkv + 3 * normed + 5 * gate,
             messages=sums + shared,
-            calls=4 + 5 * mixer.gated,
+            calls=4 + 2 * (mixer.qk_rows > 0) + 5 * mixer.gated,
         ).of_backward,
         flowing,
     )

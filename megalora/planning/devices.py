@@ -3,9 +3,9 @@
 Sustained ones, as training steps reach them, not those of a data sheet. H100: fitted by hand to steps of Llama-8B's
 shape on several H100s of 80 GB and, for the host, to a slice of Llama-70B without CUDA graphs (both in
 benchmarks/LOG.md), attention in long documents to steps of one row of 8,192 to 393,216 tokens on an H200; e4m3 as
-sustained with the other factor quantised before each product; what a kernel takes at least, fitted to a rank's slice of
-DeepSeek-R1 on an H200. H200: the same chip, its memory by the data sheet's 4.8
-TB/s in the H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about
+sustained with the other factor quantised before each product; what a kernel takes beside its bytes, fitted to a rank's
+slice of DeepSeek-R1 and to layers of Qwen3-30B-A3B on an H200, and to one row of Llama-8B. H200: the same chip, its
+memory by the data sheet's 4.8 TB/s in the H100's proportion. A100: the data sheet's 312 TFLOP/s and 2.04 TB/s in about
 the H100's proportions, FlashAttention-2 as published (arXiv 2307.08691). Links: of H100s as measured, 34 MB by copy
 engines in 90 us and by NCCL in 170 us; of A100s in the proportion of NVLink 3 to 4; networks one adapter of 400 or 200
 Gb/s a GPU, at 80%. CPU: two threads of a shared EPYC host. Waiting for the slowest rank: fitted to tensor parallel 2
@@ -95,13 +95,13 @@ class Device:
         )
 
 
-_hopper = partial(Device, long=490e12, ramp=470, kernel=2e-6)
+_hopper = partial(Device, long=490e12, ramp=470, kernel=4e-6)
 DEVICES = {
     device.name: device
     for device in (
-        _hopper("h100", 700e12, 50e12, 1250e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 80, True),
-        _hopper("h200", 700e12, 50e12, 1250e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.08, 60e-6, 141, True),
-        Device("a100", 250e12, 17e12, 0, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.08, 60e-6, 80, True, kernel=2e-6),
+        _hopper("h100", 700e12, 50e12, 1250e12, 335e12, 2.45e12, 370e9, 40e9, 200e9, 15e-6, 0.07, 60e-6, 80, True),
+        _hopper("h200", 700e12, 50e12, 1250e12, 335e12, 3.5e12, 370e9, 40e9, 200e9, 15e-6, 0.07, 60e-6, 141, True),
+        Device("a100", 250e12, 17e12, 0, 180e12, 1.4e12, 240e9, 20e9, 130e9, 15e-6, 0.07, 60e-6, 80, True, kernel=4e-6),
         Device("cpu", 0.15e12, 0.15e12, 0, 0.05e12, 10e9, 2e9, 1e9, 2e9, 100e-6, 0.0, 10e-6, 16, False),
     )
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from megalora.ops.grouped_gpu import branch_tiles
+from megalora.parallel.experts import padded_rank
 from megalora.planning.groups import Group
 from megalora.planning.mixers import Experts
 from megalora.planning.mlp import fuses
@@ -59,7 +61,7 @@ def routed_nodes(mixer: Experts, work: Workload, tokens: int, device_type: str, 
     """
     rows = mixer.rows(tokens)
     held = tokens * mixer.top if device_type == "cuda" else rows
-    return [_router(mixer, work, tokens, flowing), _pair(mixer, work, tokens, rows, held, device_type, flowing)]
+    return [_router(mixer, work, tokens, flowing), _Pair(mixer, work, tokens, rows, held, device_type).node(flowing)]
 
 
 def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
@@ -73,8 +75,9 @@ def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
     kept = copied + (tokens * group.room * e if group.rank else 0) + scores + chosen * (_INDEX + 2 * wide)
     product = 2 * tokens * (group.inputs + group.room) * group.output
     read = tokens * group.inputs * e
-    forward = Pass(live=3 * scores, traffic=read + 8 * scores, calls=12)
-    backward = Pass(live=2 * scores + read, traffic=2 * read, calls=8)
+    # Product, softmax, three kernels of a sort, weights, counts; the best groups before. Backward adds dx of two.
+    forward = Pass(live=3 * scores, traffic=read + 8 * scores, calls=14 + 12 * mixer.grouped)
+    backward = Pass(live=2 * scores + read, traffic=4 * read, calls=17)
     if mixer.wide:
         forward, backward = replace(forward, flops32=product), replace(backward, flops32=product)
     else:
@@ -82,44 +85,112 @@ def _router(mixer: Experts, work: Workload, tokens: int, flowing: bool) -> Node:
     return Node("router", kept, forward, backward) if flowing or group.trains else Node("router", 0, forward)
 
 
-def _pair(mixer: Experts, work: Workload, tokens: int, rows: int, held: int, device_type: str, flowing: bool) -> Node:
-    """Count a pair: x, gate_up, both z and where each row comes from are kept; the rest is made again."""
-    up, down, e = mixer.up, mixer.down, work.element
-    trains = up.trains or down.trains
-    x, inner = held * up.inputs * e, held * down.inputs * e
-    kept = tokens * up.inputs * e + held * (up.output + up.room + down.room) * e + 2 * _INDEX * held
-    kept += 0 if held == rows else tokens * mixer.top * (_INDEX + 1)
-    out = tokens * up.inputs * e
+@dataclass(frozen=True)
+class _Pair:
+    """The experts of a rank as one function: megalora.parallel.experts_grad._Experts.
 
-    rate = _GROUPED.get(device_type, 1.0)
+    rows  of the rank's experts, which kernels read and write; held: all that tensors have
+    """
 
-    def product(group: Group) -> float:
-        weight = (group.inputs + group.room) * group.output
-        return max(2 * rows * weight / rate, _FLOPS_A_BYTE.get(device_type, 0) * mixer.held * weight * e)
+    mixer: Experts
+    work: Workload
+    tokens: int
+    rows: int
+    held: int
+    device_type: str
 
-    def branch(group: Group) -> float:
-        return 2 * rows * group.rank * group.inputs / rate
+    @property
+    def e(self) -> int:
+        return self.work.element
 
-    flops = product(up) + product(down) + branch(up) + branch(down)
-    decoded = 0
-    if work.base_format != "dense" and device_type == "cuda":  # all experts' weights before each product
-        decoded = mixer.held * sum(
-            linear_bytes(group, work.base_format, e) + (group.inputs + 2 * group.room) * group.output * e
-            for group in (up, down)
+    @property
+    def rate(self) -> float:
+        return _GROUPED.get(self.device_type, 1.0)
+
+    def bytes_of(self, features: int) -> int:
+        """Return the bytes of so many features of the rank's rows."""
+        return self.rows * features * self.e
+
+    def node(self, flowing: bool) -> Node:
+        """Count it: x, gate_up, both z and where each row comes from are kept; the rest is made again."""
+        up, down, e, held = self.mixer.up, self.mixer.down, self.e, self.held
+        kept = self.tokens * up.inputs * e + held * (up.output + up.room + down.room) * e + 2 * _INDEX * held
+        kept += 0 if held == self.rows else self.tokens * self.mixer.top * (_INDEX + 1)
+        if flowing or up.trains or down.trains:
+            return Node("experts", kept, self.forward(), self.backward())
+        return Node("experts", 0, self.forward())
+
+    def forward(self) -> Pass:
+        up, down, e, held = self.mixer.up, self.mixer.down, self.e, self.held
+        x, inner, out = held * up.inputs * e, held * down.inputs * e, self.tokens * up.inputs * e
+        one, gated = self.bytes_of(up.inputs), self.bytes_of(down.inputs)
+        drops = x * self._drops(up), inner * self._drops(down)  # a copy of what A reads
+        # Rows are made and read for z; gate and up read, what is gated made and read for z; rows summed, z apart.
+        traffic = (one + bool(up.rank) * one) + (3 * gated + bool(down.rank) * gated) + one + 2 * out
+        traffic += 2 * held * (up.room + down.room) * e + 2 * sum(drops)
+        z = x + held * up.room * e
+        return Pass(
+            live=max(z + drops[0], z + held * up.output * e, inner + drops[1], inner + x) + out,
+            flops=self._products + self._branch(up) + self._branch(down),
+            traffic=traffic + self._decoded,
+            calls=13 + self._dropped_calls(1),
         )
-    forward = Pass(
-        live=max(x + held * up.room * e + held * up.output * e, 2 * inner + x) + out,
-        flops=flops,
-        traffic=4 * x + 6 * inner + decoded,
-        calls=20,
-    )
-    if not (flowing or trains):
-        return Node("experts", 0, forward)
-    grads = 2 * rows * (up.rank * (up.inputs + up.output / 2) + down.rank * (down.inputs + down.output))
-    backward = Pass(
-        live=out + 2 * x + 4 * inner + mixer.held * (up.trained + down.trained) * (e + _WIDE),
-        flops=flops + grads / rate,
-        traffic=7 * x + 15 * inner + decoded,
-        calls=40,
-    )
-    return Node("experts", kept, forward, backward if flowing or trains else NOTHING)
+
+    def backward(self) -> Pass:
+        """Count it. The gradients of factors are added to where they lie."""
+        up, down, e, held = self.mixer.up, self.mixer.down, self.e, self.held
+        x, inner, out = held * up.inputs * e, held * down.inputs * e, self.tokens * up.inputs * e
+        one, gated = self.bytes_of(up.inputs), self.bytes_of(down.inputs)
+        parts = self._parts(up), self._parts(down)
+        # Rows of dout and x made, those of dx summed; what is gated, its gradients; dy and x read for dz, dB and dA.
+        traffic = (2 * one + one + 3 * out) + (3 + 5) * gated
+        traffic += bool(down.rank) * (one + gated) + bool(up.rank) * (2 * gated + one)
+        traffic += sum(part + part * self.rows // max(1, held) for part in parts)
+        traffic += 2 * _WIDE * self.mixer.held * (up.trained + down.trained)
+        if self.mixer.drops:  # a copy of what A read, and the branch's term of dx, which is added by itself
+            traffic += self._drops(up) * (2 * x + one + 3 * x) + self._drops(down) * (2 * inner + gated + 3 * inner)
+        grads = 2 * self.rows * (up.rank * (up.inputs + up.output / 2) + down.rank * (down.inputs + down.output))
+        terms = x * self._drops(up), inner * self._drops(down)
+        return Pass(
+            live=out + max(x + inner + max(parts[1], inner + terms[1]), 3 * inner + x + max(parts[0], x + terms[0])),
+            flops=self._products + self._branch(up) + self._branch(down) + grads / self.rate,
+            traffic=traffic + self._decoded,
+            calls=17 + self._dropped_calls(4),
+        )
+
+    @property
+    def _products(self) -> float:
+        """FLOPs of the products with the experts' matrices."""
+
+        def product(group: Group) -> float:
+            weight = (group.inputs + group.room) * group.output
+            read = _FLOPS_A_BYTE.get(self.device_type, 0) * self.mixer.held * weight * self.e
+            return max(2 * self.rows * weight / self.rate, read)
+
+        return product(self.mixer.up) + product(self.mixer.down)
+
+    def _branch(self, group: Group) -> float:
+        return 2 * self.rows * group.rank * group.inputs / self.rate
+
+    @property
+    def _decoded(self) -> int:
+        """Bytes that decoding all experts' weights before each product reads and writes."""
+        name, e, groups = self.work.base_format, self.e, (self.mixer.up, self.mixer.down)
+        if name == "dense" or self.device_type != "cuda":
+            return 0
+        each = (linear_bytes(g, name, e) + (g.inputs + 2 * g.room) * g.output * e for g in groups)
+        return self.mixer.held * sum(each)
+
+    def _drops(self, group: Group) -> bool:
+        return self.mixer.drops and group.rank > 0
+
+    def _dropped_calls(self, each: int) -> int:
+        """Return the calls of dropout: what it is drawn from, and `each` of each group."""
+        return (5 if self.mixer.drops else 0) + each * (self._drops(self.mixer.up) + self._drops(self.mixer.down))
+
+    def _parts(self, group: Group) -> int:
+        """Return the bytes of the parts of dz, one for each tile of columns of dy (as `branch_` of grouped_gpu)."""
+        if self.device_type != "cuda" or self.e != 2 or not group.rank:
+            return 0
+        tiles, columns = branch_tiles(group.output, sum(padded_rank(rank, "cuda") for rank in group.ranks))
+        return tiles * self.held * columns * _WIDE

@@ -21,7 +21,8 @@ from megalora.planning.plans import Cluster, Layout, Plan, Sizes, StagePlan, Too
 from megalora.planning.shapes import Shape, shape_of
 from megalora.planning.timing import LayerCosts, Seconds, cut_layers, layer_costs, node_seconds, reduce_seconds
 
-_OPTIMIZER_PASSES = 10  # over the adapters' float32 elements: clipping, AdamW, the copies in the compute dtype
+# Over the adapters' float32 elements: zeroing, the norm, clipping (2), AdamW (7), the copies in the compute dtype (2).
+_OPTIMIZER_PASSES = 13
 _CHUNKS = (2, 4)  # of a stage, that are tried under an interleaved schedule
 
 

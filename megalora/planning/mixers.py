@@ -218,6 +218,8 @@ class Experts:
     shared, gate the MLP of all tokens and the linear that gates it
     spared       elements of factors that its experts share, which it does not hold for each
     norms        elements of what corrects the choice
+    drops        adapters of the experts have dropout
+    grouped      experts are chosen from the best groups of them
     """
 
     router: Group
@@ -231,6 +233,8 @@ class Experts:
     gate: Group | None
     spared: int = 0
     norms: int = 0
+    drops: bool = False
+    grouped: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalora.adapters.config import ResolvedLora
+from megalora.adapters.lora import Adapter
 from megalora.adapters.sharing import SHARED
 from megalora.models import spec
 from megalora.models.blocks.mlp import INNER_STEP
@@ -225,7 +226,13 @@ class _Rank:
             None if mixer.shared_gate is None else group([mixer.shared_gate], size),
             spared=(held - 1) * common,
             norms=sum(math.prod(shape) for _, shape in mixer.tensors()),
+            grouped=mixer.router.groups > 1,
+            drops=any(adapter.dropout > 0 for mlp in mlps for adapter in self._adapters(index, mlp)),
         )
+
+    def _adapters(self, index: int, linears: Sequence[spec.Linear]) -> list[Adapter]:
+        found = (self._lora.adapter(self._config.stack.of_layer(index, linear.name)) for linear in linears)
+        return [adapter for adapter in found if adapter is not None]
 
     def _cross(self, index: int, mixer: spec.CrossAttention) -> CrossAttention:
         heads, _ = self._heads(mixer.heads, mixer.heads)

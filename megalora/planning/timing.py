@@ -36,7 +36,7 @@ def pass_seconds(passes: Iterable[Pass], device: Device, element: int, tp: int) 
     attention = sum(device.attention_seconds(p.attention, p.attended) for p in passes)
     computed = products + attention + sum(p.traffic for p in passes) / device.memory
     calls = sum(p.calls for p in passes)
-    computed += calls * device.kernel
+    computed += (calls - sum(len(p.messages) for p in passes)) * device.kernel  # a message has its own latency
     computed *= 1 + (device.meeting if tp > 1 else 0)
     issued = calls * device.call
     messages = (message for p in passes for message in p.messages)
