@@ -5,7 +5,8 @@ rule and the gated norm.
     o = delta_rule(q, k, v, g, beta);  result = RMSNorm(o) * silu(z)
 
 All is computed in float32 or float64, and rounded where q, k and v go into the rule and at the end. Training keeps what
-it reads alone, and computes the rest again in backward, so many heads at a time that what this makes stays small.
+it reads alone, and computes the rest again in backward, so many heads at a time that what this makes stays small. On
+GPUs kernels do the same in bfloat16, with states and sums in float32 (megalora.ops.fused_delta).
 
 Legend: F tokens, J key heads, each of which R value heads read, H = J R, K and V features of a key and a value; C =
 2 J K + H V channels of q, k and v; W tokens of the convolution.
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import silu, softplus
 
+from megalora.ops import fused_delta
 from megalora.ops.delta_rule import EPSILON, Documents, continued_delta_rule, delta_rule, delta_step
 from megalora.ops.extension import has_triton
 from megalora.ops.gated_norm import gated_norm
@@ -63,6 +65,8 @@ class DeltaWeights:
 
 def delta_mixer(y: torch.Tensor, heads: Heads, weights: DeltaWeights, documents: Documents) -> torch.Tensor:
     """Return the results [F, H V] of y [F, 2 J K + 2 H V + 2 H], which is [q | k | v | z | b | a], in its dtype."""
+    if fused_delta.fuses(y, heads.key, heads.value):
+        return fused_delta.fused_delta_mixer(y, heads, weights, documents)
     return _Mixer.apply(y, heads, weights, documents)
 
 

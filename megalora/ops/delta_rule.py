@@ -42,6 +42,8 @@ class Documents:
     filling  [N C] bool
     counts  chunks of each depth
     order   of the documents, as their chunks lie
+    pieces  [N, 2] int32, the tokens of each chunk, from where to before where, document by document: the kernels' order
+    spans   [documents, 3] int32, the same of those with tokens, in `order`, and their first piece
     """
 
     ages: torch.Tensor
@@ -50,6 +52,8 @@ class Documents:
     filling: torch.Tensor
     counts: tuple[int, ...]
     order: tuple[int, ...]
+    pieces: torch.Tensor
+    spans: torch.Tensor
 
     @classmethod
     def of(cls, bounds: Sequence[int], device: torch.device | str = "cpu") -> Documents:
@@ -67,8 +71,15 @@ class Documents:
         rows = torch.zeros(sum(counts) * CHUNK, dtype=torch.int64)
         filling = torch.ones(len(rows), dtype=torch.bool)
         rows[places], filling[places] = torch.arange(len(places)), False
-        ages, rows, places, filling = (to_device(x, device) for x in (ages, rows, places, filling))
-        return cls(ages, rows, places, filling, tuple(counts), tuple(order))
+        firsts = list(itertools.accumulate(chunks, initial=0))
+        pieces = [(i, min(i + CHUNK, stop)) for start, stop in spans for i in range(start, stop, CHUNK)]
+        made = [torch.tensor(x, dtype=torch.int32).view(len(x), -1) for x in (
+            pieces, [(*spans[i], firsts[i]) for i in order]
+        )]  # fmt: skip
+        ages, rows, places, filling, of_pieces, of_spans = (
+            to_device(x, device) for x in (ages, rows, places, filling, *made)
+        )
+        return cls(ages, rows, places, filling, tuple(counts), tuple(order), of_pieces, of_spans)
 
     @property
     def depths(self) -> list[tuple[slice, slice]]:

@@ -34,7 +34,7 @@ def _convolved(y, kept, taps, column, inside, CHANNELS: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """Return log(1 + exp(x)), with the digits of small results: they say how long a head remembers."""
     u = tl.exp(-tl.abs(x))
     return tl.maximum(x, 0.0) + tl.where(u < 0.01, u * (1.0 - u * (0.5 - u * (1.0 / 3))), tl.log(1.0 + u))
@@ -73,7 +73,7 @@ def delta_step_kernel(
         k *= tl.rsqrt(tl.sum(k * k) + EPSILON)
         gates = y + CHANNELS + HEADS * VALUE + head
         b, a = tl.load(gates).to(tl.float32), tl.load(gates + HEADS).to(tl.float32) + tl.load(bias + head)
-        g = -tl.exp(tl.load(decay + head)) * _softplus(a)
+        g = -tl.exp(tl.load(decay + head)) * softplus(a)
 
         state *= tl.exp(g)
         change = (v - tl.sum(state * k[:, None], 0)) / (1.0 + tl.exp(-b))

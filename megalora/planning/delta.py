@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from megalora.ops import fused_delta
 from megalora.ops.delta_mixer import MOST_ROWS
 from megalora.ops.delta_rule import CHUNK
 from megalora.planning.mixers import DeltaAttention
 from megalora.planning.node import Node, Pass
 
-_WIDE = 4  # bytes of a float32, in which all is computed
+_WIDE = 4  # bytes of a float32, in which plain torch computes all
+_NARROW = 2  # of what kernels keep, in bfloat16
+# Passes of kernels over what they make, by the time that they take: far from all of it is traffic.
+_PASSES, _PASSES_BACK = 9, 11
 
 
 def delta_nodes(layer: Any, mixer: DeltaAttention, source: str, flowing: bool) -> list[Node]:
@@ -33,9 +37,24 @@ def _core(layer: Any, mixer: DeltaAttention, flowing: bool) -> Node:
     given, result = full * mixer.inputs.output * work.element, full * heads * mixer.value * work.element
     # The output's linear keeps what it reads for its A alone.
     kept = given + (result if mixer.out.rank or work.recompute == "layer" else 0)
+    products = full * heads * _products(mixer)
+    if (
+        layer.shape.device_type == "cuda"
+        and work.element == _NARROW
+        and {mixer.key, mixer.value} <= {*fused_delta.SIZES}
+    ):
+        first, whole = _made_by_kernels(mixer)
+        rows = min(full * heads, max(fused_delta.MOST_ROWS, full * mixer.repeats))
+        forward = Pass(live=result + first * rows, traffic=_PASSES * full * heads * first, calls=4, flops=products)
+        backward = Pass(
+            live=layer.tokens.stream + given + result + whole * rows,
+            traffic=_PASSES_BACK * full * heads * whole,
+            calls=9,
+            flops=3 * products,
+        )
+        return replace(layer._node("linear attention", kept, forward, backward, flowing), result=result)
     made = _made(mixer)
     at_once = made * min(full * heads, max(MOST_ROWS, full * mixer.repeats))
-    products = full * heads * _products(mixer)
     flops = {"flops32": products} if work.element == 2 else {"flops": products}
     depth = -(-work.seq_length // CHUNK)
     forward = Pass(live=result + at_once // 2, traffic=3 * full * heads * made, calls=100 + depth, **flops)
@@ -56,6 +75,16 @@ def _made(mixer: DeltaAttention) -> int:
     of_channels, of_heads, of_chunks = 2 * key / mixer.repeats + value, key + value, CHUNK
     of_states = key * (2.4 * value + 2.1 * key) / CHUNK
     return round((3.3 * of_channels + 6 * of_heads + 4.7 * of_chunks + of_states) * _WIDE)
+
+
+def _made_by_kernels(mixer: DeltaAttention) -> tuple[int, int]:
+    """Return the bytes that kernels hold at once of each token and value head, forward and backward (see
+    megalora.ops.fused_delta)."""
+    key, value = mixer.key, mixer.value
+    qkv, states = 2 * key / mixer.repeats + value, key * value / CHUNK
+    forward = _NARROW * (qkv + value + key + states) + 3 * _WIDE
+    backward = _NARROW * (2 * qkv + 3 * value + 3 * CHUNK + 2 * states) + 5 * _WIDE
+    return round(forward), round(backward)
 
 
 def _products(mixer: DeltaAttention) -> float:
