@@ -36,6 +36,8 @@ class E4m3Matrix(QuantisedMatrix):
         self._could = device.type == "cuda" and self._dtype == torch.bfloat16 and fp8.multiplies(device.index)
         self._multiplies = self._could and all(n % 16 == 0 for n in sizes)
         self._terms: torch.Tensor | None = None  # of the branch [rows, terms], where products are in e4m3
+        if self._multiplies:
+            self._make_room()  # before what reading takes, between which it would leave holes in the GPU's memory
 
     @property
     def falls_back(self) -> bool:
@@ -150,11 +152,6 @@ class E4m3Matrix(QuantisedMatrix):
 
 class Fp8Matrix(E4m3Matrix):
     """W in e4m3, with a scale a row, or with the scales of the file: those of blocks do not come out of a product."""
-
-    def __init__(self, *arguments: Any, **more: Any):
-        super().__init__(*arguments, **more)
-        if self._multiplies:
-            self._make_room()  # before what reading takes, between which it would leave holes in the GPU's memory
 
     def _takes(self, part: Rows) -> bool:
         return isinstance(part, Fp8Rows) and part.scale.shape[1] == 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalora.planning.nodes import Workload, chunk_nodes, kept_bytes, peak_bytes
-from megalora.planning.quantised import linear_bytes, scratch_bytes
+from megalora.planning.quantised import beside_bytes, linear_bytes, scratch_bytes
 from megalora.planning.shapes import Shape
 from megalora.planning.tokens import Tokens
 
@@ -93,6 +93,7 @@ def stage_memory(
     exchanges = work.sequence_parallel and shape.tp > 1 and shape.device_type == "cuda"
     exchanged = exchange_bytes(shape, max(work.tokens, work.sent - work.tokens), e) if exchanges else 0
     held = sum(times * linear_bytes(group, work.base_format, e) for times, group in counted)
+    held += sum(beside_bytes(g, work.base_format, e, shape.device_type) for times, g in counted if times == 1)
     at_once = min(Tokens.of(shape, work).full, work.tile or work.tokens)
     return Memory(
         weights=(frozen - linears + room + ends) * e + held + prefix,

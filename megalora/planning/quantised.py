@@ -31,6 +31,13 @@ def multiplies_fp8(base_format: str, element: int, device_type: str) -> bool:
     return base_format in ("fp8", "nf4_fp8") and element == 2 and device_type == "cuda"
 
 
+def beside_bytes(group: Group, base_format: str, element: int, device_type: str) -> int:
+    """Return the bytes that a matrix multiplied in e4m3 holds beside its weights: the branch's terms, scales of 1."""
+    if not multiplies_fp8(base_format, element, device_type):
+        return 0
+    return group.output * terms_for(group.rank) + 4 * (group.inputs + group.room)
+
+
 def scratch_bytes(
     counted: Sequence[tuple[int, Group]], base_format: str, element: int, device_type: str, tokens: int
 ) -> int:

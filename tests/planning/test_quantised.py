@@ -10,13 +10,17 @@ from megalora.adapters.config import LoraConfig
 from megalora.building import resolve_lora
 from megalora.models.config import config_from_dict
 from megalora.models.stage import Stage
+from megalora.parallel.e4m3 import Fp8Matrix, Nf4AsFp8Matrix
 from megalora.parallel.formats import BaseFormat
 from megalora.parallel.linear import ParallelLinear
 from megalora.parallel.mesh import Axis
 from megalora.parallel.placement import Placement
+from megalora.parallel.quantised import Scratch
 from megalora.planning.devices import DEVICES
+from megalora.planning.groups import Group
 from megalora.planning.memory import stage_memory
 from megalora.planning.nodes import Workload
+from megalora.planning.quantised import beside_bytes
 from megalora.planning.shapes import shape_of
 from megalora.planning.timing import chunk_seconds
 
@@ -50,6 +54,24 @@ def test_the_bytes_are_those_of_the_matrices(name, tp):
     # The scales of blocks of absmax are those of the whole weight on every rank: a few bytes for each 16,384 values.
     assert abs(planned.weights - (held + rest)) <= 0.01 * held
     assert base.scratch_bytes == planned.buffers - dense.buffers > 0
+
+
+@pytest.mark.parametrize("made", [Fp8Matrix, Nf4AsFp8Matrix])
+def test_terms_of_branches_are_counted(made, monkeypatch):
+    """A matrix that is multiplied in e4m3 has its branch twice, in 16 bits and as codes."""
+    group = Group((inputs := 128), (256, 64), (16, 16), 64, False, 0, 0)
+    matrix = made(group.output, inputs, group.room, torch.bfloat16, "cpu", Scratch(), rank=group.rank)
+    matrix._make_room()
+    name = "fp8" if made is Fp8Matrix else "nf4_fp8"
+    held = matrix._terms.nbytes + matrix._ones.nbytes
+    assert beside_bytes(group, name, 2, "cuda") == held > beside_bytes(group, name, 2, "cpu") == 0
+    config = config_from_dict(LARGE)
+    shape = shape_of(config, lora(config), 2)
+    planned = stage_memory(shape, [range(32)], Workload(1, 2048, base_format=name), first=True, last=True)
+    monkeypatch.setattr("megalora.planning.memory.beside_bytes", lambda *_: 0)
+    without = stage_memory(shape, [range(32)], Workload(1, 2048, base_format=name), first=True, last=True)
+    terms = 32 * (14336 * 96 + 3072 * 144 + 2 * 4096 * 48)  # gate up, q k v, o and down on a rank of two
+    assert 0 < planned.weights - without.weights - terms < 0.05 * terms  # and scales of 1
 
 
 def test_an_8b_fits_and_is_fast_as_it_should():
