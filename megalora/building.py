@@ -20,6 +20,7 @@ from megalora.models.config import check_layout
 from megalora.models.graphs import choose_graphs, layer_facts
 from megalora.models.spec import ClassHead, Head, ModelSpec, RecurrentMixer
 from megalora.models.stage import NO_LORA, Stage
+from megalora.models.state_spaces import by_name
 from megalora.optimizer import AdapterOptimizer, LossScale
 from megalora.parallel.collectives import on_first, together
 from megalora.parallel.e4m3 import decoded_note
@@ -66,7 +67,8 @@ def resolve_lora(lora_config: LoraConfig, config: ModelSpec) -> ResolvedLora:
         lora_config = replace(lora_config, modules_to_save=_beside_head(lora_config.modules_to_save, head))
     ends = (*((head.name,) if isinstance(head, Head) else ()), config.embedding.name)
     without = () if isinstance(head, Head) else head.names  # of a classifier, trained in full
-    resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without, config.routers, stacks)
+    left = config.routers | by_name(config)
+    resolved = lora_config.resolve(config.model_type, layers, ends, config.vocab_size, without, left, stacks)
     if config.encoder is not None and any(resolved.words(end).trains for end in ends):
         raise UserError(
             f"lora_config: training the embedding or the head of {config.model_type} is not implemented: encoder, "

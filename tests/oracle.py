@@ -453,6 +453,18 @@ MODERN = {
         "model_type": "bamba", "attn_layer_indices": [2], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6,
         "attention_bias": True, "mlp_bias": True, "head_dim": 8,
     },
+    "falcon_h1": {
+        "model_type": "falcon_h1", "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 8, "mamba_d_state": 6,
+        "mamba_norm_before_gate": False, "embedding_multiplier": 5.0, "lm_head_multiplier": 0.6, "key_multiplier": 0.4,
+        "mlp_multipliers": [0.9, 0.6], "ssm_multipliers": [0.9, 0.7, 1.2, 0.8, 1.1], "ssm_in_multiplier": 1.25,
+        "ssm_out_multiplier": 0.7, "attention_in_multiplier": 1.1, "attention_out_multiplier": 0.9,
+    },
+    "falcon_h1, a norm": {
+        "model_type": "falcon_h1", "mamba_d_ssm": None, "mamba_expand": 1, "mamba_n_heads": 8, "mamba_n_groups": 2,
+        "mamba_d_state": 6, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "attention_bias": True,
+        "mamba_proj_bias": True, "projectors_bias": True, "mlp_bias": True, "attention_out_multiplier": 0.6,
+        "ssm_out_multiplier": 1.4, "tie_word_embeddings": True,
+    },
     "vaultgemma": {
         "model_type": "vaultgemma", "head_dim": 10, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
         "query_pre_attn_scalar": 17, "sliding_window": 7, "pad_token_id": 0,

@@ -510,6 +510,23 @@ CONFIGS = {
         },
         9_780_235_392,
     ),
+    "Falcon-H1-0.5B-Instruct": (
+        {
+            **_HYBRID, "model_type": "falcon_h1", "architectures": ["FalconH1ForCausalLM"], "attn_layer_indices": None,
+            "attention_in_multiplier": 1.0, "attention_out_multiplier": 0.9375, "head_dim": 64,
+            "embedding_multiplier": 5.656854249492381, "key_multiplier": 0.39062499999999994,
+            "lm_head_multiplier": 0.0390625, "mamba_chunk_size": 128, "mamba_d_ssm": 1536, "mamba_n_heads": 24,
+            "mamba_norm_before_gate": False, "mamba_rms_norm": False, "mamba_use_mlp": True, "mlp_bias": False,
+            "max_position_embeddings": 16384, "mlp_multipliers": [0.8838834764831844, 0.5859375],
+            "projectors_bias": False, "rope_scaling": None, "rope_theta": 100000000000.0, "ssm_in_multiplier": 1.25,
+            "ssm_multipliers": [
+                0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738,
+            ],
+            "ssm_out_multiplier": 0.23570226039551587, "tie_word_embeddings": False, "vocab_size": 32784,
+            **_sizes(1024, 2048, 36, 8, 2),
+        },
+        521_411_104,
+    ),
     "Qwen3.5-9B": (_qwen3_5(4096, 12288, 32, 16, 32), 8_953_803_264),
     "Qwen3.5-27B": (_qwen3_5(5120, 17408, 64, 24, 48), 26_895_998_464),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from variants import peer_of
 
 from megalora.adapters.config import LoraConfig
 from megalora.building import base_names, resolve_lora
+from megalora.checkpoint.adapter.peft import peft_caution
 from megalora.checkpoint.base.weights import unread_layers
 from megalora.errors import UserError
 from megalora.models.config import check_context, check_layout, config_from_dict
@@ -75,6 +76,12 @@ def test_what_lfm2_does_not_have_is_refused(fields, said):
         ("granitemoehybrid", {"num_experts_per_tok": 0}, "num_experts_per_tok = 0 is not valid"),
         ("granitemoehybrid", {"mamba_d_head": "wide"}, "mamba_d_head = 'wide' is not valid"),
         ("granitemoehybrid, dense", {"shared_intermediate_size": 0}, "layers have no MLP"),
+        ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": True}, "mamba_norm_before_gate = True is not"),
+        ("falcon_h1", {"mamba_proj_bias": True}, "mamba_proj_bias with an ssm_in_multiplier is not implemented"),
+        ("falcon_h1", {"attention_bias": True}, "attention_bias with an attention_in_multiplier is not implemented"),
+        ("falcon_h1", {"ssm_multipliers": [1.0] * 4}, "ssm_multipliers has 4 numbers, not 5"),
+        ("falcon_h1", {"mlp_multipliers": [1.0]}, "mlp_multipliers has 1 numbers, not 2"),
+        ("falcon_h1", {"mamba_d_ssm": 40, "mamba_d_head": 5, "mamba_n_heads": 7}, "transformers cannot read it"),
         ("bamba", {"attn_layer_indices": None}, "no layer has attention"),
         ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient = 0.1 is not implemented"),
     ],
@@ -82,6 +89,18 @@ def test_what_lfm2_does_not_have_is_refused(fields, said):
 def test_what_mamba_does_not_have_is_refused(family, fields, said):
     with pytest.raises(UserError, match=re.escape(said)):
         config_from_dict(fields_of(family) | fields)
+
+
+def test_what_peft_refuses_is_adapted_where_it_is_named():
+    config = config_from_dict(fields_of("falcon_h1"))
+    out = {name for name in config.linears if name.endswith(".mamba.out_proj")}
+    every = resolve_lora(LoraConfig.from_dict(ALL_LINEAR), config).adapters
+    assert len(out) == 4 and every.keys() == config.linears.keys() - out
+    named = resolve_lora(LoraConfig.from_dict(ALL_LINEAR | {"target_modules": ["out_proj"]}), config).adapters
+    assert named.keys() == out
+    assert peft_caution("falcon_h1", every, ()) is None
+    bamba = config_from_dict(fields_of("bamba"))
+    assert resolve_lora(LoraConfig.from_dict(ALL_LINEAR), bamba).adapters.keys() == bamba.linears.keys()
 
 
 def test_an_infinite_limit_is_read_as_transformers_writes_it():

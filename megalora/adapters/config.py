@@ -62,8 +62,8 @@ class LoraConfig:
     """PEFT's LoraConfig, the fields that mean something for a linear layer, by the same names.
 
     target_modules    None: the default of the model_type; names (a module matches when its name is one of them or
-                      ends in "." + one); "all-linear": every linear but the head and routers; any other string: a
-                      regular expression over the whole module name
+                      ends in "." + one); "all-linear": every linear but the head and those `apart` (see `resolve`);
+                      any other string: a regular expression over the whole module name
     target_parameters names of tensors that hold the weights of all experts of a layer (gpt_oss): their linears are
                       adapted too, each by itself. peft's way to name what it has no modules for
     r, lora_alpha     rank and scale; rank_pattern and alpha_pattern map a pattern of module names to other values
@@ -163,7 +163,7 @@ class LoraConfig:
         ends: Sequence[str] = (),
         vocab_size: int = 0,
         without: Sequence[str] = (),
-        routers: Collection[str] = (),
+        apart: Collection[str] = (),
         stacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> ResolvedLora:
         """Return which linears of a model are adapted, and how.
@@ -171,7 +171,7 @@ class LoraConfig:
         linears  the layer of each linear of the layers, by full name
         ends     full names of the head and the embedding
         without  full names of linears that cannot carry an adapter
-        routers  full names of those of `linears` that "all-linear" leaves out, as in peft, where they are no linears
+        apart    full names of those of `linears` that "all-linear" leaves out: routers, and what peft refuses to adapt
         stacks   full name of each tensor that holds the weights of several linears -> their names
         Raises UserError where nothing matches, a name in the list matches nothing, or a layer index does not exist.
         """
@@ -187,7 +187,7 @@ class LoraConfig:
         short = sorted({name.rsplit(".", 1)[-1] for name in names})
         patterns = Patterns()
         if targets == "all-linear":
-            matched = [n for n in linears if n not in routers]
+            matched = [n for n in linears if n not in apart]
         elif isinstance(targets, str):
             for name in without:
                 if patterns.fits(targets, name):

@@ -199,6 +199,8 @@ BOUNDS: Mapping[str, Bound] = {
     **_all(_HEADS, "mamba_n_heads mamba_n_groups mamba_num_heads n_groups"),
     **_all(Number(True, 1, 1 << 14), "mamba_d_state ssm_state_size mamba_head_dim mamba_d_conv conv_kernel"),
     "mamba_expand": Number(False, 1e-3, 1e3),
+    "mamba_d_ssm": Number(True, 1, 1 << 24),
+    **_all(Each(Number(False, 1e-9, 1e9), 5), "ssm_multipliers mlp_multipliers"),
     "time_step_limit": Each(Number(False, 0.0, math.inf), 2),
     # documents
     **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size attention_chunk_size local_attention"),
@@ -219,7 +221,8 @@ BOUNDS: Mapping[str, Bound] = {
         """routed_scaling_factor route_scale router_scaling_factor attention_multiplier embedding_multiplier
         residual_multiplier logits_scaling logit_scale query_pre_attn_scalar attn_logit_softcapping
         final_logit_softcapping scale_emb scale_depth mup_embeddings_scale mup_output_alpha mup_width_scale
-        block_ffn_dim_multiplier
+        block_ffn_dim_multiplier ssm_in_multiplier ssm_out_multiplier attention_in_multiplier
+        attention_out_multiplier key_multiplier lm_head_multiplier
         floor_scale attn_scale swiglu_alpha swiglu_limit clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
     ),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
@@ -239,8 +242,8 @@ BOUNDS: Mapping[str, Bound] = {
         scale_attn_weights attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm
         use_qkv_bias use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention
         share_att_key position_biased_input attention_out_bias attention_k_eq_v mup_enabled enable_moe_block conv_bias
-        mamba_conv_bias mamba_proj_bias block_auto_adjust_ff_dim use_expert_bias
-        use_post_norm norm_bias classifier_bias use_task_id""",
+        projectors_bias mamba_rms_norm mamba_norm_before_gate mamba_conv_bias mamba_proj_bias
+        block_auto_adjust_ff_dim use_expert_bias use_post_norm norm_bias classifier_bias use_task_id""",
     ),
     **_all(
         Word(),

@@ -332,6 +332,7 @@ class MLP:
     dropout   of the base, of what down reads
     clamp     what down reads instead, of experts alone
     learned   name of the module that has the numbers of an activation with its own (xIELU), frozen; None: it has none
+    gate_scale  what the gate is multiplied by, before the activation
     """
 
     up: Projection
@@ -342,6 +343,7 @@ class MLP:
     dropout: float = 0.0
     clamp: Clamp | None = None
     learned: str | None = None
+    gate_scale: float = 1.0
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -356,7 +358,7 @@ class MLP:
     @property
     def fused_act(self) -> str | None:
         """The activation's name in megalora.ops.swiglu where that makes what down reads; None where torch does."""
-        return None if self.dropout else _FUSED_ACTS.get(self.act)
+        return None if self.dropout or self.gate_scale != 1.0 else _FUSED_ACTS.get(self.act)
 
     @property
     def norms(self) -> tuple[Norm, ...]:

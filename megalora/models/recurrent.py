@@ -127,6 +127,7 @@ class StateSpace:
     decay, bias, skip  names of tensors [heads]
     norm             of the heads of each group together, behind the gate; its weight is [heads features]
     scales           what z, x, b, c and dt are multiplied by
+    out_by_name      all-linear leaves `out` out: peft refuses an adapter of it
     """
 
     made: Fused
@@ -143,6 +144,7 @@ class StateSpace:
     norm: Norm | None
     convolution_biased: bool = True
     scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    out_by_name: bool = False
 
     told = "layers of Mamba-2"
     biased = True

@@ -86,8 +86,8 @@ class Residual:
 
 @dataclass(frozen=True)
 class ParallelResidual:
-    """x -> total * (x + output_norm(the sum over branches of mixer(norm(x)))), all of the same x: branches may share
-    their norm. Where branches have norms of their results, these come before the sum.
+    """x -> total * (x + output_norm(the sum over branches of scale * mixer(norm(x)))), all of the same x: branches may
+    share their norm. Where branches have norms of their results, these come before the sum.
 
     dropout  of the base, of the sum, in training
     total    name of a tensor [1], frozen; None: 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megalora.models.family import Fields
 from megalora.models.parts import rms
-from megalora.models.spec import Blocked, Fused, Linear, Norm, StateSpace
+from megalora.models.spec import Blocked, Fused, Linear, ModelSpec, Norm, StateSpace, mixers_of
 
 MAMBA_FIELDS = frozenset(
     """mamba_n_heads mamba_d_head mamba_n_groups mamba_d_state mamba_d_conv mamba_expand mamba_conv_bias mamba_proj_bias
@@ -41,6 +41,7 @@ def state_space(
     convolution_biased: bool,
     norm: Norm | None,
     scales: Sequence[float] = (1.0,) * 5,
+    out_by_name: bool = False,
 ) -> StateSpace:
     """Return Mamba-2 below `at`. biases: of its linears in_proj and out_proj; the others: see StateSpace.
 
@@ -71,6 +72,7 @@ def state_space(
         norm,
         convolution_biased,
         (z, x, b, c, dt),
+        out_by_name,
     )
 
 
@@ -89,3 +91,13 @@ def layer_kinds(hf: Fields, kinds: Sequence[str] | None, also: Sequence[str] = (
     if "full_attention" not in found:
         hf.fail("no layer has attention, which is not implemented", "take a model with both kinds of layers")
     return found
+
+
+def by_name(config: ModelSpec) -> frozenset[str]:
+    """Return the full names of linears of Mamba-2 that are adapted only where they are named."""
+    return frozenset(
+        config.stack.of_layer(index, mixer.out.name)
+        for index, layer in enumerate(config.stack.layers)
+        for mixer in mixers_of(layer)
+        if isinstance(mixer, StateSpace) and mixer.out_by_name
+    )

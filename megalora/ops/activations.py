@@ -149,6 +149,11 @@ def work_of(act: str, gated: bool, device_type: str) -> tuple[Work, Work]:
     return Work(forward.tensors + 3, forward.calls + 1), again
 
 
+def scaled(act: Activation, scale: float) -> Activation:
+    """Return act(scale x)."""
+    return lambda x: act(x * scale)
+
+
 def gated_activation(gate_up: torch.Tensor, act: Activation) -> torch.Tensor:
     """Map gate_up [T, 2 I], gate before up to act(gate) * up [T, I], keeping its input only."""
     return _GatedActivation.apply(gate_up, act)

@@ -22,7 +22,7 @@ from megalora.generation.sampling import Sampling
 from megalora.generation.steps import Steps
 from megalora.parallel.mesh import build_mesh
 
-HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2", "bamba")
+HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2", "bamba", "falcon_h1")
 
 
 @pytest.fixture(scope="module", params=[*HYBRIDS, "mistral"])

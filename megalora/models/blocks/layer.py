@@ -149,8 +149,8 @@ class _Step:
 
 
 class _ParallelStep:
-    """x -> total * (x + output_norm(the sum over branches of mixer(norm(x)))), which are reduced over tp together, or
-    each before the norm of its result.
+    """x -> total * (x + output_norm(the sum over branches of scale * mixer(norm(x)))), which are reduced over tp
+    together, or each before the norm of its result.
 
     Branches that share a norm read its one result; the first has room behind it.
     """
@@ -163,7 +163,7 @@ class _ParallelStep:
         self.before: Ending | None = None
         shared: dict[spec.Norm, Norm] = {}
         for branch in step.branches:
-            plain = branch.post_norm is None and branch.scale == 1.0 and branch.total is None
+            plain = branch.post_norm is None and branch.total is None
             assert branch.norm is not None and plain, branch
             if branch.norm not in shared:
                 shared[branch.norm] = at.norm(branch.norm)
@@ -174,6 +174,8 @@ class _ParallelStep:
         assert not any(self.output_norms) or not any(b.dropout for b in step.branches), step
         self.blocks = [BLOCKS[type(branch.mixer)](branch.mixer, at, reduces=reduces) for branch in step.branches]
         self.norm = self.norms[0]
+        self.scales = [b.scale for b in step.branches]
+        assert self.scales == [1.0] * len(self.scales) or not any(self.output_norms), step
         self.dropouts = [BaseDropout(b.dropout, at.site(f"{_last(b.mixer)}.residual")) for b in step.branches]
         output_norm = None if step.output_norm is None else at.norm(step.output_norm)
         self.ending = Ending(output_norm, 1.0, BaseDropout(step.dropout, at.site("residual")))
@@ -185,8 +187,8 @@ class _ParallelStep:
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
         total, size = None, hidden.shape[-1]
         normed: dict[Norm, torch.Tensor] = {}
-        parts = zip(self.norms, self.blocks, self.dropouts, self.output_norms, strict=True)
-        for norm, block, dropout, behind in parts:
+        parts = zip(self.norms, self.blocks, self.dropouts, self.output_norms, self.scales, strict=True)
+        for norm, block, dropout, behind, scale in parts:
             if norm in normed:
                 x = normed[norm][..., :size]
             else:
@@ -194,6 +196,7 @@ class _ParallelStep:
                 normed[norm], delta = x, None
             term = dropout.whole(block(x, inputs), inputs)
             term = term if behind is None else behind(term)
+            term = term if scale == 1.0 else term * scale
             total = term if total is None else total + term
         if self.together:
             total = reduce_terms(total, self.place, self._biases(inputs))
@@ -204,9 +207,10 @@ class _ParallelStep:
         """Return the biases of the branches' outputs, which no term has: [O], or with dropout [T, O]."""
         tokens = len(inputs.tokens.local)
         biases = []
-        for block in self.blocks:
+        for block, scale in zip(self.blocks, self.scales, strict=True):
             assert not isinstance(block, ExpertsBlock) or block.shared is None or block.shared.output.bias is None
-            biases.append(None if isinstance(block, ExpertsBlock) else block.output.bias)
+            bias = None if isinstance(block, ExpertsBlock) else block.output.bias
+            biases.append(bias if bias is None or scale == 1.0 else bias * scale)
         return [
             bias
             if bias is None or dropout.draw(inputs) is None

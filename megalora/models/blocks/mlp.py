@@ -8,7 +8,7 @@ from torch import nn
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
-from megalora.ops.activations import ACTIVATIONS, Activation, gated_activation, xielu
+from megalora.ops.activations import ACTIVATIONS, Activation, gated_activation, scaled, xielu
 from megalora.ops.dropout import drop
 from megalora.ops.swiglu import Made
 from megalora.parallel.group import LinearGroup, MLPPair
@@ -37,6 +37,8 @@ class MLPBlock:
         self.down = LinearGroup((down,), at.site(site), at.place, made=made, reduces=reduces)
         self._pair = None if made is None else MLPPair(self.up, self.down)
         self._act: Activation = ACTIVATIONS[mlp.act] if mlp.learned is None else XIELU(mlp, at)
+        if mlp.gate_scale != 1.0:
+            self._act = scaled(self._act, mlp.gate_scale)
         self._gates = mlp.gate is not None
         self._dropout, self._site, self._start = mlp.dropout, at.site(f"{mlp.down.name} base input"), part.start
 
