@@ -95,7 +95,7 @@ def grouped_branch_(
     dy [M, O], z [M, R], B [E, O, R]. Not for autograd.
     """
     if isinstance(bounds, torch.Tensor) and grouped_gpu.takes(dy, z, B) and grouped_gpu.joins(grads, z):
-        return grouped_gpu.branch_(grads, dy, z, B, bounds)
+        return grouped_gpu.branch_(grads, dy, z, B, bounds)[1]
     for out, rows, columns, scale in grads:
         grouped_outer_([out], dy[:, rows], z[:, columns], bounds, scale)
     return grouped(dy, B, bounds)

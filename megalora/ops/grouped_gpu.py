@@ -22,6 +22,7 @@ _REGISTERS = 168  # of a thread: three groups of 128 threads share 65536
 # Columns and stages of `branch_`, for up to 16 ranks and for more: the fastest of a Qwen3-30B-A3B's down, gate and up.
 _BRANCH = (128, 3), (256, 2)
 _THIN_ROWS, _THIN_CONTRACTED, _THIN_STAGES = 64, 64, 6
+_TAKEN_CONTRACTED = 128  # of rows that lie at tokens: 256 bytes of each at a time
 
 
 class BranchGrad(NamedTuple):
@@ -91,7 +92,7 @@ def _thin_(out: torch.Tensor, X: torch.Tensor, P: torch.Tensor, bounds: torch.Te
 
     from megalora.ops.grouped_kernels import thin_kernel
 
-    experts, columns = P.shape[0], _power(out.shape[1], 16)
+    experts, columns = P.shape[0], _power(P.shape[1] if turned else P.shape[2], 16)
     block = [1, columns, _THIN_CONTRACTED] if turned else [1, _THIN_CONTRACTED, columns]
     thin_kernel[(X.shape[0] // _THIN_ROWS + experts,)](
         TensorDescriptor(X, list(X.shape), list(X.stride()), [_THIN_ROWS, _THIN_CONTRACTED]),
@@ -100,6 +101,26 @@ def _thin_(out: torch.Tensor, X: torch.Tensor, P: torch.Tensor, bounds: torch.Te
         TURNED=turned, EXPERTS=_power(experts, 2), M=_THIN_ROWS, N=columns, K=_THIN_CONTRACTED,
         num_warps=4, num_stages=_THIN_STAGES,
     )  # fmt: skip
+
+
+def dispatch_thin(
+    x: torch.Tensor, pair: torch.Tensor, choices: int, P: torch.Tensor, bounds: torch.Tensor, room: int
+) -> torch.Tensor:
+    """Return [X | X P_e^T | 0] [M, I + room], X [M, I] the rows of x [F, I] at tokens pair // choices; P [E, R, I].
+
+    pair [M] int64. Rows of no expert are undefined.
+    """
+    from megalora.ops.grouped_kernels import dispatch_thin_kernel
+
+    (experts, ranks, size), rows = P.shape, pair.shape[0]
+    out = x.new_empty(rows, size + room)
+    if rows:
+        dispatch_thin_kernel[(rows // _THIN_ROWS + experts,)](
+            x, pair, P, out, bounds, experts, size, ranks, room, x.stride(0), P.stride(0), P.stride(1), out.stride(0),
+            CHOICES=choices, EXPERTS=_power(experts, 2), M=_THIN_ROWS, N=_power(ranks, 16), K=_TAKEN_CONTRACTED,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return out
 
 
 def _wide_(
@@ -142,21 +163,32 @@ def adds_to(outs: list[torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> bool:
     return each_whole and (len(outs) == 1 or (len(outs) == 2 and a.shape[1] <= b.shape[1]))
 
 
-def outer_(outs: list[torch.Tensor], a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor, scale: float) -> None:
+def outer_(
+    outs: list[torch.Tensor],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float,
+    pair: torch.Tensor | None = None,
+    choices: int = 0,
+) -> None:
     """Add scale a_e^T b_e to outs: one [E, N, K], or where a has the fewer columns two, the first of which has the
-    first of its columns. a [M, N], b [M, K].
+    first of its columns. a [M, N], b [M, K]; with pair [M] int64 b [F, K], whose rows are those of tokens
+    pair // choices: then a has the fewer columns.
     """
     from megalora.ops.grouped_kernels import outer_kernel
 
     short_first = a.shape[1] <= b.shape[1]
+    assert short_first or pair is None
     short, long = (a, b) if short_first else (b, a)
     out, second = outs[0], outs[-1]
     edge = out.shape[1] if short_first else short.shape[1]
     R, N = min(64, _power(short.shape[1], 16)), 64
     outer_kernel[(-(-long.shape[1] // N), -(-short.shape[1] // R), len(bounds))](
-        short, long, out, second, edge, scale, bounds, short.stride(0), long.stride(0), out.stride(0),
+        short, long, pair, out, second, edge, scale, bounds, short.stride(0), long.stride(0), out.stride(0),
         second.stride(0), short.shape[1], long.shape[1],
-        SHORT_FIRST=short_first, SECOND=len(outs) == 2, R=R, N=N, K=64, num_warps=4, num_stages=4,
+        SHORT_FIRST=short_first, SECOND=len(outs) == 2, CHOICES=0 if pair is None else choices,
+        R=R, N=N, K=64, num_warps=4, num_stages=4,
     )  # fmt: skip
 
 
@@ -175,26 +207,35 @@ def joins(grads: Sequence[BranchGrad], z: torch.Tensor) -> bool:
 
 
 def branch_(
-    grads: Sequence[BranchGrad], dy: torch.Tensor, z: torch.Tensor, B: torch.Tensor, bounds: torch.Tensor
-) -> torch.Tensor:
-    """Return dy B_e [M, R], and add the outer products of `grads`: megalora.ops.grouped.grouped_branch_."""
+    grads: Sequence[BranchGrad],
+    dy: torch.Tensor,
+    z: torch.Tensor,
+    B: torch.Tensor,
+    bounds: torch.Tensor,
+    pair: torch.Tensor | None = None,
+    choices: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (dy [M, O], dy B_e [M, R]), and add the outer products of `grads`: megalora.ops.grouped.grouped_branch_.
+
+    dy [M, O], which is returned; with pair [M] int64 dy [F, O], whose rows are those of tokens pair // choices.
+    """
     from megalora.ops.grouped_kernels import branch_kernel, sum_kernel
 
-    (rows, width), ranks, first, second = dy.shape, z.shape[1], grads[0], grads[-1]
-    dz = dy.new_empty(rows, ranks)
+    (rows, ranks), width, first, second = z.shape, dy.shape[1], grads[0], grads[-1]
+    dz, taken = z.new_empty(rows, ranks), dy if pair is None else dy.new_empty(rows, width)
     tiles, R = branch_tiles(width, ranks)
     N, stages = _BRANCH[R > 16]
     parts = torch.empty(tiles, rows, R, dtype=torch.float32, device=dy.device)
     branch_kernel[(tiles, len(bounds))](
-        dy, z, B, parts, first.out, second.out, first.scale, second.scale, bounds, dy.stride(0), z.stride(0),
-        B.stride(0), B.stride(1), rows * R, first.out.stride(0), second.out.stride(0), first.out.shape[1],
-        first.out.shape[2], width, ranks,
-        SECOND=len(grads) == 2, R=R, N=N, K=64, num_warps=4, num_stages=stages,
+        dy, pair, taken, z, B, parts, first.out, second.out, first.scale, second.scale, bounds, dy.stride(0),
+        taken.stride(0), z.stride(0), B.stride(0), B.stride(1), rows * R, first.out.stride(0), second.out.stride(0),
+        first.out.shape[1], first.out.shape[2], width, ranks,
+        SECOND=len(grads) == 2, CHOICES=0 if pair is None else choices, R=R, N=N, K=64, num_warps=4, num_stages=stages,
     )  # fmt: skip
     if rows:
         M = 64
-        sum_kernel[(-(-rows // M),)](parts, dz, rows * R, tiles, rows, ranks, R=R, M=M, num_warps=4)
-    return dz
+        sum_kernel[(-(-rows // M),)](parts, dz, rows * R, rows, ranks, COUNT=tiles, R=R, M=M, num_warps=4)
+    return taken, dz
 
 
 def branch_tiles(width: int, ranks: int) -> tuple[int, int]:

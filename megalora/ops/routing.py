@@ -135,12 +135,12 @@ def dispatch(x: torch.Tensor, routes: Routes, size: int, room: int = 0) -> torch
     if fuses(x) and x.stride(1) == 1:
         from megalora.ops.routing_kernels import dispatch_kernel
 
-        rows, block = routes.pair.shape[0], 1024
-        out = x.new_empty(rows, size + room)
-        if rows:
-            launch = dispatch_kernel[rows, -(-size // block)]
-            strides = x.stride(0), out.stride(0)
-            launch(x, routes.pair, routes.count, out, size, *strides, CHOICES=routes.choices, BLOCK=block)
+        assert routes.places is not None
+        (places, own), block = routes.places, 1024
+        out = x.new_empty(routes.pair.shape[0], size + room)
+        if len(out):
+            launch, strides = dispatch_kernel[routes.tokens, -(-size // block)], (x.stride(0), out.stride(0))
+            launch(x, places, own.view(torch.uint8), out, size, *strides, CHOICES=routes.choices, BLOCK=block)
         return out
     out = x.new_empty(routes.pair.shape[0], size + room)
     out[:, :size] = x[:, :size][routes.token]

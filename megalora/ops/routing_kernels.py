@@ -13,13 +13,19 @@ import triton.language as tl
 
 
 @triton.jit
-def dispatch_kernel(x, pair, count, out, size, x_stride, out_stride, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute out[row, :size] = x[token of the row, :size]."""
-    row = tl.program_id(0).to(tl.int64)
+def dispatch_kernel(
+    x, places, own, out, size, x_stride, out_stride, CHOICES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Compute out[places[pair], :size] = x[token, :size] for each own pair of a token, whose row is read once."""
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (columns < size) & (row < tl.load(count))
-    token = tl.load(pair + row) // CHOICES
-    tl.store(out + row * out_stride + columns, tl.load(x + token * x_stride + columns, mask=inside), mask=inside)
+    inside = columns < size
+    values = tl.load(x + token * x_stride + columns, mask=inside)
+    for choice in range(CHOICES):
+        pair = token * CHOICES + choice
+        mine = tl.load(own + pair) != 0
+        place = tl.load(places + pair)
+        tl.store(out + place * out_stride + columns, values, mask=inside & mine)
 
 
 @triton.jit
@@ -36,9 +42,11 @@ def gate_kernel(gate_up, weights, pair, count, out, size, out_stride, BLOCK: tl.
 
 
 @triton.jit
-def gate_backward_kernel(dh, gate_up, weights, pair, count, grad, dweights, size, dh_stride, BLOCK: tl.constexpr):
+def gate_backward_kernel(
+    dh, gate_up, weights, pair, count, grad, dweights, size, dh_stride, AGAIN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Compute grad = that of gate_up where weights * silu(gate) * up has dh; dweights[row] = the sum of dh silu(gate)
-    up.
+    up. AGAIN: write weights * silu(gate) * up over dh.
     """
     row = tl.program_id(0).to(tl.int64)
     own = row < tl.load(count)
@@ -54,6 +62,8 @@ def gate_backward_kernel(dh, gate_up, weights, pair, count, grad, dweights, size
         opened = tl.sigmoid(gate)
         silu = gate * opened
         total += d * silu * up
+        if AGAIN:
+            tl.store(dh + row * dh_stride + columns, silu * up * weight, mask=inside)
         d = d * weight
         tl.store(grad + place, d * up * opened * (1.0 + gate * (1.0 - opened)), mask=inside)
         tl.store(grad + place + size, d * silu, mask=inside)
@@ -101,9 +111,7 @@ def count_kernel(
     """Compute counts [programs, BUCKETS]: the pairs of each bucket among the `blocks` blocks of each program."""
     total = tl.zeros((BUCKETS,), tl.int32)
     for number in range(tl.program_id(0) * blocks, (tl.program_id(0) + 1) * blocks):
-        _, _, belongs = _buckets(
-            chosen, number, pairs, first, experts, stride, choice_stride, CHOICES, BLOCK, BUCKETS
-        )
+        _, _, belongs = _buckets(chosen, number, pairs, first, experts, stride, choice_stride, CHOICES, BLOCK, BUCKETS)
         total += tl.sum(belongs.to(tl.int32), 0)
     tl.store(counts + tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS), total)
 

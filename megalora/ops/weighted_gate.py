@@ -7,7 +7,7 @@ Legend: M rows (pairs of token and expert), F tokens, k choices of each, I inner
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -15,6 +15,14 @@ from megalora.ops.routing import Routes, fuses
 from megalora.ops.swiglu import swiglu, swiglu_backward
 
 _BLOCK = 1024
+
+
+class GateGrads(NamedTuple):
+    """Gradients of gate_up [M, 2 I] and of each row's weight [M]; what down read, [M, I], where it was asked for."""
+
+    gate_up: torch.Tensor
+    weights: torch.Tensor
+    result: torch.Tensor | None
 
 
 class Gate(Protocol):
@@ -31,9 +39,9 @@ class Gate(Protocol):
         ...
 
     def backward(
-        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (the gradient of gate_up [M, 2 I], that of each row's weight [M]) from dh [M, I], overwritten."""
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, again: bool
+    ) -> GateGrads:
+        """Return the gradients from dh [M, I], overwritten. again: with what forward returned, without room."""
         ...
 
 
@@ -59,20 +67,21 @@ class Gated:
         return X
 
     def backward(
-        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, again: bool
+    ) -> GateGrads:
         if self.act != "silu" or not fuses(gate_up):
             dweights = (dh * swiglu(gate_up, act=self.act)).sum(1, dtype=weights.dtype)
-            return swiglu_backward(dh.mul_(_of_rows(weights, routes)), gate_up, None, self.act)[0], dweights
+            grad = swiglu_backward(dh.mul_(_of_rows(weights, routes)), gate_up, None, self.act)[0]
+            return GateGrads(grad, dweights, self.forward(gate_up, weights, routes, 0) if again else None)
         from megalora.ops.routing_kernels import gate_backward_kernel
 
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         grad, dweights = torch.empty_like(gate_up), weights.new_empty(rows)
         gate_backward_kernel[(rows,)](
             dh, gate_up, weights.contiguous(), routes.pair, routes.count, grad, dweights, size, dh.stride(0),
-            BLOCK=_BLOCK,
+            AGAIN=again, BLOCK=_BLOCK,
         )  # fmt: skip
-        return grad, dweights
+        return GateGrads(grad, dweights, dh if again else None)
 
 
 SILU = Gated()
@@ -87,12 +96,12 @@ class _ScaledInput:
         return swiglu(gate_up * _of_rows(weights, routes).to(gate_up.dtype), room)
 
     def backward(
-        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, again: bool
+    ) -> GateGrads:
         w = _of_rows(weights, routes).to(gate_up.dtype)
         grad = swiglu_backward(dh, gate_up * w, None)[0]
         dweights = (grad * gate_up).sum(1, dtype=weights.dtype)
-        return grad.mul_(w), dweights
+        return GateGrads(grad.mul_(w), dweights, self.forward(gate_up, weights, routes, 0) if again else None)
 
 
 SCALED_INPUT = _ScaledInput()
@@ -119,8 +128,8 @@ class Clamped:
         return X
 
     def backward(
-        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, again: bool
+    ) -> GateGrads:
         gate, up = self._cut(gate_up)
         opened = torch.sigmoid(gate * self.alpha)
         glu = gate * opened
@@ -133,7 +142,7 @@ class Clamped:
         raw_gate, raw_up = _in_turn(gate_up)
         dgate.masked_fill_(raw_gate > self.limit, 0.0)
         dup.masked_fill_(raw_up.abs() > self.limit, 0.0)
-        return grad, dweights
+        return GateGrads(grad, dweights, self.forward(gate_up, weights, routes, 0) if again else None)
 
     def _cut(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = _in_turn(gate_up)

@@ -19,10 +19,11 @@ from torch import nn
 from megalora.adapters.lora import initial_factor
 from megalora.errors import UserError
 from megalora.ops import limits
+from megalora.ops.dispatched import Rows, branch_, dispatch_nt, outer_, rows_of
 from megalora.ops.dropout import Dropout, dropout
-from megalora.ops.grouped import Bounds, BranchGrad, grouped, grouped_branch_, grouped_nt, grouped_outer_
+from megalora.ops.grouped import Bounds, BranchGrad, grouped, grouped_nt
 from megalora.ops.lora_linear import room_for
-from megalora.ops.routing import Routes
+from megalora.ops.routing import Routes, dispatch
 from megalora.ops.scaled_copy import scaled_copy_
 from megalora.parallel.expert_matrices import expert_matrices
 from megalora.parallel.linear import LoraFactor, ParallelLinear, WholeLinear
@@ -268,6 +269,16 @@ class ExpertGroup:
         """Return the dropout of the group's input."""
         return tokens.draw(self.dropout, self.site)
 
+    def dispatch(self, x: torch.Tensor, routes: Routes, index: torch.Tensor | None, tokens: Tokens) -> torch.Tensor:
+        """Return the token of each row of x [F, I] with its z behind it, [M, I + C]: as `project` writes it."""
+        if self.down is None or self.draw(tokens) is not None:
+            X = dispatch(x, routes, self.in_features, self.room)
+            self.project(X, routes, index, tokens)
+            return X
+        X = dispatch_nt(x, self.down, routes, self.room)
+        self._mask_others(X[:, self.in_features :], routes, tokens)
+        return X
+
     def project(self, X: torch.Tensor, routes: Routes, index: torch.Tensor | None, tokens: Tokens) -> None:
         """Write z = dropout(x) A_e^T behind x, in place, 0 in columns of other adapters than a row's own.
 
@@ -277,6 +288,9 @@ class ExpertGroup:
             return
         x, z, draw = X[:, : self.in_features], X[:, self.in_features :], self.draw(tokens)
         grouped_nt(dropped(x, index, draw), self.down, routes.bounds, out=z)
+        self._mask_others(z, routes, tokens)
+
+    def _mask_others(self, z: torch.Tensor, routes: Routes, tokens: Tokens) -> None:
         if tokens.adapters is not None and self._owners is not None:
             owners = self._owners if len(self._owners) == 1 else self._owners[self._held(routes.expert)]
             z[:, : self.rank].masked_fill_(owners != tokens.adapters[routes.token, None], 0.0)
@@ -300,16 +314,18 @@ class ExpertGroup:
         """Return `expert` with one of this rank's for rows that belong to none, which nobody reads."""
         return expert.clamp(max=len(self.experts) - 1)
 
-    def branch_transposed(self, dy: torch.Tensor, bounds: Bounds, z: torch.Tensor | None) -> torch.Tensor:
-        """Return dz = dy s B_e [M, R]; with z [M, R or more], add s dy_e^T z_e to the gradient of each B_e."""
+    def branch_transposed(self, dy: Rows, bounds: Bounds, z: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (dy [M, O], dz = dy s B_e [M, R]); with z [M, R or more], add s dy_e^T z_e to the gradient of each
+        B_e.
+        """
         B = self.matrix.branch[:, :, : self.rank]
-        if z is None:
-            return grouped(dy, B, bounds)
-        grads = self._whole_gradients_of_b()
-        if grads is not None:
-            return grouped_branch_(grads, dy, z[:, : self.rank], B, bounds)
-        self._add_up_grads(dy, z, bounds)
-        return grouped(dy, B, bounds)
+        grads = None if z is None else self._whole_gradients_of_b()
+        if z is not None and grads is not None:
+            return branch_(grads, dy, z[:, : self.rank], B, bounds)
+        dy = rows_of(dy)
+        if z is not None:
+            self._add_up_grads(dy, z, bounds)
+        return dy, grouped(dy, B, bounds)
 
     def _whole_gradients_of_b(self) -> list[BranchGrad] | None:
         """Return the gradients of the parts' B where each part has one of all experts, else None."""
@@ -334,7 +350,7 @@ class ExpertGroup:
             if self.ranks[i]:
                 self._add([(i, "lora_B")], dy[:, rows], z[:, columns], bounds, self._scaling(i))
 
-    def add_down_grads(self, dz: torch.Tensor, x_dropped: torch.Tensor, bounds: Bounds) -> None:
+    def add_down_grads(self, dz: torch.Tensor, x_dropped: Rows, bounds: Bounds) -> None:
         """Add dz_e^T x_e to the gradient of each A_e: dz [M, R], x_dropped [M, I]."""
         factors = [(i, "lora_A") for i, rank in enumerate(self.ranks) if rank]
         self._add(factors, dz, x_dropped, bounds, 1.0)
@@ -343,7 +359,7 @@ class ExpertGroup:
         self,
         factors: Sequence[tuple[int, str]],
         a: torch.Tensor,
-        b: torch.Tensor,
+        b: Rows,
         bounds: Bounds,
         scale: float | torch.Tensor,
     ) -> None:
@@ -359,12 +375,12 @@ class ExpertGroup:
             if place is not None and place.shape[1:] == (size, b.shape[1])
         ]
         if len(whole) == len(factors) and isinstance(scale, float):
-            grouped_outer_(whole, a, b, bounds, scale)
+            outer_(whole, a, b, bounds, scale)
             return
         made = torch.zeros(
             len(self.experts), a.shape[1], b.shape[1], dtype=self.place.master_dtype, device=self.place.device
         )
-        grouped_outer_([made], a, b, bounds)
+        outer_([made], a, b, bounds)
         for (part, name), grads in zip(factors, made.mul_(scale).split(sizes, 1), strict=True):
             self._add_each(part, name, grads)
 

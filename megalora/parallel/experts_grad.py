@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from megalora.ops.dispatched import AtTokens, Rows, rows_of
 from megalora.ops.dropout import Dropout, dropout_add_
 from megalora.ops.grouped import grouped
-from megalora.ops.routing import Routes, by_pair, combine, dispatch, route
+from megalora.ops.routing import Routes, by_pair, combine, route
 from megalora.ops.weighted_gate import SILU, Gate
 from megalora.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megalora.parallel.experts import ExpertGroup, dropped
@@ -80,8 +81,7 @@ def _forward(pair: ExpertPair, x: torch.Tensor, weights: torch.Tensor, chosen: t
     up, down = pair.up, pair.down
     routes = route(chosen, pair.first, pair.stop, x.dtype)
     index, down_index = pair.row_index(routes, tokens)
-    X = dispatch(x, routes, up.in_features, up.room)
-    up.project(X, routes, index, tokens)
+    X = up.dispatch(x, routes, index, tokens)
     gate_up, z_up = up.multiply(X, routes.bounds, routes.expert), X[:, up.in_features :].clone()
     del X
     X = pair.gate.forward(gate_up, weights, routes, down.room)
@@ -106,53 +106,65 @@ class _Experts(torch.autograd.Function):
         x, weights, gate_up, z_up, z_down = ctx.saved_tensors
         index, down_index = pair.row_index(routes, tokens)
         needs_x, needs_weights = ctx.needs_input_grad[:2]
-        dy = dispatch(dout, routes, dout.shape[1])
-        X = pair.gate.forward(gate_up, weights, routes, 0)
-        trains_up = up.anchor is not None
-        dh = _backward(
-            down, dy, X, z_down, ctx.factors[1], routes, down_index, down.draw(tokens),
-            needs_x or trains_up or needs_weights,
-        )  # fmt: skip
-        of_bias = (dy * down.bias_of(routes.expert)).sum(1, dtype=weights.dtype) if down.biased else 0
-        del dy, X
-        if dh is None:
+        trains_up, trains_down = up.anchor is not None, down.anchor is not None
+        up_draw, down_draw = up.draw(tokens), down.draw(tokens)
+        dy: Rows = AtTokens(dout, routes)
+        of_bias = None
+        if down.biased:
+            dy = rows_of(dy)
+            of_bias = (dy * down.bias_of(routes.expert)).sum(1, dtype=weights.dtype)
+        dy, dz = _dz(down, dy, z_down, ctx.factors[1], routes)
+        if not (needs_x or trains_up or needs_weights):
+            if dz is not None:
+                X = pair.gate.forward(gate_up, weights, routes, 0)
+                down.add_down_grads(dz, dropped(X, down_index, down_draw), routes.bounds)
             return (None,) * 6
-        dgate_up, of_rows = pair.gate.backward(dh, gate_up, weights, routes)
-        of_rows = of_rows + of_bias if down.biased else of_rows
-        dweights = by_pair(of_rows, routes) if needs_weights else None
+        dh = _dx(down, dy, dz, ctx.factors[1], routes, down_index, down_draw)
+        del dy
+        grads = pair.gate.backward(dh, gate_up, weights, routes, trains_down)
+        dgate_up, of_rows = grads.gate_up, grads.weights
+        if dz is not None and grads.result is not None:
+            down.add_down_grads(dz, dropped(grads.result, down_index, down_draw), routes.bounds)
+        del dh, dz, grads
+        dweights = by_pair(of_rows if of_bias is None else of_rows + of_bias, routes) if needs_weights else None
         if not (needs_x or trains_up):
             return None, dweights, None, None, None, None
-        rows = dispatch(x, routes, up.in_features) if trains_up else None
-        dx = _backward(up, dgate_up, rows, z_up, ctx.factors[0], routes, index, up.draw(tokens), needs_x)
-        return None if dx is None else combine(dx, routes), dweights, None, None, None, None
+        dgate_up, dz = _dz(up, dgate_up, z_up, ctx.factors[0], routes)
+        if dz is not None and trains_up:
+            read = AtTokens(x, routes)
+            up.add_down_grads(dz, read if up_draw is None else dropped(read.rows(), index, up_draw), routes.bounds)
+        if not needs_x:
+            return None, dweights, None, None, None, None
+        dx = _dx(up, dgate_up, dz, ctx.factors[0], routes, index, up_draw)
+        del dgate_up
+        return combine(dx, routes), dweights, None, None, None, None
 
 
-def _backward(
+def _dz(
+    group: ExpertGroup, dy: Rows, z: torch.Tensor, A: torch.Tensor | None, routes: Routes
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (dy [M, O], dz [M, R]; None without branches); add to the gradients of a group's B.
+
+    z [M, C] and A [E, R, I] of the forward
+    """
+    if A is None:
+        return rows_of(dy), None
+    return group.branch_transposed(dy, routes.bounds, None if group.anchor is None else z)
+
+
+def _dx(
     group: ExpertGroup,
     dy: torch.Tensor,
-    x: torch.Tensor | None,
-    z: torch.Tensor,
+    dz: torch.Tensor | None,
     A: torch.Tensor | None,
     routes: Routes,
     index: torch.Tensor | None,
     draw: Dropout | None,
-    needs_dx: bool,
-) -> torch.Tensor | None:
-    """Return dx [M, I] (None unless needs_dx) of a group's rows, from dy [M, O]; add to the gradients of its factors.
-
-    x  [M, I], read where factors want gradients; z [M, C] of the forward; A [E, R, I] as it was then
-    """
-    bounds, trains = routes.bounds, group.anchor is not None
-    if A is None or not (needs_dx or trains):
-        return group.multiply_transposed(dy, bounds) if needs_dx else None
-    dz = group.branch_transposed(dy, bounds, z if trains else None)
-    if trains:
-        group.add_down_grads(dz, dropped(x, index, draw), bounds)
-    if not needs_dx:
-        return None
-    if draw is None:
-        return group.multiply_transposed(dy, bounds, dz, A)
-    dx = group.multiply_transposed(dy, bounds)
+) -> torch.Tensor:
+    """Return dx [M, I] of a group's rows from dy [M, O] and dz [M, R]; A [E, R, I] of the forward."""
+    if dz is None or A is None or draw is None:
+        return group.multiply_transposed(dy, routes.bounds, dz, A)
+    dx = group.multiply_transposed(dy, routes.bounds)
     assert index is not None
-    dropout_add_(dx, grouped(dz, A, bounds), index, draw)
+    dropout_add_(dx, grouped(dz, A, routes.bounds), index, draw)
     return dx

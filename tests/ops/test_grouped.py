@@ -74,6 +74,7 @@ def check_branch(made, counts, outputs, ranks, tolerance, **how):
     for parts_of_rows, parts_of_ranks in ((outputs, ranks), ([sum(outputs)], [sum(ranks)])):
         grads = gradients(len(counts), parts_of_rows, parts_of_ranks, dy.device)
         dz = made(grads, dy, z, B, bounds)
+        dz = dz[1] if isinstance(dz, tuple) else dz
         assert dz.shape == z.shape and apart(dz[:end], product(bounds, dy, B)) < tolerance
         for out, rows, columns, scale in grads:
             assert apart(out, 1 + scale * whole[:, rows, columns]) < tolerance
@@ -135,6 +136,33 @@ def interpreted(name: str) -> None:
     assert (outs[0][empty] == 1).all()
     assert grouped_gpu.joins(gradients(len(counts), [300, 200], [16, 8]), z)
     check_branch(grouped_gpu.branch_, counts, [300, 200], [16, 8], 1e-5)
+    check_at_tokens(counts, rows)
+
+
+def check_at_tokens(counts, rows, device="cpu", dtype=torch.float32):
+    """Rows at their tokens give the bits of rows that lie one behind another; z, in steps of its own, on a GPU."""
+    bounds, x, dy, W, z, A = drawn(counts, rows, 328, 264, 24, device, dtype)
+    end, choices, how = sum(counts), 3, {"device": device, "dtype": dtype}
+    pair = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(device)
+    token = pair // choices
+    x, dy, B = torch.nan_to_num(x)[: rows // choices + 1], torch.nan_to_num(dy)[: rows // choices + 1], W[:, :, :24]
+    X = torch.full((rows, 264 + 64), 7.0, **how)
+    X[:, :264] = x[token]
+    grouped_gpu._thin_(X[:, 264:], X[:, :264], A, bounds, True)
+    found = grouped_gpu.dispatch_thin(x, pair, choices, A, bounds, 64)
+    same = 328 if device == "cuda" else 264
+    assert torch.equal(found[:end, :same], X[:end, :same]) and not found[:end, 288:].any()
+    assert apart(found[:end, 264:288], product(bounds, x[token], A.mT)) < (6e-3 if device == "cuda" else 1e-6)
+    outs, at_tokens = ([torch.ones(len(counts), n, 264, device=device) for n in (16, 8)] for _ in range(2))
+    grouped_gpu.outer_(outs, z, X[:, :264], bounds, 0.5)
+    grouped_gpu.outer_(at_tokens, z, x, bounds, 0.5, pair, choices)
+    assert all(torch.equal(*both) for both in zip(outs, at_tokens, strict=True))
+    grads, again = (gradients(len(counts), [300, 28], [16, 8], device) for _ in range(2))
+    gathered = dy[token].contiguous()
+    _, dz = grouped_gpu.branch_(grads, gathered, z, B, bounds)
+    taken, dz_again = grouped_gpu.branch_(again, dy, z, B, bounds, pair, choices)
+    assert torch.equal(taken[:end], gathered[:end]) and torch.equal(dz[:end], dz_again[:end])
+    assert all(torch.equal(one.out, two.out) for one, two in zip(grads, again, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -183,10 +211,11 @@ def test_on_a_gpu(name, sizes):
     goals = [*goals, outer(bounds, z, x), product(bounds, x, A.mT), goals[1][:, :rank]]
     for found, repeated, goal in zip(ours, again, goals, strict=True):
         assert apart(found, goal) < 6e-3 and torch.equal(found, repeated)
+    how = {"device": "cuda", "dtype": torch.bfloat16}
     if rank <= 64:
         half = outputs // 2
-        how = {"device": "cuda", "dtype": torch.bfloat16}
         check_branch(grouped_branch_, counts, [half, outputs - half], [rank // 2, rank - rank // 2], 6e-3, **how)
+    check_at_tokens(counts, rows, **how)
     last = max(e for e, n in enumerate(counts) if n)
     alone = torch.zeros_like(bounds)
     alone[last:] = counts[last]

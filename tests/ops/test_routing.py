@@ -1,4 +1,6 @@
-"""The order of experts' rows by our kernels against a stable sort: in Triton's interpreter on a CPU, and on a GPU."""
+"""The order of experts' rows by our kernels against a stable sort, and what moves and weighs the rows against torch: in
+Triton's interpreter on a CPU, and on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from interpreted import needs_triton, run_interpreted
 
-from megalora.ops import routing
+from megalora.ops import routing, weighted_gate
 
 # tokens, choices, experts, the rank's first and the one behind its last, programs that count
 CASES = {
@@ -41,6 +43,43 @@ def check(case, device: str) -> None:
     assert torch.equal(found.places[1], own)
     assert torch.equal(found.places[0], torch.where(own, place.view_as(chosen), 0))
     assert (found.tokens, found.choices) == (tokens, choices)
+    check_rows(found, device)
+    check_gate(found, device)
+
+
+def check_rows(routes, device: str) -> None:
+    """Each row is its token's, and each token the sum of its own rows; other ranks' rows are not read."""
+    g = torch.Generator().manual_seed(1)
+    wide = torch.randn(routes.tokens, 1040, generator=g).to(device)
+    x, count = wide[:, :1030], int(routes.count)  # more than a block of 1024, and rows apart
+    assert routing.fuses(x)
+    rows = routing.dispatch(x, routes, 1030, 6)
+    assert rows.shape == (len(routes.pair), 1036)
+    assert torch.equal(rows[:count, :1030], x[routes.token[:count]])
+    rows[count:] = float("nan")
+    goal = torch.zeros(routes.tokens, 1036, device=device, dtype=torch.float64)
+    goal.index_add_(0, routes.token[:count], rows[:count].double())
+    torch.testing.assert_close(routing.combine(rows, routes).double(), goal, rtol=1e-5, atol=1e-5)
+
+
+def check_gate(routes, device: str) -> None:
+    """The gate's kernels against its plain torch, and what backward makes again against what forward made."""
+    g = torch.Generator().manual_seed(2)
+    gate_up = torch.randn(len(routes.pair), 2 * 40, generator=g).to(device)
+    dh, weights = (
+        torch.randn(*shape, generator=g).to(device) for shape in ((len(gate_up), 40), routes.places[0].shape)
+    )
+    count, gate = int(routes.count), weighted_gate.SILU
+    X = gate.forward(gate_up, weights, routes, 0)
+    once, again = (gate.backward(dh.clone(), gate_up, weights, routes, way) for way in (False, True))
+    assert once.result is None and torch.equal(again.result[:count], X[:count])
+    assert torch.equal(again.gate_up[:count], once.gate_up[:count])
+    assert torch.equal(again.weights[:count], once.weights[:count])
+    fuses, weighted_gate.fuses = weighted_gate.fuses, lambda rows: False
+    plain = gate.backward(dh.clone(), gate_up, weights, routes, True)
+    weighted_gate.fuses = fuses
+    for ours, torchs in zip(again, plain, strict=True):
+        torch.testing.assert_close(ours[:count], torchs[:count], rtol=1e-4, atol=1e-5)
 
 
 @needs_triton
@@ -57,4 +96,5 @@ def test_on_a_gpu(case, monkeypatch):
 
 
 if __name__ == "__main__":
+    routing.fuses = weighted_gate.fuses = lambda rows: True
     check(CASES[sys.argv[1]], "cpu")
