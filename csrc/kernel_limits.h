@@ -43,6 +43,9 @@ constexpr int64_t kMostSkinnyRows = 4;  // of linears without tensor cores; a GE
 // as much as decoding into memory. With e4m3 weights kMostSkinnyRows: above, products of e4m3 with e4m3 are faster.
 constexpr int64_t kMostNf4Rows = 32;
 constexpr int64_t kMostNf4Parts = 8;  // of several weights in one of these products
+// Of linears that norm what they read, on CUDA: elements of a row, and of all rows, which lie in shared memory.
+constexpr int64_t kLargestNormedRow = 8192;
+constexpr int64_t kMostNormed = 20480;
 // Of attention over the cache on CUDA: query heads of one key/value head, and the two sizes of a head.
 constexpr int64_t kMostQueriesPerHead = 8;
 constexpr int64_t kSmallHeadDim = 64;

@@ -48,6 +48,8 @@ std::map<std::string, int64_t> limits() {
       {"most_skinny_rows", kMostSkinnyRows},
       {"most_nf4_rows", kMostNf4Rows},
       {"most_nf4_parts", kMostNf4Parts},
+      {"largest_normed_row", kLargestNormedRow},
+      {"most_normed", kMostNormed},
       {"most_queries_per_head", kMostQueriesPerHead},
       {"small_head_dim", kSmallHeadDim},
       {"large_head_dim", kLargeHeadDim},

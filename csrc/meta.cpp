@@ -11,6 +11,11 @@ at::TensorOptions grad_options(const Tensor& x) {
   return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+// What is left of the outputs where half of them are gates.
+c10::SymInt step_outputs(const Tensor& weight, std::string_view gate) {
+  return gate == "none" ? weight.sym_size(0) : weight.sym_size(0) / 2;
+}
+
 }  // namespace
 
 Tensor dropout(const Tensor& x_TF, const MaskArguments&) { return at::empty_symint(x_TF.sym_sizes(), x_TF.options()); }
@@ -36,6 +41,17 @@ Tensor nf4_skinny_linear(const Tensor& x, at::TensorList, at::TensorList, at::Te
                          at::TensorList, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, const Tensor& branch,
                          const OptionalTensor&) {
   return at::empty_symint({x.sym_size(0), branch.sym_size(0)}, x.options());
+}
+
+Tensor step_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&, const OptionalTensor&,
+                   const OptionalTensor&, const OptionalTensor&, double, bool, bool, std::string_view gate) {
+  return at::empty_symint({x.sym_size(0), step_outputs(weight, gate)}, x.options());
+}
+
+Tensor fp8_step_linear(const Tensor& x, const Tensor& codes, const Tensor&, const Tensor&, const OptionalTensor&, bool,
+                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double, bool, bool,
+                       std::string_view gate) {
+  return at::empty_symint({x.sym_size(0), step_outputs(codes, gate)}, x.options());
 }
 
 }  // namespace megalora::meta

@@ -7,6 +7,8 @@
 // The arguments of a mask (MaskArguments), which some ops may be given none of. Macros, so that schemas stay literals.
 #define DRAW "int seed, int site, int step, int feature_offset, float p, Tensor? live_step"
 #define MASK "Tensor token_index, " DRAW
+// What a linear of a few rows does beside its product (BesideParams).
+#define BESIDE "Tensor? delta, Tensor(a!)? sum, Tensor? norm, float eps, bool precise, bool offset, str gate"
 
 namespace {
 
@@ -103,6 +105,11 @@ TORCH_LIBRARY(megalora, m) {
       "int first, int width, Tensor row_scale, Tensor? terms, Tensor(a!) out, bool turned) -> ()");
   // kept: codes and scale are not written between steps; they are then read before the kernel before has ended.
   def("fp8_skinny_linear(Tensor x, Tensor codes, Tensor scale, Tensor branch, Tensor? bias, bool kept) -> Tensor");
+  // The same, and skinny_linear, of norm(x + delta): norm [I] (none: x as it is, with its branch behind), delta, sum
+  // [M, I]; y [M, O / 2] = gate(the first half of the outputs) * the second, or [M, O] where gate is none.
+  def("fp8_step_linear(Tensor x, Tensor codes, Tensor scale, Tensor branch, Tensor? bias, bool kept, " BESIDE
+      ") -> Tensor");
+  def("step_linear(Tensor x, Tensor weight, Tensor? bias, " BESIDE ") -> Tensor");
   // Of several weights one below the other, each as nf4_decode_ takes it.
   def("nf4_skinny_linear(Tensor x, Tensor[] codes, Tensor[] absmax, Tensor[] scale, Tensor[] numbers, Tensor[] offset, "
       "int[] nested_block, int[] first, int[] width, Tensor branch, Tensor? bias) -> Tensor");
@@ -111,9 +118,11 @@ TORCH_LIBRARY(megalora, m) {
   def("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   // The same in float32, of any number of rows, on CPUs with AMX tiles; weight [O, I] or the transpose of such.
   def("tile_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  // q, out [B, H, D], k, v [B, K, D], keys, values [S, K, C, D], slots, positions [B] int64; window 0: none.
+  // q, out [B, H, D], k, v [B, K, D], keys, values [S, K, C, D], slots, positions [B] int64; window 0: none. On CUDA:
+  // cos, sin [B, D / 2], by which q and k are rotated first, or none; arrived [B K] int32, zeros before and behind.
   def("decode_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
-      "Tensor positions, int window, Tensor(c!) out) -> ()");
+      "Tensor positions, int window, Tensor(c!) out, Tensor? cos=None, Tensor? sin=None, "
+      "Tensor(d!)? arrived=None) -> ()");
 }
 
 namespace megalora {
@@ -161,6 +170,8 @@ TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
   m.impl("nf4_to_e4m3_", &cuda::nf4_to_e4m3_);
   m.impl("fp8_skinny_linear", &cuda::fp8_skinny_linear);
   m.impl("nf4_skinny_linear", &cuda::nf4_skinny_linear);
+  m.impl("step_linear", &cuda::step_linear);
+  m.impl("fp8_step_linear", &cuda::fp8_step_linear);
   m.impl("scale_columns_", &cuda::scale_columns_);
   m.impl("scale_columns_backward_", &cuda::scale_columns_backward_);
 }
@@ -174,6 +185,8 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
   m.impl("tile_linear", &meta::skinny_linear);
   m.impl("fp8_skinny_linear", &meta::fp8_skinny_linear);
   m.impl("nf4_skinny_linear", &meta::nf4_skinny_linear);
+  m.impl("step_linear", &meta::step_linear);
+  m.impl("fp8_step_linear", &meta::fp8_step_linear);
   for (const char* name : {"dropout_add_",
                            "rms_norm_",
                            "rms_norm_backward_",

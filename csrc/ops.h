@@ -59,7 +59,8 @@ inline NormRounding norm_rounding(bool precise, bool offset) {
   Tensor lora_up_weight_grad(const Tensor& dy, const Tensor& z, double scaling);                                      \
   Tensor skinny_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);                            \
   void decode_attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, \
-                         const Tensor& slots, const Tensor& positions, int64_t window, const Tensor& out);
+                         const Tensor& slots, const Tensor& positions, int64_t window, const Tensor& out,             \
+                         const OptionalTensor& cos, const OptionalTensor& sin, const OptionalTensor& arrived);
 
 namespace cpu {
 
@@ -119,6 +120,12 @@ Tensor nf4_skinny_linear(const Tensor& x, at::TensorList codes, at::TensorList a
                          at::TensorList numbers, at::TensorList offset, at::IntArrayRef nested_block,
                          at::IntArrayRef first, at::IntArrayRef width, const Tensor& branch,
                          const OptionalTensor& bias);
+Tensor step_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& delta,
+                   const OptionalTensor& sum, const OptionalTensor& norm, double eps, bool precise, bool offset,
+                   std::string_view gate);
+Tensor fp8_step_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
+                       const OptionalTensor& bias, bool kept, const OptionalTensor& delta, const OptionalTensor& sum,
+                       const OptionalTensor& norm, double eps, bool precise, bool offset, std::string_view gate);
 
 }  // namespace cuda
 
@@ -134,6 +141,12 @@ Tensor nf4_skinny_linear(const Tensor& x, at::TensorList codes, at::TensorList a
                          at::TensorList numbers, at::TensorList offset, at::IntArrayRef nested_block,
                          at::IntArrayRef first, at::IntArrayRef width, const Tensor& branch,
                          const OptionalTensor& bias);
+Tensor step_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& delta,
+                   const OptionalTensor& sum, const OptionalTensor& norm, double eps, bool precise, bool offset,
+                   std::string_view gate);
+Tensor fp8_step_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
+                       const OptionalTensor& bias, bool kept, const OptionalTensor& delta, const OptionalTensor& sum,
+                       const OptionalTensor& norm, double eps, bool precise, bool offset, std::string_view gate);
 
 }  // namespace meta
 }  // namespace megalora

@@ -143,6 +143,16 @@ struct CrossEntropyGradParams {
   Type type;
 };
 
+// What a linear of a few rows does beside its product, on CUDA (megalora/ops/step_linear.py). It reads norm(x + delta),
+// and gives gate(the first half of its outputs) * the second half: y [M, O / 2].
+struct BesideParams {
+  const void *delta, *norm;  // delta [M, I], null: none; norm [I], RMSNorm's weight, null: x is read as it is
+  void* sum;                 // x + delta [M, I], kept where there is a delta
+  float eps;
+  NormRounding rounding;
+  Gate gate;  // none: y [M, O]
+};
+
 // y [M, O] contiguous = x [M, I] weight [O, I]^T + bias [O] (null: none), summed in float32; 1 <= M <= kMostSkinnyRows.
 struct SkinnyLinearParams {
   Matrix x, weight;
@@ -150,6 +160,7 @@ struct SkinnyLinearParams {
   void* y;
   int64_t rows, in_features, out_features;
   Type type;
+  BesideParams beside;  // on CUDA
 };
 
 // codes [T, I + terms] e4m3, scale [T] float32: x [T, I] (times factor [I] float32, null: 1) = codes * scale, row by
@@ -224,6 +235,7 @@ struct Fp8SkinnyParams {
   int64_t rows, in_features, out_features, room;
   Type type;
   bool kept;
+  BesideParams beside;  // a norm without a branch alone: room is 0
 };
 
 // Some outputs of an NF4 weight, as Nf4DecodeParams has them, with scales: from `first_output` on of those that are
@@ -253,8 +265,12 @@ struct DecodeAttentionParams {
   const int64_t *slots, *positions;  // [B]
   int64_t sequences, kv_heads, group, capacity, head_dim, window;
   Type type;
-  // On CUDA: [B, K, splits, group, 2 + D]: largest score, sum of weights and weighted values of each part of the keys.
+  // On CUDA: q and k are rotated by (cos, sin) [B, D / 2], contiguous, before all else; null: they are as they come.
+  const void *cos, *sin;
+  // On CUDA: [B, K, splits, group, 2 + D]: largest score, sum of weights and weighted values of each part of the keys;
+  // and how many parts of each head have arrived [B, K], zero before and behind.
   float* partial;
+  int* arrived;
   int64_t splits;
 };
 

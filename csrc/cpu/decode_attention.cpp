@@ -99,7 +99,9 @@ Lengths checked_lengths(const DecodeAttentionParams& params, int64_t slots) {
 
 void decode_attention_(const Tensor& q_BHD, const Tensor& k_BKD, const Tensor& v_BKD, const Tensor& keys_SKCD,
                        const Tensor& values_SKCD, const Tensor& slots_B, const Tensor& positions_B, int64_t window,
-                       const Tensor& out_BHD) {
+                       const Tensor& out_BHD, const OptionalTensor& cos, const OptionalTensor& sin,
+                       const OptionalTensor&) {
+  MEGALORA_CHECK(!cos && !sin, "q and k are rotated by split_rope_ on a CPU");
   const int64_t sequences = q_BHD.size(0), dim = q_BHD.size(2), kv_heads = k_BKD.size(1);
   const auto dtype = q_BHD.scalar_type();
   for (const Tensor* x : {&q_BHD, &k_BKD, &v_BKD, &out_BHD}) {

@@ -19,7 +19,8 @@ Heads checked_heads(const Tensor& x, const Tensor& like) {
 // What slots and positions hold is not checked: they are on the device. They must be inside the cache.
 void decode_attention_(const Tensor& q_BHD, const Tensor& k_BKD, const Tensor& v_BKD, const Tensor& keys_SKCD,
                        const Tensor& values_SKCD, const Tensor& slots_B, const Tensor& positions_B, int64_t window,
-                       const Tensor& out_BHD) {
+                       const Tensor& out_BHD, const OptionalTensor& cos, const OptionalTensor& sin,
+                       const OptionalTensor& arrived) {
   const int64_t sequences = q_BHD.size(0), kv_heads = k_BKD.size(1), dim = q_BHD.size(2);
   MEGALORA_CHECK(q_BHD.scalar_type() == at::kBFloat16 || q_BHD.scalar_type() == at::kHalf, q_BHD.scalar_type());
   MEGALORA_CHECK(kv_heads > 0 && q_BHD.size(1) % kv_heads == 0, q_BHD.sizes(), " and ", k_BKD.sizes());
@@ -35,6 +36,14 @@ void decode_attention_(const Tensor& q_BHD, const Tensor& k_BKD, const Tensor& v
     MEGALORA_CHECK(x->scalar_type() == at::kLong && x->numel() == sequences && x->is_contiguous(), x->sizes());
     MEGALORA_CHECK(x->device() == q_BHD.device(), x->device());
   }
+  MEGALORA_CHECK(cos.has_value() == sin.has_value(), "cos and sin go together");
+  for (const OptionalTensor* x : {&cos, &sin}) {
+    if (!*x) continue;
+    MEGALORA_CHECK((*x)->sizes() == at::IntArrayRef({sequences, dim / 2}) && (*x)->is_contiguous(), (*x)->sizes());
+    check_rows(**x, q_BHD);
+  }
+  MEGALORA_CHECK(arrived && arrived->scalar_type() == at::kInt && arrived->is_contiguous(), "arrived");
+  MEGALORA_CHECK(arrived->numel() >= sequences * kv_heads && arrived->device() == q_BHD.device(), arrived->sizes());
   DecodeAttentionParams params{};
   params.q = checked_heads(q_BHD, q_BHD);
   params.k = checked_heads(k_BKD, q_BHD);
@@ -51,6 +60,9 @@ void decode_attention_(const Tensor& q_BHD, const Tensor& k_BKD, const Tensor& v
   params.head_dim = dim;
   params.window = window;
   params.type = type_of(q_BHD);
+  params.cos = cos ? cos->const_data_ptr() : nullptr;
+  params.sin = sin ? sin->const_data_ptr() : nullptr;
+  params.arrived = arrived->mutable_data_ptr<int>();
   params.splits = decode_splits(sequences, kv_heads, params.capacity);
   if (sequences == 0) return;
   const c10::cuda::CUDAGuard guard(q_BHD.device());

@@ -3,6 +3,7 @@
 // scale of a row comes behind its sum.
 #include <cuda_fp8.h>
 
+#include "cuda/beside.h"
 #include "cuda/decode_step.h"
 #include "cuda/halves.h"
 #include "cuda/launch.h"
@@ -17,7 +18,10 @@ constexpr unsigned kAllLanes = 0xFFFFFFFF;
 // A warp makes kOutputs outputs of each row of x. A lane has kAhead words of sixteen codes of each of them under way,
 // and asks for the next as soon as one is used. Codes that no kernel of the step writes are asked for before the kernel
 // before has ended: of 4,096 inputs, all of them.
-constexpr int kWarps = 8, kOutputs = 2, kAhead = 8, kCodes = 16;
+constexpr int kOutputs = 2, kAhead = 8, kCodes = 16;
+// Where each block norms the rows of x, there are half as many of them.
+template <bool normed>
+constexpr int kWarpsOf = normed ? 16 : 8;
 
 // Eight codes of two words.
 __device__ __forceinline__ void unpack_e4m3(uint32_t low, uint32_t high, float (&to)[8]) {
@@ -31,18 +35,24 @@ __device__ __forceinline__ void unpack_e4m3(uint32_t low, uint32_t high, float (
   }
 }
 
-// Brings nearer the branch of the warp's outputs, from `first` on, which is read last.
-__device__ __forceinline__ void fetch_branch(const Fp8SkinnyParams& params, int64_t first) {
+// Brings nearer the branch of the warp's outputs, which is read last.
+__device__ __forceinline__ void fetch_branch(const Fp8SkinnyParams& params, const RowPairs& pairs, int64_t pair) {
   const int lane = threadIdx.x % kLanes;
-  const int64_t output = first + lane;
-  if (lane >= kOutputs || output >= params.out_features || params.room == 0) return;
+  const int64_t output = pairs.row(pair, lane);
+  if (lane >= kOutputs || pair >= pairs.count || output >= params.out_features || params.room == 0) return;
   const auto* branch = static_cast<const uint16_t*>(params.branch.data) + output * params.branch.stride;
   prefetch(branch, static_cast<uint32_t>(2 * params.room));
 }
 
+// Rows of x, `stride` octets apart.
+struct Octets {
+  const uint4* first;
+  int64_t stride;
+};
+
 // Adds the product of sixteen codes of each output with their columns of x, those from 16 `at` on.
 template <int M, bool bfloat16>
-__device__ __forceinline__ void add(float (&sums)[kOutputs][M], const uint4 (&words)[kOutputs], const Matrix& x_MI,
+__device__ __forceinline__ void add(float (&sums)[kOutputs][M], const uint4 (&words)[kOutputs], const Octets& rows,
                                     int at) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -54,8 +64,7 @@ __device__ __forceinline__ void add(float (&sums)[kOutputs][M], const uint4 (&wo
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       float x[8];
-      const auto* row = static_cast<const uint16_t*>(x_MI.data) + m * x_MI.stride;
-      unpack<bfloat16>(reinterpret_cast<const uint4*>(row)[2 * at + half], x);
+      unpack<bfloat16>(rows.first[m * rows.stride + 2 * at + half], x);
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
@@ -85,18 +94,22 @@ __device__ __forceinline__ void add_branch(float (&sums)[M], const Fp8SkinnyPara
   }
 }
 
-template <int M, bool bfloat16>
-__global__ void __launch_bounds__(kWarps* kLanes, 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
+template <int M, bool bfloat16, bool normed>
+__global__ void __launch_bounds__(kWarpsOf<normed>* kLanes, normed ? 1 : 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
+  constexpr int kWarps = kWarpsOf<normed>;
+  using Rows = NormedRows<M, bfloat16, kWarps * kLanes>;
+  __shared__ uint4 staged[normed ? Rows::kRoom / 8 : 1];
   const int lane = threadIdx.x % kLanes, end = static_cast<int>(params.in_features / kCodes);
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes) * kOutputs;
-  fetch_branch(params, first);
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+  const RowPairs pairs(params.beside, params.out_features);
+  fetch_branch(params, pairs, pair);
   let_next_start();
   if (!params.kept) await_previous();
   const uint4* weights[kOutputs];
   int64_t rows[kOutputs];
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
-    rows[o] = min(first + o, params.out_features - 1);
+    rows[o] = min(pairs.row(min(pair, pairs.count - 1), o), params.out_features - 1);
     weights[o] =
         reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(params.codes.data) + rows[o] * params.codes.stride);
   }
@@ -111,14 +124,22 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) fp8_skinny_kernel(Fp8Skinny
   float scale[kOutputs], sums[kOutputs][M] = {};
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) scale[o] = params.scale[rows[o]];  // comes while the codes do
-  await_previous();
-  if (first >= params.out_features) return;
+  Octets x{static_cast<const uint4*>(params.x.data), params.x.stride / 8};
+  if constexpr (normed) {
+    const Rows normed_rows(params.beside, params.in_features);
+    await_previous();
+    normed_rows.stage(staged, params.beside, params.x);
+    x = {staged, params.in_features / 8};
+  } else {
+    await_previous();
+  }
+  if (pair >= pairs.count) return;
   for (int start = lane; start < end; start += kAhead * kLanes) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int at = start + i * kLanes;
       if (at >= end) break;
-      add<M, bfloat16>(sums, held[i], params.x, at);
+      add<M, bfloat16>(sums, held[i], x, at);
       load(held[i], at + kAhead * kLanes);
     }
   }
@@ -126,25 +147,35 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) fp8_skinny_kernel(Fp8Skinny
   for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
     for (int m = 0; m < M; ++m) sums[o][m] *= scale[o];
-    add_branch<M, bfloat16>(sums[o], params, rows[o]);
+    if constexpr (!normed) add_branch<M, bfloat16>(sums[o], params, rows[o]);
+  }
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      float total = sums[o][m];
+  for (int m = 0; m < M; ++m) {
 #pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-      if (lane == 0 && first + o < params.out_features) {
-        if (params.bias != nullptr) total += widen<bfloat16>(params.bias, first + o);
-        narrow<bfloat16>(params.y, m * params.out_features + first + o, total);
-      }
+    for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2) sums[o][m] += __shfl_xor_sync(kAllLanes, sums[o][m], step);
+      if (params.bias != nullptr) sums[o][m] += widen<bfloat16>(params.bias, rows[o]);
+    }
+    if (lane == 0) {
+      write_pair<bfloat16>(params.y, params.beside, params.out_features, pairs, m, pair, sums[0][m], sums[1][m]);
     }
   }
 }
 
+template <int M, bool normed>
+void launch_rows(const Fp8SkinnyParams& params, cudaStream_t stream) {
+  constexpr int each = kWarpsOf<normed> * kOutputs;
+  const auto kernel =
+      params.type == Type::bfloat16 ? fp8_skinny_kernel<M, true, normed> : fp8_skinny_kernel<M, false, normed>;
+  const auto blocks = static_cast<unsigned>((params.out_features + each - 1) / each);
+  launch_following(kernel, dim3(blocks), kWarpsOf<normed> * kLanes, M, stream, params);
+}
+
 template <int M>
 void launch_rows(const Fp8SkinnyParams& params, cudaStream_t stream) {
-  const auto kernel = params.type == Type::bfloat16 ? fp8_skinny_kernel<M, true> : fp8_skinny_kernel<M, false>;
-  const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
-  launch_following(kernel, dim3(blocks), kWarps * kLanes, M, stream, params);
+  if (params.beside.norm != nullptr) return launch_rows<M, true>(params, stream);
+  launch_rows<M, false>(params, stream);
 }
 
 }  // namespace

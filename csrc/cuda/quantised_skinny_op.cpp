@@ -1,6 +1,7 @@
 // Linears of a few rows on quantised weights, on CUDA.
 #include <ATen/ops/empty.h>
 
+#include "cuda/beside_checks.h"
 #include "cuda/checks.h"
 #include "cuda/launch.h"
 
@@ -9,10 +10,10 @@ namespace {
 
 constexpr int64_t kBlock = 64, kNestedNumbers = 256;  // of NF4
 
-// Checks x [M, I + C], branch [O, C], bias [O] and sets what both formats take of them; y is new.
+// Checks x [M, I + C], branch [O, C], bias [O] and sets what both formats take of them; y [M, `outputs`] is new.
 template <typename Params>
 Tensor begin(Params& params, const Tensor& x, int64_t most_rows, int64_t in_features, const Tensor& branch,
-             const Tensor& bias) {
+             const Tensor& bias, int64_t outputs) {
   check_matrix(x, x);
   MEGALORA_CHECK(x.size(0) <= most_rows, x.sizes());
   MEGALORA_CHECK(branch.dim() == 2 && branch.size(1) % kOctet == 0, branch.sizes());
@@ -22,7 +23,7 @@ Tensor begin(Params& params, const Tensor& x, int64_t most_rows, int64_t in_feat
     MEGALORA_CHECK(bias.numel() == branch.size(0) && bias.scalar_type() == x.scalar_type(), bias.sizes());
     params.bias = bias.const_data_ptr();
   }
-  Tensor y = at::empty({x.size(0), branch.size(0)}, x.options());
+  Tensor y = at::empty({x.size(0), outputs}, x.options());
   params.x = matrix_of(x);
   params.branch = matrix_of(branch);
   params.y = y.mutable_data_ptr();
@@ -36,10 +37,8 @@ Tensor begin(Params& params, const Tensor& x, int64_t most_rows, int64_t in_feat
 
 Tensor contiguous_or_none(const OptionalTensor& bias) { return bias ? bias->contiguous() : Tensor(); }
 
-}  // namespace
-
-Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
-                         const OptionalTensor& bias, bool kept) {
+Tensor fp8_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
+                  const OptionalTensor& bias, bool kept, const BesideArguments& given) {
   const bool bytes = codes.scalar_type() == at::kFloat8_e4m3fn || codes.scalar_type() == at::kByte;
   MEGALORA_CHECK(codes.dim() == 2 && bytes && codes.size(1) % 16 == 0, codes.sizes(), " of ", codes.scalar_type());
   MEGALORA_CHECK(branch.size(0) == codes.size(0), branch.sizes(), " for ", codes.sizes());
@@ -48,7 +47,8 @@ Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& sca
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dense = contiguous_or_none(bias);
   Fp8SkinnyParams params{};
-  Tensor y = begin(params, x, kMostSkinnyRows, codes.size(1), branch, dense);
+  params.beside = beside_of(given, x, codes.size(1), codes.size(0));
+  Tensor y = begin(params, x, kMostSkinnyRows, codes.size(1), branch, dense, outputs_left(given, codes.size(0)));
   if (y.numel() == 0) return y;
   params.codes = matrix_of(codes);
   params.scale = scale.const_data_ptr<float>();
@@ -56,6 +56,19 @@ Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& sca
   launch_fp8_skinny(params, stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
+}
+
+}  // namespace
+
+Tensor fp8_skinny_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
+                         const OptionalTensor& bias, bool kept) {
+  return fp8_linear(x, codes, scale, branch, bias, kept, {{}, {}, {}, 0, false, false, "none"});
+}
+
+Tensor fp8_step_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& branch,
+                       const OptionalTensor& bias, bool kept, const OptionalTensor& delta, const OptionalTensor& sum,
+                       const OptionalTensor& norm, double eps, bool precise, bool offset, std::string_view gate) {
+  return fp8_linear(x, codes, scale, branch, bias, kept, {delta, sum, norm, eps, precise, offset, gate});
 }
 
 Tensor nf4_skinny_linear(const Tensor& x, at::TensorList codes, at::TensorList absmax, at::TensorList scale,
@@ -72,7 +85,7 @@ Tensor nf4_skinny_linear(const Tensor& x, at::TensorList codes, at::TensorList a
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dense = contiguous_or_none(bias);
   Nf4SkinnyParams params{};
-  Tensor y = begin(params, x, kMostNf4Rows, in_features, branch, dense);
+  Tensor y = begin(params, x, kMostNf4Rows, in_features, branch, dense, branch.size(0));
   for (size_t i = 0; i < count; ++i) {
     MEGALORA_CHECK(codes[i].scalar_type() == at::kByte && codes[i].dim() == 2 && codes[i].is_contiguous(), "codes");
     MEGALORA_CHECK(codes[i].size(1) == in_features / 2, codes[i].sizes(), " for ", x.sizes());

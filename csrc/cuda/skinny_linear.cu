@@ -1,5 +1,6 @@
 // A linear of a few rows on a GPU. Bound by what it reads once: the weight. Its grid depends on shapes alone, so that a
 // CUDA graph can hold it.
+#include "cuda/beside.h"
 #include "cuda/decode_step.h"
 #include "cuda/halves.h"
 #include "cuda/launch.h"
@@ -16,24 +17,40 @@ constexpr unsigned kAllLanes = 0xFFFFFFFF;
 constexpr int kWarps = 8, kOutputs = 2, kUnrolled = 4;
 constexpr int64_t kPrefetched = 2048;  // bytes of a row, before the kernel before has ended
 
-template <int M, bool bfloat16>
+template <int M, bool bfloat16, bool normed>
 __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearParams params) {
-  const auto* x_data = static_cast<const uint16_t*>(params.x.data);
+  using Rows = NormedRows<M, bfloat16, kWarps * kLanes>;
+  __shared__ uint4 staged[normed ? Rows::kRoom / 8 : 1];
   const auto* weight = static_cast<const uint16_t*>(params.weight.data);
   const int lane = threadIdx.x % kLanes;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes) * kOutputs;
-  const int64_t fetched = static_cast<int64_t>(blockIdx.x) * kWarps * kOutputs + threadIdx.x;
-  if (threadIdx.x < kWarps * kOutputs && fetched < params.out_features) {
-    prefetch(weight + fetched * params.weight.stride, static_cast<uint32_t>(min(2 * params.in_features, kPrefetched)));
+  const int64_t first_pair = static_cast<int64_t>(blockIdx.x) * kWarps, pair = first_pair + threadIdx.x / kLanes;
+  const RowPairs pairs(params.beside, params.out_features);
+  if (threadIdx.x < kWarps * kOutputs && first_pair + threadIdx.x / kOutputs < pairs.count) {
+    const int64_t fetched = pairs.row(first_pair + threadIdx.x / kOutputs, threadIdx.x % kOutputs);
+    if (fetched < params.out_features) {
+      prefetch(weight + fetched * params.weight.stride,
+               static_cast<uint32_t>(min(2 * params.in_features, kPrefetched)));
+    }
   }
   let_next_start();
-  await_previous();
-  if (first >= params.out_features) return;
+  const uint4* x_octets = static_cast<const uint4*>(params.x.data);
+  int64_t x_stride = params.x.stride / 8;
+  if constexpr (normed) {
+    const Rows normed_rows(params.beside, params.in_features);
+    await_previous();
+    normed_rows.stage(staged, params.beside, params.x);
+    x_octets = staged;
+    x_stride = params.in_features / 8;
+  } else {
+    await_previous();
+  }
+  if (pair >= pairs.count) return;
   const uint4* weights[kOutputs];
+  int64_t rows[kOutputs];
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
-    const int64_t row = min(first + o, params.out_features - 1);
-    weights[o] = reinterpret_cast<const uint4*>(weight + row * params.weight.stride);
+    rows[o] = min(pairs.row(pair, o), params.out_features - 1);
+    weights[o] = reinterpret_cast<const uint4*>(weight + rows[o] * params.weight.stride);
   }
   float sums[kOutputs][M] = {};
   const int octets = static_cast<int>(params.in_features / 8);
@@ -50,7 +67,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         float x[8];
-        unpack<bfloat16>(*(reinterpret_cast<const uint4*>(x_data + m * params.x.stride) + at + u * kLanes), x);
+        unpack<bfloat16>(x_octets[m * x_stride + at + u * kLanes], x);
 #pragma unroll
         for (int o = 0; o < kOutputs; ++o) {
           float w[8];
@@ -69,30 +86,31 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         float x[8];
-        unpack<bfloat16>(*(reinterpret_cast<const uint4*>(x_data + m * params.x.stride) + at), x);
+        unpack<bfloat16>(x_octets[m * x_stride + at], x);
 #pragma unroll
         for (int i = 0; i < 8; ++i) sums[o][m] = fmaf(w[i], x[i], sums[o][m]);
       }
     }
   }
 #pragma unroll
-  for (int o = 0; o < kOutputs; ++o) {
+  for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      float total = sums[o][m];
+    for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-      if (lane == 0 && first + o < params.out_features) {
-        if (params.bias != nullptr) total += widen<bfloat16>(params.bias, first + o);
-        narrow<bfloat16>(params.y, m * params.out_features + first + o, total);
-      }
+      for (int step = kLanes / 2; step > 0; step /= 2) sums[o][m] += __shfl_xor_sync(kAllLanes, sums[o][m], step);
+      if (params.bias != nullptr) sums[o][m] += widen<bfloat16>(params.bias, rows[o]);
+    }
+    if (lane == 0) {
+      write_pair<bfloat16>(params.y, params.beside, params.out_features, pairs, m, pair, sums[0][m], sums[1][m]);
     }
   }
 }
 
 template <int M>
 void launch_rows(const SkinnyLinearParams& params, cudaStream_t stream) {
-  const auto kernel = params.type == Type::bfloat16 ? skinny_kernel<M, true> : skinny_kernel<M, false>;
+  const bool bfloat16 = params.type == Type::bfloat16, normed = params.beside.norm != nullptr;
+  const auto kernel = bfloat16 ? (normed ? skinny_kernel<M, true, true> : skinny_kernel<M, true, false>)
+                               : (normed ? skinny_kernel<M, false, true> : skinny_kernel<M, false, false>);
   const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
   launch_following(kernel, dim3(blocks), kWarps * kLanes, M, stream, params);
 }

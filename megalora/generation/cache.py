@@ -23,10 +23,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.batch import to_device
-from megalora.models.inputs import Recurrent, States
+from megalora.models.inputs import Angles, Recurrent, States
 from megalora.ops.attention import PLAIN, Packed, Scores, attention, cached_attention, in_chunks, pack
 from megalora.ops.cross_attention import Crossing, cross_attention
-from megalora.ops.decode_attention import decode_attention, kept_attention
+from megalora.ops.decode_attention import decode_attention, kept_attention, turns
 from megalora.ops.delta_rule import Documents
 from megalora.ops.fp8_cache import decode_heads, encode_heads, scales_of
 
@@ -117,6 +117,20 @@ class KVCache:
         self._layers: dict[int, tuple[Kept, Kept]] = {}
         self._sources: dict[int, tuple[Kept, Kept]] = {}
         self._states: dict[int, States] = {}
+        self._arrived: torch.Tensor | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether keys and values are in the compute dtype."""
+        return self._kind is Dense
+
+    def arrived(self, k: torch.Tensor) -> torch.Tensor | None:
+        """Return the zeros that decode_attention counts in, for keys like k [F, K, D] of all slots; None on a CPU."""
+        if not k.is_cuda:
+            return None
+        if self._arrived is None or self._arrived.numel() < self.slots * k.shape[1]:
+            self._arrived = torch.zeros(self.slots * k.shape[1], dtype=torch.int32, device=k.device)
+        return self._arrived
 
     def head_bytes(self, features: int, element: int) -> int:
         """Return the bytes of one head of keys (or values) in all slots; element: of a number in the compute dtype."""
@@ -159,8 +173,7 @@ class KVCache:
         return self._states[index]
 
     def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[Kept, Kept]:
-        """Return (keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v.
-        """
+        """Return (keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v."""
         if index not in self._layers:
             keys = self._kind(self.slots, self.capacity, k)
             self._layers[index] = (keys, keys if k is v else self._kind(self.slots, self.capacity, v))
@@ -222,8 +235,10 @@ class PrefillStep:
         window: int | None,
         scores: Scores = PLAIN,
         chunk: int | None = None,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
         """Keep k, v [F, K, D] of the new tokens of `layer`; return attention of q [F, H, D] over all tokens kept."""
+        assert angles is None
         keys, values = self.cache.layer(layer, k, v)
         same, k = k is v, keys.put(self.slots, self.places, k)
         v = k if same else values.put(self.slots, self.places, v)
@@ -242,6 +257,10 @@ class PrefillStep:
             k_seen, v_seen = (x.of(span.slot, seen).transpose(0, 1) for x in (keys, values))
             outputs.append(cached_attention(q[begin:end], k_seen, v_seen, window, scores))
         return torch.cat(outputs)
+
+    def turns(self, x: torch.Tensor, group: int, head_dim: int) -> bool:
+        """Return False: prompts are long."""
+        return False
 
     @staticmethod
     def repacked(bounds: Sequence[int], q: torch.Tensor) -> Packed | None:
@@ -291,6 +310,7 @@ class DecodeStep:
         window: int | None,
         scores: Scores = PLAIN,
         chunk: int | None = None,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
         """Do as PrefillStep.attend."""
         keys, values = self.cache.layer(layer, k, v)
@@ -298,13 +318,19 @@ class DecodeStep:
             chunk = None
         how = self.positions, window, scores, chunk
         if isinstance(keys, Dense) and isinstance(values, Dense):
-            return decode_attention(q, k, v, keys.whole, values.whole, self.slots, *how)
+            arrived = self.cache.arrived(k)
+            return decode_attention(q, k, v, keys.whole, values.whole, self.slots, *how, angles, arrived)
+        assert angles is None
         keys.put(self.slots, self.positions, k)
         if values is not keys:
             values.put(self.slots, self.positions, v)
         longest = slice(0, self.last + 1)
         k_seen = keys.of(self.slots, longest)
         return kept_attention(q, k_seen, k_seen if values is keys else values.of(self.slots, longest), *how)
+
+    def turns(self, x: torch.Tensor, group: int, head_dim: int) -> bool:
+        """Return whether `attend` rotates q and k, as `models.inputs.Cache` says."""
+        return self.cache.is_dense and turns(x, group, head_dim)
 
     @functools.cached_property
     def last(self) -> int:

@@ -19,7 +19,8 @@ from megalora.parallel.context import ContextKeys
 from megalora.parallel.placement import Placement, Tokens
 from megalora.pictures import Picture
 
-RopeTables = Mapping[Rotary, tuple[torch.Tensor, torch.Tensor]]
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+RopeTables = Mapping[Rotary, Angles]
 
 
 States = tuple[torch.Tensor, ...]
@@ -69,11 +70,17 @@ class Cache(Protocol):
         window: int | None,
         scores: Scores,
         chunk: int | None = None,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
         """Keep k, v [F, K, D] of the new tokens of `layer`; return attention of q [F, H, D] over all tokens kept.
 
         window, chunk  as models.spec.Attention has them
+        angles  cos and sin [F, D / 2] by which q and k are rotated first, where `turns`; None: they are as they come
         """
+        ...
+
+    def turns(self, x: torch.Tensor, group: int, head_dim: int) -> bool:
+        """Return whether `attend` rotates q and k of heads like x, `group` query heads a key head."""
         ...
 
     def cross(

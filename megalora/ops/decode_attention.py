@@ -26,23 +26,30 @@ def decode_attention(
     window: int | None = None,
     scores: Scores = PLAIN,
     chunk: int | None = None,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    arrived: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Keep k and v in the cache and return the attention of q [B, H, D] over the tokens up to them.
 
     Sequence b lies in slot slots[b], and its new token takes place positions[b] there; both [B] int64, no slot twice.
     K divides H: query head h reads head h * K // H. window: a token sees itself and the window - 1 tokens before it;
     None: all before it. scores: as `attention` takes them, causal. chunk: a token sees none before the last multiple of
-    it; in plain torch.
+    it; in plain torch. angles: cos and sin [B, D / 2] by which q and k are rotated first, as `rope` does, where the
+    kernel `turns`. arrived: at least B K zeros, int32, which the kernel of a GPU counts in and leaves as zeros; None:
+    new ones.
     """
     assert scores.causal
     if chunk is None and scores.simple and _compiled(q_BHD, k_BKD, v_BKD):
         if scores.scale is not None:  # the kernel has its own
             q_BHD = q_BHD * (scores.scale * q_BHD.shape[2] ** 0.5)
         out = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
-        torch.ops.megalora.decode_attention_(
-            q_BHD, k_BKD, v_BKD, keys_SKCD, values_SKCD, slots_B, positions_B, window or 0, out
-        )
+        if arrived is None and q_BHD.is_cuda:
+            arrived = torch.zeros(k_BKD.shape[:2], dtype=torch.int32, device=q_BHD.device)
+        where = slots_B, positions_B, window or 0, out
+        turned = (None, None) if angles is None else angles
+        torch.ops.megalora.decode_attention_(q_BHD, k_BKD, v_BKD, keys_SKCD, values_SKCD, *where, *turned, arrived)
         return out
+    assert angles is None
     if chunk is None and scores.simple and _tiled(q_BHD, k_BKD, v_BKD):
         from megalora.ops.decode_attention_kernels import tiled_decode_attention
 
@@ -123,6 +130,11 @@ def _is_tiled(device_type: str, dtype: torch.dtype, group: int, head_dim: int) -
     """Return whether Triton's kernels take it: heads that the compiled ones are not made for."""
     halves = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return halves and head_dim <= MOST_TILED_FEATURES and group <= MOST_TILED_QUERIES and extension.has_triton()
+
+
+def turns(x: torch.Tensor, group: int, head_dim: int) -> bool:
+    """Return whether the kernel rotates q and k of heads like x itself: on a GPU."""
+    return x.is_cuda and _is_compiled("cuda", x.dtype, group, head_dim)
 
 
 def _compiled(q_BHD: torch.Tensor, k_BKD: torch.Tensor, v_BKD: torch.Tensor) -> bool:

@@ -26,6 +26,9 @@ COLUMN_SCALE_ROWS = 64  # that one block of scale_columns goes through, and leav
 MOST_SKINNY_ROWS = 4  # of skinny_linear and fp8_skinny_linear
 MOST_NF4_ROWS = 32  # for which products on CUDA decode NF4 on the fly
 MOST_NF4_PARTS = 8  # of several weights in one of them
+# Of linears that norm what they read, on CUDA: elements of a row, and of all rows.
+LARGEST_NORMED_ROW = 8192
+MOST_NORMED = 20480
 # Attention over the cache on CUDA: query heads of one key/value head, and the sizes of a head.
 MOST_QUERIES_PER_HEAD = 8
 SMALL_HEAD_DIM = 64

@@ -11,9 +11,11 @@ from typing import Protocol
 
 import torch
 
+from megalora.ops import step_linear
 from megalora.ops.fp8 import Fp8Weight
 from megalora.ops.matmul import matmul, matmul_nt
 from megalora.ops.nf4 import Nf4Weight
+from megalora.ops.step_linear import Beside
 from megalora.parallel.split import Split
 
 
@@ -100,6 +102,16 @@ class FrozenMatrix(Protocol):
         """Return `multiply_transposed` for parts of one dY, as `multiplier` does."""
         ...
 
+    def takes_beside(self, x: torch.Tensor, beside: Beside) -> bool:
+        """Return whether `multiply_beside` takes it; never with room for a branch."""
+        ...
+
+    def multiply_beside(
+        self, x: torch.Tensor, bias: torch.Tensor | None, beside: Beside
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (x + delta, the product) of x [T, columns] by one kernel, as megalora.ops.step_linear says."""
+        ...
+
 
 class DenseMatrix:
     """W in the compute dtype, in one piece with its branch."""
@@ -150,6 +162,14 @@ class DenseMatrix:
 
     def transposed_multiplier(self, *, branch_only: bool = False) -> Multiplier:
         return lambda dY, out=None: self.multiply_transposed(dY, out, branch_only=branch_only)
+
+    def takes_beside(self, x: torch.Tensor, beside: Beside) -> bool:
+        return self.room == 0 and step_linear.takes(x, beside)
+
+    def multiply_beside(
+        self, x: torch.Tensor, bias: torch.Tensor | None, beside: Beside
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return step_linear.step_linear(x, self.whole, bias, beside)
 
 
 class DenseView(DenseMatrix):

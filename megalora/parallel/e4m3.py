@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from megalora.ops import fp8, limits
+from megalora.ops import fp8, limits, step_linear
 from megalora.ops.fp8 import E4M3, Fp8Rows, Fp8Weight, quantise_fp8
 from megalora.ops.nf4 import owned
 from megalora.ops.nf4_fp8 import Nf4AsFp8Rows, rows_as_fp8
+from megalora.ops.step_linear import Beside
 from megalora.parallel.base import FrozenMatrix, Multiplier, WeightSource
 from megalora.parallel.quantised import QuantisedMatrix, Stored, Wanted, few_rows, in_nf4, whole_weight
 from megalora.parallel.rows_stack import Rows, RowsStack
@@ -125,6 +126,15 @@ class E4m3Matrix(QuantisedMatrix):
             return y if out is None else out.copy_(y)
 
         return product
+
+    def takes_beside(self, x: torch.Tensor, beside: Beside) -> bool:
+        return self._terms is not None and self.room == 0 and step_linear.takes(x, beside)
+
+    def multiply_beside(
+        self, x: torch.Tensor, bias: torch.Tensor | None, beside: Beside
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = self._coded()[:, : self.columns]
+        return step_linear.fp8_step_linear(x, codes, self._scale, self._branch, bias, self._keeps_codes, beside)
 
     def transposed_multiplier(self, *, branch_only: bool = False) -> Multiplier:
         if branch_only or self._terms is None:

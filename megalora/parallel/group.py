@@ -20,6 +20,7 @@ import torch
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import lora_down_, room_for
 from megalora.ops.scaled_copy import scaled_copy_
+from megalora.ops.step_linear import Beside
 from megalora.ops.swiglu import Made, swiglu, swiglu_down
 from megalora.parallel.collectives import all_reduce
 from megalora.parallel.decomposition import Decomposition
@@ -134,7 +135,7 @@ class LinearGroup:
         full = self.row_parallel or not self.reduces
         return tokens.index if full else tokens.local, tokens.draw(self.dropout, self.site, offset)
 
-    def product(self, source: torch.Tensor, tokens: Tokens, unread: bool = False) -> Product:
+    def product(self, source: torch.Tensor, tokens: Tokens, unread: bool = False, *, made: bool = False) -> Product:
         """Return the Product of `source`. Not for autograd.
 
         source is x with room behind it, [T or F, I + C] (its tail is overwritten); or x alone, [T or F, I]; or what x
@@ -143,15 +144,17 @@ class LinearGroup:
         rank's T (or is this rank's term of all F, where the group does not reduce).
         Under sequence parallelism the X of a column-parallel group is sure to have its z, and only until the next call.
         unread: nobody reads y but DoRA, without which its values are any; the group is row-parallel.
+        made: source is x, where the group would make x of it.
         """
         assert self._ready, "refresh() comes before the first use"
         tp, columns, exchange = self.place.tp, self.in_features, self.place.exchange
         X, A, x = source, self.down, None
         token_index, draw = self.mask(tokens)
-        if self.made is not None and A is None:
-            X = swiglu(source, self.room, *self.made)
-        elif self.made is not None:
-            X = swiglu_down(source, self.room, A, token_index, draw, self.made.act)
+        maker = None if made else self.made
+        if maker is not None and A is None:
+            X = swiglu(source, self.room, *maker)
+        elif maker is not None:
+            X = swiglu_down(source, self.room, A, token_index, draw, maker.act)
         elif A is not None:
             if source.shape[1] == columns:
                 X, x = source.new_empty(source.shape[0], columns + self.room), source
@@ -183,6 +186,15 @@ class LinearGroup:
         if sums and self.own_bias is not None:
             y.add_(self.own_bias)
         return Product(y, X)
+
+    def step(self, x: torch.Tensor, beside: Beside) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return (x + delta [T, I], y) as megalora.ops.step_linear says, of a step of generation; None where no kernel
+        does what is beside the product, or the group does more: adapters, collectives."""
+        assert self._ready, "refresh() comes before the first use"
+        alone = self.down is None and self.dora is None and self.place.tp.size == 1
+        if not alone or not self.matrix.takes_beside(x, beside):
+            return None
+        return self.matrix.multiply_beside(x, self.own_bias, beside)
 
     def fill_room(self, X: torch.Tensor, tokens: Tokens) -> None:
         """Put z behind x [T or F, I + C], in place, as `product` does."""

@@ -20,6 +20,7 @@ from megalora.ops import extension, fp8, limits, nf4
 from megalora.ops.fp8 import E4M3, Fp8Weight
 from megalora.ops.matmul import matmul, matmul_nt
 from megalora.ops.nf4 import Nf4Rows, Nf4Weight, quantise_nf4
+from megalora.ops.step_linear import Beside
 from megalora.parallel.base import Multiplier, WeightSource
 from megalora.parallel.rows_stack import DenseRows, Rows, RowsStack
 from megalora.parallel.split import Split
@@ -193,6 +194,14 @@ class QuantisedMatrix:
     def transposed_multiplier(self, *, branch_only: bool = False) -> Multiplier:
         decoded = functools.cache(self._decoded)
         return lambda dY, out=None: matmul(dY, self._branch if branch_only else decoded(), out)
+
+    def takes_beside(self, x: torch.Tensor, beside: Beside) -> bool:
+        return False
+
+    def multiply_beside(
+        self, x: torch.Tensor, bias: torch.Tensor | None, beside: Beside
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
 
     def _decoded(self) -> torch.Tensor:
         """Return [W | s B] in the scratch."""

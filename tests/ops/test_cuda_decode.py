@@ -6,7 +6,12 @@ import torch
 from megalora.ops import extension
 from megalora.ops.attention import attention
 from megalora.ops.decode_attention import decode_attention, has_kernel
+from megalora.ops.fp8 import quantise_rows
+from megalora.ops.fused_norm import NormWeights, add_fused_norm
 from megalora.ops.matmul import matmul_nt
+from megalora.ops.rope import split_rope
+from megalora.ops.step_linear import Beside, fp8_step_linear, step_linear, takes
+from megalora.ops.swiglu import swiglu
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +66,55 @@ def test_attention_over_the_cache(dtype, heads, kv_heads, dim, window, sequences
         whole[-1] = q[b]
         expected = attention(whole, *seen, [0, position + 1], window)[-1]
         torch.testing.assert_close(found[b].double(), expected, rtol=0.02, atol=0.02)
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64)])
+@pytest.mark.parametrize(("sequences", "capacity"), [(1, 2048), (5, 300)])
+def test_attention_rotates_what_it_reads(dtype, heads, kv_heads, dim, sequences, capacity):
+    generator = torch.Generator("cuda").manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+    qkv, angles = randn(sequences, (heads + 2 * kv_heads) * dim), randn(sequences, dim // 2)
+    cos, sin = angles.cos(), angles.sin()
+    positions = torch.randint(0, capacity, (sequences,), generator=generator, device="cuda")
+    slots, arrived = torch.arange(sequences, device="cuda"), torch.zeros(64, dtype=torch.int32, device="cuda")
+    caches = [randn(sequences, kv_heads, capacity, dim) for _ in range(2)]
+    apart = [cache.clone() for cache in caches]
+    heads_of = qkv.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+    found = decode_attention(*heads_of, *caches, slots, positions, angles=(cos, sin), arrived=arrived)
+    wanted = decode_attention(*split_rope(qkv, cos, sin, heads, kv_heads), *apart, slots, positions)
+    assert not arrived.any()
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    for cache, other in zip(caches, apart, strict=True):
+        torch.testing.assert_close(cache, other, rtol=0.01, atol=0.01)
+
+
+@DTYPES
+@pytest.mark.parametrize("base_format", ["dense", "fp8"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(("inputs", "outputs", "act"), [(4096, 6144, None), (4096, 28672, "silu"), (1536, 96, "gelu")])
+def test_a_linear_with_what_stands_beside_it(dtype, base_format, rows, inputs, outputs, act):
+    generator = torch.Generator("cuda").manual_seed(4)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+    x, delta, bias, weight = randn(rows, inputs), randn(rows, inputs), randn(outputs), randn(outputs, inputs) * 0.02
+    norm = NormWeights("rms", 1 + 0.1 * randn(inputs), None, 1e-5)
+    beside = Beside(delta, norm, act)
+    assert takes(x, beside)
+    total, normed = add_fused_norm(x, delta, norm)
+    if base_format == "dense":
+        found, y = step_linear(x, weight, bias, beside)
+        wanted = matmul_nt(normed, weight, bias)
+    else:
+        codes, scale = quantise_rows(weight.float())
+        given = codes, scale.view(1, -1), x.new_empty(outputs, 0), bias, True
+        found, y = fp8_step_linear(x, *given, beside)
+        wanted = torch.ops.megalora.fp8_skinny_linear(normed, *given)
+    wanted = wanted if act is None else swiglu(wanted, 0, act)
+    assert found.equal(total)
+    torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02)

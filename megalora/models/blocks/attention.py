@@ -5,6 +5,7 @@ Legend: T tokens on this rank, F tokens of the microbatch, H query heads and K k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,14 +16,16 @@ from megalora.models import spec
 from megalora.models.blocks.disentangled import DisentangledPositions
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.blocks.relative import RelativeBias
-from megalora.models.inputs import Inputs
+from megalora.models.inputs import Angles, Inputs
 from megalora.ops.alibi import EXTRA, with_bias, with_rounded_bias
 from megalora.ops.attention import MOST_FEATURES, Scores, attention
 from megalora.ops.disentangled_attention import Positions, disentangled_attention
+from megalora.ops.fused_norm import NormWeights
 from megalora.ops.piece_attention import piece_attention
 from megalora.ops.probability_dropout import ProbabilityDropout, draw_probabilities
 from megalora.ops.rope import rope, split_rope
 from megalora.ops.sigmoid_gate import sigmoid_gate
+from megalora.ops.step_linear import Beside
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
 from megalora.parallel.split import Part, cut_heads, kv_copies
@@ -102,7 +105,18 @@ class AttentionBlock:
 
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
-        qkv = apply_group(self.qkv, X, inputs.tokens)
+        return self._of_qkv(apply_group(self.qkv, X, inputs.tokens), inputs)
+
+    def of_sum(
+        self, x: torch.Tensor, delta: torch.Tensor | None, norm: NormWeights, inputs: Inputs
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return (x + delta, what the block makes of its norm) of a step of generation, x, delta [T, hidden_size]; None
+        where no kernel norms what it reads (see LinearGroup.step)."""
+        found = self.qkv.step(x, Beside(delta, norm))
+        return None if found is None else (found[0], self._of_qkv(found[1], inputs))
+
+    def _of_qkv(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """Return the result of q, k and v, as `_core` takes them."""
         positions = None if self.positions is None else self.positions(inputs)
         if self.recompute and torch.is_grad_enabled():
             context = checkpoint(self._core, qkv, inputs, positions, use_reentrant=False, preserve_rng_state=False)
@@ -125,7 +139,8 @@ class AttentionBlock:
             qkv = torch.cat([qkv, qkv[:, self.heads * dim :]], -1)
         if self.spec.clip is not None:
             qkv = qkv.clamp(-self.spec.clip, self.spec.clip)
-        q, k, v = self._rotated(qkv, inputs)
+        angles = self._turned_by_cache(qkv, inputs)
+        q, k, v = self._heads(qkv) if angles is not None else self._rotated(qkv, inputs)
         if self.reads is not None:
             k, v = k[:, self.reads], v[:, self.reads]
         tokens = inputs.tokens
@@ -141,7 +156,7 @@ class AttentionBlock:
         if self.relative is not None:
             scores = replace(scores, offsets=self.relative())
         if inputs.cache is not None:
-            context = inputs.cache.attend(self.layer, q, k, v, window, scores, self.spec.chunk)
+            context = inputs.cache.attend(self.layer, q, k, v, window, scores, self.spec.chunk, angles)
         else:
             bounds, packed = inputs.bounds, inputs.packed
             if self.spec.chunk is not None:  # documents, each cut into chunks
@@ -189,14 +204,35 @@ class AttentionBlock:
             return with_rounded_bias(q, k, v, self.slopes, inputs.position_ids)
         return with_bias(q, k, v, self.slopes, inputs.position_ids, self.widened.scale)
 
+    def _heads(self, qkv: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return q [F, H, D] and k, v [F, K, D] of qkv, as views."""
+        heads = [self.heads, self.kv_heads, self.kv_heads]
+        return qkv.unflatten(-1, (-1, self.spec.head_dim)).split(heads, dim=1)
+
+    @property
+    def _only_turns(self) -> bool:
+        """Whether all that is done to q and k before attention is to rotate them."""
+        plain = self.q_norm is None and self.v_norm is None and self.spec.temperature is None
+        return plain and isinstance(self.spec.position, spec.Rotary)
+
+    def _turned_by_cache(self, qkv: torch.Tensor, inputs: Inputs) -> Angles | None:
+        """Return cos and sin [F, D / 2] where the kernel of attention over the cache rotates q and k, else None."""
+        if inputs.cache is None or not self._only_turns or any(one is not None for one in (*self.biases, self.reads)):
+            return None
+        assert isinstance(self.spec.position, spec.Rotary)
+        cos, sin = inputs.tables[self.spec.position]
+        whole = not self.spec.position.interleaved and 2 * cos.shape[1] == self.spec.head_dim
+        plain = self.scores.simple and self.scores.scale is None and self.spec.chunk is None
+        group = self.heads // self.kv_heads
+        return (cos, sin) if whole and plain and inputs.cache.turns(qkv, group, self.spec.head_dim) else None
+
     def _rotated(self, qkv: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the heads of qkv, q [F, H, D] and k, v [F, K, D], with q and k normed and rotated."""
         position = self.spec.position if isinstance(self.spec.position, spec.Rotary) else None
-        plain = self.q_norm is None and self.v_norm is None and self.spec.temperature is None
-        if position is not None and plain:
+        if position is not None and self._only_turns:
             tables = inputs.tables[position]
             return split_rope(qkv, *tables, self.heads, self.kv_heads, position.interleaved)
-        q, k, v = qkv.unflatten(-1, (-1, self.spec.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k, v = self._heads(qkv)
         v = v if self.v_norm is None else self.v_norm(v)
         if self.q_norm is not None and not self.spec.turns_first:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -123,14 +123,17 @@ class _Step:
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs) -> Stream:
         (block,) = self.blocks
         again: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.norm is None:
-            hidden = x = hidden if delta is None else hidden + delta
+        if (stepped := self._stepped(hidden, delta, inputs)) is not None:
+            hidden, added = stepped
         else:
-            hidden, x = self.norm.after(hidden, delta, block.room, self.before, inputs)
-            if self._makes_again and torch.is_grad_enabled():
-                again = made_again(x, functools.partial(self._normed, hidden.detach(), inputs))
-        with again:
-            added = block(x, inputs)
+            if self.norm is None:
+                hidden = x = hidden if delta is None else hidden + delta
+            else:
+                hidden, x = self.norm.after(hidden, delta, block.room, self.before, inputs)
+                if self._makes_again and torch.is_grad_enabled():
+                    again = made_again(x, functools.partial(self._normed, hidden.detach(), inputs))
+            with again:
+                added = block(x, inputs)
         if self.post_norm is not None:
             hidden, added = self.post_norm.after(hidden, added, 0, self.ending, inputs)[1], None
         elif not self.leaves:
@@ -138,6 +141,20 @@ class _Step:
         if self.total is None:
             return hidden, added
         return (hidden if added is None else hidden + added) * self.total, None
+
+    def _stepped(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, inputs: Inputs
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return (the stream, the block's result) of a step of generation whose kernels norm what they read; None where
+        there are none."""
+        (block,) = self.blocks
+        if inputs.cache is None or self.norm is None or torch.is_grad_enabled():
+            return None
+        if not isinstance(block, AttentionBlock | MLPBlock):
+            return None
+        if delta is not None and self.before is not None and not self.before.addend(inputs).plain:
+            return None
+        return block.of_sum(hidden, delta, self.norm.weights, inputs)
 
     @torch.no_grad()
     def _normed(self, total: torch.Tensor, inputs: Inputs) -> torch.Tensor:

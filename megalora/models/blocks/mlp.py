@@ -10,6 +10,8 @@ from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.ops.activations import ACTIVATIONS, Activation, gated_activation, scaled, xielu
 from megalora.ops.dropout import drop
+from megalora.ops.fused_norm import NormWeights
+from megalora.ops.step_linear import Beside
 from megalora.ops.swiglu import Made
 from megalora.parallel.group import LinearGroup, MLPPair
 from megalora.parallel.group_grad import apply_group, apply_pair
@@ -57,9 +59,39 @@ class MLPBlock:
 
     def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
-        if self._pair is not None:
-            return apply_pair(self._pair, X, inputs.tokens, inputs.unread)
-        up = apply_group(self.up, X, inputs.tokens)
+        if self._pair is None:
+            return self._of_up(apply_group(self.up, X, inputs.tokens), inputs)
+        if inputs.cache is not None and not torch.is_grad_enabled():
+            found = self._of_step(X, Beside(act=self._gate), inputs)
+            if found is not None:
+                return found[1]
+        return apply_pair(self._pair, X, inputs.tokens, inputs.unread)
+
+    def of_sum(
+        self, x: torch.Tensor, delta: torch.Tensor | None, norm: NormWeights, inputs: Inputs
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return (x + delta, what the block makes of its norm) of a step of generation, x, delta [T, hidden_size]; None
+        where no kernel norms what it reads (see LinearGroup.step)."""
+        return self._of_step(x, Beside(delta, norm, self._gate), inputs)
+
+    @property
+    def _gate(self) -> str | None:
+        """The activation of the gate, where down makes its input of gate and up."""
+        made = self.down.made
+        return made.act if made is not None and made.gated else None
+
+    def _of_step(self, x: torch.Tensor, beside: Beside, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return (x + delta, the block's result) where a kernel does what is beside the first product."""
+        found = self.up.step(x, beside) if beside.norm is not None or beside.act is not None else None
+        if found is None:
+            return None
+        total, up = found
+        if self._pair is None:
+            return total, self._of_up(up, inputs)
+        return total, self.down.product(up, inputs.tokens, made=beside.act is not None).y
+
+    def _of_up(self, up: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """Return the result of what gate and up, or up, make [F, (2) I]."""
         inner = gated_activation(up, self._act) if self._gates else self._act(up)
         inner = drop(inner, inputs.tokens.index, inputs.tokens.draw(self._dropout, self._site, self._start))
         return apply_group(self.down, inner, inputs.tokens, inputs.unread)

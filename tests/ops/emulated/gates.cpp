@@ -2,10 +2,6 @@
 #include <string_view>
 
 #include "cuda_runtime_api.h"
-// glibc's math.h has an __expf of its own.
-#define __expf exp_of
-inline float exp_of(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return a / b; }
 // What is above stands for CUDA; what is below is the kernels'.
 #include "../../../csrc/cuda/gates.h"
 

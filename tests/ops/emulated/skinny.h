@@ -6,6 +6,21 @@
 
 namespace megalora {
 
+// x + delta before, a norm and a gate (see BesideParams): pointers, null where there is none.
+struct Beside {
+  void *delta, *norm, *sum;
+  float eps;
+  bool precise, offset;
+  int gate;
+};
+
+inline BesideParams beside_of(const Beside& given) {
+  return {given.delta, given.norm,
+          given.sum,   given.eps,
+          {given.precise, given.offset},
+          static_cast<Gate>(given.gate)};
+}
+
 template <typename Params>
 void begin(Params& params, void* x, void* branch, void* bias, void* y, const int64_t (&sizes)[5]) {
   const auto [rows, stride, in_features, out_features, room] = sizes;

@@ -1,0 +1,152 @@
+// What linears of a few rows do beside their product, so that a step of generation has fewer kernels: they norm what
+// they read, and outputs that are a gate and what it opens leave as one (BesideParams).
+#pragma once
+
+#include "cuda/decode_step.h"
+#include "cuda/gates.h"
+#include "cuda/halves.h"
+#include "kernel_limits.h"
+
+namespace megalora {
+
+constexpr int kWarpLanes = 32;
+
+// Rounds eight floats; returns them as words.
+template <bool bfloat16>
+__device__ __forceinline__ uint4 round_octet(float (&x)[8]) {
+  const uint4 words = {pack<bfloat16>(x[0], x[1]), pack<bfloat16>(x[2], x[3]), pack<bfloat16>(x[4], x[5]),
+                       pack<bfloat16>(x[6], x[7])};
+  unpack<bfloat16>(words, x);
+  return words;
+}
+
+template <bool bfloat16>
+__device__ __forceinline__ float rounded_to(float x) {
+  float octet[8] = {x};
+  round_octet<bfloat16>(octet);
+  return octet[0];
+}
+
+// norm(x + delta) of M rows, in the shared memory of each block: a thread takes an octet of each row, and those that
+// lie kThreads further on. Rounded where the norm's kernel rounds (norm.cu).
+template <int M, bool bfloat16, int kThreads>
+struct NormedRows {
+  static constexpr int kHeld = static_cast<int>(kLargestNormedRow / 8 / kThreads);
+  static constexpr int64_t kRoom = M * kLargestNormedRow < kMostNormed ? M * kLargestNormedRow : kMostNormed;
+  static_assert(kHeld * kThreads * 8 == kLargestNormedRow);
+
+  uint4 weight[kHeld];
+  int octets;
+
+  // Asks for the norm's weight: no kernel of the step writes it.
+  __device__ __forceinline__ NormedRows(const BesideParams& beside, int64_t size) : octets(static_cast<int>(size / 8)) {
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      const int octet = threadIdx.x + h * kThreads;
+      if (octet < octets) weight[h] = static_cast<const uint4*>(beside.norm)[octet];
+    }
+  }
+
+  // Writes the rows into `to`, `octets` apart. Behind await_previous, by all threads of the block; the first block
+  // keeps x + delta.
+  __device__ __forceinline__ void stage(uint4* to, const BesideParams& beside, const Matrix& x_MI) const {
+    __shared__ float partial[M][kThreads / kWarpLanes];
+    float squares[M] = {};
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int octet = threadIdx.x + h * kThreads;
+        if (octet >= octets) continue;
+        const auto* row = static_cast<const uint16_t*>(x_MI.data) + m * x_MI.stride;
+        uint4 words = reinterpret_cast<const uint4*>(row)[octet];
+        float x[8];
+        unpack<bfloat16>(words, x);
+        if (beside.delta != nullptr) {
+          const int64_t at = int64_t{m} * octets + octet;
+          float delta[8];
+          unpack<bfloat16>(static_cast<const uint4*>(beside.delta)[at], delta);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) x[i] += delta[i];
+          words = round_octet<bfloat16>(x);
+          if (blockIdx.x == 0) static_cast<uint4*>(beside.sum)[at] = words;
+        }
+        to[m * octets + octet] = words;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) squares[m] = fmaf(x[i], x[i], squares[m]);
+      }
+#pragma unroll
+      for (int step = kWarpLanes / 2; step > 0; step /= 2) {
+        squares[m] += __shfl_xor_sync(0xFFFFFFFF, squares[m], step);
+      }
+      if (threadIdx.x % kWarpLanes == 0) partial[m][threadIdx.x / kWarpLanes] = squares[m];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float total = 0;
+#pragma unroll
+      for (int warp = 0; warp < kThreads / kWarpLanes; ++warp) total += partial[m][warp];
+      const float inverse = rsqrtf(total / static_cast<float>(8 * octets) + beside.eps);
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int octet = threadIdx.x + h * kThreads;
+        if (octet < octets)
+          to[m * octets + octet] = normed(to[m * octets + octet], weight[h], inverse, beside.rounding);
+      }
+    }
+    __syncthreads();
+  }
+
+ private:
+  __device__ __forceinline__ static uint4 normed(const uint4& words, const uint4& weights, float inverse,
+                                                 NormRounding rounding) {
+    float x[8], w[8];
+    unpack<bfloat16>(words, x);
+    unpack<bfloat16>(weights, w);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      x[i] *= inverse;
+      if (rounding.offset) w[i] += 1.f;
+    }
+    if (!rounding.precise) {
+      round_octet<bfloat16>(x);
+      round_octet<bfloat16>(w);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= w[i];
+    return round_octet<bfloat16>(x);
+  }
+};
+
+// The rows of a weight that a warp multiplies: two that follow each other, or those of a gate and of what it opens.
+struct RowPairs {
+  int64_t half, count;
+
+  __device__ __forceinline__ RowPairs(const BesideParams& beside, int64_t outputs)
+      : half(beside.gate == Gate::none ? 0 : outputs / 2), count((outputs + 1) / 2) {}
+  __device__ __forceinline__ int64_t row(int64_t pair, int i) const { return half ? pair + i * half : 2 * pair + i; }
+};
+
+template <Gate gate, bool bfloat16>
+__device__ __forceinline__ float opened(float by, float what) {
+  const float value = Activated<gate>(rounded_to<bfloat16>(by)).value();
+  return rounded_to<bfloat16>(value) * rounded_to<bfloat16>(what);
+}
+
+// Writes the outputs of a pair, of row m of y.
+template <bool bfloat16>
+__device__ __forceinline__ void write_pair(void* y, const BesideParams& beside, int64_t outputs, const RowPairs& rows,
+                                           int m, int64_t pair, float first, float second) {
+  if (beside.gate == Gate::none) {
+    narrow<bfloat16>(y, m * outputs + 2 * pair, first);
+    if (2 * pair + 1 < outputs) narrow<bfloat16>(y, m * outputs + 2 * pair + 1, second);
+    return;
+  }
+  const float value = beside.gate == Gate::silu   ? opened<Gate::silu, bfloat16>(first, second)
+                      : beside.gate == Gate::gelu ? opened<Gate::gelu, bfloat16>(first, second)
+                                                  : opened<Gate::gelu_tanh, bfloat16>(first, second);
+  narrow<bfloat16>(y, m * rows.half + pair, value);
+}
+
+}  // namespace megalora
