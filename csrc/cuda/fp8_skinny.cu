@@ -18,10 +18,7 @@ constexpr unsigned kAllLanes = 0xFFFFFFFF;
 // A warp makes kOutputs outputs of each row of x. A lane has kAhead words of sixteen codes of each of them under way,
 // and asks for the next as soon as one is used. Codes that no kernel of the step writes are asked for before the kernel
 // before has ended: of 4,096 inputs, all of them.
-constexpr int kOutputs = 2, kAhead = 8, kCodes = 16;
-// Where each block norms the rows of x, there are half as many of them.
-template <bool normed>
-constexpr int kWarpsOf = normed ? 16 : 8;
+constexpr int kWarps = 8, kOutputs = 2, kAhead = 8, kCodes = 16;
 
 // Eight codes of two words.
 __device__ __forceinline__ void unpack_e4m3(uint32_t low, uint32_t high, float (&to)[8]) {
@@ -36,10 +33,10 @@ __device__ __forceinline__ void unpack_e4m3(uint32_t low, uint32_t high, float (
 }
 
 // Brings nearer the branch of the warp's outputs, which is read last.
-__device__ __forceinline__ void fetch_branch(const Fp8SkinnyParams& params, const RowPairs& pairs, int64_t pair) {
-  const int lane = threadIdx.x % kLanes;
-  const int64_t output = pairs.row(pair, lane);
-  if (lane >= kOutputs || pair >= pairs.count || output >= params.out_features || params.room == 0) return;
+__device__ __forceinline__ void fetch_branch(const Fp8SkinnyParams& params, const BlockRows<kWarps>& rows) {
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  if (lane >= kOutputs || params.room == 0 || !rows.has(kOutputs * warp + lane)) return;
+  const int64_t output = rows.row(kOutputs * warp + lane);
   const auto* branch = static_cast<const uint16_t*>(params.branch.data) + output * params.branch.stride;
   prefetch(branch, static_cast<uint32_t>(2 * params.room));
 }
@@ -95,23 +92,22 @@ __device__ __forceinline__ void add_branch(float (&sums)[M], const Fp8SkinnyPara
 }
 
 template <int M, bool bfloat16, bool normed>
-__global__ void __launch_bounds__(kWarpsOf<normed>* kLanes, normed ? 1 : 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
-  constexpr int kWarps = kWarpsOf<normed>;
+__global__ void __launch_bounds__(kWarps* kLanes, 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
   using Rows = NormedRows<M, bfloat16, kWarps * kLanes>;
   __shared__ uint4 staged[normed ? Rows::kRoom / 8 : 1];
-  const int lane = threadIdx.x % kLanes, end = static_cast<int>(params.in_features / kCodes);
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
-  const RowPairs pairs(params.beside, params.out_features);
-  fetch_branch(params, pairs, pair);
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int end = static_cast<int>(params.in_features / kCodes);
+  const BlockRows<kWarps> rows(params.beside, params.out_features);
+  fetch_branch(params, rows);
   let_next_start();
   if (!params.kept) await_previous();
   const uint4* weights[kOutputs];
-  int64_t rows[kOutputs];
+  int64_t outputs[kOutputs];
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
-    rows[o] = min(pairs.row(min(pair, pairs.count - 1), o), params.out_features - 1);
-    weights[o] =
-        reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(params.codes.data) + rows[o] * params.codes.stride);
+    outputs[o] = rows.row_or_last(kOutputs * warp + o);
+    weights[o] = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(params.codes.data) +
+                                                outputs[o] * params.codes.stride);
   }
   uint4 held[kAhead][kOutputs];
   const auto load = [&](uint4(&to)[kOutputs], int at) {
@@ -123,7 +119,7 @@ __global__ void __launch_bounds__(kWarpsOf<normed>* kLanes, normed ? 1 : 2) fp8_
   for (int i = 0; i < kAhead; ++i) load(held[i], lane + i * kLanes);
   float scale[kOutputs], sums[kOutputs][M] = {};
 #pragma unroll
-  for (int o = 0; o < kOutputs; ++o) scale[o] = params.scale[rows[o]];  // comes while the codes do
+  for (int o = 0; o < kOutputs; ++o) scale[o] = params.scale[outputs[o]];  // comes while the codes do
   Octets x{static_cast<const uint4*>(params.x.data), params.x.stride / 8};
   if constexpr (normed) {
     const Rows normed_rows(params.beside, params.in_features);
@@ -133,7 +129,6 @@ __global__ void __launch_bounds__(kWarpsOf<normed>* kLanes, normed ? 1 : 2) fp8_
   } else {
     await_previous();
   }
-  if (pair >= pairs.count) return;
   for (int start = lane; start < end; start += kAhead * kLanes) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -147,7 +142,7 @@ __global__ void __launch_bounds__(kWarpsOf<normed>* kLanes, normed ? 1 : 2) fp8_
   for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
     for (int m = 0; m < M; ++m) sums[o][m] *= scale[o];
-    if constexpr (!normed) add_branch<M, bfloat16>(sums[o], params, rows[o]);
+    if constexpr (!normed) add_branch<M, bfloat16>(sums[o], params, outputs[o]);
   }
 #pragma unroll
   for (int m = 0; m < M; ++m) {
@@ -155,27 +150,19 @@ __global__ void __launch_bounds__(kWarpsOf<normed>* kLanes, normed ? 1 : 2) fp8_
     for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
       for (int step = kLanes / 2; step > 0; step /= 2) sums[o][m] += __shfl_xor_sync(kAllLanes, sums[o][m], step);
-      if (params.bias != nullptr) sums[o][m] += widen<bfloat16>(params.bias, rows[o]);
-    }
-    if (lane == 0) {
-      write_pair<bfloat16>(params.y, params.beside, params.out_features, pairs, m, pair, sums[0][m], sums[1][m]);
+      if (params.bias != nullptr) sums[o][m] += widen<bfloat16>(params.bias, outputs[o]);
     }
   }
-}
-
-template <int M, bool normed>
-void launch_rows(const Fp8SkinnyParams& params, cudaStream_t stream) {
-  constexpr int each = kWarpsOf<normed> * kOutputs;
-  const auto kernel =
-      params.type == Type::bfloat16 ? fp8_skinny_kernel<M, true, normed> : fp8_skinny_kernel<M, false, normed>;
-  const auto blocks = static_cast<unsigned>((params.out_features + each - 1) / each);
-  launch_following(kernel, dim3(blocks), kWarpsOf<normed> * kLanes, M, stream, params);
+  write_rows<M, bfloat16>(params.y, params.beside, rows, sums);
 }
 
 template <int M>
 void launch_rows(const Fp8SkinnyParams& params, cudaStream_t stream) {
-  if (params.beside.norm != nullptr) return launch_rows<M, true>(params, stream);
-  launch_rows<M, false>(params, stream);
+  const bool bfloat16 = params.type == Type::bfloat16, normed = params.beside.norm != nullptr;
+  const auto kernel = bfloat16 ? (normed ? fp8_skinny_kernel<M, true, true> : fp8_skinny_kernel<M, true, false>)
+                               : (normed ? fp8_skinny_kernel<M, false, true> : fp8_skinny_kernel<M, false, false>);
+  const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
+  launch_following(kernel, dim3(blocks), kWarps * kLanes, M, stream, params);
 }
 
 }  // namespace

@@ -22,15 +22,11 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
   using Rows = NormedRows<M, bfloat16, kWarps * kLanes>;
   __shared__ uint4 staged[normed ? Rows::kRoom / 8 : 1];
   const auto* weight = static_cast<const uint16_t*>(params.weight.data);
-  const int lane = threadIdx.x % kLanes;
-  const int64_t first_pair = static_cast<int64_t>(blockIdx.x) * kWarps, pair = first_pair + threadIdx.x / kLanes;
-  const RowPairs pairs(params.beside, params.out_features);
-  if (threadIdx.x < kWarps * kOutputs && first_pair + threadIdx.x / kOutputs < pairs.count) {
-    const int64_t fetched = pairs.row(first_pair + threadIdx.x / kOutputs, threadIdx.x % kOutputs);
-    if (fetched < params.out_features) {
-      prefetch(weight + fetched * params.weight.stride,
-               static_cast<uint32_t>(min(2 * params.in_features, kPrefetched)));
-    }
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const BlockRows<kWarps> rows(params.beside, params.out_features);
+  if (threadIdx.x < kWarps * kOutputs && rows.has(threadIdx.x)) {
+    prefetch(weight + rows.row(threadIdx.x) * params.weight.stride,
+             static_cast<uint32_t>(min(2 * params.in_features, kPrefetched)));
   }
   let_next_start();
   const uint4* x_octets = static_cast<const uint4*>(params.x.data);
@@ -44,13 +40,12 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
   } else {
     await_previous();
   }
-  if (pair >= pairs.count) return;
   const uint4* weights[kOutputs];
-  int64_t rows[kOutputs];
+  int64_t outputs[kOutputs];
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
-    rows[o] = min(pairs.row(pair, o), params.out_features - 1);
-    weights[o] = reinterpret_cast<const uint4*>(weight + rows[o] * params.weight.stride);
+    outputs[o] = rows.row_or_last(kOutputs * warp + o);
+    weights[o] = reinterpret_cast<const uint4*>(weight + outputs[o] * params.weight.stride);
   }
   float sums[kOutputs][M] = {};
   const int octets = static_cast<int>(params.in_features / 8);
@@ -98,12 +93,10 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
     for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
       for (int step = kLanes / 2; step > 0; step /= 2) sums[o][m] += __shfl_xor_sync(kAllLanes, sums[o][m], step);
-      if (params.bias != nullptr) sums[o][m] += widen<bfloat16>(params.bias, rows[o]);
-    }
-    if (lane == 0) {
-      write_pair<bfloat16>(params.y, params.beside, params.out_features, pairs, m, pair, sums[0][m], sums[1][m]);
+      if (params.bias != nullptr) sums[o][m] += widen<bfloat16>(params.bias, outputs[o]);
     }
   }
+  write_rows<M, bfloat16>(params.y, params.beside, rows, sums);
 }
 
 template <int M>
