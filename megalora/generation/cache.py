@@ -173,7 +173,8 @@ class KVCache:
         return self._states[index]
 
     def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[Kept, Kept]:
-        """Return (keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v."""
+        """Return (keys, values) of a layer, with the heads, dtype and device of k [F, K, D]; one memory where k is v.
+        """
         if index not in self._layers:
             keys = self._kind(self.slots, self.capacity, k)
             self._layers[index] = (keys, keys if k is v else self._kind(self.slots, self.capacity, v))
