@@ -1,5 +1,11 @@
-"""config.json of published dense llama, mistral, qwen2 and qwen3 models, written down from memory of what their makers
-published, without what only says how text is generated. Each publisher's fields are given once, then what differs.
+"""config.json of published dense llama, mistral, qwen2 and qwen3 models, without what only says how text is generated.
+Each publisher's fields are given once, then what differs.
+
+Written down from memory of what their makers published; sizes, lengths, eps and theta were compared with litgpt's table
+(litgpt/config.py) for the models that it has. It lacks Yi, Sheared-LLaMA, vicuna, Amber, SOLAR, SmolLM, deepseek-llm,
+-math and -coder, granite-code, OpenCoder, EuroLLM, Llama-Guard, Tulu, Minitron, Hermes; Mistral's Nemo, Small,
+Codestral, Ministral and what others tuned of Mistral-7B; Qwen1.5, Qwen2 and Qwen3's embeddings. It has another length
+for Mistral-Large.
 """
 
 from typing import Any
@@ -80,7 +86,7 @@ CONFIGS: dict[str, Fields] = {
     "CodeLlama-7b-hf": _of(_CODE, "4096 11008 32 32 32"),
     "CodeLlama-13b-hf": _of(_CODE, "5120 13824 40 40 40"),
     "CodeLlama-34b-hf": _of(_CODE, "8192 22016 48 64 8", vocab_size=32000),
-    "CodeLlama-70b-hf": _of(_CODE, "8192 28672 80 64 8", max_position_embeddings=4096, rope_theta=10000),
+    "CodeLlama-70b-hf": _of(_CODE, "8192 28672 80 64 8"),
     "Meta-Llama-3-8B": _of(_LLAMA3, _7B),
     "Meta-Llama-3-70B": _of(_LLAMA3, "8192 28672 80 64 8"),
     "Llama-3.1-8B": _of(_LLAMA31, _7B),
@@ -133,7 +139,10 @@ CONFIGS: dict[str, Fields] = {
     "granite-8b-code-base-4k": _of(_GRANITE, "4096 14336 36 32 8", max_position_embeddings=4096, rope_theta=10000),
     "OpenCoder-8B-Base": _of(_LLAMA3, _7B, vocab_size=96640, mlp_bias=False),
     "EuroLLM-1.7B": _of(_LLAMA, "2048 5632 24 16 8", vocab_size=128000, max_position_embeddings=4096, mlp_bias=False),
-    "salamandra-7b": _of(_LLAMA, "4096 11008 32 32 8", vocab_size=256000, max_position_embeddings=8192, mlp_bias=False),
+    "salamandra-7b": _of(
+        _LLAMA, "4096 11008 32 32 8", vocab_size=256000, max_position_embeddings=8192, rms_norm_eps=1e-06,
+        mlp_bias=False,
+    ),
     # ---- mistral
     "Mistral-7B-v0.1": _of(_MISTRAL, _7B),
     "Mistral-7B-Instruct-v0.1": _of(_MISTRAL, _7B),
@@ -185,6 +194,7 @@ CONFIGS: dict[str, Fields] = {
     ),
     "Qwen2.5-7B-Instruct-1M": _of(
         _QWEN, "3584 18944 28 28 4", max_window_layers=28, max_position_embeddings=1010000, rope_theta=10000000.0,
+        rms_norm_eps=1e-05,
         dual_chunk_attention_config={
             "chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144,
         }, **_BIG,
@@ -199,7 +209,9 @@ CONFIGS: dict[str, Fields] = {
         _QWEN, "3584 18944 28 28 4", max_window_layers=28, max_position_embeddings=4096, rope_theta=10000,
         sliding_window=4096, use_mrope=False, **_BIG,
     ),
-    "QwQ-32B": _of(_QWEN, "5120 27648 64 40 8", max_window_layers=64, max_position_embeddings=40960, **_BIG),
+    "QwQ-32B": _of(
+        _QWEN, "5120 27648 64 40 8", max_window_layers=64, max_position_embeddings=40960, rms_norm_eps=1e-05, **_BIG,
+    ),
     "DeepSeek-R1-Distill-Qwen-1.5B": _of(_DISTILL, "1536 8960 28 12 2", max_window_layers=21),
     "DeepSeek-R1-Distill-Qwen-7B": _of(_DISTILL, "3584 18944 28 28 4", max_window_layers=28, **_BIG),
     # ---- qwen3

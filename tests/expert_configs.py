@@ -152,6 +152,7 @@ CONFIGS = {
     },
     "granite-3.1-1b-a400m-base": {
         **_GRANITE, "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24, "num_local_experts": 32,
+        "rope_theta": 1500000.0,
     },
     "granite-3.1-3b-a800m-base": {
         **_GRANITE, "hidden_size": 1536, "num_attention_heads": 24, "num_hidden_layers": 32, "num_local_experts": 40,

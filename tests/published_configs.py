@@ -143,7 +143,11 @@ CONFIGS = {
         999_885_952,
     ),
     "granite-3.1-8b-base": (
-        _GRANITE | {"hidden_size": 4096, "intermediate_size": 12800, "attention_multiplier": 0.0078125}, 8_170_848_256,
+        _GRANITE
+        | {
+            "hidden_size": 4096, "intermediate_size": 12800, "attention_multiplier": 0.0078125, "rope_theta": 1e7,
+        },
+        8_170_848_256,
     ),
     "granite-3.1-2b-base": (
         _GRANITE
@@ -218,7 +222,14 @@ CONFIGS = {
         },
         4_190_509_056,
     ),
-    "glm-4-9b-hf": (_GLM | {"model_type": "glm", "architectures": ["GlmForCausalLM"]}, 9_399_951_360),
+    "glm-4-9b-chat-hf": (
+        _GLM
+        | {
+            "model_type": "glm", "architectures": ["GlmForCausalLM"], "rms_norm_eps": 1.5625e-07,
+            "max_position_embeddings": 131072,
+        },
+        9_399_951_360,
+    ),
     "GLM-4-9B-0414": (_GLM | {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"]}, 9_400_279_040),
     "GLM-4-32B-0414": (
         _GLM

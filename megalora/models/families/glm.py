@@ -37,5 +37,5 @@ def read(hf: Fields) -> ModelSpec:
 FIELDS = LLAMA_FIELDS | {"attention_bias"}
 FAMILY = Family(
     ("glm",), read, reads=FIELDS, fixed=LLAMA_FIXED, partial=0.5, files=LLAMA_FILES,
-    published=("glm-4-9b-hf",),
+    published=("glm-4-9b-chat-hf",),
 )
