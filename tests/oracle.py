@@ -465,6 +465,16 @@ MODERN = {
         "mamba_proj_bias": True, "projectors_bias": True, "mlp_bias": True, "attention_out_multiplier": 0.6,
         "ssm_out_multiplier": 1.4, "tie_word_embeddings": True,
     },
+    "nemotron_h": {
+        "model_type": "nemotron_h", **_NO_RMS, "hybrid_override_pattern": "M-*M", "head_dim": 10, "mamba_num_heads": 8,
+        "mamba_head_dim": 5, "n_groups": 4, "ssm_state_size": 6, "chunk_size": 8, "time_step_min": 1e-20,
+    },
+    "nemotron_h, biases": {
+        "model_type": "nemotron_h", **_NO_RMS, "layers_block_type": ["mamba", "mlp", "mamba", "attention"],
+        "head_dim": 6, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 10, "use_bias": True,
+        "mlp_bias": True, "use_conv_bias": False, "conv_kernel": 2, "time_step_min": 1e-20,
+        "layer_norm_epsilon": 1e-6,
+    },
     "vaultgemma": {
         "model_type": "vaultgemma", "head_dim": 10, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
         "query_pre_attn_scalar": 17, "sliding_window": 7, "pad_token_id": 0,

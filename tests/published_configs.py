@@ -63,6 +63,18 @@ _GRANITE4 = _HYBRID | {
 }  # fmt: skip
 
 
+_NEMOTRON = {
+    "model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"], "attention_bias": False,
+    "attention_dropout": 0.0, "chunk_size": 128, "conv_kernel": 4, "expand": 2, "hidden_dropout": 0.0,
+    "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "mamba_hidden_act": "silu", "mamba_proj_bias": False,
+    "mlp_bias": False, "mlp_hidden_act": "relu2", "n_groups": 8, "num_logits_to_keep": 1, "pad_token_id": 0,
+    "rescale_prenorm_residual": True, "residual_in_fp32": False, "sliding_window": None, "ssm_state_size": 128,
+    "tie_word_embeddings": False, "time_step_floor": 0.0001, "time_step_limit": [0.0, float("inf")],
+    "time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": 256, "torch_dtype": "bfloat16", "use_bias": False,
+    "use_cache": True, "use_conv_bias": True, "use_mamba_kernels": True, "vocab_size": 131072,
+}  # fmt: skip
+
+
 def _lfm2(inner: int, **more: object) -> dict:
     """inner: of all MLPs, before transformers adjusts it."""
     return {
@@ -537,6 +549,22 @@ CONFIGS = {
             **_sizes(1024, 2048, 36, 8, 2),
         },
         521_411_104,
+    ),
+    "NVIDIA-Nemotron-Nano-9B-v2": (
+        {
+            **_NEMOTRON, **_sizes(4480, 15680, 56, 40, 8), "head_dim": 128, "mamba_head_dim": 80,
+            "mamba_num_heads": 128, "max_position_embeddings": 131072,
+            "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+        },
+        8_888_227_328,
+    ),
+    "Nemotron-H-8B-Base-8K": (
+        {
+            **_NEMOTRON, **_sizes(4096, 21504, 52, 32, 8), "attention_head_dim": 128, "mamba_head_dim": 64,
+            "mamba_num_heads": 128, "max_position_embeddings": 8192,
+            "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        },
+        8_100_852_736,
     ),
     "Qwen3.5-9B": (_qwen3_5(4096, 12288, 32, 16, 32), 8_953_803_264),
     "Qwen3.5-27B": (_qwen3_5(5120, 17408, 64, 24, 48), 26_895_998_464),

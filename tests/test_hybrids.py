@@ -83,6 +83,12 @@ def test_what_lfm2_does_not_have_is_refused(fields, said):
         ("falcon_h1", {"mlp_multipliers": [1.0]}, "mlp_multipliers has 1 numbers, not 2"),
         ("falcon_h1", {"mamba_d_ssm": 40, "mamba_d_head": 5, "mamba_n_heads": 7}, "transformers cannot read it"),
         ("bamba", {"attn_layer_indices": None}, "no layer has attention"),
+        ("nemotron_h", {"hybrid_override_pattern": "ME*M"}, "a layer is of kind 'moe', which is not implemented"),
+        ("nemotron_h", {"hybrid_override_pattern": "M-?M"}, "transformers cannot read it"),
+        ("nemotron_h", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not implemented"),
+        ("nemotron_h", {"mlp_hidden_act": "swoosh"}, "mlp_hidden_act = 'swoosh' is not implemented"),
+        ("nemotron_h", {"time_step_limit": [0.0, 1.0]}, "time_step_limit = [0.0, 1.0] is not implemented"),
+        ("nemotron_h", {"rope_theta": 5e5}, "rope_theta = 500000.0, but this model has no rotary positions"),
         ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient = 0.1 is not implemented"),
     ],
 )

@@ -26,6 +26,7 @@ DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
     "deberta": ("in_proj",),
     "layoutlm": ("query", "value"),
     "llama": ("q_proj", "v_proj"),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "chatglm": ("query_key_value",),
     "gpt_bigcode": ("c_attn",),
     "mpt": ("Wqkv",),

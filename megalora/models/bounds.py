@@ -173,7 +173,7 @@ BOUNDS: Mapping[str, Bound] = {
     "moe_layer_end_index": Number(True, -1, MOST_LAYERS),
     **_all(_LAYERS, "max_window_layers first_k_dense_replace moe_layer_start_index num_dense_layers"),
     **_all(Number(True, 0, 1 << 8), "num_nextn_predict_layers num_mtp_modules"),
-    **_all(Each(Word(), MOST_LAYERS), "layer_types mlp_layer_types attention_layers"),
+    **_all(Each(Word(), MOST_LAYERS), "layer_types mlp_layer_types attention_layers layers_block_type"),
     **_all(Each(_LAYERS, MOST_LAYERS), "mlp_only_layers moe_layers full_attn_idxs attn_layer_indices"),
     **_all(Each(Number(True, 0, 1), MOST_LAYERS), "no_rope_layers attn_type_list"),
     **_all(OneOrEach(Number(True, 1, 1 << 10)), "moe_topk num_shared_expert"),
@@ -242,14 +242,15 @@ BOUNDS: Mapping[str, Bound] = {
         scale_attn_weights attn_temperature_tuning tie_word_embeddings use_bias use_parallel_residual use_qk_norm
         use_qkv_bias use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention
         share_att_key position_biased_input attention_out_bias attention_k_eq_v mup_enabled enable_moe_block conv_bias
-        projectors_bias mamba_rms_norm mamba_norm_before_gate mamba_conv_bias mamba_proj_bias
+        use_conv_bias projectors_bias mamba_rms_norm mamba_norm_before_gate mamba_conv_bias mamba_proj_bias
         block_auto_adjust_ff_dim use_expert_bias use_post_norm norm_bias classifier_bias use_task_id""",
     ),
     **_all(
         Word(),
         """expert_selection_fn shared_expert_combination_strategy use_bidirectional_attention activation
         activation_function hidden_act hidden_activation topk_method scoring_func feed_forward_proj dense_act_fn
-        position_embedding_type pooler_hidden_act norm_rel_ebd classifier_pooling classifier_activation""",
+        position_embedding_type mlp_hidden_act pooler_hidden_act norm_rel_ebd classifier_pooling
+        classifier_activation""",
     ),
     "pos_att_type": Kinds(),
     **_all(Object(), "attn_config vision_config qformer_config text_config own_of_layers"),

@@ -129,7 +129,8 @@ def _features() -> Iterable[list[str]]:
 def _architecture(family: Family) -> list[str]:
     spec = example(family)
     layer = spec.stack.layers[0]
-    mixer = next(mixer for mixer in mixers_of(layer) if isinstance(mixer, MLP | Experts))
+    of_layers = (mixer for one in spec.stack.layers for mixer in mixers_of(one))
+    mixer = next(mixer for mixer in of_layers if isinstance(mixer, MLP | Experts))
     mlp = mixer.expert if isinstance(mixer, Experts) else mixer
     kind = f"{'gated' if mlp.gate is not None else 'plain'}, {mlp.act}"
     parallel = any(isinstance(step, ParallelResidual) for step in layer)

@@ -1,0 +1,74 @@
+"""Nemotron-H and Nemotron Nano 2 (Nemotron-Nano-9B-v2): layers of Mamba-2, attention or a plain MLP, one each."""
+
+from megalora.models.family import Family, Fields
+from megalora.models.parts import decoder, kv_heads, plain_mlp
+from megalora.models.spec import Attention, FileNames, Layer, Linear, Mixer, ModelSpec, Norm, Residual, Stack
+from megalora.models.state_spaces import layer_kinds, state_space
+
+
+def read(hf: Fields) -> ModelSpec:
+    kinds = layer_kinds(hf, hf.layers_block_type, ("mlp",))
+    if hf.tie_word_embeddings:
+        hf.fail("tie_word_embeddings = True is not implemented, as in transformers", "take a model with a head")
+    bias, inner = bool(hf.use_bias), hf.mamba_num_heads * hf.mamba_head_dim
+    mlp = plain_mlp(
+        hf, "mixer.up_proj", "mixer.down_proj", hf.intermediate_size, "mlp_hidden_act", bias=bool(hf.mlp_bias)
+    )  # fmt: skip
+    mixers: dict[str, Mixer] = {
+        "linear_attention": state_space(
+            hf, "mixer", hf.mamba_num_heads, hf.mamba_head_dim, hf.n_groups, hf.ssm_state_size, hf.conv_kernel,
+            (bias, bias), bool(hf.use_conv_bias), _norm(hf, "mixer.norm", inner), out_by_name=True,
+        ),
+        "full_attention": _attention(hf),
+        "mlp": mlp,
+    }  # fmt: skip
+
+    def layer(index: int) -> Layer:
+        return (Residual(mixers[kinds[index]], _norm(hf, "norm", hf.hidden_size)),)
+
+    stack = Stack("model.layers", tuple(map(layer, range(len(kinds)))), _norm(hf, "model.norm_f", hf.hidden_size))
+    return decoder(hf, stack, embedding="model.embeddings", head="lm_head")
+
+
+def _norm(hf: Fields, name: str, size: int) -> Norm:
+    return Norm(name, size, hf.layer_norm_epsilon, precise=True)
+
+
+def _attention(hf: Fields) -> Attention:
+    """Return attention without positions."""
+    heads, kv, dim, size = hf.num_attention_heads, kv_heads(hf), hf.head_dim, hf.hidden_size
+    q, k, v = (Linear(f"mixer.{name}_proj", size, n * dim) for name, n in (("q", heads), ("k", kv), ("v", kv)))
+    return Attention(q, k, v, Linear("mixer.o_proj", heads * dim, size), heads, kv, dim, None)
+
+
+FAMILY = Family(
+    ("nemotron_h",),
+    read,
+    reads=frozenset(
+        """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
+        max_position_embeddings tie_word_embeddings layers_block_type layer_norm_epsilon mlp_hidden_act mlp_bias
+        use_bias use_conv_bias mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel
+        time_step_limit""".split()
+    ),
+    fixed={
+        "attention_dropout": 0.0, "hidden_dropout": 0.0, "attention_bias": False, "mamba_hidden_act": "silu",
+        "mamba_proj_bias": False, "residual_in_fp32": False, "output_router_logits": False,
+    },
+    # layers_block_type says which layers there are (transformers makes it of hybrid_override_pattern), and no layer has
+    # experts; the rest is how weights were drawn, how Mamba-2 is computed, and layers that predict further tokens.
+    # transformers cuts time steps at time_step_min from below, in training alone: NVIDIA's own code does not.
+    harmless=frozenset(
+        """hybrid_override_pattern mtp_hybrid_override_pattern mtp_layers_block_type num_nextn_predict_layers
+        n_routed_experts n_shared_experts moe_intermediate_size moe_shared_expert_intermediate_size
+        moe_shared_expert_overlap num_experts_per_tok routed_scaling_factor n_group topk_group norm_topk_prob
+        num_logits_to_keep use_mamba_kernels chunk_size expand time_step_min time_step_max time_step_floor
+        time_step_rank rescale_prenorm_residual mamba_ssm_cache_dtype""".split()
+    ),
+    rotates=False,
+    partial=1.0,
+    files=FileNames(prefix="model.", renames=(("backbone.", "model."),), ahead=("mtp.",)),
+    aliases={"attention_head_dim": "head_dim", "norm_eps": "layer_norm_epsilon"},
+    optional=frozenset({"num_hidden_layers"}),
+    example={"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"] * 4},
+    published=("NVIDIA-Nemotron-Nano-9B-v2", "Nemotron-H-8B-Base-8K"),
+)
