@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,3 +171,14 @@ def test_serving_is_timed(benchmark, monkeypatch, capsys):
     benchmark("serve").main()
     out = capsys.readouterr().out
     assert "replies equal to those of all at once: 4 of 4" in out and "first token of a 8-token prompt" in out
+
+
+def test_kernels_of_experts_are_summed_by_name(benchmark, capsys):
+    experts, events = benchmark("experts"), {"wide_kernel": 4000.0, "outer_kernel": 300.0, "combine_kernel": 700.0}
+    kernels = [SimpleNamespace(key=key, self_device_time_total=us, count=8) for key, us in events.items()]
+    others = [SimpleNamespace(key="gate_kernel", self_device_time_total=50.0, count=4)]
+    experts.of_profile(SimpleNamespace(key_averages=lambda: kernels + others), 2)
+    told = capsys.readouterr().out
+    assert "500 us of the products' 2000, 0.250" in told and "4.0 launches" in told
+    sources = "".join(file.read_text() for file in (ROOT / "megalora" / "ops").glob("*.py"))
+    assert all(f"def {name}(" in sources for name in (*experts.PRODUCTS, *experts.BESIDE, *experts.OTHERS))

@@ -125,15 +125,16 @@ class _Pair:
         x, inner, out = held * up.inputs * e, held * down.inputs * e, self.tokens * up.inputs * e
         one, gated = self.bytes_of(up.inputs), self.bytes_of(down.inputs)
         drops = x * self._drops(up), inner * self._drops(down)  # a copy of what A reads
-        # Rows are made and read for z; gate and up read, what is gated made and read for z; rows summed, z apart.
-        traffic = (one + bool(up.rank) * one) + (3 * gated + bool(down.rank) * gated) + one + 2 * out
+        # Rows are made, and read for z; gate and up read, what is gated made and read for z; rows summed, z apart.
+        again = bool(up.rank) and not self._at_tokens(up)
+        traffic = (one + again * one) + (3 * gated + bool(down.rank) * gated) + one + 2 * out
         traffic += 2 * held * (up.room + down.room) * e + 2 * sum(drops)
         z = x + held * up.room * e
         return Pass(
             live=max(z + drops[0], z + held * up.output * e, inner + drops[1], inner + x) + out,
             flops=self._products + self._branch(up) + self._branch(down),
             traffic=traffic + self._decoded,
-            calls=13 + self._dropped_calls(1),
+            calls=12 + again + self._dropped_calls(1),
         )
 
     def backward(self) -> Pass:
@@ -142,9 +143,11 @@ class _Pair:
         x, inner, out = held * up.inputs * e, held * down.inputs * e, self.tokens * up.inputs * e
         one, gated = self.bytes_of(up.inputs), self.bytes_of(down.inputs)
         parts = self._parts(up), self._parts(down)
-        # Rows of dout and x made, those of dx summed; what is gated, its gradients; dy and x read for dz, dB and dA.
-        traffic = (2 * one + one + 3 * out) + (3 + 5) * gated
-        traffic += bool(down.rank) * (one + gated) + bool(up.rank) * (2 * gated + one)
+        # Rows of dout made, those of dx summed; gradients of what is gated, which is made again; dy read for dz and dB,
+        # that and x (whose rows are made for it) for dA, where they are not read at the tokens.
+        made = bool(up.rank) and not self._at_tokens(up)
+        traffic = (one + one + 3 * out) + (5 + (1 if self._fused else 3) * bool(down.rank)) * gated
+        traffic += bool(down.rank) * ((not self._fused) * one + gated) + bool(up.rank) * 2 * gated + made * 2 * one
         traffic += sum(part + part * self.rows // max(1, held) for part in parts)
         traffic += 2 * _WIDE * self.mixer.held * (up.trained + down.trained)
         if self.mixer.drops:  # a copy of what A read, and the branch's term of dx, which is added by itself
@@ -152,10 +155,15 @@ class _Pair:
         grads = 2 * self.rows * (up.rank * (up.inputs + up.output / 2) + down.rank * (down.inputs + down.output))
         terms = x * self._drops(up), inner * self._drops(down)
         return Pass(
-            live=out + max(x + inner + max(parts[1], inner + terms[1]), 3 * inner + x + max(parts[0], x + terms[0])),
+            live=out
+            + max(
+                x + max(parts[1], inner + terms[1]),
+                (3 if self._fused else 4) * inner + terms[1],
+                2 * inner + max(parts[0], x + terms[0]),
+            ),
             flops=self._products + self._branch(up) + self._branch(down) + grads / self.rate,
             traffic=traffic + self._decoded,
-            calls=17 + self._dropped_calls(4),
+            calls=16 + made - self._fused + self._dropped_calls(4),
         )
 
     @property
@@ -181,6 +189,15 @@ class _Pair:
         each = (linear_bytes(g, name, e) + (g.inputs + 2 * g.room) * g.output * e for g in groups)
         return self.mixer.held * sum(each)
 
+    @property
+    def _fused(self) -> bool:
+        """Whether kernels are megalora.ops.grouped_gpu's, which read dout and x at the tokens."""
+        return self.device_type == "cuda" and self.e == 2
+
+    def _at_tokens(self, group: Group) -> bool:
+        """Return whether what a group's A reads is never copied into rows for it."""
+        return self._fused and not self._drops(group)
+
     def _drops(self, group: Group) -> bool:
         return self.mixer.drops and group.rank > 0
 
@@ -190,7 +207,7 @@ class _Pair:
 
     def _parts(self, group: Group) -> int:
         """Return the bytes of the parts of dz, one for each tile of columns of dy (as `branch_` of grouped_gpu)."""
-        if self.device_type != "cuda" or self.e != 2 or not group.rank:
+        if not self._fused or not group.rank:
             return 0
         tiles, columns = branch_tiles(group.output, sum(padded_rank(rank, "cuda") for rank in group.ranks))
         return tiles * self.held * columns * _WIDE

