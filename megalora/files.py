@@ -56,6 +56,23 @@ def read_bytes(file: Path, most: int) -> bytes:
     return data
 
 
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; for `object_pairs_hook`. Raises RepeatedField: of two values one would be lost."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedField(next(name for name in names if names.count(name) > 1))
+    return fields
+
+
+class RepeatedField(ValueError):
+    """An object of JSON that has a field twice."""
+
+    def __init__(self, name: str):
+        self.name = name
+        super().__init__(f"an object has the field {name[:40]!r} twice")
+
+
 def read_json(
     file: Path, remedy: str = "copy or download it again", *, what: str = "", most: int = JSON_BYTES
 ) -> dict[str, Any]:
@@ -64,11 +81,14 @@ def read_json(
     what    the flag that names it, for the message
     remedy  what the user can do about a file that is damaged, for the message
     most    bytes that it may have
-    Raises UserError that names the file: missing, too large, not regular, not JSON, nested too deeply, not an object.
+    Raises UserError that names the file: missing, too large, not regular, not JSON, nested too deeply, not an object,
+    a field that an object has twice.
     """
     name = f"{what} {file}".lstrip()
     try:
-        value = json.loads(read_bytes(file, most))
+        value = json.loads(read_bytes(file, most), object_pairs_hook=unique_fields)
+    except RepeatedField as error:
+        raise UserError(f"{name}: {error}", "keep one of the two") from None
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})", remedy) from None
     except (ValueError, RecursionError) as error:

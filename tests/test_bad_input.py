@@ -243,6 +243,10 @@ CASES: dict[str, tuple[Callable[[Mess], dict], tuple[str, ...]]] = {
         lambda m: m.lora('{"r": 8,}'),
         ("-lora_config.json: is not JSON", "correct this one"),
     ),
+    "lora_config with a field twice": (
+        lambda m: m.lora('{"r": 8, "r": 16}'),
+        ("-lora_config.json: an object has the field 'r' twice", "keep one"),
+    ),
     "lora_config is missing": (lambda m: {"lora_config": m.path("none")}, ("lora_config", "-none", "name an existing")),
     "lora_config field": (lambda m: m.lora({"rank": 8}), ("-lora_config.json: unknown field 'rank'", "remove the")),
     "lora_config value": (lambda m: m.lora({"r": 0}), ("-lora_config.json: r = 0", "give a positive integer")),

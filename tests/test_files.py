@@ -26,6 +26,15 @@ def test_what_is_no_object_is_named(tmp_path, contents, words):
         read_json(tmp_path / "a.json", "do this", what="a_flag")
 
 
+def test_a_field_that_is_there_twice_is_refused(tmp_path):
+    """json.loads takes the last and is silent; at any depth."""
+    file = tmp_path / "a.json"
+    for text in ('{"r": 8, "a": 1, "r": 16}', '{"a": [{"r": 8, "r": 8}]}'):
+        file.write_text(text)
+        with pytest.raises(UserError, match="a_flag .*a.json: an object has the field 'r' twice: keep one"):
+            read_json(file, what="a_flag")
+
+
 def test_a_json_file_is_refused_by_its_size(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"a": 1}' + " " * 92)

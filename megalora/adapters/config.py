@@ -20,7 +20,7 @@ from megalora.adapters.targets import DEFAULT_TARGET_MODULES, check_stacks
 from megalora.adapters.words import Tokens, WordsAdapter, checked_tokens, saved_modules, trained_tokens
 from megalora.choices import CLASSIFICATION, TASKS
 from megalora.errors import UserError
-from megalora.files import read_json
+from megalora.files import read_json, unique_fields
 
 # Fields of a PEFT file that say nothing about the numbers.
 _IGNORED = {
@@ -323,7 +323,7 @@ def _task(name: object) -> str:
 
 def _object(text: str) -> dict:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=unique_fields)
     except (ValueError, RecursionError) as error:
         remedy = 'write it like {"r": 16}, or name a file'
         raise UserError(f"lora_config {text:.200} is not JSON ({error})", remedy) from None

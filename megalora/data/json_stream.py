@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ..errors import UserError
+from ..files import RepeatedField, unique_fields
 
 BLOCK = 1 << 20  # bytes read at a time
 ROW_BYTES = 64 << 20  # of one row: a million tokens are 4 MB
@@ -66,19 +67,6 @@ def is_lines(file: BinaryIO) -> bool:
         return False
 
 
-def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON; for `object_pairs_hook`. Raises RepeatedField: of two values one would be lost."""
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise RepeatedField(next(name for name in names if names.count(name) > 1))
-    return fields
-
-
-class RepeatedField(ValueError):
-    """An object of JSON that has a field twice, whose name is the argument."""
-
-
 class _Stream:
     """The text of a file from a place on: `_text[_at:]` and what is not read yet."""
 
@@ -118,7 +106,7 @@ class _Stream:
                     continue
                 raise self.error(error.msg, self._at + behind) from None
             except RepeatedField as error:
-                raise self.error(f"an object has the field {str(error)[:40]!r} twice") from None
+                raise self.error(str(error)) from None
             except (RecursionError, ValueError) as error:  # nested too deep, a number of thousands of digits
                 raise UserError(f"{self._name}: JSON that cannot be read: {error}", "fix the file") from None
             if end == len(self._text) and self._more():  # a number may go on

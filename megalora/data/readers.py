@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import UserError
-from ..files import check_regular
-from .json_stream import ROW_BYTES, is_lines, read_lines, read_values, too_long, unique_fields
+from ..files import check_regular, unique_fields
+from .json_stream import ROW_BYTES, is_lines, read_lines, read_values, too_long
 
 CHUNK = 1024  # rows handed on at a time
 _BATCH = 1024  # rows of a table decoded at a time

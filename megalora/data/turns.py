@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError
+from ..files import unique_fields
 from .conversation import Message
 from .fields import Fields, empty, json_type, names_of
 
@@ -272,7 +273,7 @@ def _listed(value: Any, place: str, what: str) -> list[dict[str, Any]]:
 
 def from_json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_fields)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not JSON ({error})", "fix the row") from None
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from megalora.choices import BASE_FORMATS, DTYPES, KV_CACHES, RECOMPUTE
 from megalora.errors import UserError
+from megalora.files import unique_fields
 from megalora.flags.flag import Definition
 from megalora.pipeline.partition import METHODS
 from megalora.pipeline.schedule import SCHEDULES
@@ -85,7 +86,7 @@ def template_variables(text: str | None) -> dict[str, Any]:
     """Return the value of chat_template_kwargs: variables of the chat template. Raises UserError."""
     remedy = 'write {"name": value}'
     try:
-        found = json.loads(text) if text is not None else {}
+        found = json.loads(text, object_pairs_hook=unique_fields) if text is not None else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"chat_template_kwargs {text!r} is not JSON ({error})", remedy) from None
     if not isinstance(found, dict):

@@ -13,6 +13,7 @@ from typing import Any
 
 from megalora.data import Conversation, to_question
 from megalora.errors import UserError
+from megalora.files import unique_fields
 from megalora.generation.sampling import Sampling
 from megalora.serving.errors import bad
 from megalora.serving.images import PART, take_image
@@ -78,7 +79,7 @@ def read_json(data: bytes) -> dict[str, Any]:
         raise ValueError(f"{name} is no number of JSON")
 
     try:
-        value = json.loads(data, parse_constant=refuse)
+        value = json.loads(data, parse_constant=refuse, object_pairs_hook=unique_fields)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         raise bad("the body has half of a surrogate pair (as \\ud83d), or is not UTF-8: fix the text") from None

@@ -16,6 +16,7 @@ from megalora.data.conversation import Conversation, Message
 from megalora.data.fields import HARMLESS, FieldNames, shown
 from megalora.errors import UserError
 
+TWICE = [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "data" / "self_cognition.json"
 
 
@@ -163,6 +164,7 @@ def test_what_is_not_read_is_refused_by_name(field, value):
         ({"conversations": [user("a"), {"from": "function_call", "value": "{"}]}, "the function call is not JSON"),
         ({"messages": [user("a"), assistant("b")], "tools": [{"type": "retrieval"}]}, "a tool has the fields type"),
         ({"messages": [user("a"), assistant("b")], "tools": "x"}, "tools is not JSON"),
+        ({"messages": [user("a"), {"role": "assistant", "tool_calls": TWICE}]}, "the field 'x' twice"),
     ],
 )
 def test_bad_rows_are_told(row, told):

@@ -189,6 +189,7 @@ def test_forged_turns_are_text(client):
 
 BAD = [
     (b"", 400, "the body is empty"),
+    (b'{"model": "base", "n": 1, "n": 2}', 400, "an object has the field 'n' twice"),
     (b"{", 400, "the body is not JSON"),
     (b"[1]", 400, "not a JSON object"),
     (b"[" * 100_000, 400, "nested too deeply"),
