@@ -201,7 +201,8 @@ def _compare(arguments: Conversion) -> None:
         parts = [part for part in (ours.get(name), theirs.get(name) and theirs[name].times(-1.0)) if part is not None]
         if len({(part.A.shape[1], part.sB.shape[0]) for part in parts}) > 1:
             raise UserError(f"{name} has other sizes in {paths.other}", "compare adapters of one model")
-        apart = norm(side_by_side(parts))
+        same = len(parts) == 2 and all(map(torch.equal, ours[name][:2], theirs[name][:2]))
+        apart = 0.0 if same else norm(side_by_side(parts))  # which rounding would leave above 0
         own = norm(ours[name]) if name in ours else 0.0
         total, size = total + apart**2, size + own**2
         rows.append((apart / own if own else float("inf"), name, "" if len(parts) == 2 else " (in one of them only)"))

@@ -87,6 +87,8 @@ def test_an_adapter_comes_back_out_of_a_merged_model(tmp_path, capsys):
         torch.testing.assert_close(delta, theirs[name], rtol=1e-3, atol=1e-4)
     told = done(capsys, "adapter", "compare", "--adapter", tmp_path / "a", "--other", tmp_path / "out")
     assert float(told.splitlines()[-2].split()[0]) < 1e-3 and "all 8 linears" in told
+    told = done(capsys, "adapter", "compare", "--adapter", tmp_path / "a", "--other", tmp_path / "a")
+    assert [line.split()[0] for line in told.splitlines()[:-1]] == ["0"] * 9
     told = done(capsys, *extract, "--output", tmp_path / "less", "--rank", 1)
     assert float(told.split("relative error ")[1].split()[0]) > 0.1
 
