@@ -6,7 +6,7 @@ In one process, on the CPU, one linear at a time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from megalora.convert import (
 )
 from megalora.errors import UserError
 from megalora.flags import Conversion
+from megalora.identity import progress
 from megalora.models.spec import ModelSpec
 
 INITIAL = "initial"  # folder of the initial adapter, in that of the changed base
@@ -72,6 +73,17 @@ def _branches(adapter: AdapterCheckpoint) -> dict[str, Branch]:
         wide = torch.promote_types(A.dtype, torch.float32)
         found[name] = Branch(A.to(wide), B.to(wide) * adapters[name].scaling, adapters[name].scaling)
     return found
+
+
+def _check_one_base(adapters: Sequence[AdapterCheckpoint]) -> None:
+    """Raise UserError where two adapters come from runs on different models: their sum is an adapter of neither."""
+    runs = [(one.where, run.identity.get("model", "(none)")) for one in adapters if (run := progress(one))]
+    for where, model in runs[1:]:
+        if model != runs[0][1]:
+            raise UserError(
+                f"adapters {runs[0][0]} ({runs[0][1]}) and {where} ({model}) were trained on different models",
+                "combine adapters of one model; or, to combine them all the same, name the peft folders of their runs",
+            )
 
 
 def _plain(branches: Mapping[str, Branch], like: Mapping[str, Any], where: str) -> AdapterCheckpoint:
@@ -110,6 +122,7 @@ def _write(arguments: Conversion, adapter: AdapterCheckpoint, *sources: str) -> 
 def _combine(arguments: Conversion) -> None:
     options, paths = arguments.combined, arguments.paths
     adapters = [open_adapter(path) for path in (paths.input, *options.others)]
+    _check_one_base(adapters)
     weights = options.weights or (1.0,) * len(adapters)
     if len(weights) != len(adapters):
         raise UserError(f"weights has {len(weights)} numbers for {len(adapters)} adapters", "give one for each")

@@ -9,8 +9,12 @@ from safetensors.torch import load_file, save_file
 from test_convert import done, refused
 from test_convert_adapter import base_model, logits_of, train_with_peft
 
+from megalora.adapters.config import LoraConfig
 from megalora.adapters.deltas import Branch, nearest, norm, side_by_side, truncated
 from megalora.checkpoint.adapter.opening import open_adapter
+from megalora.checkpoint.adapter.shards import save_adapter
+from megalora.checkpoint.layout import Layout
+from megalora.parallel.split import Split
 from megalora.recombine import _branches
 
 peft = pytest.importorskip("peft")
@@ -72,6 +76,20 @@ def test_adapters_are_combined_as_peft_combines_them(tmp_path, capsys):
     train_with_peft(base, tmp_path / "dora", ALL | {"use_dora": True})
     flags = ["--input", tmp_path / "a", "--others", tmp_path / "dora", "--output", tmp_path / "no"]
     refused(capsys, "merge it into the model", "adapter", "combine", *flags)
+
+
+def test_adapters_of_runs_on_other_models_are_not_combined(tmp_path, capsys):
+    base = base_model(tmp_path / "base")
+    train_with_peft(base, tmp_path / "plain", SOME)
+    found = open_adapter(tmp_path / "plain")
+    splits = {name: Split(tuple(tensor.shape)) for name, tensor in found.tensors.items()}
+    fields = LoraConfig.from_dict(found.lora_config, "here").to_dict()
+    for name in ("first", "second", "first again"):
+        trainer = {"step": 1, "identity": {"model": name.split()[0]}}
+        save_adapter(tmp_path / name, found.tensors, splits, Layout(), fields, trainer=trainer)
+    flags = ["adapter", "combine", "--output", tmp_path / "out", "--input", tmp_path / "first", "--others"]
+    refused(capsys, "were trained on different models", *flags, tmp_path / "plain", tmp_path / "second")
+    done(capsys, *flags, tmp_path / "plain", tmp_path / "first again")
 
 
 def test_an_adapter_comes_back_out_of_a_merged_model(tmp_path, capsys):
