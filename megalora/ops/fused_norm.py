@@ -83,6 +83,8 @@ def takes(x: torch.Tensor, norm: NormWeights, room: int = 0, addend: Addend = DE
 
 def fused_norm(x: torch.Tensor, norm: NormWeights, room: int = 0) -> torch.Tensor:
     """Return norm(x) [..., D + room], undefined in the room, of x [..., D] that kernels take."""
+    if not torch.is_grad_enabled():  # prompts of generation wait for the host, and autograd's call takes half its time
+        return _forward(x.contiguous(), None, norm, room, DELTA)[1]
     return _Norm.apply(x, norm, room)
 
 
@@ -90,6 +92,8 @@ def add_fused_norm(
     x: torch.Tensor, delta: torch.Tensor, norm: NormWeights, room: int = 0, addend: Addend = DELTA
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (the sum [N, D], its norm [N, D + room]) of x, delta [N, D] that kernels take."""
+    if not torch.is_grad_enabled():
+        return _forward(x.contiguous(), delta.contiguous(), norm, room, addend)[:2]
     return _AddNorm.apply(x, delta, norm, room, addend)
 
 

@@ -109,7 +109,8 @@ class E4m3Matrix(QuantisedMatrix):
     def multiplier(self, bias: torch.Tensor | None = None) -> Multiplier:
         if self._terms is None:
             return super().multiplier(bias)
-        coded, columns = functools.cache(self._coded), self.columns + self._terms.shape[1]
+        coded = self._coded if self._keeps_codes else functools.cache(self._coded)
+        columns = self.columns + self._terms.shape[1]
 
         def quantised(X: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
             if self.rank:
