@@ -220,6 +220,12 @@ EXPERTS = {
         "mamba_d_head": "auto", "mamba_d_state": 10, "mamba_chunk_size": 8, "position_embedding_type": "nope",
         "tie_word_embeddings": True,
     },
+    "nemotron_h, experts": {
+        "model_type": "nemotron_h", "rms_norm_eps": None, "hybrid_override_pattern": "ME*", "head_dim": 8,
+        "mamba_num_heads": 8, "mamba_head_dim": 6, "n_groups": 2, "ssm_state_size": 6, "time_step_min": 1e-20,
+        "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 40, "routed_scaling_factor": 2.5,
+    },
     "hy_v3": {
         "model_type": "hy_v3", "num_experts": 6, "num_experts_per_tok": 3, "num_shared_experts": 1, "head_dim": 10,
         "moe_intermediate_size": 24, "enable_moe_fp32_combine": False,

@@ -44,8 +44,8 @@ from megalora.parallel.placement import Placement
 from megalora.parallel.split import named_splits
 
 EVERY = ALL_LINEAR | {"target_modules": r"model\.layers\..*"}  # routers too
-STATES = ("qwen3_next", "lfm2_moe", "granitemoehybrid")
-HYBRID = {"qwen3_next", "qwen3_5_moe_text", "granitemoehybrid"}  # most of whose layers have decays
+STATES = ("qwen3_next", "lfm2_moe", "granitemoehybrid", "nemotron_h, experts")
+HYBRID = {"qwen3_5_moe_text", *STATES}  # in most of whose layers states decay, or channels are gated
 TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -254,9 +254,10 @@ def plain_names(family: str, model) -> dict[str, tuple[torch.Tensor, torch.nn.Pa
             for e, weight in enumerate(parameter):
                 for half, part in zip(weight.chunk(2), (gate, up), strict=True):
                     found[f"{name.removesuffix('gate_up_proj')}{e}.{part}.weight"] = half, parameter
-        elif name.endswith("experts.down_proj"):
+        elif name.endswith(("experts.down_proj", "experts.up_proj")):
+            stem, _, last = name.rpartition(".")
             for e, weight in enumerate(parameter):
-                found[f"{name.removesuffix('down_proj')}{e}.{down}.weight"] = weight, parameter
+                found[f"{stem}.{e}.{down if last == 'down_proj' else last}.weight"] = weight, parameter
         else:
             found[name] = parameter, parameter
     return found
@@ -279,7 +280,7 @@ def precise_norm(monkeypatch):
         for name in [name for name in vars(modeling) if name.lower().endswith(routers)]:
             router = getattr(modeling, name)
             monkeypatch.setattr(router, "forward", in_double(router.forward))
-        for name in [name for name in vars(modeling) if name.endswith(("GatedDeltaNet", "MambaLayer"))]:
+        for name in [name for name in vars(modeling) if name.endswith(("GatedDeltaNet", "MambaLayer", "Mamba2Mixer"))]:
             mixer = getattr(modeling, name)
             wide = functools.partialmethod(forward_in_float64, modeling, mixer.forward)
             monkeypatch.setattr(mixer, "forward", wide)
@@ -318,10 +319,11 @@ def clamped_as_configured(monkeypatch):
     monkeypatch.setattr(experts, "__init__", configured)
 
 
-# Those whose rotations, norms, routers, temperatures, sinks or scale of the embedding transformers has in float32.
+# Those whose rotations, norms, routers, temperatures, sinks, logits or scale of the embedding transformers has in
+# float32.
 IN_FLOAT32 = (
     "afmoe", "cohere2_moe", "deepseek_v2", "ernie4_5_moe", "gemma4_text, experts", "granitemoe_swa", "llama4_text",
-    "mistral4",
+    "mistral4", "nemotron_h, experts",
 )  # fmt: skip
 
 
@@ -570,6 +572,8 @@ EXPERT, SHARED = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.mlp.s
         ("qwen2_moe", [EXPERT], "does not load adapters of experts"),
         ("lfm2_moe", ["model.layers.1.feed_forward.experts.0.w1"], "does not load adapters of experts"),
         ("lfm2_moe", ["model.layers.1.conv.out_proj", "model.layers.0.feed_forward.w1"], None),
+        ("nemotron_h", ["model.layers.1.mixer.experts.0.up_proj"], "does not load adapters of experts"),
+        ("nemotron_h", ["model.layers.1.mixer.up_proj"], None),
         ("falcon_h1", ["model.layers.1.mamba.out_proj"], "refuses adapters of out_proj"),
         ("falcon_h1", ["model.layers.1.mamba.in_proj"], None),
         ("deepseek_v3", [EXPERT, SHARED], "mixes up"),

@@ -10,7 +10,7 @@ from megalora.models.config import config_from_dict
 @pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS, "qwen3_5_text", "lfm2", "bamba"])
 def test_models_of_gpu_tests_are_sound(family):
     for more in ({}, {"head_dim": 64}):  # the second are those of graphs
-        assert config_from_dict(fields_of(family, **sizes(family, **more))).num_hidden_layers == 2
+        assert config_from_dict(fields_of(family, **sizes(family, **more))).num_hidden_layers in (2, 3)
 
 
 @pytest.mark.parametrize("family", ENCODERS)

@@ -26,7 +26,7 @@ from megalora.planning.nodes import Workload
 pytestmark = pytest.mark.gpu
 
 # Of chunks and states there are none.
-NO_GRAPHS = {"llama4_text", "qwen3_next", "qwen3_5_moe_text", "lfm2_moe", "granitemoehybrid"}
+NO_GRAPHS = {"llama4_text", "qwen3_next", "qwen3_5_moe_text", "lfm2_moe", "granitemoehybrid", "nemotron_h, experts"}
 Q_AND_V = r".*\.(q_proj|v_proj|qkv_proj|query_key_value|kv_b_proj)"
 
 

@@ -156,7 +156,8 @@ BOUNDS: Mapping[str, Bound] = {
         Number(True, 1, 1 << 24),
         """hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size n_inner ffn_dim
         ffn_hidden_size embedding_size word_embed_proj_dim q_lora_rank kv_lora_rank d_model d_ff encoder_ffn_dim
-        decoder_ffn_dim intermediate_size_mlp prefix_dense_intermediate_size pooler_hidden_size dim_model_base
+        decoder_ffn_dim intermediate_size_mlp prefix_dense_intermediate_size moe_shared_expert_intermediate_size
+        pooler_hidden_size dim_model_base
         hidden_dim""",
     ),
     **_all(Number(True, 1, 1 << 28), "vocab_size padded_vocab_size"),

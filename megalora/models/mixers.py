@@ -367,7 +367,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class Experts:
-    """The weighted sum of the gated MLPs that a router chooses for a token, and of one that all tokens go through.
+    """The weighted sum of the MLPs that a router chooses for a token, and of one that all tokens go through.
 
     expert       of which each has its own, with {expert} for its index in the names
     shared       the MLP of all tokens; shared_gate: its result times sigmoid(gate), one number a token
@@ -403,8 +403,8 @@ class Experts:
             return replace(made, linear=linear) if isinstance(made, Fused) else linear
 
         mlp = self.expert
-        assert mlp.gate is not None
-        return replace(mlp, gate=named(mlp.gate), up=named(mlp.up), down=named(mlp.down))
+        gate = None if mlp.gate is None else named(mlp.gate)
+        return replace(mlp, gate=gate, up=named(mlp.up), down=named(mlp.down))
 
     def stacks(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Yield the name of each tensor of all experts in the file, and our names of its parts, one an expert."""

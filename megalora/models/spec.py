@@ -401,7 +401,8 @@ class ModelSpec:
                 for expert in range(mixer.count):
                     *ups, down = (self.stack.of_layer(index, linear.name) for linear in mixer.at(expert).linears)
                     stem = self.stack.of_layer(index, f"{mixer.within}.{expert}")
-                    found |= {f"{stem}.gate_up_proj": tuple(ups), f"{stem}.down_proj": (down,)}
+                    first = "up_proj" if mixer.expert.gate is None else "gate_up_proj"
+                    found |= {f"{stem}.{first}": tuple(ups), f"{stem}.down_proj": (down,)}
         return found
 
     @cached_property

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from megalora.ops.activations import ACTIVATIONS
 from megalora.ops.routing import Routes, fuses
 from megalora.ops.swiglu import swiglu, swiglu_backward
 
@@ -26,10 +27,16 @@ class GateGrads(NamedTuple):
 
 
 class Gate(Protocol):
-    """weighs_result: the weight of a pair is a factor of what down reads; else it is within its gate."""
+    """weighs_result: the weight of a pair is a factor of what down reads; else it is within its gate.
+
+    parts  what one of the features that down reads is made of: gate and up, or up alone
+    """
 
     @property
     def weighs_result(self) -> bool: ...
+
+    @property
+    def parts(self) -> int: ...
 
     def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
         """Return what down reads with room behind it, [M, I + room], undefined in the room.
@@ -51,7 +58,7 @@ class Gated:
 
     act: str = "silu"
 
-    weighs_result = True
+    weighs_result, parts = True, 2
 
     def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
         if self.act != "silu" or not fuses(gate_up):
@@ -90,7 +97,7 @@ SILU = Gated()
 class _ScaledInput:
     """silu(w gate) (w up): the weight multiplies what the expert reads (llama4)."""
 
-    weighs_result = False
+    weighs_result, parts = False, 2
 
     def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
         return swiglu(gate_up * _of_rows(weights, routes).to(gate_up.dtype), room)
@@ -117,7 +124,7 @@ class Clamped:
     alpha: float
     limit: float
 
-    weighs_result = True
+    weighs_result, parts = True, 2
 
     def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
         gate, up = self._cut(gate_up)
@@ -147,6 +154,32 @@ class Clamped:
     def _cut(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = _in_turn(gate_up)
         return gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """w act(up), where there is no gate: gate_up is up [M, I]. act: one of megalora.ops.activations.ACTIVATIONS."""
+
+    act: str
+
+    weighs_result, parts = True, 1
+
+    def forward(self, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, room: int) -> torch.Tensor:
+        rows, size = gate_up.shape
+        X = gate_up.new_empty(rows, size + room)
+        X[:, :size] = ACTIVATIONS[self.act](gate_up)
+        X[:, :size].mul_(_of_rows(weights, routes))
+        return X
+
+    def backward(
+        self, dh: torch.Tensor, gate_up: torch.Tensor, weights: torch.Tensor, routes: Routes, again: bool
+    ) -> GateGrads:
+        with torch.enable_grad():
+            up = gate_up.detach().requires_grad_()
+            activated = ACTIVATIONS[self.act](up)
+        dweights = (dh * activated.detach()).sum(1, dtype=weights.dtype)
+        (grad,) = torch.autograd.grad(activated, up, dh.mul_(_of_rows(weights, routes)))
+        return GateGrads(grad, dweights, self.forward(gate_up, weights, routes, 0) if again else None)
 
 
 def _in_turn(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ class ExpertPair:
     """gate and up, then down, of this rank's experts [first, stop); gate: what stands between them."""
 
     def __init__(self, up: ExpertGroup, down: ExpertGroup, first: int, gate: Gate = SILU):
-        assert sum(up.sizes) == 2 * down.in_features and len(up.experts) == len(down.experts)
+        assert sum(up.sizes) == gate.parts * down.in_features and len(up.experts) == len(down.experts)
         assert down.biased <= gate.weighs_result, "the bias of what is not weighed is not weighed either"
         self.up, self.down, self.first, self.stop, self.gate = up, down, first, first + len(up.experts), gate
 

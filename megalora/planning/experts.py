@@ -9,7 +9,7 @@ from megalora.ops.grouped_gpu import branch_tiles
 from megalora.parallel.experts import padded_rank
 from megalora.planning.groups import Group
 from megalora.planning.mixers import Experts
-from megalora.planning.mlp import fuses
+from megalora.planning.mlp import fuses, mlp_nodes
 from megalora.planning.node import NOTHING, Node, Pass, Workload
 from megalora.planning.quantised import linear_bytes
 
@@ -38,7 +38,9 @@ def experts_nodes(layer: Any, mixer: Experts, flowing: bool) -> list[Node]:
     fetch = Pass(live=tokens.whole if gathers else 0, messages=gathers, calls=len(gathers))
     nodes = [Node("gathered tokens", 0, fetch, sums if flowing else NOTHING)]
     nodes += routed_nodes(mixer, layer.work, tokens.full, shape.device_type, flowing)
-    if mixer.shared is not None:
+    if mixer.shared is not None and not mixer.shared.fused:
+        nodes += mlp_nodes(inner, mixer.shared, "kept", flowing, unread=False)
+    elif mixer.shared is not None:
         after = flowing or mixer.shared.up.trains
         fused = fuses(mixer.shared, shape.device_type)
         nodes += [

@@ -20,7 +20,7 @@ from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.models.routers import Router
 from megalora.ops.routing import take
-from megalora.ops.weighted_gate import SCALED_INPUT, Clamped, Gate, Gated
+from megalora.ops.weighted_gate import SCALED_INPUT, Clamped, Gate, Gated, Plain
 from megalora.parallel.experts import ExpertGroup, share_storage
 from megalora.parallel.experts_grad import ExpertPair, apply_experts, gather_tokens
 from megalora.parallel.formats import BaseFormat
@@ -83,6 +83,9 @@ class ExpertsBlock:
 def _gate_of(experts: spec.Experts) -> Gate:
     """Return what stands between up and down of an expert."""
     mlp = experts.expert
+    if mlp.gate is None:
+        assert not experts.weighs_input and mlp.clamp is None, mlp
+        return Plain(mlp.act)
     alternates = isinstance(mlp.up, spec.Fused) and isinstance(mlp.up.rows, spec.ByHead)
     assert alternates == (mlp.clamp is not None) and mlp.fused_act is not None, mlp
     assert mlp.fused_act == "silu" or not (experts.weighs_input or alternates), mlp
