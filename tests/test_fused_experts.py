@@ -268,6 +268,31 @@ def test_experts_of_several_ranks_and_scales_and_some_without_are_the_same_in_pe
     close(logits_of_peft(base, tmp_path / "twice"), expected)
 
 
+@pytest.mark.parametrize("name", APART)
+def test_experts_apart_are_alike_in_peft(name, tmp_path, capsys):
+    """transformers has them in one parameter: peft refuses several ranks there, and passes over several alphas."""
+    base = tmp_path / "base"
+    saved(name, base)
+    mixed = {
+        "rank_pattern": {r"layers\.1\..*experts\.1\.\w+": 7, "q_proj": 2},
+        "alpha_pattern": {r"experts\.[02]\.(gate_proj|w1)": 5.0},
+        "exclude_modules": r".*experts\.3\.(down_proj|w2)|.*layers\.1\.self_attn\.k_proj",
+    }
+    gate, up, down = ("gate_proj", "up_proj", "down_proj") if name == "qwen3_moe" else ("w1", "w3", "w2")
+    some = [{"target_modules": ["q_proj", *linears]} for linears in ((gate,), (gate, up), (up, down), (down,))]
+    for number, more in enumerate((mixed, {"use_rslora": True} | mixed, *some)):
+        lora = ALL_LINEAR | {"target_modules": "all-linear", "lora_dropout": 0.0} | more
+        stage, tensors = adapted(name, base, lora)
+        fields, folder = resolve_lora(LoraConfig.from_dict(lora), stage.config).config.to_dict(), tmp_path / f"{number}"
+        write_peft(folder, tensors, fields, str(base), stage.config.expert_counts)
+        expected = logits_of(stage)
+        close(logits_of_peft(base, folder), expected)
+        assert (logits_of_peft(base) - expected).abs().max() > 1e-2 * expected.abs().max()
+        out = tmp_path / f"merged{number}"
+        done(capsys, "adapter", "merge", "--input", folder, "--base", base, "--output", out)
+        close(logits_of(ours_of_folder(out)), expected)
+
+
 def logits_of_peft(base: Path, adapter: Path | None = None) -> torch.Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():

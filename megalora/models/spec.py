@@ -382,8 +382,14 @@ class ModelSpec:
 
     @property
     def expert_counts(self) -> dict[str, int]:
-        """How many experts each parameter of `stacked_linears` holds."""
-        return {name: len(linears) for name, linears in self.stacked_linears.items()}
+        """How many experts have a linear, by its name without the number: in transformers one parameter of a layer."""
+        return {
+            _EXPERT.sub(".", self.stack.of_layer(index, linear.name)): mixer.count
+            for index, layer in enumerate(self.stack.layers)
+            for mixer in mixers_of(layer)
+            if isinstance(mixer, Experts)
+            for linear in mixer.at(0).linears
+        }
 
     @cached_property
     def in_stacks(self) -> frozenset[str]:

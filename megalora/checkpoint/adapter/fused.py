@@ -168,10 +168,10 @@ def fused(
         whole = adapters[module, leaf] = replace(
             own[names[min(names)]], r=max(a.r for a in own.values()), scaling=scaling
         )
-        count = _count(f"{module}.{leaf}", experts, fields, counts)
+        count = count_of(f"{module}.{leaf}", experts, fields, counts)
         zeros = {f: torch.zeros_like(one) for f, one in experts[min(names)].items()}
         parts = [
-            _as_of(experts[e], own[names[e]], whole) if e in experts else _as_of(zeros, whole, whole)
+            as_of(experts[e], own[names[e]], whole) if e in experts else as_of(zeros, whole, whole)
             for e in range(count)
         ]
         wrapped = _wrapped(parameters, module)
@@ -186,7 +186,7 @@ def fused(
     return out, {**fields, **_patterns(fields, lora, adapters, other)}
 
 
-def _as_of(factors: Mapping[str, torch.Tensor], own: Adapter, whole: Adapter) -> dict[str, torch.Tensor]:
+def as_of(factors: Mapping[str, torch.Tensor], own: Adapter, whole: Adapter) -> dict[str, torch.Tensor]:
     """Return A [r, in] and B [out, r] of an adapter as those of one of the rank and the scale of `whole`."""
     a, b = factors["A"], factors["B"]
     if own.scaling != whole.scaling:
@@ -195,7 +195,7 @@ def _as_of(factors: Mapping[str, torch.Tensor], own: Adapter, whole: Adapter) ->
     return {"A": pad(a, (0, 0, 0, room)), "B": pad(b, (0, room))}
 
 
-def _count(
+def count_of(
     parameter: str, experts: Collection[int], fields: Mapping[str, Any], counts: Mapping[str, int] | None
 ) -> int:
     """Return how many experts a parameter holds."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from megalora.adapters.config import LoraConfig
 from megalora.adapters.sharing import by_expert as shared_by_expert
 from megalora.adapters.words import TOKENS
+from megalora.checkpoint.adapter.alike import alike
 from megalora.checkpoint.adapter.fused import by_expert, fused, is_fused
 from megalora.checkpoint.adapter.shards import AdapterCheckpoint
 from megalora.checkpoint.disk import unpickled
@@ -123,13 +124,14 @@ def write_peft(
     if trained:
         fields["modules_to_save"] = list(dict.fromkeys([*(fields.get("modules_to_save") or ()), *trained]))
     embeddings = {name.removesuffix(".lora_embedding_A") for name in tensors if name.endswith(".lora_embedding_A")}
-    tensors, fields = fused(tensors, fields, experts)
+    tensors, fields = alike(*fused(tensors, fields, experts), experts)
     modules = {name for name in _adapted(tensors) if not is_fused(fields, name.removesuffix(".base_layer"))}
     fields |= _explicit_targets(fields, modules | embeddings)
     if any(_EXPERT.search(name) for name in adapted):  # peft refuses dropout there, even to use the adapter
-        fields |= {"target_modules": sorted({name.rpartition(".")[2] for name in modules}), "lora_dropout": 0.0}
-        if fields.get("exclude_modules") and fields.get("target_parameters"):  # those of experts are there, as zeros
-            fields |= {"target_modules": sorted(modules), "exclude_modules": None}
+        short = {name.rpartition(".")[2] for name in modules}
+        if fields.get("exclude_modules"):  # those of experts are there, as zeros
+            short = {name.rpartition(".")[2] if _EXPERT.search(name) else name for name in modules}
+        fields |= {"target_modules": sorted(short), "lora_dropout": 0.0, "exclude_modules": None}
     adapted = modules
     keys = {_peft_key(name, adapted): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
