@@ -31,7 +31,7 @@ def alike(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return an adapter whose experts have all one rank and one scale, those of the config, and its fields.
 
-    As `fused`: lower ranks are filled up with zeros, B carries the ratio of scales, and an expert without an adapter gets
+    As `fused`: lower ranks are filled up with zeros, B carries the ratio of scales, and experts without an adapter get
     zeros; so do the others of gate, up and down where one of the first two has one. use_rslora becomes an alpha. An
     adapter of experts that are alike comes back as it is.
 
