@@ -285,9 +285,7 @@ class ModelSpec:
         """The full names of the linears that choose experts."""
         return frozenset(
             self.stack.of_layer(index, mixer.router.linear.name)
-            for index, layer in enumerate(self.stack.layers)
-            for mixer in mixers_of(layer)
-            if isinstance(mixer, Experts)
+            for index, mixer in self._of_experts
         )
 
     @property
@@ -349,14 +347,17 @@ class ModelSpec:
                 sizes[places[found[0]]] += math.prod(shape)
         return [sizes[i] for i in range(self.num_hidden_layers)]
 
+    @property
+    def _of_experts(self) -> list[tuple[int, Experts]]:
+        """All mixtures of experts, each with the number of its layer."""
+        return [(i, m) for i, layer in enumerate(self.stack.layers) for m in mixers_of(layer) if isinstance(m, Experts)]
+
     @cached_property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:
         """Every tensor of the file that holds those of several experts, by full name, and their full names in order."""
         return {
             self.stack.of_layer(index, name): tuple(self.stack.of_layer(index, part) for part in parts)
-            for index, layer in enumerate(self.stack.layers)
-            for mixer in mixers_of(layer)
-            if isinstance(mixer, Experts)
+            for index, mixer in self._of_experts
             for name, parts in mixer.stacks()
         }
 
@@ -367,9 +368,8 @@ class ModelSpec:
             self.stack.of_layer(index, f"{linear.name}.weight"): tuple(
                 self.stack.of_layer(index, f"{linear.name.rpartition('.')[0]}.{part}.weight") for part in mixer.apart
             )
-            for index, layer in enumerate(self.stack.layers)
-            for mixer in mixers_of(layer)
-            if isinstance(mixer, Experts) and mixer.apart
+            for index, mixer in self._of_experts
+            if mixer.apart
             for linear in (mixer.at(expert).linears[0] for expert in range(mixer.count))
         }
 
@@ -385,9 +385,7 @@ class ModelSpec:
         """How many experts have a linear, by its name without the number: in transformers one parameter of a layer."""
         return {
             _EXPERT.sub(".", self.stack.of_layer(index, linear.name)): mixer.count
-            for index, layer in enumerate(self.stack.layers)
-            for mixer in mixers_of(layer)
-            if isinstance(mixer, Experts)
+            for index, mixer in self._of_experts
             for linear in mixer.at(0).linears
         }
 
@@ -400,15 +398,12 @@ class ModelSpec:
     def fused_experts(self) -> Mapping[str, tuple[str, ...]]:
         """The linears of experts that transformers has in one: its name for those of one expert, and ours."""
         found: dict[str, tuple[str, ...]] = {}
-        for index, layer in enumerate(self.stack.layers):
-            for mixer in mixers_of(layer):
-                if not isinstance(mixer, Experts) or mixer.stacked:
-                    continue
-                for expert in range(mixer.count):
-                    *ups, down = (self.stack.of_layer(index, linear.name) for linear in mixer.at(expert).linears)
-                    stem = self.stack.of_layer(index, f"{mixer.within}.{expert}")
-                    first = "up_proj" if mixer.expert.gate is None else "gate_up_proj"
-                    found |= {f"{stem}.{first}": tuple(ups), f"{stem}.down_proj": (down,)}
+        for index, mixer in self._of_experts:
+            for expert in range(0 if mixer.stacked else mixer.count):
+                *ups, down = (self.stack.of_layer(index, linear.name) for linear in mixer.at(expert).linears)
+                stem = self.stack.of_layer(index, f"{mixer.within}.{expert}")
+                first = "up_proj" if mixer.expert.gate is None else "gate_up_proj"
+                found |= {f"{stem}.{first}": tuple(ups), f"{stem}.down_proj": (down,)}
         return found
 
     @cached_property
@@ -423,9 +418,7 @@ class ModelSpec:
         }
         return tables | {
             self.stack.of_layer(index, linear.name): mixer.router.top / mixer.count
-            for index, layer in enumerate(self.stack.layers)
-            for mixer in mixers_of(layer)
-            if isinstance(mixer, Experts)
+            for index, mixer in self._of_experts
             for expert in range(mixer.count)
             for linear in mixer.at(expert).linears
         }
