@@ -546,12 +546,12 @@ def test_all_linear_leaves_routers_out_and_names_adapt_them():
 def test_an_export_has_what_peft_takes_with_experts(tmp_path):
     tensors = {
         f"model.layers.0.mlp.experts.{e}.{n}.lora_{f}.weight": torch.zeros(2, 2)
-        for e in range(2) for n in ("gate_proj", "up_proj") for f in "AB"
+        for e in range(2) for n in ("gate_proj", "up_proj", "down_proj") for f in "AB"
     }  # fmt: skip
     fields = {"target_modules": "all-linear", "lora_dropout": 0.1, "r": 2}
     write_peft(tmp_path / "peft", tensors, fields)
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert (written["lora_dropout"], written["target_modules"]) == (0.0, ["gate_proj", "up_proj"])
+    assert (written["lora_dropout"], written["target_modules"]) == (0.0, ["down_proj", "gate_proj", "up_proj"])
     assert read_peft(tmp_path / "peft").tensors.keys() == tensors.keys()
     modules = {name.partition(".lora_")[0] for name in tensors}
     assert "says lora_dropout 0 instead of 0.1" in dropout_caution(fields, modules)

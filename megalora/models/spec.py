@@ -283,10 +283,7 @@ class ModelSpec:
     @cached_property
     def routers(self) -> frozenset[str]:
         """The full names of the linears that choose experts."""
-        return frozenset(
-            self.stack.of_layer(index, mixer.router.linear.name)
-            for index, mixer in self._of_experts
-        )
+        return frozenset(self.stack.of_layer(index, mixer.router.linear.name) for index, mixer in self._of_experts)
 
     @property
     def recurrent(self) -> bool:
