@@ -48,7 +48,7 @@ def alike(
         return out, dict(fields)
     own = lora.of_names([f"{module}.{e}.{leaf}" for (module, leaf), experts in groups.items() for e in experts])
     sizes = {stack: count_of(".".join(stack), experts, fields, counts) for stack, experts in groups.items()}
-    lacking = _lacking(groups)
+    lacking = _lacking(groups, counts)
     plain = replace(next(iter(own.values())), r=lora.r, scaling=lora.lora_alpha / lora.r)
     complete = not lacking and all(len(groups[stack]) == size for stack, size in sizes.items())
     if complete and not lora.use_rslora and {*own.values()} == {plain}:
@@ -70,15 +70,18 @@ def alike(
     return out, fields | _of_others(out, lora, whole)
 
 
-def _lacking(groups: Collection[Stack]) -> dict[Stack, list[tuple[str, bool]]]:
-    """Return which other linears of experts are to have adapters, by one that has: (name, whether it is down)."""
+def _lacking(groups: Collection[Stack], counts: Mapping[str, int] | None) -> dict[Stack, list[tuple[str, bool]]]:
+    """Return which other linears of experts are to have adapters, by one that has: (name, whether it is down).
+
+    Of a model that is not known gate alone tells that there is one.
+    """
     found: dict[Stack, list[tuple[str, bool]]] = {}
     for module in {module for module, _ in groups}:
         for gate, up, down in _LINEARS:
-            there = [leaf for leaf in (gate, up) if (module, leaf) in groups]
-            if there:
-                wanted = [(other, other == down) for other in (gate, up, down) if (module, other) not in groups]
-                found |= {(module, there[0]): wanted} if wanted else {}
+            gated = (module, gate) in groups if counts is None else f"{module}.{gate}" in counts
+            there = [leaf for leaf in (gate, up) if gated and (module, leaf) in groups]
+            wanted = [(other, other == down) for other in (gate, up, down) if (module, other) not in groups]
+            found |= {(module, there[0]): wanted} if there and wanted else {}
     return found
 
 
