@@ -16,9 +16,10 @@ constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 // A warp makes kOutputs outputs of each row of x. A lane has kAhead words of sixteen codes of each of them under way,
-// and asks for the next as soon as one is used. Codes that no kernel of the step writes are asked for before the kernel
-// before has ended: of 4,096 inputs, all of them.
-constexpr int kWarps = 8, kOutputs = 2, kAhead = 8, kCodes = 16;
+// and asks for the next as soon as one is used; codes that no kernel of the step writes are asked for before the kernel
+// before has ended. With twice as many words fewer blocks fit: where they are all under way before the first is used,
+// the memory has nothing to do while they are.
+constexpr int kWarps = 8, kOutputs = 2, kAhead = 4, kCodes = 16;
 
 // Eight codes of two words.
 __device__ __forceinline__ void unpack_e4m3(uint32_t low, uint32_t high, float (&to)[8]) {
@@ -92,7 +93,7 @@ __device__ __forceinline__ void add_branch(float (&sums)[M], const Fp8SkinnyPara
 }
 
 template <int M, bool bfloat16, bool normed>
-__global__ void __launch_bounds__(kWarps* kLanes, 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
+__global__ void __launch_bounds__(kWarps* kLanes, M == 1 ? 3 : 2) fp8_skinny_kernel(Fp8SkinnyParams params) {
   using Rows = NormedRows<M, bfloat16, kWarps * kLanes>;
   __shared__ uint4 staged[normed ? Rows::kRoom / 8 : 1];
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
