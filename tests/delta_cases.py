@@ -19,7 +19,7 @@ LAYOUTS = {
 # Qwen3.5's heads, those of a rank of eight, and others.
 HEADS = {
     "9B": op.Heads(4, 2, 128, 128), "rank": op.Heads(1, 2, 128, 128), "27B": op.Heads(2, 3, 128, 128),
-    "small": op.Heads(3, 1, 64, 32), "wide": op.Heads(1, 4, 16, 128),
+    "wide": op.Heads(1, 4, 16, 128), "odd": op.Heads(3, 1, 16, 128),
 }  # fmt: skip
 
 

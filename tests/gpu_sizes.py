@@ -32,7 +32,7 @@ def sizes(family: str, **more: object) -> dict:
     if "global_head_dim" in tiny:
         own[family]["global_head_dim"] = 64
     if "linear_key_head_dim" in tiny:
-        own[family] = {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
+        own[family] = {"linear_key_head_dim": 16, "linear_value_head_dim": 128}
         own[family] |= {"layer_types": ["linear_attention", "full_attention"]}
     if "attn_layer_indices" in tiny:
         own[family] = {"attn_layer_indices": [1]}

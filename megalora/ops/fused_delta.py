@@ -18,7 +18,9 @@ from megalora.ops.delta_rule import CHUNK, EPSILON, Documents
 from megalora.ops.extension import has_triton
 from megalora.ops.fused_attention import on
 
-SIZES = (16, 32, 64, 128)  # features of heads
+# Features of a key and a value: what has run on a GPU. With values of 32, ptxas 12.8, which Triton 3.6 brings, takes
+# the descriptor of a state in output_kernel from a uniform register that nothing wrote: an illegal memory access.
+TAKEN = (128, 128), (16, 128)
 MOST_ROWS = 1 << 19  # tokens times value heads at once
 STATE_COLUMNS = 32  # of a state that one program carries from chunk to chunk
 CONVOLVED = 16, 128  # rows and channels of a tile
@@ -32,9 +34,9 @@ LAUNCHES = {
 
 def fuses(y: torch.Tensor, key: int, value: int) -> bool:
     """Return whether the kernels take y, with heads of so many features: bfloat16 on a GPU with the shared memory of an
-    A100, 16, 32, 64 or 128 features."""
+    A100, keys of 16 or 128 features, values of 128."""
     alike = y.device.type == "cuda" and y.dtype == torch.bfloat16 and len(y) > 0
-    return alike and key in SIZES and value in SIZES and has_triton() and _large_shared_memory(y.device)
+    return alike and (key, value) in TAKEN and has_triton() and _large_shared_memory(y.device)
 
 
 @functools.cache

@@ -41,7 +41,7 @@ def _core(layer: Any, mixer: DeltaAttention, flowing: bool) -> Node:
     if (
         layer.shape.device_type == "cuda"
         and work.element == _NARROW
-        and {mixer.key, mixer.value} <= {*fused_delta.SIZES}
+        and (mixer.key, mixer.value) in fused_delta.TAKEN
     ):
         first, whole = _made_by_kernels(mixer)
         rows = min(full * heads, max(fused_delta.MOST_ROWS, full * mixer.repeats))

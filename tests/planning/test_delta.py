@@ -27,7 +27,7 @@ def test_bytes_at_once(heads, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [Heads(4, 2, 128, 128), Heads(2, 4, 128, 64), Heads(6, 1, 64, 64)])
+@pytest.mark.parametrize("heads", [Heads(4, 2, 128, 128), Heads(2, 4, 16, 128), Heads(6, 1, 128, 128)])
 def test_bytes_at_once_of_kernels(heads):
     values, tokens = heads.groups * heads.repeats, 8 * TOKENS
     kind = {"device": "cuda", "dtype": torch.bfloat16}
