@@ -37,12 +37,17 @@ class Beside(NamedTuple):
         return total, (self.delta, written, weight, eps, *rounding, self.act or "none")
 
 
+def is_step(x: torch.Tensor) -> bool:
+    """Return whether x [M, I] may be of such a step: a few rows on a GPU, and nothing to differentiate."""
+    return x.is_cuda and len(x) <= limits.MOST_SKINNY_ROWS and not torch.is_grad_enabled()
+
+
 def takes(x: torch.Tensor, beside: Beside) -> bool:
     """Return whether kernels do what is `beside` a product of x [M, I]: 16-bit floats on a GPU, a few rows.
 
     Of formats that have such kernels: FrozenMatrix.takes_beside says so.
     """
-    if not (x.is_cuda and x.itemsize == 2 and len(x) <= limits.MOST_SKINNY_ROWS and extension.has_kernels("cuda")):
+    if not (is_step(x) and x.itemsize == 2 and extension.has_kernels("cuda")):
         return False
     tensors = [x]
     if beside.norm is not None:

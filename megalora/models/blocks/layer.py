@@ -28,6 +28,7 @@ from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs
 from megalora.models.recompute import Part, Recomputer, Stream, made_again
+from megalora.ops.step_linear import is_step
 from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
@@ -148,7 +149,7 @@ class _Step:
         """Return (the stream, the block's result) of a step of generation whose kernels norm what they read; None where
         there are none."""
         (block,) = self.blocks
-        if inputs.cache is None or self.norm is None or torch.is_grad_enabled():
+        if inputs.cache is None or self.norm is None or not is_step(hidden):
             return None
         if not isinstance(block, AttentionBlock | MLPBlock):
             return None

@@ -11,7 +11,7 @@ from megalora.models.inputs import Inputs
 from megalora.ops.activations import ACTIVATIONS, Activation, gated_activation, scaled, xielu
 from megalora.ops.dropout import drop
 from megalora.ops.fused_norm import NormWeights
-from megalora.ops.step_linear import Beside
+from megalora.ops.step_linear import Beside, is_step
 from megalora.ops.swiglu import Made
 from megalora.parallel.group import LinearGroup, MLPPair
 from megalora.parallel.group_grad import apply_group, apply_pair
@@ -61,7 +61,7 @@ class MLPBlock:
         """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
         if self._pair is None:
             return self._of_up(apply_group(self.up, X, inputs.tokens), inputs)
-        if inputs.cache is not None and not torch.is_grad_enabled():
+        if inputs.cache is not None and is_step(X):
             found = self._of_step(X, Beside(act=self._gate), inputs)
             if found is not None:
                 return found[1]
