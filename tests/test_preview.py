@@ -44,8 +44,9 @@ def inputs(tmp_path_factory):
 def data(inputs, *more: object, file="good.json", status=0, out=None):
     folder, made = inputs
     out = out or io.StringIO()
+    named = [] if "--data_path" in more else ["--data_path", folder / file]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()) as err:
-        words = ["data", "--model_path", made.model, "--data_path", folder / file, *more]
+        words = ["data", "--model_path", made.model, *named, *more]
         assert cli.main(list(map(str, words))) == status, err.getvalue()
     return out.getvalue(), err.getvalue()
 
@@ -78,6 +79,17 @@ def test_one_row(inputs):
     assert "row 2: a reply opens <think> and does not close it" in told
     _, told = data(inputs, "--row", 1, "--rows", 2, status=2)
     assert "row and rows are both given" in told
+
+
+def test_rows_that_max_rows_leaves_out_have_no_number(inputs):
+    folder, _ = inputs
+    both = [folder / "good.json", folder / "second.json"]
+    both[1].write_text(json.dumps([{"instruction": "Second", "output": "file"}] * 2))
+    flags = ["--data_path", ",".join(map(str, both)), "--max_rows", 1]
+    shown, _ = data(inputs, *flags, "--row", 1)
+    assert "- | Second" in shown
+    _, told = data(inputs, *flags, "--row", 2, status=2)
+    assert "there are 2 rows, numbered from 0" in told
 
 
 def test_bad_rows_are_told_as_the_run_would(inputs):

@@ -171,7 +171,7 @@ def encode_row(data_path: str | Path, template: Rendering, settings: DataSetting
     """Return the documents of one row, numbered over all sources. Raises UserError where it is bad or not there."""
     first = 0
     for source in parse_sources(str(data_path)):
-        for number, value in enumerate(read_rows(source.path)):
+        for number, value in enumerate(islice(read_rows(source.path), settings.max_rows)):
             if first + number == row:
                 chunk = Chunk(source.path, number, [value])
                 documents, report = encoder_of(template, settings.encoding).encode(chunk)
