@@ -21,6 +21,7 @@ from megalora.data import ChatTemplate, Rendering
 from megalora.data.dataset import encode_row, scan
 from megalora.data.documents import CLASSES, Documents
 from megalora.data.pieces import IGNORE, Sample
+from megalora.data.readers import parse_sources
 from megalora.data.report import Report
 from megalora.data.tokenizer import new_tokens, open_tokenizer
 from megalora.errors import UserError
@@ -56,10 +57,18 @@ def preview(arguments: Preview) -> None:
             printer.row(row, samples)
         counts.add(documents)
         report.add(part)
-    for line in (*counts.lines(report), *report.notes()):
+    for line in (*counts.lines(report), *_of_weights(data.data_path), *report.notes()):
         printer.line(line)
     report.check_names(settings.names)
     report.check_rows(settings.on_bad_row)
+
+
+def _of_weights(data_path: str) -> list[str]:
+    """Return a line where weights of files make a run use rows more or less often than they are counted."""
+    told = [f"{one.path} x {float(one.weight):g}" for one in parse_sources(data_path) if one.weight != 1]
+    if not told:
+        return []
+    return [f"each row is counted once here; a run uses them as often as weights say: {', '.join(told)}"]
 
 
 def _rendering(model_path: str, data: DataArguments) -> Rendering:

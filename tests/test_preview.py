@@ -70,6 +70,14 @@ def test_counts_are_those_of_the_run(inputs):
     assert "train |" not in shown and sum(line.endswith("#") for line in shown.splitlines()) == 2
 
 
+def test_weights_of_files_are_told(inputs):
+    folder, _ = inputs
+    shown, _ = data(inputs, "--data_path", f"{folder / 'good.json'}:0.5")
+    assert "2 documents" in shown
+    assert f"a run uses them as often as weights say: {folder / 'good.json'} x 0.5\n" in shown
+    assert "counted once" not in data(inputs)[0]
+
+
 def test_one_row(inputs):
     shown, _ = data(inputs, "--row", 1)
     assert "row 1:" in shown and "row 0" not in shown and "left out" not in shown
