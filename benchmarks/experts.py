@@ -25,10 +25,11 @@ from common import add_machine, machine, where_of
 from train_step import Step, ours
 
 from megalora.choices import BASE_FORMATS
-from megalora.ops.dispatched import AtTokens, branch_, dispatch_nt, outer_
+from megalora.ops.dispatched import AtTokens, branch_, dispatch_nt, gate_nt, outer_
 from megalora.ops.grouped import BranchGrad, grouped, grouped_nt
 from megalora.ops.lora_linear import room_for
 from megalora.ops.routing import Routes, combine, route
+from megalora.ops.weighted_gate import SILU
 
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
@@ -44,7 +45,7 @@ BESIDE = (
     "dispatch_thin_kernel", "dispatch_kernel", "combine_kernel", "thin_kernel", "branch_kernel", "sum_kernel",
     "outer_kernel",
 )  # fmt: skip
-OTHERS = "gate_kernel", "gate_backward_kernel", "count_kernel", "order_kernel"
+OTHERS = "gate_kernel", "gate_thin_kernel", "gate_backward_kernel", "count_kernel", "order_kernel"
 
 
 def seconds(work, device: torch.device, repeats: int = REPEATS) -> float:
@@ -135,15 +136,26 @@ class Group:
             }
         dy = AtTokens(self.dtoken, self.routes)
         return {
-            "z": lambda: grouped_nt(self.x, self.A, self.bounds, out=self.X[:, self.inputs :]),
             "dispatch, dz, dB": lambda: branch_(self.dB, dy, self.z, self.B, self.bounds),
             "dA": lambda: outer_(self.dA, self.z, self.x, self.bounds),
             "sum over pairs": lambda: combine(self.dy, self.routes),
         }
 
+    def gates(self) -> tuple[Work, Work]:
+        """The gate alone, and with z of down: what it makes is down's input."""
+        routes, gate_up = self.routes, torch.randn_like(self.X.new_empty(len(self.X), 2 * self.inputs))
+        weights = torch.ones(routes.tokens, routes.choices, device=gate_up.device)
+        return (
+            lambda: SILU.forward(gate_up, weights, routes, self.room),
+            lambda: gate_nt(SILU, gate_up, weights, self.A, routes, self.room),
+        )
 
-def kernels_alone(fields: dict, tokens: int, r: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Print what a layer's experts run in a step, each alone, and LoRA and dispatch as a share of the products."""
+
+def kernels_alone(fields: dict, tokens: int, r: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Print what a layer's experts run in a step, each alone, and LoRA and dispatch as a share of the products.
+
+    Return what z of down adds to the gate, in whose kernel it is, in seconds.
+    """
     hidden, inner, experts = (fields[key] for key in ("hidden_size", "moe_intermediate_size", "num_experts"))
     routes, products, beside = routes_of(fields, tokens, device, dtype), 0.0, 0.0
     for name, sizes in (("gate up", (hidden, 2 * inner, 2)), ("down", (inner, hidden, 1))):
@@ -158,7 +170,10 @@ def kernels_alone(fields: dict, tokens: int, r: int, device: torch.device, dtype
             taken = kernel_seconds(work, device)
             beside += taken
             print(f"  {name + ': ' + part:30} {1e6 * taken:9.1f} us")
-    told_share("kernels alone", beside, products)
+    gate, with_z = (kernel_seconds(work, device) for work in group.gates())
+    print(f"  {'gate':30} {1e6 * gate:9.1f} us, with z of down {1e6 * with_z:.1f}")
+    told_share("kernels alone", beside + with_z - gate, products)
+    return with_z - gate
 
 
 def told_share(name: str, beside: float, products: float) -> None:
@@ -167,19 +182,24 @@ def told_share(name: str, beside: float, products: float) -> None:
     print(f"  LoRA and dispatch, {name}: {times}, {beside / products:.3f}")
 
 
-def of_profile(profile: torch.profiler.profile, layers: int) -> None:
-    """Print what kernels of experts take in a layer, by their names, and LoRA and dispatch as a share of products."""
+def of_profile(profile: torch.profiler.profile, layers: int, z_of_down: float) -> None:
+    """Print what kernels of experts take in a layer, by their names, and LoRA and dispatch as a share of products.
+
+    z_of_down  seconds of a layer that it adds to gate_thin_kernel
+    """
     taken = {event.key: (event.self_device_time_total / 1e6 / layers, event.count) for event in profile.key_averages()}
     for name in (*PRODUCTS, *BESIDE, *OTHERS):
         if name in taken:
             print(f"  {name:30} {1e6 * taken[name][0]:9.1f} us a layer, {taken[name][1] / layers:.1f} launches")
     beside, products = (sum(taken.get(name, (0.0,))[0] for name in names) for names in (BESIDE, PRODUCTS))
     if products:
-        told_share("in a step", beside, products)
+        told_share("in a step", beside + z_of_down * ("gate_thin_kernel" in taken), products)
 
 
-def step_seconds(fields: dict, layers: int, options, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Return (seconds of a training step of so many layers, GiB held at most)."""
+def step_seconds(
+    fields: dict, layers: int, options, device: torch.device, dtype: torch.dtype, z_of_down: float
+) -> tuple[float, float]:
+    """Return (seconds of a training step of so many layers, GiB held at most). z_of_down: for `of_profile`."""
     fields = fields | {"num_hidden_layers": layers}
     lora = {
         "r": options.r,
@@ -197,7 +217,7 @@ def step_seconds(fields: dict, layers: int, options, device: torch.device, dtype
             torch.cuda.synchronize()
         if options.profile:
             print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70))
-        of_profile(profile, layers)
+        of_profile(profile, layers, z_of_down)
     held = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     return found, held
 
@@ -222,9 +242,9 @@ def main() -> None:
     fields = QWEN3_30B_A3B if options.model is None else json.loads(options.model.read_text())
     tokens = options.rows * options.seq_length
     print(f"{where_of(device)}, {dtype}, {tokens} tokens, r {options.r}")
-    kernels_alone(fields, tokens, options.r, device, dtype)
+    z_of_down = kernels_alone(fields, tokens, options.r, device, dtype)
     few, many = options.layers
-    (short, _), (long, held) = (step_seconds(fields, n, options, device, dtype) for n in (few, many))
+    (short, _), (long, held) = (step_seconds(fields, n, options, device, dtype, z_of_down) for n in (few, many))
     each = (long - short) / (many - few)
     whole = short + (fields["num_hidden_layers"] - few) * each
     steps = f"steps of {few} and {many} layers {1e3 * short:.1f} and {1e3 * long:.1f} ms"

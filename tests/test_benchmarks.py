@@ -177,7 +177,7 @@ def test_kernels_of_experts_are_summed_by_name(benchmark, capsys):
     experts, events = benchmark("experts"), {"wide_kernel": 4000.0, "outer_kernel": 300.0, "combine_kernel": 700.0}
     kernels = [SimpleNamespace(key=key, self_device_time_total=us, count=8) for key, us in events.items()]
     others = [SimpleNamespace(key="gate_kernel", self_device_time_total=50.0, count=4)]
-    experts.of_profile(SimpleNamespace(key_averages=lambda: kernels + others), 2)
+    experts.of_profile(SimpleNamespace(key_averages=lambda: kernels + others), 2, 0.0)
     told = capsys.readouterr().out
     assert "500 us of the products' 2000, 0.250" in told and "4.0 launches" in told
     sources = "".join(file.read_text() for file in (ROOT / "megalora" / "ops").glob("*.py"))

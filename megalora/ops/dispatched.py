@@ -1,5 +1,5 @@
-"""Products of experts whose long operand lies at the tokens. On Hopper in bfloat16 one kernel reads it there; elsewhere
-its rows are dispatched first.
+"""Products of experts whose long operand lies at the tokens, or is made of gate and up. On Hopper in bfloat16 one
+kernel reads it there, or makes it; elsewhere its rows are dispatched, or made, first.
 
 Legend: F tokens, M rows (pairs of token and expert), E matrices.
 """
@@ -14,6 +14,7 @@ import torch
 from megalora.ops import grouped_gpu
 from megalora.ops.grouped import Bounds, BranchGrad, grouped_branch_, grouped_nt, grouped_outer_
 from megalora.ops.routing import Routes, dispatch
+from megalora.ops.weighted_gate import SILU, Gate
 
 
 class AtTokens(NamedTuple):
@@ -49,6 +50,23 @@ def dispatch_nt(x: torch.Tensor, P: torch.Tensor, routes: Routes, room: int) -> 
         return grouped_gpu.dispatch_thin(x, routes.pair, routes.choices, P, routes.bounds, room)
     X = dispatch(x, routes, x.shape[1], room)
     grouped_nt(X[:, : x.shape[1]], P, routes.bounds, out=X[:, x.shape[1] :])
+    return X
+
+
+def gate_nt(
+    gate: Gate, gate_up: torch.Tensor, weights: torch.Tensor, P: torch.Tensor, routes: Routes, room: int
+) -> torch.Tensor:
+    """Return [X | X P_e^T | 0] [M, I + room], X what `gate` makes: gate_up [M, 2 I], weights [F, k], P [E, R, I], R at
+    most room.
+
+    Not for autograd.
+    """
+    bounds = routes.bounds
+    fits = gate == SILU and gate_up.is_contiguous() and P.shape[1] <= grouped_gpu.MOST_THIN
+    if isinstance(bounds, torch.Tensor) and fits and grouped_gpu.takes(gate_up, P):
+        return grouped_gpu.gate_thin(gate_up, weights.contiguous(), routes.pair, P, bounds, room)
+    X = gate.forward(gate_up, weights, routes, room)
+    grouped_nt(X[:, : P.shape[2]], P, bounds, out=X[:, P.shape[2] :])
     return X
 
 

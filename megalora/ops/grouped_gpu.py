@@ -19,10 +19,11 @@ _OLDEST_TRITON = 3, 6
 MOST_THIN = 128  # columns that one program of the thin kernel makes
 _COLUMNS, _CONTRACTED, _STAGES = 256, 64, 4  # of the wide kernel's tiles
 _REGISTERS = 168  # of a thread: three groups of 128 threads share 65536
-# Columns and stages of `branch_`, for up to 16 ranks and for more: the fastest of a Qwen3-30B-A3B's down, gate and up.
-_BRANCH = (128, 3), (256, 2)
+# Columns and stages of `branch_`, for up to 16, 32 and 64 ranks: the fastest of a Qwen3-30B-A3B's down, and of its gate
+# and up; what registers hold.
+_BRANCH = (128, 3), (256, 2), (128, 2)
 _THIN_ROWS, _THIN_CONTRACTED, _THIN_STAGES = 64, 64, 6
-_TAKEN_CONTRACTED = 128  # of rows that lie at tokens: 256 bytes of each at a time
+_TAKEN_CONTRACTED, _GATED_CONTRACTED = 128, 64  # of rows that lie at tokens, 256 bytes of each at a time; of two halves
 
 
 class BranchGrad(NamedTuple):
@@ -118,6 +119,30 @@ def dispatch_thin(
         dispatch_thin_kernel[(rows // _THIN_ROWS + experts,)](
             x, pair, P, out, bounds, experts, size, ranks, room, x.stride(0), P.stride(0), P.stride(1), out.stride(0),
             CHOICES=choices, EXPERTS=_power(experts, 2), M=_THIN_ROWS, N=_power(ranks, 16), K=_TAKEN_CONTRACTED,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return out
+
+
+def gate_thin(
+    gate_up: torch.Tensor,
+    weights: torch.Tensor,
+    pair: torch.Tensor,
+    P: torch.Tensor,
+    bounds: torch.Tensor,
+    room: int,
+) -> torch.Tensor:
+    """Return [X | X P_e^T | 0] [M, I + room], X = w silu(gate) up [M, I]: gate_up [M, 2 I] contiguous, the weights of
+    all pairs, pair [M] int64, P [E, R, I]. Rows of no expert are undefined.
+    """
+    from megalora.ops.grouped_kernels import gate_thin_kernel
+
+    (experts, ranks, size), rows = P.shape, gate_up.shape[0]
+    out = gate_up.new_empty(rows, size + room)
+    if rows:
+        gate_thin_kernel[(rows // _THIN_ROWS + experts,)](
+            gate_up, weights, pair, P, out, bounds, experts, size, ranks, room, P.stride(0), P.stride(1), out.stride(0),
+            EXPERTS=_power(experts, 2), M=_THIN_ROWS, N=_power(ranks, 16), K=_GATED_CONTRACTED,
             num_warps=4, num_stages=3,
         )  # fmt: skip
     return out
@@ -222,9 +247,9 @@ def branch_(
     from megalora.ops.grouped_kernels import branch_kernel, sum_kernel
 
     (rows, ranks), width, first, second = z.shape, dy.shape[1], grads[0], grads[-1]
-    dz, taken = z.new_empty(rows, ranks), dy if pair is None else dy.new_empty(rows, width)
     tiles, R = branch_tiles(width, ranks)
-    N, stages = _BRANCH[R > 16]
+    dz, taken = z.new_empty(rows, R)[:, :ranks], dy if pair is None else dy.new_empty(rows, width)
+    N, stages = _branch_tile(R)
     parts = torch.empty(tiles, rows, R, dtype=torch.float32, device=dy.device)
     branch_kernel[(tiles, len(bounds))](
         dy, pair, taken, z, B, parts, first.out, second.out, first.scale, second.scale, bounds, dy.stride(0),
@@ -234,7 +259,7 @@ def branch_(
     )  # fmt: skip
     if rows:
         M = 64
-        sum_kernel[(-(-rows // M),)](parts, dz, rows * R, rows, ranks, COUNT=tiles, R=R, M=M, num_warps=4)
+        sum_kernel[(-(-rows // M),)](parts, dz, rows * R, R, rows, ranks, COUNT=tiles, R=R, M=M, num_warps=4)
     return taken, dz
 
 
@@ -243,7 +268,12 @@ def branch_tiles(width: int, ranks: int) -> tuple[int, int]:
     float32 before it is summed.
     """
     columns = _power(ranks, 16)
-    return -(-width // _BRANCH[columns > 16][0]), columns
+    return -(-width // _branch_tile(columns)[0]), columns
+
+
+def _branch_tile(R: int) -> tuple[int, int]:
+    """Return (columns of dy of a tile, stages)."""
+    return _BRANCH[(R > 16) + (R > 32)]
 
 
 def _power(n: int, least: int) -> int:

@@ -102,6 +102,35 @@ def dispatch_thin_kernel(
 
 
 @triton.jit
+def gate_thin_kernel(
+    gate_up, weights, pair, p, out, bounds, experts, size, ranks, columns, p_stride, p_row, out_stride,
+    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Compute out[row, :size] = X = weights[pair[row]] silu(gate) up, and the `columns` behind it = X P_e^T, 0 where p
+    has none.
+
+    gate_up [rows, 2 size] contiguous, p as of dispatch_thin_kernel.
+    """
+    expert, row, stop = _place(bounds, tl.program_id(0), experts, EXPERTS, M)
+    if row < stop:
+        rows, at, k = row + tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+        own, held = (rows < stop)[:, None], (at < ranks)[:, None]
+        weight = tl.load(weights + tl.load(pair + rows, mask=rows < stop, other=0))[:, None]
+        source = gate_up + rows.to(tl.int64)[:, None] * (2 * size) + k[None, :]
+        to = out + rows.to(tl.int64)[:, None] * out_stride + k[None, :]
+        right = p + expert.to(tl.int64) * p_stride + at[:, None] * p_row + k[None, :]
+        total = tl.zeros((M, N), tl.float32)
+        for start in range(0, size, K):
+            inside = (start + k < size)[None, :]
+            gate = tl.load(source + start, mask=own & inside, other=0.0).to(tl.float32)
+            up = tl.load(source + start + size, mask=own & inside, other=0.0).to(tl.float32)
+            made = (gate * tl.sigmoid(gate) * up * weight).to(out.dtype.element_ty)
+            total = tl.dot(made, tl.load(right + start, mask=held & inside, other=0.0).T, total)
+            tl.store(to + start, made, mask=own & inside)
+        _store_thin(out + size, out_stride, total, row, stop, columns, M, N)
+
+
+@triton.jit
 def outer_kernel(
     a, b, pair, out, second, edge, scale, bounds, a_stride, b_stride, out_stride, second_stride, short, long,
     SHORT_FIRST: tl.constexpr, SECOND: tl.constexpr, CHOICES: tl.constexpr,
@@ -189,11 +218,13 @@ def branch_kernel(
 
 
 @triton.jit
-def sum_kernel(parts, out, parts_stride, rows, ranks, COUNT: tl.constexpr, R: tl.constexpr, M: tl.constexpr):
+def sum_kernel(
+    parts, out, parts_stride, out_stride, rows, ranks, COUNT: tl.constexpr, R: tl.constexpr, M: tl.constexpr
+):
     """Write the sum of COUNT parts [rows, R], in their order, to out [rows, ranks]."""
     row, at = tl.program_id(0) * M + tl.arange(0, M)[:, None], tl.arange(0, R)[None, :]
     total = tl.zeros((M, R), tl.float32)
     for _ in tl.static_range(COUNT):  # all loads under way at once
         total += tl.load(parts + row * R + at, mask=row < rows, other=0.0)
         parts += parts_stride
-    tl.store(out + row * ranks + at, total.to(out.dtype.element_ty), mask=(row < rows) & (at < ranks))
+    tl.store(out + row * out_stride + at, total.to(out.dtype.element_ty), mask=(row < rows) & (at < ranks))

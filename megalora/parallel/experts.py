@@ -19,17 +19,19 @@ from torch import nn
 from megalora.adapters.lora import initial_factor
 from megalora.errors import UserError
 from megalora.ops import limits
-from megalora.ops.dispatched import Rows, branch_, dispatch_nt, outer_, rows_of
+from megalora.ops.dispatched import Rows, branch_, dispatch_nt, gate_nt, outer_, rows_of
 from megalora.ops.dropout import Dropout, dropout
 from megalora.ops.grouped import Bounds, BranchGrad, grouped, grouped_nt
 from megalora.ops.lora_linear import room_for
 from megalora.ops.routing import Routes, dispatch
 from megalora.ops.scaled_copy import scaled_copy_
+from megalora.ops.weighted_gate import Gate
 from megalora.parallel.expert_matrices import expert_matrices
 from megalora.parallel.linear import LoraFactor, ParallelLinear, WholeLinear
 from megalora.parallel.placement import Placement, Tokens
 from megalora.parallel.split import Split, whole_split
 
+_COLUMNS_OF_Z = 16  # a multiple of which is kept
 _NOBODY = -1  # the owner of columns that fill a branch up to the rank of the largest
 
 
@@ -270,30 +272,47 @@ class ExpertGroup:
         return tokens.draw(self.dropout, self.site)
 
     def dispatch(self, x: torch.Tensor, routes: Routes, index: torch.Tensor | None, tokens: Tokens) -> torch.Tensor:
-        """Return the token of each row of x [F, I] with its z behind it, [M, I + C]: as `project` writes it."""
-        if self.down is None or self.draw(tokens) is not None:
-            X = dispatch(x, routes, self.in_features, self.room)
-            self.project(X, routes, index, tokens)
-            return X
-        X = dispatch_nt(x, self.down, routes, self.room)
-        self._mask_others(X[:, self.in_features :], routes, tokens)
-        return X
+        """Return the token of each row of x [F, I] with z = dropout(x) A_e^T behind it, [M, I + C].
 
-    def project(self, X: torch.Tensor, routes: Routes, index: torch.Tensor | None, tokens: Tokens) -> None:
-        """Write z = dropout(x) A_e^T behind x, in place, 0 in columns of other adapters than a row's own.
-
-        X [M, I + C]; index [M] int64, what dropout is drawn from, where it is
+        z is 0 in columns of other adapters than a row's own. index [M] int64, what dropout is drawn from, where it is
         """
-        if self.down is None:
-            return
-        x, z, draw = X[:, : self.in_features], X[:, self.in_features :], self.draw(tokens)
-        grouped_nt(dropped(x, index, draw), self.down, routes.bounds, out=z)
-        self._mask_others(z, routes, tokens)
+        if self.down is None or self.draw(tokens) is not None:
+            return self._project(dispatch(x, routes, self.in_features, self.room), routes, index, tokens)
+        return self._own(dispatch_nt(x, self.down, routes, self.room), routes, tokens)
 
-    def _mask_others(self, z: torch.Tensor, routes: Routes, tokens: Tokens) -> None:
+    def gated(
+        self,
+        gate: Gate,
+        gate_up: torch.Tensor,
+        weights: torch.Tensor,
+        routes: Routes,
+        index: torch.Tensor | None,
+        tokens: Tokens,
+    ) -> torch.Tensor:
+        """Return what `gate` makes of gate_up [M, 2 I] and weights [F, k], with z behind it: as `dispatch` does."""
+        if self.down is None or self.draw(tokens) is not None:
+            return self._project(gate.forward(gate_up, weights, routes, self.room), routes, index, tokens)
+        return self._own(gate_nt(gate, gate_up, weights, self.down, routes, self.room), routes, tokens)
+
+    def _project(self, X: torch.Tensor, routes: Routes, index: torch.Tensor | None, tokens: Tokens) -> torch.Tensor:
+        """Write z behind x, in place: X [M, I + C], which is returned."""
+        if self.down is None:
+            return X
+        x, z = X[:, : self.in_features], X[:, self.in_features :]
+        grouped_nt(dropped(x, index, self.draw(tokens)), self.down, routes.bounds, out=z)
+        return self._own(X, routes, tokens)
+
+    def _own(self, X: torch.Tensor, routes: Routes, tokens: Tokens) -> torch.Tensor:
+        """Write 0 into columns of other adapters than a row's own, in z of X [M, I + C], which is returned."""
         if tokens.adapters is not None and self._owners is not None:
             owners = self._owners if len(self._owners) == 1 else self._owners[self._held(routes.expert)]
-            z[:, : self.rank].masked_fill_(owners != tokens.adapters[routes.token, None], 0.0)
+            z = X[:, self.in_features : self.in_features + self.rank]
+            z.masked_fill_(owners != tokens.adapters[routes.token, None], 0.0)
+        return X
+
+    def z_of(self, X: torch.Tensor) -> torch.Tensor:
+        """Return a copy of z of X [M, I + C] for backward, [M, R or more]: rows of `kept_columns`."""
+        return X[:, self.in_features : self.in_features + kept_columns(self.rank, self.room)].clone()
 
     def multiply(
         self, X: torch.Tensor, bounds: Bounds, expert: torch.Tensor, weights: torch.Tensor | None = None
@@ -418,6 +437,11 @@ def dropped(x: torch.Tensor, index: torch.Tensor | None, draw: Dropout | None) -
 def padded_rank(rank: int, device_type: str) -> int:
     """Return the columns that a branch of `rank` takes: grouped GEMMs of a GPU want rows on 16 bytes."""
     return -(-rank // limits.OCTET) * limits.OCTET if device_type == "cuda" else rank
+
+
+def kept_columns(rank: int, room: int) -> int:
+    """Return the columns of z that are kept, of its room: Triton wants rows of 16 numbers to read many at once."""
+    return min(room, -(-rank // _COLUMNS_OF_Z) * _COLUMNS_OF_Z)
 
 
 def _ranges(sizes: Sequence[int]) -> list[slice]:

@@ -82,12 +82,11 @@ def _forward(pair: ExpertPair, x: torch.Tensor, weights: torch.Tensor, chosen: t
     routes = route(chosen, pair.first, pair.stop, x.dtype)
     index, down_index = pair.row_index(routes, tokens)
     X = up.dispatch(x, routes, index, tokens)
-    gate_up, z_up = up.multiply(X, routes.bounds, routes.expert), X[:, up.in_features :].clone()
+    gate_up, z_up = up.multiply(X, routes.bounds, routes.expert), up.z_of(X)
     del X
-    X = pair.gate.forward(gate_up, weights, routes, down.room)
-    down.project(X, routes, down_index, tokens)
+    X = down.gated(pair.gate, gate_up, weights, routes, down_index, tokens)
     of_rows = weights.flatten()[routes.pair, None].to(x.dtype) if down.biased else None
-    y, z_down = down.multiply(X, routes.bounds, routes.expert, of_rows), X[:, down.in_features :].clone()
+    y, z_down = down.multiply(X, routes.bounds, routes.expert, of_rows), down.z_of(X)
     return combine(y, routes), routes, gate_up, z_up, z_down
 
 
@@ -145,7 +144,7 @@ def _dz(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return (dy [M, O], dz [M, R]; None without branches); add to the gradients of a group's B.
 
-    z [M, C] and A [E, R, I] of the forward
+    z [M, R or more] and A [E, R, I] of the forward
     """
     if A is None:
         return rows_of(dy), None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megalora.ops.grouped_gpu import branch_tiles
-from megalora.parallel.experts import padded_rank
+from megalora.parallel.experts import kept_columns, padded_rank
 from megalora.planning.groups import Group
 from megalora.planning.mixers import Experts
 from megalora.planning.mlp import fuses, mlp_nodes
@@ -116,7 +116,8 @@ class _Pair:
     def node(self, flowing: bool) -> Node:
         """Count it: x, gate_up, both z and where each row comes from are kept; the rest is made again."""
         up, down, e, held = self.mixer.up, self.mixer.down, self.e, self.held
-        kept = self.tokens * up.inputs * e + held * (up.output + up.room + down.room) * e + 2 * _INDEX * held
+        kept = self.tokens * up.inputs * e + held * (up.output + self._kept(up) + self._kept(down)) * e
+        kept += 2 * _INDEX * held
         kept += 0 if held == self.rows else self.tokens * self.mixer.top * (_INDEX + 1)
         if flowing or up.trains or down.trains:
             return Node("experts", kept, self.forward(), self.backward())
@@ -128,15 +129,15 @@ class _Pair:
         one, gated = self.bytes_of(up.inputs), self.bytes_of(down.inputs)
         drops = x * self._drops(up), inner * self._drops(down)  # a copy of what A reads
         # Rows are made, and read for z; gate and up read, what is gated made and read for z; rows summed, z apart.
-        again = bool(up.rank) and not self._at_tokens(up)
-        traffic = (one + again * one) + (3 * gated + bool(down.rank) * gated) + one + 2 * out
-        traffic += 2 * held * (up.room + down.room) * e + 2 * sum(drops)
+        again, again_gated = (bool(group.rank) and not self._at_tokens(group) for group in (up, down))
+        traffic = (one + again * one) + (3 * gated + again_gated * gated) + one + 2 * out
+        traffic += held * (up.room + down.room + self._kept(up) + self._kept(down)) * e + 2 * sum(drops)
         z = x + held * up.room * e
         return Pass(
             live=max(z + drops[0], z + held * up.output * e, inner + drops[1], inner + x) + out,
             flops=self._products + self._branch(up) + self._branch(down),
             traffic=traffic + self._decoded,
-            calls=12 + again + self._dropped_calls(1),
+            calls=11 + again + again_gated + self._dropped_calls(1),
         )
 
     def backward(self) -> Pass:
@@ -197,8 +198,15 @@ class _Pair:
         return self.device_type == "cuda" and self.e == 2
 
     def _at_tokens(self, group: Group) -> bool:
-        """Return whether what a group's A reads is never copied into rows for it."""
+        """Return whether z is made along with the rows that a group's A reads, and its dA reads what lies there."""
         return self._fused and not self._drops(group)
+
+    def _ranks(self, group: Group) -> int:
+        return sum(padded_rank(rank, self.device_type) for rank in group.ranks)
+
+    def _kept(self, group: Group) -> int:
+        """Return the columns of z that are kept."""
+        return kept_columns(self._ranks(group), group.room)
 
     def _drops(self, group: Group) -> bool:
         return self.mixer.drops and group.rank > 0
@@ -211,5 +219,5 @@ class _Pair:
         """Return the bytes of the parts of dz, one for each tile of columns of dy (as `branch_` of grouped_gpu)."""
         if not self._fused or not group.rank:
             return 0
-        tiles, columns = branch_tiles(group.output, sum(padded_rank(rank, "cuda") for rank in group.ranks))
+        tiles, columns = branch_tiles(group.output, self._ranks(group))
         return tiles * self.held * columns * _WIDE

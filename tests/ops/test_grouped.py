@@ -13,6 +13,8 @@ from interpreted import needs_triton, run_interpreted
 
 from megalora.ops import grouped_gpu
 from megalora.ops.grouped import grouped, grouped_branch_, grouped_nt, grouped_outer_
+from megalora.ops.routing import Routes
+from megalora.ops.weighted_gate import SILU
 
 # Rows of each expert: none, less than a block of 64, whole blocks, one more, and rows behind the last bound.
 UNEVEN, ROWS = (0, 1, 63, 64, 65, 0, 128, 130, 192, 193, 300, 0), 1200
@@ -153,6 +155,17 @@ def check_at_tokens(counts, rows, device="cpu", dtype=torch.float32):
     same = 328 if device == "cuda" else 264
     assert torch.equal(found[:end, :same], X[:end, :same]) and not found[:end, 288:].any()
     assert apart(found[:end, 264:288], product(bounds, x[token], A.mT)) < (6e-3 if device == "cuda" else 1e-6)
+    weights = torch.rand(rows // choices + 1, choices, generator=torch.Generator().manual_seed(2)).to(device)
+    gate_up, routes = torch.cat([X[:, :264], X[:, :264].flip(0)], 1), Routes(pair, pair, bounds, len(x), choices)
+    gated = SILU.forward(gate_up, weights, routes, 64)
+    grouped_gpu._thin_(gated[:, 264:], gated[:, :264], A, bounds, True)
+    made = grouped_gpu.gate_thin(gate_up, weights, pair, A, bounds, 64)
+    assert apart(made[:end, 264:288], product(bounds, made[:, :264], A.mT)) < (6e-3 if device == "cuda" else 1e-6)
+    if device == "cuda":
+        assert torch.equal(made[:end], gated[:end])
+    else:
+        torch.testing.assert_close(made[:end, :264], gated[:end, :264], rtol=1e-5, atol=1e-6)
+        assert not made[:end, 288:].any()
     outs, at_tokens = ([torch.ones(len(counts), n, 264, device=device) for n in (16, 8)] for _ in range(2))
     grouped_gpu.outer_(outs, z, X[:, :264], bounds, 0.5)
     grouped_gpu.outer_(at_tokens, z, x, bounds, 0.5, pair, choices)

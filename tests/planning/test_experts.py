@@ -72,21 +72,21 @@ def experts(tp: int, dropout: float):
 
 def test_dropout_reads_and_writes_every_row():
     """It makes a copy, of rows of other ranks' experts too; its term of dx is added by an operation of its own. Tokens
-    are not read where they lie: what gate and up read is read again for z, made again for dA and read for it.
+    are not read where they lie: rows are read again for z, those of gate and up made again for dA and read for it.
     """
     x, inner = (4096 * 8 * features * 2 for features in (2048, 768))
     for tp, own in ((1, 1), (2, 0.5)):
         without, dropping = experts(tp, 0.0), experts(tp, 0.1)
-        assert dropping.forward.traffic - without.forward.traffic == 2 * (x + inner) + own * x
+        assert dropping.forward.traffic - without.forward.traffic == (2 + own) * (x + inner)
         assert dropping.backward.traffic - without.backward.traffic == (5 + own) * (x + inner) + 2 * own * x
         assert dropping.kept == without.kept and dropping.forward.live > without.forward.live
-    assert experts(1, 0.0).forward.calls + 8 == experts(1, 0.1).forward.calls
+    assert experts(1, 0.0).forward.calls + 9 == experts(1, 0.1).forward.calls
 
 
 def test_rows_of_other_ranks_are_neither_read_nor_written():
     whole, half = experts(1, 0.0), experts(2, 0.0)
     out = 4096 * 2048 * 2
-    apart = 2 * 4096 * 8 * (64 + 64) * 2  # both z, of which all rows are copied
+    apart = 4096 * 8 * (64 + 64 + 32 + 16) * 2  # both z, of which all rows are copied
     assert whole.forward.traffic - 2 * out - apart == 2 * (half.forward.traffic - 2 * out - apart)
 
 

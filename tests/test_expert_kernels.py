@@ -1,0 +1,75 @@
+"""Steps of a model of experts through our kernels: in Triton's interpreter on a CPU against plain float64, and on a GPU
+tokens that are read where they lie against rows that are dispatched first.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gpu_sizes import sizes
+from interpreted import needs_triton, run_interpreted
+from oracle import Run, train
+
+from megalora.ops import dispatched, grouped_gpu, routing, weighted_gate
+from megalora.ops.grouped import grouped, grouped_nt
+
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+STEP = Run("qwen3_moe", model={"num_hidden_layers": 2}, lora=LORA, steps=2, seq_length=24)
+
+
+@needs_triton
+def test_in_the_interpreter():
+    run_interpreted(__file__, "")
+
+
+def interpreted() -> None:
+    wanted, used = train(0, 1, STEP), set()
+
+    def noting(name: str) -> None:
+        kernel = getattr(grouped_gpu, name)
+
+        def called(*arguments):
+            pair = arguments[-2] if name in ("outer_", "branch_") and len(arguments) > 6 else None
+            used.add((name, pair is not None))
+            return kernel(*arguments)
+
+        setattr(grouped_gpu, name, called)
+
+    def wide(out, X, P, bounds, turned, Z, A):
+        ends = tuple(bounds.tolist())
+        made = grouped_nt(X, P, ends) if turned else grouped(X, P, ends, Z, A)
+        out[: ends[-1], : made.shape[1]] = made[: ends[-1]]
+
+    for name in ("dispatch_thin", "gate_thin", "outer_", "branch_"):
+        noting(name)
+    grouped_gpu.takes, grouped_gpu._wide_ = (lambda *tensors: True), wide
+    routing.fuses = weighted_gate.fuses = lambda rows: True
+    routing.runs_grouped, routing.has_triton = (lambda device, dtype: True), lambda: True
+    found = train(0, 1, STEP.on(dtype=torch.float32))
+    assert used == {
+        ("dispatch_thin", False), ("gate_thin", False), ("outer_", False), ("outer_", True), ("branch_", False),
+        ("branch_", True),
+    }  # fmt: skip
+    for a, b in zip(found.losses, wanted.losses, strict=True):
+        assert abs(a - b) <= 1e-5 * b
+    for name, (_, grad) in wanted.gradients.items():
+        assert (found.gradients[name][1].double() - grad).norm() <= 1e-3 * grad.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [{}, {"r": 16}, {"lora_dropout": 0.1}, {"expert_lora": "shared_a"}])
+def test_tokens_read_where_they_lie_change_no_bit(monkeypatch, more):
+    run = Run("qwen3_moe", model=sizes("qwen3_moe", moe_intermediate_size=64), lora=LORA | more, steps=2, seq_length=64)
+    run = run.on(dtype=torch.bfloat16, device="cuda")
+    found = train(0, 1, run)
+    takes = SimpleNamespace(takes=lambda *tensors: False, MOST_THIN=grouped_gpu.MOST_THIN)
+    monkeypatch.setattr(dispatched, "grouped_gpu", takes)
+    wanted = train(0, 1, run)
+    assert found.losses == wanted.losses
+    assert all(torch.equal(grad, found.gradients[name][1]) for name, (_, grad) in wanted.gradients.items())
+
+
+if __name__ == "__main__":
+    interpreted()
