@@ -211,6 +211,20 @@ CONFIGS = {
         "topk_group": 1, "use_bias": False, "use_cache": True, "use_conv_bias": True, "use_mamba_kernels": True,
         "vocab_size": 131072,
     },
+    "Phi-3.5-MoE-instruct": {
+        "model_type": "phimoe", "architectures": ["PhiMoEForCausalLM"], "attention_bias": True,
+        "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "input_jitter_noise": 0.01, "intermediate_size": 6400, "lm_head_bias": True,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 16,
+        "original_max_position_embeddings": 4096, "output_router_logits": False, "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "long_factor": [1.0] * 64, "long_mscale": 1.243163121016122, "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * 64, "short_mscale": 1.243163121016122, "type": "longrope",
+        },
+        "rope_theta": 10000.0, "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01, "sliding_window": 131072,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 32064,
+    },
     "OLMoE-1B-7B-0924": {
         "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "attention_bias": False,
         "attention_dropout": 0.0, "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,

@@ -36,6 +36,8 @@ def sizes(family: str, **more: object) -> dict:
         own[family] |= {"layer_types": ["linear_attention", "full_attention"]}
     if "attn_layer_indices" in tiny:
         own[family] = {"attn_layer_indices": [1]}
+    if "short_mscale" in tiny.get("rope_scaling", {}):  # with a factor for each pair
+        own[family] = {"rope_scaling": None}
     if "ssm_state_size" in tiny:  # three layers, of a kind each
         own[family] = {"mamba_head_dim": 16, "ssm_state_size": 16}
     own["granite"] = {"attention_dropout": 0.1}

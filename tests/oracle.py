@@ -226,6 +226,14 @@ EXPERTS = {
         "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 1,
         "moe_shared_expert_intermediate_size": 40, "routed_scaling_factor": 2.5,
     },
+    "phimoe": {
+        "model_type": "phimoe", "num_local_experts": 5, "num_experts_per_tok": 2, "attention_bias": True,
+        "lm_head_bias": True, "router_jitter_noise": 0.3, "intermediate_size": 24, "sliding_window": 200,
+        "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 4.0, 9.0], "short_mscale": 1.2,
+            "long_mscale": 1.2, "original_max_position_embeddings": 200,
+        },
+    },
     "hy_v3": {
         "model_type": "hy_v3", "num_experts": 6, "num_experts_per_tok": 3, "num_shared_experts": 1, "head_dim": 10,
         "moe_intermediate_size": 24, "enable_moe_fp32_combine": False,
@@ -608,7 +616,7 @@ _OLDER = (*_OLD, "intermediate_size")
 LACKS = {
     "youtu": ("head_dim",), "ernie4_5_moe": ("head_dim",), "granitemoe": ("head_dim",), "olmoe": ("head_dim",),
     "granitemoeshared": ("head_dim",), "granitemoe_swa": ("head_dim",), "granitemoehybrid": ("head_dim",),
-    "solar_open": ("intermediate_size",),
+    "solar_open": ("intermediate_size",), "phimoe": ("head_dim",),
     "qwen3_5_moe_text": ("intermediate_size",),
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "mistral4", "sarvam_mla"), ("head_dim",)

@@ -223,9 +223,10 @@ def test_ranks_and_scales_of_single_experts():
 
 
 MIXTRAL = {"mixtral", "minimax_m2"}  # with its names in the files: transformers' modules have others
-NUMBERED = MIXTRAL | {"lfm2_moe"}  # whose linears are w1, w2 and w3
+NUMBERED = MIXTRAL | {"lfm2_moe", "phimoe"}  # whose linears are w1, w2 and w3
 # Parts of names in transformers' modules -> in the files.
 RENAMED = {kind: {".mlp.": ".block_sparse_moe."} for kind in MIXTRAL}
+RENAMED["phimoe"] = {".mlp.router.": ".block_sparse_moe.gate.", ".mlp.": ".block_sparse_moe."}
 RENAMED |= dict.fromkeys(
     ("granitemoe", "granitemoeshared", "granitemoehybrid"),
     {
@@ -344,6 +345,7 @@ def test_loss_and_gradients_are_those_of_the_merged_model(family, precise_norm):
         attn_implementation="eager" if family in ("gpt_oss", "granitemoe_swa") else "sdpa",
         experts_implementation="eager",
     ).to(dtype)
+    model.train(family != "phimoe")  # which draws experts at random there, and a gradient of its own
     places = plain_names(family, model)
     assert set(places) == {name for name in config.tensors}
     with torch.no_grad():
@@ -573,6 +575,7 @@ EXPERT, SHARED = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.mlp.s
         ("lfm2_moe", ["model.layers.1.feed_forward.experts.0.w1"], "does not load adapters of experts"),
         ("lfm2_moe", ["model.layers.1.conv.out_proj", "model.layers.0.feed_forward.w1"], None),
         ("nemotron_h", ["model.layers.1.mixer.experts.0.up_proj"], "does not load adapters of experts"),
+        ("phimoe", ["model.layers.1.block_sparse_moe.experts.0.w1"], "does not load adapters of experts"),
         ("nemotron_h", ["model.layers.1.mixer.up_proj"], None),
         ("falcon_h1", ["model.layers.1.mamba.out_proj"], "refuses adapters of out_proj"),
         ("falcon_h1", ["model.layers.1.mamba.in_proj"], None),

@@ -93,17 +93,17 @@ class OneOrEach:
 
 @dataclass(frozen=True)
 class NumberOr:
-    """A number, or one word."""
+    """A number, or one other value."""
 
     of: Number
-    word: str
+    other: str | float
 
     @property
     def told(self) -> str:
-        return f"{self.of.told}, or {self.word!r}"
+        return f"{self.of.told}, or {self.other!r}"
 
     def allows(self, value: Any) -> bool:
-        return value == self.word or self.of.allows(value)
+        return value == self.other or self.of.allows(value)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ BOUNDS: Mapping[str, Bound] = {
     "mamba_expand": Number(False, 1e-3, 1e3),
     "mamba_d_ssm": Number(True, 1, 1 << 24),
     **_all(Each(Number(False, 1e-9, 1e9), 5), "ssm_multipliers mlp_multipliers"),
-    "time_step_limit": Each(Number(False, 0.0, math.inf), 2),
+    "time_step_limit": Each(NumberOr(Number(False, 0.0, 1e9), math.inf), 2),
     # documents
     **_all(_LENGTH, "max_position_embeddings max_seq_len seq_length window_size attention_chunk_size local_attention"),
     "max_2d_position_embeddings": Number(True, 1, 1 << 16),
@@ -226,6 +226,7 @@ BOUNDS: Mapping[str, Bound] = {
         attention_out_multiplier key_multiplier lm_head_multiplier
         floor_scale attn_scale swiglu_alpha swiglu_limit clip_qkv attn_config.softmax_scale attn_config.clip_qkv""",
     ),
+    "router_jitter_noise": Number(False, 0.0, 1.0),
     "attn_config.alibi_bias_max": Number(False, 1e-3, 1e3),
     **_all(
         Number(False, 0.0, 0.99),
@@ -244,6 +245,7 @@ BOUNDS: Mapping[str, Bound] = {
         use_qkv_bias use_sliding_window scale_embedding scale_decoder_outputs is_gated_act relative_attention
         share_att_key position_biased_input attention_out_bias attention_k_eq_v mup_enabled enable_moe_block conv_bias
         use_conv_bias projectors_bias mamba_rms_norm mamba_norm_before_gate mamba_conv_bias mamba_proj_bias
+        lm_head_bias
         block_auto_adjust_ff_dim use_expert_bias use_post_norm norm_bias classifier_bias use_task_id""",
     ),
     **_all(

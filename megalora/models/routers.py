@@ -20,6 +20,8 @@ class Router:
     correction   name of a bias that is added to the scores for the choice alone; correction_row: it is [1, experts] in
                  the file, else [experts]
     reads_scaled name of a tensor [in_features] that its input is multiplied by, and by `input_factor`; None: 1
+    jitter       the weight of each choice is its share, by softmax, of logits nearly as great as it that are not chosen
+                 before: within 2 jitter of it, as a share of the greater (phimoe); None: by `score`
     of_expert    name of a tensor [experts] that the weights are multiplied by, behind all else; None: 1
     groups       experts are chosen from the best `kept_groups` of so many groups; a group is as good as the sum of its
                  best `group_top` scores
@@ -41,3 +43,4 @@ class Router:
     input_factor: float = 1.0
     of_expert: str | None = None
     epsilon: float = 1e-20
+    jitter: float | None = None

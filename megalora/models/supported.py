@@ -30,8 +30,6 @@ from megalora.models.spec import (
 from megalora.models.tested import AROUND, CELLS, DECODERS, ENCODERS, EXPERTS, FEATURES, IMAGES, PAIRS, cell
 
 _MISSING = {
-    "`phimoe` (Phi-3.5-MoE)": "its router draws experts at random in training and estimates the gradient of that draw; "
-    "with the experts of evaluation it would be trained as another model",
     "`gemma4_text` of Gemma 4 E2B and E4B": "each layer has vectors of its own for every word, and the last layers "
     "read the keys and values of others",
     "`sarvam_moe`": "its files hold q, k and v in one linear, of which transformers makes three",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracle import CLASSIC, ENCODERS, EXPERTS, FAMILIES, MODERN, fields_of
 
 from megalora.errors import UserError
-from megalora.models.bounds import BOUNDS, Each, Flag, Kinds, Number, Object, OneOrEach, Repeated, Word
+from megalora.models.bounds import BOUNDS, Each, Flag, Kinds, Number, NumberOr, Object, OneOrEach, Repeated, Word
 from megalora.models.config import config_from_dict, known_families
 from megalora.models.family import Family, Fields
 from megalora.models.rotary import FIELDS as ROPE
@@ -18,6 +18,7 @@ ROWS = [*FAMILIES, *MODERN, *CLASSIC, *EXPERTS, *ENCODERS]
 BY_TYPE = {fields_of(name)["model_type"]: fields_of(name) for name in ROWS}
 BEYOND = {
     Number: [10**400, -2, math.nan, math.inf, -math.inf, True, "1", [1], {}, ""],
+    NumberOr: [10**400, -2, math.nan, math.inf, True, "1", [1], {}, ""],
     Flag: [2, "no", [], {}, math.nan],
     Word: [1, [], {}, "x" * 101, True],
     Kinds: [1, {}, [1], [None], "x" * 101, ["x"] * 5000, True],

@@ -54,6 +54,8 @@ GEMMA4 = "gemma4_text, experts"
         ("hunyuan_v1_moe", {"moe_topk": [2, 2, 1]}, "moe_topk differs between layers"),
         ("hunyuan_v1_moe", {"num_shared_expert": 2}, "num_shared_expert = 2 are not implemented"),
         ("hunyuan_v1_moe", {"moe_topk": 6}, "num_experts_per_tok (6) is more than the number of experts (5)"),
+        ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok = 3 is not implemented"),
+        ("phimoe", {"router_jitter_noise": -1.0}, "router_jitter_noise = -1.0 is not valid"),
         (GEMMA4, {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input = 8 is not implemented"),
         (GEMMA4, {"num_kv_shared_layers": 1}, "num_kv_shared_layers = 1 is not implemented"),
         (GEMMA4, {"use_bidirectional_attention": "all"}, "is_causal = False is not implemented"),

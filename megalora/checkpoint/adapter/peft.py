@@ -167,7 +167,7 @@ def peft_caution(
         problem = "peft has no adapters of routers"
     elif refused is not None:
         problem = f"peft 0.21 refuses adapters of out_proj ({refused}) for {model_type}"
-    elif model_type in ("qwen2_moe", "lfm2_moe", "nemotron_h"):
+    elif model_type in ("qwen2_moe", "lfm2_moe", "nemotron_h", "phimoe"):
         problem = f"peft 0.21 does not load adapters of experts for {model_type}, and does not say so"
     elif beside and any(".mlp.experts." in name for name in {*adapted}.difference(stacked)):
         problem = f"peft 0.21 mixes up adapters of experts and of other MLPs ({min(beside)}) for {model_type}"

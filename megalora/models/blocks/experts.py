@@ -133,6 +133,9 @@ class RouterBlock:
         if self.scale is not None:
             x = x * self.scale * router.input_factor
         logits = apply_group(self.group, x.to(self.dtype), inputs.tokens).to(self.wide)
+        if router.jitter is not None:
+            chosen = self._chosen(logits.detach(), inputs)
+            return nearly_equal_shares(logits, chosen, router.jitter) * router.scale, chosen
         scores = torch.softmax(logits, -1) if router.score == "softmax" else torch.sigmoid(logits)
         chosen = self._chosen((logits if router.by_logits else scores).detach(), inputs)
         weights = take(scores, chosen)
@@ -150,6 +153,23 @@ class RouterBlock:
         if inputs.tokens.seed is not None:
             self.load.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
         return chosen
+
+
+def nearly_equal_shares(logits: torch.Tensor, chosen: torch.Tensor, jitter: float) -> torch.Tensor:
+    """Return the weights [F, k] of `chosen` [F, k] by logits [F, E] (Liu et al. 2024, arXiv 2409.12136, in evaluation).
+
+    Of those not chosen before, logits that are less than the greatest by more than 2 jitter are out, as a share of the
+    absolute value of each, or of the greatest where that is more.
+    """
+    found, left = [], logits
+    for one in chosen.split(1, -1):
+        with torch.no_grad():
+            greatest = left.gather(-1, one)
+            far = (greatest - logits) / torch.maximum(logits.abs(), greatest) > 2 * jitter
+        shares = torch.softmax(left.masked_fill(far, -torch.inf), -1)
+        found.append(shares.gather(-1, one))
+        left = left.scatter(-1, one, -torch.inf)
+    return torch.cat(found, -1)
 
 
 def choose(scores: torch.Tensor, router: Router) -> torch.Tensor:
