@@ -56,7 +56,7 @@ LAUNCHES = {
 }  # fmt: skip
 TILES = {
     "STATE_COLUMNS": ([16, 32, 64], ("scan", "scan_backward")),
-    "CONVOLVED": ([(8, 128), (16, 128), (32, 128), (16, 64)], ("convolution", "convolution_backward")),
+    "ROWS": ([dict.fromkeys(fused.ROWS, rows) for rows in (8, 16, 32)], tuple(fused.ROWS)),
 }
 
 

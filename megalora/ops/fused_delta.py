@@ -23,12 +23,14 @@ from megalora.ops.fused_attention import on
 TAKEN = (128, 128), (16, 128)
 MOST_ROWS = 1 << 19  # tokens times value heads at once
 STATE_COLUMNS = 32  # of a state that one program carries from chunk to chunk
-CONVOLVED = 16, 128  # rows and channels of a tile
-# Warps and stages of the loads of loops. Fixed: the same run has the same numbers.
+CHANNELS = 128  # of a tile of the convolution
+ROWS = {"convolution": 16, "convolution_backward": 32}  # of one
+# Warps and stages of the loads of loops. Fixed: the same run has the same numbers. Three stages of scan_backward take
+# 172 KiB of shared memory on Hopper, which has 227, and 64 on an A100, whose products read registers.
 LAUNCHES = {
-    "solve": (4, 1), "scan": (4, 2), "output": (4, 1), "output_backward": (4, 1), "scan_backward": (4, 2),
+    "solve": (4, 1), "scan": (4, 3), "output": (4, 1), "output_backward": (4, 1), "scan_backward": (4, 3),
     "system_backward": (4, 1), "query_backward": (4, 1), "key_backward": (4, 1),
-    "convolution": (4, 1), "convolution_backward": (4, 1),
+    "convolution": (4, 1), "convolution_backward": (8, 1),
 }  # fmt: skip
 
 
@@ -120,7 +122,7 @@ class _Part:
         each = [width // heads.groups for width in heads.widths]
         starts = [sum(heads.widths[:i]) + first * each[i] for i in range(6)]
         self.columns = starts
-        self.block = min(heads.key, heads.value, CONVOLVED[1])
+        self.block = min(heads.key, heads.value, CHANNELS)
         self.channels = *(at // self.block for at in starts[:3]), key // self.block
         self.decay, self.bias = (x[self.first : self.first + self.count] for x in (weights.decay, weights.bias))
 
@@ -234,7 +236,7 @@ class _Part:
 
     def _convolve(self, name: str, kernel: Any, arguments: tuple[Any, ...], stride: int) -> None:
         warps, stages = LAUNCHES[name]
-        rows, weight = CONVOLVED[0], self.weights.convolution
+        rows, weight = ROWS[name], self.weights.convolution
         kernel[-(-self.tokens // rows), stride // self.block](
             *arguments, *self.channels, stride, WIDTH=weight.shape[1], ROWS=rows, BLOCK=self.block,
             num_warps=warps, num_stages=stages,
