@@ -125,11 +125,16 @@ class KVCache:
         return self._kind is Dense
 
     def arrived(self, k: torch.Tensor) -> torch.Tensor | None:
-        """Return the zeros that decode_attention counts in, for keys like k [F, K, D] of all slots; None on a CPU."""
+        """Return the zeros that decode_attention counts in, for keys like k [F, K, D] of a step; None on a CPU.
+
+        Recorded steps are filled up to less than twice their sequences, and go on counting where the first did: there
+        are enough for the widest from then on.
+        """
         if not k.is_cuda:
             return None
-        if self._arrived is None or self._arrived.numel() < self.slots * k.shape[1]:
-            self._arrived = torch.zeros(self.slots * k.shape[1], dtype=torch.int32, device=k.device)
+        needed = 2 * self.slots * k.shape[1]
+        if self._arrived is None or self._arrived.numel() < needed:
+            self._arrived = torch.zeros(needed, dtype=torch.int32, device=k.device)
         return self._arrived
 
     def head_bytes(self, features: int, element: int) -> int:

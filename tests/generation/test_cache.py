@@ -1,6 +1,7 @@
 """Attention in steps over the cache is attention over the whole."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,3 +69,16 @@ def test_more_than_it_holds_is_a_bug():
     x = torch.ones(3, 2, 4)
     with pytest.raises(IndexError):
         prefill(KVCache(1, 2), [Span(0, 0, 3)]).attend(0, x, x, x, None)
+
+
+def test_the_counters_suffice_for_the_widest_step_and_stay_where_they_are():
+    """Recorded steps are filled up to a power of two, and go on counting where the first one did."""
+    for slots in range(1, 40):
+        cache = KVCache(slots + 1, 8, idle=slots)
+        found = [
+            cache.arrived(SimpleNamespace(is_cuda=True, device="cpu", shape=(1 << (count - 1).bit_length(), 3, 64)))
+            for count in range(1, slots + 1)
+        ]
+        widest = 1 << (slots - 1).bit_length()
+        assert found[0].numel() >= widest * 3 and not found[0].any()
+        assert all(one is found[0] for one in found)
