@@ -68,10 +68,12 @@ class FieldNames:
 
     columns  our name of a field by the user's: {"reply": "output"}
     ignored  names that are left out
+    flags    whether the command has --columns and --ignore_columns, so that a hint may name them
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    flags: bool = True
 
 
 def empty(value: Any) -> bool:
@@ -158,7 +160,7 @@ class Fields:
             both = " and ".join(name for name, _ in found)
             raise UserError(
                 f"{self.place}: {both} stand for the same thing",
-                f"keep one, or leave the others out with {IGNORE_FLAG}",
+                f"keep one, or leave the others out with {IGNORE_FLAG}" if self.names.flags else "keep one",
             )
         for name in names:
             self._left.pop(name, None)
@@ -172,7 +174,10 @@ class Fields:
 
     def _refused(self, name: str) -> UserError:
         other = f"give it a name that is read with {COLUMNS_FLAG}, or leave it out with {IGNORE_FLAG} {shown(name)}"
-        return UserError(f"{self.place}: field {shown(name)} is not read", REMEDIES.get(name, other))
+        remedy = REMEDIES.get(name, other)
+        if not self.names.flags and (COLUMNS_FLAG in remedy or IGNORE_FLAG in remedy):
+            remedy = "take it out of the row"
+        return UserError(f"{self.place}: field {shown(name)} is not read", remedy)
 
     def finish(self, said: Iterable[str] = ()) -> None:
         """Raise UserError for a field that was not taken and is not known to be harmless; count the harmless ones.

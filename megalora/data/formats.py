@@ -38,15 +38,17 @@ def to_conversation(
     if not isinstance(row, dict) or not row:
         kind = "an empty object" if row == {} else f"a JSON {json_type(row)}"
         raise UserError(f"{where}: the row is {kind}", "make it an object with fields")
-    fields = Fields(row, where, "", names or FieldNames(), Counter() if seen is None else seen)
+    names = names or FieldNames(flags=not question)
+    fields = Fields(row, where, "", names, Counter() if seen is None else seen)
     found = [shape for shape in FORMATS if shape.fits(fields, question)]
     if len(found) != 1:
-        known = ", ".join(shape.example for shape in FORMATS)
+        known = ", ".join(shape.example for shape in FORMATS if not question or shape.read is not _text)
+        known += f", or map other names with {COLUMNS_FLAG}" if names.flags else ""
         fields.refuse_known()
         what = f"no known shape (fields {names_of(row)})"
         if found:
             what = f"two shapes ({' and '.join(shape.example for shape in found)})"
-        raise UserError(f"{where}: the row has {what}", f"write one of {known}, or map other names with {COLUMNS_FLAG}")
+        raise UserError(f"{where}: the row has {what}", f"write one of {known}")
     return found[0].read(fields, question)
 
 

@@ -11,7 +11,7 @@ from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalora.data import read_rows, to_conversation
+from megalora.data import read_rows, to_conversation, to_question
 from megalora.data.conversation import Conversation, Message
 from megalora.data.fields import HARMLESS, FieldNames, shown
 from megalora.errors import UserError
@@ -365,6 +365,23 @@ def test_weights_of_turns():
     assert weights({"conversation": exchanges, "weight": 2}, "last") == [0, 1, 0, 2]
     assert weights({"instruction": "a", "output": "b", "loss_scale": 0.25}, "prompt") == [0.25, 0.25]
     assert weights({"conversation": exchanges, "weight": 0}) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ({"prompt": "a", "max_tokens": 3}, "field max_tokens is not read: take it out of the row"),
+        ({"prompt": "a", "label": True}, "field label is not read: take it out of the row"),
+        ({"prompt": "a", "input_ids": [1]}, "field input_ids is not read: rows are tokenised here"),
+        ({"prompt": "a", "query": "b"}, "prompt and query stand for the same thing: keep one"),
+        ({"text": "a"}, "no known shape"),
+    ],
+)
+def test_hints_of_prompts_name_no_flags_and_shapes_that_they_lack(row, told):
+    """--columns and --ignore_columns are flags of training alone, and a text without turns asks for no reply."""
+    with pytest.raises(UserError) as error:
+        to_question(row, "here")
+    assert told in str(error.value) and "columns" not in str(error.value) and "{text}" not in str(error.value)
 
 
 def test_messages_before_one_reply_that_count_for_different_weights_are_refused():
