@@ -4,16 +4,16 @@ tokens that are read where they lie against rows that are dispatched first.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from gpu_sizes import sizes
 from interpreted import needs_triton, run_interpreted
 from oracle import Run, train
 
-from megalora.ops import dispatched, grouped_gpu, routing, weighted_gate
-from megalora.ops.grouped import grouped, grouped_nt
+from megalora.ops import grouped_gpu, routing, weighted_gate
+from megalora.ops.dispatched import branch_, rows_of
+from megalora.ops.grouped import grouped, grouped_nt, grouped_outer_
+from megalora.parallel import experts
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
 STEP = Run("qwen3_moe", model={"num_hidden_layers": 2}, lora=LORA, steps=2, seq_length=24)
@@ -58,14 +58,21 @@ def interpreted() -> None:
         assert (found.gradients[name][1].double() - grad).norm() <= 1e-3 * grad.norm(), name
 
 
+def dispatch_first(x, P, routes, room):
+    X = routing.dispatch(x, routes, x.shape[1], room)
+    grouped_nt(X[:, : x.shape[1]], P, routes.bounds, out=X[:, x.shape[1] :])
+    return X
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("more", [{}, {"r": 16}, {"lora_dropout": 0.1}, {"expert_lora": "shared_a"}])
 def test_tokens_read_where_they_lie_change_no_bit(monkeypatch, more):
     run = Run("qwen3_moe", model=sizes("qwen3_moe", moe_intermediate_size=64), lora=LORA | more, steps=2, seq_length=64)
     run = run.on(dtype=torch.bfloat16, device="cuda")
     found = train(0, 1, run)
-    takes = SimpleNamespace(takes=lambda *tensors: False, MOST_THIN=grouped_gpu.MOST_THIN)
-    monkeypatch.setattr(dispatched, "grouped_gpu", takes)
+    monkeypatch.setattr(experts, "dispatch_nt", dispatch_first)
+    monkeypatch.setattr(experts, "outer_", lambda outs, a, b, *more: grouped_outer_(outs, a, rows_of(b), *more))
+    monkeypatch.setattr(experts, "branch_", lambda grads, dy, *more: branch_(grads, rows_of(dy), *more))
     wanted = train(0, 1, run)
     assert found.losses == wanted.losses
     assert all(torch.equal(grad, found.gradients[name][1]) for name, (_, grad) in wanted.gradients.items())

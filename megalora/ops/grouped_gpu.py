@@ -142,7 +142,7 @@ def gate_thin(
     if rows:
         gate_thin_kernel[(rows // _THIN_ROWS + experts,)](
             gate_up, weights, pair, P, out, bounds, experts, size, ranks, room, P.stride(0), P.stride(1), out.stride(0),
-            EXPERTS=_power(experts, 2), M=_THIN_ROWS, N=_power(ranks, 16), K=_GATED_CONTRACTED,
+            EXPERTS=_power(experts, 2), M=_THIN_ROWS, N=_power(ranks, 64), K=_GATED_CONTRACTED,
             num_warps=4, num_stages=3,
         )  # fmt: skip
     return out

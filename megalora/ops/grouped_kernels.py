@@ -109,7 +109,7 @@ def gate_thin_kernel(
     """Compute out[row, :size] = X = weights[pair[row]] silu(gate) up, and the `columns` behind it = X P_e^T, 0 where p
     has none.
 
-    gate_up [rows, 2 size] contiguous, p as of dispatch_thin_kernel.
+    gate_up [rows, 2 size] contiguous, p as of dispatch_thin_kernel; N at least 64.
     """
     expert, row, stop = _place(bounds, tl.program_id(0), experts, EXPERTS, M)
     if row < stop:
@@ -119,15 +119,18 @@ def gate_thin_kernel(
         source = gate_up + rows.to(tl.int64)[:, None] * (2 * size) + k[None, :]
         to = out + rows.to(tl.int64)[:, None] * out_stride + k[None, :]
         right = p + expert.to(tl.int64) * p_stride + at[:, None] * p_row + k[None, :]
-        total = tl.zeros((M, N), tl.float32)
+        # Turned: so what was made goes to shared memory. With it in registers and 32 columns ptxas 12.8 takes the other
+        # operand's descriptor from a uniform register that nothing wrote (seen in SASS, as in fused_delta).
+        total = tl.zeros((N, M), tl.float32)
         for start in range(0, size, K):
             inside = (start + k < size)[None, :]
+            factor = tl.load(right + start, mask=held & inside, other=0.0)
             gate = tl.load(source + start, mask=own & inside, other=0.0).to(tl.float32)
             up = tl.load(source + start + size, mask=own & inside, other=0.0).to(tl.float32)
             made = (gate * tl.sigmoid(gate) * up * weight).to(out.dtype.element_ty)
-            total = tl.dot(made, tl.load(right + start, mask=held & inside, other=0.0).T, total)
+            total = tl.dot(factor, made.T, total)
             tl.store(to + start, made, mask=own & inside)
-        _store_thin(out + size, out_stride, total, row, stop, columns, M, N)
+        _store_thin(out + size, out_stride, total.T, row, stop, columns, M, N)
 
 
 @triton.jit
