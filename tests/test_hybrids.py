@@ -83,6 +83,7 @@ def test_what_lfm2_does_not_have_is_refused(fields, said):
         ("falcon_h1", {"mlp_multipliers": [1.0]}, "mlp_multipliers has 1 numbers, not 2"),
         ("falcon_h1", {"mamba_d_ssm": 40, "mamba_d_head": 5, "mamba_n_heads": 7}, "transformers cannot read it"),
         ("bamba", {"attn_layer_indices": None}, "no layer has attention"),
+        ("bamba", {"partial_rotary_factor": 0.25}, "partial_rotary_factor = 0.25 is not implemented"),
         ("nemotron_h, experts", {"moe_latent_size": 16}, "field 'moe_latent_size' = 16 is not read"),
         ("nemotron_h, experts", {"n_shared_experts": 2}, "n_shared_experts = 2 is not implemented"),
         ("nemotron_h, experts", {"n_group": 4}, "n_group (4) must divide the number of experts (6)"),

@@ -12,6 +12,9 @@ def read(hf: Fields) -> ModelSpec:
     kinds, attention = layer_kinds(hf, said), grouped_attention(hf, bias=bias, out_bias=bias)
     mixers: dict[str, Mixer] = {"full_attention": attention, "linear_attention": mamba(hf)}
     mlp = gated_mlp(hf, bool(hf.mlp_bias), at="feed_forward")
+    share = hf.rope["partial_rotary_factor"]
+    if share != 0.5:  # which transformers puts in its place, in silence
+        hf.fail(f"partial_rotary_factor = {share!r} is not implemented", "remove it: half of each head rotates")
 
     def layer(index: int) -> Layer:
         mixer = mixers[kinds[index]]
