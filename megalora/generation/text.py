@@ -143,6 +143,8 @@ class Thinking:
         return self._state == "thinking"
 
     def rest(self) -> list[Piece]:
+        if self._state == "start":  # no tag has come, so that the white space is the answer's
+            self._bare = False
         return self._given(self._held.rstrip() if self._state == "thinking" else self._held, self._state == "thinking")
 
     def _given(self, text: str, thinking: bool) -> list[Piece]:

@@ -149,6 +149,8 @@ def test_pieces_make_the_answer(before, after, opening, closing, random):
         ("hi", "<think>\nso\n</think>\n\nyes\n", "so", "yes\n"),
         ("hi", "\n<think>cut off", "cut off", ""),
         ("hi", "<thin", None, "<thin"),
+        ("hi", " \n", None, " \n"),
+        ("hi", "\n<thin", None, "\n<thin"),
         ("hi<think>\n", "so\n</think>\n\nyes", "so", "yes"),
         ("hi<think>\n", "\n</think>yes", None, "yes"),
     ],
