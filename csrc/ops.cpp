@@ -110,6 +110,9 @@ TORCH_LIBRARY(megalora, m) {
   def("fp8_step_linear(Tensor x, Tensor codes, Tensor scale, Tensor branch, Tensor? bias, bool kept, " BESIDE
       ") -> Tensor");
   def("step_linear(Tensor x, Tensor weight, Tensor? bias, " BESIDE ") -> Tensor");
+  // X [M, I + C] = [norm(x + delta) | z | 0], z of A [R, I]; without a norm X may begin with x itself.
+  def("step_down_(Tensor x, Tensor A, Tensor? delta, Tensor(a!)? sum, Tensor? norm, float eps, bool precise, "
+      "bool offset, Tensor(b!) X) -> ()");
   // Of several weights one below the other, each as nf4_decode_ takes it.
   def("nf4_skinny_linear(Tensor x, Tensor[] codes, Tensor[] absmax, Tensor[] scale, Tensor[] numbers, Tensor[] offset, "
       "int[] nested_block, int[] first, int[] width, Tensor branch, Tensor? bias) -> Tensor");
@@ -172,6 +175,7 @@ TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
   m.impl("nf4_skinny_linear", &cuda::nf4_skinny_linear);
   m.impl("step_linear", &cuda::step_linear);
   m.impl("fp8_step_linear", &cuda::fp8_step_linear);
+  m.impl("step_down_", &cuda::step_down_);
   m.impl("scale_columns_", &cuda::scale_columns_);
   m.impl("scale_columns_backward_", &cuda::scale_columns_backward_);
 }
@@ -208,6 +212,7 @@ TORCH_LIBRARY_IMPL(megalora, Meta, m) {
                            "swiglu_lora_gradients_",
                            "scaled_copy_",
                            "decode_attention_",
+                           "step_down_",
                            "fp8_quantise_",
                            "fp8_branch_",
                            "fp8_turn_",

@@ -127,6 +127,9 @@ Tensor fp8_step_linear(const Tensor& x, const Tensor& codes, const Tensor& scale
                        const OptionalTensor& bias, bool kept, const OptionalTensor& delta, const OptionalTensor& sum,
                        const OptionalTensor& norm, double eps, bool precise, bool offset, std::string_view gate);
 
+void step_down_(const Tensor& x, const Tensor& A, const OptionalTensor& delta, const OptionalTensor& sum,
+                const OptionalTensor& norm, double eps, bool precise, bool offset, const Tensor& X);
+
 }  // namespace cuda
 
 namespace meta {

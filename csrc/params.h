@@ -153,6 +153,15 @@ struct BesideParams {
   Gate gate;  // none: y [M, O]
 };
 
+// X [M, I + C] = [norm(x + delta) | z | 0] with z = norm(x + delta) A^T, A [R, I]; a norm and a delta as BesideParams
+// has them. Without a norm X's first I columns may be x themselves. 1 <= M <= kMostSkinnyRows.
+struct StepDownParams {
+  Matrix x, A, X;
+  BesideParams beside;  // without a gate
+  int64_t rows, in_features, rank, room;
+  Type type;
+};
+
 // y [M, O] contiguous = x [M, I] weight [O, I]^T + bias [O] (null: none), summed in float32; 1 <= M <= kMostSkinnyRows.
 struct SkinnyLinearParams {
   Matrix x, weight;

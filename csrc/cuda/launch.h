@@ -27,6 +27,7 @@ void launch_fp8_skinny(const Fp8SkinnyParams& params, cudaStream_t stream);
 void launch_nf4_skinny(Nf4SkinnyParams params, cudaStream_t stream);  // sets the blocks of the parts
 
 // bfloat16 or float16.
+void launch_step_down(const StepDownParams& params, cudaStream_t stream);
 void launch_skinny_linear(const SkinnyLinearParams& params, cudaStream_t stream);
 
 // bfloat16 or float16; heads of kSmallHeadDim or kLargeHeadDim, group at most kMostQueriesPerHead.

@@ -25,6 +25,7 @@ import torch
 
 from megalora.ops import extension, limits
 from megalora.ops.dropout import Dropout, dropout, dropout_add_, op_arguments
+from megalora.ops.step_linear import Beside, is_step, step_down_
 
 # Columns come in multiples of this many. On a GPU, GEMMs on rows of an odd stride are up to a fifth slower.
 _ROOM = {"cuda": 64}
@@ -52,6 +53,9 @@ def lora_down_(
     rank, columns = A_RI.shape
     place = X_TIC[:, :columns]
     if kernels_take(place, rank, draw) and (x_TI is None or kernels_take(x_TI, rank, draw)):
+        if draw is None and is_step(X_TIC):
+            step_down_(place if x_TI is None else x_TI, A_RI, Beside(), X_TIC)
+            return
         x, copy = (place, None) if x_TI is None else (x_TI, place)
         torch.ops.megalora.lora_down_(X_TIC[:, columns:], x, A_RI, token_index, *mask_arguments(draw), copy)
         return

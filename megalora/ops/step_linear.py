@@ -73,6 +73,17 @@ def step_linear(
     return total, torch.ops.megalora.step_linear(x, weight, bias, *arguments)
 
 
+def step_down_(x: torch.Tensor, A: torch.Tensor, beside: Beside, X: torch.Tensor) -> torch.Tensor:
+    """Write [n | z | 0] into X [M, I + C], n = norm(x + delta) and z = n A^T; return x + delta.
+
+    x   [M, I] that `takes` has let pass, or without a norm `is_step`; X may begin with it then
+    A   [R, I] with R <= C, rows on 16 bytes, which no kernel of a step writes
+    """
+    total, (*before, _) = beside.arguments(x)
+    torch.ops.megalora.step_down_(x, A, *before, X)
+    return total
+
+
 def fp8_step_linear(
     x: torch.Tensor,
     codes: torch.Tensor,

@@ -103,13 +103,13 @@ class FrozenMatrix(Protocol):
         ...
 
     def takes_beside(self, x: torch.Tensor, beside: Beside) -> bool:
-        """Return whether `multiply_beside` takes it; never with room for a branch."""
+        """Return whether `multiply_beside` takes it: x with z behind it, or a norm without room for a branch."""
         ...
 
     def multiply_beside(
         self, x: torch.Tensor, bias: torch.Tensor | None, beside: Beside
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (x + delta, the product) of x [T, columns] by one kernel, as megalora.ops.step_linear says."""
+        """Return (x + delta, the product) of x [T, columns (+ room)] by one kernel: see megalora.ops.step_linear."""
         ...
 
 
@@ -164,7 +164,7 @@ class DenseMatrix:
         return lambda dY, out=None: self.multiply_transposed(dY, out, branch_only=branch_only)
 
     def takes_beside(self, x: torch.Tensor, beside: Beside) -> bool:
-        return self.room == 0 and step_linear.takes(x, beside)
+        return (self.room == 0 or beside.norm is None) and step_linear.takes(x, beside)
 
     def multiply_beside(
         self, x: torch.Tensor, bias: torch.Tensor | None, beside: Beside

@@ -129,7 +129,8 @@ class E4m3Matrix(QuantisedMatrix):
         return product
 
     def takes_beside(self, x: torch.Tensor, beside: Beside) -> bool:
-        return self._terms is not None and self.room == 0 and step_linear.takes(x, beside)
+        alone = self.room == 0 or beside.norm is None
+        return self._terms is not None and alone and step_linear.takes(x, beside)
 
     def multiply_beside(
         self, x: torch.Tensor, bias: torch.Tensor | None, beside: Beside

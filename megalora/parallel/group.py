@@ -20,7 +20,7 @@ import torch
 from megalora.ops.dropout import Dropout
 from megalora.ops.lora_linear import lora_down_, room_for
 from megalora.ops.scaled_copy import scaled_copy_
-from megalora.ops.step_linear import Beside
+from megalora.ops.step_linear import Beside, step_down_, takes
 from megalora.ops.swiglu import Made, swiglu, swiglu_down
 from megalora.parallel.collectives import all_reduce
 from megalora.parallel.decomposition import Decomposition
@@ -160,9 +160,7 @@ class LinearGroup:
                 X, x = source.new_empty(source.shape[0], columns + self.room), source
             lora_down_(X, A, token_index, draw, x)
         assert X.shape[1] == columns + self.room, (X.shape, columns, self.room)
-        if tokens.adapters is not None and self._owners is not None:
-            z = X[:, columns : columns + len(self._owners)]
-            z.masked_fill_(self._owners != tokens.adapters.unsqueeze(1), 0.0)
+        self._hide_others(X, tokens)
         if unread and self.dora is None:
             assert self.row_parallel
             rows = X.shape[0] // (tp.size if self.gathers else 1)
@@ -187,14 +185,36 @@ class LinearGroup:
             y.add_(self.own_bias)
         return Product(y, X)
 
-    def step(self, x: torch.Tensor, beside: Beside) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return (x + delta [T, I], y) as megalora.ops.step_linear says, of a step of generation; None where no kernel
-        does what is beside the product, or the group does more: adapters, collectives."""
+    def step(self, x: torch.Tensor, beside: Beside, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return (x + delta [T, I], y) as megalora.ops.step_linear says, of a step of generation; None where no kernels
+        do what is beside the product, or the group does more: collectives, DoRA's factors.
+
+        x  with room for z behind it where nothing is normed
+        """
         assert self._ready, "refresh() comes before the first use"
-        alone = self.down is None and self.dora is None and self.place.tp.size == 1
-        if not alone or not self.matrix.takes_beside(x, beside):
+        if self.dora is not None or self.place.tp.size > 1:
             return None
-        return self.matrix.multiply_beside(x, self.own_bias, beside)
+        if self.down is None:
+            if not self.matrix.takes_beside(x, beside):
+                return None
+            return self.matrix.multiply_beside(x, self.own_bias, beside)
+        if beside.norm is None or self.mask(tokens)[1] is not None or not takes(x, beside):
+            return None
+        X = x.new_empty(len(x), self.in_features + self.room)
+        total = step_down_(x, self.down, beside, X)
+        self._hide_others(X, tokens)
+        opens = Beside(act=beside.act)
+        if beside.act is None:
+            return total, self.matrix.multiply(X, self.own_bias)
+        if self.matrix.takes_beside(X, opens):
+            return total, self.matrix.multiply_beside(X, self.own_bias, opens)[1]
+        return total, swiglu(self.matrix.multiply(X, self.own_bias), 0, beside.act)
+
+    def _hide_others(self, X: torch.Tensor, tokens: Tokens) -> None:
+        """Set the columns of z to zero that are not of a token's own adapter, where several share the branch."""
+        if tokens.adapters is not None and self._owners is not None:
+            z = X[:, self.in_features : self.in_features + len(self._owners)]
+            z.masked_fill_(self._owners != tokens.adapters.unsqueeze(1), 0.0)
 
     def fill_room(self, X: torch.Tensor, tokens: Tokens) -> None:
         """Put z behind x [T or F, I + C], in place, as `product` does."""

@@ -10,7 +10,7 @@ from megalora.ops.fp8 import quantise_rows
 from megalora.ops.fused_norm import NormWeights, add_fused_norm
 from megalora.ops.matmul import matmul_nt
 from megalora.ops.rope import split_rope
-from megalora.ops.step_linear import Beside, fp8_step_linear, step_linear, takes
+from megalora.ops.step_linear import Beside, fp8_step_linear, step_down_, step_linear, takes
 from megalora.ops.swiglu import swiglu
 
 pytestmark = pytest.mark.gpu
@@ -96,6 +96,7 @@ def test_attention_rotates_what_it_reads(dtype, heads, kv_heads, dim, sequences,
 @pytest.mark.parametrize("base_format", ["dense", "fp8"])
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize(("inputs", "outputs", "act"), [(4096, 6144, None), (4096, 28672, "silu"), (1536, 96, "gelu")])
+@torch.no_grad()
 def test_a_linear_with_what_stands_beside_it(dtype, base_format, rows, inputs, outputs, act):
     generator = torch.Generator("cuda").manual_seed(4)
 
@@ -118,3 +119,23 @@ def test_a_linear_with_what_stands_beside_it(dtype, base_format, rows, inputs, o
     wanted = wanted if act is None else swiglu(wanted, 0, act)
     assert found.equal(total)
     torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02)
+
+
+@DTYPES
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("inputs", "rank", "norms"), [(4096, 48, True), (14336, 16, False)])
+def test_a_branch_with_what_stands_before_it(dtype, rows, inputs, rank, norms):
+    generator = torch.Generator("cuda").manual_seed(5)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+    x, delta, A = randn(rows, inputs), randn(rows, inputs), randn(rank, inputs) * 0.02
+    norm = NormWeights("rms", 1 + 0.1 * randn(inputs), None, 1e-5)
+    X = torch.full((rows, inputs + 64), float("nan"), dtype=dtype, device="cuda")
+    found = step_down_(x, A, Beside(delta, norm) if norms else Beside(), X)
+    total, n = add_fused_norm(x, delta, norm) if norms else (x, x)
+    assert found.equal(total) and not X[:, inputs + rank :].any()
+    torch.testing.assert_close(X[:, :inputs], n, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(X[:, inputs : inputs + rank], n @ A.t(), rtol=0.02, atol=0.02)

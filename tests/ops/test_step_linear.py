@@ -89,3 +89,30 @@ def test_a_product_of_a_sum_that_is_normed(kernels, format, outputs, inputs, row
         wanted = ACTS[gate].value(by) * what
     error = (y.double() - wanted.double()).norm() / wanted.double().norm()
     assert error < 6e-3, error  # a rounding of y, of gate and up, and where a sum's order turns one
+
+
+# With a norm and without, x where it is to lie and elsewhere; a row of A that is longer than what is asked for early.
+DOWNS = [(1024, 16, 1, True, False), (2064, 5, 4, True, False), (18480, 3, 2, False, False), (320, 48, 3, False, True)]
+
+
+@pytest.mark.parametrize("inputs, rank, rows, norms, inside", DOWNS)
+def test_a_branch_of_a_sum_that_is_normed(kernels, inputs, rank, rows, norms, inside):
+    room = -(-rank // 8) * 8 + 8
+    X = torch.full((rows, inputs + room), float("nan")).bfloat16()
+    x, delta = (randn(rows, inputs, seed=seed).bfloat16() for seed in (1, 2))
+    norm, A = (1 + 0.1 * randn(inputs, seed=3)).bfloat16(), (randn(rank, inputs, seed=4) / inputs**0.5).bfloat16()
+    wanted, total = x, torch.full_like(x, float("nan"))
+    if inside:
+        X[:, :inputs] = x
+    if norms:
+        wanted = normed(x + delta, norm, 1e-5, False, False)
+    given = [pointer(one) if norms else None for one in (delta, norm, total)]
+    beside = Beside(*given, 1e-5, False, False, 0)
+    sizes = (ctypes.c_int64 * 5)(rows, X.stride(0) if inside else x.stride(0), inputs, rank, room)
+    kernels.run_down(pointer(X if inside else x), pointer(A), pointer(X), sizes, ctypes.byref(beside))
+    assert not norms or total.equal(x + delta)
+    made, z, rest = X.split([inputs, rank, room - rank], 1)
+    torch.testing.assert_close(made, wanted, rtol=0.01, atol=0.01)  # a sum's order may turn a rounding
+    exact = made.double() @ A.double().t()
+    assert (z.double() - exact).norm() / exact.norm() < 5e-3
+    assert not rest.any()

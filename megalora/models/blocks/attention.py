@@ -112,7 +112,7 @@ class AttentionBlock:
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return (x + delta, what the block makes of its norm) of a step of generation, x, delta [T, hidden_size]; None
         where no kernel norms what it reads (see LinearGroup.step)."""
-        found = self.qkv.step(x, Beside(delta, norm))
+        found = self.qkv.step(x, Beside(delta, norm), inputs.tokens)
         return None if found is None else (found[0], self._of_qkv(found[1], inputs))
 
     def _of_qkv(self, qkv: torch.Tensor, inputs: Inputs) -> torch.Tensor:

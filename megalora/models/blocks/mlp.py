@@ -82,7 +82,7 @@ class MLPBlock:
 
     def _of_step(self, x: torch.Tensor, beside: Beside, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return (x + delta, the block's result) where a kernel does what is beside the first product."""
-        found = self.up.step(x, beside) if beside.norm is not None or beside.act is not None else None
+        found = self.up.step(x, beside, inputs.tokens) if beside.norm is not None or beside.act is not None else None
         if found is None:
             return None
         total, up = found
