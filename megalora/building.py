@@ -415,7 +415,7 @@ def build_trainer(
     with together(mesh.world):
         how: dict[str, Any] = {"timed": settings.timed, "offloads": stage.offloads, "trains_words": stage.trains_words}
         how["tokens"] = work.tokens
-        graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, **layer_facts(config), **how)
+        graphs, note = choose_graphs(settings.cuda_graphs, place, mesh, **layer_facts(config, place), **how)
     if graphs:
         stage.use_graphs()
     parameters, splits = stage.trainable(), named_splits(stage)

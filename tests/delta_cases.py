@@ -57,8 +57,10 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def by_kernels(y, weights, grad, heads: op.Heads, bounds) -> dict[str, torch.Tensor]:
+def by_kernels(y, weights, grad, heads: op.Heads, bounds, room: int = 0) -> dict[str, torch.Tensor]:
+    """room  for how many documents there is some, as in a CUDA graph; 0: for these alone."""
     documents = Documents.of(bounds, y.device)
+    documents = documents.alike(room) if room else documents
     return results(lambda y: fused.fused_delta_mixer(y, heads, weights, documents), y, grad, heads)
 
 

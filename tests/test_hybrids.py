@@ -17,7 +17,10 @@ from megalora.checkpoint.adapter.peft import peft_caution
 from megalora.checkpoint.base.weights import unread_layers
 from megalora.errors import UserError
 from megalora.models.config import check_context, check_layout, config_from_dict
-from megalora.models.graphs import layer_facts, tiled_by
+from megalora.models.graphs import choose_graphs, layer_facts, tiled_by
+from megalora.ops import fused_delta
+from megalora.parallel.mesh import Axis, ParallelMesh
+from megalora.parallel.placement import Placement
 
 AHEAD = {"mtp.fc.weight": (48, 96), "mtp.layers.0.input_layernorm.weight": (48,)}
 
@@ -150,6 +153,19 @@ def test_all_biases_would_be_decays_too_for_peft():
         resolve_lora(LoraConfig.from_dict(ALL_LINEAR | {"bias": "all"}), config)
 
 
-def test_there_are_no_graphs():
-    config = config_from_dict(fields_of("qwen3_5_text"))
-    assert config.recurrent and tiled_by(config) == layer_facts(config)["tiled"] == "a state for each head"
+@pytest.mark.parametrize("family, dtype, features, why", [
+    ("qwen3_5_text", torch.bfloat16, 128, None),
+    ("qwen3_5_text", torch.float16, 128, "states in plain torch"),
+    ("qwen3_5_text", torch.bfloat16, 64, "states in plain torch"),
+    ("qwen3_next", torch.bfloat16, 128, None),
+    ("lfm2", torch.float16, 0, None),
+    ("bamba", torch.bfloat16, 0, "states in plain torch"),
+])  # fmt: skip
+def test_there_are_graphs_where_states_have_kernels(family, dtype, features, why, monkeypatch):
+    monkeypatch.setattr(fused_delta, "has_triton", lambda: True)
+    monkeypatch.setattr(fused_delta, "_large_shared_memory", lambda device: True)
+    heads = {"linear_key_head_dim": features, "linear_value_head_dim": features} if features else {}
+    config, place = config_from_dict(fields_of(family, **heads)), Placement(Axis(), False, dtype, "cuda")
+    assert config.recurrent and tiled_by(config, place) == layer_facts(config, place)["tiled"] == why
+    used, note = choose_graphs(None, place, ParallelMesh(), **layer_facts(config, place) | {"head_dim": 128})
+    assert used == (why is None) and (used or why in note)

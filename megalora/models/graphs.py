@@ -2,8 +2,8 @@
 
 A step of few tokens waits for the host, which launches some thousand small kernels. A graph is captured once for each
 layout of a microbatch (documents of one length, or of several) and replayed for every microbatch of that layout: what
-differs between them, the tokens, the documents' bounds and the step that dropout draws from, is read from memory. The
-head and the loss stay outside, for the number of labelled tokens differs.
+differs between them, the tokens, the documents' bounds and chunks and the step that dropout draws from, is read from
+memory. The head and the loss stay outside, for the number of labelled tokens differs.
 
 All graphs share one pool of memory, which holds the activations of one microbatch. The first microbatch of a layout
 runs without a graph: that readies what cannot be readied during a capture (plans of cuDNN, workspaces, NCCL's
@@ -25,9 +25,11 @@ from megalora.errors import UserError
 from megalora.models.inputs import Inputs, head_features
 from megalora.models.mixers import Attention, Disentangled, RelativeTable
 from megalora.models.recorder import Graph, Recorder
+from megalora.models.recurrent import DeltaAttention, GatedConvolution, RecurrentMixer
 from megalora.models.spec import ModelSpec
 from megalora.ops.attention import Packed, is_even, packs
 from megalora.ops.fused_attention import fuses
+from megalora.ops.fused_delta import takes
 from megalora.ops.grouped import runs_grouped
 from megalora.parallel.mesh import ParallelMesh
 from megalora.parallel.placement import Placement
@@ -94,21 +96,24 @@ def choose_graphs(
     return True, None
 
 
-def layer_facts(config: ModelSpec) -> dict[str, Any]:
-    """Return what `choose_graphs` is to know of a model's layers."""
+def layer_facts(config: ModelSpec, place: Placement) -> dict[str, Any]:
+    """Return what `choose_graphs` is to know of a model's layers at `place`."""
     return {
         "head_dim": head_features(config),
         "experts": config.has_experts,
-        "tiled": tiled_by(config),
+        "tiled": tiled_by(config, place),
         "prefixed": config.prefix is not None,
     }
 
 
-def tiled_by(config: ModelSpec) -> str | None:
+def tiled_by(config: ModelSpec, place: Placement) -> str | None:
     """Return what makes attention on a GPU go by the documents' bounds on the host, None where it does not."""
+    device = torch.device(place.device)
+    for mixer in config.mixers:
+        linear = isinstance(mixer, DeltaAttention) and takes(place.dtype, device, mixer.key, mixer.value)
+        if isinstance(mixer, RecurrentMixer) and not (linear or isinstance(mixer, GatedConvolution)):
+            return "states in plain torch"
     attentions = [mixer for mixer in config.mixers if isinstance(mixer, Attention)]
-    if config.recurrent:
-        return "a state for each head"
     if config.chunks:
         return "chunks"
     if config.encoder is not None:
@@ -232,6 +237,9 @@ class _Graph:
         for place, value in zip(_tensors(self.static), _tensors(inputs), strict=True):
             place.copy_(value)
         _put_bounds(self.static.packed.cu_seqlens, inputs)
+        if self.static.documents is not None:
+            assert inputs.documents is not None
+            self.static.documents.put(inputs.documents)
         step = self.static.tokens.step
         assert isinstance(step, torch.Tensor)
         step.fill_(inputs.tokens.step)
@@ -269,6 +277,7 @@ def _copy(inputs: Inputs, place: Placement, bounds: int, longest: int) -> Inputs
         packed=Packed(cu_seqlens, longest),
         position_ids=position_ids,
         columns=columns,
+        documents=None if inputs.documents is None else inputs.documents.alike(bounds - 1),
     )
 
 

@@ -93,7 +93,7 @@ FEATURES = (
         "CUDA graphs",
         ("tests/test_gpu_step.py",),
         "in bfloat16 and float16, with heads of a multiple of 8 up to 256 features; without pipeline stages, "
-        "encoder-decoders, chunked and linear attention and images",
+        "encoder-decoders, chunked attention, Mamba-2 and images; linear attention in bfloat16, where it has kernels",
         "untested",
         by_type={
             "yes": _types(

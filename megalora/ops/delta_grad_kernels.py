@@ -84,7 +84,7 @@ def scan_backward_kernel(
     at = tl.arange(0, K)[:, None] * V + (block * BV + tl.arange(0, BV))[None, :]
     dstates += ((number + count - 1).to(tl.int64) * heads + head) * (K * V)
     grad = tl.zeros((K, BV), tl.float32)
-    first = start + (count - 1) * C
+    first = start + tl.maximum(count - 1, 0) * C  # a document may be empty
     last = last_of(G, head, tokens, first, stop, C)
     g, norm = numbers_of(G, head, tokens, first, stop, C), numbers_of(norms, head, tokens, first, stop, C)
     scale = numbers_of(scales, head, tokens, first, stop, C)

@@ -19,6 +19,7 @@ places of tensors, tokens in rows:
     states         [chunks, heads, K, V], which enter
     chunks         [chunks, 2] int32, the tokens from where to before where
     documents      [documents, 3] int32, the same and the first chunk
+Chunks and documents may be empty, at the end of the tokens (Documents.put): nothing is stored for them.
 """
 
 from __future__ import annotations

@@ -81,6 +81,25 @@ class Documents:
         )
         return cls(ages, rows, places, filling, tuple(counts), tuple(order), of_pieces, of_spans)
 
+    def alike(self, most: int) -> Documents:
+        """Return a copy of what kernels read, in which `put` has room for any documents of as many tokens, at most
+        `most` of them: for a CUDA graph. What plain torch reads is left out."""
+        tokens, none = len(self.ages), self.rows[:0]
+        # n tokens are at most (n + CHUNK - 1) / CHUNK chunks.
+        pieces = self.pieces.new_empty((tokens + most * (CHUNK - 1)) // CHUNK, 2)
+        spans = self.spans.new_empty(most, 3)
+        room = Documents(torch.empty_like(self.ages), none, none, self.filling[:0], (), (), pieces, spans)
+        room.put(self)
+        return room
+
+    def put(self, other: Documents) -> None:
+        """Take what kernels read of `other`, documents of as many tokens, in place; behind them chunks and documents
+        are empty, at the end of the tokens."""
+        self.ages.copy_(other.ages)
+        for room, own in ((self.pieces, other.pieces), (self.spans, other.spans)):
+            room.fill_(len(self.ages))
+            room[: len(own)].copy_(own)
+
     @property
     def depths(self) -> list[tuple[slice, slice]]:
         """For each depth from 1 on: (the chunks before, the chunks of it)."""

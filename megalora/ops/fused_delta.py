@@ -34,11 +34,16 @@ LAUNCHES = {
 }  # fmt: skip
 
 
+def takes(dtype: torch.dtype, device: torch.device, key: int, value: int) -> bool:
+    """Return whether the kernels take heads of so many features: bfloat16 on a GPU with the shared memory of an A100,
+    keys of 16 or 128 features, values of 128."""
+    alike = device.type == "cuda" and dtype == torch.bfloat16 and (key, value) in TAKEN
+    return alike and has_triton() and _large_shared_memory(device)
+
+
 def fuses(y: torch.Tensor, key: int, value: int) -> bool:
-    """Return whether the kernels take y, with heads of so many features: bfloat16 on a GPU with the shared memory of an
-    A100, keys of 16 or 128 features, values of 128."""
-    alike = y.device.type == "cuda" and y.dtype == torch.bfloat16 and len(y) > 0
-    return alike and (key, value) in TAKEN and has_triton() and _large_shared_memory(y.device)
+    """Return whether the kernels take y, with heads of so many features."""
+    return len(y) > 0 and takes(y.dtype, y.device, key, value)
 
 
 @functools.cache

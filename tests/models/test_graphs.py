@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import FAMILIES, TINY, fields_of
+from oracle import fields_of
 from spawn import spawn
 
 import megalora.models.blocks.attention
@@ -121,8 +121,8 @@ EVEN, PIECES, MORE_PIECES = [12, 12], [10, 9, 5], [4, 4, 5, 11]
 
 
 class World:
-    def __init__(self, graphs: bool, mesh: ParallelMesh):
-        self.config = config_from_dict(TINY | FAMILIES["llama"])
+    def __init__(self, graphs: bool, mesh: ParallelMesh, family: str):
+        self.config = config_from_dict(fields_of(family))
         lora = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear"}
         self.place = Placement(mesh.tp, mesh.tp.size > 1, torch.float64, "cpu")
         resolved = resolve_lora(LoraConfig.from_dict(lora), self.config)
@@ -162,11 +162,11 @@ def on_the_device(q, k, v, bounds, window, packed, scores, dropout):
 LENGTHS = [EVEN, PIECES, EVEN, PIECES, MORE_PIECES, PIECES, EVEN, MORE_PIECES, [24], EVEN, [24]]
 
 
-def with_and_without(rank: int, world_size: int) -> World:
+def with_and_without(rank: int, world_size: int, family: str = "llama") -> World:
     """Asserts that graphs give the same numbers on this rank of tensor parallel; returns the world that has them."""
     megalora.models.blocks.attention.attention = on_the_device
     mesh = build_mesh(rank, world_size, tp=world_size)
-    plain, ours = World(False, mesh), World(True, mesh)
+    plain, ours = World(False, mesh, family), World(True, mesh, family)
     for number, cut in enumerate(LENGTHS):
         (loss, gradients), (our_loss, our_gradients) = plain.step(number, cut), ours.step(number, cut)
         assert our_loss == loss and our_gradients.equal(gradients), (number, cut)
@@ -184,6 +184,12 @@ def test_graphs_read_tokens_bounds_and_step_of_their_microbatch(monkeypatch):
     graphs.append(ours.stage._graphs._refresh_graph)
     ours.stage.close()
     assert len(graphs) > 2 and all(graph.gone for graph in graphs) and not ours.stage.uses_graphs
+
+
+def test_graphs_read_the_ages_of_tokens_too(monkeypatch):
+    """Those of short convolutions, in documents of other lengths."""
+    monkeypatch.setattr(megalora.models.blocks.attention, "attention", attention)
+    assert with_and_without(0, 1, "lfm2").recorder.recorded == 13
 
 
 def on_a_rank(rank: int, world_size: int) -> int:
@@ -223,4 +229,4 @@ def test_a_bias_by_distance_goes_by_bounds_on_the_host_without_triton(monkeypatc
     config = config_from_dict(fields_of("mpnet"))
     for fused, said in ((True, None), (False, "a bias of the scores by distance")):
         monkeypatch.setattr("megalora.models.graphs.fuses", lambda *kinds, fused=fused: fused)
-        assert tiled_by(config) == said
+        assert tiled_by(config, place()) == said

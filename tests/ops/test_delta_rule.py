@@ -127,3 +127,20 @@ def test_documents_of_no_tokens_are_passed_over():
     assert found.counts == (2, 1) and found.order == (1, 3) and len(found.rows) == 3 * CHUNK
     assert torch.equal(found.rows[found.places], torch.arange(75)) and found.filling.sum() == 3 * CHUNK - 75
     assert found.last == [2, 1]
+
+
+def test_room_for_other_documents_of_as_many_tokens():
+    """As a CUDA graph has it: all that kernels read lies in place, and what is behind it is empty."""
+    tokens, most = 300, 5
+    layouts = [[0, 300], [0, 64, 128, 300], [0, 1, 2, 3, 4, 300], [0, 65, 130, 195, 260, 300], [0, 0, 150, 150, 300]]
+    room = Documents.of(layouts[0]).alike(most)
+    places = room.ages.data_ptr(), room.pieces.data_ptr(), room.spans.data_ptr()
+    for bounds in [*layouts, *layouts[::-1]]:
+        own = Documents.of(bounds)
+        room.put(own)
+        assert places == (room.ages.data_ptr(), room.pieces.data_ptr(), room.spans.data_ptr())
+        assert room.ages.equal(own.ages)
+        for x, wanted in ((room.pieces, own.pieces), (room.spans, own.spans)):
+            assert x[: len(wanted)].equal(wanted) and (x[len(wanted) :] == tokens).all()
+    # The most chunks there can be.
+    assert len(Documents.of([0, 65, 130, 195, 260, 300]).pieces) == 9 == len(room.pieces)
