@@ -32,6 +32,8 @@ from megalora.models.tested import AROUND, CELLS, DECODERS, ENCODERS, EXPERTS, F
 _MISSING = {
     "`gemma4_text` of Gemma 4 E2B and E4B": "each layer has vectors of its own for every word, and the last layers "
     "read the keys and values of others",
+    "`nemotron_h` with `moe_latent_size` (Nemotron 3 Super)": "its experts read and write a latent of the token",
+    "`lfm2_vl`": "an image model around `lfm2`",
     "`sarvam_moe`": "its files hold q, k and v in one linear, of which transformers makes three",
     "`mimo_v2_flash`": "heads of values are narrower than those of keys",
     "`laguna`": "its gates of attention are softplus, and layers differ in their heads",
