@@ -61,7 +61,7 @@ def test_a_prompt_in_parts_has_the_numbers_of_the_whole(family):
         torch.testing.assert_close(in_parts[number], whole, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["mistral", "deepseek_v2", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["mistral", "deepseek_v2", "qwen3_5_text", "falcon_h1, a norm", "lfm2"])
 def test_parts_over_tensor_and_pipeline_ranks(family):
     said, logits, _ = replies(0, 1, 1, family, WHOLE)
     found = spawn(replies, 4, 2, family, PART)
