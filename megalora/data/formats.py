@@ -45,7 +45,7 @@ def to_conversation(
         known = ", ".join(shape.example for shape in FORMATS if not question or shape.read is not _text)
         known += f", or map other names with {COLUMNS_FLAG}" if names.flags else ""
         fields.refuse_known()
-        what = f"no known shape (fields {names_of(row)})"
+        what = f"no known shape (fields {names_of(fields.left())})"
         if found:
             what = f"two shapes ({' and '.join(shape.example for shape in found)})"
         raise UserError(f"{where}: the row has {what}", f"write one of {known}")

@@ -451,6 +451,18 @@ def test_columns_of_the_user():
         to_conversation({"ask": "a", "reply": "b", "output": "c"}, "here", names)
 
 
+def test_a_shape_that_is_not_known_is_told_by_the_names_that_the_flags_give():
+    """Else a slip in --columns, or an --ignore_columns too many, is not seen in the message."""
+    row = {"instruction": "a", "input": "", "output": "b"}
+    for names, told in (
+        (FieldNames({"output": "outputt"}), "(fields instruction, input, outputt)"),
+        (FieldNames({}, frozenset({"output"})), "(fields instruction, input)"),
+    ):
+        with pytest.raises(UserError, match="no known shape") as error:
+            to_conversation(row, "here", names)
+        assert told in str(error.value)
+
+
 ROWS = [
     {"instruction": "a", "input": "x", "output": "b"},
     {"conversation": [{"system": "s", "input": "a", "output": "b"}]},
