@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,6 @@ class ImageRows:
         rows = self.rows
         inner = Encoder(rows, settings) if isinstance(rows, ChatTemplate) else rows.encoder(settings)
         return ImageEncoder(self, inner, settings.names)
-
-    def behind_image(self, ids: Sequence[int]) -> list[int]:
-        """Return the tokens of a prompt behind those of an image."""
-        return [self.placeholder] * self.tokens + [*ids]
 
 
 @dataclass(frozen=True)

@@ -104,11 +104,6 @@ class Layer:
         return sum(times * group.copies for times, group in self.counted)
 
     @property
-    def rooms(self) -> int:
-        """Elements of the columns that carry the branches."""
-        return sum(times * group.room * group.output for times, group in self.counted)
-
-    @property
     def trains(self) -> bool:
         return any(group.trains for group in self.groups)
 
