@@ -1,5 +1,5 @@
 """Steps of a model of experts through our kernels: in Triton's interpreter on a CPU against plain float64, and on a GPU
-tokens that are read where they lie against rows that are dispatched first.
+tokens that are read where they lie against rows that are dispatched first; and what ptxas makes of these kernels.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from gpu_sizes import sizes
 from interpreted import needs_triton, run_interpreted
 from oracle import Run, train
+from sass import compiled, products_of_nothing
 
 from megalora.ops import grouped_gpu, routing, weighted_gate
 from megalora.ops.dispatched import branch_, rows_of
@@ -56,6 +57,42 @@ def interpreted() -> None:
         assert abs(a - b) <= 1e-5 * b
     for name, (_, grad) in wanted.gradients.items():
         assert (found.gradients[name][1].double() - grad).norm() <= 1e-3 * grad.norm(), name
+
+
+DISPATCH = {"x": "*bf16", "pair": "*i64", "p": "*bf16", "out": "*bf16", "bounds": "*i32"}
+GATE = DISPATCH | {"gate_up": "*bf16", "weights": "*fp32"}
+BRANCH = dict.fromkeys(("dy", "taken", "z", "branch"), "*bf16") | dict.fromkeys(("parts", "out", "second"), "*fp32")
+BRANCH |= {"scale": "fp32", "second_scale": "fp32", "bounds": "*i32", "pair": "*i64"}
+OUTER = {
+    "a": "*bf16",
+    "b": "*bf16",
+    "out": "*fp32",
+    "second": "*fp32",
+    "scale": "fp32",
+    "bounds": "*i32",
+    "pair": "*i64",
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("ranks", [16, 32, 64])
+def test_operands_of_products_are_written(ranks):
+    """ptxas 12.8 has made a product that reads shared memory at random: of another form of gate_thin_kernel."""
+    from megalora.ops import grouped_kernels as kernels
+
+    tile = {"EXPERTS": 128, "M": 64}
+    columns, stages = grouped_gpu._branch_tile(ranks)
+    for choices in (0, 8):
+        split = {"SECOND": ranks > 16, "CHOICES": choices, "R": ranks, "K": 64}
+        split |= {} if choices else {"pair": None}
+        outer = compiled(kernels.outer_kernel, OUTER, split | {"SHORT_FIRST": True, "N": 64}, 4, 4)
+        branch = compiled(kernels.branch_kernel, BRANCH, split | {"N": columns}, 4, stages)
+        assert not products_of_nothing(outer) and not products_of_nothing(branch)
+    for kernel, types, constants in (
+        (kernels.dispatch_thin_kernel, DISPATCH, {"CHOICES": 8, "N": ranks, "K": grouped_gpu._TAKEN_CONTRACTED}),
+        (kernels.gate_thin_kernel, GATE, {"N": 64, "K": grouped_gpu._GATED_CONTRACTED}),
+    ):
+        assert not products_of_nothing(compiled(kernel, types, tile | constants, 4, 3))
 
 
 def dispatch_first(x, P, routes, room):
