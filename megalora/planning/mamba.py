@@ -34,8 +34,8 @@ def _core(layer: Any, mixer: StateSpace, flowing: bool) -> Node:
     given, result = full * mixer.inputs.output * work.element, full * heads * mixer.features * work.element
     wide = max(_WIDE, work.element)
     # The output's linear keeps what it reads for its A alone.
-    kept = given + (result if mixer.out.rank or mixer.normed or work.recompute == "layer" else 0)
-    kept += full * mixer.groups_read * wide if mixer.normed else 0
+    lengths = full * mixer.groups_read * wide if mixer.normed else 0  # 1 / rms of each group
+    kept = given + (result if mixer.out.rank or mixer.normed or work.recompute == "layer" else 0) + lengths
     made = _made(mixer)
     at_once = made * min(full * heads, max(MOST_ROWS, full))
     # What the norm reads, and its gradient, beside some heads at a time.
@@ -44,14 +44,14 @@ def _core(layer: Any, mixer: StateSpace, flowing: bool) -> Node:
     flops = {"flops32": products} if work.element == 2 else {"flops": products}
     depth = -(-work.seq_length // CHUNK)
     forward = Pass(live=result + whole + at_once // 2, traffic=3 * full * heads * made, calls=70 + depth, **flops)
-    twice = {name: 3 * count for name, count in flops.items()}
+    again = {name: 3 * count for name, count in flops.items()}  # once more, and two products for each
     backward = Pass(
         live=layer.tokens.stream + given + result + whole + at_once,
         traffic=3 * forward.traffic,
         calls=3 * forward.calls,
-        **twice,
+        **again,
     )
-    return replace(layer._node("state space", kept, forward, backward, flowing), result=result)
+    return replace(layer._node("state space", kept, forward, backward, flowing), result=result + lengths)
 
 
 def _made(mixer: StateSpace) -> int:

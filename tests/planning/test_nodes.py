@@ -268,6 +268,13 @@ def test_and_of_layers_with_states(lora, recompute):
     check(lora, recompute, range(0, 4), Axis(), False, **STATES)
 
 
+@pytest.mark.parametrize("recompute", ["mlp", "layer"])
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1, a norm", "nemotron_h", "lfm2"])
+def test_and_of_states_of_other_kinds(name, recompute, two_ranks):
+    for tp in (Axis(), two_ranks):
+        check("all linears", recompute, range(0, 4), tp, tp.size > 1, **MODERN[name])
+
+
 def test_and_of_states_on_a_tensor_parallel_rank(two_ranks):
     check("all linears", "layer", range(0, 4), two_ranks, True, **STATES)
 
