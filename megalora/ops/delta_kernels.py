@@ -1,8 +1,10 @@
 """Triton kernels of the gated delta rule (megalora.ops.delta_rule has the formulas and the names), forward.
 
 Products are of 16-bit operands, as q, k and v come, with sums in float32. q and k go into them as they are, so that
-they lose nothing: their lengths are factors of rows and columns beside the product. The inverse T is float32 throughout
-(products in three of TF32). A state is float32 in registers, and is rounded where a product reads it.
+they lose nothing: their lengths are factors of rows and columns beside the product. The inverse T is float32, by
+products in three of bfloat16: at most 2e-5 off, with keys that are nearly equal, where its rounding for the products
+that read it is 1e-3. (Three of TF32 are 4e-7 off, but their operands take five times the stores to shared memory.) A
+state is float32 in registers, and is rounded where a product reads it.
 
 What is computed of a head depends on that head alone, by one program a tile, each sum in one order: the same numbers
 for any number of heads, documents or programs. So a kernel is never compiled for a number of heads or tokens.
@@ -82,7 +84,7 @@ def inverse_length(x, eps):
 
 
 @triton.jit
-def unit_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr):
+def unit_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Return (1 + lower)^-1 [C, C] of a strictly lower triangular matrix, C = 2^LEVELS.
 
     From inverses of blocks on the diagonal to those of twice the size: [[P, 0], [Q, R]]^-1 has -R^-1 Q P^-1 below.
@@ -93,8 +95,8 @@ def unit_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr):
     inverse = tl.where(row == column, 1.0, tl.where(row >> 1 == column >> 1, -lower, 0.0))
     for level in tl.static_range(1, LEVELS):
         below = (row >> level + 1 == column >> level + 1) & (row >> level != column >> level)
-        first = tl.dot(tl.where(below, lower, 0.0), inverse, input_precision="tf32x3")
-        inverse -= tl.dot(inverse, first, input_precision="tf32x3")
+        first = tl.dot(tl.where(below, lower, 0.0), inverse, input_precision=PRECISION)
+        inverse -= tl.dot(inverse, first, input_precision=PRECISION)
     return inverse
 
 
@@ -102,7 +104,7 @@ def unit_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr):
 def solve_kernel(
     k, v, b, a, decay, bias, chunks, U, W, T, G, betas, norms, tokens, heads, stride, y_octets, eps,
     REPEATS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Compute U, W, G, beta and norms; with KEEP also T. Programs: chunks, heads.
 
@@ -123,7 +125,7 @@ def solve_kernel(
     tl.store(betas + at, beta, mask=inside)
     tl.store(norms + at, norm, mask=inside)
     alike = tl.dot(keys, tl.trans(keys)) * (norm * beta)[:, None] * norm[None, :] * decay_of(g, C)
-    inverse = unit_inverse(tl.where(place[:, None] > place[None, :], alike, 0.0), C, LEVELS)
+    inverse = unit_inverse(tl.where(place[:, None] > place[None, :], alike, 0.0), C, LEVELS, PRECISION)
     narrow: tl.constexpr = U.dtype.element_ty
     if KEEP:
         put_rows(T + head * C, inverse, start, stop, heads * C, C, C)

@@ -34,6 +34,14 @@ LAUNCHES = {
 }  # fmt: skip
 
 
+@functools.cache
+def precision() -> str:
+    """Return that of products in the inverse: in three of bfloat16, or of TF32 where Triton does not have those."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return "bf16x3" if "bf16x3" in CUDAOptions.allowed_dot_input_precisions else "tf32x3"
+
+
 def takes(dtype: torch.dtype, device: torch.device, key: int, value: int) -> bool:
     """Return whether the kernels take heads of so many features: bfloat16 on a GPU with the shared memory of an A100,
     keys of 16 or 128 features, values of 128."""
@@ -210,7 +218,7 @@ class _Part:
         self._launch(
             "solve", kernels.solve_kernel, self._chunks(count), k, v, self._y(y, 4), self._y(y, 5), self.decay,
             self.bias, pieces, changes, reads, inverse, sums, betas, norms, tokens, count, qkv.stride(0), _octets(y),
-            EPSILON, LEVELS=CHUNK.bit_length() - 1, KEEP=keep,
+            EPSILON, LEVELS=CHUNK.bit_length() - 1, PRECISION=precision(), KEEP=keep,
         )  # fmt: skip
         states = y.new_empty(len(pieces), count, self.key, self.value)
         self._launch(
