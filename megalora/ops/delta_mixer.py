@@ -26,7 +26,7 @@ from megalora.ops import fused_delta
 from megalora.ops.delta_rule import EPSILON, Documents, continued_delta_rule, delta_rule, delta_step
 from megalora.ops.extension import has_triton
 from megalora.ops.gated_norm import gated_norm
-from megalora.ops.short_convolution import short_convolution
+from megalora.ops.short_convolution import behind_kept, short_convolution
 
 MOST_ROWS = 1 << 18  # tokens times value heads at once
 MOST_FEATURES = 256  # of a key or a value, in the kernels of a step
@@ -93,10 +93,8 @@ def continued_delta_mixer(
     bounds  cumulative bounds of the sequences in F; documents: of these
     """
     qkv, z, b, a = y.split([heads.channels, *heads.widths[3:]], -1)
-    pairs, before = list(itertools.pairwise(bounds)), kept.channels.shape[1]
-    ahead = [torch.cat([old, qkv[start:stop]]) for old, (start, stop) in zip(kept.channels, pairs, strict=True)]
-    made = [short_convolution(one, weights.convolution, None)[before:] for one in ahead]
-    channels = torch.stack([one[len(one) - before :] for one in ahead])
+    (whole, channels), before = behind_kept(kept.channels, qkv, bounds), kept.channels.shape[1]
+    made = [short_convolution(one, weights.convolution, None)[before:] for one in whole]
     given = _of_rule(torch.cat(made), b, a, heads, weights)
     o, states = continued_delta_rule(*given, documents, kept.states)
     return gated_norm(o, z, weights.norm, weights.eps), Kept(channels, states)

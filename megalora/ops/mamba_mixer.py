@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import silu, softplus
 
 from megalora.ops.delta_rule import Documents
-from megalora.ops.short_convolution import short_convolution
+from megalora.ops.short_convolution import behind_kept, short_convolution
 from megalora.ops.state_space import continued_state_space, state_space, state_space_step
 
 MOST_ROWS = 1 << 18  # tokens times heads at once
@@ -114,13 +114,11 @@ def continued_mamba_mixer(
     bounds  cumulative bounds of the sequences in F; documents: of these
     """
     z, xbc, dt = _in_three(y, sizes)
-    pairs, before = list(itertools.pairwise(bounds)), kept.channels.shape[1]
-    ahead = [torch.cat([old, xbc[start:stop]]) for old, (start, stop) in zip(kept.channels, pairs, strict=True)]
-    channels = torch.stack([one[len(one) - before :] for one in ahead])
+    (whole, channels), before = behind_kept(kept.channels, xbc, bounds), kept.channels.shape[1]
     states = torch.empty_like(kept.states)
     gated = z.new_empty(len(z), sizes.widths[0], dtype=weights.decay.dtype)
     for one in _slices(len(y), sizes, weights):
-        own = [one.of_channels(x, sizes.widths[0]) for x in ahead]
+        own = [one.of_channels(x, sizes.widths[0]) for x in whole]
         bias = one.weights.convolution_bias
         made = torch.cat([short_convolution(x, one.weights.convolution, None, bias)[before:] for x in own])
         given = _given(made, dt[:, one.heads], one.sizes, one.weights)

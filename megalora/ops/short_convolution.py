@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import silu
 
@@ -27,6 +30,16 @@ def gated_convolution(
     The others are as those of `short_convolution`, whose SiLU it lacks. Training keeps y alone.
     """
     return _GatedConvolution.apply(y, weight, bias, ages)
+
+
+def behind_kept(kept: torch.Tensor, x: torch.Tensor, bounds: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return (the tokens of each sequence behind those kept of it, [W - 1 + n, C] each; what is kept then, as `kept`).
+
+    kept [B, W - 1, C]: the last tokens before; x [F, C]: the next tokens; bounds: cumulative, of the sequences in F
+    """
+    parts = itertools.pairwise(bounds)
+    whole = [torch.cat([old, x[start:stop]]) for old, (start, stop) in zip(kept, parts, strict=True)]
+    return whole, torch.stack([one[len(one) - kept.shape[1] :] for one in whole])
 
 
 def taps_of(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

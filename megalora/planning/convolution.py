@@ -11,22 +11,11 @@ from megalora.planning.node import Node, Pass
 _WIDE = 4  # bytes of a float32, in which all is computed
 
 
-def convolution_nodes(layer: Any, mixer: GatedConvolution, source: str, flowing: bool) -> list[Node]:
-    """Return the nodes of one gated convolution.
+def convolution_core(layer: Any, mixer: GatedConvolution, flowing: bool) -> Node:
+    """Count what stands between the linears: it keeps what it reads, and backward computes the rest again.
 
-    layer   the megalora.planning.nodes._LayerNodes of its layer
-    source  as `_LayerNodes._linears` takes it
+    layer  the megalora.planning.nodes._LayerNodes of its layer
     """
-    after = flowing or mixer.inputs.trains
-    return [
-        layer._linears(mixer.inputs, source, flowing, read=True),
-        _core(layer, mixer, after),
-        layer._linears(mixer.out, "kept" if after else "new", after),
-    ]
-
-
-def _core(layer: Any, mixer: GatedConvolution, flowing: bool) -> Node:
-    """Count what stands between the linears: it keeps what it reads, and backward computes the rest again."""
     full, work, channels = layer.tokens.full, layer.work, mixer.out.inputs
     given, result = 3 * full * channels * work.element, full * channels * work.element
     wide = full * channels * max(_WIDE, work.element)

@@ -18,32 +18,17 @@ _NARROW = 2  # of what kernels keep, in bfloat16
 _PASSES, _PASSES_BACK = 8.7, 9.3
 
 
-def delta_nodes(layer: Any, mixer: DeltaAttention, source: str, flowing: bool) -> list[Node]:
-    """Return the nodes of one linear attention.
+def delta_core(layer: Any, mixer: DeltaAttention, flowing: bool) -> Node:
+    """Count what stands between the linears: it keeps what it reads, and backward computes the rest again.
 
-    layer   the megalora.planning.nodes._LayerNodes of its layer
-    source  as `_LayerNodes._linears` takes it
+    layer  the megalora.planning.nodes._LayerNodes of its layer
     """
-    after = flowing or mixer.inputs.trains
-    return [
-        layer._linears(mixer.inputs, source, flowing, read=True),
-        _core(layer, mixer, after),
-        layer._linears(mixer.out, "kept" if after else "new", after),
-    ]
-
-
-def _core(layer: Any, mixer: DeltaAttention, flowing: bool) -> Node:
-    """Count what stands between the linears: it keeps what it reads, and backward computes the rest again."""
     full, work, heads = layer.tokens.full, layer.work, mixer.key_heads * mixer.repeats
     given, result = full * mixer.inputs.output * work.element, full * heads * mixer.value * work.element
     # The output's linear keeps what it reads for its A alone.
     kept = given + (result if mixer.out.rank or work.recompute == "layer" else 0)
     products = full * heads * _products(mixer)
-    if (
-        layer.shape.device_type == "cuda"
-        and work.element == _NARROW
-        and (mixer.key, mixer.value) in fused_delta.TAKEN
-    ):
+    if layer.shape.device_type == "cuda" and work.element == _NARROW and (mixer.key, mixer.value) in fused_delta.TAKEN:
         first, whole = _made_by_kernels(mixer)
         rows = min(full * heads, max(fused_delta.MOST_ROWS, full * mixer.repeats))
         forward = Pass(live=result + first * rows, traffic=_PASSES * full * heads * first, calls=4, flops=products)
@@ -59,12 +44,12 @@ def _core(layer: Any, mixer: DeltaAttention, flowing: bool) -> Node:
     flops = {"flops32": products} if work.element == 2 else {"flops": products}
     depth = -(-work.seq_length // CHUNK)
     forward = Pass(live=result + at_once // 2, traffic=3 * full * heads * made, calls=100 + depth, **flops)
-    twice = {name: 3 * count for name, count in flops.items()}
+    again = {name: 3 * count for name, count in flops.items()}  # once more, and two products for each
     backward = Pass(
         live=layer.tokens.stream + given + result + at_once,
         traffic=3 * forward.traffic,
         calls=3 * forward.calls,
-        **twice,
+        **again,
     )
     return replace(layer._node("linear attention", kept, forward, backward, flowing), result=result)
 

@@ -13,23 +13,12 @@ from megalora.planning.node import Node, Pass
 _WIDE = 4  # bytes of a float32, in which all is computed
 
 
-def mamba_nodes(layer: Any, mixer: StateSpace, source: str, flowing: bool) -> list[Node]:
-    """Return the nodes of one Mamba-2.
-
-    layer   the megalora.planning.nodes._LayerNodes of its layer
-    source  as `_LayerNodes._linears` takes it
-    """
-    after = flowing or mixer.inputs.trains
-    return [
-        layer._linears(mixer.inputs, source, flowing, read=True),
-        _core(layer, mixer, after),
-        layer._linears(mixer.out, "kept" if after else "new", after),
-    ]
-
-
-def _core(layer: Any, mixer: StateSpace, flowing: bool) -> Node:
+def mamba_core(layer: Any, mixer: StateSpace, flowing: bool) -> Node:
     """Count what stands between the linears: it keeps what it reads, and of a norm its result too; backward computes
-    the rest again."""
+    the rest again.
+
+    layer  the megalora.planning.nodes._LayerNodes of its layer
+    """
     full, work, heads = layer.tokens.full, layer.work, mixer.heads
     given, result = full * mixer.inputs.output * work.element, full * heads * mixer.features * work.element
     wide = max(_WIDE, work.element)

@@ -15,13 +15,13 @@ from functools import lru_cache
 from megalora.ops.swiglu import fuses_down
 from megalora.parallel.loss import chunk_rows
 from megalora.planning.attention import attention_nodes
-from megalora.planning.convolution import convolution_nodes
+from megalora.planning.convolution import convolution_core
 from megalora.planning.cross import cross_nodes
-from megalora.planning.delta import delta_nodes
+from megalora.planning.delta import delta_core
 from megalora.planning.experts import experts_nodes
 from megalora.planning.groups import Group, with_factors
 from megalora.planning.latent import latent_nodes
-from megalora.planning.mamba import mamba_nodes
+from megalora.planning.mamba import mamba_core
 from megalora.planning.mixers import (
     MLP,
     Attention,
@@ -33,7 +33,6 @@ from megalora.planning.mixers import (
     Mixer,
     Norm,
     Recurrent,
-    StateSpace,
 )
 from megalora.planning.mlp import mlp_nodes
 from megalora.planning.node import NOTHING, Message, Node, Pass, Workload, host_bytes, kept_bytes, peak_bytes
@@ -192,15 +191,23 @@ class _LayerNodes:
             return cross_nodes(self, mixer, source, flowing)
         if isinstance(mixer, LatentAttention):
             return latent_nodes(self, mixer, source, flowing)
-        if isinstance(mixer, DeltaAttention):
-            return delta_nodes(self, mixer, source, flowing)
-        if isinstance(mixer, GatedConvolution):
-            return convolution_nodes(self, mixer, source, flowing)
-        if isinstance(mixer, StateSpace):
-            return mamba_nodes(self, mixer, source, flowing)
+        if isinstance(mixer, Recurrent):
+            return self._recurrent(mixer, source, flowing)
         if isinstance(mixer, Experts):
             return experts_nodes(self, mixer, flowing)
         return mlp_nodes(self, mixer, source, flowing, unread=self.again and not read)
+
+    def _recurrent(self, mixer: Recurrent, source: str, flowing: bool) -> list[Node]:
+        """Return the nodes of a mixer that keeps a state."""
+        after = flowing or mixer.inputs.trains
+        if isinstance(mixer, DeltaAttention):
+            core = delta_core(self, mixer, after)
+        elif isinstance(mixer, GatedConvolution):
+            core = convolution_core(self, mixer, after)
+        else:
+            core = mamba_core(self, mixer, after)
+        inputs = self._linears(mixer.inputs, source, flowing, read=True)
+        return [inputs, core, self._linears(mixer.out, "kept" if after else "new", after)]
 
     def _node(self, name: str, kept: int, forward: Pass, backward: Pass, flowing: bool) -> Node:
         return Node(name, kept, forward, backward) if flowing else Node(name, 0, forward)

@@ -6,7 +6,6 @@ Legend: T tokens on this rank, F tokens of the microbatch, C channels of this ra
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from megalora.models.blocks.mlp import INNER_STEP
 from megalora.models.blocks.place import LayerPlace
 from megalora.models.inputs import Inputs, States
 from megalora.ops.delta_rule import Documents
-from megalora.ops.short_convolution import gated_convolution
+from megalora.ops.short_convolution import behind_kept, gated_convolution
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import apply_group
 from megalora.parallel.split import even_part
@@ -64,10 +63,9 @@ class GatedConvolutionBlock:
         self, y: torch.Tensor, bounds: Sequence[int], documents: Documents, kept: States
     ) -> tuple[torch.Tensor, States]:
         """Return the results [F, C] of y [F, 3 C], the next tokens of several sequences, and what they leave."""
-        pairs, before = list(itertools.pairwise(bounds)), kept[0].shape[1]
-        ahead = [torch.cat([old, y[start:stop]]) for old, (start, stop) in zip(kept[0], pairs, strict=True)]
-        made = [gated_convolution(one, self.weight.squeeze(1), self.bias, None)[before:] for one in ahead]
-        return torch.cat(made), (torch.stack([one[len(one) - before :] for one in ahead]),)
+        (whole, left), before = behind_kept(kept[0], y, bounds), kept[0].shape[1]
+        made = [gated_convolution(one, self.weight.squeeze(1), self.bias, None)[before:] for one in whole]
+        return torch.cat(made), (left,)
 
     def step(self, y: torch.Tensor, kept: States, slots: torch.Tensor, idle: int | None) -> torch.Tensor:
         """Return the results of one token of each sequence and bring what their slots keep forward, in place."""
