@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from oracle import ALL_LINEAR, fields_of
+from oracle import ALL_LINEAR, Run, check_all, fields_of
 from safetensors.torch import load_file, save_file
 from test_convert import done
 from variants import peer_of
@@ -169,3 +169,16 @@ def test_there_are_graphs_where_states_have_kernels(family, dtype, features, why
     assert config.recurrent and tiled_by(config, place) == layer_facts(config, place)["tiled"] == why
     used, note = choose_graphs(None, place, ParallelMesh(), **layer_facts(config, place) | {"head_dim": 128})
     assert used == (why is None) and (used or why in note)
+
+
+@pytest.mark.parametrize("family, base_format", [("bamba", "nf4"), ("falcon_h1, a norm", "fp8"), ("lfm2", "nf4_fp8")])
+def test_a_quantised_base_is_cut_as_a_dense_one(family, base_format):
+    run = Run(family, tp=2, sequence_parallel=True, steps=1, rows=2, base_format=base_format, learning_rate=1e-4)
+    check_all([(run, 1)])
+
+
+@pytest.mark.parametrize("family, fields", [("bamba", {"mamba_n_groups": 1}), ("nemotron_h", {"n_groups": 1})])
+def test_heads_of_one_group_are_cut_unevenly(family, fields):
+    """Eight heads over three ranks, whose norm is of all."""
+    lora = ALL_LINEAR | {"lora_dropout": 0.2}
+    check_all([(Run(family, tp=3, sequence_parallel=True, rows=2, model=fields_of(family) | fields, lora=lora), 1)])
