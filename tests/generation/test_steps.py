@@ -66,6 +66,18 @@ def make_stage(dtype, device, fields=FIELDS):
     return stage
 
 
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+@torch.inference_mode()
+def test_a_step_is_filled_up_to_more_than_the_cache_has(device, dtype, tolerance):
+    """Five sequences in as many slots: a recorded step is of eight."""
+    stage, steps = make_stage(dtype, device), []
+    for slots in (1, 5):
+        steps.append(Steps(stage, slots, 20))
+        steps[-1].prefill(None, [1, 2, 3] * slots, [Span(slot, 0, 3) for slot in range(slots)])
+    alone, out = (one.decode(None, [4] * one.slots, range(one.slots), [3] * one.slots) for one in steps)
+    torch.testing.assert_close(out, alone.expand(5, -1), rtol=tolerance, atol=tolerance)
+
+
 @MODELS
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 @torch.inference_mode()
