@@ -99,8 +99,8 @@ FEATURES = (
             "yes": _types(
                 f"{_FIRST_SIX} afmoe cohere2_moe deberta deberta-v2 deepseek_v2 deepseek_v3 dots1 ernie4_5_moe "
                 "exaone_moe gemma2 glm4_moe glm4_moe_lite gpt_oss granite granitemoe granitemoe_swa granitemoeshared "
-                "hunyuan_v1_moe hy_v3 kimi_k2 minimax_m2 mistral4 mixtral olmoe qwen2_moe qwen3_moe solar_open "
-                "starcoder2"
+                "hunyuan_v1_moe hy_v3 kimi_k2 lfm2_moe minimax_m2 mistral4 mixtral olmoe qwen2_moe qwen3_5_moe_text "
+                "qwen3_5_text qwen3_moe qwen3_next solar_open starcoder2"
             )
         },
         needs_gpu=True,

@@ -15,7 +15,7 @@ _WIDE = 4  # bytes of a float32, in which plain torch computes all
 _NARROW = 2  # of what kernels keep, in bfloat16
 # Passes of kernels over what they make, by the time that they take beside products and launches: far from all of it is
 # traffic. Fitted to Qwen3.5-9B and 27B on an H200, 4,096 and 16,384 tokens.
-_PASSES, _PASSES_BACK = 8.7, 9.3
+_PASSES, _PASSES_BACK = 6.5, 8.2
 
 
 def delta_core(layer: Any, mixer: DeltaAttention, flowing: bool) -> Node:
