@@ -13,15 +13,15 @@ import torch
 from megalora.models import spec
 from megalora.models.blocks.mlp import INNER_STEP
 from megalora.models.blocks.place import LayerPlace
-from megalora.models.inputs import Inputs, States
+from megalora.models.blocks.recurrent import RecurrentBlock
+from megalora.models.inputs import States
 from megalora.ops.delta_rule import Documents
 from megalora.ops.short_convolution import behind_kept, gated_convolution
 from megalora.parallel.group import LinearGroup
-from megalora.parallel.group_grad import apply_group
 from megalora.parallel.split import even_part
 
 
-class GatedConvolutionBlock:
+class GatedConvolutionBlock(RecurrentBlock):
     """reduces: of the output, as LinearGroup takes it."""
 
     def __init__(self, mixer: spec.GatedConvolution, at: LayerPlace, reduces: bool = True):
@@ -32,25 +32,8 @@ class GatedConvolutionBlock:
         weight, *bias = (at.frozen(name, shape, part.cut(), at.place.dtype) for name, shape in mixer.tensors())
         self.weight, self.bias = weight, bias[0] if bias else None
 
-    @property
-    def groups(self) -> tuple[LinearGroup, ...]:
-        return (self.inputs, self.output)
-
-    @property
-    def room(self) -> int:
-        """Columns that are wanted behind the input."""
-        return self.inputs.room
-
-    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
-        y = apply_group(self.inputs, X, inputs.tokens)
-        if inputs.cache is not None:
-            result = inputs.cache.go_on(self.layer, y, self)
-        else:
-            assert inputs.documents is not None and inputs.context is None
-            ages = inputs.documents.ages
-            result = inputs.attend(lambda y: gated_convolution(y, self.weight.squeeze(1), self.bias, ages), y)
-        return apply_group(self.output, result, inputs.tokens)
+    def mixed(self, y: torch.Tensor, documents: Documents) -> torch.Tensor:
+        return gated_convolution(y, self.weight.squeeze(1), self.bias, documents.ages)
 
     # ---- generation (megalora.models.inputs.Recurrent): what is kept are the last y [B, W - 1, 3 C]
 

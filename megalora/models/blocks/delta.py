@@ -13,7 +13,8 @@ import torch
 
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
-from megalora.models.inputs import Inputs, States
+from megalora.models.blocks.recurrent import RecurrentBlock
+from megalora.models.inputs import States
 from megalora.ops.delta_mixer import (
     DeltaWeights,
     Heads,
@@ -25,11 +26,10 @@ from megalora.ops.delta_mixer import (
 )
 from megalora.ops.delta_rule import Documents
 from megalora.parallel.group import LinearGroup
-from megalora.parallel.group_grad import apply_group
 from megalora.parallel.split import even_part, joined_cut
 
 
-class DeltaAttentionBlock:
+class DeltaAttentionBlock(RecurrentBlock):
     """reduces: of the output, as LinearGroup takes it."""
 
     def __init__(self, delta: spec.DeltaAttention, at: LayerPlace, reduces: bool = True):
@@ -57,28 +57,11 @@ class DeltaAttentionBlock:
         self.norm = at.norm(delta.norm)
 
     @property
-    def groups(self) -> tuple[LinearGroup, ...]:
-        return (self.inputs, self.output)
-
-    @property
-    def room(self) -> int:
-        """Columns that are wanted behind the input."""
-        return self.inputs.room
-
-    @property
     def weights(self) -> DeltaWeights:
         return DeltaWeights(self.convolution.squeeze(1), self.decay, self.bias, self.norm.weight, self.norm.eps)
 
-    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
-        y = apply_group(self.inputs, X, inputs.tokens)
-        if inputs.cache is not None:
-            result = inputs.cache.go_on(self.layer, y, self)
-        else:
-            documents = inputs.documents
-            assert documents is not None and inputs.context is None
-            result = inputs.attend(lambda y: delta_mixer(y, self.heads, self.weights, documents), y)
-        return apply_group(self.output, result, inputs.tokens)
+    def mixed(self, y: torch.Tensor, documents: Documents) -> torch.Tensor:
+        return delta_mixer(y, self.heads, self.weights, documents)
 
     # ---- generation (megalora.models.inputs.Recurrent)
 

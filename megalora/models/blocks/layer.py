@@ -26,6 +26,7 @@ from megalora.models.blocks.mamba import StateSpaceBlock
 from megalora.models.blocks.mlp import MLPBlock
 from megalora.models.blocks.norm import Norm
 from megalora.models.blocks.place import LayerPlace
+from megalora.models.blocks.recurrent import RecurrentBlock
 from megalora.models.inputs import Inputs
 from megalora.models.recompute import Part, Recomputer, Stream, made_again
 from megalora.ops.step_linear import is_step
@@ -33,7 +34,6 @@ from megalora.parallel.experts import ExpertGroup
 from megalora.parallel.group import LinearGroup
 from megalora.parallel.group_grad import reduce_terms
 
-RecurrentBlock = DeltaAttentionBlock | GatedConvolutionBlock | StateSpaceBlock
 Block = AttentionBlock | CrossAttentionBlock | LatentAttentionBlock | MLPBlock | ExpertsBlock | RecurrentBlock
 _ONE_INPUT = AttentionBlock | RecurrentBlock | MLPBlock  # whose first group alone reads what the norm gives
 BLOCKS = {

@@ -14,7 +14,8 @@ import torch
 
 from megalora.models import spec
 from megalora.models.blocks.place import LayerPlace
-from megalora.models.inputs import Inputs, States
+from megalora.models.blocks.recurrent import RecurrentBlock
+from megalora.models.inputs import States
 from megalora.ops.delta_rule import Documents
 from megalora.ops.mamba_mixer import (
     Kept,
@@ -27,11 +28,10 @@ from megalora.ops.mamba_mixer import (
 )
 from megalora.parallel.collectives import all_reduce
 from megalora.parallel.group import LinearGroup
-from megalora.parallel.group_grad import apply_group
 from megalora.parallel.split import cut_heads, joined_cut
 
 
-class StateSpaceBlock:
+class StateSpaceBlock(RecurrentBlock):
     """reduces: of the output, as LinearGroup takes it."""
 
     def __init__(self, mixer: spec.StateSpace, at: LayerPlace, reduces: bool = True):
@@ -64,15 +64,6 @@ class StateSpaceBlock:
             self.norm = at.frozen(f"{mixer.norm.name}.weight", (mixer.norm.size,), inner.cut(), at.place.dtype)
 
     @property
-    def groups(self) -> tuple[LinearGroup, ...]:
-        return (self.inputs, self.output)
-
-    @property
-    def room(self) -> int:
-        """Columns that are wanted behind the input."""
-        return self.inputs.room
-
-    @property
     def weights(self) -> MambaWeights:
         z, *scales, dt = self.spec.scales
         convolution, norm = self.convolution.squeeze(1), self.spec.norm
@@ -103,16 +94,8 @@ class StateSpaceBlock:
         whole[:, own] = x
         return all_reduce(whole, self._tp)[:, own]
 
-    def __call__(self, X: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Map X [T, hidden_size + room] to [T, hidden_size], or this rank's term [F, hidden_size] (see LinearGroup)."""
-        y = apply_group(self.inputs, X, inputs.tokens)
-        if inputs.cache is not None:
-            result = inputs.cache.go_on(self.layer, y, self)
-        else:
-            documents = inputs.documents
-            assert documents is not None and inputs.context is None
-            result = inputs.attend(lambda y: mamba_mixer(y, self.sizes, self.weights, documents, self.sums), y)
-        return apply_group(self.output, result, inputs.tokens)
+    def mixed(self, y: torch.Tensor, documents: Documents) -> torch.Tensor:
+        return mamba_mixer(y, self.sizes, self.weights, documents, self.sums)
 
     # ---- generation (megalora.models.inputs.Recurrent)
 
