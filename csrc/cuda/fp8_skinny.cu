@@ -157,25 +157,15 @@ __global__ void __launch_bounds__(kWarps* kLanes, M == 1 ? 3 : 2) fp8_skinny_ker
   write_rows<M, bfloat16>(params.y, params.beside, rows, sums);
 }
 
-template <int M>
-void launch_rows(const Fp8SkinnyParams& params, cudaStream_t stream) {
-  const bool bfloat16 = params.type == Type::bfloat16, normed = params.beside.norm != nullptr;
-  const auto kernel = bfloat16 ? (normed ? fp8_skinny_kernel<M, true, true> : fp8_skinny_kernel<M, true, false>)
-                               : (normed ? fp8_skinny_kernel<M, false, true> : fp8_skinny_kernel<M, false, false>);
-  const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
-  launch_following(kernel, dim3(blocks), kWarps * kLanes, M, stream, params);
-}
-
 }  // namespace
 
 void launch_fp8_skinny(const Fp8SkinnyParams& params, cudaStream_t stream) {
-  static_assert(kMostSkinnyRows == 4);
-  switch (params.rows) {
-    case 1: return launch_rows<1>(params, stream);
-    case 2: return launch_rows<2>(params, stream);
-    case 3: return launch_rows<3>(params, stream);
-    case 4: return launch_rows<4>(params, stream);
-  }
+  const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
+  dispatch_step(params.rows, params.type, params.beside, [&](auto m, auto bfloat16, auto normed) {
+    constexpr int M = decltype(m)::value;
+    launch_following(fp8_skinny_kernel<M, decltype(bfloat16)::value, decltype(normed)::value>, dim3(blocks),
+                     kWarps * kLanes, M, stream, params);
+  });
 }
 
 }  // namespace megalora

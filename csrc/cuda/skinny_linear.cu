@@ -99,25 +99,15 @@ __global__ void __launch_bounds__(kWarps* kLanes) skinny_kernel(SkinnyLinearPara
   write_rows<M, bfloat16>(params.y, params.beside, rows, sums);
 }
 
-template <int M>
-void launch_rows(const SkinnyLinearParams& params, cudaStream_t stream) {
-  const bool bfloat16 = params.type == Type::bfloat16, normed = params.beside.norm != nullptr;
-  const auto kernel = bfloat16 ? (normed ? skinny_kernel<M, true, true> : skinny_kernel<M, true, false>)
-                               : (normed ? skinny_kernel<M, false, true> : skinny_kernel<M, false, false>);
-  const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
-  launch_following(kernel, dim3(blocks), kWarps * kLanes, M, stream, params);
-}
-
 }  // namespace
 
 void launch_skinny_linear(const SkinnyLinearParams& params, cudaStream_t stream) {
-  static_assert(kMostSkinnyRows == 4);
-  switch (params.rows) {
-    case 1: return launch_rows<1>(params, stream);
-    case 2: return launch_rows<2>(params, stream);
-    case 3: return launch_rows<3>(params, stream);
-    case 4: return launch_rows<4>(params, stream);
-  }
+  const auto blocks = static_cast<unsigned>((params.out_features + kWarps * kOutputs - 1) / (kWarps * kOutputs));
+  dispatch_step(params.rows, params.type, params.beside, [&](auto m, auto bfloat16, auto normed) {
+    constexpr int M = decltype(m)::value;
+    launch_following(skinny_kernel<M, decltype(bfloat16)::value, decltype(normed)::value>, dim3(blocks),
+                     kWarps * kLanes, M, stream, params);
+  });
 }
 
 }  // namespace megalora
