@@ -1,4 +1,4 @@
-"""Nemotron-H, Nemotron Nano 2, Nemotron Nano 3: Mamba-2, attention, a plain MLP or plain experts in each layer."""
+"""Nemotron-H, Nemotron Nano 2, Nemotron 3 Nano: Mamba-2, attention, a plain MLP or plain experts in each layer."""
 
 from megalora.models.families.deepseek_v3 import grouped_choice
 from megalora.models.family import Family, Fields
